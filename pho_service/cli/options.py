@@ -1,0 +1,273 @@
+"""
+Options that several verbs share, and what they stand for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pho_service.cli.terminal import progress, say, working
+from pho_service.errors import InvalidInput
+from pho_service.spec import Pattern
+
+if TYPE_CHECKING:
+    from pho_service.jobs.rating import ReportText
+    from pho_service.models.calibration import CalibrationSettings, CalibrationText
+    from pho_service.models.loading import LanguageModel
+    from pho_service.models.texts import TextSource
+    from pho_service.pruning.bundle import ProxyBundle
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+model_options = _all(
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto: float32 on the CPU, as stored on a GPU.",
+    ),
+)
+
+bos_option = click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Start every window with BOS; auto does as the tokenizer does.",
+)
+
+text_options = _all(
+    click.option("--text", type=click.Path(), help="A .txt, .jsonl or .parquet file."),
+    click.option("--dataset", help="A data set by hub id or local folder, instead of --text."),
+    click.option("--data-file", help="One file of the data set."),
+    click.option("--split", default="train", show_default=True, help="Split of the data set."),
+    click.option(
+        "--field", default="text", show_default=True, help="Field or column that holds the text."
+    ),
+)
+
+calibration_options = _all(
+    text_options,
+    click.option(
+        "--samples", type=int, default=128, show_default=True, help="Windows of calibration text."
+    ),
+    click.option(
+        "--context-length", type=int, default=2048, show_default=True, help="Tokens of a window."
+    ),
+    click.option(
+        "--fisher-samples", type=int, help="Windows run backward too.  [default: samples / 4]"
+    ),
+    click.option(
+        "--rows-per-layer",
+        type=int,
+        default=16,
+        show_default=True,
+        help="Output rows of each linear in the bundle; 0 keeps all.",
+    ),
+    click.option(
+        "--projection-rows",
+        type=int,
+        default=128,
+        show_default=True,
+        help="Rows of the projected activations; 0 keeps the full Gram matrix.",
+    ),
+    click.option(
+        "--kernel-sizes",
+        default="3,5,9,15",
+        show_default=True,
+        help="Odd window sizes that candidates may use.",
+    ),
+    bos_option,
+)
+
+calibration_seed_option = click.option(
+    "--calibration-seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the text and row samples.",
+)
+
+pattern_options = _all(
+    click.option(
+        "--pattern", required=True, help="Share of weights to remove (0.5), or N kept of M (2:4)."
+    ),
+    click.option(
+        "--scope",
+        type=click.Choice(["row", "layer", "global"]),
+        help="Where weights compete.  [default: layer; row for N:M]",
+    ),
+)
+
+space_option = click.option(
+    "--space",
+    "bounds",
+    multiple=True,
+    help="Bounds of the search, name=low:high or name=value; may be given several times. Names: "
+    "neighbourhood_share, row_share, activation_exponent, gradient_exponent, kernel_sizes=3,5.",
+)
+
+
+def text_source(options: dict[str, Any]) -> "TextSource":
+    """
+    The text that ``--text`` or ``--dataset`` names; C4 if neither does.
+
+    Takes its options out of ``options``.
+    """
+    from pho_service.models.texts import C4, TextSource
+
+    text, dataset = options.pop("text"), options.pop("dataset")
+    data_file, split, field = (options.pop(k) for k in ("data_file", "split", "field"))
+    if text and dataset:
+        raise InvalidInput("--text and --dataset are both given. Give one of them.")
+    if data_file and not dataset:
+        raise InvalidInput("--data-file is a file of a --dataset, but none is given.")
+    if text:
+        return TextSource(path=text, field=field)
+    if dataset:
+        return TextSource(dataset=dataset, data_file=data_file, split=split, field=field)
+    say(f"No --text given: using {C4}.")
+    return C4
+
+
+def file_source(path: str) -> "TextSource":
+    """A text file with its text in the usual place."""
+    from pho_service.models.texts import TextSource
+
+    return TextSource(path=path)
+
+
+def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
+    """The settings among ``options``, taken out of them."""
+    from pho_service.models.calibration import CalibrationSettings
+
+    sizes = options.pop("kernel_sizes")
+    try:
+        kernel_sizes = tuple(int(k) for k in sizes.split(","))
+    except ValueError:
+        raise InvalidInput(
+            f"--kernel-sizes {sizes!r} are not numbers with commas between: 3,5,9."
+        ) from None
+    names = ("samples", "context_length", "fisher_samples", "rows_per_layer", "projection_rows")
+    return CalibrationSettings(
+        kernel_sizes=kernel_sizes,
+        bos=options.pop("bos"),
+        seed=options.pop("calibration_seed"),
+        **{name: options.pop(name) for name in names},
+    )
+
+
+def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":
+    """Load a model as ``--revision``, ``--device`` and ``--dtype`` in ``options`` say."""
+    with working(f"Loading {name}"):
+        from pho_service.models.loading import load_model
+
+        return load_model(
+            name,
+            revision=options.pop("revision"),
+            device=options.pop("device"),
+            dtype=options.pop("dtype"),
+        )
+
+
+def read_calibration_text(
+    model: "LanguageModel", source: "TextSource", settings: "CalibrationSettings"
+) -> "CalibrationText":
+    """The calibration windows; says so if the text had fewer than asked for."""
+    from pho_service.models.calibration import calibration_text
+
+    with working(f"Reading {source}"):
+        text = calibration_text(model, source, settings)
+    if len(text.calibration) < settings.samples:
+        say(
+            f"The text fills {len(text.calibration)} windows of {settings.context_length} tokens, "
+            f"fewer than the {settings.samples} asked for: all of it is used."
+        )
+    return text
+
+
+def open_bundle(
+    model: "LanguageModel", text: "CalibrationText", settings: "CalibrationSettings"
+) -> "ProxyBundle":
+    """Calibrate, or take the bundle from the cache."""
+    from pho_service.jobs.bundles import cached_bundle
+    from pho_service.settings import Settings
+
+    return cached_bundle(model, text, settings, Settings().cache_dir, progress)
+
+
+def report_text(
+    model: "LanguageModel",
+    source: "TextSource",
+    *,
+    context_length: int,
+    bos: str,
+    max_windows: int | None,
+) -> "ReportText":
+    """A text, cut for perplexity."""
+    from pho_service.jobs.rating import ReportText
+    from pho_service.models.texts import read_windows
+
+    with working(f"Reading {source}"):
+        windows, record = read_windows(
+            model, source, context_length=context_length, bos=bos, max_windows=max_windows
+        )
+    return ReportText(windows=windows, record=record)
+
+
+def confirm_text(
+    model: "LanguageModel",
+    text: "CalibrationText",
+    path: str | None,
+    settings: "CalibrationSettings",
+    max_windows: int,
+) -> "ReportText | None":
+    """
+    The windows to confirm on: of ``path``, or those that calibration left of its own text.
+
+    None, with a sentence, if there are none.
+    """
+    from pho_service.jobs.rating import ReportText
+
+    if path:
+        return report_text(
+            model,
+            file_source(path),
+            context_length=settings.context_length,
+            bos=settings.bos,
+            max_windows=max_windows,
+        )
+    if len(text.held_out) == 0:
+        say("The text has no windows left beside the calibration. Give --confirm-text.")
+        return None
+    return ReportText(windows=text.held_out[:max_windows], record=text.record)
+
+
+def parse_pattern(pattern: str, scope: str | None) -> Pattern:
+    """``--pattern`` and ``--scope``."""
+    return Pattern.parse(pattern, scope)
+
+
+def out_path(path: str) -> Path:
+    """A file to write, checked before any long work."""
+    from pho_service.files import check_parent
+
+    check_parent(Path(path))
+    return Path(path)

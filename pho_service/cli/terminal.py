@@ -1,0 +1,113 @@
+"""
+How verbs talk: progress and messages on stderr, results on stdout, errors as exit codes.
+"""
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec
+
+import click
+
+from pho_service.errors import InvalidInput, PhoError
+from pho_service.progress import Advance
+
+P = ParamSpec("P")
+
+
+def verb(function: Callable[P, None]) -> Callable[P, None]:
+    """Run a verb quietly, and turn its errors into one line and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        _quieten()
+        try:
+            function(*args, **kwargs)
+        except InvalidInput as error:
+            _fail(str(error), code=2)
+        except PhoError as error:
+            _fail(str(error), code=1)
+        except MemoryError:
+            _fail("memory ran out. Use a smaller model, context or --dtype bfloat16.", code=1)
+        except KeyboardInterrupt:
+            _fail("interrupted. What was finished is kept: the same command goes on.", code=1)
+
+    return run
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    click.echo(f"pho: {message}", err=True)
+    raise SystemExit(code)
+
+
+def _quieten() -> None:
+    """Other people's warnings and progress bars are not for our users."""
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "datasets", "huggingface_hub", "optuna", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def say(message: str) -> None:
+    """A sentence for a person."""
+    click.echo(message, err=True)
+
+
+def print_json(document: object) -> None:
+    """The result, for a machine."""
+    click.echo(json.dumps(document, indent=2))
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[Advance]:
+    """A bar with the time left, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(title, total=steps)
+        yield lambda count: bars.advance(task, count)
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A line with the time that has passed, for a step that cannot count."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bars.add_task(title, total=None)
+        yield
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = ""
+) -> None:
+    """A table on stdout; all columns but the first are aligned right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width of its own
+    console.print(table)

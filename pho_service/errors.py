@@ -1,0 +1,52 @@
+"""
+Everything that a user can do wrong, or that the world can do to a user.
+
+    PhoError                  exit code 1
+    ├── InvalidInput          a value breaks a rule (also a ValueError); exit code 2
+    ├── ModelError            a model cannot be found, read or supported
+    ├── TextError             a text cannot be read, or is too short
+    ├── NumericalError        NaN or infinity where a number is needed
+    ├── BundleError           a proxy bundle is broken, or belongs to another model
+    ├── ConfigurationError    a configuration file is broken, or of another format version
+    ├── StudyError            a stored study contradicts the search that wants to go on with it
+    └── OutputError           a result cannot be written
+
+Each message says the thing, the value, the rule and the way out. Wrong use by
+a programmer stays ``TypeError`` or ``ValueError``.
+"""
+
+
+class PhoError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class InvalidInput(PhoError, ValueError):  # noqa: N818 - reads as what it says
+    """A value that a user gave breaks a rule."""
+
+
+class ModelError(PhoError):
+    """A model cannot be found, read or supported."""
+
+
+class TextError(PhoError):
+    """A text cannot be read, is empty, or is shorter than one window."""
+
+
+class NumericalError(PhoError):
+    """A weight, an activation or a score is NaN or infinite."""
+
+
+class BundleError(PhoError):
+    """A proxy bundle is unreadable, of another format version, or of another model."""
+
+
+class ConfigurationError(PhoError):
+    """A configuration file is unreadable, contradicts itself, or has another format version."""
+
+
+class StudyError(PhoError):
+    """A stored study contradicts the search that wants to go on with it."""
+
+
+class OutputError(PhoError):
+    """A result cannot be written: no space, no permission, or something is there already."""

@@ -1,0 +1,80 @@
+"""
+Write files and folders whole or not at all.
+"""
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pho_service.errors import OutputError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """
+    Give a temporary path beside ``path``; it takes its place if all went well.
+
+    Raises:
+        OutputError: The folder does not exist or cannot be written, or the disk is full.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Give the name of a file.")
+    with _reported(path), tempfile.TemporaryDirectory(prefix=".pho-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        partial.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """
+    Give a temporary folder beside ``path``; it takes its place if all went well.
+
+    Raises:
+        OutputError: ``path`` exists and is not an empty folder, or cannot be written.
+    """
+    path = path.expanduser()
+    check_free(path)
+    with _reported(path):
+        partial = Path(tempfile.mkdtemp(prefix=".pho-", dir=path.parent))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            if path.is_dir():
+                path.rmdir()
+            partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: Path) -> None:
+    """Raise OutputError if something is at ``path`` already, other than an empty folder."""
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"{path} is in use: it holds files. Give a new or an empty folder.")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file. Give the name of a new folder.")
+
+
+def check_parent(path: Path) -> None:
+    """Raise OutputError, before any long work, if ``path`` could not be made later."""
+    parent = path.expanduser().resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"{path} cannot be written: the folder {parent} does not exist.")
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of ``path`` into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path} was not written: the disk is full. Free some space and run it again."
+            ) from error
+        reason = error.strerror or error
+        raise OutputError(f"{path} was not written: {reason}.") from error

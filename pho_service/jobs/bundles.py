@@ -1,0 +1,46 @@
+"""
+Bundles made once and kept: the second job on a model starts at once.
+"""
+
+from pathlib import Path
+
+from pho_service.errors import BundleError, OutputError
+from pho_service.models.bundle_file import read_bundle, write_bundle
+from pho_service.models.calibration import CalibrationSettings, CalibrationText, calibrate
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
+
+
+def cached_bundle(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    cache_dir: Path,
+    progress: Progress = silent,
+) -> ProxyBundle:
+    """
+    Calibrate, or take the bundle of an earlier calibration with the same inputs.
+
+    The file's name is the hash of weights, windows, settings and versions, so
+    a bundle in the cache is never stale.
+
+    Raises:
+        ModelError, NumericalError: From the calibration.
+        OutputError: The cache cannot be written.
+    """
+    path = cache_dir.expanduser() / "bundles" / f"{text.bundle_key}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {path.parent} cannot be made: {error.strerror}. Set PHO_CACHE_DIR."
+        ) from error
+    if path.is_file():
+        try:
+            return read_bundle(path)
+        except BundleError:
+            path.unlink()  # a damaged copy: what was stored is made again
+    bundle = calibrate(model, text, settings, progress)
+    write_bundle(bundle, path)
+    return read_bundle(path)

@@ -1,0 +1,118 @@
+"""
+The table that every claim rests on: dense, the published methods, and what was found.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pho_service.configuration import Configuration
+from pho_service.errors import BundleError, ConfigurationError
+from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.perplexity import rate_perplexity
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.spec import Candidate, Objective, Pattern, comparison_baselines
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """
+    Attributes:
+        method: ``dense``, a baseline, or a configuration's name.
+        scope: Where weights competed; None for dense.
+        perplexity: On the report text.
+        sparsity: Achieved, over all prunable weights.
+        proxy: The objective's value; None for dense, and where the bundle
+            lacks a kernel size.
+        seconds: To prune and to measure.
+    """
+
+    method: str
+    scope: str | None
+    perplexity: float
+    sparsity: float
+    proxy: float | None
+    seconds: float
+
+
+def compare_job(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    pattern: Pattern,
+    configurations: Sequence[tuple[str, Configuration]],
+    *,
+    objective: Objective | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[ComparisonRow]:
+    """
+    Prune with every method and measure the perplexity on one text.
+
+    Args:
+        model: Dense; it is given back dense.
+        bundle: Of this model.
+        report: Not the text that anything was chosen on.
+        pattern: Of all rows.
+        configurations: (name, configuration) pairs, in the pattern of the comparison.
+        objective: Whose proxy value is shown; activation reconstruction by default.
+        device: For the proxy.
+        progress: Is told of each row.
+
+    Raises:
+        ConfigurationError: A configuration is for another pattern.
+        BundleError: The bundle is of another model.
+    """
+    bundle.check_model(model.linears)
+    candidates = [
+        *((c.method, c) for c in comparison_baselines(pattern)),
+        *((name, _fitting(name, configuration, pattern)) for name, configuration in configurations),
+    ]
+    evaluator = ProxyEvaluator(bundle, device)
+    statistics = bundle.statistics()
+    objective = objective or Objective()
+    with progress("Measuring perplexities", (len(candidates) + 1) * len(report.windows)) as advance:
+        started = time.perf_counter()
+        dense = rate_perplexity(model.model, report.windows, advance=advance)
+        rows = [
+            ComparisonRow(
+                method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
+                seconds=time.perf_counter() - started,
+            )
+        ]  # fmt: skip
+        for name, candidate in candidates:
+            started = time.perf_counter()
+            result, sparsity = rate_pruned(model, statistics, candidate, report.windows, advance)
+            seconds = time.perf_counter() - started
+            rows.append(
+                ComparisonRow(
+                    method=name,
+                    scope=candidate.pattern.scope.value,
+                    perplexity=result.perplexity,
+                    sparsity=sparsity,
+                    proxy=_proxy(evaluator, candidate, objective),
+                    seconds=seconds,
+                )
+            )
+    return rows
+
+
+def _fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:
+    candidate = configuration.candidate()
+    if str(candidate.pattern) != str(pattern):
+        raise ConfigurationError(
+            f"{name} is for the pattern {candidate.pattern}, but the comparison is for {pattern}. "
+            f"Compare it with --pattern {candidate.pattern}."
+        )
+    return candidate
+
+
+def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
+    try:
+        (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
+    except BundleError:  # no window means for a configuration's kernel size
+        return None
+    return proxy_value(rating, objective)

@@ -1,0 +1,3 @@
+"""
+Models, texts and bundles on disk: the only code that reads weights.
+"""

@@ -1,0 +1,211 @@
+"""
+Proxy bundles on disk: one safetensors file, everything but the tensors in its header.
+
+Format version 1. The header's metadata has ``format`` ("pho-bundle"),
+``version`` and ``document``, a JSON object with ``layers`` (name,
+out_features, input_index, output_energy), ``kernel_sizes``, ``inputs`` (how
+many) and ``provenance``. Tensors are named ``layers.{i}.{field}``,
+``layers.{i}.window_mean.{k}`` and ``inputs.{i}.{field}``.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pho_service.errors import BundleError
+from pho_service.files import new_file
+from pho_service.pruning.bundle import LayerSample, ProxyBundle
+from pho_service.pruning.statistics import InputStatistics
+
+FORMAT = "pho-bundle"
+VERSION = 1
+MAX_DOCUMENT = 16 * 2**20  # characters; a 70B model's has about 100,000
+_WAY_OUT = "Make it again with `pho calibrate`."
+
+
+def write_bundle(bundle: ProxyBundle, path: Path) -> None:
+    """
+    Write a bundle; an old file is replaced only when the new one is complete.
+
+    Raises:
+        OutputError: No space, no permission, no such folder.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(bundle.layers):
+        prefix = f"layers.{i}"
+        tensors[f"{prefix}.row_index"] = layer.row_index
+        tensors[f"{prefix}.rows"] = layer.rows
+        tensors[f"{prefix}.row_mean"] = layer.row_mean
+        tensors[f"{prefix}.column_mean"] = layer.column_mean
+        tensors[f"{prefix}.fisher"] = layer.fisher
+        for k, means in layer.window_means.items():
+            tensors[f"{prefix}.window_mean.{k}"] = means
+    for i, entry in enumerate(bundle.inputs):
+        tensors[f"inputs.{i}.activation_norm"] = entry.activation_norm
+        tensors[f"inputs.{i}.root"] = entry.root
+    document = {
+        "layers": [
+            {
+                "name": layer.name,
+                "out_features": layer.out_features,
+                "input_index": layer.input_index,
+                "output_energy": layer.output_energy,
+            }
+            for layer in bundle.layers
+        ],
+        "kernel_sizes": list(bundle.kernel_sizes),
+        "inputs": len(bundle.inputs),
+        "provenance": bundle.provenance,
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "document": json.dumps(document, sort_keys=True),
+    }
+    with new_file(path) as partial:
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
+        except SafetensorError as error:  # wraps what the operating system says
+            raise OSError(*_os_error(error)) from error
+
+
+def _os_error(error: SafetensorError) -> tuple[int, str]:
+    text = str(error)
+    return (28, "the disk is full") if "os error 28" in text else (5, text)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path is meant as a bundle: a single .safetensors file."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def read_bundle(path: Path) -> ProxyBundle:
+    """
+    Read and check a bundle.
+
+    Raises:
+        BundleError: Not there, truncated, no bundle, another format version,
+            or tensors that contradict the header.
+    """
+    if not path.is_file():
+        raise BundleError(f"the bundle {path} does not exist. {_WAY_OUT}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = _document(file.metadata() or {}, path)
+            return _assemble(document, _Tensors(file, path))
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is damaged or truncated: {error}. {_WAY_OUT}") from error
+
+
+def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    if metadata.get("format") != FORMAT:
+        raise BundleError(f"{path} is a safetensors file, but no proxy bundle. {_WAY_OUT}")
+    if metadata.get("version") != str(VERSION):
+        raise BundleError(
+            f"{path} has format version {metadata.get('version')}, but this PHO reads version "
+            f"{VERSION}. Make the bundle again, or install the PHO that made it."
+        )
+    text = metadata.get("document", "")
+    try:
+        document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
+    except (json.JSONDecodeError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
+    return document
+
+
+class _Tensors:
+    """The tensors of a bundle file, each checked as it is taken."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self.file = file
+        self.path = path
+        self.names = set(file.keys())
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of this shape (-1 fits any size), finite."""
+        if name not in self.names:
+            raise BundleError(f"{self.path} is damaged: {name} is missing. {_WAY_OUT}")
+        view = self.file.get_slice(name)
+        actual = view.get_shape()
+        fits = len(actual) == len(shape) and all(
+            wanted in (-1, size) for wanted, size in zip(shape, actual, strict=True)
+        )
+        tensor: Tensor | None = self.file.get_tensor(name) if fits else None
+        if tensor is None or tensor.dtype is not dtype or 0 in actual:
+            raise BundleError(
+                f"{self.path} is damaged: {name} is {view.get_dtype()} {actual}, expected "
+                f"{dtype} {list(shape)}. {_WAY_OUT}"
+            )
+        if dtype is torch.float32 and not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{self.path} is damaged: {name} has NaN or infinity. {_WAY_OUT}")
+        return tensor
+
+
+def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
+    try:
+        kernel_sizes = [int(k) for k in document["kernel_sizes"]]
+        count = int(document["inputs"])
+        inputs = []
+        for i in range(min(count, len(tensors.names))):
+            norm = tensors.take(f"inputs.{i}.activation_norm", -1)
+            root = tensors.take(f"inputs.{i}.root", -1, len(norm))
+            inputs.append(InputStatistics(activation_norm=norm, root=root))
+        layers = [
+            _layer(f"layers.{i}", entry, kernel_sizes, inputs, tensors)
+            for i, entry in enumerate(document["layers"])
+        ]
+        provenance = dict(document["provenance"])
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise BundleError(
+            f"{tensors.path} is damaged: its header lacks {error}. {_WAY_OUT}"
+        ) from error
+    if not layers:
+        raise BundleError(f"{tensors.path} is damaged: it has no layers. {_WAY_OUT}")
+    return ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
+
+
+def _layer(
+    prefix: str,
+    entry: dict[str, Any],
+    kernel_sizes: list[int],
+    inputs: list[InputStatistics],
+    tensors: _Tensors,
+) -> LayerSample:
+    input_index = int(entry["input_index"])
+    if not 0 <= input_index < len(inputs):
+        raise BundleError(f"{tensors.path} is damaged: {prefix} reads no input. {_WAY_OUT}")
+    width = len(inputs[input_index].activation_norm)
+    out_features = int(entry["out_features"])
+    energy = float(entry["output_energy"])
+    if not math.isfinite(energy):
+        raise BundleError(
+            f"{tensors.path} is damaged: {prefix} has an output_energy of {energy}. {_WAY_OUT}"
+        )
+    rows = tensors.take(f"{prefix}.rows", -1, width)
+    index = tensors.take(f"{prefix}.row_index", len(rows), dtype=torch.int64)
+    if int(index.min()) < 0 or int(index.max()) >= out_features:
+        raise BundleError(
+            f"{tensors.path} is damaged: {prefix}.row_index leaves the layer. {_WAY_OUT}"
+        )
+    return LayerSample(
+        name=str(entry["name"]),
+        out_features=out_features,
+        input_index=input_index,
+        row_index=index,
+        rows=rows,
+        row_mean=tensors.take(f"{prefix}.row_mean", len(rows)),
+        column_mean=tensors.take(f"{prefix}.column_mean", width),
+        window_means={
+            k: tensors.take(f"{prefix}.window_mean.{k}", len(rows), width) for k in kernel_sizes
+        },
+        fisher=tensors.take(f"{prefix}.fisher", out_features),
+        output_energy=energy,
+    )

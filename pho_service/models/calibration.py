@@ -1,0 +1,189 @@
+"""
+From a model and a text to a proxy bundle.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.versions import versions
+
+HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """
+    How a model is calibrated. The defaults are the literature's 128 x 2048 tokens.
+
+    Attributes:
+        samples: Windows of text for the forward pass.
+        context_length: Tokens of a window.
+        fisher_samples: Windows that are run backward too; None is a quarter of
+            ``samples``.
+        rows_per_layer: Output rows of each linear that the bundle keeps; 0 keeps all.
+        projection_rows: Rows of the random projection of the activations; 0
+            keeps the full Gram matrix.
+        kernel_sizes: Windows that candidates may use, odd.
+        bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
+        seed: Of the text sample, the row sample and the projection.
+    """
+
+    samples: int = 128
+    context_length: int = 2048
+    fisher_samples: int | None = None
+    rows_per_layer: int = 16
+    projection_rows: int = 128
+    kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
+    bos: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 1), ("context_length", 8), ("rows_per_layer", 0), ("projection_rows", 0),
+            ("seed", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name}={getattr(self, name)} is below {least}.")
+        if self.fisher_samples is not None and not 1 <= self.fisher_samples <= self.samples:
+            raise InvalidInput(
+                f"fisher_samples={self.fisher_samples} is not in 1..{self.samples}, the samples."
+            )
+        if not self.kernel_sizes or any(k < 3 or k % 2 == 0 for k in self.kernel_sizes):
+            raise InvalidInput(
+                f"kernel_sizes={self.kernel_sizes} are not odd whole numbers of at least 3."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText:
+    """
+    The windows that a model is calibrated on, and some that were held out.
+
+    Attributes:
+        calibration: (samples or fewer, context_length), int64.
+        held_out: (up to 16, context_length), int64, of the same text; empty if
+            the text had no more.
+        record: The text.
+        bundle_key: Names the bundle that these windows and settings give:
+            hash of the model's weights, the windows and the settings.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    record: TextRecord
+    bundle_key: str
+
+
+def calibration_text(
+    model: LanguageModel, source: TextSource, settings: CalibrationSettings
+) -> CalibrationText:
+    """
+    Read and sample the text for a calibration.
+
+    Raises:
+        TextError: Not readable, empty, or shorter than one window.
+    """
+    _check_context(model, settings.context_length)
+    windows, record = sample_windows(
+        model,
+        source,
+        count=settings.samples + HELD_OUT,
+        context_length=settings.context_length,
+        bos=settings.bos,
+        seed=settings.seed,
+    )
+    calibration = windows[: settings.samples]
+    identity = json.dumps([model.to_dict(), asdict(settings), versions("torch", "transformers")])
+    digest = hashlib.sha256(identity.encode())
+    digest.update(calibration.contiguous().numpy().tobytes())
+    return CalibrationText(
+        calibration=calibration,
+        held_out=windows[settings.samples :],
+        record=record,
+        bundle_key=digest.hexdigest(),
+    )
+
+
+def _check_context(model: LanguageModel, context_length: int) -> None:
+    longest = getattr(model.model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and context_length > longest:
+        raise InvalidInput(
+            f"context_length={context_length} is more than {model.name} can read: {longest}. "
+            f"Use --context-length {longest} or less."
+        )
+
+
+def measure(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    progress: Progress = silent,
+) -> Statistics:
+    """
+    Run the dense model once over the calibration windows.
+
+    Raises:
+        ModelError: A linear is never used.
+        NumericalError: An activation or a gradient is NaN or infinite.
+    """
+    count = len(text.calibration)
+    fisher = settings.fisher_samples or max(1, settings.samples // 4)
+    with progress("Calibrating the dense model", count) as advance:
+        return collect_statistics(
+            model.model,
+            model.linears,
+            text.calibration,
+            fisher_windows=min(fisher, count),
+            projection_rows=settings.projection_rows,
+            seed=settings.seed,
+            advance=advance,
+        )
+
+
+def calibrate(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    progress: Progress = silent,
+) -> ProxyBundle:
+    """
+    Make the proxy bundle of a model: one pass of the dense model, then a sample of rows.
+
+    Raises:
+        ModelError, NumericalError: As :func:`measure`.
+    """
+    statistics = measure(model, text, settings, progress)
+    with progress("Sampling rows", len(model.linears)) as advance:
+        return sample_bundle(
+            model.linears,
+            statistics,
+            rows_per_layer=settings.rows_per_layer,
+            kernel_sizes=tuple(sorted(set(settings.kernel_sizes))),
+            seed=settings.seed,
+            provenance=_provenance(model, text, settings),
+            advance=advance,
+        )
+
+
+def _provenance(
+    model: LanguageModel, text: CalibrationText, settings: CalibrationSettings
+) -> dict[str, Any]:
+    return {
+        "key": text.bundle_key,
+        "model": model.to_dict(),
+        "text": record_to_dict(text.record, windows=len(text.calibration)),
+        "settings": {**asdict(settings), "kernel_sizes": list(settings.kernel_sizes)},
+        "prefix": model.window_prefix(settings.bos),
+        "device": model.model.device.type,
+        "versions": versions("torch", "transformers"),
+    }

@@ -1,0 +1,263 @@
+"""
+Open a model by hub id, local folder or .gguf file. Never runs remote code, never unpickles weights.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
+
+from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.models.architecture import prunable_linears
+from pho_service.pruning.statistics import PrunableLinear
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """
+    A loaded model with its tokenizer and where both came from.
+
+    Attributes:
+        name: As the user gave it.
+        revision: Commit hash on the hub, or None for local files.
+        stored_dtype: Of the weights on disk, to save them as they came.
+        linears: What can be pruned, by name, in the model's order.
+    """
+
+    name: str
+    revision: str | None
+    model: PreTrainedModel
+    tokenizer: Any
+    stored_dtype: torch.dtype
+    linears: dict[str, PrunableLinear]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        return self.model.dtype
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of every parameter's name, shape, dtype and bytes, as loaded."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            values = parameter.detach().cpu().contiguous()
+            digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored with every result of this model."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weights_sha256": self.weights_sha256,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def tokenize(self, text: str) -> Tensor:
+        """(tokens,), int64: the whole text at once, without special tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def window_prefix(self, bos: str) -> list[int]:
+        """
+        Which tokens every window starts with: BOS or nothing.
+
+        Args:
+            bos: ``always``, ``never``, or ``auto``: as the tokenizer does.
+                Gemma's perplexity is twice as high without it.
+
+        Raises:
+            InvalidInput: ``always``, and the tokenizer has no BOS.
+        """
+        token = self.tokenizer.bos_token_id
+        if bos == "never":
+            return []
+        if bos == "always":
+            if token is None:
+                raise InvalidInput(f"{self.name} has no BOS token. Use --bos auto or never.")
+            return [token]
+        adds_it = token is not None and self.tokenizer("a").input_ids[:1] == [token]
+        return [token] if adds_it else []
+
+
+def load_model(
+    name: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> LanguageModel:
+    """
+    Load a causal language model in evaluation mode, with its tokenizer.
+
+    Args:
+        name: Hub id, folder with a config and safetensors, or .gguf file.
+        revision: Branch, tag or commit; hub ids only.
+        device: ``auto`` takes a GPU if torch sees one.
+        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
+
+    Raises:
+        ModelError: Not found, not reachable, no weights, only pickled
+            weights, or an architecture that cannot be pruned as a whole.
+        NumericalError: A weight is NaN or infinite.
+        InvalidInput: An unknown device or dtype.
+    """
+    target = pick_device(device)
+    if dtype not in DTYPES:
+        raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
+    source, is_gguf = _source(name, revision)
+    model, tokenizer = _read(name, source, is_gguf, wanted)
+    stored = torch.float32 if is_gguf else _stored_dtype(source)
+    if is_gguf:
+        # Dequantised now: a saved copy must not claim to be GGUF.
+        for leftover in ("quantization_config", "_pre_quantization_dtype"):
+            model.config.__dict__.pop(leftover, None)
+    model.to(target).eval()  # type: ignore[arg-type]  # transformers hides the signature
+    linears = prunable_linears(model)
+    _check_weights(linears)
+    logger.info("model loaded", extra={"model": name, "device": str(target)})
+    return LanguageModel(
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        model=model,
+        tokenizer=tokenizer,
+        stored_dtype=stored or model.dtype,
+        linears=linears,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists.
+
+    Raises:
+        InvalidInput: torch does not know it, or sees no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(
+            f"device {name!r} is not known to torch. Use auto, cpu or cuda."
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(
+            f"device {name!r} does not exist: torch sees {torch.cuda.device_count()} GPUs. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    return device
+
+
+def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
+    """Where transformers finds the model, as its arguments, and whether it is a GGUF file."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if not (path.exists() or looks_local):
+        revision_argument = {"revision": revision} if revision else {}
+        return {"pretrained_model_name_or_path": name, **revision_argument}, False
+    if revision:
+        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
+    if not path.exists():
+        raise ModelError(f"{name} does not exist. Give a hub id, a model folder or a .gguf file.")
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, True
+    if not path.is_dir():
+        raise ModelError(f"{name} is neither a folder nor a .gguf file.")
+    _check_folder(path)
+    return {"pretrained_model_name_or_path": str(path)}, False
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ModelError unless the folder has a config and safetensors."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
+    if pickled:
+        raise ModelError(
+            f"{path} has only pickled weights ({pickled[0]}), which can run any code when they are "
+            "read. Only safetensors and GGUF are accepted: convert them where you trust the file, "
+            "with save_pretrained of transformers."
+        )
+    raise ModelError(f"{path} has no weights: no *.safetensors file is in it.")
+
+
+def _read(
+    name: str, source: dict[str, Any], is_gguf: bool, dtype: str
+) -> tuple[PreTrainedModel, Any]:
+    """Load with transformers; its errors become ours, with the way out."""
+    extra: dict[str, Any] = {}
+    if is_gguf:
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source,
+            **extra,
+            use_safetensors=None if is_gguf else True,
+            trust_remote_code=False,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises a dozen unrelated types here
+        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+    return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """One paragraph for a user, from whatever the loaders raised."""
+    text = " ".join(str(error).split())
+    if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
+        return (
+            "the Hugging Face hub cannot be reached and no copy is in the local cache. Check the "
+            "network and HF_ENDPOINT, or give a local folder or a .gguf file."
+        )
+    if any(sign in text for sign in ("not a valid model identifier", "Repository Not Found")):
+        return (
+            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
+            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
+        )
+    if "safetensors" in text and "does not appear to have" in text:
+        return (
+            "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "
+            "weights can run any code when they are read."
+        )
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and code from a model repository is never run."
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _stored_dtype(source: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that the checkpoint's config declares."""
+    config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _check_weights(linears: dict[str, PrunableLinear]) -> None:
+    for name, linear in linears.items():
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise NumericalError(
+                f"{name}: a weight is NaN or infinite. The model file is damaged, or overflowed "
+                "when it was converted: get it again."
+            )

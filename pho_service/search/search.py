@@ -1,0 +1,303 @@
+"""
+Run a search, or go on with one: candidates in generations, each finished trial recorded once.
+
+Nothing but the finished trials is stored. A search that was interrupted asks
+its sampler again for the candidates that are recorded already, checks that
+they are the same, tells their values, and goes on with the next: the result
+is that of an uninterrupted run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.search.samplers import make_sampler
+from pho_service.search.space import SearchSpace
+from pho_service.spec import (
+    SAMPLERS,
+    Candidate,
+    Coefficients,
+    Pattern,
+    Scope,
+    search_baselines,
+)
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """
+    What rating one candidate gave.
+
+    Attributes:
+        value: The objective, finite; None if the rating failed.
+        attributes: JSON values to record with the trial.
+        failure: Why it failed.
+    """
+
+    value: float | None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+
+Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """
+    A search, complete but for the function that rates.
+
+    Attributes:
+        pattern: What is pruned.
+        space: The box; fitted to the pattern.
+        sampler: A name of :data:`pho_service.spec.SAMPLERS`.
+        trials: How many, baselines included.
+        seed: Of the sampler.
+        direction: Whether low or high values are good.
+        fisher: Whether the plain second-order score is among the baselines.
+    """
+
+    pattern: Pattern
+    space: SearchSpace
+    sampler: str = "cmaes"
+    trials: int = 200
+    seed: int = 0
+    direction: Direction = "minimize"
+    fisher: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InvalidInput(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        if self.trials < len(self.baselines()):
+            raise InvalidInput(
+                f"trials={self.trials} is too few: the first {len(self.baselines())} are the "
+                "baselines. Give more, 200 say."
+            )
+        if self.seed < 0:
+            raise InvalidInput(f"seed={self.seed} is below 0.")
+
+    def baselines(self) -> list[Candidate]:
+        """The first trials."""
+        return search_baselines(
+            self.pattern, kernel_size=self.space.kernel_sizes[0], fisher=self.fisher
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedCandidate:
+    """A finished trial."""
+
+    number: int
+    candidate: Candidate
+    params: dict[str, Any]
+    value: float
+
+
+def run_search(
+    study: optuna.Study,
+    plan: SearchPlan,
+    evaluate: Evaluate,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[RatedCandidate]:
+    """
+    Bring a study to ``plan.trials`` trials and give them, best first.
+
+    Args:
+        study: The record; may hold some of the trials already.
+        plan: What to search.
+        evaluate: Rates candidates; called with a generation at a time.
+        advance: Called with the number of trials that became finished.
+
+    Raises:
+        StudyError: The study holds other trials than this plan gives, or
+            nothing but failed ones.
+    """
+    recorded = [t for t in study.get_trials(deepcopy=False) if t.number < plan.trials]
+    unfinished = [t.number for t in recorded if not t.state.is_finished()]
+    if unfinished:
+        raise StudyError(
+            f"trial {unfinished[0]} of study {study.study_name!r} is not finished, and PHO only "
+            "records finished ones: another program writes to this study. Use another --study."
+        )
+    recorder = _Recorder(study, plan, recorded)
+    recorder.finish(plan.baselines(), evaluate, advance)
+    memory = optuna.create_study(
+        direction=plan.direction,
+        sampler=make_sampler(plan.sampler, seed=plan.seed, search_space=plan.space.distributions()),
+    )
+    space = plan.space.distributions()
+    while recorder.done < plan.trials:
+        # Always a whole generation, so that a longer search begins as a shorter one did.
+        asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]
+        wanted = asked[: plan.trials - recorder.done]
+        outcomes = recorder.finish(
+            [plan.space.candidate(trial.params, plan.pattern) for trial in wanted],
+            evaluate,
+            advance,
+        )
+        for trial, value in zip(wanted, outcomes, strict=True):
+            if value is None:
+                memory.tell(trial, state=TrialState.FAIL)
+            else:
+                memory.tell(trial, value)
+    return ranked(study, plan)
+
+
+class _Recorder:
+    """Walks along the trials of a study, replaying those that are there, adding the rest."""
+
+    def __init__(
+        self, study: optuna.Study, plan: SearchPlan, recorded: Sequence[FrozenTrial]
+    ) -> None:
+        self.study = study
+        self.plan = plan
+        self.recorded = recorded
+        self.done = 0
+
+    def finish(
+        self, candidates: list[Candidate], evaluate: Evaluate, advance: Callable[[int], None]
+    ) -> list[float | None]:
+        """The value of each candidate, from the record or from ``evaluate``."""
+        known = self.recorded[self.done : self.done + len(candidates)]
+        for trial, candidate in zip(known, candidates, strict=False):
+            self._check(trial, candidate)
+        values = [trial.value if trial.state is TrialState.COMPLETE else None for trial in known]
+        fresh = candidates[len(known) :]
+        if fresh:
+            outcomes = evaluate(fresh)
+            self.study.add_trials([self._trial(c, o) for c, o in zip(fresh, outcomes, strict=True)])
+            values += [outcome.value for outcome in outcomes]
+        self.done += len(candidates)
+        advance(len(candidates))
+        return values
+
+    def _check(self, trial: FrozenTrial, candidate: Candidate) -> None:
+        if trial.user_attrs.get("coefficients") != candidate.coefficients.to_dict():
+            raise StudyError(
+                f"trial {trial.number} of study {self.study.study_name!r} has other coefficients "
+                "than this search asks for there: it was made by another version of PHO or of a "
+                "sampler, or by two searches at once. Use another --study."
+            )
+
+    def _trial(self, candidate: Candidate, outcome: Outcome) -> FrozenTrial:
+        attributes = {
+            "method": candidate.method,
+            "scope": candidate.pattern.scope.value,
+            "coefficients": candidate.coefficients.to_dict(),
+            **outcome.attributes,
+        }
+        if outcome.failure:
+            attributes["failure"] = outcome.failure
+        return create_trial(
+            state=TrialState.FAIL if outcome.value is None else TrialState.COMPLETE,
+            value=outcome.value,
+            params=self.plan.space.params(candidate),
+            distributions=self.plan.space.recorded_distributions(),
+            user_attrs=attributes,
+        )
+
+
+def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
+    """
+    The finished trials of a search, best first; equal values by number.
+
+    Raises:
+        StudyError: All failed.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.number < plan.trials]
+    rated = [
+        RatedCandidate(
+            number=t.number,
+            candidate=Candidate(
+                method=t.user_attrs["method"],
+                coefficients=Coefficients(**t.user_attrs["coefficients"]),
+                pattern=plan.pattern.within(Scope(t.user_attrs["scope"])),
+            ),
+            params=t.params,
+            value=t.value,
+        )
+        for t in trials
+        if t.state is TrialState.COMPLETE and t.value is not None
+    ]
+    if not rated:
+        cause = trials[0].user_attrs.get("failure", "unknown") if trials else "no trials"
+        raise StudyError(f"every trial of study {study.study_name!r} failed. The first: {cause}")
+    sign = 1 if plan.direction == "minimize" else -1
+    return sorted(rated, key=lambda r: (sign * r.value, r.number))
+
+
+def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
+    """
+    The candidates that deserve a perplexity: the best ``count`` different ones, and all baselines.
+
+    Late generations of a search are nearly copies of its best; confirming
+    copies would waste the perplexities. A candidate is different if one of
+    its values differs by 0.05 or more, or its kernel size does.
+
+    Args:
+        rated: Best first.
+        count: How many beside the baselines.
+
+    Returns:
+        Best first.
+    """
+    chosen: list[RatedCandidate] = []
+    for candidate in rated:
+        if (
+            candidate.candidate.method == "crepe"
+            and len(chosen) < count
+            and all(_differ(candidate.params, other.params) for other in chosen)
+        ):
+            chosen.append(candidate)
+    numbers = {c.number for c in chosen}
+    return [c for c in rated if c.number in numbers or c.candidate.method != "crepe"]
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    if a["kernel_size"] != b["kernel_size"]:
+        return True
+    return any(abs(a[k] - b[k]) >= 0.05 for k in a if isinstance(a[k], float))
+
+
+def confirm(
+    study: optuna.Study,
+    rated: Sequence[RatedCandidate],
+    perplexity: Callable[[Candidate], float],
+    *,
+    text_sha256: str,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, RatedCandidate]]:
+    """
+    Measure the perplexity of finalists; each is kept in the study at once.
+
+    Args:
+        study: The record. Its user attribute ``perplexity:{trial}`` holds the
+            value and the text's hash; one that is there is not measured again.
+        rated: The finalists.
+        perplexity: Prunes with a candidate and measures.
+        text_sha256: Of the text and the way it is cut.
+        advance: Called with 1 after each finalist.
+
+    Returns:
+        (perplexity, candidate), best first; equal ones in the order of ``rated``.
+    """
+    measured = []
+    for candidate in rated:
+        key = f"perplexity:{candidate.number}"
+        stored = study.user_attrs.get(key)
+        if stored is None or stored["text_sha256"] != text_sha256:
+            stored = {
+                "method": candidate.candidate.method,
+                "perplexity": perplexity(candidate.candidate),
+                "text_sha256": text_sha256,
+            }
+            study.set_user_attr(key, stored)
+        measured.append((float(stored["perplexity"]), candidate))
+        advance(1)
+    return sorted(measured, key=lambda pair: pair[0])

@@ -1,0 +1,137 @@
+"""
+How far can a proxy be trusted? Rank correlation and regret against perplexity, with intervals.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from pho_service.search.space import SearchSpace
+from pho_service.spec import Candidate, Pattern
+
+RESAMPLES = 2000
+Interval = tuple[float, float]
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyQuality:
+    """
+    How well low (or high) values of a proxy go with low perplexity.
+
+    Attributes:
+        spearman: Rank correlation with perplexity, -1 to 1; 1 is perfect for
+            a proxy to be minimised, -1 for Gini.
+        spearman_better_half: The same among the half with the lower perplexity.
+        kendall: Kendall's tau-b.
+        regret: Relative excess of the best perplexity among the proxy's top k
+            over the best of all: 0 if the best candidate is in the top k.
+        top_k: k.
+        spearman_interval, kendall_interval, regret_interval: 95 %, bootstrap
+            over candidates.
+    """
+
+    spearman: float
+    spearman_interval: Interval
+    spearman_better_half: float
+    kendall: float
+    kendall_interval: Interval
+    regret: float
+    regret_interval: Interval
+    top_k: int
+
+
+def random_candidates(
+    space: SearchSpace, pattern: Pattern, *, count: int, seed: int
+) -> list[Candidate]:
+    """Draw candidates evenly over a search space."""
+    generator = random.Random(seed)  # noqa: S311 - a sample, not a secret
+    candidates = []
+    for _ in range(count):
+        params = {
+            name: generator.uniform(*getattr(space, name))
+            for name in (
+                "neighbourhood_share", "row_share", "activation_exponent", "gradient_exponent",
+            )
+        }  # fmt: skip
+        params["kernel_size"] = generator.choice(space.kernel_sizes)
+        candidates.append(space.candidate(params, pattern))
+    return candidates
+
+
+def proxy_quality(
+    proxy: Sequence[float], perplexity: Sequence[float], *, higher_is_better: bool, seed: int
+) -> ProxyQuality:
+    """
+    Compare a proxy with perplexity over the same candidates.
+
+    Args:
+        proxy: A value a candidate, at least 8.
+        perplexity: Of the same candidates.
+        higher_is_better: How the proxy is meant; only the regret depends on it.
+        seed: Of the bootstrap.
+    """
+    x, y = np.asarray(proxy, dtype=float), np.asarray(perplexity, dtype=float)
+    top_k = min(5, len(x) // 4)
+    sign = -1 if higher_is_better else 1
+
+    def regret(x: Values, y: Values) -> float:
+        chosen = np.argsort(sign * x, kind="stable")[:top_k]
+        return float(y[chosen].min() / y.min() - 1)
+
+    def interval(statistic: object) -> Interval:
+        result = stats.bootstrap(
+            (x, y), statistic, paired=True, vectorized=False, n_resamples=RESAMPLES,
+            method="percentile", rng=np.random.default_rng(seed),
+        )  # fmt: skip
+        found = result.confidence_interval
+        return float(found.low), float(found.high)
+
+    better = y <= np.median(y)
+    return ProxyQuality(
+        spearman=_spearman(x, y),
+        spearman_interval=interval(_spearman),
+        spearman_better_half=_spearman(x[better], y[better]),
+        kendall=_kendall(x, y),
+        kendall_interval=interval(_kendall),
+        regret=regret(x, y),
+        regret_interval=interval(regret),
+        top_k=top_k,
+    )
+
+
+def _spearman(x: Values, y: Values) -> float:
+    """0 where one side is constant, which a resample can be."""
+    if len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2:
+        return 0.0
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def _kendall(x: Values, y: Values) -> float:
+    if len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2:
+        return 0.0
+    return float(stats.kendalltau(x, y).statistic)
+
+
+def verdict(name: str, quality: ProxyQuality) -> str | None:
+    """One plain sentence if a proxy does not rank, None if it does."""
+    if abs(quality.spearman) >= 0.5:
+        return None
+    return (
+        f"The proxy {name} does not rank candidates on this model: its rank correlation with "
+        f"perplexity is {quality.spearman:+.2f}, so what it finds is little better than chance."
+    )
+
+
+def qualities(
+    proxies: Mapping[str, Sequence[float]], perplexity: Sequence[float], *, seed: int
+) -> dict[str, ProxyQuality]:
+    """:func:`proxy_quality` of every proxy, by name. Only ``gini`` is better when higher."""
+    return {
+        name: proxy_quality(values, perplexity, higher_is_better=name == "gini", seed=seed)
+        for name, values in proxies.items()
+    }

@@ -1,0 +1,303 @@
+"""
+What a pruning is, in plain values: a pattern, coefficients, and both together.
+
+No torch here, so that the search, the command line's help and (later) the
+HTTP front end can speak of candidates without loading it.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any, Literal, Self
+
+from pho_service.errors import InvalidInput
+
+Normalisation = Literal["mean", "sum", "none"]
+NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
+
+
+# How many candidates each sampler gives before it wants to know their values.
+SAMPLERS = {"cmaes": 8, "tpe": 1, "random": 8, "qmc": 8, "gp": 1}
+
+OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
+WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
+
+
+class Scope(StrEnum):
+    """Which weights compete with each other for the places that stay."""
+
+    ROW = "row"  # the weights of one output row
+    LAYER = "layer"  # the weights of one linear
+    GLOBAL = "global"  # the weights of all linears
+
+    @property
+    def width(self) -> int:
+        """0 for row, 1 for layer, 2 for global: a narrow scope satisfies every wider one."""
+        return list(Scope).index(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """
+    How many weights go, and where they are counted: a ratio or N:M.
+
+    Attributes:
+        sparsity: Share of weights removed, in (0, 1). For N:M it is 1 - N/M.
+        scope: Where ``sparsity`` holds exactly. Always ``row`` for N:M.
+        keep: N of N:M, the weights kept in a group; 0 for unstructured.
+        group: M of N:M, neighbouring input channels; 0 for unstructured.
+    """
+
+    sparsity: float
+    scope: Scope = Scope.ROW
+    keep: int = 0
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise InvalidInput(
+                f"sparsity {self.sparsity:g} is not between 0 and 1. It is the share of weights "
+                "removed: write 0.5 to remove half of them."
+            )
+        if self.group and self.scope is not Scope.ROW:
+            raise InvalidInput(
+                f"pattern {self} counts inside groups of {self.group} input channels, so scope "
+                f"{self.scope.value!r} has no meaning for it. Leave --scope out."
+            )
+
+    @classmethod
+    def parse(cls, text: str, scope: str | None = None) -> Self:
+        """
+        Read ``"0.5"`` or ``"2:4"`` (N kept of M).
+
+        Args:
+            text: A sparsity in (0, 1), or N:M with 1 <= N < M <= 64.
+            scope: ``row``, ``layer`` or ``global``. None takes ``row`` for N:M
+                and ``layer`` otherwise.
+
+        Raises:
+            InvalidInput: Anything else.
+        """
+        rule = "Give the share of weights to remove (0.5) or N:M, N kept of M (2:4)."
+        try:
+            parsed_scope = None if scope is None else Scope(scope)
+        except ValueError:
+            names = ", ".join(Scope)
+            raise InvalidInput(f"scope {scope!r} is not one of {names}.") from None
+        if ":" in text:
+            keep_text, _, group_text = text.partition(":")
+            try:
+                keep, group = int(keep_text), int(group_text)
+            except ValueError:
+                raise InvalidInput(f"pattern {text!r} is not N:M. {rule}") from None
+            if not (1 <= keep < group <= 64):
+                raise InvalidInput(
+                    f"pattern {text!r} keeps N={keep} of M={group}, but 1 <= N < M <= 64 "
+                    f"must hold. {rule}"
+                )
+            sparsity = float(1 - Fraction(keep, group))
+            return cls(sparsity=sparsity, scope=parsed_scope or Scope.ROW, keep=keep, group=group)
+        try:
+            sparsity = float(text)
+        except ValueError:
+            raise InvalidInput(f"pattern {text!r} is neither a number nor N:M. {rule}") from None
+        return cls(sparsity=sparsity, scope=parsed_scope or Scope.LAYER)
+
+    def removed(self, count: int) -> int:
+        """
+        How many of ``count`` weights go: the exact product, rounded down.
+
+        Wanda's and RIA's published code round down too. The decimal digits of
+        ``sparsity`` count, not its binary value: 0.29 of 100 is 29.
+        """
+        if self.group:
+            return (self.group - self.keep) * count // self.group
+        return int(Fraction(repr(self.sparsity)) * count)
+
+    def within(self, scope: Scope) -> "Pattern":
+        """The same pattern counted in ``scope``; N:M has only one."""
+        return self if self.group else replace(self, scope=scope)
+
+    def check_width(self, in_features: int, layer: str) -> None:
+        """Raise InvalidInput if ``layer`` cannot be cut into groups of M input channels."""
+        if self.group and in_features % self.group:
+            raise InvalidInput(
+                f"{layer}: in_features={in_features} is not a multiple of M={self.group}. "
+                "Choose an M that divides the input width of every linear, or a ratio such as 0.5."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.group else f"{self.sparsity:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """
+    One importance score: how much each part of it counts.
+
+    With A = |W|, x the activation norm and g the Fisher row weight:
+
+        R = row * A/mean_row(A) + column * A/mean_col(A)
+            + neighbourhood * A/mean_kxk(A)
+        score = R * x**activation_exponent * g**gradient_exponent
+
+    A common factor of the three coefficients changes nothing.
+
+    Attributes:
+        row: Weight of the magnitude relative to its output row, >= 0.
+        column: Relative to its input channel, >= 0.
+        neighbourhood: Relative to the k x k window around it, >= 0.
+        kernel_size: k, odd and at least 3.
+        activation_exponent: 0 ignores the activations, 1 is Wanda's choice.
+        gradient_exponent: 0 is CRePE as published, 0.5 the second-order choice.
+            It cancels within one output row.
+        normalisation: ``mean`` as above; ``sum`` divides the row and column
+            terms by sums, as RIA does; ``none`` leaves R = A.
+    """
+
+    row: float
+    column: float
+    neighbourhood: float
+    kernel_size: int = 3
+    activation_exponent: float = 0.5
+    gradient_exponent: float = 0.0
+    normalisation: Normalisation = "mean"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "row", "column", "neighbourhood", "activation_exponent", "gradient_exponent",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise InvalidInput(f"coefficient {name}={value!r} is not a number.")
+            if not 0 <= value <= 1e30:
+                raise InvalidInput(
+                    f"coefficient {name}={value} is not allowed: it must be finite and >= 0."
+                )
+        if self.row + self.column + self.neighbourhood <= 0:
+            raise InvalidInput(
+                "the coefficients row, column and neighbourhood are all zero, so every weight "
+                "would score 0. At least one must be positive."
+            )
+        k = self.kernel_size
+        if not isinstance(k, int) or isinstance(k, bool) or k < 3 or k % 2 == 0:
+            raise InvalidInput(
+                f"kernel_size={k!r} is not an odd whole number of at least 3: the window must "
+                "have a middle."
+            )
+        if self.normalisation not in NORMALISATIONS:
+            raise InvalidInput(
+                f"normalisation={self.normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """
+    Something a search can rate and a model can be pruned with.
+
+    Attributes:
+        method: ``crepe``, or the name of the baseline that it stands for.
+        coefficients: The score.
+        pattern: What is removed, and where it is counted.
+    """
+
+    method: str
+    coefficients: Coefficients
+    pattern: Pattern
+
+
+_MAGNITUDE = Coefficients(
+    row=1, column=0, neighbourhood=0, activation_exponent=0, normalisation="none"
+)
+_WANDA = replace(_MAGNITUDE, activation_exponent=1)
+_RIA = Coefficients(row=1, column=1, neighbourhood=0, normalisation="sum")
+_EQUAL = Coefficients(row=1, column=1, neighbourhood=1)
+BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher")
+_FISHER = replace(_WANDA, gradient_exponent=0.5)
+
+
+def comparison_baselines(pattern: Pattern) -> list[Candidate]:
+    """
+    The published methods that every comparison shows, each in its own scope.
+
+    Wanda compares within output rows, magnitude within a layer; RIA is shown
+    both ways. CRePE with equal coefficients takes the scope of ``pattern``.
+
+    Source:
+        Sun et al. 2023, arXiv:2306.11695 (Wanda); Zhang et al. 2024, ICLR
+        "Plug-and-Play" (RIA: sums, exponent 0.5).
+    """
+    return [
+        Candidate(method=method, coefficients=coefficients, pattern=pattern.within(scope))
+        for method, coefficients, scope in (
+            ("magnitude", _MAGNITUDE, Scope.LAYER),
+            ("wanda", _WANDA, Scope.ROW),
+            ("ria-row", _RIA, Scope.ROW),
+            ("ria-layer", _RIA, Scope.LAYER),
+            ("crepe-equal", _EQUAL, pattern.scope),
+        )
+    ]
+
+
+def search_baselines(pattern: Pattern, *, kernel_size: int, fisher: bool) -> list[Candidate]:
+    """
+    The baselines that may win a search in ``pattern``: none is counted in a wider scope.
+
+    Args:
+        pattern: What the user asked for.
+        kernel_size: For CRePE with equal coefficients; the others have no window.
+        fisher: Add the plain second-order score A * x * sqrt(g) (method
+            ``fisher``), which needs Fisher row weights and a scope beyond rows.
+    """
+    narrow: dict[tuple[Coefficients, Pattern], Candidate] = {}
+    for candidate in comparison_baselines(pattern):
+        scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
+        coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
+        fitted = replace(candidate, pattern=pattern.within(scope), coefficients=coefficients)
+        narrow.setdefault((fitted.coefficients, fitted.pattern), fitted)
+    if fisher and pattern.scope is not Scope.ROW:
+        coefficients = replace(_FISHER, kernel_size=kernel_size)
+        narrow[coefficients, pattern] = Candidate(
+            method="fisher", coefficients=coefficients, pattern=pattern
+        )
+    return list(narrow.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """
+    What a search rates candidates by.
+
+    Attributes:
+        name: ``activation-reconstruction`` (the default), ``gini`` or ``perplexity``.
+        weighting: How the errors of layers and rows are added up; only
+            for activation reconstruction.
+    """
+
+    name: str = "activation-reconstruction"
+    weighting: str = "blend"
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise InvalidInput(f"objective {self.name!r} is not one of {', '.join(OBJECTIVES)}.")
+        if self.weighting not in WEIGHTINGS:
+            raise InvalidInput(
+                f"weighting {self.weighting!r} is not one of {', '.join(WEIGHTINGS)}."
+            )
+
+    @property
+    def label(self) -> str:
+        """``activation-reconstruction/blend``, ``gini`` or ``perplexity``."""
+        if self.name == "activation-reconstruction":
+            return f"{self.name}/{self.weighting}"
+        return self.name
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        """Gini is maximised: higher went with lower perplexity in our measurements."""
+        return "maximize" if self.name == "gini" else "minimize"

@@ -1,0 +1,1 @@
+"""What PHO keeps: studies in Optuna's own tables."""

@@ -1,0 +1,86 @@
+"""
+Optuna studies as the record of searches.
+
+A study holds every finished trial once; nothing else is stored about a search.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+
+class StorageError(Exception):
+    """The database of a study cannot be opened, read or written."""
+
+
+@contextmanager
+def open_storage(url: str) -> Iterator[RDBStorage]:
+    """
+    Open Optuna's storage, and close its connections afterwards.
+
+    SQLite files are put into write-ahead logging: a commit is about seven
+    times faster there, and still survives a killed process.
+
+    Raises:
+        StorageError: ``url`` is no database URL, names a folder that is not
+            there, or the database fails, now or inside the ``with`` block.
+    """
+    _check_url(url)
+    try:
+        storage = RDBStorage(url)
+        if storage.engine.dialect.name == "sqlite":
+            event.listen(storage.engine, "connect", _set_pragmas)
+            storage.engine.dispose()  # the connections made so far lack the settings
+        try:
+            yield storage
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
+        raise StorageError(f"the database fails: {reason}. What it holds is kept.") from error
+
+
+def open_study(
+    storage: RDBStorage, name: str, *, direction: Literal["minimize", "maximize"]
+) -> optuna.Study:
+    """
+    Create a study, or open it if it is there.
+
+    Args:
+        storage: Where.
+        name: Unique in the storage.
+        direction: Whether low or high values are good.
+    """
+    return optuna.create_study(
+        storage=storage, study_name=name, direction=direction, load_if_exists=True
+    )
+
+
+def _set_pragmas(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]  # a DBAPI connection
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _check_url(url: str) -> None:
+    hint = "Write sqlite:///study.db for a file in this folder."
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError):
+        raise StorageError(f"{url!r} is not a database URL. {hint}") from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        folder = Path(parsed.database).resolve().parent
+        if not folder.is_dir():
+            raise StorageError(f"the folder {folder} does not exist. Make it first.")
