@@ -156,7 +156,10 @@ class CmaSampler(BaseSampler):
             loss = -values[0] if maximise else values[0]
         self._told.append((solution, loss))
         if len(self._told) == self._population_size:
-            self._optimizer.tell(self._told)
+            # Ranks instead of values: a CMA-ES needs no more, and the penalty that CatCMAwM
+            # takes from the spread of values stays a number where values are equal or infinite.
+            order = np.argsort([loss for _, loss in self._told], kind="stable")
+            self._optimizer.tell([(self._told[i][0], float(r)) for r, i in enumerate(order)])
             self._told = []
 
 

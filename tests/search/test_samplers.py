@@ -1,0 +1,119 @@
+"""Optuna's own cases for our sampler, and that it is worth having."""
+
+import statistics
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+
+from pho_service.errors import InvalidInput
+from pho_service.search.samplers import CmaSampler, make_sampler
+
+SPACE = {
+    "a": FloatDistribution(-1, 1),
+    "b": FloatDistribution(-1, 1),
+    "c": FloatDistribution(-1, 1),
+    "k": CategoricalDistribution((3, 5, 9, 15)),
+}
+
+
+class TestOptunaCases(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    """What Optuna asks of every sampler."""
+
+    @pytest.fixture
+    def sampler(self) -> type[BaseSampler]:
+        """The sampler under test."""
+        return CmaSampler
+
+
+def rotated_quadratic(params: dict[str, float]) -> float:
+    """An ill-conditioned bowl in coordinates that no axis is parallel to, and a best kernel."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(7).normal(size=(3, 3)))
+    y = rotation @ (np.array([params["a"], params["b"], params["c"]]) - 0.3)
+    return float((y**2 * [1, 10, 100]).sum() + (params["k"] != 9))
+
+
+def best_of(sampler: BaseSampler, trials: int) -> float:
+    """The best value after so many trials."""
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(trials):
+        trial = study.ask(SPACE)
+        study.tell(trial, rotated_quadratic(trial.params))
+    return study.best_value
+
+
+def test_better_than_random() -> None:
+    """At 160 trials, CMA-ES is far better than random search."""
+    cma = statistics.median(best_of(CmaSampler(seed=s, search_space=SPACE), 160) for s in range(5))
+    random = statistics.median(best_of(RandomSampler(seed=s), 160) for s in range(5))
+
+    assert cma < random / 5
+
+
+@pytest.mark.parametrize("name", ["cmaes", "tpe", "random", "qmc"])
+def test_seeded(name: str) -> None:
+    """The same seed gives the same candidates; another seed gives others."""
+
+    def drawn(seed: int) -> list[dict[str, float]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(sampler=make_sampler(name, seed=seed, search_space=SPACE))
+            params = []
+            for _ in range(20):
+                trial = study.ask(SPACE)
+                params.append(trial.params)
+                study.tell(trial, rotated_quadratic(trial.params))
+        return params
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_stays_in_the_box() -> None:
+    """Every candidate lies in the box, from the first generation on."""
+    study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
+    for _ in range(80):
+        trial = study.ask(SPACE)
+        study.tell(trial, -trial.params["a"])
+
+        assert all(SPACE[name]._contains(SPACE[name].to_internal_repr(value))
+                   for name, value in trial.params.items())  # fmt: skip
+
+
+def test_failed_trials_count_as_worst() -> None:
+    """A failed trial does not stop a generation."""
+    study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
+    for number in range(160):
+        trial = study.ask(SPACE)
+        if number % 4 == 0:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, rotated_quadratic(trial.params))
+
+    assert study.best_value < 0.1
+
+
+def test_equal_values() -> None:
+    """An objective that says the same of everything is no reason to stop."""
+    study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
+    drawn = set()
+    for _ in range(40):
+        trial = study.ask(SPACE)
+        drawn.add(trial.params["a"])
+        study.tell(trial, 1.0)
+
+    assert len(drawn) > 20
+
+
+def test_unknown_name() -> None:
+    """Another name is refused, with those that exist."""
+    with pytest.raises(InvalidInput, match="'annealing' is not one of cmaes, tpe"):
+        make_sampler("annealing", seed=0, search_space=SPACE)

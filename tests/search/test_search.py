@@ -1,0 +1,286 @@
+"""A search is exact in its budget, and an interrupted one ends as an uninterrupted one."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.search.search import (
+    Outcome,
+    RatedCandidate,
+    SearchPlan,
+    confirm,
+    finalists,
+    run_search,
+)
+from pho_service.search.space import SearchSpace
+from pho_service.spec import Candidate, Pattern
+from storage.studies import open_storage, open_study
+
+PATTERN = Pattern.parse("0.5", "layer")
+PLAN = SearchPlan(pattern=PATTERN, space=SearchSpace(), trials=30, seed=3)
+
+# QMC and GP are experimental in Optuna 5.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Optuna logs each new study."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A fresh database."""
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def loss(candidate: Candidate) -> float:
+    """A smooth objective with its minimum inside the box."""
+    c = candidate.coefficients
+    total = c.row + c.column + c.neighbourhood
+    return (
+        1 + (c.row / total - 0.2) ** 2 + (c.neighbourhood / total - 0.5) ** 2
+        + (c.activation_exponent - 0.8) ** 2 + (c.gradient_exponent - 0.4) ** 2
+        + 0.1 * (c.kernel_size != 9)
+    )  # fmt: skip
+
+
+def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+    """Rate by :func:`loss`."""
+    return [Outcome(value=loss(c), attributes={"seconds": 0.0}) for c in candidates]
+
+
+class Interrupting:
+    """Rates like :func:`evaluate` until it has rated ``after`` candidates, then is interrupted."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Outcome]:
+        """Rate, or be interrupted."""
+        self.left -= len(candidates)
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return evaluate(candidates)
+
+
+def trials_of(url: str, name: str = "s") -> list[tuple[object, ...]]:
+    """Everything of the trials that must be the same."""
+    with open_storage(url) as storage:
+        study = open_study(storage, name, direction="minimize")
+        return [(t.number, t.value, t.params, t.user_attrs["coefficients"]) for t in study.trials]
+
+
+def search(url: str, plan: SearchPlan, rate: object = evaluate) -> list[RatedCandidate]:
+    """Run a search in a study of its own process."""
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        return run_search(study, plan, rate)  # type: ignore[arg-type]
+
+
+def undisturbed(tmp_path: Path, plan: SearchPlan) -> list[tuple[object, ...]]:
+    """The trials of a search that nothing happened to."""
+    url = f"sqlite:///{tmp_path / 'undisturbed.db'}"
+    search(url, plan)
+    return trials_of(url)
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp"])
+def test_resumed(tmp_path: Path, url: str, sampler: str) -> None:
+    """Interrupted and continued, a search has the trials of an undisturbed one, bit for bit."""
+    plan = replace(PLAN, sampler=sampler, trials=16 if sampler == "gp" else 30)
+    with pytest.raises(KeyboardInterrupt):
+        search(url, plan, Interrupting(after=14))
+    search(url, plan)
+
+    assert trials_of(url) == undisturbed(tmp_path, plan)
+
+
+@pytest.mark.parametrize("first", [1, 6, 7, 9, 17, 22])
+def test_extended_from_anywhere(url: str, first: int) -> None:
+    """A study that ends in the middle of a generation goes on as if it never had."""
+    search(url, PLAN)
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        cut = open_study(storage, "cut", direction="minimize")
+        cut.add_trials(study.get_trials()[:first])
+        run_search(cut, PLAN, evaluate)
+
+    assert trials_of(url, "cut") == trials_of(url, "s")
+
+
+def test_longer_search_begins_as_the_shorter(tmp_path: Path, url: str) -> None:
+    """20 trials and then 40 are the same as 40."""
+    search(url, replace(PLAN, trials=20))
+    search(url, replace(PLAN, trials=40))
+
+    assert trials_of(url) == undisturbed(tmp_path, replace(PLAN, trials=40))
+
+
+def test_shorter_search_of_a_longer_study(url: str) -> None:
+    """Asked for fewer trials than there are, a search looks at those alone."""
+    search(url, replace(PLAN, trials=40))
+    again = search(url, replace(PLAN, trials=20))
+
+    assert len(again) == 20
+    assert max(r.number for r in again) == 19
+
+
+@pytest.mark.parametrize("trials", [6, 7, 13, 14, 15, 30])
+def test_budget_is_exact(url: str, trials: int) -> None:
+    """A search has exactly the trials that were asked for."""
+    search(url, replace(PLAN, trials=trials))
+
+    assert [t[0] for t in trials_of(url)] == list(range(trials))
+
+
+def test_baselines_first(url: str) -> None:
+    """The published methods are the first trials, and the best is never worse than them."""
+    rated = search(url, PLAN)
+    methods = [c.method for c in PLAN.baselines()]
+    by_number = sorted(rated, key=lambda r: r.number)
+
+    assert [r.candidate.method for r in by_number[: len(methods)]] == methods
+    assert {r.candidate.method for r in by_number[len(methods) :]} == {"crepe"}
+    assert rated[0].value == min(loss(r.candidate) for r in rated)
+
+
+def test_maximised(url: str) -> None:
+    """With direction maximize the highest value comes first."""
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="maximize")
+        rated = run_search(study, replace(PLAN, direction="maximize"), evaluate)
+
+    assert rated[0].value == max(r.value for r in rated)
+    assert rated[0].value > 1.5
+
+
+def test_failed_candidate(url: str) -> None:
+    """A candidate that cannot be rated is kept with its cause and its coefficients."""
+
+    def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+        return [
+            Outcome(value=None, failure="q_proj: NaN") if c.method == "wanda" else o
+            for c, o in zip(candidates, evaluate(candidates), strict=True)
+        ]
+
+    rated = search(url, PLAN, rate)
+    with open_storage(url) as storage:
+        trials = open_study(storage, "s", direction="minimize").trials
+    failed = [t for t in trials if t.state.name == "FAIL"]
+
+    assert len(rated) == PLAN.trials - 1
+    assert [t.user_attrs["failure"] for t in failed] == ["q_proj: NaN"]
+    assert failed[0].user_attrs["coefficients"]["normalisation"] == "none"
+
+
+def test_all_failed(url: str) -> None:
+    """If nothing can be rated, the first cause is told."""
+    with pytest.raises(StudyError, match=r"every trial .* failed.*: no numbers"):
+        search(url, PLAN, lambda cs: [Outcome(value=None, failure="no numbers") for _ in cs])
+
+
+def test_foreign_trials(url: str) -> None:
+    """A study of another seed is not continued."""
+    search(url, PLAN)
+
+    with pytest.raises(StudyError, match=r"trial 6 .* other coefficients"):
+        search(url, replace(PLAN, seed=4))
+
+
+def test_running_trial(url: str) -> None:
+    """A study that another program runs is refused."""
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        study.ask()
+
+        with pytest.raises(StudyError, match=r"trial 0 .* not finished"):
+            run_search(study, PLAN, evaluate)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 3}, "trials=3 is too few: the first 6 are the baselines"),
+        ({"sampler": "hill"}, "sampler 'hill' is not one of"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_plan(change: dict[str, object], message: str) -> None:
+    """A plan that cannot be run is refused at once."""
+    with pytest.raises(InvalidInput, match=message):
+        replace(PLAN, **change)  # type: ignore[arg-type]
+
+
+def test_finalists(url: str) -> None:
+    """Finalists are different from each other, best first, with every baseline among them."""
+    rated = search(url, replace(PLAN, trials=120))
+    chosen = finalists(rated, 5)
+    found = [c for c in chosen if c.candidate.method == "crepe"]
+    distances = [
+        max(
+            (a.params["kernel_size"] != b.params["kernel_size"]) * 1.0,
+            *(abs(a.params[k] - b.params[k]) for k in a.params if isinstance(a.params[k], float)),
+        )
+        for i, a in enumerate(found)
+        for b in found[:i]
+    ]
+
+    assert len(found) == 5
+    assert min(distances) >= 0.05
+    assert found[0] == next(r for r in rated if r.candidate.method == "crepe")
+    assert {c.number for c in chosen if c.candidate.method != "crepe"} == set(range(6))
+    assert [c.value for c in chosen] == sorted(c.value for c in chosen)
+
+
+def test_confirmed_once(url: str) -> None:
+    """A perplexity is kept when it is measured, and an interrupted confirmation goes on."""
+    rated = search(url, PLAN)[:4]
+    measured: list[int] = []
+
+    def perplexity(candidate: Candidate) -> float:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return 30 - loss(candidate)
+
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        with pytest.raises(KeyboardInterrupt):
+            confirm(study, rated, perplexity, text_sha256="a")
+        calls: Iterator[float] = iter([5.0, 7.0])
+        result = confirm(study, rated, lambda _: next(calls), text_sha256="a")
+
+    assert [p for p, _ in result] == sorted(p for p, _ in result)
+    assert [p for p, _ in result][:2] == [5.0, 7.0]
+    assert result[0][1] == rated[2]
+
+
+def test_other_text_is_measured_again(url: str) -> None:
+    """A perplexity on one text says nothing of another."""
+    rated = search(url, PLAN)[:2]
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        confirm(study, rated, lambda _: 10.0, text_sha256="a")
+        again = confirm(study, rated, lambda _: 20.0, text_sha256="b")
+
+    assert [p for p, _ in again] == [20.0, 20.0]
+
+
+def test_attributes(url: str) -> None:
+    """A trial is readable in a dashboard: method, scope, coefficients, time."""
+    search(url, PLAN)
+    with open_storage(url) as storage:
+        trial = open_study(storage, "s", direction="minimize").trials[10]
+    c = trial.user_attrs["coefficients"]
+
+    assert trial.params["method"] == trial.user_attrs["method"] == "crepe"
+    assert trial.user_attrs["scope"] == "layer"
+    assert math.isclose(c["row"] + c["column"] + c["neighbourhood"], 1.0)
+    assert trial.user_attrs["seconds"] == 0.0

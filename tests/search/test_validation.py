@@ -1,0 +1,81 @@
+"""How well a proxy ranks, against cases that are plain to see."""
+
+import numpy as np
+import pytest
+
+from pho_service.search.space import SearchSpace
+from pho_service.search.validation import proxy_quality, random_candidates, verdict
+from pho_service.spec import Pattern
+
+PERPLEXITY = [10.0, 11.0, 12.0, 14.0, 17.0, 21.0, 26.0, 32.0, 40.0, 50.0, 61.0, 73.0]
+
+
+def test_perfect() -> None:
+    """The same order gives 1 everywhere and no regret."""
+    quality = proxy_quality([p**2 for p in PERPLEXITY], PERPLEXITY, higher_is_better=False, seed=0)
+
+    assert quality.spearman == quality.spearman_better_half == pytest.approx(1)
+    assert quality.kendall == pytest.approx(1)
+    assert quality.spearman_interval == pytest.approx((1, 1))
+    assert quality.regret == 0
+    assert verdict("p", quality) is None
+
+
+def test_reversed() -> None:
+    """The opposite order gives -1; its regret is that of the worst candidates."""
+    values = [-p for p in PERPLEXITY]
+    wrong = proxy_quality(values, PERPLEXITY, higher_is_better=False, seed=0)
+    right = proxy_quality(values, PERPLEXITY, higher_is_better=True, seed=0)
+
+    assert wrong.spearman == pytest.approx(-1)
+    assert wrong.top_k == 3
+    assert wrong.regret == pytest.approx(50 / 10 - 1)
+    assert right.regret == 0
+
+
+def test_useless() -> None:
+    """A proxy without order is said to be no better than chance."""
+    values = np.random.default_rng(0).normal(size=40)
+    perplexity = np.random.default_rng(1).normal(size=40) + 20
+    quality = proxy_quality(list(values), list(perplexity), higher_is_better=False, seed=0)
+    sentence = verdict("fisher", quality)
+
+    assert quality.spearman_interval[0] < 0 < quality.spearman_interval[1]
+    assert sentence is not None
+    assert "fisher does not rank" in sentence
+
+
+def test_constant_proxy() -> None:
+    """A proxy that says the same of everything has no correlation."""
+    assert proxy_quality([1.0] * 12, PERPLEXITY, higher_is_better=False, seed=0).spearman == 0
+
+
+def test_intervals() -> None:
+    """An interval holds the estimate, is wider for fewer candidates, and comes from the seed."""
+    generator = np.random.default_rng(3)
+    y = generator.normal(size=60)
+    x = y + generator.normal(size=60)
+
+    def quality(n: int, seed: int = 0) -> tuple[float, float]:
+        return proxy_quality(x[:n].tolist(), y[:n].tolist(), higher_is_better=False, seed=seed
+                             ).spearman_interval  # fmt: skip
+
+    wide, narrow = quality(15), quality(60)
+
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
+    assert quality(60) == narrow
+    assert quality(60, seed=1) != narrow
+
+
+def test_random_candidates() -> None:
+    """Candidates fill the box, come from the seed, and longer lists begin like shorter ones."""
+    space, pattern = SearchSpace(gradient_exponent=(0.5, 0.5)), Pattern.parse("0.5")
+    drawn = random_candidates(space, pattern, count=200, seed=1)
+    exponents = [c.coefficients.activation_exponent for c in drawn]
+
+    assert random_candidates(space, pattern, count=20, seed=1) == drawn[:20]
+    assert random_candidates(space, pattern, count=20, seed=2) != drawn[:20]
+    assert {c.coefficients.gradient_exponent for c in drawn} == {0.5}
+    assert {c.coefficients.kernel_size for c in drawn} == {3, 5, 9, 15}
+    assert min(exponents) < 0.1
+    assert max(exponents) > 1.4
