@@ -4,10 +4,18 @@ Fixtures that several folders share: a random Llama that runs in milliseconds, a
 Each test gets its own, so a test may change what it is given. All are the same every time.
 """
 
+import json
+import random
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pho_service.models.architecture import prunable_linears
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
@@ -53,3 +61,65 @@ def statistics(
     return collect_statistics(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=0, seed=0
     )
+
+
+WORDS = """
+the a model weight row column layer score token window text prune keep remove small large fast
+slow search find best first last input output error mean sum norm rank value study
+""".split()  # noqa: SIM905 - easier to read than a list
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """So many sentences of words that the small tokenizer knows."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(5, 15))) for _ in range(count)]
+
+
+def small_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows ``WORDS``."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    if adds_bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture
+def model_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    """``tiny_llama`` as a Hugging Face folder, with a tokenizer that adds no BOS."""
+    folder = tmp_path / "model"
+    tiny_llama.save_pretrained(folder)
+    small_tokenizer(adds_bos=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bos_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    """``tiny_llama`` as a Hugging Face folder, with a tokenizer that adds BOS."""
+    folder = tmp_path / "model-bos"
+    tiny_llama.save_pretrained(folder)
+    small_tokenizer(adds_bos=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    """Three .jsonl texts of different documents: calibration, confirmation, report."""
+    paths = {}
+    for seed, name in enumerate(("calibration", "confirmation", "report")):
+        paths[name] = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"text": text}) for text in sentences(80, seed)]
+        paths[name].write_text("\n".join(lines) + "\n")
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees the user's cache, or another test's."""
+    monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,10 +1,10 @@
 """
 Proxy bundles on disk: one safetensors file, everything but the tensors in its header.
 
-Format version 1. The header's metadata has ``format`` ("pho-bundle"),
-``version`` and ``document``, a JSON object with ``layers`` (name,
-out_features, input_index, output_energy), ``kernel_sizes``, ``inputs`` (how
-many) and ``provenance``. Tensors are named ``layers.{i}.{field}``,
+Format version 1. The header's metadata has one entry (more would be written
+in random order): ``pho-bundle``, a JSON object with ``version``, ``layers``
+(name, out_features, input_index, output_energy), ``kernel_sizes``,
+``inputs`` (how many) and ``provenance``. Tensors are named ``layers.{i}.{field}``,
 ``layers.{i}.window_mean.{k}`` and ``inputs.{i}.{field}``.
 """
 
@@ -50,6 +50,7 @@ def write_bundle(bundle: ProxyBundle, path: Path) -> None:
         tensors[f"inputs.{i}.activation_norm"] = entry.activation_norm
         tensors[f"inputs.{i}.root"] = entry.root
     document = {
+        "version": VERSION,
         "layers": [
             {
                 "name": layer.name,
@@ -63,11 +64,7 @@ def write_bundle(bundle: ProxyBundle, path: Path) -> None:
         "inputs": len(bundle.inputs),
         "provenance": bundle.provenance,
     }
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "document": json.dumps(document, sort_keys=True),
-    }
+    metadata = {FORMAT: json.dumps(document, sort_keys=True)}
     with new_file(path) as partial:
         try:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
@@ -104,20 +101,20 @@ def read_bundle(path: Path) -> ProxyBundle:
 
 
 def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    if metadata.get("format") != FORMAT:
+    text = metadata.get(FORMAT)
+    if text is None:
         raise BundleError(f"{path} is a safetensors file, but no proxy bundle. {_WAY_OUT}")
-    if metadata.get("version") != str(VERSION):
-        raise BundleError(
-            f"{path} has format version {metadata.get('version')}, but this PHO reads version "
-            f"{VERSION}. Make the bundle again, or install the PHO that made it."
-        )
-    text = metadata.get("document", "")
     try:
         document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
     except (json.JSONDecodeError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise BundleError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
+    if document.get("version") != VERSION:
+        raise BundleError(
+            f"{path} has format version {document.get('version')}, but this PHO reads version "
+            f"{VERSION}. Make the bundle again, or install the PHO that made it."
+        )
     return document
 
 
@@ -138,7 +135,8 @@ class _Tensors:
         fits = len(actual) == len(shape) and all(
             wanted in (-1, size) for wanted, size in zip(shape, actual, strict=True)
         )
-        tensor: Tensor | None = self.file.get_tensor(name) if fits else None
+        # A copy: what is read stays a map of the file, and dies with the process if it shrinks.
+        tensor: Tensor | None = self.file.get_tensor(name).clone() if fits else None
         if tensor is None or tensor.dtype is not dtype or 0 in actual:
             raise BundleError(
                 f"{self.path} is damaged: {name} is {view.get_dtype()} {actual}, expected "

@@ -1,0 +1,44 @@
+"""What `pho` says of itself."""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+from click.testing import Result
+
+from pho_service.cli import VERBS
+
+Pho = Callable[..., Result]
+
+
+def test_verbs(pho: Pho) -> None:
+    """`pho --help` names every verb with what it does, and the exit codes."""
+    text = " ".join(pho("--help").stdout.split())
+
+    assert all(f"{verb} {what}" in text for verb, what in VERBS.items())
+    assert "Exit codes: 0 done, 1 failed, 2 bad usage" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_help(pho: Pho, verb: str) -> None:
+    """Each verb's help has an example of that verb, --json, and --help in both spellings."""
+    result = pho(verb, "--help")
+
+    assert result.exit_code == 0
+    assert re.search(rf"Example:\n\s+pho {verb} ", result.stdout)
+    assert "--json" in result.stdout
+    assert pho(verb, "-h").stdout == result.stdout
+
+
+def test_version(pho: Pho) -> None:
+    """The version is that of the installed distribution."""
+    assert version("pho-service") in pho("--version").stdout
+
+
+def test_unknown_verb(pho: Pho) -> None:
+    """A verb that does not exist is bad usage."""
+    result = pho("squeeze")
+
+    assert result.exit_code == 2
+    assert "squeeze" in result.stderr

@@ -1,0 +1,227 @@
+"""Bundles on disk: what is written is read, and what is damaged is refused."""
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pho_service.errors import BundleError, OutputError
+from pho_service.jobs.bundles import cached_bundle
+from pho_service.models.bundle_file import FORMAT, read_bundle, write_bundle
+from pho_service.models.calibration import CalibrationSettings, CalibrationText, calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource
+from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.statistics import PrunableLinear, Statistics
+
+SETTINGS = CalibrationSettings(
+    samples=6, context_length=24, rows_per_layer=4, projection_rows=8, kernel_sizes=(3, 5)
+)
+
+
+@pytest.fixture
+def bundle(linears: dict[str, PrunableLinear], statistics: Statistics) -> ProxyBundle:
+    """A bundle of the tiny model."""
+    return sample_bundle(
+        linears, statistics, rows_per_layer=4, kernel_sizes=(3, 5), seed=0,
+        provenance={"key": "k", "model": {"name": "tiny"}},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def file(bundle: ProxyBundle, tmp_path: Path) -> Path:
+    """The same on disk."""
+    path = tmp_path / "b.safetensors"
+    write_bundle(bundle, path)
+    return path
+
+
+def test_round_trip(bundle: ProxyBundle, file: Path) -> None:
+    """Everything comes back, bit for bit."""
+    again = read_bundle(file)
+
+    assert again.provenance == bundle.provenance
+    assert again.kernel_sizes == (3, 5)
+    for old, new in zip(bundle.layers, again.layers, strict=True):
+        assert (old.name, old.out_features, old.input_index, old.output_energy) == (
+            new.name, new.out_features, new.input_index, new.output_energy,
+        )  # fmt: skip
+        for field in ("row_index", "rows", "row_mean", "column_mean", "fisher"):
+            assert torch.equal(getattr(old, field), getattr(new, field))
+        assert all(torch.equal(old.window_means[k], new.window_means[k]) for k in (3, 5))
+    for before, after in zip(bundle.inputs, again.inputs, strict=True):
+        assert torch.equal(before.activation_norm, after.activation_norm)
+        assert torch.equal(before.root, after.root)
+
+
+def test_same_bytes(bundle: ProxyBundle, file: Path, tmp_path: Path) -> None:
+    """The same bundle is the same file."""
+    write_bundle(bundle, tmp_path / "c.safetensors")
+
+    assert (tmp_path / "c.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_truncated(file: Path, share: float) -> None:
+    """A truncated file is refused, wherever it ends."""
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+    with pytest.raises(BundleError, match=r"damaged or truncated.*pho calibrate"):
+        read_bundle(file)
+
+
+def test_damaged_header(file: Path) -> None:
+    """Whatever stands in the header, the file is read or refused; nothing else happens."""
+    content = file.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 3)):
+            damaged[generator.randrange(header)] = generator.randrange(256)
+        file.write_bytes(bytes(damaged))
+        try:
+            read_bundle(file)
+        except BundleError:
+            refused += 1
+
+    assert refused > 150
+
+
+def rewrite(file: Path, metadata: dict[str, str]) -> None:
+    """The same tensors with other metadata."""
+    save_file(tensors_of(file), file, metadata=metadata)
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """Copies of the tensors, so that the file may be written again."""
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
+def test_other_version(file: Path) -> None:
+    """Another format version is told from damage."""
+    rewrite(file, {FORMAT: '{"version": 2}'})
+
+    with pytest.raises(BundleError, match="format version 2, but this PHO reads version 1"):
+        read_bundle(file)
+
+
+def test_other_safetensors(file: Path) -> None:
+    """A model's weights are no bundle."""
+    rewrite(file, {"format": "pt"})
+
+    with pytest.raises(BundleError, match="no proxy bundle"):
+        read_bundle(file)
+
+
+@pytest.mark.parametrize(
+    "document", ["", "[]", '{"version": 1}', "[" * 100_000, '{"version": 1, "layers": 3}']
+)
+def test_bad_document(file: Path, document: str) -> None:
+    """A header that is no document is refused."""
+    rewrite(file, {FORMAT: document})
+
+    with pytest.raises(BundleError, match="is damaged"):
+        read_bundle(file)
+
+
+@pytest.mark.parametrize("field", ["rows", "fisher", "window_mean.3"])
+@pytest.mark.parametrize("how", ["missing", "nan", "shape"])
+def test_bad_tensor(file: Path, field: str, how: str) -> None:
+    """A tensor that is missing, misshapen or not finite is named."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = tensors_of(file)
+    name = f"layers.3.{field}"
+    if how == "missing":
+        del tensors[name]
+    elif how == "nan":
+        tensors[name].view(-1)[1] = torch.nan
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, file, metadata=metadata)
+
+    with pytest.raises(BundleError, match=r"layers\.3\."):
+        read_bundle(file)
+
+
+def test_row_index_out_of_range(file: Path) -> None:
+    """Row numbers must lie in the layer."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    document = json.loads(metadata[FORMAT])
+    document["layers"][0]["out_features"] = 2
+    save_file(tensors_of(file), file, metadata={FORMAT: json.dumps(document)})
+
+    with pytest.raises(BundleError, match="is damaged"):
+        read_bundle(file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A bundle that is not there is named."""
+    with pytest.raises(BundleError, match="does not exist"):
+        read_bundle(tmp_path / "none.safetensors")
+
+
+def test_unwritable(bundle: ProxyBundle, tmp_path: Path) -> None:
+    """Where nothing can be written, nothing is, and the reason is told."""
+    with pytest.raises(OutputError, match="was not written"):
+        write_bundle(bundle, tmp_path / "no-folder" / "b.safetensors")
+
+
+@pytest.fixture
+def calibrating(
+    model_folder: Path, texts: dict[str, Path]
+) -> tuple[LanguageModel, CalibrationText]:
+    """The tiny model and its calibration windows."""
+    model = load_model(str(model_folder), device="cpu")
+    source = TextSource(path=str(texts["calibration"]))
+    return model, calibration_text(model, source, SETTINGS)
+
+
+def test_cached(calibrating: tuple[LanguageModel, CalibrationText], own_cache: Path) -> None:
+    """The second calibration with the same inputs does not run the model."""
+    model, text = calibrating
+    first = cached_bundle(model, text, SETTINGS, own_cache)
+    calls = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    second = cached_bundle(model, text, SETTINGS, own_cache)
+
+    assert calls == []
+    assert torch.equal(first.layers[5].rows, second.layers[5].rows)
+    assert first.provenance == second.provenance
+
+
+def test_damaged_cache(calibrating: tuple[LanguageModel, CalibrationText], own_cache: Path) -> None:
+    """A damaged file in the cache is made again."""
+    model, text = calibrating
+    first = cached_bundle(model, text, SETTINGS, own_cache)
+    (path,) = own_cache.glob("bundles/*")
+    path.write_bytes(path.read_bytes()[:1000])
+    again = cached_bundle(model, text, SETTINGS, own_cache)
+
+    assert torch.equal(first.inputs[2].root, again.inputs[2].root)
+
+
+def test_key(calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]) -> None:
+    """Another seed, text or setting is another bundle."""
+    model, text = calibrating
+    other_seed = CalibrationSettings(**{**SETTINGS.__dict__, "seed": 1})
+    other_rows = CalibrationSettings(**{**SETTINGS.__dict__, "rows_per_layer": 5})
+    keys = {
+        text.bundle_key,
+        calibration_text(model, TextSource(path=str(texts["report"])), SETTINGS).bundle_key,
+        *(
+            calibration_text(model, TextSource(path=str(texts["calibration"])), s).bundle_key
+            for s in (other_seed, other_rows)
+        ),
+    }
+
+    assert len(keys) == 4

@@ -1,0 +1,178 @@
+"""Models are opened with care: what cannot be pruned whole, or read safely, is refused by name."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.models.architecture import prunable_linears
+from pho_service.models.loading import load_model
+
+
+def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
+    """A folder gives the model's own weights, in evaluation mode, with its linears."""
+    loaded = load_model(str(model_folder), device="cpu")
+
+    assert not loaded.model.training
+    assert loaded.revision is None
+    assert list(loaded.linears) == list(prunable_linears(tiny_llama))
+    for name, linear in prunable_linears(tiny_llama).items():
+        assert torch.equal(loaded.linears[name].weight, linear.weight)
+
+
+def test_stored_dtype(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+    """A bfloat16 checkpoint computes in float32 on the CPU and remembers what it was."""
+    tiny_llama.to(torch.bfloat16).save_pretrained(model_folder)
+    loaded = load_model(str(model_folder), device="cpu")
+
+    assert loaded.dtype == torch.float32
+    assert loaded.stored_dtype == torch.bfloat16
+
+
+def test_weights_hash(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
+    """The hash is that of the weights: one bit changes it, loading again does not."""
+    first = load_model(str(model_folder), device="cpu").weights_sha256
+    again = load_model(str(model_folder), device="cpu").weights_sha256
+    tiny_llama.get_parameter("model.norm.weight").data[0] += 1e-6
+    tiny_llama.save_pretrained(model_folder)
+
+    assert first == again
+    assert load_model(str(model_folder), device="cpu").weights_sha256 != first
+
+
+def test_missing() -> None:
+    """A path that does not exist is not looked up on the hub."""
+    with pytest.raises(ModelError, match="does not exist"):
+        load_model("./no-such-model")
+    with pytest.raises(ModelError, match="does not exist"):
+        load_model("no-such-model.gguf")
+
+
+def test_hub_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that does not answer is told from a model that does not exist."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(ModelError, match=r"hub cannot be reached.*local folder"):
+        load_model("nobody/no-such-model")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    """A folder without a config is no model."""
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+
+
+def test_no_weights(model_folder: Path) -> None:
+    """A folder without weights is said to have none."""
+    (model_folder / "model.safetensors").unlink()
+
+    with pytest.raises(ModelError, match="has no weights"):
+        load_model(str(model_folder))
+
+
+def test_pickled_weights(model_folder: Path) -> None:
+    """Pickled weights are refused, and never opened."""
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+
+    with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        load_model(str(model_folder))
+
+
+def test_truncated_weights(model_folder: Path) -> None:
+    """A damaged file of weights is a clear error."""
+    file = model_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(model_folder))
+
+
+def test_not_a_gguf(tmp_path: Path) -> None:
+    """A file that only ends in .gguf is refused."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(path))
+
+
+def test_nan_weight(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+    """A NaN weight names its layer."""
+    tiny_llama.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = math.nan
+    tiny_llama.save_pretrained(model_folder)
+
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        load_model(str(model_folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu9"}, "device 'tpu9'"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"revision": "main"}, "is for hub ids"),
+    ],
+)
+def test_bad_arguments(model_folder: Path, arguments: dict[str, str], message: str) -> None:
+    """A device, dtype or revision that cannot be is refused."""
+    with pytest.raises(InvalidInput, match=message):
+        load_model(str(model_folder), **arguments)
+
+
+def test_bos(model_folder: Path, bos_folder: Path) -> None:
+    """``auto`` does as the tokenizer does; the others do as they say."""
+    plain, adding = load_model(str(model_folder)), load_model(str(bos_folder))
+
+    assert plain.window_prefix("auto") == plain.window_prefix("never") == []
+    assert adding.window_prefix("auto") == adding.window_prefix("always") == [1]
+    assert plain.window_prefix("always") == [1]
+    assert adding.window_prefix("never") == []
+
+
+def test_no_bos_token(model_folder: Path) -> None:
+    """``always`` needs a tokenizer that has a BOS token."""
+    loaded = load_model(str(model_folder))
+    loaded.tokenizer.bos_token = None
+
+    with pytest.raises(InvalidInput, match="has no BOS token"):
+        loaded.window_prefix("always")
+
+
+def test_llama_linears(tiny_llama: LlamaForCausalLM) -> None:
+    """Seven linears a block; neither the embedding nor the head."""
+    names = list(prunable_linears(tiny_llama))
+
+    assert len(names) == 14
+    assert all(name.startswith("model.layers.") for name in names)
+
+
+def test_gpt2_linears() -> None:
+    """GPT-2's Conv1D is a linear whose weight is stored the other way round."""
+    config = GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    linears = prunable_linears(GPT2LMHeadModel(config))
+
+    assert len(linears) == 8
+    assert linears["transformer.h.0.attn.c_attn"].weight.shape == (96, 32)
+
+
+def test_fused_experts() -> None:
+    """Experts that are one 3D parameter would stay unpruned, so they are refused by name."""
+    config = MixtralConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+
+    with pytest.raises(ModelError, match=r"stay unpruned: model\.layers\.0.*experts"):
+        prunable_linears(MixtralForCausalLM(config))
