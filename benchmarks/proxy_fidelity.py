@@ -103,7 +103,7 @@ def main(
         rate_perplexity(loaded.model, windows.calibration[:tokens])
         perplexity_seconds = time.perf_counter() - started
     print_table(
-        f"{loaded.name} at {pattern}, scope {scope}: Spearman with the full proxy",
+        f"{Path(loaded.name).name} at {pattern}, scope {scope}: Spearman with the full proxy",
         ("rows a layer, second moment", *WEIGHTINGS, "MB", "s a candidate"),
         table,
     )

@@ -133,7 +133,7 @@ def show_comparison(
     """The table, with its conditions under it."""
     windows, context_length = report.windows.shape
     print_table(
-        f"{model.name} at {pattern}",
+        f"{Path(model.name).name} at {pattern}",
         ("method", "scope", "perplexity", "sparsity", "proxy", "seconds"),
         [
             (

@@ -129,7 +129,7 @@ def validate(
             }
         )
     else:
-        _show(result, f"{loaded.name} at {parsed}, scope {parsed.scope.value}")
+        _show(result, f"{Path(loaded.name).name} at {parsed}, scope {parsed.scope.value}")
     warning = _warning(result)
     if warning:
         say(warning)

@@ -1,308 +1,259 @@
-"""From a model to a pruned one, verb by verb, on a model that runs in milliseconds."""
+"""Every verb, as a user calls it, on a model that runs in milliseconds."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
 
-from pho_service.configuration import read_configuration
+from pho_service.cli import VERBS, main
 
-Pho = Callable[..., Result]
+CALIBRATION = (
+    "--samples", "8", "--context-length", "24", "--rows-per-layer", "8", "--projection-rows", "16",
+    "--kernel-sizes", "3,5",
+)  # fmt: skip
 
-SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")
-SEARCH = ("--pattern", "0.5", "--trials", 24)
+
+def pho(*arguments: object) -> Result:
+    """Call a verb in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def answer(result: Result) -> dict[str, Any]:
-    """The JSON on stdout of a verb that succeeded."""
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert isinstance(document, dict)
+def done(*arguments: object) -> dict[str, Any]:
+    """The JSON of a verb that must succeed."""
+    result = pho(*arguments, "--json")
+
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.stdout)
     return document
 
 
-def test_search_a_bundle(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """A bundle alone is enough to search; the result says that it is not confirmed."""
-    made = answer(
-        pho("calibrate", model_folder, "--text", texts["calibration"], *SMALL, "--json",
-            "--out", "tiny.safetensors")
-    )  # fmt: skip
-    found = pho("search", "tiny.safetensors", *SEARCH, "--space", "kernel_sizes=3,5")
-    configuration = read_configuration(Path("config.json"))
-
-    assert made["bytes"] == Path("tiny.safetensors").stat().st_size
-    assert made["text"]["source"] == str(texts["calibration"])
-    assert found.exit_code == 0
-    assert "Not confirmed: no perplexity was measured" in found.stderr
-    assert configuration.confirmation is None
-    assert configuration.model["name"] == str(model_folder)
-    assert configuration.calibration["key"] == made["key"]
-    assert configuration.search["trials"] == 24
+@pytest.fixture
+def bundle(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
+    """A bundle of the tiny model."""
+    path = tmp_path / "b.safetensors"
+    done("calibrate", model_folder, "--text", texts["calibration"], "--out", path, *CALIBRATION)
+    return path
 
 
-@pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_never_worse_than_the_baselines(pho: Pho, bundle_file: Path, scope: str) -> None:
-    """Unconfirmed, the result has the lowest proxy of all, the published methods included."""
-    found = answer(
-        pho("search", bundle_file, *SEARCH, "--scope", scope, "--space", "kernel_sizes=3,5",
-            "--json")
-    )["configuration"]  # fmt: skip
-    baselines = {rating["method"]: rating["proxy"] for rating in found["baselines"]}
-
-    assert {"magnitude", "wanda", "ria-row", "crepe-equal"} <= set(baselines)
-    assert found["objective"]["value"] <= min(baselines.values())
+@pytest.fixture
+def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> list[object]:
+    """A search with confirmation."""
+    return [
+        "search", model_folder, "--pattern", "0.5", "--scope", "global", *CALIBRATION,
+        "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
+        "--trials", 20, "--study", f"sqlite:///{tmp_path / 'study.db'}",
+        "--out", tmp_path / "config.json",
+    ]  # fmt: skip
 
 
-def test_search_a_model(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """From the model the finalists are confirmed, and the lowest perplexity wins."""
-    document = answer(
-        pho("search", model_folder, *SEARCH, *SMALL, "--text", texts["calibration"],
-            "--confirm-text", texts["confirmation"], "--confirm-windows", 4, "--finalists", 3,
-            "--json")
-    )  # fmt: skip
-    found = document["configuration"]
-    perplexities = [rating["perplexity"] for rating in found["candidates"]]
-
-    assert found == read_configuration(Path("config.json")).model_dump(mode="json")
-    assert perplexities == sorted(perplexities)
-    assert found["confirmation"]["perplexity"] == perplexities[0]
-    assert found["confirmation"]["tokens"] == 4 * 31
-    assert found["confirmation"]["text"]["source"] == str(texts["confirmation"])
-    assert found["method"] == found["candidates"][0]["method"]
-    assert sum(r["method"] == "crepe" for r in found["candidates"]) == 3
-    assert all(rating["perplexity"] for rating in found["baselines"])
-    assert document["study"]["url"] == "sqlite:///study.db"
-    assert Path("study.db").is_file()
-
-
-def test_confirmed_on_what_calibration_left(
-    pho: Pho, model_folder: Path, texts: dict[str, Path]
-) -> None:
-    """Without --confirm-text the windows that calibration did not use confirm."""
-    found = answer(
-        pho("search", model_folder, *SEARCH, *SMALL, "--text", texts["calibration"], "--json",
-            "--finalists", 1)
-    )["configuration"]  # fmt: skip
-
-    assert found["confirmation"]["text"]["source"] == str(texts["calibration"])
-    assert found["confirmation"]["tokens"] == 16 * 31
-
-
-def test_same_bytes(
-    pho: Pho,
-    model_folder: Path,
-    texts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The same search in another folder, with nothing cached, writes the same file."""
-    contents = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / name / "cache"))
-        result = pho("search", model_folder, *SEARCH, *SMALL, "--text", texts["calibration"])
-        assert result.exit_code == 0, result.stderr
-        contents.append((tmp_path / name / "config.json").read_bytes())
-
-    assert contents[0] == contents[1]
-
-
-def test_search_again(pho: Pho, bundle_file: Path) -> None:
-    """A finished search that is started again only reads its study, and says the same."""
-    words = ("search", bundle_file, *SEARCH, "--space", "kernel_sizes=3,5", "--json")
-    first, second = answer(pho(*words)), answer(pho(*words))
-
-    assert first == second
-
-
-@pytest.mark.parametrize(
-    ("folder", "pattern", "scope"),
-    [
-        ("model_folder", "0.5", "row"),
-        ("model_folder", "0.3", "global"),
-        ("bos_folder", "0.5", "layer"),
-        ("bos_folder", "2:4", None),
-    ],
-)
-def test_pruned_model_is_what_was_searched(
-    pho: Pho,
-    texts: dict[str, Path],
-    request: pytest.FixtureRequest,
-    folder: str,
-    pattern: str,
-    scope: str | None,
-) -> None:
-    """The folder that `pho prune` writes has, to the last bit, the perplexity of the search."""
-    model = request.getfixturevalue(folder)
-    calibration = (*SMALL, "--text", texts["calibration"])
-    scoped = ("--scope", scope) if scope else ()
-    found = answer(
-        pho("search", model, "--pattern", pattern, *scoped, "--trials", 12, *calibration,
-            "--confirm-text", texts["confirmation"], "--confirm-windows", 5, "--json")
-    )["configuration"]["confirmation"]  # fmt: skip
-    pruned = pho("prune", model, "--config", "config.json", *calibration, "--out", "pruned")
-    rated = answer(
-        pho("evaluate", "pruned", "--text", texts["confirmation"], "--context-length", 32,
-            "--max-windows", 5, "--json")
-    )  # fmt: skip
-
-    assert pruned.exit_code == 0
-    assert "Note" not in pruned.stderr
-    assert rated["perplexity"] == found["perplexity"]
-    assert rated["tokens"] == found["tokens"] == 5 * 31
-    assert rated["text_sha256"] == found["text"]["sha256"]
-    assert rated["bos"] is (folder == "bos_folder")
-
-
-def test_pruned_folder(
-    pho: Pho, model_folder: Path, bundle_file: Path, tiny_llama: LlamaForCausalLM
-) -> None:
-    """transformers loads the folder; its zeros are those of the recipe, all else is untouched."""
-    assert pho("search", bundle_file, "--pattern", "2:4", "--trials", 12,
-               "--space", "kernel_sizes=3,5").exit_code == 0  # fmt: skip
-    printed = answer(
-        pho("prune", model_folder, "--config", "config.json", "--bundle", bundle_file, "--out",
-            "pruned", "--json")
-    )  # fmt: skip
-    recipe = json.loads(Path("pruned/pruning.json").read_text())
-    dense = dict(tiny_llama.named_parameters())
-    loaded = AutoModelForCausalLM.from_pretrained("pruned")
-
-    assert recipe["layers"] == printed["layers"]
-    assert len(recipe["layers"]) == 14
-    assert recipe["sparsity"] == printed["sparsity"] == 0.5
-    assert recipe["configuration"] == json.loads(Path("config.json").read_text())
-    assert recipe["model"]["name"] == str(model_folder)
-    for name, weight in loaded.named_parameters():
-        kept = weight != 0
-        assert torch.equal(weight[kept], dense[name][kept])
-        layer = name.removesuffix(".weight")
-        if layer in recipe["layers"]:
-            assert recipe["layers"][layer] == float((~kept).float().mean())
-            assert bool((kept.reshape(-1, 4).sum(dim=1) == 2).all())
-        else:
-            assert torch.equal(weight, dense[name])
-
-
-def test_other_statistics_are_noted(
-    pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
-) -> None:
-    """Pruned with another text than the search's, the user is told."""
-    assert pho("search", bundle_file, *SEARCH, "--space", "kernel_sizes=3").exit_code == 0
-    result = pho("prune", model_folder, "--config", "config.json", "--text", texts["report"],
-                 *SMALL, "--out", "pruned")  # fmt: skip
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str) -> None:
+    """The help of each verb shows an example."""
+    result = pho(verb, "--help")
 
     assert result.exit_code == 0
-    assert "Note: these statistics are not those of the search" in result.stderr
+    assert f"Example:\n    pho {verb}" in result.output
 
 
-def test_folder_in_use(pho: Pho, model_folder: Path, bundle_file: Path) -> None:
-    """`pho prune` writes over nothing."""
-    assert pho("search", bundle_file, *SEARCH, "--space", "kernel_sizes=3").exit_code == 0
-    Path("mine").mkdir()
-    Path("mine/notes.txt").write_text("mine")
-    result = pho("prune", model_folder, "--config", "config.json", "--bundle", bundle_file,
-                 "--out", "mine")  # fmt: skip
-
-    assert result.exit_code == 1
-    assert "mine is in use" in result.stderr
-    assert [p.name for p in Path("mine").iterdir()] == ["notes.txt"]
+def test_calibrate(bundle: Path) -> None:
+    """A bundle is written, and nothing besides."""
+    assert bundle.stat().st_size > 10_000
+    assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(".pho")] == []
 
 
-def test_evaluate(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """The JSON has what the number was measured on; the plain answer has the number."""
-    words = ("evaluate", model_folder, "--text", texts["report"], "--context-length", 32)
-    document = answer(pho(*words, "--json"))
+def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
+    """From a bundle a search needs no model and no text; it says that nothing is confirmed."""
+    document = done(
+        "search", bundle, "--pattern", "0.5", "--trials", 20, "--kernel-sizes", "3,5",
+        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
+    )  # fmt: skip
+    found = document["configuration"]
 
-    assert {"perplexity", "tokens", "context_length", "text_sha256"} <= set(document)
-    assert document["tokens"] == document["windows"] * 31
-    assert document["context_length"] == 32
-    assert document["bos"] is False
-    assert f"perplexity {document['perplexity']:.4f}" in pho(*words).stdout
-
-
-def test_bos_changes_perplexity(pho: Pho, bos_folder: Path, texts: dict[str, Path]) -> None:
-    """For a tokenizer that adds BOS, auto is always, and never is something else."""
-    words = ("evaluate", bos_folder, "--text", texts["report"], "--context-length", 32, "--json")
-    auto, always, never = (
-        answer(pho(*words, "--bos", bos))["perplexity"] for bos in ("auto", "always", "never")
-    )
-
-    assert auto == always
-    assert auto != never
+    assert found["confirmation"] is None
+    assert "Not confirmed" in document["warnings"][0]
+    assert all(found["objective"]["value"] <= b["proxy"] for b in found["baselines"])
+    assert json.loads((tmp_path / "c.json").read_text()) == found
 
 
-def test_dataset(pho: Pho, model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    """A data set in a folder rates as the same text in a file does."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(texts["report"].read_text().replace('"text"', '"body"'))
-    rating = ("--context-length", 32, "--json")
-    data = answer(pho("evaluate", model_folder, "--dataset", folder, "--field", "body", *rating))
-    file = answer(pho("evaluate", model_folder, "--text", texts["report"], *rating))
+def test_bundle_needs_no_kernel_sizes(bundle: Path, tmp_path: Path) -> None:
+    """A search from a bundle takes the kernel sizes that the bundle has."""
+    document = done(
+        "search", bundle, "--pattern", "2:4", "--trials", 12,
+        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
+    )  # fmt: skip
 
-    assert data["perplexity"] == file["perplexity"]
-    assert data["text_sha256"] == file["text_sha256"]
+    assert document["configuration"]["search"]["space"]["kernel_sizes"] == [3, 5]
 
 
-def test_compare(pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]) -> None:
-    """The rows are dense, the published methods, then each configuration."""
-    assert pho("search", bundle_file, *SEARCH, "--space", "kernel_sizes=3").exit_code == 0
-    words = ("compare", model_folder, "--pattern", "0.5", *SMALL, "--text", texts["calibration"],
-             "--report-text", texts["report"], "--config", "config.json")  # fmt: skip
-    rows = answer(pho(*words, "--json"))["rows"]
-    dense = answer(
-        pho("evaluate", model_folder, "--text", texts["report"], "--context-length", 32, "--json")
-    )
-    table = pho(*words).stdout
+def test_search_confirms(search_arguments: list[object]) -> None:
+    """With a text to confirm on, the lowest perplexity wins, baselines included."""
+    found = done(*search_arguments)["configuration"]
+    measured = [c["perplexity"] for c in found["candidates"]]
 
-    assert [row["method"] for row in rows] == [
-        "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "config.json",
+    assert found["confirmation"]["perplexity"] == min(measured)
+    assert {b["method"] for b in found["baselines"]} <= {c["method"] for c in found["candidates"]}
+    assert found["confirmation"]["text"]["sha256"]
+
+
+def test_search_holds_windows_out(search_arguments: list[object]) -> None:
+    """Without a text to confirm on, windows that calibration left are used."""
+    at = search_arguments.index("--confirm-text")
+    del search_arguments[at : at + 2]
+    confirmation = done(*search_arguments)["configuration"]["confirmation"]
+
+    assert confirmation["tokens"] == 16 * 23
+
+
+def test_search_again(search_arguments: list[object], tmp_path: Path) -> None:
+    """A finished search, asked again, gives the same file without measuring anything."""
+    done(*search_arguments)
+    first = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").unlink()
+    done(*search_arguments)
+
+    assert (tmp_path / "config.json").read_bytes() == first
+
+
+def test_same_seed_same_file(search_arguments: list[object], tmp_path: Path) -> None:
+    """From nothing, the same search writes the same bytes; another seed finds another way."""
+    files = []
+    for number, seed in enumerate((5, 5, 6)):
+        arguments = [str(a).replace("study.db", f"study{number}.db") for a in search_arguments]
+        done(*arguments, "--seed", seed)
+        files.append((tmp_path / "config.json").read_bytes())
+        for kept in tmp_path.glob("cache/bundles/*"):
+            kept.unlink()
+
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_objective_perplexity(search_arguments: list[object]) -> None:
+    """The slow objective searches by perplexity itself."""
+    found = done(*search_arguments, "--objective", "perplexity", "--trials", 12)["configuration"]
+
+    assert found["objective"]["value"] == found["confirmation"]["perplexity"]
+
+
+def test_objective_gini(search_arguments: list[object]) -> None:
+    """Gini is maximised."""
+    found = done(*search_arguments, "--objective", "gini")["configuration"]
+
+    assert found["objective"]["direction"] == "maximize"
+    assert 0 < found["objective"]["value"] < 1
+
+
+def test_prune(search_arguments: list[object], texts: dict[str, Path], tmp_path: Path) -> None:
+    """The saved model has exact zeros, a true recipe, and the perplexity that the search saw."""
+    model = search_arguments[1]
+    found = done(*search_arguments)["configuration"]
+    folder = tmp_path / "pruned"
+    done(
+        "prune", model, "--config", tmp_path / "config.json", "--out", folder, *CALIBRATION,
+        "--text", texts["calibration"],
+    )  # fmt: skip
+    recipe = json.loads((folder / "pruning.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    sparse = AutoModelForCausalLM.from_pretrained(folder)
+    zeros = 0
+    for name, sparsity in recipe["layers"].items():
+        weight = sparse.get_parameter(f"{name}.weight")
+        kept = weight != 0
+        zeros += int((~kept).sum())
+
+        assert torch.equal(weight[kept], dense.get_parameter(f"{name}.weight")[kept])
+        assert float((~kept).float().mean()) == pytest.approx(sparsity)
+    assert zeros == 18_432 // 2
+    assert recipe["sparsity"] == pytest.approx(0.5)
+    rated = done(
+        "evaluate", folder, "--text", texts["confirmation"], "--context-length", 24,
+        "--max-windows", 16,
+    )  # fmt: skip
+    assert rated["perplexity"] == found["confirmation"]["perplexity"]
+
+
+def test_prune_from_bundle(search_arguments: list[object], bundle: Path, tmp_path: Path) -> None:
+    """A bundle has the statistics in full, so pruning from it is the same."""
+    done(*search_arguments)
+    arguments = ["prune", search_arguments[1], "--config", tmp_path / "config.json", *CALIBRATION]
+    done(*arguments, "--bundle", bundle, "--out", tmp_path / "a")
+    done(*arguments, "--text", tmp_path / "calibration.jsonl", "--out", tmp_path / "b")
+
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (
+        tmp_path / "b/model.safetensors"
+    ).read_bytes()
+
+
+def test_evaluate(bos_folder: Path, texts: dict[str, Path]) -> None:
+    """The perplexity comes with everything that it depends on."""
+    rated = done("evaluate", bos_folder, "--text", texts["report"], "--context-length", 24)
+
+    assert rated["tokens"] == rated["windows"] * 23
+    assert rated["context_length"] == 24
+    assert rated["bos"] is True
+    assert len(rated["text_sha256"]) == 64
+    assert 1 < rated["perplexity"] < 1000
+
+
+def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_path: Path) -> None:
+    """The table has dense, the published methods and the configurations, in this order."""
+    done(*search_arguments)
+    config = tmp_path / "config.json"
+    rows = done(
+        "compare", search_arguments[1], "--pattern", "0.5", "--scope", "layer", *CALIBRATION,
+        "--text", texts["calibration"], "--report-text", texts["report"], "--config", config,
+    )["rows"]  # fmt: skip
+
+    assert [r["method"] for r in rows] == [
+        "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", str(config),
     ]  # fmt: skip
-    assert rows[0]["perplexity"] == dense["perplexity"]
     assert rows[0]["sparsity"] == 0
-    assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-4) for row in rows[1:])
-    assert all(row["seconds"] > 0 for row in rows)
-    assert all(f"{row['perplexity']:.3f}" in table for row in rows)
+    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * 6)
+    assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
 
 
-def test_compare_other_pattern(
-    pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
-) -> None:
-    """A configuration for another pattern does not belong in the table."""
-    assert pho("search", bundle_file, *SEARCH, "--space", "kernel_sizes=3").exit_code == 0
-    result = pho("compare", model_folder, "--pattern", "2:4", *SMALL, "--text",
-                 texts["calibration"], "--report-text", texts["report"],
-                 "--config", "config.json")  # fmt: skip
+def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
+    """At 2:4 every method removes half of each group; RIA has one scope there."""
+    rows = done(
+        "compare", model_folder, "--pattern", "2:4", *CALIBRATION, "--text", texts["calibration"],
+        "--report-text", texts["report"],
+    )["rows"]  # fmt: skip
+    by_method = {r["method"]: r for r in rows}
 
-    assert result.exit_code == 1
-    assert "config.json is for the pattern 0.5" in result.stderr
+    assert [r["sparsity"] for r in rows[1:]] == [0.5] * 5
+    assert by_method["ria-row"]["perplexity"] == by_method["ria-layer"]["perplexity"]
 
 
-def test_validate(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """Each proxy has its rank correlations with intervals; the plot is a PNG."""
-    words = ("validate", model_folder, "--pattern", "0.5", *SMALL, "--text", texts["calibration"],
-             "--confirm-windows", 2, "--candidates", 8)  # fmt: skip
-    document = answer(pho(*words, "--plot", "plot.png", "--json"))
-    spearman = document["proxies"]["activation-reconstruction/blend"]["spearman"]
-    table = pho(*words)
+def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Each proxy comes with its correlations and intervals, and the plot is a picture."""
+    plot = tmp_path / "plot.png"
+    document = done(
+        "validate", model_folder, "--pattern", "0.5", "--candidates", 9, *CALIBRATION,
+        "--text", texts["calibration"], "--plot", plot, "--confirm-windows", 2,
+    )  # fmt: skip
+    proxies = document["proxies"]
 
-    assert set(document["proxies"]) == {
-        "activation-reconstruction/blend", "activation-reconstruction/fisher",
-        "activation-reconstruction/relative", "activation-reconstruction/absolute", "gini",
-    }  # fmt: skip
-    for quality in document["proxies"].values():
-        for name in ("spearman", "kendall", "regret"):
-            low, high = quality[f"{name}_interval"]
-            assert low <= high
-            assert isinstance(quality[name], float)
-    assert len(document["candidates"]) == 8
-    assert Path("plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert f"{spearman:+.2f}" in table.stdout
-    assert ("does not rank candidates" in table.stderr) is (abs(spearman) < 0.5)
+    assert set(proxies) == {
+        *(f"activation-reconstruction/{w}" for w in ("blend", "fisher", "relative", "absolute")),
+        "gini",
+    }
+    assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
+    assert len(document["candidates"]) == 9
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: list[object]) -> None:
+    """Without --json, people get tables and sentences."""
+    compared = pho(
+        "compare", model_folder, "--pattern", "0.5", *CALIBRATION,
+        "--text", texts["calibration"], "--report-text", texts["report"],
+    )  # fmt: skip
+    searched = pho(*search_arguments)
+
+    assert "ria-layer" in compared.stdout
+    assert "optuna-dashboard sqlite:///" in searched.stdout
+    assert "Calibrating the dense model" in compared.stderr

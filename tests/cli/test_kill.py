@@ -1,0 +1,73 @@
+"""A search that is killed goes on, and ends as if nothing had happened."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pho_service.models.bundle_file import write_bundle
+from pho_service.pruning.bundle import sample_bundle
+from pho_service.pruning.statistics import PrunableLinear, Statistics
+
+TRIALS = 150
+
+
+@pytest.fixture
+def bundle(linears: dict[str, PrunableLinear], statistics: Statistics, tmp_path: Path) -> Path:
+    """A bundle of the tiny model."""
+    path = tmp_path / "b.safetensors"
+    write_bundle(
+        sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3, 5), seed=0), path
+    )
+    return path
+
+
+def command(bundle: Path, folder: Path) -> list[str]:
+    """A search in a process of its own."""
+    return [
+        sys.executable, "-c", "from pho_service.cli import main; main()", "search", str(bundle),
+        "--pattern", "0.5", "--trials", str(TRIALS), "--kernel-sizes", "3,5",
+        "--study", f"sqlite:///{folder / 'study.db'}", "--out", str(folder / "config.json"),
+    ]  # fmt: skip
+
+
+def recorded(database: Path) -> int:
+    """How many trials the study has so far."""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            (count,) = connection.execute("SELECT count(*) FROM trials").fetchone()
+            return int(count)
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
+    """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed.mkdir()
+    killed.mkdir()
+    subprocess.run(command(bundle, undisturbed), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(bundle, killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while recorded(killed / "study.db") < 30 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    before = recorded(killed / "study.db")
+
+    assert 30 <= before < TRIALS
+    assert not (killed / "config.json").exists()
+    if stop is signal.SIGINT:
+        assert process.returncode == 1
+        assert "interrupted" in error
+    subprocess.run(command(bundle, killed), check=True, capture_output=True)
+    assert recorded(killed / "study.db") == TRIALS
+    assert (killed / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
