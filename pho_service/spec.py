@@ -23,6 +23,17 @@ OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
 WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
 
 
+SEEDS = 2**32  # what every generator in use takes
+
+
+def check_seed(seed: int) -> None:
+    """Raise InvalidInput unless 0 <= seed < 2**32."""
+    if seed < 0:
+        raise InvalidInput(f"seed={seed} is below 0.")
+    if seed >= SEEDS:
+        raise InvalidInput(f"seed={seed} is too large: it must be below {SEEDS}.")
+
+
 class Scope(StrEnum):
     """Which weights compete with each other for the places that stay."""
 
@@ -180,9 +191,9 @@ class Coefficients:
                 "would score 0. At least one must be positive."
             )
         k = self.kernel_size
-        if not isinstance(k, int) or isinstance(k, bool) or k < 3 or k % 2 == 0:
+        if not isinstance(k, int) or isinstance(k, bool) or not 3 <= k < 1000 or k % 2 == 0:
             raise InvalidInput(
-                f"kernel_size={k!r} is not an odd whole number of at least 3: the window must "
+                f"kernel_size={k!r} is not an odd whole number from 3 to 999: the window must "
                 "have a middle."
             )
         if self.normalisation not in NORMALISATIONS:

@@ -44,6 +44,8 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
         finally:
             storage.remove_session()
             storage.engine.dispose()
+    except ImportError as error:
+        raise StorageError(f"the driver of {url} is not installed: {error}") from error
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.options import (
+    at_least,
     calibration_options,
     calibration_seed_option,
     calibration_settings,
@@ -78,6 +79,7 @@ def compare(
     from pho_service.configuration import read_configuration
     from pho_service.jobs.compare import compare_job
 
+    at_least(1, report_windows=report_windows)
     parsed = parse_pattern(pattern, scope)
     configurations = [(path, read_configuration(Path(path))) for path in config_paths]
     settings = calibration_settings(options)

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from pho_service.cli.options import (
+    at_least,
     bos_option,
     json_option,
     model_options,
@@ -46,14 +47,10 @@ def evaluate(
     Example:
       pho evaluate pruned --text report.txt --context-length 512
     """
-    from pho_service.errors import InvalidInput
     from pho_service.pruning.perplexity import rate_perplexity
 
-    for name, value, least in (
-        ("context-length", context_length, 8), ("max-windows", max_windows or 1, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"--{name} {value} is below {least}.")
+    at_least(8, context_length=context_length)
+    at_least(1, max_windows=max_windows)
     source = text_source(options)
     loaded = open_model(model, options)
     text = report_text(

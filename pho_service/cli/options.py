@@ -135,13 +135,13 @@ def text_source(options: dict[str, Any]) -> "TextSource":
 
     text, dataset = options.pop("text"), options.pop("dataset")
     data_file, split, field = (options.pop(k) for k in ("data_file", "split", "field"))
-    if text and dataset:
+    if text is not None and dataset is not None:
         raise InvalidInput("--text and --dataset are both given. Give one of them.")
-    if data_file and not dataset:
+    if data_file is not None and dataset is None:
         raise InvalidInput("--data-file is a file of a --dataset, but none is given.")
-    if text:
+    if text is not None:
         return TextSource(path=text, field=field)
-    if dataset:
+    if dataset is not None:
         return TextSource(dataset=dataset, data_file=data_file, split=split, field=field)
     say(f"No --text given: using {C4}.")
     return C4
@@ -246,7 +246,7 @@ def confirm_text(
     """
     from pho_service.jobs.rating import ReportText
 
-    if path:
+    if path is not None:
         return report_text(
             model,
             file_source(path),
@@ -258,6 +258,13 @@ def confirm_text(
         say("The text has no windows left beside the calibration. Give --confirm-text.")
         return None
     return ReportText(windows=text.held_out[:max_windows], record=text.record)
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Raise InvalidInput if an option that was given is below ``least``."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InvalidInput(f"--{name.replace('_', '-')} {value} is below {least}.")
 
 
 def parse_pattern(pattern: str, scope: str | None) -> Pattern:

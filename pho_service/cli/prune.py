@@ -61,7 +61,7 @@ def prune(
     configuration = read_configuration(Path(config_path))
     settings = calibration_settings(options)
     if bundle_path:
-        if options["text"] or options["dataset"]:
+        if options["text"] is not None or options["dataset"] is not None:
             raise InvalidInput("--bundle and a text are both given. Give one of them.")
         bundle = read_bundle(Path(bundle_path))
         loaded = open_model(model, options)

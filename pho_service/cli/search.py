@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.options import (
+    at_least,
     calibration_options,
     calibration_seed_option,
     calibration_settings,
@@ -107,12 +108,10 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.errors import InvalidInput
     from pho_service.jobs.search import SearchRequest
 
     path = out_path(out)
-    if confirm_windows < 1:
-        raise InvalidInput(f"--confirm-windows {confirm_windows} is below 1.")
+    at_least(1, confirm_windows=confirm_windows)
     request = SearchRequest(
         pattern=parse_pattern(pattern, scope),
         objective=Objective(name=objective, weighting=weighting),
@@ -124,10 +123,10 @@ def search(
         finalists=finalists,
     )
     settings = calibration_settings(options)
-    request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
     if Path(model).suffix == ".safetensors":
         result = _from_bundle(request, model, confirm_path, options)
     else:
+        request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
         source = text_source(options)
         result = _from_model(
             request, model, source, settings, confirm_path, confirm_windows, options
@@ -143,7 +142,7 @@ def _from_bundle(
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.loading import pick_device
 
-    if confirm_path or options["text"] or options["dataset"]:
+    if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
         raise InvalidInput(
             f"{bundle} is a bundle: it needs no text, and no perplexity can be measured without "
             "the model. Leave the text out, or give the model instead of the bundle."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.options import (
+    at_least,
     calibration_options,
     calibration_seed_option,
     calibration_settings,
@@ -81,8 +82,8 @@ def validate(
 
     if count < 8:
         raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
-    if confirm_windows < 1:
-        raise InvalidInput(f"--confirm-windows {confirm_windows} is below 1.")
+    at_least(1, confirm_windows=confirm_windows)
+    at_least(0, seed=seed)
     plot_path = out_path(plot) if plot else None
     parsed = parse_pattern(pattern, scope)
     settings = calibration_settings(options)

@@ -202,8 +202,7 @@ def _describe(
     study: optuna.Study, request: SearchRequest, plan: SearchPlan, bundle: ProxyBundle
 ) -> None:
     """Keep in the study what it is a record of."""
-    if "pattern" in study.user_attrs:
-        return
+    known = study.user_attrs
     for key, value in {
         "pattern": str(plan.pattern),
         "scope": plan.pattern.scope.value,
@@ -213,7 +212,8 @@ def _describe(
         "seed": plan.seed,
         "calibration": bundle.provenance,
     }.items():
-        study.set_user_attr(key, value)
+        if key not in known:
+            study.set_user_attr(key, value)
 
 
 def _confirm(

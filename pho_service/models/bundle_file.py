@@ -8,8 +8,12 @@ in random order): ``pho-bundle``, a JSON object with ``version``, ``layers``
 ``layers.{i}.window_mean.{k}`` and ``inputs.{i}.{field}``.
 """
 
+import errno
 import json
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +69,18 @@ def write_bundle(bundle: ProxyBundle, path: Path) -> None:
         "provenance": bundle.provenance,
     }
     metadata = {FORMAT: json.dumps(document, sort_keys=True)}
-    with new_file(path) as partial:
-        try:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
-        except SafetensorError as error:  # wraps what the operating system says
-            raise OSError(*_os_error(error)) from error
+    with new_file(path) as partial, os_errors():
+        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
 
 
-def _os_error(error: SafetensorError) -> tuple[int, str]:
-    text = str(error)
-    return (28, "the disk is full") if "os error 28" in text else (5, text)
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Unwrap what the operating system said while safetensors wrote a file."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def is_bundle(path: Path) -> bool:

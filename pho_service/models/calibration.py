@@ -15,6 +15,7 @@ from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sam
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.spec import check_seed
 from pho_service.versions import versions
 
 HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
@@ -50,10 +51,10 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         for name, least in (
             ("samples", 1), ("context_length", 8), ("rows_per_layer", 0), ("projection_rows", 0),
-            ("seed", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name}={getattr(self, name)} is below {least}.")
+        check_seed(self.seed)
         if self.fisher_samples is not None and not 1 <= self.fisher_samples <= self.samples:
             raise InvalidInput(
                 f"fisher_samples={self.fisher_samples} is not in 1..{self.samples}, the samples."
@@ -93,7 +94,6 @@ def calibration_text(
     Raises:
         TextError: Not readable, empty, or shorter than one window.
     """
-    _check_context(model, settings.context_length)
     windows, record = sample_windows(
         model,
         source,
@@ -103,8 +103,14 @@ def calibration_text(
         seed=settings.seed,
     )
     calibration = windows[: settings.samples]
-    identity = json.dumps([model.to_dict(), asdict(settings), versions("torch", "transformers")])
-    digest = hashlib.sha256(identity.encode())
+    identity = [
+        model.weights_sha256,
+        str(model.dtype),
+        model.model.device.type,
+        asdict(settings),
+        versions("torch", "transformers"),
+    ]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     digest.update(calibration.contiguous().numpy().tobytes())
     return CalibrationText(
         calibration=calibration,
@@ -112,15 +118,6 @@ def calibration_text(
         record=record,
         bundle_key=digest.hexdigest(),
     )
-
-
-def _check_context(model: LanguageModel, context_length: int) -> None:
-    longest = getattr(model.model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and context_length > longest:
-        raise InvalidInput(
-            f"context_length={context_length} is more than {model.name} can read: {longest}. "
-            f"Use --context-length {longest} or less."
-        )
 
 
 def measure(

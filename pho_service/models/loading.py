@@ -72,9 +72,31 @@ class LanguageModel:
         }
 
     def tokenize(self, text: str) -> Tensor:
-        """(tokens,), int64: the whole text at once, without special tokens."""
+        """
+        (tokens,), int64: the whole text at once, without special tokens.
+
+        Raises:
+            ModelError: A token that the model has no embedding for.
+        """
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64)
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        embedding: Any = self.model.get_input_embeddings()
+        known = embedding.weight.shape[0]
+        if len(tokens) and int(tokens.max()) >= known:
+            raise ModelError(
+                f"{self.name}: the tokenizer gave token {int(tokens.max())}, but the model's "
+                f"vocabulary has {known}: the tokenizer is of another model."
+            )
+        return tokens
+
+    def check_context(self, context_length: int) -> None:
+        """Raise InvalidInput if windows are longer than the model can read."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(longest, int) and context_length > longest:
+            raise InvalidInput(
+                f"context_length={context_length} is more than {self.name} can read: {longest}. "
+                f"Use --context-length {longest} or less."
+            )
 
     def window_prefix(self, bos: str) -> list[int]:
         """
@@ -209,33 +231,45 @@ def _read(
     if is_gguf:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source,
             **extra,
             use_safetensors=None if is_gguf else True,
             trust_remote_code=False,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types here
         raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+    model, info = loaded  # as output_loading_info asks for
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers has filled them with random numbers
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights that its config asks for: "
+            f"{', '.join(missing[:4])}. The download is not complete, or the config is of another "
+            "model: get it again."
+        )
     return model, tokenizer
 
 
 def _reason(error: Exception) -> str:
     """One paragraph for a user, from whatever the loaders raised."""
     text = " ".join(str(error).split())
+    if any(
+        sign in text
+        for sign in ("not a valid model identifier", "Repository Not Found", "gated repo")
+    ):
+        return (
+            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
+            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
+        )
     if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
         return (
             "the Hugging Face hub cannot be reached and no copy is in the local cache. Check the "
             "network and HF_ENDPOINT, or give a local folder or a .gguf file."
-        )
-    if any(sign in text for sign in ("not a valid model identifier", "Repository Not Found")):
-        return (
-            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
-            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
         )
     if "safetensors" in text and "does not appear to have" in text:
         return (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pho_service.files import new_folder
+from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 
 RECIPE = "pruning.json"
@@ -26,7 +27,7 @@ def save_pruned(model: LanguageModel, folder: Path, recipe: dict[str, Any]) -> N
     Raises:
         OutputError: The folder is in use, or cannot be written.
     """
-    with new_folder(folder) as partial:
+    with new_folder(folder) as partial, os_errors():
         model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
         model.model.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)

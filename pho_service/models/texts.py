@@ -75,8 +75,15 @@ def read_documents(source: TextSource) -> Iterator[str]:
     """
     rows = _read_file(source) if source.path else _read_dataset(source)
     for document in rows:
-        if document.strip():
-            yield document
+        if not document.strip():
+            continue
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:  # JSON may hold half a character
+            raise TextError(
+                f"the text {source} has a document that is not Unicode text: {error.reason}."
+            ) from error
+        yield document
 
 
 def _read_file(source: TextSource) -> Iterator[str]:
@@ -110,8 +117,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{path}, line {number} is not JSON: {error.msg}.") from error
+            except (ValueError, RecursionError) as error:
+                raise TextError(f"{path}, line {number} is not JSON: {error}.") from error
             value = row.get(field) if isinstance(row, dict) else None
             if not isinstance(value, str):
                 raise TextError(
@@ -191,6 +198,7 @@ def read_windows(
     Raises:
         TextError: Not readable, empty, or shorter than one window.
     """
+    model.check_context(context_length)
     documents = list(read_documents(source))
     _require_text(documents, source)
     text = SEPARATOR.join(documents)
@@ -228,6 +236,7 @@ def sample_windows(
     Raises:
         TextError: Not readable, empty, or shorter than one window.
     """
+    model.check_context(context_length)
     documents = list(itertools.islice(read_documents(source), POOL))
     _require_text(documents, source)
     random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret

@@ -23,6 +23,7 @@ from pho_service.spec import (
     Coefficients,
     Pattern,
     Scope,
+    check_seed,
     search_baselines,
 )
 
@@ -79,8 +80,7 @@ class SearchPlan:
                 f"trials={self.trials} is too few: the first {len(self.baselines())} are the "
                 "baselines. Give more, 200 say."
             )
-        if self.seed < 0:
-            raise InvalidInput(f"seed={self.seed} is below 0.")
+        check_seed(self.seed)
 
     def baselines(self) -> list[Candidate]:
         """The first trials."""

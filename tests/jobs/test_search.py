@@ -210,9 +210,6 @@ def test_study_says_what_it_is(bundle: ProxyBundle, request_of: Any, study_url: 
     assert trial.user_attrs["seconds"] >= 0
 
 
-@pytest.mark.xfail(
-    reason="bug: _describe returns if `pattern` is there, which it writes first, not last"
-)
 def test_description_survives_a_kill(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
     """Killed while it is being described, a study is described to the end the next time."""
     name = search_job(request_of(), bundle).study_name
