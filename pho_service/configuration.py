@@ -155,6 +155,6 @@ def read_configuration(path: Path) -> Configuration:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
         )
-        raise ConfigurationError(f"{path} breaks the format: {problems}.") from error
+        raise ConfigurationError(f"{path} breaks the format: {problems.rstrip('.')}.") from error
     except InvalidInput as error:
         raise ConfigurationError(f"{path} breaks the format: {error}") from error

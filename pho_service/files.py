@@ -20,9 +20,8 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: The folder does not exist or cannot be written, or the disk is full.
     """
+    check_file(path)
     path = path.expanduser()
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Give the name of a file.")
     with _reported(path), tempfile.TemporaryDirectory(prefix=".pho-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         yield partial
@@ -37,8 +36,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``path`` exists and is not an empty folder, or cannot be written.
     """
-    path = path.expanduser()
     check_free(path)
+    path = path.expanduser().resolve()  # "." can be replaced by its own name alone
     with _reported(path):
         partial = Path(tempfile.mkdtemp(prefix=".pho-", dir=path.parent))
         try:
@@ -52,18 +51,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_free(path: Path) -> None:
-    """Raise OutputError if something is at ``path`` already, other than an empty folder."""
+    """Raise OutputError if :func:`new_folder` could not make ``path``: see before long work."""
+    path = path.expanduser()
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"{path} is in use: it holds files. Give a new or an empty folder.")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file. Give the name of a new folder.")
+    _check_parent(path)
 
 
-def check_parent(path: Path) -> None:
-    """Raise OutputError, before any long work, if ``path`` could not be made later."""
-    parent = path.expanduser().resolve().parent
+def check_file(path: Path) -> None:
+    """Raise OutputError if :func:`new_file` could not make ``path``: see before long work."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Give the name of a file.")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.resolve().parent
     if not parent.is_dir():
-        raise OutputError(f"{path} cannot be written: the folder {parent} does not exist.")
+        raise OutputError(f"{path} was not written: the folder {parent} does not exist.")
 
 
 @contextmanager

@@ -183,7 +183,7 @@ class Coefficients:
                 raise InvalidInput(f"coefficient {name}={value!r} is not a number.")
             if not 0 <= value <= 1e30:
                 raise InvalidInput(
-                    f"coefficient {name}={value} is not allowed: it must be finite and >= 0."
+                    f"coefficient {name}={value} is not allowed: it must lie between 0 and 1e30."
                 )
         if self.row + self.column + self.neighbourhood <= 0:
             raise InvalidInput(

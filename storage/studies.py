@@ -33,7 +33,7 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
         StorageError: ``url`` is no database URL, names a folder that is not
             there, or the database fails, now or inside the ``with`` block.
     """
-    _check_url(url)
+    check_url(url)
     try:
         storage = RDBStorage(url)
         if storage.engine.dialect.name == "sqlite":
@@ -75,14 +75,21 @@ def _set_pragmas(connection: object, _record: object) -> None:
     cursor.close()
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """
+    Raises:
+        StorageError: ``url`` is no database URL, names a folder that is not there, or
+            a database in memory, which keeps nothing.
+    """
     hint = "Write sqlite:///study.db for a file in this folder."
     try:
         parsed = make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError):
         raise StorageError(f"{url!r} is not a database URL. {hint}") from None
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        folder = Path(parsed.database).resolve().parent
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise StorageError(f"{url} is a database in memory, which keeps nothing. {hint}")
+        folder = Path(str(parsed.database)).resolve().parent
         if not folder.is_dir():
             raise StorageError(f"the folder {folder} does not exist. Make it first.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pho_service.errors import OutputError
-from pho_service.files import check_free, check_parent, new_file, new_folder
+from pho_service.files import check_file, check_free, new_file, new_folder
 
 
 @contextmanager
@@ -121,8 +121,25 @@ def test_no_parent(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a.txt"
 
     with pytest.raises(OutputError, match=r"the folder .*none does not exist"):
-        check_parent(path)
-    with pytest.raises(OutputError, match="No such file or directory"), new_file(path):
+        check_file(path)
+    with pytest.raises(OutputError, match=r"the folder .*none does not exist"), new_file(path):
         pytest.fail("the body must not run")
-    with pytest.raises(OutputError, match="No such file or directory"), new_folder(path):
+    with pytest.raises(OutputError, match=r"the folder .*none does not exist"), new_folder(path):
         pytest.fail("the body must not run")
+
+
+def test_file_where_a_folder_is(tmp_path: Path) -> None:
+    """A folder is told from a file before any work."""
+    with pytest.raises(OutputError, match="is a folder"):
+        check_file(tmp_path)
+
+
+def test_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder can be given as "." too."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with new_folder(Path()) as partial:
+        (partial / "a.txt").write_text("a")
+
+    assert (here / "a.txt").read_text() == "a"

@@ -10,7 +10,7 @@ from pho_service.cli.options import (
     json_option,
     model_options,
     open_model,
-    out_path,
+    out_file,
     read_calibration_text,
     text_source,
 )
@@ -48,7 +48,7 @@ def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:
     from pho_service.models.bundle_file import write_bundle
     from pho_service.models.calibration import calibrate as make_bundle
 
-    path = out_path(out)
+    path = out_file(out)
     if path.suffix != ".safetensors":
         raise InvalidInput(f"--out {out} must end in .safetensors: a bundle is such a file.")
     settings = calibration_settings(options)

@@ -272,9 +272,9 @@ def parse_pattern(pattern: str, scope: str | None) -> Pattern:
     return Pattern.parse(pattern, scope)
 
 
-def out_path(path: str) -> Path:
+def out_file(path: str) -> Path:
     """A file to write, checked before any long work."""
-    from pho_service.files import check_parent
+    from pho_service.files import check_file
 
-    check_parent(Path(path))
+    check_file(Path(path))
     return Path(path)

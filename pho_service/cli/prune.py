@@ -13,7 +13,6 @@ from pho_service.cli.options import (
     model_options,
     open_bundle,
     open_model,
-    out_path,
     read_calibration_text,
     text_source,
 )
@@ -56,7 +55,7 @@ def prune(
     from pho_service.jobs.prune import prune_job
     from pho_service.models.bundle_file import read_bundle
 
-    folder = out_path(out)
+    folder = Path(out)
     check_free(folder)
     configuration = read_configuration(Path(config_path))
     settings = calibration_settings(options)

@@ -15,7 +15,7 @@ from pho_service.cli.options import (
     model_options,
     open_bundle,
     open_model,
-    out_path,
+    out_file,
     parse_pattern,
     pattern_options,
     read_calibration_text,
@@ -110,7 +110,7 @@ def search(
     """
     from pho_service.jobs.search import SearchRequest
 
-    path = out_path(out)
+    path = out_file(out)
     at_least(1, confirm_windows=confirm_windows)
     request = SearchRequest(
         pattern=parse_pattern(pattern, scope),

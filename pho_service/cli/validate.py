@@ -16,7 +16,7 @@ from pho_service.cli.options import (
     model_options,
     open_bundle,
     open_model,
-    out_path,
+    out_file,
     parse_pattern,
     pattern_options,
     read_calibration_text,
@@ -84,7 +84,7 @@ def validate(
         raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
     at_least(1, confirm_windows=confirm_windows)
     at_least(0, seed=seed)
-    plot_path = out_path(plot) if plot else None
+    plot_path = out_file(plot) if plot else None
     parsed = parse_pattern(pattern, scope)
     settings = calibration_settings(options)
     source = text_source(options)

@@ -34,7 +34,7 @@ from pho_service.search.search import (
 from pho_service.search.space import SearchSpace
 from pho_service.spec import Candidate, Objective, Pattern
 from pho_service.versions import versions
-from storage.studies import StorageError, open_storage, open_study
+from storage.studies import StorageError, check_url, open_storage, open_study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,10 @@ class SearchRequest:
     def __post_init__(self) -> None:
         if self.finalists < 1:
             raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        try:
+            check_url(self.study_url)
+        except StorageError as error:
+            raise StudyError(f"--study {self.study_url}: {error}") from error
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
         """

@@ -112,7 +112,7 @@ def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is a safetensors file, but no proxy bundle. {_WAY_OUT}")
     try:
         document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise BundleError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
@@ -167,12 +167,15 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
             for i, entry in enumerate(document["layers"])
         ]
         provenance = dict(document["provenance"])
+        dict(provenance.get("model", {}))  # must be an object too
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise BundleError(
             f"{tensors.path} is damaged: its header lacks {error}. {_WAY_OUT}"
         ) from error
-    if not layers:
-        raise BundleError(f"{tensors.path} is damaged: it has no layers. {_WAY_OUT}")
+    if not layers or not kernel_sizes:
+        raise BundleError(
+            f"{tensors.path} is damaged: it has no layers or kernel sizes. {_WAY_OUT}"
+        )
     return ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
 
 

@@ -107,7 +107,7 @@ def _read_file(source: TextSource) -> Iterator[str]:
             f"the text {path} is not UTF-8: {error.reason} at byte {error.start}."
         ) from error
     except OSError as error:
-        raise TextError(f"the text {path} cannot be read: {error.strerror}.") from error
+        raise TextError(f"the text {path} cannot be read: {error.strerror or error}.") from error
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:

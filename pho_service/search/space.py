@@ -78,9 +78,9 @@ class SearchSpace:
                     low, _, high = value.partition(":")
                     changes[name] = (float(low), float(high or low))
             except ValueError:
+                example = "3,5,9" if name == "kernel_sizes" else "0.2:0.8"
                 raise InvalidInput(
-                    f"search space {text!r} is not understood. Write {name}=0.2:0.8, "
-                    f"{name}=0.5 or kernel_sizes=3,5,9."
+                    f"search space {text!r} is not understood. Write {name}={example}."
                 ) from None
         return replace(self, **changes)
 

@@ -141,7 +141,7 @@ def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any) -> None
 def test_width_and_groups(bundle: ProxyBundle, request_of: Any) -> None:
     """A width that M does not divide is refused before a study is made, and the layer named."""
     with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+: in_features=32 .* M=5"):
-        search_job(request_of(pattern=Pattern.parse("2:5"), study_url="nonsense"), bundle)
+        search_job(request_of(pattern=Pattern.parse("2:5")), bundle)
 
 
 def test_other_model(bundle: ProxyBundle, request_of: Any, model: LanguageModel) -> None:

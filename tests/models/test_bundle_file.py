@@ -122,7 +122,8 @@ def test_other_safetensors(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["", "[]", '{"version": 1}', "[" * 100_000, '{"version": 1, "layers": 3}']
+    "document",
+    ["", "[]", '{"version": 1}', "[" * 100_000, "1" * 5000, '{"version": 1, "layers": 3}'],
 )
 def test_bad_document(file: Path, document: str) -> None:
     """A header that is no document is refused."""
