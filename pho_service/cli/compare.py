@@ -17,13 +17,13 @@ from pho_service.cli.options import (
     model_options,
     open_bundle,
     open_model,
-    parse_pattern,
     pattern_options,
     read_calibration_text,
     report_text,
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
+from pho_service.spec import Pattern
 
 if TYPE_CHECKING:
     from pho_service.jobs.compare import ComparisonRow
@@ -80,7 +80,7 @@ def compare(
     from pho_service.jobs.compare import compare_job
 
     at_least(1, report_windows=report_windows)
-    parsed = parse_pattern(pattern, scope)
+    parsed = Pattern.parse(pattern, scope)
     configurations = [(path, read_configuration(Path(path))) for path in config_paths]
     settings = calibration_settings(options)
     source = text_source(options)

@@ -10,7 +10,6 @@ import click
 
 from pho_service.cli.terminal import progress, say, working
 from pho_service.errors import InvalidInput
-from pho_service.spec import Pattern
 
 if TYPE_CHECKING:
     from pho_service.jobs.rating import ReportText
@@ -177,8 +176,11 @@ def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
 def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":
     """Load a model as ``--revision``, ``--device`` and ``--dtype`` in ``options`` say."""
     with working(f"Loading {name}"):
+        from transformers.utils.logging import disable_progress_bar
+
         from pho_service.models.loading import load_model
 
+        disable_progress_bar()  # ours is shown
         return load_model(
             name,
             revision=options.pop("revision"),
@@ -265,11 +267,6 @@ def at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise InvalidInput(f"--{name.replace('_', '-')} {value} is below {least}.")
-
-
-def parse_pattern(pattern: str, scope: str | None) -> Pattern:
-    """``--pattern`` and ``--scope``."""
-    return Pattern.parse(pattern, scope)
 
 
 def out_file(path: str) -> Path:

@@ -16,14 +16,13 @@ from pho_service.cli.options import (
     open_bundle,
     open_model,
     out_file,
-    parse_pattern,
     pattern_options,
     read_calibration_text,
     space_option,
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective
+from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern
 
 if TYPE_CHECKING:
     from pho_service.jobs.search import SearchRequest, SearchResult
@@ -113,7 +112,7 @@ def search(
     path = out_file(out)
     at_least(1, confirm_windows=confirm_windows)
     request = SearchRequest(
-        pattern=parse_pattern(pattern, scope),
+        pattern=Pattern.parse(pattern, scope),
         objective=Objective(name=objective, weighting=weighting),
         bounds=bounds,
         sampler=sampler,

@@ -17,14 +17,13 @@ from pho_service.cli.options import (
     open_bundle,
     open_model,
     out_file,
-    parse_pattern,
     pattern_options,
     read_calibration_text,
     space_option,
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.spec import Objective
+from pho_service.spec import Objective, Pattern
 
 if TYPE_CHECKING:
     from pho_service.jobs.validate import Validation
@@ -85,7 +84,7 @@ def validate(
     at_least(1, confirm_windows=confirm_windows)
     at_least(0, seed=seed)
     plot_path = out_file(plot) if plot else None
-    parsed = parse_pattern(pattern, scope)
+    parsed = Pattern.parse(pattern, scope)
     settings = calibration_settings(options)
     source = text_source(options)
     loaded = open_model(model, options)

@@ -1,5 +1,6 @@
 """A search that is killed goes on, and ends as if nothing had happened."""
 
+import functools
 import signal
 import sqlite3
 import subprocess
@@ -54,7 +55,12 @@ def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
     killed.mkdir()
     subprocess.run(command(bundle, undisturbed), check=True, capture_output=True)
     process = subprocess.Popen(
-        command(bundle, killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(bundle, killed),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs this in the background has its children ignore Ctrl-C.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while recorded(killed / "study.db") < 30 and time.monotonic() < deadline:
