@@ -40,7 +40,7 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
       pho demo --out demo24 --pattern 2:4
     """
     from pho_service.configuration import write_configuration
-    from pho_service.jobs.bundles import cached_bundle
+    from pho_service.jobs.bundles import bundle_path, cached_bundle
     from pho_service.jobs.compare import compare_job
     from pho_service.jobs.search import SearchRequest, search_job
     from pho_service.models.builtin import smollm2, write_texts
@@ -82,13 +82,10 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
         return
     click.echo(describe(result, config, study))
     show_comparison(rows, report, model, str(parsed))
-    calibration = (
-        f"--text {shlex.quote(str(texts['calibration']))} --samples 32 --fisher-samples 8 "
-        f"--context-length {CONTEXT_LENGTH}"
-    )
+    kept = bundle_path(folder / "cache", text.bundle_key)
     click.echo(
         f"Next:\n"
         f"  optuna-dashboard {study}\n"
-        f"  pho prune {shlex.quote(str(gguf))} --config {shlex.quote(str(config))} {calibration} "
-        f"--out {shlex.quote(str(folder / 'pruned'))}"
+        f"  pho prune {shlex.quote(str(gguf))} --config {shlex.quote(str(config))} "
+        f"--bundle {shlex.quote(str(kept))} --out {shlex.quote(str(folder / 'pruned'))}"
     )

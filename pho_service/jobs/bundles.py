@@ -12,6 +12,11 @@ from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 
 
+def bundle_path(cache_dir: Path, key: str) -> Path:
+    """Where the bundle with this key is kept."""
+    return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
+
+
 def cached_bundle(
     model: LanguageModel,
     text: CalibrationText,
@@ -29,7 +34,7 @@ def cached_bundle(
         ModelError, NumericalError: From the calibration.
         OutputError: The cache cannot be written.
     """
-    path = cache_dir.expanduser() / "bundles" / f"{text.bundle_key}.safetensors"
+    path = bundle_path(cache_dir, text.bundle_key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
