@@ -6,7 +6,13 @@ from pathlib import Path
 import click
 
 from pho_service.cli.compare import comparison_document, show_comparison
-from pho_service.cli.options import confirm_text, file_source, open_model, report_text
+from pho_service.cli.options import (
+    confirm_text,
+    file_source,
+    json_option,
+    open_model,
+    report_text,
+)
 from pho_service.cli.search import describe
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.spec import Pattern
@@ -24,7 +30,7 @@ CONTEXT_LENGTH = 512
 )
 @click.option("--trials", type=int, default=200, show_default=True, help="Of the search.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@json_option
 @verb
 def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_json: bool) -> None:
     """

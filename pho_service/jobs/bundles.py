@@ -48,4 +48,4 @@ def cached_bundle(
             path.unlink()  # a damaged copy: what was stored is made again
     bundle = calibrate(model, text, settings, progress)
     write_bundle(bundle, path)
-    return read_bundle(path)
+    return read_bundle(path)  # exactly what the next search will see

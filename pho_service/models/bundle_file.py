@@ -83,11 +83,6 @@ def os_errors() -> Iterator[None]:
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a path is meant as a bundle: a single .safetensors file."""
-    return path.suffix == ".safetensors" and path.is_file()
-
-
 def read_bundle(path: Path) -> ProxyBundle:
     """
     Read and check a bundle.

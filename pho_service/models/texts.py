@@ -73,7 +73,7 @@ def read_documents(source: TextSource) -> Iterator[str]:
     Raises:
         TextError: Nothing there, not readable, no such column.
     """
-    rows = _read_file(source) if source.path else _read_dataset(source)
+    rows = _read_file(source) if source.path is not None else _read_dataset(source)
     for document in rows:
         if not document.strip():
             continue
