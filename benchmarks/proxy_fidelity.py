@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from pho_service.cli.terminal import print_table, progress, say
 from pho_service.models.builtin import smollm2, write_texts
 from pho_service.models.bundle_file import write_bundle
-from pho_service.models.calibration import CalibrationSettings, calibration_text, measure
+from pho_service.models.calibration import calibration_text, measure
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
@@ -27,7 +27,7 @@ from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.space import SearchSpace
 from pho_service.search.validation import random_candidates
-from pho_service.spec import WEIGHTINGS, Candidate, Pattern
+from pho_service.spec import WEIGHTINGS, CalibrationSettings, Candidate, Pattern
 from pho_service.versions import versions
 
 KERNEL_SIZES = (3, 5, 9, 15)

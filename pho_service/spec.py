@@ -312,3 +312,47 @@ class Objective:
     def direction(self) -> Literal["minimize", "maximize"]:
         """Gini is maximised: higher went with lower perplexity in our measurements."""
         return "maximize" if self.name == "gini" else "minimize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """
+    How a model is calibrated. The defaults are the literature's 128 x 2048 tokens.
+
+    Attributes:
+        samples: Windows of text for the forward pass.
+        context_length: Tokens of a window.
+        fisher_samples: Windows that are run backward too; None is a quarter of
+            ``samples``.
+        rows_per_layer: Output rows of each linear that the bundle keeps; 0 keeps all.
+        projection_rows: Rows of the random projection of the activations; 0
+            keeps the full Gram matrix.
+        kernel_sizes: Windows that candidates may use, odd.
+        bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
+        seed: Of the text sample, the row sample and the projection.
+    """
+
+    samples: int = 128
+    context_length: int = 2048
+    fisher_samples: int | None = None
+    rows_per_layer: int = 16
+    projection_rows: int = 128
+    kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
+    bos: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 1), ("context_length", 8), ("rows_per_layer", 0), ("projection_rows", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name}={getattr(self, name)} is below {least}.")
+        check_seed(self.seed)
+        if self.fisher_samples is not None and not 1 <= self.fisher_samples <= self.samples:
+            raise InvalidInput(
+                f"fisher_samples={self.fisher_samples} is not in 1..{self.samples}, the samples."
+            )
+        if not self.kernel_sizes or any(k < 3 or k % 2 == 0 for k in self.kernel_sizes):
+            raise InvalidInput(
+                f"kernel_sizes={self.kernel_sizes} are not odd whole numbers of at least 3."
+            )

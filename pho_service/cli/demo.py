@@ -48,9 +48,11 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
     from pho_service.configuration import write_configuration
     from pho_service.jobs.bundles import bundle_path, cached_bundle
     from pho_service.jobs.compare import compare_job
-    from pho_service.jobs.search import SearchRequest, search_job
+    from pho_service.jobs.search import search_job
     from pho_service.models.builtin import smollm2, write_texts
-    from pho_service.models.calibration import CalibrationSettings, calibration_text
+    from pho_service.models.calibration import calibration_text
+    from pho_service.search.request import SearchRequest
+    from pho_service.spec import CalibrationSettings
 
     folder = Path(out).expanduser()
     parsed = Pattern.parse(pattern, scope or (None if ":" in pattern else "global"))

@@ -13,10 +13,11 @@ from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
     from pho_service.jobs.rating import ReportText
-    from pho_service.models.calibration import CalibrationSettings, CalibrationText
+    from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import TextSource
     from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.spec import CalibrationSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -155,7 +156,7 @@ def file_source(path: str) -> "TextSource":
 
 def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
     """The settings among ``options``, taken out of them."""
-    from pho_service.models.calibration import CalibrationSettings
+    from pho_service.spec import CalibrationSettings
 
     sizes = options.pop("kernel_sizes")
     try:

@@ -25,7 +25,8 @@ from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern
 
 if TYPE_CHECKING:
-    from pho_service.jobs.search import SearchRequest, SearchResult
+    from pho_service.search.request import SearchRequest
+    from pho_service.search.result import SearchResult
 
 
 @click.command()
@@ -107,14 +108,15 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.jobs.search import SearchRequest
+    from pho_service.search.request import SearchRequest
+    from pho_service.search.space import parse_bounds
 
     path = out_file(out)
     at_least(1, confirm_windows=confirm_windows)
     request = SearchRequest(
         pattern=Pattern.parse(pattern, scope),
         objective=Objective(name=objective, weighting=weighting),
-        bounds=bounds,
+        bounds=parse_bounds(bounds),
         sampler=sampler,
         trials=trials,
         seed=seed,

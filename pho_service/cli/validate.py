@@ -78,6 +78,7 @@ def validate(
     """
     from pho_service.errors import InvalidInput, TextError
     from pho_service.jobs.validate import validate_job
+    from pho_service.search.space import parse_bounds
 
     if count < 8:
         raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
@@ -85,6 +86,7 @@ def validate(
     at_least(0, seed=seed)
     plot_path = out_file(plot) if plot else None
     parsed = Pattern.parse(pattern, scope)
+    box = parse_bounds(bounds)
     settings = calibration_settings(options)
     source = text_source(options)
     loaded = open_model(model, options)
@@ -98,7 +100,7 @@ def validate(
         bundle,
         rating_text,
         parsed,
-        bounds=bounds,
+        bounds=box,
         count=count,
         seed=seed,
         device=str(loaded.model.device),

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pho_service.errors import BundleError, OutputError
 from pho_service.models.bundle_file import read_bundle, write_bundle
-from pho_service.models.calibration import CalibrationSettings, CalibrationText, calibrate
+from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec import CalibrationSettings
 
 
 def bundle_path(cache_dir: Path, key: str) -> Path:

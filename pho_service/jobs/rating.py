@@ -70,6 +70,14 @@ class ReportText:
         """Hash of exactly these windows."""
         return hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
 
+    def measured_on(self) -> dict[str, Any]:
+        """The fields of a confirmation that say what was measured on."""
+        return {
+            "tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
+            "context_length": self.windows.shape[1],
+            "text": self.to_dict(),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """What is stored with every perplexity."""
         return record_to_dict(self.record, windows=len(self.windows))

@@ -2,7 +2,9 @@
 Does the proxy rank? Random candidates rated by every proxy and by perplexity.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
 from pho_service.models.loading import LanguageModel
@@ -44,7 +46,7 @@ def validate_job(
     text: ReportText,
     pattern: Pattern,
     *,
-    bounds: tuple[str, ...] = (),
+    bounds: Mapping[str, Any] | None = None,
     count: int = 40,
     seed: int = 0,
     device: str = "cpu",
@@ -58,7 +60,7 @@ def validate_job(
         bundle: Of this model.
         text: For the perplexities; not the calibration windows.
         pattern: What is pruned.
-        bounds: Changes to the search space.
+        bounds: Fields of the search space that differ from its defaults.
         count: Candidates, at least 8.
         seed: Of the candidates and of the bootstrap.
         device: For the proxies.
@@ -69,7 +71,7 @@ def validate_job(
         BundleError: The bundle is of another model.
     """
     bundle.check_model(model.linears)
-    space = SearchSpace(kernel_sizes=bundle.kernel_sizes).with_bounds(bounds).fitted(pattern)
+    space = SearchSpace(**{"kernel_sizes": bundle.kernel_sizes, **(bounds or {})}).fitted(pattern)
     candidates = random_candidates(space, pattern, count=count, seed=seed)
     with progress("Rating by the proxies", count) as advance:
         evaluator = ProxyEvaluator(bundle, device)

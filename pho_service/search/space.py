@@ -56,34 +56,6 @@ class SearchSpace:
             return replace(self, gradient_exponent=(0.0, 0.0))
         return self
 
-    def with_bounds(self, bounds: Sequence[str]) -> Self:
-        """
-        Change bounds from ``name=low:high``, ``name=value`` or ``kernel_sizes=3,5``.
-
-        Raises:
-            InvalidInput: Unknown name, no number, or a rule broken.
-        """
-        changes: dict[str, Any] = {}
-        for text in bounds:
-            name, _, value = text.partition("=")
-            if name not in (*_HIGHEST, "kernel_sizes"):
-                raise InvalidInput(
-                    f"search space {text!r}: {name!r} is not one of "
-                    f"{', '.join((*_HIGHEST, 'kernel_sizes'))}."
-                )
-            try:
-                if name == "kernel_sizes":
-                    changes[name] = tuple(sorted({int(k) for k in value.split(",")}))
-                else:
-                    low, _, high = value.partition(":")
-                    changes[name] = (float(low), float(high or low))
-            except ValueError:
-                example = "3,5,9" if name == "kernel_sizes" else "0.2:0.8"
-                raise InvalidInput(
-                    f"search space {text!r} is not understood. Write {name}={example}."
-                ) from None
-        return replace(self, **changes)
-
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's form of the box, fixed values included."""
         space: dict[str, BaseDistribution] = {
@@ -154,6 +126,35 @@ class SearchSpace:
         if len(self.kernel_sizes) > 1 and params["kernel_size"] in ends:
             names.append("kernel_size")
         return names
+
+
+def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
+    """
+    Read ``name=low:high``, ``name=value`` or ``kernel_sizes=3,5`` as fields of a space.
+
+    Raises:
+        InvalidInput: Unknown name, or no number.
+    """
+    bounds: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in (*_HIGHEST, "kernel_sizes"):
+            raise InvalidInput(
+                f"search space {text!r}: {name!r} is not one of "
+                f"{', '.join((*_HIGHEST, 'kernel_sizes'))}."
+            )
+        try:
+            if name == "kernel_sizes":
+                bounds[name] = tuple(sorted({int(k) for k in value.split(",")}))
+            else:
+                low, _, high = value.partition(":")
+                bounds[name] = (float(low), float(high or low))
+        except ValueError:
+            example = "3,5,9" if name == "kernel_sizes" else "0.2:0.8"
+            raise InvalidInput(
+                f"search space {text!r} is not understood. Write {name}={example}."
+            ) from None
+    return bounds
 
 
 # The highest value that a bound may have, by name.

@@ -8,9 +8,10 @@ from click.testing import CliRunner, Result
 
 from pho_service.cli import main
 from pho_service.models.bundle_file import write_bundle
-from pho_service.models.calibration import CalibrationSettings, calibrate, calibration_text
+from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
+from pho_service.spec import CalibrationSettings
 
 Pho = Callable[..., Result]
 

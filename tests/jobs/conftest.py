@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from pho_service.jobs.rating import ReportText
-from pho_service.models.calibration import CalibrationSettings, calibrate, calibration_text
+from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec import CalibrationSettings
 
 
 @pytest.fixture

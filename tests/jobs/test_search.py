@@ -9,11 +9,13 @@ import pytest
 from pho_service.configuration import Configuration
 from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.jobs.rating import ReportText, rate_by_proxy
-from pho_service.jobs.search import SearchRequest, search_job
+from pho_service.jobs.search import search_job
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.search.request import SearchRequest
+from pho_service.search.space import parse_bounds
 from pho_service.spec import Objective, Pattern, Scope
 from storage.studies import open_storage
 
@@ -107,7 +109,7 @@ def test_border_is_flagged(bundle: ProxyBundle, request_of: Any) -> None:
     """A best value on the border is named in the result and in a warning."""
     bounds = ("activation_exponent=3.9:4", "gradient_exponent=0", "kernel_sizes=3")
     result = search_job(
-        request_of(bounds=bounds, objective=Objective(name="gini"), trials=60), bundle
+        request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
     )
     exponent = result.configuration.coefficients.activation_exponent
 
@@ -120,7 +122,7 @@ def test_border_is_flagged(bundle: ProxyBundle, request_of: Any) -> None:
 def test_narrow_bounds_hold(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
     """Every candidate but the baselines lies in the asked box."""
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
-    search_job(request_of(bounds=bounds, trials=22), bundle)
+    search_job(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
     with open_storage(study_url) as storage:
         (summary,) = optuna.get_all_study_summaries(storage)
         trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
@@ -135,7 +137,7 @@ def test_narrow_bounds_hold(bundle: ProxyBundle, request_of: Any, study_url: str
 def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any) -> None:
     """A kernel size that the bundle lacks is refused."""
     with pytest.raises(InvalidInput, match="9 is not in the bundle, which has 3, 5"):
-        search_job(request_of(bounds=("kernel_sizes=3,9",)), bundle)
+        search_job(request_of(bounds={"kernel_sizes": (3, 9)}), bundle)
 
 
 def test_width_and_groups(bundle: ProxyBundle, request_of: Any) -> None:
@@ -162,7 +164,7 @@ def test_studies_do_not_mix(bundle: ProxyBundle, request_of: Any, study_url: str
         request_of(pattern=Pattern.parse("0.6", "layer")),
         request_of(pattern=Pattern.parse("0.5", "row")),
         request_of(objective=Objective(weighting="fisher")),
-        request_of(bounds=("row_share=0.5",)),
+        request_of(bounds={"row_share": (0.5, 0.5)}),
     ]
     names = [search_job(r, bundle).study_name for r in requests]
     with open_storage(study_url) as storage:

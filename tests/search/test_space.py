@@ -3,7 +3,7 @@
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.search.space import SearchSpace
+from pho_service.search.space import SearchSpace, parse_bounds
 from pho_service.spec import Coefficients, Pattern, search_baselines
 
 PATTERN = Pattern.parse("0.5", "layer")
@@ -54,8 +54,8 @@ def test_row_scope_has_no_gradient() -> None:
 
 def test_bounds() -> None:
     """Bounds are read from text; one value fixes it."""
-    space = SearchSpace().with_bounds(
-        ["activation_exponent=0.2:0.9", "gradient_exponent=0.5", "kernel_sizes=9,3"]
+    space = SearchSpace(
+        **parse_bounds(["activation_exponent=0.2:0.9", "gradient_exponent=0.5", "kernel_sizes=9,3"])
     )
 
     assert space.activation_exponent == (0.2, 0.9)
@@ -80,7 +80,7 @@ def test_bounds() -> None:
 def test_bad_bounds(text: str, message: str) -> None:
     """What breaks a rule is named, with the rule."""
     with pytest.raises(InvalidInput, match=message):
-        SearchSpace().with_bounds([text])
+        SearchSpace(**parse_bounds([text]))
 
 
 def test_border() -> None:

@@ -1,0 +1,71 @@
+"""
+What a user asks a search for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.search.search import SearchPlan
+from pho_service.search.space import SearchSpace
+from pho_service.spec import Objective, Pattern
+from storage.studies import StorageError, check_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """
+    What a user asks a search for, besides the model and the texts.
+
+    Attributes:
+        pattern: What is pruned.
+        objective: What candidates are rated by.
+        bounds: Fields of the search space that differ from its defaults.
+        sampler: Where candidates come from.
+        trials: How many, baselines included.
+        seed: Of the sampler.
+        study_url: The database of the study.
+        finalists: How many found candidates get a perplexity, beside the baselines.
+    """
+
+    pattern: Pattern
+    objective: Objective = field(default_factory=Objective)
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "cmaes"
+    trials: int = 200
+    seed: int = 0
+    study_url: str = "sqlite:///study.db"
+    finalists: int = 5
+
+    def __post_init__(self) -> None:
+        if self.finalists < 1:
+            raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        try:
+            check_url(self.study_url)
+        except StorageError as error:
+            raise StudyError(f"--study {self.study_url}: {error}") from error
+
+    def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
+        """
+        The plan on a bundle that has these kernel sizes.
+
+        Raises:
+            InvalidInput: Anything in the request breaks a rule.
+        """
+        space = SearchSpace(**{"kernel_sizes": kernel_sizes, **self.bounds})
+        missing = sorted(set(space.kernel_sizes) - set(kernel_sizes))
+        if missing:
+            raise InvalidInput(
+                f"search space kernel_sizes: {missing[0]} is not in the bundle, which has "
+                f"{', '.join(map(str, kernel_sizes))}. Calibrate with --kernel-sizes."
+            )
+        return SearchPlan(
+            pattern=self.pattern,
+            space=space.fitted(self.pattern),
+            sampler=self.sampler,
+            trials=self.trials,
+            seed=self.seed,
+            direction=self.objective.direction,
+            fisher=space.gradient_exponent[1] > 0,
+        )

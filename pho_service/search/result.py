@@ -1,0 +1,138 @@
+"""
+What a search found, as a configuration and in plain sentences.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from pho_service.configuration import CoefficientsDocument, Configuration, Confirmation, Rating
+from pho_service.search.request import SearchRequest
+from pho_service.search.search import RatedCandidate, SearchPlan
+from pho_service.versions import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """
+    Attributes:
+        configuration: The best, and how it was found.
+        study_name: In the request's database.
+        warnings: Plain sentences that a user must read.
+    """
+
+    configuration: Configuration
+    study_name: str
+    warnings: list[str]
+
+
+def describe_study(
+    study: optuna.Study, request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any]
+) -> None:
+    """Keep in the study what it is a record of."""
+    known = study.user_attrs
+    for key, value in {
+        "pattern": str(plan.pattern),
+        "scope": plan.pattern.scope.value,
+        "objective": request.objective.label,
+        "space": plan.space.to_dict(),
+        "sampler": plan.sampler,
+        "seed": plan.seed,
+        "calibration": dict(provenance),
+    }.items():
+        if key not in known:
+            study.set_user_attr(key, value)
+
+
+def search_result(
+    request: SearchRequest,
+    plan: SearchPlan,
+    provenance: Mapping[str, Any],
+    name: str,
+    rated: list[RatedCandidate],
+    measured: list[tuple[float, RatedCandidate]],
+    confirmation: Confirmation | None,
+) -> SearchResult:
+    """
+    Choose the winner and write down how it was found.
+
+    Args:
+        request: What was asked.
+        plan: Of the search.
+        provenance: Of the bundle.
+        name: Of the study.
+        rated: Every finished trial, best first by the objective.
+        measured: (perplexity, candidate), best first; empty if nothing was measured.
+        confirmation: How the winner was measured.
+    """
+    best = measured[0][1] if measured else rated[0]
+    by_number = {candidate.number: perplexity for perplexity, candidate in measured}
+    border = plan.space.on_border(best.params) if best.candidate.method == "crepe" else []
+
+    def rating(candidate: RatedCandidate) -> Rating:
+        return Rating(
+            method=candidate.candidate.method,
+            trial=candidate.number,
+            proxy=candidate.value,
+            perplexity=by_number.get(candidate.number),
+        )
+
+    configuration = Configuration(
+        method=best.candidate.method,
+        coefficients=CoefficientsDocument.model_validate(best.candidate.coefficients.to_dict()),
+        pattern=str(plan.pattern),
+        scope=best.candidate.pattern.scope.value,
+        objective={
+            "name": request.objective.label,
+            "direction": request.objective.direction,
+            "value": best.value,
+        },
+        confirmation=confirmation,
+        candidates=[rating(candidate) for _, candidate in measured[:20]],
+        baselines=[
+            rating(c)
+            for c in sorted(rated, key=lambda c: c.number)
+            if c.candidate.method != "crepe"
+        ],
+        border=border,
+        search={
+            "sampler": plan.sampler,
+            "trials": plan.trials,
+            "seed": plan.seed,
+            "space": plan.space.to_dict(),
+            "study": name,
+        },
+        model=provenance.get("model", {}),
+        calibration={k: v for k, v in provenance.items() if k != "model"},
+        versions=versions("optuna", "cmaes", "torch", "transformers"),
+    )
+    return SearchResult(
+        configuration=configuration,
+        study_name=name,
+        warnings=_warnings(configuration, plan, confirmed=bool(measured)),
+    )
+
+
+def _warnings(configuration: Configuration, plan: SearchPlan, *, confirmed: bool) -> list[str]:
+    warnings = []
+    if not confirmed:
+        warnings.append(
+            "Not confirmed: no perplexity was measured, so this is the best by the proxy alone. "
+            "Search from the model with --confirm-text to confirm it."
+        )
+    if configuration.method != "crepe":
+        warnings.append(
+            f"No candidate of the search was better than the baseline {configuration.method}, "
+            "which is the result. More trials or a wider --space may change that."
+        )
+    for name in configuration.border:
+        values = getattr(plan.space, "kernel_sizes" if name == "kernel_size" else name)
+        natural = name.endswith("_share") and values == (0.0, 1.0)
+        hope = "a share has no wider one" if natural else "a wider one may hold a better value"
+        warnings.append(
+            f"The best {name} lies on the border of its range ({values[0]:g} to {values[-1]:g}); "
+            f"{hope}."
+        )
+    return warnings
