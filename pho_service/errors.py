@@ -20,7 +20,7 @@ class PhoError(Exception):
     """Base of all errors that a user can act on."""
 
 
-class InvalidInput(PhoError, ValueError):  # noqa: N818 - reads as what it says
+class InvalidInput(PhoError, ValueError):
     """A value that a user gave breaks a rule."""
 
 
@@ -33,7 +33,16 @@ class TextError(PhoError):
 
 
 class NumericalError(PhoError):
-    """A weight, an activation or a score is NaN or infinite."""
+    """
+    A weight, an activation or a score is NaN or infinite.
+
+    Attributes:
+        layer: Where, if it is known.
+    """
+
+    def __init__(self, message: str, *, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class BundleError(PhoError):

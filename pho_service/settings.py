@@ -2,17 +2,88 @@
 The only reader of environment variables: everything that starts with ``PHO_``.
 """
 
+import os
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pho_service.errors import InvalidInput
+
+Paths = Annotated[tuple[Path, ...], NoDecode]  # in the environment: with ":" between
+Patterns = Annotated[tuple[str, ...], NoDecode]  # in the environment: with "," between
 
 
 class Settings(BaseSettings):
     """
+    All settings, by the environment variable ``PHO_`` and their name in capitals.
+
     Attributes:
-        cache_dir: Where bundles that `pho search MODEL` makes are kept for the next search.
+        cache_dir: Where bundles are kept for the next search, and copies of remote ones.
+        data_dir: Of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
+        database_url: A PostgreSQL to use instead of the embedded one.
+        artifacts: Folder or fsspec URL (s3://, gs://) of the bundles that all workers share.
+        host, port: Where `pho serve` listens.
+        workers: How many local workers `pho serve` starts.
+        model_roots: Folders that model folders and files of jobs must lie under.
+        text_roots: The same for texts.
+        hub_models: Shell patterns of the hub's models that jobs may name.
+        hub_datasets: The same for data sets.
+        max_unfinished_jobs: Of one key.
+        max_body_bytes: Of a request.
+        heartbeat_s: How often a worker reports.
+        stalled_after_s: Without a report for so long, a worker's stage is given to another.
+        stop_after_s: How long `pho serve` waits for workers when it stops.
+        retry_after_s: Before a failed stage is tried again.
+        api_url, api_key: For `pho submit` and the other verbs that talk to a service.
     """
 
     model_config = SettingsConfigDict(env_prefix="PHO_")
 
     cache_dir: Path = Path("~/.cache/pho")
+    data_dir: Path = Path("~/.local/share/pho")
+    database_url: SecretStr | None = None
+    artifacts: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    workers: int = Field(default=1, ge=0, le=256)
+    model_roots: Paths = (Path(),)
+    text_roots: Paths = (Path(),)
+    hub_models: Patterns = ("*",)
+    hub_datasets: Patterns = ("*",)
+    max_unfinished_jobs: int = Field(default=1000, ge=1)
+    max_body_bytes: int = Field(default=64 * 1024, ge=1024)
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    stalled_after_s: float = Field(default=30.0, gt=0)
+    stop_after_s: float = Field(default=60.0, gt=0)
+    retry_after_s: float = Field(default=5.0, ge=0)
+    api_url: str = "http://127.0.0.1:8000"
+    api_key: SecretStr | None = None
+
+    @field_validator("model_roots", "text_roots", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        return value.split(os.pathsep) if isinstance(value, str) else value
+
+    @field_validator("hub_models", "hub_datasets", mode="before")
+    @classmethod
+    def _split_patterns(cls, value: Any) -> Any:
+        return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+
+
+def read_settings(**given: Any) -> Settings:
+    """
+    The settings, those ``given`` (but not None) before those of the environment.
+
+    Raises:
+        InvalidInput: A value breaks a rule; names the variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"][:1])
+        raise InvalidInput(
+            f"PHO_{name.upper()}={first['input']!r} is not allowed: {first['msg']}."
+        ) from error

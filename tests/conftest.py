@@ -6,6 +6,8 @@ Each test gets its own, so a test may change what it is given. All are the same 
 
 import json
 import random
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pho_service.models.architecture import prunable_linears
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from storage.database import Database
+from storage.embedded import embedded_postgresql
 
 VOCABULARY = 256
 
@@ -123,3 +127,44 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test sees the user's cache, or another test's."""
     monkeypatch.setenv("PHO_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an embedded PostgreSQL with a migrated database ``template``."""
+    with embedded_postgresql(tmp_path_factory.mktemp("pg")) as url:
+        admin = Database(url)
+        _run_alone(admin, "CREATE DATABASE template")
+        template = Database(_named(url, "template"))
+        template.migrate()
+        template.close()
+        yield url
+        admin.close()
+
+
+@pytest.fixture
+def database_url(postgresql: str) -> str:
+    """A fresh, migrated database."""
+    name = f"test_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    _run_alone(admin, f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    return _named(postgresql, name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """The same, open."""
+    opened = Database(database_url)
+    yield opened
+    opened.close()
+
+
+def _named(url: str, name: str) -> str:
+    return url.replace("/postgres?", f"/{name}?")
+
+
+def _run_alone(database: Database, statement: str) -> None:
+    """Run what PostgreSQL refuses inside of a transaction."""
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(statement)

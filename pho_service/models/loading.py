@@ -293,5 +293,6 @@ def _check_weights(linears: dict[str, PrunableLinear]) -> None:
         if not bool(torch.isfinite(linear.weight).all()):
             raise NumericalError(
                 f"{name}: a weight is NaN or infinite. The model file is damaged, or overflowed "
-                "when it was converted: get it again."
+                "when it was converted: get it again.",
+                layer=name,
             )

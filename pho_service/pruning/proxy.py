@@ -136,13 +136,24 @@ class ProxyEvaluator:
         """
         return [self._rate(candidate, with_gini) for candidate in candidates]
 
+    def layer_errors(self, candidate: Candidate) -> dict[str, float]:
+        """
+        The error of each linear relative to the energy of its output, by name.
+
+        Raises:
+            BundleError, InvalidInput: As :meth:`evaluate`.
+        """
+        absolute = self._sums(candidate, with_gini=False).absolute
+        return dict(
+            zip((la.name for la in self.bundle.layers), self._relative(absolute), strict=True)
+        )
+
     def _rate(self, candidate: Candidate, with_gini: bool) -> ProxyRating:
+        return self._summary(self._sums(candidate, with_gini), with_gini)
+
+    def _sums(self, candidate: Candidate, with_gini: bool) -> "_Sums":
         removed = self._removed(candidate)
-        count = len(self.bundle.layers)
-        fisher = torch.zeros(count)
-        absolute = torch.zeros(count)
-        blend = torch.zeros(count)
-        ginis = torch.zeros(count)
+        sums = _Sums(*(torch.zeros(len(self.bundle.layers)) for _ in range(4)))
         for stack in self._stacks:
             score = self._score(stack, candidate.coefficients)
             keep = self._keep(stack, score, candidate, removed)
@@ -151,12 +162,17 @@ class ProxyEvaluator:
             loss = error * stack.fisher
             relative = (error / stack.row_energy.clamp_min(TINY)).sqrt()
             scale = stack.weights_per_value
-            absolute[stack.positions] = error.sum(dim=(1, 2)).cpu() * scale
-            fisher[stack.positions] = loss.sum(dim=(1, 2)).cpu() * scale
-            blend[stack.positions] = (loss * relative).sum(dim=(1, 2)).cpu() * scale
+            sums.absolute[stack.positions] = error.sum(dim=(1, 2)).cpu() * scale
+            sums.fisher[stack.positions] = loss.sum(dim=(1, 2)).cpu() * scale
+            sums.blend[stack.positions] = (loss * relative).sum(dim=(1, 2)).cpu() * scale
             if with_gini:
-                ginis[stack.positions] = gini((score * keep).flatten(start_dim=1)).cpu()
-        return self._summary(fisher, absolute, blend, ginis if with_gini else None)
+                sums.gini[stack.positions] = gini((score * keep).flatten(start_dim=1)).cpu()
+        return sums
+
+    def _relative(self, absolute: Tensor) -> list[float]:
+        energy = torch.tensor([layer.output_energy for layer in self.bundle.layers])
+        values: list[float] = (absolute / energy.clamp_min(TINY)).tolist()
+        return values
 
     def _score(self, stack: _Stack, coefficients: Coefficients) -> Tensor:
         k = coefficients.kernel_size
@@ -179,7 +195,7 @@ class ProxyEvaluator:
         finite = torch.isfinite(score).flatten(start_dim=1).all(dim=1)
         if not bool(finite.all()):
             name = stack.layers[int((~finite).nonzero()[0])].name
-            raise NumericalError(f"{name}: a score of a candidate is NaN or infinite.")
+            raise NumericalError(f"{name}: a score of a candidate is NaN or infinite.", layer=name)
         return score
 
     def _removed(self, candidate: Candidate) -> list[int] | None:
@@ -221,31 +237,41 @@ class ProxyEvaluator:
             ]
         )
 
-    def _summary(
-        self, fisher: Tensor, absolute: Tensor, blend: Tensor, ginis: Tensor | None
-    ) -> ProxyRating:
+    def _summary(self, sums: "_Sums", with_gini: bool) -> ProxyRating:
         layers = self.bundle.layers
+        fisher, absolute, blend = sums.fisher, sums.absolute, sums.blend
         finite = torch.isfinite(fisher) & torch.isfinite(absolute) & torch.isfinite(blend)
         if not bool(finite.all()):
             name = layers[int((~finite).nonzero()[0])].name
-            raise NumericalError(f"{name}: the proxy's error is NaN or infinite for a candidate.")
-        energy = torch.tensor([layer.output_energy for layer in layers])
-        relative = absolute / energy.clamp_min(TINY)
+            raise NumericalError(
+                f"{name}: the proxy's error is NaN or infinite for a candidate.", layer=name
+            )
+        relative = self._relative(absolute)
         by_kind: dict[str, list[float]] = {}
-        for layer, value in zip(layers, relative.tolist(), strict=True):
+        for layer, value in zip(layers, relative, strict=True):
             by_kind.setdefault(layer.kind, []).append(value)
         mean_gini = None
-        if ginis is not None:
+        if with_gini:
             sizes = torch.tensor([float(la.out_features * la.in_features) for la in layers])
-            mean_gini = float((ginis * sizes).sum() / sizes.sum())
+            mean_gini = float((sums.gini * sizes).sum() / sizes.sum())
         return ProxyRating(
             fisher=float(fisher.double().sum()),
-            relative=float(relative.double().sum()),
+            relative=float(torch.tensor(relative).double().sum()),
             absolute=float(absolute.double().sum()),
             blend=float(blend.double().sum()),
             gini=mean_gini,
             error_by_kind={kind: sum(v) / len(v) for kind, v in by_kind.items()},
         )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a candidate does to each layer, in the order of the bundle: each (layers,)."""
+
+    fisher: Tensor
+    absolute: Tensor
+    blend: Tensor
+    gini: Tensor
 
 
 def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ def layer_importance(
     if not bool(torch.isfinite(score).all()):
         raise NumericalError(
             f"{layer}: a score is NaN or infinite. Check the layer's weights and the "
-            "calibration activations for NaN, infinity or values beyond float32."
+            "calibration activations for NaN, infinity or values beyond float32.",
+            layer=layer,
         )
     return score
 

@@ -261,7 +261,8 @@ def _require_finite(values: Tensor, layer: str, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise NumericalError(
             f"{layer}: the {what} of the calibration text are NaN or infinite. Check the model's "
-            "weights, or calibrate in float32 (--dtype float32)."
+            "weights, or calibrate in float32 (--dtype float32).",
+            layer=layer,
         )
 
 

@@ -8,6 +8,7 @@ is that of an uninterrupted run.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,6 +105,8 @@ def run_search(
     plan: SearchPlan,
     evaluate: Evaluate,
     advance: Callable[[int], None] = lambda _: None,
+    *,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[RatedCandidate]:
     """
     Bring a study to ``plan.trials`` trials and give them, best first.
@@ -113,6 +116,7 @@ def run_search(
         plan: What to search.
         evaluate: Rates candidates; called with a generation at a time.
         advance: Called with the number of trials that became finished.
+        fence: Entered around every write of a generation; may refuse by raising.
 
     Raises:
         StudyError: The study holds other trials than this plan gives, or
@@ -125,7 +129,7 @@ def run_search(
             f"trial {unfinished[0]} of study {study.study_name!r} is not finished, and PHO only "
             "records finished ones: another program writes to this study. Use another --study."
         )
-    recorder = _Recorder(study, plan, recorded)
+    recorder = _Recorder(study, plan, recorded, fence)
     recorder.finish(plan.baselines(), evaluate, advance)
     memory = optuna.create_study(
         direction=plan.direction,
@@ -153,8 +157,13 @@ class _Recorder:
     """Walks along the trials of a study, replaying those that are there, adding the rest."""
 
     def __init__(
-        self, study: optuna.Study, plan: SearchPlan, recorded: Sequence[FrozenTrial]
+        self,
+        study: optuna.Study,
+        plan: SearchPlan,
+        recorded: Sequence[FrozenTrial],
+        fence: Callable[[], AbstractContextManager[None]],
     ) -> None:
+        self.fence = fence
         self.study = study
         self.plan = plan
         self.recorded = recorded
@@ -171,7 +180,9 @@ class _Recorder:
         fresh = candidates[len(known) :]
         if fresh:
             outcomes = evaluate(fresh)
-            self.study.add_trials([self._trial(c, o) for c, o in zip(fresh, outcomes, strict=True)])
+            trials = [self._trial(c, o) for c, o in zip(fresh, outcomes, strict=True)]
+            with self.fence():
+                self.study.add_trials(trials)
             values += [outcome.value for outcome in outcomes]
         self.done += len(candidates)
         advance(len(candidates))

@@ -1,0 +1,145 @@
+"""
+One PostgreSQL database with three schemas: ``pho``, ``procrastinate`` and ``optuna``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+
+from storage.studies import StorageError
+
+_MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
+POOL = 20  # connections of one process
+
+
+class Database:
+    """
+    The database of a service.
+
+    Args:
+        url: ``postgresql://user:password@host/name``; libpq's parameters may follow.
+        pool: Connections that this process keeps at most.
+
+    Raises:
+        StorageError: ``url`` is no PostgreSQL URL.
+    """
+
+    def __init__(self, url: str, *, pool: int = POOL) -> None:
+        self.url = _parse(url)
+        self.engine: Engine = create_engine(
+            _with_schema(self.url, "procrastinate"),
+            pool_size=pool,
+            max_overflow=0,
+            pool_pre_ping=True,  # a restarted server is found again without an error
+            pool_timeout=30,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """
+        A transaction: everything in it, or nothing.
+
+        Raises:
+            DatabaseGone: The server cannot be reached, or went away.
+        """
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except (OperationalError, DBAPIError) as error:
+            if isinstance(error, OperationalError) or error.connection_invalidated:
+                raise DatabaseGone(str(error.orig).splitlines()[0]) from error
+            raise
+
+    @property
+    def conninfo(self) -> str:
+        """For libpq, with procrastinate's schema."""
+        url = _with_schema(self.url, "procrastinate").set(drivername="postgresql")
+        return url.render_as_string(hide_password=False)
+
+    @property
+    def studies_url(self) -> str:
+        """
+        For Optuna.
+
+        Trials need not reach the disk one by one: the search's own commit,
+        which follows each generation, takes them along.
+        """
+        url = _with_schema(self.url, "optuna", "-csynchronous_commit=off")
+        return url.render_as_string(hide_password=False)
+
+    def migrate(self) -> None:
+        """
+        Create the schemas, or bring them to this version. Several at once take turns.
+
+        Raises:
+            DatabaseGone: The server cannot be reached.
+            StorageError: It refuses, or was migrated by a newer PHO.
+        """
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.transaction() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            for schema in ("pho", "procrastinate", "optuna"):
+                connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise StorageError(
+                    f"the database was migrated by another version of PHO: {error}. Install the "
+                    "newest of the versions that use it. What it holds is kept."
+                ) from error
+        with self.transaction() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            optuna_storage = RDBStorage(
+                self.studies_url
+            )  # creates its tables if they are not there
+            optuna_storage.remove_session()
+            optuna_storage.engine.dispose()
+
+    def check(self) -> None:
+        """
+        Raises:
+            DatabaseGone: The server does not answer.
+        """
+        with self.transaction() as connection:
+            connection.execute(text("SELECT 1"))
+
+
+class DatabaseGone(StorageError):
+    """The database cannot be reached; trying again later may help."""
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StorageError(
+            "the database URL is not understood. Write postgresql://user:password@host/name."
+        ) from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise StorageError(
+            f"the database URL is for {parsed.get_backend_name()!r}, but the service needs "
+            "PostgreSQL. Write postgresql://user:password@host/name."
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def _with_schema(url: URL, schema: str, *more: str) -> URL:
+    """The URL with a search path, beside the server options that it has already."""
+    given = url.query.get("options", ())
+    given = (given,) if isinstance(given, str) else given
+    options = " ".join((*given, f"-csearch_path={schema}", *more))
+    return url.update_query_dict({"options": options})

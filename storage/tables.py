@@ -1,0 +1,128 @@
+"""
+The tables of the schema ``pho``. Optuna's and procrastinate's have schemas of their own.
+
+Documents are JSON and not JSONB where the order of their keys must be kept: a
+configuration comes out as it went in, byte for byte.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+
+SCHEMA = "pho"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    },
+)
+
+_utc = DateTime(timezone=True)
+_now = func.now()
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False),  # the first characters, to tell keys apart
+    Column("sha256", LargeBinary, nullable=False, unique=True),
+    Column("sees_all", Boolean, nullable=False),  # 1: jobs of every key, and the dashboard
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Column("revoked_at", _utc),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("number", BigInteger, Identity(always=True), nullable=False, unique=True),
+    Column("owner_id", Uuid, ForeignKey("pho.keys.id")),  # null: submitted without a key
+    Column("name", Text, nullable=False),  # also of its studies
+    Column("spec", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("stage", Text),
+    Column("priority", Integer, nullable=False),
+    Column("trials", Integer, nullable=False),  # of each island; grows when a job is extended
+    Column("max_attempts", Integer, nullable=False),  # of each stage
+    Column("error", JSON(none_as_null=True)),
+    Column("best", JSON(none_as_null=True)),  # the configuration
+    Column("warnings", JSON(none_as_null=True)),
+    Column("idempotency_key", Text),
+    Column("fingerprint", LargeBinary, nullable=False),  # SHA-256 of what was submitted
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Column("started_at", _utc),
+    Column("finished_at", _utc),
+    Index(
+        "uq_jobs_idempotency",
+        text("coalesce(owner_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
+        "idempotency_key",
+        unique=True,
+    ),
+    Index("ix_jobs_state", "state"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("stages", JSON, nullable=False),
+    Column("started_at", _utc, nullable=False, server_default=_now),
+    Column("heartbeat_at", _utc, nullable=False, server_default=_now),
+)
+
+stages = Table(
+    "stages",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job_id", Uuid, ForeignKey("pho.jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("number", Integer, nullable=False),  # island of a search, trial of a perplexity
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False, server_default="0"),  # fences every write
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("queue_id", BigInteger),  # the only queue entry that may run it
+    Column("worker_id", Uuid),
+    Column("params", JSON(none_as_null=True)),  # what to do
+    Column("done", Integer, nullable=False, server_default="0"),  # trials
+    Column("elapsed_s", Float, nullable=False, server_default="0"),
+    Column("best_value", Float),
+    Column("result", JSON(none_as_null=True)),
+    Column("started_at", _utc),
+    Column("finished_at", _utc),
+    UniqueConstraint("job_id", "kind", "number"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job_id", Uuid, ForeignKey("pho.jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Index("ix_events_job_id_id", "job_id", "id"),
+)

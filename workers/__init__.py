@@ -1,0 +1,1 @@
+"""Workers: they take stages out of the queue and do them."""

@@ -1,0 +1,63 @@
+"""
+`python -m workers`, which `pho worker` and `pho serve` start.
+"""
+
+import logging
+import sys
+import warnings
+
+import click
+
+from pho_service.errors import InvalidInput, PhoError
+from pho_service.settings import read_settings
+from storage.states import StageKind
+from storage.studies import StorageError
+
+
+@click.command()
+@click.option("--database-url", help="The service's PostgreSQL.  [default: PHO_DATABASE_URL]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--stages", "kinds", help=f"Some of {','.join(StageKind)}.  [default: all]")
+@click.option("--parent", type=int, default=0, hidden=True, help="Stop when it is gone.")
+def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
+    """Take stages of jobs out of the queue and do them, until SIGTERM or Ctrl-C."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        _run(database_url, device, kinds, parent)
+    except InvalidInput as error:
+        click.echo(f"pho worker: {error}", err=True)
+        sys.exit(2)
+    except (PhoError, StorageError) as error:
+        click.echo(f"pho worker: {error}", err=True)
+        sys.exit(1)
+
+
+_TALKATIVE = ("procrastinate", "optuna", "transformers", "datasets", "huggingface_hub", "alembic")
+
+
+def _run(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
+    settings = read_settings(database_url=database_url)
+    if settings.database_url is None:
+        raise InvalidInput(
+            "no database is given. Give --database-url, as `pho serve` prints it, or set "
+            "PHO_DATABASE_URL."
+        )
+    try:
+        chosen = tuple(
+            StageKind(name.strip()) for name in (kinds or ",".join(StageKind)).split(",")
+        )
+    except ValueError:
+        raise InvalidInput(f"--stages {kinds!r} are not some of {', '.join(StageKind)}.") from None
+    from workers.worker import WorkerOptions, run_worker  # torch, after what may be wrong
+
+    options = WorkerOptions(device=device, kinds=chosen, parent=parent)
+    run_worker(settings.database_url.get_secret_value(), settings, options)
+
+
+if __name__ == "__main__":
+    main(prog_name="pho worker")

@@ -1,0 +1,156 @@
+"""
+What optuna-dashboard shows of a job: a note, and two plots.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import optuna
+
+from pho_service.configuration import Configuration
+from pho_service.job_spec import JobSpec
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.search.search import RatedCandidate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def show_search(study: optuna.Study, spec: JobSpec) -> None:
+    """Write on a study what is searched for."""
+    _save_note(study, "\n".join([*_asked(spec), "", "*Searching.*"]))
+
+
+def show_result(
+    study: optuna.Study,
+    spec: JobSpec,
+    configuration: Configuration,
+    measured: Sequence[tuple[float, RatedCandidate]],
+    bundle: ProxyBundle,
+    device: str,
+) -> None:
+    """
+    Write on a study what was found, and draw it.
+
+    Args:
+        study: Of one island.
+        spec: Of the job.
+        configuration: Of the job.
+        measured: (perplexity, candidate) of this island.
+        bundle: To measure the error of each layer on.
+        device: For that.
+    """
+    for perplexity, rated in measured:
+        number = rated.number // spec.islands
+        study.set_user_attr(
+            f"perplexity:{number}",
+            {"method": rated.candidate.method, "perplexity": perplexity},
+        )
+    _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration)]))
+    if measured:
+        _save_plot(study, "confirmed", _confirmed_plot(configuration, measured))
+    errors = ProxyEvaluator(bundle, device).layer_errors(configuration.candidate())
+    _save_plot(study, "errors", _error_plot(errors))
+
+
+def _asked(spec: JobSpec) -> list[str]:
+    return [
+        f"**Model** `{spec.model}`, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
+        "",
+        f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} "
+        f"trials in each of {spec.islands} islands, seed {spec.seed}",
+    ]
+
+
+def _found(configuration: Configuration) -> list[str]:
+    c = configuration.coefficients
+    lines = [
+        f"**Best** method {configuration.method}: row {c.row:.4f}, column {c.column:.4f}, "
+        f"neighbourhood {c.neighbourhood:.4f}, kernel {c.kernel_size}, exponents "
+        f"{c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} (gradient)",
+        "",
+        f"{configuration.objective['name']}: {configuration.objective['value']:.6g}",
+    ]
+    if configuration.confirmation is None:
+        return [*lines, "", "Not confirmed by perplexity."]
+    return [
+        *lines,
+        "",
+        f"Perplexity {configuration.confirmation.perplexity:.4f} on "
+        f"{configuration.confirmation.tokens} tokens",
+        "",
+        "| candidate | trial | objective | perplexity |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {r.method} | {r.trial} | {r.proxy:.6g} | {r.perplexity:.4f} |"
+            for r in configuration.candidates
+            if r.proxy is not None and r.perplexity is not None
+        ),
+    ]
+
+
+def _confirmed_plot(
+    configuration: Configuration, measured: Sequence[tuple[float, RatedCandidate]]
+) -> "go.Figure":
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for title, symbol, chosen in (
+        ("found", "circle", [m for m in measured if m[1].candidate.method == "crepe"]),
+        ("baseline", "diamond", [m for m in measured if m[1].candidate.method != "crepe"]),
+    ):
+        figure.add_scatter(
+            x=[rated.value for _, rated in chosen],
+            y=[perplexity for perplexity, _ in chosen],
+            text=[f"{rated.candidate.method}, trial {rated.number}" for _, rated in chosen],
+            mode="markers",
+            marker={"symbol": symbol, "size": 10},
+            name=title,
+        )
+    figure.update_layout(
+        title="Proxy against perplexity of the confirmed candidates",
+        xaxis={"title": configuration.objective["name"], "type": "log"},
+        yaxis={"title": "perplexity", "type": "log"},
+    )
+    return figure
+
+
+def _error_plot(errors: dict[str, float]) -> "go.Figure":
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    kinds: dict[str, list[tuple[str, float]]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append((name, error))
+    for kind, layers in kinds.items():
+        figure.add_scatter(
+            x=list(range(len(layers))),
+            y=[error for _, error in layers],
+            text=[name for name, _ in layers],
+            mode="lines+markers",
+            name=kind,
+        )
+    figure.update_layout(
+        title="Error of each layer with the best configuration",
+        xaxis={"title": "block"},
+        yaxis={"title": "error / energy of the output", "type": "log"},
+    )
+    return figure
+
+
+def _save_note(study: optuna.Study, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        from optuna_dashboard import save_note
+
+        save_note(study, text)
+
+
+def _save_plot(study: optuna.Study, name: str, figure: "go.Figure") -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        from optuna_dashboard import save_plotly_graph_object
+
+        save_plotly_graph_object(study, figure, graph_object_id=name)
