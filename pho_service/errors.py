@@ -9,7 +9,9 @@ Everything that a user can do wrong, or that the world can do to a user.
     ├── BundleError           a proxy bundle is broken, or belongs to another model
     ├── ConfigurationError    a configuration file is broken, or of another format version
     ├── StudyError            a stored study contradicts the search that wants to go on with it
-    └── OutputError           a result cannot be written
+    ├── OutputError           a result cannot be written
+    └── ServiceError          the service says no
+        └── ServiceUnavailable    the service, or its database, cannot be reached
 
 Each message says the thing, the value, the rule and the way out. Wrong use by
 a programmer stays ``TypeError`` or ``ValueError``.
@@ -59,3 +61,22 @@ class StudyError(PhoError):
 
 class OutputError(PhoError):
     """A result cannot be written: no space, no permission, or something is there already."""
+
+
+class ServiceError(PhoError):
+    """
+    The service says no.
+
+    Attributes:
+        status: Of HTTP.
+        code: Stable, for programs; see the problem's ``code``.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class ServiceUnavailable(ServiceError):
+    """The service, or its database, cannot be reached; trying again may help."""

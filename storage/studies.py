@@ -68,6 +68,11 @@ def open_study(
     )
 
 
+def study_name(job_name: str, island: int) -> str:
+    """The study of a job's island: the first has the job's name."""
+    return job_name if island == 0 else f"{job_name} island {island}"
+
+
 def _set_pragmas(connection: object, _record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]  # a DBAPI connection
     cursor.execute("PRAGMA journal_mode=WAL")

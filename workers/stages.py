@@ -31,7 +31,7 @@ from pho_service.spec import Candidate, Coefficients, Scope
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind
-from storage.studies import open_storage, open_study
+from storage.studies import open_storage, open_study, study_name
 from workers.board import show_result, show_search
 from workers.inputs import Inputs
 
@@ -50,11 +50,6 @@ class TrialsFailed(PhoError):
 
 class _TimeIsUp(Exception):
     """A search has used up its time; what it has found so far counts."""
-
-
-def study_name(job: Job, island: int) -> str:
-    """The study of an island: the first has the job's name."""
-    return job.name if island == 0 else f"{job.name} island {island}"
 
 
 class Stages:
@@ -115,7 +110,7 @@ class Stages:
         )
         search = _Search(self.store, claim, spec, watch)
         with open_storage(self._database.studies_url) as storage:
-            name = study_name(claim.job, island)
+            name = study_name(claim.job.name, island)
             study = open_study(storage, name, direction=spec.plan(island).direction)
             describe_study(study, spec.request(island), spec.plan(island), bundle.provenance)
             show_search(study, spec)
@@ -173,9 +168,14 @@ class Stages:
         rated = self._rated(job, spec)
         measured, confirmation = self._measured(job, spec, rated)
         result = search_result(
-            spec.request(0), spec.plan(0), _provenance(job), study_name(job, 0), rated, measured,
+            spec.request(0),
+            spec.plan(0),
+            _provenance(job),
+            study_name(job.name, 0),
+            rated,
+            measured,
             confirmation,
-        )  # fmt: skip
+        )
         configuration = result.configuration
         if spec.islands > 1:
             winner = measured[0][1] if measured else rated[0]
@@ -186,14 +186,14 @@ class Stages:
                         **configuration.search,
                         "islands": spec.islands,
                         "island": island,
-                        "study": study_name(job, island),
+                        "study": study_name(job.name, island),
                     }
                 }
             )
         bundle = self._bundle(job, spec, watch)
         with open_storage(self._database.studies_url) as storage, self.store.fence(claim):
             for island in range(spec.islands):
-                study = optuna.load_study(study_name=study_name(job, island), storage=storage)
+                study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
                 show_result(
                     study,
                     spec,
@@ -218,7 +218,7 @@ class Stages:
         rated = []
         with open_storage(self._database.studies_url) as storage:
             for island in range(spec.islands):
-                study = optuna.load_study(study_name=study_name(job, island), storage=storage)
+                study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
                 rated += [
                     RatedCandidate(
                         number=r.number * spec.islands + island,

@@ -6,16 +6,34 @@ import importlib
 
 import click
 
-# What `pho --help` says of each verb, so that it need not import them.
-VERBS = {
-    "calibrate": "Run a model once over a text and write its proxy bundle.",
-    "search": "Find the best coefficients for a model, and confirm them by perplexity.",
-    "prune": "Prune a model with a configuration and save it.",
-    "evaluate": "Print the perplexity of a model on a text.",
-    "compare": "Print a table of perplexities: dense, the published methods, configurations.",
-    "validate": "Measure how well the proxies rank candidates on a model.",
-    "demo": "Do all of it on SmolLM2-135M, with texts and settings that are built in.",
+# Each verb's module, and what `pho --help` says of it, so that the module need not be imported.
+LOCAL_VERBS = {
+    "calibrate": ("calibrate", "Run a model once over a text and write its proxy bundle."),
+    "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
+    "prune": ("prune", "Prune a model with a configuration and save it."),
+    "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
+    "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
+    "validate": ("validate", "Measure how well the proxies rank candidates on a model."),
+    "demo": ("demo", "Do all of it on SmolLM2-135M, with texts and settings that are built in."),
+    "example": ("example", "Write SmolLM2-135M and three texts to a folder, to try things on."),
 }
+SERVICE_VERBS = {
+    "serve": ("serve", "Serve search jobs over HTTP, with workers and optuna-dashboard."),
+    "worker": ("serve", "Work for a service, from any machine."),
+    "keys": ("serve", "Make, list and revoke the keys that let into a service."),
+    "submit": ("remote", "Submit a search job to a service."),
+    "jobs": ("remote", "List the jobs of a service."),
+    "show": ("remote", "Show a job with its progress."),
+    "watch": ("remote", "Wait for a job, with progress bars."),
+    "best": ("remote", "Get the best configuration of a job."),
+    "cancel": ("remote", "Stop a job for good."),
+    "pause": ("remote", "Put a job down."),
+    "resume": ("remote", "Go on with a job that is paused or has failed."),
+    "extend": ("remote", "Give a job more trials."),
+    "delete": ("remote", "Delete a job that is over or paused."),
+    "workers": ("remote", "List the workers of a service."),
+}
+_VERBS = LOCAL_VERBS | SERVICE_VERBS
 
 
 class _Verbs(click.Group):
@@ -23,21 +41,22 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
-        return list(VERBS)
+        return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
-        if cmd_name not in VERBS:
+        if cmd_name not in _VERBS:
             return None
-        module = importlib.import_module(f"pho_service.cli.{cmd_name}")
+        module = importlib.import_module(f"pho_service.cli.{_VERBS[cmd_name][0]}")
         command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
-        with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+        for title, verbs in (("Verbs", LOCAL_VERBS), ("Verbs of the service", SERVICE_VERBS)):
+            with formatter.section(title):
+                formatter.write_dl([(name, about) for name, (_, about) in verbs.items()])
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

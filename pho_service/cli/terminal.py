@@ -109,5 +109,5 @@ def print_table(
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a pipe has no width of its own
+        console.width = 160  # a pipe has no width of its own
     console.print(table)

@@ -1,0 +1,71 @@
+"""
+The application: operations, errors, keys, and the dashboard behind them.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from pho_service.api import jobs, operations, problems
+from pho_service.api.dashboard import Dashboard
+from pho_service.api.guard import BodyLimit, KeyGuard
+from pho_service.api.service import Service
+from pho_service.documents import Problem
+from pho_service.settings import Settings
+from storage.database import Database
+
+
+def create_app(database: Database, settings: Settings, *, keys_needed: bool = False) -> FastAPI:
+    """
+    Build the front end of a service.
+
+    Args:
+        database: Migrated; closed with the application.
+        settings: Of this process.
+        keys_needed: Whether a key is needed even if none was ever made.
+    """
+    service = Service(database, settings, keys_needed=keys_needed)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        database.close()
+
+    app = FastAPI(
+        title="PHO",
+        summary="Searches pruning coefficients for large language models.",
+        version=version("pho-service"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    problems.add_handlers(app)
+    app.include_router(jobs.router)
+    app.include_router(operations.router)
+    app.router.default = Dashboard(service)  # after our own routes, and their 405s
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(KeyGuard, service=service)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with our errors and our keys in it."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, summary=app.summary, routes=app.routes
+        )
+        parts = schema["components"]
+        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts["schemas"].update(problem.pop("$defs", {}))
+        parts["schemas"]["Problem"] = problem
+        for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's, never sent
+            parts["schemas"].pop(unused, None)
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}, {}]
+        app.openapi_schema = schema
+    return app.openapi_schema

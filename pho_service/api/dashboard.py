@@ -1,0 +1,83 @@
+"""
+optuna-dashboard below the same host and login, for reading only.
+"""
+
+import functools
+import warnings
+
+import optuna
+from a2wsgi import WSGIMiddleware
+from optuna.storages import RDBStorage
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from pho_service.api.problems import database_gone, problem
+from pho_service.api.service import Caller, Service
+from storage.studies import StorageError
+
+# The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
+_PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
+_EXACT = ("/", "/favicon.ico")
+
+
+class Dashboard:
+    """
+    An ASGI application for everything that is not the API's.
+
+    Who may see all jobs may read all studies; nobody can change one here.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            return
+        refusal = await self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        if scope["path"].startswith("/static/"):
+            # Its pages come compressed only, and fail for those who do not ask for that.
+            rest = [h for h in scope["headers"] if h[0] != b"accept-encoding"]
+            scope = {**scope, "headers": [*rest, (b"accept-encoding", b"gzip")]}
+        await self._app(scope, receive, send)  # type: ignore[arg-type]  # a2wsgi's own types
+
+    async def _refusal(self, scope: Scope) -> JSONResponse | None:
+        path = scope["path"]
+        if path not in _EXACT and not path.startswith(_PREFIXES):
+            return problem(404, "not_found", f"Nothing is at {path}. /docs lists what is.")
+        if scope["method"] not in ("GET", "HEAD"):
+            return problem(
+                405,
+                "read_only",
+                "The dashboard is for reading. Jobs are changed under /v1/jobs.",
+                headers={"Allow": "GET, HEAD"},
+            )
+        caller = scope["state"]["caller"]
+        assert isinstance(caller, Caller)
+        if not caller.sees_all:
+            return problem(
+                403,
+                "not_for_this_key",
+                "The dashboard shows the studies of all keys, but this key sees its own jobs "
+                "alone. `pho keys create --all-jobs` makes one that sees all.",
+            )
+        try:
+            await run_in_threadpool(self._service.database.check)
+        except StorageError as error:
+            return database_gone(error)
+        return None
+
+    @functools.cached_property
+    def _app(self) -> WSGIMiddleware:
+        import optuna_dashboard
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = RDBStorage(
+                self._service.database.studies_url, engine_kwargs={"pool_pre_ping": True}
+            )
+            return WSGIMiddleware(optuna_dashboard.wsgi(storage))

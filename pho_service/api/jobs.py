@@ -1,0 +1,371 @@
+"""
+``/v1/jobs``: submit, look, and say what to do with a job.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+from uuid import UUID
+
+import optuna
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from pho_service.api.problems import documented, problem
+from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.documents import (
+    Best,
+    Job,
+    JobError,
+    JobPage,
+    Progress,
+    State,
+    Trial,
+    TrialPage,
+)
+from pho_service.job_spec import MAX_TRIALS, JobSpec
+from storage import jobs as stored
+from storage.states import JobState, StageKind, StageState
+from storage.studies import open_storage, study_name
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
+
+PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
+PageToken = Annotated[
+    str | None, Query(max_length=100, description="The next_page_token of the page before.")
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="The same key twice makes one job.",
+    ),
+]
+
+
+class Extension(BaseModel):
+    """How much longer a search shall be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    trials: int = Field(ge=1, le=MAX_TRIALS, description="More, for each island.")
+
+
+@router.post("", status_code=202, response_model=Job, responses=documented(413, 422, 429))
+def submit(
+    spec: JobSpec,
+    service: ServiceParam,
+    caller: CallerParam,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Submit a search job. The answer comes at once; the job goes on by itself."""
+    spec.check_access(service.access)
+    job, _ = service.jobs.submit(
+        spec.model_dump(),
+        name=spec.title,
+        first=stored.NewStage(kind=StageKind.CALIBRATE, lock=spec.calibration_key),
+        priority=spec.priority,
+        trials=spec.trials,
+        max_attempts=spec.max_attempts,
+        owner_id=caller.key_id,
+        idempotency_key=idempotency_key,
+        max_unfinished=service.settings.max_unfinished_jobs,
+    )
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return describe(job)
+
+
+@router.get("", response_model=JobPage, responses=documented(422))
+def list_jobs(
+    service: ServiceParam,
+    caller: CallerParam,
+    state: Annotated[list[State] | None, Query(description="Only jobs in these states.")] = None,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> JobPage:
+    """List jobs, newest first."""
+    found = service.jobs.page(
+        visible_to=caller.visible_to,
+        states=[JobState(s) for s in state or ()],
+        before=_decode(page_token),
+        limit=page_size + 1,
+    )
+    more = len(found) > page_size
+    found = found[:page_size]
+    return JobPage(
+        jobs=[describe(job) for job in found],
+        next_page_token=_encode(found[-1].number) if more else None,
+    )
+
+
+@router.get("/{job_id}", response_model=Job, responses=documented(404, 422))
+def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
+    """Show a job with its progress."""
+    return describe(service.jobs.get(job_id, visible_to=caller.visible_to))
+
+
+@router.delete(
+    "/{job_id}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
+)
+def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
+    """Delete a job that is over or paused, with its studies. Bundles stay for other jobs."""
+    job = service.jobs.check_deletable(job_id, visible_to=caller.visible_to)
+    with open_storage(service.database.studies_url) as storage:
+        for island in range(int(job.spec["islands"])):
+            try:
+                optuna.delete_study(study_name=study_name(job.name, island), storage=storage)
+            except KeyError:  # it never began, or was deleted by a deletion that was cut off
+                continue
+    service.jobs.delete(job_id, visible_to=caller.visible_to)
+
+
+def _verb(name: str, summary: str) -> None:
+    @router.post(
+        f"/{{job_id}}:{name}",
+        status_code=202,
+        response_model=Job,
+        responses=documented(404, 409, 422),
+        name=name,
+        summary=name.capitalize(),
+        description=summary,
+    )
+    def ask(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
+        return describe(service.jobs.ask(job_id, name, visible_to=caller.visible_to))
+
+
+_verb("cancel", "Stop a job for good. A worker that is busy with it stops at the next generation.")
+_verb("pause", "Put a job down. A worker that is busy with it stops at the next generation.")
+_verb("resume", "Go on with a job that is paused or has failed, from what is stored.")
+
+
+@router.post(
+    "/{job_id}:extend",
+    status_code=202,
+    response_model=Job,
+    responses=documented(404, 409, 413, 422),
+)
+def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
+    """Give a search more trials: the result is that of a job that had them from the start."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    if job.trials + extension.trials > MAX_TRIALS:
+        detail = f"{job.trials} trials and so many more are above {MAX_TRIALS}, the most of a job"
+        raise RequestValidationError(
+            [{"loc": ("body", "trials"), "msg": detail, "type": "value_error"}]
+        )
+    return describe(
+        service.jobs.ask(job_id, "extend", visible_to=caller.visible_to, trials=extension.trials)
+    )
+
+
+@router.get("/{job_id}/trials", response_model=TrialPage, responses=documented(404, 422))
+def trials(
+    job_id: UUID,
+    service: ServiceParam,
+    caller: CallerParam,
+    island: Annotated[int, Query(ge=0, le=63)] = 0,
+    page_size: PageSize = 100,
+    page_token: PageToken = None,
+) -> TrialPage:
+    """List the trials of one island by number."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    after = _decode(page_token)
+    first = 0 if after is None else after + 1
+    with open_storage(service.database.studies_url) as storage:
+        try:
+            study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
+        except KeyError:  # it has not begun
+            return TrialPage(trials=[], next_page_token=None)
+        found = [t for t in study.get_trials(deepcopy=False) if t.number >= first]
+    measured = {
+        s.number: s.result["perplexity"]
+        for s in job.of_kind(StageKind.PERPLEXITY)
+        if s.result is not None
+    }
+    islands = int(job.spec["islands"])
+    page = [
+        Trial(
+            island=island,
+            number=t.number,
+            state="complete" if t.value is not None else "failed",
+            method=t.user_attrs["method"],
+            value=t.value,
+            perplexity=measured.get(t.number * islands + island),
+            scope=t.user_attrs["scope"],
+            coefficients=t.user_attrs["coefficients"],
+            failure=t.user_attrs.get("failure"),
+            seconds=t.user_attrs.get("seconds"),
+        )
+        for t in found[:page_size]
+    ]
+    more = len(found) > page_size
+    return TrialPage(trials=page, next_page_token=_encode(page[-1].number) if more else None)
+
+
+@router.get(
+    "/{job_id}/best",
+    responses={
+        200: {"description": "config.json", "content": {"application/json": {"schema": {
+            "type": "object"}}}},
+        **documented(404, 409, 422),
+    },
+    response_class=Response,
+)  # fmt: skip
+def best(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Get the best configuration: the config.json that `pho search` writes."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    if job.best is None:
+        return problem(
+            409,
+            "no_configuration",
+            f"The job is {job.state} and has no configuration yet. Its progress shows the best "
+            "value so far.",
+            state=job.state,
+        )
+    return Response(json.dumps(job.best, indent=2) + "\n", media_type="application/json")
+
+
+@router.get(
+    "/{job_id}/events",
+    responses={
+        200: {"description": "A stream of server-sent events; it ends with the job.",
+              "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **documented(404, 422),
+    },
+    response_class=EventSourceResponse,
+)  # fmt: skip
+async def events(
+    job_id: UUID,
+    request: Request,
+    service: ServiceParam,
+    caller: CallerParam,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, lt=2**63, description="Go on after this event.")
+    ] = None,
+) -> EventSourceResponse:
+    """Follow a job: states, stages, progress, retries. Each event's data is JSON."""
+    await run_in_threadpool(service.jobs.get, job_id, visible_to=caller.visible_to)
+
+    async def stream() -> AsyncIterator[ServerSentEvent]:
+        after = last_event_id or 0
+        while not await request.is_disconnected():
+            job = await run_in_threadpool(_unless_deleted, service, job_id)
+            found = await run_in_threadpool(service.jobs.events, job_id, after=after)
+            for event in found:
+                after = event.id
+                data = {**event.data, "at": event.created_at.isoformat()}
+                yield ServerSentEvent(id=str(event.id), event=event.kind, data=json.dumps(data))
+            if job is None or (job.state.is_over and not found):
+                return
+            if not found:
+                await asyncio.sleep(EVENTS_EVERY_S)
+
+    return EventSourceResponse(stream())
+
+
+def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.Job | None:
+    try:
+        return service.jobs.get(job_id)
+    except stored.NoSuchJob:
+        return None
+
+
+def describe(job: stored.Job) -> Job:
+    """A job as the API shows it."""
+    best = None
+    if job.best is not None:
+        confirmation = job.best.get("confirmation") or {}
+        best = Best(
+            method=job.best["method"],
+            objective=job.best["objective"].get("value"),
+            perplexity=confirmation.get("perplexity"),
+        )
+    return Job(
+        id=job.id,
+        name=job.name,
+        state=job.state.value,
+        stage=None if job.stage is None else job.stage.value,
+        priority=job.priority,
+        progress=_progress(job),
+        best=best,
+        error=None if job.error is None else JobError.model_validate(job.error),
+        warnings=job.warnings or [],
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        spec=job.spec,
+    )
+
+
+def _progress(job: stored.Job) -> Progress:
+    searches = job.of_kind(StageKind.SEARCH)
+    perplexities = job.of_kind(StageKind.PERPLEXITY)
+    measured = [s for s in perplexities if s.state is StageState.DONE]
+    values = [s.best_value for s in searches if s.best_value is not None]
+    better = max if job.spec["objective"]["name"] == "gini" else min
+    return Progress(
+        trials_done=sum(s.done for s in searches),
+        trials=job.trials * int(job.spec["islands"]),
+        best_value=better(values, default=None),
+        perplexities_done=len(measured),
+        perplexities=len(perplexities),
+        seconds_left=_seconds_left(job, searches, perplexities, measured),
+    )
+
+
+def _seconds_left(
+    job: stored.Job,
+    searches: list[stored.Stage],
+    perplexities: list[stored.Stage],
+    measured: list[stored.Stage],
+) -> float | None:
+    """How long the present stage takes at its pace so far, with the workers that are at it."""
+    if job.state is not JobState.RUNNING:
+        return None
+    if job.stage is StageKind.SEARCH:
+        done = sum(s.done for s in searches)
+        left = job.trials * len(searches) - done
+        elapsed = sum(s.elapsed_s for s in searches)
+        at_it = searches
+    elif job.stage is StageKind.PERPLEXITY:
+        done = len(measured)
+        left = len(perplexities) - done
+        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
+        at_it = perplexities
+    else:
+        return None
+    if not done:
+        return None
+    workers = max(1, sum(s.state is StageState.RUNNING for s in at_it))
+    return round(elapsed / done * left / workers, 1)
+
+
+def _encode(number: int) -> str:
+    return base64.urlsafe_b64encode(str(number).encode()).decode()
+
+
+def _decode(token: str | None) -> int | None:
+    if token is None:
+        return None
+    try:
+        number = int(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError):
+        number = -1
+    if not 0 <= number < 2**63:
+        error: dict[str, Any] = {
+            "loc": ("query", "page_token"),
+            "msg": "is not one of our tokens: leave it out to begin with the first page",
+            "type": "value_error",
+        }
+        raise RequestValidationError([error])
+    return number

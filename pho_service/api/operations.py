@@ -1,0 +1,86 @@
+"""
+For those who look after the service: workers, health, metrics.
+"""
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from pho_service.api.problems import documented
+from pho_service.api.service import Service, ServiceParam
+from pho_service.documents import Health, Worker, WorkerList
+from storage.states import JobState, StageKind, StageState
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/v1/workers", response_model=WorkerList, responses=documented())
+def workers(service: ServiceParam) -> WorkerList:
+    """List the workers that reported lately, with what they are doing."""
+    alive_s = service.settings.stalled_after_s
+    return WorkerList(
+        workers=[
+            Worker.model_validate(record, from_attributes=True)
+            for record in service.jobs.workers(alive_s=alive_s)
+        ]
+    )
+
+
+@router.get("/healthz", response_model=Health)
+def healthz() -> Health:
+    """Say whether the process lives."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", response_model=Health, responses={503: documented()[503]})
+def readyz(service: ServiceParam) -> Health:
+    """Say whether the service can work: its database answers."""
+    service.database.check()
+    return Health(status="ok")
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {
+            "type": "string"}}}},
+        **documented(),
+    },
+)  # fmt: skip
+def metrics(service: ServiceParam) -> Response:
+    """Count jobs, stages and workers, for Prometheus."""
+    registry = CollectorRegistry()
+    registry.register(_Counts(service))
+    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+
+class _Counts:
+    """Counts at the moment of asking: any number of front ends tell the same."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        by_state, by_stage = self._service.jobs.counts()
+        jobs = GaugeMetricFamily("pho_jobs", "Jobs by state.", labels=["state"])
+        for state in JobState:
+            jobs.add_metric([state.value], by_state.get(state, 0))
+        yield jobs
+        stages = GaugeMetricFamily(
+            "pho_stages", "Stages of jobs that may work, by kind and state.",
+            labels=["kind", "state"],
+        )  # fmt: skip
+        for kind in StageKind:
+            for stage_state in (StageState.WAITING, StageState.RUNNING):
+                count = by_stage.get((kind, stage_state), 0)
+                stages.add_metric([kind.value, stage_state.value], count)
+        yield stages
+        alive = self._service.jobs.workers(alive_s=self._service.settings.stalled_after_s)
+        workers = GaugeMetricFamily("pho_workers", "Workers by state.", labels=["state"])
+        busy = sum(w.job_id is not None for w in alive)
+        workers.add_metric(["busy"], busy)
+        workers.add_metric(["idle"], len(alive) - busy)
+        yield workers

@@ -1,0 +1,158 @@
+"""
+Every error as ``application/problem+json`` (RFC 9457).
+"""
+
+import logging
+import types
+import typing
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from pho_service.documents import Problem
+from pho_service.job_spec import FieldError, JobSpec
+from storage.database import DatabaseGone
+from storage.jobs import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
+from storage.studies import StorageError
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 5
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    **more: Any,
+) -> JSONResponse:
+    """An answer that says what went wrong."""
+    document = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code, **more
+    )
+    return JSONResponse(
+        document.model_dump(mode="json", exclude_none=True),
+        status_code=status,
+        headers=headers,
+        media_type="application/problem+json",
+    )
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors that an operation may answer, for the OpenAPI document."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in sorted({401, 403, 503, *statuses})
+    }
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Turn every exception into a problem."""
+
+    @app.exception_handler(RequestValidationError)
+    def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [_field_problem(dict(e)) for e in error.errors()]
+        first = errors[0]
+        place = first.get("pointer") or first.get("parameter") or "the body"
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
+
+    @app.exception_handler(FieldError)
+    def _field(_request: Request, error: FieldError) -> JSONResponse:
+        errors = [{"pointer": error.pointer, "detail": str(error)}]
+        return problem(422, "invalid_request", f"{error.pointer}: {error}", errors=errors)
+
+    @app.exception_handler(NoSuchJob)
+    def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
+        return problem(404, "no_such_job", "No job has this id. GET /v1/jobs lists them.")
+
+    @app.exception_handler(StateConflict)
+    def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
+        return problem(409, "state_conflict", f"{error}".capitalize(), state=error.state)
+
+    @app.exception_handler(IdempotencyKeyReused)
+    def _reused(_request: Request, _error: IdempotencyKeyReused) -> JSONResponse:
+        return problem(
+            422,
+            "idempotency_key_reused",
+            "This Idempotency-Key came with another document before. Use a new one.",
+            errors=[{"parameter": "Idempotency-Key", "detail": "was used for another job"}],
+        )
+
+    @app.exception_handler(TooManyJobs)
+    def _too_many(_request: Request, _error: TooManyJobs) -> JSONResponse:
+        return problem(
+            429,
+            "too_many_jobs",
+            "You have as many unfinished jobs as one key may have. Wait, or cancel some.",
+            headers={"Retry-After": "60"},
+        )
+
+    @app.exception_handler(DatabaseGone)
+    @app.exception_handler(StorageError)
+    def _gone(_request: Request, error: StorageError) -> JSONResponse:
+        return database_gone(error)
+
+    @app.exception_handler(HTTPException)
+    def _http(_request: Request, error: HTTPException) -> JSONResponse:
+        phrase = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        code = "body_too_large" if error.status_code == 413 else phrase
+        headers = dict(error.headers) if error.headers else None
+        return problem(error.status_code, code, str(error.detail), headers=headers)
+
+    @app.exception_handler(Exception)
+    def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem(500, "internal_error", "The server failed; its log says why.")
+
+
+def database_gone(error: Exception) -> JSONResponse:
+    """The answer while the database is away."""
+    logger.warning("the database is away: %s", error)
+    return problem(
+        503,
+        "database_unavailable",
+        "The database cannot be reached. What was stored is kept; try again soon.",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )
+
+
+def _field_problem(error: dict[str, Any]) -> dict[str, Any]:
+    source, *path = error["loc"]
+    detail = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(JobSpec, path[:-1]) if source == "body" else []
+        detail = "unknown field" + (f"; known are {', '.join(allowed)}" if allowed else "")
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "")
+        return {"pointer": "", "detail": f"the body is not JSON: {reason} at {path}"}
+    if source == "body":
+        parts = (str(p).replace("~", "~0").replace("/", "~1") for p in path)
+        return {"pointer": "".join(f"/{p}" for p in parts), "detail": detail}
+    return {"parameter": str(path[0]) if path else str(source), "detail": detail}
+
+
+def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """The fields of the model at ``path`` below ``model``; none if there is no model."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        options = typing.get_args(field.annotation) if field else ()
+        if (
+            field
+            and isinstance(field.annotation, type)
+            and not isinstance(field.annotation, types.GenericAlias)
+        ):
+            options = (field.annotation,)
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)

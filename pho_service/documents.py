@@ -1,0 +1,142 @@
+"""
+What the HTTP API answers, as the server writes it and the client reads it.
+"""
+
+import uuid
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+State = Literal[
+    "queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"
+]
+StageName = Literal["calibrate", "search", "confirm", "perplexity", "finish"]
+OVER: tuple[State, ...] = ("cancelled", "succeeded", "failed")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # a newer server may say more
+
+
+class Progress(_Answer):
+    """How far a job is."""
+
+    trials_done: int = Field(description="Of all islands.")
+    trials: int = Field(description="Of all islands.")
+    best_value: float | None = Field(description="Of the objective, so far.")
+    perplexities_done: int
+    perplexities: int = Field(description="Known once the search is over.")
+    seconds_left: float | None = Field(
+        description="Of the search or of the perplexities, at the present pace."
+    )
+
+
+class JobError(_Answer):
+    """Why a job failed."""
+
+    type: str
+    message: str
+    stage: StageName
+    attempts: int | None = None
+    layer: str | None = None
+
+
+class Best(_Answer):
+    """The winner in short; the whole configuration is at the job's ``best``."""
+
+    method: str
+    objective: float | None
+    perplexity: float | None
+
+
+class Job(_Answer):
+    """A search job."""
+
+    id: uuid.UUID
+    name: str = Field(description="Also of its study; more islands have it with a number.")
+    state: State
+    stage: StageName | None = Field(description="What is being done, or was done last.")
+    priority: int
+    progress: Progress
+    best: Best | None
+    error: JobError | None
+    warnings: list[str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    spec: dict[str, Any] = Field(description="What was submitted, with the defaults.")
+
+
+class JobPage(_Answer):
+    """Jobs, newest first."""
+
+    jobs: list[Job]
+    next_page_token: str | None = Field(description="null: there are no more.")
+
+
+class Trial(_Answer):
+    """A candidate that was rated."""
+
+    island: int
+    number: int
+    state: Literal["complete", "failed"]
+    method: str = Field(description="crepe, or the baseline that it is.")
+    value: float | None = Field(description="Of the objective.")
+    perplexity: float | None = Field(description="If it was confirmed.")
+    scope: str
+    coefficients: dict[str, Any]
+    failure: str | None
+    seconds: float | None
+
+
+class TrialPage(_Answer):
+    """Trials of one island by number."""
+
+    trials: list[Trial]
+    next_page_token: str | None
+
+
+class Worker(_Answer):
+    """A worker that reported lately."""
+
+    id: uuid.UUID
+    name: str
+    device: str
+    stages: list[StageName]
+    job_id: uuid.UUID | None = Field(description="What it is working on.")
+    stage: StageName | None
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+class WorkerList(_Answer):
+    """All workers that reported lately."""
+
+    workers: list[Worker]
+
+
+class FieldProblem(_Answer):
+    """One thing that is wrong with a request."""
+
+    pointer: str | None = Field(None, description="JSON pointer into the body.")
+    parameter: str | None = Field(None, description="Of the query, the path or the headers.")
+    detail: str
+
+
+class Problem(_Answer):
+    """An error, as RFC 9457 has it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable, for programs.")
+    state: State | None = Field(None, description="Of the job, in a conflict.")
+    errors: list[FieldProblem] | None = None
+
+
+class Health(_Answer):
+    """Whether the service works."""
+
+    status: Literal["ok"]

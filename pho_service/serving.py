@@ -1,0 +1,183 @@
+"""
+`pho serve`: the database, the front end and local workers, started and stopped together.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import uvicorn
+from sqlalchemy.engine import make_url
+
+from pho_service.api.app import create_app
+from pho_service.api.guard import is_local
+from pho_service.errors import InvalidInput
+from pho_service.settings import Settings
+from storage.database import Database
+from storage.embedded import embedded_postgresql, running_url
+from storage.keys import KeyStore
+
+logger = logging.getLogger(__name__)
+
+_QUICK_S = 10.0  # a worker that dies sooner is started again more slowly
+_SLOWEST_S = 30.0
+
+
+def serve(settings: Settings, say: Callable[[str], None]) -> None:
+    """
+    Serve until SIGINT or SIGTERM, then stop everything in order.
+
+    Args:
+        settings: Of the service.
+        say: Is told the addresses.
+
+    Raises:
+        StorageError: The database cannot be started, reached or migrated.
+        InvalidInput: The port is taken, or others could come in without a key.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is open is closed
+    with _listening(settings) as listener, database_url(settings) as url:
+        database = Database(url)
+        database.migrate()
+        keys_needed = not is_local(settings.host)
+        if keys_needed and not any(k.revoked_at is None for k in KeyStore(database).all()):
+            raise InvalidInput(
+                f"--host {settings.host} lets other machines in, and no key exists. Make one with "
+                "`pho keys create NAME`, or serve on 127.0.0.1."
+            )
+        app = create_app(database, settings, keys_needed=keys_needed)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on"
+        )
+        address = f"http://{_printable(settings.host)}:{listener.getsockname()[1]}"
+        with _Workers(settings, url):
+            say(f"API        {address}/v1/jobs   (described at {address}/docs)")
+            say(f"Dashboard  {address}/dashboard")
+            say(f"Database   {_without_password(url)}   (for `pho worker --database-url`)")
+            say(f"{settings.workers} local workers. Ctrl-C stops everything; jobs go on later.")
+            try:
+                uvicorn.Server(config).run(sockets=[listener])
+            except KeyboardInterrupt:
+                say("stopping")
+
+
+@contextmanager
+def database_url(settings: Settings) -> Iterator[str]:
+    """
+    The URL of the database that is set, or of the embedded one, started if it does not run.
+
+    Raises:
+        StorageError: It does not start.
+    """
+    if settings.database_url is not None:
+        with nullcontext():
+            yield settings.database_url.get_secret_value()
+        return
+    with embedded_postgresql(settings.data_dir) as url:
+        yield url
+
+
+@contextmanager
+def open_database(settings: Settings) -> Iterator[Database]:
+    """
+    The migrated database of a service, whether one runs on it or not.
+
+    Raises:
+        StorageError: It cannot be started, reached or migrated.
+    """
+    running = None if settings.database_url else running_url(settings.data_dir)
+    with nullcontext(running) if running else database_url(settings) as url:
+        database = Database(url)
+        try:
+            database.migrate()
+            yield database
+        finally:
+            database.close()
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}. "
+            "Give another --port, or stop what uses this one."
+        ) from error
+    with listener:
+        yield listener
+
+
+class _Workers:
+    """Local worker processes; one that dies is started again."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self._settings = settings
+        self._environment = {**os.environ, "PHO_DATABASE_URL": url}
+        if settings.artifacts is None:
+            folder = settings.data_dir.expanduser().resolve() / "artifacts"
+            self._environment["PHO_ARTIFACTS"] = str(folder)
+        self._stopping = threading.Event()
+        self._watchers: list[threading.Thread] = []
+
+    def __enter__(self) -> "_Workers":
+        for _ in range(self._settings.workers):
+            watcher = threading.Thread(target=self._watch, daemon=True)
+            watcher.start()
+            self._watchers.append(watcher)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for watcher in self._watchers:
+            watcher.join()
+
+    def _watch(self) -> None:
+        wait_s = 0.0
+        while not self._stopping.wait(wait_s):
+            began = time.monotonic()
+            process = self._start()
+            while process.poll() is None and not self._stopping.wait(0.2):
+                pass
+            if self._stopping.is_set():
+                self._stop(process)
+                return
+            quick = time.monotonic() - began < _QUICK_S
+            wait_s = min(_SLOWEST_S, max(1.0, 2 * wait_s)) if quick else 0.0
+            logger.warning(
+                "worker %d ended with code %d; another starts", process.pid, process.returncode
+            )
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(  # noqa: S603 - our own interpreter
+            [sys.executable, "-m", "workers", "--parent", str(os.getpid())],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us; we tell them
+        )
+
+    def _stop(self, process: "subprocess.Popen[bytes]") -> None:
+        process.terminate()
+        try:
+            process.wait(self._settings.stop_after_s)
+        except subprocess.TimeoutExpired:
+            logger.warning("worker %d does not stop; its stage will come again", process.pid)
+            process.kill()
+            process.wait()
+
+
+def _printable(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _without_password(url: str) -> str:
+    parsed = make_url(url)
+    return parsed.render_as_string() if parsed.password else url
