@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install check clean
+.PHONY: demo test install check load clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -26,6 +26,10 @@ check: install ## lint, formatting, types, import direction
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+load: install ## 100 clients for a minute, against a service of its own on this machine
+	$(BIN)/python -m pip install --quiet --editable '.[load]'
+	$(BIN)/python benchmarks/load.py
 
 clean:
 	rm -rf .venv demo build dist

@@ -22,7 +22,8 @@ from storage.studies import StorageError
 def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
     """Take stages of jobs out of the queue and do them, until SIGTERM or Ctrl-C."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s",
     )
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -59,8 +59,8 @@ def _asked(spec: JobSpec) -> list[str]:
     return [
         f"**Model** `{spec.model}`, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
         "",
-        f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} "
-        f"trials in each of {spec.islands} islands, seed {spec.seed}",
+        f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} trials"
+        f"{f' in each of {spec.islands} islands' if spec.islands > 1 else ''}, seed {spec.seed}",
     ]
 
 
@@ -74,7 +74,15 @@ def _found(configuration: Configuration) -> list[str]:
         f"{configuration.objective['name']}: {configuration.objective['value']:.6g}",
     ]
     if configuration.confirmation is None:
-        return [*lines, "", "Not confirmed by perplexity."]
+        return [
+            *lines,
+            "",
+            "Not confirmed by perplexity.",
+            "",
+            "| baseline | objective |",
+            "| --- | --- |",
+            *(f"| {r.method} | {r.proxy:.6g} |" for r in configuration.baselines if r.proxy),
+        ]
     return [
         *lines,
         "",

