@@ -24,7 +24,7 @@ def main() -> None:
     """Run with 1, 2, 4 and 8 workers."""
     print(f"{conditions()}; {JOBS} jobs of {TRIALS} trials")
     print(
-        "| workers | seconds | jobs/min | trials/s | cores busy | stages a worker | longest wait, s |"
+        "| workers | seconds | jobs/min | trials/s | cores busy | stages each | longest wait, s |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for workers in (1, 2, 4, 8):

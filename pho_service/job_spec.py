@@ -20,7 +20,14 @@ from pho_service.access import Access
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import SearchPlan
 from pho_service.search.space import SearchSpace
-from pho_service.spec import SEEDS, CalibrationSettings, Objective, Pattern
+from pho_service.spec import (
+    C4_DATASET,
+    C4_FILE,
+    SEEDS,
+    CalibrationSettings,
+    Objective,
+    Pattern,
+)
 
 MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
 
@@ -90,6 +97,12 @@ class CalibrationSpec(_Document):
     @classmethod
     def _odd(cls, value: list[int]) -> list[int]:
         return _odd_sizes(value)
+
+    @model_validator(mode="after")
+    def _c4_by_default(self) -> Self:
+        if self.text is None and self.dataset is None:
+            self.dataset, self.data_file = C4_DATASET, C4_FILE
+        return self
 
     def settings(self) -> CalibrationSettings:
         """In the form that a calibration takes."""

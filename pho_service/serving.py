@@ -122,6 +122,9 @@ class _Workers:
     def __init__(self, settings: Settings, url: str) -> None:
         self._settings = settings
         self._environment = {**os.environ, "PHO_DATABASE_URL": url}
+        # Several workers that all use every core slow each other down many times.
+        threads = max(1, (os.cpu_count() or 1) // max(1, settings.workers))
+        self._environment.setdefault("OMP_NUM_THREADS", str(threads))
         if settings.artifacts is None:
             folder = settings.data_dir.expanduser().resolve() / "artifacts"
             self._environment["PHO_ARTIFACTS"] = str(folder)

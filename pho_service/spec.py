@@ -23,6 +23,10 @@ OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
 WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
 
 
+# What a model is calibrated on if nothing is said: the literature's choice.
+C4_DATASET = "allenai/c4"
+C4_FILE = "en/c4-train.00000-of-01024.json.gz"
+
 SEEDS = 2**32  # what every generator in use takes
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
-from storage.studies import StorageError
+from storage.studies import DatabaseGone, StorageError
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
 POOL = 20  # connections of one process
@@ -116,10 +116,6 @@ class Database:
         """
         with self.transaction() as connection:
             connection.execute(text("SELECT 1"))
-
-
-class DatabaseGone(StorageError):
-    """The database cannot be reached; trying again later may help."""
 
 
 def _parse(url: str) -> URL:

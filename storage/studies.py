@@ -14,11 +14,20 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
 
 class StorageError(Exception):
     """The database of a study cannot be opened, read or written."""
+
+
+class DatabaseGone(StorageError):
+    """The database cannot be reached; trying again later may help."""
 
 
 @contextmanager
@@ -47,9 +56,10 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
     except ImportError as error:
         raise StorageError(f"the driver of {url} is not installed: {error}") from error
     except (SQLAlchemyError, StorageInternalError) as error:
-        cause = error.__cause__ or error
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
-        raise StorageError(f"the database fails: {reason}. What it holds is kept.") from error
+        kind = DatabaseGone if isinstance(cause, OperationalError) else StorageError
+        raise kind(f"the database fails: {reason}. What it holds is kept.") from error
 
 
 def open_study(

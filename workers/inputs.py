@@ -169,11 +169,7 @@ class Inputs:
     def _source(self, spec: CalibrationSpec) -> TextSource:
         if spec.text is not None:
             return TextSource(path=self.access.text(spec.text), field=spec.field)
-        if spec.dataset is None:
-            from pho_service.models.texts import C4
-
-            self.access.dataset(str(C4.dataset), C4.data_file)
-            return C4
+        assert spec.dataset is not None  # the document says so
         return TextSource(
             dataset=self.access.dataset(spec.dataset, spec.data_file),
             data_file=spec.data_file,

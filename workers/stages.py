@@ -323,14 +323,13 @@ class _Search:
         better = min if plan.direction == "minimize" else max
 
         def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
-            self._watch.look()
-            limit = self._spec.timeout_s
-            if limit is not None and self.done and self._elapsed_s > limit:
-                raise _TimeIsUp
             outcomes = []
             for candidate in candidates:
-                outcomes += rate([candidate])
                 self._watch.look()
+                limit = self._spec.timeout_s
+                if limit is not None and self.done and self._elapsed_s > limit:
+                    raise _TimeIsUp
+                outcomes += rate([candidate])
             values = [o.value for o in outcomes if o.value is not None]
             known = [] if self._best is None else [self._best]
             self._best = better([*known, *values], default=None)

@@ -25,11 +25,11 @@ from tenacity.wait import wait_exponential
 from pho_service.access import Access
 from pho_service.errors import PhoError
 from pho_service.settings import Settings
-from storage.database import Database, DatabaseGone
+from storage.database import Database
 from storage.jobs import Claim, JobStore, LostClaim
 from storage.queue import TASK
 from storage.states import StageKind
-from storage.studies import StorageError
+from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore
 from workers.devices import take_device
 from workers.inputs import Inputs

@@ -3,29 +3,39 @@ For those who look after the service: workers, health, metrics.
 """
 
 from collections.abc import Iterator
+from uuid import UUID
 
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from pho_service.api.problems import documented
-from pho_service.api.service import Service, ServiceParam
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.documents import Health, Worker, WorkerList
+from storage.jobs import NoSuchJob
 from storage.states import JobState, StageKind, StageState
 
 router = APIRouter(tags=["operations"])
 
 
 @router.get("/v1/workers", response_model=WorkerList, responses=documented())
-def workers(service: ServiceParam) -> WorkerList:
+def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
     """List the workers that reported lately, with what they are doing."""
-    alive_s = service.settings.stalled_after_s
-    return WorkerList(
-        workers=[
-            Worker.model_validate(record, from_attributes=True)
-            for record in service.jobs.workers(alive_s=alive_s)
-        ]
-    )
+    found = []
+    for record in service.jobs.workers(alive_s=service.settings.stalled_after_s):
+        worker = Worker.model_validate(record, from_attributes=True)
+        if worker.job_id is not None and not _visible(service, worker.job_id, caller):
+            worker.job_id = None  # busy, with somebody else's job
+        found.append(worker)
+    return WorkerList(workers=found)
+
+
+def _visible(service: Service, job_id: UUID, caller: Caller) -> bool:
+    try:
+        service.jobs.get(job_id, visible_to=caller.visible_to)
+    except NoSuchJob:
+        return False
+    return True
 
 
 @router.get("/healthz", response_model=Health)

@@ -16,9 +16,8 @@ from starlette.exceptions import HTTPException
 
 from pho_service.documents import Problem
 from pho_service.job_spec import FieldError, JobSpec
-from storage.database import DatabaseGone
 from storage.jobs import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
-from storage.studies import StorageError
+from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pho_service.errors import TextError
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import cut_windows
+from pho_service.spec import C4_DATASET, C4_FILE
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
 SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol
@@ -47,7 +48,7 @@ class TextSource:
         return " ".join(filter(None, (self.dataset, self.data_file, self.split)))
 
 
-C4 = TextSource(dataset="allenai/c4", data_file="en/c4-train.00000-of-01024.json.gz")
+C4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
