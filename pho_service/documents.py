@@ -50,6 +50,19 @@ class Best(_Answer):
     perplexity: float | None
 
 
+class ProxyQuality(_Answer):
+    """How well a proxy ranks, against perplexity; intervals are 95 %."""
+
+    spearman: float
+    spearman_interval: tuple[float, float]
+    spearman_better_half: float
+    kendall: float
+    kendall_interval: tuple[float, float]
+    regret: float = Field(description="Of the best among the proxy's top k.")
+    regret_interval: tuple[float, float]
+    top_k: int
+
+
 class Job(_Answer):
     """A search job."""
 
@@ -60,6 +73,7 @@ class Job(_Answer):
     priority: int
     progress: Progress
     best: Best | None
+    validation: dict[str, ProxyQuality] | None = Field(description="By proxy, if asked for.")
     error: JobError | None
     warnings: list[str]
     created_at: datetime

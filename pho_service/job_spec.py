@@ -128,6 +128,13 @@ class ConfirmSpec(_Document):
     windows: int = Field(16, ge=1, le=100_000, description="At most, of that text.")
 
 
+class ValidationSpec(_Document):
+    """Random candidates rated by every proxy and by perplexity: does the proxy rank here?"""
+
+    candidates: int = Field(40, ge=8, le=1000)
+    seed: Seed = 0
+
+
 class ObjectiveSpec(_Document):
     """What candidates are rated by."""
 
@@ -188,6 +195,9 @@ class JobSpec(_Document):
     confirm: ConfirmSpec | None = Field(
         ConfirmSpec(), description="null: the best by the objective alone."
     )
+    validation: ValidationSpec | None = Field(
+        None, description="As `pho validate` does; on the text that confirms."
+    )
     objective: ObjectiveSpec = ObjectiveSpec()
     sampler: Literal["cmaes", "tpe", "random", "qmc", "gp"] = "cmaes"
     search_space: SearchSpaceSpec = SearchSpaceSpec()
@@ -216,6 +226,16 @@ class JobSpec(_Document):
             Pattern.parse(info.data["pattern"], value)
         return value
 
+    @field_validator("objective", "validation")
+    @classmethod
+    def _can_be_measured(cls, value: Any, info: ValidationInfo) -> Any:
+        needed = isinstance(value, ValidationSpec) or (
+            isinstance(value, ObjectiveSpec) and value.name == "perplexity"
+        )
+        if needed and info.data.get("confirm", 0) is None:
+            raise ValueError("perplexities need a text: confirm must not be null")
+        return value
+
     @field_validator("search_space")
     @classmethod
     def _was_calibrated(cls, value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceSpec:
@@ -242,9 +262,7 @@ class JobSpec(_Document):
         return value
 
     @model_validator(mode="after")
-    def _can_be_measured(self) -> Self:
-        if self.objective.name == "perplexity" and self.confirm is None:
-            raise ValueError("the objective perplexity needs a text: confirm must not be null")
+    def _is_complete(self) -> Self:
         self.plan(0)
         return self
 

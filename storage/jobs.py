@@ -326,6 +326,8 @@ class JobStore:
                 self._extend(connection, job, trials)
                 job = _job(connection, job_id)
             busy = any(s.state is StageState.RUNNING for s in job.stages)
+            if busy and state is JobState.QUEUED:
+                state = JobState.RUNNING  # resumed before a worker put it down
             _set_state(connection, job, settled(state, busy=busy))
             if state.may_work and not job.state.may_work:
                 self._take_up(connection, job)
@@ -553,16 +555,23 @@ class JobStore:
             self._settle(connection, job)
             return True
 
-    def succeed(self, claim: Claim, *, best: Mapping[str, Any], warnings: Sequence[str]) -> None:
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        best: Mapping[str, Any],
+        warnings: Sequence[str],
+        result: Mapping[str, Any],
+    ) -> None:
         """
-        Store the configuration that a job was for.
+        Store the configuration that a job was for, and what else its last stage gave.
 
         Raises:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             job = self._claimed(connection, claim)
-            _finish_stage(connection, claim.stage.id, StageState.DONE, {})
+            _finish_stage(connection, claim.stage.id, StageState.DONE, result)
             connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job.id)

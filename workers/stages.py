@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -16,7 +17,9 @@ from pho_service.errors import PhoError
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.rating import rate_pruned
 from pho_service.jobs.search import objective_function
+from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.progress import Advance
+from pho_service.pruning.bundle import ProxyBundle
 from pho_service.search.result import describe_study, search_result
 from pho_service.search.search import (
     Evaluate,
@@ -27,7 +30,8 @@ from pho_service.search.search import (
     ranked,
     run_search,
 )
-from pho_service.spec import Candidate, Coefficients, Scope
+from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
+from pho_service.spec import Candidate, Coefficients, Objective, Scope
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind
@@ -37,6 +41,7 @@ from workers.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 
+VALIDATION = 10_000_000  # perplexities of a validation have numbers from here, trials below
 LOOK_EVERY_S = 1.0  # between two looks at whether the job may go on
 
 
@@ -127,17 +132,18 @@ class Stages:
 
     def _confirm(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         watch.look()
-        add = []
+        chosen = []
         if spec.confirm is not None and spec.objective.name != "perplexity":
-            for rated in finalists(self._rated(claim.job, spec), spec.confirm.candidates):
-                params = {
-                    "method": rated.candidate.method,
-                    "coefficients": rated.candidate.coefficients.to_dict(),
-                    "scope": rated.candidate.pattern.scope.value,
-                }
-                add.append(NewStage(kind=StageKind.PERPLEXITY, number=rated.number, params=params))
-        finish = [NewStage(kind=StageKind.FINISH)]
-        self.store.complete(claim, {"finalists": [s.number for s in add]}, add=add, then=finish)
+            chosen = finalists(self._rated(claim.job, spec), spec.confirm.candidates)
+        self.store.complete(
+            claim,
+            {"finalists": [rated.number for rated in chosen]},
+            add=[
+                *(_measurement(rated.number, rated.candidate) for rated in chosen),
+                *(_measurement(VALIDATION + i, c) for i, c in enumerate(_random(spec))),
+            ],
+            then=[NewStage(kind=StageKind.FINISH)],
+        )
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         params = claim.stage.params or {}
@@ -202,11 +208,28 @@ class Stages:
                     bundle,
                     str(self.inputs.device),
                 )
+        warnings, found = result.warnings, {}
+        if spec.validation is not None:
+            judged = self._validated(job, spec, bundle)
+            found = {"validation": {name: asdict(q) for name, q in judged.items()}}
+            doubt = verdict(Objective().label, judged[Objective().label])
+            warnings = [*warnings, *([doubt] if doubt else [])]
         self.store.succeed(
-            claim, best=configuration.model_dump(mode="json"), warnings=result.warnings
+            claim, best=configuration.model_dump(mode="json"), warnings=warnings, result=found
         )
 
-    def _bundle(self, job: Job, spec: JobSpec, watch: "_Watch") -> Any:
+    def _validated(self, job: Job, spec: JobSpec, bundle: ProxyBundle) -> dict[str, ProxyQuality]:
+        """How well each proxy ranks the random candidates."""
+        assert spec.validation is not None
+        measured = {s.number: s.result for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
+        candidates = _random(spec)
+        perplexities = [
+            float(measured[VALIDATION + i]["perplexity"]) for i in range(len(candidates))
+        ]
+        proxies = rate_by_all_proxies(bundle, candidates, device=str(self.inputs.device))
+        return qualities(proxies, perplexities, seed=spec.validation.seed)
+
+    def _bundle(self, job: Job, spec: JobSpec, watch: "_Watch") -> ProxyBundle:
         return self.inputs.bundle(spec, str(_provenance(job)["key"]), watch.progress)
 
     def _rated(self, job: Job, spec: JobSpec) -> list[RatedCandidate]:
@@ -249,6 +272,26 @@ class Stages:
             return [], None
         best = stages[measured[0][1].number]
         return measured, Confirmation(perplexity=measured[0][0], **best["measured_on"])
+
+
+def _random(spec: JobSpec) -> list[Candidate]:
+    """The candidates of a validation; none if it was not asked for."""
+    if spec.validation is None:
+        return []
+    plan = spec.plan(0)
+    return random_candidates(
+        plan.space, plan.pattern, count=spec.validation.candidates, seed=spec.validation.seed
+    )
+
+
+def _measurement(number: int, candidate: Candidate) -> NewStage:
+    """A stage that measures the perplexity of a candidate."""
+    params = {
+        "method": candidate.method,
+        "coefficients": candidate.coefficients.to_dict(),
+        "scope": candidate.pattern.scope.value,
+    }
+    return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
 
 
 def _provenance(job: Job) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pho_service.documents import (
     JobError,
     JobPage,
     Progress,
+    ProxyQuality,
     State,
     Trial,
     TrialPage,
@@ -298,6 +299,7 @@ def describe(job: stored.Job) -> Job:
         priority=job.priority,
         progress=_progress(job),
         best=best,
+        validation=_validation(job),
         error=None if job.error is None else JobError.model_validate(job.error),
         warnings=job.warnings or [],
         created_at=job.created_at,
@@ -305,6 +307,14 @@ def describe(job: stored.Job) -> Job:
         finished_at=job.finished_at,
         spec=job.spec,
     )
+
+
+def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
+    for stage in job.of_kind(StageKind.FINISH):
+        found = (stage.result or {}).get("validation")
+        if found is not None:
+            return {name: ProxyQuality.model_validate(q) for name, q in found.items()}
+    return None
 
 
 def _progress(job: stored.Job) -> Progress:

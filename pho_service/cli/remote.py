@@ -40,6 +40,7 @@ def _client(url: str | None) -> "Client":
 @click.option("--confirm-text", help="To confirm on.  [default: what the calibration leaves]")
 @click.option("--candidates", type=int, help="That are confirmed, beside baselines.  [default: 5]")
 @click.option("--no-confirm", is_flag=True, help="Measure no perplexity.")
+@click.option("--validate", type=int, help="Rank so many random candidates both ways, too.")
 @click.option("--objective", type=click.Choice(OBJECTIVES))
 @click.option("--weighting", type=click.Choice(WEIGHTINGS))
 @click.option("--sampler", type=click.Choice(list(SAMPLERS)))
@@ -257,6 +258,7 @@ _PLACES = {
     "context_length": ("calibration", "context_length"),
     "confirm_text": ("confirm", "text"),
     "candidates": ("confirm", "candidates"),
+    "validate": ("validation", "candidates"),
     "objective": ("objective", "name"),
     "weighting": ("objective", "weighting"),
 }
@@ -300,6 +302,8 @@ def _outcome(job: "Job") -> list[str]:
             f"perplexity {_number(job.best.perplexity) or 'not measured'}"
         )
         lines.append(f"configuration: pho best {job.id} --out config.json")
+    for name, quality in (job.validation or {}).items():
+        lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
     if job.error is not None:
         where = f" at {job.error.layer}" if job.error.layer else ""
         lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")

@@ -2,13 +2,13 @@
 Does the proxy rank? Random candidates rated by every proxy and by perplexity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
 from pho_service.models.loading import LanguageModel
-from pho_service.progress import Progress, silent
+from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.space import SearchSpace
@@ -22,6 +22,25 @@ PROXIES = {
     },
     "gini": Objective(name="gini"),
 }
+
+
+def rate_by_all_proxies(
+    bundle: ProxyBundle,
+    candidates: Sequence[Candidate],
+    *,
+    device: str,
+    advance: Advance = lambda _: None,
+) -> dict[str, list[float]]:
+    """For each proxy, its value of each candidate."""
+    evaluator = ProxyEvaluator(bundle, device)
+    ratings = []
+    for candidate in candidates:
+        ratings += evaluator.evaluate([candidate], with_gini=True)
+        advance(1)
+    return {
+        name: [proxy_value(rating, objective) for rating in ratings]
+        for name, objective in PROXIES.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +93,7 @@ def validate_job(
     space = SearchSpace(**{"kernel_sizes": bundle.kernel_sizes, **(bounds or {})}).fitted(pattern)
     candidates = random_candidates(space, pattern, count=count, seed=seed)
     with progress("Rating by the proxies", count) as advance:
-        evaluator = ProxyEvaluator(bundle, device)
-        ratings = []
-        for candidate in candidates:
-            ratings += evaluator.evaluate([candidate], with_gini=True)
-            advance(1)
-    proxies = {
-        name: [proxy_value(rating, objective) for rating in ratings]
-        for name, objective in PROXIES.items()
-    }
+        proxies = rate_by_all_proxies(bundle, candidates, device=device, advance=advance)
     perplexity = []
     statistics = bundle.statistics()
     with progress("Rating by perplexity", count) as advance:
