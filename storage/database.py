@@ -5,11 +5,13 @@ One PostgreSQL database with three schemas: ``pho``, ``procrastinate`` and ``opt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from optuna.storages import RDBStorage
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
@@ -65,8 +67,10 @@ class Database:
     @property
     def conninfo(self) -> str:
         """For libpq, with procrastinate's schema."""
-        url = _with_schema(self.url, "procrastinate").set(drivername="postgresql")
-        return url.render_as_string(hide_password=False)
+        url = _with_schema(self.url, "procrastinate")
+        named = url.translate_connect_args(username="user", database="dbname")
+        parameters: dict[str, Any] = {**named, **url.query}
+        return make_conninfo(**parameters)
 
     @property
     def studies_url(self) -> str:

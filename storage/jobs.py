@@ -242,18 +242,21 @@ class JobStore:
             "fingerprint": fingerprint,
         }
         with self.database.transaction() as connection:
-            inserted = connection.execute(
-                pg_insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
-            ).first()
-            if inserted is None:
+            new = pg_insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
+            while connection.execute(new).first() is None:
                 earlier = connection.execute(
                     select(jobs.c.id, jobs.c.fingerprint).where(
                         jobs.c.idempotency_key == idempotency_key, _owned(owner_id)
                     )
-                ).one()
+                ).first()
+                if earlier is None:  # deleted just now, so that its key is free
+                    continue
                 if bytes(earlier.fingerprint) != fingerprint:
                     raise IdempotencyKeyReused
                 return _job(connection, earlier.id), False
+            # One submission of an owner after the other, so that none slips past the limit.
+            own = func.hashtext(f"pho submissions of {owner_id}")
+            connection.execute(select(func.pg_advisory_xact_lock(own)))
             unfinished = connection.execute(
                 select(func.count())
                 .select_from(jobs)
@@ -371,11 +374,12 @@ class JobStore:
             select(workers, stages.c.job_id, stages.c.kind)
             .outerjoin(stages, running)
             .where(workers.c.heartbeat_at > func.now() - _seconds(alive_s))
-            .order_by(workers.c.started_at, workers.c.id)
+            .order_by(workers.c.started_at, workers.c.id, stages.c.id)
         )
         with self.database.transaction() as connection:
-            return [
-                WorkerRecord(
+            # Of a stage that it lost and one that it has, the latter.
+            found = {
+                row.id: WorkerRecord(
                     id=row.id,
                     name=row.name,
                     device=row.device,
@@ -386,7 +390,8 @@ class JobStore:
                     stage=StageKind(row.kind) if row.kind else None,
                 )
                 for row in connection.execute(query)
-            ]
+            }
+        return [*found.values()]
 
     def counts(self) -> tuple[dict[JobState, int], dict[tuple[StageKind, StageState], int]]:
         """How many jobs are in each state, and how many stages of jobs that may work."""
@@ -717,24 +722,23 @@ class JobStore:
 
     def _extend(self, connection: Connection, job: Job, trials: int) -> None:
         """More trials for each island; what follows the searches is done again."""
-        if job.stage not in (None, StageKind.CALIBRATE, StageKind.SEARCH) and (
-            job.state is not JobState.SUCCEEDED
-        ):
+        if job.state is not JobState.SUCCEEDED and any(_is_late(s) for s in job.stages):
             raise StateConflict(
-                "extend", job.state, f"Its search is over and it is at {job.stage}: wait until it "
-                "has succeeded, or resume it first."
-            )  # fmt: skip
+                "extend",
+                job.state,
+                f"Its search is over and it is at {job.stage}: wait until it has succeeded, or "
+                "resume it first.",
+            )
         total = job.trials + trials
         connection.execute(
             update(jobs)
             .where(jobs.c.id == job.id)
             .values(trials=total, spec={**job.spec, "trials": total})
         )
-        if job.state is JobState.SUCCEEDED:
-            again = [StageKind.CONFIRM, StageKind.FINISH]
-            connection.execute(
-                delete(stages).where(stages.c.job_id == job.id, stages.c.kind.in_(again))
-            )
+        again = [StageKind.CONFIRM, StageKind.FINISH]
+        connection.execute(
+            delete(stages).where(stages.c.job_id == job.id, stages.c.kind.in_(again))
+        )
         # Islands that are done already, too, if others are not.
         connection.execute(
             update(stages)
@@ -749,6 +753,15 @@ class JobStore:
             for stage in job.of_kind(StageKind.SEARCH):
                 if stage.state is StageState.DONE:
                     self._enqueue(connection, job, stage.id, stage.kind, None)
+
+
+def _is_late(stage: Stage) -> bool:
+    """Whether a stage that follows the searches has begun."""
+    if stage.kind is StageKind.CONFIRM:
+        return stage.attempt > 0 or stage.state is not StageState.WAITING
+    if stage.kind is StageKind.PERPLEXITY:
+        return stage.state is not StageState.DONE  # those that are done may be of a shorter search
+    return stage.kind is StageKind.FINISH
 
 
 def _owned(owner_id: uuid.UUID | None) -> Any:
