@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from storage.studies import DatabaseGone, StorageError
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
+_MIGRATIONS = str(Path(__file__).parent / "migrations")
 POOL = 20  # connections of one process
 
 
@@ -92,7 +93,7 @@ class Database:
             StorageError: It refuses, or was migrated by a newer PHO.
         """
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
         with self.transaction() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             for schema in ("pho", "procrastinate", "optuna"):

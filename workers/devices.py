@@ -42,8 +42,10 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
             lock.acquire(timeout=0)
         except (Timeout, PermissionError):
             continue
-        with lock:
+        try:
             yield torch.device("cuda", index)
+        finally:
+            lock.release()
         return
     logger.warning("all GPUs are taken by other workers: sharing the first")
     yield torch.device("cuda", 0)

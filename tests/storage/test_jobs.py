@@ -1,0 +1,1605 @@
+"""The store of jobs: what is promised to users and to workers, under threads and lost workers."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, delete, event, func, select, text, update
+
+import storage.jobs
+from storage.database import Database, DatabaseGone
+from storage.jobs import (
+    Claim,
+    IdempotencyKeyReused,
+    Job,
+    JobStore,
+    LostClaim,
+    NewStage,
+    NoSuchJob,
+    StateConflict,
+    TooManyJobs,
+)
+from storage.keys import KeyStore
+from storage.queue import enqueue
+from storage.states import JobState, StageKind, StageState
+from storage.tables import events, jobs, keys, stages, workers
+
+WORKER, OTHER = uuid.UUID(int=1), uuid.UUID(int=2)
+CALIBRATE = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
+CONFIRM, FINISH = NewStage(kind=StageKind.CONFIRM), NewStage(kind=StageKind.FINISH)
+ERROR = {"type": "Boom", "message": "it broke"}
+
+
+@pytest.fixture(scope="module")
+def database(postgresql: str) -> Iterator[Database]:
+    """One for all tests of this file: to make a new one takes longer than they do."""
+    name = f"jobs_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """No jobs, keys or workers, and nothing in the queue."""
+    with database.transaction() as connection:
+        for table in (jobs, workers, keys):
+            connection.execute(delete(table))
+        connection.exec_driver_sql("DELETE FROM procrastinate_jobs")
+    return JobStore(database)
+
+
+def submit(store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any) -> Job:
+    """A new job of 10 trials, each stage with 3 attempts."""
+    job, new = submit_any(store, spec, **changes)
+    assert new
+    return job
+
+
+def submit_any(
+    store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any
+) -> tuple[Job, bool]:
+    """The same, which may be an earlier job."""
+    given = {"name": "job", "first": CALIBRATE, "trials": 10, "max_attempts": 3} | changes
+    return store.submit({"trials": 10} if spec is None else spec, **given)
+
+
+def queue_id(store: JobStore, stage_id: int) -> int:
+    """The entry of the queue that stands for a stage."""
+    with store.database.transaction() as connection:
+        found = connection.execute(select(stages.c.queue_id).where(stages.c.id == stage_id))
+        return int(found.scalar_one())
+
+
+def claim(store: JobStore, stage_id: int, worker: uuid.UUID = WORKER) -> Claim:
+    """What a worker gets that the queue gave this stage; the entry waits no more."""
+    entry = queue_id(store, stage_id)
+    with store.database.transaction() as connection:
+        given = {"id": entry}
+        connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), given)
+    claimed = store.claim(stage_id, entry, worker)
+    assert claimed is not None
+    return claimed
+
+
+def begun(store: JobStore, **changes: Any) -> Claim:
+    """The claim on the first stage of a new job."""
+    return claim(store, submit(store, **changes).stages[0].id)
+
+
+def islands(store: JobStore, count: int, **changes: Any) -> list[Claim]:
+    """The claims on all islands of a new job."""
+    first = begun(store, **changes)
+    searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(count)]
+    store.complete(first, {"provenance": {}}, add=searches)
+    return [claim(store, s.id) for s in store.get(first.job.id).of_kind(StageKind.SEARCH)]
+
+
+def succeeded(store: JobStore, **changes: Any) -> Job:
+    """A job of one island that has its configuration."""
+    (search,) = islands(store, 1, **changes)
+    store.complete(search, {}, then=[CONFIRM], trials=10)
+    confirm = claim(store, only(store, search.job.id, StageKind.CONFIRM))
+    store.complete(confirm, {"finalists": []}, then=[FINISH])
+    finish = claim(store, only(store, search.job.id, StageKind.FINISH))
+    store.succeed(finish, best={"pattern": "2:4"}, warnings=["w"], result={})
+    return store.get(search.job.id)
+
+
+def only(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> int:
+    """The id of a job's only stage of this kind."""
+    (stage,) = store.get(job_id).of_kind(kind)
+    return stage.id
+
+
+def runnable(store: JobStore) -> list[int]:
+    """The stages that an entry of the queue waits for and stands for, by id."""
+    with store.database.transaction() as connection:
+        rows = connection.execute(
+            text(
+                "SELECT s.id FROM procrastinate_jobs q JOIN pho.stages s ON s.queue_id = q.id "
+                "AND s.id = (q.args->>'stage_id')::bigint WHERE q.status = 'todo' ORDER BY s.id"
+            )
+        )
+        return [row.id for row in rows]
+
+
+def everything(store: JobStore) -> list[Any]:
+    """All rows of all jobs, and of the queue."""
+    with store.database.transaction() as connection:
+        tables = [
+            connection.execute(select(table).order_by(table.c.id)).all()
+            for table in (jobs, stages, events)
+        ]
+        queue = connection.exec_driver_sql("SELECT * FROM procrastinate_jobs ORDER BY id").all()
+        return [*tables, queue]
+
+
+def told(store: JobStore, job_id: uuid.UUID) -> list[dict[str, Any]]:
+    """What the events of a job say, in their order."""
+    return [event.data for event in store.events(job_id)]
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """What the calls give that threads make at the same moment: values, or what was raised."""
+    ready = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        ready.wait(10)
+        try:
+            return call()
+        except Exception as error:  # the caller looks at it
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def until_someone_waits_for_a_lock(store: JobStore) -> None:
+    """Return once a transaction is held up by another one."""
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    for _ in range(500):
+        with store.database.transaction() as connection:
+            if connection.execute(waiting).scalar_one():
+                return
+        time.sleep(0.01)
+    raise AssertionError("nobody waits for a lock")
+
+
+class TestSubmit:
+    """Jobs come in once, whole, and within their limits."""
+
+    def test_new(self, store: JobStore) -> None:
+        """A new job is queued, with its first stage waiting and one event."""
+        job = submit(store, priority=3)
+
+        assert (job.state, job.stage, job.priority, job.trials) == (JobState.QUEUED, None, 3, 10)
+        assert [(s.kind, s.state, s.attempt) for s in job.stages] == [
+            (StageKind.CALIBRATE, StageState.WAITING, 0)
+        ]
+        assert runnable(store) == [job.stages[0].id]
+        assert told(store, job.id) == [{"state": "queued"}]
+        assert job.created_at.utcoffset() is not None
+
+    def test_document_is_kept_in_its_order(self, store: JobStore) -> None:
+        """The document comes out as it went in: order, numbers, any text."""
+        spec = {"z": 1, "a": [0.1, None, True], "m": {"y": "\0 \ud800 é", "b": 1e-300}}
+        job = submit(store, spec)
+
+        assert store.get(job.id).spec == spec
+        assert [*job.spec] == ["z", "a", "m"]
+        assert [*job.spec["m"]] == ["y", "b"]
+
+    def test_same_key_same_document(self, store: JobStore) -> None:
+        """With a key that was used before, the job of that time comes back and nothing is made."""
+        first = submit(store, {"a": 1, "b": 2}, idempotency_key="k")
+        before = everything(store)
+        again = submit_any(store, {"b": 2, "a": 1}, idempotency_key="k")
+
+        assert again == (first, False)
+        assert everything(store) == before
+
+    def test_same_key_other_document(self, store: JobStore) -> None:
+        """A key that comes with another document is refused, and nothing is made."""
+        submit(store, {"a": 1}, idempotency_key="k")
+        before = everything(store)
+        with pytest.raises(IdempotencyKeyReused):
+            submit_any(store, {"a": 2}, idempotency_key="k")
+
+        assert everything(store) == before
+
+    def test_same_key_after_an_extension(self, store: JobStore) -> None:
+        """What counts is the document that was submitted, not what the job became."""
+        job = submit(store, {"trials": 10}, idempotency_key="k")
+        store.ask(job.id, "extend", trials=5)
+
+        assert submit_any(store, {"trials": 10}, idempotency_key="k") == (store.get(job.id), False)
+
+    def test_same_key_after_deletion(self, store: JobStore) -> None:
+        """A deleted job's key is free."""
+        job = submit(store, idempotency_key="k")
+        store.ask(job.id, "cancel")
+        store.delete(job.id)
+
+        assert submit(store, {"other": 1}, idempotency_key="k").id != job.id
+
+    def test_same_key_at_once(self, store: JobStore) -> None:
+        """Requests that come at the same moment with the same key make one job."""
+        answers = together(*[lambda: submit_any(store, idempotency_key="k")] * 8)
+
+        assert sorted(new for _, new in answers) == [False] * 7 + [True]
+        assert len({job.id for job, _ in answers}) == 1
+        assert len(store.page()) == len(runnable(store)) == 1
+
+    def test_same_key_other_documents_at_once(self, store: JobStore) -> None:
+        """One of several documents wins the key; the others are told."""
+        answers = together(
+            *(lambda n=n: submit_any(store, {"n": n}, idempotency_key="k") for n in range(6))
+        )
+        (won,) = (answer for answer in answers if isinstance(answer, tuple))
+
+        assert [type(a) for a in answers].count(IdempotencyKeyReused) == 5
+        assert [job.spec for job in store.page()] == [won[0].spec]
+
+    def test_same_key_while_its_job_is_deleted(self, store: JobStore) -> None:
+        """A job that is deleted the moment after its key was met does not break the request."""
+        old = submit(store, idempotency_key="k")
+        store.ask(old.id, "cancel")
+        engine, deleted = store.database.engine, []
+
+        def delete_once(_: Connection, __: Any, statement: str, *___: Any) -> None:
+            if statement.startswith("INSERT INTO pho.jobs") and not deleted:
+                deleted.append(old.id)
+                store.delete(old.id)  # on another connection
+
+        event.listen(engine, "after_cursor_execute", delete_once)
+        try:
+            job, new = submit_any(store, idempotency_key="k")
+        finally:
+            event.remove(engine, "after_cursor_execute", delete_once)
+
+        assert new
+        assert [j.id for j in store.page()] == [job.id]
+
+    def test_keys_of_owners_are_their_own(self, store: JobStore) -> None:
+        """The same idempotency key of two owners, or of nobody, is three keys."""
+        owners = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
+        made = [
+            submit(store, {"of": str(owner)}, owner_id=owner, idempotency_key="k")
+            for owner in [*owners, None]
+        ]
+
+        assert len({job.id for job in made}) == 3
+
+    def test_no_key_is_no_key(self, store: JobStore) -> None:
+        """Without a key, the same document makes another job, with another name."""
+        one, two = submit(store), submit(store)
+
+        assert one.id != two.id
+        assert one.name != two.name
+
+    def test_limit(self, store: JobStore) -> None:
+        """The job over the limit is refused, and leaves nothing behind."""
+        for _ in range(2):
+            submit(store, max_unfinished=2)
+        before = everything(store)
+        with pytest.raises(TooManyJobs):
+            submit_any(store, max_unfinished=2, idempotency_key="k")
+
+        assert everything(store) == before
+
+    def test_refused_key_is_free(self, store: JobStore) -> None:
+        """An idempotency key whose job was refused for the limit can be used later."""
+        job = submit(store, max_unfinished=1)
+        with pytest.raises(TooManyJobs):
+            submit_any(store, {"other": 1}, max_unfinished=1, idempotency_key="k")
+        store.ask(job.id, "cancel")
+
+        assert submit(store, max_unfinished=1, idempotency_key="k").state is JobState.QUEUED
+
+    def test_limit_and_an_earlier_job(self, store: JobStore) -> None:
+        """At the limit, a repeated request still gets its job."""
+        job = submit(store, max_unfinished=1, idempotency_key="k")
+
+        assert submit_any(store, max_unfinished=1, idempotency_key="k") == (job, False)
+
+    def test_limit_counts_what_is_not_over(self, store: JobStore) -> None:
+        """Paused jobs count; cancelled, failed and succeeded ones do not."""
+        succeeded(store)
+        store.fail(begun(store), ERROR, retry=False)
+        store.ask(submit(store).id, "cancel")
+        store.ask(submit(store, max_unfinished=1).id, "pause")
+        with pytest.raises(TooManyJobs):
+            submit_any(store, max_unfinished=1)
+
+        assert len(store.page()) == 4
+
+    def test_limit_is_each_owners(self, store: JobStore) -> None:
+        """One owner's jobs do not count for another, nor for nobody."""
+        owner = KeyStore(store.database).create("a", sees_all=False)[0].id
+        submit(store, max_unfinished=1)
+        submit(store, max_unfinished=1, owner_id=owner)
+
+        assert len(store.page()) == 2
+
+    def test_limit_at_once(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Requests that come at the same moment do not get past the limit together."""
+        counted = threading.Barrier(2)
+
+        def enqueue_after_both(*args: Any, **kwargs: Any) -> int:
+            with suppress(threading.BrokenBarrierError):  # the other one waits for us: as it should
+                counted.wait(1)
+            return enqueue(*args, **kwargs)
+
+        monkeypatch.setattr(storage.jobs, "enqueue", enqueue_after_both)
+        answers = together(*[lambda: submit_any(store, max_unfinished=1)] * 2)
+
+        assert [type(a) for a in answers].count(TooManyJobs) == 1
+        assert len(store.page()) == 1
+
+    @pytest.mark.parametrize("written", [False, True])
+    def test_whole_or_not_at_all(
+        self, store: JobStore, monkeypatch: pytest.MonkeyPatch, written: bool
+    ) -> None:
+        """If the queue takes no entry, or something fails after it did, there is no job either."""
+
+        def broken(*args: Any, **kwargs: Any) -> int:
+            if written:
+                enqueue(*args, **kwargs)
+            raise RuntimeError("broken")
+
+        before = everything(store)
+        monkeypatch.setattr(storage.jobs, "enqueue", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            submit(store)
+
+        assert everything(store) == before
+
+    def test_lost_connection(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A connection that is cut before the commit leaves neither job nor entry."""
+
+        def cut(connection: Connection, *args: Any, **kwargs: Any) -> int:
+            number = enqueue(connection, *args, **kwargs)
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            with store.database.transaction() as other:
+                other.execute(select(func.pg_terminate_backend(pid, 5000)))
+            return number
+
+        before = everything(store)
+        monkeypatch.setattr(storage.jobs, "enqueue", cut)
+        with pytest.raises(DatabaseGone):
+            submit(store)
+
+        assert everything(store) == before
+
+    def test_nobody_sees_half(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Until the commit, others see neither the job nor its entry."""
+        seen = []
+
+        def look(*args: Any, **kwargs: Any) -> int:
+            number = enqueue(*args, **kwargs)
+            seen.append(everything(store))
+            return number
+
+        before = everything(store)
+        monkeypatch.setattr(storage.jobs, "enqueue", look)
+        submit(store)
+
+        assert seen == [before]
+
+
+class TestReading:
+    """Pages, and who sees what."""
+
+    def test_no_jobs(self, store: JobStore) -> None:
+        """An empty database has an empty page."""
+        assert store.page() == []
+
+    def test_newest_first(self, store: JobStore) -> None:
+        """A page has the newest jobs, with their stages."""
+        made = [submit(store) for _ in range(4)]
+
+        assert store.page(limit=3) == made[:0:-1]
+
+    @pytest.mark.parametrize("limit", [1, 2, 7])
+    def test_walk(self, store: JobStore, limit: int) -> None:
+        """Page by page, each job comes once, though new ones arrive meanwhile."""
+        made = [submit(store) for _ in range(5)]
+        seen: list[Job] = []
+        while page := store.page(before=seen[-1].number if seen else None, limit=limit):
+            seen += page
+            submit(store)
+
+        assert [job.id for job in seen] == [job.id for job in reversed(made)]
+
+    def test_states(self, store: JobStore) -> None:
+        """Only jobs in the given states are listed."""
+        jobs_ = [submit(store) for _ in range(4)]
+        store.ask(jobs_[1].id, "pause")
+        store.ask(jobs_[2].id, "cancel")
+        page = store.page(states=[JobState.PAUSED, JobState.CANCELLED])
+
+        assert [job.id for job in page] == [jobs_[2].id, jobs_[1].id]
+
+    def test_visible_to(self, store: JobStore) -> None:
+        """A key sees its own jobs, not those of others nor those of nobody."""
+        mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
+        made = [submit(store, owner_id=owner) for owner in (mine, yours, None, mine)]
+
+        assert [j.id for j in store.page(visible_to=mine)] == [made[3].id, made[0].id]
+
+    def test_filters_together(self, store: JobStore) -> None:
+        """States, owner, cursor and limit hold all at once."""
+        mine = KeyStore(store.database).create("a", sees_all=False)[0].id
+        made = [submit(store, owner_id=owner) for owner in (mine, mine, None, mine, mine)]
+        store.ask(made[3].id, "cancel")
+        page = store.page(visible_to=mine, states=[JobState.QUEUED], before=made[4].number, limit=1)
+
+        assert [j.id for j in page] == [made[1].id]
+
+    @pytest.mark.parametrize("owned", [False, True])
+    def test_hidden(self, store: JobStore, owned: bool) -> None:
+        """What a key may not see is not there for any method, and stays as it is."""
+        mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
+        job = submit(store, owner_id=yours if owned else None)
+        before = everything(store)
+        for call in (
+            lambda: store.get(job.id, visible_to=mine),
+            lambda: store.ask(job.id, "cancel", visible_to=mine),
+            lambda: store.ask(job.id, "extend", visible_to=mine, trials=1),
+            lambda: store.delete(job.id, visible_to=mine),
+            lambda: store.check_deletable(job.id, visible_to=mine),
+        ):
+            with pytest.raises(NoSuchJob):
+                call()
+
+        assert everything(store) == before
+
+    def test_unknown(self, store: JobStore) -> None:
+        """A job that never was is not found, and has no events."""
+        with pytest.raises(NoSuchJob):
+            store.get(uuid.uuid4())
+
+        assert store.events(uuid.uuid4()) == []
+
+    def test_counts(self, store: JobStore) -> None:
+        """Jobs are counted by state; stages only if their job may work."""
+        submit(store)
+        islands(store, 2)
+        store.ask(submit(store).id, "pause")
+        succeeded(store)
+        by_state, by_stage = store.counts()
+
+        assert by_state == {
+            JobState.QUEUED: 1, JobState.RUNNING: 1, JobState.PAUSED: 1, JobState.SUCCEEDED: 1,
+        }  # fmt: skip
+        assert by_stage == {
+            (StageKind.CALIBRATE, StageState.WAITING): 1,
+            (StageKind.CALIBRATE, StageState.DONE): 1,
+            (StageKind.SEARCH, StageState.RUNNING): 2,
+        }
+
+    def test_no_counts(self, store: JobStore) -> None:
+        """An empty database counts nothing."""
+        assert store.counts() == ({}, {})
+
+
+class TestClaim:
+    """A stage is one worker's, until it is another's."""
+
+    def test_first(self, store: JobStore) -> None:
+        """The first claim sets the job running, and says what is done by whom."""
+        job = submit(store)
+        taken = claim(store, job.stages[0].id)
+
+        assert (taken.attempt, taken.stage.state) == (1, StageState.RUNNING)
+        assert (taken.stage.worker_id, taken.stage.failures) == (WORKER, 0)
+        assert (taken.job.state, taken.job.stage) == (JobState.RUNNING, StageKind.CALIBRATE)
+        assert taken.job == store.get(job.id)
+        assert taken.job.started_at is not None
+        assert told(store, job.id)[1:] == [{"stage": "calibrate"}, {"state": "running"}]
+
+    def test_outdated_entry(self, store: JobStore) -> None:
+        """An entry of before a pause does nothing once a newer one stands for the stage."""
+        job = submit(store)
+        stage = job.stages[0].id
+        outdated = queue_id(store, stage)
+        store.ask(job.id, "pause")
+        store.ask(job.id, "resume")
+        before = everything(store)
+
+        assert store.claim(stage, outdated, WORKER) is None
+        assert everything(store) == before
+        assert claim(store, stage).attempt == 1
+
+    def test_entry_of_another_stage(self, store: JobStore) -> None:
+        """An entry gives a right to its own stage alone."""
+        one, two = islands(store, 2)
+        before = everything(store)
+
+        assert store.claim(one.stage.id, queue_id(store, two.stage.id), OTHER) is None
+        assert everything(store) == before
+
+    def test_outdated_entry_and_a_dead_worker(self, store: JobStore) -> None:
+        """An outdated entry does not count a failure against a stage that is running."""
+        job = submit(store)
+        stage = job.stages[0].id
+        outdated = queue_id(store, stage)
+        store.ask(job.id, "pause")
+        store.ask(job.id, "resume")
+        taken = claim(store, stage)
+
+        assert store.claim(stage, outdated, OTHER) is None
+        assert store.watch(taken) is JobState.RUNNING
+        assert store.get(job.id).stages[0].failures == 0
+
+    def test_no_such_stage(self, store: JobStore) -> None:
+        """An entry whose stage is not there is nothing to do."""
+        assert store.claim(123_456, 1, WORKER) is None
+
+    def test_deleted_job(self, store: JobStore) -> None:
+        """An entry whose job was deleted is nothing to do."""
+        job = submit(store)
+        stage = job.stages[0].id
+        entry = queue_id(store, stage)
+        store.ask(job.id, "cancel")
+        store.delete(job.id)
+
+        assert store.claim(stage, entry, WORKER) is None
+
+    def test_deleted_while_claiming(self, store: JobStore) -> None:
+        """A job that goes while a claim waits for it is nothing to do."""
+        job = submit(store)
+        stage = job.stages[0].id
+        entry = queue_id(store, stage)
+        with ThreadPoolExecutor(1) as pool:
+            with store.database.transaction() as connection:
+                connection.execute(delete(jobs).where(jobs.c.id == job.id))
+                waiting = pool.submit(store.claim, stage, entry, WORKER)
+                until_someone_waits_for_a_lock(store)
+
+            assert waiting.result(10) is None
+
+    def test_again(self, store: JobStore) -> None:
+        """A stage that comes again while it is running had its worker die: one failure more."""
+        first = begun(store)
+        second = claim(store, first.stage.id, OTHER)
+
+        assert (second.attempt, second.stage.failures) == (2, 1)
+        assert second.stage.worker_id == OTHER
+        assert second.stage.started_at == first.stage.started_at
+        assert second.job.started_at == first.job.started_at
+        assert told(store, first.job.id) == told(store, second.job.id)[:3]
+
+    def test_at_once(self, store: JobStore) -> None:
+        """Two workers with the same entry get different attempts; only the later may write."""
+        stage = submit(store).stages[0].id
+        taken = together(lambda: claim(store, stage), lambda: claim(store, stage, OTHER))
+        first, second = sorted(taken, key=lambda c: c.attempt)
+
+        assert (first.attempt, second.attempt) == (1, 2)
+        with pytest.raises(LostClaim):
+            store.complete(first, {})
+        assert store.complete(second, {})
+
+    def test_dead_workers(self, store: JobStore) -> None:
+        """After as many dead workers as attempts, the job fails and says why."""
+        first = begun(store, max_attempts=2)
+        claim(store, first.stage.id)
+        gone = store.claim(first.stage.id, queue_id(store, first.stage.id), WORKER)
+        job = store.get(first.job.id)
+
+        assert gone is None
+        assert job.state is JobState.FAILED
+        assert job.error is not None
+        assert (job.error["type"], job.error["stage"]) == ("WorkerLost", "calibrate")
+        assert job.error["message"].startswith("2 workers died")
+        assert (job.stages[0].state, job.stages[0].failures) == (StageState.FAILED, 2)
+        assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
+        assert job.finished_at is not None
+
+    def test_after_dead_workers(self, store: JobStore) -> None:
+        """Once a job has failed, its entry does nothing more."""
+        first = begun(store, max_attempts=1)
+        entry = queue_id(store, first.stage.id)
+        store.claim(first.stage.id, entry, WORKER)
+        before = everything(store)
+
+        assert store.claim(first.stage.id, entry, WORKER) is None
+        assert everything(store) == before
+
+    def test_given_back_is_no_failure(self, store: JobStore) -> None:
+        """A stage that its worker put down comes again with no failure."""
+        first = begun(store, max_attempts=1)
+
+        assert store.hand_back(first) is True
+        again = claim(store, first.stage.id)
+        assert (again.attempt, again.stage.failures) == (2, 0)
+
+    @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
+    def test_dead_worker_of_a_job_on_its_way_out(
+        self, store: JobStore, verb: str, then: str
+    ) -> None:
+        """The entry of a dead worker settles a job that was to pause or to be cancelled."""
+        first = begun(store)
+
+        assert store.ask(first.job.id, verb).state == f"{verb.removesuffix('e')}" + (
+            "ing" if verb == "pause" else "ling"
+        )
+        assert store.claim(first.stage.id, queue_id(store, first.stage.id), OTHER) is None
+        job = store.get(first.job.id)
+        assert job.state == then
+        assert (job.stages[0].state, job.stages[0].worker_id) == (StageState.WAITING, None)
+        assert told(store, job.id)[-1] == {"state": then}
+
+    def test_one_of_two_workers_died(self, store: JobStore) -> None:
+        """A job is settled only when its last worker is out."""
+        one, two = islands(store, 2)
+        store.ask(one.job.id, "pause")
+        store.claim(one.stage.id, queue_id(store, one.stage.id), OTHER)
+
+        assert store.get(one.job.id).state is JobState.PAUSING
+        assert store.hand_back(two) is False
+        assert store.get(one.job.id).state is JobState.PAUSED
+
+    @pytest.mark.parametrize("verb", ["pause", "cancel"])
+    def test_idle_job(self, store: JobStore, verb: str) -> None:
+        """A queued job that is paused or cancelled is so at once; its entry does nothing."""
+        job = submit(store)
+        settled = store.ask(job.id, verb)
+        before = everything(store)
+
+        assert settled.state.value == {"pause": "paused", "cancel": "cancelled"}[verb]
+        assert store.claim(job.stages[0].id, queue_id(store, job.stages[0].id), WORKER) is None
+        assert everything(store) == before
+
+    @pytest.mark.parametrize("finished", ["complete", "succeed", "fail"])
+    def test_finished_stage(self, store: JobStore, finished: str) -> None:
+        """The entry of a stage that is done or has failed does nothing."""
+        taken = begun(store)
+        if finished == "complete":
+            store.complete(taken, {}, add=[CONFIRM])
+        elif finished == "succeed":
+            store.succeed(taken, best={}, warnings=[], result={})
+        else:
+            store.fail(taken, ERROR, retry=False)
+        before = everything(store)
+
+        assert store.claim(taken.stage.id, queue_id(store, taken.stage.id), OTHER) is None
+        assert everything(store) == before
+
+
+WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
+    "progress": lambda s, c: s.progress(c, done=7, elapsed_s=9.0, best_value=0.5),
+    "complete": lambda s, c: s.complete(c, {"r": 1}, add=[CONFIRM], then=[FINISH], trials=99),
+    "too few trials": lambda s, c: s.complete(c, {"r": 1}, trials=1),
+    "succeed": lambda s, c: s.succeed(c, best={"b": 1}, warnings=["w"], result={}),
+    "retry": lambda s, c: s.fail(c, ERROR, retry=True),
+    "fail": lambda s, c: s.fail(c, ERROR, retry=False),
+    "hand_back": lambda s, c: s.hand_back(c),
+    "fence": lambda s, c: s.fence(c).__enter__(),
+    "watch": lambda s, c: s.watch(c),
+}
+
+
+def lose_to_another(store: JobStore, lost: Claim) -> None:
+    """Another worker has the stage."""
+    claim(store, lost.stage.id, OTHER)
+
+
+def lose_to_another_that_finished(store: JobStore, lost: Claim) -> None:
+    """Another worker has done the stage."""
+    store.complete(claim(store, lost.stage.id, OTHER), {"of": "the other"}, add=[CONFIRM])
+
+
+def lose_to_another_that_failed(store: JobStore, lost: Claim) -> None:
+    """Another worker has failed for good."""
+    store.fail(claim(store, lost.stage.id, OTHER), {"of": "the other"}, retry=False)
+
+
+def lose_with_the_job(store: JobStore, lost: Claim) -> None:
+    """The job is gone."""
+    store.ask(lost.job.id, "cancel")
+    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
+    store.delete(lost.job.id)
+
+
+def lose_in_a_pause(store: JobStore, lost: Claim) -> None:
+    """The queue, which took the worker for dead, has put the stage down; then it was resumed."""
+    store.ask(lost.job.id, "pause")
+    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
+    store.ask(lost.job.id, "resume")
+
+
+def lose_for_good(store: JobStore, lost: Claim) -> None:
+    """The job has failed, since too many workers were taken for dead."""
+    with store.database.transaction() as connection:
+        connection.execute(update(jobs).values(max_attempts=1))
+    store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
+
+
+def use_up(store: JobStore, lost: Claim) -> None:
+    """The worker has done the stage itself."""
+    store.complete(lost, {"of": "mine"}, add=[CONFIRM])
+
+
+TAKEN = [lose_to_another, lose_to_another_that_finished, lose_to_another_that_failed]
+LOSSES = [*TAKEN, lose_with_the_job, lose_in_a_pause, lose_for_good, use_up]
+
+
+class TestLostClaim:
+    """Who lost a stage can write no more."""
+
+    @pytest.mark.parametrize("lose", LOSSES)
+    @pytest.mark.parametrize("write", [name for name in WRITES if name != "watch"])
+    def test_writes(
+        self, store: JobStore, write: str, lose: Callable[[JobStore, Claim], None]
+    ) -> None:
+        """However a stage was lost, each write of the old attempt is refused and writes nothing."""
+        lost = begun(store)
+        lose(store, lost)
+        before = everything(store)
+        with pytest.raises(LostClaim):
+            WRITES[write](store, lost)
+
+        assert everything(store) == before
+
+    @pytest.mark.parametrize("lose", [*TAKEN, lose_with_the_job])
+    def test_watch(self, store: JobStore, lose: Callable[[JobStore, Claim], None]) -> None:
+        """Who only looks is told as well that another worker has the stage."""
+        lost = begun(store)
+        lose(store, lost)
+        before = everything(store)
+        with pytest.raises(LostClaim):
+            store.watch(lost)
+
+        assert everything(store) == before
+
+    def test_the_new_attempt_is_unharmed(self, store: JobStore) -> None:
+        """After all that an old attempt tries, the new one goes on and finishes."""
+        lost = begun(store)
+        taken = claim(store, lost.stage.id, OTHER)
+        for write in WRITES.values():
+            with pytest.raises(LostClaim):
+                write(store, lost)
+
+        assert store.progress(taken, done=1, elapsed_s=1.0, best_value=0.1) is JobState.RUNNING
+        assert store.complete(taken, {})
+
+
+class TestFence:
+    """What is written elsewhere, by Optuna, is written by the stage's worker alone."""
+
+    def test_holds_off_a_claim(self, store: JobStore) -> None:
+        """Nobody gets the stage until the fence is left."""
+        first = begun(store)
+        with ThreadPoolExecutor(1) as pool:
+            with store.fence(first):
+                second = pool.submit(claim, store, first.stage.id, OTHER)
+                until_someone_waits_for_a_lock(store)
+                held_off = not second.done()
+
+            assert held_off
+            assert second.result(10).attempt == 2
+
+    def test_many_claims(self, store: JobStore) -> None:
+        """What a fenced worker writes is never mixed with its successor's, many times over."""
+        first = begun(store, max_attempts=100)
+        log: list[tuple[int, str]] = []
+
+        def work(worker: int) -> None:
+            for _ in range(5):
+                taken = claim(store, first.stage.id, uuid.UUID(int=worker))
+                with suppress(LostClaim), store.fence(taken):
+                    log.append((taken.attempt, "in"))
+                    time.sleep(0.005)
+                    log.append((taken.attempt, "out"))
+
+        together(*(lambda n=n: work(n) for n in range(4)))
+        entered = [attempt for attempt, way in log if way == "in"]
+
+        assert log == [(attempt, way) for attempt in entered for way in ("in", "out")]
+        assert entered == sorted(set(entered))
+        assert store.get(first.job.id).stages[0].attempt == 21
+
+    def test_does_not_hold_off_users(self, store: JobStore) -> None:
+        """A job can be paused, looked at and extended while a worker writes elsewhere."""
+        (search, *_) = islands(store, 2)
+        with ThreadPoolExecutor(1) as pool, store.fence(search):
+            pausing = pool.submit(store.ask, search.job.id, "pause").result(10)
+            resumed = pool.submit(store.ask, search.job.id, "resume").result(10)
+            extended = pool.submit(store.ask, search.job.id, "extend", trials=5).result(10)
+
+        assert [j.state for j in (pausing, resumed, extended)] == ["pausing", "running", "running"]
+        assert extended.trials == 15
+
+    def test_does_not_hold_off_other_stages(self, store: JobStore) -> None:
+        """The other islands go on meanwhile."""
+        one, two = islands(store, 2)
+        with ThreadPoolExecutor(1) as pool, store.fence(one):
+            done = pool.submit(store.complete, two, {}, then=[CONFIRM]).result(10)
+
+        assert done
+
+    def test_failure_inside(self, store: JobStore) -> None:
+        """An error inside a fence comes out as it is, and the claim still holds."""
+        taken = begun(store)
+        with pytest.raises(ZeroDivisionError), store.fence(taken):
+            raise ZeroDivisionError
+
+        assert store.complete(taken, {})
+
+    def test_deletion_waits(self, store: JobStore) -> None:
+        """A job is not deleted under the hands of a worker that writes."""
+        one, two = islands(store, 2)
+        store.fail(two, ERROR, retry=False)
+        with ThreadPoolExecutor(1) as pool:
+            with store.fence(one):
+                deleted = pool.submit(store.delete, one.job.id)
+                until_someone_waits_for_a_lock(store)
+                held_off = not deleted.done()
+            deleted.result(10)
+
+        assert held_off
+        assert store.page() == []
+
+
+class TestWork:
+    """Progress, ends and failures of stages."""
+
+    def test_progress(self, store: JobStore) -> None:
+        """Progress is stored, told, and answered with the state of the job."""
+        (search,) = islands(store, 1)
+        state = store.progress(search, done=4, elapsed_s=1.5, best_value=0.25)
+        (stage,) = store.get(search.job.id).of_kind(StageKind.SEARCH)
+        last = store.events(search.job.id)[-1]
+
+        assert state is JobState.RUNNING
+        assert (stage.done, stage.elapsed_s, stage.best_value) == (4, 1.5, 0.25)
+        assert (last.kind, last.data) == (
+            "progress",
+            {"stage": "search", "number": 0, "done": 4, "best_value": 0.25},
+        )
+
+    @pytest.mark.parametrize("verb", ["pause", "cancel"])
+    def test_progress_tells_of_a_verb(self, store: JobStore, verb: str) -> None:
+        """A worker hears at its next progress that the job is to stop."""
+        taken = begun(store)
+        asked = store.ask(taken.job.id, verb).state
+
+        assert store.progress(taken, done=1, elapsed_s=1.0, best_value=None) is asked
+        assert store.watch(taken) is asked
+        assert not asked.may_work
+
+    def test_add(self, store: JobStore) -> None:
+        """What follows at once waits in the queue; the stage keeps its result."""
+        first = begun(store)
+        searches = [NewStage(kind=StageKind.SEARCH, number=i, params={"p": i}) for i in range(3)]
+        done = store.complete(first, {"b": 1, "a": [2]}, add=searches)
+        job = store.get(first.job.id)
+        made = job.of_kind(StageKind.SEARCH)
+
+        assert done
+        assert runnable(store) == [s.id for s in made]
+        assert [(s.number, (s.params or {})["p"]) for s in made] == [(0, 0), (1, 1), (2, 2)]
+        assert [*(job.stages[0].result or {}).items()] == [("b", 1), ("a", [2])]
+        assert job.stages[0].state is StageState.DONE
+        assert (job.stages[0].worker_id, job.state) == (None, JobState.RUNNING)
+
+    def test_add_what_exists(self, store: JobStore) -> None:
+        """A stage that exists already stays as it is, and is not queued again."""
+        one, two = islands(store, 2)
+        store.complete(one, {"mine": 1})
+        before = everything(store)
+        store.complete(two, {}, add=[NewStage(kind=StageKind.SEARCH, number=0, params={"x": 1})])
+        after = everything(store)
+
+        assert after[1][:2] == before[1][:2]
+        assert after[3] == before[3]
+
+    def test_then_waits_for_the_rest(self, store: JobStore) -> None:
+        """What follows the islands is made by the last of them."""
+        claims = islands(store, 3)
+        made = []
+        for search in claims:
+            store.complete(search, {}, then=[CONFIRM])
+            made.append(len(store.get(search.job.id).of_kind(StageKind.CONFIRM)))
+
+        assert made == [0, 0, 1]
+
+    def test_then_waits_for_what_is_added(self, store: JobStore) -> None:
+        """What is added goes before what follows."""
+        first = begun(store)
+        store.complete(first, {}, add=[CONFIRM], then=[FINISH])
+
+        assert [s.kind for s in store.get(first.job.id).stages] == ["calibrate", "confirm"]
+
+    @pytest.mark.parametrize("count", [2, 5, 8])
+    def test_islands_at_once(self, store: JobStore, count: int) -> None:
+        """Islands that end at the same moment make what follows exactly once."""
+        for _ in range(4):
+            claims = islands(store, count)
+            answers = together(
+                *(lambda c=c: store.complete(c, {}, then=[CONFIRM], trials=10) for c in claims)
+            )
+            job = store.get(claims[0].job.id)
+            (confirm,) = job.of_kind(StageKind.CONFIRM)
+
+            assert answers == [True] * count
+            assert runnable(store).count(confirm.id) == 1
+            assert claim(store, confirm.id).attempt == 1
+
+    def test_islands_and_an_extension_at_once(self, store: JobStore) -> None:
+        """Extended while its islands end, a job either searches on or was too late, never both."""
+        for _ in range(8):
+            claims = islands(store, 2)
+            *done, extended = together(
+                *(lambda c=c: store.complete(c, {}, then=[CONFIRM], trials=10) for c in claims),
+                lambda c=claims[0]: store.ask(c.job.id, "extend", trials=5),
+            )
+            job = store.get(claims[0].job.id)
+            searching = [s for s in job.of_kind(StageKind.SEARCH) if s.state is not StageState.DONE]
+
+            assert set(map(type, done)) == {bool}
+            if isinstance(extended, StateConflict):
+                assert (searching, job.trials) == ([], 10)
+            else:
+                assert (len(searching), job.trials) == (2, 15)
+                assert job.of_kind(StageKind.CONFIRM) == []
+
+    def test_too_few_trials(self, store: JobStore) -> None:
+        """A search that ends below what the job was extended to stores nothing, and goes on."""
+        (search,) = islands(store, 1)
+        store.ask(search.job.id, "extend", trials=5)
+        before = everything(store)
+
+        assert store.complete(search, {"r": 1}, then=[CONFIRM], trials=10) is False
+        assert everything(store) == before
+        assert store.complete(search, {"r": 1}, then=[CONFIRM], trials=15) is True
+
+    def test_another_island_failed(self, store: JobStore) -> None:
+        """An island that ends after another failed is kept, and nothing follows."""
+        one, two = islands(store, 2)
+        store.fail(one, ERROR, retry=False)
+        store.complete(two, {"r": 2}, then=[CONFIRM])
+        job = store.get(one.job.id)
+
+        assert job.state is JobState.FAILED
+        assert [s.state for s in job.of_kind(StageKind.SEARCH)] == ["failed", "done"]
+        assert job.of_kind(StageKind.CONFIRM) == []
+
+    def test_end_while_pausing(self, store: JobStore) -> None:
+        """What follows a stage that ends while pausing waits for the resume, then comes once."""
+        first = begun(store)
+        store.ask(first.job.id, "pause")
+        store.complete(first, {}, add=[NewStage(kind=StageKind.SEARCH)])
+        paused = store.get(first.job.id).state
+        search = only(store, first.job.id, StageKind.SEARCH)
+        waiting = search in runnable(store)
+        store.ask(first.job.id, "resume")
+
+        assert paused is JobState.PAUSED
+        assert not waiting
+        assert runnable(store).count(search) == 1
+
+    def test_end_while_cancelling(self, store: JobStore) -> None:
+        """A stage that ends while its job is cancelled cancels it."""
+        first = begun(store)
+        store.ask(first.job.id, "cancel")
+        store.complete(first, {}, add=[NewStage(kind=StageKind.SEARCH)])
+
+        assert store.get(first.job.id).state is JobState.CANCELLED
+        assert only(store, first.job.id, StageKind.SEARCH) not in runnable(store)
+
+    def test_succeed(self, store: JobStore) -> None:
+        """The configuration is kept in its order, with the warnings."""
+        taken = begun(store)
+        best = {"z": 0.1 + 0.2, "a": {"y": 1, "b": "\ud800\0"}}
+        store.succeed(taken, best=best, warnings=["one", "two"], result={"r": 1})
+        job = store.get(taken.job.id)
+
+        assert job.best == best
+        assert [*job.best] == ["z", "a"]
+        assert job.warnings == ["one", "two"]
+        assert job.state is JobState.SUCCEEDED
+        assert (job.stages[0].state, job.stages[0].result) == (StageState.DONE, {"r": 1})
+        assert job.finished_at is not None
+        assert told(store, job.id)[-1] == {"state": "succeeded"}
+
+    def test_retry(self, store: JobStore) -> None:
+        """A failed attempt that may be retried puts the stage down, and is told."""
+        taken = begun(store)
+
+        assert store.fail(taken, ERROR, retry=True) is True
+        job = store.get(taken.job.id)
+        assert (job.state, job.error) == (JobState.RUNNING, None)
+        assert (job.stages[0].state, job.stages[0].failures) == (StageState.WAITING, 1)
+        last = store.events(job.id)[-1]
+        assert (last.kind, last.data) == ("retry", {**ERROR, "stage": "calibrate", "attempts": 1})
+
+    def test_last_attempt(self, store: JobStore) -> None:
+        """The last attempt's failure is the job's; it keeps the error, whatever is in it."""
+        error = {"type": "Boom", "message": "\ud800 \0 '; drop table jobs", "layer": "a.0"}
+        for _ in range(2):
+            again = store.fail(claim(store, only_stage(store)), error, retry=True)
+        job = store.page()[0]
+
+        assert again is False
+        assert job.state is JobState.FAILED
+        assert job.error == {**error, "stage": "calibrate", "attempts": 2}
+        assert job.stages[0].state is StageState.FAILED
+        assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
+
+    def test_dead_workers_and_errors_count_together(self, store: JobStore) -> None:
+        """An attempt is an attempt, however it ended."""
+        first = begun(store, max_attempts=2)
+        second = claim(store, first.stage.id)
+
+        assert store.fail(second, ERROR, retry=True) is False
+        assert store.get(first.job.id).state is JobState.FAILED
+
+    def test_no_retry(self, store: JobStore) -> None:
+        """An error that another attempt does not help fails the job at once."""
+        taken = begun(store)
+
+        assert store.fail(taken, ERROR, retry=False) is False
+        assert store.get(taken.job.id).state is JobState.FAILED
+
+    @pytest.mark.parametrize("retry", [False, True])
+    @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
+    def test_fail_on_the_way_out(self, store: JobStore, verb: str, then: str, retry: bool) -> None:
+        """A failure while pausing or being cancelled does not stop that; nothing comes again."""
+        taken = begun(store)
+        store.ask(taken.job.id, verb)
+
+        assert store.fail(taken, ERROR, retry=retry) is False
+        assert store.get(taken.job.id).state == then
+
+
+def only_stage(store: JobStore) -> int:
+    """The first stage of the only job, which is made if there is none; it has two attempts."""
+    return (store.page() or [submit(store, max_attempts=2)])[0].stages[0].id
+
+
+class TestResume:
+    """What was put down is taken up again, once."""
+
+    def test_handed_back_before(self, store: JobStore) -> None:
+        """Pause, put down, resume: one entry stands for the stage."""
+        taken = begun(store)
+        store.ask(taken.job.id, "pause")
+        again = store.hand_back(taken)
+        paused = store.get(taken.job.id).state
+        store.ask(taken.job.id, "resume")
+
+        assert (again, paused) == (False, JobState.PAUSED)
+        assert runnable(store) == [taken.stage.id]
+        assert claim(store, taken.stage.id).stage.failures == 0
+
+    def test_resumed_before_it_was_handed_back(self, store: JobStore) -> None:
+        """Pause, resume, put down: the worker's own entry comes again, and no other."""
+        taken = begun(store)
+        entry = queue_id(store, taken.stage.id)
+        before = everything(store)[3]
+        store.ask(taken.job.id, "pause")
+        store.ask(taken.job.id, "resume")
+
+        assert store.hand_back(taken) is True
+        assert queue_id(store, taken.stage.id) == entry
+        assert everything(store)[3] == before
+
+    def test_resumed_before_it_was_noticed(self, store: JobStore) -> None:
+        """A worker that never noticed a pause works on undisturbed."""
+        taken = begun(store)
+        store.ask(taken.job.id, "pause")
+        store.ask(taken.job.id, "resume")
+
+        assert store.progress(taken, done=1, elapsed_s=1.0, best_value=None).may_work
+        assert store.complete(taken, {})
+
+    def test_twice(self, store: JobStore) -> None:
+        """Resumed twice, a job still has one entry."""
+        job = submit(store)
+        store.ask(job.id, "pause")
+        store.ask(job.id, "resume")
+        before = everything(store)
+        store.ask(job.id, "resume")
+
+        assert everything(store) == before
+
+    def test_at_once(self, store: JobStore) -> None:
+        """Resumed by several at the same moment, each stage has one entry."""
+        claims = islands(store, 2)
+        store.ask(claims[0].job.id, "pause")
+        for taken in claims:
+            store.hand_back(taken)
+        known = len(everything(store)[3])
+        together(*[lambda: store.ask(claims[0].job.id, "resume")] * 4)
+
+        assert runnable(store) == [c.stage.id for c in claims]
+        assert len(everything(store)[3]) == known + 2
+
+    def test_many_pauses(self, store: JobStore) -> None:
+        """However often a job is paused, one of its entries counts and the others do nothing."""
+        job = submit(store)
+        stage = job.stages[0].id
+        for _ in range(3):
+            store.ask(job.id, "pause")
+            store.ask(job.id, "resume")
+        entries = [row.id for row in everything(store)[3]]
+        taken = [store.claim(stage, entry, WORKER) for entry in entries]
+
+        assert len(entries) == 4
+        assert [c is not None for c in taken] == [False, False, False, True]
+
+    def test_keeps_the_lock(self, store: JobStore) -> None:
+        """A stage's new entry has the lock and the priority of the old."""
+        job = submit(store, priority=7)
+        store.ask(job.id, "pause")
+        store.ask(job.id, "resume")
+        old, new = everything(store)[3]
+
+        assert (new.lock, new.priority) == (old.lock, old.priority)
+        assert (new.queue_name, new.args) == (old.queue_name, old.args)
+        assert new.lock == "bundle"
+
+    def test_failed(self, store: JobStore) -> None:
+        """A failed job forgets its error and begins with the stages that are not done."""
+        one, two, three = islands(store, 3)
+        store.complete(one, {"r": 1})
+        store.hand_back(two)
+        store.fail(three, ERROR, retry=False)
+        known = {row.id for row in everything(store)[3]}
+        job = store.ask(one.job.id, "resume")
+        new = [row for row in everything(store)[3] if row.id not in known]
+
+        assert (job.state, job.error, job.finished_at) == (JobState.QUEUED, None, None)
+        assert [s.state for s in job.of_kind(StageKind.SEARCH)] == ["done", "waiting", "waiting"]
+        assert [s.failures for s in job.stages] == [0] * 4
+        assert [row.args for row in new] == [
+            {"stage_id": two.stage.id}, {"stage_id": three.stage.id}
+        ]  # fmt: skip
+
+    def test_failed_begins_a_new_attempt(self, store: JobStore) -> None:
+        """After a resume, an attempt of before the failure is still fenced off."""
+        taken = begun(store)
+        store.fail(taken, ERROR, retry=False)
+        store.ask(taken.job.id, "resume")
+        again = claim(store, taken.stage.id)
+
+        assert again.attempt == 2
+        with pytest.raises(LostClaim):
+            store.complete(taken, {})
+
+    def test_failed_with_a_busy_worker(self, store: JobStore) -> None:
+        """An island that still ran when another failed is not begun a second time."""
+        one, two = islands(store, 2)
+        store.fail(one, ERROR, retry=False)
+        entry = queue_id(store, two.stage.id)
+        store.ask(one.job.id, "resume")
+
+        assert queue_id(store, two.stage.id) == entry
+        assert store.complete(two, {})
+        assert two.stage.id not in [row.args["stage_id"] for row in everything(store)[3]]
+
+    def test_after_dead_workers(self, store: JobStore) -> None:
+        """A job that failed for dead workers has all its attempts again."""
+        taken = begun(store, max_attempts=1)
+        store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER)
+        store.ask(taken.job.id, "resume")
+        again = claim(store, taken.stage.id)
+
+        assert (again.attempt, again.stage.failures) == (2, 0)
+
+    def test_failed_while_pausing(self, store: JobStore) -> None:
+        """A stage that failed for good while its job was pausing is tried again on resume."""
+        taken = begun(store)
+        store.ask(taken.job.id, "pause")
+        store.fail(taken, ERROR, retry=False)
+        paused = store.get(taken.job.id)
+        job = store.ask(taken.job.id, "resume")
+
+        assert paused.error is not None
+        assert (job.state, job.error) == (JobState.QUEUED, None)
+        assert claim(store, taken.stage.id).attempt == 2
+
+
+def at_confirm(store: JobStore) -> Job:
+    """A job whose finalists are being chosen."""
+    (search,) = islands(store, 1)
+    store.complete(search, {}, then=[CONFIRM], trials=10)
+    return claim(store, only(store, search.job.id, StageKind.CONFIRM)).job
+
+
+def at_perplexity(store: JobStore) -> Job:
+    """A job one of whose finalists is being measured."""
+    job = at_confirm(store)
+    confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
+    measure = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in range(2)]
+    store.complete(confirm, {"finalists": [0, 1]}, add=measure, then=[FINISH])
+    (first, _) = store.get(job.id).of_kind(StageKind.PERPLEXITY)
+    return claim(store, first.id).job
+
+
+def at_finish(store: JobStore) -> Job:
+    """A job whose best is being chosen."""
+    job = at_confirm(store)
+    confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
+    store.complete(confirm, {"finalists": []}, then=[FINISH])
+    return claim(store, only(store, job.id, StageKind.FINISH)).job
+
+
+def end(store: JobStore, job_id: uuid.UUID) -> list[StageKind]:
+    """Do all that the queue has for a job; the kinds of stages, in the order in which they ran."""
+    ran: list[StageKind] = []
+    while waiting := [s for s in store.get(job_id).stages if s.id in runnable(store)]:
+        stage = max(waiting, key=lambda s: (s.kind.rank, -s.id))  # as the queue gives them out
+        taken = claim(store, stage.id)
+        ran.append(stage.kind)
+        if stage.kind is StageKind.FINISH:
+            store.succeed(taken, best={}, warnings=[], result={})
+        elif stage.kind is StageKind.SEARCH:
+            store.complete(taken, {}, then=[CONFIRM], trials=taken.job.trials)
+        else:
+            store.complete(taken, {}, then=[FINISH])
+    return ran
+
+
+class TestExtend:
+    """More trials, as long as the search is not over or the job is."""
+
+    def test_queued(self, store: JobStore) -> None:
+        """A job that waits gets more trials, in its document too, and no other entry."""
+        job = submit(store, {"b": 1, "trials": 10, "a": 2})
+        queue = everything(store)[3]
+        extended = store.ask(job.id, "extend", trials=5)
+
+        assert (extended.state, extended.trials) == (JobState.QUEUED, 15)
+        assert [*extended.spec.items()] == [("b", 1), ("trials", 15), ("a", 2)]
+        assert everything(store)[3] == queue
+
+    def test_running(self, store: JobStore) -> None:
+        """Islands at work stay at work; those that are done begin again."""
+        one, two = islands(store, 2)
+        store.complete(one, {"r": 1}, then=[CONFIRM], trials=10)
+        extended = store.ask(one.job.id, "extend", trials=5)
+
+        assert extended.state is JobState.RUNNING
+        assert [s.state for s in extended.of_kind(StageKind.SEARCH)] == ["waiting", "running"]
+        assert runnable(store) == [one.stage.id]
+        assert store.complete(two, {}, then=[CONFIRM], trials=15)
+        assert end(store, one.job.id) == ["search", "confirm", "finish"]
+
+    def test_paused(self, store: JobStore) -> None:
+        """A paused job stays paused; resumed, it does the trials that it was given."""
+        one, two = islands(store, 2)
+        store.complete(one, {}, then=[CONFIRM], trials=10)
+        store.ask(one.job.id, "pause")
+        store.hand_back(two)
+        extended = store.ask(one.job.id, "extend", trials=5)
+        idle = runnable(store)
+        store.ask(one.job.id, "resume")
+
+        assert (extended.state, extended.trials, idle) == (JobState.PAUSED, 15, [])
+        assert runnable(store) == [one.stage.id, two.stage.id]
+        assert end(store, one.job.id) == ["search", "search", "confirm", "finish"]
+        assert store.get(one.job.id).state is JobState.SUCCEEDED
+
+    def test_succeeded(self, store: JobStore) -> None:
+        """A job that has succeeded searches on, confirms again and succeeds again."""
+        job = succeeded(store)
+        extended = store.ask(job.id, "extend", trials=5)
+
+        assert (extended.state, extended.trials) == (JobState.QUEUED, 15)
+        assert extended.finished_at is None
+        assert extended.best == job.best  # until there is a better one
+        assert end(store, job.id) == ["search", "confirm", "finish"]
+        assert store.get(job.id).state is JobState.SUCCEEDED
+
+    def test_measured_finalists_are_kept(self, store: JobStore) -> None:
+        """Perplexities that were measured before an extension are not measured again."""
+        job = at_perplexity(store)
+        for stage in job.of_kind(StageKind.PERPLEXITY):
+            store.complete(claim(store, stage.id), {"perplexity": 1.0}, then=[FINISH])
+        store.succeed(
+            claim(store, only(store, job.id, StageKind.FINISH)), best={}, warnings=[], result={}
+        )
+        extended = store.ask(job.id, "extend", trials=5)
+        kept = extended.of_kind(StageKind.PERPLEXITY)
+
+        assert [(s.state, s.result) for s in kept] == [("done", {"perplexity": 1.0})] * 2
+        assert end(store, job.id) == ["search", "confirm", "finish"]
+
+    @pytest.mark.parametrize("pause", [False, True])
+    def test_succeeded_twice(self, store: JobStore, pause: bool) -> None:
+        """A job that was just extended can be extended again, before it searches."""
+        job = succeeded(store)
+        store.ask(job.id, "extend", trials=5)
+        if pause:
+            store.ask(job.id, "pause")
+        extended = store.ask(job.id, "extend", trials=5)
+
+        assert extended.trials == 20
+
+    @pytest.mark.parametrize("pause", [False, True])
+    def test_before_confirm_has_begun(self, store: JobStore, pause: bool) -> None:
+        """Extended when all islands are done and confirm still waits, it waits for them again."""
+        claims = islands(store, 2)
+        job_id = claims[0].job.id
+        for taken in claims:
+            store.complete(taken, {}, then=[CONFIRM], trials=10)
+        if pause:
+            store.ask(job_id, "pause")
+        with suppress(StateConflict):  # or it is too late: that is all right as well
+            store.ask(job_id, "extend", trials=5)
+        if pause:
+            store.ask(job_id, "resume")
+        ran = end(store, job_id)
+
+        assert ran in (["confirm", "finish"], ["search", "search", "confirm", "finish"])
+        assert store.get(job_id).state is JobState.SUCCEEDED
+
+    @pytest.mark.parametrize("reach", [at_confirm, at_perplexity, at_finish])
+    def test_too_late(self, store: JobStore, reach: Callable[[JobStore], Job]) -> None:
+        """Once the finalists are being chosen, a job is not extended, and stays as it is."""
+        job = reach(store)
+        before = everything(store)
+        with pytest.raises(StateConflict, match=f"it is at {job.stage}") as caught:
+            store.ask(job.id, "extend", trials=5)
+
+        assert caught.value.state is JobState.RUNNING
+        assert everything(store) == before
+
+    def test_too_late_while_paused(self, store: JobStore) -> None:
+        """A job that was paused while it measured is not extended either."""
+        job = at_perplexity(store)
+        measuring = next(s for s in job.stages if s.state is StageState.RUNNING)
+        store.ask(job.id, "pause")
+        store.hand_back(Claim(job=job, stage=measuring))
+        before = everything(store)
+        with pytest.raises(StateConflict):
+            store.ask(job.id, "extend", trials=5)
+
+        assert store.get(job.id).state is JobState.PAUSED
+        assert everything(store) == before
+
+
+class TestDelete:
+    """A job goes with all that it had."""
+
+    def test_cascades(self, store: JobStore) -> None:
+        """Stages and events go with their job; those of others stay."""
+        job, other = succeeded(store), succeeded(store)
+        kept = told(store, other.id)
+        store.delete(job.id)
+        left = everything(store)
+
+        assert [row.id for row in left[0]] == [other.id]
+        assert {row.job_id for row in left[1]} == {row.job_id for row in left[2]} == {other.id}
+        assert told(store, other.id) == kept
+        with pytest.raises(NoSuchJob):
+            store.get(job.id)
+
+    def test_check(self, store: JobStore) -> None:
+        """Asking whether a job can be deleted gives the job and deletes nothing."""
+        job = succeeded(store)
+        before = everything(store)
+
+        assert store.check_deletable(job.id) == job
+        assert everything(store) == before
+
+    def test_twice(self, store: JobStore) -> None:
+        """A deleted job cannot be deleted again."""
+        job = succeeded(store)
+        store.delete(job.id)
+        with pytest.raises(NoSuchJob):
+            store.delete(job.id)
+
+
+class TestEvents:
+    """Whoever reads the events after the last one that was seen misses none."""
+
+    def test_after_and_limit(self, store: JobStore) -> None:
+        """Page by page, each event comes once, in order."""
+        taken = begun(store)
+        for done in range(5):
+            store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
+        whole = store.events(taken.job.id)
+        seen = []
+        while page := store.events(taken.job.id, after=seen[-1].id if seen else 0, limit=3):
+            assert len(page) <= 3
+            seen += page
+
+        assert seen == whole
+        assert len(whole) == 8
+        assert [e.id for e in whole] == sorted(e.id for e in whole)
+
+    def test_of_one_job(self, store: JobStore) -> None:
+        """A job's events are its own."""
+        one, two = submit(store), begun(store)
+
+        assert told(store, one.id) == [{"state": "queued"}]
+        assert len(told(store, two.job.id)) == 3
+
+    def test_none_is_skipped(self, store: JobStore) -> None:
+        """A reader that polls while several stages write gets every event, in order."""
+        claims = islands(store, 5)
+        job_id = claims[0].job.id
+        writing = threading.Event()
+        writing.set()
+
+        def write(taken: Claim) -> None:
+            for done in range(40):
+                store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
+
+        def read() -> list[int]:
+            seen = [0]
+            while True:
+                more = writing.is_set()
+                page = store.events(job_id, after=seen[-1], limit=7)
+                seen += [e.id for e in page]
+                if not page and not more:
+                    return seen[1:]
+
+        with ThreadPoolExecutor(3) as pool:
+            readers = [pool.submit(read) for _ in range(3)]
+            wrote = together(*(lambda c=c: write(c) for c in claims))
+            writing.clear()
+            seen = [reader.result(30) for reader in readers]
+        whole = [e.id for e in store.events(job_id, limit=10_000)]
+
+        assert wrote == [None] * 5
+        assert len(whole) == 4 + 200
+        assert seen == [whole] * 3
+
+
+class TestWorkers:
+    """Who is there, and at what."""
+
+    def enter(self, store: JobStore, worker: uuid.UUID = WORKER) -> None:
+        """A worker reports."""
+        store.enter_worker(worker, name="w", device="cpu", kinds=[StageKind.SEARCH])
+
+    def late(self, store: JobStore, worker: uuid.UUID, seconds: float) -> None:
+        """Its last report was so long ago."""
+        with store.database.transaction() as connection:
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker)
+                .values(heartbeat_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds))
+            )
+
+    def test_idle(self, store: JobStore) -> None:
+        """A worker that reported is listed, with nothing to do."""
+        self.enter(store)
+        (record,) = store.workers(alive_s=30)
+
+        assert (record.id, record.name, record.device) == (WORKER, "w", "cpu")
+        assert record.stages == ["search"]
+        assert (record.job_id, record.stage) == (None, None)
+        assert record.heartbeat_at.utcoffset() is not None
+
+    def test_alive(self, store: JobStore) -> None:
+        """Only those that reported lately are listed."""
+        self.enter(store)
+        self.enter(store, OTHER)
+        self.late(store, OTHER, 31)
+
+        assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
+        assert [r.id for r in store.workers(alive_s=60)] == [WORKER, OTHER]
+        assert store.workers(alive_s=0) == []
+
+    def test_reports_again(self, store: JobStore) -> None:
+        """A report makes a worker alive again; it is there once, since when it began."""
+        self.enter(store)
+        (before,) = store.workers(alive_s=30)
+        self.late(store, WORKER, 3600)
+        self.enter(store)
+        (record,) = store.workers(alive_s=30)
+
+        assert record.started_at == before.started_at
+        assert record.heartbeat_at > before.heartbeat_at
+
+    def test_forgotten(self, store: JobStore) -> None:
+        """Workers that were not heard of for a day are forgotten when another reports."""
+        self.enter(store, OTHER)
+        self.late(store, OTHER, 25 * 3600)
+        self.enter(store)
+
+        assert [r.id for r in store.workers(alive_s=1e6)] == [WORKER]
+
+    def test_removed(self, store: JobStore) -> None:
+        """A worker that went in order is not listed; that it goes twice is no error."""
+        self.enter(store)
+        store.remove_worker(WORKER)
+        store.remove_worker(WORKER)
+
+        assert store.workers(alive_s=30) == []
+
+    def test_busy(self, store: JobStore) -> None:
+        """A worker's job and stage are listed while it is at it."""
+        self.enter(store)
+        self.enter(store, OTHER)
+        taken = begun(store)
+        doing = {r.id: (r.job_id, r.stage) for r in store.workers(alive_s=30)}
+
+        assert doing == {WORKER: (taken.job.id, StageKind.CALIBRATE), OTHER: (None, None)}
+
+    @pytest.mark.parametrize(
+        "stop",
+        [
+            lambda s, c: s.complete(c, {}, add=[CONFIRM]),
+            lambda s, c: s.succeed(c, best={}, warnings=[], result={}),
+            lambda s, c: s.fail(c, ERROR, retry=True),
+            lambda s, c: s.fail(c, ERROR, retry=False),
+            lambda s, c: s.hand_back(c),
+            lambda s, c: claim(s, c.stage.id, OTHER),
+            lambda s, c: lose_for_good(s, c),
+        ],
+        ids=["complete", "succeed", "retry", "fail", "hand_back", "taken over", "worker lost"],
+    )
+    def test_not_busy_any_more(
+        self, store: JobStore, stop: Callable[[JobStore, Claim], Any]
+    ) -> None:
+        """A worker whose stage has ended or was given away is idle."""
+        self.enter(store)
+        taken = begun(store)
+        stop(store, taken)
+        (record,) = store.workers(alive_s=30)
+
+        assert (record.job_id, record.stage) == (None, None)
+
+    def test_listed_once(self, store: JobStore) -> None:
+        """A worker is there once, though a stage that it could not put down is in its name too."""
+        self.enter(store)
+        begun(store)  # the database went away before it could be handed back
+        begun(store)
+
+        assert [r.id for r in store.workers(alive_s=30)] == [WORKER]
+
+
+def test_no_deadlocks(store: JobStore) -> None:
+    """Users, workers and readers at once: nobody is thrown out of a circle of waiting."""
+    claims = islands(store, 4, max_attempts=1_000)
+    job_id = claims[0].job.id
+
+    def work(taken: Claim) -> None:
+        for done in range(12):
+            try:
+                with store.fence(taken):
+                    pass
+                store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
+                if done % 3 == 2:
+                    store.hand_back(taken)
+            except LostClaim:
+                pass
+            taken = store.claim(taken.stage.id, queue_id(store, taken.stage.id), WORKER) or taken
+
+    def ask() -> None:
+        for turn in range(12):
+            for verb in ("pause", "resume"):
+                store.ask(job_id, verb)
+            with suppress(StateConflict):
+                store.ask(job_id, "extend", trials=turn)
+
+    def read() -> None:
+        for _ in range(12):
+            store.page()
+            store.workers(alive_s=30)
+            store.counts()
+
+    answers = together(*(lambda c=c: work(c) for c in claims), ask, ask, read)
+
+    assert answers == [None] * 7

@@ -1,0 +1,170 @@
+"""API keys: shown once, found by their secret alone, and closed for good."""
+
+import hashlib
+import json
+import uuid
+
+import pytest
+from sqlalchemy import select, update
+
+from storage.database import Database
+from storage.jobs import JobStore, NewStage
+from storage.keys import KeyStore, NoSuchKey
+from storage.states import StageKind
+from storage.tables import keys
+
+WEIRD = [
+    "",
+    " ",
+    "pho_",
+    "\ud800",
+    "pho_\udfff\ud800",
+    "\0",
+    "pho_" + "a" * 2_000_000,
+    "' OR 1=1 --",
+    "é" * 50,
+    "%s %(x)s :x {x}",
+]
+
+
+@pytest.fixture
+def store(database: Database) -> KeyStore:
+    """No keys yet."""
+    return KeyStore(database)
+
+
+def test_found(store: KeyStore) -> None:
+    """A key is found by its secret, with all that is known of it."""
+    key, secret = store.create("mine", sees_all=True)
+
+    assert store.find(secret) == key
+    assert (key.name, key.sees_all, key.revoked_at) == ("mine", True, None)
+    assert key.created_at.utcoffset() is not None
+
+
+def test_secret(store: KeyStore) -> None:
+    """Secrets differ, have 256 random bits and begin with what is shown of them."""
+    made = [store.create("same name", sees_all=False) for _ in range(20)]
+    secrets = {secret for _, secret in made}
+
+    assert len(secrets) == 20
+    assert {len(secret) for secret in secrets} == {len("pho_") + 43}  # 32 bytes in base64
+    assert all(secret.startswith(key.prefix) for key, secret in made)
+    assert all(key.prefix.startswith("pho_") for key, _ in made)
+
+
+def test_secret_is_nowhere(store: KeyStore) -> None:
+    """The database holds the secret's hash, and of the secret no more than its first characters."""
+    key, secret = store.create("mine", sees_all=False)
+    with store.database.transaction() as connection:
+        (row,) = connection.exec_driver_sql("SELECT to_jsonb(k)::text FROM pho.keys k").scalars()
+        digest = connection.execute(select(keys.c.sha256)).scalar_one()
+
+    assert secret[len(key.prefix) :] not in row
+    assert secret[len(key.prefix) : len(key.prefix) + 8] not in row
+    assert json.loads(row)["prefix"] == secret[:10]
+    assert bytes(digest) == hashlib.sha256(secret.encode()).digest()
+
+
+def test_all(store: KeyStore) -> None:
+    """All keys are listed, oldest first, revoked ones too, without their secrets."""
+    made = [store.create(name, sees_all=False)[0] for name in "bac"]
+    revoked = store.revoke(made[1].prefix)
+
+    assert store.all() == [made[0], revoked, made[2]]
+
+
+def test_none(store: KeyStore) -> None:
+    """Without keys, none is listed, none is found, and none exists."""
+    assert store.all() == []
+    assert store.find("pho_x") is None
+    assert not store.exist()
+
+
+@pytest.mark.parametrize("by", ["prefix", "id"])
+def test_revoked(store: KeyStore, by: str) -> None:
+    """A key that was revoked, by its first characters or its id, opens nothing; others do."""
+    key, secret = store.create("mine", sees_all=False)
+    other, other_secret = store.create("other", sees_all=False)
+    revoked = store.revoke(str(getattr(key, by)))
+
+    assert store.find(secret) is None
+    assert store.find(other_secret) == other
+    assert revoked.id == key.id
+    assert revoked.revoked_at is not None
+
+
+def test_revoked_twice(store: KeyStore) -> None:
+    """Revoked again, a key stays revoked since the first time."""
+    key, secret = store.create("mine", sees_all=False)
+    first = store.revoke(key.prefix)
+
+    assert store.revoke(key.prefix) == first
+    assert store.find(secret) is None
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "pho_", "pho_%", "%", "nobody", str(uuid.UUID(int=0)), "not-a-uuid-but-long" * 9]
+)
+def test_revoke_nothing(store: KeyStore, prefix: str) -> None:
+    """What names no key, or is only the start of every key, revokes none."""
+    key, secret = store.create("mine", sees_all=False)
+    with pytest.raises(NoSuchKey):
+        store.revoke(prefix)
+
+    assert store.find(secret) == key
+
+
+def test_revoke_by_a_prefix_of_two(store: KeyStore) -> None:
+    """Two keys that begin alike are not revoked by how they begin, but by their ids."""
+    made = [store.create(name, sees_all=False) for name in "ab"]
+    with store.database.transaction() as connection:
+        connection.execute(update(keys).values(prefix="pho_same00"))
+    with pytest.raises(NoSuchKey):
+        store.revoke("pho_same00")
+    store.revoke(str(made[0][0].id))
+
+    assert [store.find(secret) is None for _, secret in made] == [True, False]
+
+
+def test_exist_after_revocation(store: KeyStore) -> None:
+    """Once there was a key, a service stays closed: revoking the last does not open it."""
+    key, _ = store.create("mine", sees_all=False)
+    store.revoke(key.prefix)
+
+    assert store.exist()
+
+
+def test_jobs_of_a_revoked_key(store: KeyStore) -> None:
+    """The jobs of a revoked key stay, and stay its own."""
+    key, _ = store.create("mine", sees_all=False)
+    jobs = JobStore(store.database)
+    first = NewStage(kind=StageKind.CALIBRATE)
+    job, _ = jobs.submit({}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id)
+    store.revoke(key.prefix)
+
+    assert jobs.page(visible_to=key.id) == [job]
+
+
+@pytest.mark.parametrize("secret", WEIRD, ids=range(len(WEIRD)))
+def test_weird_secrets(store: KeyStore, secret: str) -> None:
+    """Whatever somebody sends as a key is none, and no error."""
+    store.create("mine", sees_all=True)
+
+    assert store.find(secret) is None
+
+
+def test_nearly(store: KeyStore) -> None:
+    """A secret is found whole and as it is, or not at all."""
+    key, secret = store.create("mine", sees_all=True)
+    near = [secret[:-1], secret + " ", " " + secret, secret.swapcase(), key.prefix, str(key.id)]
+
+    assert [store.find(text) for text in near] == [None] * len(near)
+
+
+@pytest.mark.parametrize("name", ["", "é" * 1000, "'; DROP TABLE keys", "%s\n{x}"])
+def test_weird_names(store: KeyStore, name: str) -> None:
+    """A key may be called anything."""
+    key, _ = store.create(name, sees_all=False)
+
+    assert [k.name for k in store.all()] == [key.name] == [name]

@@ -1,0 +1,63 @@
+"""Optuna's own tests of a storage, on the service's: its own schema, commits that do not wait."""
+
+from collections.abc import Iterator
+
+import pytest
+from optuna.storages import RDBStorage
+from optuna.testing.pytest_storages import StorageTestCase
+
+from storage.database import Database
+from storage.studies import open_storage
+
+
+class TestOptunaStorage(StorageTestCase):
+    """What Optuna asks of a storage, the one of the service gives."""
+
+    @pytest.fixture
+    def storage(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[RDBStorage]:
+        """Opened as the workers open it; copies that a test unpickles are closed as well."""
+        copies: list[RDBStorage] = []
+        unpickle = RDBStorage.__setstate__
+
+        def unpickle_and_note(self: RDBStorage, state: dict[object, object]) -> None:
+            unpickle(self, state)
+            copies.append(self)
+
+        monkeypatch.setattr(RDBStorage, "__setstate__", unpickle_and_note)
+        with open_storage(database.studies_url) as storage:
+            yield storage
+        for copy in copies:
+            copy.remove_session()
+            copy.engine.dispose()
+
+
+def test_settings(database: Database) -> None:
+    """Optuna's tables are in a schema of their own, and its commits do not wait for the disk."""
+    with (
+        open_storage(database.studies_url) as storage,
+        storage.engine.connect() as connection,
+        database.transaction() as ours,
+    ):
+        shown = [
+            connection.exec_driver_sql(f"SHOW {name}").scalar_one()
+            for name in ("search_path", "synchronous_commit")
+        ]
+        waits = ours.exec_driver_sql("SHOW synchronous_commit").scalar_one()
+
+    assert shown == ["optuna", "off"]
+    assert waits == "on"
+
+
+def test_schemas_are_apart(database: Database) -> None:
+    """Optuna, the queue and the service each have their tables, and nobody has any in `public`."""
+    query = (
+        "SELECT schemaname, array_agg(tablename::text) AS names FROM pg_tables "
+        "WHERE schemaname NOT IN ('pg_catalog', 'information_schema') GROUP BY schemaname"
+    )
+    with database.transaction() as connection:
+        tables = {row.schemaname: set(row.names) for row in connection.exec_driver_sql(query)}
+
+    assert set(tables) == {"optuna", "pho", "procrastinate"}
+    assert {"trials", "studies", "alembic_version"} <= tables["optuna"]
+    assert {"jobs", "stages", "alembic_version"} <= tables["pho"]
+    assert {name.split("_")[0] for name in tables["procrastinate"]} == {"procrastinate"}

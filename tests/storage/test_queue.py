@@ -1,0 +1,493 @@
+"""The queue: what is given out when, and that no life of a job loses a stage."""
+
+import random
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import procrastinate
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import delete, func, select, text
+from sqlalchemy.engine import URL, make_url
+
+from storage.database import Database
+from storage.jobs import Claim, JobStore, LostClaim, NewStage, StateConflict
+from storage.queue import TASK, enqueue
+from storage.states import JobState, StageKind, StageState
+from storage.studies import StorageError
+from storage.tables import jobs
+
+CALIBRATE, SEARCH, FINISH = StageKind.CALIBRATE, StageKind.SEARCH, StageKind.FINISH
+
+
+@pytest.fixture(scope="module")
+def database(postgresql: str) -> Iterator[Database]:
+    """One for all tests of this file: to make a new one takes longer than they do."""
+    name = f"queue_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def empty(database: Database) -> None:
+    """No jobs, and nothing in the queue."""
+    with database.transaction() as connection:
+        connection.execute(delete(jobs))
+        connection.exec_driver_sql("DELETE FROM procrastinate_jobs")
+
+
+def put(
+    database: Database,
+    stage_id: int,
+    kind: StageKind,
+    *,
+    priority: int = 0,
+    lock: str | None = None,
+) -> int:
+    """The id of a new entry."""
+    with database.transaction() as connection:
+        return enqueue(connection, stage_id, kind, priority=priority, lock=lock)
+
+
+def fetch(database: Database, *kinds: StageKind) -> tuple[int, int] | None:
+    """(entry, stage) that procrastinate gives to a worker of these kinds, or of all; or nothing."""
+    query = text(
+        "SELECT id, (args->>'stage_id')::bigint AS stage_id "
+        "FROM procrastinate_fetch_job_v2(CAST(:kinds AS varchar[]), NULL)"
+    )
+    with database.transaction() as connection:
+        row = connection.execute(query, {"kinds": list(kinds) or None}).one()
+        return None if row.id is None else (row.id, row.stage_id)
+
+
+def finish(database: Database, entry: int) -> None:
+    """A worker is through with an entry."""
+    with database.transaction() as connection:
+        query = text("SELECT procrastinate_finish_job_v1(:id, 'succeeded', true)")
+        connection.execute(query, {"id": entry})
+
+
+def retry(database: Database, entry: int) -> None:
+    """An entry comes again: its worker asked for it, or died."""
+    with database.transaction() as connection:
+        query = text("SELECT procrastinate_retry_job_v2(:id, now(), NULL, NULL, NULL)")
+        connection.execute(query, {"id": entry})
+
+
+def in_order(database: Database) -> list[int]:
+    """The stages in the order in which a worker of all kinds gets them."""
+    given = []
+    while (entry := fetch(database)) is not None:
+        given.append(entry[1])
+        finish(database, entry[0])
+    return given
+
+
+class TestEntries:
+    """What an entry is, and when it is one."""
+
+    def test_entry(self, database: Database) -> None:
+        """An entry says the task, the stage, the kind as its queue, and the lock."""
+        entry = put(database, 17, SEARCH, lock="l")
+        with database.transaction() as connection:
+            row = connection.exec_driver_sql("SELECT * FROM procrastinate_jobs").one()
+
+        assert (row.id, row.task_name, row.queue_name) == (entry, TASK, "search")
+        assert (row.args, row.lock, row.status) == ({"stage_id": 17}, "l", "todo")
+
+    def test_procrastinate_finds_it(self, database: Database) -> None:
+        """A worker that opens the queue by `conninfo` finds the entry."""
+        entry = put(database, 17, SEARCH)
+        connector = procrastinate.SyncPsycopgConnector(conninfo=database.conninfo)
+        with procrastinate.App(connector=connector).open() as app:
+            (found,) = app.job_manager.list_jobs(queue="search", status="todo")
+
+        assert (found.id, found.task_name, found.task_kwargs) == (entry, TASK, {"stage_id": 17})
+
+    def test_rolled_back(self, database: Database) -> None:
+        """An entry of a transaction that fails was never there."""
+        with suppress(ZeroDivisionError), database.transaction() as connection:
+            enqueue(connection, 1, SEARCH, priority=0, lock=None)
+            raise ZeroDivisionError
+
+        assert fetch(database) is None
+
+    def test_not_before_the_commit(self, database: Database) -> None:
+        """An entry is given out only once its transaction has committed."""
+        with database.transaction() as connection:
+            entry = enqueue(connection, 1, SEARCH, priority=0, lock=None)
+            before = fetch(database)
+
+        assert before is None
+        assert fetch(database) == (entry, 1)
+
+    def test_wakes_workers(self, database: Database) -> None:
+        """Workers that listen are woken by the commit, on the queue of the kind."""
+        listening = psycopg.connect(database.conninfo, autocommit=True)
+        with listening:
+            listening.execute('LISTEN "procrastinate_queue_v1#search"')
+            put(database, 1, CALIBRATE)
+            put(database, 2, SEARCH)
+            notices = [n.payload for n in listening.notifies(timeout=5, stop_after=1)]
+
+        assert len(notices) == 1
+        assert '"job_inserted"' in notices[0]
+
+
+class TestOrder:
+    """Who comes first."""
+
+    def test_late_kinds_first(self, database: Database) -> None:
+        """Within a priority, jobs that have begun end before new ones begin."""
+        for stage_id, kind in enumerate(StageKind):
+            put(database, stage_id, kind)
+
+        assert in_order(database) == [4, 3, 2, 1, 0]
+
+    @pytest.mark.parametrize(("high", "low"), [(1, 0), (0, -1), (100, 99), (-99, -100)])
+    def test_priority_goes_before_kind(self, database: Database, high: int, low: int) -> None:
+        """The first stage of a job goes before the last of one with a lower priority."""
+        put(database, 1, FINISH, priority=low)
+        put(database, 2, CALIBRATE, priority=high)
+
+        assert in_order(database) == [2, 1]
+
+    def test_first_come(self, database: Database) -> None:
+        """Of the same kind and priority, the oldest goes first."""
+        for stage_id in (5, 3, 4):
+            put(database, stage_id, SEARCH)
+
+        assert in_order(database) == [5, 3, 4]
+
+    def test_kinds_of_a_worker(self, database: Database) -> None:
+        """A worker gets only the kinds that it does."""
+        put(database, 1, FINISH)
+        put(database, 2, SEARCH)
+
+        assert (fetch(database, SEARCH, CALIBRATE) or ())[1:] == (2,)
+        assert fetch(database, SEARCH, CALIBRATE) is None
+
+    def test_given_out_once(self, database: Database) -> None:
+        """Workers that fetch at the same moment get different entries."""
+        for stage_id in range(20):
+            put(database, stage_id, SEARCH)
+        with ThreadPoolExecutor(8) as pool:
+            given = [f.result() for f in [pool.submit(fetch, database) for _ in range(28)]]
+        stages = [entry[1] for entry in given if entry is not None]
+
+        assert len(stages) == len(set(stages))
+        assert {*stages, *in_order(database)} == set(range(20))
+
+    def test_lock(self, database: Database) -> None:
+        """Entries with the same lock run one after the other; others do not wait for them."""
+        for stage_id, lock in ((1, "a"), (2, "a"), (3, "b"), (4, None), (5, None)):
+            put(database, stage_id, CALIBRATE, lock=lock)
+        given = [fetch(database) for _ in range(5)]
+        assert given[0] is not None
+        finish(database, given[0][0])
+
+        assert [entry and entry[1] for entry in given] == [1, 3, 4, 5, None]
+        assert (fetch(database) or ())[1:] == (2,)
+
+    def test_lock_of_a_dead_worker(self, database: Database) -> None:
+        """When the entry of a dead worker comes again, it has the lock before the others."""
+        put(database, 1, CALIBRATE, lock="a")
+        put(database, 2, CALIBRATE, lock="a")
+        given = fetch(database)
+        assert given is not None
+        waiting = fetch(database)
+        retry(database, given[0])
+
+        assert waiting is None
+        assert in_order(database) == [1, 2]
+
+    def test_lock_of_a_paused_job(self, database: Database) -> None:
+        """A paused job does not hold the lock against others: its entry goes and does nothing."""
+        store = JobStore(database)
+        first = NewStage(kind=CALIBRATE, lock="a")
+        paused, waiting = (
+            store.submit({}, name="n", first=first, trials=1, max_attempts=1)[0] for _ in "ab"
+        )
+        store.ask(paused.id, "pause")
+        given = fetch(database)
+        assert given is not None
+
+        assert store.claim(given[1], given[0], uuid.uuid4()) is None
+        finish(database, given[0])
+        assert in_order(database) == [waiting.stages[0].id]
+
+
+PASSWORDS = ["plain", "p%40%", "{braces}", "%s %d", "a b", "a+b", "@:/?#&=", "ü€", "'\"\\", "%(x)s"]
+BASE = URL.create("postgresql", username="u", password="p", host="h", port=5432, database="d")
+
+
+class TestUrls:
+    """What a user writes into the URL gets to where the connections are made."""
+
+    @pytest.mark.parametrize("password", PASSWORDS)
+    def test_password_for_libpq(self, password: str) -> None:
+        """libpq gets the password that was meant, whatever is in it."""
+        url = BASE.set(password=password).render_as_string(hide_password=False)
+        parsed = conninfo_to_dict(Database(url).conninfo)
+
+        assert parsed["password"] == password
+        assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
+
+    @pytest.mark.parametrize("password", PASSWORDS)
+    def test_password_for_optuna(self, password: str) -> None:
+        """So does Optuna."""
+        url = BASE.set(password=password).render_as_string(hide_password=False)
+
+        assert make_url(Database(url).studies_url).password == password
+
+    @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
+    def test_socket_folder(self, host: str) -> None:
+        """A server's socket folder may be called anything."""
+        url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
+        database = Database(url)
+
+        assert make_url(database.studies_url).query["host"] == host
+        assert conninfo_to_dict(database.conninfo)["host"] == host
+
+    def test_several_hosts(self) -> None:
+        """A URL may name several hosts, of which one is the primary."""
+        query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
+        parsed = conninfo_to_dict(Database(f"postgresql://u:p@/d?{query}").conninfo)
+
+        assert (parsed["host"], parsed["port"]) == ("h1,h2", "5432,5433")
+        assert parsed["target_session_attrs"] == "primary"
+
+    @pytest.mark.parametrize("place", ["h:x", "h1:5432,h2:5433"])
+    def test_bad_port(self, place: str) -> None:
+        """A port that is no number is refused like any other URL that is not understood."""
+        with pytest.raises(StorageError, match="is not understood"):
+            Database(f"postgresql://u:p@{place}/d")
+
+    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+    def test_scheme(self, scheme: str) -> None:
+        """All ways to write PostgreSQL mean the same."""
+        database = Database(f"{scheme}://u:p@h/d?sslmode=require")
+
+        assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
+        assert database.studies_url.startswith("postgresql+psycopg://")
+
+    OPTIONS = "&options=-cstatement_timeout%3D54321%20-cwork_mem%3D5MB%20-csearch_path%3Dpublic"
+
+    def test_options_of_the_engine(self, database: Database) -> None:
+        """Server options in the URL are kept by our own connections; the schema is still ours."""
+        given = Database(database.url.render_as_string() + self.OPTIONS)
+        with given.transaction() as connection:
+            shown = [
+                connection.exec_driver_sql(f"SHOW {name}").scalar_one()
+                for name in ("statement_timeout", "work_mem", "search_path")
+            ]
+        given.close()
+
+        assert shown == ["54321ms", "5MB", "procrastinate"]
+
+    def test_options_of_the_queue(self, database: Database) -> None:
+        """So they are by the queue's."""
+        given = Database(database.url.render_as_string() + self.OPTIONS)
+        with psycopg.connect(given.conninfo) as connection:
+            shown = [
+                connection.execute(f"SHOW {name}").fetchone()
+                for name in ("statement_timeout", "work_mem", "search_path")
+            ]
+
+        assert shown == [("54321ms",), ("5MB",), ("procrastinate",)]
+
+    def test_options_of_the_studies(self, database: Database) -> None:
+        """And by Optuna's, whose commits do not wait for the disk."""
+        given = Database(database.url.render_as_string() + self.OPTIONS)
+        studies = Database(given.studies_url)
+        with studies.engine.connect() as connection:
+            options = connection.connection.driver_connection.info.get_parameters()["options"]  # type: ignore[union-attr]
+        studies.close()
+
+        assert "-cwork_mem=5MB" in options
+        assert "-csearch_path=optuna" in options
+        assert "-csynchronous_commit=off" in options
+
+
+class Life:
+    """
+    One job of two islands, users who ask for this and that, and workers that fail and die.
+
+    Args:
+        database: Whose queue gives out the stages, as to real workers.
+        seed: Of all that happens.
+    """
+
+    def __init__(self, database: Database, seed: int) -> None:
+        self.database = database
+        self.store = JobStore(database)
+        self.random = random.Random(seed)
+        self.busy: list[tuple[int, Claim]] = []  # (entry, claim) of workers at work
+        self.dead: list[int] = []  # entries of workers that died
+        first = NewStage(kind=CALIBRATE, lock="bundle")
+        self.job_id = self.store.submit({}, name="n", first=first, trials=10, max_attempts=3)[0].id
+
+    @property
+    def state(self) -> JobState:
+        """Of the job."""
+        return self.store.get(self.job_id).state
+
+    def fetch(self) -> None:
+        """A worker takes the next entry, if there is one."""
+        given = fetch(self.database)
+        if given is None:
+            return
+        entry, stage_id = given
+        claim = self.store.claim(stage_id, entry, uuid.uuid4())
+        if claim is None:
+            finish(self.database, entry)
+            return
+        self.check(claim)
+        self.busy.append((entry, claim))
+
+    def check(self, claim: Claim) -> None:
+        """No stage begins before those are done that it builds upon."""
+        before = [s for s in claim.job.stages if s.kind.rank < claim.stage.kind.rank]
+        assert {s.state for s in before} <= {StageState.DONE}, (claim.stage.kind, claim.job.stages)
+
+    def work(self) -> None:
+        """A worker does its stage, puts it down if the job may not work, fails or dies."""
+        if not self.busy:
+            return
+        entry, claim = self.busy.pop(self.random.randrange(len(self.busy)))
+        luck = self.random.random()
+        if luck < 0.15:
+            self.dead.append(entry)
+        elif luck < 0.25:
+            self.end(entry, again=self.store.fail(claim, {"type": "E"}, retry=luck < 0.2))
+        elif not self.store.watch(claim).may_work and self.random.random() < 0.8:
+            self.end(entry, again=self.store.hand_back(claim))
+        else:
+            self.complete(claim)
+            self.end(entry, again=False)
+
+    def complete(self, claim: Claim) -> None:
+        """Do a stage as the workers do it."""
+        if claim.stage.kind is FINISH:
+            self.store.succeed(claim, best={}, warnings=[], result={})
+            return
+        add, then, trials = [], [], None
+        if claim.stage.kind is CALIBRATE:
+            add = [NewStage(kind=SEARCH, number=i) for i in range(2)]
+        elif claim.stage.kind is SEARCH:
+            then, trials = [NewStage(kind=StageKind.CONFIRM)], claim.job.trials
+        elif claim.stage.kind is StageKind.CONFIRM:
+            numbers = self.random.sample(range(4), 2)
+            add = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in numbers]
+            then = [NewStage(kind=FINISH)]
+        else:
+            then = [NewStage(kind=FINISH)]
+        while not self.store.complete(claim, {}, add=add, then=then, trials=trials):
+            trials = self.store.get(self.job_id).trials  # extended
+
+    def end(self, entry: int, *, again: bool) -> None:
+        """What procrastinate does with an entry that a worker is through with."""
+        (retry if again else finish)(self.database, entry)
+
+    def ask(self) -> None:
+        """A user asks for something, allowed or not."""
+        verb = self.random.choice(["pause", "pause", "resume", "resume", "extend"])
+        with suppress(StateConflict):
+            self.store.ask(self.job_id, verb, trials=5)
+
+    def revive(self) -> None:
+        """The entries of dead workers come again."""
+        while self.dead:
+            retry(self.database, self.dead.pop())
+
+    def settle(self) -> None:
+        """From now on all goes well: what is there is done, and nobody asks for anything else."""
+        self.revive()
+        while self.busy:
+            entry, claim = self.busy.pop()
+            self.complete(claim)
+            self.end(entry, again=False)
+        if self.state in (JobState.PAUSED, JobState.PAUSING, JobState.FAILED):
+            self.store.ask(self.job_id, "resume")
+        while self.waiting():
+            self.fetch()
+            while self.busy:
+                entry, claim = self.busy.pop()
+                self.complete(claim)
+                self.end(entry, again=False)
+
+    def waiting(self) -> int:
+        """How many entries are in the queue."""
+        query = select(func.count()).select_from(text("procrastinate_jobs"))
+        with self.database.transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
+
+class TestLife:
+    """No order of events leaves a job with nobody to do its work."""
+
+    @pytest.mark.parametrize("seed", range(25))
+    def test_ends(self, database: Database, seed: int) -> None:
+        """Whatever happened to a job: resumed, and then left alone, it succeeds."""
+        life = Life(database, seed)
+        for _ in range(60):
+            step = life.random.choices(
+                [life.fetch, life.work, life.ask, life.revive], weights=[5, 5, 1, 1]
+            )
+            step[0]()
+        life.settle()
+        job = life.store.get(life.job_id)
+
+        assert job.state is JobState.SUCCEEDED
+        assert {s.state for s in job.stages} == {StageState.DONE}
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_cancelled(self, database: Database, seed: int) -> None:
+        """A job that is cancelled while it works is cancelled once its entries have come by."""
+        life = Life(database, seed)
+        for _ in range(life.random.randrange(1, 12)):
+            life.fetch()
+            if life.random.random() < 0.5:
+                life.work()
+        if life.state in (JobState.SUCCEEDED, JobState.FAILED):
+            pytest.fail("this seed is over too early: take another")
+        life.store.ask(life.job_id, "cancel")
+        life.dead += [entry for entry, _ in life.busy]  # all die at once
+        life.busy.clear()
+        life.revive()
+        while life.waiting():
+            life.fetch()
+
+        assert life.state is JobState.CANCELLED
+        assert life.store.get(life.job_id).of_kind(FINISH) == []
+
+    def test_lost_workers_change_nothing(self, database: Database) -> None:
+        """Workers that were taken for dead and come back can do nothing, whatever they try."""
+        life = Life(database, 0)
+        ghosts: list[Claim] = []
+        for _ in range(12):
+            life.fetch()
+            for entry, claim in life.busy:
+                ghosts.append(claim)
+                retry(database, entry)
+            life.busy.clear()
+            life.fetch()
+            while life.busy:
+                entry, claim = life.busy.pop()
+                life.complete(claim)
+                life.end(entry, again=False)
+            before = life.store.get(life.job_id)
+            for ghost in ghosts:
+                with pytest.raises(LostClaim):
+                    life.complete(ghost)
+
+            assert life.store.get(life.job_id) == before
+        assert life.state is JobState.SUCCEEDED

@@ -1,0 +1,215 @@
+"""The life of a job: what may be asked for in each state, by hand and on the database."""
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import select, update
+
+from storage.database import Database
+from storage.jobs import JobStore, NewStage, StateConflict
+from storage.states import VERBS, JobState, StageKind, StageState, settled
+from storage.tables import events, jobs, stages
+
+# For each verb and state: what the job is then if no worker is busy with it, and if one is.
+# States that are not here are a conflict.
+EXPECTED = {
+    ("cancel", "queued"): ("cancelled", "cancelling"),
+    ("cancel", "running"): ("cancelled", "cancelling"),
+    ("cancel", "pausing"): ("cancelled", "cancelling"),
+    ("cancel", "paused"): ("cancelled", "cancelling"),
+    ("cancel", "cancelling"): ("cancelled", "cancelling"),
+    ("cancel", "cancelled"): ("cancelled", "cancelled"),
+    ("pause", "queued"): ("paused", "pausing"),
+    ("pause", "running"): ("paused", "pausing"),
+    ("pause", "pausing"): ("paused", "pausing"),
+    ("pause", "paused"): ("paused", "paused"),
+    ("resume", "queued"): ("queued", "queued"),
+    ("resume", "running"): ("running", "running"),
+    ("resume", "pausing"): ("queued", "queued"),
+    ("resume", "paused"): ("queued", "queued"),
+    ("resume", "failed"): ("queued", "queued"),
+    ("extend", "queued"): ("queued", "queued"),
+    ("extend", "running"): ("running", "running"),
+    ("extend", "paused"): ("paused", "paused"),
+    ("extend", "succeeded"): ("queued", "queued"),
+    ("delete", "paused"): ("paused", "paused"),
+    ("delete", "cancelled"): ("cancelled", "cancelled"),
+    ("delete", "succeeded"): ("succeeded", "succeeded"),
+    ("delete", "failed"): ("failed", "failed"),
+}
+ALLOWED = [
+    (verb, JobState(state), busy, JobState(then[busy]))
+    for (verb, state), then in EXPECTED.items()
+    for busy in (False, True)
+]
+ASKED = [case for case in ALLOWED if case[0] != "delete"]
+REFUSED = [(verb, s) for verb in VERBS for s in JobState if (verb, s.value) not in EXPECTED]
+
+
+@pytest.fixture(scope="module")
+def store(postgresql: str) -> Iterator[JobStore]:
+    """The jobs of a database that the tests of this file share: each makes its own job."""
+    name = f"states_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    database = Database(postgresql.replace("/postgres?", f"/{name}?"))
+    yield JobStore(database)
+    database.close()
+
+
+def job_in(store: JobStore, state: JobState, *, busy: bool) -> uuid.UUID:
+    """A job in this state, whose only stage, a search, is running or waits."""
+    job, _ = store.submit(
+        {}, name="n", first=NewStage(kind=StageKind.SEARCH), trials=10, max_attempts=3
+    )
+    stage = StageState.RUNNING if busy else StageState.WAITING
+    with store.database.transaction() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(state=state))
+        connection.execute(update(stages).where(stages.c.job_id == job.id).values(state=stage))
+    return job.id
+
+
+def rows(store: JobStore, job_id: uuid.UUID) -> list[object]:
+    """Everything that is stored about a job, and the whole queue."""
+    with store.database.transaction() as connection:
+        return [
+            connection.execute(select(jobs).where(jobs.c.id == job_id)).all(),
+            connection.execute(select(stages).where(stages.c.job_id == job_id)).all(),
+            connection.execute(select(events).where(events.c.job_id == job_id)).all(),
+            connection.exec_driver_sql("SELECT * FROM procrastinate_jobs ORDER BY id").all(),
+        ]
+
+
+@pytest.mark.parametrize(("verb", "state", "busy", "then"), ALLOWED)
+def test_transition(verb: str, state: JobState, busy: bool, then: JobState) -> None:
+    """A verb takes a job where the drawing says, or to the state on the way there."""
+    asked = VERBS[verb][state]
+
+    assert settled(asked, busy=busy) is then
+
+
+def test_every_pair_is_allowed_or_refused() -> None:
+    """The table knows the verbs and transitions of the drawing, and no others."""
+    known = {(verb, state.value) for verb, states in VERBS.items() for state in states}
+
+    assert known == set(EXPECTED)
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_busy_jobs_are_not_settled(state: JobState) -> None:
+    """Nothing is settled while a worker is busy."""
+    assert settled(state, busy=True) is state
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_idle_jobs_are_settled(state: JobState) -> None:
+    """Without a worker, what was on its way has arrived, and the rest stays."""
+    arrived = {JobState.PAUSING: JobState.PAUSED, JobState.CANCELLING: JobState.CANCELLED}
+
+    assert settled(state, busy=False) is arrived.get(state, state)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("state", JobState)
+def test_settled_is_settled(state: JobState, busy: bool) -> None:
+    """Settling twice is settling once."""
+    once = settled(state, busy=busy)
+
+    assert settled(once, busy=busy) is once
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_asking_twice(verb: str) -> None:
+    """What was granted may be asked for again, and then changes no state."""
+    for state, then in VERBS[verb].items():
+        for busy in (False, True):
+            arrived = settled(then, busy=busy)
+
+            assert settled(VERBS[verb][arrived], busy=busy) is arrived, state
+
+
+def test_nothing_leaves_cancelled() -> None:
+    """A cancelled job can only be deleted."""
+    leaving = [verb for verb in VERBS if VERBS[verb].get(JobState.CANCELLED, None)]
+
+    assert leaving == ["cancel", "delete"]
+    assert VERBS["cancel"][JobState.CANCELLED] is JobState.CANCELLED
+
+
+def test_groups_of_states() -> None:
+    """A job that is over does no work; one on its way out is neither."""
+    over = {state.value for state in JobState if state.is_over}
+    works = {state.value for state in JobState if state.may_work}
+
+    assert over == {"cancelled", "succeeded", "failed"}
+    assert works == {"queued", "running"}
+
+
+def test_ranks() -> None:
+    """The kinds of work have ranks in the order in which they are done."""
+    kinds = ["calibrate", "search", "confirm", "perplexity", "finish"]
+
+    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("verb", "state", "busy", "then"), ASKED)
+def test_ask(store: JobStore, verb: str, state: JobState, busy: bool, then: JobState) -> None:
+    """The store takes a job where the table says, gives it so, and tells it if it is news."""
+    if busy and then is JobState.QUEUED:
+        then = JobState.RUNNING  # it waits for no worker: it has one
+    job_id = job_in(store, state, busy=busy)
+    before = store.events(job_id)
+    answer = store.ask(job_id, verb, trials=1 if verb == "extend" else 0)
+    news = [event.data for event in store.events(job_id)[len(before) :]]
+
+    assert answer == store.get(job_id)
+    assert answer.state is then
+    assert news == ([] if then is state else [{"state": then}])
+
+
+@pytest.mark.parametrize(("verb", "state"), [case for case in REFUSED if case[0] != "delete"])
+@pytest.mark.parametrize("busy", [False, True])
+def test_refused(store: JobStore, verb: str, state: JobState, busy: bool) -> None:
+    """All else is a conflict, which says the state and changes nothing."""
+    job_id = job_in(store, state, busy=busy)
+    before = rows(store, job_id)
+    with pytest.raises(StateConflict, match=f"a job that is {state} cannot be") as caught:
+        store.ask(job_id, verb, trials=1)
+
+    assert caught.value.state is state
+    assert rows(store, job_id) == before
+
+
+@pytest.mark.parametrize("state", VERBS["delete"])
+def test_delete(store: JobStore, state: JobState) -> None:
+    """A job that is over or paused can be deleted, and nothing of it stays."""
+    job_id = job_in(store, state, busy=False)
+    store.delete(job_id)
+
+    assert rows(store, job_id)[:3] == [[], [], []]
+
+
+@pytest.mark.parametrize("state", [state for verb, state in REFUSED if verb == "delete"])
+@pytest.mark.parametrize("busy", [False, True])
+def test_delete_refused(store: JobStore, state: JobState, busy: bool) -> None:
+    """A job that may still work cannot be deleted; the way out is named."""
+    job_id = job_in(store, state, busy=busy)
+    before = rows(store, job_id)
+    for method in (store.delete, store.check_deletable):
+        with pytest.raises(StateConflict, match=r"cannot be deleted\. Cancel it first\."):
+            method(job_id)
+
+    assert rows(store, job_id) == before
+
+
+def test_unknown_verb(store: JobStore) -> None:
+    """A verb that is not in the table is a programmer's fault, and changes nothing."""
+    job_id = job_in(store, JobState.RUNNING, busy=False)
+    before = rows(store, job_id)
+    with pytest.raises(KeyError):
+        store.ask(job_id, "explode")
+
+    assert rows(store, job_id) == before
