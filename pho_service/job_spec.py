@@ -182,7 +182,9 @@ class JobSpec(_Document):
     """A search job. All but ``model`` and ``pattern`` have defaults."""
 
     model: Name = Field(description="Hub id, model folder or .gguf file.")
-    pattern: Name = Field(description="Share of weights to remove (0.5), or N kept of M (2:4).")
+    pattern: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)] = Field(
+        description="Share of weights to remove (0.5), or N kept of M (2:4)."
+    )
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="Where weights compete; layer by default, row for N:M."
     )
@@ -290,7 +292,7 @@ class JobSpec(_Document):
     def title(self) -> str:
         """What the job is called before its id."""
         model_name = self.model.rstrip("/").rpartition("/")[2] or self.model
-        return self.name or f"{model_name} {self.pattern} {self.pruning().scope.value}"
+        return self.name or f"{model_name[:200]} {self.pattern} {self.pruning().scope.value}"
 
     @property
     def calibration_key(self) -> str:

@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from storage.studies import DatabaseGone, StorageError
 
@@ -60,7 +61,9 @@ class Database:
         try:
             with self.engine.begin() as connection:
                 yield connection
-        except (OperationalError, DBAPIError) as error:
+        except NoConnectionFree as error:
+            raise DatabaseGone("all connections are in use") from error
+        except DBAPIError as error:
             if isinstance(error, OperationalError) or error.connection_invalidated:
                 raise DatabaseGone(str(error.orig).splitlines()[0]) from error
             raise

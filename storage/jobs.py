@@ -54,6 +54,10 @@ class TooManyJobs(Exception):
     """An owner has as many unfinished jobs as are allowed."""
 
 
+class TooManyTrials(Exception):
+    """An extension is beyond what a job may have."""
+
+
 class LostClaim(Exception):
     """A stage was given to another worker meanwhile, or its job was deleted."""
 
@@ -303,7 +307,13 @@ class JobStore:
             return _jobs(connection, query)
 
     def ask(
-        self, job_id: uuid.UUID, verb: str, *, visible_to: uuid.UUID | None = None, trials: int = 0
+        self,
+        job_id: uuid.UUID,
+        verb: str,
+        *,
+        visible_to: uuid.UUID | None = None,
+        trials: int = 0,
+        max_trials: int | None = None,
     ) -> Job:
         """
         Cancel, pause, resume or extend a job.
@@ -315,10 +325,12 @@ class JobStore:
             verb: A key of :data:`storage.states.VERBS`.
             visible_to: Only if this key submitted it; None sees all.
             trials: How many more each island gets; only for ``extend``.
+            max_trials: That an island may have in the end.
 
         Raises:
             NoSuchJob: It is not there, or not visible.
             StateConflict: It is in a state in which this cannot be done.
+            TooManyTrials: It would have more than ``max_trials``.
         """
         with self.database.transaction() as connection:
             job = _job(connection, job_id, visible_to=visible_to, lock=True)
@@ -326,6 +338,11 @@ class JobStore:
             if state is None:
                 raise StateConflict(verb, job.state)
             if verb == "extend":
+                if max_trials is not None and job.trials + trials > max_trials:
+                    raise TooManyTrials(
+                        f"{job.trials} trials and {trials} more are above {max_trials}, the most "
+                        "of a job"
+                    )
                 self._extend(connection, job, trials)
                 job = _job(connection, job_id)
             busy = any(s.state is StageState.RUNNING for s in job.stages)
@@ -336,22 +353,23 @@ class JobStore:
                 self._take_up(connection, job)
             return _job(connection, job_id)
 
-    def delete(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
+    @contextmanager
+    def deleting(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> Iterator[Job]:
         """
-        Forget a job that is over or paused. Its studies are the caller's to delete, before.
+        Forget a job that is over or paused, after what the caller deletes of it elsewhere.
+
+        If that fails, the job stays; a second deletion waits for the first.
 
         Raises:
             NoSuchJob: It is not there, or not visible.
             StateConflict: It may still work.
         """
         with self.database.transaction() as connection:
-            job = self._deletable(connection, job_id, visible_to)
+            job = _job(connection, job_id, visible_to=visible_to, lock=True)
+            if job.state not in VERBS["delete"]:
+                raise StateConflict("delete", job.state, "Cancel it first.")
+            yield job
             connection.execute(delete(jobs).where(jobs.c.id == job.id))
-
-    def check_deletable(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> Job:
-        """The job, if :meth:`delete` would delete it; raises what that would raise."""
-        with self.database.transaction() as connection:
-            return self._deletable(connection, job_id, visible_to)
 
     def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[Event]:
         """What happened to a job after the event with this id, oldest first."""
@@ -665,14 +683,6 @@ class JobStore:
         except NoSuchJob:
             raise LostClaim from None
         _require(connection, claim)
-        return job
-
-    def _deletable(
-        self, connection: Connection, job_id: uuid.UUID, visible_to: uuid.UUID | None
-    ) -> Job:
-        job = _job(connection, job_id, visible_to=visible_to, lock=True)
-        if job.state not in VERBS["delete"]:
-            raise StateConflict("delete", job.state, "Cancel it first.")
         return job
 
     def _add(self, connection: Connection, job: Job, new: Sequence[NewStage]) -> None:

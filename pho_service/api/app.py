@@ -29,10 +29,12 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         keys_needed: Whether a key is needed even if none was ever made.
     """
     service = Service(database, settings, keys_needed=keys_needed)
+    dashboard = Dashboard(service)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        dashboard.close()
         database.close()
 
     app = FastAPI(
@@ -43,10 +45,10 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    problems.add_handlers(app)
+    problems.add_handlers(app, [*jobs.router.routes, *operations.router.routes])
     app.include_router(jobs.router)
     app.include_router(operations.router)
-    app.router.default = Dashboard(service)  # after our own routes, and their 405s
+    app.router.default = dashboard  # after our own routes, and their 405s
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(KeyGuard, service=service)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way

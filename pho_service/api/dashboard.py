@@ -10,7 +10,7 @@ from a2wsgi import WSGIMiddleware
 from optuna.storages import RDBStorage
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pho_service.api.problems import database_gone, problem
 from pho_service.api.service import Caller, Service
@@ -43,7 +43,25 @@ class Dashboard:
             # Its pages come compressed only, and fail for those who do not ask for that.
             rest = [h for h in scope["headers"] if h[0] != b"accept-encoding"]
             scope = {**scope, "headers": [*rest, (b"accept-encoding", b"gzip")]}
-        await self._app(scope, receive, send)  # type: ignore[arg-type]  # a2wsgi's own types
+        failed = False
+
+        async def unless_failed(message: Message) -> None:
+            nonlocal failed
+            failed = failed or (
+                message["type"] == "http.response.start" and message["status"] >= 500
+            )
+            if not failed:
+                await send(message)
+
+        await self._app(scope, receive, unless_failed)  # type: ignore[arg-type]  # a2wsgi's types
+        if failed:  # the database went away after it was asked for
+            await database_gone(StorageError("optuna-dashboard failed"))(scope, receive, send)
+
+    def close(self) -> None:
+        """Close the connections."""
+        if "_storage" in self.__dict__:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     async def _refusal(self, scope: Scope) -> JSONResponse | None:
         path = scope["path"]
@@ -72,12 +90,13 @@ class Dashboard:
         return None
 
     @functools.cached_property
+    def _storage(self) -> RDBStorage:
+        return RDBStorage(self._service.database.studies_url, engine_kwargs={"pool_pre_ping": True})
+
+    @functools.cached_property
     def _app(self) -> WSGIMiddleware:
         import optuna_dashboard
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = RDBStorage(
-                self._service.database.studies_url, engine_kwargs={"pool_pre_ping": True}
-            )
-            return WSGIMiddleware(optuna_dashboard.wsgi(storage))
+            return WSGIMiddleware(optuna_dashboard.wsgi(self._storage))

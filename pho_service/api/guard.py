@@ -90,12 +90,20 @@ def _secret(authorization: str) -> str | None:
 
 def _from_here(headers: Headers, method: str) -> bool:
     """Whether a browser, if it is one, was sent here by a page of this service."""
-    if not is_local(urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""):
+    if not is_local(_host(f"//{headers.get('host', 'localhost')}")):
         return False
     origin = headers.get("origin")
     if origin is None or method in ("GET", "HEAD"):
         return True
-    return is_local(urlsplit(origin).hostname or "")
+    return is_local(_host(origin))
+
+
+def _host(url: str) -> str:
+    """The name of a URL's host; empty if it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_local(host: str) -> bool:
@@ -121,7 +129,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self.max_bytes:
+        if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
             await self._refusal()(scope, receive, send)
             return
         taken = 0

@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import optuna
@@ -110,30 +110,31 @@ def list_jobs(
     )
 
 
-@router.get("/{job_id}", response_model=Job, responses=documented(404, 422))
+@router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
 def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
     """Show a job with its progress."""
     return describe(service.jobs.get(job_id, visible_to=caller.visible_to))
 
 
 @router.delete(
-    "/{job_id}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
+    "/{job_id:uuid}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
 )
 def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
     """Delete a job that is over or paused, with its studies. Bundles stay for other jobs."""
-    job = service.jobs.check_deletable(job_id, visible_to=caller.visible_to)
-    with open_storage(service.database.studies_url) as storage:
+    with (
+        service.jobs.deleting(job_id, visible_to=caller.visible_to) as job,
+        open_storage(service.database.studies_url) as storage,
+    ):
         for island in range(int(job.spec["islands"])):
             try:
                 optuna.delete_study(study_name=study_name(job.name, island), storage=storage)
             except KeyError:  # it never began, or was deleted by a deletion that was cut off
                 continue
-    service.jobs.delete(job_id, visible_to=caller.visible_to)
 
 
 def _verb(name: str, summary: str) -> None:
     @router.post(
-        f"/{{job_id}}:{name}",
+        f"/{{job_id:uuid}}:{name}",
         status_code=202,
         response_model=Job,
         responses=documented(404, 409, 422),
@@ -151,25 +152,24 @@ _verb("resume", "Go on with a job that is paused or has failed, from what is sto
 
 
 @router.post(
-    "/{job_id}:extend",
+    "/{job_id:uuid}:extend",
     status_code=202,
     response_model=Job,
     responses=documented(404, 409, 413, 422),
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
     """Give a search more trials: the result is that of a job that had them from the start."""
-    job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    if job.trials + extension.trials > MAX_TRIALS:
-        detail = f"{job.trials} trials and so many more are above {MAX_TRIALS}, the most of a job"
-        raise RequestValidationError(
-            [{"loc": ("body", "trials"), "msg": detail, "type": "value_error"}]
-        )
-    return describe(
-        service.jobs.ask(job_id, "extend", visible_to=caller.visible_to, trials=extension.trials)
+    job = service.jobs.ask(
+        job_id,
+        "extend",
+        visible_to=caller.visible_to,
+        trials=extension.trials,
+        max_trials=MAX_TRIALS,
     )
+    return describe(job)
 
 
-@router.get("/{job_id}/trials", response_model=TrialPage, responses=documented(404, 422))
+@router.get("/{job_id:uuid}/trials", response_model=TrialPage, responses=documented(404, 422))
 def trials(
     job_id: UUID,
     service: ServiceParam,
@@ -180,6 +180,9 @@ def trials(
 ) -> TrialPage:
     """List the trials of one island by number."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    islands = int(job.spec["islands"])
+    if island >= islands:
+        raise _wrong_parameter("island", f"must be below {islands}, the islands of the job")
     after = _decode(page_token)
     first = 0 if after is None else after + 1
     with open_storage(service.database.studies_url) as storage:
@@ -193,7 +196,6 @@ def trials(
         for s in job.of_kind(StageKind.PERPLEXITY)
         if s.result is not None
     }
-    islands = int(job.spec["islands"])
     page = [
         Trial(
             island=island,
@@ -214,7 +216,7 @@ def trials(
 
 
 @router.get(
-    "/{job_id}/best",
+    "/{job_id:uuid}/best",
     responses={
         200: {"description": "config.json", "content": {"application/json": {"schema": {
             "type": "object"}}}},
@@ -237,7 +239,7 @@ def best(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
 
 
 @router.get(
-    "/{job_id}/events",
+    "/{job_id:uuid}/events",
     responses={
         200: {"description": "A stream of server-sent events; it ends with the job.",
               "content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -372,10 +374,11 @@ def _decode(token: str | None) -> int | None:
     except (binascii.Error, ValueError):
         number = -1
     if not 0 <= number < 2**63:
-        error: dict[str, Any] = {
-            "loc": ("query", "page_token"),
-            "msg": "is not one of our tokens: leave it out to begin with the first page",
-            "type": "value_error",
-        }
-        raise RequestValidationError([error])
+        raise _wrong_parameter(
+            "page_token", "is not one of our tokens: leave it out to begin with the first page"
+        )
     return number
+
+
+def _wrong_parameter(name: str, rule: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("query", name), "msg": rule, "type": "value_error"}])

@@ -5,6 +5,7 @@ Every error as ``application/problem+json`` (RFC 9457).
 import logging
 import types
 import typing
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,10 +14,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
 
 from pho_service.documents import Problem
 from pho_service.job_spec import FieldError, JobSpec
-from storage.jobs import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
+from storage.jobs import (
+    IdempotencyKeyReused,
+    NoSuchJob,
+    StateConflict,
+    TooManyJobs,
+    TooManyTrials,
+)
 from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
@@ -53,12 +61,18 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Turn every exception into a problem."""
+def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """
+    Turn every exception into a problem.
+
+    Args:
+        app: Of the service.
+        routes: All its operations, for what a 405 must say.
+    """
 
     @app.exception_handler(RequestValidationError)
-    def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [_field_problem(dict(e)) for e in error.errors()]
+    def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [_field_problem(dict(e), _body_model(request)) for e in error.errors()]
         first = errors[0]
         place = first.get("pointer") or first.get("parameter") or "the body"
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -75,7 +89,12 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StateConflict)
     def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
-        return problem(409, "state_conflict", f"{error}".capitalize(), state=error.state)
+        return problem(409, "state_conflict", _sentence(str(error)), state=error.state)
+
+    @app.exception_handler(TooManyTrials)
+    def _too_long(_request: Request, error: TooManyTrials) -> JSONResponse:
+        errors = [{"pointer": "/trials", "detail": str(error)}]
+        return problem(422, "invalid_request", f"/trials: {error}", errors=errors)
 
     @app.exception_handler(IdempotencyKeyReused)
     def _reused(_request: Request, _error: IdempotencyKeyReused) -> JSONResponse:
@@ -101,10 +120,17 @@ def add_handlers(app: FastAPI) -> None:
         return database_gone(error)
 
     @app.exception_handler(HTTPException)
-    def _http(_request: Request, error: HTTPException) -> JSONResponse:
+    def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # what FastAPI says of bodies that json cannot even read
+            errors = [{"pointer": "", "detail": "the body cannot be read as JSON"}]
+            return problem(
+                422, "invalid_request", "The body cannot be read as JSON.", errors=errors
+            )
         phrase = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         code = "body_too_large" if error.status_code == 413 else phrase
-        headers = dict(error.headers) if error.headers else None
+        headers = dict(error.headers) if error.headers else {}
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_methods(request, routes)))
         return problem(error.status_code, code, str(error.detail), headers=headers)
 
     @app.exception_handler(Exception)
@@ -124,15 +150,41 @@ def database_gone(error: Exception) -> JSONResponse:
     )
 
 
-def _field_problem(error: dict[str, Any]) -> dict[str, Any]:
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
+    """All methods that the path of a request knows."""
+    found: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.path_regex.match(request.url.path):
+            found |= route.methods or set()
+    return found
+
+
+def _body_model(request: Request) -> type[BaseModel]:
+    """The document that an operation takes."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = body.field_info.annotation if body is not None else None
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else JobSpec
+
+
+def _field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
     source, *path = error["loc"]
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        allowed = _fields_at(JobSpec, path[:-1]) if source == "body" else []
+        allowed = _fields_at(body, path[:-1]) if source == "body" else []
         detail = "unknown field" + (f"; known are {', '.join(allowed)}" if allowed else "")
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
-        return {"pointer": "", "detail": f"the body is not JSON: {reason} at {path}"}
+        detail = f"the body is not JSON: {reason} at character {path[0] if path else 0}"
+        return {"pointer": "", "detail": detail}
+    if error["type"] == "model_attributes_type" and not path:
+        return {
+            "pointer": "",
+            "detail": "the body is no JSON object: send one with Content-Type: application/json",
+        }
     if source == "body":
         parts = (str(p).replace("~", "~0").replace("/", "~1") for p in path)
         return {"pointer": "".join(f"/{p}" for p in parts), "detail": detail}
