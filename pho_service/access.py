@@ -67,26 +67,31 @@ class Access:
         """
         return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS"))
 
-    def dataset(self, name: str, data_file: str | None) -> str:
+    def dataset(self, name: str) -> str:
         """
         The absolute path of a local data set, or the id of one on the hub.
 
         Raises:
-            InvalidInput: Neither is allowed, or ``data_file`` leads out of the data set.
+            InvalidInput: Neither is allowed.
         """
-        if data_file is not None and (
-            not _DATA_FILE.fullmatch(data_file) or ".." in data_file.split("/")
-        ):
-            raise InvalidInput(
-                f"data_file {data_file!r} is not a path inside of the data set: letters, digits "
-                "and -._/*?[] only, not absolute, no '..', no URL."
-            )
         if not _is_path(name):
             found = _below(name, self.text_roots)
             if found is not None:
                 return str(found)
             return _on_hub(name, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
         return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS"))
+
+
+def check_data_file(data_file: str) -> None:
+    """
+    Raises:
+        InvalidInput: It leads out of its data set.
+    """
+    if not _DATA_FILE.fullmatch(data_file) or ".." in data_file.split("/"):
+        raise InvalidInput(
+            f"data_file {data_file!r} is not a path inside of the data set: letters, digits "
+            "and -._/*?[] only, not absolute, no '..', no URL."
+        )
 
 
 def _is_path(name: str) -> bool:
@@ -99,20 +104,41 @@ def _is_path(name: str) -> bool:
     )
 
 
-def _below(name: str, roots: tuple[Path, ...]) -> Path | None:
-    """The existing file or folder of this name below a root, links followed."""
-    for root in roots:
+def _resolved(root: Path, name: str) -> Path | None:
+    """Where a name leads from a root, links followed; None if that is not below the root."""
+    try:
         path = (root / name).resolve()
-        if path.is_relative_to(root) and path.exists():
-            return path
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, NUL in it, links in a circle
+        return None
+    return path if path.is_relative_to(root) else None
+
+
+def _below(name: str, roots: tuple[Path, ...]) -> Path | None:
+    """
+    The existing file or folder of this name below a root.
+
+    Raises:
+        InvalidInput: A file in the folder is a link to somewhere else.
+    """
+    for root in roots:
+        path = _resolved(root, name)
+        if path is None or not path.exists():
+            continue
+        for file in path.rglob("*") if path.is_dir() else ():
+            if _resolved(root, str(file)) is None:
+                raise InvalidInput(
+                    f"{name!r} has a link to something outside of {root}: {file.name}. Put a copy "
+                    "there, or let the operator add the other folder."
+                )
+        return path
     return None
 
 
 def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str) -> Path:
-    if len(name) > 4096 or any(len(part) > 255 for part in name.split("/")):
-        raise InvalidInput(f"the path of the {thing} is too long.")
     places = ", ".join(map(str, roots))
-    if name.startswith("~") or not any((r / name).resolve().is_relative_to(r) for r in roots):
+    allowed = [] if name.startswith("~") else [_resolved(root, name) for root in roots]
+    if not any(allowed):
         raise InvalidInput(
             f"{thing} {name!r} does not lie below {places}. Move it there, or let the operator "
             f"add its folder to {variable}."
@@ -122,9 +148,7 @@ def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str) -> Pat
         return found
     if any(root.is_dir() for root in roots):
         raise InvalidInput(f"{thing} {name!r} does not exist below {places}.")
-    return next(  # the disk of the workers is another one
-        path for root in roots if (path := (root / name).resolve()).is_relative_to(root)
-    )
+    return next(path for path in allowed if path)  # the disk of the workers is another one
 
 
 def _on_hub(name: str, patterns: tuple[str, ...], thing: str, variable: str) -> str:

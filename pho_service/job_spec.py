@@ -4,6 +4,7 @@ The document that a job is submitted as, checked field by field.
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from pho_service.access import Access
+from pho_service.access import Access, check_data_file
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import SearchPlan
 from pho_service.search.space import SearchSpace
@@ -309,10 +310,9 @@ class JobSpec(_Document):
         if self.calibration.text is not None:
             _at("calibration/text", access.text, self.calibration.text)
         if self.calibration.dataset is not None:
-            _at(
-                "calibration/dataset", access.dataset, self.calibration.dataset,
-                self.calibration.data_file,
-            )  # fmt: skip
+            _at("calibration/dataset", access.dataset, self.calibration.dataset)
+        if self.calibration.data_file is not None:
+            _at("calibration/data_file", check_data_file, self.calibration.data_file)
         if self.confirm is not None and self.confirm.text is not None:
             _at("confirm/text", access.text, self.confirm.text)
 
@@ -330,9 +330,9 @@ class FieldError(ValueError):
         self.pointer = pointer
 
 
-def _at(field: str, check: Any, *values: Any) -> None:
+def _at(field: str, check: Callable[[str], object], value: str) -> None:
     try:
-        check(*values)
+        check(value)
     except ValueError as error:
         raise FieldError(f"/{field}", str(error)) from error
 

@@ -142,7 +142,7 @@ class Pattern:
             )
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}" if self.group else f"{self.sparsity:g}"
+        return f"{self.keep}:{self.group}" if self.group else repr(self.sparsity)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 Where all workers keep their bundles: a folder, or an object store behind an fsspec URL.
 """
 
+import uuid
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pho_service.errors import InvalidInput, OutputError
+from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.files import new_file
 from pho_service.jobs.bundles import bundle_path, cached_bundle
 from pho_service.models.bundle_file import read_bundle
@@ -68,9 +69,14 @@ class BundleStore:
             ModelError, NumericalError: From the calibration.
             OutputError: It cannot be stored.
         """
-        self._download(text.bundle_key)
-        bundle = cached_bundle(model, text, settings, self._folder, progress)
-        self._upload(text.bundle_key)
+        key = text.bundle_key
+        try:
+            bundle = self.read(key)
+        except BundleError:
+            bundle = cached_bundle(model, text, settings, self._folder, progress)
+            self._upload(key, replace=True)
+        else:
+            self._upload(key, replace=False)  # if it is in our cache alone
         return bundle
 
     def _download(self, key: str) -> None:
@@ -86,16 +92,17 @@ class BundleStore:
         except OSError as error:
             raise OutputError(f"the bundle {remote} cannot be read: {error}.") from error
 
-    def _upload(self, key: str) -> None:
+    def _upload(self, key: str, *, replace: bool) -> None:
         path = bundle_path(self._folder, key)
         if self._remote is None:
             return
         remote = f"{self._remote}/{path.name}"
         try:
-            if not self._files.exists(remote):
+            if replace or not self._files.exists(remote):
                 self._files.makedirs(self._remote, exist_ok=True)
-                # Under another name first: nobody ever sees half a bundle.
-                self._files.put_file(str(path), f"{remote}.part")
-                self._files.mv(f"{remote}.part", remote)
+                # Under a name of its own first: nobody ever sees half a bundle.
+                partial = f"{remote}.{uuid.uuid4().hex}.part"
+                self._files.put_file(str(path), partial)
+                self._files.mv(partial, remote)
         except OSError as error:
             raise OutputError(f"the bundle {remote} cannot be stored: {error}.") from error

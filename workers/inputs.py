@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from pho_service.access import Access
+from pho_service.access import Access, check_data_file
 from pho_service.errors import BundleError, TextError
 from pho_service.job_spec import CalibrationSpec, JobSpec
 from pho_service.jobs.rating import ReportText
@@ -170,8 +170,10 @@ class Inputs:
         if spec.text is not None:
             return TextSource(path=self.access.text(spec.text), field=spec.field)
         assert spec.dataset is not None  # the document says so
+        if spec.data_file is not None:
+            check_data_file(spec.data_file)
         return TextSource(
-            dataset=self.access.dataset(spec.dataset, spec.data_file),
+            dataset=self.access.dataset(spec.dataset),
             data_file=spec.data_file,
             split=spec.split,
             field=spec.field,

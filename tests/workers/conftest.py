@@ -1,0 +1,444 @@
+"""
+Workers as real processes on a real PostgreSQL, and the same searches without a service.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+import pytest
+from sqlalchemy import func, select, text
+
+from pho_service.job_spec import JobSpec
+from pho_service.jobs.bundles import cached_bundle
+from pho_service.jobs.rating import ReportText
+from pho_service.jobs.search import search_job
+from pho_service.jobs.validate import validate_job
+from pho_service.models.calibration import calibration_text
+from pho_service.models.loading import load_model
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.spec import SAMPLERS
+from storage.database import Database
+from storage.jobs import Job, JobStore, NewStage
+from storage.states import JobState, StageKind, StageState
+from storage.studies import open_storage, study_name
+from storage.tables import stages, workers
+
+PATIENCE_S = 60.0  # then a test fails
+SETTINGS = {
+    "PHO_HEARTBEAT_S": "0.3",
+    "PHO_STALLED_AFTER_S": "1.5",
+    "PHO_RETRY_AFTER_S": "0.2",
+    "OMP_NUM_THREADS": "1",
+}
+CALIBRATION = {
+    "samples": 6, "context_length": 32, "rows_per_layer": 4, "projection_rows": 16,
+    "kernel_sizes": [3, 5],
+}  # fmt: skip
+
+BASELINES = 6  # of a ratio in scope layer
+
+T = TypeVar("T")
+Trials = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def home(
+    model_folder: Path, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with the model and the texts, at the same place in every test of a run."""
+    folder = tmp_path_factory.getbasetemp() / "home"
+    if not folder.is_dir():
+        folder.mkdir()
+        shutil.copytree(model_folder, folder / "model")
+        for path in texts.values():
+            shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture
+def spec_of(home: Path) -> Callable[..., JobSpec]:
+    """A small job with some values changed; those of ``calibration`` and ``confirm`` one by one."""
+
+    def build(
+        *,
+        calibration: Mapping[str, Any] | None = None,
+        confirm: Mapping[str, Any] | str | None = "some",
+        **changes: Any,
+    ) -> JobSpec:
+        some = {"text": str(home / "confirmation.jsonl"), "windows": 3}
+        document = {
+            "model": str(home / "model"),
+            "pattern": "0.5",
+            "calibration": {
+                "text": str(home / "calibration.jsonl"),
+                **CALIBRATION,
+                **(calibration or {}),
+            },
+            "confirm": some if isinstance(confirm, str) else confirm and {**some, **confirm},
+            "trials": 40,
+        }
+        return JobSpec.model_validate({**document, **changes})
+
+    return build
+
+
+class Crew:
+    """
+    Some workers of one database.
+
+    Args:
+        url: Of the database.
+        root: Of the models and texts that jobs may name.
+        folder: For what the workers write.
+    """
+
+    def __init__(self, url: str, root: Path, folder: Path) -> None:
+        self.database = Database(url, pool=5)
+        self.store = JobStore(self.database)
+        self.folder = folder
+        self._root = root
+        self._url = url
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._numbers = itertools.count()
+
+    def until(self, condition: Callable[[], T], *, every_s: float = 0.02) -> T:
+        """The first true value of ``condition``."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S:g} s in vain\n{self.logs()}"
+            time.sleep(every_s)
+        return value
+
+    def start(self, *options: str, **settings: str) -> "subprocess.Popen[bytes]":
+        """Start a worker; it takes some seconds until it works."""
+        environment = {
+            **os.environ,
+            **SETTINGS,
+            "PHO_MODEL_ROOTS": str(self._root),
+            "PHO_TEXT_ROOTS": str(self._root),
+            "PHO_DATA_DIR": str(self.folder / "data"),
+            "PHO_CACHE_DIR": str(self.folder / "cache"),
+            **settings,
+        }
+        self.folder.mkdir(exist_ok=True)
+        log = (self.folder / f"worker-{next(self._numbers)}.log").open("wb")
+        with log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "workers", "--database-url", self._url, *options],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    @property
+    def alive(self) -> list["subprocess.Popen[bytes]"]:
+        """The workers that have not ended."""
+        return [p for p in self._processes if p.poll() is None]
+
+    def man(self, count: int) -> None:
+        """See that so many workers are at work."""
+        while len(self.alive) < count:
+            self.start()
+        self.until(lambda: {p.pid for p in self.alive} <= {*self.at_work()})
+
+    def at_work(self) -> dict[int, Any]:
+        """The workers that report, by their process."""
+        return {
+            int(w.name.rpartition(":")[2]): w
+            for w in self.store.workers(alive_s=float(SETTINGS["PHO_STALLED_AFTER_S"]))
+        }
+
+    def submit(self, spec: JobSpec) -> Job:
+        """As the API does."""
+        first = NewStage(kind=StageKind.CALIBRATE, lock=spec.calibration_key)
+        job, _ = self.store.submit(
+            spec.model_dump(),
+            name=spec.title,
+            first=first,
+            priority=spec.priority,
+            trials=spec.trials,
+            max_attempts=spec.max_attempts,
+        )
+        return job
+
+    def wait(self, job: Job, *states: JobState) -> Job:
+        """The job once it is in one of these states, or over."""
+
+        def settled() -> Job | None:
+            now = self.store.get(job.id)
+            return now if now.state in states or now.state.is_over else None
+
+        found = self.until(settled, every_s=0.05)
+        assert found is not None
+        return found
+
+    def succeeded(self, job: Job) -> Job:
+        """The job once it has succeeded."""
+        found = self.wait(job)
+        assert found.state is JobState.SUCCEEDED, (found.error, self.logs())
+        return found
+
+    def done(self, spec: JobSpec) -> Job:
+        """Submit a job that must succeed."""
+        return self.succeeded(self.submit(spec))
+
+    def failed(self, spec: JobSpec) -> dict[str, Any]:
+        """Submit a job that must fail; why it did."""
+        found = self.wait(self.submit(spec))
+        assert found.state is JobState.FAILED
+        assert found.error is not None
+        return found.error
+
+    def busy(self, job: Job, kind: StageKind, *, done: int = 0, attempt: int = 1) -> int:
+        """The process that works on a stage of this kind, once it has ``done`` trials."""
+
+        def look() -> int | None:
+            process = self._worker_of(job, kind, done, attempt)
+            state = process or self.store.get(job.id).state
+            assert process or not state.is_over, f"the job is {state} already"
+            return process
+
+        process = self.until(look, every_s=0.001)
+        assert process is not None
+        return process
+
+    def _worker_of(self, job: Job, kind: StageKind, done: int, attempt: int) -> int | None:
+        query = (
+            select(workers.c.name)
+            .join(stages, stages.c.worker_id == workers.c.id)
+            .where(
+                stages.c.job_id == job.id,
+                stages.c.kind == kind,
+                stages.c.state == StageState.RUNNING,
+                stages.c.done >= done,
+                stages.c.attempt >= attempt,
+            )
+        )
+        with self.database.transaction() as connection:
+            name = connection.execute(query).scalar()
+        return name and int(name.rpartition(":")[2])
+
+    @contextmanager
+    def frozen(
+        self,
+        job: Job,
+        kind: StageKind,
+        *,
+        done: int = 0,
+        attempt: int = 1,
+        when: Callable[[], bool] = lambda: True,
+    ) -> Iterator[int]:
+        """
+        Stop the process that works on a stage, in the midst of it, and wake it afterwards.
+
+        Args:
+            job: Whose.
+            kind: Of the stage.
+            done: Not before the stage has so many trials.
+            attempt: Not before it was begun so often.
+            when: Asked while the process is stopped; if it says no, a bit later.
+        """
+        while True:
+            process = self.busy(job, kind, done=done, attempt=attempt)
+            os.kill(process, signal.SIGSTOP)
+            try:
+                self.until(partial(_has_stopped, process))
+                if self._worker_of(job, kind, done, attempt) == process and when():
+                    yield process
+                    return
+            finally:
+                if process in {p.pid for p in self.alive}:
+                    os.kill(process, signal.SIGCONT)
+            time.sleep(0.003)
+
+    def kill(self, job: Job, kind: StageKind, **moment: Any) -> int:
+        """kill -9 the process that works on a stage, at the moment that :meth:`frozen` takes."""
+        with self.frozen(job, kind, **moment) as process:
+            os.kill(process, signal.SIGKILL)
+            self.ended(process)
+        return process
+
+    def ended(self, process: int) -> int:
+        """The exit code of a worker that ends."""
+        (found,) = (p for p in self._processes if p.pid == process)
+        return found.wait(PATIENCE_S)
+
+    def half_recorded(self, job: Job) -> bool:
+        """Whether a part of a generation of the first island is recorded, and another is not."""
+        count = (
+            select(func.count())
+            .select_from(text("optuna.trials JOIN optuna.studies USING (study_id)"))
+            .where(text("study_name = :name"))
+        )
+        with self.database.transaction() as connection:
+            found = connection.execute(count, {"name": job.name}).scalar_one() - BASELINES
+        return bool(found > 0 and found % SAMPLERS["cmaes"])
+
+    def queued(self, job: Job) -> list[str]:
+        """The states of a job's entries in the queue."""
+        query = text(
+            "SELECT status::text FROM procrastinate.procrastinate_jobs entry "
+            "JOIN pho.stages ON stages.id = (entry.args ->> 'stage_id')::bigint "
+            "WHERE stages.job_id = :job"
+        )
+        with self.database.transaction() as connection:
+            return list(connection.execute(query, {"job": job.id}).scalars())
+
+    def trials(self, job: Job) -> list[Trials]:
+        """What the studies of all islands hold."""
+        islands = range(JobSpec.model_validate(job.spec).islands)
+        with open_storage(self.database.studies_url) as storage:
+            return [
+                trials_of(optuna.load_study(study_name=study_name(job.name, i), storage=storage))
+                for i in islands
+            ]
+
+    def logs(self) -> str:
+        """The last that the workers said."""
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-3000:]}"
+            for path in sorted(self.folder.glob("worker-*.log"))
+        )
+
+    def close(self) -> None:
+        """End all workers."""
+        for process in self.alive:
+            process.kill()
+            process.wait()
+        self.database.close()
+
+
+def _has_stopped(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def trials_of(study: optuna.Study) -> Trials:
+    """All of a study's trials, but for how long they took."""
+    return [
+        (
+            trial.number,
+            trial.state,
+            trial.value,
+            trial.params,
+            {k: v for k, v in trial.user_attrs.items() if k != "seconds"},
+        )
+        for trial in study.get_trials()
+    ]
+
+
+@contextmanager
+def crew_of(postgresql: str, root: Path, folder: Path) -> Iterator[Crew]:
+    """A crew with a fresh database and no workers."""
+    name = f"crew_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template"))
+    admin.close()
+    found = Crew(postgresql.replace("/postgres?", f"/{name}?"), root, folder)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def crew(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """Workers that the tests of a file share; a test says how many it needs."""
+    root = tmp_path_factory.getbasetemp()
+    with crew_of(postgresql, root, tmp_path_factory.mktemp("crew")) as found:
+        yield found
+
+
+@pytest.fixture
+def own_crew(postgresql: str, tmp_path: Path) -> Iterator[Crew]:
+    """No workers yet, and a database that nobody else uses."""
+    with crew_of(postgresql, tmp_path.parent, tmp_path / "crew") as found:
+        yield found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undisturbed:
+    """What a search gives that runs in one process, without a service or a study's name."""
+
+    configuration: dict[str, Any]
+    trials: Trials
+    qualities: dict[str, Any]
+
+
+_known: dict[str, Undisturbed] = {}
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Callable[[JobSpec], Undisturbed]:
+    """`pho search` for the same model, texts and seed as a job of one island."""
+
+    def run(spec: JobSpec) -> Undisturbed:
+        key = spec.model_dump_json()
+        if key not in _known:
+            _known[key] = _searched(spec, tmp_path / uuid.uuid4().hex)
+        return _known[key]
+
+    return run
+
+
+def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
+    folder.mkdir()
+    model = load_model(spec.model, device="cpu")
+    settings = spec.calibration.settings()
+    calibration = calibration_text(model, TextSource(path=spec.calibration.text), settings)
+    report = None
+    if spec.confirm is not None and spec.confirm.text is None:
+        held_out = calibration.held_out[: spec.confirm.windows]
+        report = ReportText(windows=held_out, record=calibration.record)
+    elif spec.confirm is not None:
+        windows, record = read_windows(
+            model,
+            TextSource(path=spec.confirm.text),
+            context_length=settings.context_length,
+            bos=settings.bos,
+            max_windows=spec.confirm.windows,
+        )
+        report = ReportText(windows=windows, record=record)
+    url = f"sqlite:///{folder / 'study.db'}"
+    bundle = cached_bundle(model, calibration, settings, folder)
+    request = replace(spec.request(0), study_url=url)
+    result = search_job(request, bundle, model=model, confirm_text=report)
+    with open_storage(url) as storage:
+        study = optuna.load_study(study_name=result.study_name, storage=storage)
+        trials = trials_of(study)
+    configuration = result.configuration.model_dump(mode="json")
+    del configuration["search"]["study"]
+    qualities = {}
+    if spec.validation is not None and report is not None:
+        count, seed = spec.validation.candidates, spec.validation.seed
+        asked = validate_job(model, bundle, report, spec.pruning(), count=count, seed=seed)
+        qualities = {name: asdict(quality) for name, quality in asked.qualities.items()}
+    return Undisturbed(configuration=configuration, trials=trials, qualities=qualities)
+
+
+@pytest.fixture
+def found() -> Callable[[Job], dict[str, Any]]:
+    """A job's configuration as `pho search` writes it: but for the name of the study."""
+
+    def strip(job: Job) -> dict[str, Any]:
+        configuration = job.best
+        assert configuration is not None
+        search = {k: v for k, v in configuration["search"].items() if k != "study"}
+        return {**configuration, "search": search}
+
+    return strip

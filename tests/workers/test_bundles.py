@@ -1,0 +1,171 @@
+"""Where all workers keep their bundles: made once, found by everybody, whole or not at all."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from pho_service.errors import BundleError, InvalidInput
+from pho_service.models.calibration import CalibrationText, calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource
+from pho_service.progress import silent
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec import CalibrationSettings
+from workers.bundles import BundleStore
+
+SETTINGS = CalibrationSettings(
+    samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
+)
+
+
+@dataclass
+class Source:
+    """Makes the bundle of the tiny model, and counts how often it was really made."""
+
+    model: LanguageModel
+    text: CalibrationText
+    made: int = 0
+
+    @property
+    def key(self) -> str:
+        """Of the bundle."""
+        return self.text.bundle_key
+
+    def ensure(self, store: BundleStore) -> ProxyBundle:
+        """The bundle, from ``store`` if it is there."""
+
+        def progress(title: str, steps: int) -> Any:
+            self.made += title.startswith("Calibrating")
+            return silent(title, steps)
+
+        return store.ensure(self.model, self.text, SETTINGS, progress)
+
+
+@pytest.fixture
+def source(model_folder: Path, texts: dict[str, Path]) -> Source:
+    """A model and what it is calibrated on."""
+    model = load_model(str(model_folder), device="cpu")
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+    return Source(model=model, text=text)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh place for bundles: a folder, or an object store."""
+    if request.param == "folder":
+        return str(tmp_path / "artifacts")
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def worker(url: str, tmp_path: Path) -> Callable[[str], BundleStore]:
+    """The store as a machine sees it that has a cache of its own."""
+    return lambda name: BundleStore(url, tmp_path / name)
+
+
+def stored(url: str) -> list[str]:
+    """The names of all files there."""
+    files, root = fsspec.core.url_to_fs(url)
+    return [name.rpartition("/")[2] for name in files.find(root)]
+
+
+def damage(url: str, key: str) -> None:
+    """Leave half of a stored bundle."""
+    files, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/bundles/{key}.safetensors"
+    files.pipe_file(path, files.cat_file(path)[:1000])
+
+
+def same(a: ProxyBundle, b: ProxyBundle) -> bool:
+    """Whether two bundles hold the same numbers."""
+    return a.provenance == b.provenance and all(
+        x.name == y.name and torch.equal(x.rows, y.rows)
+        for x, y in zip(a.layers, b.layers, strict=True)
+    )
+
+
+def test_made_once(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
+    """The second machine finds what the first has made, and there is one file of it."""
+    first = source.ensure(worker("a"))
+    second = source.ensure(worker("b"))
+
+    assert source.made == 1
+    assert same(first, second)
+    assert stored(url) == [f"{source.key}.safetensors"]
+
+
+def test_read_elsewhere(source: Source, worker: Callable[[str], BundleStore]) -> None:
+    """A machine that has never seen the model reads the bundle by its key."""
+    made = source.ensure(worker("a"))
+
+    assert same(worker("b").read(source.key), made)
+
+
+def test_not_there(worker: Callable[[str], BundleStore]) -> None:
+    """A key that nobody has made is no bundle."""
+    with pytest.raises(BundleError):
+        worker("a").read("0" * 64)
+
+
+def test_damaged(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
+    """A damaged bundle is refused, and made again by the next that needs it."""
+    made = source.ensure(worker("a"))
+    damage(url, source.key)
+
+    with pytest.raises(BundleError):
+        worker("b").read(source.key)
+    assert same(source.ensure(worker("b")), made)
+    assert source.made == 2
+
+
+def test_damaged_is_repaired(
+    source: Source, url: str, worker: Callable[[str], BundleStore]
+) -> None:
+    """After that it is whole for everybody: a third machine reads it."""
+    made = source.ensure(worker("a"))
+    damage(url, source.key)
+    source.ensure(worker("b"))
+
+    assert same(worker("c").read(source.key), made)
+
+
+def test_lost(source: Source, url: str, worker: Callable[[str], BundleStore]) -> None:
+    """A bundle that somebody deleted is there again after the next that needs it."""
+    source.ensure(worker("a"))
+    files, root = fsspec.core.url_to_fs(url)
+    files.rm(f"{root}/bundles/{source.key}.safetensors")
+    source.ensure(worker("b"))
+
+    assert stored(url) == [f"{source.key}.safetensors"]
+
+
+def test_two_at_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines that store the same bundle at the same time do not disturb each other."""
+    url = f"memory://{uuid.uuid4().hex}"
+    slow, fast = BundleStore(url, tmp_path / "slow"), BundleStore(url, tmp_path / "fast")
+    files, _ = fsspec.core.url_to_fs(url)
+    put = files.put_file
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(files, "put_file", put)
+        put(*arguments, **more)
+        source.ensure(fast)
+
+    monkeypatch.setattr(files, "put_file", interrupted)
+    source.ensure(slow)
+
+    assert source.made == 2
+    assert stored(url) == [f"{source.key}.safetensors"]
+
+
+@pytest.mark.parametrize("url", ["nonsense://x", "wandb://entity/pho"])
+def test_unusable(url: str, tmp_path: Path) -> None:
+    """A URL that fsspec does not understand, or has no package for, is named with its setting."""
+    with pytest.raises(InvalidInput, match=f"PHO_ARTIFACTS='{url}'"):
+        BundleStore(url, tmp_path)
