@@ -40,6 +40,7 @@ class JobError(_Answer):
     stage: StageName
     attempts: int | None = None
     layer: str | None = None
+    candidate: dict[str, Any] | None = Field(None, description="Method, coefficients, scope.")
 
 
 class Best(_Answer):

@@ -5,7 +5,6 @@ One PostgreSQL database with three schemas: ``pho``, ``procrastinate`` and ``opt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -31,15 +30,18 @@ class Database:
     Args:
         url: ``postgresql://user:password@host/name``; libpq's parameters may follow.
         pool: Connections that this process keeps at most.
+        idle_limit_s: The server ends transactions that rest for so long: those of a
+            process that is frozen would hold up everybody.
 
     Raises:
         StorageError: ``url`` is no PostgreSQL URL.
     """
 
-    def __init__(self, url: str, *, pool: int = POOL) -> None:
+    def __init__(self, url: str, *, pool: int = POOL, idle_limit_s: float = 30.0) -> None:
         self.url = _parse(url)
+        self._options = (f"-cidle_in_transaction_session_timeout={round(idle_limit_s * 1000)}",)
         self.engine: Engine = create_engine(
-            _with_schema(self.url, "procrastinate"),
+            _with_schema(self.url, "procrastinate", *self._options),
             pool_size=pool,
             max_overflow=0,
             pool_pre_ping=True,  # a restarted server is found again without an error
@@ -71,9 +73,9 @@ class Database:
     @property
     def conninfo(self) -> str:
         """For libpq, with procrastinate's schema."""
-        url = _with_schema(self.url, "procrastinate")
-        named = url.translate_connect_args(username="user", database="dbname")
-        parameters: dict[str, Any] = {**named, **url.query}
+        url = _with_schema(self.url, "procrastinate", *self._options)
+        parameters = self.engine.dialect.create_connect_args(url)[1]
+        parameters.pop("context", None)  # SQLAlchemy's, for psycopg alone
         return make_conninfo(**parameters)
 
     @property
@@ -84,7 +86,7 @@ class Database:
         Trials need not reach the disk one by one: the search's own commit,
         which follows each generation, takes them along.
         """
-        url = _with_schema(self.url, "optuna", "-csynchronous_commit=off")
+        url = _with_schema(self.url, "optuna", "-csynchronous_commit=off", *self._options)
         return url.render_as_string(hide_password=False)
 
     def migrate(self) -> None:
@@ -129,7 +131,7 @@ class Database:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise StorageError(
             "the database URL is not understood. Write postgresql://user:password@host/name."
         ) from None

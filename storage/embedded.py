@@ -108,7 +108,7 @@ def running_url(data_dir: Path) -> str | None:
 
 
 def _running(folder: Path) -> "PostmasterInfo | None":
-    """What the server's own file says, if the process that it names is a PostgreSQL."""
+    """What the server's own file says, if the process that it names is the server of the folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import psutil
@@ -116,7 +116,8 @@ def _running(folder: Path) -> "PostmasterInfo | None":
 
     try:
         info = PostmasterInfo.read_from_pgdata(folder)
-        is_server = info is not None and info.process is not None and info.process.name()
+        process = None if info is None else info.process
+        is_server = process is not None and str(folder) in process.cmdline()
     except (OSError, ValueError, AssertionError, psutil.Error):  # half a file, or gone meanwhile
         return None
-    return info if is_server == "postgres" else None
+    return info if is_server else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -236,7 +236,7 @@ class JobStore:
         values = {
             "id": job_id,
             "owner_id": owner_id,
-            "name": f"{name} {str(job_id)[:8]}",
+            "name": f"{name} {job_id.hex[:12]}",
             "spec": dict(spec),
             "state": JobState.QUEUED,
             "priority": priority,
@@ -257,7 +257,8 @@ class JobStore:
                     continue
                 if bytes(earlier.fingerprint) != fingerprint:
                     raise IdempotencyKeyReused
-                return _job(connection, earlier.id), False
+                with suppress(NoSuchJob):
+                    return _job(connection, earlier.id), False
             # One submission of an owner after the other, so that none slips past the limit.
             own = func.hashtext(f"pho submissions of {owner_id}")
             connection.execute(select(func.pg_advisory_xact_lock(own)))
@@ -484,6 +485,36 @@ class JobStore:
             job = _job(connection, job.id)
             (taken,) = (s for s in job.stages if s.id == stage_id)
             return Claim(job=job, stage=taken)
+
+    def give_again(self, queue_id: int) -> None:
+        """
+        Put the stage of a dead worker's entry into the queue anew.
+
+        The old entry stands for nothing then: if the worker was only frozen,
+        what it does to its entry when it wakes harms nobody.
+        """
+        with self.database.transaction() as connection:
+            mine = stages.c.queue_id == queue_id
+            row = connection.execute(select(stages.c.id, stages.c.job_id).where(mine)).first()
+            if row is None:
+                return
+            try:
+                job = _job(connection, row.job_id, lock=True)
+            except NoSuchJob:
+                return
+            stage = _stage_row(connection, row.id, lock=True)
+            if (
+                stage is None
+                or stage.queue_id != queue_id
+                or stage.state not in (StageState.WAITING, StageState.RUNNING)
+            ):
+                return
+            if job.state.may_work:
+                lock = (stage.params or {})["lock"]
+                self._enqueue(connection, job, stage.id, StageKind(stage.kind), lock)
+            else:
+                failures = stage.failures + (stage.state == StageState.RUNNING)
+                self._put_down(connection, job, stage.id, failures)
 
     @contextmanager
     def fence(self, claim: Claim) -> Iterator[None]:

@@ -6,6 +6,8 @@ Each test gets its own, so a test may change what it is given. All are the same 
 
 import json
 import random
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,16 +132,21 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
-    with embedded_postgresql(tmp_path_factory.mktemp("pg")) as url:
+    folder = Path(tempfile.mkdtemp(prefix="pho"))  # not in pytest's, which only root may enter
+    folder.chmod(0o755)
+    with embedded_postgresql(folder) as url:
         admin = Database(url)
+        _run_alone(admin, "ALTER SYSTEM SET fsync = off")  # the tests may lose their data
+        _run_alone(admin, "SELECT pg_reload_conf()")
         _run_alone(admin, "CREATE DATABASE template")
         template = Database(_named(url, "template"))
         template.migrate()
         template.close()
         yield url
         admin.close()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

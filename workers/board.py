@@ -3,15 +3,13 @@ What optuna-dashboard shows of a job: a note, and two plots.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import optuna
 
 from pho_service.configuration import Configuration
 from pho_service.job_spec import JobSpec
-from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.search import RatedCandidate
 
 if TYPE_CHECKING:
@@ -28,19 +26,17 @@ def show_result(
     spec: JobSpec,
     configuration: Configuration,
     measured: Sequence[tuple[float, RatedCandidate]],
-    bundle: ProxyBundle,
-    device: str,
+    plots: Mapping[str, "go.Figure | None"],
 ) -> None:
     """
-    Write on a study what was found, and draw it.
+    Write on a study what was found.
 
     Args:
         study: Of one island.
         spec: Of the job.
         configuration: Of the job.
         measured: (perplexity, candidate) of this island.
-        bundle: To measure the error of each layer on.
-        device: For that.
+        plots: By their ids.
     """
     for perplexity, rated in measured:
         number = rated.number // spec.islands
@@ -49,10 +45,9 @@ def show_result(
             {"method": rated.candidate.method, "perplexity": perplexity},
         )
     _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration)]))
-    if measured:
-        _save_plot(study, "confirmed", _confirmed_plot(configuration, measured))
-    errors = ProxyEvaluator(bundle, device).layer_errors(configuration.candidate())
-    _save_plot(study, "errors", _error_plot(errors))
+    for name, figure in plots.items():
+        if figure is not None:
+            _save_plot(study, name, figure)
 
 
 def _asked(spec: JobSpec) -> list[str]:
@@ -99,9 +94,12 @@ def _found(configuration: Configuration) -> list[str]:
     ]
 
 
-def _confirmed_plot(
+def confirmed_plot(
     configuration: Configuration, measured: Sequence[tuple[float, RatedCandidate]]
-) -> "go.Figure":
+) -> "go.Figure | None":
+    """The objective of the confirmed candidates against their perplexity; None without any."""
+    if not measured:
+        return None
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -125,7 +123,8 @@ def _confirmed_plot(
     return figure
 
 
-def _error_plot(errors: dict[str, float]) -> "go.Figure":
+def error_plot(errors: Mapping[str, float]) -> "go.Figure":
+    """The relative error of each linear, by kind and block."""
     import plotly.graph_objects as go
 
     figure = go.Figure()

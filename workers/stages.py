@@ -20,6 +20,7 @@ from pho_service.jobs.search import objective_function
 from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.result import describe_study, search_result
 from pho_service.search.search import (
     Evaluate,
@@ -36,7 +37,7 @@ from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage, open_study, study_name
-from workers.board import show_result, show_search
+from workers.board import confirmed_plot, error_plot, show_result, show_search
 from workers.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,16 @@ class HandBack(Exception):
 
 
 class TrialsFailed(PhoError):
-    """More trials failed than the job allows."""
+    """
+    More trials failed than the job allows.
+
+    Attributes:
+        candidate: That failed last: method and coefficients.
+    """
+
+    def __init__(self, message: str, *, candidate: Candidate) -> None:
+        super().__init__(message)
+        self.candidate = _written(candidate)
 
 
 class _TimeIsUp(Exception):
@@ -146,11 +156,11 @@ class Stages:
         )
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
-        params = claim.stage.params or {}
+        written = (claim.stage.params or {})["candidate"]
         candidate = Candidate(
-            method=params["method"],
-            coefficients=Coefficients(**params["coefficients"]),
-            pattern=spec.pruning().within(Scope(params["scope"])),
+            method=written["method"],
+            coefficients=Coefficients(**written["coefficients"]),
+            pattern=spec.pruning().within(Scope(written["scope"])),
         )
         model = self.inputs.model(spec)
         text = self.inputs.confirmation_text(spec)
@@ -197,17 +207,15 @@ class Stages:
                 }
             )
         bundle = self._bundle(job, spec, watch)
-        with open_storage(self._database.studies_url) as storage, self.store.fence(claim):
+        evaluator = ProxyEvaluator(bundle, str(self.inputs.device))
+        errors = error_plot(evaluator.layer_errors(configuration.candidate()))
+        with open_storage(self._database.studies_url) as storage:
             for island in range(spec.islands):
                 study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
-                show_result(
-                    study,
-                    spec,
-                    configuration,
-                    [(p, r) for p, r in measured if r.number % spec.islands == island],
-                    bundle,
-                    str(self.inputs.device),
-                )
+                here = [(p, r) for p, r in measured if r.number % spec.islands == island]
+                plots = {"errors": errors, "confirmed": confirmed_plot(configuration, here)}
+                with self.store.fence(claim):
+                    show_result(study, spec, configuration, here, plots)
         warnings, found = result.warnings, {}
         if spec.validation is not None:
             judged = self._validated(job, spec, bundle)
@@ -286,12 +294,17 @@ def _random(spec: JobSpec) -> list[Candidate]:
 
 def _measurement(number: int, candidate: Candidate) -> NewStage:
     """A stage that measures the perplexity of a candidate."""
-    params = {
+    params = {"candidate": _written(candidate)}
+    return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
+
+
+def _written(candidate: Candidate) -> dict[str, Any]:
+    """A candidate of a job as JSON values."""
+    return {
         "method": candidate.method,
         "coefficients": candidate.coefficients.to_dict(),
         "scope": candidate.pattern.scope.value,
     }
-    return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
 
 
 def _provenance(job: Job) -> dict[str, Any]:
@@ -386,11 +399,11 @@ class _Search:
         failed = [i for i, outcome in enumerate(outcomes) if outcome.value is None]
         self._failed += len(failed)
         if failed and self._failed > self._spec.max_failed_trials:
-            first = failed[0]
+            last = failed[-1]
             raise TrialsFailed(
                 f"{self._failed} trials failed, more than max_failed_trials="
-                f"{self._spec.max_failed_trials}. The last: {outcomes[first].failure} It had the "
-                f"coefficients {candidates[first].coefficients.to_dict()}."
+                f"{self._spec.max_failed_trials}. The last: {outcomes[last].failure}",
+                candidate=candidates[last],
             )
 
     def _advance(self, count: int) -> None:

@@ -19,6 +19,7 @@ import psycopg_pool
 import torch
 from procrastinate import BaseRetryStrategy, JobContext, RetryDecision
 from procrastinate.jobs import Job as QueueEntry
+from procrastinate.jobs import Status
 from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_exponential
 
@@ -84,7 +85,8 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
         StorageError: The database cannot be used at all.
         InvalidInput: The device or a setting is wrong.
     """
-    database = Database(database_url, pool=4)
+    idle_limit_s = max(10.0, settings.stalled_after_s)
+    database = Database(database_url, pool=4, idle_limit_s=idle_limit_s)
     try:
         with (
             take_device(options.device) as device,
@@ -183,7 +185,8 @@ class _Worker:
             assert context.job.id is not None
             self._run_stage(stage_id, context.job.id)
 
-        # procrastinate's recipe: the entries of dead workers do not come back by themselves.
+        # procrastinate's recipe, but with new entries: by themselves those of dead workers do not
+        # come back, and the old ones are finished by a worker that was only frozen.
         every_s = max(1, min(30, round(stalled_after_s / 3)))
 
         @app.periodic(cron=f"* * * * * */{every_s}")
@@ -193,8 +196,10 @@ class _Worker:
             for entry in await app.job_manager.get_stalled_jobs(
                 seconds_since_heartbeat=stalled_after_s
             ):
+                assert entry.id is not None
                 logger.warning("stage of a dead worker comes again", extra={"entry": entry.id})
-                await app.job_manager.retry_job(entry)
+                await asyncio.to_thread(self._store.give_again, entry.id)
+                await app.job_manager.finish_job(entry, Status.FAILED, delete_job=True)
 
     def _run_stage(self, stage_id: int, queue_id: int) -> None:
         """Do what an entry of the queue stands for."""
@@ -214,11 +219,11 @@ class _Worker:
             again = self._hand_back_when_possible(claim)
         except PhoError as error:
             logger.warning("%s of job %s failed: %s", claim.stage.kind, claim.job.id, error)
-            again = self._store.fail(claim, _described(error), retry=False)
+            again = self._store.fail(claim, _described(error, claim), retry=False)
         except Exception as error:
             logger.exception("%s of job %s failed", claim.stage.kind, claim.job.id)
             self._inputs.clear()
-            again = self._store.fail(claim, _described(error), retry=True)
+            again = self._store.fail(claim, _described(error, claim), retry=True)
             if again:
                 raise Again(self._settings.retry_after_s) from error
         else:
@@ -270,11 +275,15 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def _described(error: Exception, claim: Claim) -> dict[str, Any]:
     """What a job keeps of an error."""
     described: dict[str, Any] = {
         "type": type(error).__name__,
         "message": str(error) or type(error).__name__,
     }
-    layer = getattr(error, "layer", None)
-    return described if layer is None else {**described, "layer": layer}
+    known = {
+        "layer": getattr(error, "layer", None),
+        "candidate": getattr(error, "candidate", None)
+        or (claim.stage.params or {}).get("candidate"),
+    }
+    return {**described, **{name: value for name, value in known.items() if value is not None}}

@@ -186,7 +186,7 @@ class TestFolder:
         assert running_url(folder) is None
         assert running_url(folder / "not there") is None
 
-    @pytest.mark.parametrize("name", ["a+b", "100%41", "ümläut", "x" * 150, "~"])
+    @pytest.mark.parametrize("name", ["~a+b", "100%41", "ümläut" * 25])
     def test_odd_names(self, folder: Path, name: str) -> None:
         """A folder with an odd or a long name serves as well, for the queue and Optuna too."""
         with embedded_postgresql(folder / name) as url:
@@ -320,7 +320,7 @@ class TestFolder:
         assert before is None
         own_database.check()
 
-    @pytest.mark.parametrize("text", ["", "123\n", "nonsense\n" * 8])
+    @pytest.mark.parametrize("text", ["", "nonsense\n" * 8], ids=["empty", "nonsense"])
     def test_half_a_note(self, folder: Path, text: str) -> None:
         """What a server left that lost its power while it started does not stop the next."""
         with embedded_postgresql(folder):

@@ -23,6 +23,7 @@ from storage.jobs import (
     NoSuchJob,
     StateConflict,
     TooManyJobs,
+    TooManyTrials,
 )
 from storage.keys import KeyStore
 from storage.queue import enqueue
@@ -119,6 +120,12 @@ def only(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> int:
     """The id of a job's only stage of this kind."""
     (stage,) = store.get(job_id).of_kind(kind)
     return stage.id
+
+
+def remove(store: JobStore, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
+    """Delete a job that has nothing elsewhere."""
+    with store.deleting(job_id, visible_to=visible_to):
+        pass
 
 
 def runnable(store: JobStore) -> list[int]:
@@ -231,7 +238,7 @@ class TestSubmit:
         """A deleted job's key is free."""
         job = submit(store, idempotency_key="k")
         store.ask(job.id, "cancel")
-        store.delete(job.id)
+        remove(store, job.id)
 
         assert submit(store, {"other": 1}, idempotency_key="k").id != job.id
 
@@ -262,7 +269,7 @@ class TestSubmit:
         def delete_once(_: Connection, __: Any, statement: str, *___: Any) -> None:
             if statement.startswith("INSERT INTO pho.jobs") and not deleted:
                 deleted.append(old.id)
-                store.delete(old.id)  # on another connection
+                remove(store, old.id)  # on another connection
 
         event.listen(engine, "after_cursor_execute", delete_once)
         try:
@@ -459,8 +466,7 @@ class TestReading:
             lambda: store.get(job.id, visible_to=mine),
             lambda: store.ask(job.id, "cancel", visible_to=mine),
             lambda: store.ask(job.id, "extend", visible_to=mine, trials=1),
-            lambda: store.delete(job.id, visible_to=mine),
-            lambda: store.check_deletable(job.id, visible_to=mine),
+            lambda: remove(store, job.id, visible_to=mine),
         ):
             with pytest.raises(NoSuchJob):
                 call()
@@ -555,7 +561,7 @@ class TestClaim:
         stage = job.stages[0].id
         entry = queue_id(store, stage)
         store.ask(job.id, "cancel")
-        store.delete(job.id)
+        remove(store, job.id)
 
         assert store.claim(stage, entry, WORKER) is None
 
@@ -713,7 +719,7 @@ def lose_with_the_job(store: JobStore, lost: Claim) -> None:
     """The job is gone."""
     store.ask(lost.job.id, "cancel")
     store.claim(lost.stage.id, queue_id(store, lost.stage.id), OTHER)
-    store.delete(lost.job.id)
+    remove(store, lost.job.id)
 
 
 def lose_in_a_pause(store: JobStore, lost: Claim) -> None:
@@ -847,7 +853,7 @@ class TestFence:
         store.fail(two, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
             with store.fence(one):
-                deleted = pool.submit(store.delete, one.job.id)
+                deleted = pool.submit(remove, store, one.job.id)
                 until_someone_waits_for_a_lock(store)
                 held_off = not deleted.done()
             deleted.result(10)
@@ -1351,6 +1357,24 @@ class TestExtend:
         assert ran in (["confirm", "finish"], ["search", "search", "confirm", "finish"])
         assert store.get(job_id).state is JobState.SUCCEEDED
 
+    def test_too_many(self, store: JobStore) -> None:
+        """A job gets no more trials than it may have, and stays as it is; up to that it does."""
+        job = submit(store)
+        before = everything(store)
+        with pytest.raises(TooManyTrials, match="10 trials and 6 more are above 15"):
+            store.ask(job.id, "extend", trials=6, max_trials=15)
+
+        assert everything(store) == before
+        assert store.ask(job.id, "extend", trials=5, max_trials=15).trials == 15
+
+    def test_too_many_at_once(self, store: JobStore) -> None:
+        """Extensions that come at the same moment do not get past that together."""
+        job = submit(store)
+        answers = together(*[lambda: store.ask(job.id, "extend", trials=5, max_trials=20)] * 4)
+
+        assert [type(a) for a in answers].count(TooManyTrials) == 2
+        assert store.get(job.id).trials == 20
+
     @pytest.mark.parametrize("reach", [at_confirm, at_perplexity, at_finish])
     def test_too_late(self, store: JobStore, reach: Callable[[JobStore], Job]) -> None:
         """Once the finalists are being chosen, a job is not extended, and stays as it is."""
@@ -1383,7 +1407,7 @@ class TestDelete:
         """Stages and events go with their job; those of others stay."""
         job, other = succeeded(store), succeeded(store)
         kept = told(store, other.id)
-        store.delete(job.id)
+        remove(store, job.id)
         left = everything(store)
 
         assert [row.id for row in left[0]] == [other.id]
@@ -1392,20 +1416,61 @@ class TestDelete:
         with pytest.raises(NoSuchJob):
             store.get(job.id)
 
-    def test_check(self, store: JobStore) -> None:
-        """Asking whether a job can be deleted gives the job and deletes nothing."""
+    def test_what_else_there_is_of_it(self, store: JobStore) -> None:
+        """The caller gets the job, still there for all, to delete first what is elsewhere."""
         job = succeeded(store)
         before = everything(store)
+        with store.deleting(job.id) as going:
+            during = everything(store)
 
-        assert store.check_deletable(job.id) == job
-        assert everything(store) == before
+        assert going == job
+        assert during == before
+        assert store.page() == []
+
+    def test_fails(self, store: JobStore) -> None:
+        """If what is elsewhere cannot be deleted, the job stays, and can be deleted later."""
+        job = succeeded(store)
+        before = everything(store)
+        with pytest.raises(ZeroDivisionError), store.deleting(job.id):
+            raise ZeroDivisionError
+        after = everything(store)
+        remove(store, job.id)
+
+        assert after == before
+        assert store.page() == []
 
     def test_twice(self, store: JobStore) -> None:
         """A deleted job cannot be deleted again."""
         job = succeeded(store)
-        store.delete(job.id)
+        remove(store, job.id)
         with pytest.raises(NoSuchJob):
-            store.delete(job.id)
+            remove(store, job.id)
+
+    def test_at_once(self, store: JobStore) -> None:
+        """A second deletion waits for the first, and then finds nothing."""
+        job = succeeded(store)
+        with ThreadPoolExecutor(1) as pool:
+            with store.deleting(job.id):
+                second = pool.submit(remove, store, job.id)
+                until_someone_waits_for_a_lock(store)
+                held_off = not second.done()
+
+            assert held_off
+            with pytest.raises(NoSuchJob):
+                second.result(10)
+
+    def test_resumed_at_once(self, store: JobStore) -> None:
+        """A job is deleted or resumed, never both."""
+        taken = begun(store)
+        store.fail(taken, ERROR, retry=False)
+        with ThreadPoolExecutor(1) as pool:
+            with store.deleting(taken.job.id):
+                resumed = pool.submit(store.ask, taken.job.id, "resume")
+                until_someone_waits_for_a_lock(store)
+            with pytest.raises(NoSuchJob):
+                resumed.result(10)
+
+        assert everything(store) == [[], [], [], []]
 
 
 class TestEvents:

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import uuid
+from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 
 from storage.database import Database
 from storage.jobs import JobStore, NewStage
 from storage.keys import KeyStore, NoSuchKey
 from storage.states import StageKind
-from storage.tables import keys
+from storage.tables import jobs, keys
 
 WEIRD = [
     "",
@@ -27,9 +28,25 @@ WEIRD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def database(postgresql: str) -> Iterator[Database]:
+    """One for all tests of this file: to make a new one takes longer than they do."""
+    name = f"keys_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
 def store(database: Database) -> KeyStore:
-    """No keys yet."""
+    """No keys yet, and no jobs."""
+    with database.transaction() as connection:
+        connection.execute(delete(jobs))
+        connection.execute(delete(keys))
     return KeyStore(database)
 
 
@@ -138,12 +155,12 @@ def test_exist_after_revocation(store: KeyStore) -> None:
 def test_jobs_of_a_revoked_key(store: KeyStore) -> None:
     """The jobs of a revoked key stay, and stay its own."""
     key, _ = store.create("mine", sees_all=False)
-    jobs = JobStore(store.database)
+    of_all = JobStore(store.database)
     first = NewStage(kind=StageKind.CALIBRATE)
-    job, _ = jobs.submit({}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id)
+    job, _ = of_all.submit({}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id)
     store.revoke(key.prefix)
 
-    assert jobs.page(visible_to=key.id) == [job]
+    assert of_all.page(visible_to=key.id) == [job]
 
 
 @pytest.mark.parametrize("secret", WEIRD, ids=range(len(WEIRD)))

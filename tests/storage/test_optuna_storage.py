@@ -1,5 +1,6 @@
 """Optuna's own tests of a storage, on the service's: its own schema, commits that do not wait."""
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -10,12 +11,27 @@ from storage.database import Database
 from storage.studies import open_storage
 
 
+@pytest.fixture(scope="module")
+def database(postgresql: str) -> Iterator[Database]:
+    """One for all tests of this file: to make a new one takes longer than they do."""
+    name = f"optuna_{uuid.uuid4().hex}"
+    admin = Database(postgresql)
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
+    yield opened
+    opened.close()
+
+
 class TestOptunaStorage(StorageTestCase):
     """What Optuna asks of a storage, the one of the service gives."""
 
     @pytest.fixture
     def storage(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[RDBStorage]:
         """Opened as the workers open it; copies that a test unpickles are closed as well."""
+        with database.transaction() as connection:
+            connection.exec_driver_sql("TRUNCATE optuna.studies CASCADE")
         copies: list[RDBStorage] = []
         unpickle = RDBStorage.__setstate__
 

@@ -187,7 +187,8 @@ def test_refused(store: JobStore, verb: str, state: JobState, busy: bool) -> Non
 def test_delete(store: JobStore, state: JobState) -> None:
     """A job that is over or paused can be deleted, and nothing of it stays."""
     job_id = job_in(store, state, busy=False)
-    store.delete(job_id)
+    with store.deleting(job_id):
+        pass
 
     assert rows(store, job_id)[:3] == [[], [], []]
 
@@ -195,13 +196,17 @@ def test_delete(store: JobStore, state: JobState) -> None:
 @pytest.mark.parametrize("state", [state for verb, state in REFUSED if verb == "delete"])
 @pytest.mark.parametrize("busy", [False, True])
 def test_delete_refused(store: JobStore, state: JobState, busy: bool) -> None:
-    """A job that may still work cannot be deleted; the way out is named."""
+    """A job that may still work cannot be deleted; the way out is named, and nothing is begun."""
     job_id = job_in(store, state, busy=busy)
     before = rows(store, job_id)
-    for method in (store.delete, store.check_deletable):
-        with pytest.raises(StateConflict, match=r"cannot be deleted\. Cancel it first\."):
-            method(job_id)
+    entered = False
+    with (
+        pytest.raises(StateConflict, match=r"cannot be deleted\. Cancel it first\."),
+        store.deleting(job_id),
+    ):
+        entered = True
 
+    assert not entered
     assert rows(store, job_id) == before
 
 
