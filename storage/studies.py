@@ -13,7 +13,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     NoSuchModuleError,
@@ -45,6 +45,7 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
     check_url(url)
     try:
         storage = RDBStorage(url)
+        event.listen(storage.engine, "handle_error", _give_up)
         if storage.engine.dialect.name == "sqlite":
             event.listen(storage.engine, "connect", _set_pragmas)
             storage.engine.dispose()  # the connections made so far lack the settings
@@ -81,6 +82,18 @@ def open_study(
 def study_name(job_name: str, island: int) -> str:
     """The study of a job's island: the first has the job's name."""
     return job_name if island == 0 else f"{job_name} island {island}"
+
+
+def _give_up(context: ExceptionContext) -> None:
+    """
+    Let nothing be tried again on another connection.
+
+    Optuna does, and would number a trial anew after a server that crashed has
+    forgotten those before it.
+    """
+    if context.is_disconnect:
+        reason = str(context.original_exception).splitlines()[0]
+        raise DatabaseGone(f"the database went away: {reason}. What it holds is kept.")
 
 
 def _set_pragmas(connection: object, _record: object) -> None:
