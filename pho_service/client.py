@@ -14,12 +14,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import httpx_sse
-from pydantic import ValidationError
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay
+from pydantic import BaseModel, ValidationError
+from tenacity import Retrying, retry_if_exception_type, stop_before_delay
 from tenacity.wait import wait_exponential
 
 from pho_service.configuration import Configuration
@@ -34,7 +34,7 @@ from pho_service.documents import (
     Worker,
     WorkerList,
 )
-from pho_service.errors import ServiceError, ServiceUnavailable
+from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
 from pho_service.settings import read_settings
 
 _OUTAGE_S = 300.0  # that waiting for a job bears
@@ -72,12 +72,25 @@ class Client:
     ) -> None:
         settings = read_settings(api_url=url, api_key=key)
         secret = settings.api_key.get_secret_value() if settings.api_key else None
+        if secret and not (secret.isascii() and secret.isprintable()):
+            raise InvalidInput(
+                "the key has characters that no key has. Copy it again from where `pho keys "
+                "create` printed it."
+            )
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.url = settings.api_url.rstrip("/")
-        self._http = httpx.Client(
-            base_url=f"{self.url}/v1", headers=headers, timeout=timeout_s,
-            transport=httpx.HTTPTransport(retries=2),
-        )  # fmt: skip
+        try:
+            self._http = httpx.Client(
+                base_url=f"{self.url}/v1",
+                headers=headers,
+                timeout=timeout_s,
+                transport=httpx.HTTPTransport(retries=2),
+            )
+        except httpx.InvalidURL as error:
+            raise InvalidInput(
+                f"the service's URL {self.url!r} is not understood: {error}. Write "
+                "http://127.0.0.1:8000, say."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -103,18 +116,18 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
-        return Job.model_validate_json(answer.content)
+        return _read(Job, answer)
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
-        return Job.model_validate_json(self._request("GET", f"/jobs/{job_id}").content)
+        return _read(Job, self._request("GET", f"/jobs/{_id(job_id)}"))
 
     def jobs(self, states: Sequence[State] = ()) -> Iterator[Job]:
         """All jobs, newest first, page by page."""
         params: dict[str, Any] = {"state": [*states]}
         while True:
             answer = self._request("GET", "/jobs", params=params)
-            page = JobPage.model_validate_json(answer.content)
+            page = _read(JobPage, answer)
             yield from page.jobs
             if page.next_page_token is None:
                 return
@@ -124,8 +137,8 @@ class Client:
         """The trials of an island by number, page by page."""
         params: dict[str, Any] = {"island": island}
         while True:
-            answer = self._request("GET", f"/jobs/{job_id}/trials", params=params)
-            page = TrialPage.model_validate_json(answer.content)
+            answer = self._request("GET", f"/jobs/{_id(job_id)}/trials", params=params)
+            page = _read(TrialPage, answer)
             yield from page.trials
             if page.next_page_token is None:
                 return
@@ -133,21 +146,28 @@ class Client:
 
     def best(self, job_id: uuid.UUID | str) -> Configuration:
         """The best configuration of a job that has one."""
-        answer = self._request("GET", f"/jobs/{job_id}/best")
-        return Configuration.model_validate(answer.json())
+        answer = self._request("GET", f"/jobs/{_id(job_id)}/best")
+        return _read(Configuration, answer)
 
     def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
         """What happens to a job, from the event after ``after`` to the end of the job."""
         headers = {"Last-Event-ID": str(after)} if after else {}
+        path = f"/jobs/{_id(job_id)}/events"
         try:
             with httpx_sse.connect_sse(
-                self._http, "GET", f"/jobs/{job_id}/events", headers=headers, timeout=None
+                self._http, "GET", path, headers=headers, timeout=None
             ) as source:
-                if source.response.is_error:
+                if not source.response.is_success:
                     source.response.read()
                     raise _refused(source.response)
                 for event in source.iter_sse():
-                    yield Event(id=int(event.id), kind=event.event, data=event.json())
+                    try:
+                        found = Event(id=int(event.id), kind=event.event, data=event.json())
+                    except ValueError as error:
+                        raise _no_pho() from error
+                    yield found
+        except httpx_sse.SSEError as error:
+            raise _no_pho() from error
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
@@ -169,11 +189,11 @@ class Client:
 
     def delete(self, job_id: uuid.UUID | str) -> None:
         """Delete a job that is over or paused."""
-        self._request("DELETE", f"/jobs/{job_id}")
+        self._request("DELETE", f"/jobs/{_id(job_id)}")
 
     def workers(self) -> list[Worker]:
         """The workers that reported lately."""
-        return WorkerList.model_validate_json(self._request("GET", "/workers").content).workers
+        return _read(WorkerList, self._request("GET", "/workers")).workers
 
     def wait(
         self,
@@ -204,10 +224,11 @@ class Client:
             TimeRemainingColumn,
         )
 
+        patience_s = _OUTAGE_S if timeout_s is None else min(_OUTAGE_S, timeout_s)
         patient = Retrying(
             retry=retry_if_exception_type(ServiceUnavailable),
             wait=wait_exponential(multiplier=0.5, max=10),
-            stop=stop_after_delay(_OUTAGE_S),
+            stop=stop_before_delay(patience_s),
             reraise=True,
         )
         columns = (
@@ -239,15 +260,15 @@ class Client:
     def _verb(
         self, job_id: uuid.UUID | str, verb: str, document: dict[str, Any] | None = None
     ) -> Job:
-        answer = self._request("POST", f"/jobs/{job_id}:{verb}", json=document)
-        return Job.model_validate_json(answer.content)
+        answer = self._request("POST", f"/jobs/{_id(job_id)}:{verb}", json=document)
+        return _read(Job, answer)
 
     def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, path, **more)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
-        if answer.is_error:
+        if not answer.is_success:
             raise _refused(answer)
         return answer
 
@@ -256,6 +277,34 @@ class Client:
             f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
             "set PHO_API_URL."
         )
+
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def _read(kind: type[Answer], answer: httpx.Response) -> Answer:
+    try:
+        return kind.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise _no_pho() from error
+
+
+def _no_pho() -> ServiceError:
+    return ServiceError(
+        "the answer is not one that PHO gives: something else listens there, or a service of "
+        "another version. Check PHO_API_URL.",
+        code="unknown",
+    )
+
+
+def _id(job_id: uuid.UUID | str) -> str:
+    """A job's id for a path."""
+    try:
+        return str(uuid.UUID(str(job_id)))
+    except ValueError:
+        raise InvalidInput(
+            f"{str(job_id)!r} is not a job's id. `pho jobs` shows the ids of all jobs."
+        ) from None
 
 
 def _refused(answer: httpx.Response) -> ServiceError:

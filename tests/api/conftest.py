@@ -1,0 +1,267 @@
+"""
+The front end in this process on a real database, and a hand that does what workers would.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from fastapi.testclient import TestClient
+from optuna.trial import TrialState, create_trial
+from sqlalchemy import select
+
+from pho_service.api.app import create_app
+from pho_service.configuration import Configuration
+from pho_service.settings import Settings, read_settings
+from storage.database import Database
+from storage.jobs import Claim, JobStore, NewStage
+from storage.keys import KeyStore
+from storage.states import JobState, StageKind
+from storage.studies import open_storage, open_study, study_name
+from storage.tables import stages
+
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+CONFIGURATION = Configuration.model_validate(
+    {
+        "method": "crepe",
+        "pattern": "0.5",
+        "scope": "layer",
+        "coefficients": {
+            "row": 0.1 + 0.2,
+            "column": 1e-17,
+            "neighbourhood": 0.25,
+            "kernel_size": 5,
+            "activation_exponent": 0.5,
+        },
+        "objective": {"name": "activation-reconstruction/blend", "value": 0.0123456789012345678},
+        "confirmation": {
+            "perplexity": 17.25,
+            "tokens": 496,
+            "context_length": 32,
+            "text": {"name": "Überprüfung \u2713.txt", "z": 1, "a": 2**53 + 1},
+        },
+        "search": {"trials": 40, "seed": 2**32 - 1},
+    }
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Models and texts lie below the test's folder."""
+    return read_settings(model_roots=(tmp_path,), text_roots=(tmp_path,))
+
+
+@pytest.fixture
+def client_of(database_url: str, settings: Settings) -> Iterator[Callable[..., TestClient]]:
+    """Make a client of a front end of its own, with some settings changed."""
+    opened = []
+
+    def make(*, keys_needed: bool = False, **changes: Any) -> TestClient:
+        app = create_app(
+            Database(database_url, pool=8),
+            settings.model_copy(update=changes),
+            keys_needed=keys_needed,
+        )
+        client = TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False)
+        opened.append(client.__enter__())
+        return client
+
+    yield make
+    for client in opened:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(client_of: Callable[..., TestClient]) -> TestClient:
+    """A client of a front end that needs no keys; a crash is answered, not raised."""
+    return client_of()
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models and texts of :func:`shared_client` lie."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def shared_client(postgresql: str, shared_folder: Path) -> Iterator[TestClient]:
+    """A client for all tests of a file that do not mind what the others store."""
+    admin, name = Database(postgresql, pool=1), f"shared_{uuid.uuid4().hex}"
+    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
+    admin.close()
+    database = Database(postgresql.replace("/postgres?", f"/{name}?"), pool=8)
+    roots = (shared_folder,)
+    app = create_app(database, read_settings(model_roots=roots, text_roots=roots))
+    with TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def submit(client: TestClient) -> Callable[..., dict[str, Any]]:
+    """Submit a small document with some values changed; gives the job."""
+
+    def ask(*, headers: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
+        answer = client.post("/v1/jobs", json={**DOCUMENT, **changes}, headers=headers)
+        assert answer.status_code == 202, answer.text
+        job = answer.json()
+        assert isinstance(job, dict)
+        return job
+
+    return ask
+
+
+@pytest.fixture
+def keys(database: Database) -> KeyStore:
+    """The keys of the same database."""
+    return KeyStore(database)
+
+
+class Hand:
+    """
+    Does to jobs what workers do, as far as a test wants.
+
+    Args:
+        store: Of the same database as the front end.
+    """
+
+    def __init__(self, store: JobStore) -> None:
+        self.store = store
+        self.worker_id = uuid.uuid4()
+
+    def take(self, job_id: str, kind: StageKind, number: int = 0) -> Claim:
+        """Claim a stage as the queue would give it out."""
+        query = select(stages.c.id, stages.c.queue_id).where(
+            stages.c.job_id == uuid.UUID(job_id), stages.c.kind == kind, stages.c.number == number
+        )
+        with self.store.database.transaction() as connection:
+            row = connection.execute(query).one()
+        claim = self.store.claim(row.id, row.queue_id, self.worker_id)
+        assert claim is not None
+        return claim
+
+    def calibrate(self, job_id: str) -> None:
+        """Up to the searches."""
+        claim = self.take(job_id, StageKind.CALIBRATE)
+        islands = [
+            NewStage(kind=StageKind.SEARCH, number=i) for i in range(claim.job.spec["islands"])
+        ]
+        self.store.complete(claim, {"provenance": {}}, add=islands)
+
+    def search(self, job_id: str) -> None:
+        """From there to the choice of finalists."""
+        for island in range(self.store.get(uuid.UUID(job_id)).spec["islands"]):
+            claim = self.take(job_id, StageKind.SEARCH, island)
+            self.store.complete(claim, {}, then=[NewStage(kind=StageKind.CONFIRM)])
+
+    def confirm(self, job_id: str, *trials: int) -> None:
+        """From there to the perplexities of some trials."""
+        self.store.complete(
+            self.take(job_id, StageKind.CONFIRM),
+            {"finalists": [*trials]},
+            add=[NewStage(kind=StageKind.PERPLEXITY, number=n) for n in trials],
+            then=[NewStage(kind=StageKind.FINISH)],
+        )
+
+    def measure(self, job_id: str, trial: int, perplexity: float, seconds: float) -> None:
+        """One of them."""
+        self.store.complete(
+            self.take(job_id, StageKind.PERPLEXITY, trial),
+            {"perplexity": perplexity, "seconds": seconds},
+            then=[NewStage(kind=StageKind.FINISH)],
+        )
+
+    def succeed(self, job_id: str, *warnings: str) -> None:
+        """All that is left of a job without perplexities."""
+        kinds = {s.kind for s in self.store.get(uuid.UUID(job_id)).stages}
+        if StageKind.SEARCH not in kinds:
+            self.calibrate(job_id)
+        if StageKind.CONFIRM not in kinds:
+            self.search(job_id)
+        if StageKind.FINISH not in kinds:
+            self.confirm(job_id)
+        self.store.succeed(
+            self.take(job_id, StageKind.FINISH),
+            best=CONFIGURATION.model_dump(mode="json"),
+            warnings=warnings,
+            result={},
+        )
+
+    def fail(self, job_id: str, **error: Any) -> None:
+        """The calibration, for good."""
+        error = {"type": "ModelError", "message": "org/name is not there.", **error}
+        self.store.fail(self.take(job_id, StageKind.CALIBRATE), error, retry=False)
+
+    def bring(self, job_id: str, state: JobState) -> None:
+        """A new job to any state."""
+        if state in (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING):
+            self.take(job_id, StageKind.CALIBRATE)
+        if state in (JobState.PAUSING, JobState.PAUSED):
+            self.store.ask(uuid.UUID(job_id), "pause")
+        if state in (JobState.CANCELLING, JobState.CANCELLED):
+            self.store.ask(uuid.UUID(job_id), "cancel")
+        if state is JobState.SUCCEEDED:
+            self.succeed(job_id)
+        if state is JobState.FAILED:
+            self.fail(job_id)
+        assert self.store.get(uuid.UUID(job_id)).state is state
+
+    def record(self, job: dict[str, Any], count: int, *, island: int = 0, failed: int = -1) -> None:
+        """Put trials into a job's study; number ``failed`` failed, number n has the value n/10."""
+        coefficients = CONFIGURATION.coefficients.model_dump()
+        with open_storage(self.store.database.studies_url) as storage:
+            study = open_study(storage, study_name(job["name"], island), direction="minimize")
+            study.add_trials(
+                [
+                    create_trial(
+                        state=TrialState.FAIL if n == failed else TrialState.COMPLETE,
+                        value=None if n == failed else n / 10,
+                        user_attrs={
+                            "method": "crepe" if n else "wanda",
+                            "scope": "layer",
+                            "coefficients": coefficients,
+                            "seconds": 0.5,
+                            **({"failure": "NaN in layer 3"} if n == failed else {}),
+                        },
+                    )
+                    for n in range(count)
+                ]
+            )
+
+    def studies(self) -> list[str]:
+        """The names of all studies."""
+        with open_storage(self.store.database.studies_url) as storage:
+            return sorted(optuna.get_all_study_names(storage))
+
+
+@pytest.fixture
+def hand(database: Database) -> Hand:
+    """For the jobs of the test's database."""
+    return Hand(JobStore(database))
+
+
+@pytest.fixture
+def configuration() -> Configuration:
+    """What the hand's jobs succeed with."""
+    return CONFIGURATION
+
+
+@pytest.fixture
+def refusal() -> Callable[..., dict[str, Any]]:
+    """Check that an answer is a problem with this status and code; gives the document."""
+
+    def check(answer: Any, status: int, code: str | None = None) -> dict[str, Any]:
+        assert answer.status_code == status, answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+        problem = answer.json()
+        assert isinstance(problem, dict)
+        assert problem["status"] == status
+        assert problem["title"]
+        assert problem["detail"]
+        assert code is None or problem["code"] == code
+        return problem
+
+    return check

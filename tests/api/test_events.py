@@ -1,0 +1,290 @@
+"""The stream of what happens to a job."""
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.configuration import Configuration
+from storage.jobs import NewStage
+from storage.states import JobState, StageKind
+
+Submit = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """As a browser would give it to a page."""
+
+    id: int
+    kind: str
+    data: dict[str, Any]
+
+
+def events_of(text: str) -> list[Event]:
+    """Read a stream by the rules of the HTML standard."""
+    found = []
+    for block in re.split(r"\r?\n\r?\n", text):
+        lines = [line for line in re.split(r"\r?\n", block) if line and not line.startswith(":")]
+        if lines:
+            fields = dict(line.split(": ", 1) for line in lines)
+            found.append(
+                Event(id=int(fields["id"]), kind=fields["event"], data=json.loads(fields["data"]))
+            )
+    return found
+
+
+@pytest.fixture
+def history(submit: Submit, hand: Any, configuration: Configuration) -> str:
+    """A job that was paused and resumed, failed once, and succeeded."""
+    job = submit(trials=40)["id"]
+    claim = hand.take(job, StageKind.CALIBRATE)
+    hand.store.fail(claim, {"type": "OSError", "message": "disk: ü\n\nx"}, retry=True)
+    hand.store.ask(uuid.UUID(job), "pause")
+    hand.store.ask(uuid.UUID(job), "resume")
+    hand.calibrate(job)
+    claim = hand.take(job, StageKind.SEARCH)
+    for done in (8, 16, 40):
+        hand.store.progress(claim, done=done, elapsed_s=1.0, best_value=1 / done)
+    hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.FINISH)])
+    best = configuration.model_dump(mode="json")
+    hand.store.succeed(hand.take(job, StageKind.FINISH), best=best, warnings=[], result={})
+    return job
+
+
+def test_all(client: TestClient, history: str) -> None:
+    """The stream of a job that is over tells everything, in order, and ends."""
+    answer = client.get(f"/v1/jobs/{history}/events")
+    events = events_of(answer.text)
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    assert [
+        (e.kind, e.data.get("state") or e.data.get("done") or e.data.get("stage")) for e in events
+    ] == [
+        ("state", "queued"), ("stage", "calibrate"), ("state", "running"), ("retry", "calibrate"),
+        ("state", "paused"), ("state", "queued"), ("state", "running"), ("stage", "search"),
+        ("progress", 8), ("progress", 16), ("progress", 40), ("stage", "finish"),
+        ("state", "succeeded"),
+    ]  # fmt: skip
+    assert [e.id for e in events] == sorted({e.id for e in events})
+
+
+def test_data(client: TestClient, history: str) -> None:
+    """Each event has its time and what there is to know, on one line of JSON."""
+    events = events_of(client.get(f"/v1/jobs/{history}/events").text)
+    retry = next(e for e in events if e.kind == "retry")
+    progress = next(e for e in events if e.kind == "progress")
+
+    assert (retry.data["type"], retry.data["message"], retry.data["attempts"]) == (
+        "OSError", "disk: ü\n\nx", 1,
+    )  # fmt: skip
+    assert (progress.data["number"], progress.data["best_value"]) == (0, 0.125)
+    assert all(datetime.fromisoformat(e.data["at"]).tzinfo for e in events)
+
+
+def test_resumed_anywhere(client: TestClient, history: str) -> None:
+    """After any event the stream goes on with the next: nothing is lost, nothing comes twice."""
+    url = f"/v1/jobs/{history}/events"
+    events = events_of(client.get(url).text)
+
+    for seen, last in enumerate(events, start=1):
+        answer = client.get(url, headers={"Last-Event-ID": str(last.id)})
+        assert events_of(answer.text) == events[seen:]
+
+
+def test_id_between(client: TestClient, submit: Submit, hand: Any) -> None:
+    """An id from between two events of a job is as good as one of them."""
+    other = submit()["id"]
+    hand.bring(other, JobState.CANCELLED)
+    events = events_of(client.get(f"/v1/jobs/{other}/events").text)
+    answer = client.get(
+        f"/v1/jobs/{other}/events", headers={"Last-Event-ID": str(events[0].id - 1)}
+    )
+
+    assert events_of(answer.text) == events
+    assert {e.data["state"] for e in events} == {"queued", "cancelled"}
+
+
+def test_beyond_the_end(client: TestClient, history: str) -> None:
+    """After the last event of a job that is over, the stream is empty and ends."""
+    for last in ("9" * 9, str(2**63 - 1)):
+        answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
+
+        assert answer.status_code == 200
+        assert events_of(answer.text) == []
+
+
+def test_bad_id(client: TestClient, history: str, refusal: Any) -> None:
+    """What cannot be an event's id is refused by name."""
+    for last in ("x", "-1", "1.5", "1e3", str(2**63), "9" * 5000, "NaN", "1, 2"):
+        answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
+        (error,) = refusal(answer, 422, "invalid_request")["errors"]
+
+        assert error["parameter"].lower() == "last-event-id"
+
+
+def test_more_than_a_page(client: TestClient, submit: Submit, hand: Any) -> None:
+    """A long history comes whole."""
+    job = submit()["id"]
+    hand.calibrate(job)
+    claim = hand.take(job, StageKind.SEARCH)
+    with hand.store.database.transaction() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO pho.events (job_id, kind, data)"
+            " SELECT %s, 'progress', json_build_object('done', n) FROM generate_series(1, 1200) n",
+            (job,),
+        )
+    hand.store.fail(claim, {"type": "X", "message": "x"}, retry=False)
+    events = events_of(client.get(f"/v1/jobs/{job}/events").text)
+
+    assert [e.data["done"] for e in events if e.kind == "progress"] == [*range(1, 1201)]
+    assert events[-1].data["state"] == "failed"
+
+
+def test_head(client: TestClient, history: str) -> None:
+    """Asked for its head alone, the stream does not hang."""
+    assert client.head(f"/v1/jobs/{history}/events").status_code in (200, 405)
+
+
+# ------------------------------------------------------------------------- while it runs
+
+
+class Listener:
+    """
+    A client that is on the line while things happen: the test client would wait for the end.
+
+    Args:
+        app: The front end.
+        job: Whose events.
+        after: The last event that was seen.
+    """
+
+    def __init__(self, app: Any, job: str, after: int | None = None) -> None:
+        self._app = app
+        self._gone = asyncio.Event()
+        self._new = asyncio.Event()
+        self.text = ""
+        headers = [(b"host", b"localhost")]
+        if after is not None:
+            headers.append((b"last-event-id", str(after).encode()))
+        self._scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
+            "scheme": "http", "path": f"/v1/jobs/{job}/events", "query_string": b"",
+            "raw_path": b"", "root_path": "", "headers": headers, "server": ("localhost", 80),
+            "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        self._asked = False
+
+    async def __aenter__(self) -> "Listener":
+        self.task = asyncio.create_task(self._app(self._scope, self._receive, self._send))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gone.set()
+        await asyncio.wait_for(self.task, 10)
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.text += message.get("body", b"").decode()
+        self._new.set()
+
+    @property
+    def events(self) -> list[Event]:
+        """So far."""
+        return events_of(self.text)
+
+    async def until(self, count: int) -> list[Event]:
+        """Once there are so many."""
+        async with asyncio.timeout(10):
+            while len(self.events) < count:
+                self._new.clear()
+                await self._new.wait()
+        return self.events
+
+
+def test_live(client: TestClient, submit: Submit, hand: Any) -> None:
+    """Events come while they happen, and the stream ends with the job."""
+    job = submit()["id"]
+
+    async def follow() -> list[Event]:
+        async with Listener(client.app, job) as listener:
+            await listener.until(1)
+            await asyncio.to_thread(hand.calibrate, job)
+            await listener.until(3)
+            await asyncio.to_thread(hand.store.ask, uuid.UUID(job), "cancel")
+            await asyncio.wait_for(listener.task, 10)
+            return listener.events
+
+    events = asyncio.run(follow())
+
+    assert [e.data.get("state") or e.data["stage"] for e in events] == [
+        "queued", "calibrate", "running", "cancelled",
+    ]  # fmt: skip
+
+
+def test_cut_off_and_resumed(client: TestClient, submit: Submit, hand: Any) -> None:
+    """One who was cut off and comes back sees what happened meanwhile, once."""
+    job = submit()["id"]
+
+    async def follow() -> tuple[list[Event], list[Event]]:
+        async with Listener(client.app, job) as first:
+            await first.until(1)
+        await asyncio.to_thread(hand.calibrate, job)
+        async with Listener(client.app, job, after=first.events[-1].id) as second:
+            await second.until(2)
+            await asyncio.to_thread(hand.store.ask, uuid.UUID(job), "cancel")
+            await asyncio.wait_for(second.task, 10)
+        return first.events, second.events
+
+    first, second = asyncio.run(follow())
+
+    assert first + second == events_of(client.get(f"/v1/jobs/{job}/events").text)
+    assert len(first) == 1
+
+
+def test_deleted_meanwhile(client: TestClient, submit: Submit, hand: Any) -> None:
+    """The stream of a job that is deleted ends."""
+    job = submit()["id"]
+    hand.bring(job, JobState.PAUSED)
+
+    async def follow() -> list[Event]:
+        async with Listener(client.app, job) as listener:
+            await listener.until(2)
+            await asyncio.to_thread(client.delete, f"/v1/jobs/{job}")
+            await asyncio.wait_for(listener.task, 10)
+            return listener.events
+
+    assert [e.data["state"] for e in asyncio.run(follow())] == ["queued", "paused"]
+
+
+def test_listeners_are_no_burden(client: TestClient, submit: Submit, hand: Any) -> None:
+    """More listeners than there are connections to the database leave it free for others."""
+    job = submit()["id"]
+
+    async def follow() -> tuple[int, set[int]]:
+        listeners = [Listener(client.app, job) for _ in range(50)]
+        async with asyncio.TaskGroup() as group:
+            for listener in listeners:
+                group.create_task(listener.__aenter__())
+        for listener in listeners:
+            await listener.until(1)
+        answer = await asyncio.to_thread(client.get, "/v1/jobs")
+        await asyncio.to_thread(hand.store.ask, uuid.UUID(job), "cancel")
+        await asyncio.gather(*(asyncio.wait_for(li.task, 20) for li in listeners))
+        return answer.status_code, {len(li.events) for li in listeners}
+
+    assert asyncio.run(follow()) == (200, {2})

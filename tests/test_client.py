@@ -1,0 +1,610 @@
+"""The Python client against a front end that listens, and against what else may listen there."""
+
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import optuna
+import pytest
+import uvicorn
+from optuna.trial import create_trial
+from sqlalchemy import select
+
+from pho_service.api.app import create_app
+from pho_service.client import Client
+from pho_service.configuration import Configuration
+from pho_service.documents import Job
+from pho_service.errors import PhoError, ServiceError, ServiceUnavailable
+from pho_service.job_spec import JobSpec
+from pho_service.settings import read_settings
+from storage.database import Database
+from storage.jobs import Claim, JobStore, NewStage
+from storage.keys import KeyStore
+from storage.states import StageKind
+from storage.studies import open_storage
+from storage.tables import stages
+
+SPEC = {"model": "org/name", "pattern": "0.5"}
+CONFIGURATION = {
+    "method": "crepe",
+    "pattern": "0.5",
+    "scope": "layer",
+    "coefficients": {
+        "row": 0.1 + 0.2, "column": 1.0, "neighbourhood": 0.5, "kernel_size": 5,
+        "activation_exponent": 0.5,
+    },
+    "objective": {"name": "activation-reconstruction/blend", "value": 0.0123},
+}  # fmt: skip
+PATIENCE_S = 20.0
+
+
+class Service:
+    """
+    A front end that listens on a free port, and on the same one each time.
+
+    Args:
+        database_url: Of a migrated database.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._database_url = database_url
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Listen, with a fresh application."""
+        self._listener = socket.create_server(("127.0.0.1", self._port))
+        self._port = self._listener.getsockname()[1]
+        app = create_app(Database(self._database_url, pool=8), read_settings())
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
+            )
+        )
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._listener]}
+        )
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Close all connections and the port."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+
+@pytest.fixture
+def service(database_url: str) -> Iterator[Service]:
+    """It has stopped after the test."""
+    running = Service(database_url)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Client]:
+    """Of this service."""
+    with Client(service.url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """Of the same database, for what workers do."""
+    return JobStore(database)
+
+
+def take(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> Claim:
+    """Claim a stage as the queue would give it out."""
+    query = select(stages.c.id, stages.c.queue_id).where(
+        stages.c.job_id == job_id, stages.c.kind == kind
+    )
+    with store.database.transaction() as connection:
+        row = connection.execute(query).one()
+    claim = store.claim(row.id, row.queue_id, uuid.uuid4())
+    assert claim is not None
+    return claim
+
+
+def succeed(store: JobStore, job_id: uuid.UUID) -> None:
+    """Do a job as far as a client can see."""
+    finish = [NewStage(kind=StageKind.FINISH)]
+    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, add=finish)
+    best = Configuration.model_validate(CONFIGURATION).model_dump(mode="json")
+    store.succeed(
+        take(store, job_id, StageKind.FINISH), best=best, warnings=["on the border"], result={}
+    )
+
+
+@contextmanager
+def meanwhile(*acts: Callable[[], Any], after_s: float = 0.5) -> Iterator[None]:
+    """Do things in another thread, each after a while; they are done afterwards."""
+
+    def run() -> None:
+        for act in acts:
+            time.sleep(after_s)
+            act()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(PATIENCE_S)
+
+
+# -------------------------------------------------------------------------- jobs
+
+
+def test_submit(client: Client) -> None:
+    """A job comes back as it was stored."""
+    job = client.submit(SPEC)
+
+    assert isinstance(job, Job)
+    assert (job.state, job.progress.trials, job.best) == ("queued", 200, None)
+    assert job.spec["model"] == "org/name"
+    assert client.job(job.id) == client.job(str(job.id)) == job
+
+
+def test_submit_twice(client: Client) -> None:
+    """Two submits are two jobs, unless they say that they are the same."""
+    jobs = [client.submit(SPEC).id for _ in range(2)]
+    same = [client.submit(SPEC, idempotency_key="one").id for _ in range(2)]
+
+    assert jobs[0] != jobs[1]
+    assert same[0] == same[1]
+    assert [job.id for job in client.jobs()] == [same[0], *jobs[::-1]]
+
+
+def test_all_jobs(client: Client, store: JobStore) -> None:
+    """A listing goes over all pages, in the order of the service, with a filter or without."""
+    ids = [
+        store.submit(
+            JobSpec.model_validate(SPEC).model_dump(),
+            name="n",
+            first=NewStage(kind=StageKind.CALIBRATE),
+            trials=200,
+            max_attempts=3,
+        )[0].id
+        for _ in range(120)
+    ]
+    for job_id in ids[::2]:
+        store.ask(job_id, "cancel")
+
+    assert [job.id for job in client.jobs()] == ids[::-1]
+    assert [job.id for job in client.jobs(["cancelled"])] == ids[::2][::-1]
+    assert [job.id for job in client.jobs(["cancelled", "queued"])] == ids[::-1]
+    assert [*client.jobs(["failed"])] == []
+
+
+def test_trials(client: Client, store: JobStore) -> None:
+    """Trials come over all pages, by number."""
+    job = client.submit({**SPEC, "islands": 2})
+    with open_storage(store.database.studies_url) as storage:
+        study = optuna.create_study(storage=storage, study_name=f"{job.name} island 1")
+        attributes = {"method": "crepe", "scope": "layer", "coefficients": {"row": 1.0}}
+        study.add_trials([create_trial(value=float(n), user_attrs=attributes) for n in range(230)])
+
+    assert [t.value for t in client.trials(job.id, island=1)] == [float(n) for n in range(230)]
+    assert [*client.trials(job.id)] == []
+
+
+def test_best(client: Client, store: JobStore) -> None:
+    """The best is a configuration, ready to prune with."""
+    job = client.submit(SPEC)
+    succeed(store, job.id)
+
+    assert client.best(job.id) == Configuration.model_validate(CONFIGURATION)
+    assert client.best(job.id).candidate().coefficients.row == 0.1 + 0.2
+
+
+def test_verbs(client: Client) -> None:
+    """Each verb gives the job as it is then."""
+    job = client.submit({**SPEC, "trials": 40}).id
+
+    assert client.pause(job).state == "paused"
+    assert client.resume(job).state == "queued"
+    assert client.extend(job, trials=10).progress.trials == 50
+    assert client.cancel(job).state == "cancelled"
+    client.delete(job)
+    assert [*client.jobs()] == []
+
+
+def test_workers(client: Client, store: JobStore) -> None:
+    """Workers come with what they do."""
+    worker = uuid.uuid4()
+    store.enter_worker(worker, name="host:1", device="cuda:0", kinds=[StageKind.SEARCH])
+    (found,) = client.workers()
+
+    assert (found.id, found.name, found.device) == (worker, "host:1", "cuda:0")
+    assert found.stages == ["search"]
+
+
+# ------------------------------------------------------------------------- events
+
+
+def test_events(client: Client, store: JobStore) -> None:
+    """Events come as they happen, until the job is over."""
+    job = client.submit(SPEC).id
+    with meanwhile(lambda: succeed(store, job)):
+        events = [*client.events(job)]
+
+    assert [(e.kind, e.data.get("state") or e.data.get("stage")) for e in events] == [
+        ("state", "queued"), ("stage", "calibrate"), ("state", "running"), ("stage", "finish"),
+        ("state", "succeeded"),
+    ]  # fmt: skip
+
+
+def test_events_go_on(client: Client, store: JobStore) -> None:
+    """Asked for those after one that was seen, the client gets the rest."""
+    job = client.submit(SPEC).id
+    succeed(store, job)
+    events = [*client.events(job)]
+
+    for seen in range(len(events)):
+        assert [*client.events(job, after=events[seen].id)] == events[seen + 1 :]
+
+
+def test_events_left_early(client: Client) -> None:
+    """Who has seen enough may leave, and go on with the same client."""
+    job = client.submit(SPEC).id
+    for event in client.events(job):
+        assert event.data["state"] == "queued"
+        break
+
+    assert client.job(job).state == "queued"
+
+
+def test_events_of_nothing(client: Client) -> None:
+    """The events of a job that is not there are an error, not an empty stream."""
+    with pytest.raises(ServiceError, match="No job has this id") as raised:
+        next(client.events(uuid.uuid4()))
+
+    assert (raised.value.status, raised.value.code) == (404, "no_such_job")
+
+
+def test_events_in_an_outage(client: Client, service: Service) -> None:
+    """A stream that the service cuts off is an outage, not the end of the job."""
+    job = client.submit(SPEC).id
+    with meanwhile(service.stop, service.start), pytest.raises(ServiceUnavailable):
+        list(client.events(job))
+    client.cancel(job)
+
+    assert [e.data["state"] for e in client.events(job)] == ["queued", "cancelled"]
+
+
+# --------------------------------------------------------------------------- wait
+
+
+def test_wait(client: Client, store: JobStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """Waiting gives the job as it ended, and draws how far it is."""
+    job = client.submit({**SPEC, "trials": 40}).id
+    with meanwhile(lambda: succeed(store, job)):
+        ended = client.wait(job, timeout_s=PATIENCE_S)
+    out, err = capsys.readouterr()
+
+    assert (ended.state, ended.warnings) == ("succeeded", ["on the border"])
+    assert ended == client.job(job)
+    assert out == ""
+    assert "succeeded" in err
+    assert "/40" in err
+
+
+def test_wait_quietly(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it is told to, it draws nothing."""
+    job = client.submit(SPEC).id
+    client.cancel(job)
+
+    assert client.wait(job, show_progress=False).state == "cancelled"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wait_for_a_failure(client: Client, store: JobStore) -> None:
+    """A job that fails is an answer like any other."""
+    job = client.submit(SPEC).id
+    claim = take(store, job, StageKind.CALIBRATE)
+    store.fail(claim, {"type": "ModelError", "message": "gone"}, retry=False)
+    ended = client.wait(job, show_progress=False)
+
+    assert ended.state == "failed"
+    assert ended.error is not None
+    assert (ended.error.type, ended.error.message) == ("ModelError", "gone")
+
+
+def test_wait_for_too_long(client: Client) -> None:
+    """After its time, waiting gives up; the job goes on."""
+    job = client.submit(SPEC).id
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"is queued after 0\.3 s"):
+        client.wait(job, timeout_s=0.3, show_progress=False)
+
+    assert time.monotonic() - began < 3
+    assert client.job(job).state == "queued"
+
+
+def test_wait_over_an_outage(client: Client, service: Service, store: JobStore) -> None:
+    """A service that goes and comes back does not end the waiting."""
+    job = client.submit(SPEC).id
+    with meanwhile(service.stop, lambda: succeed(store, job), service.start):
+        ended = client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+
+    assert ended.state == "succeeded"
+
+
+def test_wait_in_a_lasting_outage(
+    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an outage go beyond the time that the caller has."""
+    monkeypatch.setattr("pho_service.client._OUTAGE_S", 8.0)
+    job = client.submit(SPEC).id
+    service.stop()
+    began = time.monotonic()
+    with pytest.raises((TimeoutError, ServiceUnavailable)):
+        client.wait(job, timeout_s=1.0, show_progress=False)
+    took_s = time.monotonic() - began
+    service.start()  # for the fixture to stop
+
+    assert took_s < 5
+
+
+def test_wait_for_nothing(client: Client) -> None:
+    """A job that is not there is an error at once."""
+    began = time.monotonic()
+    with pytest.raises(ServiceError, match="No job has this id"):
+        client.wait(uuid.uuid4(), show_progress=False)
+
+    assert time.monotonic() - began < 3
+
+
+# -------------------------------------------------------------------------- errors
+
+
+def test_wrong_field(client: Client) -> None:
+    """A wrong value is told with its place."""
+    with pytest.raises(ServiceError, match="/pattern: pattern 'half' is neither") as raised:
+        client.submit({**SPEC, "pattern": "half"})
+
+    assert (raised.value.status, raised.value.code) == (422, "invalid_request")
+
+
+def test_wrong_fields(client: Client) -> None:
+    """Several are told one a line."""
+    with pytest.raises(ServiceError) as raised:
+        client.submit({"model": "org/name", "trials": 0, "x": 1})
+    lines = str(raised.value).splitlines()
+
+    assert [line.split(":")[0] for line in lines] == ["/pattern", "/trials", "/x"]
+
+
+def test_conflict(client: Client) -> None:
+    """A conflict says the state."""
+    job = client.submit(SPEC).id
+    with pytest.raises(ServiceError, match="queued") as raised:
+        client.delete(job)
+
+    assert (raised.value.status, raised.value.code) == (409, "state_conflict")
+
+
+def test_no_best_yet(client: Client) -> None:
+    """A best that is not there yet is an error that says so."""
+    with pytest.raises(ServiceError, match="no configuration yet") as raised:
+        client.best(client.submit(SPEC).id)
+
+    assert raised.value.code == "no_configuration"
+
+
+def test_keys(service: Service, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is given, or comes from the environment; without one the error says how to get it."""
+    _, secret = KeyStore(database).create("k", sees_all=False)
+    with Client(service.url, secret) as client:
+        assert [*client.jobs()] == []
+    with Client(service.url) as client, pytest.raises(ServiceError, match="pho keys") as raised:
+        client.workers()
+    assert raised.value.status == 401
+    monkeypatch.setenv("PHO_API_KEY", secret)
+    monkeypatch.setenv("PHO_API_URL", f"{service.url}/")
+    with Client() as client:
+        assert [*client.jobs()] == []
+    with Client(key="pho_wrong") as client, pytest.raises(ServiceError) as raised:
+        client.submit(SPEC)
+    assert "pho_wrong" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["ключ", "two\nlines", "\x00", "nbsp\u00a0"])
+def test_key_that_cannot_be_sent(key: str) -> None:
+    """A key that no header can carry is an error of ours, without the key in it."""
+    with pytest.raises(PhoError) as raised, Client("http://127.0.0.1:1", key) as client:
+        client.workers()
+
+    assert key not in str(raised.value)
+
+
+def test_nobody_there() -> None:
+    """If nothing listens, the error says where, and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with Client(f"http://127.0.0.1:{port}") as client:
+        for call in (
+            client.workers,
+            lambda: client.submit(SPEC),
+            lambda: next(client.events(uuid.uuid4())),
+        ):
+            with pytest.raises(ServiceUnavailable, match=f"127.0.0.1:{port} cannot be reached"):
+                call()
+        with pytest.raises(ServiceUnavailable, match="pho serve"):
+            client.workers()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nope", "127.0.0.1:8000", "ftp://127.0.0.1", "http://[", "http://h:99999", "http://a b",
+     "", "http://\x00", "http://no.such.host.invalid"],
+)  # fmt: skip
+def test_bad_url(url: str) -> None:
+    """An address that leads nowhere is an error that names it."""
+    with pytest.raises(PhoError) as raised, Client(url) as client:
+        client.workers()
+
+    assert repr(url)[1:-1] in str(raised.value)
+
+
+def test_odd_id(client: Client) -> None:
+    """What is no job's id leads to no other place of the service, but to an error."""
+    client.submit(SPEC)
+    for job_id in ("x/../../workers", "../workers", "", "?", "#", "x\x00", "a b", "%", "..", "é"):
+        for call in (client.job, client.best, client.cancel, client.delete):
+            with pytest.raises(PhoError):
+                call(job_id)
+
+
+def test_id_with_more(client: Client) -> None:
+    """Nor does an id with something behind it."""
+    job = client.submit(SPEC).id
+    for more in ("/trials", "?x", "#x", "/", ":cancel"):
+        with pytest.raises(PhoError):
+            client.job(f"{job}{more}")
+
+    assert client.job(job).state == "queued"
+
+
+def test_proxies_are_left_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the environment does not come between a client and its service."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with Client(service.url) as client:
+        job = client.submit(SPEC)
+
+        assert client.job(job.id) == job
+        client.cancel(job.id)
+        assert len([*client.events(job.id)]) == 2
+
+
+# ------------------------------------------------------------------- somebody else there
+
+
+@contextmanager
+def stranger(status: int, body: bytes, content_type: str = "text/html") -> Iterator[str]:
+    """The URL of a server that always gives the same answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Location", "http://127.0.0.1:1/")
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_DELETE = _answer  # noqa: N815 - http.server's names
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "content_type"),
+    [
+        (200, b"<html>Welcome</html>", "text/html"),
+        (200, b"{}", "application/json"),
+        (200, b"[]", "application/json"),
+        (200, b"{", "application/json"),
+        (200, b"", "application/json"),
+        (302, b"", "text/html"),
+        (404, b"<html>Not Found</html>", "text/html"),
+        (500, b"oops", "text/plain"),
+        (500, b"\xff\xfe", "application/problem+json"),
+        (400, b'{"detail": "x"}', "application/json"),
+        (409, b"null", "application/problem+json"),
+    ],
+)
+def test_no_service_of_ours(status: int, body: bytes, content_type: str) -> None:
+    """An answer that no PHO gives is an error that says so, whatever it is."""
+    with stranger(status, body, content_type) as url, Client(url) as client:
+        for call in (
+            lambda: client.submit(SPEC),
+            lambda: client.job(uuid.uuid4()),
+            lambda: [*client.jobs()],
+            lambda: [*client.trials(uuid.uuid4())],
+            lambda: client.best(uuid.uuid4()),
+            lambda: client.cancel(uuid.uuid4()),
+            client.workers,
+            lambda: [*client.events(uuid.uuid4())],
+        ):
+            with pytest.raises(ServiceError):
+                call()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_gateway(status: int) -> None:
+    """A gateway without a service behind it is an outage."""
+    with (
+        stranger(status, b"<html>Bad Gateway</html>") as url,
+        Client(url) as client,
+        pytest.raises(ServiceUnavailable) as raised,
+    ):
+        client.workers()
+
+    assert raised.value.status == status
+
+
+def test_silence() -> None:
+    """A server that never answers is an outage, after the time of one request."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with Client(url, timeout_s=0.3) as client, pytest.raises(ServiceUnavailable):
+            client.workers()
+
+
+def test_cut_off() -> None:
+    """So is one that hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            connection.close()
+
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            meanwhile(hang_up, after_s=0),
+            Client(url) as client,
+            pytest.raises(ServiceUnavailable),
+        ):
+            client.workers()
+
+
+def test_newer_service(client: Client) -> None:
+    """Fields that a newer service may add do no harm."""
+    job = client.submit(SPEC)
+    newer = job.model_dump(mode="json") | {"cost": 5}
+    newer["progress"] |= {"eta": "soon"}
+    body = json.dumps(newer).encode()
+    with stranger(200, body, "application/json") as url, Client(url) as other:
+        found = other.job(job.id)
+
+    assert found == job
