@@ -8,7 +8,9 @@ import pytest
 LIGHT = (
     "pho_service.spec", "pho_service.configuration", "pho_service.settings", "pho_service.files",
     "pho_service.search.samplers", "pho_service.search.search", "pho_service.search.space",
-    "pho_service.search.validation", "storage.studies",
+    "pho_service.search.validation", "pho_service.job_spec", "pho_service.client",
+    "pho_service.api.app", "pho_service.serving", "storage.studies", "storage.jobs",
+    "storage.embedded",
 )  # fmt: skip
 
 
@@ -24,13 +26,21 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_no_torch(module: str) -> None:
-    """Search, specification and storage never reach torch, transformers or datasets."""
+    """Search, specification, API, client and storage never reach torch and its like."""
     assert not loaded_by(f"import {module}") & {"torch", "transformers", "datasets"}
 
 
 def test_help_is_light() -> None:
     """`pho --help` and the verbs' modules load nothing that takes time."""
-    verbs = "calibrate, compare, demo, evaluate, prune, search, validate"
-    heavy = {"torch", "transformers", "datasets", "optuna", "scipy", "matplotlib", "rich", "numpy"}
+    verbs = "calibrate, compare, demo, evaluate, example, prune, remote, search, serve, validate"
+    heavy = {
+        "torch", "transformers", "datasets", "optuna", "scipy", "matplotlib", "rich", "numpy",
+        "fastapi", "sqlalchemy", "httpx",
+    }  # fmt: skip
 
     assert not loaded_by(f"from pho_service.cli import main, {verbs}") & heavy
+
+
+def test_workers_serve_no_http() -> None:
+    """A worker never loads the front end."""
+    assert not loaded_by("import workers.worker") & {"fastapi", "starlette", "uvicorn"}

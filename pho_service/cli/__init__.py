@@ -33,7 +33,7 @@ SERVICE_VERBS = {
     "delete": ("remote", "Delete a job that is over or paused."),
     "workers": ("remote", "List the workers of a service."),
 }
-_VERBS = LOCAL_VERBS | SERVICE_VERBS
+VERBS = LOCAL_VERBS | SERVICE_VERBS
 
 
 class _Verbs(click.Group):
@@ -41,13 +41,13 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
-        return list(_VERBS)
+        return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
-        if cmd_name not in _VERBS:
+        if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"pho_service.cli.{_VERBS[cmd_name][0]}")
+        module = importlib.import_module(f"pho_service.cli.{VERBS[cmd_name][0]}")
         command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import click
 
-from pho_service.cli.terminal import verb
+from pho_service.cli.options import json_option
+from pho_service.cli.terminal import print_json, verb
 
 
 @click.command()
 @click.option("--out", default="example", show_default=True, help="Folder for the files.")
+@json_option
 @verb
-def example(out: str) -> None:
+def example(out: str, as_json: bool) -> None:
     """
     Write SmolLM2-135M and three texts to a folder, to try things on.
 
@@ -20,7 +22,7 @@ def example(out: str) -> None:
 
     \b
     Example:
-      pho example
+      pho example --out example
       pho search example/smollm2.gguf --pattern 0.5 --text example/calibration.jsonl \\
           --samples 32 --context-length 512
     """
@@ -33,5 +35,8 @@ def example(out: str) -> None:
     model = folder / "smollm2.gguf"
     with new_file(model) as partial:
         shutil.copyfile(source, partial)
-    for path in (model, *paths):
-        click.echo(path)
+    written = [str(path) for path in (model, *paths)]
+    if as_json:
+        print_json(written)
+        return
+    click.echo("\n".join(written))

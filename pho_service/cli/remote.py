@@ -94,7 +94,13 @@ def submit(
 @_json_option
 @verb
 def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) -> None:
-    """List jobs, newest first."""
+    """
+    List jobs, newest first.
+
+    \b
+    Example:
+      pho jobs --state running --state queued
+    """
     from itertools import islice
 
     with _client(url) as client:
@@ -119,7 +125,13 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
 @_json_option
 @verb
 def show(job_id: str, url: str | None, as_json: bool) -> None:
-    """Show a job with its progress."""
+    """
+    Show a job with its progress.
+
+    \b
+    Example:
+      pho show d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
         job = client.job(job_id)
     if as_json:
@@ -144,7 +156,13 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
 @_json_option
 @verb
 def watch(job_id: str, url: str | None, as_json: bool) -> None:
-    """Wait for a job, with progress bars. Exit code 1 if it failed or was cancelled."""
+    """
+    Wait for a job, with progress bars. Exit code 1 if it failed or was cancelled.
+
+    \b
+    Example:
+      pho watch d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
         _end(client.wait(job_id), as_json)
 
@@ -153,71 +171,125 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
 @click.argument("job_id")
 @click.option("--out", help="A file to write.  [default: stdout]")
 @_url_option
+@_json_option
 @verb
-def best(job_id: str, out: str | None, url: str | None) -> None:
-    """Get the best configuration of a job: the config.json that `pho search` writes."""
+def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
+    """
+    Get the best configuration of a job: the config.json that `pho search` writes.
+
+    Without --out it goes to stdout, as JSON in any case.
+
+    \b
+    Example:
+      pho best d5aed9d3-7b7c-40f9-9896-b5f528363229 --out config.json
+    """
     from pho_service.configuration import write_configuration
 
     with _client(url) as client:
         configuration = client.best(job_id)
-    if out is None:
+    if out is not None:
+        write_configuration(configuration, Path(out))
+        say(f"written {out}")
+    if out is None or as_json:
         print_json(configuration.model_dump(mode="json"))
-        return
-    write_configuration(configuration, Path(out))
-    say(f"written {out}")
 
 
 @click.command()
 @click.argument("job_id")
 @_url_option
+@_json_option
 @verb
-def cancel(job_id: str, url: str | None) -> None:
-    """Stop a job for good."""
+def cancel(job_id: str, url: str | None, as_json: bool) -> None:
+    """
+    Stop a job for good. A worker that is busy with it stops at the next generation.
+
+    \b
+    Example:
+      pho cancel d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
-        say(f"job is {client.cancel(job_id).state}")
+        _tell(client.cancel(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @_url_option
+@_json_option
 @verb
-def pause(job_id: str, url: str | None) -> None:
-    """Put a job down; `pho resume` goes on with it."""
+def pause(job_id: str, url: str | None, as_json: bool) -> None:
+    """
+    Put a job down; `pho resume` goes on with it.
+
+    \b
+    Example:
+      pho pause d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
-        say(f"job is {client.pause(job_id).state}")
+        _tell(client.pause(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @_url_option
+@_json_option
 @verb
-def resume(job_id: str, url: str | None) -> None:
-    """Go on with a job that is paused or has failed."""
+def resume(job_id: str, url: str | None, as_json: bool) -> None:
+    """
+    Go on with a job that is paused or has failed, from what is stored.
+
+    \b
+    Example:
+      pho resume d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
-        say(f"job is {client.resume(job_id).state}")
+        _tell(client.resume(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @click.option("--trials", type=int, required=True, help="How many more, for each island.")
 @_url_option
+@_json_option
 @verb
-def extend(job_id: str, trials: int, url: str | None) -> None:
-    """Give a job more trials: the result is that of a job that had them from the start."""
+def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
+    """
+    Give a job more trials: the result is that of a job that had them from the start.
+
+    \b
+    Example:
+      pho extend d5aed9d3-7b7c-40f9-9896-b5f528363229 --trials 200
+    """
     with _client(url) as client:
-        job = client.extend(job_id, trials=trials)
-    say(f"job is {job.state}, with {job.progress.trials} trials")
+        _tell(client.extend(job_id, trials=trials), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @_url_option
+@_json_option
 @verb
-def delete(job_id: str, url: str | None) -> None:
-    """Delete a job that is over or paused, with its studies."""
+def delete(job_id: str, url: str | None, as_json: bool) -> None:
+    """
+    Delete a job that is over or paused, with its studies. Bundles stay for other jobs.
+
+    \b
+    Example:
+      pho delete d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
     with _client(url) as client:
         client.delete(job_id)
+    if as_json:
+        print_json({"deleted": job_id})
+        return
     say("deleted")
+
+
+def _tell(job: "Job", as_json: bool) -> None:
+    """Say what a job is now."""
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+        return
+    say(f"job is {job.state}, with {job.progress.trials} trials")
 
 
 @click.command()
@@ -225,7 +297,13 @@ def delete(job_id: str, url: str | None) -> None:
 @_json_option
 @verb
 def workers(url: str | None, as_json: bool) -> None:
-    """List the workers of a service."""
+    """
+    List the workers of a service.
+
+    \b
+    Example:
+      pho workers --url http://pho.example:8000
+    """
     with _client(url) as client:
         found = client.workers()
     if as_json:

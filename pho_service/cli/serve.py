@@ -122,7 +122,13 @@ def create_key(name: str, all_jobs: bool, **options: Any) -> None:
 @_service_options
 @verb
 def list_keys(as_json: bool, **options: Any) -> None:
-    """List all keys."""
+    """
+    List all keys.
+
+    \b
+    Example:
+      pho keys list --json
+    """
     with _key_store(options) as store:
         found = store.all()
     rows = [

@@ -16,18 +16,18 @@ def test_verbs(pho: Pho) -> None:
     """`pho --help` names every verb with what it does, and the exit codes."""
     text = " ".join(pho("--help").stdout.split())
 
-    assert all(f"{verb} {what}" in text for verb, what in VERBS.items())
+    assert all(f"{verb} {what}" in text for verb, (_, what) in VERBS.items())
     assert "Exit codes: 0 done, 1 failed, 2 bad usage" in text
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verb_help(pho: Pho, verb: str) -> None:
-    """Each verb's help has an example of that verb, --json, and --help in both spellings."""
+    """Each verb's help has an example, --json if it has a result, and --help in both spellings."""
     result = pho(verb, "--help")
 
     assert result.exit_code == 0
     assert re.search(rf"Example:\n\s+pho {verb} ", result.stdout)
-    assert "--json" in result.stdout
+    assert "--json" in result.stdout or verb in ("serve", "worker", "keys")
     assert pho(verb, "-h").stdout == result.stdout
 
 
