@@ -115,7 +115,10 @@ class Client:
                 one, so that a request that is repeated after an outage makes no second job.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
+        try:
+            answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
         return _read(Job, answer)
 
     def job(self, job_id: uuid.UUID | str) -> Job:

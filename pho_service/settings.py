@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pho_service.errors import InvalidInput
 
 Paths = Annotated[tuple[Path, ...], NoDecode]  # in the environment: with ":" between
+Seconds = Annotated[float, Field(allow_inf_nan=False, le=1e6)]
 Patterns = Annotated[tuple[str, ...], NoDecode]  # in the environment: with "," between
 
 
@@ -39,7 +40,7 @@ class Settings(BaseSettings):
         api_url, api_key: For `pho submit` and the other verbs that talk to a service.
     """
 
-    model_config = SettingsConfigDict(env_prefix="PHO_")
+    model_config = SettingsConfigDict(env_prefix="PHO_", validate_default=True)
 
     cache_dir: Path = Path("~/.cache/pho")
     data_dir: Path = Path("~/.local/share/pho")
@@ -54,12 +55,23 @@ class Settings(BaseSettings):
     hub_datasets: Patterns = ("*",)
     max_unfinished_jobs: int = Field(default=1000, ge=1)
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)
-    heartbeat_s: float = Field(default=10.0, gt=0)
-    stalled_after_s: float = Field(default=30.0, gt=0)
-    stop_after_s: float = Field(default=60.0, gt=0)
-    retry_after_s: float = Field(default=5.0, ge=0)
+    heartbeat_s: Seconds = Field(default=10.0, gt=0)
+    stalled_after_s: Seconds = Field(default=30.0, gt=0)
+    stop_after_s: Seconds = Field(default=60.0, gt=0)
+    retry_after_s: Seconds = Field(default=5.0, ge=0)
     api_url: str = "http://127.0.0.1:8000"
     api_key: SecretStr | None = None
+
+    @field_validator("stalled_after_s")
+    @classmethod
+    def _after_some_heartbeats(cls, value: float, info: ValidationInfo) -> float:
+        heartbeat_s = info.data.get("heartbeat_s", 0.0)
+        if value < 2 * heartbeat_s:
+            raise ValueError(
+                f"a worker would be taken for dead between two heartbeats: it must be at least "
+                f"twice PHO_HEARTBEAT_S, which is {heartbeat_s:g}"
+            )
+        return value
 
     @field_validator("model_roots", "text_roots", mode="before")
     @classmethod

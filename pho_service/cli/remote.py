@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.options import at_least
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput, ServiceError
 from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS
@@ -103,6 +104,7 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
     """
     from itertools import islice
 
+    at_least(0, limit=limit)
     with _client(url) as client:
         found = list(islice(client.jobs(states), limit))
     if as_json:
@@ -260,7 +262,7 @@ def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
       pho extend d5aed9d3-7b7c-40f9-9896-b5f528363229 --trials 200
     """
     with _client(url) as client:
-        _tell(client.extend(job_id, trials=trials), as_json)
+        _tell(client.extend(job_id, trials=trials), as_json, with_trials=True)
 
 
 @click.command()
@@ -284,12 +286,12 @@ def delete(job_id: str, url: str | None, as_json: bool) -> None:
     say("deleted")
 
 
-def _tell(job: "Job", as_json: bool) -> None:
+def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
     """Say what a job is now."""
     if as_json:
         print_json(job.model_dump(mode="json"))
         return
-    say(f"job is {job.state}, with {job.progress.trials} trials")
+    say(f"job is {job.state}" + (f", with {job.progress.trials} trials" if with_trials else ""))
 
 
 @click.command()
@@ -354,9 +356,17 @@ def _merge(spec: dict[str, Any], options: dict[str, Any]) -> None:
         place = spec
         for folder in folders:
             place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise InvalidInput(
+                    f"--{name.replace('_', '-')} has no place in the job document: its {folder!r} "
+                    "is no object. Leave one of them out."
+                )
         place[last] = value
     if bounds:
-        spec.setdefault("search_space", {}).update({k: list(v) for k, v in bounds.items()})
+        space = spec.setdefault("search_space", {})
+        if not isinstance(space, dict):
+            raise InvalidInput("--space has no place in the job document: leave one of them out.")
+        space.update({k: list(v) for k, v in bounds.items()})
     if no_confirm:
         spec["confirm"] = None
 

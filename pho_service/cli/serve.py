@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.errors import InvalidInput
 
 service_options = (
     click.option("--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"),
@@ -111,6 +112,8 @@ def keys() -> None:
 @verb
 def create_key(name: str, all_jobs: bool, **options: Any) -> None:
     """Make a key called NAME and print it, this once."""
+    if not name.isprintable() or not 1 <= len(name) <= 100:
+        raise InvalidInput(f"the key's name {name!r} is not 1 to 100 printable characters.")
     with _key_store(options) as store:
         key, secret = store.create(name, sees_all=all_jobs)
     say(f"Key {key.name!r}, begins with {key.prefix}. It is not shown again:")
@@ -154,7 +157,6 @@ def list_keys(as_json: bool, **options: Any) -> None:
 @verb
 def revoke_key(prefix: str, **options: Any) -> None:
     """Close the key that begins with PREFIX. Its jobs stay."""
-    from pho_service.errors import InvalidInput
     from storage.keys import NoSuchKey
 
     with _key_store(options) as store:

@@ -2,7 +2,7 @@
 Workers as real processes on a real PostgreSQL, and the same searches without a service.
 """
 
-import itertools
+import json
 import os
 import shutil
 import signal
@@ -12,23 +12,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
 import pytest
-from sqlalchemy import func, select, text
+from scipy.stats import spearmanr
+from sqlalchemy import select, text
 
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.bundles import cached_bundle
-from pho_service.jobs.rating import ReportText
+from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.jobs.search import search_job
-from pho_service.jobs.validate import validate_job
+from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.search.validation import random_candidates
 from pho_service.spec import SAMPLERS
 from storage.database import Database
 from storage.jobs import Job, JobStore, NewStage
@@ -95,24 +97,114 @@ def spec_of(home: Path) -> Callable[..., JobSpec]:
     return build
 
 
+WARM = """
+import json, os, signal, sys
+import optuna_dashboard, plotly.graph_objects, workers.worker
+from workers.__main__ import main
+
+exits = sys.argv[1]
+
+def reap(*_):
+    while True:
+        try:
+            process, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if process == 0:
+            return
+        with open(f"{exits}/{process}.new", "w") as file:
+            file.write(str(os.waitstatus_to_exitcode(status)))
+        os.rename(f"{exits}/{process}.new", f"{exits}/{process}")
+
+signal.signal(signal.SIGCHLD, reap)
+for line in sys.stdin:
+    order = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        main(order["arguments"], prog_name="pho worker")
+    print(process, flush=True)
+"""
+
+
+class WarmStart:
+    """
+    Starts workers at once: a process that has imported everything becomes one by a fork.
+
+    Args:
+        folder: For the exit codes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._exits = folder
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", WARM, str(folder)],
+            env={**os.environ, **SETTINGS},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, arguments: list[str], environment: Mapping[str, str], log: Path) -> int:
+        """A new worker's process."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        order = {"arguments": arguments, "environment": dict(environment), "log": str(log)}
+        self._parent.stdin.write(json.dumps(order) + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def exit_code(self, process: int) -> int | None:
+        """None as long as it runs."""
+        try:
+            return int((self._exits / str(process)).read_text())
+        except FileNotFoundError:
+            return None
+
+    def close(self) -> None:
+        """After the last worker has ended."""
+        self._parent.communicate()
+
+
+@pytest.fixture(scope="session")
+def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmStart]:
+    """Where all workers of the tests come from."""
+    found = WarmStart(tmp_path_factory.mktemp("exits"))
+    yield found
+    found.close()
+
+
+class JobIsOver(AssertionError):
+    """A job ended before the moment that a test waits for."""
+
+
 class Crew:
     """
     Some workers of one database.
 
     Args:
+        warm_start: Where they come from.
         url: Of the database.
         root: Of the models and texts that jobs may name.
         folder: For what the workers write.
     """
 
-    def __init__(self, url: str, root: Path, folder: Path) -> None:
+    JobIsOver = JobIsOver  # tests cannot import from here
+
+    def __init__(self, warm_start: WarmStart, url: str, root: Path, folder: Path) -> None:
+        self.warm_start = warm_start
         self.database = Database(url, pool=5)
         self.store = JobStore(self.database)
         self.folder = folder
         self._root = root
         self._url = url
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._numbers = itertools.count()
+        self._processes: list[int] = []
 
     def until(self, condition: Callable[[], T], *, every_s: float = 0.02) -> T:
         """The first true value of ``condition``."""
@@ -122,8 +214,8 @@ class Crew:
             time.sleep(every_s)
         return value
 
-    def start(self, *options: str, **settings: str) -> "subprocess.Popen[bytes]":
-        """Start a worker; it takes some seconds until it works."""
+    def start(self, *options: str) -> int:
+        """Start a worker, as `python -m workers` does; its process."""
         environment = {
             **os.environ,
             **SETTINGS,
@@ -131,30 +223,24 @@ class Crew:
             "PHO_TEXT_ROOTS": str(self._root),
             "PHO_DATA_DIR": str(self.folder / "data"),
             "PHO_CACHE_DIR": str(self.folder / "cache"),
-            **settings,
         }
         self.folder.mkdir(exist_ok=True)
-        log = (self.folder / f"worker-{next(self._numbers)}.log").open("wb")
-        with log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "workers", "--database-url", self._url, *options],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
+        log = self.folder / f"worker-{len(self._processes)}.log"
+        arguments = ["--database-url", self._url, *options]
+        process = self.warm_start.start(arguments, environment, log)
         self._processes.append(process)
         return process
 
     @property
-    def alive(self) -> list["subprocess.Popen[bytes]"]:
+    def alive(self) -> set[int]:
         """The workers that have not ended."""
-        return [p for p in self._processes if p.poll() is None]
+        return {p for p in self._processes if self.warm_start.exit_code(p) is None}
 
     def man(self, count: int) -> None:
         """See that so many workers are at work."""
         while len(self.alive) < count:
             self.start()
-        self.until(lambda: {p.pid for p in self.alive} <= {*self.at_work()})
+        self.until(lambda: self.alive <= {*self.at_work()})
 
     def at_work(self) -> dict[int, Any]:
         """The workers that report, by their process."""
@@ -210,7 +296,8 @@ class Crew:
         def look() -> int | None:
             process = self._worker_of(job, kind, done, attempt)
             state = process or self.store.get(job.id).state
-            assert process or not state.is_over, f"the job is {state} already"
+            if not process and state.is_over:
+                raise JobIsOver(state)
             return process
 
         process = self.until(look, every_s=0.001)
@@ -262,7 +349,7 @@ class Crew:
                     yield process
                     return
             finally:
-                if process in {p.pid for p in self.alive}:
+                if process in self.alive:
                     os.kill(process, signal.SIGCONT)
             time.sleep(0.003)
 
@@ -275,19 +362,31 @@ class Crew:
 
     def ended(self, process: int) -> int:
         """The exit code of a worker that ends."""
-        (found,) = (p for p in self._processes if p.pid == process)
-        return found.wait(PATIENCE_S)
+        self.until(lambda: process not in self.alive, every_s=0.005)
+        code = self.warm_start.exit_code(process)
+        assert code is not None
+        return code
 
-    def half_recorded(self, job: Job) -> bool:
-        """Whether a part of a generation of the first island is recorded, and another is not."""
-        count = (
-            select(func.count())
-            .select_from(text("optuna.trials JOIN optuna.studies USING (study_id)"))
-            .where(text("study_name = :name"))
+    def in_a_write(self) -> bool:
+        """Whether a worker has a transaction open that holds on to a stage."""
+        query = text(
+            "SELECT count(*) FROM pg_locks WHERE relation = 'pho.stages'::regclass "
+            "AND mode = 'RowShareLock' AND pid <> pg_backend_pid()"
         )
         with self.database.transaction() as connection:
-            found = connection.execute(count, {"name": job.name}).scalar_one() - BASELINES
-        return bool(found > 0 and found % SAMPLERS["cmaes"])
+            return bool(connection.execute(query).scalar())
+
+    def between_trials(self, job: Job) -> bool:
+        """Whether one transaction rests, and a part of a generation is recorded for good."""
+        query = text(
+            "SELECT (SELECT count(*) FROM optuna.trials JOIN optuna.studies USING (study_id)"
+            " WHERE study_name = :name), (SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state LIKE 'idle in transaction%')"
+        )
+        with self.database.transaction() as connection:
+            recorded, resting = connection.execute(query, {"name": job.name}).one()
+        of_generation = (recorded - BASELINES) % SAMPLERS["cmaes"]
+        return bool(recorded > BASELINES and of_generation and resting == 1)
 
     def queued(self, job: Job) -> list[str]:
         """The states of a job's entries in the queue."""
@@ -318,8 +417,8 @@ class Crew:
     def close(self) -> None:
         """End all workers."""
         for process in self.alive:
-            process.kill()
-            process.wait()
+            os.kill(process, signal.SIGKILL)
+            self.ended(process)
         self.database.close()
 
 
@@ -342,14 +441,14 @@ def trials_of(study: optuna.Study) -> Trials:
 
 
 @contextmanager
-def crew_of(postgresql: str, root: Path, folder: Path) -> Iterator[Crew]:
+def crew_of(warm_start: WarmStart, postgresql: str, root: Path, folder: Path) -> Iterator[Crew]:
     """A crew with a fresh database and no workers."""
     name = f"crew_{uuid.uuid4().hex}"
     admin = Database(postgresql)
     with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template"))
     admin.close()
-    found = Crew(postgresql.replace("/postgres?", f"/{name}?"), root, folder)
+    found = Crew(warm_start, postgresql.replace("/postgres?", f"/{name}?"), root, folder)
     try:
         yield found
     finally:
@@ -357,27 +456,36 @@ def crew_of(postgresql: str, root: Path, folder: Path) -> Iterator[Crew]:
 
 
 @pytest.fixture(scope="module")
-def crew(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+def crew(
+    warm_start: WarmStart, postgresql: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Crew]:
     """Workers that the tests of a file share; a test says how many it needs."""
     root = tmp_path_factory.getbasetemp()
-    with crew_of(postgresql, root, tmp_path_factory.mktemp("crew")) as found:
+    with crew_of(warm_start, postgresql, root, tmp_path_factory.mktemp("crew")) as found:
         yield found
 
 
 @pytest.fixture
-def own_crew(postgresql: str, tmp_path: Path) -> Iterator[Crew]:
+def own_crew(warm_start: WarmStart, postgresql: str, tmp_path: Path) -> Iterator[Crew]:
     """No workers yet, and a database that nobody else uses."""
-    with crew_of(postgresql, tmp_path.parent, tmp_path / "crew") as found:
+    with crew_of(warm_start, postgresql, tmp_path.parent, tmp_path / "crew") as found:
         yield found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """What a search gives that runs in one process, without a service or a study's name."""
+    """
+    What a search gives that runs in one process, without a service.
+
+    Attributes:
+        configuration: Without the study's name.
+        trials: Of the study.
+        ranks: Rank correlation of each proxy with perplexity, if a validation was asked for.
+    """
 
     configuration: dict[str, Any]
     trials: Trials
-    qualities: dict[str, Any]
+    ranks: dict[str, float]
 
 
 _known: dict[str, Undisturbed] = {}
@@ -423,12 +531,19 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
         trials = trials_of(study)
     configuration = result.configuration.model_dump(mode="json")
     del configuration["search"]["study"]
-    qualities = {}
+    ranks = {}
     if spec.validation is not None and report is not None:
-        count, seed = spec.validation.candidates, spec.validation.seed
-        asked = validate_job(model, bundle, report, spec.pruning(), count=count, seed=seed)
-        qualities = {name: asdict(quality) for name, quality in asked.qualities.items()}
-    return Undisturbed(configuration=configuration, trials=trials, qualities=qualities)
+        plan, asked = spec.plan(0), spec.validation
+        candidates = random_candidates(
+            plan.space, plan.pattern, count=asked.candidates, seed=asked.seed
+        )
+        perplexities = [
+            rate_pruned(model, bundle.statistics(), candidate, report.windows)[0].perplexity
+            for candidate in candidates
+        ]
+        proxies = rate_by_all_proxies(bundle, candidates, device="cpu")
+        ranks = {name: float(spearmanr(v, perplexities).statistic) for name, v in proxies.items()}
+    return Undisturbed(configuration=configuration, trials=trials, ranks=ranks)
 
 
 @pytest.fixture

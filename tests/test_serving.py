@@ -1,0 +1,330 @@
+"""`pho serve` as a user starts it: a process with a database and workers of its own."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import psutil
+import pytest
+
+from pho_service.client import Client
+from pho_service.errors import ServiceError
+from storage.database import Database
+
+PATIENCE_S = 60.0
+PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of ``condition``."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited in vain until {what}")
+
+
+def lives(process: int) -> bool:
+    """Whether a process runs; one that nobody has fetched the exit code of does not."""
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Served:
+    """
+    A `pho serve` that has printed its addresses.
+
+    Args:
+        folder: For its log.
+        words: Its options.
+        environment: Its settings.
+    """
+
+    def __init__(self, folder: Path, words: list[str], environment: dict[str, str]) -> None:
+        self._log = folder / f"serve-{time.monotonic_ns()}.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*PHO, "serve", "--port", "0", *words],
+                env=environment,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                # A shell that runs this in the background has its children ignore Ctrl-C.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            )
+        until(lambda: "Ctrl-C stops" in self.log or self.process.poll() is not None, "it serves")
+        assert self.process.poll() is None, self.log
+        found = re.search(r"^API +(http://\S+)/v1/jobs", self.log, re.MULTILINE)
+        assert found is not None, self.log
+        self.client = Client(found[1])
+
+    @property
+    def log(self) -> str:
+        """All that it and its workers have said."""
+        return self._log.read_text()
+
+    def worker(self, *, other_than: int = 0) -> int:
+        """The process of a worker, once it reports."""
+
+        def look() -> int | None:
+            pids = [int(w.name.rpartition(":")[2]) for w in self.client.workers()]
+            return next((p for p in pids if p != other_than and lives(p)), None)
+
+        return int(until(look, "a worker reports"))
+
+    def stop(self, number: int) -> int:
+        """Its exit code after a signal."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+class Place:
+    """
+    Where services are started: the same data folder, models and texts each time.
+
+    Args:
+        folder: For all of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.environment = {
+            **os.environ,
+            "PHO_DATA_DIR": str(self.data),
+            "PHO_MODEL_ROOTS": str(folder),
+            "PHO_TEXT_ROOTS": str(folder),
+            "PHO_HEARTBEAT_S": "0.5",
+            "PHO_STALLED_AFTER_S": "2",
+            "PHO_RETRY_AFTER_S": "0.2",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.environment.pop("PHO_DATABASE_URL", None)
+        self._served: list[Served] = []
+
+    def serve(self, *words: object) -> Served:
+        """Start a service."""
+        self._served.append(Served(self.folder, [str(w) for w in words], self.environment))
+        return self._served[-1]
+
+    def pho(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """Run another verb beside it."""
+        return subprocess.run(
+            [*PHO, *words],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    @property
+    def postgresql(self) -> int | None:
+        """The process of the embedded PostgreSQL, if it runs."""
+        file = self.data / "postgresql" / "postmaster.pid"
+        pid = int(file.read_text().split()[0]) if file.is_file() else 0
+        return pid if pid and lives(pid) else None
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        for served in self._served:
+            served.client.close()
+            if served.process.poll() is None:
+                served.process.kill()
+                served.process.wait()
+        mine = [
+            process
+            for process in psutil.process_iter(["environ"])
+            if (process.info["environ"] or {}).get("PHO_DATA_DIR") == str(self.data)
+            and process.pid != os.getpid()
+        ]
+        for process in mine:
+            process.kill()
+        if self.postgresql:
+            psutil.Process(self.postgresql).send_signal(signal.SIGINT)
+            until(lambda: not self.postgresql, "PostgreSQL has stopped")
+
+
+@pytest.fixture
+def place(model_folder: Path, texts: dict[str, Path]) -> Iterator[Place]:
+    """With the tiny model and its texts, in a folder with a short name."""
+    with tempfile.TemporaryDirectory(prefix="pho-") as name:
+        folder = Path(name)
+        model_folder.rename(folder / "model")
+        for path in texts.values():
+            path.rename(folder / path.name)
+        found = Place(folder)
+        yield found
+        print(*(f.read_text() for f in folder.glob("*.log")), sep="\n=====\n")
+        found.close()
+
+
+def tiny(trials: int) -> dict[str, Any]:
+    """A job that takes a second or two."""
+    return {
+        "model": "model",
+        "pattern": "0.5",
+        "calibration": {
+            "text": "calibration.jsonl", "samples": 6, "context_length": 32, "rows_per_layer": 4,
+            "projection_rows": 16, "kernel_sizes": [3, 5],
+        },
+        "confirm": {"text": "confirmation.jsonl", "windows": 3, "candidates": 2},
+        "trials": trials,
+    }  # fmt: skip
+
+
+def begun(served: Served, trials: int) -> Any:
+    """A job that is in the midst of its search."""
+    job = served.client.submit(tiny(trials)).id
+    until(lambda: served.client.job(job).progress.trials_done >= 8, "the search has begun")
+    assert served.client.job(job).state == "running"
+    return job
+
+
+def test_first_job(place: Place) -> None:
+    """From a bare folder to the best configuration and the job's study in the dashboard."""
+    served = place.serve("--workers", 1)
+    job = served.client.submit(tiny(40))
+    ended = served.client.wait(job.id, timeout_s=PATIENCE_S, show_progress=False)
+    dashboard = re.search(r"^Dashboard +(http://\S+)", served.log, re.MULTILINE)
+    database = re.search(r"^Database +(postgresql://\S+)", served.log, re.MULTILINE)
+    with urllib.request.urlopen(f"{served.client.url}/api/studies") as answer:  # noqa: S310 - ours
+        studies = json.load(answer)["study_summaries"]
+
+    assert ended.state == "succeeded", (ended.error, served.log)
+    assert served.client.best(job.id).confirmation is not None
+    assert len([*served.client.trials(job.id)]) == 40
+    assert [study["study_name"] for study in studies] == [job.name]
+    assert dashboard is not None
+    assert dashboard[1] == f"{served.client.url}/dashboard"
+    assert database is not None
+    assert f"{place.data}/postgresql" in unquote(database[1])
+    assert (place.data / "artifacts").is_dir()
+
+
+def test_killed_worker(place: Place) -> None:
+    """Another worker takes the place of one that was killed, and goes on with its job."""
+    served = place.serve("--workers", 1)
+    killed = served.worker()
+    job = begun(served, 600)
+    os.kill(killed, signal.SIGKILL)
+    ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+
+    assert ended.state == "succeeded", (ended.error, served.log)
+    assert ended.progress.trials_done == 600
+    assert lives(served.worker(other_than=killed))
+    assert f"worker {killed} ended with code -9; another starts" in served.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped(place: Place, number: signal.Signals) -> None:
+    """Told to stop, it stops everything in order; the job goes on with the next service."""
+    served = place.serve("--workers", 1)
+    worker, postgresql = served.worker(), place.postgresql
+    job = begun(served, 600)
+    events: list[Any] = []
+    listening = threading.Thread(target=_listen, args=(served, job, events))
+    listening.start()
+    until(lambda: events, "there are events")
+    began = time.monotonic()
+    code = served.stop(number)
+    took_s = time.monotonic() - began
+    listening.join(PATIENCE_S)
+
+    assert code == 0, served.log
+    assert took_s < 15
+    assert postgresql is not None
+    assert not lives(worker)
+    assert not lives(postgresql)
+    assert "Traceback" not in served.log
+    if number is signal.SIGINT:
+        again = place.serve("--workers", 1)
+        assert again.client.job(job).progress.trials_done >= 8
+        ended = again.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+        assert (ended.state, ended.progress.trials_done) == ("succeeded", 600)
+
+
+def _listen(served: Served, job: Any, events: list[Any]) -> None:
+    """Collect events until the service goes."""
+    try:
+        for event in served.client.events(job):
+            events.append(event)
+    except ServiceError:
+        pass
+
+
+def test_killed(place: Place) -> None:
+    """Killed itself, its workers stop by themselves, and a new one goes on with the job."""
+    served = place.serve("--workers", 1)
+    worker = served.worker()
+    job = begun(served, 600)
+    print("KILL", time.strftime("%X"))
+    served.process.kill()
+    served.process.wait()
+    until(lambda: not lives(worker), "the worker has stopped")
+    again = place.serve("--workers", 1)
+    ended = again.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+
+    assert ended.state == "succeeded", (ended.error, again.log)
+    assert ended.progress.trials_done == 600
+    assert again.stop(signal.SIGINT) == 0
+    assert not place.postgresql  # which the first had started
+
+
+def test_second(place: Place) -> None:
+    """A data folder serves one service at a time; the other verbs work beside it."""
+    served = place.serve("--workers", 0)
+    second = place.pho("serve", "--port", "0", "--workers", "0")
+    key = place.pho("keys", "create", "laptop")
+    with pytest.raises(ServiceError) as refused:
+        served.client.workers()
+    with Client(served.client.url, key.stdout.strip()) as client:
+        workers = client.workers()
+
+    assert second.returncode == 1
+    assert "is in use by another `pho serve`" in second.stderr
+    assert key.returncode == 0, key.stderr
+    assert refused.value.status == 401
+    assert workers == []
+    assert place.postgresql
+
+
+def test_keys_without_a_service(place: Place) -> None:
+    """Keys can be made before the first service; what was started for it stops again."""
+    created = place.pho("keys", "create", "first")
+    listed = place.pho("keys", "list", "--json")
+
+    assert created.returncode == 0, created.stderr
+    assert created.stdout.startswith("pho_")
+    assert [key["name"] for key in json.loads(listed.stdout)] == ["first"]
+    assert not place.postgresql
+
+
+def test_own_database(place: Place, database: Database, database_url: str) -> None:
+    """A database that was given is used, and left running."""
+    served = place.serve("--workers", 0, "--database-url", database_url)
+    job = served.client.submit({"model": "org/name", "pattern": "0.5"})
+    code = served.stop(signal.SIGINT)
+    with database.transaction() as connection:
+        stored = connection.exec_driver_sql("SELECT id FROM pho.jobs").scalar_one()
+
+    assert code == 0, served.log
+    assert stored == job.id
+    assert not (place.data / "postgresql").exists()
