@@ -11,12 +11,12 @@ from alembic.config import Config
 from alembic.util import CommandError
 from optuna.storages import RDBStorage
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from storage.studies import DatabaseGone, StorageError
+from storage.studies import DatabaseGone, StorageError, give_up
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
@@ -47,6 +47,8 @@ class Database:
             pool_pre_ping=True,  # a restarted server is found again without an error
             pool_timeout=30,
         )
+
+        event.listen(self.engine, "handle_error", give_up)  # Optuna writes here, too: see fence()
 
     def close(self) -> None:
         """Close the connections."""

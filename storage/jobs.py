@@ -10,11 +10,12 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from optuna.storages import RDBStorage
 from sqlalchemy import (
     Connection,
     Row,
@@ -31,6 +32,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from storage.database import Database
 from storage.queue import enqueue
 from storage.states import VERBS, JobState, StageKind, StageState, settled
+from storage.studies import written_on
 from storage.tables import events, jobs, stages, workers
 
 
@@ -517,16 +519,25 @@ class JobStore:
                 self._put_down(connection, job, stage.id, failures)
 
     @contextmanager
-    def fence(self, claim: Claim) -> Iterator[None]:
+    def fence(self, claim: Claim, storage: RDBStorage | None = None) -> Iterator[None]:
         """
-        Hold off everybody else from a stage while its worker writes elsewhere.
+        Hold off everybody else from a stage while its worker writes.
+
+        What Optuna writes meanwhile is in one transaction with the check of the
+        claim: whole or not at all, and never by a worker that has lost its stage,
+        even one that was frozen or cut off in the midst of it.
+
+        Args:
+            claim: Of the stage.
+            storage: That Optuna writes to.
 
         Raises:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             _require(connection, claim)
-            yield
+            with nullcontext() if storage is None else written_on(storage, connection):
+                yield
 
     def watch(self, claim: Claim) -> JobState:
         """

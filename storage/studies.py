@@ -12,7 +12,7 @@ from typing import Literal
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy import event
+from sqlalchemy import Connection, event, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -45,7 +45,7 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
     check_url(url)
     try:
         storage = RDBStorage(url)
-        event.listen(storage.engine, "handle_error", _give_up)
+        event.listen(storage.engine, "handle_error", give_up)
         if storage.engine.dialect.name == "sqlite":
             event.listen(storage.engine, "connect", _set_pragmas)
             storage.engine.dispose()  # the connections made so far lack the settings
@@ -61,6 +61,20 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
         reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         kind = DatabaseGone if isinstance(cause, OperationalError) else StorageError
         raise kind(f"the database fails: {reason}. What it holds is kept.") from error
+
+
+@contextmanager
+def written_on(storage: RDBStorage, connection: Connection) -> Iterator[None]:
+    """Have Optuna write in the transaction of ``connection``, to its own schema."""
+    connection.execute(text("SET LOCAL search_path TO optuna"))  # ours are named in full
+    sessions = storage.scoped_session
+    sessions.remove()
+    sessions.configure(bind=connection, join_transaction_mode="create_savepoint")
+    try:
+        yield
+    finally:
+        sessions.remove()
+        sessions.configure(bind=storage.engine, join_transaction_mode="conditional_savepoint")
 
 
 def open_study(
@@ -84,14 +98,14 @@ def study_name(job_name: str, island: int) -> str:
     return job_name if island == 0 else f"{job_name} island {island}"
 
 
-def _give_up(context: ExceptionContext) -> None:
+def give_up(context: ExceptionContext) -> None:
     """
     Let nothing be tried again on another connection.
 
     Optuna does, and would number a trial anew after a server that crashed has
     forgotten those before it.
     """
-    if context.is_disconnect:
+    if context.is_disconnect and not context.is_pre_ping:
         reason = str(context.original_exception).splitlines()[0]
         raise DatabaseGone(f"the database went away: {reason}. What it holds is kept.")
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import optuna
+from optuna.storages import RDBStorage
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import PhoError
@@ -130,7 +131,7 @@ class Stages:
             describe_study(study, spec.request(island), spec.plan(island), bundle.provenance)
             show_search(study, spec)
             while True:
-                search.run(study, spec.plan(island), rate)
+                search.run(storage, study, spec.plan(island), rate)
                 if self.store.complete(
                     claim,
                     {"trials": search.done, "out_of_time": search.out_of_time},
@@ -206,6 +207,10 @@ class Stages:
                     }
                 }
             )
+        if any((s.result or {}).get("out_of_time") for s in job.of_kind(StageKind.SEARCH)):
+            finished = sum(s.done for s in job.of_kind(StageKind.SEARCH))
+            search = {**configuration.search, "timeout_s": spec.timeout_s, "finished": finished}
+            configuration = configuration.model_copy(update={"search": search})
         bundle = self._bundle(job, spec, watch)
         evaluator = ProxyEvaluator(bundle, str(self.inputs.device))
         errors = error_plot(evaluator.layer_errors(configuration.candidate()))
@@ -214,7 +219,7 @@ class Stages:
                 study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
                 here = [(p, r) for p, r in measured if r.number % spec.islands == island]
                 plots = {"errors": errors, "confirmed": confirmed_plot(configuration, here)}
-                with self.store.fence(claim):
+                with self.store.fence(claim, storage):
                     show_result(study, spec, configuration, here, plots)
         warnings, found = result.warnings, {}
         if spec.validation is not None:
@@ -358,7 +363,9 @@ class _Search:
     def _elapsed_s(self) -> float:
         return self._claim.stage.elapsed_s + time.monotonic() - self._began
 
-    def run(self, study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> None:
+    def run(
+        self, storage: RDBStorage, study: optuna.Study, plan: SearchPlan, rate: Evaluate
+    ) -> None:
         """Bring the study to the plan's trials, or to the end of the time."""
         self.done = 0
         self._failed = sum(
@@ -370,7 +377,7 @@ class _Search:
                 plan,
                 self._evaluate(plan, rate),
                 self._advance,
-                fence=lambda: self._store.fence(self._claim),
+                fence=lambda: self._store.fence(self._claim, storage),
             )
         except _TimeIsUp:
             self.out_of_time = True

@@ -3,6 +3,7 @@ A worker: takes stages out of the queue, one at a time, until it is told to stop
 """
 
 import asyncio
+import functools
 import logging
 import os
 import platform
@@ -10,6 +11,7 @@ import signal
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,31 +210,32 @@ class _Worker:
             return
         fields = {"job": str(claim.job.id), "stage": claim.stage.kind, "attempt": claim.attempt}
         logger.info("%s of job %s begins", claim.stage.kind, claim.job.id, extra=fields)
+        after_s = 0.0
         try:
             self._stages.run(claim)
-        except HandBack:
-            again = self._store.hand_back(claim)
         except LostClaim:
             logger.warning("%s of job %s is another worker's now", claim.stage.kind, claim.job.id)
             return
-        except DatabaseGone:
-            again = self._hand_back_when_possible(claim)
+        except (HandBack, DatabaseGone):
+            report = functools.partial(self._store.hand_back, claim)
         except PhoError as error:
             logger.warning("%s of job %s failed: %s", claim.stage.kind, claim.job.id, error)
-            again = self._store.fail(claim, _described(error, claim), retry=False)
+            described = _described(error, claim)
+            report = functools.partial(self._store.fail, claim, described, retry=False)
         except Exception as error:
             logger.exception("%s of job %s failed", claim.stage.kind, claim.job.id)
             self._inputs.clear()
-            again = self._store.fail(claim, _described(error, claim), retry=True)
-            if again:
-                raise Again(self._settings.retry_after_s) from error
+            after_s = self._settings.retry_after_s
+            described = _described(error, claim)
+            report = functools.partial(self._store.fail, claim, described, retry=True)
         else:
             logger.info("%s of job %s done", claim.stage.kind, claim.job.id, extra=fields)
             return
-        if again:
-            raise Again(0.0)
+        if self._when_possible(report):
+            raise Again(after_s)
 
-    def _hand_back_when_possible(self, claim: Claim) -> bool:
+    def _when_possible(self, report: Callable[[], bool]) -> bool:
+        """What a report says: now, or when the database is back."""
         for attempt in Retrying(
             retry=retry_if_exception_type(DatabaseGone),
             wait=wait_exponential(multiplier=0.2, max=5),
@@ -241,7 +244,7 @@ class _Worker:
         ):
             with attempt:
                 try:
-                    return self._store.hand_back(claim)
+                    return report()
                 except LostClaim:
                     return False
         raise AssertionError  # pragma: no cover - the loop returns or raises

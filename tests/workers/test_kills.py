@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,23 +110,6 @@ def test_frozen_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any
     assert crew.store.get(job.id) == job
     assert crew.trials(job) == [alone.trials]
     assert found(job) == alone.configuration
-
-
-def test_frozen_between_trials(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """Or between two trials of a generation, if it records them one by one: the rest is not its."""
-    alone = undisturbed(spec_of(trials=TRIALS))
-    crew.man(2)
-    job = crew.submit(spec_of(trials=TRIALS))
-    with (
-        suppress(crew.JobIsOver),  # there is no such moment if a generation is recorded at once
-        crew.frozen(job, StageKind.SEARCH, done=6, when=lambda: crew.between_trials(job)),
-    ):
-        crew.succeeded(job)
-    crew.man(2)
-    time.sleep(1.0)
-
-    assert crew.trials(job) == [alone.trials]
-    assert found(crew.store.get(job.id)) == alone.configuration
 
 
 def test_woken_after_a_kill(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
