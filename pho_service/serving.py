@@ -42,8 +42,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         StorageError: The database cannot be started, reached or migrated.
         InvalidInput: The port is taken, or others could come in without a key.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is open is closed
-    with _listening(settings) as listener, database_url(settings) as url:
+    with _closing_on_sigterm(), _listening(settings) as listener, database_url(settings) as url:
         database = Database(url)
         database.migrate()
         keys_needed = not is_local(settings.host)
@@ -66,6 +65,16 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
                 uvicorn.Server(config).run(sockets=[listener])
             except KeyboardInterrupt:
                 say("stopping")
+
+
+@contextmanager
+def _closing_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that what is open is closed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
