@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import uvicorn
 from sqlalchemy.engine import make_url
@@ -42,8 +42,12 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         StorageError: The database cannot be started, reached or migrated.
         InvalidInput: The port is taken, or others could come in without a key.
     """
-    with _closing_on_sigterm(), _listening(settings) as listener, database_url(settings) as url:
-        database = Database(url)
+    with (
+        _closing_on_sigterm(),
+        _listening(settings) as listener,
+        database_url(settings) as url,
+        closing(Database(url)) as database,
+    ):
         database.migrate()
         keys_needed = not is_local(settings.host)
         if keys_needed and not any(k.revoked_at is None for k in KeyStore(database).all()):
@@ -192,4 +196,6 @@ def _printable(host: str) -> str:
 
 def _without_password(url: str) -> str:
     parsed = make_url(url)
-    return parsed.render_as_string() if parsed.password else url
+    if not parsed.password and "password" not in parsed.query:
+        return url
+    return parsed.difference_update_query(["password"]).render_as_string()

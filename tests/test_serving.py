@@ -24,7 +24,7 @@ from pho_service.errors import ServiceError
 from storage.database import Database
 
 PATIENCE_S = 60.0
-TRIALS = 160  # some seconds
+TRIALS = 120
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
 
@@ -176,8 +176,8 @@ def place(model_folder: Path, texts: dict[str, Path]) -> Iterator[Place]:
         found.close()
 
 
-def tiny(trials: int) -> dict[str, Any]:
-    """A job that takes a second or two."""
+def tiny() -> dict[str, Any]:
+    """A job that takes some seconds."""
     return {
         "model": "model",
         "pattern": "0.5",
@@ -186,51 +186,45 @@ def tiny(trials: int) -> dict[str, Any]:
             "projection_rows": 16, "kernel_sizes": [3, 5],
         },
         "confirm": {"text": "confirmation.jsonl", "windows": 3, "candidates": 2},
-        "trials": trials,
+        "trials": TRIALS,
     }  # fmt: skip
 
 
 def begun(served: Served) -> Any:
     """A job that is in the midst of its search."""
-    job = served.client.submit(tiny(TRIALS)).id
+    job = served.client.submit(tiny()).id
     until(lambda: served.client.job(job).progress.trials_done >= 8, "the search has begun")
     assert served.client.job(job).state == "running"
     return job
 
 
 def test_first_job(place: Place) -> None:
-    """From a bare folder to the best configuration and the job's study in the dashboard."""
+    """
+    From a bare folder to the best configuration and the job's study in the dashboard.
+
+    The worker is killed in the midst of it: another takes its place and goes on.
+    """
     served = place.serve("--workers", 1)
-    job = served.client.submit(tiny(40))
-    ended = served.client.wait(job.id, timeout_s=PATIENCE_S, show_progress=False)
+    killed = served.worker()
+    job = begun(served)
+    os.kill(killed, signal.SIGKILL)
+    ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
     dashboard = re.search(r"^Dashboard +(http://\S+)", served.log, re.MULTILINE)
     database = re.search(r"^Database +(postgresql://\S+)", served.log, re.MULTILINE)
     with urllib.request.urlopen(f"{served.client.url}/api/studies") as answer:  # noqa: S310 - ours
         studies = json.load(answer)["study_summaries"]
 
     assert ended.state == "succeeded", (ended.error, served.log)
-    assert served.client.best(job.id).confirmation is not None
-    assert len([*served.client.trials(job.id)]) == 40
-    assert [study["study_name"] for study in studies] == [job.name]
+    assert served.client.best(job).confirmation is not None
+    assert [t.number for t in served.client.trials(job)] == [*range(TRIALS)]
+    assert lives(served.worker(other_than=killed))
+    assert f"worker {killed} ended with code -9; another starts" in served.log
+    assert [study["study_name"] for study in studies] == [ended.name]
     assert dashboard is not None
     assert dashboard[1] == f"{served.client.url}/dashboard"
     assert database is not None
     assert f"{place.data}/postgresql" in unquote(database[1])
     assert (place.data / "artifacts").is_dir()
-
-
-def test_killed_worker(place: Place) -> None:
-    """Another worker takes the place of one that was killed, and goes on with its job."""
-    served = place.serve("--workers", 1)
-    killed = served.worker()
-    job = begun(served)
-    os.kill(killed, signal.SIGKILL)
-    ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
-
-    assert ended.state == "succeeded", (ended.error, served.log)
-    assert ended.progress.trials_done == TRIALS
-    assert lives(served.worker(other_than=killed))
-    assert f"worker {killed} ended with code -9; another starts" in served.log
 
 
 def test_stopped(place: Place) -> None:

@@ -14,7 +14,7 @@ from storage.keys import KeyStore
 from storage.states import JobState
 
 EVENTS = "/v1/jobs/{job_id}/events"  # a stream has no end of its own
-EXAMPLES = 30  # of each operation and phase that makes them up
+EXAMPLES = 20  # of each operation and phase that makes them up
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance",

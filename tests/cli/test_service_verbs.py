@@ -696,6 +696,23 @@ def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
         assert "pho keys create" in result.stderr
 
 
+def test_refusal_closes_the_database(serve: Pho, database: Database) -> None:
+    """Who was refused leaves no connection open."""
+    refused = serve("--host", "::", "--port", 0)
+    query = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    deadline = time.monotonic() + 2.0
+    left = 1
+    while left and time.monotonic() < deadline:  # the server takes its time to notice
+        with database.transaction() as connection:
+            left = connection.exec_driver_sql(query).scalar_one()
+
+    assert refused.exit_code == 2
+    assert left == 0
+
+
 def test_no_host(serve: Pho) -> None:
     """A host that is none of this machine's is bad usage."""
     for host in ("no.such.host.invalid", "192.0.2.1", "127.0.0.1:80", "a b", "x" * 300):
