@@ -1,0 +1,540 @@
+"""Swaps of kept and removed weights, against brute force, plain loops and float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
+from pho_service.pruning.selection import keep_highest, nm_mask
+
+GROUPS = pytest.mark.parametrize("group", [0, 2, 4, 8])
+
+
+def layer(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Gram matrix of correlated inputs of unequal sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(4 * in_features, max(2, in_features // 8), generator=generator)
+    x = few @ torch.randn(few.shape[1], in_features, generator=generator)
+    x += torch.randn(x.shape, generator=generator) + 0.3
+    x *= torch.rand(in_features, generator=generator) + 0.5
+    return torch.randn(out_features, in_features, generator=generator), x.T @ x / len(x)
+
+
+def half_mask(weight: Tensor, gram: Tensor, group: int = 0) -> Tensor:
+    """Wanda's mask, at half of the weights."""
+    score = weight.float().abs() * gram.diagonal().sqrt()
+    if group:
+        return nm_mask(score, keep=group // 2, group=group)
+    return keep_highest(score, weight.shape[1] // 2)
+
+
+def exact_errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
+    """D H D^T of each row, in float64."""
+    removed = weight.double() * ~mask
+    return torch.einsum("ri,ij,rj->r", removed, gram.double(), removed)
+
+
+def swaps(kept: Tensor, group: int) -> list[Tensor]:
+    """All masks of a row that are one swap away, inside of runs if there are any."""
+    found = []
+    for back in (~kept).nonzero()[:, 0].tolist():
+        for out in kept.nonzero()[:, 0].tolist():
+            if not group or back // group == out // group:
+                swapped = kept.clone()
+                swapped[back], swapped[out] = True, False
+                found.append(swapped)
+    return found
+
+
+def same_counts(before: Tensor, after: Tensor, group: int) -> bool:
+    """Does each row, or each run, keep as many weights?"""
+    runs = (len(before), -1, group or before.shape[1])
+    return before.view(runs).sum(dim=2).equal(after.view(runs).sum(dim=2))
+
+
+def test_row_errors() -> None:
+    """A row's error is the mean square of what its output loses."""
+    weight, _ = layer(5, 16)
+    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(5, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    lost = x.double() @ (weight.double() - weight.double() * mask).T
+
+    errors = row_errors(weight, mask, x.T @ x / len(x))
+
+    assert errors.dtype == torch.float32
+    assert torch.allclose(errors.double(), lost.square().mean(dim=0), rtol=1e-5)
+
+
+@GROUPS
+@pytest.mark.parametrize("max_swaps", [1, 3, 1000])
+def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
+    """No row's error rises, and the layer's falls; counts stay; no row makes too many swaps."""
+    weight, gram = layer(40, 200)
+    mask = half_mask(weight, gram, group)
+
+    refined = swap_refine(weight, mask, gram, group=group, max_swaps=max_swaps)
+    before, after = exact_errors(weight, mask, gram), exact_errors(weight, refined, gram)
+
+    assert bool((after <= before).all())
+    assert bool((after < before)[(refined != mask).any(dim=1)].all())
+    assert after.sum() < 0.95 * before.sum()
+    assert same_counts(mask, refined, group)
+    assert (refined & ~mask).sum(dim=1).max() <= max_swaps
+
+
+@GROUPS
+@pytest.mark.parametrize("seed", range(5))
+def test_swaps_end_where_none_helps(group: int, seed: int) -> None:
+    """On 8 inputs a row ends where brute force over all swaps finds no better mask."""
+    weight, gram = layer(20, 8, seed)
+    mask = half_mask(weight, gram, group)
+
+    refined = swap_refine(weight, mask, gram, group=group, max_swaps=1000)
+
+    for row, kept, first in zip(weight, refined, exact_errors(weight, mask, gram), strict=True):
+        others = torch.stack(swaps(kept, group))
+        errors = exact_errors(row.expand(len(others), -1), others, gram)
+        now = exact_errors(row[None], kept[None], gram)
+        assert errors.min() >= now - 1e-5 * first
+
+
+@GROUPS
+def test_first_swap_is_the_best(group: int) -> None:
+    """On 8 inputs one swap is the best of all swaps, so its predicted change is exact."""
+    weight, gram = layer(30, 8)
+    mask = half_mask(weight, gram, group)
+
+    refined = swap_refine(weight, mask, gram, group=group, max_swaps=1)
+
+    for row, kept, found in zip(weight, mask, refined, strict=True):
+        masks = torch.stack([kept, *swaps(kept, group)])
+        best = exact_errors(row.expand(len(masks), -1), masks, gram).min()
+        assert exact_errors(row[None], found[None], gram) == pytest.approx(float(best), rel=1e-4)
+
+
+def test_runs_end_where_none_helps() -> None:
+    """With a group, wide rows too end where no swap inside of a run helps."""
+    weight, gram = layer(4, 128)
+    mask = half_mask(weight, gram, 4)
+
+    refined = swap_refine(weight, mask, gram, group=4, max_swaps=1000)
+
+    for row, kept, first in zip(weight, refined, exact_errors(weight, mask, gram), strict=True):
+        others = torch.stack(swaps(kept, 4))
+        errors = exact_errors(row.expand(len(others), -1), others, gram)
+        assert errors.min() >= exact_errors(row[None], kept[None], gram) - 1e-5 * first
+
+
+def test_wide_rows_end_near_steepest_descent() -> None:
+    """The few candidates of a round end at the error of the best swap of all at each step."""
+    weight, gram = layer(6, 96)
+    mask = half_mask(weight, gram)
+
+    steepest = mask.clone()
+    for r, row in enumerate(weight):
+        while True:
+            masks = torch.stack([steepest[r], *swaps(steepest[r], 0)])
+            best = int(exact_errors(row.expand(len(masks), -1), masks, gram).argmin())
+            if best == 0:
+                break
+            steepest[r] = masks[best]
+    refined = swap_refine(weight, mask, gram, max_swaps=1000)
+
+    limit = 1.03 * exact_errors(weight, steepest, gram).sum()
+    assert exact_errors(weight, refined, gram).sum() < limit
+
+
+def test_more_swaps_are_better() -> None:
+    """The layer's error falls with the number of swaps allowed."""
+    weight, gram = layer(30, 160)
+    mask = half_mask(weight, gram)
+
+    errors = [
+        float(exact_errors(weight, swap_refine(weight, mask, gram, max_swaps=k), gram).sum())
+        for k in (0, 2, 8, 32)
+    ]
+
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 4
+
+
+@GROUPS
+def test_no_swaps(group: int) -> None:
+    """With max_swaps=0 the mask comes back, as a new tensor."""
+    weight, gram = layer(4, 16)
+    mask = half_mask(weight, gram, group)
+
+    refined = swap_refine(weight, mask, gram, group=group, max_swaps=0)
+
+    assert refined.equal(mask)
+    assert refined.data_ptr() != mask.data_ptr()
+
+
+@GROUPS
+def test_swap_inputs_stay(group: int) -> None:
+    """Weight, mask and Gram matrix are not changed."""
+    weight, gram = layer(6, 32)
+    mask = half_mask(weight, gram, group)
+    copies = weight.clone(), mask.clone(), gram.clone()
+
+    swap_refine(weight, mask, gram, group=group)
+
+    assert all(a.equal(b) for a, b in zip(copies, (weight, mask, gram), strict=True))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 31, 32])
+@pytest.mark.parametrize("group", [0, 4])
+def test_full_and_empty_rows(kept: int, group: int) -> None:
+    """Rows and runs that keep all or nothing have no swaps; the others still swap."""
+    weight, gram = layer(3, 32)
+    mask = torch.arange(32).expand(3, 32) < kept
+
+    refined = swap_refine(weight, mask, gram, group=group)
+
+    assert same_counts(mask, refined, group)
+    assert bool((exact_errors(weight, refined, gram) <= exact_errors(weight, mask, gram)).all())
+
+
+def test_swap_ties() -> None:
+    """Of equal swaps the one of the lowest channels is made: first to put back, then to remove."""
+    weight = torch.tensor([[2.0, 2.0, 1.0, 1.0]])
+    mask = torch.tensor([[False, False, True, True]])
+
+    once = swap_refine(weight, mask, torch.eye(4), max_swaps=1)
+    in_runs = swap_refine(
+        weight.repeat(1, 2), mask.repeat(1, 2), torch.eye(8), group=4, max_swaps=1
+    )
+
+    assert once.tolist() == [[True, False, False, True]]
+    assert in_runs.tolist() == [[True, False, False, True, False, False, True, True]]
+
+
+def test_equal_weights_stay() -> None:
+    """Where no swap changes anything, none is made."""
+    mask = torch.arange(24).expand(2, 24) % 2 == 0
+
+    assert swap_refine(torch.ones(2, 24), mask, torch.eye(24)).equal(mask)
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_dead_channels_go(group: int) -> None:
+    """Among uncorrelated channels, one that never carries anything gives its place to another."""
+    weight, _ = layer(10, 16)
+    energy = torch.ones(16)
+    energy[[0, 5]] = 0
+    mask = torch.tensor([True, True, False, False]).repeat(10, 4)
+
+    refined = swap_refine(weight, mask, energy.diag(), group=group, max_swaps=1000)
+
+    assert not refined[:, [0, 5]].any()
+    assert same_counts(mask, refined, group)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("group", [0, 4])
+def test_huge_common_mean(group: int, size: float) -> None:
+    """Where one direction dwarfs all others, float32 rounding makes no row worse."""
+    weight, gram = layer(60, 64)
+    gram += size
+    mask = half_mask(weight, gram, group)
+
+    refined = swap_refine(weight, mask, gram, group=group, max_swaps=1000)
+    before, after = exact_errors(weight, mask, gram), exact_errors(weight, refined, gram)
+
+    assert bool((after <= before).all())
+    assert after.sum() < 0.1 * before.sum()
+
+
+def test_all_channels_dead() -> None:
+    """Without any activation all masks are equal, and the first stays."""
+    weight, gram = layer(3, 16)
+    mask = half_mask(weight, gram)
+
+    assert swap_refine(weight, mask, torch.zeros_like(gram)).equal(mask)
+
+
+def test_zero_weights() -> None:
+    """A kept weight of 0 is worth swapping out, and counts stay."""
+    weight, gram = layer(5, 32)
+    weight[:, ::3] = 0
+    mask = torch.arange(32).expand(5, 32) % 2 == 0
+
+    refined = swap_refine(weight, mask, gram, max_swaps=1000)
+
+    assert same_counts(mask, refined, 0)
+    assert bool((exact_errors(weight, refined, gram) < exact_errors(weight, mask, gram)).all())
+
+
+@GROUPS
+def test_swap_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows are worked on at once changes no mask."""
+    weight, gram = layer(23, 64)
+    mask = half_mask(weight, gram, group)
+    refined = swap_refine(weight, mask, gram, group=group)
+    errors = row_errors(weight, mask, gram)
+
+    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 64 * 8 * 5)
+
+    assert swap_refine(weight, mask, gram, group=group).equal(refined)
+    assert torch.allclose(row_errors(weight, mask, gram), errors)
+
+
+@GROUPS
+def test_swap_same_bits(group: int) -> None:
+    """The same call gives the same mask."""
+    weight, gram = layer(20, 120)
+    mask = half_mask(weight, gram, group)
+
+    first, second = (swap_refine(weight, mask, gram, group=group) for _ in range(2))
+
+    assert first.equal(second)
+
+
+@GROUPS
+def test_bfloat16(group: int) -> None:
+    """A bfloat16 weight is refined as its float32 copy."""
+    weight, gram = layer(10, 48)
+    weight = weight.bfloat16()
+    mask = half_mask(weight, gram, group)
+    statistics = row_statistics(48)
+
+    for refine in (
+        lambda w: swap_refine(w, mask, gram, group=group),
+        lambda w: dsnot_refine(w, mask, **statistics, group=group, threshold=0.01),
+        lambda w: row_errors(w, mask, gram),
+    ):
+        assert refine(weight).equal(refine(weight.float()))
+
+
+@GROUPS
+def test_transposed(group: int) -> None:
+    """Views of a weight that is stored (in, out) give the masks of their copies."""
+    weight, gram = layer(10, 48)
+    mask = half_mask(weight, gram, group)
+    stored, stored_mask = weight.T.contiguous().T, mask.T.contiguous().T
+
+    swapped = swap_refine(stored, stored_mask, gram.T, group=group)
+    balanced = dsnot_refine(stored, stored_mask, **row_statistics(48), group=group)
+
+    assert swapped.equal(swap_refine(weight, mask, gram.T.contiguous(), group=group))
+    assert balanced.equal(dsnot_refine(weight, mask, **row_statistics(48), group=group))
+
+
+# --- DSnoT --------------------------------------------------------------------------------------
+
+
+def row_statistics(in_features: int, seed: int = 0) -> dict[str, Tensor]:
+    """Mean, variance and activation norm of inputs with both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(in_features, generator=generator)
+    variance = torch.rand(in_features, generator=generator) + 0.1
+    return {
+        "mean": mean,
+        "variance": variance,
+        "activation_norm": (variance + mean.square()).sqrt(),
+    }
+
+
+def dsnot_row(
+    weight: list[float],
+    kept: list[bool],
+    statistics: dict[str, Tensor],
+    *,
+    group: int,
+    max_cycles: int,
+    threshold: float,
+    power: float,
+) -> list[bool]:
+    """DSnoT's rules for one row, weight by weight."""
+    mean, variance, norm = (statistics[k].tolist() for k in ("mean", "variance", "activation_norm"))
+    channels = range(len(weight))
+    share = [weight[j] * mean[j] for j in channels]
+    error = sum(share[j] for j in channels if not kept[j])
+    kept, moved = list(kept), set()
+    for _ in range(max_cycles):
+        if abs(error) <= threshold:
+            break
+        sign = math.copysign(1, error)
+        removable = [j for j in channels if kept[j] and j not in moved and share[j] * sign < 0]
+        addable = [
+            j
+            for j in channels
+            if not kept[j]
+            and j not in moved
+            and share[j] * sign > 0
+            and (not group or any(i // group == j // group for i in removable))
+        ]
+        if not removable or not addable:
+            break
+        back = max(addable, key=lambda j: abs(share[j]) / variance[j] ** power)
+        if group:
+            removable = [i for i in removable if i // group == back // group]
+        out = min(removable, key=lambda j: abs(weight[j]) * norm[j])
+        after = error - share[back] + share[out]
+        if abs(after) >= abs(error):
+            break
+        error = after
+        kept[back], kept[out] = True, False
+        moved |= {back, out}
+    return kept
+
+
+def imbalance(weight: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
+    """abs(sum of removed W * mean) of each row, in float64."""
+    return (weight.double() * mean.double() * ~mask).sum(dim=1).abs()
+
+
+@GROUPS
+@pytest.mark.parametrize("max_cycles", [1, 50])
+@pytest.mark.parametrize(("threshold", "power"), [(0.1, 1.0), (0.0, 0.5), (1.0, 0.0)])
+def test_dsnot_follows_the_rules(
+    group: int, max_cycles: int, threshold: float, power: float
+) -> None:
+    """Each row ends as in a plain loop over the published rules."""
+    weight, gram = layer(40, 32)
+    mask = half_mask(weight, gram, group)
+    statistics = row_statistics(32)
+    options = {
+        "group": group, "max_cycles": max_cycles, "threshold": threshold, "power": power
+    }  # fmt: skip
+
+    refined = dsnot_refine(weight, mask, **statistics, **options)
+
+    assert refined.tolist() == [
+        dsnot_row(row, kept, statistics, **options)
+        for row, kept in zip(weight.tolist(), mask.tolist(), strict=True)
+    ]
+
+
+@GROUPS
+def test_dsnot_never_worse(group: int) -> None:
+    """No row's mean error grows, most fall far, and counts stay."""
+    weight, gram = layer(50, 200)
+    mask = half_mask(weight, gram, group)
+    statistics = row_statistics(200)
+
+    refined = dsnot_refine(weight, mask, **statistics, group=group)
+    before = imbalance(weight, mask, statistics["mean"])
+    after = imbalance(weight, refined, statistics["mean"])
+
+    assert bool((after <= before).all())
+    assert after.mean() < 0.3 * before.mean()
+    assert same_counts(mask, refined, group)
+
+
+def test_dsnot_by_hand() -> None:
+    """The largest share of the error's sign returns; the cheapest of the other sign goes."""
+    weight = torch.tensor([[3.0, 1.0, -2.0, -1.0, 5.0]])
+    mask = torch.tensor([[False, False, True, True, True]])  # e = 4, then 4 - 3 - 1 = 0
+    ones = torch.ones(5)
+
+    refined = dsnot_refine(weight, mask, mean=ones, variance=ones, activation_norm=ones)
+
+    assert refined.tolist() == [[True, False, True, False, True]]
+
+
+def test_dsnot_threshold() -> None:
+    """A row whose error is small enough already stays; one above it changes."""
+    weight = torch.tensor([[3.0, 1.0, -2.0, -1.0, 5.0]]).repeat(2, 1)
+    weight[0] /= 100
+    mask = torch.tensor([[False, False, True, True, True]]).repeat(2, 1)
+    ones = torch.ones(5)
+
+    refined = dsnot_refine(weight, mask, mean=ones, variance=ones, activation_norm=ones)
+
+    assert (refined != mask).any(dim=1).tolist() == [False, True]
+
+
+def test_dsnot_ties() -> None:
+    """Among equal weights the lower channel moves."""
+    weight = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0]])
+    mask = torch.tensor([[False, False, True, True, True]])
+    ones = torch.ones(5)
+
+    refined = dsnot_refine(
+        weight, mask, mean=ones, variance=ones, activation_norm=ones, max_cycles=1
+    )
+
+    assert refined.tolist() == [[True, False, False, True, True]]
+
+
+def test_dsnot_dead_channels() -> None:
+    """Channels without mean and variance never move, and give no NaN."""
+    weight, gram = layer(20, 40)
+    mask = half_mask(weight, gram)
+    statistics = row_statistics(40)
+    for values in statistics.values():
+        values[::4] = 0
+
+    refined = dsnot_refine(weight, mask, **statistics, power=2.0)
+
+    assert refined[:, ::4].equal(mask[:, ::4])
+    assert not refined.equal(mask)
+
+
+def test_dsnot_no_cycles() -> None:
+    """With max_cycles=0 the mask comes back, as a new tensor."""
+    weight, gram = layer(4, 16)
+    mask = half_mask(weight, gram)
+
+    refined = dsnot_refine(weight, mask, **row_statistics(16), max_cycles=0)
+
+    assert refined.equal(mask)
+    assert refined.data_ptr() != mask.data_ptr()
+
+
+@GROUPS
+def test_dsnot_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows are worked on at once changes no mask, nor does a second run."""
+    weight, gram = layer(23, 64)
+    mask = half_mask(weight, gram, group)
+    refined = dsnot_refine(weight, mask, **row_statistics(64), group=group)
+
+    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 64 * 4 * 5)
+
+    assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(refined)
+
+
+# --- wrong use ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [-4, 1, 3])
+def test_group_out_of_range(group: int) -> None:
+    """A group must divide the input channels."""
+    weight, gram = layer(2, 16)
+    mask = half_mask(weight, gram)
+
+    with pytest.raises(ValueError, match=f"group={group}"):
+        swap_refine(weight, mask, gram, group=group)
+    with pytest.raises(ValueError, match=f"group={group}"):
+        dsnot_refine(weight, mask, **row_statistics(16), group=group)
+
+
+def test_wrong_shapes() -> None:
+    """Mask, Gram matrix and statistics must fit the weight, and the mask be bool."""
+    weight, gram = layer(2, 16)
+    mask = half_mask(weight, gram)
+
+    with pytest.raises(ValueError, match="mask"):
+        swap_refine(weight, mask[:, :8], gram)
+    with pytest.raises(ValueError, match="mask"):
+        row_errors(weight, mask.float(), gram)
+    with pytest.raises(ValueError, match="gram"):
+        row_errors(weight, mask, gram[:8])
+    with pytest.raises(ValueError, match="statistic"):
+        dsnot_refine(weight, mask, **row_statistics(8))
+
+
+def test_negative_limits() -> None:
+    """Limits are not negative."""
+    weight, gram = layer(2, 16)
+    mask = half_mask(weight, gram)
+
+    with pytest.raises(ValueError, match="max_swaps=-1"):
+        swap_refine(weight, mask, gram, max_swaps=-1)
+    with pytest.raises(ValueError, match="max_cycles=-1"):
+        dsnot_refine(weight, mask, **row_statistics(16), max_cycles=-1)
+    with pytest.raises(ValueError, match="threshold=nan"):
+        dsnot_refine(weight, mask, **row_statistics(16), threshold=math.nan)

@@ -1,0 +1,584 @@
+"""Weights that make up for those that went, against slow loops and closed forms."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pho_service.errors import NumericalError
+from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.weight_update import (
+    inverse_factor,
+    least_squares_update,
+    obs_update,
+    output_error,
+    sparsegpt,
+)
+
+
+def inputs_gram(width, *, tokens=None, seed=0):
+    """E[x x^T] of correlated inputs of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tokens or 4 * width
+    rank = max(width // 4, 1)
+    common = torch.randn(tokens, rank, generator=generator) @ torch.randn(
+        rank, width, generator=generator
+    )
+    x = (common + torch.randn(tokens, width, generator=generator)).float()
+    x *= torch.exp(0.5 * torch.randn(width, generator=generator))
+    return x.T @ x / tokens
+
+
+def weights(rows, width, seed=1):
+    """Standard normal weights."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def wanda_mask(weight, gram, removed):
+    """Wanda: ``removed`` of each row go, by magnitude times activation norm."""
+    return keep_highest(weight.abs() * gram.diagonal().sqrt(), removed)
+
+
+def damped(gram, damping=0.01):
+    """H + damping * mean(diag H) I, float64."""
+    gram = gram.double()
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def textbook_obs(weight, mask, gram):
+    """One row and one column at a time, with an explicit inverse for the columns that remain."""
+    hessian = damped(gram)
+    changed = weight.double().clone()
+    for j in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        for i in range(weight.shape[0]):
+            if not mask[i, j]:
+                changed[i, j:] -= changed[i, j] / inverse[0, 0] * inverse[0]
+                changed[i, j] = 0
+    return changed
+
+
+def slow_sparsegpt(weight, gram, choose, *, block):
+    """The published loop, in float64; ``choose`` says which of a block go, given their scores."""
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped(gram)), upper=True)
+    current, mask = weight.double().clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        score = current[:, start:stop] ** 2 / factor.diagonal()[start:stop] ** 2
+        mask[:, start:stop] = ~choose(score, start, stop)
+        for j in range(start, stop):
+            error = torch.where(mask[:, j], 0, current[:, j]) / factor[j, j]
+            current[:, j:] -= error[:, None] * factor[j, j:]
+    return torch.where(mask, current, 0), mask
+
+
+def closed_form(weight, mask, gram):
+    """Row by row, the normal equations over the weights that stay."""
+    hessian = damped(gram)
+    best = torch.zeros(weight.shape, dtype=torch.float64)
+    for i, kept in enumerate(mask):
+        aim = hessian[kept] @ weight[i].double()
+        best[i, kept] = torch.linalg.solve(hessian[kept][:, kept], aim)
+    return best
+
+
+def damped_error(weight, changed, gram):
+    """Of each row, in float64, with the damped matrix."""
+    difference = weight.double() - changed.double()
+    return ((difference @ damped(gram)) * difference).sum(dim=1)
+
+
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_factor_is_the_cholesky_factor_of_the_inverse(width):
+    """U is upper triangular with a positive diagonal, and U^T U inverts the damped matrix."""
+    gram = inputs_gram(width)
+
+    factor = inverse_factor(gram, layer="q")
+
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped(gram)), upper=True)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_factor_leaves_the_matrix_alone():
+    """The Gram matrix that comes in stays as it is."""
+    gram = inputs_gram(8)
+    before = gram.clone()
+
+    inverse_factor(gram, layer="q")
+
+    assert torch.equal(gram, before)
+
+
+def test_factor_of_fewer_tokens_than_inputs_works_with_damping():
+    """A singular Gram matrix has a factor once it is damped."""
+    gram = inputs_gram(64, tokens=16)
+
+    factor = inverse_factor(gram, layer="q").double()
+
+    product = factor.T @ factor @ damped(gram)
+    torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-3)
+
+
+def test_factor_falls_back_to_float64_where_float32_fails():
+    """A matrix that rounding makes indefinite in float32 is factored in float64."""
+    x = torch.randint(-9, 10, (16, 64), generator=torch.Generator().manual_seed(0)).float()
+    gram = x.T @ x / 16  # whole numbers: exactly singular, and never negative
+    damping = 1e-7
+    single = gram + damping * gram.diagonal().mean() * torch.eye(64)
+    assert int(torch.linalg.cholesky_ex(single.flip(0, 1)).info) > 0
+
+    factor = inverse_factor(gram, damping=damping, layer="q")
+
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped(gram, damping)), upper=True)
+    tolerance = 1e-4 * float(expected.max())  # the inverse of such a matrix is itself rounded
+    torch.testing.assert_close(factor.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factor_refuses_numbers_that_are_none(value):
+    """NaN or infinity is an error that names the layer, never an identity."""
+    gram = inputs_gram(8)
+    gram[2, 3] = value
+
+    with pytest.raises(NumericalError, match=r"layers\.3\.q: .* NaN or infinite") as caught:
+        inverse_factor(gram, layer="layers.3.q")
+
+    assert caught.value.layer == "layers.3.q"
+
+
+def test_factor_refuses_negative_eigenvalues():
+    """A matrix that damping does not make positive definite names the layer and the way out."""
+    vectors = torch.linalg.qr(weights(8, 8)).Q
+    gram = vectors @ torch.diag(torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1])) @ vectors.T
+
+    with pytest.raises(NumericalError, match=r"layers\.3\.q: .*more text.*damping") as caught:
+        inverse_factor(gram, layer="layers.3.q")
+
+    assert caught.value.layer == "layers.3.q"
+
+
+def test_factor_of_zeros_is_the_identity():
+    """Inputs that are all dead have nothing to hand on."""
+    factor = inverse_factor(torch.zeros(5, 5), layer="q")
+
+    assert torch.equal(factor, torch.eye(5))
+
+
+def test_factor_checks_its_arguments():
+    """A negative damping and a matrix that is not square are a programmer's faults."""
+    with pytest.raises(ValueError, match="damping=-1"):
+        inverse_factor(torch.eye(3), damping=-1, layer="q")
+    with pytest.raises(ValueError, match="square"):
+        inverse_factor(torch.ones(3, 4), layer="q")
+
+
+@pytest.mark.parametrize("block", [1, 3, 128])
+def test_obs_update_is_the_textbook_elimination(block):
+    """One column after the other, as with an explicit inverse, whatever the block."""
+    gram, weight = inputs_gram(37), weights(9, 37)
+    mask = wanda_mask(weight, gram, 20)
+
+    changed = obs_update(weight, mask, inverse_factor(gram, layer="q"), block=block)
+
+    torch.testing.assert_close(
+        changed.double(), textbook_obs(weight, mask, gram), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("block", [1, 3, 50])
+def test_obs_update_does_not_depend_on_the_block(block):
+    """Blocks only say when columns catch up."""
+    gram, weight = inputs_gram(200), weights(16, 200)
+    mask = wanda_mask(weight, gram, 100)
+    factor = inverse_factor(gram, layer="q")
+
+    changed = obs_update(weight, mask, factor, block=block)
+
+    torch.testing.assert_close(changed, obs_update(weight, mask, factor), rtol=1e-4, atol=1e-5)
+
+
+def test_obs_update_changes_nothing_if_all_weights_stay():
+    """No weight gone, no error to make up for: the same bits."""
+    weight = weights(6, 150)
+
+    changed = obs_update(
+        weight, torch.ones_like(weight, dtype=torch.bool), inverse_factor(
+            inputs_gram(150), layer="q"
+        ),
+    )  # fmt: skip
+
+    assert torch.equal(changed, weight)
+
+
+def test_obs_update_of_uncorrelated_inputs_is_plain_zeroing():
+    """Inputs that know nothing of each other cannot make up for each other."""
+    weight = weights(6, 20)
+    mask = keep_highest(weight.abs(), 10)
+
+    changed = obs_update(weight, mask, inverse_factor(torch.eye(20) * 3, layer="q"))
+
+    assert torch.equal(changed, weight * mask)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_obs_update_moves_the_outputs_less_than_zeroing(seed):
+    """Summed over rows, the error with the update is below the error without."""
+    gram, weight = inputs_gram(96, seed=seed), weights(32, 96, seed=seed + 50)
+    mask = wanda_mask(weight, gram, 48)
+
+    changed = obs_update(weight, mask, inverse_factor(gram, layer="q"))
+
+    assert (
+        output_error(weight, changed, gram).sum() < output_error(weight, weight * mask, gram).sum()
+    )
+    assert bool((changed[~mask] == 0).all())
+
+
+def test_obs_update_accepts_bfloat16():
+    """Weights of any floating dtype are worked on in float32, and stay as they are."""
+    gram, weight = inputs_gram(32), weights(8, 32).bfloat16()
+    before, factor = weight.clone(), inverse_factor(gram, layer="q")
+    mask = wanda_mask(weight.float(), gram, 16)
+
+    changed = obs_update(weight, mask, factor)
+
+    assert torch.equal(changed, obs_update(weight.float(), mask, factor))
+    assert changed.dtype == torch.float32
+    assert torch.equal(weight, before)
+
+
+def test_obs_update_takes_a_parameter():
+    """A weight that wants gradients gets none, and the result is plain."""
+    weight = torch.nn.Parameter(weights(4, 8))
+
+    changed = obs_update(weight, weight > 0, inverse_factor(inputs_gram(8), layer="q"))
+
+    assert not changed.requires_grad
+
+
+def test_obs_update_without_a_dead_input_is_the_same():
+    """An input that is always 0 neither makes up for others nor is made up for."""
+    gram, weight = inputs_gram(24), weights(6, 24)
+    gram[5], gram[:, 5] = 0, 0
+    mask = wanda_mask(weight, gram, 12)
+    live = torch.arange(24) != 5
+    # The dead input counts in the mean of the diagonal.
+    damping = 0.01 * float(gram.diagonal().mean() / gram.diagonal()[live].mean())
+    factor = inverse_factor(gram[live][:, live], damping=damping, layer="q")
+
+    changed = obs_update(weight, mask, inverse_factor(gram, layer="q"))
+
+    torch.testing.assert_close(
+        changed[:, live], obs_update(weight[:, live], mask[:, live], factor), rtol=1e-4, atol=1e-5
+    )
+    assert bool((changed[:, 5] == 0).all())
+
+
+def test_obs_update_repeats_its_bits():
+    """The same tensors give the same bits."""
+    gram, weight = inputs_gram(160), weights(24, 160)
+    mask, factor = wanda_mask(weight, gram, 80), inverse_factor(gram, layer="q")
+
+    assert torch.equal(factor, inverse_factor(gram, layer="q"))
+    assert torch.equal(obs_update(weight, mask, factor), obs_update(weight, mask, factor))
+
+
+def test_obs_update_checks_its_arguments():
+    """Shapes that do not fit, and a block of nothing, are a programmer's faults."""
+    weight = weights(4, 8)
+    mask = weight > 0
+
+    with pytest.raises(ValueError, match="mask"):
+        obs_update(weight, mask[:1], torch.eye(8))
+    with pytest.raises(ValueError, match="in_features=8"):
+        obs_update(weight, mask, torch.eye(4))
+    with pytest.raises(ValueError, match="block=0"):
+        obs_update(weight, mask, torch.eye(8), block=0)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 333, 500, 899, 900])
+def test_sparsegpt_removes_exactly_so_many(removed):
+    """The counts of unequal blocks add up to what was asked for, each within one of its share."""
+    gram, weight = inputs_gram(50), weights(18, 50)
+
+    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), removed=removed, block=16)
+
+    assert int((~mask).sum()) == removed
+    assert bool((changed[~mask] == 0).all())
+    for columns in mask.split(16, dim=1):
+        share = removed * columns.shape[1] / 50
+        assert abs(int((~columns).sum()) - share) < 1
+
+
+def test_sparsegpt_is_the_published_loop():
+    """Block by block: the lowest scores of all rows go, then the columns are made up for."""
+    gram, weight = inputs_gram(48), weights(12, 48)
+
+    def choose(score, start, stop):
+        gone = torch.zeros(score.numel(), dtype=torch.bool)
+        gone[score.flatten().argsort()[: 12 * (stop - start) // 2]] = True
+        return gone.view(score.shape)
+
+    expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=16)
+    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), removed=12 * 24, block=16)
+
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(changed.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 20, 128])
+def test_sparsegpt_chooses_each_run_after_the_columns_before_it(block):
+    """2:4 is decided on weights that all columns before have been made up for in."""
+    gram, weight = inputs_gram(48), weights(12, 48)
+
+    def choose(score, _start, _stop):
+        return torch.zeros(score.shape, dtype=torch.bool).scatter_(
+            1, score.argsort(dim=1)[:, :2], value=True
+        )
+
+    expected, expected_mask = slow_sparsegpt(weight, gram, choose, block=4)
+    changed, mask = sparsegpt(
+        weight, inverse_factor(gram, layer="q"), keep=2, group=4, block=block
+    )  # fmt: skip
+
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(changed.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 3), (5, 6)])
+def test_sparsegpt_keeps_n_of_every_m(keep, group):
+    """Exactly N of M stay in every run, also where M does not divide the block."""
+    gram, weight = inputs_gram(144), weights(10, 144)
+
+    changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), keep=keep, group=group)
+
+    assert bool((mask.view(10, -1, group).sum(dim=2) == keep).all())
+    assert bool((changed[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("counts", [{"removed": 2000}, {"keep": 2, "group": 4}])
+def test_sparsegpt_is_the_obs_update_of_its_mask(counts):
+    """Fed with the mask that SparseGPT chose, obs_update gives SparseGPT's weights."""
+    gram, weight = inputs_gram(200), weights(20, 200)
+    factor = inverse_factor(gram, layer="q")
+
+    changed, mask = sparsegpt(weight, factor, **counts)
+
+    torch.testing.assert_close(obs_update(weight, mask, factor), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_sparsegpt_ties_fall_to_the_lower_index():
+    """Equal weights on equal inputs: the first of the block stay."""
+    weight = torch.ones(2, 4)
+
+    _, mask = sparsegpt(weight, inverse_factor(torch.eye(4), layer="q"), removed=3)
+
+    assert mask.tolist() == [[True] * 4, [True, False, False, False]]
+
+
+@pytest.mark.parametrize("counts", [{"removed": 12}, {"keep": 1, "group": 4}])
+def test_sparsegpt_removes_dead_inputs_first(counts):
+    """Weights of an input that is always 0 are free, however large they and other inputs are."""
+    gram, weight = inputs_gram(24) * 1e-6, weights(12, 24)
+    gram[5], gram[:, 5] = 0, 0
+    weight[:, 5] = 100
+
+    _, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), **counts)
+
+    assert not bool(mask[:, 5].any())
+
+
+def test_sparsegpt_heeds_row_weights():
+    """A row that counts a million times as much loses nothing while others have weights."""
+    gram, weight = inputs_gram(24), weights(6, 24)
+    score = torch.ones(6, 1)
+    score[2] = 1e6
+
+    _, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), removed=60, score=score)
+
+    assert bool(mask[2].all())
+    assert int((~mask).sum()) == 60
+
+
+def test_sparsegpt_takes_a_score_of_every_weight():
+    """A weight whose factor is 0 goes first, also within a run."""
+    gram, weight = inputs_gram(24), weights(6, 24)
+    score = torch.ones(6, 24)
+    score[:, ::4] = 0
+
+    _, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), keep=3, group=4, score=score)
+
+    assert torch.equal(mask, score.bool())
+
+
+@pytest.mark.parametrize("counts", [{"removed": 32 * 48}, {"keep": 2, "group": 4}])
+def test_sparsegpt_moves_the_outputs_less_than_a_wanda_mask(counts):
+    """Choosing and making up together beats zeroing by Wanda's score."""
+    gram, weight = inputs_gram(96), weights(32, 96)
+    wanda = weight.abs() * gram.diagonal().sqrt()
+    mask = nm_mask(wanda, keep=2, group=4) if "group" in counts else keep_highest(wanda, 48)
+
+    changed, _ = sparsegpt(weight, inverse_factor(gram, layer="q"), **counts)
+
+    assert (
+        output_error(weight, changed, gram).sum() < output_error(weight, weight * mask, gram).sum()
+    )
+
+
+def test_sparsegpt_repeats_its_bits():
+    """The same tensors give the same bits, and bfloat16 is what it is in float32."""
+    gram, weight = inputs_gram(160), weights(24, 160).bfloat16()
+    factor = inverse_factor(gram, layer="q")
+
+    first, second = sparsegpt(weight, factor, removed=1900), sparsegpt(weight, factor, removed=1900)
+    single = sparsegpt(weight.float(), factor, removed=1900)
+
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[0], single[0])
+    assert first[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"removed": -1},
+        {"removed": 33},
+        {"keep": 4, "group": 4},
+        {"keep": 2},
+        {"keep": 2, "group": 4, "removed": 1},
+        {"keep": 2, "group": 5},
+    ],
+)
+def test_sparsegpt_checks_its_arguments(counts):
+    """Counts out of range, or of both kinds, are a programmer's faults."""
+    with pytest.raises(ValueError, match=r"removed|keep|multiple"):
+        sparsegpt(weights(4, 8), torch.eye(8), **counts)
+
+
+@pytest.mark.parametrize("updated", [True, False])
+def test_least_squares_reaches_the_closed_form(updated):
+    """Enough steps give the exact solution of the normal equations, from any start."""
+    gram, weight = inputs_gram(32), weights(8, 32)
+    mask = wanda_mask(weight, gram, 16)
+    start = obs_update(weight, mask, inverse_factor(gram, layer="q")) if updated else weight
+
+    changed = least_squares_update(weight, mask, gram, start=start, steps=60)
+
+    torch.testing.assert_close(
+        changed.double(), closed_form(weight, mask, gram), rtol=1e-3, atol=1e-4
+    )
+    assert bool((changed[~mask] == 0).all())
+
+
+def test_least_squares_never_raises_the_error_of_a_row():
+    """More steps never leave a row worse off, and the first steps help all rows."""
+    gram, weight = inputs_gram(64), weights(16, 64)
+    mask = wanda_mask(weight, gram, 32)
+    start = obs_update(weight, mask, inverse_factor(gram, layer="q"))
+
+    errors = [damped_error(weight, start, gram)]
+    for steps in (1, 2, 3, 5, 8, 20, 60):
+        changed = least_squares_update(weight, mask, gram, start=start, steps=steps)
+        errors.append(damped_error(weight, changed, gram))
+
+    assert bool((errors[1] < errors[0]).all())
+    for before, after in pairwise(errors):
+        assert bool((after <= before * (1 + 1e-6)).all())
+
+
+def test_least_squares_gives_a_solved_row_back():
+    """A row whose error does not fall, here one without any, keeps the bits of its start."""
+    gram, weight = inputs_gram(16), weights(4, 16)
+    mask = wanda_mask(weight, gram, 8)
+    mask[1] = True
+
+    changed = least_squares_update(weight, mask, gram, start=weight)
+
+    assert torch.equal(changed[1], weight[1])
+    assert not torch.equal(changed[0], weight[0])
+
+
+def test_least_squares_of_no_steps_is_the_start():
+    """Nothing is tried, so the start comes back, 0 where the mask is False."""
+    gram, weight = inputs_gram(16), weights(4, 16)
+    mask = wanda_mask(weight, gram, 8)
+
+    changed = least_squares_update(weight, mask, gram, start=weight.bfloat16(), steps=0)
+
+    assert torch.equal(changed, weight.bfloat16().float() * mask)
+
+
+def test_least_squares_lives_with_dead_inputs_and_rows_without_weights():
+    """Inputs that are always 0, all of them even, and empty rows give no NaN."""
+    gram, weight = inputs_gram(16), weights(4, 16)
+    gram[3], gram[:, 3] = 0, 0
+    mask = wanda_mask(weight, gram, 8)
+    mask[2] = False
+
+    changed = least_squares_update(weight, mask, gram, start=weight, damping=0)
+    nothing = least_squares_update(weight, mask, torch.zeros(16, 16), start=weight)
+
+    assert bool(changed.isfinite().all())
+    assert bool((changed[2] == 0).all())
+    assert torch.equal(nothing, weight * mask)
+
+
+def test_least_squares_survives_fewer_tokens_than_inputs():
+    """A singular Gram matrix is solved with damping, and rows get no worse."""
+    gram, weight = inputs_gram(64, tokens=16), weights(8, 64)
+    mask = wanda_mask(weight, gram, 32)
+    start = obs_update(weight, mask, inverse_factor(gram, layer="q"))
+
+    changed = least_squares_update(weight, mask, gram, start=start)
+
+    assert bool((damped_error(weight, changed, gram) < damped_error(weight, start, gram)).all())
+
+
+def test_least_squares_repeats_its_bits():
+    """The same tensors give the same bits, and bfloat16 is what it is in float32."""
+    gram, weight = inputs_gram(48), weights(8, 48).bfloat16()
+    mask = wanda_mask(weight.float(), gram, 24)
+
+    first = least_squares_update(weight, mask, gram, start=weight)
+    second = least_squares_update(weight.float(), mask, gram, start=weight.float())
+
+    assert torch.equal(first, second)
+
+
+def test_least_squares_checks_its_arguments():
+    """Shapes that differ, and negative settings, are a programmer's faults."""
+    weight, gram = weights(4, 8), torch.eye(8)
+    mask = weight > 0
+
+    with pytest.raises(ValueError, match="differ"):
+        least_squares_update(weight, mask, gram, start=weight[:2])
+    with pytest.raises(ValueError, match="steps=-1"):
+        least_squares_update(weight, mask, gram, start=weight, steps=-1)
+    with pytest.raises(ValueError, match="damping=-1"):
+        least_squares_update(weight, mask, gram, start=weight, damping=-1)
+
+
+def test_output_error_is_the_mean_square_over_the_tokens():
+    """(W - W') H (W - W')^T is what the outputs of the calibration tokens show."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(100, 12, generator=generator)
+    weight = weights(5, 12).bfloat16()
+    changed = weight.float() * (weight > 0)
+
+    error = output_error(weight, changed, x.T @ x / 100)
+
+    moved = x.double() @ (weight.double() - changed.double()).T  # (tokens, out_features)
+    torch.testing.assert_close(error.double(), moved.square().mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_output_error_is_never_negative():
+    """Rounding of a change that moves no output gives 0 at least."""
+    x = weights(3, 40)
+    gram = x.T @ x
+    change = torch.linalg.svd(x.double()).Vh[3:].float() * 1000  # x @ change.T == 0, but rounding
+
+    error = output_error(change, torch.zeros_like(change), gram)
+
+    assert bool((error >= 0).all())
