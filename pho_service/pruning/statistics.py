@@ -7,8 +7,9 @@ output row: the Fisher weight g = E[(dL/dy)^2]. All sums over tokens are
 float32, streamed sample by sample; nothing grows with the number of samples.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,13 @@ class PrunableLinear:
     Attributes:
         module: The module whose hooks see the input and the output.
         transposed: True where the module stores (in, out), as GPT-2's Conv1D.
+        siblings: The same for the same matrix of all experts of a mixture; empty elsewhere.
     """
 
     name: str
     module: nn.Module
     transposed: bool = False
+    siblings: str = ""
 
     @property
     def weight(self) -> Tensor:
@@ -62,7 +67,8 @@ class Statistics:
     Attributes:
         inputs: One entry a distinct input.
         input_of: Index into ``inputs`` for each linear.
-        fisher: (out_features,), float32, for each linear.
+        fisher: (out_features,), float32, for each linear: mean over the tokens
+            that reached it. Those of an expert are few, and its inputs count the others as zeros.
     """
 
     inputs: list[InputStatistics]
@@ -112,6 +118,20 @@ class _SecondMoment:
         return InputStatistics(activation_norm=norm.cpu(), root=root.cpu())
 
 
+def _mean(moments: list[_SecondMoment]) -> _SecondMoment:
+    """What the mean of several inputs' second moments would have been streamed as."""
+    (height, width), device = moments[0].moment.shape, moments[0].moment.device
+    rows = moments[0].rows
+    mean = _SecondMoment(width, device, rows, seed=0)
+    mean.squares = torch.stack([m.squares for m in moments]).mean(dim=0)
+    total = torch.zeros(height, width, device=device)
+    for moment in moments:
+        total += moment.moment
+    # Projections have random signs: the squares of their sum are the sum of their squares.
+    mean.moment = total / len(moments) ** (0.5 if rows else 1.0)
+    return mean
+
+
 def _square_root(gram: Tensor) -> Tensor:
     """(n, n) L with ``L.T @ L == gram``; singular matrices are fine, rounding below 0 is cut."""
     values, vectors = torch.linalg.eigh(gram.double())
@@ -150,32 +170,102 @@ def collect_statistics(
         ModelError: A linear was never called.
         NumericalError: An activation or a gradient is NaN or infinite.
     """
-    if not 1 <= fisher_windows <= len(windows):
-        raise InvalidInput(
-            f"fisher_windows={fisher_windows} is not in 1..{len(windows)}, the number of "
-            "calibration windows."
-        )
-    collector = _Collector(linears, projection_rows, seed)
-    tokens = windows.numel()
-    with collector.attached(), _frozen(model):
+    check_fisher_windows(fisher_windows, len(windows))
+    collector = Collector(linears, projection_rows, seed)
+    with collector.reading_inputs(), collector.reading_gradients(), frozen(model):
         for number, window in enumerate(windows):
             batch = window[None].to(next(model.parameters()).device)  # (1, tokens)
             if number < fisher_windows:
-                logits = model(input_ids=batch, use_cache=False).logits
-                loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="sum")
-                loss.backward()
+                summed_loss(model, batch).backward()
             else:
                 with torch.no_grad():
                     model(input_ids=batch, use_cache=False)
             collector.end_of_window()
             advance(1)
-    return collector.finish(
-        sequences=len(windows), tokens=tokens, gradient_tokens=fisher_windows * windows.shape[1]
-    )
+    collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
+    return collector.finish()
 
 
-class _Collector:
-    """The hooks on the linears, and what they have gathered."""
+def check_fisher_windows(fisher_windows: int, windows: int) -> None:
+    """Raise InvalidInput unless 1 <= fisher_windows <= windows."""
+    if not 1 <= fisher_windows <= windows:
+        raise InvalidInput(
+            f"fisher_windows={fisher_windows} is not in 1..{windows}, the number of "
+            "calibration windows."
+        )
+
+
+def summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """(), float32: the loss of a window, (1, tokens), summed over its predicted tokens."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    return cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="sum")
+
+
+class InputGroups:
+    """
+    Which linears are handed the very same tensor, in the order of their first calls.
+
+    Attributes:
+        input_of: Index of each linear's input, of the linears called so far.
+    """
+
+    def __init__(self) -> None:
+        self.input_of: dict[str, int] = {}
+        self.readers: list[str] = []  # the first linear that reads each input
+        self._recent: list[tuple[Tensor, int]] = []  # inputs of this window, while groups form
+
+    def see(self, name: str, x: Tensor) -> int | None:
+        """The index of ``x`` if linear ``name`` is the one that it counts for, else None."""
+        if name not in self.input_of:
+            self._group(name, x)
+        index = self.input_of[name]
+        return index if self.readers[index] == name else None
+
+    def _group(self, name: str, x: Tensor) -> None:
+        for seen, index in self._recent:
+            if seen is x:
+                self.input_of[name] = index
+                return
+        index = self.add(name)
+        # Keeping the tensor alive is what makes "the very same" certain; neighbours suffice.
+        self._recent = [*self._recent[-3:], (x, index)]
+
+    def add(self, name: str) -> int:
+        """Note that linear ``name`` reads an input of its own; its index."""
+        self.input_of[name] = len(self.readers)
+        self.readers.append(name)
+        return self.input_of[name]
+
+    def end_of_window(self) -> None:
+        """Let go of the window's tensors."""
+        self._recent = []
+
+
+@contextmanager
+def watched(
+    linears: Mapping[str, PrunableLinear], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input, output)`` whenever one of the linears is called."""
+    handles = [
+        linear.module.register_forward_hook(
+            lambda _module, args, output, name=name: see(name, args[0], output)
+        )
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Collector:
+    """
+    What the linears' calls say, gathered in one pass or block by block.
+
+    Inputs and gradients are watched apart, since a pass block by block runs
+    each block once to see its inputs and once more to see its gradients.
+    """
 
     def __init__(
         self, linears: Mapping[str, PrunableLinear], projection_rows: int, seed: int
@@ -183,62 +273,112 @@ class _Collector:
         self.linears = linears
         self.projection_rows = projection_rows
         self.seed = seed
-        self.moments: list[_SecondMoment] = []
-        self.input_of: dict[str, int] = {}
+        self.groups = InputGroups()
         self.fisher: dict[str, Tensor] = {}
-        self._readers: list[str] = []  # the first linear that reads each input
-        self._recent: list[tuple[Tensor, int]] = []  # inputs of this window, while groups form
+        self._gradient_tokens: dict[str, int] = {}
+        self._moments: dict[int, _SecondMoment] = {}  # of inputs that are not finished
+        self._inputs: list[InputStatistics] = []
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = []
-        for name, linear in self.linears.items():
-            handles.append(
-                linear.module.register_forward_hook(
-                    lambda _module, args, output, name=name: self._see(name, args[0], output)
-                )
-            )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def reading_inputs(self) -> AbstractContextManager[None]:
+        """Inside, the inputs of the linears are added."""
+        return watched(self.linears, self._see_input)
 
-    def _see(self, name: str, x: Tensor, output: Tensor) -> None:
-        if name not in self.input_of:
-            self._group(name, x)
-        index = self.input_of[name]
-        if self._readers[index] == name:
-            flat = x.detach().reshape(-1, x.shape[-1])  # (tokens, in_features)
-            self.moments[index].add(flat)
-        if output.requires_grad:
-            output.register_hook(lambda grad, name=name: self._see_gradient(name, grad))
-
-    def _group(self, name: str, x: Tensor) -> None:
-        """Linears that are handed the very same tensor share one input."""
-        for seen, index in self._recent:
-            if seen is x:
-                self.input_of[name] = index
-                return
-        index = len(self.moments)
-        self.input_of[name] = index
-        self.moments.append(
-            _SecondMoment(
-                x.shape[-1], x.device, self.projection_rows, (self.seed * 100_003 + index) % 2**63
-            )
-        )
-        self._readers.append(name)
-        # Keeping the tensor alive is what makes "the very same" certain; neighbours suffice.
-        self._recent = [*self._recent[-3:], (x, index)]
-
-    def _see_gradient(self, name: str, grad: Tensor) -> None:
-        squares = grad.detach().float().square().reshape(-1, grad.shape[-1]).sum(dim=0)
-        self.fisher[name] = self.fisher.get(name, 0) + squares
+    def reading_gradients(self) -> AbstractContextManager[None]:
+        """Inside, backward passes through the linears are added."""
+        return watched(self.linears, self._see_output)
 
     def end_of_window(self) -> None:
-        self._recent = []
+        """Inputs of different windows are different inputs, wherever they lie in memory."""
+        self.groups.end_of_window()
 
-    def finish(self, *, sequences: int, tokens: int, gradient_tokens: int) -> Statistics:
+    def _see_input(self, name: str, x: Tensor, _output: Tensor) -> None:
+        index = self.groups.see(name, x)
+        if index is None:
+            return
+        if index not in self._moments:
+            self._moments[index] = _SecondMoment(
+                x.shape[-1], x.device, self.projection_rows, (self.seed * 100_003 + index) % 2**63
+            )
+        self._moments[index].add(x.detach().reshape(-1, x.shape[-1]))  # (tokens, in_features)
+
+    def _see_output(self, name: str, _x: Tensor, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._see_gradient(name, grad))
+
+    def _see_gradient(self, name: str, grad: Tensor) -> None:
+        squares = grad.detach().float().square().reshape(-1, grad.shape[-1])  # (tokens, out)
+        self.fisher[name] = self.fisher.get(name, 0) + squares.sum(dim=0)
+        self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + len(squares)
+
+    def finish_inputs(self, *, sequences: int, tokens: int) -> None:
+        """
+        Close the inputs seen so far: no more is added to them, and their sums are freed.
+
+        An expert that no token was routed to counts as a mean one of its mixture.
+
+        Raises:
+            NumericalError: An activation is NaN or infinite.
+        """
+        self._fill_in_inputs()
+        for index in range(len(self._inputs), len(self.groups.readers)):
+            moment = self._moments.pop(index)
+            for sums in (moment.squares, moment.moment):
+                require_finite(sums, self.groups.readers[index], "activations")
+            self._inputs.append(moment.finish(sequences, tokens))
+
+    def _fill_in_inputs(self) -> None:
+        """Give experts without tokens the mean input of their siblings, one for all of them."""
+        known: dict[tuple[int, ...], int] = {}
+        for name, linear in self.linears.items():
+            if name in self.groups.input_of:
+                continue
+            found = {self.groups.input_of.get(n, -1) for n in self._siblings(linear)}
+            seen = tuple(sorted(found & self._moments.keys()))
+            if not seen:
+                continue
+            if seen not in known:
+                known[seen] = self.groups.add(name)
+                self._moments[known[seen]] = _mean([self._moments[i] for i in seen])
+            self.groups.input_of[name] = known[seen]
+
+    def _siblings(self, linear: PrunableLinear) -> list[str]:
+        """The names of the linears that do the same in other experts."""
+        if not linear.siblings:
+            return []
+        return [
+            name
+            for name, other in self.linears.items()
+            if other.siblings == linear.siblings and name != linear.name
+        ]
+
+    def _fill_in_fisher(self) -> None:
+        """Give experts without gradients the mean of their siblings."""
+        filled = {}
+        for name, linear in self.linears.items():
+            if name in self.fisher or name not in self.groups.input_of:
+                continue
+            others = [n for n in self._siblings(linear) if n in self.fisher]
+            if others:
+                filled[name] = torch.stack(
+                    [self.fisher[n] / self._gradient_tokens[n] for n in others]
+                ).mean(dim=0)
+        if filled:
+            logger.warning(
+                "experts got no tokens in the backward pass and count as mean ones",
+                extra={"linears": len(filled), "first": next(iter(filled))},
+            )
+        for name, values in filled.items():
+            self.fisher[name], self._gradient_tokens[name] = values, 1
+
+    def finish(self) -> Statistics:
+        """
+        Give what was gathered, once all inputs are finished.
+
+        Raises:
+            ModelError: A linear was never called, or got no gradient.
+            NumericalError: A gradient is NaN or infinite.
+        """
+        self._fill_in_fisher()
         missing = [name for name in self.linears if name not in self.fisher]
         if missing:
             raise ModelError(
@@ -246,18 +386,16 @@ class _Collector:
                 f"nothing is known of their inputs: {', '.join(missing[:5])}. Pruning them blindly "
                 "would be wrong; this model's architecture is not supported."
             )
-        inputs = []
-        for index, moment in enumerate(self.moments):
-            _require_finite(moment.squares, self._readers[index], "activations")
-            _require_finite(moment.moment, self._readers[index], "activations")
-            inputs.append(moment.finish(sequences, tokens))
-        fisher = {name: (self.fisher[name] / gradient_tokens).cpu() for name in self.linears}
+        fisher = {
+            name: (self.fisher[name] / self._gradient_tokens[name]).cpu() for name in self.linears
+        }
         for name, values in fisher.items():
-            _require_finite(values, name, "gradients")
-        return Statistics(inputs=inputs, input_of=self.input_of, fisher=fisher)
+            require_finite(values, name, "gradients")
+        return Statistics(inputs=self._inputs, input_of=self.groups.input_of, fisher=fisher)
 
 
-def _require_finite(values: Tensor, layer: str, what: str) -> None:
+def require_finite(values: Tensor, layer: str, what: str) -> None:
+    """Raise NumericalError if sums over the calibration text have a NaN or an infinity."""
     if not bool(torch.isfinite(values).all()):
         raise NumericalError(
             f"{layer}: the {what} of the calibration text are NaN or infinite. Check the model's "
@@ -267,7 +405,7 @@ def _require_finite(values: Tensor, layer: str, what: str) -> None:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Weights get no gradients; activations do, from the embedding on."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     embedding = model.get_input_embeddings()  # type: ignore[operator]  # of PreTrainedModel

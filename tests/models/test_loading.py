@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.models.architecture import prunable_linears
@@ -165,14 +159,3 @@ def test_gpt2_linears() -> None:
 
     assert len(linears) == 8
     assert linears["transformer.h.0.attn.c_attn"].weight.shape == (96, 32)
-
-
-def test_fused_experts() -> None:
-    """Experts that are one 3D parameter would stay unpruned, so they are refused by name."""
-    config = MixtralConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-
-    with pytest.raises(ModelError, match=r"stay unpruned: model\.layers\.0.*experts"):
-        prunable_linears(MixtralForCausalLM(config))

@@ -1,0 +1,131 @@
+"""
+The experts of a mixture, one linear for each matrix.
+
+transformers 5 keeps all experts of a block in two 3D parameters and multiplies
+slices of them, so no hook ever sees an expert. Here each matrix becomes a
+module that owns nothing and cuts its slice when it is asked: parameters, state
+dict and files on disk stay those of the fused module.
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class ExpertLinear(nn.Module):
+    """
+    One matrix of one expert, as a linear without bias.
+
+    Args:
+        experts: The fused module.
+        parameter: Its 3D parameter, (experts, out_features, in_features).
+        expert: Index into the first dimension.
+        rows: Output rows of the parameter that are this matrix.
+    """
+
+    def __init__(self, experts: nn.Module, parameter: str, expert: int, rows: slice) -> None:
+        super().__init__()
+        self._experts = (experts,)  # in a tuple, or it would become a child of its own child
+        self.parameter = parameter
+        self.expert = expert
+        self.rows = rows
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features): a view, cut anew each time, so casts and moves are seen."""
+        (experts,) = self._experts
+        return experts.get_parameter(self.parameter)[self.expert, self.rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, in_features) to (tokens, out_features)."""
+        return linear(x, self.weight)
+
+
+class Expert(nn.Module):
+    """One expert: ``gate_proj``, ``up_proj`` and ``down_proj``, each an :class:`ExpertLinear`."""
+
+    def __init__(self, experts: nn.Module, index: int) -> None:
+        super().__init__()
+        width = experts.get_parameter("gate_up_proj").shape[1] // 2
+        self.gate_proj = ExpertLinear(experts, "gate_up_proj", index, slice(0, width))
+        self.up_proj = ExpertLinear(experts, "gate_up_proj", index, slice(width, None))
+        self.down_proj = ExpertLinear(experts, "down_proj", index, slice(None))
+
+
+def unfuse_experts(model: nn.Module) -> None:
+    """
+    Give every fused expert of a model modules of its own, called with the tokens routed to it.
+
+    Outputs, parameters and state dict stay what they were. An expert that no
+    token is routed to is not called. Doing it again changes nothing. Experts
+    that are stored in another layout are left fused.
+
+    Args:
+        model: Of transformers. Changed in place: the fused modules get the
+            children ``0``, ``1``, ... and a forward that calls them.
+    """
+    for module in list(model.modules()):
+        if _is_fused(module) and not experts_of(module):
+            for index in range(len(module.get_parameter("down_proj"))):
+                module.add_module(str(index), Expert(module, index))
+            module.forward = MethodType(_forward, module)
+
+
+def experts_of(module: nn.Module) -> list[Expert]:
+    """The experts that :func:`unfuse_experts` gave a module, in their order; none to any other."""
+    return [child for child in module.children() if isinstance(child, Expert)]
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """
+    Whether a module keeps to transformers' contract for experts, in its plainest layout.
+
+    The flags are set by ``use_experts_implementation``; whatever has them takes
+    (hidden_states, top_k_index, top_k_weights) and gates with ``_apply_gate``.
+    """
+    shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+    if set(shapes) != {"gate_up_proj", "down_proj"} or {len(s) for s in shapes.values()} != {3}:
+        return False
+    experts, hidden, width = shapes["down_proj"]
+    plain = {
+        "has_gate": True, "is_concatenated": True,
+        "has_bias": False, "is_transposed": False, "has_post_expert_norm": False,
+    }  # fmt: skip
+    return shapes["gate_up_proj"] == (experts, 2 * width, hidden) and all(
+        getattr(module, flag, None) is value for flag, value in plain.items()
+    )
+
+
+def _forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """
+    What the fused module computes, expert by expert.
+
+    Args:
+        self: The module of experts.
+        hidden_states: (tokens, hidden), floating point.
+        top_k_index: (tokens, k), int64: the experts of each token. An index
+            beyond the last expert stands for none.
+        top_k_weights: (tokens, k): what each expert's output is multiplied by.
+
+    Returns:
+        (tokens, hidden), the dtype of ``hidden_states``.
+    """
+    experts = experts_of(self)
+    routes = top_k_index.flatten()  # (tokens * k,)
+    by_expert = routes.argsort(stable=True)
+    counts = routes.bincount(minlength=len(experts)).tolist()  # the only wait for the device
+    output = torch.zeros_like(hidden_states)
+    for expert, chosen in zip(experts, by_expert.split(counts), strict=False):
+        if len(chosen) == 0:
+            continue
+        token = chosen // top_k_index.shape[1]
+        x = hidden_states[token]  # (tokens of this expert, hidden); one tensor for both readers
+        both = torch.cat((expert.gate_proj(x), expert.up_proj(x)), dim=-1)
+        y = expert.down_proj(self._apply_gate(both))  # type: ignore[operator]  # see _is_fused
+        y = y * top_k_weights.flatten()[chosen, None]
+        output.index_add_(0, token, y.to(output.dtype))
+    return output
