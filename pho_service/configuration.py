@@ -1,7 +1,8 @@
 """
 config.json: a pruning that was found, with everything that is needed to trust or repeat it.
 
-Format version 1. ``docs/configuration.md`` describes every key. The file has
+Format version 2; version 1, which had no ``steps``, is read too.
+``docs/configuration.md`` describes every key. The file has
 no times in it, so that the same search writes the same bytes.
 """
 
@@ -13,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.files import new_file
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
 
 FORMAT = "pho-configuration"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 MAX_BYTES = 2**20
 
 
@@ -36,6 +38,34 @@ class CoefficientsDocument(_Strict):
     activation_exponent: float
     gradient_exponent: float = 0.0
     normalisation: Literal["mean", "sum", "none"] = "mean"
+
+
+class AllocationDocument(_Strict):
+    """How much each linear loses; the same names as :class:`pho_service.spec.Allocation`."""
+
+    method: Literal["uniform", "owl", "fisher", "curves"] = "uniform"
+    unit: Literal["linear", "block"] = "linear"
+    spread: float = Field(0.2, ge=0, le=1)
+    outlier_ratio: float = Field(5.0, ge=1, le=1e6)
+
+
+class StepsDocument(_Strict):
+    """What happens beside the score; the same names as :class:`pho_service.spec.Steps`."""
+
+    allocation: AllocationDocument = AllocationDocument()
+    permutation: Literal["none", "score", "error"] = "none"
+    repruning: Literal["none", "dsnot", "swaps"] = "none"
+    update: Literal["none", "obs", "sparsegpt"] = "none"
+
+    def steps(self) -> Steps:
+        """
+        In the form that a pruning takes.
+
+        Raises:
+            InvalidInput: Two steps contradict each other.
+        """
+        values = self.model_dump()
+        return Steps(**{**values, "allocation": Allocation(**values["allocation"])})
 
 
 class Rating(_Strict):
@@ -63,6 +93,7 @@ class Configuration(_Strict):
     Attributes:
         method: ``crepe``, or the baseline that nothing found was better than.
         coefficients: The score.
+        steps: What happens beside the score.
         pattern: A ratio or N:M, as text.
         scope: Where weights compete.
         objective: What the search minimised or maximised, and the winner's value.
@@ -80,6 +111,7 @@ class Configuration(_Strict):
     version: int = VERSION
     method: str
     coefficients: CoefficientsDocument
+    steps: StepsDocument = StepsDocument()
     pattern: str
     scope: Literal["row", "layer", "global"]
     objective: dict[str, Any] = Field(default_factory=dict)
@@ -108,6 +140,7 @@ class Configuration(_Strict):
             method=self.method,
             coefficients=Coefficients(**self.coefficients.model_dump()),
             pattern=Pattern.parse(self.pattern, None if ":" in self.pattern else self.scope),
+            steps=self.steps.steps(),
         )
 
 
@@ -144,10 +177,10 @@ def read_configuration(path: Path) -> Configuration:
             f"{path} is no configuration of PHO: its format is not {FORMAT!r}. "
             "`pho search` writes one with --out."
         )
-    if document.get("version") != VERSION:
+    if document.get("version") not in READABLE:
         raise ConfigurationError(
-            f"{path} has format version {document.get('version')}, but this PHO reads version "
-            f"{VERSION}. Install the PHO that wrote it, or search again."
+            f"{path} has format version {document.get('version')}, but this PHO reads versions "
+            f"{READABLE[0]} to {VERSION}. Install the PHO that wrote it, or search again."
         )
     try:
         return Configuration.model_validate(document)

@@ -18,10 +18,13 @@ from pydantic import (
 )
 
 from pho_service.access import Access, check_data_file
+from pho_service.configuration import StepsDocument
+from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import SearchPlan
 from pho_service.search.space import SearchSpace
 from pho_service.spec import (
+    ALLOCATIONS,
     C4_DATASET,
     C4_FILE,
     SEEDS,
@@ -153,14 +156,26 @@ class SearchSpaceSpec(_Document):
     activation_exponent: Bounds | None = Field(None, description="Within [0, 4].")
     gradient_exponent: Bounds | None = Field(None, description="Within [0, 2].")
     kernel_sizes: list[KernelSize] | None = Field(None, min_length=1, max_length=20)
+    allocations: list[Literal["uniform", "owl", "fisher", "curves"]] | None = Field(
+        None, min_length=1, max_length=4, description="Instead of steps.allocation.method."
+    )
+    allocation_spread: Bounds | None = Field(None, description="Within [0, 1].")
 
-    @field_validator("neighbourhood_share", "row_share", "activation_exponent", "gradient_exponent")
+    @field_validator(
+        "neighbourhood_share", "row_share", "activation_exponent", "gradient_exponent",
+        "allocation_spread",
+    )  # fmt: skip
     @classmethod
     def _in_range(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
         if value is not None:
             bounds: dict[str, Any] = {str(info.field_name): tuple(value)}
             SearchSpace(**bounds)  # raises with the rule
         return value
+
+    @field_validator("allocations")
+    @classmethod
+    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+        return value and [method for method in ALLOCATIONS if method in value]
 
     @field_validator("kernel_sizes")
     @classmethod
@@ -189,11 +204,22 @@ class JobSpec(_Document):
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="Where weights compete; layer by default, row for N:M."
     )
+    preset: Literal["score", "crepe", "crepe-plus", "best"] = Field(
+        "score",
+        description="What is searched, and what candidates go through; steps and search_space "
+        "say more.",
+    )
+    steps: StepsDocument | None = Field(
+        None, description="Allocation, permutation, re-pruning, weight update; those of the preset."
+    )
     name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_printable)] | None = (
         Field(None, description="Of its study; the model and the pattern by default.")
     )
     revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    stream: bool = Field(
+        False, description="Leave the weights on disk, one block at a time on the device."
+    )
     calibration: CalibrationSpec = CalibrationSpec()
     confirm: ConfirmSpec | None = Field(
         ConfirmSpec(), description="null: the best by the objective alone."
@@ -256,12 +282,14 @@ class JobSpec(_Document):
     @field_validator("trials")
     @classmethod
     def _more_than_baselines(cls, value: int, info: ValidationInfo) -> int:
-        if {"pattern", "scope", "search_space"} <= info.data.keys():
-            pattern = Pattern.parse(info.data["pattern"], info.data["scope"])
-            space = SearchSpace(**info.data["search_space"].bounds())
-            SearchPlan(  # raises if the baselines alone are more
-                pattern=pattern, space=space, trials=value, fisher=space.gradient_exponent[1] > 0
+        if {"pattern", "scope", "preset", "steps", "search_space"} <= info.data.keys():
+            given = info.data
+            pattern = Pattern.parse(given["pattern"], given["scope"])
+            preset = _preset(given["preset"], pattern, given["steps"], given["search_space"])
+            request = SearchRequest(
+                pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
+            request.plan(SearchSpace(**given["search_space"].bounds()).kernel_sizes)
         return value
 
     @model_validator(mode="after")
@@ -275,10 +303,12 @@ class JobSpec(_Document):
 
     def request(self, island: int) -> SearchRequest:
         """In the form that a search takes. The first island has the seed of the job."""
+        preset = _preset(self.preset, self.pruning(), self.steps, self.search_space)
         return SearchRequest(
             pattern=self.pruning(),
             objective=Objective(name=self.objective.name, weighting=self.objective.weighting),
-            bounds=self.search_space.bounds(),
+            bounds=preset.bounds,
+            steps=preset.steps,
             sampler=self.sampler,
             trials=self.trials,
             seed=island_seed(self.seed, island),
@@ -298,7 +328,9 @@ class JobSpec(_Document):
     @property
     def calibration_key(self) -> str:
         """The same for jobs that may share a bundle: they calibrate one after the other."""
-        document = [self.model, self.revision, self.dtype, self.calibration.model_dump()]
+        document = [
+            self.model, self.revision, self.dtype, self.stream, self.calibration.model_dump()
+        ]  # fmt: skip
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
     def check_access(self, access: Access) -> None:
@@ -315,6 +347,17 @@ class JobSpec(_Document):
             _at("calibration/data_file", check_data_file, self.calibration.data_file)
         if self.confirm is not None and self.confirm.text is not None:
             _at("confirm/text", access.text, self.confirm.text)
+
+
+def _preset(
+    name: str, pattern: Pattern, steps: StepsDocument | None, space: SearchSpaceSpec
+) -> Preset:
+    """The preset of a job, with its steps and bounds."""
+    given = {}
+    if steps is not None:
+        said = steps.steps()
+        given = {field: getattr(said, field) for field in steps.model_fields_set}
+    return Preset.of(name, pattern).changed(given, space.bounds())
 
 
 class FieldError(ValueError):

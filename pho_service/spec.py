@@ -5,6 +5,7 @@ No torch here, so that the search, the command line's help and (later) the
 HTTP front end can speak of candidates without loading it.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
@@ -18,6 +19,15 @@ NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
 
 # How many candidates each sampler gives before it wants to know their values.
 SAMPLERS = {"cmaes": 8, "tpe": 1, "random": 8, "qmc": 8, "gp": 1}
+
+ALLOCATIONS = ("uniform", "owl", "fisher", "curves")
+ALLOCATION_UNITS = ("linear", "block")
+PERMUTATIONS = ("none", "score", "error")
+REPRUNINGS = ("none", "dsnot", "swaps")
+UPDATES = ("none", "obs", "sparsegpt")
+
+# Searches with a name; pho_service.search.presets says what each is.
+PRESETS = ("score", "crepe", "crepe-plus", "best")
 
 OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
 WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
@@ -210,6 +220,115 @@ class Coefficients:
         return asdict(self)
 
 
+def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """
+    How the sparsity is spread over the linears of a model.
+
+    Whatever the method, the model as a whole has the sparsity of the pattern.
+
+    Attributes:
+        method: ``uniform``: the same everywhere. ``owl``: less where many
+            scores are far above the mean. ``fisher``: one threshold on
+            A * x * sqrt(g) for the whole model. ``curves``: where the
+            Fisher-weighted error of every linear rises equally steeply.
+        unit: What shares one sparsity: a ``linear``, or a whole ``block``.
+        spread: Every sparsity lies within the pattern's plus and minus this.
+        outlier_ratio: Of ``owl``: a score above this many times the mean of its block is an
+            outlier.
+
+    Source:
+        Yin et al. 2024, arXiv:2310.05175 (OWL: M = outlier_ratio, lambda = spread).
+    """
+
+    method: str = "uniform"
+    unit: str = "linear"
+    spread: float = 0.2
+    outlier_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        _one_of("allocation", self.method, ALLOCATIONS)
+        _one_of("allocation unit", self.unit, ALLOCATION_UNITS)
+        for name, value, low, high in (
+            ("spread", self.spread, 0.0, 1.0), ("outlier_ratio", self.outlier_ratio, 1.0, 1e6),
+        ):  # fmt: skip
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                raise InvalidInput(f"allocation {name}={value!r} is not in {low:g}..{high:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """
+    What a pruning does beside the score.
+
+    Attributes:
+        allocation: How much each linear loses.
+        permutation: Of the input channels before N:M groups are cut: ``none``,
+            ``score`` (most score is kept), or ``error`` (the least error of the outputs).
+        repruning: Of a finished mask: ``none``, ``dsnot``, or ``swaps`` (each
+            lowers the error of its row).
+        update: Of the weights that stay: ``none``, ``obs`` (given the mask),
+            or ``sparsegpt`` (which chooses the mask itself; the score has no say).
+    """
+
+    allocation: Allocation = Allocation()
+    permutation: str = "none"
+    repruning: str = "none"
+    update: str = "none"
+
+    def __post_init__(self) -> None:
+        _one_of("permutation", self.permutation, PERMUTATIONS)
+        _one_of("repruning", self.repruning, REPRUNINGS)
+        _one_of("update", self.update, UPDATES)
+        if self.update == "sparsegpt" and self.repruning != "none":
+            raise InvalidInput(
+                f"repruning {self.repruning!r} has no mask to start from with update 'sparsegpt', "
+                "which chooses the mask and the weights together. Take update 'obs', or repruning "
+                "'none'."
+            )
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether more than a bundle is needed: the second moments of all inputs, in full."""
+        return self.permutation == "error" or self.repruning != "none" or self.update != "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """
+        What :meth:`to_dict` gave.
+
+        Raises:
+            InvalidInput: A value breaks a rule.
+        """
+        return cls(**{**values, "allocation": Allocation(**values.get("allocation", {}))})
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """
+        Raises:
+            InvalidInput: A step has no meaning in ``pattern``.
+        """
+        if self.permutation != "none" and not pattern.group:
+            raise InvalidInput(
+                f"permutation {self.permutation!r} changes nothing at {pattern}: the order of "
+                "channels only matters to N:M. Leave it out."
+            )
+        if self.allocation.method != "uniform" and pattern.scope is Scope.GLOBAL:
+            raise InvalidInput(
+                f"allocation {self.allocation.method!r} and scope 'global' both say how much each "
+                "linear loses. Take scope layer or row."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """
@@ -219,11 +338,16 @@ class Candidate:
         method: ``crepe``, or the name of the baseline that it stands for.
         coefficients: The score.
         pattern: What is removed, and where it is counted.
+        steps: What happens beside the score.
     """
 
     method: str
     coefficients: Coefficients
     pattern: Pattern
+    steps: Steps = Steps()
+
+    def __post_init__(self) -> None:
+        self.steps.check_pattern(self.pattern)
 
 
 _MAGNITUDE = Coefficients(
@@ -232,13 +356,15 @@ _MAGNITUDE = Coefficients(
 _WANDA = replace(_MAGNITUDE, activation_exponent=1)
 _RIA = Coefficients(row=1, column=1, neighbourhood=0, normalisation="sum")
 _EQUAL = Coefficients(row=1, column=1, neighbourhood=1)
-BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher")
 _FISHER = replace(_WANDA, gradient_exponent=0.5)
+BASELINES = (
+    "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher", "fisher-bounded",
+)  # fmt: skip
 
 
-def comparison_baselines(pattern: Pattern) -> list[Candidate]:
+def score_baselines(pattern: Pattern) -> list[Candidate]:
     """
-    The published methods that every comparison shows, each in its own scope.
+    The published scores that every comparison shows, each in its own scope.
 
     Wanda compares within output rows, magnitude within a layer; RIA is shown
     both ways. CRePE with equal coefficients takes the scope of ``pattern``.
@@ -259,7 +385,37 @@ def comparison_baselines(pattern: Pattern) -> list[Candidate]:
     ]
 
 
-def search_baselines(pattern: Pattern, *, kernel_size: int, fisher: bool) -> list[Candidate]:
+def comparison_baselines(pattern: Pattern) -> list[Candidate]:
+    """
+    The published methods that every comparison shows: scores, OWL with Wanda, SparseGPT.
+
+    Source:
+        As :func:`score_baselines`; Yin et al. 2024, arXiv:2310.05175 (OWL, with its
+        lambda of 0.08 and one sparsity a block; for N:M it mixes N of M over the blocks);
+        Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT).
+    """
+    spread = max(0.08, 1 / pattern.group) if pattern.group else 0.08  # N moves by one at least
+    owl = Steps(allocation=Allocation(method="owl", unit="block", spread=spread))
+    sparsegpt = Candidate(
+        method="sparsegpt",
+        coefficients=_WANDA,
+        pattern=pattern.within(Scope.LAYER),
+        steps=Steps(update="sparsegpt"),
+    )
+    owl_wanda = Candidate(
+        method="owl-wanda", coefficients=_WANDA, pattern=pattern.within(Scope.ROW), steps=owl
+    )
+    return [*score_baselines(pattern), owl_wanda, sparsegpt]
+
+
+def search_baselines(
+    pattern: Pattern,
+    *,
+    kernel_size: int,
+    fisher: bool,
+    steps: Steps = Steps(),
+    allocations: tuple[str, ...] = ("uniform",),
+) -> list[Candidate]:
     """
     The baselines that may win a search in ``pattern``: none is counted in a wider scope.
 
@@ -268,19 +424,30 @@ def search_baselines(pattern: Pattern, *, kernel_size: int, fisher: bool) -> lis
         kernel_size: For CRePE with equal coefficients; the others have no window.
         fisher: Add the plain second-order score A * x * sqrt(g) (method
             ``fisher``), which needs Fisher row weights and a scope beyond rows.
+        steps: What every candidate of the search goes through; the baselines with one
+            sparsity everywhere.
+        allocations: Of the search; with ``fisher`` among them, the plain second-order
+            score with that allocation is added (method ``fisher-bounded``).
     """
+    uniform = replace(steps, allocation=replace(steps.allocation, method="uniform"))
     narrow: dict[tuple[Coefficients, Pattern], Candidate] = {}
-    for candidate in comparison_baselines(pattern):
+    for candidate in score_baselines(pattern):
         scope = min(candidate.pattern.scope, pattern.scope, key=lambda s: s.width)
         coefficients = replace(candidate.coefficients, kernel_size=kernel_size)
-        fitted = replace(candidate, pattern=pattern.within(scope), coefficients=coefficients)
-        narrow.setdefault((fitted.coefficients, fitted.pattern), fitted)
-    if fisher and pattern.scope is not Scope.ROW:
-        coefficients = replace(_FISHER, kernel_size=kernel_size)
-        narrow[coefficients, pattern] = Candidate(
-            method="fisher", coefficients=coefficients, pattern=pattern
+        fitted = replace(
+            candidate, pattern=pattern.within(scope), coefficients=coefficients, steps=uniform
         )
-    return list(narrow.values())
+        narrow.setdefault((fitted.coefficients, fitted.pattern), fitted)
+    found = list(narrow.values())
+    plain = replace(_FISHER, kernel_size=kernel_size)
+    if fisher and pattern.scope is not Scope.ROW:
+        found.append(Candidate(method="fisher", coefficients=plain, pattern=pattern, steps=uniform))
+    if "fisher" in allocations:
+        bounded = replace(steps, allocation=replace(steps.allocation, method="fisher"))
+        found.append(
+            Candidate(method="fisher-bounded", coefficients=plain, pattern=pattern, steps=bounded)
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

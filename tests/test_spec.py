@@ -3,16 +3,20 @@
 import json
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.spec import (
     BASELINES,
+    Allocation,
+    Candidate,
     Coefficients,
     Objective,
     Pattern,
     Scope,
+    Steps,
     comparison_baselines,
     search_baselines,
 )
@@ -202,7 +206,9 @@ def test_comparison_baselines(pattern: Pattern) -> None:
     """Comparisons show the same methods in the same order, in every pattern."""
     names = [candidate.method for candidate in comparison_baselines(pattern)]
 
-    assert names == ["magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal"]
+    assert names == [
+        "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda", "sparsegpt",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=lambda p: p.scope)
@@ -210,7 +216,9 @@ def test_comparison_scopes(pattern: Pattern) -> None:
     """Published methods keep their own scope at the user's ratio; CRePE takes the user's."""
     patterns = [candidate.pattern for candidate in comparison_baselines(pattern)]
 
-    assert [p.scope for p in patterns] == ["layer", "row", "row", "layer", pattern.scope]
+    assert [p.scope for p in patterns] == [
+        "layer", "row", "row", "layer", pattern.scope, "row", "layer",
+    ]  # fmt: skip
     assert {p.sparsity for p in patterns} == {pattern.sparsity}
 
 
@@ -262,9 +270,7 @@ def test_search_baselines_kernel_size() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
 def test_baseline_names(pattern: Pattern) -> None:
     """Every baseline's name is among the listed ones, ``crepe`` is not."""
-    candidates = comparison_baselines(pattern) + search_baselines(
-        pattern, kernel_size=3, fisher=True
-    )
+    candidates = search_baselines(pattern, kernel_size=3, fisher=True)
 
     assert {candidate.method for candidate in candidates} <= set(BASELINES)
     assert "crepe" not in BASELINES
@@ -294,3 +300,73 @@ def test_objective_refuses(fields: dict[str, str]) -> None:
 def test_sparsity_of_groups() -> None:
     """The sparsity of N:M is 1 - N/M, to the nearest float."""
     assert Pattern.parse("1:3").sparsity == float(Fraction(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "fair"}, "allocation 'fair' is not one of uniform, owl"),
+        ({"unit": "row"}, "allocation unit 'row' is not one of linear, block"),
+        ({"spread": 1.5}, r"allocation spread=1\.5 is not in 0\.\.1"),
+        ({"spread": float("nan")}, "allocation spread=nan is not in"),
+        ({"spread": True}, "allocation spread=True is not in"),
+        ({"outlier_ratio": 0.5}, r"allocation outlier_ratio=0\.5 is not in"),
+    ],
+)
+def test_allocation_refuses(fields: dict[str, Any], message: str) -> None:
+    """A bad value of an allocation is named with its rule."""
+    with pytest.raises(InvalidInput, match=message):
+        Allocation(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern", "message"),
+    [
+        ({"permutation": "score"}, Pattern.parse("0.5"), "permutation 'score' changes nothing"),
+        ({"allocation": Allocation(method="owl")}, PATTERNS[2], "allocation 'owl' and scope"),
+    ],
+)
+def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message: str) -> None:
+    """A step that has no meaning in a pattern is refused with the way out."""
+    coefficients = Coefficients(row=1, column=1, neighbourhood=1)
+
+    with pytest.raises(InvalidInput, match=message):
+        Candidate(method="x", coefficients=coefficients, pattern=pattern, steps=Steps(**fields))
+
+
+def test_steps_that_contradict_each_other() -> None:
+    """SparseGPT chooses its mask itself, so there is nothing to re-prune."""
+    with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
+        Steps(repruning="swaps", update="sparsegpt")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"permutation": "best"}, {"repruning": "all"}, {"update": "adam"}]
+)
+def test_steps_refuse(fields: dict[str, str]) -> None:
+    """An unknown step is refused with those that exist."""
+    ((name, value),) = fields.items()
+
+    with pytest.raises(InvalidInput, match=f"{name} '{value}' is not one of none"):
+        Steps(**fields)
+
+
+def test_steps_round_trip() -> None:
+    """Steps survive JSON; what is left out has its default."""
+    steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs")
+
+    assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
+    assert Steps.from_dict({}) == Steps()
+
+
+def test_baselines_go_through_the_steps() -> None:
+    """In a search with further steps the baselines take them too, with one sparsity everywhere."""
+    steps = Steps(allocation=Allocation(method="fisher"), update="obs")
+    baselines = search_baselines(
+        PATTERNS[1], kernel_size=3, fisher=True, steps=steps, allocations=("fisher",)
+    )
+
+    assert {b.steps.update for b in baselines} == {"obs"}
+    assert {b.method: b.steps.allocation.method for b in baselines if "fisher" in b.method} == {
+        "fisher": "uniform", "fisher-bounded": "fisher",
+    }  # fmt: skip

@@ -85,11 +85,15 @@ class Inputs:
             ModelError, NumericalError: It cannot be loaded.
         """
         source = self.access.model(spec.model)
-        key = (source, spec.revision, spec.dtype, _FileState.of(source))
+        key = (source, spec.revision, spec.dtype, spec.stream, _FileState.of(source))
         return self._model.get(
             key,
             lambda: load_model(
-                source, revision=spec.revision, device=str(self.device), dtype=spec.dtype
+                source,
+                revision=spec.revision,
+                device=str(self.device),
+                dtype=spec.dtype,
+                stream=spec.stream,
             ),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
+from torch import Tensor
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import PhoError
@@ -33,7 +34,7 @@ from pho_service.search.search import (
     run_search,
 )
 from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
-from pho_service.spec import Candidate, Coefficients, Objective, Scope
+from pho_service.spec import Candidate, Coefficients, Objective, Scope, Steps
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind
@@ -118,11 +119,17 @@ class Stages:
     def _search(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         island = claim.stage.number
         bundle = self._bundle(claim.job, spec, watch)
-        model = text = None
+        model = text = calibration = None
         if spec.objective.name == "perplexity":
             model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
+            calibration = self._calibration(spec, spec.plan(island).steps)
         rate = objective_function(
-            spec.request(island).objective, bundle, model, text, str(self.inputs.device)
+            spec.request(island).objective,
+            bundle,
+            model,
+            text,
+            str(self.inputs.device),
+            calibration,
         )
         search = _Search(self.store, claim, spec, watch)
         with open_storage(self._database.studies_url) as storage:
@@ -162,14 +169,21 @@ class Stages:
             method=written["method"],
             coefficients=Coefficients(**written["coefficients"]),
             pattern=spec.pruning().within(Scope(written["scope"])),
+            steps=Steps.from_dict(written.get("steps", {})),
         )
         model = self.inputs.model(spec)
         text = self.inputs.confirmation_text(spec)
+        calibration = self._calibration(spec, candidate.steps)
         bundle = self._bundle(claim.job, spec, watch)
         started = time.monotonic()
         with watch.progress("Measuring", len(text.windows)) as advance:
             rating, sparsity = rate_pruned(
-                model, bundle.statistics(), candidate, text.windows, advance
+                model,
+                bundle.statistics(),
+                candidate,
+                text.windows,
+                advance,
+                calibration=calibration,
             )
         result = {
             "perplexity": rating.perplexity,
@@ -242,6 +256,11 @@ class Stages:
         proxies = rate_by_all_proxies(bundle, candidates, device=str(self.inputs.device))
         return qualities(proxies, perplexities, seed=spec.validation.seed)
 
+    def _calibration(self, spec: JobSpec, steps: Steps) -> Tensor | None:
+        """The windows of the calibration, for steps that need them."""
+        needed = steps.needs_text or spec.stream
+        return self.inputs.calibration_text(spec).calibration if needed else None
+
     def _bundle(self, job: Job, spec: JobSpec, watch: "_Watch") -> ProxyBundle:
         return self.inputs.bundle(spec, str(_provenance(job)["key"]), watch.progress)
 
@@ -309,6 +328,7 @@ def _written(candidate: Candidate) -> dict[str, Any]:
         "method": candidate.method,
         "coefficients": candidate.coefficients.to_dict(),
         "scope": candidate.pattern.scope.value,
+        "steps": candidate.steps.to_dict(),
     }
 
 

@@ -69,7 +69,8 @@ def compare(
 
     All rows share the statistics, the text and the pattern. Magnitude competes
     within layers, Wanda within rows, RIA is shown both ways, CRePE with equal
-    coefficients takes --scope, a configuration its own.
+    coefficients takes --scope, a configuration its own. OWL gives each block a
+    sparsity of its own; SparseGPT updates the weights that stay.
 
     \b
     Example:
@@ -100,7 +101,8 @@ def compare(
         report,
         parsed,
         configurations,
-        device=str(loaded.model.device),
+        calibration=text.calibration,
+        device=str(loaded.device),
         progress=progress,
     )
     if as_json:
@@ -124,7 +126,7 @@ def comparison_document(
             "tokens": report.windows.shape[0] * (report.windows.shape[1] - 1),
         },
         "model": model.to_dict(),
-        "device": str(model.model.device),
+        "device": str(model.device),
         "versions": versions("torch", "transformers"),
     }
 
@@ -136,7 +138,7 @@ def show_comparison(
     windows, context_length = report.windows.shape
     print_table(
         f"{Path(model.name).name} at {pattern}",
-        ("method", "scope", "perplexity", "sparsity", "proxy", "seconds"),
+        ("method", "scope", "perplexity", "sparsity", "proxy", "seconds", "peak memory"),
         [
             (
                 row.method,
@@ -145,9 +147,10 @@ def show_comparison(
                 f"{row.sparsity:.4%}",
                 None if row.proxy is None else f"{row.proxy:.4g}",
                 f"{row.seconds:.1f}",
+                None if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f} GiB",
             )
             for row in rows
         ],
         caption=f"{windows} windows of {context_length} tokens of {report.record.source} "
-        f"(sha256 {report.record.sha256[:12]}), {model.to_dict()['dtype']} on {model.model.device}",
+        f"(sha256 {report.record.sha256[:12]}), {model.to_dict()['dtype']} on {model.device}",
     )

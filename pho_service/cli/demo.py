@@ -63,7 +63,7 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
     request.plan(settings.kernel_sizes)
     gguf = smollm2()
     model = open_model(str(gguf), {"revision": None, "device": "auto", "dtype": "auto"})
-    device = str(model.model.device)
+    device = str(model.device)
     text = calibration_text(model, file_source(str(texts["calibration"])), settings)
     confirming = confirm_text(model, text, str(texts["confirmation"]), settings, max_windows=8)
     report = report_text(
@@ -75,13 +75,19 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
     )
     bundle = cached_bundle(model, text, settings, folder / "cache", progress)
     result = search_job(
-        request, bundle, model=model, confirm_text=confirming, device=device, progress=progress
+        request,
+        bundle,
+        model=model,
+        confirm_text=confirming,
+        calibration=text.calibration,
+        device=device,
+        progress=progress,
     )
     config = folder / "config.json"
     write_configuration(result.configuration, config)
     rows = compare_job(
         model, bundle, report, parsed, [("found", result.configuration)],
-        device=device, progress=progress,
+        calibration=text.calibration, device=device, progress=progress,
     )  # fmt: skip
     for warning in result.warnings:
         say(f"Note: {warning}")

@@ -47,7 +47,7 @@ def evaluate(
     Example:
       pho evaluate pruned --text report.txt --context-length 512
     """
-    from pho_service.pruning.perplexity import rate_perplexity
+    from pho_service.models.blockwise import measure_perplexity
 
     at_least(8, context_length=context_length)
     at_least(1, max_windows=max_windows)
@@ -57,7 +57,7 @@ def evaluate(
         loaded, source, context_length=context_length, bos=bos, max_windows=max_windows
     )
     with progress("Measuring perplexity", len(text.windows)) as advance:
-        result = rate_perplexity(loaded.model, text.windows, advance=advance)
+        result = measure_perplexity(loaded, text.windows, advance=advance)
     document = {
         "perplexity": result.perplexity,
         "tokens": result.tokens,
@@ -67,7 +67,7 @@ def evaluate(
         "text": text.record.source,
         "text_sha256": text.record.sha256,
         "model": loaded.to_dict(),
-        "device": str(loaded.model.device),
+        "device": str(loaded.device),
     }
     if as_json:
         print_json(document)

@@ -10,6 +10,15 @@ import click
 
 from pho_service.cli.terminal import progress, say, working
 from pho_service.errors import InvalidInput
+from pho_service.spec import (
+    ALLOCATION_UNITS,
+    ALLOCATIONS,
+    PERMUTATIONS,
+    PRESETS,
+    REPRUNINGS,
+    UPDATES,
+    Allocation,
+)
 
 if TYPE_CHECKING:
     from pho_service.jobs.rating import ReportText
@@ -42,6 +51,12 @@ model_options = _all(
         default="auto",
         show_default=True,
         help="auto: float32 on the CPU, as stored on a GPU.",
+    ),
+    click.option(
+        "--stream",
+        is_flag=True,
+        help="Leave the weights in their files, one block at a time on the device: for models "
+        "larger than the memory.",
     ),
 )
 
@@ -116,12 +131,54 @@ pattern_options = _all(
     ),
 )
 
+steps_options = _all(
+    click.option(
+        "--preset",
+        type=click.Choice(PRESETS),
+        default="score",
+        show_default=True,
+        help="score: the score alone. crepe: as published, no gradient exponent. crepe-plus: the "
+        "best that leaves kept weights untouched. best: kept weights are updated too.",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(ALLOCATIONS),
+        help="How the sparsity is spread over the linears.  [default: the preset's]",
+    ),
+    click.option(
+        "--allocation-unit",
+        type=click.Choice(ALLOCATION_UNITS),
+        help="What shares one sparsity.  [default: linear]",
+    ),
+    click.option(
+        "--allocation-spread",
+        type=float,
+        help="Every sparsity lies within the pattern's plus and minus this.  [default: 0.2]",
+    ),
+    click.option(
+        "--permutation",
+        type=click.Choice(PERMUTATIONS),
+        help="Of input channels, for N:M.  [default: the preset's]",
+    ),
+    click.option(
+        "--repruning",
+        type=click.Choice(REPRUNINGS),
+        help="Of a finished mask.  [default: the preset's]",
+    ),
+    click.option(
+        "--update",
+        type=click.Choice(UPDATES),
+        help="Of the weights that stay.  [default: the preset's]",
+    ),
+)
+
 space_option = click.option(
     "--space",
     "bounds",
     multiple=True,
     help="Bounds of the search, name=low:high or name=value; may be given several times. Names: "
-    "neighbourhood_share, row_share, activation_exponent, gradient_exponent, kernel_sizes=3,5.",
+    "neighbourhood_share, row_share, activation_exponent, gradient_exponent, kernel_sizes=3,5, "
+    "allocations=uniform,fisher, allocation_spread.",
 )
 
 
@@ -145,6 +202,22 @@ def text_source(options: dict[str, Any]) -> "TextSource":
         return TextSource(dataset=dataset, data_file=data_file, split=split, field=field)
     say(f"No --text given: using {C4}.")
     return C4
+
+
+def given_steps(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of Steps that were given, taken out of ``options``."""
+    allocation = {
+        field: options.pop(option)
+        for field, option in (
+            ("method", "allocation"), ("unit", "allocation_unit"), ("spread", "allocation_spread"),
+        )
+    }  # fmt: skip
+    allocation = {field: value for field, value in allocation.items() if value is not None}
+    steps = {name: options.pop(name) for name in ("permutation", "repruning", "update")}
+    steps = {name: value for name, value in steps.items() if value is not None}
+    if allocation:
+        steps["allocation"] = Allocation(**allocation)
+    return steps
 
 
 def file_source(path: str) -> "TextSource":
@@ -187,6 +260,7 @@ def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":
             revision=options.pop("revision"),
             device=options.pop("device"),
             dtype=options.pop("dtype"),
+            stream=options.pop("stream", False),
         )
 
 

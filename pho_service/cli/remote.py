@@ -9,7 +9,16 @@ import click
 from pho_service.cli.options import at_least
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput, ServiceError
-from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS
+from pho_service.spec import (
+    ALLOCATIONS,
+    OBJECTIVES,
+    PERMUTATIONS,
+    PRESETS,
+    REPRUNINGS,
+    SAMPLERS,
+    UPDATES,
+    WEIGHTINGS,
+)
 
 if TYPE_CHECKING:
     from pho_service.client import Client
@@ -45,6 +54,12 @@ def _client(url: str | None) -> "Client":
 @click.option("--objective", type=click.Choice(OBJECTIVES))
 @click.option("--weighting", type=click.Choice(WEIGHTINGS))
 @click.option("--sampler", type=click.Choice(list(SAMPLERS)))
+@click.option("--stream", is_flag=True, default=None, help="Leave the weights on disk.")
+@click.option("--preset", type=click.Choice(PRESETS), help="What is searched.  [default: score]")
+@click.option("--allocation", type=click.Choice(ALLOCATIONS), help="Of the sparsity.")
+@click.option("--permutation", type=click.Choice(PERMUTATIONS), help="Of channels, for N:M.")
+@click.option("--repruning", type=click.Choice(REPRUNINGS), help="Of a finished mask.")
+@click.option("--update", type=click.Choice(UPDATES), help="Of the weights that stay.")
 @click.option("--space", "bounds", multiple=True, help="Bounds: name=low:high, name=value.")
 @click.option("--trials", type=int, help="Of each island.  [default: 200]")
 @click.option("--islands", type=int, help="Searches with seeds of their own.  [default: 1]")
@@ -341,6 +356,10 @@ _PLACES = {
     "validate": ("validation", "candidates"),
     "objective": ("objective", "name"),
     "weighting": ("objective", "weighting"),
+    "allocation": ("steps", "allocation", "method"),
+    "permutation": ("steps", "permutation"),
+    "repruning": ("steps", "repruning"),
+    "update": ("steps", "update"),
 }
 
 

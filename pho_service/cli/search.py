@@ -11,6 +11,7 @@ from pho_service.cli.options import (
     calibration_seed_option,
     calibration_settings,
     confirm_text,
+    given_steps,
     json_option,
     model_options,
     open_bundle,
@@ -19,10 +20,11 @@ from pho_service.cli.options import (
     pattern_options,
     read_calibration_text,
     space_option,
+    steps_options,
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern
+from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern, Steps
 
 if TYPE_CHECKING:
     from pho_service.search.request import SearchRequest
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How activation reconstruction adds up the errors of rows and layers.",
 )
+@steps_options
 @space_option
 @click.option(
     "--study",
@@ -86,6 +89,7 @@ def search(
     sampler: str,
     objective: str,
     weighting: str,
+    preset: str,
     bounds: tuple[str, ...],
     study: str,
     out: str,
@@ -108,15 +112,19 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
+    from pho_service.search.presets import Preset
     from pho_service.search.request import SearchRequest
     from pho_service.search.space import parse_bounds
 
     path = out_file(out)
     at_least(1, confirm_windows=confirm_windows)
+    parsed = Pattern.parse(pattern, scope)
+    asked = Preset.of(preset, parsed).changed(given_steps(options), parse_bounds(bounds))
     request = SearchRequest(
-        pattern=Pattern.parse(pattern, scope),
+        pattern=parsed,
         objective=Objective(name=objective, weighting=weighting),
-        bounds=parse_bounds(bounds),
+        bounds=asked.bounds,
+        steps=asked.steps,
         sampler=sampler,
         trials=trials,
         seed=seed,
@@ -172,7 +180,8 @@ def _from_model(
         bundle,
         model=model,
         confirm_text=confirming,
-        device=str(model.model.device),
+        calibration=text.calibration,
+        device=str(model.device),
         progress=progress,
     )
 
@@ -196,6 +205,16 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
     click.echo(describe(result, path, study))
 
 
+def describe_steps(steps: Steps) -> str:
+    """What happens beside the score, in one line."""
+    allocation = steps.allocation
+    spread = "" if allocation.method == "uniform" else f" within {allocation.spread:.3f}"
+    return (
+        f"allocation {allocation.method}{spread}, permutation {steps.permutation}, "
+        f"re-pruning {steps.repruning}, update {steps.update}"
+    )
+
+
 def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
     found = result.configuration
@@ -205,6 +224,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         f"coefficients row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
         f"{c.neighbourhood:.4f}, kernel {c.kernel_size}",
         f"exponents    activation {c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
+        f"steps        {describe_steps(found.steps.steps())}",
         f"objective    {found.objective['name']} {found.objective['value']:.6g}",
     ]
     if found.confirmation:

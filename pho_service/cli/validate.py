@@ -103,7 +103,8 @@ def validate(
         bounds=box,
         count=count,
         seed=seed,
-        device=str(loaded.model.device),
+        calibration=text.calibration,
+        device=str(loaded.device),
         progress=progress,
     )
     if plot_path:

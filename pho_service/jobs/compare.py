@@ -6,13 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pho_service.configuration import Configuration
 from pho_service.errors import BundleError, ConfigurationError
 from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
+from pho_service.memory import peak_memory
+from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec import Candidate, Objective, Pattern, comparison_baselines
 
@@ -25,9 +28,11 @@ class ComparisonRow:
         scope: Where weights competed; None for dense.
         perplexity: On the report text.
         sparsity: Achieved, over all prunable weights.
-        proxy: The objective's value; None for dense, and where the bundle
-            lacks a kernel size.
+        proxy: The objective's value; None for dense, for SparseGPT, whose
+            mask no bundle knows, and where the bundle lacks a kernel size.
         seconds: To prune and to measure.
+        memory_bytes: Most memory in use meanwhile, the model included; None
+            where the system does not tell.
     """
 
     method: str
@@ -36,6 +41,7 @@ class ComparisonRow:
     sparsity: float
     proxy: float | None
     seconds: float
+    memory_bytes: int | None
 
 
 def compare_job(
@@ -45,6 +51,7 @@ def compare_job(
     pattern: Pattern,
     configurations: Sequence[tuple[str, Configuration]],
     *,
+    calibration: Tensor | None = None,
     objective: Objective | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -58,6 +65,7 @@ def compare_job(
         report: Not the text that anything was chosen on.
         pattern: Of all rows.
         configurations: (name, configuration) pairs, in the pattern of the comparison.
+        calibration: Windows for methods that need a text; without them SparseGPT is left out.
         objective: Whose proxy value is shown; activation reconstruction by default.
         device: For the proxy.
         progress: Is told of each row.
@@ -68,7 +76,11 @@ def compare_job(
     """
     bundle.check_model(model.linears)
     candidates = [
-        *((c.method, c) for c in comparison_baselines(pattern)),
+        *(
+            (c.method, c)
+            for c in comparison_baselines(pattern)
+            if calibration is not None or not c.steps.needs_text
+        ),
         *((name, _fitting(name, configuration, pattern)) for name, configuration in configurations),
     ]
     evaluator = ProxyEvaluator(bundle, device)
@@ -76,16 +88,20 @@ def compare_job(
     objective = objective or Objective()
     with progress("Measuring perplexities", (len(candidates) + 1) * len(report.windows)) as advance:
         started = time.perf_counter()
-        dense = rate_perplexity(model.model, report.windows, advance=advance)
+        with peak_memory(model.device) as peak:
+            dense = measure_perplexity(model, report.windows, advance=advance)
         rows = [
             ComparisonRow(
                 method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
-                seconds=time.perf_counter() - started,
+                seconds=time.perf_counter() - started, memory_bytes=peak(),
             )
         ]  # fmt: skip
         for name, candidate in candidates:
             started = time.perf_counter()
-            result, sparsity = rate_pruned(model, statistics, candidate, report.windows, advance)
+            with peak_memory(model.device) as peak:
+                result, sparsity = rate_pruned(
+                    model, statistics, candidate, report.windows, advance, calibration=calibration
+                )
             seconds = time.perf_counter() - started
             rows.append(
                 ComparisonRow(
@@ -95,6 +111,7 @@ def compare_job(
                     sparsity=sparsity,
                     proxy=_proxy(evaluator, candidate, objective),
                     seconds=seconds,
+                    memory_bytes=peak(),
                 )
             )
     return rows
@@ -111,6 +128,8 @@ def _fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candi
 
 
 def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
+    if candidate.steps.update == "sparsegpt":
+        return None
     try:
         (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
     except BundleError:  # no window means for a configuration's kernel size

@@ -2,15 +2,21 @@
 Prune a model for good and save it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from pho_service.configuration import Configuration
+from pho_service.jobs.pipeline import prune_model
 from pho_service.models.loading import LanguageModel
+from pho_service.models.mask_file import LayerMask, pack, unpack, weight_sha256
 from pho_service.models.saving import save_pruned
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import model_masks, model_sparsity
+from pho_service.pruning.folding import fold_order
+from pho_service.pruning.masks import LinearMask, model_sparsity
 from pho_service.versions import versions
 
 
@@ -26,47 +32,113 @@ class Pruned:
     layers: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """A linear's mask, one bit a weight: all of them are held until they are written."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
+    order: Tensor | None
+    group_keep: int
+
+    @classmethod
+    def of(cls, mask: LinearMask) -> "_Kept":
+        order = None if mask.order is None else mask.order.cpu()
+        return cls(
+            bits=pack(mask.keep), shape=tuple(mask.keep.shape), order=order,
+            group_keep=mask.group_keep,
+        )  # fmt: skip
+
+    @property
+    def keep(self) -> Tensor:
+        return unpack(self.bits, self.shape)
+
+
 def prune_job(
     model: LanguageModel,
     bundle: ProxyBundle,
     configuration: Configuration,
     folder: Path,
+    *,
+    calibration: Tensor | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """
-    Zero the weights that a configuration removes, and write a Hugging Face folder.
+    Prune with a configuration, and write a Hugging Face folder with masks and recipe.
+
+    Input channels that were permuted for N:M, and can be renumbered with the
+    linears that write them, are: then the groups hold in the saved order.
 
     Args:
-        model: Dense; it is left pruned.
+        model: Dense; it is left pruned, in its stored dtype.
         bundle: Of this model, for its activation norms and Fisher weights.
-        configuration: What to remove.
-        folder: New or empty. ``pruning.json`` in it has the recipe.
+        configuration: What to remove, and how.
+        folder: New or empty. ``pruning.json`` in it has the recipe,
+            ``pruning/masks.safetensors`` the masks.
+        calibration: Windows for steps that need a text.
         progress: Is told of each linear.
 
     Raises:
         BundleError: The bundle is of another model.
-        InvalidInput: The pattern does not fit the model.
+        InvalidInput: The pattern does not fit the model, or a text is missing.
         OutputError: The folder is in use, or cannot be written.
     """
     bundle.check_model(model.linears)
     origin = model.to_dict()  # of the dense weights
-    layers: dict[str, float] = {}
-    masks = model_masks(model.linears, bundle.statistics(), configuration.candidate())
+    candidate = configuration.candidate()
+    kept: dict[str, _Kept] = {}
     with progress("Pruning", len(model.linears)) as advance:
-        for name, keep in masks:
-            model.linears[name].weight.masked_fill_(~keep, 0)
-            layers[name] = float((~keep).float().mean())
-            advance(1)
-    sparsity = model_sparsity(model.linears, layers)
+        for name, mask in prune_model(model, bundle.statistics(), candidate, calibration, advance):
+            kept[name] = _Kept.of(mask)
+    folded = _fold(model, kept)
+    model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
+    sparsity = {name: float((~kept[name].keep).float().mean()) for name in model.linears}
     recipe = {
         "format": "pho-pruning",
-        "version": 1,
+        "version": 2,
         "configuration": configuration.model_dump(mode="json"),
         "model": origin,
         "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
-        "sparsity": sparsity,
-        "layers": layers,
+        "updated": candidate.steps.update != "none",
+        "folded": folded,
+        "sparsity": model_sparsity(model.linears, sparsity),
+        "layers": {
+            name: {
+                "sparsity": sparsity[name],
+                "weights_sha256": weight_sha256(linear.weight),
+                "keep": kept[name].group_keep if candidate.pattern.group else None,
+                "group": candidate.pattern.group or None,
+            }
+            for name, linear in model.linears.items()
+        },
         "versions": versions("torch", "transformers"),
     }
-    save_pruned(model, folder, recipe)
-    return Pruned(sparsity=sparsity, layers=layers)
+    masks = ((n, LayerMask(keep=kept[n].keep, order=kept[n].order)) for n in model.linears)
+    save_pruned(model, folder, masks, recipe)
+    return Pruned(sparsity=model_sparsity(model.linears, sparsity), layers=sparsity)
+
+
+def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
+    """
+    Renumber hidden channels where that is exact; masks and orders follow.
+
+    A streamed model's weights are on disk already and stay in their order.
+
+    Returns:
+        What was folded, for the recipe.
+    """
+    folded: list[dict[str, Any]] = []
+    if model.stream:
+        return folded
+    for name, reader in model.linears.items():
+        order = kept[name].order
+        if order is None:
+            continue
+        writers = fold_order(model.model, reader, model.linears, order)
+        if not writers:
+            continue
+        kept[name] = replace(kept[name], bits=pack(kept[name].keep[:, order]), order=None)
+        for writer in writers:
+            kept[writer] = replace(kept[writer], bits=pack(kept[writer].keep[order]))
+        folded.append({"reader": name, "writers": writers, "order": order.tolist()})
+    return folded

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from pho_service.errors import NumericalError
+from pho_service.jobs.pipeline import pruned_model
+from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.progress import Advance
-from pho_service.pruning.masks import model_masks, model_sparsity, pruned
-from pho_service.pruning.perplexity import Perplexity, rate_perplexity
+from pho_service.pruning.masks import model_sparsity
+from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.statistics import Statistics
 from pho_service.search.search import Evaluate, Outcome
@@ -89,26 +91,42 @@ def rate_pruned(
     candidate: Candidate,
     windows: Tensor,
     advance: Advance = lambda _: None,
+    *,
+    calibration: Tensor | None = None,
 ) -> tuple[Perplexity, float]:
     """
     Prune a model with a candidate, measure its perplexity, and put the weights back.
 
+    Args:
+        model: Dense.
+        statistics: Of it.
+        candidate: What to prune with.
+        windows: (windows, context_length), int64, to measure on.
+        advance: Called with 1 after each of them, and with 0 while the model is pruned.
+        calibration: Windows for candidates whose steps need a text.
+
+    Raises:
+        InvalidInput: They need one, and there is none.
+
     Returns:
         The perplexity, and the achieved sparsity over all prunable weights.
     """
-    masks = model_masks(model.linears, statistics, candidate)
-    with pruned(model.linears, masks) as sparsity:
-        result = rate_perplexity(model.model, windows, advance=advance)
+    with pruned_model(
+        model, statistics, candidate, calibration, advance=lambda _: advance(0)
+    ) as sparsity:
+        result = measure_perplexity(model, windows, advance=advance)
     return result, model_sparsity(model.linears, sparsity)
 
 
-def rate_by_perplexity(model: LanguageModel, statistics: Statistics, windows: Tensor) -> Evaluate:
+def rate_by_perplexity(
+    model: LanguageModel, statistics: Statistics, windows: Tensor, calibration: Tensor | None
+) -> Evaluate:
     """A function for the search that rates candidates by perplexity: slow, and the truth."""
 
     def rate(candidate: Candidate) -> Outcome:
         started = time.perf_counter()
         try:
-            result, _ = rate_pruned(model, statistics, candidate, windows)
+            result, _ = rate_pruned(model, statistics, candidate, windows, calibration=calibration)
         except NumericalError as error:
             return Outcome(value=None, failure=str(error))
         seconds = round(time.perf_counter() - started, 4)

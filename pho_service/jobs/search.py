@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
+from torch import Tensor
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import InvalidInput, StudyError
@@ -37,6 +38,7 @@ def search_job(
     *,
     model: LanguageModel | None = None,
     confirm_text: ReportText | None = None,
+    calibration: Tensor | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> SearchResult:
@@ -49,6 +51,7 @@ def search_job(
         model: The bundle's model; needed for perplexities.
         confirm_text: For perplexities; not the calibration windows. Without
             it, or without the model, the best by the objective is not confirmed.
+        calibration: Windows that the bundle was made of, for steps that need a text.
         device: For the proxy.
         progress: Is told of each long step.
 
@@ -62,7 +65,9 @@ def search_job(
         plan.pattern.check_width(layer.in_features, layer.name)
     if model is not None:
         bundle.check_model(model.linears)
-    evaluate = objective_function(request.objective, bundle, model, confirm_text, device)
+    evaluate = objective_function(
+        request.objective, bundle, model, confirm_text, device, calibration
+    )
     name = study_name(request, plan, bundle, confirm_text)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _opened(request.study_url, name, plan) as study:
@@ -72,7 +77,9 @@ def search_job(
         if request.objective.name == "perplexity":
             measured = [(r.value, r) for r in rated]
         elif model is not None and confirm_text is not None:
-            measured = _confirm(study, request, rated, bundle, model, confirm_text, progress)
+            measured = _confirm(
+                study, request, rated, bundle, model, confirm_text, calibration, progress
+            )
         else:
             measured = []
     confirmation = None
@@ -87,6 +94,7 @@ def objective_function(
     model: LanguageModel | None,
     text: ReportText | None,
     device: str,
+    calibration: Tensor | None = None,
 ) -> Evaluate:
     """
     What a search rates candidates by.
@@ -101,7 +109,7 @@ def objective_function(
             "the objective perplexity needs the model and a text to measure it on: give a model "
             "instead of a bundle, and --confirm-text."
         )
-    return rate_by_perplexity(model, bundle.statistics(), text.windows)
+    return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)
 
 
 def study_name(
@@ -116,7 +124,7 @@ def study_name(
     rated_on = text.key if text and request.objective.name == "perplexity" else ""
     identity = [
         key, str(plan.pattern), plan.pattern.scope, request.objective.label, plan.space.to_dict(),
-        plan.sampler, plan.seed, plan.fisher, rated_on,
+        plan.sampler, plan.seed, plan.fisher, rated_on, plan.steps.to_dict(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
     model_name = Path(bundle.provenance.get("model", {}).get("name", "model")).name
@@ -140,13 +148,16 @@ def _confirm(
     bundle: ProxyBundle,
     model: LanguageModel,
     text: ReportText,
+    calibration: Tensor | None,
     progress: Progress,
 ) -> list[tuple[float, RatedCandidate]]:
     chosen = finalists(rated, request.finalists)
     statistics = bundle.statistics()
 
     def perplexity(candidate: Candidate) -> float:
-        return rate_pruned(model, statistics, candidate, text.windows)[0].perplexity
+        return rate_pruned(model, statistics, candidate, text.windows, calibration=calibration)[
+            0
+        ].perplexity
 
     with progress("Confirming by perplexity", len(chosen)) as advance:
         return confirm(study, chosen, perplexity, text_sha256=text.key, advance=advance)

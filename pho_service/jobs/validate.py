@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Advance, Progress, silent
@@ -68,6 +70,7 @@ def validate_job(
     bounds: Mapping[str, Any] | None = None,
     count: int = 40,
     seed: int = 0,
+    calibration: Tensor | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Validation:
@@ -82,6 +85,7 @@ def validate_job(
         bounds: Fields of the search space that differ from its defaults.
         count: Candidates, at least 8.
         seed: Of the candidates and of the bootstrap.
+        calibration: Windows for a streamed model, which is pruned while they run through it.
         device: For the proxies.
         progress: Is told of each candidate.
 
@@ -98,7 +102,9 @@ def validate_job(
     statistics = bundle.statistics()
     with progress("Rating by perplexity", count) as advance:
         for candidate in candidates:
-            result, _ = rate_pruned(model, statistics, candidate, text.windows)
+            result, _ = rate_pruned(
+                model, statistics, candidate, text.windows, calibration=calibration
+            )
             perplexity.append(result.perplexity)
             advance(1)
     return Validation(

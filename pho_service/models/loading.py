@@ -4,6 +4,8 @@ Open a model by hub id, local folder or .gguf file. Never runs remote code, neve
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,8 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.models.architecture import prunable_linears
@@ -33,11 +37,16 @@ class LanguageModel:
     """
     A loaded model with its tokenizer and where both came from.
 
+    A streamed model's weights are mapped from its files and never written to:
+    run and change it with :mod:`pho_service.models.blockwise` only.
+
     Attributes:
         name: As the user gave it.
         revision: Commit hash on the hub, or None for local files.
         stored_dtype: Of the weights on disk, to save them as they came.
         linears: What can be pruned, by name, in the model's order.
+        streamed_to: Where a streamed model computes, block by block; None for
+            a model that lies on its device as a whole.
     """
 
     name: str
@@ -46,6 +55,17 @@ class LanguageModel:
     tokenizer: Any
     stored_dtype: torch.dtype
     linears: dict[str, PrunableLinear]
+    streamed_to: torch.device | None = None
+
+    @property
+    def stream(self) -> bool:
+        """Whether the weights stay on disk, and one block at a time is on the device."""
+        return self.streamed_to is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.streamed_to or self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +141,12 @@ class LanguageModel:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool = False,
 ) -> LanguageModel:
     """
     Load a causal language model in evaluation mode, with its tokenizer.
@@ -130,26 +155,38 @@ def load_model(
         name: Hub id, folder with a config and safetensors, or .gguf file.
         revision: Branch, tag or commit; hub ids only.
         device: ``auto`` takes a GPU if torch sees one.
-        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
+        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU. A
+            streamed model has its stored one everywhere.
+        stream: Leave the weights in their files, mapped, for a model that is
+            larger than the memory. ``device`` is where single blocks are run.
 
     Raises:
         ModelError: Not found, not reachable, no weights, only pickled
             weights, or an architecture that cannot be pruned as a whole.
         NumericalError: A weight is NaN or infinite.
-        InvalidInput: An unknown device or dtype.
+        InvalidInput: An unknown device or dtype, or a model that cannot be
+            streamed: GGUF, weights that transformers converts when it reads
+            them, or another dtype than the stored one.
     """
     target = pick_device(device)
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     source, is_gguf = _source(name, revision)
+    if stream:
+        wanted = "auto"
+        _check_streamable(name, source, is_gguf)
     model, tokenizer = _read(name, source, is_gguf, wanted)
     stored = torch.float32 if is_gguf else _stored_dtype(source)
     if is_gguf:
         # Dequantised now: a saved copy must not claim to be GGUF.
         for leftover in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(leftover, None)
-    model.to(target).eval()  # type: ignore[arg-type]  # transformers hides the signature
+    if stream:
+        _check_mapped(name, model, dtype)
+    else:
+        model.to(target)  # type: ignore[arg-type]  # transformers hides the signature
+    model.eval()
     linears = prunable_linears(model)
     _check_weights(linears)
     logger.info("model loaded", extra={"model": name, "device": str(target)})
@@ -160,6 +197,7 @@ def load_model(
         tokenizer=tokenizer,
         stored_dtype=stored or model.dtype,
         linears=linears,
+        streamed_to=target if stream else None,
     )
 
 
@@ -230,7 +268,7 @@ def _read(
     extra: dict[str, Any] = {}
     if is_gguf:
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    try:
+    with _loading_errors(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source,
             **extra,
@@ -240,10 +278,6 @@ def _read(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises a dozen unrelated types here
-        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
     model, info = loaded  # as output_loading_info asks for
     missing = sorted(info["missing_keys"])
     if missing:  # transformers has filled them with random numbers
@@ -253,6 +287,53 @@ def _read(
             "model: get it again."
         )
     return model, tokenizer
+
+
+def _check_streamable(name: str, source: dict[str, Any], is_gguf: bool) -> None:
+    """Refuse, before anything is read, what would be held in memory as a whole."""
+    if is_gguf:
+        raise InvalidInput(
+            f"{name} cannot be streamed: GGUF is dequantised into memory when it is read. Load it "
+            "without streaming, or give the safetensors folder that it was made from."
+        )
+    with _loading_errors(name):
+        config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    for kind in {config.model_type, config.get_text_config().model_type}:
+        for step in get_checkpoint_conversion_mapping(kind) or ():
+            if isinstance(step, WeightConverter):
+                raise _not_mapped(name, ", ".join(step.target_patterns))
+
+
+def _check_mapped(name: str, model: PreTrainedModel, dtype: str) -> None:
+    """Raise InvalidInput if the weights have another dtype, or do not lie in their files."""
+    if dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise InvalidInput(
+            f"{name} cannot be streamed as {dtype}: its weights stay in their files, in "
+            f"{str(model.dtype).removeprefix('torch.')}. Use --dtype auto, or load it without "
+            "streaming."
+        )
+    for parameter_name, parameter in model.named_parameters():
+        # The storage of a mapped tensor has a fixed size, that of a copy has not.
+        if parameter.dim() > 1 and parameter.untyped_storage().resizable():
+            raise _not_mapped(name, parameter_name)
+
+
+def _not_mapped(name: str, weights: str) -> InvalidInput:
+    return InvalidInput(
+        f"{name} cannot be streamed: transformers converts weights when it reads them ({weights}), "
+        "so the whole model would be held in memory. Load it without streaming."
+    )
+
+
+@contextmanager
+def _loading_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises into a ModelError with the way out."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises a dozen unrelated types here
+        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

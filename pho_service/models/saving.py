@@ -3,32 +3,47 @@ A pruned model as a Hugging Face folder.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pho_service.files import new_folder
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
+from pho_service.models.mask_file import MASKS, LayerMask, write_masks
 
 RECIPE = "pruning.json"
+SHARD = "2GB"  # a file is put together in memory
 
 
-def save_pruned(model: LanguageModel, folder: Path, recipe: dict[str, Any]) -> None:
+def save_pruned(
+    model: LanguageModel,
+    folder: Path,
+    masks: Iterable[tuple[str, LayerMask]],
+    recipe: dict[str, Any],
+) -> None:
     """
-    Write a model whose masks are applied: weights in their stored dtype, tokenizer, recipe.
+    Write a model whose masks are applied: weights, tokenizer, masks, recipe.
 
     The folder is made beside its place and moved there when it is complete.
 
     Args:
-        model: Already pruned. It is cast to its stored dtype.
+        model: Already pruned, in the dtype that it is to be stored in.
         folder: New or empty.
-        recipe: JSON values, written as ``pruning.json``.
+        masks: Of each linear, in the model's order; written as ``pruning/masks.safetensors``.
+        recipe: JSON values, written as ``pruning.json``; its ``layers`` get
+            the hash of each mask.
 
     Raises:
         OutputError: The folder is in use, or cannot be written.
     """
     with new_folder(folder) as partial, os_errors():
-        model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-        model.model.save_pretrained(partial)
+        model.model.save_pretrained(partial, max_shard_size=SHARD)
         model.tokenizer.save_pretrained(partial)
-        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        (partial / MASKS).parent.mkdir()
+        hashes = write_masks(masks, partial / MASKS, metadata={"model": recipe["model"]})
+        layers = {
+            name: {**entry, "mask_sha256": hashes[name]} for name, entry in recipe["layers"].items()
+        }
+        text = json.dumps({**recipe, "layers": layers}, indent=2) + "\n"
+        (partial / RECIPE).write_text(text, encoding="utf-8")

@@ -4,9 +4,14 @@ The masks of a whole model for one candidate, and a model with them applied.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
+from pho_service.pruning.allocation import LayerView, allocate
+from pho_service.pruning.permutation import permute_channels, permuted_mask
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.selection import keep_highest, nm_mask, threshold_of
 from pho_service.pruning.statistics import PrunableLinear, Statistics
@@ -50,14 +55,46 @@ def line_mask(lines: Tensor, pattern: Pattern) -> Tensor:
     return keep_highest(lines.reshape(-1, n), pattern.removed(n)).view(lines.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearMask:
+    """
+    What a candidate removes from one linear.
+
+    Attributes:
+        keep: (out_features, in_features), bool.
+        order: (in_features,), int64: the channel that stands at each position
+            while N:M groups are cut; None is the natural order.
+        group_keep: N of N:M in this linear; 0 for unstructured.
+    """
+
+    keep: Tensor
+    order: Tensor | None = None
+    group_keep: int = 0
+
+
 def model_masks(
     linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, Tensor]]:
     """
     Give the mask of one linear after the other, (out_features, in_features), bool.
 
-    One layer's scores are held at a time. In scope ``global`` the plain scores
-    are computed twice before the first mask comes.
+    Raises:
+        InvalidInput, NumericalError: As :func:`linear_masks`.
+    """
+    for name, mask in linear_masks(linears, statistics, candidate):
+        yield name, mask.keep
+
+
+def linear_masks(
+    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
+) -> Iterator[tuple[str, LinearMask]]:
+    """
+    Give what goes of one linear after the other, by score, allocation and permutation.
+
+    The scores of the linears that read one input are held at a time. In scope
+    ``global``, and with an allocation, all linears are gone through at once,
+    before anything is given. Permutation ``error`` needs more than statistics and
+    comes later: see :func:`pho_service.pruning.steps.finish`.
 
     Raises:
         InvalidInput: N:M does not divide an input width.
@@ -65,29 +102,123 @@ def model_masks(
     """
     for name, linear in linears.items():
         candidate.pattern.check_width(linear.weight.shape[1], name)
+    shares = linear_shares(linears, statistics, candidate)
+    return _linear_masks(linears, statistics, candidate, shares)
 
-    def score(name: str, coefficients: Coefficients) -> Tensor:
-        return layer_importance(
-            linears[name].weight,
-            activation_norm=statistics.activation_norm(name),
-            fisher=statistics.fisher[name],
-            coefficients=coefficients,
-            layer=name,
-        )
 
-    removed: dict[str, int] = {}
-    if candidate.pattern.scope is Scope.GLOBAL:
+def _linear_masks(
+    linears: Mapping[str, PrunableLinear],
+    statistics: Statistics,
+    candidate: Candidate,
+    shares: Mapping[str, int],
+) -> Iterator[tuple[str, LinearMask]]:
+    for names in readers(linears, statistics):
+        scores = {
+            name: layer_score(linears, statistics, name, candidate.coefficients) for name in names
+        }
+        order = None
+        if candidate.steps.permutation == "score":
+            together = torch.cat(list(scores.values()))  # (all their rows, in_features)
+            kept = candidate.pattern.keep
+            order = permute_channels(together, keep=kept, group=candidate.pattern.group)
+        for name in names:
+            yield name, mask_of(scores.pop(name), candidate.pattern, shares.get(name), order)
+
+
+def readers(
+    linears: Mapping[str, PrunableLinear], statistics: Statistics
+) -> Iterator[tuple[str, ...]]:
+    """The names of the linears in order, neighbours that read one input together."""
+    for _, names in groupby(linears, key=lambda name: statistics.input_of[name]):
+        yield tuple(names)
+
+
+def layer_score(
+    linears: Mapping[str, PrunableLinear],
+    statistics: Statistics,
+    name: str,
+    coefficients: Coefficients,
+) -> Tensor:
+    """:func:`pho_service.pruning.scores.layer_importance` of one of the linears."""
+    return layer_importance(
+        linears[name].weight,
+        activation_norm=statistics.activation_norm(name),
+        fisher=statistics.fisher[name],
+        coefficients=coefficients,
+        layer=name,
+    )
+
+
+def linear_shares(
+    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
+) -> dict[str, int]:
+    """
+    What an allocation, or scope ``global``, gives each linear; empty if the pattern says it.
+
+    Returns:
+        Weights to remove by name of the linear; for N:M the N of each.
+    """
+    pattern, allocation = candidate.pattern, candidate.steps.allocation
+    if pattern.scope is Scope.GLOBAL:
         plain = plain_score(candidate.coefficients.gradient_exponent)
-        removed = _shares(lambda name: score(name, plain), linears, candidate.pattern)
-    for name in linears:
-        values = score(name, candidate.coefficients)
-        if removed:
-            mask = keep_highest(values.reshape(1, -1), removed[name])
-        elif candidate.pattern.scope is Scope.LAYER:
-            mask = line_mask(values.reshape(1, -1), candidate.pattern)
+        return _shares(lambda name: layer_score(linears, statistics, name, plain), linears, pattern)
+    if allocation.method == "uniform":
+        return {}
+
+    def views() -> Iterator[LayerView]:
+        for name, linear in linears.items():
+            entry = statistics.inputs[statistics.input_of[name]]
+            weight = linear.weight.float()
+            yield LayerView(
+                name=name,
+                out_features=len(weight),
+                rows=weight,
+                activation_norm=entry.activation_norm.to(weight.device),
+                fisher=statistics.fisher[name].to(weight.device),
+                root=entry.root.to(weight.device),
+            )
+
+    return allocate(views, pattern, allocation)
+
+
+def mask_of(score: Tensor, pattern: Pattern, share: int | None, order: Tensor | None) -> LinearMask:
+    """
+    The mask of one linear.
+
+    Args:
+        score: (out_features, in_features), float32.
+        pattern: Its scope says which weights compete.
+        share: Weights to remove, or N for N:M; None is what the pattern says.
+        order: Of the channels, for N:M.
+    """
+    if pattern.group:
+        keep = pattern.keep if share is None else share
+        if order is None:
+            mask = nm_mask(score, keep=keep, group=pattern.group)
         else:
-            mask = line_mask(values, candidate.pattern)
-        yield name, mask.view(values.shape)
+            mask = permuted_mask(score, order, keep=keep, group=pattern.group)
+        return LinearMask(keep=mask, order=order, group_keep=keep)
+    lines = score if pattern.scope is Scope.ROW else score.reshape(1, -1)
+    if share is None:
+        return LinearMask(keep=line_mask(lines, pattern).view(score.shape))
+    return LinearMask(keep=keep_shared(lines, share).view(score.shape))
+
+
+def keep_shared(lines: Tensor, removed: int) -> Tensor:
+    """
+    Remove ``removed`` weights from a layer, the same number from each line or one more.
+
+    Args:
+        lines: (lines, n), float32.
+        removed: From all lines together; the first ones lose the remainder.
+
+    Returns:
+        (lines, n), bool.
+    """
+    each, more = divmod(removed, len(lines))
+    if not more:
+        return keep_highest(lines, each)
+    return torch.cat([keep_highest(lines[:more], each + 1), keep_highest(lines[more:], each)])
 
 
 def _shares(

@@ -2,20 +2,24 @@
 Rate candidates on a proxy bundle: by how much does pruning change each linear's output?
 
 For a candidate with mask M, D = W * ~M is what goes, and D H D^T the error of
-a row. Linears of one shape are stacked and rated together.
+a row. Linears of one shape are stacked and rated together. Score and
+allocation are rated; permutation, re-pruning and weight updates need all rows
+of a linear, so candidates are compared as they are before those steps.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pho_service.errors import BundleError, NumericalError
+from pho_service.pruning.allocation import LayerView, allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.masks import line_mask, plain_score, share_ties
+from pho_service.pruning.masks import line_mask, mask_of, plain_score, share_ties
 from pho_service.pruning.scores import TINY, gini, importance
-from pho_service.pruning.selection import keep_highest, threshold_of
+from pho_service.pruning.selection import threshold_of
 from pho_service.spec import Candidate, Coefficients, Scope
 
 
@@ -87,6 +91,10 @@ class ProxyEvaluator:
             shape = (layer.out_features, *layer.rows.shape)
             shapes.setdefault(shape, []).append(position)
         self._stacks = [self._stack(positions) for positions in shapes.values()]
+        # A search often asks for an allocation that it has asked for before.
+        self._allocate = lru_cache(maxsize=256)(
+            lambda pattern, allocation: allocate(self._views, pattern, allocation)
+        )
 
     def _stack(self, positions: list[int]) -> _Stack:
         layers = [self.bundle.layers[p] for p in positions]
@@ -152,11 +160,11 @@ class ProxyEvaluator:
         return self._summary(self._sums(candidate, with_gini), with_gini)
 
     def _sums(self, candidate: Candidate, with_gini: bool) -> "_Sums":
-        removed = self._removed(candidate)
+        shares = self._shares(candidate)
         sums = _Sums(*(torch.zeros(len(self.bundle.layers)) for _ in range(4)))
         for stack in self._stacks:
             score = self._score(stack, candidate.coefficients)
-            keep = self._keep(stack, score, candidate, removed)
+            keep = self._keep(stack, score, candidate, shares)
             gone = stack.rows.masked_fill(keep, 0)  # (L, R, n)
             error = _row_errors(gone, stack.roots[stack.root_of])  # (L, R, 1)
             loss = error * stack.fisher
@@ -198,11 +206,39 @@ class ProxyEvaluator:
             raise NumericalError(f"{name}: a score of a candidate is NaN or infinite.", layer=name)
         return score
 
-    def _removed(self, candidate: Candidate) -> list[int] | None:
-        """In scope global: how many sampled weights go, layer by layer of the bundle."""
-        pattern = candidate.pattern
-        if pattern.scope is not Scope.GLOBAL:
+    def _shares(self, candidate: Candidate) -> list[int] | None:
+        """
+        What each layer of the bundle loses, if the pattern does not say it already.
+
+        Sampled weights to remove; for N:M the N of each layer.
+        """
+        pattern, allocation = candidate.pattern, candidate.steps.allocation
+        if pattern.scope is Scope.GLOBAL:
+            return self._global(candidate)
+        if allocation.method == "uniform":
             return None
+        shares = self._allocate(pattern, allocation)
+        if pattern.group:
+            return [shares[layer.name] for layer in self.bundle.layers]
+        return [
+            round(shares[layer.name] * len(layer.rows) / layer.out_features)
+            for layer in self.bundle.layers
+        ]
+
+    def _views(self) -> Iterator[LayerView]:
+        for layer in self.bundle.layers:
+            entry = self.bundle.inputs[layer.input_index]
+            yield LayerView(
+                name=layer.name,
+                out_features=layer.out_features,
+                rows=layer.rows,
+                activation_norm=entry.activation_norm,
+                fisher=layer.fisher[layer.row_index],
+                root=entry.root,
+            )
+
+    def _global(self, candidate: Candidate) -> list[int]:
+        pattern = candidate.pattern
         plain = plain_score(candidate.coefficients.gradient_exponent)
         scores = [self._score(stack, plain) for stack in self._stacks]
 
@@ -222,17 +258,17 @@ class ProxyEvaluator:
         return share_ties(below, tied, weights, pattern.removed(self.bundle.weights))
 
     def _keep(
-        self, stack: _Stack, score: Tensor, candidate: Candidate, removed: list[int] | None
+        self, stack: _Stack, score: Tensor, candidate: Candidate, shares: list[int] | None
     ) -> Tensor:
         """(L, R, n), bool."""
         for layer in stack.layers:
             candidate.pattern.check_width(layer.in_features, layer.name)
-        if removed is None:
+        if shares is None:
             lines = score if candidate.pattern.scope is Scope.ROW else score.flatten(start_dim=1)
             return line_mask(lines, candidate.pattern).view_as(score)
         return torch.stack(
             [
-                keep_highest(layer_score.view(1, -1), removed[position]).view_as(layer_score)
+                mask_of(layer_score, candidate.pattern, shares[position], None).keep
                 for layer_score, position in zip(score, stack.positions, strict=True)
             ]
         )

@@ -9,7 +9,7 @@ from typing import Any
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.search.search import SearchPlan
 from pho_service.search.space import SearchSpace
-from pho_service.spec import Objective, Pattern
+from pho_service.spec import Objective, Pattern, Steps
 from storage.studies import StorageError, check_url
 
 
@@ -22,6 +22,8 @@ class SearchRequest:
         pattern: What is pruned.
         objective: What candidates are rated by.
         bounds: Fields of the search space that differ from its defaults.
+        steps: What every candidate goes through beside the score. Its allocation is the only one
+            of the search unless ``bounds`` name ``allocations``.
         sampler: Where candidates come from.
         trials: How many, baselines included.
         seed: Of the sampler.
@@ -32,6 +34,7 @@ class SearchRequest:
     pattern: Pattern
     objective: Objective = field(default_factory=Objective)
     bounds: Mapping[str, Any] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
     sampler: str = "cmaes"
     trials: int = 200
     seed: int = 0
@@ -53,7 +56,13 @@ class SearchRequest:
         Raises:
             InvalidInput: Anything in the request breaks a rule.
         """
-        space = SearchSpace(**{"kernel_sizes": kernel_sizes, **self.bounds})
+        allocation = self.steps.allocation
+        given = {
+            "kernel_sizes": kernel_sizes,
+            "allocations": (allocation.method,),
+            "allocation_spread": (allocation.spread, allocation.spread),
+        }
+        space = SearchSpace(**{**given, **self.bounds})
         missing = sorted(set(space.kernel_sizes) - set(kernel_sizes))
         if missing:
             raise InvalidInput(
@@ -63,6 +72,7 @@ class SearchRequest:
         return SearchPlan(
             pattern=self.pattern,
             space=space.fitted(self.pattern),
+            steps=self.steps,
             sampler=self.sampler,
             trials=self.trials,
             seed=self.seed,

@@ -8,7 +8,13 @@ from typing import Any
 
 import optuna
 
-from pho_service.configuration import CoefficientsDocument, Configuration, Confirmation, Rating
+from pho_service.configuration import (
+    CoefficientsDocument,
+    Configuration,
+    Confirmation,
+    Rating,
+    StepsDocument,
+)
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import RatedCandidate, SearchPlan
 from pho_service.versions import versions
@@ -38,6 +44,7 @@ def describe_study(
         "scope": plan.pattern.scope.value,
         "objective": request.objective.label,
         "space": plan.space.to_dict(),
+        "steps": plan.steps.to_dict(),
         "sampler": plan.sampler,
         "seed": plan.seed,
         "calibration": dict(provenance),
@@ -82,6 +89,7 @@ def search_result(
     configuration = Configuration(
         method=best.candidate.method,
         coefficients=CoefficientsDocument.model_validate(best.candidate.coefficients.to_dict()),
+        steps=StepsDocument.model_validate(best.candidate.steps.to_dict()),
         pattern=str(plan.pattern),
         scope=best.candidate.pattern.scope.value,
         objective={

@@ -9,7 +9,7 @@ is that of an uninterrupted run.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import optuna
@@ -24,6 +24,7 @@ from pho_service.spec import (
     Coefficients,
     Pattern,
     Scope,
+    Steps,
     check_seed,
     search_baselines,
 )
@@ -58,6 +59,8 @@ class SearchPlan:
     Attributes:
         pattern: What is pruned.
         space: The box; fitted to the pattern.
+        steps: What every candidate goes through; method and spread of its allocation are those
+            of the space.
         sampler: A name of :data:`pho_service.spec.SAMPLERS`.
         trials: How many, baselines included.
         seed: Of the sampler.
@@ -67,6 +70,7 @@ class SearchPlan:
 
     pattern: Pattern
     space: SearchSpace
+    steps: Steps = field(default_factory=Steps)
     sampler: str = "cmaes"
     trials: int = 200
     seed: int = 0
@@ -74,6 +78,10 @@ class SearchPlan:
     fisher: bool = True
 
     def __post_init__(self) -> None:
+        self.steps.check_pattern(self.pattern)
+        for method in self.space.allocations:
+            allocation = replace(self.steps.allocation, method=method)
+            replace(self.steps, allocation=allocation).check_pattern(self.pattern)
         if self.sampler not in SAMPLERS:
             raise InvalidInput(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
         if self.trials < len(self.baselines()):
@@ -86,7 +94,11 @@ class SearchPlan:
     def baselines(self) -> list[Candidate]:
         """The first trials."""
         return search_baselines(
-            self.pattern, kernel_size=self.space.kernel_sizes[0], fisher=self.fisher
+            self.pattern,
+            kernel_size=self.space.kernel_sizes[0],
+            fisher=self.fisher,
+            steps=self.steps,
+            allocations=self.space.allocations,
         )
 
 
@@ -141,7 +153,7 @@ def run_search(
         asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]
         wanted = asked[: plan.trials - recorder.done]
         outcomes = recorder.finish(
-            [plan.space.candidate(trial.params, plan.pattern) for trial in wanted],
+            [plan.space.candidate(trial.params, plan.pattern, plan.steps) for trial in wanted],
             evaluate,
             advance,
         )
@@ -189,11 +201,13 @@ class _Recorder:
         return values
 
     def _check(self, trial: FrozenTrial, candidate: Candidate) -> None:
-        if trial.user_attrs.get("coefficients") != candidate.coefficients.to_dict():
+        known = trial.user_attrs
+        asked = (candidate.coefficients.to_dict(), candidate.steps.to_dict())
+        if (known.get("coefficients"), known.get("steps", Steps().to_dict())) != asked:
             raise StudyError(
                 f"trial {trial.number} of study {self.study.study_name!r} has other coefficients "
-                "than this search asks for there: it was made by another version of PHO or of a "
-                "sampler, or by two searches at once. Use another --study."
+                "or steps than this search asks for there: it was made by another version of PHO "
+                "or of a sampler, or by two searches at once. Use another --study."
             )
 
     def _trial(self, candidate: Candidate, outcome: Outcome) -> FrozenTrial:
@@ -201,6 +215,7 @@ class _Recorder:
             "method": candidate.method,
             "scope": candidate.pattern.scope.value,
             "coefficients": candidate.coefficients.to_dict(),
+            "steps": candidate.steps.to_dict(),
             **outcome.attributes,
         }
         if outcome.failure:
@@ -229,6 +244,7 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
                 method=t.user_attrs["method"],
                 coefficients=Coefficients(**t.user_attrs["coefficients"]),
                 pattern=plan.pattern.within(Scope(t.user_attrs["scope"])),
+                steps=Steps.from_dict(t.user_attrs.get("steps", {})),
             ),
             params=t.params,
             value=t.value,
@@ -249,7 +265,9 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
 
     Late generations of a search are nearly copies of its best; confirming
     copies would waste the perplexities. A candidate is different if one of
-    its values differs by 0.05 or more, or its kernel size does.
+    its values differs by 0.05 or more, or its kernel size or allocation does.
+    Where each measurement takes a calibration of its own (re-pruning, weight
+    updates), only the best of the baselines is measured.
 
     Args:
         rated: Best first.
@@ -266,12 +284,15 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
             and all(_differ(candidate.params, other.params) for other in chosen)
         ):
             chosen.append(candidate)
-    numbers = {c.number for c in chosen}
-    return [c for c in rated if c.number in numbers or c.candidate.method != "crepe"]
+    baselines = [c for c in rated if c.candidate.method != "crepe"]
+    if any(c.candidate.steps.needs_text for c in baselines):
+        baselines = baselines[:1]
+    numbers = {c.number for c in (*chosen, *baselines)}
+    return [c for c in rated if c.number in numbers]
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    if a["kernel_size"] != b["kernel_size"]:
+    if a["kernel_size"] != b["kernel_size"] or a["allocation"] != b["allocation"]:
         return True
     return any(abs(a[k] - b[k]) >= 0.05 for k in a if isinstance(a[k], float))
 

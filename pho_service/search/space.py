@@ -1,5 +1,6 @@
 """
-What a search may choose: a point on the simplex of the coefficients, and the rest of the score.
+What a search may choose: a point on the simplex of the coefficients, the rest of the score,
+and how the sparsity is spread over the linears.
 
 A common factor of the coefficients changes no mask, so two shares describe
 all three: how much the neighbourhood counts, and how the remainder is split
@@ -13,7 +14,16 @@ from typing import Any, Self
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from pho_service.errors import InvalidInput
-from pho_service.spec import BASELINES, Candidate, Coefficients, Pattern, Scope
+from pho_service.spec import (
+    ALLOCATIONS,
+    BASELINES,
+    Allocation,
+    Candidate,
+    Coefficients,
+    Pattern,
+    Scope,
+    Steps,
+)
 
 Bounds = tuple[float, float]
 
@@ -29,6 +39,8 @@ class SearchSpace:
         activation_exponent: 0.5 is RIA's choice, 1 Wanda's.
         gradient_exponent: 0.5 is the second-order choice. Cancels in scope row.
         kernel_sizes: Odd sizes, ascending; those that the bundle has.
+        allocations: Methods of :class:`pho_service.spec.Allocation`.
+        allocation_spread: Of the methods that are not ``uniform``.
     """
 
     neighbourhood_share: Bounds = (0.0, 1.0)
@@ -36,6 +48,8 @@ class SearchSpace:
     activation_exponent: Bounds = (0.0, 1.5)
     gradient_exponent: Bounds = (0.0, 1.0)
     kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
+    allocations: tuple[str, ...] = ("uniform",)
+    allocation_spread: Bounds = (0.2, 0.2)
 
     def __post_init__(self) -> None:
         for name, highest in _HIGHEST.items():
@@ -49,12 +63,20 @@ class SearchSpace:
             raise InvalidInput("search space kernel_sizes is empty. Give at least one odd size.")
         for k in self.kernel_sizes:
             Coefficients(row=1, column=1, neighbourhood=1, kernel_size=k)  # raises if k is no size
+        if not self.allocations:
+            raise InvalidInput("search space allocations is empty. Give at least uniform.")
+        for method in self.allocations:
+            Allocation(method=method)  # raises if it is none
 
     def fitted(self, pattern: Pattern) -> Self:
         """The box without what has no effect in ``pattern``: g cancels within a row."""
+        fitted = self
         if pattern.scope is Scope.ROW:
-            return replace(self, gradient_exponent=(0.0, 0.0))
-        return self
+            fitted = replace(fitted, gradient_exponent=(0.0, 0.0))
+        if self.allocations == ("uniform",):
+            low = self.allocation_spread[0]
+            fitted = replace(fitted, allocation_spread=(low, low))
+        return fitted
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's form of the box, fixed values included."""
@@ -62,6 +84,7 @@ class SearchSpace:
             name: FloatDistribution(*getattr(self, name)) for name in _HIGHEST
         }
         space["kernel_size"] = CategoricalDistribution(self.kernel_sizes)
+        space["allocation"] = CategoricalDistribution(self.allocations)
         return space
 
     def recorded_distributions(self) -> dict[str, BaseDistribution]:
@@ -74,6 +97,7 @@ class SearchSpace:
             name: FloatDistribution(0.0, highest) for name, highest in _HIGHEST.items()
         }
         space["kernel_size"] = CategoricalDistribution(self.kernel_sizes)
+        space["allocation"] = CategoricalDistribution(ALLOCATIONS)
         space["method"] = CategoricalDistribution(("crepe", *BASELINES))
         return space
 
@@ -81,8 +105,12 @@ class SearchSpace:
         """The bounds as JSON values."""
         return {name: list(values) for name, values in asdict(self).items()}
 
-    def candidate(self, params: Mapping[str, Any], pattern: Pattern) -> Candidate:
-        """The candidate that ``params``, drawn from :meth:`distributions`, stand for."""
+    def candidate(self, params: Mapping[str, Any], pattern: Pattern, steps: Steps) -> Candidate:
+        """
+        The candidate that ``params``, drawn from :meth:`distributions`, stand for.
+
+        ``steps`` says all that is not searched.
+        """
         neighbourhood, row = params["neighbourhood_share"], params["row_share"]
         coefficients = Coefficients(
             row=(1 - neighbourhood) * row,
@@ -92,7 +120,15 @@ class SearchSpace:
             activation_exponent=params["activation_exponent"],
             gradient_exponent=params["gradient_exponent"],
         )
-        return Candidate(method="crepe", coefficients=coefficients, pattern=pattern)
+        allocation = replace(
+            steps.allocation, method=params["allocation"], spread=params["allocation_spread"]
+        )
+        return Candidate(
+            method="crepe",
+            coefficients=coefficients,
+            pattern=pattern,
+            steps=replace(steps, allocation=allocation),
+        )
 
     def params(self, candidate: Candidate) -> dict[str, Any]:
         """
@@ -107,6 +143,8 @@ class SearchSpace:
             "activation_exponent": c.activation_exponent,
             "gradient_exponent": c.gradient_exponent,
             "kernel_size": c.kernel_size,
+            "allocation": candidate.steps.allocation.method,
+            "allocation_spread": candidate.steps.allocation.spread,
             "method": candidate.method,
         }
 
@@ -120,6 +158,8 @@ class SearchSpace:
         for name in _HIGHEST:
             low, high = getattr(self, name)
             margin = 0.02 * (high - low)
+            if name == "allocation_spread" and params["allocation"] == "uniform":
+                continue  # it had no effect
             if margin and not low + margin <= params[name] <= high - margin:
                 names.append(name)
         ends = (self.kernel_sizes[0], self.kernel_sizes[-1])
@@ -130,7 +170,10 @@ class SearchSpace:
 
 def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
     """
-    Read ``name=low:high``, ``name=value`` or ``kernel_sizes=3,5`` as fields of a space.
+    Read ``name=low:high``, ``name=value``, ``kernel_sizes=3,5`` or ``allocations=uniform,fisher``.
+
+    Returns:
+        Fields of a space.
 
     Raises:
         InvalidInput: Unknown name, or no number.
@@ -138,24 +181,34 @@ def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
     bounds: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in (*_HIGHEST, "kernel_sizes"):
+        if name not in (*_HIGHEST, *_LISTS):
             raise InvalidInput(
-                f"search space {text!r}: {name!r} is not one of "
-                f"{', '.join((*_HIGHEST, 'kernel_sizes'))}."
+                f"search space {text!r}: {name!r} is not one of {', '.join((*_HIGHEST, *_LISTS))}."
             )
         try:
             if name == "kernel_sizes":
                 bounds[name] = tuple(sorted({int(k) for k in value.split(",")}))
+            elif name == "allocations":
+                bounds[name] = tuple(m for m in ALLOCATIONS if m in _known(value.split(",")))
             else:
                 low, _, high = value.partition(":")
                 bounds[name] = (float(low), float(high or low))
         except ValueError:
-            example = "3,5,9" if name == "kernel_sizes" else "0.2:0.8"
+            example = _LISTS.get(name, "0.2:0.8")
             raise InvalidInput(
                 f"search space {text!r} is not understood. Write {name}={example}."
             ) from None
     return bounds
 
+
+def _known(methods: Sequence[str]) -> Sequence[str]:
+    if not set(methods) <= set(ALLOCATIONS):
+        raise ValueError(methods)
+    return methods
+
+
+# Fields that list their values, with an example.
+_LISTS = {"kernel_sizes": "3,5,9", "allocations": "uniform,owl,fisher,curves"}
 
 # The highest value that a bound may have, by name.
 _HIGHEST = {
@@ -163,4 +216,5 @@ _HIGHEST = {
     "row_share": 1.0,
     "activation_exponent": 4.0,
     "gradient_exponent": 2.0,
+    "allocation_spread": 1.0,
 }

@@ -5,13 +5,14 @@ How far can a proxy be trusted? Rank correlation and regret against perplexity, 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
 from pho_service.search.space import SearchSpace
-from pho_service.spec import Candidate, Pattern
+from pho_service.spec import Candidate, Pattern, Steps
 
 RESAMPLES = 2000
 Interval = tuple[float, float]
@@ -48,18 +49,22 @@ class ProxyQuality:
 def random_candidates(
     space: SearchSpace, pattern: Pattern, *, count: int, seed: int
 ) -> list[Candidate]:
-    """Draw candidates evenly over a search space."""
+    """Draw candidates evenly over a search space; score and allocation, no further steps."""
     generator = random.Random(seed)  # noqa: S311 - a sample, not a secret
     candidates = []
     for _ in range(count):
-        params = {
+        params: dict[str, Any] = {
             name: generator.uniform(*getattr(space, name))
             for name in (
                 "neighbourhood_share", "row_share", "activation_exponent", "gradient_exponent",
             )
         }  # fmt: skip
         params["kernel_size"] = generator.choice(space.kernel_sizes)
-        candidates.append(space.candidate(params, pattern))
+        params["allocation"], params["allocation_spread"] = "uniform", space.allocation_spread[0]
+        if space.allocations != ("uniform",):
+            params["allocation"] = generator.choice(space.allocations)
+            params["allocation_spread"] = generator.uniform(*space.allocation_spread)
+        candidates.append(space.candidate(params, pattern, Steps()))
     return candidates
 
 

@@ -4,18 +4,18 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.search.space import SearchSpace, parse_bounds
-from pho_service.spec import Coefficients, Pattern, search_baselines
+from pho_service.spec import Allocation, Coefficients, Pattern, Steps, search_baselines
 
 PATTERN = Pattern.parse("0.5", "layer")
 PARAMS = {
     "neighbourhood_share": 0.25, "row_share": 0.4, "activation_exponent": 0.7,
-    "gradient_exponent": 0.3, "kernel_size": 9,
+    "gradient_exponent": 0.3, "kernel_size": 9, "allocation": "owl", "allocation_spread": 0.1,
 }  # fmt: skip
 
 
 def test_simplex() -> None:
     """The two shares give three coefficients that add up to 1."""
-    c = SearchSpace().candidate(PARAMS, PATTERN).coefficients
+    c = SearchSpace().candidate(PARAMS, PATTERN, Steps()).coefficients
 
     assert (c.row, c.column, c.neighbourhood) == pytest.approx((0.3, 0.45, 0.25))
     assert (c.kernel_size, c.activation_exponent, c.gradient_exponent) == (9, 0.7, 0.3)
@@ -25,7 +25,7 @@ def test_round_trip() -> None:
     """A candidate gives back the point that it was made from."""
     space = SearchSpace()
 
-    assert space.params(space.candidate(PARAMS, PATTERN)) == pytest.approx(
+    assert space.params(space.candidate(PARAMS, PATTERN, Steps())) == pytest.approx(
         {**PARAMS, "method": "crepe"}
     )
 
@@ -75,6 +75,9 @@ def test_bounds() -> None:
         ("activation_exponent=nan:1", "must hold"),
         ("kernel_sizes=4", "kernel_size=4 is not an odd whole number"),
         ("kernel_sizes=", "not understood"),
+        ("allocations=fair", "not understood"),
+        ("allocations=", "not understood"),
+        ("allocation_spread=0.1:2", "0 <= low <= high <= 1 must hold"),
     ],
 )
 def test_bad_bounds(text: str, message: str) -> None:
@@ -90,6 +93,34 @@ def test_border() -> None:
 
     assert space.on_border({**PARAMS, "gradient_exponent": 0.0}) == []
     assert space.on_border(at_ends) == ["activation_exponent", "kernel_size"]
+
+
+def test_allocation() -> None:
+    """Method and spread of the allocation are the point's, all other steps are the search's."""
+    steps = Steps(allocation=Allocation(unit="block"), repruning="swaps")
+    given = SearchSpace().candidate(PARAMS, PATTERN, steps).steps
+
+    assert given == Steps(
+        allocation=Allocation(method="owl", unit="block", spread=0.1), repruning="swaps"
+    )
+
+
+def test_spread_of_uniform() -> None:
+    """Where no allocation is searched, its spread has no effect and no border."""
+    space = SearchSpace(allocation_spread=(0.1, 0.3)).fitted(PATTERN)
+    both = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.1, 0.3))
+
+    assert space.allocation_spread == (0.1, 0.1)
+    assert both.fitted(PATTERN) == both
+    assert both.on_border({**PARAMS, "allocation": "uniform", "allocation_spread": 0.3}) == []
+    assert both.on_border({**PARAMS, "allocation": "fisher", "allocation_spread": 0.3}) == [
+        "allocation_spread"
+    ]
+
+
+def test_allocations_are_read_in_one_order() -> None:
+    """However they are listed, so that the same search has the same name."""
+    assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}
 
 
 def test_baselines_are_never_wider() -> None:

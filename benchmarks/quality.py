@@ -1,0 +1,258 @@
+"""
+What each method is worth: perplexity by model, pattern and method, on a text nothing was chosen on.
+
+Calibrates on one part of Python's documentation, confirms searches on another
+and reports on a third. Results are kept in a file, one line a method, so that
+an interrupted run goes on where it was.
+
+    python benchmarks/quality.py --out quality.jsonl
+    python benchmarks/quality.py --model smollm2 --pattern 0.5 --method wanda --method best
+"""
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from pho_service.cli.terminal import print_table, progress, say
+from pho_service.jobs.bundles import cached_bundle
+from pho_service.jobs.rating import ReportText, rate_pruned
+from pho_service.jobs.search import search_job
+from pho_service.memory import peak_memory
+from pho_service.models.builtin import gemma3, smollm2, write_texts
+from pho_service.models.calibration import calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.perplexity import rate_perplexity
+from pho_service.search.presets import Preset
+from pho_service.search.request import SearchRequest
+from pho_service.spec import CalibrationSettings, Candidate, Pattern, comparison_baselines
+from pho_service.versions import versions
+
+MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3}
+PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "owl-wanda", "sparsegpt")
+PRESETS = ("crepe", "crepe-plus", "best")
+METHODS = (*BASELINES, *PRESETS)
+CONTEXT_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model with all that its cells need."""
+
+    model: LanguageModel
+    bundle: ProxyBundle
+    calibration: Tensor
+    confirmation: ReportText
+    report: ReportText
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)))
+@click.option("--pattern", "patterns", multiple=True, help="[default: all five]")
+@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS))
+@click.option("--out", default="quality.jsonl", show_default=True, help="Where results are kept.")
+@click.option("--samples", default=32, show_default=True, help="Windows of calibration text.")
+@click.option("--trials", default=200, show_default=True, help="Of each search.")
+@click.option("--finalists", default=3, show_default=True, help="Confirmed by perplexity.")
+@click.option("--confirm-windows", default=8, show_default=True)
+@click.option("--report-windows", default=16, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(
+    models: tuple[str, ...],
+    patterns: tuple[str, ...],
+    methods: tuple[str, ...],
+    out: str,
+    **options: Any,
+) -> None:
+    """Print the tables of docs/quality.md."""
+    kept = Path(out)
+    for name in models or MODELS:
+        missing = [
+            (pattern, method)
+            for pattern in patterns or PATTERNS
+            for method in methods or METHODS
+            if _found(kept, name, pattern, method, options) is None
+        ]
+        if missing:
+            _fill(kept, name, missing, options)
+    for name in models or MODELS:
+        _show(kept, name, list(patterns or PATTERNS), list(methods or METHODS), options)
+
+
+def _fill(kept: Path, name: str, missing: list[tuple[str, str]], options: dict[str, Any]) -> None:
+    """Measure the cells that are missing, each written as soon as it is known."""
+    with tempfile.TemporaryDirectory() as folder:
+        subject = _subject(name, Path(folder), options)
+        if _found(kept, name, "dense", "dense", options) is None:
+            perplexity = rate_perplexity(subject.model.model, subject.report.windows).perplexity
+            _keep(kept, name, "dense", "dense", options, {"perplexity": perplexity, "sparsity": 0})
+        for pattern, method in missing:
+            say(f"{name} {pattern} {method}")
+            started = time.perf_counter()
+            with peak_memory(subject.model.device) as peak:
+                cell = _measure(subject, Pattern.parse(pattern), method, Path(folder), options)
+            cell["seconds"] = round(time.perf_counter() - started, 1)
+            cell["memory_bytes"] = peak()
+            _keep(kept, name, pattern, method, options, cell)
+
+
+def _subject(name: str, folder: Path, options: dict[str, Any]) -> Subject:
+    texts = write_texts(folder / "texts")
+    model = load_model(str(MODELS[name]()), dtype=options["dtype"])
+    settings = CalibrationSettings(
+        samples=options["samples"],
+        context_length=CONTEXT_LENGTH,
+        fisher_samples=max(1, options["samples"] // 4),
+        seed=options["seed"],
+    )
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+
+    def measured_on(part: str, windows: int) -> ReportText:
+        cut, record = read_windows(
+            model,
+            TextSource(path=str(texts[part])),
+            context_length=CONTEXT_LENGTH,
+            bos="auto",
+            max_windows=windows,
+        )
+        return ReportText(windows=cut, record=record)
+
+    return Subject(
+        model=model,
+        bundle=cached_bundle(model, text, settings, folder / "cache", progress),
+        calibration=text.calibration,
+        confirmation=measured_on("confirmation", options["confirm_windows"]),
+        report=measured_on("report", options["report_windows"]),
+    )
+
+
+def _measure(
+    subject: Subject, pattern: Pattern, method: str, folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One cell: the perplexity on the report text, and what was pruned with."""
+    if method in PRESETS:
+        candidate, found = _searched(subject, pattern, method, folder, options)
+    else:
+        (candidate,) = (c for c in comparison_baselines(pattern) if c.method == method)
+        found = {}
+    rating, sparsity = rate_pruned(
+        subject.model,
+        subject.bundle.statistics(),
+        candidate,
+        subject.report.windows,
+        calibration=subject.calibration,
+    )
+    return {"perplexity": rating.perplexity, "sparsity": sparsity, **found}
+
+
+def _searched(
+    subject: Subject, pattern: Pattern, method: str, folder: Path, options: dict[str, Any]
+) -> tuple[Candidate, dict[str, Any]]:
+    """What a preset's search finds, confirmed on the confirmation text."""
+    preset = Preset.of(method, pattern)
+    request = SearchRequest(
+        pattern=pattern,
+        steps=preset.steps,
+        bounds=preset.bounds,
+        trials=options["trials"],
+        seed=options["seed"],
+        study_url=f"sqlite:///{folder / 'study.db'}",
+        finalists=options["finalists"],
+    )
+    result = search_job(
+        request,
+        subject.bundle,
+        model=subject.model,
+        confirm_text=subject.confirmation,
+        calibration=subject.calibration,
+        progress=progress,
+    )
+    found = result.configuration
+    return found.candidate(), {
+        "found": found.method,
+        "coefficients": found.coefficients.model_dump(),
+        "steps": found.steps.model_dump(),
+        "confirmed": found.confirmation.perplexity if found.confirmation else None,
+    }
+
+
+def _lines(kept: Path) -> list[dict[str, Any]]:
+    if not kept.is_file():
+        return []
+    return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+
+
+def _found(
+    kept: Path, name: str, pattern: str, method: str, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The last result of a cell under these conditions."""
+    key = {"model": name, "pattern": pattern, "method": method, "options": options}
+    for line in reversed(_lines(kept)):
+        if all(line[field] == value for field, value in key.items()):
+            return line
+    return None
+
+
+def _keep(
+    kept: Path, name: str, pattern: str, method: str, options: dict[str, Any], cell: dict[str, Any]
+) -> None:
+    line = {"model": name, "pattern": pattern, "method": method, "options": options, **cell}
+    with kept.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _show(
+    kept: Path, name: str, patterns: list[str], methods: list[str], options: dict[str, Any]
+) -> None:
+    dense = _found(kept, name, "dense", "dense", options)
+    assert dense is not None
+    cells = {
+        (pattern, method): _found(kept, name, pattern, method, options) or {}
+        for pattern in patterns
+        for method in methods
+    }
+
+    def row(title: str, text: Callable[[dict[str, Any]], str]) -> list[tuple[str, ...]]:
+        return [
+            (f"{method}{title}", *(text(cells[pattern, method]) for pattern in patterns))
+            for method in methods
+        ]
+
+    used = ", ".join(f"{package} {version}" for package, version in versions("torch").items())
+    caption = (
+        f"dense {dense['perplexity']:.2f}; {options['report_windows']} windows of "
+        f"{CONTEXT_LENGTH} tokens of the report part; calibrated on {options['samples']} windows; "
+        f"{options['trials']} trials, {options['finalists']} finalists, {options['dtype']}, seed "
+        f"{options['seed']}; {used}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print_table(
+        f"{name}: perplexity",
+        ("method", *patterns),
+        row("", lambda cell: f"{cell['perplexity']:.2f}"),
+        caption=caption,
+    )
+    print_table(
+        f"{name}: seconds, peak memory",
+        ("method", *patterns),
+        row(
+            "",
+            lambda cell: f"{cell['seconds']:.0f} s, {(cell['memory_bytes'] or 0) / 2**30:.1f} GiB",
+        ),
+        caption="Search, confirmation, pruning and measuring; without loading and calibrating.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""
+How much memory a piece of work takes at its peak.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """
+    Watch the most memory that is in use while the block runs.
+
+    Args:
+        device: A GPU: its memory that torch handed out. The CPU: resident
+            memory of this process, which Linux alone can start to watch anew.
+
+    Yields:
+        Bytes when it is called, or None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew, see man 5 proc
+    except OSError:
+        yield lambda: None
+        return
+    yield _high_water_mark
+
+
+def _high_water_mark() -> int | None:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None

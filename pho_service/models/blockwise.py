@@ -1,0 +1,645 @@
+"""
+Run a decoder block by block.
+
+So each block can be pruned on what the pruned blocks before it give, and a
+model that is larger than the memory can be measured and pruned: of a streamed
+model one block at a time is on the device, all other weights stay mapped from
+their files.
+
+No family is known by name. What comes before and after the blocks is the
+model's own forward, run while its blocks hand on what they get.
+"""
+
+import tempfile
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Cache
+
+from pho_service.errors import ModelError, OutputError
+from pho_service.models.architecture import decoder_blocks
+from pho_service.models.bundle_file import os_errors
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Advance
+from pho_service.pruning.perplexity import Perplexity, rate_perplexity
+from pho_service.pruning.statistics import (
+    Collector,
+    InputGroups,
+    PrunableLinear,
+    Statistics,
+    check_fisher_windows,
+    frozen,
+    require_finite,
+    summed_loss,
+    watched,
+)
+from pho_service.pruning.steps import InputMoments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """
+    A block whose turn it is in :func:`walk`; of use in that turn only.
+
+    Attributes:
+        linears: Its linears by full name. Their weights are on the device and
+            may be changed in place.
+        inputs: (1, tokens, hidden) for each window, on the CPU: what the
+            blocks before it give.
+        run: The output of the block, as it now is, for the window of a number:
+            (1, tokens, hidden), on the device.
+    """
+
+    name: str
+    module: nn.Module
+    linears: dict[str, PrunableLinear]
+    inputs: list[Tensor]
+    run: Callable[[int], Tensor]
+
+    def moments(self) -> tuple[list[InputMoments], dict[str, int]]:
+        """
+        Run the block, as it is, over all windows and give the moments of its linears' inputs.
+
+        Linears that read the very same tensor share one entry. A token that
+        does not reach a linear (of an expert) counts as zeros.
+
+        Returns:
+            The entries, on the device, and the index of each linear's.
+
+        Raises:
+            NumericalError: An activation is NaN or infinite.
+        """
+        groups = InputGroups()
+        sums: list[_InputSums] = []
+
+        def see(name: str, x: Tensor, _output: Tensor) -> None:
+            index = groups.see(name, x)
+            if index is None:
+                return
+            if index == len(sums):
+                sums.append(_InputSums(x.shape[-1], x.device))
+            sums[index].add(x.detach().reshape(-1, x.shape[-1]))  # (tokens, in_features)
+
+        with watched(self.linears, see):
+            for window in range(len(self.inputs)):
+                self.run(window)
+                groups.end_of_window()
+        for name, linear in self.linears.items():
+            if name not in groups.input_of:
+                groups.input_of[name] = len(sums)
+                sums.append(_InputSums(linear.weight.shape[1], linear.weight.device))
+        tokens = sum(x.shape[1] for x in self.inputs)
+        for name, index in groups.input_of.items():
+            require_finite(sums[index].gram, name, "activations")
+        return [each.finish(len(self.inputs), tokens) for each in sums], groups.input_of
+
+
+class _InputSums:
+    """Sums over the tokens of one input."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.gram = torch.zeros(width, width, device=device)
+        self.total = torch.zeros(width, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """x: (tokens, in_features), any floating dtype."""
+        x = x.float()
+        self.gram.addmm_(x.T, x)
+        self.total += x.sum(dim=0)
+
+    def finish(self, sequences: int, tokens: int) -> InputMoments:
+        norm = (self.gram.diagonal() / sequences).sqrt()
+        return InputMoments(
+            gram=self.gram.div_(tokens), mean=self.total.div_(tokens), activation_norm=norm
+        )
+
+
+def walk(
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    store: Path | None = None,
+    advance: Advance = lambda _: None,
+) -> Iterator[Block]:
+    """
+    Give one block after the other, each with the inputs that the blocks before it now give.
+
+    When the loop asks for the next block, this one is run over all windows with
+    whatever weights it then has. If the loop is left early, a streamed block
+    whose turn it was forgets its changes, and any other model keeps them.
+
+    Args:
+        model: In evaluation mode. It is left with the weights that the loop's
+            body gave it.
+        windows: (windows, tokens), int64.
+        store: Folder for the changed weights of a streamed model, on a disk with
+            room for all of them; None is the system's temporary folder, which
+            may be in memory. Its files have no name: they go when the model
+            goes, however the process ends.
+        advance: Called with 1 for each window of each block.
+
+    Raises:
+        ModelError: The model does more than calling its blocks one by one.
+        OutputError: Changed weights cannot be written.
+    """
+    network = _Network(model, windows)
+    for index, (name, module) in enumerate(network.blocks):
+        with network.on_device(module, copy=True) as home:
+            yield Block(
+                name=name,
+                module=module,
+                linears={
+                    full_name: linear
+                    for full_name, linear in model.linears.items()
+                    if full_name.startswith(f"{name}.")
+                },
+                inputs=network.hidden,
+                run=partial(network.run, index),
+            )
+            if index < len(network.blocks) - 1:
+                network.step(index, advance)
+            else:  # nothing reads what it would give
+                advance(len(windows))
+            home.update(_mapped_copy(_changed(module, home), store))
+
+
+def _changed(module: nn.Module, home: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a streamed block that differ from what is mapped, on the CPU."""
+    parameters = ((name, p.data.cpu()) for name, p in module.named_parameters() if name in home)
+    return {name: data for name, data in parameters if not torch.equal(data, home[name])}
+
+
+@contextmanager
+def dense_afterwards(model: LanguageModel) -> Iterator[None]:
+    """
+    Put the weights of all blocks back in the end, whatever was done to them inside.
+
+    A streamed model's are still in their files. Of any other model all blocks
+    are copied to the CPU first.
+    """
+    parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
+    if model.stream:
+        dense = [p.data for p in parameters]
+    else:
+        dense = [p.data.to("cpu", copy=True) for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, dense, strict=True):
+            if model.stream:
+                parameter.data = data
+            else:
+                parameter.data.copy_(data)
+
+
+def collect_statistics_blockwise(
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    fisher_windows: int,
+    projection_rows: int,
+    seed: int,
+    spill: Path | None = None,
+    advance: Advance = lambda _: None,
+) -> Statistics:
+    """
+    Gather the same statistics as :func:`collect_statistics`, one block at a time.
+
+    The loss's gradient goes back through the blocks in reverse, each of them
+    run again from its stored input. Inputs are numbered block by block, and
+    projected with the random numbers of their number: those of experts that the
+    first window does not reach have other ones than in a pass of the whole model.
+
+    Args:
+        model: In evaluation mode. Nothing of it changes.
+        windows: (windows, tokens), int64.
+        fisher_windows: 1 <= fisher_windows <= windows.
+        projection_rows: Rows of the random projection of the activations;
+            0 gathers the full Gram matrix.
+        seed: Of the random projection.
+        spill: Folder on a disk for the blocks' inputs, (blocks, fisher_windows,
+            tokens, hidden) values; None keeps them in memory.
+        advance: Called with 1 for each window of each block, forward and
+            backward: ``blocks * (windows + fisher_windows)`` in all.
+
+    Raises:
+        InvalidInput: ``fisher_windows`` out of range.
+        ModelError: A linear was never called, or the model does more than
+            calling its blocks one by one.
+        NumericalError: An activation or a gradient is NaN or infinite.
+        OutputError: ``spill`` cannot be written.
+    """
+    check_fisher_windows(fisher_windows, len(windows))
+    collector = Collector(model.linears, projection_rows, seed)
+    network = _Network(model, windows)
+    inputs: list[list[Tensor]] = []  # of each block, for each Fisher window
+    with collector.reading_inputs():
+        for index, (_, module) in enumerate(network.blocks):
+            inputs.append(_spilled(network.hidden[:fisher_windows], spill))
+            with network.on_device(module):
+                network.step(index, advance, collector.end_of_window)
+            collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
+    with frozen(model.model):
+        gradients = network.loss_gradients(fisher_windows)
+        with collector.reading_gradients():
+            for index, (_, module) in reversed(list(enumerate(network.blocks))):
+                with network.on_device(module):
+                    network.step_back(index, inputs.pop(), gradients, advance)
+    return collector.finish()
+
+
+def rate_perplexity_blockwise(
+    model: LanguageModel, windows: Tensor, *, advance: Advance = lambda _: None
+) -> Perplexity:
+    """
+    Measure what :func:`rate_perplexity` measures, one block at a time.
+
+    Args:
+        model: In evaluation mode. Nothing of it changes.
+        windows: (windows, context_length), int64.
+        advance: Called with 1 for each window of each block.
+
+    Raises:
+        ModelError: The model does more than calling its blocks one by one.
+        NumericalError: A loss is NaN or infinite.
+    """
+    network = _Network(model, windows)
+    for index, (_, module) in enumerate(network.blocks):
+        with network.on_device(module):
+            network.step(index, advance)
+    with network.ending(network.hidden):
+        return rate_perplexity(model.model, windows)
+
+
+def measure_perplexity(
+    model: LanguageModel, windows: Tensor, *, advance: Advance = lambda _: None
+) -> Perplexity:
+    """
+    Measure a model's perplexity as a whole, or block by block if it is streamed.
+
+    Args:
+        model: In evaluation mode.
+        windows: (windows, context_length), int64.
+        advance: Called with 1 for each window.
+
+    Raises:
+        ModelError, NumericalError: As :func:`rate_perplexity_blockwise`.
+    """
+    if not model.stream:
+        return rate_perplexity(model.model, windows, advance=advance)
+    blocks, runs = len(decoder_blocks(model.model)), 0
+
+    def advance_block(count: int) -> None:
+        nonlocal runs
+        runs += count
+        advance(int(runs % blocks == 0))
+
+    return rate_perplexity_blockwise(model, windows, advance=advance_block)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
+
+
+class _Network:
+    """
+    A model as its blocks, and windows on their way through them.
+
+    Attributes:
+        blocks: Names and modules, in the order of their calls.
+        hidden: (1, tokens, hidden) for each window, on the CPU: what the next
+            block reads. Changed in place.
+    """
+
+    def __init__(self, model: LanguageModel, windows: Tensor) -> None:
+        self.model = model
+        self.windows = windows
+        self.blocks = decoder_blocks(model.model)
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[_Call]] = [[] for _ in self.blocks]
+        self._extras: dict[type, int | None] = {}  # see _output_like
+        inside = {id(t) for _, block in self.blocks for t in _tensors_of(block).values()}
+        self._outside = {n: t for n, t in _tensors_of(model.model).items() if id(t) not in inside}
+        self._record()
+
+    def on_device(
+        self, module: nn.Module, *, copy: bool = False
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """
+        Inside, a block's weights are on the device.
+
+        Args:
+            module: A block.
+            copy: Even if they were there before, so that they may be changed.
+
+        Yields:
+            By name, what the weights will be afterwards; empty if the model is not streamed.
+        """
+        if not self.model.stream:
+            return nullcontext({})
+        return _moved(_tensors_of(module), self.model.device, copy=copy)
+
+    def run(self, index: int, window: int, hidden: Tensor | None = None) -> Tensor:
+        """The output of a block, on the device; without ``hidden``, of its stored input."""
+        if hidden is None:
+            with torch.no_grad():
+                return self.run(index, window, self.hidden[window])
+        output = self._call(index, window, hidden, self.blocks[index][1])
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _call(
+        self, index: int, window: int, hidden: Tensor, forward: Callable[..., Any]
+    ) -> Tensor | tuple[Any, ...]:
+        """All that a block returns for the arguments that it had in a window."""
+        args, kwargs = _map_tensors(
+            self._calls[index][window], lambda tensor: tensor.to(self.model.device)
+        )
+        output: Tensor | tuple[Any, ...] = forward(hidden.to(self.model.device), *args, **kwargs)
+        return output
+
+    def step(
+        self, index: int, advance: Advance, end_of_window: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the inputs of a block by its outputs."""
+        for window in range(len(self.hidden)):
+            self.hidden[window] = self.run(index, window).cpu()
+            end_of_window()
+            advance(1)
+
+    def loss_gradients(self, count: int) -> list[Tensor]:
+        """Of the first windows' summed losses, by the hidden states after the last block."""
+        leaves = [hidden.detach().requires_grad_() for hidden in self.hidden[:count]]
+        with self.ending(leaves):
+            for window in self.windows[:count]:
+                summed_loss(self.model.model, window[None].to(self.model.device)).backward()
+        return [_gradient(leaf) for leaf in leaves]
+
+    def step_back(
+        self, index: int, inputs: list[Tensor], gradients: list[Tensor], advance: Advance
+    ) -> None:
+        """Replace the gradients by a block's outputs, by those by its inputs."""
+        for window, hidden in enumerate(inputs):
+            leaf = hidden.detach().requires_grad_()
+            output = self.run(index, window, leaf)
+            output.backward(gradients[window].to(output.device))
+            gradients[window] = _gradient(leaf)
+            advance(1)
+
+    @contextmanager
+    def ending(self, hidden: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, each call of the model gives the logits of the next of these hidden states."""
+        states = (state.to(self.model.device) for state in hidden)
+
+        def hand_on(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given = _split(args, kwargs)[0]
+            return self._output_like(block, next(states) if block is last else given)
+
+        last = self.blocks[-1][1]
+        with self._replaced(hand_on):
+            yield
+
+    def _record(self) -> None:
+        """Run all windows past the blocks, and note what each block would be called with."""
+        recorder = _Recorder([name for name, _ in self.blocks])
+        numbers = {id(block): number for number, (_, block) in enumerate(self.blocks)}
+
+        def note(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            number = numbers[id(block)]
+            hidden, call = _split(args, kwargs)
+            if number == 0:
+                self.hidden.append(hidden.cpu())
+            call = recorder.keep(number, hidden, call)
+            self._calls[number].append(call)
+            if type(block) not in self._extras or (len(self.hidden) == 1 and _has_notes(call)):
+                self._try_out(number, hidden)
+            return self._output_like(block, recorder.hand_on(hidden))
+
+        with torch.no_grad(), self._replaced(note):
+            for window in self.windows:
+                # Without the head: only what the blocks are called with is wanted.
+                self.model.model.base_model(
+                    input_ids=window[None].to(self.model.device), use_cache=False
+                )
+                recorder.end_of_window()
+
+    def _try_out(self, number: int, hidden: Tensor) -> None:
+        """Run a block to see the form of its output, and whether it needs the others' notes."""
+        block = self.blocks[number][1]
+        with self.on_device(block):  # its forward is replaced: that of its class is called
+            output = self._call(number, 0, hidden, partial(type(block).forward, block))
+        self._extras[type(block)] = len(output) - 1 if isinstance(output, tuple) else None
+
+    def _output_like(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Hidden states in the form that a block returns them: alone, or first in a tuple."""
+        extras = self._extras[type(block)]
+        return hidden if extras is None else (hidden, *[None] * extras)
+
+    @contextmanager
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Inside, the blocks have another forward, and all other weights are on the device."""
+        with ExitStack() as stack:
+            if self.model.stream:
+                stack.enter_context(_moved(self._outside, self.model.device))
+            for _, block in self.blocks:
+                stack.enter_context(_forward_replaced(block, partial(forward, block)))
+            yield
+
+
+class _Recorder:
+    """
+    Checks that blocks are called one after the other, and keeps their arguments.
+
+    Arguments that are equal in all windows (position embeddings, masks) are
+    kept once and on the device, others on the CPU.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._handed_on: list[Tensor] = []  # in this window
+        self._common: list[Tensor] | None = None  # arguments of the first window, once it is over
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # this window's, alive, so ids are unique
+
+    def keep(self, number: int, hidden: Tensor, call: _Call) -> _Call:
+        """The arguments of a block; its turn must be now, and its input what the last one gave."""
+        if number != len(self._handed_on):
+            raise _not_a_chain(self._names[number], "is not called once and in its order")
+        if self._handed_on and hidden is not self._handed_on[-1]:
+            raise _not_a_chain(
+                self._names[number], "does not read just what the block before it gives"
+            )
+        _map_tensors(call, lambda tensor: self._independent(number, tensor))
+        args, kwargs = _map_tensors(call, self._keep)
+        name = self._names[number]
+        return (
+            tuple(_notes_or(value, name) for value in args),
+            {key: _notes_or(value, name) for key, value in kwargs.items()},
+        )
+
+    def hand_on(self, hidden: Tensor) -> Tensor:
+        """The same values as a new tensor, to tell the blocks' outputs apart."""
+        self._handed_on.append(hidden.view_as(hidden))
+        return self._handed_on[-1]
+
+    def end_of_window(self) -> None:
+        if len(self._handed_on) < len(self._names):
+            raise _not_a_chain(self._names[len(self._handed_on)], "is not called")
+        if self._common is None:
+            self._common = [tensor for tensor, _ in self._kept.values()]
+        self._handed_on, self._kept = [], {}
+
+    def _independent(self, number: int, tensor: Tensor) -> Tensor:
+        if any(tensor is output for output in self._handed_on):
+            raise _not_a_chain(
+                self._names[number], "reads more than what the block before it gives"
+            )
+        return tensor
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._kept:
+            self._kept[id(tensor)] = (tensor, self._shared(tensor))
+        return self._kept[id(tensor)][1]
+
+    def _shared(self, tensor: Tensor) -> Tensor:
+        if self._common is None:
+            return tensor
+        for known in self._common:
+            if known.dtype == tensor.dtype and torch.equal(known, tensor):
+                return known
+        return tensor.cpu()
+
+
+class _Notes(UserDict[Any, Any]):
+    """
+    An empty mapping that blocks leave things in for later ones; whoever reads it is refused.
+
+    Gemma 3n's later blocks attend with the keys and values of an earlier one.
+    """
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self._block = block
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        pass  # kept, it would hold a block's activations for nothing
+
+    def __getitem__(self, key: Any) -> Any:
+        raise _not_a_chain(self._block, "reads more than what the block before it gives")
+
+    def __contains__(self, key: object) -> bool:
+        return bool(self[key])
+
+
+def _notes_or(value: Any, block: str) -> Any:
+    return _Notes(block) if isinstance(value, MutableMapping) and not value else value
+
+
+def _has_notes(call: _Call) -> bool:
+    args, kwargs = call
+    return any(isinstance(value, _Notes) for value in (*args, *kwargs.values()))
+
+
+def _not_a_chain(block: str, what: str) -> ModelError:
+    return ModelError(
+        f"{block} {what}, so the model cannot be run block by block. Load it without streaming, "
+        "and use only steps that need no text."
+    )
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+    """The hidden states, and what else a block is called with; caches are left out."""
+    if args:
+        hidden, *others = args
+    else:
+        kwargs = dict(kwargs)
+        hidden, others = kwargs.pop("hidden_states"), []
+    return hidden, (
+        tuple(None if isinstance(value, Cache) else value for value in others),
+        {k: v for k, v in kwargs.items() if not isinstance(v, Cache)},
+    )
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments with each tensor replaced, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(each, function) for each in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(each, function) for key, each in value.items()}
+    return value
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None  # a block's output depends on its input
+    return leaf.grad
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(module.named_parameters(), module.named_buffers()))
+
+
+@contextmanager
+def _moved(
+    tensors: dict[str, Tensor], device: torch.device, *, copy: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, the tensors are on the device; gives what they will be afterwards, by name."""
+    home = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for tensor in tensors.values():
+            tensor.data = tensor.data.to(device, copy=copy)
+        yield home
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = home[name]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")  # of the module alone: it hides that of its class
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _spilled(tensors: list[Tensor], folder: Path | None) -> list[Tensor]:
+    if folder is None:
+        return tensors
+    return list(_mapped_copy({str(i): t for i, t in enumerate(tensors)}, folder).values())
+
+
+def _mapped_copy(tensors: dict[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
+    """
+    The same tensors, mapped from a file that lives as long as they do.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    if not tensors:
+        return {}
+    try:
+        # The name goes at once; the system keeps a file that is mapped.
+        with os_errors(), tempfile.TemporaryDirectory(prefix="pho-", dir=folder) as temporary:
+            path = Path(temporary) / "tensors.safetensors"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in tensors}
+    except OSError as error:
+        raise OutputError(
+            f"{folder or tempfile.gettempdir()} cannot hold what a streamed model writes: "
+            f"{error.strerror or error}. Free some space there, or give a folder on another disk."
+        ) from error

@@ -1,0 +1,291 @@
+"""
+The masks of a pruned model on disk: one safetensors file with one bit a weight.
+
+Format version 1. The header's metadata has one entry (more would be written
+in random order): ``pho-masks``, a JSON object with ``version``, ``layers``
+(name, shape, in the model's order) and ``metadata``. Tensors are named
+``{name}.keep`` (uint8, the mask's rows one after the other, the first weight
+in the highest bit of the first byte, padded with zeros at the end of the
+mask) and, where a linear has one, ``{name}.order`` (int32).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pho_service.errors import ModelError
+from pho_service.files import new_file
+from pho_service.models.bundle_file import os_errors
+
+FORMAT = "pho-masks"
+VERSION = 1
+# In a folder of its own: some servers take every *.safetensors beside a model for weights.
+MASKS = "pruning/masks.safetensors"
+MAX_DOCUMENT = 64 * 2**20  # characters; 45,000 experts have about 4 million
+MAX_FEATURES = 2**31  # what an order's int32 can number
+_WAY_OUT = "Prune the model again with `pho prune`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMask:
+    """
+    What one linear keeps.
+
+    Attributes:
+        keep: (out_features, in_features), bool. True = kept. In the channel
+            order of the saved model.
+        order: (in_features,), int64: the channel at each position of the
+            order in which N:M groups were cut. None: the natural order.
+    """
+
+    keep: Tensor
+    order: Tensor | None = None
+
+
+def write_masks(
+    masks: Iterable[tuple[str, LayerMask]] | Mapping[str, LayerMask],
+    path: Path,
+    *,
+    metadata: dict[str, Any],
+) -> dict[str, str]:
+    """
+    Write the masks of a model; an old file is replaced only when the new one is complete.
+
+    The same masks are the same bytes. One mask is unpacked at a time; all are
+    held packed until the last one has come.
+
+    Args:
+        masks: By name, in the model's order, on any device.
+        path: Of the new file.
+        metadata: JSON values, kept in the header.
+
+    Returns:
+        The sha256 of each mask's packed bits, by name. Shape and order are not in it.
+
+    Raises:
+        OutputError: No space, no permission, no such folder.
+        ValueError: No mask, a name twice, a mask that is not 2-D bool, or an order that is no
+            permutation of the input channels.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    hashes: dict[str, str] = {}
+    for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+        if name in shapes:
+            raise ValueError(f"{name} has two masks")
+        _check_mask(name, mask)
+        shapes[name] = list(mask.keep.shape)
+        packed = pack(mask.keep)
+        tensors[f"{name}.keep"] = packed
+        hashes[name] = _sha256(packed)
+        if mask.order is not None:
+            tensors[f"{name}.order"] = mask.order.to("cpu", torch.int32).contiguous()
+    if not shapes:
+        raise ValueError("there are no masks to write")
+    document = {
+        "version": VERSION,
+        "layers": [{"name": name, "shape": shape} for name, shape in shapes.items()],
+        "metadata": metadata,
+    }
+    header = {FORMAT: json.dumps(document, sort_keys=True)}
+    with new_file(path) as partial, os_errors():
+        save_file(tensors, partial, metadata=header)
+    return hashes
+
+
+def pack(keep: Tensor) -> Tensor:
+    """(ceil(numel / 8),), uint8, on the CPU: the rows one after the other, one bit a weight."""
+    return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().view(-1).numpy()))
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask of this shape, bool, that :func:`pack` packed."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.view(np.bool_)).view(shape)
+
+
+def weight_sha256(weight: Tensor) -> str:
+    """Hash of a weight's bytes in its dtype, (out_features, in_features), row after row."""
+    return _sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8))
+
+
+def is_permutation(order: Tensor, length: int) -> bool:
+    """Whether ``order``, a 1-D tensor of whole numbers, has each of 0..length-1 once."""
+    return torch.equal(order.sort().values, torch.arange(length, dtype=order.dtype))
+
+
+def _check_mask(name: str, mask: LayerMask) -> None:
+    """Raise ValueError for what no linear has."""
+    keep, order = mask.keep, mask.order
+    if keep.dtype is not torch.bool or keep.dim() != 2 or not keep.numel():
+        raise ValueError(f"{name}: a {keep.dtype} tensor {tuple(keep.shape)} is no mask")
+    if order is None:
+        return
+    whole = not order.is_floating_point() and order.dtype is not torch.bool
+    if order.dim() != 1 or not whole or not is_permutation(order.cpu(), keep.shape[1]):
+        raise ValueError(f"{name}: the order is no permutation of {keep.shape[1]} input channels")
+
+
+def _sha256(data: Tensor) -> str:
+    """Of a 1-D uint8 tensor."""
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+class MaskFile:
+    """
+    A file of masks that stays open: each mask is read when it is asked for.
+
+    Attributes:
+        path: Of the file.
+        shapes: (out_features, in_features) of each linear's mask, in the model's order.
+        metadata: What the writer gave.
+    """
+
+    def __init__(
+        self, path: Path, file: Any, shapes: dict[str, tuple[int, int]], metadata: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.shapes = shapes
+        self.metadata = metadata
+        self._file = file
+        self._tensors = set(file.keys())
+
+    @property
+    def names(self) -> list[str]:
+        """The linears, in the model's order."""
+        return list(self.shapes)
+
+    def mask(self, name: str) -> LayerMask:
+        """
+        Read one mask.
+
+        Raises:
+            KeyError: There is no such linear.
+            ModelError: The file was damaged after it was opened, or an order in it is no
+                permutation.
+        """
+        shape = self.shapes[name]
+        keep = unpack(self._read(f"{name}.keep"), shape)
+        if f"{name}.order" not in self._tensors:
+            return LayerMask(keep=keep)
+        order = self._read(f"{name}.order").long()
+        if not is_permutation(order, shape[1]):
+            raise ModelError(
+                f"{self.path} is damaged: {name}.order is no permutation of {shape[1]} input "
+                f"channels. {_WAY_OUT}"
+            )
+        return LayerMask(keep=keep, order=order)
+
+    def sha256(self, name: str) -> str:
+        """The hash of a mask's packed bits, as :func:`write_masks` gave it."""
+        return _sha256(self._read(f"{name}.keep"))
+
+    def _read(self, tensor: str) -> Tensor:
+        try:
+            # A copy: what is read stays a map of the file, and dies with the process if it shrinks.
+            copy: Tensor = self._file.get_tensor(tensor).clone()
+        except SafetensorError as error:
+            raise ModelError(f"{self.path} is damaged: {error}. {_WAY_OUT}") from error
+        return copy
+
+
+def read_masks(path: Path) -> MaskFile:
+    """
+    Open a file of masks and check its header; no mask is read yet.
+
+    Raises:
+        ModelError: Not there, truncated, no masks, another format version, or
+            tensors that contradict the header.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise ModelError(f"the masks {path} do not exist. {_WAY_OUT}")
+    try:
+        file: Any = safe_open(path, framework="pt")
+        document = _document(file.metadata() or {}, path)
+        shapes = _shapes(document, path)
+        _check_tensors(file, shapes, path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or truncated: {error}. {_WAY_OUT}") from error
+    metadata = document.get("metadata")
+    if not isinstance(metadata, dict):
+        raise ModelError(f"{path} is damaged: its header lacks metadata. {_WAY_OUT}")
+    return MaskFile(path, file, shapes, metadata)
+
+
+def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    text = metadata.get(FORMAT)
+    if text is None:
+        raise ModelError(f"{path} is a safetensors file, but holds no masks. {_WAY_OUT}")
+    try:
+        document = json.loads(text) if len(text) <= MAX_DOCUMENT else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
+    if document.get("version") != VERSION:
+        raise ModelError(
+            f"{path} has format version {document.get('version')}, but this PHO reads version "
+            f"{VERSION}. Install the PHO that pruned the model, or prune it again."
+        )
+    return document
+
+
+def _shapes(document: dict[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+    """The shape of each linear's mask."""
+    shapes: dict[str, tuple[int, int]] = {}
+    try:
+        for layer in document["layers"]:
+            out_features, in_features = layer["shape"]
+            if not (_is_size(out_features) and _is_size(in_features)):
+                raise ModelError(
+                    f"{path} is damaged: {layer['name']!r} has the shape {layer['shape']}. "
+                    f"{_WAY_OUT}"
+                )
+            shapes[str(layer["name"])] = (out_features, in_features)
+        complete = len(shapes) == len(document["layers"]) > 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: its header lacks {error}. {_WAY_OUT}") from error
+    if not complete:
+        raise ModelError(
+            f"{path} is damaged: it has no layers, or a layer twice in its header. {_WAY_OUT}"
+        )
+    return shapes
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_FEATURES
+
+
+def _check_tensors(file: Any, shapes: dict[str, tuple[int, int]], path: Path) -> None:
+    """Raise ModelError unless the file has the tensors of these masks and no others."""
+    found = set(file.keys())
+    wanted: dict[str, tuple[str, list[int]]] = {}
+    for name, (out_features, in_features) in shapes.items():
+        wanted[f"{name}.keep"] = ("U8", [(out_features * in_features + 7) // 8])
+        if f"{name}.order" in found:
+            wanted[f"{name}.order"] = ("I32", [in_features])
+    if found != set(wanted):
+        odd = sorted(found ^ set(wanted))
+        raise ModelError(
+            f"{path} is damaged: {', '.join(odd[:4])} should not be in it, or is missing. "
+            f"{_WAY_OUT}"
+        )
+    for tensor, (dtype, shape) in wanted.items():
+        view = file.get_slice(tensor)
+        actual = (str(view.get_dtype()), view.get_shape())
+        if actual != (dtype, shape):
+            raise ModelError(
+                f"{path} is damaged: {tensor} is {actual[0]} {actual[1]}, expected {dtype} "
+                f"{shape}. {_WAY_OUT}"
+            )

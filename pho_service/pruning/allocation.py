@@ -1,0 +1,486 @@
+"""
+How much sparsity each linear of a model gets, so that the whole model has the pattern's.
+
+Each method finds one sparsity for each unit (a linear, or a block of them),
+inside the bounds of the pattern's own plus and minus the spread. Only then
+these become whole weights, or N of N:M.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from math import floor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pho_service.errors import NumericalError
+from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.spec import Allocation, Pattern
+
+MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
+GRID_POINTS = 12  # sparsities on an error curve
+CURVE_ROWS = 64  # output rows of a linear that its error curve is computed on
+
+_HIGH_DIGITS = 1 << 15  # of a float32 >= 0, the sign bit being 0
+_LOW_DIGITS = 1 << 16
+_ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
+_BISECTIONS = 100
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """
+    One linear as an allocation sees it: all of its rows, or a sample of them.
+
+    Attributes:
+        name: As the model calls it: ``model.layers.3.self_attn.q_proj``.
+        out_features: Of the whole layer.
+        rows: (R, in_features), float32. Weights of R output rows; each row
+            stands for out_features / R.
+        activation_norm: (in_features,), float32, >= 0.
+        fisher: (R,), float32, >= 0. E[(dL/dy)^2] of these rows.
+        root: (m, in_features), float32. ``root.T @ root`` is the second moment
+            of the input, or has it as its expectation.
+    """
+
+    name: str
+    out_features: int
+    rows: Tensor
+    activation_norm: Tensor
+    fisher: Tensor
+    root: Tensor
+
+
+# A fresh pass over all linears, one in memory at a time, in the same order each time.
+Views = Callable[[], Iterable[LayerView]]
+
+
+def block_of(name: str) -> str:
+    """
+    Name the block of a linear: of ``model.layers.3.mlp.up_proj`` it is ``model.layers.3``.
+
+    Args:
+        name: Of the linear, with dots.
+
+    Returns:
+        The name up to and including its first purely numeric component. A
+        name without one is a block of its own.
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str, int]:
+    """
+    Give each linear its number: the weights that it loses, or for N:M the N that it keeps of M.
+
+    Sparsities lie in max(0, s - spread) .. min(0.995, s + spread), s being the
+    pattern's. One linear's scores are held at a time; ``uniform`` and
+    ``curves`` take one pass over the linears, ``owl`` and ``fisher`` two.
+    ``fisher`` keeps 128 KiB of counts a linear in its first pass and 256 KiB
+    in its second.
+
+    For N:M only whole N within 1 .. M - 1 and the spread are used: 2:4 stays
+    2:4 in every linear unless the spread is at least 0.25. A unit first gets
+    the N below what its method asks for; then, largest remainder first, units
+    get one more while the model's total allows it, round after round until
+    none fits. So the model never keeps more weights than the pattern, and less
+    by under one M-th of the smallest unit that could still keep more; what a
+    large unit's rounding leaves over may go to a small one that did not ask.
+
+    Args:
+        views: Gives the linears, with distinct names.
+        pattern: What the whole model loses. Its scope is not looked at.
+        allocation: How that is shared.
+
+    Returns:
+        For a ratio: how many weights each linear loses. They add up to
+        ``pattern.removed`` of all weights of the model, and each linear is in
+        the bounds within one weight. For N:M: N for each linear. In the order
+        of ``views``.
+
+    Raises:
+        InvalidInput: N:M does not divide an input width; names the layer.
+        NumericalError: A score or an error is NaN or infinite; names the layer.
+        ValueError: No linears, or two of one name.
+
+    Source:
+        Yin et al. 2024, arXiv:2310.05175 (OWL: outliers by the block mean; theirs centres
+        without weights, so that the model misses its sparsity if units differ in size,
+        and does not clip). ``fisher`` and ``curves`` are ours.
+    """
+    low, high = _bounds(pattern, allocation.spread)
+    if allocation.method == "uniform" or low == high:
+        model, _ = _scan(views, pattern, "linear", lambda _: None)
+        return _uniform(model, pattern)
+    if allocation.method == "owl":
+        model, wanted = _owl(views, pattern, allocation)
+    elif allocation.method == "fisher":
+        model, wanted = _fisher(views, pattern, allocation)
+    else:
+        model, wanted = _curves(views, pattern, allocation)
+    if pattern.group:
+        return _whole_groups(model, wanted, pattern, allocation.spread)
+    sparsity = (wanted / model.sizes).tolist()
+    shares = [
+        sparsity[unit] * size for unit, size in zip(model.unit_of, model.linear_sizes, strict=True)
+    ]
+    return dict(zip(model.names, apportion(shares, pattern.removed(model.weights)), strict=True))
+
+
+def apportion(shares: Sequence[float | Fraction], total: int) -> list[int]:
+    """
+    Round shares to whole numbers that add up to ``total``: the largest remainders go up.
+
+    Args:
+        shares: >= 0. Their sum is ``total`` or up to one more.
+        total: What the numbers add up to.
+
+    Returns:
+        Each share rounded down or up; of equal remainders the earlier go up.
+
+    Raises:
+        ValueError: No rounding of the shares adds up to ``total``.
+    """
+    numbers = [floor(share) for share in shares]
+    missing = total - sum(numbers)
+    if not 0 <= missing <= len(numbers):
+        raise ValueError(f"shares that add up to {float(sum(shares))} cannot be rounded to {total}")
+    for i in sorted(range(len(numbers)), key=lambda i: numbers[i] - shares[i])[:missing]:
+        numbers[i] += 1
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """The linears of one pass, and the units that they form."""
+
+    names: list[str]
+    linear_sizes: list[int]  # weights of each linear
+    weights_per_value: list[float]  # how many weights each row's value stands for
+    unit_of: list[int]  # of each linear
+    members: list[list[int]]  # the linears of each unit
+    sizes: Tensor  # (units,), float64: weights of each unit
+
+    @property
+    def weights(self) -> int:
+        return sum(self.linear_sizes)
+
+    def by_unit(self, values: Sequence[float]) -> Tensor:
+        """Add up one value a linear: (units,), float64."""
+        return _added_up(values, self.unit_of, len(self.sizes))
+
+
+def _added_up(values: Sequence[float], group_of: list[int], groups: int) -> Tensor:
+    sums = torch.zeros(groups, dtype=torch.float64)
+    return sums.index_add_(0, torch.tensor(group_of), torch.tensor(values, dtype=torch.float64))
+
+
+def _numbered(labels: list[str]) -> list[int]:
+    """Equal labels get equal numbers, counted from 0 in the order of first sight."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(label, len(seen)) for label in labels]
+
+
+def _scan(
+    views: Views, pattern: Pattern, unit: str, measure: Callable[[LayerView], T]
+) -> tuple[_Model, list[T]]:
+    """One pass: what the linears are, and ``measure`` of each."""
+    names, sizes, weights_per_value, measured = [], [], [], []
+    for view in views():
+        pattern.check_width(view.rows.shape[1], view.name)
+        names.append(view.name)
+        sizes.append(view.out_features * view.rows.shape[1])
+        weights_per_value.append(view.out_features / view.rows.shape[0])
+        measured.append(measure(view))
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{len(names)} linears of {len(set(names))} names: nothing to allocate to")
+    unit_of = _numbered(names if unit == "linear" else [block_of(name) for name in names])
+    members: list[list[int]] = [[] for _ in range(max(unit_of) + 1)]
+    for i, number in enumerate(unit_of):
+        members[number].append(i)
+    model = _Model(
+        names=names,
+        linear_sizes=sizes,
+        weights_per_value=weights_per_value,
+        unit_of=unit_of,
+        members=members,
+        sizes=_added_up(sizes, unit_of, len(members)),
+    )
+    return model, measured
+
+
+def _bounds(pattern: Pattern, spread: float) -> tuple[float, float]:
+    """The least and the greatest sparsity of a unit; the pattern's own lies between them."""
+    if pattern.group:
+        kept = _allowed_keeps(pattern, spread)
+        return 1 - kept[-1] / pattern.group, 1 - kept[0] / pattern.group
+    s = pattern.sparsity
+    return max(0.0, s - spread), max(s, min(MAX_SPARSITY, s + spread))
+
+
+def _allowed_keeps(pattern: Pattern, spread: float) -> list[int]:
+    """Every N within the spread, ascending; never 0 or M, which no mask can have."""
+    slack = pattern.group * (spread + 1e-9)
+    return [n for n in range(1, pattern.group) if abs(n - pattern.keep) <= slack]
+
+
+def _target(model: _Model, pattern: Pattern) -> float:
+    """The weights to remove, before rounding."""
+    return model.weights * pattern.sparsity
+
+
+def _uniform(model: _Model, pattern: Pattern) -> dict[str, int]:
+    if pattern.group:
+        return dict.fromkeys(model.names, pattern.keep)
+    sparsity = Fraction(repr(pattern.sparsity))  # its decimal digits, as Pattern.removed has them
+    shares = [sparsity * size for size in model.linear_sizes]
+    return dict(zip(model.names, apportion(shares, pattern.removed(model.weights)), strict=True))
+
+
+def _whole_groups(model: _Model, wanted: Tensor, pattern: Pattern, spread: float) -> dict[str, int]:
+    """Round what each unit should lose to N kept of M; the rule is in :func:`allocate`."""
+    allowed = _allowed_keeps(pattern, spread)
+    sizes = [int(size) for size in model.sizes.tolist()]
+    ideal = (pattern.group * (1 - wanted / model.sizes)).tolist()
+    keeps = [max(floor(keep), allowed[0]) for keep in ideal]  # 1.9999... may stand for 2
+    left = pattern.keep * sum(sizes) - sum(k * n for k, n in zip(keeps, sizes, strict=True))
+    order = sorted(range(len(keeps)), key=lambda i: keeps[i] - ideal[i])
+    for _ in range(pattern.group):
+        for i in order:
+            if keeps[i] < allowed[-1] and sizes[i] <= left:
+                keeps[i] += 1
+                left -= sizes[i]
+    return {name: keeps[unit] for name, unit in zip(model.names, model.unit_of, strict=True)}
+
+
+def _between(lower: Tensor, upper: Tensor, target: float) -> Tensor:
+    """On the straight line from ``lower`` to ``upper``, the point that adds up to ``target``."""
+    gap = float((upper - lower).sum())
+    share = (target - float(lower.sum())) / gap if gap > 0 else 0.0
+    return lower + min(max(share, 0.0), 1.0) * (upper - lower)
+
+
+def _wanda_score(view: LayerView) -> Tensor:
+    """A * x, (R, in_features), in memory of its own."""
+    return _finite(view.rows.abs().mul_(view.activation_norm), view.name)
+
+
+def _fisher_score(view: LayerView) -> Tensor:
+    """A * x * sqrt(g), (R, in_features), in memory of its own."""
+    score = view.rows.abs().mul_(view.activation_norm).mul_(view.fisher.sqrt()[:, None])
+    return _finite(score, view.name)
+
+
+def _finite(score: Tensor, layer: str) -> Tensor:
+    # Scores are >= 0, and the greatest is NaN if any is.
+    if not bool(torch.isfinite(score.amax())):
+        raise NumericalError(
+            f"{layer}: a score is NaN or infinite. Check the layer's weights and the "
+            "calibration statistics for NaN, infinity or values beyond float32.",
+            layer=layer,
+        )
+    return score
+
+
+def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
+    """What each unit should lose, (units,), float64: less where many scores are outliers."""
+    model, sums = _scan(
+        views, pattern, allocation.unit,
+        lambda view: float(_wanda_score(view).sum(dtype=torch.float64)),
+    )  # fmt: skip
+    blocks = _numbered([block_of(name) for name in model.names])
+    count = max(blocks) + 1
+    weighted = [value * w for value, w in zip(sums, model.weights_per_value, strict=True)]
+    mean = _added_up(weighted, blocks, count) / _added_up(model.linear_sizes, blocks, count)
+    limits = [allocation.outlier_ratio * float(mean[block]) for block in blocks]
+    above = [
+        int((_wanda_score(view) > limit).sum()) * w
+        for view, limit, w in zip(views(), limits, model.weights_per_value, strict=True)
+    ]
+    outliers = model.by_unit(above) / model.sizes  # D of each unit
+    low, high = _bounds(pattern, allocation.spread)
+    kept_more = 2 * allocation.spread * _from_0_to_1(outliers)
+    target = _target(model, pattern)
+    return model, _shifted(-kept_more, model.sizes, low, high, target)
+
+
+def _from_0_to_1(values: Tensor) -> Tensor:
+    """Move and stretch, so that the least is 0 and the greatest 1; equal values become 0."""
+    width = values.max() - values.min()
+    return (values - values.min()) / width if width > 0 else torch.zeros_like(values)
+
+
+def _shifted(sparsity: Tensor, sizes: Tensor, low: float, high: float, target: float) -> Tensor:
+    """Add one constant to all sparsities, so that clipped to the bounds they remove ``target``."""
+    less, more = low - float(sparsity.max()), high - float(sparsity.min())
+    for _ in range(_BISECTIONS):
+        middle = (less + more) / 2
+        if float((sizes * (sparsity + middle).clamp(low, high)).sum()) < target:
+            less = middle
+        else:
+            more = middle
+    lower, upper = ((sparsity + shift).clamp(low, high) * sizes for shift in (less, more))
+    return _between(lower, upper, target)
+
+
+def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
+    """
+    What each unit should lose, (units,), float64, under one threshold for all clipped counts.
+
+    A radix selection over the bits of the scores in two digits, as
+    :func:`selection.threshold_of`, but with counts of each linear: the sum of
+    the units' clipped counts rises with the threshold as an unclipped one does.
+    Scores that equal the threshold go in equal shares everywhere.
+    """
+
+    def high_digits(view: LayerView) -> Tensor:
+        return _counts(_fisher_score(view).view(torch.int32) >> 16, _HIGH_DIGITS)
+
+    def low_digits(view: LayerView, high_digit: int) -> Tensor:
+        bits = _fisher_score(view).view(torch.int32)
+        return _counts(bits[bits >> 16 == high_digit] & (_LOW_DIGITS - 1), _LOW_DIGITS)
+
+    model, counts = _scan(views, pattern, allocation.unit, high_digits)
+    low, high = (bound * model.sizes for bound in _bounds(pattern, allocation.spread))
+    target = _target(model, pattern)
+    below = torch.zeros_like(model.sizes)
+    digit, below, _ = _digit(model, counts, below, low, high, target)
+    counts = [low_digits(view, digit) for view in views()]
+    _, below, equal = _digit(model, counts, below, low, high, target)
+    return model, _between(below.clamp(low, high), (below + equal).clamp(low, high), target)
+
+
+def _counts(digits: Tensor, bins: int) -> Tensor:
+    return torch.bincount(digits.flatten(), minlength=bins).to(device="cpu", dtype=torch.int32)
+
+
+def _digit(
+    model: _Model, counts: list[Tensor], below: Tensor, low: Tensor, high: Tensor, target: float
+) -> tuple[int, Tensor, Tensor]:
+    """
+    Find the digit in which the units' clipped counts reach ``target``.
+
+    Args:
+        counts: (bins,), int32, of the scores of each linear with each digit.
+        below: (units,), weights of each unit that go at any digit.
+        low: (units,), the fewest weights that a unit loses.
+        high: (units,), the most.
+
+    Returns:
+        The digit, and for each unit the weights below it and in it.
+    """
+    scale = model.weights_per_value
+    reached = torch.zeros(len(counts[0]), dtype=torch.float64)
+    for unit, members in enumerate(model.members):
+        unit_counts = torch.zeros_like(reached)
+        for i in members:
+            unit_counts += counts[i].double() * scale[i]
+        reached += (below[unit] + unit_counts.cumsum(dim=0)).clamp(low[unit], high[unit])
+    digit = min(int((reached < target - _ROUNDING).sum()), len(reached) - 1)
+    before = [int(c[:digit].sum()) * w for c, w in zip(counts, scale, strict=True)]
+    inside = [int(c[digit]) * w for c, w in zip(counts, scale, strict=True)]
+    return digit, below + model.by_unit(before), model.by_unit(inside)
+
+
+def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
+    """
+    What each unit should lose, (units,), float64: where all error curves rise equally steeply.
+
+    Among convex curves this is where the sum of the errors is least. Of N:M
+    the curve's points are the errors at each allowed N.
+    """
+    low, high = _bounds(pattern, allocation.spread)
+    if pattern.group:
+        kept = reversed(_allowed_keeps(pattern, allocation.spread))
+        grid = [1 - n / pattern.group for n in kept]
+    else:
+        grid = torch.linspace(low, high, GRID_POINTS, dtype=torch.float64).tolist()
+    model, curves = _scan(
+        views, pattern, allocation.unit, lambda view: _error_curve(view, grid, pattern.group)
+    )
+    errors = torch.stack(
+        [model.by_unit(column) for column in zip(*curves, strict=True)], dim=1
+    )  # (units, points)
+    rises = [_convex_rises(grid, curve) for curve in errors.tolist()]
+    slopes = torch.tensor(rises, dtype=torch.float64) / model.sizes[:, None]  # error a weight
+    widths = model.sizes[:, None] * torch.tensor(grid, dtype=torch.float64).diff()
+    return model, _filled(slopes, widths, low * model.sizes, _target(model, pattern))
+
+
+def _error_curve(view: LayerView, grid: list[float], group: int) -> list[float]:
+    """
+    The Fisher-weighted error g_i * D_i H D_i^T of a linear's output at each sparsity of ``grid``.
+
+    D is what pruning by A * x * sqrt(g) within the layer (or in groups) removes.
+    """
+    view = _sampled(view)
+    score = _fisher_score(view)  # (r, in_features)
+    curve = []
+    for sparsity in grid:
+        if group:
+            keep = nm_mask(score, keep=round((1 - sparsity) * group), group=group)
+        else:
+            removed = round(sparsity * score.numel())
+            keep = keep_highest(score.view(1, -1), removed).view_as(score)
+        change = view.rows.masked_fill(keep, 0) @ view.root.T  # (r, m)
+        error = change.square().sum(dim=1) @ view.fisher
+        curve.append(float(error) * view.out_features / len(view.rows))
+    if not torch.isfinite(torch.tensor(curve)).all():
+        raise NumericalError(
+            f"{view.name}: the error of the pruned layer is NaN or infinite. Check the "
+            "calibration statistics for NaN, infinity or values beyond float32.",
+            layer=view.name,
+        )
+    return curve
+
+
+def _sampled(view: LayerView) -> LayerView:
+    """At most CURVE_ROWS rows of a linear, evenly spaced."""
+    count = min(CURVE_ROWS, len(view.rows))
+    index = torch.arange(count, device=view.rows.device) * len(view.rows) // count
+    return replace(view, rows=view.rows[index], fisher=view.fisher[index])
+
+
+def _convex_rises(grid: list[float], curve: list[float]) -> list[float]:
+    """The slope of the lower convex hull of a curve between each two points of ``grid``."""
+
+    def slope(i: int, j: int) -> float:
+        return (curve[j] - curve[i]) / (grid[j] - grid[i])
+
+    hull = [0]
+    for j in range(1, len(grid)):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], j):
+            hull.pop()
+        hull.append(j)
+    return [slope(i, j) for i, j in pairwise(hull) for _ in range(i, j)]
+
+
+def _filled(slopes: Tensor, widths: Tensor, start: Tensor, target: float) -> Tensor:
+    """
+    Take the pieces of all curves that rise least, until ``target`` weights are removed.
+
+    Args:
+        slopes: (units, pieces), float64, ascending in each unit.
+        widths: (units, pieces), float64, weights.
+        start: (units,), float64, weights removed before the first piece.
+        target: Weights to remove in all.
+
+    Returns:
+        (units,), float64. Pieces as steep as the last one taken go in equal shares.
+    """
+    order = slopes.flatten().sort(stable=True)
+    reached = float(start.sum()) + widths.flatten()[order.indices].cumsum(dim=0)
+    last = min(int((reached < target - _ROUNDING).sum()), len(reached) - 1)
+    multiplier = order.values[last]  # of Lagrange
+    lower = start + (widths * (slopes < multiplier)).sum(dim=1)
+    upper = start + (widths * (slopes <= multiplier)).sum(dim=1)
+    return _between(lower, upper, target)

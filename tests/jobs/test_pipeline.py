@@ -1,0 +1,118 @@
+"""A candidate applied to a model, block by block where its steps need it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.jobs.pipeline import prune_model, pruned_model
+from pho_service.jobs.rating import ReportText, rate_pruned
+from pho_service.models.loading import LanguageModel
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import model_masks
+from pho_service.pruning.weight_update import inverse_factor, obs_update
+from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
+
+CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
+OBS = Candidate(
+    method="crepe", coefficients=CREPE, pattern=Pattern.parse("0.5"), steps=Steps(update="obs")
+)
+
+
+@pytest.fixture
+def calibration(report: ReportText) -> Tensor:
+    """Windows to update weights with."""
+    return report.windows
+
+
+def gram_at(model: LanguageModel, name: str, windows: Tensor) -> Tensor:
+    """E[x x^T] at the input of a linear, by running the whole model."""
+    seen: list[Tensor] = []
+    module = model.linears[name].module
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for window in windows:
+            model.model(input_ids=window[None], use_cache=False)
+    handle.remove()
+    tokens = torch.cat(seen).double()
+    return (tokens.T @ tokens / len(tokens)).float()
+
+
+def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: Tensor) -> None:
+    """A block's weights are updated for the inputs that the pruned blocks before it give."""
+    statistics = bundle.statistics()
+    masks = dict(model_masks(model.linears, statistics, OBS))
+    dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
+    for _ in prune_model(model, statistics, OBS, calibration):
+        pass
+    updated = {name: linear.weight.clone() for name, linear in model.linears.items()}
+    name = "model.layers.1.self_attn.q_proj"
+    for other, linear in model.linears.items():
+        if other.startswith("model.layers.1"):
+            linear.weight.copy_(dense[other])
+    factor = inverse_factor(gram_at(model, name, calibration), layer=name)
+    expected = obs_update(dense[name], masks[name], factor)
+
+    torch.testing.assert_close(updated[name], expected, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(updated[n] == 0, ~masks[n]) for n in masks)
+
+
+STEPS = [
+    ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3))),
+    ("0.5", Steps(allocation=Allocation(method="owl", unit="block"), update="obs")),
+    ("0.5", Steps(allocation=Allocation(method="curves"), repruning="dsnot")),
+    ("0.5", Steps(update="sparsegpt")),
+    ("2:4", Steps(permutation="score")),
+    ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
+    ("2:4", Steps(allocation=Allocation(method="fisher", spread=0.25), permutation="score")),
+]
+
+
+@pytest.mark.parametrize(("pattern", "steps"), STEPS)
+def test_dense_afterwards(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    calibration: Tensor,
+    report: ReportText,
+    pattern: str,
+    steps: Steps,
+) -> None:
+    """Every pipeline removes the pattern's share of the model, and gives it back dense."""
+    candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    first, sparsity = rate_pruned(
+        model, bundle.statistics(), candidate, report.windows, calibration=calibration
+    )
+    second, _ = rate_pruned(
+        model, bundle.statistics(), candidate, report.windows, calibration=calibration
+    )
+
+    exact = steps.allocation.method == "uniform" or not candidate.pattern.group
+    assert sparsity == pytest.approx(0.5, abs=1e-4 if exact else 0.05)
+    assert first == second
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+
+
+def test_dense_after_an_error(
+    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
+) -> None:
+    """What fails half way leaves no pruned weights behind."""
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pruned_model(model, bundle.statistics(), OBS, calibration, stop),
+    ):
+        pass
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+
+
+def test_without_a_text(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """Steps that need a text say so, with the way out."""
+    with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
+        next(prune_model(model, bundle.statistics(), OBS, None))

@@ -1,0 +1,302 @@
+"""Masks on disk: what is written is read, one bit a weight, and what is damaged is refused."""
+
+import hashlib
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pho_service.errors import ModelError, OutputError
+from pho_service.models.mask_file import (
+    FORMAT,
+    LayerMask,
+    pack,
+    read_masks,
+    unpack,
+    weight_sha256,
+    write_masks,
+)
+
+
+def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Half of the weights are kept."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.fixture
+def masks() -> dict[str, LayerMask]:
+    """Three linears of odd sizes, not in alphabetical order; one has an order of its own."""
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    return {
+        "blocks.1.up": LayerMask(keep=random_mask(5, 12, seed=1), order=order),
+        "blocks.0.up": LayerMask(keep=random_mask(3, 7, seed=2)),
+        "blocks.0.down": LayerMask(keep=random_mask(8, 16, seed=3).T),  # not contiguous
+    }
+
+
+@pytest.fixture
+def file(masks: dict[str, LayerMask], tmp_path: Path) -> Path:
+    """The same on disk."""
+    path = tmp_path / "m.safetensors"
+    write_masks(masks, path, metadata={"model": {"name": "tiny"}})
+    return path
+
+
+def test_round_trip(masks: dict[str, LayerMask], file: Path) -> None:
+    """Masks, orders, metadata and the order of the linears come back."""
+    again = read_masks(file)
+
+    assert again.names == list(masks)
+    assert again.metadata == {"model": {"name": "tiny"}}
+    for name, mask in masks.items():
+        found = again.mask(name)
+        assert found.keep.dtype is torch.bool
+        assert torch.equal(found.keep, mask.keep)
+        assert again.shapes[name] == tuple(mask.keep.shape)
+        if mask.order is None:
+            assert found.order is None
+        else:
+            assert found.order is not None
+            assert found.order.dtype is torch.int64
+            assert torch.equal(found.order, mask.order)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (1, 8), (1, 9), (3, 3), (7, 11), (16, 16)])
+def test_pack(shape: tuple[int, int]) -> None:
+    """Bit i of the packed mask, counted from the highest bit of byte 0, is weight i."""
+    mask = random_mask(*shape)
+    packed = pack(mask)
+    text = "".join(f"{byte:08b}" for byte in packed.tolist())
+    count = mask.numel()
+
+    assert packed.dtype is torch.uint8
+    assert len(packed) == -(-count // 8)
+    assert text[:count] == "".join(str(int(bit)) for bit in mask.flatten())
+    assert set(text[count:]) <= {"0"}
+    assert torch.equal(unpack(packed, shape), mask)
+
+
+def test_hashes(masks: dict[str, LayerMask], tmp_path: Path) -> None:
+    """The hashes that writing gives are those of the bits in the file, and reading gives them."""
+    path = tmp_path / "m.safetensors"
+    hashes = write_masks(masks, path, metadata={})
+    again = read_masks(path)
+
+    for name, tensor in load_file(path).items():
+        if name.endswith(".keep"):
+            expected = hashlib.sha256(bytes(tensor.tolist())).hexdigest()
+            assert hashes[name.removesuffix(".keep")] == expected
+    assert {name: again.sha256(name) for name in again.names} == hashes
+
+
+def test_same_bytes(masks: dict[str, LayerMask], file: Path, tmp_path: Path) -> None:
+    """The same masks are the same file, as pairs or by name."""
+    write_masks(iter(masks.items()), tmp_path / "n", metadata={"model": {"name": "tiny"}})
+
+    assert (tmp_path / "n").read_bytes() == file.read_bytes()
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    """A mask may be overwritten as soon as the next one is asked for."""
+    buffer = torch.empty(4, 8, dtype=torch.bool)
+
+    def reused():
+        for seed in range(3):
+            yield str(seed), LayerMask(keep=buffer.copy_(random_mask(4, 8, seed=seed)))
+
+    write_masks(reused(), tmp_path / "m", metadata={})
+    again = read_masks(tmp_path / "m")
+
+    assert all(torch.equal(again.mask(str(i)).keep, random_mask(4, 8, seed=i)) for i in range(3))
+
+
+def test_size(tmp_path: Path) -> None:
+    """The file has one bit a weight, and 0.002 more for linears of a million."""
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
+    keep = random_mask(1024, 1024)
+    write_masks({name: LayerMask(keep=keep) for name in names}, tmp_path / "m", metadata={})
+    bits = (tmp_path / "m").stat().st_size * 8
+
+    assert 1 <= bits / (len(names) * keep.numel()) < 1.002
+
+
+def test_weight_hash() -> None:
+    """A weight's hash is that of its bytes row by row, however it lies in memory."""
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    expected = hashlib.sha256(struct.pack("<6f", 1, 2, 3, 4, 5, 6)).hexdigest()
+
+    assert weight_sha256(weight) == expected
+    assert weight_sha256(weight.T.contiguous().T) == expected
+    assert weight_sha256(weight.bfloat16()) != expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (LayerMask(keep=torch.ones(2, 4)), "no mask"),
+        (LayerMask(keep=torch.ones(4, dtype=torch.bool)), "no mask"),
+        (LayerMask(keep=torch.ones(0, 4, dtype=torch.bool)), "no mask"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1])), "no permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1, 1])), "no permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([1, 2, 3])), "no permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0.0, 1, 2])), "no permutation"),
+    ],
+)
+def test_no_mask(mask: LayerMask, said: str, tmp_path: Path) -> None:
+    """What is no mask is the programmer's fault, and leaves no file."""
+    with pytest.raises(ValueError, match=f"odd: .*{said}"):
+        write_masks({"odd": mask}, tmp_path / "m", metadata={})
+    assert not (tmp_path / "m").exists()
+
+
+def test_twice(tmp_path: Path) -> None:
+    """Two masks of one linear are refused, and so is nothing at all."""
+    pair = ("a", LayerMask(keep=random_mask(2, 2)))
+
+    with pytest.raises(ValueError, match="a has two masks"):
+        write_masks([pair, pair], tmp_path / "m", metadata={})
+    with pytest.raises(ValueError, match="no masks"):
+        write_masks([], tmp_path / "m", metadata={})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated(file: Path, share: float) -> None:
+    """A truncated file is refused, wherever it ends."""
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+    with pytest.raises(ModelError, match=r"damaged or truncated.*pho prune"):
+        read_masks(file)
+
+
+def test_damaged_header(file: Path) -> None:
+    """Whatever stands in the header, the file is read or refused; nothing else happens."""
+    content = file.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 3)):
+            damaged[generator.randrange(header)] = generator.randrange(256)
+        file.write_bytes(bytes(damaged))
+        try:
+            opened = read_masks(file)
+            for name in opened.names:
+                opened.mask(name)
+        except ModelError:
+            refused += 1
+
+    assert refused > 150
+
+
+def document_of(file: Path) -> dict[str, Any]:
+    """The header's document."""
+    with safe_open(file, framework="pt") as opened:
+        return json.loads(opened.metadata()[FORMAT])
+
+
+def rewrite(
+    file: Path, document: object, changes: dict[str, torch.Tensor | None] | None = None
+) -> None:
+    """Other metadata and other tensors; None takes one away."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for name, tensor in (changes or {}).items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    text = document if isinstance(document, str) else json.dumps(document)
+    save_file(tensors, file, metadata={FORMAT: text})
+
+
+def test_other_version(file: Path) -> None:
+    """Another format version is told from damage."""
+    rewrite(file, document_of(file) | {"version": 2})
+
+    with pytest.raises(ModelError, match="format version 2, but this PHO reads version 1"):
+        read_masks(file)
+
+
+def test_other_safetensors(file: Path) -> None:
+    """A model's weights are no masks."""
+    save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match="holds no masks"):
+        read_masks(file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A file that is not there is named."""
+    with pytest.raises(ModelError, match=r"none\.safetensors do not exist"):
+        read_masks(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "", "[]", "[" * 100_000, "1" * 5000, '{"version": 1}', '{"version": 1, "layers": 3}',
+        '{"version": 1, "layers": []}', '{"version": 1, "layers": [{"name": "a"}]}',
+        '{"version": 1, "layers": [{"name": "a", "shape": [1]}]}',
+        '{"version": 1, "layers": [{"name": "a", "shape": [true, 1]}]}',
+        '{"version": 1, "layers": [{"name": "a", "shape": [-1, -8]}]}',
+        '{"version": 1, "layers": [{"name": "a", "shape": [1e400, 1]}]}',
+        '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
+    ],
+)  # fmt: skip
+def test_bad_document(file: Path, document: str) -> None:
+    """A header that describes no masks is refused."""
+    rewrite(file, document)
+
+    with pytest.raises(ModelError, match="is damaged"):
+        read_masks(file)
+
+
+def test_no_metadata(file: Path) -> None:
+    """A header without the writer's metadata is refused."""
+    rewrite(file, {k: v for k, v in document_of(file).items() if k != "metadata"})
+
+    with pytest.raises(ModelError, match="lacks metadata"):
+        read_masks(file)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("blocks.0.up.keep", None),
+        ("blocks.0.up.keep", torch.zeros(2, dtype=torch.uint8)),
+        ("blocks.0.up.keep", torch.zeros(3)),
+        ("blocks.0.up.keep", torch.zeros(3, 1, dtype=torch.uint8)),
+        ("blocks.1.up.order", torch.arange(11, dtype=torch.int32)),
+        ("blocks.1.up.order", torch.arange(12)),
+        ("blocks.2.up.keep", torch.zeros(3, dtype=torch.uint8)),
+    ],
+)
+def test_bad_tensor(file: Path, tensor: str, value: torch.Tensor | None) -> None:
+    """A tensor that is missing, too many, misshapen or of another dtype is named."""
+    rewrite(file, document_of(file), {tensor: value})
+
+    with pytest.raises(ModelError, match=f"is damaged: {tensor}"):
+        read_masks(file)
+
+
+def test_bad_order(file: Path) -> None:
+    """An order that is no permutation is refused when its mask is read; others still come."""
+    order = torch.zeros(12, dtype=torch.int32)
+    rewrite(file, document_of(file), {"blocks.1.up.order": order})
+    masks = read_masks(file)
+
+    assert masks.mask("blocks.0.up").order is None
+    with pytest.raises(ModelError, match=r"blocks\.1\.up\.order is no permutation of 12"):
+        masks.mask("blocks.1.up")
+
+
+def test_unwritable(masks: dict[str, LayerMask], tmp_path: Path) -> None:
+    """Where nothing can be written, nothing is, and the reason is told."""
+    with pytest.raises(OutputError, match="was not written"):
+        write_masks(masks, tmp_path / "no-folder" / "m", metadata={})

@@ -1,0 +1,605 @@
+"""How sparsity is shared over linears, against sorting, plain loops and inequalities."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fractions import Fraction
+from itertools import permutations
+
+import pytest
+import torch
+
+from pho_service.errors import InvalidInput, NumericalError
+from pho_service.pruning.allocation import LayerView, allocate, apportion, block_of
+from pho_service.spec import Allocation, Pattern
+
+METHODS = ("uniform", "owl", "fisher", "curves")
+UNITS = ("linear", "block")
+Views = Callable[[], Iterable[LayerView]]
+
+# Of very different sizes, two blocks and one linear outside of them.
+ODD_SHAPES = {
+    "layers.0.q": (3, 5),
+    "layers.0.up": (40, 31),
+    "layers.1.q": (7, 1),
+    "layers.1.up": (90, 70),
+    "head": (13, 11),
+}
+ROUND_SHAPES = {"layers.0.q": (10, 20), "layers.0.up": (40, 30), "layers.1.q": (20, 5)}
+SIMILAR_SHAPES = {
+    "layers.0.q": (30, 20),
+    "layers.0.up": (40, 31),
+    "layers.1.q": (25, 31),
+    "layers.1.up": (50, 40),
+}
+GROUPED_SHAPES = {
+    "layers.0.q": (3, 16),
+    "layers.0.up": (40, 48),
+    "layers.1.q": (7, 16),
+    "layers.1.up": (90, 64),
+    "head": (13, 32),
+}
+
+
+def made(
+    shapes: dict[str, tuple[int, int]], *, seed: int = 0, sampled: int | None = None
+) -> list[LayerView]:
+    """Random linears of different scales; ``sampled`` rows of each, or all."""
+    generator = torch.Generator().manual_seed(seed)
+    views = []
+    for name, (out_features, in_features) in shapes.items():
+        rows = min(sampled or out_features, out_features)
+        scale = float(torch.rand((), generator=generator)) + 0.2
+        views.append(
+            LayerView(
+                name=name,
+                out_features=out_features,
+                rows=scale * torch.randn(rows, in_features, generator=generator) ** 3,
+                activation_norm=torch.rand(in_features, generator=generator) + 0.1,
+                fisher=torch.rand(rows, generator=generator) ** 2,
+                root=torch.randn(6, in_features, generator=generator),
+            )
+        )
+    return views
+
+
+def again(layers: list[LayerView]) -> Views:
+    """The passes over linears that are all in memory."""
+    return lambda: iter(layers)
+
+
+def size(view: LayerView) -> int:
+    """Weights of the whole layer."""
+    return view.out_features * view.rows.shape[1]
+
+
+def units(layers: list[LayerView], unit: str) -> list[list[LayerView]]:
+    """The linears that share a sparsity."""
+    groups: dict[str, list[LayerView]] = {}
+    for view in layers:
+        groups.setdefault(view.name if unit == "linear" else block_of(view.name), []).append(view)
+    return list(groups.values())
+
+
+def scores(view: LayerView) -> list[float]:
+    """A * x * sqrt(g) of the rows of a linear."""
+    score = view.rows.abs() * view.activation_norm * view.fisher.sqrt()[:, None]
+    values: list[float] = score.flatten().tolist()
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.3.self_attn.q_proj", "model.layers.3"),
+        ("transformer.h.11.mlp.experts.5.c_fc", "transformer.h.11"),
+        ("model.layer3.fc", "model.layer3.fc"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_block_of(name: str, block: str) -> None:
+    """A block ends with the first numeric component; without one the linear is its own block."""
+    assert block_of(name) == block
+
+
+def test_apportion_largest_remainder() -> None:
+    """The largest remainders go up."""
+    assert apportion([0.2, 1.7, 2.5, 3.6], 8) == [0, 2, 2, 4]
+
+
+def test_apportion_ties() -> None:
+    """Of equal remainders the earlier go up."""
+    assert apportion([Fraction(7, 2)] * 4, 14) == [4, 4, 3, 3]
+
+
+@pytest.mark.parametrize("total", [2, 6])
+def test_apportion_impossible(total: int) -> None:
+    """A total that rounding cannot reach is an error, not a distortion."""
+    with pytest.raises(ValueError, match=f"rounded to {total}"):
+        apportion([1.5, 2.5], total)
+
+
+@pytest.mark.parametrize("sampled", [None, 4])
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+@pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.7", "0.123", "0.29", "0.999"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_sum_and_bounds(
+    method: str, unit: str, sparsity: str, spread: float, sampled: int | None
+) -> None:
+    """The model loses exactly what the pattern says, each linear what the bounds allow."""
+    layers = made(ODD_SHAPES, sampled=sampled)
+    pattern = Pattern.parse(sparsity)
+    removed = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
+    low = max(0.0, pattern.sparsity - spread)
+    high = max(pattern.sparsity, min(0.995, pattern.sparsity + spread))
+
+    assert list(removed) == list(ODD_SHAPES)
+    assert all(type(count) is int for count in removed.values())
+    assert sum(removed.values()) == pattern.removed(sum(map(size, layers)))
+    for view in layers:
+        assert low * size(view) - 1 <= removed[view.name] <= high * size(view) + 1
+
+
+def test_uniform_by_hand() -> None:
+    """0.5 of 15 and 7 are 7.5 and 3.5; the eleventh weight goes from the earlier linear."""
+    layers = made({"a": (3, 5), "b": (7, 1)})
+    removed = allocate(again(layers), Pattern.parse("0.5"), Allocation())
+
+    assert removed == {"a": 8, "b": 3}
+
+
+@pytest.mark.parametrize("pattern", ["0.123", "0.6", "4:8"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_spread_is_uniform(method: str, unit: str, pattern: str) -> None:
+    """Without a spread every method is uniform."""
+    views = again(made(GROUPED_SHAPES))
+    uniform = allocate(views, Pattern.parse(pattern), Allocation())
+
+    allocation = Allocation(method=method, unit=unit, spread=0.0)
+    assert allocate(views, Pattern.parse(pattern), allocation) == uniform
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.123"])
+def test_fisher_is_global_threshold(sparsity: str) -> None:
+    """With a spread of 1 the lowest scores of the whole model go."""
+    layers = made(ODD_SHAPES)
+    pattern = Pattern.parse(sparsity)
+    removed = allocate(again(layers), pattern, Allocation(method="fisher", spread=1.0))
+    ordered = sorted((value, view.name) for view in layers for value in scores(view))
+    gone = [name for _, name in ordered[: pattern.removed(len(ordered))]]
+
+    assert removed == {view.name: gone.count(view.name) for view in layers}
+
+
+def clipped_threshold(
+    layers: list[LayerView], unit: str, pattern: Pattern, spread: float
+) -> list[int]:
+    """Raise a threshold score by score, until the clipped counts of the units add up."""
+    groups = units(layers, unit)
+    sizes = [sum(map(size, group)) for group in groups]
+    low = [round((pattern.sparsity - spread) * n) for n in sizes]
+    high = [round((pattern.sparsity + spread) * n) for n in sizes]
+    ordered = sorted(
+        (value, i) for i, group in enumerate(groups) for view in group for value in scores(view)
+    )
+    below = [0] * len(groups)
+    clipped = list(low)
+    for _, i in ordered:
+        if sum(clipped) == pattern.removed(sum(sizes)):
+            break
+        below[i] += 1
+        clipped[i] = min(max(below[i], low[i]), high[i])
+    return clipped
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("unit", UNITS)
+def test_fisher_clipped(unit: str, spread: float, seed: int) -> None:
+    """One threshold, each unit clipped: as found by a loop over all sorted scores."""
+    layers = made(ROUND_SHAPES, seed=seed)
+    pattern = Pattern.parse("0.5")
+    allocation = Allocation(method="fisher", unit=unit, spread=spread)
+    removed = allocate(again(layers), pattern, allocation)
+    by_unit = [sum(removed[view.name] for view in group) for group in units(layers, unit)]
+
+    if unit == "linear":
+        assert by_unit == clipped_threshold(layers, unit, pattern, spread)
+    else:  # a unit's weights are rounded linear by linear
+        expected = clipped_threshold(layers, unit, pattern, spread)
+        assert all(abs(a - b) <= 1 for a, b in zip(by_unit, expected, strict=True))
+
+
+def test_fisher_clips_both_ways() -> None:
+    """A linear of low scores ends at the upper bound, one of high scores at the lower."""
+    layers = made(ROUND_SHAPES)
+    layers[0] = replace(layers[0], fisher=layers[0].fisher * 1e-12)
+    layers[1] = replace(layers[1], fisher=layers[1].fisher * 1e12)
+    removed = allocate(again(layers), Pattern.parse("0.5"), Allocation(method="fisher", spread=0.1))
+
+    assert removed == {"layers.0.q": 120, "layers.0.up": 570, "layers.1.q": 60}
+
+
+@pytest.mark.parametrize("method", ["owl", "fisher", "curves"])
+def test_row_order(method: str) -> None:
+    """A sample of all rows is the whole layer, in whatever order."""
+    layers = made(ROUND_SHAPES)
+    shuffled = [
+        replace(view, rows=view.rows.flip(0), fisher=view.fisher.flip(0)) for view in layers
+    ]
+    allocation = Allocation(method=method, spread=0.3)
+    pattern = Pattern.parse("0.6")
+
+    assert allocate(again(shuffled), pattern, allocation) == allocate(
+        again(layers), pattern, allocation
+    )
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", ["owl", "fisher"])
+def test_sampled_rows_stand_for_more(method: str, unit: str) -> None:
+    """A row that is seen once of three equal ones counts three times."""
+    sample = [
+        replace(view, out_features=3 * view.out_features) if view.name == "layers.0.up" else view
+        for view in made(ODD_SHAPES)
+    ]
+    full = [
+        replace(
+            view,
+            rows=view.rows.repeat(view.out_features // len(view.rows), 1),
+            fisher=view.fisher.repeat(view.out_features // len(view.rows)),
+        )
+        for view in sample
+    ]
+    allocation = Allocation(method=method, unit=unit, outlier_ratio=2.0)
+    from_sample = allocate(again(sample), Pattern.parse("0.5"), allocation)
+    from_full = allocate(again(full), Pattern.parse("0.5"), allocation)
+
+    # The equal scores at the threshold go in equal shares, so only rounding may differ.
+    assert all(abs(from_sample[name] - from_full[name]) <= 1 for name in from_full)
+
+
+def outlier_shares(layers: list[LayerView], unit: str, ratio: float) -> list[float]:
+    """D of each unit by plain loops: the share of A * x above ``ratio`` block means."""
+    mean: dict[str, float] = {}
+    for group in units(layers, "block"):
+        values = [v for view in group for v in wanda_scores(view)]
+        mean[block_of(group[0].name)] = sum(values) / len(values)
+    shares = []
+    for group in units(layers, unit):
+        limit = ratio * mean[block_of(group[0].name)]
+        values = [v for view in group for v in wanda_scores(view)]
+        shares.append(sum(v > limit for v in values) / len(values))
+    return shares
+
+
+def wanda_scores(view: LayerView) -> list[float]:
+    """A * x of the rows of a linear."""
+    norms = view.activation_norm.tolist()
+    return [abs(w) * x for row in view.rows.tolist() for w, x in zip(row, norms, strict=True)]
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("unit", UNITS)
+def test_owl(unit: str, spread: float) -> None:
+    """Each sparsity is a constant less the scaled share of outliers, clipped to the bounds."""
+    layers = made(SIMILAR_SHAPES)
+    pattern = Pattern.parse("0.6")
+    allocation = Allocation(method="owl", unit=unit, spread=spread, outlier_ratio=2.0)
+    removed = allocate(again(layers), pattern, allocation)
+    shares = outlier_shares(layers, unit, 2.0)
+    kept_more = [2 * spread * (d - min(shares)) / (max(shares) - min(shares)) for d in shares]
+    low, high = max(0.0, 0.6 - spread), min(0.995, 0.6 + spread)
+    groups = units(layers, unit)
+    largest = max(range(len(groups)), key=lambda i: sum(map(size, groups[i])))
+    found = [sum(removed[view.name] for view in group) / sum(map(size, group)) for group in groups]
+    constant = found[largest] + kept_more[largest]
+
+    assert low < found[largest] < high  # so the constant can be read from it
+    for group, sparsity, more in zip(groups, found, kept_more, strict=True):
+        expected = min(max(constant - more, low), high)
+        assert sparsity == pytest.approx(expected, abs=1e-3 + len(group) / sum(map(size, group)))
+
+
+def test_owl_two_equal_blocks() -> None:
+    """The block with more outliers keeps the spread more, the other one less."""
+    layers = made({"layers.0.q": (20, 10), "layers.1.q": (20, 10)})
+    layers = [
+        replace(view, rows=torch.ones(20, 10), activation_norm=torch.ones(10)) for view in layers
+    ]
+    layers[1].rows[3, 4] = 1000
+    removed = allocate(
+        again(layers), Pattern.parse("0.7"), Allocation(method="owl", unit="block", spread=0.08)
+    )
+
+    assert removed == {"layers.0.q": 156, "layers.1.q": 124}
+
+
+def test_owl_without_outliers() -> None:
+    """If no unit stands out, all lose the same."""
+    views = again(made(ODD_SHAPES))
+    none_above = Allocation(method="owl", outlier_ratio=1e6)
+    pattern = Pattern.parse("0.5")
+
+    removed = allocate(views, pattern, none_above)
+    assert removed == allocate(views, pattern, Allocation())
+
+
+def error_curve(view: LayerView, grid: list[float]) -> list[float]:
+    """The error at each sparsity by a plain loop over output rows, in float64."""
+    gram = (view.root.T @ view.root).double()
+    order = torch.tensor(scores(view)).argsort()
+    curve = []
+    for sparsity in grid:
+        gone = torch.zeros(view.rows.numel(), dtype=torch.bool)
+        gone[order[: round(sparsity * view.rows.numel())]] = True
+        removed = view.rows.double() * gone.view_as(view.rows)
+        rows = zip(removed, view.fisher.tolist(), strict=True)
+        curve.append(sum(g * float(row @ gram @ row) for row, g in rows))
+    return curve
+
+
+def convex_value(grid: list[float], curve: list[float], at: float) -> float:
+    """The lower convex hull: the lowest chord of two points of the curve."""
+    chords = [
+        curve[i] + (curve[j] - curve[i]) * (at - grid[i]) / (grid[j] - grid[i])
+        for i in range(len(grid))
+        for j in range(i + 1, len(grid))
+        if grid[i] <= at <= grid[j]
+    ]
+    return min(chords)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spread", [0.1, 0.3])
+def test_curves_no_better_exchange(spread: float, seed: int) -> None:
+    """Moving weights from any linear to any other does not lower the sum of convex errors."""
+    layers = made({"a": (20, 30), "b": (64, 25), "c": (10, 12), "d": (30, 40)}, seed=seed)
+    pattern = Pattern.parse("0.5")
+    removed = allocate(again(layers), pattern, Allocation(method="curves", spread=spread))
+    low, high = 0.5 - spread, 0.5 + spread
+    grid = [low + (high - low) * i / 11 for i in range(12)]
+    curves = [error_curve(view, grid) for view in layers]
+
+    def error(i: int, count: float) -> float:
+        at = min(max(count / size(layers[i]), low), high)
+        return convex_value(grid, curves[i], at)
+
+    found = [float(removed[view.name]) for view in layers]
+    total = sum(error(i, count) for i, count in enumerate(found))
+    sizes = [size(view) for view in layers]
+
+    moved = 0
+    for i, j in permutations(range(len(layers)), 2):
+        # Rounding put each linear up to one weight off the optimum, so start one weight away.
+        less, more = found[i] - 1, found[j] + 1
+        for weights in (1, 9):
+            if less - weights >= low * sizes[i] and more + weights <= high * sizes[j]:
+                saved = error(i, less) - error(i, less - weights)
+                caused = error(j, more + weights) - error(j, more)
+                moved += 1
+                assert caused >= saved - 1e-5 * total
+    assert moved
+
+
+def test_curves_sampled_rows_stand_for_more() -> None:
+    """Of two linears with the same rows, one a sample of three times as many, both lose alike."""
+    layers = made({"a": (30, 20), "b": (30, 20)})
+    layers[1] = replace(layers[0], name="b", out_features=90)
+    allocation = Allocation(method="curves", spread=0.3)
+    removed = allocate(again(layers), Pattern.parse("0.5"), allocation)
+
+    assert removed["a"] / 600 == pytest.approx(removed["b"] / 1800, abs=0.6 / 11)
+
+
+def test_curves_use_64_rows() -> None:
+    """Of 128 rows every other one is looked at."""
+    layers = made({"a": (128, 20), "b": (30, 20)})
+    other = replace(layers[0], rows=layers[0].rows.clone())
+    other.rows[1::2] *= 100
+    allocation = Allocation(method="curves", spread=0.3)
+    removed = allocate(again([other, layers[1]]), Pattern.parse("0.5"), allocation)
+
+    assert removed == allocate(again(layers), Pattern.parse("0.5"), allocation)
+
+
+def test_curves_of_groups() -> None:
+    """For N:M the linear whose groups suffer least keeps least: by hand, with two equal linears."""
+    layers = made({"a": (8, 16), "b": (8, 16)})
+    layers[1] = replace(layers[0], name="b", fisher=layers[0].fisher * 1e6)
+    removed = allocate(again(layers), Pattern.parse("2:4"), Allocation(method="curves", spread=0.3))
+
+    assert removed == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_block_unit(method: str) -> None:
+    """All linears of a block lose the same share, within one weight."""
+    layers = made(ODD_SHAPES)
+    pattern = Pattern.parse("0.6")
+    removed = allocate(again(layers), pattern, Allocation(method=method, unit="block", spread=0.3))
+
+    for group in units(layers, "block"):
+        shares = [(removed[v.name] - 1, removed[v.name] + 1, size(v)) for v in group]
+        assert max(lo / n for lo, _, n in shares) <= min(hi / n for _, hi, n in shares)
+
+
+@pytest.mark.parametrize("sampled", [None, 4])
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "5:16"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_groups(
+    method: str, unit: str, text: str, spread: float, sampled: int | None
+) -> None:
+    """N:M mixes keep no more than the pattern, and less by under one step of the least unit."""
+    layers = made(GROUPED_SHAPES, sampled=sampled)
+    pattern = Pattern.parse(text)
+    kept = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
+    budget = pattern.keep * sum(map(size, layers))
+    used = sum(kept[view.name] * size(view) for view in layers)
+    most = max(
+        n for n in range(1, pattern.group) if abs(n - pattern.keep) <= pattern.group * spread + 1e-6
+    )
+    room = [sum(map(size, group)) for group in units(layers, unit) if kept[group[0].name] < most]
+
+    assert list(kept) == list(GROUPED_SHAPES)
+    for n in kept.values():
+        assert 1 <= n <= pattern.group - 1
+        assert abs((1 - n / pattern.group) - pattern.sparsity) <= spread + 1e-9
+    for group in units(layers, unit):
+        assert len({kept[view.name] for view in group}) == 1
+    assert used <= budget
+    assert all(budget - used < n for n in room)
+
+
+def test_groups_narrow_spread() -> None:
+    """The next N of 2:4 is a quarter away: with less spread there is only one mix."""
+    views = again(made(GROUPED_SHAPES))
+    kept = allocate(views, Pattern.parse("2:4"), Allocation(method="fisher", spread=0.24))
+
+    assert set(kept.values()) == {2}
+
+
+def test_groups_largest_remainder() -> None:
+    """Of ideal 4.3 and 3.7 kept of 8, the second one goes up."""
+    weights = torch.ones(2, 10, 8)
+    weights[0].view(-1)[:43] = 2
+    weights[1].view(-1)[:37] = 2
+    ones = {"activation_norm": torch.ones(8), "fisher": torch.ones(10), "root": torch.eye(8)}
+    layers = [
+        LayerView(name=name, out_features=10, rows=rows, **ones)
+        for name, rows in zip("ab", weights, strict=True)
+    ]
+    kept = allocate(again(layers), Pattern.parse("4:8"), Allocation(method="fisher", spread=0.3))
+
+    assert kept == {"a": 4, "b": 4}
+
+
+@pytest.mark.parametrize("text", ["4:7", "5:9", "6:11", "7:13", "5:10"])
+def test_groups_bound_is_rounded_safely(text: str) -> None:
+    """A unit at the bound stays there, whatever the rounding of 1 - N/M."""
+    pattern = Pattern.parse(text)
+    layers = made({"a": (7, pattern.group), "b": (11, 3 * pattern.group), "c": (23, pattern.group)})
+    layers[0] = replace(layers[0], fisher=layers[0].fisher * 1e-12)
+    spread = 1.5 / pattern.group
+    kept = allocate(again(layers), pattern, Allocation(method="fisher", spread=spread))
+
+    assert pattern.keep - 1 <= min(kept.values())
+    assert max(kept.values()) <= pattern.keep + 1
+
+
+def test_groups_follow_fisher() -> None:
+    """A linear of high scores keeps more of M, one of low scores less."""
+    layers = made({"a": (8, 16), "b": (8, 16), "c": (8, 16)})
+    layers = [
+        replace(layers[0], name=name, fisher=layers[0].fisher * scale)
+        for name, scale in (("a", 1.0), ("b", 1e12), ("c", 1e-12))
+    ]
+    kept = allocate(again(layers), Pattern.parse("4:8"), Allocation(method="fisher", spread=0.25))
+
+    assert kept["b"] == 6
+    assert kept["c"] == 2
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "4:8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_deterministic(method: str, pattern: str) -> None:
+    """The same linears get the same numbers."""
+    views = again(made(GROUPED_SHAPES))
+    allocation = Allocation(method=method, spread=0.3)
+    first, second = (allocate(views, Pattern.parse(pattern), allocation) for _ in range(2))
+
+    assert first == second
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "4:8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_layer(method: str, pattern: str) -> None:
+    """A linear of zeros does no harm, and fisher and curves take more than its share from it."""
+    layers = made(GROUPED_SHAPES)
+    layers[1] = replace(layers[1], rows=torch.zeros_like(layers[1].rows))
+    numbers = allocate(
+        again(layers), Pattern.parse(pattern), Allocation(method=method, spread=0.25)
+    )
+
+    if method in ("fisher", "curves"):
+        dead = numbers["layers.0.up"]
+        assert dead < 4 if pattern == "4:8" else dead == round(0.85 * size(layers[1]))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_model(method: str, unit: str) -> None:
+    """If nothing tells the linears apart, all lose the same share within one weight."""
+    layers = [replace(v, rows=torch.zeros_like(v.rows)) for v in made(ODD_SHAPES)]
+    removed = allocate(again(layers), Pattern.parse("0.6"), Allocation(method=method, unit=unit))
+
+    assert all(abs(removed[v.name] - 0.6 * size(v)) < 1 for v in layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"), [("uniform", 1), ("owl", 2), ("fisher", 2), ("curves", 1)]
+)
+def test_passes(method: str, passes: int) -> None:
+    """No method goes over the linears more than twice."""
+    layers = made(ODD_SHAPES)
+    calls = []
+
+    def counted() -> Iterable[LayerView]:
+        calls.append(1)
+        return iter(layers)
+
+    allocate(counted, Pattern.parse("0.5"), Allocation(method=method))
+
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_views_unchanged(method: str) -> None:
+    """The tensors of a view are only read."""
+    layers = made(ODD_SHAPES)
+    before = [view.rows.clone() for view in layers]
+    allocate(again(layers), Pattern.parse("0.5"), Allocation(method=method))
+
+    assert all(torch.equal(v.rows, b) for v, b in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["owl", "fisher", "curves"])
+def test_not_finite(method: str, value: float) -> None:
+    """NaN or infinity in the weights is an error that names the layer."""
+    layers = made(ODD_SHAPES)
+    layers[1].rows[:] = value
+
+    with pytest.raises(NumericalError, match=r"layers\.0\.up") as caught:
+        allocate(again(layers), Pattern.parse("0.5"), Allocation(method=method))
+    assert caught.value.layer == "layers.0.up"
+
+
+def test_root_not_finite() -> None:
+    """NaN in the second moment is an error that names the layer."""
+    layers = made(ODD_SHAPES)
+    layers[3].root[0, 0] = float("nan")
+
+    with pytest.raises(NumericalError, match=r"layers\.1\.up"):
+        allocate(again(layers), Pattern.parse("0.5"), Allocation(method="curves"))
+
+
+def test_groups_do_not_fit() -> None:
+    """An input width that M does not divide is an error that names the layer."""
+    with pytest.raises(InvalidInput, match=r"layers\.0\.q: in_features=5"):
+        allocate(again(made(ODD_SHAPES)), Pattern.parse("2:4"), Allocation())
+
+
+def test_no_linears() -> None:
+    """There must be something to share."""
+    with pytest.raises(ValueError, match="0 linears"):
+        allocate(again([]), Pattern.parse("0.5"), Allocation())
+
+
+def test_equal_names() -> None:
+    """Two linears of one name cannot be told apart in the answer."""
+    with pytest.raises(ValueError, match="2 linears of 1 names"):
+        allocate(again(made({"a": (2, 4)}) * 2), Pattern.parse("0.5"), Allocation())

@@ -1,0 +1,170 @@
+"""What follows the score, for the linears that read one input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pho_service.pruning.masks import mask_of
+from pho_service.pruning.permutation import permute_channels
+from pho_service.pruning.selection import nm_mask
+from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
+from pho_service.pruning.weight_update import inverse_factor, obs_update, sparsegpt
+from pho_service.spec import Allocation, Pattern, Steps
+
+WIDTH, TOKENS = 16, 200
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """(tokens, in_features), correlated, not centred."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator)
+    return torch.randn(TOKENS, WIDTH, generator=generator) @ mixing + 0.5
+
+
+@pytest.fixture
+def moments(inputs: Tensor) -> InputMoments:
+    """What a calibration says of ``inputs``, one sequence."""
+    gram = inputs.T @ inputs / TOKENS
+    return InputMoments(
+        gram=gram, mean=inputs.mean(dim=0), activation_norm=(gram.diagonal() * TOKENS).sqrt()
+    )
+
+
+def linears_of(moments: InputMoments, pattern: Pattern, order: Tensor | None = None) -> list:
+    """Two linears of different height, with Wanda's score."""
+    found = []
+    for name, height in (("q_proj", 12), ("k_proj", 4)):
+        generator = torch.Generator().manual_seed(height)
+        weight = torch.randn(height, WIDTH, generator=generator)
+        score = weight.abs() * moments.activation_norm
+        found.append(
+            ScoredLinear(
+                name=name, weight=weight, score=score, fisher=torch.rand(height) + 0.1,
+                mask=mask_of(score, pattern, None, order),
+            )
+        )  # fmt: skip
+    return found
+
+
+def error(linear: ScoredLinear, changed: Tensor, inputs: Tensor) -> Tensor:
+    """Squared distance of the outputs of each row, from the inputs themselves."""
+    outputs = inputs.double() @ (linear.weight - changed).double().T
+    return outputs.square().sum(dim=0)
+
+
+ALL_STEPS = [
+    ("0.5", Steps(repruning="swaps")),
+    ("0.5", Steps(repruning="dsnot")),
+    ("0.5", Steps(update="obs")),
+    ("0.5", Steps(repruning="swaps", update="obs")),
+    ("0.5", Steps(update="sparsegpt")),
+    ("2:4", Steps(permutation="error")),
+    ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
+    ("2:4", Steps(permutation="error", update="sparsegpt")),
+    ("4:8", Steps(repruning="dsnot", update="obs")),
+]
+
+
+@pytest.mark.parametrize(("text", "steps"), ALL_STEPS)
+def test_what_goes(moments: InputMoments, text: str, steps: Steps) -> None:
+    """Whatever the steps: as many weights go as before, and they are exactly zero."""
+    pattern = Pattern.parse(text)
+    linears = linears_of(moments, pattern)
+    for linear, (name, mask, weight) in zip(
+        linears, finish(linears, moments, pattern, steps), strict=True
+    ):
+        assert name == linear.name
+        assert int(mask.keep.sum()) == int(linear.mask.keep.sum())
+        assert bool((weight[~mask.keep] == 0).all())
+        if steps.update == "none":
+            assert torch.equal(weight[mask.keep], linear.weight[mask.keep])
+        if pattern.group:
+            order = torch.arange(WIDTH) if mask.order is None else mask.order
+            groups = mask.keep[:, order].reshape(-1, pattern.group).sum(dim=1)
+            assert bool((groups == pattern.keep).all())
+
+
+@pytest.mark.parametrize("update", ["obs", "sparsegpt"])
+def test_update(moments: InputMoments, update: str) -> None:
+    """Without a permutation the update is that of the linear alone."""
+    pattern = Pattern.parse("0.5")
+    linears = linears_of(moments, pattern)
+    factor = inverse_factor(moments.gram, layer="q_proj")
+    for linear, (_, mask, weight) in zip(
+        linears, finish(linears, moments, pattern, Steps(update=update)), strict=True
+    ):
+        keep, expected = linear.mask.keep, obs_update(linear.weight, linear.mask.keep, factor)
+        if update == "sparsegpt":
+            expected, keep = sparsegpt(linear.weight, factor, removed=int((~keep).sum()))
+
+        assert torch.equal(mask.keep, keep)
+        assert torch.equal(weight, expected)
+
+
+def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:
+    """With an order all is done on permuted channels, and comes back in the natural order."""
+    pattern = Pattern.parse("2:4")
+    plain = linears_of(moments, pattern)
+    order = permute_channels(torch.cat([li.score for li in plain]), keep=2, group=4)
+    linears = linears_of(moments, pattern, order)
+    permuted = InputMoments(
+        gram=moments.gram[order][:, order],
+        mean=moments.mean[order],
+        activation_norm=moments.activation_norm[order],
+    )
+    factor = inverse_factor(permuted.gram, layer="q_proj")
+    for linear, (_, mask, weight) in zip(
+        linears, finish(linears, moments, pattern, Steps(update="sparsegpt")), strict=True
+    ):
+        expected, keep = sparsegpt(linear.weight[:, order], factor, keep=2, group=4)
+
+        assert torch.equal(weight[:, order], expected)
+        assert torch.equal(mask.keep[:, order], keep)
+        assert error(linear, weight, inputs).sum() < error(linear, weight * 0, inputs).sum()
+
+
+def test_repruning_lowers_the_error(moments: InputMoments, inputs: Tensor) -> None:
+    """Swaps never raise the error of a row; with an update the sum falls further."""
+    pattern = Pattern.parse("0.5", "row")
+    (linear, _) = linears_of(moments, pattern)
+    before = error(linear, linear.weight * linear.mask.keep, inputs)
+    ((_, _, swapped),) = finish([linear], moments, pattern, Steps(repruning="swaps"))
+    both = Steps(repruning="swaps", update="obs")
+    ((_, _, updated),) = finish([linear], moments, pattern, both)
+
+    assert bool((error(linear, swapped, inputs) <= before * (1 + 1e-5)).all())
+    assert error(linear, swapped, inputs).sum() < before.sum()
+    assert error(linear, updated, inputs).sum() < error(linear, swapped, inputs).sum()
+
+
+def test_one_order_for_all_readers(moments: InputMoments, inputs: Tensor) -> None:
+    """Linears that read one input share the order, and the weighted error does not rise."""
+    pattern = Pattern.parse("2:4")
+    linears = linears_of(moments, pattern)
+    finished = list(finish(linears, moments, pattern, Steps(permutation="error")))
+    orders = [mask.order for _, mask, _ in finished]
+
+    def weighted(changed: list[Tensor]) -> float:
+        rows = zip(linears, changed, strict=True)
+        return sum(float(li.fisher.double() @ error(li, c, inputs)) for li, c in rows)
+
+    assert orders[0] is not None
+    assert torch.equal(orders[0], orders[1])
+    natural = [li.weight * li.mask.keep for li in linears]
+    assert weighted([c for _, _, c in finished]) <= weighted(natural) * (1 + 1e-5)
+
+
+def test_mixed_groups(moments: InputMoments) -> None:
+    """A linear whose allocation is 1 of 4 keeps 1 of 4 through all steps."""
+    pattern = Pattern.parse("2:4")
+    (linear, _) = linears_of(moments, pattern)
+    sparse = replace(linear, mask=mask_of(linear.score, pattern, 1, None))
+    allocated = Steps(allocation=Allocation(method="fisher"), repruning="swaps", update="obs")
+    ((_, mask, _),) = finish([sparse], moments, pattern, allocated)
+
+    assert torch.equal(sparse.mask.keep, nm_mask(linear.score, keep=1, group=4))
+    assert bool((mask.keep.reshape(-1, 4).sum(dim=1) == 1).all())
+    assert mask.group_keep == 1
