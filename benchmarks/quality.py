@@ -62,12 +62,18 @@ class Subject:
 @click.option("--pattern", "patterns", multiple=True, help="[default: all five]")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS))
 @click.option("--out", default="quality.jsonl", show_default=True, help="Where results are kept.")
-@click.option("--samples", default=32, show_default=True, help="Windows of calibration text.")
+@click.option("--samples", default=16, show_default=True, help="Windows of calibration text.")
 @click.option("--trials", default=200, show_default=True, help="Of each search.")
 @click.option("--finalists", default=3, show_default=True, help="Confirmed by perplexity.")
-@click.option("--confirm-windows", default=8, show_default=True)
-@click.option("--report-windows", default=16, show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option(
+    "--confirm-steps/--no-confirm-steps",
+    default=False,
+    show_default=True,
+    help="Confirm searches whose steps need a text, too; else their best by the proxy is shown.",
+)
+@click.option("--confirm-windows", default=4, show_default=True)
+@click.option("--report-windows", default=14, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(
     models: tuple[str, ...],
@@ -171,11 +177,13 @@ def _searched(
         study_url=f"sqlite:///{folder / 'study.db'}",
         finalists=options["finalists"],
     )
+    # Confirming alone takes the whole pipeline as often as there are finalists.
+    confirm = options["confirm_steps"] or not preset.steps.needs_text
     result = search_job(
         request,
         subject.bundle,
         model=subject.model,
-        confirm_text=subject.confirmation,
+        confirm_text=subject.confirmation if confirm else None,
         calibration=subject.calibration,
         progress=progress,
     )
@@ -234,7 +242,8 @@ def _show(
     caption = (
         f"dense {dense['perplexity']:.2f}; {options['report_windows']} windows of "
         f"{CONTEXT_LENGTH} tokens of the report part; calibrated on {options['samples']} windows; "
-        f"{options['trials']} trials, {options['finalists']} finalists, {options['dtype']}, seed "
+        f"{options['trials']} trials, {options['finalists']} finalists"
+        f"{'' if options['confirm_steps'] else ' of crepe alone'}, {options['dtype']}, seed "
         f"{options['seed']}; {used}, {platform.machine()}, {torch.get_num_threads()} threads"
     )
     print_table(

@@ -55,7 +55,7 @@ class StepsDocument(_Strict):
     allocation: AllocationDocument = AllocationDocument()
     permutation: Literal["none", "score", "error"] = "none"
     repruning: Literal["none", "dsnot", "swaps"] = "none"
-    update: Literal["none", "obs", "sparsegpt"] = "none"
+    update: Literal["none", "obs", "least-squares", "sparsegpt"] = "none"
 
     def steps(self) -> Steps:
         """

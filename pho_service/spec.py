@@ -24,7 +24,7 @@ ALLOCATIONS = ("uniform", "owl", "fisher", "curves")
 ALLOCATION_UNITS = ("linear", "block")
 PERMUTATIONS = ("none", "score", "error")
 REPRUNINGS = ("none", "dsnot", "swaps")
-UPDATES = ("none", "obs", "sparsegpt")
+UPDATES = ("none", "obs", "least-squares", "sparsegpt")
 
 # Searches with a name; pho_service.search.presets says what each is.
 PRESETS = ("score", "crepe", "crepe-plus", "best")
@@ -273,8 +273,10 @@ class Steps:
             ``score`` (most score is kept), or ``error`` (the least error of the outputs).
         repruning: Of a finished mask: ``none``, ``dsnot``, or ``swaps`` (each
             lowers the error of its row).
-        update: Of the weights that stay: ``none``, ``obs`` (given the mask),
-            or ``sparsegpt`` (which chooses the mask itself; the score has no say).
+        update: Of the weights that stay: ``none``; ``obs`` (column by column, as
+            SparseGPT, given the mask); ``least-squares`` (on from there towards the least error
+            that the mask allows); ``sparsegpt`` (which chooses the mask itself: the score has no
+            say).
     """
 
     allocation: Allocation = Allocation()
@@ -289,8 +291,8 @@ class Steps:
         if self.update == "sparsegpt" and self.repruning != "none":
             raise InvalidInput(
                 f"repruning {self.repruning!r} has no mask to start from with update 'sparsegpt', "
-                "which chooses the mask and the weights together. Take update 'obs', or repruning "
-                "'none'."
+                "which chooses the mask and the weights together. Take update 'least-squares', or "
+                "repruning 'none'."
             )
 
     @property

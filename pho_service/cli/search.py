@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     type=int,
     default=5,
     show_default=True,
-    help="Found candidates that get a perplexity, beside the baselines.",
+    help="Found candidates that get a perplexity, beside the baselines (among them, if a step "
+    "needs a text).",
 )
 @calibration_options
 @calibration_seed_option

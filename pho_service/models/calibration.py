@@ -66,6 +66,7 @@ def calibration_text(
         model.device.type,
         asdict(settings),
         versions("torch", "transformers"),
+        *(["streamed"] if model.stream else []),  # the same but for the last digits of sums
     ]
     digest = hashlib.sha256(json.dumps(identity).encode())
     digest.update(calibration.contiguous().numpy().tobytes())

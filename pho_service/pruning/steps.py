@@ -16,10 +16,13 @@ from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.weight_update import (
     inverse_factor,
+    least_squares_update,
     obs_update,
     sparsegpt,
 )
 from pho_service.spec import Pattern, Steps
+
+_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 % more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,9 @@ def finish(
             changed = weight * keep
         else:
             assert factor is not None
-            keep, changed = _updated(weight, keep, factor, linear.mask.group_keep, pattern, steps)
+            keep, changed = _updated(
+                weight, keep, factor, ordered.gram, linear.mask.group_keep, pattern, steps
+            )
         mask = replace(linear.mask, keep=_natural(keep, order))
         yield linear.name, mask, _natural(changed, order)
 
@@ -136,13 +141,17 @@ def _updated(
     weight: Tensor,
     keep: Tensor,
     factor: Tensor,
+    gram: Tensor,
     group_keep: int,
     pattern: Pattern,
     steps: Steps,
 ) -> tuple[Tensor, Tensor]:
     """Final mask and weights."""
-    if steps.update == "obs":
-        return keep, obs_update(weight, keep, factor)
+    if steps.update in ("obs", "least-squares"):
+        changed = obs_update(weight, keep, factor)
+        if steps.update == "least-squares":
+            changed = least_squares_update(weight, keep, gram, start=changed, steps=_STEPS)
+        return keep, changed
     if pattern.group:
         changed, keep = sparsegpt(weight, factor, keep=group_keep, group=pattern.group)
     else:

@@ -46,9 +46,7 @@ class Preset:
         plus = cls._plus(pattern)
         if name == "crepe-plus":
             return plus
-        if pattern.group:
-            return replace(plus, steps=replace(plus.steps, repruning="none", update="sparsegpt"))
-        return replace(plus, steps=replace(plus.steps, update="obs"))
+        return replace(plus, steps=replace(plus.steps, update="least-squares"))
 
     def changed(self, given: Mapping[str, Any], bounds: Mapping[str, Any]) -> Self:
         """
@@ -69,10 +67,10 @@ class Preset:
     @classmethod
     def _plus(cls, pattern: Pattern) -> Self:
         if pattern.group:
-            return cls(steps=Steps(permutation="error", repruning="swaps"))
+            return cls(steps=Steps(permutation="score", repruning="swaps"))
         if pattern.scope is Scope.GLOBAL:
-            return cls()
+            return cls(steps=Steps(repruning="swaps"))
         return cls(
-            steps=Steps(allocation=Allocation(method="fisher")),
-            bounds={"allocations": ("fisher", "curves"), "allocation_spread": (0.05, 0.4)},
+            steps=Steps(allocation=Allocation(method="fisher"), repruning="swaps"),
+            bounds={"allocation_spread": (0.05, 0.4)},
         )

@@ -267,32 +267,32 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
     copies would waste the perplexities. A candidate is different if one of
     its values differs by 0.05 or more, or its kernel size or allocation does.
     Where each measurement takes a calibration of its own (re-pruning, weight
-    updates), only the best of the baselines is measured.
+    updates), baselines get one only if they are among the best.
 
     Args:
         rated: Best first.
-        count: How many beside the baselines.
+        count: How many, beside the baselines where those are measured anyway.
 
     Returns:
         Best first.
     """
+    costly = any(c.candidate.steps.needs_text for c in rated)
     chosen: list[RatedCandidate] = []
     for candidate in rated:
         if (
-            candidate.candidate.method == "crepe"
+            (costly or candidate.candidate.method == "crepe")
             and len(chosen) < count
             and all(_differ(candidate.params, other.params) for other in chosen)
         ):
             chosen.append(candidate)
-    baselines = [c for c in rated if c.candidate.method != "crepe"]
-    if any(c.candidate.steps.needs_text for c in baselines):
-        baselines = baselines[:1]
-    numbers = {c.number for c in (*chosen, *baselines)}
-    return [c for c in rated if c.number in numbers]
+    numbers = {c.number for c in chosen}
+    return [
+        c for c in rated if c.number in numbers or not (costly or c.candidate.method == "crepe")
+    ]
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    if a["kernel_size"] != b["kernel_size"] or a["allocation"] != b["allocation"]:
+    if any(a[k] != b[k] for k in ("kernel_size", "allocation", "method")):
         return True
     return any(abs(a[k] - b[k]) >= 0.05 for k in a if isinstance(a[k], float))
 

@@ -60,6 +60,7 @@ ALL_STEPS = [
     ("0.5", Steps(repruning="dsnot")),
     ("0.5", Steps(update="obs")),
     ("0.5", Steps(repruning="swaps", update="obs")),
+    ("0.5", Steps(update="least-squares")),
     ("0.5", Steps(update="sparsegpt")),
     ("2:4", Steps(permutation="error")),
     ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
@@ -102,6 +103,18 @@ def test_update(moments: InputMoments, update: str) -> None:
 
         assert torch.equal(mask.keep, keep)
         assert torch.equal(weight, expected)
+
+
+def test_least_squares(moments: InputMoments, inputs: Tensor) -> None:
+    """Least squares goes on from OBS: no row is worse, and the mask stays."""
+    pattern = Pattern.parse("0.5")
+    (linear, _) = linears_of(moments, pattern)
+    ((_, kept, obs),) = finish([linear], moments, pattern, Steps(update="obs"))
+    ((_, mask, least),) = finish([linear], moments, pattern, Steps(update="least-squares"))
+    before, after = error(linear, obs, inputs), error(linear, least, inputs)
+
+    assert torch.equal(mask.keep, kept.keep)
+    assert after.sum() < before.sum()
 
 
 def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:

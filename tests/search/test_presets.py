@@ -41,7 +41,7 @@ def test_changed() -> None:
     preset = Preset.of("best", LAYER).changed({"update": "none"}, {"row_share": (0.1, 0.2)})
 
     assert preset.steps.update == "none"
-    assert preset.bounds["allocations"] == Preset.of("best", LAYER).bounds["allocations"]
+    assert preset.bounds["allocation_spread"] == (0.05, 0.4)
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
 

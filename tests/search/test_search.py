@@ -18,7 +18,7 @@ from pho_service.search.search import (
     run_search,
 )
 from pho_service.search.space import SearchSpace
-from pho_service.spec import Candidate, Pattern
+from pho_service.spec import Candidate, Pattern, Steps
 from storage.studies import open_storage, open_study
 
 PATTERN = Pattern.parse("0.5", "layer")
@@ -284,3 +284,21 @@ def test_attributes(url: str) -> None:
     assert trial.user_attrs["scope"] == "layer"
     assert math.isclose(c["row"] + c["column"] + c["neighbourhood"], 1.0)
     assert trial.user_attrs["seconds"] == 0.0
+
+
+def test_finalists_where_each_is_costly() -> None:
+    """Where a measurement takes a calibration, baselines get one only among the best."""
+    steps = Steps(update="obs")
+    plan = replace(PLAN, steps=steps)
+    rated = [
+        RatedCandidate(
+            number=i,
+            candidate=replace(candidate, steps=steps),
+            params=plan.space.params(candidate),
+            value=float(i),
+        )
+        for i, candidate in enumerate(plan.baselines())
+    ]
+
+    assert [c.number for c in finalists(rated, 2)] == [0, 1]
+    assert len(finalists(rated, 100)) == len(rated)

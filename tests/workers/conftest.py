@@ -506,7 +506,7 @@ def undisturbed(tmp_path: Path) -> Callable[[JobSpec], Undisturbed]:
 
 def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
     folder.mkdir()
-    model = load_model(spec.model, device="cpu")
+    model = load_model(spec.model, device="cpu", stream=spec.stream)
     settings = spec.calibration.settings()
     calibration = calibration_text(model, TextSource(path=spec.calibration.text), settings)
     report = None
@@ -525,7 +525,9 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
     url = f"sqlite:///{folder / 'study.db'}"
     bundle = cached_bundle(model, calibration, settings, folder)
     request = replace(spec.request(0), study_url=url)
-    result = search_job(request, bundle, model=model, confirm_text=report)
+    result = search_job(
+        request, bundle, model=model, confirm_text=report, calibration=calibration.calibration
+    )
     with open_storage(url) as storage:
         study = optuna.load_study(study_name=result.study_name, storage=storage)
         trials = trials_of(study)

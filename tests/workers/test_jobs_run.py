@@ -54,6 +54,17 @@ def bundles(crew: Any) -> dict[str, int]:
         pytest.param({"objective": {"name": "gini"}}, id="gini"),
         pytest.param({"objective": {"name": "perplexity"}, "trials": 15}, id="perplexity"),
         pytest.param({"pattern": "2:4", "seed": 3}, id="2:4"),
+        pytest.param({"preset": "best"}, id="best"),
+        pytest.param(
+            {
+                "preset": "crepe-plus",
+                "pattern": "4:8",
+                "steps": {"repruning": "dsnot"},
+                "trials": 15,
+                "stream": True,
+            },
+            id="4:8-streamed",
+        ),
         pytest.param(
             {"scope": "global", "sampler": "tpe", "search_space": {"row_share": [0.2, 0.8]}},
             id="tpe-global",
