@@ -15,7 +15,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.search import describe
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import Pattern
+from pho_service.spec import PRESETS, Pattern
 
 CONTEXT_LENGTH = 512
 
@@ -26,13 +26,29 @@ CONTEXT_LENGTH = 512
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="Where weights compete.  [default: global; row for N:M]",
+    help="Where weights compete.  [default: global, with --preset crepe-plus or best layer; row "
+    "for N:M]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="score",
+    show_default=True,
+    help="score, crepe, crepe-plus or best, as for `pho search`.",
 )
 @click.option("--trials", type=int, default=200, show_default=True, help="Of the search.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @json_option
 @verb
-def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_json: bool) -> None:
+def demo(
+    out: str,
+    pattern: str,
+    scope: str | None,
+    preset: str,
+    trials: int,
+    seed: int,
+    as_json: bool,
+) -> None:
     """
     Do the main job on SmolLM2-135M, with texts and settings that are built in.
 
@@ -43,7 +59,7 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
     \b
     Example:
       pho demo --out demo
-      pho demo --out demo24 --pattern 2:4
+      pho demo --out demo24 --pattern 2:4 --preset best
     """
     from pho_service.configuration import write_configuration
     from pho_service.jobs.bundles import bundle_path, cached_bundle
@@ -51,14 +67,24 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
     from pho_service.jobs.search import search_job
     from pho_service.models.builtin import smollm2, write_texts
     from pho_service.models.calibration import calibration_text
+    from pho_service.search.presets import Preset
     from pho_service.search.request import SearchRequest
     from pho_service.spec import CalibrationSettings
 
     folder = Path(out).expanduser()
-    parsed = Pattern.parse(pattern, scope or (None if ":" in pattern else "global"))
+    widest = "layer" if preset in ("crepe-plus", "best") else "global"
+    parsed = Pattern.parse(pattern, scope or (None if ":" in pattern else widest))
+    asked = Preset.of(preset, parsed)
     texts = write_texts(folder / "texts")
     study = f"sqlite:///{folder / 'study.db'}"
-    request = SearchRequest(pattern=parsed, trials=trials, seed=seed, study_url=study)
+    request = SearchRequest(
+        pattern=parsed,
+        steps=asked.steps,
+        bounds=asked.bounds,
+        trials=trials,
+        seed=seed,
+        study_url=study,
+    )
     settings = CalibrationSettings(samples=32, context_length=CONTEXT_LENGTH, fisher_samples=8)
     request.plan(settings.kernel_sizes)
     gguf = smollm2()
@@ -96,10 +122,16 @@ def demo(out: str, pattern: str, scope: str | None, trials: int, seed: int, as_j
         return
     click.echo(describe(result, config, study))
     show_comparison(rows, report, model, str(parsed))
+    again = ""
+    if result.configuration.candidate().steps.needs_text:
+        again = (
+            f"--text {shlex.quote(str(texts['calibration']))} --samples {settings.samples} "
+            f"--context-length {settings.context_length} "
+        )
     kept = bundle_path(folder / "cache", text.bundle_key)
     click.echo(
         f"Next:\n"
         f"  optuna-dashboard {study}\n"
         f"  pho prune {shlex.quote(str(gguf))} --config {shlex.quote(str(config))} "
-        f"--bundle {shlex.quote(str(kept))} --out {shlex.quote(str(folder / 'pruned'))}"
+        f"--bundle {shlex.quote(str(kept))} {again}--out {shlex.quote(str(folder / 'pruned'))}"
     )

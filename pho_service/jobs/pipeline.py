@@ -4,6 +4,7 @@ A candidate applied to a model: score, allocation, permutation, re-pruning, weig
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 from torch import Tensor
 
@@ -82,9 +83,8 @@ def _block_by_block(
     for block in walk(model, windows):
         moments, input_of = block.moments()
         readers: dict[int, list[ScoredLinear]] = {}
-        for name, linear in block.linears.items():
-            planned_name, mask = next(masks)
-            assert planned_name == name
+        for name, mask in islice(masks, len(block.linears)):  # an input is of one block
+            linear = block.linears[name]
             readers.setdefault(input_of[name], []).append(
                 ScoredLinear(
                     name=name,

@@ -5,7 +5,6 @@ The masks of a whole model for one candidate, and a model with them applied.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -91,9 +90,9 @@ def linear_masks(
     """
     Give what goes of one linear after the other, by score, allocation and permutation.
 
-    The scores of the linears that read one input are held at a time. In scope
-    ``global``, and with an allocation, all linears are gone through at once,
-    before anything is given. Permutation ``error`` needs more than statistics and
+    Linears that read one input come together, and their scores are held at a
+    time. In scope ``global``, and with an allocation, all linears are gone
+    through at once, before anything is given. Permutation ``error`` needs more than statistics and
     comes later: see :func:`pho_service.pruning.steps.finish`.
 
     Raises:
@@ -128,9 +127,11 @@ def _linear_masks(
 def readers(
     linears: Mapping[str, PrunableLinear], statistics: Statistics
 ) -> Iterator[tuple[str, ...]]:
-    """The names of the linears in order, neighbours that read one input together."""
-    for _, names in groupby(linears, key=lambda name: statistics.input_of[name]):
-        yield tuple(names)
+    """The names of the linears, those that read one input together, in the order of the first."""
+    together: dict[int, list[str]] = {}
+    for name in linears:
+        together.setdefault(statistics.input_of[name], []).append(name)
+    yield from map(tuple, together.values())
 
 
 def layer_score(

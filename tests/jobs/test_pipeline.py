@@ -1,17 +1,21 @@
 """A candidate applied to a model, block by block where its steps need it."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM
 
 from pho_service.errors import InvalidInput
 from pho_service.jobs.pipeline import prune_model, pruned_model
 from pho_service.jobs.rating import ReportText, rate_pruned
-from pho_service.models.loading import LanguageModel
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
+from pho_service.pruning.statistics import collect_statistics
 from pho_service.pruning.weight_update import inverse_factor, obs_update
 from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
 
@@ -116,3 +120,31 @@ def test_without_a_text(model: LanguageModel, bundle: ProxyBundle) -> None:
     """Steps that need a text say so, with the way out."""
     with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
         next(prune_model(model, bundle.statistics(), OBS, None))
+
+
+def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path) -> None:
+    """Where attention and MLP read one input, all of its readers share one channel order."""
+    config = PhiConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    for file in model_folder.glob("token*"):
+        shutil.copy(file, tmp_path / "phi")
+    model = load_model(str(tmp_path / "phi"), device="cpu")
+    windows = report.windows % 256
+    statistics = collect_statistics(
+        model.model, model.linears, windows, fisher_windows=2, projection_rows=0, seed=0
+    )
+    steps = Steps(permutation="score", repruning="swaps", update="least-squares")
+    candidate = replace(OBS, pattern=Pattern.parse("2:4"), steps=steps)
+    orders = {}
+    for name, mask in prune_model(model, statistics, candidate, windows):
+        orders[name] = mask.order
+        assert mask.order is not None
+        assert bool((mask.keep[:, mask.order].reshape(-1, 4).sum(dim=1) == 2).all()), name
+        assert torch.equal(model.linears[name].weight != 0, mask.keep), name
+    first = "model.layers.0"
+    assert torch.equal(orders[f"{first}.self_attn.q_proj"], orders[f"{first}.mlp.fc1"])
