@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from pho_service.access import Access, check_data_file
-from pho_service.configuration import StepsDocument
+from pho_service.configuration import AllocationDocument
 from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import SearchPlan
@@ -28,6 +28,7 @@ from pho_service.spec import (
     C4_DATASET,
     C4_FILE,
     SEEDS,
+    Allocation,
     CalibrationSettings,
     Objective,
     Pattern,
@@ -187,6 +188,30 @@ class SearchSpaceSpec(_Document):
         return {k: tuple(v) for k, v in self.model_dump().items() if v is not None}
 
 
+class StepsSpec(_Document):
+    """What candidates go through beside the score. What is null is the preset's."""
+
+    allocation: AllocationDocument | None = Field(
+        None, description="How the sparsity is spread; the only one that is searched then."
+    )
+    permutation: Literal["none", "score", "error"] | None = Field(
+        None, description="Of input channels, for N:M."
+    )
+    repruning: Literal["none", "dsnot", "swaps"] | None = Field(
+        None, description="Of a finished mask."
+    )
+    update: Literal["none", "obs", "least-squares", "sparsegpt"] | None = Field(
+        None, description="Of the weights that stay."
+    )
+
+    def given(self) -> dict[str, Any]:
+        """The fields of Steps that are not the preset's."""
+        values = {k: v for k, v in self.model_dump().items() if v is not None}
+        if "allocation" in values:
+            values["allocation"] = Allocation(**values["allocation"])
+        return values
+
+
 def _odd_sizes(value: list[int]) -> list[int]:
     for size in value:
         if size % 2 == 0:
@@ -209,9 +234,7 @@ class JobSpec(_Document):
         description="What is searched, and what candidates go through; steps and search_space "
         "say more.",
     )
-    steps: StepsDocument | None = Field(
-        None, description="Allocation, permutation, re-pruning, weight update; those of the preset."
-    )
+    steps: StepsSpec = StepsSpec()
     name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_printable)] | None = (
         Field(None, description="Of its study; the model and the pattern by default.")
     )
@@ -349,15 +372,9 @@ class JobSpec(_Document):
             _at("confirm/text", access.text, self.confirm.text)
 
 
-def _preset(
-    name: str, pattern: Pattern, steps: StepsDocument | None, space: SearchSpaceSpec
-) -> Preset:
+def _preset(name: str, pattern: Pattern, steps: StepsSpec, space: SearchSpaceSpec) -> Preset:
     """The preset of a job, with its steps and bounds."""
-    given = {}
-    if steps is not None:
-        said = steps.steps()
-        given = {field: getattr(said, field) for field in steps.model_fields_set}
-    return Preset.of(name, pattern).changed(given, space.bounds())
+    return Preset.of(name, pattern).changed(steps.given(), space.bounds())
 
 
 class FieldError(ValueError):

@@ -307,3 +307,44 @@ def test_anything_is_refused_in_order(document: dict[str, Any], field: str, valu
     """Whatever JSON a field holds, the document is taken or refused by a ValidationError."""
     with suppress(ValidationError):
         JobSpec.model_validate({**document, field: value})
+
+
+def test_preset_and_steps() -> None:
+    """A preset's steps stay where nothing else is said, also after the way through a database."""
+    spec = JobSpec.model_validate(
+        {"model": "m", "pattern": "4:8", "preset": "best", "steps": {"repruning": "dsnot"}}
+    )
+    stored = JobSpec.model_validate(spec.model_dump(mode="json"))
+    steps = stored.plan(0).steps
+
+    assert (steps.permutation, steps.repruning, steps.update) == ("score", "dsnot", "least-squares")
+    assert stored.plan(0) == spec.plan(0)
+
+
+def test_allocation_of_a_job() -> None:
+    """An allocation that is named is the only one searched, with its own spread."""
+    steps = {"allocation": {"method": "owl", "unit": "block", "spread": 0.1}}
+    spec = JobSpec.model_validate(
+        {"model": "m", "pattern": "0.5", "preset": "best", "steps": steps}
+    )
+    plan = JobSpec.model_validate(spec.model_dump(mode="json")).plan(0)
+
+    assert plan.space.allocations == ("owl",)
+    assert plan.space.allocation_spread == (0.1, 0.1)
+    assert plan.steps.allocation.unit == "block"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": {"permutation": "score"}}, "changes nothing at 0.5"),
+        ({"steps": {"update": "adam"}}, "'none', 'obs'"),
+        ({"scope": "global", "steps": {"allocation": {"method": "owl"}}}, "both say how much"),
+        ({"preset": "worst"}, "'score', 'crepe'"),
+        ({"search_space": {"allocations": ["fair"]}}, "'uniform', 'owl'"),
+    ],
+)
+def test_steps_refused(changes: dict[str, Any], message: str) -> None:
+    """A step without a meaning is refused when the job is submitted."""
+    with pytest.raises(ValidationError, match=message):
+        JobSpec.model_validate({"model": "m", "pattern": "0.5", **changes})

@@ -160,13 +160,13 @@ def test_prune(search_arguments: list[object], texts: dict[str, Path], tmp_path:
     dense = AutoModelForCausalLM.from_pretrained(model)
     sparse = AutoModelForCausalLM.from_pretrained(folder)
     zeros = 0
-    for name, sparsity in recipe["layers"].items():
+    for name, layer in recipe["layers"].items():
         weight = sparse.get_parameter(f"{name}.weight")
         kept = weight != 0
         zeros += int((~kept).sum())
 
         assert torch.equal(weight[kept], dense.get_parameter(f"{name}.weight")[kept])
-        assert float((~kept).float().mean()) == pytest.approx(sparsity)
+        assert float((~kept).float().mean()) == pytest.approx(layer["sparsity"])
     assert zeros == 18_432 // 2
     assert recipe["sparsity"] == pytest.approx(0.5)
     rated = done(
@@ -209,10 +209,11 @@ def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_pat
     )["rows"]  # fmt: skip
 
     assert [r["method"] for r in rows] == [
-        "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", str(config),
+        "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda",
+        "sparsegpt", str(config),
     ]  # fmt: skip
     assert rows[0]["sparsity"] == 0
-    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * 6)
+    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * 8)
     assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
 
 
@@ -224,7 +225,9 @@ def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
     )["rows"]  # fmt: skip
     by_method = {r["method"]: r for r in rows}
 
-    assert [r["sparsity"] for r in rows[1:]] == [0.5] * 5
+    mixed = by_method.pop("owl-wanda")
+    assert [r["sparsity"] for r in by_method.values()] == [0] + [0.5] * 6
+    assert 0.5 <= mixed["sparsity"] < 0.55  # a mix of 1:4, 2:4 and 3:4
     assert by_method["ria-row"]["perplexity"] == by_method["ria-layer"]["perplexity"]
 
 
