@@ -314,6 +314,16 @@ class Steps:
         """
         return cls(**{**values, "allocation": Allocation(**values.get("allocation", {}))})
 
+    def __str__(self) -> str:
+        """All steps in one line, for people."""
+        spread = (
+            "" if self.allocation.method == "uniform" else f" within {self.allocation.spread:.3f}"
+        )
+        return (
+            f"allocation {self.allocation.method}{spread}, permutation {self.permutation}, "
+            f"re-pruning {self.repruning}, update {self.update}"
+        )
+
     def check_pattern(self, pattern: Pattern) -> None:
         """
         Raises:

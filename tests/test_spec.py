@@ -370,3 +370,13 @@ def test_baselines_go_through_the_steps() -> None:
     assert {b.method: b.steps.allocation.method for b in baselines if "fisher" in b.method} == {
         "fisher": "uniform", "fisher-bounded": "fisher",
     }  # fmt: skip
+
+
+def test_steps_in_words() -> None:
+    """Steps say what they do in one line; the spread only where it has an effect."""
+    steps = Steps(allocation=Allocation(method="owl", spread=0.1), update="obs")
+
+    assert str(steps) == (
+        "allocation owl within 0.100, permutation none, re-pruning none, update obs"
+    )
+    assert "within" not in str(Steps())

@@ -55,7 +55,8 @@ def _asked(spec: JobSpec) -> list[str]:
         f"**Model** `{spec.model}`, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
         "",
         f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} trials"
-        f"{f' in each of {spec.islands} islands' if spec.islands > 1 else ''}, seed {spec.seed}",
+        f"{f' in each of {spec.islands} islands' if spec.islands > 1 else ''}, seed {spec.seed}, "
+        f"preset {spec.preset}",
     ]
 
 
@@ -65,6 +66,8 @@ def _found(configuration: Configuration) -> list[str]:
         f"**Best** method {configuration.method}: row {c.row:.4f}, column {c.column:.4f}, "
         f"neighbourhood {c.neighbourhood:.4f}, kernel {c.kernel_size}, exponents "
         f"{c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} (gradient)",
+        "",
+        f"Steps: {configuration.steps.steps()}",
         "",
         f"{configuration.objective['name']}: {configuration.objective['value']:.6g}",
     ]

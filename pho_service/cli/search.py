@@ -24,7 +24,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern, Steps
+from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern
 
 if TYPE_CHECKING:
     from pho_service.search.request import SearchRequest
@@ -206,16 +206,6 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
     click.echo(describe(result, path, study))
 
 
-def describe_steps(steps: Steps) -> str:
-    """What happens beside the score, in one line."""
-    allocation = steps.allocation
-    spread = "" if allocation.method == "uniform" else f" within {allocation.spread:.3f}"
-    return (
-        f"allocation {allocation.method}{spread}, permutation {steps.permutation}, "
-        f"re-pruning {steps.repruning}, update {steps.update}"
-    )
-
-
 def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
     found = result.configuration
@@ -225,7 +215,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         f"coefficients row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
         f"{c.neighbourhood:.4f}, kernel {c.kernel_size}",
         f"exponents    activation {c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
-        f"steps        {describe_steps(found.steps.steps())}",
+        f"steps        {found.steps.steps()}",
         f"objective    {found.objective['name']} {found.objective['value']:.6g}",
     ]
     if found.confirmation:

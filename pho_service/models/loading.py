@@ -111,7 +111,7 @@ class LanguageModel:
 
     def check_context(self, context_length: int) -> None:
         """Raise InvalidInput if windows are longer than the model can read."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(longest, int) and context_length > longest:
             raise InvalidInput(
                 f"context_length={context_length} is more than {self.name} can read: {longest}. "

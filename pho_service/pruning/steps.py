@@ -22,7 +22,7 @@ from pho_service.pruning.weight_update import (
 )
 from pho_service.spec import Pattern, Steps
 
-_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 % more
+_CG_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 % more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def _updated(
     if steps.update in ("obs", "least-squares"):
         changed = obs_update(weight, keep, factor)
         if steps.update == "least-squares":
-            changed = least_squares_update(weight, keep, gram, start=changed, steps=_STEPS)
+            changed = least_squares_update(weight, keep, gram, start=changed, steps=_CG_STEPS)
         return keep, changed
     if pattern.group:
         changed, keep = sparsegpt(weight, factor, keep=group_keep, group=pattern.group)
