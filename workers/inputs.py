@@ -109,7 +109,7 @@ class Inputs:
         source = self._source(spec.calibration)
         settings = spec.calibration.settings()
         state = _FileState.of(source.path or str(source.dataset))
-        key = (model.weights_sha256, source, settings, state)
+        key = (model.weights_sha256, spec.stream, source, settings, state)
         return self._calibration.get(key, lambda: calibration_text(model, source, settings))
 
     def confirmation_text(self, spec: JobSpec) -> ReportText:

@@ -347,7 +347,7 @@ def test_layer_masks(model: PreTrainedModel, windows: Tensor) -> None:
     candidate = Candidate(method="crepe", coefficients=CREPE, pattern=Pattern.parse("0.5"))
     masks = dict(model_masks(linears, statistics, candidate))
 
-    assert list(masks) == list(linears)
+    assert masks.keys() == linears.keys()
     for name, linear in linears.items():
         assert masks[name].shape == linear.weight.shape
         assert int(masks[name].sum()) * 2 == linear.weight.numel()
@@ -359,7 +359,7 @@ def test_group_masks(model: PreTrainedModel, windows: Tensor) -> None:
     candidate = Candidate(method="crepe", coefficients=CREPE, pattern=Pattern.parse("2:4"))
     masks = dict(model_masks(linears, statistics, candidate))
 
-    assert list(masks) == list(linears)
+    assert masks.keys() == linears.keys()
     for name, linear in linears.items():
         out_features, in_features = linear.weight.shape
         kept = masks[name].view(out_features, in_features // 4, 4).sum(dim=-1)
