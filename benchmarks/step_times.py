@@ -18,7 +18,12 @@ from pho_service.pruning.allocation import LayerView, allocate
 from pho_service.pruning.permutation import PermutedLinear, permute_channels, permute_for_error
 from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask
-from pho_service.pruning.weight_update import inverse_factor, obs_update, sparsegpt
+from pho_service.pruning.weight_update import (
+    inverse_factor,
+    least_squares_update,
+    obs_update,
+    sparsegpt,
+)
 from pho_service.spec import Allocation, Pattern
 from pho_service.versions import versions
 
@@ -76,6 +81,9 @@ def _times(width: int, seed: int) -> dict[str, float]:
         "re-pruning swaps, 2:4": lambda: swap_refine(weight, groups, gram, group=4),
         "inverse": lambda: inverse_factor(gram, layer="random"),
         "update obs": lambda: obs_update(weight, mask, factor),
+        "least squares on top": lambda: least_squares_update(
+            weight, mask, gram, start=weight * mask, steps=10
+        ),
         "update sparsegpt": lambda: sparsegpt(weight, factor, removed=width * width // 2),
         "update sparsegpt, 2:4": lambda: sparsegpt(weight, factor, keep=2, group=4),
     }
