@@ -14,7 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.files import new_file
-from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
+from pho_service.spec import (
+    Allocation,
+    AllocationMethod,
+    AllocationUnit,
+    Candidate,
+    Coefficients,
+    Pattern,
+    Permutation,
+    Repruning,
+    Steps,
+    Update,
+)
 
 FORMAT = "pho-configuration"
 VERSION = 2
@@ -43,8 +54,8 @@ class CoefficientsDocument(_Strict):
 class AllocationDocument(_Strict):
     """How much each linear loses; the same names as :class:`pho_service.spec.Allocation`."""
 
-    method: Literal["uniform", "owl", "fisher", "curves"] = "uniform"
-    unit: Literal["linear", "block"] = "linear"
+    method: AllocationMethod = "uniform"
+    unit: AllocationUnit = "linear"
     spread: float = Field(0.2, ge=0, le=1)
     outlier_ratio: float = Field(5.0, ge=1, le=1e6)
 
@@ -53,9 +64,9 @@ class StepsDocument(_Strict):
     """What happens beside the score; the same names as :class:`pho_service.spec.Steps`."""
 
     allocation: AllocationDocument = AllocationDocument()
-    permutation: Literal["none", "score", "error"] = "none"
-    repruning: Literal["none", "dsnot", "swaps"] = "none"
-    update: Literal["none", "obs", "least-squares", "sparsegpt"] = "none"
+    permutation: Permutation = "none"
+    repruning: Repruning = "none"
+    update: Update = "none"
 
     def steps(self) -> Steps:
         """

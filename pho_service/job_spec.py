@@ -29,9 +29,14 @@ from pho_service.spec import (
     C4_FILE,
     SEEDS,
     Allocation,
+    AllocationMethod,
     CalibrationSettings,
     Objective,
     Pattern,
+    Permutation,
+    PresetName,
+    Repruning,
+    Update,
 )
 
 MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
@@ -157,7 +162,7 @@ class SearchSpaceSpec(_Document):
     activation_exponent: Bounds | None = Field(None, description="Within [0, 4].")
     gradient_exponent: Bounds | None = Field(None, description="Within [0, 2].")
     kernel_sizes: list[KernelSize] | None = Field(None, min_length=1, max_length=20)
-    allocations: list[Literal["uniform", "owl", "fisher", "curves"]] | None = Field(
+    allocations: list[AllocationMethod] | None = Field(
         None, min_length=1, max_length=4, description="Instead of steps.allocation.method."
     )
     allocation_spread: Bounds | None = Field(None, description="Within [0, 1].")
@@ -194,15 +199,9 @@ class StepsSpec(_Document):
     allocation: AllocationDocument | None = Field(
         None, description="How the sparsity is spread; the only one that is searched then."
     )
-    permutation: Literal["none", "score", "error"] | None = Field(
-        None, description="Of input channels, for N:M."
-    )
-    repruning: Literal["none", "dsnot", "swaps"] | None = Field(
-        None, description="Of a finished mask."
-    )
-    update: Literal["none", "obs", "least-squares", "sparsegpt"] | None = Field(
-        None, description="Of the weights that stay."
-    )
+    permutation: Permutation | None = Field(None, description="Of input channels, for N:M.")
+    repruning: Repruning | None = Field(None, description="Of a finished mask.")
+    update: Update | None = Field(None, description="Of the weights that stay.")
 
     def given(self) -> dict[str, Any]:
         """The fields of Steps that are not the preset's."""
@@ -229,7 +228,7 @@ class JobSpec(_Document):
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="Where weights compete; layer by default, row for N:M."
     )
-    preset: Literal["score", "crepe", "crepe-plus", "best"] = Field(
+    preset: PresetName = Field(
         "score",
         description="What is searched, and what candidates go through; steps and search_space "
         "say more.",
@@ -305,14 +304,15 @@ class JobSpec(_Document):
     @field_validator("trials")
     @classmethod
     def _more_than_baselines(cls, value: int, info: ValidationInfo) -> int:
-        if {"pattern", "scope", "preset", "steps", "search_space"} <= info.data.keys():
+        needed = {"pattern", "scope", "preset", "steps", "calibration", "search_space"}
+        if needed <= info.data.keys():
             given = info.data
             pattern = Pattern.parse(given["pattern"], given["scope"])
             preset = _preset(given["preset"], pattern, given["steps"], given["search_space"])
             request = SearchRequest(
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
-            request.plan(SearchSpace(**given["search_space"].bounds()).kernel_sizes)
+            request.plan(tuple(given["calibration"].kernel_sizes))
         return value
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pho_service.errors import InvalidInput
 
@@ -20,14 +20,20 @@ NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
 # How many candidates each sampler gives before it wants to know their values.
 SAMPLERS = {"cmaes": 8, "tpe": 1, "random": 8, "qmc": 8, "gp": 1}
 
-ALLOCATIONS = ("uniform", "owl", "fisher", "curves")
-ALLOCATION_UNITS = ("linear", "block")
-PERMUTATIONS = ("none", "score", "error")
-REPRUNINGS = ("none", "dsnot", "swaps")
-UPDATES = ("none", "obs", "least-squares", "sparsegpt")
+AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
+AllocationUnit = Literal["linear", "block"]
+Permutation = Literal["none", "score", "error"]
+Repruning = Literal["none", "dsnot", "swaps"]
+Update = Literal["none", "obs", "least-squares", "sparsegpt"]
+ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
+ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
+PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
+REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
+UPDATES: tuple[Update, ...] = get_args(Update)
 
 # Searches with a name; pho_service.search.presets says what each is.
-PRESETS = ("score", "crepe", "crepe-plus", "best")
+PresetName = Literal["score", "crepe", "crepe-plus", "best"]
+PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
 OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
 WEIGHTINGS = ("blend", "fisher", "relative", "absolute")

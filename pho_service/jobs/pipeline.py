@@ -89,7 +89,9 @@ def _block_by_block(
                 ScoredLinear(
                     name=name,
                     weight=linear.weight.float(),
-                    score=layer_score(block.linears, statistics, name, candidate.coefficients),
+                    score=layer_score(block.linears, statistics, name, candidate.coefficients)
+                    if candidate.steps.permutation == "error"
+                    else None,
                     fisher=statistics.fisher[name].to(linear.weight.device),
                     mask=mask,
                 )

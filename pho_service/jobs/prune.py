@@ -92,7 +92,8 @@ def prune_job(
             kept[name] = _Kept.of(mask)
     folded = _fold(model, kept)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-    sparsity = {name: float((~kept[name].keep).float().mean()) for name in model.linears}
+    layers = {name: float((~kept[name].keep).float().mean()) for name in model.linears}
+    sparsity = model_sparsity(model.linears, layers)
     recipe = {
         "format": "pho-pruning",
         "version": 2,
@@ -101,10 +102,10 @@ def prune_job(
         "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
         "updated": candidate.steps.update != "none",
         "folded": folded,
-        "sparsity": model_sparsity(model.linears, sparsity),
+        "sparsity": sparsity,
         "layers": {
             name: {
-                "sparsity": sparsity[name],
+                "sparsity": layers[name],
                 "weights_sha256": weight_sha256(linear.weight),
                 "keep": kept[name].group_keep if candidate.pattern.group else None,
                 "group": candidate.pattern.group or None,
@@ -115,7 +116,7 @@ def prune_job(
     }
     masks = ((n, LayerMask(keep=kept[n].keep, order=kept[n].order)) for n in model.linears)
     save_pruned(model, folder, masks, recipe)
-    return Pruned(sparsity=model_sparsity(model.linears, sparsity), layers=sparsity)
+    return Pruned(sparsity=sparsity, layers=layers)
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:

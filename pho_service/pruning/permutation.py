@@ -14,12 +14,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pho_service.pruning.repruning import row_errors
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.selection import nm_mask
 
 _SWAPS = 16  # tried for each pair of groups in a round; all of them up to M = 4
 _CHUNK = 1 << 18  # weights that are looked at at a time: 1 MiB a tensor stays in the cache
-_ROWS = 1024  # output rows of an exact error at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +243,8 @@ def reconstruction_error(linear: PermutedLinear, gram: Tensor, mask: Tensor) -> 
         gram: (in_features, in_features), float32: H = E[x x^T].
         mask: (out_features, in_features), bool, True = kept.
     """
-    total = 0.0
-    for start in range(0, len(mask), _ROWS):
-        rows = slice(start, start + _ROWS)
-        removed = linear.weight[rows].masked_fill(mask[rows], 0)
-        error = ((removed @ gram) * removed).sum(dim=1)
-        total += float(error.double() @ linear.fisher[rows].double())
-    return total
+    errors = row_errors(linear.weight, mask, gram)
+    return float(errors.double() @ linear.fisher.double())
 
 
 @dataclass(frozen=True, kw_only=True)

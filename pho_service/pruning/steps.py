@@ -33,14 +33,14 @@ class ScoredLinear:
     Attributes:
         name: For messages.
         weight: (out_features, in_features), float32, dense.
-        score: Of the same shape.
+        score: Of the same shape; None where no step looks at it.
         fisher: (out_features,), float32.
         mask: What score, allocation and permutation remove.
     """
 
     name: str
     weight: Tensor
-    score: Tensor
+    score: Tensor | None
     fisher: Tensor
     mask: LinearMask
 
@@ -106,14 +106,19 @@ def _permuted(
     linears: list[ScoredLinear], moments: InputMoments, pattern: Pattern
 ) -> list[ScoredLinear]:
     """The same linears with masks of the channel order that makes the least error."""
+    scores = [linear.score for linear in linears if linear.score is not None]
     order = permute_for_error(
-        [PermutedLinear(weight=li.weight, score=li.score, fisher=li.fisher) for li in linears],
+        [
+            PermutedLinear(weight=linear.weight, score=score, fisher=linear.fisher)
+            for linear, score in zip(linears, scores, strict=True)
+        ],
         moments.gram,
         keep=pattern.keep,
         group=pattern.group,
     )
     return [
-        replace(li, mask=mask_of(li.score, pattern, li.mask.group_keep, order)) for li in linears
+        replace(linear, mask=mask_of(score, pattern, linear.mask.group_keep, order))
+        for linear, score in zip(linears, scores, strict=True)
     ]
 
 
