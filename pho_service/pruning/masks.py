@@ -12,7 +12,7 @@ from torch import Tensor
 from pho_service.pruning.allocation import LayerView, allocate
 from pho_service.pruning.permutation import permute_channels, permuted_mask
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.selection import keep_highest, nm_mask, threshold_of
+from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.spec import Candidate, Coefficients, Pattern, Scope
 
@@ -216,10 +216,22 @@ def keep_shared(lines: Tensor, removed: int) -> Tensor:
     Returns:
         (lines, n), bool.
     """
-    each, more = divmod(removed, len(lines))
-    if not more:
-        return keep_highest(lines, each)
-    return torch.cat([keep_highest(lines[:more], each + 1), keep_highest(lines[more:], each)])
+    return keep_highest(lines, over_rows(torch.tensor([removed]), len(lines)))
+
+
+def over_rows(removed: Tensor, rows: int) -> Tensor:
+    """
+    Spread what layers lose over their rows, evenly: the first ones lose the remainder.
+
+    Args:
+        removed: (layers,), int64, weights.
+        rows: Of each layer.
+
+    Returns:
+        (layers * rows,), int64, layer by layer.
+    """
+    each, more = (removed // rows)[:, None], (removed % rows)[:, None]
+    return (each + (torch.arange(rows, device=removed.device) < more)).flatten()
 
 
 def _shares(
@@ -230,9 +242,9 @@ def _shares(
     threshold = threshold_of(lambda: ((score(name), 1.0) for name in linears), total)
     below, tied = [], []
     for name in linears:
-        values = score(name)
-        below.append(int((values < threshold).sum()))
-        tied.append(int((values == threshold).sum()))
+        less, equal = count_below(score(name).reshape(1, -1), threshold)
+        below.append(int(less))
+        tied.append(int(equal))
     removed = share_ties(below, tied, [1.0] * len(below), total)
     return dict(zip(linears, removed, strict=True))
 

@@ -2,7 +2,8 @@
 Which weights stay: exact counts, and ties that fall the same way on every device.
 
 A mask is True where a weight is kept. Among equal scores the lower index
-stays, whatever the device or the number of threads.
+stays, whatever the device or the number of threads. What is written here in
+torch runs on any device; on the CPU compiled kernels mark the same, faster.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,17 +11,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-_HALF = 1 << 16  # a float32 is selected in two digits of 16 bits
+from pho_service.pruning import kernels
+
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 
 
-def keep_highest(score: Tensor, removed: int) -> Tensor:
+def keep_highest(score: Tensor, removed: int | Tensor) -> Tensor:
     """
-    Remove the ``removed`` lowest scores of every line.
+    Remove the lowest scores of every line.
 
     Args:
         score: (lines, n), float32, no NaN. Each line competes for itself.
-        removed: 0 <= removed <= n.
+        removed: How many of each line go, 0 <= removed <= n: one number for
+            all, or (lines,), int64.
 
     Returns:
         (lines, n), bool, exactly ``n - removed`` True in each line.
@@ -28,21 +31,29 @@ def keep_highest(score: Tensor, removed: int) -> Tensor:
     Raises:
         ValueError: ``removed`` out of range.
     """
+    lines, n = score.shape
+    numbers = torch.as_tensor(removed, device=score.device).expand(lines)
+    outside = numbers[(numbers < 0) | (numbers > n)]
+    if len(outside):
+        raise ValueError(f"removed={int(outside[0])} is not in 0..{n}")
+    if score.device.type == "cpu":
+        return kernels.keep_highest(score, numbers)
+    return plain_keep_highest(score, numbers)
+
+
+def plain_keep_highest(score: Tensor, removed: Tensor) -> Tensor:
+    """:func:`keep_highest` in torch alone; ``removed`` is (lines,), int64, in range."""
     n = score.shape[-1]
-    if not 0 <= removed <= n:
-        raise ValueError(f"removed={removed} is not in 0..{n}")
-    if removed in (0, n):
-        return torch.full_like(score, removed == 0, dtype=torch.bool)
-    threshold = score.kthvalue(removed, dim=-1, keepdim=True).values
+    last = (removed - 1).clamp_min(0)[:, None]
+    threshold = score.sort(dim=-1).values.gather(-1, last)  # (lines, 1)
+    threshold = threshold.masked_fill(removed[:, None] == 0, -torch.inf)
     keep = score > threshold
-    excess = n - removed - keep.sum(dim=-1, keepdim=True)  # ties that still may stay
-    if bool(excess.any()):
-        tied = score == threshold
-        keep |= tied & (tied.cumsum(dim=-1) <= excess)
-    return keep
+    spare = (n - removed)[:, None] - keep.sum(dim=-1, keepdim=True)  # ties that still may stay
+    tied = score == threshold
+    return keep | (tied & (tied.cumsum(dim=-1) <= spare))
 
 
-def nm_mask(score: Tensor, *, keep: int, group: int) -> Tensor:
+def nm_mask(score: Tensor, *, keep: int | Tensor, group: int) -> Tensor:
     """
     Mark the weights that an N:M pattern keeps ("2:4" is ``keep=2, group=4``).
 
@@ -52,7 +63,8 @@ def nm_mask(score: Tensor, *, keep: int, group: int) -> Tensor:
     Args:
         score: (..., in_features), float32, no NaN. Only the order inside a
             run counts.
-        keep: N, weights kept per run. 1 <= keep < group.
+        keep: N, weights kept per run, 1 <= keep < group: one number for all,
+            or int64 in the shape of ``score`` without its last dimension.
         group: M, length of a run. Divides in_features.
 
     Returns:
@@ -67,20 +79,34 @@ def nm_mask(score: Tensor, *, keep: int, group: int) -> Tensor:
         the *pruned* weights: its 1-of-4 is ``keep=3`` here.
     """
     in_features = score.shape[-1]
-    if not 1 <= keep < group:
-        raise ValueError(f"keep={keep}, group={group}: 1 <= keep < group must hold")
+    numbers = torch.as_tensor(keep, device=score.device)
+    outside = numbers[(numbers < 1) | (numbers >= group)]
+    if len(outside.reshape(-1)):
+        raise ValueError(
+            f"keep={int(outside.reshape(-1)[0])}, group={group}: 1 <= keep < group must hold"
+        )
     if in_features % group:
         raise ValueError(f"in_features={in_features} is not a multiple of M={group}")
-    runs = score.reshape(*score.shape[:-1], in_features // group, group)
+    lines = score.reshape(-1, in_features)
+    numbers = numbers.expand(score.shape[:-1]).reshape(-1)
+    mask = kernels.nm_mask if score.device.type == "cpu" else plain_nm_mask
+    return mask(lines, numbers, group).view(score.shape)
+
+
+def plain_nm_mask(score: Tensor, keep: Tensor, group: int) -> Tensor:
+    """:func:`nm_mask` in torch alone, of (lines, in_features) and (lines,), int64, in range."""
+    runs = score.view(len(score), -1, group)
     beaten_by = torch.zeros_like(runs, dtype=torch.int8)
     for i in range(group):
         rival = runs[..., i : i + 1]
         beaten_by[..., :i] += rival > runs[..., :i]
         beaten_by[..., i + 1 :] += rival >= runs[..., i + 1 :]  # on a tie the lower index wins
-    return (beaten_by < keep).reshape(score.shape)
+    return (beaten_by < keep[:, None, None]).view(score.shape)
 
 
-def threshold_of(scores: Callable[[], Iterable[tuple[Tensor, float]]], removed: float) -> float:
+def threshold_of(
+    scores: Callable[[], Iterable[tuple[Tensor, float | Tensor]]], removed: float
+) -> float:
     """
     Find the score below which ``removed`` weights lie, without holding all scores at once.
 
@@ -90,7 +116,8 @@ def threshold_of(scores: Callable[[], Iterable[tuple[Tensor, float]]], removed: 
     Args:
         scores: Gives, each time that it is called, the same (values, weight)
             pairs: values float32 >= 0 of any shape; weight is how many weights
-            of the model each value stands for.
+            of the model each value stands for. If values differ in that,
+            values are (lines, n) and weight is (lines,), float64.
         removed: How many weights lie at or below the threshold, >= 0.
 
     Returns:
@@ -99,26 +126,70 @@ def threshold_of(scores: Callable[[], Iterable[tuple[Tensor, float]]], removed: 
     """
     if removed <= 0:
         return 0.0
-    high, below = _digit(scores, removed, lambda bits: bits >> 16)
-    low, _ = _digit(
-        scores, removed - below,
-        lambda bits: (bits & (_HALF - 1))[(bits >> 16) == high],
-    )  # fmt: skip
+    high, below = _digit(scores, removed, shift=16, prefix=0)
+    low, _ = _digit(scores, removed - below, shift=0, prefix=high)
     bits = torch.tensor((high << 16) | low, dtype=torch.int32)
     return float(bits.view(torch.float32))
 
 
 def _digit(
-    scores: Callable[[], Iterable[tuple[Tensor, float]]],
+    scores: Callable[[], Iterable[tuple[Tensor, float | Tensor]]],
     removed: float,
-    digit: Callable[[Tensor], Tensor],
+    *,
+    shift: int,
+    prefix: int,
 ) -> tuple[int, float]:
     """The digit in which the count reaches ``removed``, and the count below it."""
-    counts = torch.zeros(_HALF, dtype=torch.float64)
+    counts = torch.zeros(1 << 16, dtype=torch.float64)
     for values, weight in scores():
-        digits = digit(values.reshape(-1).view(torch.int32))
-        counts += torch.bincount(digits, minlength=_HALF).cpu().double() * weight
+        add_digits(values, weight, shift=shift, width=16, prefix=prefix, counts=counts)
     reached = counts.cumsum(dim=0)
     last = int(counts.nonzero()[-1])
     found = min(int((reached < removed - _ROUNDING).sum()), last)
     return found, float(reached[found] - counts[found])
+
+
+def add_digits(
+    values: Tensor, weight: float | Tensor, *, shift: int, width: int, prefix: int, counts: Tensor
+) -> None:
+    """
+    Add up weights by a digit of each value's bits: one pass of a radix selection.
+
+    Args:
+        values: float32 >= 0, of any shape, or (lines, n).
+        weight: Of each value, or (lines,), float64, of those of each line.
+        shift: Bits below the digit.
+        width: Bits of the digit.
+        prefix: What the bits above it must be for a value to count.
+        counts: (2**width,), float64, on the CPU; is added to.
+    """
+    weights = torch.as_tensor(weight, dtype=torch.float64).reshape(-1)
+    add = kernels.add_digits if values.device.type == "cpu" else plain_add_digits
+    add(values.reshape(len(weights), -1), weights, shift, width, prefix, counts)
+
+
+def plain_add_digits(
+    values: Tensor, weights: Tensor, shift: int, width: int, prefix: int, counts: Tensor
+) -> None:
+    """:func:`add_digits` in torch alone, of (lines, n) and (lines,)."""
+    digits = values.view(torch.int32) >> shift  # (lines, n)
+    inside = digits >> width == prefix
+    weight = weights.to(values.device)[:, None].expand(values.shape)[inside]
+    bins = 1 << width
+    counts += torch.bincount(digits[inside] & (bins - 1), weights=weight, minlength=bins).cpu()
+
+
+def count_below(score: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """
+    Count the scores of each line that are below a threshold, and those that equal it.
+
+    Args:
+        score: (lines, n), float32.
+        threshold: A float32 value.
+
+    Returns:
+        Two of (lines,), int64, on the CPU.
+    """
+    if score.device.type == "cpu":
+        return kernels.count_below(score, threshold)
+    return (score < threshold).sum(dim=1).cpu(), (score == threshold).sum(dim=1).cpu()

@@ -1,0 +1,130 @@
+"""The compiled selections of the CPU mark what the plain torch versions mark."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pho_service.pruning import kernels
+from pho_service.pruning.selection import (
+    count_below,
+    keep_highest,
+    plain_add_digits,
+    plain_keep_highest,
+    plain_nm_mask,
+)
+
+GENERATOR = torch.Generator()
+
+
+def drawn(kind: str, lines: int, n: int) -> Tensor:
+    """Scores of a kind that is hard to select from."""
+    generator = GENERATOR.manual_seed(n)
+    normal = torch.randn(lines, n, generator=generator)
+    return {
+        "normal": normal,
+        "positive": normal.abs(),
+        "ties": normal.abs().mul(2).round(),
+        "wide": (normal * 20).exp(),
+        "close": 1 + normal.abs() * 1e-6,
+        "tiny": normal.abs() * 1e-42,
+        "mostly zero": normal.abs() * (torch.rand(lines, n, generator=generator) < 0.1),
+        "outliers": torch.where(normal.abs() > 2.5, 1e30, normal.abs() * 1e-30),
+        "signed zeros": torch.where(normal > 1, normal, torch.copysign(torch.zeros(()), normal)),
+        "infinite": torch.where(normal > 1.5, torch.inf, normal),
+    }[kind]
+
+
+KINDS = (
+    "normal", "positive", "ties", "wide", "close", "tiny", "mostly zero", "outliers",
+    "signed zeros", "infinite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 23, 24, 25, 576, 5000, 40_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_highest(kind: str, n: int) -> None:
+    """Each line keeps its own number of scores, the same ones as by sorting."""
+    score = drawn(kind, 7, n)
+    removed = torch.tensor([0, 1, n // 3, n // 2, n - 1, n, n]).clamp(0, n)
+
+    assert torch.equal(kernels.keep_highest(score, removed), plain_keep_highest(score, removed))
+
+
+@pytest.mark.parametrize("group", [2, 4, 7, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nm_mask(kind: str, group: int) -> None:
+    """Each line keeps its own N of M, the same ones as by counting rivals."""
+    score = drawn(kind, 5, 12 * group)
+    keep = torch.tensor([1, group - 1, group // 2, 1, 1]).clamp(1, group - 1)
+
+    assert torch.equal(kernels.nm_mask(score, keep, group), plain_nm_mask(score, keep, group))
+
+
+@pytest.mark.parametrize(("shift", "width", "prefix"), [(16, 16, 0), (0, 16, 16256), (22, 11, 0)])
+def test_add_digits(shift: int, width: int, prefix: int) -> None:
+    """Weights are added up by digit as ``bincount`` adds them."""
+    score = drawn("positive", 6, 3000)
+    weights = torch.rand(6, generator=GENERATOR, dtype=torch.float64)
+    ours, plain = (torch.zeros(1 << width, dtype=torch.float64) for _ in range(2))
+    kernels.add_digits(score, weights, shift, width, prefix, ours)
+    plain_add_digits(score, weights, shift, width, prefix, plain)
+
+    assert float(plain.sum()) > 0
+    assert torch.allclose(ours, plain, rtol=1e-12)
+
+
+def test_count_below() -> None:
+    """Scores below a threshold and equal to it are counted line by line."""
+    score = drawn("ties", 9, 700)
+    below, tied = count_below(score, 2.0)
+
+    assert below.tolist() == (score < 2).sum(dim=1).tolist()
+    assert tied.tolist() == (score == 2).sum(dim=1).tolist()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Three threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_do_not_matter() -> None:
+    """Lines that several threads share out are marked as by one."""
+    score = drawn("ties", 50, 3000)
+    removed = torch.arange(50) * 60
+
+    assert torch.equal(keep_highest(score, removed), plain_keep_highest(score, removed))
+
+
+def test_not_contiguous() -> None:
+    """A transposed score, as GPT-2's, is marked in its own order."""
+    score = drawn("ties", 40, 30).T
+
+    assert torch.equal(
+        keep_highest(score, 11), plain_keep_highest(score.contiguous(), torch.full((30,), 11))
+    )
+
+
+def test_no_place_for_machine_code() -> None:
+    """Where machine code cannot be kept, selections are compiled anew in each process."""
+    script = (
+        "import numba.core.caching as c\n"
+        "def refuse(*_): raise RuntimeError('no locator available')\n"
+        "c.FunctionCache.__init__ = refuse\n"
+        "import torch\n"
+        "from pho_service.pruning.selection import keep_highest\n"
+        "print(keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), 1).tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip() == "[[False, True, True]]"
