@@ -2,25 +2,26 @@
 Rate candidates on a proxy bundle: by how much does pruning change each linear's output?
 
 For a candidate with mask M, D = W * ~M is what goes, and D H D^T the error of
-a row. Linears of one shape are stacked and rated together. Score and
-allocation are rated; permutation, re-pruning and weight updates need all rows
-of a linear, so candidates are compared as they are before those steps.
+a row. Score and allocation are rated; permutation, re-pruning and weight
+updates need all rows of a linear, so candidates are compared as they are
+before those steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import BundleError, NumericalError
+from pho_service.errors import NumericalError
 from pho_service.pruning.allocation import LayerView, allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.masks import line_mask, mask_of, plain_score, share_ties
-from pho_service.pruning.scores import TINY, gini, importance
-from pho_service.pruning.selection import threshold_of
-from pho_service.spec import Candidate, Coefficients, Scope
+from pho_service.pruning.masks import over_rows, plain_score, share_ties
+from pho_service.pruning.scores import TINY, gini
+from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
+from pho_service.pruning.stacks import Stack, stack_bundle
+from pho_service.spec import Candidate, Pattern, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,32 +52,13 @@ class ProxyRating:
     error_by_kind: dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stack:
-    """Layers of one shape, stacked: L layers, R sampled rows, n input channels."""
-
-    layers: list[LayerSample]
-    positions: list[int]  # of the layers in the bundle
-    rows: Tensor  # (L, R, n)
-    magnitude: Tensor  # (L, R, n)
-    row_mean: Tensor  # (L, R, 1)
-    column_mean: Tensor  # (L, 1, n)
-    window_means: dict[int, Tensor]  # each (L, R, n)
-    activation_norm: Tensor  # (L, 1, n)
-    fisher: Tensor  # (L, R, 1), of the sampled rows
-    row_energy: Tensor  # (L, R, 1): W H W^T of the sampled rows
-    roots: Tensor  # (inputs, rows of the root, n)
-    root_of: Tensor  # (L,), int64, index into roots
-
-    @property
-    def weights_per_value(self) -> float:
-        """How many weights of a layer each sampled one stands for."""
-        return self.layers[0].out_features / self.rows.shape[1]
-
-
 class ProxyEvaluator:
     """
-    Rates candidates on one bundle, in memory, on one device.
+    Rates candidates on one bundle, in memory, on one device; in one thread at a time.
+
+    Candidates are rated one after the other, each with all linears at once. So
+    a rating has the same bits in whatever company a candidate is rated, and a
+    search that was interrupted goes on with the same numbers.
 
     Args:
         bundle: What to rate on.
@@ -86,45 +68,12 @@ class ProxyEvaluator:
     def __init__(self, bundle: ProxyBundle, device: torch.device | str = "cpu") -> None:
         self.bundle = bundle
         self.device = torch.device(device)
-        shapes: dict[tuple[int, int, int], list[int]] = {}
-        for position, layer in enumerate(bundle.layers):
-            shape = (layer.out_features, *layer.rows.shape)
-            shapes.setdefault(shape, []).append(position)
-        self._stacks = [self._stack(positions) for positions in shapes.values()]
+        self.stacks = stack_bundle(bundle, self.device)
+        self._positions = torch.cat([stack.positions for stack in self.stacks])
+        views = [_view(bundle, layer) for layer in bundle.layers]
         # A search often asks for an allocation that it has asked for before.
         self._allocate = lru_cache(maxsize=256)(
-            lambda pattern, allocation: allocate(self._views, pattern, allocation)
-        )
-
-    def _stack(self, positions: list[int]) -> _Stack:
-        layers = [self.bundle.layers[p] for p in positions]
-        used = sorted({layer.input_index for layer in layers})
-        inputs = [self.bundle.inputs[i] for i in used]
-
-        def stacked(tensors: list[Tensor]) -> Tensor:
-            return torch.stack(tensors).to(self.device)
-
-        rows = stacked([layer.rows for layer in layers])
-        roots = stacked([entry.root for entry in inputs])
-        root_of = torch.tensor([used.index(layer.input_index) for layer in layers]).to(self.device)
-        return _Stack(
-            layers=layers,
-            positions=positions,
-            rows=rows,
-            magnitude=rows.abs(),
-            row_mean=stacked([layer.row_mean for layer in layers])[:, :, None],
-            column_mean=stacked([layer.column_mean for layer in layers])[:, None, :],
-            window_means={
-                k: stacked([layer.window_means[k] for layer in layers])
-                for k in self.bundle.kernel_sizes
-            },
-            activation_norm=stacked(
-                [self.bundle.inputs[layer.input_index].activation_norm for layer in layers]
-            )[:, None, :],
-            fisher=stacked([layer.fisher[layer.row_index] for layer in layers])[:, :, None],
-            row_energy=_row_errors(rows, roots[root_of]),
-            roots=roots,
-            root_of=root_of,
+            lambda pattern, allocation: allocate(lambda: views, pattern, allocation)
         )
 
     def evaluate(
@@ -142,7 +91,7 @@ class ProxyEvaluator:
             InvalidInput: N:M does not divide an input width.
             NumericalError: A rating is NaN or infinite; names the layer.
         """
-        return [self._rate(candidate, with_gini) for candidate in candidates]
+        return [self._summary(self._sums(c, with_gini), with_gini) for c in candidates]
 
     def layer_errors(self, candidate: Candidate) -> dict[str, float]:
         """
@@ -156,61 +105,58 @@ class ProxyEvaluator:
             zip((la.name for la in self.bundle.layers), self._relative(absolute), strict=True)
         )
 
-    def _rate(self, candidate: Candidate, with_gini: bool) -> ProxyRating:
-        return self._summary(self._sums(candidate, with_gini), with_gini)
-
     def _sums(self, candidate: Candidate, with_gini: bool) -> "_Sums":
         shares = self._shares(candidate)
-        sums = _Sums(*(torch.zeros(len(self.bundle.layers)) for _ in range(4)))
-        for stack in self._stacks:
-            score = self._score(stack, candidate.coefficients)
-            keep = self._keep(stack, score, candidate, shares)
-            gone = stack.rows.masked_fill(keep, 0)  # (L, R, n)
-            error = _row_errors(gone, stack.roots[stack.root_of])  # (L, R, 1)
-            loss = error * stack.fisher
-            relative = (error / stack.row_energy.clamp_min(TINY)).sqrt()
-            scale = stack.weights_per_value
-            sums.absolute[stack.positions] = error.sum(dim=(1, 2)).cpu() * scale
-            sums.fisher[stack.positions] = loss.sum(dim=(1, 2)).cpu() * scale
-            sums.blend[stack.positions] = (loss * relative).sum(dim=(1, 2)).cpu() * scale
-            if with_gini:
-                sums.gini[stack.positions] = gini((score * keep).flatten(start_dim=1)).cpu()
+        found = [
+            self._rate(stack, candidate, shares, with_gini).flatten(start_dim=1).T
+            for stack in self.stacks
+        ]  # (I * L, 5) each
+        sums = _Sums(*self._by_position(found).T.cpu())
+        self._require_finite(sums.highest, "a score of a candidate")
         return sums
+
+    def _rate(
+        self, stack: Stack, candidate: Candidate, shares: Tensor | None, with_gini: bool
+    ) -> Tensor:
+        """(5, I, L), float64: what :class:`_Sums` has of each linear of a stack."""
+        candidate.pattern.check_width(stack.rows.shape[-1], stack.layers[0].name)
+        score = stack.importance(candidate.coefficients, out=stack.score)
+        keep = _keep(stack, score, candidate.pattern, shares)
+        highest = score.amax(dim=(2, 3))  # NaN if any score is
+        inequality = (
+            gini((score * keep).flatten(start_dim=2)) if with_gini else torch.zeros_like(highest)
+        )
+        error = stack.row_errors(keep)  # (I, L, R, 1)
+        loss = error * stack.fisher
+        blend = loss * (error / stack.row_energy).sqrt()
+        scale = stack.weights_per_value.view_as(highest)
+        sums = [rows.sum(dim=(2, 3)) * scale for rows in (loss, error, blend)]
+        return torch.stack([highest, inequality, *sums])
+
+    def _by_position(self, values: Sequence[Tensor]) -> Tensor:
+        """What stacks have of each linear, (I * L, ...), in the order of the bundle."""
+        found = torch.cat(list(values))
+        ordered = torch.empty_like(found)
+        ordered[self._positions] = found
+        return ordered
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            name = self.bundle.layers[int((~finite).nonzero()[0])].name
+            raise NumericalError(f"{name}: {what} is NaN or infinite.", layer=name)
 
     def _relative(self, absolute: Tensor) -> list[float]:
         energy = torch.tensor([layer.output_energy for layer in self.bundle.layers])
         values: list[float] = (absolute / energy.clamp_min(TINY)).tolist()
         return values
 
-    def _score(self, stack: _Stack, coefficients: Coefficients) -> Tensor:
-        k = coefficients.kernel_size
-        needs_window = coefficients.neighbourhood and coefficients.normalisation != "none"
-        if needs_window and k not in stack.window_means:
-            raise BundleError(
-                f"the bundle has no window means for kernel size {k}, only for "
-                f"{', '.join(map(str, stack.window_means))}. Calibrate again with --kernel-sizes."
-            )
-        score = importance(
-            stack.magnitude,
-            row_mean=stack.row_mean,
-            column_mean=stack.column_mean,
-            window_mean=stack.window_means[k] if needs_window else None,
-            activation_norm=stack.activation_norm,
-            fisher=stack.fisher,
-            out_features=stack.layers[0].out_features,
-            coefficients=coefficients,
-        )
-        finite = torch.isfinite(score).flatten(start_dim=1).all(dim=1)
-        if not bool(finite.all()):
-            name = stack.layers[int((~finite).nonzero()[0])].name
-            raise NumericalError(f"{name}: a score of a candidate is NaN or infinite.", layer=name)
-        return score
-
-    def _shares(self, candidate: Candidate) -> list[int] | None:
+    def _shares(self, candidate: Candidate) -> Tensor | None:
         """
         What each layer of the bundle loses, if the pattern does not say it already.
 
-        Sampled weights to remove; for N:M the N of each layer.
+        Returns:
+            (layers,), int64: sampled weights to remove; for N:M the N of each layer.
         """
         pattern, allocation = candidate.pattern, candidate.steps.allocation
         if pattern.scope is Scope.GLOBAL:
@@ -219,69 +165,40 @@ class ProxyEvaluator:
             return None
         shares = self._allocate(pattern, allocation)
         if pattern.group:
-            return [shares[layer.name] for layer in self.bundle.layers]
-        return [
-            round(shares[layer.name] * len(layer.rows) / layer.out_features)
-            for layer in self.bundle.layers
-        ]
-
-    def _views(self) -> Iterator[LayerView]:
-        for layer in self.bundle.layers:
-            entry = self.bundle.inputs[layer.input_index]
-            yield LayerView(
-                name=layer.name,
-                out_features=layer.out_features,
-                rows=layer.rows,
-                activation_norm=entry.activation_norm,
-                fisher=layer.fisher[layer.row_index],
-                root=entry.root,
-            )
-
-    def _global(self, candidate: Candidate) -> list[int]:
-        pattern = candidate.pattern
-        plain = plain_score(candidate.coefficients.gradient_exponent)
-        scores = [self._score(stack, plain) for stack in self._stacks]
-
-        def weighted() -> Iterator[tuple[Tensor, float]]:
-            for stack, score in zip(self._stacks, scores, strict=True):
-                yield score, stack.weights_per_value
-
-        threshold = threshold_of(weighted, pattern.removed(self.bundle.weights))
-        count = len(self.bundle.layers)
-        below, tied, weights = [0] * count, [0] * count, [1.0] * count
-        for stack, score in zip(self._stacks, scores, strict=True):
-            under = (score < threshold).sum(dim=(1, 2)).tolist()
-            equal = (score == threshold).sum(dim=(1, 2)).tolist()
-            for i, position in enumerate(stack.positions):
-                below[position], tied[position] = under[i], equal[i]
-                weights[position] = stack.weights_per_value
-        return share_ties(below, tied, weights, pattern.removed(self.bundle.weights))
-
-    def _keep(
-        self, stack: _Stack, score: Tensor, candidate: Candidate, shares: list[int] | None
-    ) -> Tensor:
-        """(L, R, n), bool."""
-        for layer in stack.layers:
-            candidate.pattern.check_width(layer.in_features, layer.name)
-        if shares is None:
-            lines = score if candidate.pattern.scope is Scope.ROW else score.flatten(start_dim=1)
-            return line_mask(lines, candidate.pattern).view_as(score)
-        return torch.stack(
+            return torch.tensor([shares[layer.name] for layer in self.bundle.layers])
+        return torch.tensor(
             [
-                mask_of(layer_score, candidate.pattern, shares[position], None).keep
-                for layer_score, position in zip(score, stack.positions, strict=True)
+                round(shares[layer.name] * len(layer.rows) / layer.out_features)
+                for layer in self.bundle.layers
             ]
         )
+
+    def _global(self, candidate: Candidate) -> Tensor:
+        """What each layer loses under one threshold on the plain score."""
+        plain = plain_score(candidate.coefficients.gradient_exponent)
+        scores = [
+            stack.importance(plain, out=stack.gone).flatten(0, 1).flatten(1)
+            for stack in self.stacks
+        ]  # (I * L, R * n) each
+        weights = [stack.weights_per_value for stack in self.stacks]
+        highest = self._by_position([score.amax(dim=1).cpu() for score in scores])
+        self._require_finite(highest, "a score of a candidate")
+        total = candidate.pattern.removed(self.bundle.weights)
+        threshold = threshold_of(lambda: zip(scores, weights, strict=True), total)
+        below, tied = zip(*(count_below(score, threshold) for score in scores), strict=True)
+        removed = share_ties(
+            self._by_position(below).tolist(),
+            self._by_position(tied).tolist(),
+            self._by_position(weights).tolist(),
+            total,
+        )
+        return torch.tensor(removed)
 
     def _summary(self, sums: "_Sums", with_gini: bool) -> ProxyRating:
         layers = self.bundle.layers
         fisher, absolute, blend = sums.fisher, sums.absolute, sums.blend
-        finite = torch.isfinite(fisher) & torch.isfinite(absolute) & torch.isfinite(blend)
-        if not bool(finite.all()):
-            name = layers[int((~finite).nonzero()[0])].name
-            raise NumericalError(
-                f"{name}: the proxy's error is NaN or infinite for a candidate.", layer=name
-            )
+        highest = torch.stack([fisher, absolute, blend]).amax(dim=0)
+        self._require_finite(highest, "the proxy's error of a candidate")
         relative = self._relative(absolute)
         by_kind: dict[str, list[float]] = {}
         for layer, value in zip(layers, relative, strict=True):
@@ -304,12 +221,37 @@ class ProxyEvaluator:
 class _Sums:
     """What a candidate does to each layer, in the order of the bundle: each (layers,)."""
 
+    highest: Tensor  # score
+    gini: Tensor
     fisher: Tensor
     absolute: Tensor
     blend: Tensor
-    gini: Tensor
 
 
-def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
-    """D H D^T of each row: (L, R, n) rows and (L, m, n) roots of H give (L, R, 1)."""
-    return torch.bmm(rows, roots.transpose(1, 2)).square().sum(dim=-1, keepdim=True)
+def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
+    entry = bundle.inputs[layer.input_index]
+    return LayerView(
+        name=layer.name,
+        out_features=layer.out_features,
+        rows=layer.rows,
+        activation_norm=entry.activation_norm,
+        fisher=layer.fisher[layer.row_index],
+        root=entry.root,
+    )
+
+
+def _keep(stack: Stack, score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
+    """(I, L, R, n), bool."""
+    rows, n = score.shape[2:]
+    mine = None if shares is None else shares[stack.positions].to(score.device)
+    if pattern.group:
+        kept = pattern.keep if mine is None else mine.view(*score.shape[:2], 1)
+        return nm_mask(score, keep=kept, group=pattern.group)
+    removed: int | Tensor
+    if pattern.scope is Scope.ROW:
+        lines = score.view(-1, n)
+        removed = pattern.removed(n) if mine is None else over_rows(mine, rows)
+    else:
+        lines = score.view(-1, rows * n)
+        removed = pattern.removed(rows * n) if mine is None else mine
+    return keep_highest(lines, removed).view(score.shape)

@@ -13,6 +13,7 @@ from pho_service.errors import NumericalError
 from pho_service.spec import Coefficients
 
 TINY = 1e-30  # smallest denominator: a row of zeros scores 0, not NaN
+_ONE = torch.ones(())
 
 
 def window_mean(magnitude: Tensor, kernel_size: int) -> Tensor:
@@ -75,8 +76,9 @@ def importance(
     window_mean: Tensor | None,  # (..., rows, in_features); None if its coefficient is 0
     activation_norm: Tensor,  # (..., 1, in_features)
     fisher: Tensor | None,  # (..., rows, 1); None if its exponent is 0
-    out_features: int,
+    out_features: int | Tensor,  # (..., 1, 1) if the layers differ
     coefficients: Coefficients,
+    out: Tensor | None = None,
 ) -> Tensor:
     """
     Score weights: the higher, the more a weight matters.
@@ -86,12 +88,13 @@ def importance(
             layers of one shape.
         row_mean: Mean of |W| over the input channels of each row.
         column_mean: Mean of |W| over *all* output rows of the layer.
-        window_mean: What :func:`window_mean` gives for these rows.
+        window_mean: What :func:`window_mean` gives for these rows, at least :data:`TINY`.
         activation_norm: Square root of the mean over sequences of the squares
             summed over tokens, per input channel.
         fisher: E[(dL/dy)^2] of each output row.
         out_features: Output rows of the whole layer (the length of a column).
         coefficients: How much each part counts.
+        out: Where the scores are written, if given.
 
     Returns:
         (..., rows, in_features), float32. A dead input channel
@@ -103,13 +106,13 @@ def importance(
         term and the means are our form of CRePE (arXiv:2606.01544).
     """
     c = coefficients
-    score = _relative(magnitude, row_mean, column_mean, window_mean, out_features, c)
+    score = _relative(magnitude, row_mean, column_mean, window_mean, out_features, c, out)
     if c.activation_exponent:
-        score = score * activation_norm**c.activation_exponent
+        score.mul_(activation_norm**c.activation_exponent)
     if c.gradient_exponent:
         if fisher is None:
             raise ValueError("a gradient exponent needs Fisher row weights")
-        score = score * fisher**c.gradient_exponent
+        score.mul_(fisher**c.gradient_exponent)
     return score
 
 
@@ -118,22 +121,25 @@ def _relative(
     row_mean: Tensor,
     column_mean: Tensor,
     window_mean: Tensor | None,
-    out_features: int,
+    out_features: int | Tensor,
     c: Coefficients,
+    out: Tensor | None,
 ) -> Tensor:
-    """The weight term R of the score."""
+    """The weight term R of the score, in memory of its own or in ``out``."""
     if c.normalisation == "none":
-        return magnitude * (c.row + c.column + c.neighbourhood)
+        return torch.mul(magnitude, c.row + c.column + c.neighbourhood, out=out)
     row_unit, column_unit = row_mean, column_mean
     if c.normalisation == "sum":
         row_unit = row_mean * magnitude.shape[-1]
         column_unit = column_mean * out_features
-    inverse = c.row / row_unit.clamp_min(TINY) + c.column / column_unit.clamp_min(TINY)
+    inverse = torch.add(
+        c.row / row_unit.clamp_min(TINY), c.column / column_unit.clamp_min(TINY), out=out
+    )  # (..., rows, in_features)
     if c.neighbourhood:
         if window_mean is None:
             raise ValueError("a neighbourhood coefficient needs window means")
-        inverse = inverse + c.neighbourhood / window_mean.clamp_min(TINY)
-    return magnitude * inverse
+        inverse.addcdiv_(_ONE.to(inverse.device), window_mean, value=c.neighbourhood)
+    return inverse.mul_(magnitude)
 
 
 def layer_importance(
@@ -166,7 +172,9 @@ def layer_importance(
         magnitude,
         row_mean=magnitude.mean(dim=1, keepdim=True),
         column_mean=magnitude.mean(dim=0, keepdim=True),
-        window_mean=window_mean(magnitude, coefficients.kernel_size) if needs_window else None,
+        window_mean=window_mean(magnitude, coefficients.kernel_size).clamp_min_(TINY)
+        if needs_window
+        else None,
         activation_norm=activation_norm.to(weight.device),
         fisher=None if fisher is None else fisher.to(weight.device)[:, None],
         out_features=weight.shape[0],

@@ -1,0 +1,150 @@
+"""
+The sampled linears of a bundle, stacked so that many of them are rated at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pho_service.errors import BundleError
+from pho_service.pruning.bundle import LayerSample, ProxyBundle
+from pho_service.pruning.scores import TINY, importance
+from pho_service.spec import Coefficients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """
+    I inputs of n channels, each read by L linears with R sampled rows.
+
+    Linears that read one input are multiplied with its root together, and
+    nothing of a root's size is copied for a candidate. ``score`` and ``gone``
+    are overwritten by every candidate: memory that is asked for anew costs
+    more than what is done in it.
+    """
+
+    layers: list[LayerSample]  # those that read one input next to each other
+    positions: Tensor  # (I * L,), int64, of the layers in the bundle
+    rows: Tensor  # (I, L, R, n)
+    magnitude: Tensor  # (I, L, R, n)
+    row_mean: Tensor  # (I, L, R, 1)
+    column_mean: Tensor  # (I, L, 1, n)
+    window_means: dict[int, Tensor]  # each (I, L, R, n)
+    activation_norm: Tensor  # (I, 1, 1, n)
+    fisher: Tensor  # (I, L, R, 1), of the sampled rows
+    row_energy: Tensor  # (I, L, R, 1): W H W^T, a row's error if all of it goes; >= TINY
+    out_features: Tensor  # (I, L, 1, 1)
+    weights_per_value: Tensor  # (I * L,), float64: weights that each sampled one stands for
+    roots: Tensor  # (I, rows of the root, n)
+    score: Tensor  # (I, L, R, n)
+    gone: Tensor  # (I, L, R, n)
+
+    def importance(self, coefficients: Coefficients, out: Tensor) -> Tensor:
+        """
+        Score all weights of the stack.
+
+        Args:
+            coefficients: How much each part counts.
+            out: (I, L, R, n), is written and given back.
+
+        Raises:
+            BundleError: There are no window means for the kernel size.
+        """
+        k = coefficients.kernel_size
+        needs_window = coefficients.neighbourhood and coefficients.normalisation != "none"
+        if needs_window and k not in self.window_means:
+            raise BundleError(
+                f"the bundle has no window means for kernel size {k}, only for "
+                f"{', '.join(map(str, self.window_means))}. Calibrate again with --kernel-sizes."
+            )
+        return importance(
+            self.magnitude,
+            row_mean=self.row_mean,
+            column_mean=self.column_mean,
+            window_mean=self.window_means[k] if needs_window else None,
+            activation_norm=self.activation_norm,
+            fisher=self.fisher,
+            out_features=self.out_features,
+            coefficients=coefficients,
+            out=out,
+        )
+
+    def row_errors(self, keep: Tensor) -> Tensor:
+        """
+        D H D^T of each row, D being the weights that are not kept.
+
+        Args:
+            keep: (I, L, R, n), bool.
+
+        Returns:
+            (I, L, R, 1), float32.
+        """
+        kept = self.gone.copy_(keep.view(torch.uint8))  # 1 or 0
+        gone = torch.addcmul(self.rows, self.rows, kept, value=-1, out=self.gone)
+        return _row_errors(gone, self.roots)
+
+
+def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
+    """D H D^T of each row: (I, L, R, n) rows and (I, m, n) roots of H give (I, L, R, 1)."""
+    outputs = torch.bmm(rows.flatten(1, 2), roots.transpose(1, 2))  # (I, L * R, m)
+    return outputs.square_().sum(dim=-1).view(*rows.shape[:3], 1)
+
+
+def stack_bundle(bundle: ProxyBundle, device: torch.device) -> list[Stack]:
+    """
+    Copy a bundle's layers into as few stacks as their shapes allow.
+
+    A stack's inputs are equally wide, with equally many readers, and those
+    have equally many sampled rows. Linears of one input whose numbers of rows
+    differ are stacked apart.
+    """
+    readers: dict[tuple[int, int], list[int]] = {}
+    for position, layer in enumerate(bundle.layers):
+        readers.setdefault((layer.input_index, len(layer.rows)), []).append(position)
+    shapes: dict[tuple[int, int, int], list[list[int]]] = {}
+    for (_, rows), together in readers.items():
+        shape = (bundle.layers[together[0]].in_features, rows, len(together))
+        shapes.setdefault(shape, []).append(together)
+    return [_stack(bundle, groups, device) for groups in shapes.values()]
+
+
+def _stack(bundle: ProxyBundle, groups: Sequence[Sequence[int]], device: torch.device) -> Stack:
+    """
+    Stack the linears whose positions are given, those of one input together.
+    """
+    positions = [position for group in groups for position in group]
+    layers = [bundle.layers[position] for position in positions]
+    inputs = [bundle.inputs[bundle.layers[group[0]].input_index] for group in groups]
+    rows, n = layers[0].rows.shape
+    count, linears = len(groups), len(groups[0])
+
+    def stacked(of: Callable[[LayerSample], Tensor], *shape: int) -> Tensor:
+        tensors = torch.stack([of(layer) for layer in layers])
+        return tensors.view(count, linears, *shape).to(device)
+
+    def window_means(k: int) -> Tensor:
+        return stacked(lambda layer: layer.window_means[k], rows, n).clamp_min_(TINY)
+
+    weights = stacked(lambda layer: layer.rows, rows, n)
+    roots = torch.stack([entry.root for entry in inputs]).to(device)
+    out_features = torch.tensor([layer.out_features for layer in layers], device=device)
+    norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
+    return Stack(
+        layers=layers,
+        positions=torch.tensor(positions, device=device),
+        rows=weights,
+        magnitude=weights.abs(),
+        row_mean=stacked(lambda layer: layer.row_mean, rows, 1),
+        column_mean=stacked(lambda layer: layer.column_mean, 1, n),
+        window_means={k: window_means(k) for k in bundle.kernel_sizes},
+        activation_norm=norms[:, None, None],
+        fisher=stacked(lambda layer: layer.fisher[layer.row_index], rows, 1),
+        row_energy=_row_errors(weights, roots).clamp_min_(TINY),
+        out_features=out_features.view(count, linears, 1, 1),
+        weights_per_value=out_features.double() / rows,
+        roots=roots,
+        score=torch.empty_like(weights),
+        gone=torch.empty_like(weights),
+    )
