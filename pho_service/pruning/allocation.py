@@ -6,9 +6,11 @@ inside the bounds of the pattern's own plus and minus the spread. Only then
 these become whole weights, or N of N:M.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from math import floor
 from typing import TypeVar
@@ -17,15 +19,15 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.selection import add_digits, keep_highest, nm_mask
 from pho_service.spec import Allocation, Pattern
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 GRID_POINTS = 12  # sparsities on an error curve
 CURVE_ROWS = 64  # output rows of a linear that its error curve is computed on
 
-_HIGH_DIGITS = 1 << 15  # of a float32 >= 0, the sign bit being 0
-_LOW_DIGITS = 1 << 16
+_WIDTH = 11  # bits of a digit; a float32 >= 0, 31 bits, is selected in three of them
+_SHIFTS = (22, 11, 0)  # of their lowest bits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 _BISECTIONS = 100
 
@@ -54,6 +56,17 @@ class LayerView:
     activation_norm: Tensor
     fisher: Tensor
     root: Tensor
+
+    @cached_property
+    def fisher_score(self) -> Tensor:
+        """
+        (R, in_features), float32: A * x * sqrt(g), computed once.
+
+        Raises:
+            NumericalError: It is NaN or infinite.
+        """
+        score = self.rows.abs().mul_(self.activation_norm).mul_(self.fisher.sqrt()[:, None])
+        return _finite(score, self.name)
 
 
 # A fresh pass over all linears, one in memory at a time, in the same order each time.
@@ -84,9 +97,8 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
 
     Sparsities lie in max(0, s - spread) .. min(0.995, s + spread), s being the
     pattern's. One linear's scores are held at a time; ``uniform`` and
-    ``curves`` take one pass over the linears, ``owl`` and ``fisher`` two.
-    ``fisher`` keeps 128 KiB of counts a linear in its first pass and 256 KiB
-    in its second.
+    ``curves`` take one pass over the linears, ``owl`` two and ``fisher`` three,
+    with 16 KiB of counts a linear.
 
     For N:M only whole N within 1 .. M - 1 and the spread are used: 2:4 stays
     2:4 in every linear unless the spread is at least 0.25. A unit first gets
@@ -274,12 +286,6 @@ def _wanda_score(view: LayerView) -> Tensor:
     return _finite(view.rows.abs().mul_(view.activation_norm), view.name)
 
 
-def _fisher_score(view: LayerView) -> Tensor:
-    """A * x * sqrt(g), (R, in_features), in memory of its own."""
-    score = view.rows.abs().mul_(view.activation_norm).mul_(view.fisher.sqrt()[:, None])
-    return _finite(score, view.name)
-
-
 def _finite(score: Tensor, layer: str) -> Tensor:
     # Scores are >= 0, and the greatest is NaN if any is.
     if not bool(torch.isfinite(score.amax())):
@@ -336,31 +342,31 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     """
     What each unit should lose, (units,), float64, under one threshold for all clipped counts.
 
-    A radix selection over the bits of the scores in two digits, as
+    A radix selection over the bits of the scores, as
     :func:`selection.threshold_of`, but with counts of each linear: the sum of
     the units' clipped counts rises with the threshold as an unclipped one does.
     Scores that equal the threshold go in equal shares everywhere.
     """
 
-    def high_digits(view: LayerView) -> Tensor:
-        return _counts(_fisher_score(view).view(torch.int32) >> 16, _HIGH_DIGITS)
-
-    def low_digits(view: LayerView, high_digit: int) -> Tensor:
-        bits = _fisher_score(view).view(torch.int32)
-        return _counts(bits[bits >> 16 == high_digit] & (_LOW_DIGITS - 1), _LOW_DIGITS)
-
-    model, counts = _scan(views, pattern, allocation.unit, high_digits)
+    model, counts = _scan(
+        views, pattern, allocation.unit, lambda view: _counts(view, _SHIFTS[0], prefix=0)
+    )
     low, high = (bound * model.sizes for bound in _bounds(pattern, allocation.spread))
     target = _target(model, pattern)
-    below = torch.zeros_like(model.sizes)
-    digit, below, _ = _digit(model, counts, below, low, high, target)
-    counts = [low_digits(view, digit) for view in views()]
-    _, below, equal = _digit(model, counts, below, low, high, target)
+    below, prefix = torch.zeros_like(model.sizes), 0
+    for shift in _SHIFTS:
+        if shift != _SHIFTS[0]:
+            counts = [_counts(view, shift, prefix) for view in views()]
+        digit, below, equal = _digit(model, counts, below, low, high, target)
+        prefix = (prefix << _WIDTH) | digit
     return model, _between(below.clamp(low, high), (below + equal).clamp(low, high), target)
 
 
-def _counts(digits: Tensor, bins: int) -> Tensor:
-    return torch.bincount(digits.flatten(), minlength=bins).to(device="cpu", dtype=torch.int32)
+def _counts(view: LayerView, shift: int, prefix: int) -> Tensor:
+    """(2048,), float64: how many scores of a linear have no higher digit; see ``add_digits``."""
+    counts = torch.zeros(1 << _WIDTH, dtype=torch.float64)
+    add_digits(view.fisher_score, 1.0, shift=shift, width=_WIDTH, prefix=prefix, counts=counts)
+    return counts.cumsum_(dim=0)
 
 
 def _digit(
@@ -370,7 +376,7 @@ def _digit(
     Find the digit in which the units' clipped counts reach ``target``.
 
     Args:
-        counts: (bins,), int32, of the scores of each linear with each digit.
+        counts: Of each linear, what :func:`_counts` gives.
         below: (units,), weights of each unit that go at any digit.
         low: (units,), the fewest weights that a unit loses.
         high: (units,), the most.
@@ -378,17 +384,19 @@ def _digit(
     Returns:
         The digit, and for each unit the weights below it and in it.
     """
-    scale = model.weights_per_value
-    reached = torch.zeros(len(counts[0]), dtype=torch.float64)
-    for unit, members in enumerate(model.members):
-        unit_counts = torch.zeros_like(reached)
-        for i in members:
-            unit_counts += counts[i].double() * scale[i]
-        reached += (below[unit] + unit_counts.cumsum(dim=0)).clamp(low[unit], high[unit])
-    digit = min(int((reached < target - _ROUNDING).sum()), len(reached) - 1)
-    before = [int(c[:digit].sum()) * w for c, w in zip(counts, scale, strict=True)]
-    inside = [int(c[digit]) * w for c, w in zip(counts, scale, strict=True)]
-    return digit, below + model.by_unit(before), model.by_unit(inside)
+    arrays = [linear.numpy() for linear in counts]
+
+    def up_to(digit: int) -> Tensor:
+        weights = zip(arrays, model.weights_per_value, strict=True)
+        return model.by_unit([float(array[digit]) * w for array, w in weights])
+
+    def reached(digit: int) -> float:
+        return float((below + up_to(digit)).clamp(low, high).sum())
+
+    bins = len(arrays[0])
+    digit = min(bisect_left(range(bins), target - _ROUNDING, key=reached), bins - 1)
+    before = up_to(digit - 1) if digit else torch.zeros_like(below)
+    return digit, below + before, up_to(digit) - before
 
 
 def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
@@ -423,7 +431,7 @@ def _error_curve(view: LayerView, grid: list[float], group: int) -> list[float]:
     D is what pruning by A * x * sqrt(g) within the layer (or in groups) removes.
     """
     view = _sampled(view)
-    score = _fisher_score(view)  # (r, in_features)
+    score = view.fisher_score  # (r, in_features)
     curve = []
     for sparsity in grid:
         if group:
