@@ -4,15 +4,19 @@ Optuna studies as the record of searches.
 A study holds every finished trial once; nothing else is stored about a search.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
+from optuna.distributions import distribution_to_json
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, event, text
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial
+from sqlalchemy import Connection, event, insert, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -20,6 +24,7 @@ from sqlalchemy.exc import (
     OperationalError,
     SQLAlchemyError,
 )
+from sqlalchemy.orm import Session
 
 
 class StorageError(Exception):
@@ -28,6 +33,72 @@ class StorageError(Exception):
 
 class DatabaseGone(StorageError):
     """The database cannot be reached; trying again later may help."""
+
+
+class StudyStorage(RDBStorage):
+    """
+    Optuna's storage; a finished trial is written in six statements instead of fifty.
+
+    Optuna looks the trial and its study up again for every parameter and every
+    attribute, which takes more time than rating a candidate does. Trials that
+    have the parameters of the one before them are written at once here; the
+    first of a study, and all that is out of the ordinary, by Optuna itself.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._written: dict[int, dict[str, str]] = {}  # distributions by study
+        super().__init__(*args, **kwargs)
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Session
+    ) -> models.TrialModel:
+        template = template_trial
+        if template is None or not _ordinary(template):
+            return super()._get_prepared_new_trial(study_id, template, session)
+        distributions = {n: distribution_to_json(d) for n, d in template.distributions.items()}
+        if self._written.get(study_id) != distributions:
+            trial = super()._get_prepared_new_trial(study_id, template, session)
+            self._written[study_id] = distributions
+            return trial
+        trial = models.TrialModel(
+            study_id=study_id,
+            number=None,
+            state=template.state,
+            datetime_start=template.datetime_start,
+            datetime_complete=template.datetime_complete,
+        )
+        session.add(trial)
+        session.flush()  # gives it its id
+        mine = {"trial_id": trial.trial_id}
+        if template.value is not None:
+            value, kind = models.TrialValueModel.value_to_stored_repr(template.value)
+            session.add(models.TrialValueModel(**mine, objective=0, value=value, value_type=kind))
+        params = [
+            {
+                **mine,
+                "param_name": name,
+                "param_value": template.distributions[name].to_internal_repr(value),
+                "distribution_json": distributions[name],
+            }
+            for name, value in template.params.items()
+        ]
+        attributes = [
+            {**mine, "key": key, "value_json": json.dumps(value)}
+            for key, value in template.user_attrs.items()
+        ]
+        for model, rows in (
+            (models.TrialParamModel, params), (models.TrialUserAttributeModel, attributes),
+        ):  # fmt: skip
+            if rows:
+                session.execute(insert(model), rows)
+        trial.number = trial.count_past_trials(session)
+        return trial
+
+
+def _ordinary(trial: FrozenTrial) -> bool:
+    """Finished, with one value or none, and nothing but parameters and user attributes."""
+    odd = trial.system_attrs or trial.intermediate_values or len(trial.values or ()) > 1
+    return trial.state.is_finished() and not odd
 
 
 @contextmanager
@@ -44,7 +115,7 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
     """
     check_url(url)
     try:
-        storage = RDBStorage(url)
+        storage = StudyStorage(url)
         event.listen(storage.engine, "handle_error", give_up)
         if storage.engine.dialect.name == "sqlite":
             event.listen(storage.engine, "connect", _set_pragmas)

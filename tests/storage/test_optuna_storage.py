@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from optuna.storages import RDBStorage
@@ -45,6 +46,16 @@ class TestOptunaStorage(StorageTestCase):
         for copy in copies:
             copy.remove_session()
             copy.engine.dispose()
+
+
+class TestOptunaStorageInAFile(StorageTestCase):
+    """The same of a file, as `pho search` opens it."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Iterator[RDBStorage]:
+        """A new one."""
+        with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
+            yield storage
 
 
 def test_settings(database: Database) -> None:

@@ -1,10 +1,15 @@
 """The study's database: opened with care, failing with words."""
 
 import sqlite3
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
 
 from storage.studies import StorageError, open_storage, open_study
 
@@ -25,13 +30,76 @@ def test_kept(tmp_path: Path) -> None:
     """A study is there when it is opened again."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with open_storage(url) as storage:
-        open_study(storage, "a", direction="minimize").add_trial(
-            optuna.trial.create_trial(value=1.5)
-        )
+        open_study(storage, "a", direction="minimize").add_trial(create_trial(value=1.5))
     with open_storage(url) as storage:
         study = open_study(storage, "a", direction="minimize")
 
         assert [t.value for t in study.trials] == [1.5]
+
+
+def finished(number: int, *, failed: bool = False) -> FrozenTrial:
+    """A trial as a search records it."""
+    return create_trial(
+        state=TrialState.FAIL if failed else TrialState.COMPLETE,
+        value=None if failed else 1 / (number + 3),
+        params={"x": number / 7, "k": 3 + 2 * (number % 3), "method": "crepe"},
+        distributions={
+            "x": FloatDistribution(0.0, 4.0),
+            "k": CategoricalDistribution((3, 5, 7)),
+            "method": CategoricalDistribution(("crepe", "wanda")),
+        },
+        user_attrs={"seconds": 0.25 * number, "steps": {"update": "none"}, "empty": []},
+    )
+
+
+def test_same_as_optuna(tmp_path: Path) -> None:
+    """A study that is written in few statements reads as one that Optuna wrote itself."""
+    trials = [finished(i, failed=i == 2) for i in range(5)]
+    read = []
+    for name, opened in (
+        ("ours", open_storage(f"sqlite:///{tmp_path / 'ours.db'}")),
+        ("theirs", nullcontext(RDBStorage(f"sqlite:///{tmp_path / 'theirs.db'}"))),
+    ):
+        with opened as storage:
+            open_study(storage, name, direction="minimize").add_trials(trials)
+            storage.remove_session()
+            storage.engine.dispose()
+        again = RDBStorage(f"sqlite:///{tmp_path / name}.db")
+        read.append(optuna.load_study(study_name=name, storage=again).trials)
+        again.remove_session()
+        again.engine.dispose()
+
+    assert read[0] == read[1]
+    assert [t.number for t in read[0]] == [0, 1, 2, 3, 4]
+
+
+def test_few_statements(tmp_path: Path) -> None:
+    """From the second trial on, all parameters and attributes are written together."""
+    with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
+        study = open_study(storage, "a", direction="minimize")
+        study.add_trial(finished(0))
+        statements: list[str] = []
+        event.listen(
+            storage.engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+        )
+        study.add_trial(finished(1))
+
+    assert len(statements) < 10
+
+
+def test_other_distributions(tmp_path: Path) -> None:
+    """A parameter of another kind is refused, as by Optuna, also after trials of ours."""
+    with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
+        study = open_study(storage, "a", direction="minimize")
+        study.add_trials([finished(0), finished(1)])
+        odd = create_trial(
+            value=1.0, params={"x": 3}, distributions={"x": CategoricalDistribution((3, 4))}
+        )
+        with pytest.raises(ValueError, match="distribution"):
+            study.add_trial(odd)
+        study.add_trial(finished(2))
+
+        assert [t.number for t in study.trials] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

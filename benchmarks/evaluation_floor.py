@@ -1,0 +1,217 @@
+"""
+How close is the rating of a candidate to what the machine allows?
+
+The floor is the larger of two times: to read once what a candidate depends on
+at the measured memory bandwidth, and to do the multiply-adds of its errors at
+the measured matrix rate. Both are measured anew in every round, next to the
+ratings, so that what else the machine does weighs on both sides.
+
+    python benchmarks/evaluation_floor.py                     # SmolLM2-135M
+    python benchmarks/evaluation_floor.py bundle.safetensors --device cuda
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from machine import conditions, software
+from scipy.stats import spearmanr
+from subject import smollm2_bundle
+
+from pho_service.cli.terminal import print_table, progress, verb
+from pho_service.models.bundle_file import read_bundle
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.selection import keep_highest, plain_keep_highest
+from pho_service.pruning.stacks import Stack
+from pho_service.search.space import SearchSpace
+from pho_service.search.validation import random_candidates
+from pho_service.spec import Candidate, Pattern
+
+PATTERNS = (("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("2:4", None))
+BANDWIDTH_BYTES = 1 << 28  # read at once, more than any cache holds
+MATRIX_SIZE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """
+    What one candidate takes at least.
+
+    Attributes:
+        bytes: Sampled weights, window means of one size, roots and the vectors beside them.
+        multiply_adds: Of the sampled weights with the roots.
+    """
+
+    bytes: int
+    multiply_adds: int
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack]) -> "Work":
+        """The work of a candidate on these stacks."""
+        read = [
+            tensor.nbytes
+            for stack in stacks
+            for tensor in (
+                stack.rows, next(iter(stack.window_means.values())), stack.roots,
+                stack.row_mean, stack.column_mean, stack.activation_norm, stack.fisher,
+            )
+        ]  # fmt: skip
+        products = [stack.rows.numel() * stack.roots.shape[1] for stack in stacks]
+        return cls(bytes=sum(read), multiply_adds=sum(products))
+
+
+class Machine:
+    """Measures a device; what it measures with is kept from one round to the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._read = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+        self._matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE, device=device)
+
+    def seconds(self, work: Callable[[], object], *, times: int = 5) -> float:
+        """Of the fastest of some runs."""
+        best = float("inf")
+        for _ in range(times):
+            started = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    def bandwidth(self) -> float:
+        """Bytes read a second."""
+        return self._read.nbytes / self.seconds(self._read.sum)
+
+    def matrix_rate(self, dtype: torch.dtype = torch.float32) -> float:
+        """Multiply-adds a second."""
+        matrix = self._matrix.to(dtype)
+        return MATRIX_SIZE**3 / self.seconds(lambda: matrix @ matrix)
+
+
+def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed: int = 0) -> None:
+    """
+    Print the floor of a rating and how far ratings are from it.
+
+    Args:
+        bundle: To rate on.
+        device: Where.
+        rounds: Medians are over these.
+        seed: Of the candidates.
+    """
+    machine, evaluator = Machine(device), ProxyEvaluator(bundle, device)
+    work = Work.of(evaluator.stacks)
+    patterns = [Pattern.parse(*pattern) for pattern in PATTERNS]
+    candidates = {p: _candidates(bundle, p, rounds, seed) for p in patterns}
+    for pattern in patterns:
+        evaluator.evaluate(candidates[pattern][:1])  # compiles, and warms up
+    reading, multiplying = [], []
+    rating: dict[Pattern, list[float]] = {p: [] for p in patterns}
+    with progress("Measuring", rounds) as advance:
+        for i in range(rounds):
+            reading.append(work.bytes / machine.bandwidth())
+            multiplying.append(work.multiply_adds / machine.matrix_rate())
+            for pattern in patterns:
+                chosen = candidates[pattern][i : i + 1]
+                rating[pattern].append(
+                    machine.seconds(lambda chosen=chosen: evaluator.evaluate(chosen), times=3)
+                )
+            advance(1)
+    floors = [max(pair) for pair in zip(reading, multiplying, strict=True)]
+    print_table(
+        "Milliseconds a candidate",
+        ("", "ms", "times the floor"),
+        [
+            ("reading", _ms(reading), ""),
+            ("multiply-adds", _ms(multiplying), ""),
+            ("floor: the larger", _ms(floors), "1"),
+            *(
+                (
+                    f"{pattern}, scope {pattern.scope.value}",
+                    _ms(rating[pattern]),
+                    f"{statistics.median(r / f for r, f in zip(rating[pattern], floors, strict=True)):.2f}",
+                )
+                for pattern in patterns
+            ),
+        ],
+        caption=f"{work.bytes / 1e6:.1f} MB read at {work.bytes / statistics.median(reading) / 1e9:.1f} "
+        f"GB/s, {work.multiply_adds / 1e6:.0f} million multiply-adds at "
+        f"{work.multiply_adds / statistics.median(multiplying) / 1e9:.0f} billion a second (float32, "
+        f"square matrices of {MATRIX_SIZE}); medians of {rounds} rounds, random candidates of "
+        f"seed {seed}, {_where(device)}",
+    )
+
+
+def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) -> None:
+    """Print what single changes are worth, in time and in the order of candidates."""
+    machine, evaluator = Machine(device), ProxyEvaluator(bundle, device)
+    pattern = Pattern.parse("0.5", "layer")
+    candidates = _candidates(bundle, pattern, count, seed)
+    values = _blend(evaluator, candidates)
+    rows = []
+    for title, other in {
+        "bfloat16 products": ProxyEvaluator(bundle, device, dtype=torch.bfloat16),
+        "half of the rows": ProxyEvaluator(_fewer_rows(bundle, 2), device),
+        "a quarter of the rows": ProxyEvaluator(_fewer_rows(bundle, 4), device),
+    }.items():
+        seconds = [
+            machine.seconds(lambda e=e: e.evaluate(candidates[:3])) / 3 for e in (evaluator, other)
+        ]
+        rho = spearmanr(values, _blend(other, candidates)).statistic
+        rows.append((title, *(f"{s * 1e3:.2f}" for s in seconds), f"{rho:.4f}"))
+    lines = [stack.score.flatten(0, 1).flatten(1) for stack in evaluator.stacks]
+    numbers = [torch.full((len(line),), line.shape[1] // 2, device=device) for line in lines]
+    gone = [stack.gone.flatten(1, 2) for stack in evaluator.stacks]
+    roots = [stack.roots.transpose(1, 2) for stack in evaluator.stacks]
+    together = [rows_of_input.repeat(1, 8, 1) for rows_of_input in gone]
+
+    def select(how: Callable[..., object]) -> Callable[[], object]:
+        return lambda: [how(line, number) for line, number in zip(lines, numbers, strict=True)]
+
+    def multiply(flat: list[torch.Tensor]) -> Callable[[], object]:
+        return lambda: [torch.bmm(a, b) for a, b in zip(flat, roots, strict=True)]
+
+    def partition() -> object:
+        return [line.kthvalue(line.shape[1] // 2, dim=-1).values for line in lines]
+
+    select(keep_highest)()
+    for title, ours, theirs in (
+        ("selection by kthvalue", select(keep_highest), partition),
+        ("selection by sorting", select(keep_highest), select(plain_keep_highest)),
+    ):
+        rows.append(_compared(machine, title, ours, theirs, 1))
+    rows.append(_compared(machine, "products of 8 candidates", multiply(gone), multiply(together), 8))
+    print_table(
+        "What else was tried",
+        ("instead", "ms as it is", "ms then", "Spearman"),
+        rows,
+        caption=f"ms a candidate, of a whole rating or of the step that is named; Spearman of the "
+        f"blend over {count} random candidates, {pattern} in scope layer, seed {seed}; "
+        f"{_where(device)}",
+    )
+
+
+def _compared(
+    machine: Machine,
+    title: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    candidates: int,
+) -> tuple[str, str, str, str]:
+    now, then = machine.seconds(ours), machine.seconds(theirs) / candidates
+    return title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", ""
+
+
+def _candidates(bundle: ProxyBundle, pattern: Pattern, count: int, seed: int) -> list[Candidate]:
+    space = SearchSpace(kernel_sizes=bundle.kernel_sizes).fitted(pattern)
+    return random_candidates(space, pattern, count=count, seed=seed)
+
+
+def _blend(evaluator: ProxyEvaluator, candidates: Sequence[Candidate]) -> list[float]:
+    return [rating.blend for rating in evaluator.evaluate(candidates)]
