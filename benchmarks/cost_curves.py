@@ -120,7 +120,7 @@ class Series:
 
 @click.command()
 @click.option("--curve", "names", multiple=True, type=click.Choice(list(CURVES)))
-@click.option("--max-billions", default=3.0, show_default=True, help="Leave larger models out.")
+@click.option("--max-billions", default=3.0, show_default=True, help="Largest on the CPU.")
 @click.option("--dtype", default="float32", show_default=True, help="Of models on the CPU.")
 @click.option("--out", default="cost-curves.jsonl", show_default=True, help="Kept results.")
 @click.option("--plots", default="docs", show_default=True, help="Folder of the PNG files.")
