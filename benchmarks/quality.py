@@ -13,48 +13,29 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from kept_results import KeptResults
-from torch import Tensor
+from subject import MODELS, Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.jobs.bundles import cached_bundle
-from pho_service.jobs.rating import ReportText, rate_pruned
+from pho_service.jobs.rating import rate_pruned
 from pho_service.jobs.search import search_job
 from pho_service.memory import peak_memory
-from pho_service.models.builtin import gemma3, smollm2, write_texts
-from pho_service.models.calibration import calibration_text
-from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.texts import TextSource, read_windows
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
-from pho_service.spec import CalibrationSettings, Candidate, Pattern, comparison_baselines
+from pho_service.spec import Candidate, Pattern, comparison_baselines
 from pho_service.versions import versions
 
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3}
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "owl-wanda", "sparsegpt")
 PRESETS = ("crepe", "crepe-plus", "best")
 METHODS = (*BASELINES, *PRESETS)
 CONTEXT_LENGTH = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model with all that its cells need."""
-
-    model: LanguageModel
-    bundle: ProxyBundle
-    calibration: Tensor
-    confirmation: ReportText
-    report: ReportText
 
 
 @click.command()
@@ -104,7 +85,16 @@ def _fill(
 ) -> None:
     """Measure the cells that are missing, each written as soon as it is known."""
     with tempfile.TemporaryDirectory() as folder:
-        subject = _subject(name, Path(folder), options)
+        subject = load_subject(
+            name,
+            Path(folder),
+            samples=options["samples"],
+            confirm_windows=options["confirm_windows"],
+            report_windows=options["report_windows"],
+            context_length=CONTEXT_LENGTH,
+            dtype=options["dtype"],
+            seed=options["seed"],
+        )
         if kept.find(_key(name, "dense", "dense", options)) is None:
             perplexity = rate_perplexity(subject.model.model, subject.report.windows).perplexity
             dense = {"perplexity": perplexity, "sparsity": 0}
@@ -117,36 +107,6 @@ def _fill(
             cell["seconds"] = round(time.perf_counter() - started, 1)
             cell["memory_bytes"] = peak()
             kept.keep(_key(name, pattern, method, options), cell)
-
-
-def _subject(name: str, folder: Path, options: dict[str, Any]) -> Subject:
-    texts = write_texts(folder / "texts")
-    model = load_model(str(MODELS[name]()) if name in MODELS else name, dtype=options["dtype"])
-    settings = CalibrationSettings(
-        samples=options["samples"],
-        context_length=CONTEXT_LENGTH,
-        fisher_samples=max(1, options["samples"] // 4),
-        seed=options["seed"],
-    )
-    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
-
-    def measured_on(part: str, windows: int) -> ReportText:
-        cut, record = read_windows(
-            model,
-            TextSource(path=str(texts[part])),
-            context_length=CONTEXT_LENGTH,
-            bos="auto",
-            max_windows=windows,
-        )
-        return ReportText(windows=cut, record=record)
-
-    return Subject(
-        model=model,
-        bundle=cached_bundle(model, text, settings, folder / "cache", progress),
-        calibration=text.calibration,
-        confirmation=measured_on("confirmation", options["confirm_windows"]),
-        report=measured_on("report", options["report_windows"]),
-    )
 
 
 def _measure(

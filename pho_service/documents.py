@@ -28,7 +28,8 @@ class Progress(_Answer):
     perplexities_done: int
     perplexities: int = Field(description="Known once the search is over.")
     seconds_left: float | None = Field(
-        description="Of the search or of the perplexities, at the present pace."
+        description="Of the search or of the perplexities, at the present pace; a hill climb may "
+        "end before."
     )
 
 

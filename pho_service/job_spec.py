@@ -250,9 +250,14 @@ class JobSpec(_Document):
         None, description="As `pho validate` does; on the text that confirms."
     )
     objective: ObjectiveSpec = ObjectiveSpec()
-    sampler: Literal["cmaes", "tpe", "random", "qmc", "gp"] = "cmaes"
+    sampler: Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"] = "cmaes"
     search_space: SearchSpaceSpec = SearchSpaceSpec()
-    trials: int = Field(200, ge=1, le=MAX_TRIALS, description="Of each island, with baselines.")
+    trials: int = Field(
+        200,
+        ge=1,
+        le=MAX_TRIALS,
+        description="Of each island, with baselines; a hill climb may end before.",
+    )
     islands: int = Field(1, ge=1, le=64, description="Searches with seeds of their own.")
     seed: Seed = 0
     priority: int = Field(0, ge=-100, le=100, description="Higher goes first.")
@@ -313,6 +318,15 @@ class JobSpec(_Document):
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
             request.plan(tuple(given["calibration"].kernel_sizes))
+        return value
+
+    @field_validator("islands")
+    @classmethod
+    def _differ(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("sampler") == "hill-climb":
+            raise ValueError(
+                "a hill climb draws nothing at random, so all islands would be the same: give 1"
+            )
         return value
 
     @model_validator(mode="after")

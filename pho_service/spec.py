@@ -18,7 +18,7 @@ NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
 
 
 # How many candidates each sampler gives before it wants to know their values.
-SAMPLERS = {"cmaes": 8, "tpe": 1, "random": 8, "qmc": 8, "gp": 1}
+SAMPLERS = {"cmaes": 8, "tpe": 1, "random": 8, "qmc": 8, "gp": 1, "hill-climb": 1}
 
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
 AllocationUnit = Literal["linear", "block"]

@@ -198,6 +198,10 @@ class Stages:
         job = claim.job
         rated = self._rated(job, spec)
         measured, confirmation = self._measured(job, spec, rated)
+        searches = [s.result or {} for s in job.of_kind(StageKind.SEARCH)]
+        finished = sum(int(s["trials"]) for s in searches)
+        out_of_time = any(s["out_of_time"] for s in searches)
+        ended = finished < spec.trials * spec.islands and not out_of_time
         result = search_result(
             spec.request(0),
             spec.plan(0),
@@ -206,6 +210,7 @@ class Stages:
             rated,
             measured,
             confirmation,
+            ended_after=finished if ended else None,
         )
         configuration = result.configuration
         if spec.islands > 1:
@@ -221,8 +226,7 @@ class Stages:
                     }
                 }
             )
-        if any((s.result or {}).get("out_of_time") for s in job.of_kind(StageKind.SEARCH)):
-            finished = sum(s.done for s in job.of_kind(StageKind.SEARCH))
+        if out_of_time:
             search = {**configuration.search, "timeout_s": spec.timeout_s, "finished": finished}
             configuration = configuration.model_copy(update={"search": search})
         bundle = self._bundle(job, spec, watch)

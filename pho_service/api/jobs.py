@@ -346,7 +346,7 @@ def _seconds_left(
         return None
     if job.stage is StageKind.SEARCH:
         done = sum(s.done for s in searches)
-        left = job.trials * len(searches) - done
+        left = sum(job.trials - s.done for s in searches if s.state is not StageState.DONE)
         elapsed = sum(s.elapsed_s for s in searches)
         at_it = searches
     elif job.stage is StageKind.PERPLEXITY:

@@ -34,9 +34,22 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @pattern_options
-@click.option("--trials", type=int, default=200, show_default=True, help="Baselines included.")
+@click.option(
+    "--trials",
+    type=int,
+    default=200,
+    show_default=True,
+    help="Baselines included; a hill climb may end before.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
-@click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="cmaes", show_default=True)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    default="cmaes",
+    show_default=True,
+    help="Where candidates come from; hill-climb, with --objective perplexity, is what a search "
+    "without a proxy would do.",
+)
 @click.option(
     "--objective",
     type=click.Choice(OBJECTIVES),

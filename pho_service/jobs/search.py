@@ -74,6 +74,7 @@ def search_job(
         describe_study(study, request, plan, bundle.provenance)
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             rated = run_search(study, plan, evaluate, advance)
+        done = sum(t.number < plan.trials for t in study.get_trials(deepcopy=False))
         if request.objective.name == "perplexity":
             measured = [(r.value, r) for r in rated]
         elif model is not None and confirm_text is not None:
@@ -85,7 +86,16 @@ def search_job(
     confirmation = None
     if measured and confirm_text is not None:
         confirmation = Confirmation(perplexity=measured[0][0], **confirm_text.measured_on())
-    return search_result(request, plan, bundle.provenance, name, rated, measured, confirmation)
+    return search_result(
+        request,
+        plan,
+        bundle.provenance,
+        name,
+        rated,
+        measured,
+        confirmation,
+        ended_after=done if done < plan.trials else None,
+    )
 
 
 def objective_function(

@@ -25,7 +25,7 @@ class SearchRequest:
         steps: What every candidate goes through beside the score. Its allocation is the only one
             of the search unless ``bounds`` name ``allocations``.
         sampler: Where candidates come from.
-        trials: How many, baselines included.
+        trials: How many, baselines included; the hill climb may end before.
         seed: Of the sampler.
         study_url: The database of the study.
         finalists: How many found candidates get a perplexity, beside the baselines.

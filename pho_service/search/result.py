@@ -61,6 +61,8 @@ def search_result(
     rated: list[RatedCandidate],
     measured: list[tuple[float, RatedCandidate]],
     confirmation: Confirmation | None,
+    *,
+    ended_after: int | None = None,
 ) -> SearchResult:
     """
     Choose the winner and write down how it was found.
@@ -73,6 +75,7 @@ def search_result(
         rated: Every finished trial, best first by the objective.
         measured: (perplexity, candidate), best first; empty if nothing was measured.
         confirmation: How the winner was measured.
+        ended_after: So many trials, if the sampler ended by itself before the last.
     """
     best = measured[0][1] if measured else rated[0]
     by_number = {candidate.number: perplexity for perplexity, candidate in measured}
@@ -111,6 +114,7 @@ def search_result(
             "seed": plan.seed,
             "space": plan.space.to_dict(),
             "study": name,
+            **({} if ended_after is None else {"finished": ended_after}),
         },
         model=provenance.get("model", {}),
         calibration={k: v for k, v in provenance.items() if k != "model"},
@@ -119,12 +123,20 @@ def search_result(
     return SearchResult(
         configuration=configuration,
         study_name=name,
-        warnings=_warnings(configuration, plan, confirmed=bool(measured)),
+        warnings=_warnings(configuration, plan, ended_after, confirmed=bool(measured)),
     )
 
 
-def _warnings(configuration: Configuration, plan: SearchPlan, *, confirmed: bool) -> list[str]:
+def _warnings(
+    configuration: Configuration, plan: SearchPlan, ended_after: int | None, *, confirmed: bool
+) -> list[str]:
     warnings = []
+    if ended_after is not None:
+        warnings.append(
+            f"The search ended by itself after {ended_after} of {plan.trials} trials: the sampler "
+            f"{plan.sampler} knows no step that improves its best. More trials change nothing; "
+            "another sampler or another --space may."
+        )
     if not confirmed:
         warnings.append(
             "Not confirmed: no perplexity was measured, so this is the best by the proxy alone. "

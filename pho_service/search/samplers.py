@@ -1,41 +1,45 @@
 """
-Where candidates come from: Optuna's samplers, and a CMA-ES that stays in memory.
+Where candidates come from: Optuna's samplers, a CMA-ES that stays in memory, a hill climb.
 """
 
-import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
 from cmaes import CatCMAwM
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 from pho_service.errors import InvalidInput
+from pho_service.search.distributions import ascending, from_unit, listed, searchable
+from pho_service.search.hill_climb import HillClimbSampler
 from pho_service.spec import SAMPLERS
 
 POPULATION = SAMPLERS["cmaes"]  # small populations win at budgets of 100 to 400 trials
 
 
 def make_sampler(
-    name: str, *, seed: int, search_space: Mapping[str, BaseDistribution]
+    name: str,
+    *,
+    seed: int,
+    search_space: Mapping[str, BaseDistribution],
+    start: Mapping[str, Any] | None = None,
+    effective: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> BaseSampler:
     """
     Build a sampler that gives the same candidates for the same seed and the same values.
 
     Args:
-        name: ``cmaes``, ``tpe``, ``random``, ``qmc`` or ``gp``.
-        seed: Of all its random choices.
+        name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
+        seed: Of all its random choices; the hill climb makes none.
         search_space: The whole space.
+        start: Where the hill climb begins.
+        effective: The part of a point that makes a difference; the hill climb rates points that
+            agree in it once.
 
     Raises:
         InvalidInput: Another name.
@@ -54,7 +58,16 @@ def make_sampler(
             )
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+        if name == "hill-climb":
+            return HillClimbSampler(
+                seed=seed, search_space=search_space, start=start, effective=effective
+            )
     raise InvalidInput(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}.")
+
+
+def is_exhausted(sampler: BaseSampler, study: optuna.Study) -> bool:
+    """Whether a sampler has no candidate left: a hill climb ends by itself."""
+    return isinstance(sampler, HillClimbSampler) and sampler.is_exhausted(study)
 
 
 class CmaSampler(BaseSampler):
@@ -86,7 +99,7 @@ class CmaSampler(BaseSampler):
         self._seed = np.random.SeedSequence(seed).generate_state(1)[0].item()
         self._independent = RandomSampler(seed=seed)
         self._population_size = population_size
-        self._given_space = None if search_space is None else _searchable(search_space)
+        self._given_space = None if search_space is None else searchable(search_space)
         self._intersection = IntersectionSearchSpace()
         self._encoding: _Encoding | None = None
         self._optimizer: CatCMAwM | None = None
@@ -107,7 +120,7 @@ class CmaSampler(BaseSampler):
         del trial
         if self._given_space is not None:
             return self._given_space
-        return _searchable(self._intersection.calculate(study))
+        return searchable(self._intersection.calculate(study))
 
     def sample_relative(
         self,
@@ -163,10 +176,6 @@ class CmaSampler(BaseSampler):
             self._told = []
 
 
-def _searchable(space: Mapping[str, BaseDistribution]) -> dict[str, BaseDistribution]:
-    return {name: d for name, d in sorted(space.items()) if not d.single()}
-
-
 class _Encoding:
     """A space as the three kinds of variables that CatCMAwM has: real, ordered, unordered."""
 
@@ -176,10 +185,10 @@ class _Encoding:
         self.ordered: dict[str, list[Any]] = {}
         self.unordered: dict[str, list[Any]] = {}
         for name, distribution in space.items():
-            values = _listed(distribution)
+            values = listed(distribution)
             if values is None:
                 self.real.append(name)
-            elif len(values) > 2 and _ascending(values):
+            elif len(values) > 2 and ascending(values):
                 self.ordered[name] = values
             else:
                 self.unordered[name] = values
@@ -200,7 +209,7 @@ class _Encoding:
         for name, unit in zip(self.real, _array(solution.x), strict=True):
             distribution = self.space[name]
             assert isinstance(distribution, (FloatDistribution, IntDistribution))
-            params[name] = _from_unit(distribution, float(unit))
+            params[name] = from_unit(distribution, float(unit))
         for (name, values), index in zip(self.ordered.items(), _array(solution.z), strict=True):
             params[name] = values[int(index)]
         for (name, values), chosen in zip(self.unordered.items(), _array(solution.c), strict=True):
@@ -210,35 +219,3 @@ class _Encoding:
 
 def _array(values: Any) -> Any:
     return () if values is None else values
-
-
-def _listed(distribution: BaseDistribution) -> list[Any] | None:
-    """All values of a distribution, or None if they are too many to list."""
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        count = round((distribution.high - distribution.low) / distribution.step) + 1
-        return [distribution.low + i * distribution.step for i in range(count)]
-    if isinstance(distribution, IntDistribution) and not distribution.log:
-        values = range(distribution.low, distribution.high + 1, distribution.step)
-        return list(values) if len(values) <= 1000 else None
-    return None
-
-
-def _ascending(values: Sequence[Any]) -> bool:
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    return numbers and all(a < b for a, b in itertools.pairwise(values))
-
-
-def _from_unit(distribution: FloatDistribution | IntDistribution, unit: float) -> float | int:
-    """Map 0..1 onto a range, evenly in the logarithm where the distribution says so."""
-    low, high = float(distribution.low), float(distribution.high)
-    if distribution.log:
-        value = float(np.exp(np.log(low) + unit * (np.log(high) - np.log(low))))
-    else:
-        value = low + unit * (high - low)
-    value = min(max(value, low), high)
-    if isinstance(distribution, IntDistribution):
-        steps = round((value - low) / distribution.step)
-        return int(distribution.low + steps * distribution.step)
-    return value

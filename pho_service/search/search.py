@@ -16,8 +16,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.samplers import make_sampler
-from pho_service.search.space import SearchSpace
+from pho_service.search.samplers import is_exhausted, make_sampler
+from pho_service.search.space import RIA, SearchSpace
 from pho_service.spec import (
     SAMPLERS,
     Candidate,
@@ -62,7 +62,7 @@ class SearchPlan:
         steps: What every candidate goes through; method and spread of its allocation are those
             of the space.
         sampler: A name of :data:`pho_service.spec.SAMPLERS`.
-        trials: How many, baselines included.
+        trials: How many, baselines included; the hill climb may end before.
         seed: Of the sampler.
         direction: Whether low or high values are good.
         fisher: Whether the plain second-order score is among the baselines.
@@ -123,6 +123,8 @@ def run_search(
     """
     Bring a study to ``plan.trials`` trials and give them, best first.
 
+    It has fewer if the sampler ends by itself, as the hill climb does.
+
     Args:
         study: The record; may hold some of the trials already.
         plan: What to search.
@@ -143,12 +145,16 @@ def run_search(
         )
     recorder = _Recorder(study, plan, recorded, fence)
     recorder.finish(plan.baselines(), evaluate, advance)
-    memory = optuna.create_study(
-        direction=plan.direction,
-        sampler=make_sampler(plan.sampler, seed=plan.seed, search_space=plan.space.distributions()),
-    )
     space = plan.space.distributions()
-    while recorder.done < plan.trials:
+    sampler = make_sampler(
+        plan.sampler,
+        seed=plan.seed,
+        search_space=space,
+        start=RIA,
+        effective=plan.space.effective,
+    )
+    memory = optuna.create_study(direction=plan.direction, sampler=sampler)
+    while recorder.done < plan.trials and not is_exhausted(sampler, memory):
         # Always a whole generation, so that a longer search begins as a shorter one did.
         asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]
         wanted = asked[: plan.trials - recorder.done]

@@ -27,6 +27,13 @@ from pho_service.spec import (
 
 Bounds = tuple[float, float]
 
+# RIA's coefficients as a point of a search space, but for its sums instead of means: where a
+# hill climb begins, with the first of the kernel sizes.
+RIA: dict[str, Any] = {
+    "neighbourhood_share": 0.0, "row_share": 0.5, "activation_exponent": 0.5,
+    "gradient_exponent": 0.0, "allocation": "uniform", "allocation_spread": Allocation().spread,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
@@ -147,6 +154,20 @@ class SearchSpace:
             "allocation_spread": candidate.steps.allocation.spread,
             "method": candidate.method,
         }
+
+    def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        ``params`` without what changes no mask beside the others.
+
+        No neighbourhood, no window; nothing but the neighbourhood, nothing to split between row
+        and column; no allocation but a uniform one, no spread.
+        """
+        without = {
+            "kernel_size": params["neighbourhood_share"] == 0,
+            "row_share": params["neighbourhood_share"] == 1,
+            "allocation_spread": params["allocation"] == "uniform",
+        }
+        return {name: value for name, value in params.items() if not without.get(name)}
 
     def on_border(self, params: Mapping[str, Any]) -> list[str]:
         """

@@ -87,7 +87,7 @@ WRONG = [
     ("/name", "x" * 101, "100"),
     ("/name", "a\nb", "control characters"),
     ("/dtype", "int8", "'auto', 'float32', 'bfloat16' or 'float16'"),
-    ("/sampler", "luck", "'cmaes', 'tpe', 'random', 'qmc' or 'gp'"),
+    ("/sampler", "luck", "'cmaes', 'tpe', 'random', 'qmc', 'gp' or 'hill-climb'"),
     ("/trials", 0, "greater than or equal to 1"),
     ("/trials", 3, "baselines"),
     ("/trials", 10001, "10000"),

@@ -91,7 +91,7 @@ def undisturbed(tmp_path: Path, plan: SearchPlan) -> list[tuple[object, ...]]:
     return trials_of(url)
 
 
-@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"])
 def test_resumed(tmp_path: Path, url: str, sampler: str) -> None:
     """Interrupted and continued, a search has the trials of an undisturbed one, bit for bit."""
     plan = replace(PLAN, sampler=sampler, trials=16 if sampler == "gp" else 30)
@@ -100,6 +100,30 @@ def test_resumed(tmp_path: Path, url: str, sampler: str) -> None:
     search(url, plan)
 
     assert trials_of(url) == undisturbed(tmp_path, plan)
+
+
+def test_resumed_at_its_end(url: str) -> None:
+    """A climb that is over asks for nothing more when it is gone on with."""
+    plan = replace(PLAN, sampler="hill-climb", trials=200)
+    rated = search(url, plan)
+
+    def refuse(_: Sequence[Candidate]) -> list[Outcome]:
+        raise AssertionError("nothing is left to rate")
+
+    assert 30 < len(rated) < 200
+    assert search(url, plan, refuse) == rated
+    assert search(url, replace(plan, trials=300), refuse) == rated
+
+
+def test_climb_advances_as_far_as_it_goes(url: str) -> None:
+    """A climb that ends by itself has told of each of its trials, and of no more."""
+    advanced: list[int] = []
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        plan = replace(PLAN, sampler="hill-climb", trials=200)
+        rated = run_search(study, plan, evaluate, advanced.append)
+
+    assert sum(advanced) == len(rated) < 200
 
 
 @pytest.mark.parametrize("first", [1, 6, 7, 9, 17, 22])

@@ -1,0 +1,360 @@
+"""
+What a search costs: hill climbing on perplexity against PHO, in one run, and what both find.
+
+Both search the same space for the same pattern on the same model. The climb
+rates by perplexity on the windows that PHO confirms on; what is found is
+measured on a third text, on which nothing was chosen. Loading the model counts
+for neither. An interrupted run begins anew.
+
+    python benchmarks/search_cost.py --json search-cost.json
+    python benchmarks/search_cost.py --quick
+    python benchmarks/search_cost.py --method hill-climb --method cmaes --method tpe --method pho
+"""
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+import torch
+from local_service import conditions
+from subject import Subject, load_subject
+
+from pho_service.cli.terminal import print_table, progress, say
+from pho_service.jobs.rating import rate_pruned
+from pho_service.jobs.search import search_job
+from pho_service.memory import peak_memory
+from pho_service.models.loading import pick_device
+from pho_service.progress import Advance
+from pho_service.pruning.perplexity import rate_perplexity
+from pho_service.search.hill_climb import FIRST_STEP, LAST_STEP
+from pho_service.search.request import SearchRequest
+from pho_service.search.space import parse_bounds
+from pho_service.spec import Objective, Pattern, search_baselines
+from pho_service.versions import versions
+from storage.studies import open_storage
+
+METHODS = ("hill-climb", "cmaes", "tpe", "pho")  # all but the last rate by perplexity
+
+FULL = {
+    "evaluations": 100, "trials": 200, "finalists": 5, "samples": 32, "context_length": 512,
+    "confirm_windows": 8, "report_windows": 14,
+}  # fmt: skip
+QUICK = {**FULL, "evaluations": 24, "samples": 16, "confirm_windows": 4, "report_windows": 8}
+
+
+@dataclass(kw_only=True)
+class Cost:
+    """
+    What a piece of work took.
+
+    Attributes:
+        cpu_s: Of all threads of this process.
+        memory_bytes: Of this process at its peak, the model included; None where the system
+            does not tell.
+    """
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """
+    A search: what it took, and what it found.
+
+    Attributes:
+        trials: The most evaluations that it could have had.
+        evaluations: Those that it has, baselines included.
+        baselines_s: Seconds of rating the baselines.
+        search, confirmation: The two parts of it.
+        whole: Both, and all between them; no memory.
+        confirmed: How many candidates got a perplexity after the search.
+        chosen: Perplexity of what was found on the confirmation text.
+        report: The same on the report text.
+        found: Method and coefficients.
+    """
+
+    method: str
+    trials: int
+    evaluations: int
+    baselines_s: float
+    search: Cost
+    confirmation: Cost
+    whole: Cost
+    confirmed: int
+    chosen: float
+    report: float
+    found: dict[str, Any]
+
+    @property
+    def evaluation_s(self) -> float:
+        """Seconds an evaluation."""
+        return self.search.wall_s / self.evaluations
+
+
+@contextmanager
+def metered(cost: Cost, *, memory: bool = True) -> Iterator[None]:
+    """Write down in ``cost`` what the block takes. Only one at a time can watch the memory."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    if memory:
+        with peak_memory(pick_device("auto")) as peak:
+            yield
+            cost.memory_bytes = peak()
+    else:
+        yield
+    cost.wall_s, cost.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+
+
+@click.command()
+@click.option(
+    "--model", default="smollm2", show_default=True, help="Or gemma3, a folder, a hub id."
+)
+@click.option("--pattern", default="0.5", show_default=True)
+@click.option("--scope", help="[default: layer; row for N:M]")
+@click.option("--space", "bounds", multiple=True, help="Bounds, as in `pho search`.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(METHODS),
+    help="PHO, or a sampler that searches by perplexity.  [default: hill-climb, pho]",
+)
+@click.option("--quick", is_flag=True, help="Less of everything: some minutes on 2 cores.")
+@click.option("--evaluations", type=int, help="By perplexity, at most, beside the baselines.")
+@click.option("--trials", type=int, help="Of PHO, baselines included.")
+@click.option("--finalists", type=int, help="Of PHO, confirmed beside the baselines.")
+@click.option("--samples", type=int, help="Windows of calibration text.")
+@click.option("--context-length", type=int, help="Tokens of every window.")
+@click.option("--confirm-windows", type=int)
+@click.option("--report-windows", type=int)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the calibration and the samplers.")
+@click.option("--json", "json_file", help="A file that keeps all numbers.")
+def main(
+    model: str,
+    pattern: str,
+    scope: str | None,
+    bounds: tuple[str, ...],
+    methods: tuple[str, ...],
+    quick: bool,
+    dtype: str,
+    seed: int,
+    json_file: str | None,
+    **given: int | None,
+) -> None:
+    """Print what each search costs and finds, and how many times cheaper PHO is."""
+    sizes = {**(QUICK if quick else FULL), **{k: v for k, v in given.items() if v is not None}}
+    asked = SearchRequest(
+        pattern=Pattern.parse(pattern, scope), bounds=parse_bounds(bounds), seed=seed
+    )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = Cost()
+        subject = load_subject(
+            model,
+            Path(folder),
+            samples=sizes["samples"],
+            confirm_windows=sizes["confirm_windows"],
+            report_windows=sizes["report_windows"],
+            context_length=sizes["context_length"],
+            dtype=dtype,
+            seed=seed,
+            calibrating=metered(calibration),
+        )
+        asked = replace(asked, study_url=f"sqlite:///{Path(folder) / 'study.db'}")
+        runs = [search(m, asked, subject, sizes) for m in methods or ("hill-climb", "pho")]
+    document = {
+        "conditions": {
+            "model": model,
+            "pattern": pattern,
+            "scope": asked.pattern.scope.value,
+            "space": asked.plan(subject.bundle.kernel_sizes).space.to_dict(),
+            "dtype": dtype,
+            "device": str(subject.model.device),
+            "seed": seed,
+            **sizes,
+            "calibration_text": _text(subject.bundle.provenance["text"]),
+            "confirmation_text": _text(subject.confirmation.to_dict()),
+            "report_text": _text(subject.report.to_dict()),
+            "climb": f"steps of {FIRST_STEP} to {LAST_STEP} of each range",
+            "versions": versions("torch", "transformers", "optuna", "cmaes"),
+            "threads": torch.get_num_threads(),
+            "machine": conditions(),
+        },
+        "report_perplexity": references(asked.pattern, subject),
+        "calibration": asdict(calibration),
+        "runs": [{**asdict(run), "evaluation_s": run.evaluation_s} for run in runs],
+        "ratios": ratios(calibration, runs),
+    }
+    show(document, calibration, runs)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def search(method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[str, int]) -> Run:
+    """Search, as `pho search` does, and measure on the report text what was found."""
+    say(method)
+    request = replace(asked, trials=sizes["trials"], finalists=sizes["finalists"])
+    if method != "pho":
+        request = replace(request, sampler=method, objective=Objective(name="perplexity"))
+        baselines = len(request.plan(subject.bundle.kernel_sizes).baselines())
+        request = replace(request, trials=sizes["evaluations"] + baselines)
+    parts = {"search": Cost(), "confirmation": Cost()}
+
+    @contextmanager
+    def watched(title: str, steps: int) -> Iterator[Advance]:
+        part = parts["search" if title.startswith("Searching") else "confirmation"]
+        with metered(part), progress(title, steps) as advance:
+            yield advance
+
+    whole = Cost()
+    with metered(whole, memory=False):
+        result = search_job(
+            request,
+            subject.bundle,
+            model=subject.model,
+            confirm_text=subject.confirmation,
+            calibration=subject.calibration,
+            device=str(subject.model.device),
+            progress=watched,
+        )
+    with open_storage(request.study_url) as storage:
+        trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
+    found = result.configuration
+    assert found.confirmation is not None
+    report, _ = rate_pruned(
+        subject.model,
+        subject.bundle.statistics(),
+        found.candidate(),
+        subject.report.windows,
+        calibration=subject.calibration,
+    )
+    return Run(
+        method=method,
+        trials=request.trials,
+        evaluations=len(trials),
+        baselines_s=sum(
+            t.user_attrs["seconds"] for t in trials if t.user_attrs["method"] != "crepe"
+        ),
+        **parts,
+        whole=whole,
+        confirmed=len(found.candidates) if method == "pho" else 0,
+        chosen=found.confirmation.perplexity,
+        report=report.perplexity,
+        found={"method": found.method, **found.coefficients.model_dump()},
+    )
+
+
+def references(pattern: Pattern, subject: Subject) -> dict[str, float]:
+    """Perplexity on the report text of the dense model, and of RIA as a search begins with it."""
+    dense = rate_perplexity(subject.model.model, subject.report.windows).perplexity
+    baselines = search_baselines(pattern, kernel_size=subject.bundle.kernel_sizes[0], fisher=False)
+    ria = next(c for c in reversed(baselines) if c.method.startswith("ria"))
+    pruned, _ = rate_pruned(subject.model, subject.bundle.statistics(), ria, subject.report.windows)
+    return {"dense": dense, ria.method: pruned.perplexity}
+
+
+def ratios(calibration: Cost, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """How many times what PHO costs a search by perplexity costs, by its method."""
+    pho = next((run for run in runs if run.method == "pho"), None)
+    if pho is None:
+        return {}
+    pho_s = calibration.wall_s + pho.whole.wall_s
+    return {
+        run.method: {
+            "evaluation": run.evaluation_s / pho.evaluation_s,
+            "end_to_end": (calibration.wall_s + run.whole.wall_s) / pho_s,
+            "end_to_end_cpu": (calibration.cpu_s + run.whole.cpu_s)
+            / (calibration.cpu_s + pho.whole.cpu_s),
+            "without_calibration": run.whole.wall_s / pho_s,
+            "without_calibration_and_baselines": (run.whole.wall_s - run.baselines_s) / pho_s,
+        }
+        for run in runs
+        if run is not pho
+    }
+
+
+def show(document: Mapping[str, Any], calibration: Cost, runs: Sequence[Run]) -> None:
+    """Print the conditions, and a table each of costs, of what was found, and of ratios."""
+    for name, value in document["conditions"].items():
+        click.echo(f"{name}: {value if isinstance(value, (str, int)) else json.dumps(value)}")
+    print_table(
+        "What a search takes",
+        ("method", "evaluations", "s each", "search, s", "confirmation, s", "calibration, s",
+         "all, s", "CPU, s", "peak, GiB"),
+        [
+            (
+                run.method,
+                f"{run.evaluations} of {run.trials}",
+                f"{run.evaluation_s:.4g}",
+                f"{run.search.wall_s:.1f}",
+                f"{run.confirmation.wall_s:.1f} ({run.confirmed})",
+                f"{calibration.wall_s:.1f}",
+                f"{calibration.wall_s + run.whole.wall_s:.1f}",
+                f"{calibration.cpu_s + run.whole.cpu_s:.1f}",
+                _gib(calibration, run.search, run.confirmation),
+            )
+            for run in runs
+        ],
+        caption="Evaluations with the baselines, of the most that were allowed: fewer, where a "
+        "climb ended by itself. Confirmation: (perplexities). The peak holds the model and is "
+        "that of calibration, search and confirmation.",
+    )  # fmt: skip
+    print_table(
+        "What it finds",
+        ("method", "perplexity, chosen on", "perplexity, report", "found"),
+        [
+            *(
+                (run.method, f"{run.chosen:.3f}", f"{run.report:.3f}", _found(run.found))
+                for run in runs
+            ),
+            *((name, "", f"{p:.3f}", "") for name, p in document["report_perplexity"].items()),
+        ],
+        caption="Report: a text on which nothing was calibrated, searched or confirmed.",
+    )
+    if document["ratios"]:
+        columns = next(iter(document["ratios"].values()))
+        print_table(
+            "How many times what PHO takes",
+            ("method", *(name.replace("_", " ") for name in columns)),
+            [
+                (method, *(f"{value:.1f}" for value in ratio.values()))
+                for method, ratio in document["ratios"].items()
+            ],
+            caption="PHO with its calibration and confirmation in every column; without ...: of "
+            "the other search alone.",
+        )
+
+
+def _text(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the folder, which is another one each time."""
+    return {**record, "source": Path(record["source"]).name}
+
+
+def _gib(*costs: Cost) -> str | None:
+    known = [cost.memory_bytes for cost in costs if cost.memory_bytes is not None]
+    return f"{max(known) / 2**30:.2f}" if known else None
+
+
+def _found(found: Mapping[str, Any]) -> str:
+    if found["method"] != "crepe":
+        return str(found["method"])
+    return (
+        f"{found['row']:.3f} {found['column']:.3f} {found['neighbourhood']:.3f} "
+        f"k{found['kernel_size']} a{found['activation_exponent']:.3f} "
+        f"g{found['gradient_exponent']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The benchmark of what searches cost runs from end to end, small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search_cost.py"
+SMALL = [
+    "--samples", "4", "--context-length", "16", "--confirm-windows", "2", "--report-windows", "2",
+    "--evaluations", "4", "--trials", "9", "--finalists", "1",
+]  # fmt: skip
+
+
+def run(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as a user does."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", str(model), *SMALL, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """Where the numbers go."""
+    return tmp_path / "cost.json"
+
+
+def test_all_rows(model_folder: Path, kept: Path) -> None:
+    """Every search that was asked for has a row in each table, and its ratio to PHO."""
+    methods = ("hill-climb", "cmaes", "tpe", "pho")
+    asked = [word for method in methods for word in ("--method", method)]
+    done = run(model_folder, *asked, "--json", str(kept))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(kept.read_text())
+    runs = {r["method"]: r for r in found["runs"]}
+    firsts = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+
+    assert {m: firsts.count(m) for m in methods} == dict.fromkeys(methods[:3], 3) | {"pho": 2}
+    assert {m: r["evaluations"] for m, r in runs.items()} == {
+        "hill-climb": 10, "cmaes": 10, "tpe": 10, "pho": 9,  # six baselines and four more
+    }  # fmt: skip
+    assert {*found["ratios"]} == set(methods[:3])
+    assert runs["pho"]["confirmed"] == 7
+    for name in ("dense", "ria-layer", "wall", "sha256", "kernel_sizes", "torch", "cores"):
+        assert name in done.stdout + kept.read_text()
+
+
+def test_ratios(model_folder: Path, kept: Path) -> None:
+    """The ratios are those of the seconds; calibration and confirmation are PHO's cost, too."""
+    done = run(model_folder, "--json", str(kept))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(kept.read_text())
+    climb, pho = found["runs"]
+    calibration = found["calibration"]["wall_s"]
+    whole = calibration + pho["whole"]["wall_s"]
+    ratio = found["ratios"]["hill-climb"]
+
+    assert (climb["method"], pho["method"]) == ("hill-climb", "pho")
+    assert pho["whole"]["wall_s"] >= pho["search"]["wall_s"] + pho["confirmation"]["wall_s"] > 0
+    assert ratio["evaluation"] == pytest.approx(
+        (climb["search"]["wall_s"] / 10) / (pho["search"]["wall_s"] / 9)
+    )
+    assert ratio["end_to_end"] == pytest.approx((calibration + climb["whole"]["wall_s"]) / whole)
+    assert ratio["without_calibration"] == pytest.approx(climb["whole"]["wall_s"] / whole)
+    assert 0 < climb["baselines_s"] < climb["search"]["wall_s"]

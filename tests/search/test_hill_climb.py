@@ -1,0 +1,253 @@
+"""Optuna's own cases for the hill climb, and that it climbs as it says, without a waste."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+from optuna.trial import TrialState
+
+from pho_service.search.hill_climb import HillClimbSampler
+from pho_service.search.space import RIA, SearchSpace
+
+LINE = {"x": FloatDistribution(0, 1)}
+SPACE = {
+    "a": FloatDistribution(-1, 1),
+    "b": FloatDistribution(0, 4),
+    "k": CategoricalDistribution((3, 5, 9, 15)),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Optuna logs each new study."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class TestOptunaCases(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    """What Optuna asks of every sampler."""
+
+    @pytest.fixture
+    def sampler(self) -> type[BaseSampler]:
+        """The sampler under test."""
+        return HillClimbSampler
+
+
+def climbed(
+    sampler: HillClimbSampler,
+    space: Mapping[str, BaseDistribution],
+    loss: Callable[[dict[str, Any]], float | None],
+    *,
+    direction: str = "minimize",
+    most: int = 1000,
+) -> optuna.Study:
+    """The study of a climb to its end; None is a failed trial."""
+    study = optuna.create_study(sampler=sampler, direction=direction)
+    while len(study.trials) < most and not sampler.is_exhausted(study):
+        trial = study.ask(dict(space))
+        value = loss(trial.params)
+        if value is None:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, value)
+    return study
+
+
+def climbed_on_line(loss: Callable[[float], float | None], start: float) -> list[float]:
+    """Every point of a climb in one dimension."""
+    sampler = HillClimbSampler(search_space=LINE, start={"x": start})
+    return [t.params["x"] for t in climbed(sampler, LINE, lambda p: loss(p["x"])).trials]
+
+
+def bowl(params: Mapping[str, Any]) -> float:
+    """Its minimum is at a = 0.3, b = 1.1, k = 9."""
+    window = {3: 2, 5: 1, 9: 0, 15: 1}[params["k"]]
+    return float((params["a"] - 0.3) ** 2 + (params["b"] - 1.1) ** 2 + 0.1 * window)
+
+
+def test_steps_by_hand() -> None:
+    """Up, up again after a success, down; then half the step, until 1/32 of the range."""
+    points = climbed_on_line(lambda x: abs(x - 0.6), start=0.25)
+
+    assert points == [
+        0.25, 0.5, 0.75,  # 1/4: up is better, up again is not; down is known
+        0.625,  # 1/8: better; up and down of it are known
+        0.6875, 0.5625,  # 1/16: neither
+        0.65625, 0.59375,  # 1/32: down is better
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "first"), [(-7, 0.0), (0.0, 0.0), (0.5, 0.5), (9, 1.0)])
+def test_start(start: float, first: float) -> None:
+    """A climb begins where it is told to, or at the nearer end of the range."""
+    assert climbed_on_line(lambda x: x, start)[0] == first
+
+
+def test_stays_in_the_box() -> None:
+    """Steps are cut off at the ends of the range, and the end itself is reached."""
+    points = climbed_on_line(lambda x: x, start=0.9)
+
+    assert min(points) == 0.0
+    assert max(points) <= 1.0
+
+
+def test_short_numbers_stay_short() -> None:
+    """Steps are exact: a start of 0.5 in 0 to 1.5 leads to 0.875, not to 0.8749999999999999."""
+    space = {"x": FloatDistribution(0, 1.5)}
+    sampler = HillClimbSampler(search_space=space, start={"x": 0.5})
+    points = [t.params["x"] for t in climbed(sampler, space, lambda p: -p["x"]).trials]
+
+    assert points[:3] == [0.5, 0.875, 1.25]
+
+
+def test_finds_the_bottom() -> None:
+    """In a bowl the end is within the last step of the minimum, with the best kernel size."""
+    sampler = HillClimbSampler(search_space=SPACE, start={"a": -1, "b": 4, "k": 3})
+    best = climbed(sampler, SPACE, bowl).best_params
+
+    assert abs(best["a"] - 0.3) <= 2 / 32
+    assert abs(best["b"] - 1.1) <= 4 / 32
+    assert best["k"] == 9
+
+
+def test_kernel_size_goes_to_its_neighbours() -> None:
+    """Of listed values only those beside the present one are tried."""
+    space = {"k": CategoricalDistribution((3, 5, 9, 15, 21))}
+    sampler = HillClimbSampler(search_space=space, start={"k": 9})
+    tried = [t.params["k"] for t in climbed(sampler, space, lambda p: abs(p["k"] - 9)).trials]
+
+    assert tried == [9, 15, 5]
+
+
+def test_nothing_twice() -> None:
+    """No point is rated a second time, and each step changes one coordinate of a rated point."""
+    sampler = HillClimbSampler(search_space=SPACE, start={"a": -1, "b": 4})
+    points = [t.params for t in climbed(sampler, SPACE, bowl).trials]
+
+    assert len({tuple(p.values()) for p in points}) == len(points)
+    for number, point in enumerate(points[1:], 1):
+        changed = [sum(point[n] != earlier[n] for n in SPACE) for earlier in points[:number]]
+
+        assert min(changed) == 1
+
+
+def test_end_is_a_local_best() -> None:
+    """At the end, no last step along a coordinate, up or down, is better."""
+    sampler = HillClimbSampler(search_space=SPACE, start={"a": 0.9, "b": 0.2})
+    study = climbed(sampler, SPACE, bowl)
+    best = study.best_params
+    nearby = [
+        {**best, name: min(max(best[name] + sign * width / 32, low), low + width)}
+        for name, low, width in (("a", -1, 2), ("b", 0, 4))
+        for sign in (1, -1)
+    ]
+
+    assert all(bowl(point) >= study.best_value for point in nearby)
+
+
+def test_maximised() -> None:
+    """With direction maximize, better is higher: the same points as for the negative."""
+    up, down = (HillClimbSampler(search_space=SPACE) for _ in range(2))
+    maximised = climbed(up, SPACE, lambda p: -bowl(p), direction="maximize")
+
+    assert [t.params for t in maximised.trials] == [
+        t.params for t in climbed(down, SPACE, bowl).trials
+    ]
+
+
+def test_failed_is_worse_than_anything() -> None:
+    """A point that cannot be rated is not stepped on, and not tried again."""
+    points = climbed_on_line(lambda x: None if x > 0.6 else abs(x - 0.6), start=0.25)
+
+    assert points == [0.25, 0.5, 0.75, 0.625, 0.375, 0.5625, 0.59375]
+
+
+def test_failed_start() -> None:
+    """Any value is better than a start that failed."""
+    points = climbed_on_line(lambda x: None if x == 0.5 else 1000 + x, start=0.5)
+
+    assert points[:5] == [0.5, 0.75, 1.0, 0.875, 0.625]  # 0.75 is stepped on, then 0.625
+
+
+def test_all_failed() -> None:
+    """A climb on which nothing can be rated ends."""
+    assert climbed_on_line(lambda _: None, start=0.5) == [
+        0.5, 0.75, 0.25, 0.625, 0.375, 0.5625, 0.4375, 0.53125, 0.46875,
+    ]  # fmt: skip
+
+
+def test_plateau() -> None:
+    """Equal is not better: the climb stays, and ends."""
+    points = climbed_on_line(lambda _: 1.0, start=0.5)
+
+    assert len(points) == 1 + 2 * 4
+
+
+def test_asked_on() -> None:
+    """A climb that is over gives its best point again."""
+    sampler = HillClimbSampler(search_space=SPACE)
+    study = climbed(sampler, SPACE, bowl)
+
+    assert study.ask(SPACE).params == study.best_params
+
+
+def test_goes_on_in_another_process() -> None:
+    """A sampler that knows nothing but the trials asks for the same next ones."""
+    whole = climbed(HillClimbSampler(search_space=SPACE), SPACE, bowl).trials
+    for cut in (1, 7, len(whole) - 1):
+        fresh = HillClimbSampler(search_space=SPACE)
+        study = optuna.create_study(sampler=fresh)
+        study.add_trials(whole[:cut])
+
+        assert study.ask(SPACE).params == whole[cut].params
+
+
+def test_fixed_space() -> None:
+    """Where every value is fixed, there is one point to rate."""
+    space = {"x": FloatDistribution(0.5, 0.5), "k": CategoricalDistribution((3,))}
+    sampler = HillClimbSampler(search_space=space)
+
+    assert len(climbed(sampler, space, lambda _: 1.0).trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("space", "params", "without"),
+    [
+        (SearchSpace(), {"neighbourhood_share": 0.0}, {"kernel_size", "allocation_spread"}),
+        (SearchSpace(), {"neighbourhood_share": 1.0}, {"row_share", "allocation_spread"}),
+        (SearchSpace(), {"neighbourhood_share": 0.5}, {"allocation_spread"}),
+        (SearchSpace(), {"neighbourhood_share": 0.5, "allocation": "owl"}, set()),
+    ],
+)
+def test_effective(space: SearchSpace, params: dict[str, Any], without: set[str]) -> None:
+    """What changes no mask beside the other values is not a part of the point."""
+    point = {**RIA, "kernel_size": 3, **params}
+
+    assert point.keys() - space.effective(point).keys() == without
+
+
+def test_steps_without_effect_are_not_rated() -> None:
+    """From RIA, no window without a neighbourhood, and no spread of a uniform allocation."""
+    space = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.05, 0.4))
+    distributions = space.distributions()
+    sampler = HillClimbSampler(search_space=distributions, start=RIA, effective=space.effective)
+    study = climbed(
+        sampler, distributions, lambda p: (p["neighbourhood_share"] - 0.7) ** 2 + p["kernel_size"]
+    )
+    seen = {tuple(sorted(space.effective(t.params).items())) for t in study.trials}
+    shares = [t.params["neighbourhood_share"] for t in study.trials]
+
+    assert len(seen) == len(study.trials)
+    assert study.trials[0].params == {**RIA, "kernel_size": 3}
+    assert {t.params["kernel_size"] for t, s in zip(study.trials, shares, strict=True) if s} == {
+        3, 5
+    }  # fmt: skip
+    assert math.isclose(study.best_params["neighbourhood_share"], 0.7, abs_tol=1 / 32)
