@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install check load bench-quality bench-search clean
+.PHONY: demo test install check load bench-quality bench-search bench-curves bench-gpu clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -37,6 +37,12 @@ bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; ho
 
 bench-search: install ## hill climbing on perplexity against PHO; below an hour on 2 cores, ARGS=--quick in minutes
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
+
+bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 40 minutes on 2 cores, goes on where it was
+	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs
+
+bench-gpu: install ## LLaMA-2-7B shapes on one GPU: calibration, 200 trials, precision; needs a CUDA build of torch
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv demo build dist

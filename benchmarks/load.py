@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from local_service import conditions, service, write_tiny_model
+from local_service import service, write_tiny_model
+from machine import conditions
 
 
 def main(seconds: int = 60, clients: int = 100) -> None:

@@ -1,7 +1,6 @@
 """A service of its own for a benchmark, and a model that takes no time."""
 
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -13,12 +12,6 @@ from pathlib import Path
 WORDS = [
     "a", "model", "weight", "row", "column", "layer", "score", "token", "window", "text", "prune",
 ]  # fmt: skip
-
-
-def conditions() -> str:
-    """The machine, and what else it is doing."""
-    machine = platform.processor() or platform.machine()
-    return f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 @contextmanager
@@ -61,11 +54,14 @@ def service(folder: Path, *, workers: int, **settings: str) -> Iterator[str]:
 
 
 def wait_for_workers(url: str, count: int) -> None:
-    """Wait until so many workers report."""
+    """Wait until so many workers report; for five minutes at most."""
     from pho_service.client import Client
 
+    deadline = time.monotonic() + 300
     with Client(url) as client:
         while len(client.workers()) < count:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{len(client.workers())} of {count} workers report after 300 s")
             time.sleep(0.2)
 
 

@@ -9,7 +9,6 @@ an interrupted run goes on where it was.
     python benchmarks/quality.py --model smollm2 --pattern 0.5 --method wanda --method best
 """
 
-import json
 import platform
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import click
 import torch
+from kept_results import KeptResults
 from subject import MODELS, Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
@@ -39,7 +39,9 @@ CONTEXT_LENGTH = 512
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)))
+@click.option(
+    "--model", "models", multiple=True, help="smollm2, gemma3 or what `pho` takes.  [default: both]"
+)
 @click.option("--pattern", "patterns", multiple=True, help="[default: all five]")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS))
 @click.option("--out", default="quality.jsonl", show_default=True, help="Where results are kept.")
@@ -64,13 +66,13 @@ def main(
     **options: Any,
 ) -> None:
     """Print the tables of docs/quality.md."""
-    kept = Path(out)
+    kept = KeptResults(Path(out))
     for name in models or MODELS:
         missing = [
             (pattern, method)
             for pattern in patterns or PATTERNS
             for method in methods or METHODS
-            if _found(kept, name, pattern, method, options) is None
+            if kept.find(_key(name, pattern, method, options)) is None
         ]
         if missing:
             _fill(kept, name, missing, options)
@@ -78,7 +80,9 @@ def main(
         _show(kept, name, list(patterns or PATTERNS), list(methods or METHODS), options)
 
 
-def _fill(kept: Path, name: str, missing: list[tuple[str, str]], options: dict[str, Any]) -> None:
+def _fill(
+    kept: KeptResults, name: str, missing: list[tuple[str, str]], options: dict[str, Any]
+) -> None:
     """Measure the cells that are missing, each written as soon as it is known."""
     with tempfile.TemporaryDirectory() as folder:
         subject = load_subject(
@@ -91,9 +95,10 @@ def _fill(kept: Path, name: str, missing: list[tuple[str, str]], options: dict[s
             dtype=options["dtype"],
             seed=options["seed"],
         )
-        if _found(kept, name, "dense", "dense", options) is None:
+        if kept.find(_key(name, "dense", "dense", options)) is None:
             perplexity = rate_perplexity(subject.model.model, subject.report.windows).perplexity
-            _keep(kept, name, "dense", "dense", options, {"perplexity": perplexity, "sparsity": 0})
+            dense = {"perplexity": perplexity, "sparsity": 0}
+            kept.keep(_key(name, "dense", "dense", options), dense)
         for pattern, method in missing:
             say(f"{name} {pattern} {method}")
             started = time.perf_counter()
@@ -101,7 +106,7 @@ def _fill(kept: Path, name: str, missing: list[tuple[str, str]], options: dict[s
                 cell = _measure(subject, Pattern.parse(pattern), method, Path(folder), options)
             cell["seconds"] = round(time.perf_counter() - started, 1)
             cell["memory_bytes"] = peak()
-            _keep(kept, name, pattern, method, options, cell)
+            kept.keep(_key(name, pattern, method, options), cell)
 
 
 def _measure(
@@ -156,38 +161,18 @@ def _searched(
     }
 
 
-def _lines(kept: Path) -> list[dict[str, Any]]:
-    if not kept.is_file():
-        return []
-    return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-
-
-def _found(
-    kept: Path, name: str, pattern: str, method: str, options: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The last result of a cell under these conditions."""
-    key = {"model": name, "pattern": pattern, "method": method, "options": options}
-    for line in reversed(_lines(kept)):
-        if all(line[field] == value for field, value in key.items()):
-            return line
-    return None
-
-
-def _keep(
-    kept: Path, name: str, pattern: str, method: str, options: dict[str, Any], cell: dict[str, Any]
-) -> None:
-    line = {"model": name, "pattern": pattern, "method": method, "options": options, **cell}
-    with kept.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _key(name: str, pattern: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a cell is found again by: its place and its conditions."""
+    return {"model": name, "pattern": pattern, "method": method, "options": options}
 
 
 def _show(
-    kept: Path, name: str, patterns: list[str], methods: list[str], options: dict[str, Any]
+    kept: KeptResults, name: str, patterns: list[str], methods: list[str], options: dict[str, Any]
 ) -> None:
-    dense = _found(kept, name, "dense", "dense", options)
+    dense = kept.find(_key(name, "dense", "dense", options))
     assert dense is not None
     cells = {
-        (pattern, method): _found(kept, name, pattern, method, options) or {}
+        (pattern, method): kept.find(_key(name, pattern, method, options)) or {}
         for pattern in patterns
         for method in methods
     }
@@ -207,13 +192,13 @@ def _show(
         f"{options['seed']}; {used}, {platform.machine()}, {torch.get_num_threads()} threads"
     )
     print_table(
-        f"{name}: perplexity",
+        f"{Path(name).name}: perplexity",
         ("method", *patterns),
         row("", lambda cell: f"{cell['perplexity']:.2f}"),
         caption=caption,
     )
     print_table(
-        f"{name}: seconds, peak memory",
+        f"{Path(name).name}: seconds, peak memory",
         ("method", *patterns),
         row(
             "",

@@ -5,6 +5,7 @@ Many cheap jobs and few to many workers: does anybody starve, and what bounds th
 workers begin. Takes about four minutes on 2 cores:
 
     python benchmarks/service_throughput.py
+    python benchmarks/service_throughput.py --workers 1 --jobs 2 --trials 8   # tries it out
 """
 
 import os
@@ -12,36 +13,41 @@ import tempfile
 import time
 from pathlib import Path
 
+import click
 import psutil
-from local_service import conditions, service, wait_for_workers, write_tiny_model
+from local_service import service, wait_for_workers, write_tiny_model
+from machine import conditions
 
 from pho_service.client import Client
 
-JOBS, TRIALS = 32, 40
 
-
-def main() -> None:
-    """Run with 1, 2, 4 and 8 workers."""
-    print(f"{conditions()}; {JOBS} jobs of {TRIALS} trials")
+@click.command()
+@click.option("--workers", "crews", multiple=True, type=int, default=(1, 2, 4, 8))
+@click.option("--jobs", default=32, show_default=True)
+@click.option("--trials", default=40, show_default=True, help="Of each job.")
+def main(crews: tuple[int, ...], jobs: int, trials: int) -> None:
+    """Print the table: a row for each number of workers."""
+    print(f"{conditions()}; {jobs} jobs of {trials} trials")
     print(
         "| workers | seconds | jobs/min | trials/s | cores busy | stages each | longest wait, s |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for workers in (1, 2, 4, 8):
-        measure(workers)
+    for workers in crews:
+        measure(workers, count=jobs, trials=trials)
 
 
-def measure(workers: int) -> None:
+def measure(workers: int, *, count: int, trials: int) -> None:
     """Print one row of the table."""
     with tempfile.TemporaryDirectory(prefix="pho-") as name:
         folder = Path(name)
-        spec = {**write_tiny_model(folder), "trials": TRIALS}
+        spec = {**write_tiny_model(folder), "trials": trials}
         with service(folder, workers=workers) as url, Client(url) as client:
             wait_for_workers(url, workers)
             psutil.cpu_percent()
             began = time.perf_counter()
-            ids = [client.submit({**spec, "seed": seed}).id for seed in range(JOBS)]
-            while not all(client.job(i).state == "succeeded" for i in ids):
+            ids = [client.submit({**spec, "seed": seed}).id for seed in range(count)]
+            while not all((job := client.job(i)).state == "succeeded" for i in ids):
+                assert job.state != "failed", job.error
                 time.sleep(0.1)
             seconds = time.perf_counter() - began
             busy = psutil.cpu_percent() / 100 * (os.cpu_count() or 1)
@@ -50,8 +56,8 @@ def measure(workers: int) -> None:
             log = (folder / "log").read_text()
             begun = [log.count(f"[{w.name.rpartition(':')[2]}]") for w in client.workers()]
             print(
-                f"| {workers} | {seconds:.1f} | {60 * JOBS / seconds:.0f} | "
-                f"{TRIALS * JOBS / seconds:.0f} | {busy:.1f} | {min(begun)} to {max(begun)} | "
+                f"| {workers} | {seconds:.1f} | {60 * count / seconds:.0f} | "
+                f"{trials * count / seconds:.0f} | {busy:.1f} | {min(begun)} to {max(begun)} | "
                 f"{max(waits):.1f} |",
                 flush=True,
             )

@@ -1,0 +1,51 @@
+"""What a benchmark ran on, to be printed with its numbers."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from pho_service.versions import versions
+
+
+def conditions() -> str:
+    """The machine, and what else it is doing."""
+    return f"{machine()}, load {os.getloadavg()[0]:.1f}"
+
+
+def machine() -> str:
+    """The processor and its cores."""
+    return f"{_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)", about.read_text() if about.is_file() else "", re.M)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def software(*packages: str) -> str:
+    """Versions of Python, of PHO and of ``packages``, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions(*packages).items())
+
+
+def card() -> str:
+    """The first GPU with its memory, driver and CUDA version."""
+    import torch
+
+    about = torch.cuda.get_device_properties(0)
+    return (
+        f"{about.name}, {about.total_memory / 2**30:.0f} GiB, driver {_driver()}, "
+        f"CUDA {torch.version.cuda}"
+    )
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown (no nvidia-smi)"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    return answer.stdout.partition("\n")[0] or "unknown"

@@ -1,0 +1,118 @@
+"""Each benchmark runs from end to end on a tiny model and prints its rows, so that none can rot."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+Benchmark = Callable[..., dict[str, list[str]]]
+
+
+@pytest.fixture
+def database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services use the tests' PostgreSQL; what the scripts set besides is forgotten afterwards."""
+    monkeypatch.setenv("PHO_DATABASE_URL", database_url)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def numbers(cells: list[str]) -> list[float]:
+    """All cells of a row, which have to be numbers."""
+    return [float(cell) for cell in cells]
+
+
+def test_proxy_fidelity(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path]) -> None:
+    """A row for each number of rows and second moment, and the full proxy agrees with itself."""
+    table = benchmark(
+        "proxy_fidelity", model_folder, "--text", texts["calibration"], "--candidates", 6,
+        "--samples", 4, "--context-length", 32,
+    )  # fmt: skip
+    moments = ["Gram", "projection 64", "projection 128", "projection 256"]
+
+    assert numbers(table["all, Gram"])[:4] == [1, 1, 1, 1]
+    for height in (16, 32, 64):
+        for moment in moments:
+            *correlations, size, seconds = numbers(table[f"{height}, {moment}"])
+            assert all(-1 <= c <= 1 for c in correlations)
+            assert size >= 0
+            assert seconds > 0
+
+
+def test_step_times(benchmark: Benchmark) -> None:
+    """A row for each step, with the seconds at each width."""
+    table = benchmark("step_times", "--width", 32, "--width", 64)
+
+    assert table["step"] == ["32", "64"]
+    for step in (
+        "allocation owl", "allocation fisher", "allocation curves", "permutation score",
+        "permutation error", "re-pruning dsnot", "re-pruning swaps", "re-pruning swaps, 2:4",
+        "inverse", "update obs", "least squares on top", "update sparsegpt",
+        "update sparsegpt, 2:4",
+    ):  # fmt: skip
+        assert all(seconds >= 0 for seconds in numbers(table[step]))
+
+
+def test_quality(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
+    """A row for each method; a second run measures nothing anew."""
+    kept = tmp_path / "kept.jsonl"
+    words = (
+        "quality", "--model", model_folder, "--pattern", "0.5", "--pattern", "2:4",
+        "--method", "wanda", "--method", "crepe", "--samples", 4, "--trials", 9,
+        "--finalists", 1, "--confirm-windows", 1, "--report-windows", 1, "--out", kept,
+    )  # fmt: skip
+    table = benchmark(*words)
+    before = kept.read_text()
+
+    assert table["method"] == ["0.5", "2:4"]
+    assert all(cell.endswith("GiB") for cell in table["wanda"] + table["crepe"])
+    assert len(before.splitlines()) == 5  # the dense model, and two methods at two patterns
+    assert benchmark(*words) == table
+    assert kept.read_text() == before
+
+
+def test_gpu(benchmark: Benchmark) -> None:
+    """Seconds and memory of each part, and a row for each precision; on the CPU to try it out."""
+    table = benchmark(
+        "gpu", "--device", "cpu", "--size", "tiny", "--samples", 4, "--context-length", 32,
+        "--trials", 8, "--candidates", 8,
+    )  # fmt: skip
+    parts = ["hash of the weights", "calibration", "writing the bundle", "reading the bundle"]
+    seconds = [numbers(table[part])[0] for part in [*parts, "8 trials"]]
+
+    assert numbers(table["total"])[0] >= max(seconds)
+    assert numbers(table["float32"])[:2] == [1, 0]
+    assert numbers(table["tf32"])[0] > 0.9
+    assert numbers(table["bfloat16"])[0] > 0.9
+    assert numbers(table["bfloat16"])[1] > 0  # else the products were not rounded
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.skipif(find_spec("locust") is None, reason="locust is only in the extra `load`")
+def test_load(capfd: pytest.CaptureFixture[str]) -> None:
+    """Locust's table has a row for each kind of request, and nothing failed."""
+    with pytest.raises(SystemExit) as done:
+        import_module("load").main(seconds=5, clients=3)
+    table = "".join(capfd.readouterr())
+
+    assert done.value.code == 0, table
+    for request in ("list", "submit", "Aggregated"):
+        assert request in table
+
+
+@pytest.mark.usefixtures("database")
+def test_service_throughput(benchmark: Benchmark) -> None:
+    """A row for each number of workers."""
+    table = benchmark("service_throughput", "--workers", 1, "--jobs", 2, "--trials", 8)
+    seconds, jobs_a_minute, *_ = table["1"]
+
+    assert float(seconds) > 0
+    assert float(jobs_a_minute) > 0
+
+
+@pytest.mark.usefixtures("database")
+def test_service_overhead(benchmark: Benchmark) -> None:
+    """A row for each round: both sides' seconds and their ratio."""
+    table = benchmark("service_overhead", "--tiny", "--trials", 8, "--rounds", 1)
+
+    assert all(number > 0 for number in numbers(table["0"]))
