@@ -28,7 +28,6 @@ check: install ## lint, formatting, types, import direction
 	$(BIN)/lint-imports
 
 load: install ## 100 clients for a minute, against a service of its own on this machine
-	$(BIN)/python -m pip install --quiet --editable '.[load]'
 	$(BIN)/python benchmarks/load.py
 
 bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; hours on 2 cores, goes on where it was

@@ -13,18 +13,20 @@ ratings, so that what else the machine does weighs on both sides.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import torch
 from machine import conditions, software
 from scipy.stats import spearmanr
-from subject import smollm2_bundle
+from subject import load_subject
 
 from pho_service.cli.terminal import print_table, progress, verb
 from pho_service.models.bundle_file import read_bundle
+from pho_service.models.loading import pick_device
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.selection import keep_highest, plain_keep_highest
@@ -95,6 +97,30 @@ class Machine:
         return MATRIX_SIZE**3 / self.seconds(lambda: matrix @ matrix)
 
 
+@click.command()
+@click.argument("bundle", required=False)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--rounds", default=9, show_default=True, help="Of measurements.")
+@click.option("--candidates", default=40, show_default=True, help="That levers are ranked on.")
+@click.option("--seed", default=0, show_default=True)
+@verb
+def main(bundle: str | None, device: str, rounds: int, candidates: int, seed: int) -> None:
+    """Print the tables of docs/speed.md on the rating of a candidate."""
+    on = pick_device(device)
+    with tempfile.TemporaryDirectory() as folder:
+        rated = read_bundle(Path(bundle)) if bundle else _smollm2(Path(folder), seed)
+    measure(rated, on, rounds=rounds, seed=seed)
+    levers(rated, on, count=candidates, seed=seed)
+
+
+def _smollm2(folder: Path, seed: int) -> ProxyBundle:
+    """The bundle of the demo's settings."""
+    return load_subject(
+        "smollm2", folder, samples=32, confirm_windows=1, report_windows=1, context_length=512,
+        dtype="float32", seed=seed,
+    ).bundle  # fmt: skip
+
+
 def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed: int = 0) -> None:
     """
     Print the floor of a rating and how far ratings are from it.
@@ -124,6 +150,14 @@ def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed:
                 )
             advance(1)
     floors = [max(pair) for pair in zip(reading, multiplying, strict=True)]
+
+    def row(pattern: Pattern) -> tuple[str, str, str]:
+        ratios = [r / f for r, f in zip(rating[pattern], floors, strict=True)]
+        title = f"{pattern}, scope {pattern.scope.value}"
+        return title, _ms(rating[pattern]), f"{statistics.median(ratios):.2f}"
+
+    gigabytes = work.bytes / statistics.median(reading) / 1e9
+    billions = work.multiply_adds / statistics.median(multiplying) / 1e9
     print_table(
         "Milliseconds a candidate",
         ("", "ms", "times the floor"),
@@ -131,20 +165,12 @@ def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed:
             ("reading", _ms(reading), ""),
             ("multiply-adds", _ms(multiplying), ""),
             ("floor: the larger", _ms(floors), "1"),
-            *(
-                (
-                    f"{pattern}, scope {pattern.scope.value}",
-                    _ms(rating[pattern]),
-                    f"{statistics.median(r / f for r, f in zip(rating[pattern], floors, strict=True)):.2f}",
-                )
-                for pattern in patterns
-            ),
+            *(row(pattern) for pattern in patterns),
         ],
-        caption=f"{work.bytes / 1e6:.1f} MB read at {work.bytes / statistics.median(reading) / 1e9:.1f} "
-        f"GB/s, {work.multiply_adds / 1e6:.0f} million multiply-adds at "
-        f"{work.multiply_adds / statistics.median(multiplying) / 1e9:.0f} billion a second (float32, "
-        f"square matrices of {MATRIX_SIZE}); medians of {rounds} rounds, random candidates of "
-        f"seed {seed}, {_where(device)}",
+        caption=f"{work.bytes / 1e6:.1f} MB read at {gigabytes:.1f} GB/s, "
+        f"{work.multiply_adds / 1e6:.0f} million multiply-adds at {billions:.0f} billion a second "
+        f"(float32, square matrices of {MATRIX_SIZE}); medians of {rounds} rounds, random "
+        f"candidates of seed {seed}; {_where(device)}",
     )
 
 
@@ -155,16 +181,17 @@ def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) 
     candidates = _candidates(bundle, pattern, count, seed)
     values = _blend(evaluator, candidates)
     rows = []
-    for title, other in {
-        "bfloat16 products": ProxyEvaluator(bundle, device, dtype=torch.bfloat16),
-        "half of the rows": ProxyEvaluator(_fewer_rows(bundle, 2), device),
-        "a quarter of the rows": ProxyEvaluator(_fewer_rows(bundle, 4), device),
-    }.items():
-        seconds = [
-            machine.seconds(lambda e=e: e.evaluate(candidates[:3])) / 3 for e in (evaluator, other)
-        ]
-        rho = spearmanr(values, _blend(other, candidates)).statistic
-        rows.append((title, *(f"{s * 1e3:.2f}" for s in seconds), f"{rho:.4f}"))
+    for title, other, precision in (
+        ("tf32 products", evaluator, "high"),
+        ("bfloat16 products", ProxyEvaluator(bundle, device, dtype=torch.bfloat16), "highest"),
+        ("half of the rows", ProxyEvaluator(_fewer_rows(bundle, 2), device), "highest"),
+        ("a quarter of the rows", ProxyEvaluator(_fewer_rows(bundle, 4), device), "highest"),
+    ):
+        now = machine.seconds(lambda: evaluator.evaluate(candidates[:3])) / 3
+        with _float32_products(precision):
+            then = machine.seconds(lambda other=other: other.evaluate(candidates[:3])) / 3
+            rho = spearmanr(values, _blend(other, candidates)).statistic
+        rows.append((title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", f"{rho:.4f}"))
     lines = [stack.score.flatten(0, 1).flatten(1) for stack in evaluator.stacks]
     numbers = [torch.full((len(line),), line.shape[1] // 2, device=device) for line in lines]
     gone = [stack.gone.flatten(1, 2) for stack in evaluator.stacks]
@@ -186,7 +213,9 @@ def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) 
         ("selection by sorting", select(keep_highest), select(plain_keep_highest)),
     ):
         rows.append(_compared(machine, title, ours, theirs, 1))
-    rows.append(_compared(machine, "products of 8 candidates", multiply(gone), multiply(together), 8))
+    rows.append(
+        _compared(machine, "products of 8 candidates", multiply(gone), multiply(together), 8)
+    )
     print_table(
         "What else was tried",
         ("instead", "ms as it is", "ms then", "Spearman"),
@@ -195,6 +224,17 @@ def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) 
         f"blend over {count} random candidates, {pattern} in scope layer, seed {seed}; "
         f"{_where(device)}",
     )
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """What torch may do in float32 products meanwhile: ``high`` is tf32 where there is one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _compared(
@@ -215,3 +255,32 @@ def _candidates(bundle: ProxyBundle, pattern: Pattern, count: int, seed: int) ->
 
 def _blend(evaluator: ProxyEvaluator, candidates: Sequence[Candidate]) -> list[float]:
     return [rating.blend for rating in evaluator.evaluate(candidates)]
+
+
+def _fewer_rows(bundle: ProxyBundle, step: int) -> ProxyBundle:
+    """A bundle with every ``step``-th of its sampled rows."""
+    layers = [
+        replace(
+            layer,
+            row_index=layer.row_index[::step],
+            rows=layer.rows[::step],
+            row_mean=layer.row_mean[::step],
+            window_means={k: means[::step] for k, means in layer.window_means.items()},
+        )
+        for layer in bundle.layers
+    ]
+    return replace(bundle, layers=layers)
+
+
+def _ms(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:.2f}"
+
+
+def _where(device: torch.device) -> str:
+    """The conditions of all tables."""
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else conditions()
+    return f"{on}; {torch.get_num_threads()} threads, {software('torch', 'numpy')}"
+
+
+if __name__ == "__main__":
+    main()

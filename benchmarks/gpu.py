@@ -2,8 +2,8 @@
 Calibration and search on LLaMA-2-7B shapes, on one GPU: `make bench-gpu`.
 
 Random weights in bfloat16, made on the card. Prints the card, seconds and peak
-GPU memory of each part; then whether tf32 and bfloat16 rank candidates as
-float32 does, and how far an evaluation is from what the card allows.
+GPU memory of each part; then how far a rating is from what the card allows, and
+whether tf32 and bfloat16 rank candidates as float32 does.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --size tiny --context-length 64   # tries the script out
@@ -11,37 +11,29 @@ float32 does, and how far an evaluation is from what the card allows.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
+import evaluation_floor
 import torch
 from machine import card, conditions, software
 from random_llama import SHAPES, random_llama, random_text
-from scipy.stats import spearmanr
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pho_service.cli.terminal import print_table, progress, say, verb
+from pho_service.cli.terminal import print_table, progress, verb
 from pho_service.jobs.search import search_job
 from pho_service.memory import peak_memory
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
 from pho_service.models.loading import pick_device
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
-from pho_service.search.space import SearchSpace
-from pho_service.search.validation import random_candidates
-from pho_service.spec import CalibrationSettings, Objective, Pattern
+from pho_service.spec import CalibrationSettings, Pattern
 
 TARGET_S = 120  # of all parts, on one H100
 PATTERN = Pattern.parse("0.5", "layer")
-PRECISIONS = ("float32", "tf32", "bfloat16")
 
 T = TypeVar("T")
 
@@ -113,8 +105,8 @@ def main(
         f"seed {seed}. Making or loading the model is not counted. Target: 7 billion parameters, "
         f"128 x 2048 tokens and 200 trials in under {TARGET_S} s on one H100. Ran on {ran_on}",
     )
-    _show_precisions(bundle, target, candidates, seed)
-    _show_floor(bundle, target)
+    evaluation_floor.measure(bundle, target, seed=seed)
+    evaluation_floor.levers(bundle, target, count=candidates, seed=seed)
 
 
 def _parts(
@@ -141,73 +133,6 @@ def _parts(
         ),
     )
     return bundle
-
-
-def _show_precisions(bundle: ProxyBundle, device: torch.device, count: int, seed: int) -> None:
-    """Does a faster multiplication change the ranking?"""
-    drawn = random_candidates(
-        SearchSpace(kernel_sizes=bundle.kernel_sizes), PATTERN, count=count, seed=seed
-    )
-    objective = Objective()
-    values: dict[str, list[float]] = {}
-    rows = []
-    for precision in PRECISIONS:
-        with _multiplying_in(precision):
-            evaluator = ProxyEvaluator(bundle, device)
-            for candidate in drawn:
-                evaluator.evaluate([candidate])  # what is kept for the next time is there now
-            started = time.perf_counter()
-            ratings = [evaluator.evaluate([candidate])[0] for candidate in drawn]
-            seconds = (time.perf_counter() - started) / count
-        values[precision] = [getattr(rating, objective.weighting) for rating in ratings]
-        exact = values["float32"]
-        rank = spearmanr(values[precision], exact).statistic
-        off = max(abs(v / e - 1) for v, e in zip(values[precision], exact, strict=True))
-        speed = "" if precision == "bfloat16" else f"{seconds * 1e3:.2f}"
-        rows.append((precision, f"{rank:.4f}", f"{off:.1e}", speed))
-    print_table(
-        "Precision of the matrix products of an evaluation",
-        ("precision", "Spearman with float32", "largest relative difference", "ms a candidate"),
-        rows,
-        caption=f"{count} random candidates at {PATTERN} in scope {PATTERN.scope}, seed {seed}, "
-        f"one at a time, proxy {objective.weighting}, on {device}. tf32: torch's float32 matmul "
-        "precision `high`, which changes nothing on most CPUs. bfloat16: operands and results of "
-        "every product are rounded to it, which takes time of its own, so none is given.",
-    )
-
-
-@contextmanager
-def _multiplying_in(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with _RoundedProducts() if precision == "bfloat16" else nullcontext():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _RoundedProducts(TorchDispatchMode):
-    """Matrix products in bfloat16 whose results are float32 again, as the evaluator wants them."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Tensor:
-        given = dict(kwargs or {})
-        if func.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.bmm):
-            return func(*args, **given)
-        product = func.overloadpacket(*(operand.bfloat16() for operand in args)).float()
-        return given["out"].copy_(product) if "out" in given else product
-
-
-def _show_floor(bundle: ProxyBundle, device: torch.device) -> None:
-    """What an evaluation takes at least on this device, and what it takes."""
-    if find_spec("evaluation_floor") is None:
-        say("benchmarks/evaluation_floor.py is not here: the floor is not measured.")
-        return
-    import evaluation_floor
-
-    evaluation_floor.measure(bundle, device)
 
 
 if __name__ == "__main__":

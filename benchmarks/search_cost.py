@@ -24,7 +24,7 @@ from typing import Any
 import click
 import optuna
 import torch
-from local_service import conditions
+from machine import conditions
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say

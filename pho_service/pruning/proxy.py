@@ -63,12 +63,19 @@ class ProxyEvaluator:
     Args:
         bundle: What to rate on.
         device: Where the tensors are kept and the sums are done.
+        dtype: Of the matrix products, which take most of the time. Scores,
+            masks and sums are float32 in any case.
     """
 
-    def __init__(self, bundle: ProxyBundle, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: ProxyBundle,
+        device: torch.device | str = "cpu",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.bundle = bundle
-        self.device = torch.device(device)
-        self.stacks = stack_bundle(bundle, self.device)
+        self.stacks = stack_bundle(bundle, torch.device(device), dtype)
         self._positions = torch.cat([stack.positions for stack in self.stacks])
         views = [_view(bundle, layer) for layer in bundle.layers]
         # A search often asks for an allocation that it has asked for before.

@@ -88,17 +88,23 @@ class Stack:
 
 def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
     """D H D^T of each row: (I, L, R, n) rows and (I, m, n) roots of H give (I, L, R, 1)."""
-    outputs = torch.bmm(rows.flatten(1, 2), roots.transpose(1, 2))  # (I, L * R, m)
+    flat = rows.flatten(1, 2).to(roots.dtype)
+    outputs = torch.bmm(flat, roots.transpose(1, 2)).float()  # (I, L * R, m)
     return outputs.square_().sum(dim=-1).view(*rows.shape[:3], 1)
 
 
-def stack_bundle(bundle: ProxyBundle, device: torch.device) -> list[Stack]:
+def stack_bundle(bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) -> list[Stack]:
     """
     Copy a bundle's layers into as few stacks as their shapes allow.
 
     A stack's inputs are equally wide, with equally many readers, and those
     have equally many sampled rows. Linears of one input whose numbers of rows
     differ are stacked apart.
+
+    Args:
+        bundle: All of it.
+        device: Where the stacks are kept.
+        dtype: Of the matrix products with the roots.
     """
     readers: dict[tuple[int, int], list[int]] = {}
     for position, layer in enumerate(bundle.layers):
@@ -107,13 +113,16 @@ def stack_bundle(bundle: ProxyBundle, device: torch.device) -> list[Stack]:
     for (_, rows), together in readers.items():
         shape = (bundle.layers[together[0]].in_features, rows, len(together))
         shapes.setdefault(shape, []).append(together)
-    return [_stack(bundle, groups, device) for groups in shapes.values()]
+    return [_stack(bundle, groups, device, dtype) for groups in shapes.values()]
 
 
-def _stack(bundle: ProxyBundle, groups: Sequence[Sequence[int]], device: torch.device) -> Stack:
-    """
-    Stack the linears whose positions are given, those of one input together.
-    """
+def _stack(
+    bundle: ProxyBundle,
+    groups: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Stack:
+    """Stack the linears whose positions are given, those of one input together."""
     positions = [position for group in groups for position in group]
     layers = [bundle.layers[position] for position in positions]
     inputs = [bundle.inputs[bundle.layers[group[0]].input_index] for group in groups]
@@ -128,7 +137,7 @@ def _stack(bundle: ProxyBundle, groups: Sequence[Sequence[int]], device: torch.d
         return stacked(lambda layer: layer.window_means[k], rows, n).clamp_min_(TINY)
 
     weights = stacked(lambda layer: layer.rows, rows, n)
-    roots = torch.stack([entry.root for entry in inputs]).to(device)
+    roots = torch.stack([entry.root for entry in inputs]).to(device, dtype)
     out_features = torch.tensor([layer.out_features for layer in layers], device=device)
     norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
     return Stack(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -81,14 +80,29 @@ def test_gpu(benchmark: Benchmark) -> None:
     seconds = [numbers(table[part])[0] for part in [*parts, "8 trials"]]
 
     assert numbers(table["total"])[0] >= max(seconds)
-    assert numbers(table["float32"])[:2] == [1, 0]
-    assert numbers(table["tf32"])[0] > 0.9
-    assert numbers(table["bfloat16"])[0] > 0.9
-    assert numbers(table["bfloat16"])[1] > 0  # else the products were not rounded
+    assert numbers(table["floor: the larger"])[1] == 1
+    assert numbers(table["bfloat16 products"])[2] > 0.9
+
+
+def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
+    """The floor, how far each pattern is from it, and what was tried beside."""
+    table = benchmark("evaluation_floor", tiny_bundle, "--rounds", 2, "--candidates", 8)
+    reading, multiplying, (floor, one) = (
+        numbers(table[row]) for row in ("reading", "multiply-adds", "floor: the larger")
+    )
+
+    assert floor == max(*reading, *multiplying)
+    assert one == 1
+    for pattern in ("0.5, scope row", "0.5, scope layer", "0.5, scope global", "2:4, scope row"):
+        milliseconds, ratio = numbers(table[pattern])
+        assert milliseconds > 0
+        assert ratio > 0
+    for lever in ("tf32 products", "bfloat16 products", "half of the rows"):
+        assert -1 <= numbers(table[lever])[2] <= 1
+    assert len(table["products of 8 candidates"]) == 2
 
 
 @pytest.mark.usefixtures("database")
-@pytest.mark.skipif(find_spec("locust") is None, reason="locust is only in the extra `load`")
 def test_load(capfd: pytest.CaptureFixture[str]) -> None:
     """Locust's table has a row for each kind of request, and nothing failed."""
     with pytest.raises(SystemExit) as done:
