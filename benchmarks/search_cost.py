@@ -13,6 +13,7 @@ for neither. An interrupted run begins anew.
 
 import gc
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,6 +139,7 @@ def metered(cost: Cost, *, memory: bool = True) -> Iterator[None]:
 @click.option("--confirm-windows", type=int)
 @click.option("--report-windows", type=int)
 @click.option("--dtype", default="float32", show_default=True)
+@click.option("--threads", type=int, help="Of torch.  [default: one for each core]")
 @click.option("--seed", default=0, show_default=True, help="Of the calibration and the samplers.")
 @click.option("--json", "json_file", help="A file that keeps all numbers.")
 def main(
@@ -148,6 +150,7 @@ def main(
     methods: tuple[str, ...],
     quick: bool,
     dtype: str,
+    threads: int | None,
     seed: int,
     json_file: str | None,
     **given: int | None,
@@ -157,6 +160,8 @@ def main(
     asked = SearchRequest(
         pattern=Pattern.parse(pattern, scope), bounds=parse_bounds(bounds), seed=seed
     )
+    # torch itself takes fewer on a busy machine, which nobody would see.
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         calibration = Cost()

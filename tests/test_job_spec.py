@@ -106,6 +106,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"trials": "200"}, ("trials",)),
     ({"islands": 0}, ("islands",)),
     ({"islands": 65}, ("islands",)),
+    ({"sampler": "hill-climb", "islands": 2}, ("islands",)),  # they would be the same
     ({"seed": -1}, ("seed",)),
     ({"seed": 2**32}, ("seed",)),
     ({"priority": 101}, ("priority",)),

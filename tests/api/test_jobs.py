@@ -277,6 +277,18 @@ def test_progress_of_a_search(client: TestClient, submit: Submit, hand: Any) -> 
     }  # fmt: skip
 
 
+def test_no_time_left_of_what_has_ended(client: TestClient, submit: Submit, hand: Any) -> None:
+    """A search that ended before its last trial has none left to wait for."""
+    job = submit(trials=40, islands=2)["id"]
+    hand.calibrate(job)
+    claims = [hand.take(job, StageKind.SEARCH, i) for i in range(2)]
+    hand.store.progress(claims[0], done=10, elapsed_s=20.0, best_value=0.5)
+    hand.store.progress(claims[1], done=10, elapsed_s=20.0, best_value=0.25)
+    hand.store.complete(claims[0], {})
+
+    assert client.get(f"/v1/jobs/{job}").json()["progress"]["seconds_left"] == 60.0
+
+
 def test_no_pace_yet(client: TestClient, submit: Submit, hand: Any) -> None:
     """Before the first trial, nobody knows the time left."""
     job = submit(trials=40)["id"]

@@ -1,7 +1,6 @@
 """The benchmark of what searches cost runs from end to end, small."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search_cost.py"
 SMALL = [
     "--samples", "4", "--context-length", "16", "--confirm-windows", "2", "--report-windows", "2",
     "--evaluations", "4", "--trials", "9", "--finalists", "1",
+    "--threads", "1",
 ]  # fmt: skip
 
 
@@ -20,7 +20,6 @@ def run(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the script as a user does."""
     return subprocess.run(
         [sys.executable, str(SCRIPT), "--model", str(model), *SMALL, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -73,6 +73,46 @@ def test_perplexity_as_objective(
     assert not any("Not confirmed" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize("sampler", ["hill-climb", "cmaes", "tpe"])
+def test_samplers_on_perplexity(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+    sampler: str,
+) -> None:
+    """Every sampler can search by perplexity, and goes on where it was with the same trials."""
+    request = request_of(objective=Objective(name="perplexity"), sampler=sampler, trials=14)
+    search_job(replace(request, trials=10), bundle, model=model, confirm_text=report)
+    found = search_job(request, bundle, model=model, confirm_text=report).configuration
+    elsewhere = replace(request, study_url=study_url.replace("study.db", "other.db"))
+    again = search_job(elsewhere, bundle, model=model, confirm_text=report).configuration
+
+    assert found == again
+    assert found.search["sampler"] == sampler
+
+
+def test_climb_ends_by_itself(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """It begins at RIA's coefficients, rates no point twice, and says after how many it ended."""
+    objective = Objective(name="perplexity")
+    request = request_of(objective=objective, sampler="hill-climb", trials=300)
+    result = search_job(request, bundle, model=model, confirm_text=report)
+    with open_storage(study_url) as storage:
+        trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
+    climb = [t for t in trials if t.params["method"] == "crepe"]
+    c = climb[0].user_attrs["coefficients"]
+    search = result.configuration.search
+
+    assert (c["row"], c["column"], c["neighbourhood"]) == (0.5, 0.5, 0.0)
+    assert (c["activation_exponent"], c["gradient_exponent"], c["kernel_size"]) == (0.5, 0.0, 3)
+    assert len({str(t.params) for t in climb}) == len(climb)
+    assert (search["trials"], search["finished"]) == (300, len(trials))
+    assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
+
+
 def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any) -> None:
     """A bundle alone has no perplexity."""
     with pytest.raises(InvalidInput, match="needs the model and a text"):

@@ -53,6 +53,10 @@ def bundles(crew: Any) -> dict[str, int]:
         pytest.param({"confirm": None}, id="not-confirmed"),
         pytest.param({"objective": {"name": "gini"}}, id="gini"),
         pytest.param({"objective": {"name": "perplexity"}, "trials": 15}, id="perplexity"),
+        pytest.param(
+            {"objective": {"name": "perplexity"}, "sampler": "hill-climb", "trials": 300},
+            id="hill-climb-to-its-end",
+        ),
         pytest.param({"pattern": "2:4", "seed": 3}, id="2:4"),
         pytest.param({"preset": "best"}, id="best"),
         pytest.param(
@@ -135,6 +139,19 @@ def test_extend_while_it_runs(crew: Any, spec_of: Any, undisturbed: Any, found: 
 
     assert crew.trials(job) == [alone.trials]
     assert found(job) == alone.configuration
+
+
+def test_extend_what_has_ended(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+    """A hill climb that ended by itself has nothing more to do when it is given more trials."""
+    job = crew.done(spec_of(sampler="hill-climb", trials=300))
+    before = crew.trials(job)
+    job = crew.succeeded(crew.store.ask(job.id, "extend", trials=20))
+    (search,) = job.of_kind(StageKind.SEARCH)
+
+    assert crew.trials(job) == before
+    assert search.result == {"trials": len(before[0]), "out_of_time": False}
+    assert found(job) == undisturbed(spec_of(sampler="hill-climb", trials=320)).configuration
+    assert any(f"after {len(before[0])} of 320 trials" in warning for warning in job.warnings)
 
 
 def test_timeout(crew: Any, spec_of: Any, undisturbed: Any) -> None:
