@@ -31,16 +31,16 @@ from pho_service.models.architecture import decoder_blocks
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Advance
+from pho_service.pruning.passes import forward_replaced, frozen, run_backward
 from pho_service.pruning.perplexity import Perplexity, rate_perplexity
+from pho_service.pruning.second_moments import add_gram_, mirrored_
 from pho_service.pruning.statistics import (
     Collector,
     InputGroups,
     PrunableLinear,
     Statistics,
     check_fisher_windows,
-    frozen,
     require_finite,
-    summed_loss,
     watched,
 )
 from pho_service.pruning.steps import InputMoments
@@ -100,7 +100,7 @@ class Block:
                 sums.append(_InputSums(linear.weight.shape[1], linear.weight.device))
         tokens = sum(x.shape[1] for x in self.inputs)
         for name, index in groups.input_of.items():
-            require_finite(sums[index].gram, name, "activations")
+            require_finite(sums[index].gram.diagonal(), name, "activations")
         return [each.finish(len(self.inputs), tokens) for each in sums], groups.input_of
 
 
@@ -114,13 +114,15 @@ class _InputSums:
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), any floating dtype."""
         x = x.float()
-        self.gram.addmm_(x.T, x)
+        add_gram_(self.gram, x)
         self.total += x.sum(dim=0)
 
     def finish(self, sequences: int, tokens: int) -> InputMoments:
         norm = (self.gram.diagonal() / sequences).sqrt()
         return InputMoments(
-            gram=self.gram.div_(tokens), mean=self.total.div_(tokens), activation_norm=norm
+            gram=mirrored_(self.gram).div_(tokens),
+            mean=self.total.div_(tokens),
+            activation_norm=norm,
         )
 
 
@@ -381,7 +383,7 @@ class _Network:
         leaves = [hidden.detach().requires_grad_() for hidden in self.hidden[:count]]
         with self.ending(leaves):
             for window in self.windows[:count]:
-                summed_loss(self.model.model, window[None].to(self.model.device)).backward()
+                run_backward(self.model.model, window[None].to(self.model.device))
         return [_gradient(leaf) for leaf in leaves]
 
     def step_back(
@@ -451,7 +453,7 @@ class _Network:
             if self.model.stream:
                 stack.enter_context(_moved(self._outside, self.model.device))
             for _, block in self.blocks:
-                stack.enter_context(_forward_replaced(block, partial(forward, block)))
+                stack.enter_context(forward_replaced(block, partial(forward, block)))
             yield
 
 
@@ -601,19 +603,6 @@ def _moved(
     finally:
         for name, tensor in tensors.items():
             tensor.data = home[name]
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # of the module alone: it hides that of its class
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _spilled(tensors: list[Tensor], folder: Path | None) -> list[Tensor]:

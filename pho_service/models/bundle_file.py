@@ -25,7 +25,7 @@ from torch import Tensor
 from pho_service.errors import BundleError
 from pho_service.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.statistics import InputStatistics
+from pho_service.pruning.second_moments import InputStatistics
 
 FORMAT = "pho-bundle"
 VERSION = 1

@@ -19,6 +19,7 @@ from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec import CalibrationSettings
 from pho_service.versions import versions
 
+ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
 HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
 
 
@@ -33,7 +34,8 @@ class CalibrationText:
             the text had no more.
         record: The text.
         bundle_key: Names the bundle that these windows and settings give:
-            hash of the model's weights, the windows and the settings.
+            hash of the model's weights, the windows, the settings and the
+            version of the algorithm.
     """
 
     calibration: Tensor
@@ -61,6 +63,7 @@ def calibration_text(
     )
     calibration = windows[: settings.samples]
     identity = [
+        ALGORITHM,
         model.weights_sha256,
         str(model.dtype),
         model.device.type,

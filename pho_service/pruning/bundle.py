@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pho_service.errors import BundleError
 from pho_service.pruning.scores import sampled_window_mean
-from pho_service.pruning.statistics import InputStatistics, PrunableLinear, Statistics
+from pho_service.pruning.second_moments import InputStatistics
+from pho_service.pruning.statistics import PrunableLinear, Statistics
 
 
 @dataclass(frozen=True, kw_only=True)

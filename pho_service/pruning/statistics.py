@@ -2,7 +2,7 @@
 What a dense model's activations and gradients say about its linears, in one pass.
 
 Per input of linears: the activation norm and a second moment, either the Gram
-matrix H = E[x x^T] or a random projection S of it with E[S^T S] = H. Per
+matrix H = E[x x^T] or a random projection S of the tokens with E[S^T S] = H. Per
 output row: the Fisher weight g = E[(dL/dy)^2]. All sums over tokens are
 float32, streamed sample by sample; nothing grows with the number of samples.
 """
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.pruning.passes import frozen, run_backward, run_decoder
+from pho_service.pruning.second_moments import InputStatistics, SecondMoment
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +47,6 @@ class PrunableLinear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputStatistics:
-    """
-    What is known of one input, shared by all linears that read it.
-
-    Attributes:
-        activation_norm: (in_features,), float32. Square root of the mean over
-            sequences of the squares summed over tokens.
-        root: (rows, in_features), float32: ``root.T @ root`` is the second
-            moment E[x x^T] (in expectation, for a random projection).
-    """
-
-    activation_norm: Tensor
-    root: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class Statistics:
     """
     Attributes:
@@ -80,65 +65,6 @@ class Statistics:
         return self.inputs[self.input_of[name]].activation_norm
 
 
-class _SecondMoment:
-    """Streams one input's activation norm and second moment."""
-
-    def __init__(self, width: int, device: torch.device, projection_rows: int, seed: int) -> None:
-        self.squares = torch.zeros(width, device=device)
-        self.rows = projection_rows
-        height = projection_rows or width
-        self.moment = torch.zeros(height, width, device=device)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def add(self, x: Tensor) -> None:
-        """x: (tokens, in_features), one sequence or several, any floating dtype."""
-        x = x.float()
-        self.squares += x.square().sum(dim=0)
-        if self.rows:
-            self.moment += self._signs(len(x)).to(x.device) @ x
-        else:
-            self.moment += x.T @ x
-
-    def _signs(self, tokens: int) -> Tensor:
-        """(rows, tokens) of -1 and 1; drawn on the CPU, so they are the same on every device."""
-        count = self.rows * tokens
-        packed = torch.randint(
-            256, ((count + 7) // 8,), generator=self.generator, dtype=torch.uint8
-        )
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        signs: Tensor = bits.flatten()[:count].view(self.rows, tokens).float() * 2 - 1
-        return signs
-
-    def finish(self, sequences: int, tokens: int) -> InputStatistics:
-        norm = (self.squares / sequences).sqrt()
-        if self.rows:
-            root = self.moment / (tokens * self.rows) ** 0.5
-        else:
-            root = _square_root(self.moment / tokens)
-        return InputStatistics(activation_norm=norm.cpu(), root=root.cpu())
-
-
-def _mean(moments: list[_SecondMoment]) -> _SecondMoment:
-    """What the mean of several inputs' second moments would have been streamed as."""
-    (height, width), device = moments[0].moment.shape, moments[0].moment.device
-    rows = moments[0].rows
-    mean = _SecondMoment(width, device, rows, seed=0)
-    mean.squares = torch.stack([m.squares for m in moments]).mean(dim=0)
-    total = torch.zeros(height, width, device=device)
-    for moment in moments:
-        total += moment.moment
-    # Projections have random signs: the squares of their sum are the sum of their squares.
-    mean.moment = total / len(moments) ** (0.5 if rows else 1.0)
-    return mean
-
-
-def _square_root(gram: Tensor) -> Tensor:
-    """(n, n) L with ``L.T @ L == gram``; singular matrices are fine, rounding below 0 is cut."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()).T
-    return root.float().contiguous()
-
-
 def collect_statistics(
     model: nn.Module,
     linears: Mapping[str, PrunableLinear],
@@ -153,7 +79,7 @@ def collect_statistics(
     Run the dense model over calibration windows and gather statistics.
 
     The first ``fisher_windows`` windows are run forward and backward, the rest
-    forward only. Weights stay as they are and get no gradients.
+    forward only and without the head. Weights stay as they are and get no gradients.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -176,10 +102,9 @@ def collect_statistics(
         for number, window in enumerate(windows):
             batch = window[None].to(next(model.parameters()).device)  # (1, tokens)
             if number < fisher_windows:
-                summed_loss(model, batch).backward()
+                run_backward(model, batch)
             else:
-                with torch.no_grad():
-                    model(input_ids=batch, use_cache=False)
+                run_decoder(model, batch)
             collector.end_of_window()
             advance(1)
     collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
@@ -193,12 +118,6 @@ def check_fisher_windows(fisher_windows: int, windows: int) -> None:
             f"fisher_windows={fisher_windows} is not in 1..{windows}, the number of "
             "calibration windows."
         )
-
-
-def summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """(), float32: the loss of a window, (1, tokens), summed over its predicted tokens."""
-    logits = model(input_ids=batch, use_cache=False).logits
-    return cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="sum")
 
 
 class InputGroups:
@@ -276,7 +195,7 @@ class Collector:
         self.groups = InputGroups()
         self.fisher: dict[str, Tensor] = {}
         self._gradient_tokens: dict[str, int] = {}
-        self._moments: dict[int, _SecondMoment] = {}  # of inputs that are not finished
+        self._moments: dict[int, SecondMoment] = {}  # of inputs that are not finished
         self._inputs: list[InputStatistics] = []
 
     def reading_inputs(self) -> AbstractContextManager[None]:
@@ -296,8 +215,11 @@ class Collector:
         if index is None:
             return
         if index not in self._moments:
-            self._moments[index] = _SecondMoment(
-                x.shape[-1], x.device, self.projection_rows, (self.seed * 100_003 + index) % 2**63
+            self._moments[index] = SecondMoment(
+                x.shape[-1],
+                x.device,
+                projection_rows=self.projection_rows,
+                seed=(self.seed * 100_003 + index) % 2**63,
             )
         self._moments[index].add(x.detach().reshape(-1, x.shape[-1]))  # (tokens, in_features)
 
@@ -338,7 +260,7 @@ class Collector:
                 continue
             if seen not in known:
                 known[seen] = self.groups.add(name)
-                self._moments[known[seen]] = _mean([self._moments[i] for i in seen])
+                self._moments[known[seen]] = SecondMoment.mean([self._moments[i] for i in seen])
             self.groups.input_of[name] = known[seen]
 
     def _siblings(self, linear: PrunableLinear) -> list[str]:
@@ -402,21 +324,3 @@ def require_finite(values: Tensor, layer: str, what: str) -> None:
             "weights, or calibrate in float32 (--dtype float32).",
             layer=layer,
         )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Weights get no gradients; activations do, from the embedding on."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    embedding = model.get_input_embeddings()  # type: ignore[operator]  # of PreTrainedModel
-    handle = embedding.register_forward_hook(
-        lambda _module, _args, output: output.requires_grad_() if torch.is_grad_enabled() else None
-    )
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)

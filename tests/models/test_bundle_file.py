@@ -212,6 +212,20 @@ def test_damaged_cache(calibrating: tuple[LanguageModel, CalibrationText], own_c
     assert torch.equal(first.inputs[2].root, again.inputs[2].root)
 
 
+def test_key_of_another_algorithm(
+    calibrating: tuple[LanguageModel, CalibrationText],
+    texts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What an older calibration has left in the cache is not taken for the present one's."""
+    model, text = calibrating
+    monkeypatch.setattr("pho_service.models.calibration.ALGORITHM", 1)
+    older = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+
+    assert torch.equal(older.calibration, text.calibration)
+    assert older.bundle_key != text.bundle_key
+
+
 def test_key(calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]) -> None:
     """Another seed, text or setting is another bundle."""
     model, text = calibrating
