@@ -86,15 +86,23 @@ class Rating(_Strict):
     trial: int
     proxy: float | None = None
     perplexity: float | None = None
+    divergence: float | None = None
 
 
 class Confirmation(_Strict):
-    """How the winner was chosen: perplexity on a text that the search did not see."""
+    """
+    How the winner was chosen: perplexity on a text that the search did not see.
+
+    Attributes:
+        divergence_tokens: How many of the tokens all finalists were compared with the dense model
+            on before; None where all of them got a perplexity at once.
+    """
 
     perplexity: float
     tokens: int
     context_length: int
     text: dict[str, Any]
+    divergence_tokens: int | None = None
 
 
 class Configuration(_Strict):
@@ -109,7 +117,8 @@ class Configuration(_Strict):
         scope: Where weights compete.
         objective: What the search minimised or maximised, and the winner's value.
         confirmation: None if no perplexity was measured.
-        candidates: Everything that was confirmed, best first.
+        candidates: Everything that was confirmed, best first: by perplexity, then what was only
+            compared with the dense model, by divergence.
         baselines: The published methods in the same pattern.
         border: Coefficients that lie on the border of the search space.
         search: Sampler, trials, seed, space, study.

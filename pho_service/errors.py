@@ -17,6 +17,9 @@ Each message says the thing, the value, the rule and the way out. Wrong use by
 a programmer stays ``TypeError`` or ``ValueError``.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class PhoError(Exception):
     """Base of all errors that a user can act on."""
@@ -40,11 +43,19 @@ class NumericalError(PhoError):
 
     Attributes:
         layer: Where, if it is known.
+        candidate: With which method, coefficients and steps, if the job has not said so already.
     """
 
-    def __init__(self, message: str, *, layer: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        layer: str | None = None,
+        candidate: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.layer = layer
+        self.candidate = candidate
 
 
 class BundleError(PhoError):

@@ -42,7 +42,7 @@ class StageKind(StrEnum):
 
     CALIBRATE = "calibrate"  # make the bundle, or find it
     SEARCH = "search"  # one island
-    CONFIRM = "confirm"  # choose the finalists
+    CONFIRM = "confirm"  # choose the finalists, compare them with the dense model
     PERPLEXITY = "perplexity"  # prune with one candidate and measure
     FINISH = "finish"  # choose the best and write the configuration
 

@@ -87,14 +87,19 @@ def _found(configuration: Configuration) -> list[str]:
         f"Perplexity {configuration.confirmation.perplexity:.4f} on "
         f"{configuration.confirmation.tokens} tokens",
         "",
-        "| candidate | trial | objective | perplexity |",
-        "| --- | --- | --- | --- |",
+        "| candidate | trial | objective | divergence | perplexity |",
+        "| --- | --- | --- | --- | --- |",
         *(
-            f"| {r.method} | {r.trial} | {r.proxy:.6g} | {r.perplexity:.4f} |"
+            f"| {r.method} | {r.trial} | {r.proxy:.6g} | {_cell(r.divergence)} "
+            f"| {_cell(r.perplexity)} |"
             for r in configuration.candidates
-            if r.proxy is not None and r.perplexity is not None
+            if r.proxy is not None
         ),
     ]
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def confirmed_plot(

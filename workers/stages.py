@@ -15,9 +15,9 @@ from optuna.storages import RDBStorage
 from torch import Tensor
 
 from pho_service.configuration import Confirmation
-from pho_service.errors import PhoError
+from pho_service.errors import NumericalError, PhoError
 from pho_service.job_spec import JobSpec
-from pho_service.jobs.rating import rate_pruned
+from pho_service.jobs.rating import Comparison, comparing_pays, rate_pruned
 from pho_service.jobs.search import objective_function
 from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.progress import Advance
@@ -25,11 +25,14 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.result import describe_study, search_result
 from pho_service.search.search import (
+    Divergences,
     Evaluate,
     Outcome,
     RatedCandidate,
     SearchPlan,
+    best_by_divergence,
     finalists,
+    measure_once,
     ranked,
     run_search,
 )
@@ -150,18 +153,66 @@ class Stages:
 
     def _confirm(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         watch.look()
-        chosen = []
+        chosen: list[RatedCandidate] = []
+        compared = Divergences()
         if spec.confirm is not None and spec.objective.name != "perplexity":
             chosen = finalists(self._rated(claim.job, spec), spec.confirm.candidates)
+            compared = self._compared(claim, spec, watch, chosen)
+        if compared.by_number:
+            chosen = best_by_divergence(chosen, compared.by_number)
         self.store.complete(
             claim,
-            {"finalists": [rated.number for rated in chosen]},
+            {
+                "finalists": [rated.number for rated in chosen],
+                "divergences": {str(number): d for number, d in compared.by_number.items()},
+                "divergence_tokens": compared.tokens,
+            },
             add=[
                 *(_measurement(rated.number, rated.candidate) for rated in chosen),
                 *(_measurement(VALIDATION + i, c) for i, c in enumerate(_random(spec))),
             ],
             then=[NewStage(kind=StageKind.FINISH)],
         )
+
+    def _compared(
+        self, claim: Claim, spec: JobSpec, watch: "_Watch", chosen: Sequence[RatedCandidate]
+    ) -> Divergences:
+        """
+        How far candidates are from the dense model; nothing where that saves no perplexity.
+
+        Each is kept in the study of its island at once, so another attempt goes on.
+        """
+        if not comparing_pays([c.candidate for c in chosen], stream=spec.stream):
+            return Divergences()
+        model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
+        bundle = self._bundle(claim.job, spec, watch)
+        divergences = {}
+        with (
+            open_storage(self._database.studies_url) as storage,
+            watch.progress("Comparing with the dense model", len(chosen)) as advance,
+        ):
+            studies = [
+                optuna.load_study(study_name=study_name(claim.job.name, island), storage=storage)
+                for island in range(spec.islands)
+            ]
+            compare = Comparison(model, bundle.statistics(), text, advance)
+            for rated in chosen:
+                watch.look()
+                number, island = divmod(rated.number, spec.islands)
+                try:
+                    divergences[rated.number] = measure_once(
+                        studies[island],
+                        "divergence",
+                        number,
+                        rated.candidate,
+                        compare,
+                        text_sha256=compare.key,
+                        fence=lambda: self.store.fence(claim, storage),
+                    )
+                except NumericalError as error:
+                    failed = _written(rated.candidate)
+                    raise NumericalError(str(error), layer=error.layer, candidate=failed) from error
+        return Divergences(by_number=divergences, tokens=compare.tokens)
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         written = (claim.stage.params or {})["candidate"]
@@ -197,7 +248,7 @@ class Stages:
     def _finish(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
         job = claim.job
         rated = self._rated(job, spec)
-        measured, confirmation = self._measured(job, spec, rated)
+        measured, confirmation, compared = self._measured(job, spec, rated)
         searches = [s.result or {} for s in job.of_kind(StageKind.SEARCH)]
         finished = sum(int(s["trials"]) for s in searches)
         out_of_time = any(s["out_of_time"] for s in searches)
@@ -210,6 +261,7 @@ class Stages:
             rated,
             measured,
             confirmation,
+            compared,
             ended_after=finished if ended else None,
         )
         configuration = result.configuration
@@ -293,21 +345,29 @@ class Stages:
 
     def _measured(
         self, job: Job, spec: JobSpec, rated: Sequence[RatedCandidate]
-    ) -> tuple[list[tuple[float, RatedCandidate]], Confirmation | None]:
-        """What was confirmed, best first, and how."""
+    ) -> tuple[list[tuple[float, RatedCandidate]], Confirmation | None, Divergences]:
+        """What was confirmed, best first, and how; and what was compared before."""
         if spec.objective.name == "perplexity":
             text = self.inputs.confirmation_text(spec)
             measured = [(r.value, r) for r in rated]
-            return measured, Confirmation(perplexity=rated[0].value, **text.measured_on())
+            how = Confirmation(perplexity=rated[0].value, **text.measured_on())
+            return measured, how, Divergences()
         stages = {s.number: s.result for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
-        (planned,) = (s.result for s in job.of_kind(StageKind.CONFIRM))
-        chosen = set((planned or {}).get("finalists", ()))
+        (planned,) = (s.result or {} for s in job.of_kind(StageKind.CONFIRM))
+        compared = Divergences(
+            by_number={int(n): float(d) for n, d in planned.get("divergences", {}).items()},
+            tokens=planned.get("divergence_tokens"),
+        )
+        chosen = set(planned.get("finalists", ()))
         measured = [(float(stages[r.number]["perplexity"]), r) for r in rated if r.number in chosen]
         measured.sort(key=lambda pair: pair[0])
         if not measured:
-            return [], None
-        best = stages[measured[0][1].number]
-        return measured, Confirmation(perplexity=measured[0][0], **best["measured_on"])
+            return [], None, compared
+        measured_on = {
+            **stages[measured[0][1].number]["measured_on"],
+            "divergence_tokens": compared.tokens,
+        }
+        return measured, Confirmation(perplexity=measured[0][0], **measured_on), compared
 
 
 def _random(spec: JobSpec) -> list[Candidate]:

@@ -48,7 +48,7 @@ def _client(url: str | None) -> "Client":
 @click.option("--samples", type=int, help="Windows of that text.  [default: 128]")
 @click.option("--context-length", type=int, help="Tokens of a window.  [default: 2048]")
 @click.option("--confirm-text", help="To confirm on.  [default: what the calibration leaves]")
-@click.option("--candidates", type=int, help="That are confirmed, beside baselines.  [default: 5]")
+@click.option("--candidates", type=int, help="Finalists, beside baselines.  [default: 5]")
 @click.option("--no-confirm", is_flag=True, help="Measure no perplexity.")
 @click.option("--validate", type=int, help="Rank so many random candidates both ways, too.")
 @click.option("--objective", type=click.Choice(OBJECTIVES))

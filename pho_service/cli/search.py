@@ -86,8 +86,8 @@ if TYPE_CHECKING:
     type=int,
     default=5,
     show_default=True,
-    help="Found candidates that get a perplexity, beside the baselines (among them, if a step "
-    "needs a text).",
+    help="Found candidates that are compared with the dense model, beside the baselines; the three "
+    "nearest and the nearest baseline get a perplexity. If a step needs a text: that many get one.",
 )
 @calibration_options
 @calibration_seed_option
@@ -236,6 +236,13 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
             f"perplexity   {found.confirmation.perplexity:.4f} on "
             f"{found.confirmation.tokens} tokens of {found.confirmation.text['source']}"
         )
+        tokens = found.confirmation.divergence_tokens
+        if tokens is not None:
+            rated = sum(c.perplexity is not None for c in found.candidates)
+            lines.append(
+                f"confirmed    the best of {rated} perplexities; those {rated} were nearest to the "
+                f"dense model on {tokens} tokens, among the finalists and the baselines"
+            )
     lines += [
         f"written      {path}",
         f"study        {result.study_name!r}; browse it with: optuna-dashboard {study}",

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.jobs.rating import ReportText, rate_by_perplexity, rate_by_proxy, rate_pruned
+from pho_service.jobs.rating import (
+    Comparison,
+    ReportText,
+    comparing_pays,
+    rate_by_perplexity,
+    rate_by_proxy,
+    rate_pruned,
+)
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
@@ -21,11 +28,14 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
 from pho_service.search.result import SearchResult, describe_study, search_result
 from pho_service.search.search import (
+    Divergences,
     Evaluate,
     RatedCandidate,
     SearchPlan,
+    best_by_divergence,
     confirm,
     finalists,
+    measure_once,
     run_search,
 )
 from pho_service.spec import Candidate, Objective
@@ -75,17 +85,20 @@ def search_job(
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             rated = run_search(study, plan, evaluate, advance)
         done = sum(t.number < plan.trials for t in study.get_trials(deepcopy=False))
+        divergences = Divergences()
         if request.objective.name == "perplexity":
             measured = [(r.value, r) for r in rated]
         elif model is not None and confirm_text is not None:
-            measured = _confirm(
+            measured, divergences = _confirm(
                 study, request, rated, bundle, model, confirm_text, calibration, progress
             )
         else:
             measured = []
     confirmation = None
     if measured and confirm_text is not None:
-        confirmation = Confirmation(perplexity=measured[0][0], **confirm_text.measured_on())
+        confirmation = Confirmation(
+            perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
+        )
     return search_result(
         request,
         plan,
@@ -94,6 +107,7 @@ def search_job(
         rated,
         measured,
         confirmation,
+        divergences,
         ended_after=done if done < plan.trials else None,
     )
 
@@ -160,9 +174,23 @@ def _confirm(
     text: ReportText,
     calibration: Tensor | None,
     progress: Progress,
-) -> list[tuple[float, RatedCandidate]]:
+) -> tuple[list[tuple[float, RatedCandidate]], Divergences]:
+    """Compare finalists and baselines with the dense model, then measure the few best."""
     chosen = finalists(rated, request.finalists)
     statistics = bundle.statistics()
+    divergences = Divergences()
+    if comparing_pays([c.candidate for c in chosen], stream=model.stream):
+        with progress("Comparing with the dense model", len(chosen)) as advance:
+            compare = Comparison(model, statistics, text, advance)
+            by_number = {}
+            for each in chosen:
+                by_number[each.number] = measure_once(
+                    study, "divergence", each.number, each.candidate, compare,
+                    text_sha256=compare.key,
+                )  # fmt: skip
+                advance(1)
+        divergences = Divergences(by_number=by_number, tokens=compare.tokens)
+        chosen = best_by_divergence(chosen, by_number)
 
     def perplexity(candidate: Candidate) -> float:
         return rate_pruned(model, statistics, candidate, text.windows, calibration=calibration)[
@@ -170,4 +198,5 @@ def _confirm(
         ].perplexity
 
     with progress("Confirming by perplexity", len(chosen)) as advance:
-        return confirm(study, chosen, perplexity, text_sha256=text.key, advance=advance)
+        measured = confirm(study, chosen, perplexity, text_sha256=text.key, advance=advance)
+    return measured, divergences

@@ -280,7 +280,7 @@ def rate_perplexity_blockwise(
         with network.on_device(module):
             network.step(index, advance)
     with network.ending(network.hidden):
-        return rate_perplexity(model.model, windows)
+        return rate_perplexity(model.model, windows, most=1)
 
 
 def measure_perplexity(

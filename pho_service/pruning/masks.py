@@ -289,20 +289,20 @@ def pruned(
     Yields:
         The achieved sparsity of each linear.
     """
-    removed: dict[str, tuple[Tensor, Tensor]] = {}
+    dense: dict[str, Tensor] = {}
     sparsity: dict[str, float] = {}
     try:
         for name, keep in masks:
             weight = linears[name].weight
-            gone = ~keep
-            removed[name] = (gone, weight[gone])
-            weight.masked_fill_(gone, 0)
-            sparsity[name] = float(gone.float().mean())
+            # Whole: as large as the mask and half of the weights in 16 bits, and many times faster.
+            dense[name] = weight.clone()
+            weight.mul_(keep).add_(0)  # faster than a fill; -0 becomes 0
+            sparsity[name] = 1 - int(keep.count_nonzero()) / keep.numel()
         yield sparsity
     finally:
         # Backwards, for a module that two names stand for.
-        for name, (gone, values) in reversed(removed.items()):
-            linears[name].weight[gone] = values
+        for name, values in reversed(dense.items()):
+            linears[name].weight.copy_(values)
 
 
 def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str, float]) -> float:

@@ -5,9 +5,11 @@ One formula serves whole layers and the sampled rows of a proxy bundle: it
 takes the means that it divides by instead of computing them.
 """
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, avg_pool2d
+from torch.nn.functional import avg_pool1d, pad
 
 from pho_service.errors import NumericalError
 from pho_service.spec import Coefficients
@@ -34,15 +36,48 @@ def window_mean(magnitude: Tensor, kernel_size: int) -> Tensor:
         Our reading of CRePE (arXiv:2606.01544), whose kernel is not public.
     """
     reach = kernel_size // 2
-    # A window is a product of a run of rows and a run of columns, so its mean is a mean of means.
-    along_rows = avg_pool2d(
-        magnitude[None, None], (1, kernel_size), stride=1, padding=(0, reach),
-        count_include_pad=False,
-    )  # (1, 1, out_features, in_features)  # fmt: skip
-    along_both = avg_pool2d(
-        along_rows, (kernel_size, 1), stride=1, padding=(reach, 0), count_include_pad=False
-    )
-    return along_both[0, 0]
+    padded = pad(magnitude, (reach, reach, reach, reach))
+    total = _run_sums(_run_sums(padded, kernel_size, dim=0), kernel_size, dim=1)
+    rows, columns = (_run_lengths(n, reach, magnitude.device) for n in magnitude.shape)
+    return total.div_(rows[:, None]).div_(columns)
+
+
+def _run_sums(values: Tensor, length: int, dim: int) -> Tensor:
+    """
+    The sum of each run of ``length`` neighbours.
+
+    Sums of runs of 1, 2, 4, ... are made from each other, and those in the binary form of
+    ``length`` put behind each other: additions grow with the logarithm of the length, and
+    nothing is taken away again, as running sums do, so nothing is lost to rounding.
+
+    Args:
+        values: (out_features, in_features), float32.
+        length: >= 2.
+        dim: Along which the runs go.
+
+    Returns:
+        As ``values``, shorter by ``length - 1`` along ``dim``; not ``values`` itself.
+    """
+    count = values.shape[dim] - length + 1
+    total: Tensor | None = None
+    begin, width, runs = 0, 1, values  # runs: sums of ``width`` neighbours
+    while True:
+        if length & width:
+            part = runs.narrow(dim, begin, count)
+            total = part if total is None else total + part
+            begin += width
+        if begin == length:
+            assert total is not None
+            return total
+        left = runs.shape[dim] - width
+        runs = runs.narrow(dim, 0, left) + runs.narrow(dim, width, left)
+        width *= 2
+
+
+def _run_lengths(count: int, reach: int, device: torch.device) -> Tensor:
+    """How many of the neighbours within ``reach`` exist, for each of ``count`` places."""
+    place = torch.arange(count, device=device)
+    return place.clamp(max=reach) + (count - 1 - place).clamp(max=reach) + 1
 
 
 def sampled_window_mean(magnitude: Tensor, kernel_size: int, rows: Tensor) -> Tensor:
@@ -180,7 +215,7 @@ def layer_importance(
         out_features=weight.shape[0],
         coefficients=coefficients,
     )
-    if not bool(torch.isfinite(score).all()):
+    if not math.isfinite(float(score.max())):  # a NaN is the maximum; no score is negative
         raise NumericalError(
             f"{layer}: a score is NaN or infinite. Check the layer's weights and the "
             "calibration activations for NaN, infinity or values beyond float32.",

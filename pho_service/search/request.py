@@ -28,7 +28,7 @@ class SearchRequest:
         trials: How many, baselines included; the hill climb may end before.
         seed: Of the sampler.
         study_url: The database of the study.
-        finalists: How many found candidates get a perplexity, beside the baselines.
+        finalists: How many found candidates are looked at again, beside the baselines.
     """
 
     pattern: Pattern

@@ -16,7 +16,7 @@ from pho_service.configuration import (
     StepsDocument,
 )
 from pho_service.search.request import SearchRequest
-from pho_service.search.search import RatedCandidate, SearchPlan
+from pho_service.search.search import Divergences, RatedCandidate, SearchPlan
 from pho_service.versions import versions
 
 
@@ -61,6 +61,7 @@ def search_result(
     rated: list[RatedCandidate],
     measured: list[tuple[float, RatedCandidate]],
     confirmation: Confirmation | None,
+    divergences: Divergences = Divergences(),  # noqa: B008 - frozen
     *,
     ended_after: int | None = None,
 ) -> SearchResult:
@@ -75,6 +76,7 @@ def search_result(
         rated: Every finished trial, best first by the objective.
         measured: (perplexity, candidate), best first; empty if nothing was measured.
         confirmation: How the winner was measured.
+        divergences: From the dense model, of all that was compared with it.
         ended_after: So many trials, if the sampler ended by itself before the last.
     """
     best = measured[0][1] if measured else rated[0]
@@ -87,7 +89,14 @@ def search_result(
             trial=candidate.number,
             proxy=candidate.value,
             perplexity=by_number.get(candidate.number),
+            divergence=divergences.by_number.get(candidate.number),
         )
+
+    only_compared = sorted(
+        (c for c in rated if c.number in divergences.by_number and c.number not in by_number),
+        key=lambda c: divergences.by_number[c.number],
+    )
+    confirmed = [*(candidate for _, candidate in measured), *only_compared]
 
     configuration = Configuration(
         method=best.candidate.method,
@@ -101,7 +110,7 @@ def search_result(
             "value": best.value,
         },
         confirmation=confirmation,
-        candidates=[rating(candidate) for _, candidate in measured[:20]],
+        candidates=[rating(candidate) for candidate in confirmed[:20]],
         baselines=[
             rating(c)
             for c in sorted(rated, key=lambda c: c.number)

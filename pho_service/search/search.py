@@ -7,7 +7,7 @@ they are the same, tells their values, and goes on with the next: the result
 is that of an uninterrupted run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -30,6 +30,8 @@ from pho_service.spec import (
 )
 
 Direction = Literal["minimize", "maximize"]
+
+CONFIRMED = 3  # finalists that get a perplexity, and the best baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +269,10 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
     """
-    The candidates that deserve a perplexity: the best ``count`` different ones, and all baselines.
+    The candidates that are looked at again: the best ``count`` different ones, and all baselines.
 
-    Late generations of a search are nearly copies of its best; confirming
-    copies would waste the perplexities. A candidate is different if one of
+    Late generations of a search are nearly copies of its best; measuring
+    copies would be a waste. A candidate is different if one of
     its values differs by 0.05 or more, or its kernel size or allocation does.
     Where each measurement takes a calibration of its own (re-pruning, weight
     updates), baselines get one only if they are among the best.
@@ -303,6 +305,77 @@ def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return any(abs(a[k] - b[k]) >= 0.05 for k in a if isinstance(a[k], float))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Divergences:
+    """
+    How far candidates are from the dense model.
+
+    Attributes:
+        by_number: Mean Kullback-Leibler divergence in nats, by number of the trial.
+        tokens: Predictions that it is the mean of; None if nothing was compared.
+    """
+
+    by_number: Mapping[int, float] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+def best_by_divergence(
+    compared: Sequence[RatedCandidate], divergences: Mapping[int, float], count: int = CONFIRMED
+) -> list[RatedCandidate]:
+    """
+    The finalists that deserve a perplexity: the best ``count``, and the best baseline.
+
+    Args:
+        compared: Finalists, in any order.
+        divergences: From the dense model, by the number of the trial.
+        count: How many, the baseline not counted if it is none of them.
+
+    Returns:
+        In the order of ``compared``.
+    """
+    by_divergence = sorted(compared, key=lambda c: divergences[c.number])
+    chosen = by_divergence[:count]
+    chosen += [c for c in by_divergence if c.candidate.method != "crepe"][:1]
+    numbers = {c.number for c in chosen}
+    return [c for c in compared if c.number in numbers]
+
+
+def measure_once(
+    study: optuna.Study,
+    what: Literal["divergence", "perplexity"],
+    number: int,
+    candidate: Candidate,
+    measure: Callable[[Candidate], float],
+    *,
+    text_sha256: str,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> float:
+    """
+    What a study holds of a finalist, measured and kept at once if it is not there.
+
+    Args:
+        study: The record. Its user attribute ``{what}:{number}`` holds the
+            value and the text's hash; one of another text is measured again.
+        what: Is measured.
+        number: Of the trial in this study.
+        candidate: Of it.
+        measure: Prunes with a candidate and measures.
+        text_sha256: Of the text and the way it is cut.
+        fence: Entered around the write; may refuse by raising.
+    """
+    key = f"{what}:{number}"
+    stored = study.user_attrs.get(key)
+    if stored is None or stored.get("text_sha256") != text_sha256:
+        stored = {
+            "method": candidate.method,
+            what: measure(candidate),
+            "text_sha256": text_sha256,
+        }
+        with fence():
+            study.set_user_attr(key, stored)
+    return float(stored[what])
+
+
 def confirm(
     study: optuna.Study,
     rated: Sequence[RatedCandidate],
@@ -315,8 +388,7 @@ def confirm(
     Measure the perplexity of finalists; each is kept in the study at once.
 
     Args:
-        study: The record. Its user attribute ``perplexity:{trial}`` holds the
-            value and the text's hash; one that is there is not measured again.
+        study: The record: see :func:`measure_once`.
         rated: The finalists.
         perplexity: Prunes with a candidate and measures.
         text_sha256: Of the text and the way it is cut.
@@ -326,16 +398,11 @@ def confirm(
         (perplexity, candidate), best first; equal ones in the order of ``rated``.
     """
     measured = []
-    for candidate in rated:
-        key = f"perplexity:{candidate.number}"
-        stored = study.user_attrs.get(key)
-        if stored is None or stored["text_sha256"] != text_sha256:
-            stored = {
-                "method": candidate.candidate.method,
-                "perplexity": perplexity(candidate.candidate),
-                "text_sha256": text_sha256,
-            }
-            study.set_user_attr(key, stored)
-        measured.append((float(stored["perplexity"]), candidate))
+    for rating in rated:
+        value = measure_once(
+            study, "perplexity", rating.number, rating.candidate, perplexity,
+            text_sha256=text_sha256,
+        )  # fmt: skip
+        measured.append((value, rating))
         advance(1)
     return sorted(measured, key=lambda pair: pair[0])

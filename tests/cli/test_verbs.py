@@ -92,9 +92,10 @@ def test_bundle_needs_no_kernel_sizes(bundle: Path, tmp_path: Path) -> None:
 def test_search_confirms(search_arguments: list[object]) -> None:
     """With a text to confirm on, the lowest perplexity wins, baselines included."""
     found = done(*search_arguments)["configuration"]
-    measured = [c["perplexity"] for c in found["candidates"]]
+    measured = [c["perplexity"] for c in found["candidates"] if c["perplexity"] is not None]
 
-    assert found["confirmation"]["perplexity"] == min(measured)
+    assert found["confirmation"]["perplexity"] == min(measured) == measured[0]
+    assert all(c["divergence"] > 0 for c in found["candidates"])
     assert {b["method"] for b in found["baselines"]} <= {c["method"] for c in found["candidates"]}
     assert found["confirmation"]["text"]["sha256"]
 

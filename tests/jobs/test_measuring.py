@@ -14,10 +14,17 @@ from pho_service.configuration import CoefficientsDocument, Configuration
 from pho_service.errors import BundleError, ConfigurationError, NumericalError, OutputError
 from pho_service.jobs.compare import compare_job
 from pho_service.jobs.prune import prune_job
-from pho_service.jobs.rating import ReportText, rate_by_perplexity, rate_pruned
+from pho_service.jobs.rating import (
+    Comparison,
+    ReportText,
+    compared_windows,
+    rate_by_perplexity,
+    rate_pruned,
+)
 from pho_service.jobs.validate import validate_job
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec import Candidate, Coefficients, Pattern, comparison_baselines
 
@@ -71,6 +78,45 @@ def test_model_that_cannot_be_rated(
     assert "score is NaN or infinite" in str(failed.failure)
     assert rated.value is not None
     assert same(before, bits(model))
+
+
+def test_comparison(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+    """A candidate is compared on the beginning of the text, and the model given back dense."""
+    before = bits(model)
+    candidate = comparison_baselines(Pattern.parse("0.5", "layer"))[1]
+    statistics = bundle.statistics()
+    compare = Comparison(model, statistics, report)
+    value = compare(candidate)
+    after = bits(model)
+    with torch.no_grad():
+        first = report.windows[:1]
+        dense = model.model(input_ids=first).logits[0, :-1].double().log_softmax(-1)
+        with pruned(model.linears, model_masks(model.linears, statistics, candidate)):
+            other = model.model(input_ids=first).logits[0, :-1].double().log_softmax(-1)
+    whole = float((dense.exp() * (dense - other)).sum(dim=-1).mean())
+
+    assert same(before, after)
+    assert compare.tokens == 31
+    assert 0.3 * whole < value <= whole  # 64 of 256 tokens of a model that knows little
+
+
+@pytest.mark.parametrize(
+    ("windows", "context_length", "compared"),
+    [
+        (16, 512, 2),
+        (8, 512, 2),
+        (16, 2048, 1),
+        (3, 32, 1),
+        (1, 32, 1),
+        (400, 32, 32),
+        (40, 100, 10),
+    ],
+)
+def test_compared_windows(windows: int, context_length: int, compared: int) -> None:
+    """About 1,024 tokens are compared, at most a quarter of the windows, at least one."""
+    text = torch.arange(windows * context_length).view(windows, context_length)
+
+    assert torch.equal(compared_windows(text), text[:compared])
 
 
 def test_text_key(report: ReportText) -> None:

@@ -1,22 +1,24 @@
 """The search job: what is asked for, what is found, and what is said of it."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from torch import Tensor
 
-from pho_service.configuration import Configuration
+from pho_service.configuration import Configuration, Rating
 from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.jobs.rating import ReportText, rate_by_proxy
 from pho_service.jobs.search import search_job
-from pho_service.models.loading import LanguageModel
+from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
 from pho_service.search.space import parse_bounds
-from pho_service.spec import Objective, Pattern, Scope
+from pho_service.spec import Objective, Pattern, Scope, Steps
 from storage.studies import open_storage
 
 PATTERN = Pattern.parse("0.5", "layer")
@@ -233,6 +235,89 @@ def test_confirmation_is_kept(
 
     assert calls == []
     assert second.configuration == first.configuration
+
+
+def test_few_perplexities(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """All finalists are compared with the dense model; the three nearest get a perplexity."""
+    found = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
+    nearest = sorted(found.candidates, key=divergence)
+    baseline = next(c for c in nearest if c.method != "crepe")
+    rated = [c for c in found.candidates if c.perplexity is not None]
+
+    assert {b.trial for b in found.baselines} <= {c.trial for c in found.candidates}
+    assert {c.trial for c in rated} == {*(c.trial for c in nearest[:3]), baseline.trial}
+    assert found.candidates[: len(rated)] == sorted(rated, key=lambda c: c.perplexity or 0)
+    assert found.candidates[len(rated) :] == [c for c in nearest if c not in rated]
+    assert found.confirmation is not None
+    assert found.confirmation.divergence_tokens == 31
+    assert found.confirmation.perplexity == rated[0].perplexity
+
+
+def divergence(rating: Rating) -> float:
+    """Of a candidate that was compared with the dense model."""
+    assert rating.divergence is not None
+    return rating.divergence
+
+
+def test_interrupted_comparison(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+) -> None:
+    """Interrupted while finalists are compared, a search compares the others and ends the same."""
+    calls: list[int] = []
+
+    def stop(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # the dense model, then two finalists of a window each
+            raise KeyboardInterrupt
+
+    hook = model.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        search_job(request_of(), bundle, model=model, confirm_text=report)
+    hook.remove()
+    again: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: again.append(1))
+    resumed = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
+    other = request_of(study_url=f"{study_url}2")
+    whole = search_job(other, bundle, model=model, confirm_text=report).configuration
+    rated = sum(c.perplexity is not None for c in whole.candidates)
+
+    assert resumed == whole
+    assert len(again) == 1 + len(whole.candidates) - 2 + rated * 3 + (
+        1 + len(whole.candidates) + rated * 3
+    )
+
+
+@pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
+def test_not_compared_where_pruning_costs(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    model_folder: Path,
+    report: ReportText,
+    windows: Tensor,
+    why: str,
+) -> None:
+    """Where a text runs through the model for each candidate, each is pruned once, and rated."""
+    steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
+    if why == "the model is streamed":
+        model = load_model(str(model_folder), device="cpu", stream=True)
+    found = search_job(
+        request_of(steps=steps, trials=9, finalists=2),
+        bundle,
+        model=model,
+        confirm_text=report,
+        calibration=windows % 30,
+    ).configuration
+
+    assert found.confirmation is not None
+    assert found.confirmation.divergence_tokens is None
+    assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
 
 
 def test_study_says_what_it_is(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:

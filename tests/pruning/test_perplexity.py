@@ -8,7 +8,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from pho_service.errors import NumericalError, TextError
-from pho_service.pruning.perplexity import cut_windows, rate_perplexity
+from pho_service.pruning.perplexity import (
+    batch_size,
+    cut_windows,
+    log_probabilities,
+    rate_perplexity,
+)
 
 
 def test_cut_windows() -> None:
@@ -95,3 +100,53 @@ def test_huge_loss(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     rated = rate_perplexity(tiny_llama, windows)
 
     assert 1e300 < rated.perplexity < math.inf
+
+
+def test_chunks(
+    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large vocabulary the loss is computed some positions at a time, to the same sum."""
+    whole = rate_perplexity(tiny_llama, windows).perplexity
+    monkeypatch.setattr("pho_service.pruning.perplexity.CHUNK", 1)  # 16 positions of 23
+    chunks = [rows for rows, _ in log_probabilities(torch.zeros(23, 256))]
+
+    assert chunks == [slice(0, 16), slice(16, 32)]
+    assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(whole, rel=1e-6)
+
+
+def test_one_by_one_on_a_cpu(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    """On a CPU each window is run alone, so that no result depends on the machine's memory."""
+    shapes = []
+    tiny_llama.register_forward_pre_hook(
+        lambda _m, _a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    rate_perplexity(tiny_llama, windows)
+
+    assert shapes == [(1, 24)] * 6
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(0, 1), (32_000, 1), (63_999, 1), (64_000, 2), (10**9, 16)]
+)
+def test_batch_size(monkeypatch: pytest.MonkeyPatch, free: int, size: int) -> None:
+    """On a CUDA device as many windows as their logits in float32 fit eight times into memory."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free // 2, 2 * free))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: free)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: free - free // 2)
+
+    assert batch_size(1000, torch.device("cuda"), most=16) == size
+
+
+def test_batches(
+    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window is run alone, the others in batches, to the same result."""
+    alone = rate_perplexity(tiny_llama, windows).perplexity
+    monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 3)
+    shapes = []
+    tiny_llama.register_forward_pre_hook(
+        lambda _m, _a, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+
+    assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(alone, rel=1e-6)
+    assert shapes == [(1, 24), (3, 24), (2, 24)]

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -13,8 +15,10 @@ from pho_service.search.search import (
     Outcome,
     RatedCandidate,
     SearchPlan,
+    best_by_divergence,
     confirm,
     finalists,
+    measure_once,
     run_search,
 )
 from pho_service.search.space import SearchSpace
@@ -295,6 +299,46 @@ def test_other_text_is_measured_again(url: str) -> None:
         again = confirm(study, rated, lambda _: 20.0, text_sha256="b")
 
     assert [p for p, _ in again] == [20.0, 20.0]
+
+
+def test_best_by_divergence(url: str) -> None:
+    """The three nearest to the dense model are confirmed, and the nearest baseline."""
+    compared = finalists(search(url, PLAN), 4)
+    found = [c.number for c in compared if c.candidate.method == "crepe"]
+    baselines = [c.number for c in compared if c.candidate.method != "crepe"]
+    near = {number: float(i) for i, number in enumerate([*found, *baselines])}
+    mixed = {number: float(i) for i, number in enumerate([*baselines[:1], *found, *baselines[1:]])}
+
+    chosen = best_by_divergence(compared, near)
+    others = best_by_divergence(compared, mixed)
+
+    assert {c.number for c in chosen} == {*found[:3], baselines[0]}
+    assert {c.number for c in others} == {*found[:2], baselines[0]}
+    assert [c.value for c in chosen] == sorted(c.value for c in chosen)
+
+
+def test_measured_once(url: str) -> None:
+    """A divergence is kept beside the perplexity, inside of the fence, for one text alone."""
+    candidate = PLAN.baselines()[0]
+    inside = []
+
+    @contextmanager
+    def fence() -> Iterator[None]:
+        before = dict(study.user_attrs)
+        yield
+        inside.append(study.user_attrs.keys() - before.keys())
+
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        measure = partial(measure_once, study, "divergence", 7, candidate, fence=fence)
+        values = [
+            measure(lambda _: 0.5, text_sha256="a"),
+            measure(lambda _: 0.6, text_sha256="a"),
+            measure(lambda _: 0.7, text_sha256="b"),
+        ]
+
+    assert values == [0.5, 0.5, 0.7]
+    assert inside == [{"divergence:7"}, set()]
 
 
 def test_attributes(url: str) -> None:

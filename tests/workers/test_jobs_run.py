@@ -266,7 +266,7 @@ def test_too_many_failed_trials(crew: Any, spec_of: Any) -> None:
 def test_failed_perplexity(crew: Any, spec_of: Any, folder: Path) -> None:
     """A perplexity that cannot be measured fails the job, and the candidate is kept."""
     text = folder / "confirmation.jsonl"
-    job = crew.submit(spec_of(confirm={"text": str(text)}, trials=60))
+    job = crew.submit(spec_of(confirm={"text": str(text)}, trials=60, stream=True))
     crew.busy(job, StageKind.SEARCH)
     text.unlink()
     job = crew.wait(job)

@@ -1,0 +1,94 @@
+"""The divergence from the dense model, against the whole sum in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from pho_service.errors import NumericalError
+from pho_service.pruning.divergence import dense_reference, rate_divergence
+
+
+@pytest.fixture
+def pruned(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    """``tiny_llama`` without the smaller half of each linear's weights."""
+    model = copy.deepcopy(tiny_llama)
+    for name, weight in model.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.data[weight.abs() < weight.abs().median()] = 0
+    return model
+
+
+def whole_divergence(dense: LlamaForCausalLM, other: LlamaForCausalLM, windows: Tensor) -> float:
+    """Over all tokens of the vocabulary, position by position, in float64."""
+    with torch.no_grad():
+        p, q = (m(input_ids=windows).logits[:, :-1].double().softmax(-1) for m in (dense, other))
+    return float((p * (p / q).log()).sum(dim=-1).mean())
+
+
+def test_whole_vocabulary(
+    tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
+) -> None:
+    """With all tokens kept it is the divergence over the whole vocabulary."""
+    reference = dense_reference(tiny_llama, windows, top_k=1000)
+
+    assert reference.tokens.shape == (6, 23, 256)
+    assert rate_divergence(pruned, reference) == pytest.approx(
+        whole_divergence(tiny_llama, pruned, windows), rel=1e-5
+    )
+
+
+def test_fewer_tokens_bound_it_from_below(
+    tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
+) -> None:
+    """The fewer tokens are kept apart from the rest, the less is seen, and never too much."""
+    seen = [
+        rate_divergence(pruned, dense_reference(tiny_llama, windows, top_k=k))
+        for k in (1, 4, 16, 64, 256)
+    ]
+
+    assert seen[0] > 0
+    assert seen == sorted(seen)
+    assert seen[-1] <= whole_divergence(tiny_llama, pruned, windows) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 64, 256])
+def test_dense_model(tiny_llama: LlamaForCausalLM, windows: Tensor, top_k: int) -> None:
+    """The dense model does not differ from itself."""
+    reference = dense_reference(tiny_llama, windows, top_k=top_k)
+
+    assert rate_divergence(tiny_llama, reference) == 0
+
+
+def test_sure_models(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    """Where one token has nearly all of the probability, the rest is no number's rounding."""
+    head = tiny_llama.get_parameter("lm_head.weight")
+    other = copy.deepcopy(tiny_llama)
+    head.data[7] *= 1e4
+    other.get_parameter("lm_head.weight").data[8] *= 1e4
+    divergence = rate_divergence(other, dense_reference(tiny_llama, windows))
+
+    assert 1 < divergence < math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_logits(tiny_llama: LlamaForCausalLM, windows: Tensor, bad: float) -> None:
+    """A model whose logits are no numbers is an error, dense or pruned."""
+    reference = dense_reference(tiny_llama, windows)
+    tiny_llama.get_parameter("lm_head.weight").data[5] = bad
+
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        rate_divergence(tiny_llama, reference)
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        dense_reference(tiny_llama, windows)
+
+
+def test_progress(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    """Progress is told once a window."""
+    told: list[int] = []
+    rate_divergence(tiny_llama, dense_reference(tiny_llama, windows), advance=told.append)
+
+    assert told == [1] * 6
