@@ -80,6 +80,10 @@ class CalibrationSpec(_Document):
     kernel_sizes: list[KernelSize] = Field([3, 5, 9, 15], min_length=1, max_length=20)
     bos: Literal["auto", "always", "never"] = "auto"
     seed: Seed = 0
+    memory_bytes: int | None = Field(
+        None, ge=1, le=2**50, description="At the peak, the model included; a GPU's free memory, "
+        "and no limit on a CPU, by default.",
+    )  # fmt: skip
 
     @field_validator("dataset")
     @classmethod
@@ -125,6 +129,7 @@ class CalibrationSpec(_Document):
             kernel_sizes=tuple(self.kernel_sizes),
             bos=self.bos,
             seed=self.seed,
+            memory_bytes=self.memory_bytes,
         )
 
 
@@ -365,9 +370,8 @@ class JobSpec(_Document):
     @property
     def calibration_key(self) -> str:
         """The same for jobs that may share a bundle: they calibrate one after the other."""
-        document = [
-            self.model, self.revision, self.dtype, self.stream, self.calibration.model_dump()
-        ]  # fmt: skip
+        calibration = self.calibration.model_dump(exclude={"memory_bytes"})
+        document = [self.model, self.revision, self.dtype, self.stream, calibration]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
     def check_access(self, access: Access) -> None:

@@ -109,7 +109,7 @@ class SecondMoment:
         return InputStatistics(activation_norm=norm.cpu(), root=root.cpu())
 
 
-PANEL = 512  # columns of a Gram matrix that are added at a time
+PANEL = 256  # columns of a Gram matrix that are added at a time
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> None:
