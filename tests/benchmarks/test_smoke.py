@@ -38,6 +38,21 @@ def test_proxy_fidelity(benchmark: Benchmark, model_folder: Path, texts: dict[st
             assert seconds > 0
 
 
+def test_confirmation(benchmark: Benchmark, model_folder: Path) -> None:
+    """A row for each number of windows that are looked at: both orders, and what they cost."""
+    table = benchmark(
+        "confirmation", "--model", model_folder, "--scope", "layer", "--trials", 8,
+        "--finalists", 2, "--samples", 4, "--context-length", 16, "--windows", 2,
+        "--held-out", 2, "--dtype", "float32",
+    )  # fmt: skip
+
+    for tokens in ("16", "32"):
+        rho, half, regret, *perplexity = numbers(table[tokens])
+        assert all(-1 <= order <= 1 for order in (rho, half, *perplexity[:2]))
+        assert regret >= 0
+        assert perplexity[2] >= 0
+
+
 def test_step_times(benchmark: Benchmark) -> None:
     """A row for each step, with the seconds at each width."""
     table = benchmark("step_times", "--width", 32, "--width", 64)
