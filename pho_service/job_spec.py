@@ -80,6 +80,9 @@ class CalibrationSpec(_Document):
     kernel_sizes: list[KernelSize] = Field([3, 5, 9, 15], min_length=1, max_length=20)
     bos: Literal["auto", "always", "never"] = "auto"
     seed: Seed = 0
+    mixed_precision: bool = Field(
+        False, description="Matrix products of a float32 model in bfloat16, sums in float32."
+    )
     memory_bytes: int | None = Field(
         None, ge=1, le=2**50, description="At the peak, the model included; a GPU's free memory, "
         "and no limit on a CPU, by default.",
@@ -129,6 +132,7 @@ class CalibrationSpec(_Document):
             kernel_sizes=tuple(self.kernel_sizes),
             bos=self.bos,
             seed=self.seed,
+            mixed_precision=self.mixed_precision,
             memory_bytes=self.memory_bytes,
         )
 

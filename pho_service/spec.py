@@ -519,6 +519,7 @@ class CalibrationSettings:
         kernel_sizes: Windows that candidates may use, odd.
         bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
         seed: Of the text sample, the row sample and the projection.
+        mixed_precision: Matrix products of a float32 model are in bfloat16, all sums in float32.
         memory_bytes: What the model's device may have in use at the peak, the model included.
             None is a GPU's free memory, and no limit on a CPU. Results depend on it by their
             rounding at most, so bundles of different limits are one.
@@ -532,6 +533,7 @@ class CalibrationSettings:
     kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
     bos: str = "auto"
     seed: int = 0
+    mixed_precision: bool = False
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:

@@ -6,10 +6,13 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pho_service.errors import InvalidInput
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.calibration_memory import plan_calibration
@@ -95,35 +98,45 @@ def measure(
     Run the dense model once over the calibration windows.
 
     Raises:
-        InvalidInput: It does not fit into the memory that it may take.
+        InvalidInput: It does not fit into the memory that it may take, or mixed precision is
+            asked of a model that is not float32.
         ModelError: A linear is never used.
         NumericalError: An activation or a gradient is NaN or infinite.
     """
     count = len(text.calibration)
     fisher = min(settings.fisher_samples or max(1, settings.samples // 4), count)
+    if settings.mixed_precision and model.dtype != torch.float32:
+        raise InvalidInput(
+            f"mixed precision is for float32 models, but {model.name} is loaded as "
+            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
+            "out."
+        )
     plan = plan_calibration(model, settings, windows=count, fisher_windows=fisher)
     logger.info("calibration planned", extra=asdict(plan))
+    blocks = [block for _, block in decoder_blocks(model.model)]
+    title, steps = "Calibrating the dense model", count
     if model.stream:
-        runs = len(decoder_blocks(model.model)) * (count + fisher)
-        with progress("Calibrating the dense model, block by block", runs) as advance:
-            return collect_statistics_blockwise(
-                model,
-                text.calibration,
-                fisher_windows=fisher,
-                projection_rows=settings.projection_rows,
-                seed=settings.seed,
-                advance=advance,
-            )
-    with progress("Calibrating the dense model", count) as advance:
-        return collect_statistics(
+        title, steps = f"{title}, block by block", len(blocks) * (count + fisher)
+    collect = (
+        partial(collect_statistics_blockwise, model)
+        if model.stream
+        else partial(
+            collect_statistics,
             model.model,
             model.linears,
-            text.calibration,
+            batch_windows=plan.windows,
+            recompute=blocks if plan.recompute else (),
+        )
+    )
+    products = torch.autocast(
+        model.device.type, dtype=torch.bfloat16, enabled=settings.mixed_precision
+    )
+    with progress(title, steps) as advance, products:
+        return collect(
+            windows=text.calibration,
             fisher_windows=fisher,
             projection_rows=settings.projection_rows,
             seed=settings.seed,
-            batch_windows=plan.windows,
-            recompute=(block for _, block in decoder_blocks(model.model)) if plan.recompute else (),
             advance=advance,
         )
 

@@ -122,6 +122,8 @@ class Needs:
         vocabulary: Logits of a token.
         sums: Statistics that are gathered at a time.
         results: The bundle, and what its making takes.
+        casts: Weights in bfloat16 that mixed precision keeps for the backward pass.
+        block_casts: The same of the largest block.
         weights: That a streamed model moves to a GPU at a time.
     """
 
@@ -133,6 +135,8 @@ class Needs:
     vocabulary: int
     sums: int
     results: int
+    casts: int
+    block_casts: int
     weights: int
 
     @classmethod
@@ -166,6 +170,8 @@ class Needs:
             sums=max(sums) if streamed_to_gpu else sum(sums),
             results=FLOAT * sampled * (2 + len(settings.kernel_sizes))
             + max(6 * FLOAT * max(shape.numel() for shape in shapes), roots),
+            casts=sum(sizes) // 2 if settings.mixed_precision else 0,
+            block_casts=max(sizes) // 2 if settings.mixed_precision else 0,
             weights=max(sizes) + outside if streamed_to_gpu else 0,
         )
 
@@ -184,7 +190,8 @@ class Needs:
             kept = tokens * KEPT * self.blocks + attention * self.count
         mask = FLOAT * tokens * tokens
         head = LOGITS * min(windows * tokens, max(HEAD_TOKENS, windows)) * self.vocabulary
-        return int(windows * (kept + running + mask) + head)
+        casts = self.block_casts if recompute else self.casts
+        return int(windows * (kept + running + mask) + head + casts)
 
     def host(self, tokens: int, windows: int, fisher_windows: int, *, on_gpu: bool) -> int:
         """Of the hidden states that a streamed model keeps on the CPU; they are no GPU's."""
