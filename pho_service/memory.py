@@ -48,5 +48,5 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """In GiB, or MiB below one: ``9.3 GiB``."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    """In GiB, or MiB below one: ``9.31 GiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
