@@ -17,7 +17,7 @@ from storage.embedded import embedded_postgresql
 from storage.states import JobState, StageKind
 
 TRIALS = 60
-LONG = 150  # trials; long enough to be waited for
+LONG = 600  # trials; long enough to be waited for
 
 
 @pytest.mark.parametrize("kind", StageKind)
