@@ -23,7 +23,7 @@ from subject import load_subject
 
 from pho_service.cli.terminal import print_table, progress
 from pho_service.jobs.pipeline import pruned_model
-from pho_service.jobs.rating import rate_by_proxy
+from pho_service.jobs.proxy_rating import rate_by_proxy
 from pho_service.pruning.divergence import dense_reference, rate_divergence
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator

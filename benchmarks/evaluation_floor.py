@@ -26,7 +26,7 @@ from subject import load_subject
 
 from pho_service.cli.terminal import print_table, progress, verb
 from pho_service.models.bundle_file import read_bundle
-from pho_service.models.loading import pick_device
+from pho_service.models.devices import pick_device
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.selection import keep_highest, plain_keep_highest

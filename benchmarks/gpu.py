@@ -27,7 +27,7 @@ from pho_service.jobs.search import search_job
 from pho_service.memory import peak_memory
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
-from pho_service.models.loading import pick_device
+from pho_service.models.devices import pick_device
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.search.request import SearchRequest
 from pho_service.spec import CalibrationSettings, Pattern

@@ -32,7 +32,7 @@ from pho_service.cli.terminal import print_table, progress, say
 from pho_service.jobs.rating import rate_pruned
 from pho_service.jobs.search import search_job
 from pho_service.memory import peak_memory
-from pho_service.models.loading import pick_device
+from pho_service.models.devices import pick_device
 from pho_service.progress import Advance
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.search.hill_climb import FIRST_STEP, LAST_STEP

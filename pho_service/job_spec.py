@@ -80,6 +80,13 @@ class CalibrationSpec(_Document):
     kernel_sizes: list[KernelSize] = Field([3, 5, 9, 15], min_length=1, max_length=20)
     bos: Literal["auto", "always", "never"] = "auto"
     seed: Seed = 0
+    mixed_precision: bool = Field(
+        False, description="Matrix products of a float32 model in bfloat16, sums in float32."
+    )
+    memory_bytes: int | None = Field(
+        None, ge=1, le=2**50, description="At the peak, the model included; a GPU's free memory, "
+        "and no limit on a CPU, by default.",
+    )  # fmt: skip
 
     @field_validator("dataset")
     @classmethod
@@ -125,6 +132,8 @@ class CalibrationSpec(_Document):
             kernel_sizes=tuple(self.kernel_sizes),
             bos=self.bos,
             seed=self.seed,
+            mixed_precision=self.mixed_precision,
+            memory_bytes=self.memory_bytes,
         )
 
 
@@ -365,9 +374,8 @@ class JobSpec(_Document):
     @property
     def calibration_key(self) -> str:
         """The same for jobs that may share a bundle: they calibrate one after the other."""
-        document = [
-            self.model, self.revision, self.dtype, self.stream, self.calibration.model_dump()
-        ]  # fmt: skip
+        calibration = self.calibration.model_dump(exclude={"memory_bytes"})
+        document = [self.model, self.revision, self.dtype, self.stream, calibration]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
     def check_access(self, access: Access) -> None:

@@ -1,5 +1,5 @@
 """
-How much memory a piece of work takes at its peak.
+How much memory is in use, and how much a piece of work takes at its peak.
 """
 
 import re
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -37,3 +38,15 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
 def _high_water_mark() -> int | None:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else None
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of a GPU, what torch handed out; of the CPU, what of this process is resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def format_bytes(count: int) -> str:
+    """In GiB, or MiB below one: ``9.3 GiB``."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -519,6 +519,10 @@ class CalibrationSettings:
         kernel_sizes: Windows that candidates may use, odd.
         bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
         seed: Of the text sample, the row sample and the projection.
+        mixed_precision: Matrix products of a float32 model are in bfloat16, all sums in float32.
+        memory_bytes: What the model's device may have in use at the peak, the model included.
+            None is a GPU's free memory, and no limit on a CPU. Results depend on it by their
+            rounding at most, so bundles of different limits are one.
     """
 
     samples: int = 128
@@ -529,8 +533,12 @@ class CalibrationSettings:
     kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
     bos: str = "auto"
     seed: int = 0
+    mixed_precision: bool = False
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise InvalidInput(f"memory_bytes={self.memory_bytes} is below 1.")
         for name, least in (
             ("samples", 1), ("context_length", 8), ("rows_per_layer", 0), ("projection_rows", 0),
         ):  # fmt: skip
@@ -545,3 +553,9 @@ class CalibrationSettings:
             raise InvalidInput(
                 f"kernel_sizes={self.kernel_sizes} are not odd whole numbers of at least 3."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, all that decides what a bundle holds."""
+        values = asdict(self) | {"kernel_sizes": list(self.kernel_sizes)}
+        del values["memory_bytes"]
+        return values

@@ -16,7 +16,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, event, insert, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -37,7 +37,7 @@ class DatabaseGone(StorageError):
 
 class StudyStorage(RDBStorage):
     """
-    Optuna's storage; a finished trial is written in six statements instead of fifty.
+    Optuna's storage; a finished trial is written in a dozen statements instead of fifty.
 
     Optuna looks the trial and its study up again for every parameter and every
     attribute, which takes more time than rating a candidate does. Trials that
@@ -73,24 +73,21 @@ class StudyStorage(RDBStorage):
         if template.value is not None:
             value, kind = models.TrialValueModel.value_to_stored_repr(template.value)
             session.add(models.TrialValueModel(**mine, objective=0, value=value, value_type=kind))
-        params = [
-            {
+        # As objects, not as one list to execute: psycopg sends a list as a pipeline, in which
+        # PostgreSQL does not notice that a worker has frozen in the midst of its transaction.
+        session.add_all(
+            models.TrialParamModel(
                 **mine,
-                "param_name": name,
-                "param_value": template.distributions[name].to_internal_repr(value),
-                "distribution_json": distributions[name],
-            }
+                param_name=name,
+                param_value=template.distributions[name].to_internal_repr(value),
+                distribution_json=distributions[name],
+            )
             for name, value in template.params.items()
-        ]
-        attributes = [
-            {**mine, "key": key, "value_json": json.dumps(value)}
+        )
+        session.add_all(
+            models.TrialUserAttributeModel(**mine, key=key, value_json=json.dumps(value))
             for key, value in template.user_attrs.items()
-        ]
-        for model, rows in (
-            (models.TrialParamModel, params), (models.TrialUserAttributeModel, attributes),
-        ):  # fmt: skip
-            if rows:
-                session.execute(insert(model), rows)
+        )
         trial.number = trial.count_past_trials(session)
         return trial
 

@@ -30,6 +30,15 @@ def test_no_torch(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"torch", "transformers", "datasets"}
 
 
+def test_bundle_needs_no_transformers() -> None:
+    """To search a bundle neither models nor data sets are loaded, which takes seconds."""
+    code = (
+        "import pho_service.jobs.search, pho_service.models.bundle_file, pho_service.models.devices"
+    )
+
+    assert not loaded_by(code) & {"transformers", "datasets"}
+
+
 def test_help_is_light() -> None:
     """`pho --help` and the verbs' modules load nothing that takes time."""
     verbs = "calibrate, compare, demo, evaluate, example, prune, remote, search, serve, validate"

@@ -178,8 +178,12 @@ def test_title(changes: dict[str, Any], title: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"trials": 9}, {"pattern": "2:4"}, {"confirm": None}, {"priority": 1}]
-)
+    "changes",
+    [
+        {"seed": 1}, {"trials": 9}, {"pattern": "2:4"}, {"confirm": None}, {"priority": 1},
+        {"calibration": {"memory_bytes": 2**30}},
+    ],
+)  # fmt: skip
 def test_same_bundle(changes: dict[str, Any]) -> None:
     """Jobs that differ in the search alone may share a bundle."""
     assert spec_of(**changes).calibration_key == spec_of().calibration_key
@@ -236,7 +240,7 @@ documents = st.fixed_dictionaries(
         "calibration": _some(
             text=names, samples=whole, fisher_samples=st.none() | whole, context_length=whole,
             rows_per_layer=whole, projection_rows=whole, kernel_sizes=sizes, seed=whole,
-            field=names,
+            field=names, memory_bytes=st.none() | whole,
         ),
         "confirm": st.none() | _some(text=st.none() | names, candidates=whole, windows=whole),
         "validation": st.none() | _some(candidates=whole, seed=whole),

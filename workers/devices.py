@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from pho_service.models.loading import pick_device
+from pho_service.models.devices import pick_device
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 Options that several verbs share, and what they stand for.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,6 +109,17 @@ calibration_options = _all(
         default="3,5,9,15",
         show_default=True,
         help="Odd window sizes that candidates may use.",
+    ),
+    click.option(
+        "--mixed-precision",
+        is_flag=True,
+        help="Calibrate a float32 model with matrix products in bfloat16: faster where the "
+        "processor has instructions for it.",
+    ),
+    click.option(
+        "--calibration-memory",
+        help="What may be in use at the peak of the calibration, the model included: 8GiB.  "
+        "[default: a GPU's free memory; no limit on the CPU]",
     ),
     bos_option,
 )
@@ -238,13 +250,29 @@ def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
         raise InvalidInput(
             f"--kernel-sizes {sizes!r} are not numbers with commas between: 3,5,9."
         ) from None
+    memory = options.pop("calibration_memory")
     names = ("samples", "context_length", "fisher_samples", "rows_per_layer", "projection_rows")
     return CalibrationSettings(
         kernel_sizes=kernel_sizes,
         bos=options.pop("bos"),
         seed=options.pop("calibration_seed"),
+        mixed_precision=options.pop("mixed_precision"),
+        memory_bytes=None if memory is None else _parse_bytes(memory),
         **{name: options.pop(name) for name in names},
     )
+
+
+def _parse_bytes(text: str) -> int:
+    """The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    try:
+        number, prefix, binary = found.groups("")  # type: ignore[union-attr]
+        unit = (1024 if binary else 1000) ** (" kmgt".index(prefix) if prefix else 0)
+        return int(float(number) * unit)
+    except (AttributeError, ValueError, OverflowError):
+        raise InvalidInput(
+            f"--calibration-memory {text!r} is no size. Give a number with a unit: 8GiB, 800MB."
+        ) from None
 
 
 def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":

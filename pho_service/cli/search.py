@@ -163,7 +163,7 @@ def _from_bundle(
     from pho_service.errors import InvalidInput
     from pho_service.jobs.search import search_job
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.models.loading import pick_device
+    from pho_service.models.devices import pick_device
 
     if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
         raise InvalidInput(

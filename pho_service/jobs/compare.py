@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pho_service.configuration import Configuration
 from pho_service.errors import BundleError, ConfigurationError
-from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
+from pho_service.jobs.proxy_rating import proxy_value
+from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.memory import peak_memory
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel

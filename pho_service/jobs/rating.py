@@ -1,5 +1,5 @@
 """
-Rate candidates: by the proxy on a bundle, or by the perplexity of the pruned model.
+Rate candidates by what the pruned model predicts: slow, and the truth.
 """
 
 import hashlib
@@ -20,42 +20,11 @@ from pho_service.progress import Advance
 from pho_service.pruning.divergence import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import Perplexity
-from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.statistics import Statistics
 from pho_service.search.search import Evaluate, Outcome
-from pho_service.spec import Candidate, Objective
+from pho_service.spec import Candidate
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
-
-
-def proxy_value(rating: ProxyRating, objective: Objective) -> float:
-    """The number that an objective takes from a rating."""
-    value = rating.gini if objective.name == "gini" else getattr(rating, objective.weighting)
-    assert isinstance(value, float)
-    return value
-
-
-def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
-    """A function for the search that rates candidates on a bundle."""
-
-    def rate(candidate: Candidate) -> Outcome:
-        started = time.perf_counter()
-        try:
-            (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
-        except NumericalError as error:
-            return Outcome(value=None, failure=str(error))
-        return Outcome(
-            value=proxy_value(rating, objective),
-            attributes={
-                "fisher": rating.fisher,
-                "relative": rating.relative,
-                "absolute": rating.absolute,
-                "error_by_kind": rating.error_by_kind,
-                "seconds": round(time.perf_counter() - started, 4),
-            },
-        )
-
-    return lambda candidates: [rate(candidate) for candidate in candidates]
 
 
 def windows_key(windows: Tensor) -> str:

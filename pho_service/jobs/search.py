@@ -7,21 +7,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 from torch import Tensor
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.jobs.rating import (
-    Comparison,
-    ReportText,
-    comparing_pays,
-    rate_by_perplexity,
-    rate_by_proxy,
-    rate_pruned,
-)
-from pho_service.models.loading import LanguageModel
+from pho_service.jobs.proxy_rating import rate_by_proxy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -30,24 +23,24 @@ from pho_service.search.result import SearchResult, describe_study, search_resul
 from pho_service.search.search import (
     Divergences,
     Evaluate,
-    RatedCandidate,
     SearchPlan,
-    best_by_divergence,
-    confirm,
     finalists,
-    measure_once,
     run_search,
 )
-from pho_service.spec import Candidate, Objective
+from pho_service.spec import Objective
 from storage.studies import StorageError, open_storage, open_study
+
+if TYPE_CHECKING:
+    from pho_service.jobs.rating import ReportText
+    from pho_service.models.loading import LanguageModel
 
 
 def search_job(
     request: SearchRequest,
     bundle: ProxyBundle,
     *,
-    model: LanguageModel | None = None,
-    confirm_text: ReportText | None = None,
+    model: "LanguageModel | None" = None,
+    confirm_text: "ReportText | None" = None,
     calibration: Tensor | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -89,8 +82,11 @@ def search_job(
         if request.objective.name == "perplexity":
             measured = [(r.value, r) for r in rated]
         elif model is not None and confirm_text is not None:
-            measured, divergences = _confirm(
-                study, request, rated, bundle, model, confirm_text, calibration, progress
+            from pho_service.jobs.confirmation import confirm_finalists  # loads transformers
+
+            chosen = finalists(rated, request.finalists)
+            measured, divergences = confirm_finalists(
+                study, chosen, bundle, model, confirm_text, calibration, progress
             )
         else:
             measured = []
@@ -115,8 +111,8 @@ def search_job(
 def objective_function(
     objective: Objective,
     bundle: ProxyBundle,
-    model: LanguageModel | None,
-    text: ReportText | None,
+    model: "LanguageModel | None",
+    text: "ReportText | None",
     device: str,
     calibration: Tensor | None = None,
 ) -> Evaluate:
@@ -133,11 +129,13 @@ def objective_function(
             "the objective perplexity needs the model and a text to measure it on: give a model "
             "instead of a bundle, and --confirm-text."
         )
+    from pho_service.jobs.rating import rate_by_perplexity  # loads transformers
+
     return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)
 
 
 def study_name(
-    request: SearchRequest, plan: SearchPlan, bundle: ProxyBundle, text: ReportText | None
+    request: SearchRequest, plan: SearchPlan, bundle: ProxyBundle, text: "ReportText | None"
 ) -> str:
     """
     Names a study after what it searches, so that the same request finds it again.
@@ -163,40 +161,3 @@ def _opened(url: str, name: str, plan: SearchPlan) -> Iterator[optuna.Study]:
             yield open_study(storage, name, direction=plan.direction)
     except StorageError as error:
         raise StudyError(f"--study {url}: {error}") from error
-
-
-def _confirm(
-    study: optuna.Study,
-    request: SearchRequest,
-    rated: list[RatedCandidate],
-    bundle: ProxyBundle,
-    model: LanguageModel,
-    text: ReportText,
-    calibration: Tensor | None,
-    progress: Progress,
-) -> tuple[list[tuple[float, RatedCandidate]], Divergences]:
-    """Compare finalists and baselines with the dense model, then measure the few best."""
-    chosen = finalists(rated, request.finalists)
-    statistics = bundle.statistics()
-    divergences = Divergences()
-    if comparing_pays([c.candidate for c in chosen], stream=model.stream):
-        with progress("Comparing with the dense model", len(chosen)) as advance:
-            compare = Comparison(model, statistics, text, advance)
-            by_number = {}
-            for each in chosen:
-                by_number[each.number] = measure_once(
-                    study, "divergence", each.number, each.candidate, compare,
-                    text_sha256=compare.key,
-                )  # fmt: skip
-                advance(1)
-        divergences = Divergences(by_number=by_number, tokens=compare.tokens)
-        chosen = best_by_divergence(chosen, by_number)
-
-    def perplexity(candidate: Candidate) -> float:
-        return rate_pruned(model, statistics, candidate, text.windows, calibration=calibration)[
-            0
-        ].perplexity
-
-    with progress("Confirming by perplexity", len(chosen)) as advance:
-        measured = confirm(study, chosen, perplexity, text_sha256=text.key, advance=advance)
-    return measured, divergences

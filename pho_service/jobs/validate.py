@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pho_service.jobs.rating import ReportText, proxy_value, rate_pruned
+from pho_service.jobs.proxy_rating import proxy_value
+from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle

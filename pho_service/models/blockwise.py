@@ -218,9 +218,7 @@ def collect_statistics_blockwise(
     Gather the same statistics as :func:`collect_statistics`, one block at a time.
 
     The loss's gradient goes back through the blocks in reverse, each of them
-    run again from its stored input. Inputs are numbered block by block, and
-    projected with the random numbers of their number: those of experts that the
-    first window does not reach have other ones than in a pass of the whole model.
+    run again from its stored input.
 
     Args:
         model: In evaluation mode. Nothing of it changes.

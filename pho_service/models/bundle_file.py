@@ -25,6 +25,7 @@ from torch import Tensor
 from pho_service.errors import BundleError
 from pho_service.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
+from pho_service.pruning.scores import TINY
 from pho_service.pruning.second_moments import InputStatistics
 
 FORMAT = "pho-bundle"
@@ -206,7 +207,8 @@ def _layer(
         row_mean=tensors.take(f"{prefix}.row_mean", len(rows)),
         column_mean=tensors.take(f"{prefix}.column_mean", width),
         window_means={
-            k: tensors.take(f"{prefix}.window_mean.{k}", len(rows), width) for k in kernel_sizes
+            k: tensors.take(f"{prefix}.window_mean.{k}", len(rows), width).clamp_min_(TINY)
+            for k in kernel_sizes
         },
         fisher=tensors.take(f"{prefix}.fisher", out_features),
         output_energy=energy,

@@ -4,13 +4,18 @@ From a model and a text to a proxy bundle.
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pho_service.errors import InvalidInput
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
+from pho_service.models.calibration_memory import plan_calibration
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.progress import Progress, silent
@@ -18,6 +23,8 @@ from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec import CalibrationSettings
 from pho_service.versions import versions
+
+logger = logging.getLogger(__name__)
 
 ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
 HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
@@ -67,7 +74,7 @@ def calibration_text(
         model.weights_sha256,
         str(model.dtype),
         model.device.type,
-        asdict(settings),
+        settings.to_dict(),
         versions("torch", "transformers"),
         *(["streamed"] if model.stream else []),  # the same but for the last digits of sums
     ]
@@ -91,27 +98,42 @@ def measure(
     Run the dense model once over the calibration windows.
 
     Raises:
+        InvalidInput: It does not fit into the memory that it may take, or mixed precision is
+            asked of a model that is not float32.
         ModelError: A linear is never used.
         NumericalError: An activation or a gradient is NaN or infinite.
     """
     count = len(text.calibration)
     fisher = min(settings.fisher_samples or max(1, settings.samples // 4), count)
+    if settings.mixed_precision and model.dtype != torch.float32:
+        raise InvalidInput(
+            f"mixed precision is for float32 models, but {model.name} is loaded as "
+            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
+            "out."
+        )
+    plan = plan_calibration(model, settings, windows=count, fisher_windows=fisher)
+    logger.info("calibration planned", extra=asdict(plan))
+    blocks = [block for _, block in decoder_blocks(model.model)]
+    title, steps = "Calibrating the dense model", count
     if model.stream:
-        runs = len(decoder_blocks(model.model)) * (count + fisher)
-        with progress("Calibrating the dense model, block by block", runs) as advance:
-            return collect_statistics_blockwise(
-                model,
-                text.calibration,
-                fisher_windows=fisher,
-                projection_rows=settings.projection_rows,
-                seed=settings.seed,
-                advance=advance,
-            )
-    with progress("Calibrating the dense model", count) as advance:
-        return collect_statistics(
+        title, steps = f"{title}, block by block", len(blocks) * (count + fisher)
+    collect = (
+        partial(collect_statistics_blockwise, model)
+        if model.stream
+        else partial(
+            collect_statistics,
             model.model,
             model.linears,
-            text.calibration,
+            batch_windows=plan.windows,
+            recompute=blocks if plan.recompute else (),
+        )
+    )
+    products = torch.autocast(
+        model.device.type, dtype=torch.bfloat16, enabled=settings.mixed_precision
+    )
+    with progress(title, steps) as advance, products:
+        return collect(
+            windows=text.calibration,
             fisher_windows=fisher,
             projection_rows=settings.projection_rows,
             seed=settings.seed,
@@ -129,7 +151,7 @@ def calibrate(
     Make the proxy bundle of a model: one pass of the dense model, then a sample of rows.
 
     Raises:
-        ModelError, NumericalError: As :func:`measure`.
+        InvalidInput, ModelError, NumericalError: As :func:`measure`.
     """
     statistics = measure(model, text, settings, progress)
     with progress("Sampling rows", len(model.linears)) as advance:
@@ -151,7 +173,7 @@ def _provenance(
         "key": text.bundle_key,
         "model": model.to_dict(),
         "text": record_to_dict(text.record, windows=len(text.calibration)),
-        "settings": {**asdict(settings), "kernel_sizes": list(settings.kernel_sizes)},
+        "settings": settings.to_dict(),
         "prefix": model.window_prefix(settings.bos),
         "device": model.device.type,
         "versions": versions("torch", "transformers"),

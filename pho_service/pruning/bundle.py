@@ -31,7 +31,7 @@ class LayerSample:
         rows: (rows, in_features), float32, the weights.
         row_mean: (rows,), float32: mean of |W| of each of these rows.
         column_mean: (in_features,), float32: mean of |W| over all output rows.
-        window_means: For each kernel size, (rows, in_features), float32.
+        window_means: For each kernel size, (rows, in_features), float32, > 0.
         fisher: (out_features,), float32, of all rows.
         output_energy: tr(W H W^T) over all rows: mean over tokens of the
             squared length of the output without bias.

@@ -5,13 +5,15 @@ No family is known by name: a model's head is the model's own forward, run while
 its decoder hands on what it is given.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from pho_service.errors import ModelError
 
@@ -95,6 +97,30 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def recomputed(
+    blocks: Iterable[nn.Module], again: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """
+    Inside, blocks keep only their inputs for a backward pass, and run again when it comes to them.
+
+    Args:
+        blocks: Modules.
+        again: What their second runs happen in.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            forward = partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again()),
+            )
+            stack.enter_context(forward_replaced(block, forward))
+        yield
 
 
 @contextmanager

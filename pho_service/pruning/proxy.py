@@ -61,7 +61,7 @@ class ProxyEvaluator:
     search that was interrupted goes on with the same numbers.
 
     Args:
-        bundle: What to rate on.
+        bundle: What to rate on. On the CPU it shares memory with the evaluator.
         device: Where the tensors are kept and the sums are done.
         dtype: Of the matrix products, which take most of the time. Scores,
             masks and sums are float32 in any case.
@@ -126,7 +126,7 @@ class ProxyEvaluator:
         self, stack: Stack, candidate: Candidate, shares: Tensor | None, with_gini: bool
     ) -> Tensor:
         """(5, I, L), float64: what :class:`_Sums` has of each linear of a stack."""
-        candidate.pattern.check_width(stack.rows.shape[-1], stack.layers[0].name)
+        candidate.pattern.check_width(stack.rows.shape[-1], stack.first)
         score = stack.importance(candidate.coefficients, out=stack.score)
         keep = _keep(stack, score, candidate.pattern, shares)
         highest = score.amax(dim=(2, 3))  # NaN if any score is

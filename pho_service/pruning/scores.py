@@ -84,6 +84,8 @@ def sampled_window_mean(magnitude: Tensor, kernel_size: int, rows: Tensor) -> Te
     """
     The rows ``rows`` of :func:`window_mean`, at the price of those rows.
 
+    None is below :data:`TINY`: what a bundle keeps can be divided by.
+
     Args:
         magnitude: (out_features, in_features), float32, >= 0.
         kernel_size: k of the k x k window, odd.
@@ -100,7 +102,8 @@ def sampled_window_mean(magnitude: Tensor, kernel_size: int, rows: Tensor) -> Te
         inside = (at >= 0) & (at < magnitude.shape[0])
         total[inside] += magnitude[at[inside]]
         exist[inside] += 1
-    return avg_pool1d(total / exist, kernel_size, stride=1, padding=reach, count_include_pad=False)
+    means = avg_pool1d(total / exist, kernel_size, stride=1, padding=reach, count_include_pad=False)
+    return means.clamp_min_(TINY)
 
 
 def importance(

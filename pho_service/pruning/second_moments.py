@@ -60,11 +60,12 @@ class SecondMoment:
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), one sequence or several, any floating dtype."""
         x = x.float().contiguous()
-        self.squares += x.square().sum(dim=0)
-        if self.rows:
-            self.moment += self._projected(x)
-        else:
-            add_gram_(self.moment, x)
+        with torch.autocast(x.device.type, enabled=False):  # sums are float32, whatever is around
+            self.squares += x.square().sum(dim=0)
+            if self.rows:
+                self.moment += self._projected(x)
+            else:
+                add_gram_(self.moment, x)
 
     def _projected(self, x: Tensor) -> Tensor:
         """(rows, in_features): the sum of the tokens of each row, with their signs."""
@@ -109,7 +110,7 @@ class SecondMoment:
         return InputStatistics(activation_norm=norm.cpu(), root=root.cpu())
 
 
-PANEL = 512  # columns of a Gram matrix that are added at a time
+PANEL = 256  # columns of a Gram matrix that are added at a time
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> None:

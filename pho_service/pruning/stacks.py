@@ -3,7 +3,7 @@ The sampled linears of a bundle, stacked so that many of them are rated at once.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class Stack:
     more than what is done in it.
     """
 
-    layers: list[LayerSample]  # those that read one input next to each other
-    positions: Tensor  # (I * L,), int64, of the layers in the bundle
+    first: str  # name of a linear, for messages
+    positions: Tensor  # (I * L,), int64, in the bundle; readers of one input are neighbours
     rows: Tensor  # (I, L, R, n)
     magnitude: Tensor  # (I, L, R, n)
     row_mean: Tensor  # (I, L, R, 1)
@@ -99,7 +99,8 @@ def stack_bundle(bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) 
 
     A stack's inputs are equally wide, with equally many readers, and those
     have equally many sampled rows. Linears of one input whose numbers of rows
-    differ are stacked apart.
+    differ are stacked apart. Where nothing has to be converted, the bundle's
+    large tensors become views of the stacks, so that they are not held twice.
 
     Args:
         bundle: All of it.
@@ -134,14 +135,14 @@ def _stack(
         return tensors.view(count, linears, *shape).to(device)
 
     def window_means(k: int) -> Tensor:
-        return stacked(lambda layer: layer.window_means[k], rows, n).clamp_min_(TINY)
+        return stacked(lambda layer: layer.window_means[k], rows, n)
 
     weights = stacked(lambda layer: layer.rows, rows, n)
     roots = torch.stack([entry.root for entry in inputs]).to(device, dtype)
     out_features = torch.tensor([layer.out_features for layer in layers], device=device)
     norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
-    return Stack(
-        layers=layers,
+    stack = Stack(
+        first=layers[0].name,
         positions=torch.tensor(positions, device=device),
         rows=weights,
         magnitude=weights.abs(),
@@ -157,3 +158,19 @@ def _stack(
         score=torch.empty_like(weights),
         gone=torch.empty_like(weights),
     )
+    if device.type == "cpu" and dtype is torch.float32:
+        _share(bundle, stack, groups)
+    return stack
+
+
+def _share(bundle: ProxyBundle, stack: Stack, groups: Sequence[Sequence[int]]) -> None:
+    """Let the large tensors of a bundle be views of a stack's, which has the same values."""
+    for i, group in enumerate(groups):
+        for j, position in enumerate(group):
+            bundle.layers[position] = replace(
+                bundle.layers[position],
+                rows=stack.rows[i, j],
+                window_means={k: means[i, j] for k, means in stack.window_means.items()},
+            )
+        index = bundle.layers[group[0]].input_index
+        bundle.inputs[index] = replace(bundle.inputs[index], root=stack.roots[i])

@@ -8,7 +8,7 @@ float32, streamed sample by sample; nothing grows with the number of samples.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
-from pho_service.pruning.passes import frozen, run_backward, run_decoder
+from pho_service.pruning.passes import frozen, recomputed, run_backward, run_decoder
 from pho_service.pruning.second_moments import InputStatistics, SecondMoment
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def collect_statistics(
     fisher_windows: int,
     projection_rows: int,
     seed: int,
+    batch_windows: int = 1,
+    recompute: Iterable[nn.Module] = (),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Statistics:
     """
@@ -89,7 +91,10 @@ def collect_statistics(
         projection_rows: Rows of the random projection of the activations;
             0 gathers the full Gram matrix.
         seed: Of the random projection.
-        advance: Called with 1 after each window.
+        batch_windows: How many are run at once. It changes rounding only.
+        recompute: Blocks that run a second time in a backward pass, so that only
+            their inputs are kept for it. It changes nothing else.
+        advance: Called with the number of windows after each batch.
 
     Raises:
         InvalidInput: ``fisher_windows`` out of range.
@@ -98,15 +103,22 @@ def collect_statistics(
     """
     check_fisher_windows(fisher_windows, len(windows))
     collector = Collector(linears, projection_rows, seed)
-    with collector.reading_inputs(), collector.reading_gradients(), frozen(model):
-        for number, window in enumerate(windows):
-            batch = window[None].to(next(model.parameters()).device)  # (1, tokens)
-            if number < fisher_windows:
-                run_backward(model, batch)
-            else:
-                run_decoder(model, batch)
+    device = next(model.parameters()).device
+    with (
+        collector.reading_inputs(),
+        collector.reading_gradients(),
+        recomputed(recompute, collector.paused),
+        frozen(model),
+    ):
+        backward, forward = windows[:fisher_windows], windows[fisher_windows:]
+        for batch in backward.split(batch_windows):  # (batch_windows or fewer, tokens)
+            run_backward(model, batch.to(device))
             collector.end_of_window()
-            advance(1)
+            advance(len(batch))
+        for batch in forward.split(batch_windows) if len(forward) else ():
+            run_decoder(model, batch.to(device))
+            collector.end_of_window()
+            advance(len(batch))
     collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
     return collector.finish()
 
@@ -197,6 +209,9 @@ class Collector:
         self._gradient_tokens: dict[str, int] = {}
         self._moments: dict[int, SecondMoment] = {}  # of inputs that are not finished
         self._inputs: list[InputStatistics] = []
+        self._is_paused = False
+        # Of seeds: an input has the same one in whatever order linears are called.
+        self._places = {name: place for place, name in enumerate(linears)}
 
     def reading_inputs(self) -> AbstractContextManager[None]:
         """Inside, the inputs of the linears are added."""
@@ -210,7 +225,18 @@ class Collector:
         """Inputs of different windows are different inputs, wherever they lie in memory."""
         self.groups.end_of_window()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, calls of the linears do not count: they were counted before."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _see_input(self, name: str, x: Tensor, _output: Tensor) -> None:
+        if self._is_paused:
+            return
         index = self.groups.see(name, x)
         if index is None:
             return
@@ -219,12 +245,12 @@ class Collector:
                 x.shape[-1],
                 x.device,
                 projection_rows=self.projection_rows,
-                seed=(self.seed * 100_003 + index) % 2**63,
+                seed=(self.seed * 100_003 + self._places[name]) % 2**63,
             )
         self._moments[index].add(x.detach().reshape(-1, x.shape[-1]))  # (tokens, in_features)
 
     def _see_output(self, name: str, _x: Tensor, output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and not self._is_paused:
             output.register_hook(lambda grad: self._see_gradient(name, grad))
 
     def _see_gradient(self, name: str, grad: Tensor) -> None:

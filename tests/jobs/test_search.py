@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pho_service.configuration import Configuration, Rating
 from pho_service.errors import BundleError, InvalidInput, StudyError
-from pho_service.jobs.rating import ReportText, rate_by_proxy
+from pho_service.jobs.proxy_rating import rate_by_proxy
+from pho_service.jobs.rating import ReportText
 from pho_service.jobs.search import search_job
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pho_service.errors import BundleError, OutputError
+from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.jobs.bundles import cached_bundle
 from pho_service.models.bundle_file import FORMAT, read_bundle, write_bundle
-from pho_service.models.calibration import CalibrationText, calibration_text
+from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
@@ -224,6 +225,33 @@ def test_key_of_another_algorithm(
 
     assert torch.equal(older.calibration, text.calibration)
     assert older.bundle_key != text.bundle_key
+
+
+def test_mixed_precision(
+    calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]
+) -> None:
+    """Products in bfloat16 give nearly the same bundle, of another key."""
+    model, text = calibrating
+    settings = replace(SETTINGS, mixed_precision=True)
+    mixed_text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    exact, mixed = calibrate(model, text, SETTINGS), calibrate(model, mixed_text, settings)
+
+    assert mixed_text.bundle_key != text.bundle_key
+    for a, b in zip(mixed.inputs[1:], exact.inputs[1:], strict=True):
+        assert not torch.equal(a.root, b.root)
+        assert float((a.root - b.root).norm() / b.root.norm()) < 0.02
+    assert all(a.fisher.dtype == torch.float32 for a in mixed.layers)
+
+
+def test_mixed_precision_of_half_model(
+    calibrating: tuple[LanguageModel, CalibrationText],
+) -> None:
+    """A model that is bfloat16 already is refused."""
+    model, text = calibrating
+    model.model.to(torch.bfloat16)
+
+    with pytest.raises(InvalidInput, match="loaded as bfloat16"):
+        calibrate(model, text, replace(SETTINGS, mixed_precision=True))
 
 
 def test_key(calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]) -> None:

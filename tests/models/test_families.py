@@ -6,13 +6,18 @@ hooks of the test's own, and mixtures of experts computed token by token.
 """
 
 import copy
+import weakref
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -38,10 +43,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pho_service.models.architecture import decoder_blocks, prunable_linears
+from pho_service.models.calibration_memory import Needs
+from pho_service.models.loading import LanguageModel
 from pho_service.pruning.masks import model_masks, pruned
+from pho_service.pruning.passes import frozen, recomputed, run_backward
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec import CalibrationSettings, Candidate, Coefficients, Pattern
 
 VOCABULARY = 96
 COMMON = {
@@ -338,6 +346,81 @@ def test_statistics(model: PreTrainedModel, windows: Tensor) -> None:
         torch.testing.assert_close(root.T @ root, gram, atol=1e-5 * float(gram.max()), **close)
         torch.testing.assert_close(
             statistics.fisher[name].double(), fisher, atol=1e-6 * float(fisher.max()), **close
+        )
+
+
+class _TensorBytes(TorchDispatchMode):
+    """The most bytes that the results of operations take together while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the operation, and count what is new."""
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata)
+                    self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_estimate(model: PreTrainedModel, *, recompute: bool) -> None:
+    """What is estimated for a forward and a backward pass is more than what they take."""
+    tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    loaded = LanguageModel(
+        name="", revision=None, model=model, tokenizer=None, stored_dtype=torch.float32,
+        linears=prunable_linears(model),
+    )  # fmt: skip
+    needs = Needs.of(loaded, CalibrationSettings(projection_rows=1))
+    blocks = [block for _, block in decoder_blocks(model)]
+    running_again = recomputed(blocks if recompute else (), nullcontext)
+    with frozen(model), running_again, _TensorBytes() as taken:
+        run_backward(model, tokens)
+
+    weights = {p.untyped_storage()._cdata: p.nbytes for p in model.parameters()}
+    seen = sum(size for key, size in weights.items() if key in taken.sizes)
+    assert 0 < taken.peak - seen < needs.passes(30, 2, recompute=recompute)
+
+
+def test_recompute(model: PreTrainedModel, windows: Tensor) -> None:
+    """Blocks that run again in the backward pass change no bit, nor do they stay changed."""
+    expected = gathered(model, windows)
+    actual = collect_statistics(
+        model, prunable_linears(model), windows, fisher_windows=3, projection_rows=0, seed=0,
+        recompute=[block for _, block in decoder_blocks(model)],
+    )  # fmt: skip
+
+    for a, b in zip(actual.inputs, expected.inputs, strict=True):
+        assert torch.equal(a.root, b.root)
+    for name, fisher in expected.fisher.items():
+        assert torch.equal(actual.fisher[name], fisher)
+    assert not any("forward" in vars(block) for _, block in decoder_blocks(model))
+
+
+def test_batches(model: PreTrainedModel, windows: Tensor) -> None:
+    """Windows that are run at once give the same statistics, but for rounding."""
+    arguments = {"fisher_windows": 3, "projection_rows": 5, "seed": 0}
+    linears = prunable_linears(model)
+    expected = collect_statistics(model, linears, windows, **arguments)
+    actual = collect_statistics(model, linears, windows, **arguments, batch_windows=2)
+
+    for name in linears:
+        a, b = (s.inputs[s.input_of[name]] for s in (actual, expected))
+        close = {"rtol": 1e-3, "atol": 1e-5 * float(b.root.abs().max())}
+        torch.testing.assert_close(a.root, b.root, **close)
+        torch.testing.assert_close(a.activation_norm, b.activation_norm, rtol=1e-4, atol=1e-6)
+    for name, fisher in expected.fisher.items():
+        torch.testing.assert_close(
+            actual.fisher[name], fisher, rtol=1e-3, atol=1e-6 * float(fisher.max())
         )
 
 

@@ -109,6 +109,14 @@ def test_nan_weight(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
         load_model(str(model_folder))
 
 
+def test_large_weights(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+    """Finite weights are accepted, even if their sum is not finite."""
+    tiny_llama.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(3e38)
+    tiny_llama.save_pretrained(model_folder)
+
+    assert len(load_model(str(model_folder)).linears) == 14
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

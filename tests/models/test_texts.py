@@ -171,6 +171,7 @@ def test_held_out(model: LanguageModel, texts: dict[str, Path]) -> None:
         ({"kernel_sizes": (4,)}, "not odd whole numbers"),
         ({"seed": -1}, "seed=-1 is below 0"),
         ({"rows_per_layer": -1}, "rows_per_layer=-1"),
+        ({"memory_bytes": 0}, "memory_bytes=0 is below 1"),
     ],
 )
 def test_bad_settings(change: dict[str, object], message: str) -> None:

@@ -100,3 +100,13 @@ def test_mean() -> None:
 
     torch.testing.assert_close(total, both, rtol=0.05, atol=1.0)
     torch.testing.assert_close(mean.squares, both.diagonal())
+
+
+@pytest.mark.parametrize("rows", [0, 16])
+def test_mixed_precision(rows: int) -> None:
+    """Sums are float32 to the last bit where products around them are bfloat16."""
+    x = random_tokens(30, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = projection(x, rows, seed=1)
+
+    assert torch.equal(mixed, projection(x, rows, seed=1))

@@ -1,0 +1,68 @@
+"""
+Which of the finalists is the best: by what the pruned model predicts, not by the proxy.
+"""
+
+import optuna
+from torch import Tensor
+
+from pho_service.jobs.rating import Comparison, ReportText, comparing_pays, rate_pruned
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Progress
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.search import (
+    Divergences,
+    RatedCandidate,
+    best_by_divergence,
+    confirm,
+    measure_once,
+)
+from pho_service.spec import Candidate
+
+
+def confirm_finalists(
+    study: optuna.Study,
+    chosen: list[RatedCandidate],
+    bundle: ProxyBundle,
+    model: LanguageModel,
+    text: ReportText,
+    calibration: Tensor | None,
+    progress: Progress,
+) -> tuple[list[tuple[float, RatedCandidate]], Divergences]:
+    """
+    Compare finalists with the dense model where that pays, then measure the few best.
+
+    Args:
+        study: The record; what it holds is not measured again.
+        chosen: The finalists, baselines among them, best first by the objective.
+        bundle: Of the model.
+        model: Dense; it is given back dense.
+        text: To compare and to measure on.
+        calibration: Windows for steps that need a text.
+        progress: Is told of both steps.
+
+    Returns:
+        (perplexity, candidate) of those that got one, best first; and the divergences.
+    """
+    statistics = bundle.statistics()
+    divergences = Divergences()
+    if comparing_pays([c.candidate for c in chosen], stream=model.stream):
+        with progress("Comparing with the dense model", len(chosen)) as advance:
+            compare = Comparison(model, statistics, text, advance)
+            by_number = {}
+            for each in chosen:
+                by_number[each.number] = measure_once(
+                    study, "divergence", each.number, each.candidate, compare,
+                    text_sha256=compare.key,
+                )  # fmt: skip
+                advance(1)
+        divergences = Divergences(by_number=by_number, tokens=compare.tokens)
+        chosen = best_by_divergence(chosen, by_number)
+
+    def perplexity(candidate: Candidate) -> float:
+        return rate_pruned(model, statistics, candidate, text.windows, calibration=calibration)[
+            0
+        ].perplexity
+
+    with progress("Confirming by perplexity", len(chosen)) as advance:
+        measured = confirm(study, chosen, perplexity, text_sha256=text.key, advance=advance)
+    return measured, divergences

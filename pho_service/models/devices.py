@@ -1,0 +1,32 @@
+"""
+The device that work is done on.
+"""
+
+import torch
+
+from pho_service.errors import InvalidInput
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists.
+
+    Raises:
+        InvalidInput: torch does not know it, or sees no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(
+            f"device {name!r} is not known to torch. Use auto, cpu or cuda."
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(
+            f"device {name!r} does not exist: torch sees {torch.cuda.device_count()} GPUs. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    return device

@@ -1,0 +1,156 @@
+"""Calibration within a memory: what is planned, what it gives, and what it really takes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pho_service.errors import InvalidInput
+from pho_service.memory import memory_in_use
+from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource
+from pho_service.spec import CalibrationSettings
+
+SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
+WINDOW = 448  # tokens, of the larger model
+
+
+@pytest.fixture
+def model(model_folder: Path) -> LanguageModel:
+    """The random Llama."""
+    return load_model(str(model_folder), device="cpu")
+
+
+def test_no_limit(model: LanguageModel) -> None:
+    """Without a limit a CPU runs window by window and keeps what the backward pass needs."""
+    plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
+
+    assert (plan.windows, plan.recompute) == (1, False)
+    assert plan.memory_bytes > memory_in_use(model.device)
+
+
+def test_same_bundle_key(model: LanguageModel, texts: dict[str, Path]) -> None:
+    """The limit is no part of what a bundle holds."""
+    source = TextSource(path=str(texts["calibration"]))
+    limited = replace(SETTINGS, memory_bytes=2**40)
+
+    assert (
+        calibration_text(model, source, limited).bundle_key
+        == calibration_text(model, source, SETTINGS).bundle_key
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_little(model_folder: Path, texts: dict[str, Path], *, stream: bool) -> None:
+    """A limit that nothing fits into is refused before anything is run, with what is needed."""
+    model = load_model(str(model_folder), device="cpu", stream=stream)
+    settings = replace(SETTINGS, memory_bytes=2**20)
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    model.model.forward = None  # whoever runs it fails
+
+    with pytest.raises(
+        InvalidInput, match=r"windows of 24 tokens needs up to \d.* but may take 1 MiB\. Allow it"
+    ):
+        calibrate(model, text, settings)
+
+
+def larger_model(folder: Path) -> None:
+    """A model whose activations can be told from what else a process holds: 24 MB of weights."""
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=256, intermediate_size=768, num_hidden_layers=12,
+        num_attention_heads=4, num_key_value_heads=4, dtype=torch.float32,
+    )  # fmt: skip
+    (folder / "model.safetensors").unlink()
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_shorter_windows(model_folder: Path) -> None:
+    """Windows that are too long are named with a length that fits."""
+    larger_model(model_folder)
+    model = load_model(str(model_folder), device="cpu")
+
+    def plan(context_length: int, limit: int | None) -> CalibrationPlan:
+        settings = replace(SETTINGS, context_length=context_length, memory_bytes=limit)
+        return plan_calibration(model, settings, windows=4, fisher_windows=1)
+
+    limit = plan(256, None).memory_bytes
+    with pytest.raises(InvalidInput) as refusal:
+        plan(4096, limit)
+    (shorter,) = re.findall(r"--context-length (\d+)", str(refusal.value))
+
+    assert plan(int(shorter), limit).memory_bytes <= limit
+    with pytest.raises(InvalidInput):
+        plan(2 * int(shorter), limit)
+
+
+SCRIPT = """
+import json, sys
+from dataclasses import replace
+import torch
+from pho_service.memory import memory_in_use, peak_memory
+from pho_service.models.calibration import CalibrationText, calibrate
+from pho_service.models.calibration_memory import plan_calibration
+from pho_service.models.loading import load_model
+from pho_service.models.texts import TextRecord
+from pho_service.spec import CalibrationSettings
+
+folder, share, window = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+model = load_model(folder, device="cpu")
+model.weights_sha256
+settings = CalibrationSettings(samples=3, context_length=window, fisher_samples=2)
+windows = torch.randint(2000, (3, window), generator=torch.Generator().manual_seed(0))
+text = CalibrationText(
+    calibration=windows, held_out=windows[:0], bundle_key="",
+    record=TextRecord(source="", sha256="", documents=1),
+)
+before = memory_in_use(model.device)
+free = plan_calibration(model, settings, windows=3, fisher_windows=2).memory_bytes - before
+limit = before + int(share * free)
+settings = replace(settings, memory_bytes=limit)
+plan = plan_calibration(model, settings, windows=3, fisher_windows=2)
+with peak_memory(model.device) as peak:
+    bundle = calibrate(model, text, settings)
+    taken = peak()
+sums = [float(i.root.double().sum()) for i in bundle.inputs]
+sums += [float(layer.fisher.double().sum()) for layer in bundle.layers]
+print(json.dumps({
+    "recompute": plan.recompute, "planned": plan.memory_bytes - before, "limit": limit - before,
+    "taken": taken - before, "sums": sums,
+}))
+"""
+
+
+def run(folder: Path, share: float) -> dict[str, object]:
+    """Calibrate in a process of its own, with a share of the memory that it would need."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(share), str(WINDOW)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak(model_folder: Path) -> None:
+    """The peak stays below a limit that needs recomputing, which changes no bit of the result."""
+    larger_model(model_folder)
+    free, limited = run(model_folder, 1.0), run(model_folder, 0.75)
+
+    assert not free["recompute"]
+    assert limited["recompute"]
+    assert free["taken"] <= free["planned"] <= free["limit"], free
+    assert limited["taken"] <= limited["planned"] <= limited["limit"], limited
+    assert limited["taken"] < free["taken"]
+    assert limited["sums"] == free["sums"]
