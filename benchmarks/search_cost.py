@@ -253,7 +253,7 @@ def search(method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[s
         ),
         **parts,
         whole=whole,
-        confirmed=len(found.candidates) if method == "pho" else 0,
+        confirmed=sum(c.perplexity is not None for c in found.candidates) if method == "pho" else 0,
         chosen=found.confirmation.perplexity,
         report=report.perplexity,
         found={"method": found.method, **found.coefficients.model_dump()},

@@ -24,7 +24,7 @@ from pho_service.pruning.statistics import Statistics
 from pho_service.search.search import Evaluate, Outcome
 from pho_service.spec import Candidate
 
-COMPARED_TOKENS = 1024  # of the text that finalists are compared with the dense model on
+COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
 
 
 def windows_key(windows: Tensor) -> str:
@@ -111,7 +111,7 @@ def compared_windows(windows: Tensor) -> Tensor:
     """
     The windows of a text that finalists are compared with the dense model on.
 
-    Its beginning: about 1,024 tokens, at most a quarter of the windows, at least one.
+    Its beginning: about 512 tokens, at most a quarter of the windows, at least one.
     """
     wanted = COMPARED_TOKENS // windows.shape[1]
     return windows[: max(1, min(wanted, len(windows) // 4))]
