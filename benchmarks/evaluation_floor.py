@@ -23,12 +23,13 @@ import torch
 from machine import conditions, software
 from scipy.stats import spearmanr
 from subject import load_subject
+from torch import Tensor
 
 from pho_service.cli.terminal import print_table, progress, verb
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.devices import pick_device
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.proxy import BATCH, ProxyEvaluator
 from pho_service.pruning.selection import keep_highest, plain_keep_highest
 from pho_service.pruning.stacks import Stack
 from pho_service.search.space import SearchSpace
@@ -134,7 +135,7 @@ def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed:
     machine, evaluator = Machine(device), ProxyEvaluator(bundle, device)
     work = Work.of(evaluator.stacks)
     patterns = [Pattern.parse(*pattern) for pattern in PATTERNS]
-    candidates = {p: _candidates(bundle, p, rounds, seed) for p in patterns}
+    candidates = {p: _candidates(bundle, p, rounds * BATCH, seed) for p in patterns}
     for pattern in patterns:
         evaluator.evaluate(candidates[pattern][:1])  # compiles, and warms up
     reading, multiplying = [], []
@@ -144,10 +145,9 @@ def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed:
             reading.append(work.bytes / machine.bandwidth())
             multiplying.append(work.multiply_adds / machine.matrix_rate())
             for pattern in patterns:
-                chosen = candidates[pattern][i : i + 1]
-                rating[pattern].append(
-                    machine.seconds(lambda chosen=chosen: evaluator.evaluate(chosen), times=3)
-                )
+                few = candidates[pattern][i * BATCH : (i + 1) * BATCH]
+                seconds = machine.seconds(lambda few=few: evaluator.evaluate(few))
+                rating[pattern].append(seconds / len(few))
             advance(1)
     floors = [max(pair) for pair in zip(reading, multiplying, strict=True)]
 
@@ -169,8 +169,8 @@ def measure(bundle: ProxyBundle, device: torch.device, *, rounds: int = 9, seed:
         ],
         caption=f"{work.bytes / 1e6:.1f} MB read at {gigabytes:.1f} GB/s, "
         f"{work.multiply_adds / 1e6:.0f} million multiply-adds at {billions:.0f} billion a second "
-        f"(float32, square matrices of {MATRIX_SIZE}); medians of {rounds} rounds, random "
-        f"candidates of seed {seed}; {_where(device)}",
+        f"(float32, square matrices of {MATRIX_SIZE}); medians of {rounds} rounds of "
+        f"{BATCH} random candidates of seed {seed} at a time; {_where(device)}",
     )
 
 
@@ -181,41 +181,44 @@ def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) 
     candidates = _candidates(bundle, pattern, count, seed)
     values = _blend(evaluator, candidates)
     rows = []
+    few = candidates[:BATCH]
     for title, other, precision in (
         ("tf32 products", evaluator, "high"),
         ("bfloat16 products", ProxyEvaluator(bundle, device, dtype=torch.bfloat16), "highest"),
         ("half of the rows", ProxyEvaluator(_fewer_rows(bundle, 2), device), "highest"),
         ("a quarter of the rows", ProxyEvaluator(_fewer_rows(bundle, 4), device), "highest"),
     ):
-        now = machine.seconds(lambda: evaluator.evaluate(candidates[:3])) / 3
+        now = machine.seconds(lambda: evaluator.evaluate(few)) / len(few)
         with _float32_products(precision):
-            then = machine.seconds(lambda other=other: other.evaluate(candidates[:3])) / 3
+            then = machine.seconds(lambda other=other: other.evaluate(few)) / len(few)
             rho = spearmanr(values, _blend(other, candidates)).statistic
         rows.append((title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", f"{rho:.4f}"))
-    lines = [stack.score.flatten(0, 1).flatten(1) for stack in evaluator.stacks]
-    numbers = [torch.full((len(line),), line.shape[1] // 2, device=device) for line in lines]
-    gone = [stack.gone.flatten(1, 2) for stack in evaluator.stacks]
-    roots = [stack.roots.transpose(1, 2) for stack in evaluator.stacks]
-    together = [rows_of_input.repeat(1, 8, 1) for rows_of_input in gone]
+    lines = [
+        stack.importance(few[0].coefficients, out=torch.empty_like(stack.rows))
+        .flatten(0, 1)
+        .flatten(1)
+        for stack in evaluator.stacks
+    ]  # (I * L, R * n) each
+    removed = [torch.full((len(line),), line.shape[1] // 2, device=device) for line in lines]
 
     def select(how: Callable[..., object]) -> Callable[[], object]:
-        return lambda: [how(line, number) for line, number in zip(lines, numbers, strict=True)]
+        return lambda: [how(line, number) for line, number in zip(lines, removed, strict=True)]
 
-    def multiply(flat: list[torch.Tensor]) -> Callable[[], object]:
-        return lambda: [torch.bmm(a, b) for a, b in zip(flat, roots, strict=True)]
+    def partition(line: Tensor, number: Tensor) -> Tensor:
+        return line > line.kthvalue(int(number[0]), dim=-1, keepdim=True).values
 
-    def partition() -> object:
-        return [line.kthvalue(line.shape[1] // 2, dim=-1).values for line in lines]
+    def one_by_one() -> None:
+        for candidate in few:
+            evaluator.evaluate([candidate])
 
-    select(keep_highest)()
-    for title, ours, theirs in (
-        ("selection by kthvalue", select(keep_highest), partition),
-        ("selection by sorting", select(keep_highest), select(plain_keep_highest)),
+    select(keep_highest)()  # compiles
+    for title, ours, theirs, times in (
+        ("one candidate at a time", lambda: evaluator.evaluate(few), one_by_one, len(few)),
+        ("selection by kthvalue", select(keep_highest), select(partition), 1),
+        ("selection by sorting", select(keep_highest), select(plain_keep_highest), 1),
     ):
-        rows.append(_compared(machine, title, ours, theirs, 1))
-    rows.append(
-        _compared(machine, "products of 8 candidates", multiply(gone), multiply(together), 8)
-    )
+        now, then = (machine.seconds(work) / times for work in (ours, theirs))
+        rows.append((title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", ""))
     print_table(
         "What else was tried",
         ("instead", "ms as it is", "ms then", "Spearman"),
@@ -235,17 +238,6 @@ def _float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _compared(
-    machine: Machine,
-    title: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
-    candidates: int,
-) -> tuple[str, str, str, str]:
-    now, then = machine.seconds(ours), machine.seconds(theirs) / candidates
-    return title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", ""
 
 
 def _candidates(bundle: ProxyBundle, pattern: Pattern, count: int, seed: int) -> list[Candidate]:

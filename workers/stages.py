@@ -470,13 +470,15 @@ class _Search:
         better = min if plan.direction == "minimize" else max
 
         def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+            # Proxies rate a generation at once, in milliseconds; a perplexity takes seconds.
+            slow = self._spec.objective.name == "perplexity"
             outcomes = []
-            for candidate in candidates:
+            for some in [[each] for each in candidates] if slow else [candidates]:
                 self._watch.look()
                 limit = self._spec.timeout_s
                 if limit is not None and self.done and self._elapsed_s > limit:
                     raise _TimeIsUp
-                outcomes += rate([candidate])
+                outcomes += rate(some)
             values = [o.value for o in outcomes if o.value is not None]
             known = [] if self._best is None else [self._best]
             self._best = better([*known, *values], default=None)

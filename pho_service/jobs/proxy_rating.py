@@ -3,6 +3,7 @@ Rate candidates by the proxy, on a bundle: no model is needed, and transformers 
 """
 
 import time
+from collections.abc import Sequence
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
@@ -20,21 +21,27 @@ def proxy_value(rating: ProxyRating, objective: Objective) -> float:
 def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
     """A function for the search that rates candidates on a bundle."""
 
-    def rate(candidate: Candidate) -> Outcome:
+    def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
         started = time.perf_counter()
         try:
-            (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
+            ratings = evaluator.evaluate(candidates, with_gini=objective.name == "gini")
         except NumericalError as error:
-            return Outcome(value=None, failure=str(error))
-        return Outcome(
-            value=proxy_value(rating, objective),
-            attributes={
-                "fisher": rating.fisher,
-                "relative": rating.relative,
-                "absolute": rating.absolute,
-                "error_by_kind": rating.error_by_kind,
-                "seconds": round(time.perf_counter() - started, 4),
-            },
-        )
+            if len(candidates) == 1:
+                return [Outcome(value=None, failure=str(error))]
+            return [outcome for candidate in candidates for outcome in rate([candidate])]
+        seconds = round((time.perf_counter() - started) / len(candidates), 5)
+        return [
+            Outcome(
+                value=proxy_value(rating, objective),
+                attributes={
+                    "fisher": rating.fisher,
+                    "relative": rating.relative,
+                    "absolute": rating.absolute,
+                    "error_by_kind": rating.error_by_kind,
+                    "seconds": seconds,
+                },
+            )
+            for rating in ratings
+        ]
 
-    return lambda candidates: [rate(candidate) for candidate in candidates]
+    return rate

@@ -9,7 +9,8 @@ before those steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from pho_service.pruning.scores import TINY, gini
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.stacks import Stack, stack_bundle
 from pho_service.spec import Candidate, Pattern, Scope
+
+BATCH = 8  # candidates that are rated at once: a generation of the default sampler
+CACHED = 1 << 20  # scores of a batch in a stack, 4 MiB, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +60,8 @@ class ProxyEvaluator:
     """
     Rates candidates on one bundle, in memory, on one device; in one thread at a time.
 
-    Candidates are rated one after the other, each with all linears at once. So
-    a rating has the same bits in whatever company a candidate is rated, and a
-    search that was interrupted goes on with the same numbers.
+    Candidates of one pattern are rated up to eight at a time, which changes
+    nothing in their ratings: nothing is added up over candidates.
 
     Args:
         bundle: What to rate on. On the CPU it shares memory with the evaluator.
@@ -75,7 +78,12 @@ class ProxyEvaluator:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.bundle = bundle
-        self.stacks = stack_bundle(bundle, torch.device(device), dtype)
+        on = torch.device(device)
+        values = CACHED // BATCH if on.type == "cpu" else None
+        self.stacks = stack_bundle(bundle, on, dtype, values=values)
+        # Overwritten by every candidate: memory asked for anew costs more than what is done in it.
+        most = BATCH * max(stack.rows.numel() for stack in self.stacks)
+        self._score, self._gone = torch.empty(most, device=on), torch.empty(most, device=on)
         self._positions = torch.cat([stack.positions for stack in self.stacks])
         views = [_view(bundle, layer) for layer in bundle.layers]
         # A search often asks for an allocation that it has asked for before.
@@ -98,7 +106,15 @@ class ProxyEvaluator:
             InvalidInput: N:M does not divide an input width.
             NumericalError: A rating is NaN or infinite; names the layer.
         """
-        return [self._summary(self._sums(c, with_gini), with_gini) for c in candidates]
+        ratings = []
+        for _, alike in groupby(
+            candidates, key=lambda c: (c.pattern, c.steps.allocation.method == "uniform")
+        ):
+            together = list(alike)
+            for start in range(0, len(together), BATCH):
+                sums = self._sums(together[start : start + BATCH], with_gini)
+                ratings += [self._summary(each, with_gini) for each in sums]
+        return ratings
 
     def layer_errors(self, candidate: Candidate) -> dict[str, float]:
         """
@@ -107,38 +123,60 @@ class ProxyEvaluator:
         Raises:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
-        absolute = self._sums(candidate, with_gini=False).absolute
+        (sums,) = self._sums([candidate], with_gini=False)
         return dict(
-            zip((la.name for la in self.bundle.layers), self._relative(absolute), strict=True)
+            zip((la.name for la in self.bundle.layers), self._relative(sums.absolute), strict=True)
         )
 
-    def _sums(self, candidate: Candidate, with_gini: bool) -> "_Sums":
-        shares = self._shares(candidate)
-        found = [
-            self._rate(stack, candidate, shares, with_gini).flatten(start_dim=1).T
-            for stack in self.stacks
-        ]  # (I * L, 5) each
-        sums = _Sums(*self._by_position(found).T.cpu())
-        self._require_finite(sums.highest, "a score of a candidate")
+    def _sums(self, candidates: Sequence[Candidate], with_gini: bool) -> list["_Sums"]:
+        """What each of up to eight candidates does to the layers; they are of one pattern."""
+        lost = [self._shares(candidate) for candidate in candidates]
+        found = self._by_position(
+            [self._rate(stack, candidates, lost, with_gini) for stack in self.stacks]
+        ).cpu()  # (layers, C, 5)
+        sums = [_Sums(*values.T) for values in found.unbind(dim=1)]
+        for each in sums:
+            self._require_finite(each.highest, "a score of a candidate")
         return sums
 
     def _rate(
-        self, stack: Stack, candidate: Candidate, shares: Tensor | None, with_gini: bool
+        self,
+        stack: Stack,
+        candidates: Sequence[Candidate],
+        lost: Sequence[Tensor | None],
+        with_gini: bool,
     ) -> Tensor:
-        """(5, I, L), float64: what :class:`_Sums` has of each linear of a stack."""
-        candidate.pattern.check_width(stack.rows.shape[-1], stack.first)
-        score = stack.importance(candidate.coefficients, out=stack.score)
-        keep = _keep(stack, score, candidate.pattern, shares)
-        highest = score.amax(dim=(2, 3))  # NaN if any score is
-        inequality = (
-            gini((score * keep).flatten(start_dim=2)) if with_gini else torch.zeros_like(highest)
-        )
-        error = stack.row_errors(keep)  # (I, L, R, 1)
-        loss = error * stack.fisher
-        blend = loss * (error / stack.row_energy).sqrt()
-        scale = stack.weights_per_value.view_as(highest)
-        sums = [rows.sum(dim=(2, 3)) * scale for rows in (loss, error, blend)]
-        return torch.stack([highest, inequality, *sums])
+        """(I * L, C, 5), float64: what :class:`_Sums` has of each linear of a stack."""
+        pattern = candidates[0].pattern
+        pattern.check_width(stack.rows.shape[-1], stack.first)
+        inputs, *shape = stack.rows.shape
+        count = len(candidates) * stack.rows.numel()
+        score, gone = (
+            memory[:count].view(inputs, len(candidates), *shape)
+            for memory in (self._score, self._gone)
+        )  # (I, C, L, R, n)
+        for number, candidate in enumerate(candidates):
+            stack.importance(candidate.coefficients, out=score[:, number])
+        shares = [
+            removed[stack.positions].view(inputs, -1) for removed in lost if removed is not None
+        ]  # (I, L) each; none if the pattern says it all
+        keep = _keep(score, pattern, torch.stack(shares, dim=1) if shares else None)
+        highest = score.amax(dim=(3, 4))  # NaN if any score is
+        inequality = torch.zeros_like(highest)
+        if with_gini:
+            inequality = gini((score * keep).flatten(start_dim=3))
+        error = stack.row_errors(keep, out=gone)  # (I, C, L, R, 1)
+        loss = error * stack.fisher[:, None]
+        blend = loss * (error / stack.row_energy[:, None]).sqrt()
+        scale = stack.weights_per_value.view(inputs, 1, -1)
+        sums = [rows.sum(dim=(3, 4)) * scale for rows in (loss, error, blend)]
+        found = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
+        return found.transpose(1, 2).flatten(0, 1)
+
+    @cached_property
+    def _plain(self) -> list[Tensor]:
+        """Memory for the plain scores of all linears, of which scope ``global`` needs all."""
+        return [torch.empty_like(stack.rows) for stack in self.stacks]
 
     def _by_position(self, values: Sequence[Tensor]) -> Tensor:
         """What stacks have of each linear, (I * L, ...), in the order of the bundle."""
@@ -184,8 +222,8 @@ class ProxyEvaluator:
         """What each layer loses under one threshold on the plain score."""
         plain = plain_score(candidate.coefficients.gradient_exponent)
         scores = [
-            stack.importance(plain, out=stack.gone).flatten(0, 1).flatten(1)
-            for stack in self.stacks
+            stack.importance(plain, out=memory).flatten(0, 1).flatten(1)
+            for stack, memory in zip(self.stacks, self._plain, strict=True)
         ]  # (I * L, R * n) each
         weights = [stack.weights_per_value for stack in self.stacks]
         highest = self._by_position([score.amax(dim=1).cpu() for score in scores])
@@ -247,18 +285,25 @@ def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
     )
 
 
-def _keep(stack: Stack, score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
-    """(I, L, R, n), bool."""
-    rows, n = score.shape[2:]
-    mine = None if shares is None else shares[stack.positions].to(score.device)
+def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
+    """
+    Mark what stays.
+
+    Args:
+        score: (I, C, L, R, n), contiguous.
+        pattern: Of all candidates.
+        shares: (I, C, L), int64: what each linear loses, or its N of N:M, if not the pattern's.
+    """
+    rows, n = score.shape[3:]
+    mine = None if shares is None else shares.to(score.device)
     if pattern.group:
-        kept = pattern.keep if mine is None else mine.view(*score.shape[:2], 1)
+        kept = pattern.keep if mine is None else mine[..., None]
         return nm_mask(score, keep=kept, group=pattern.group)
     removed: int | Tensor
     if pattern.scope is Scope.ROW:
         lines = score.view(-1, n)
-        removed = pattern.removed(n) if mine is None else over_rows(mine, rows)
+        removed = pattern.removed(n) if mine is None else over_rows(mine.flatten(), rows)
     else:
         lines = score.view(-1, rows * n)
-        removed = pattern.removed(rows * n) if mine is None else mine
+        removed = pattern.removed(rows * n) if mine is None else mine.flatten()
     return keep_highest(lines, removed).view(score.shape)

@@ -1,5 +1,9 @@
 """
 The sampled linears of a bundle, stacked so that many of them are rated at once.
+
+A stack is scored, pruned and multiplied for several candidates before the next
+one's turn comes. So its roots, most of a bundle, are read once for all of them,
+and on a CPU stacks are small enough for all that is in between to stay in its caches.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +24,7 @@ class Stack:
     I inputs of n channels, each read by L linears with R sampled rows.
 
     Linears that read one input are multiplied with its root together, and
-    nothing of a root's size is copied for a candidate. ``score`` and ``gone``
-    are overwritten by every candidate: memory that is asked for anew costs
-    more than what is done in it.
+    nothing of a root's size is copied for a candidate.
     """
 
     first: str  # name of a linear, for messages
@@ -38,8 +40,6 @@ class Stack:
     out_features: Tensor  # (I, L, 1, 1)
     weights_per_value: Tensor  # (I * L,), float64: weights that each sampled one stands for
     roots: Tensor  # (I, rows of the root, n)
-    score: Tensor  # (I, L, R, n)
-    gone: Tensor  # (I, L, R, n)
 
     def importance(self, coefficients: Coefficients, out: Tensor) -> Tensor:
         """
@@ -71,29 +71,32 @@ class Stack:
             out=out,
         )
 
-    def row_errors(self, keep: Tensor) -> Tensor:
+    def row_errors(self, keep: Tensor, out: Tensor) -> Tensor:
         """
         D H D^T of each row, D being the weights that are not kept.
 
         Args:
-            keep: (I, L, R, n), bool.
+            keep: (I, C, L, R, n), bool, of C candidates.
+            out: The same shape, float32, contiguous: is written.
 
         Returns:
-            (I, L, R, 1), float32.
+            (I, C, L, R, 1), float32.
         """
-        kept = self.gone.copy_(keep.view(torch.uint8))  # 1 or 0
-        gone = torch.addcmul(self.rows, self.rows, kept, value=-1, out=self.gone)
-        return _row_errors(gone, self.roots)
+        rows = self.rows[:, None]
+        kept = out.copy_(keep.view(torch.uint8))  # 1 or 0
+        return _row_errors(torch.addcmul(rows, rows, kept, value=-1, out=out), self.roots)
 
 
 def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
-    """D H D^T of each row: (I, L, R, n) rows and (I, m, n) roots of H give (I, L, R, 1)."""
-    flat = rows.flatten(1, 2).to(roots.dtype)
-    outputs = torch.bmm(flat, roots.transpose(1, 2)).float()  # (I, L * R, m)
-    return outputs.square_().sum(dim=-1).view(*rows.shape[:3], 1)
+    """D H D^T of each row: (I, ..., n) rows and (I, m, n) roots of H give (I, ..., 1)."""
+    flat = rows.flatten(1, -2).to(roots.dtype)
+    outputs = torch.bmm(flat, roots.transpose(1, 2)).float()  # (I, ..., m), but flat
+    return outputs.square_().sum(dim=-1).view(*rows.shape[:-1], 1)
 
 
-def stack_bundle(bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) -> list[Stack]:
+def stack_bundle(
+    bundle: ProxyBundle, device: torch.device, dtype: torch.dtype, *, values: int | None
+) -> list[Stack]:
     """
     Copy a bundle's layers into as few stacks as their shapes allow.
 
@@ -106,6 +109,7 @@ def stack_bundle(bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) 
         bundle: All of it.
         device: Where the stacks are kept.
         dtype: Of the matrix products with the roots.
+        values: The most sampled weights of a stack, if it has more than one input.
     """
     readers: dict[tuple[int, int], list[int]] = {}
     for position, layer in enumerate(bundle.layers):
@@ -114,7 +118,14 @@ def stack_bundle(bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) 
     for (_, rows), together in readers.items():
         shape = (bundle.layers[together[0]].in_features, rows, len(together))
         shapes.setdefault(shape, []).append(together)
-    return [_stack(bundle, groups, device, dtype) for groups in shapes.values()]
+    stacks = []
+    for (n, rows, linears), groups in shapes.items():
+        most = len(groups) if values is None else max(1, values // (n * rows * linears))
+        stacks += [
+            _stack(bundle, groups[start : start + most], device, dtype)
+            for start in range(0, len(groups), most)
+        ]
+    return stacks
 
 
 def _stack(
@@ -155,8 +166,6 @@ def _stack(
         out_features=out_features.view(count, linears, 1, 1),
         weights_per_value=out_features.double() / rows,
         roots=roots,
-        score=torch.empty_like(weights),
-        gone=torch.empty_like(weights),
     )
     if device.type == "cpu" and dtype is torch.float32:
         _share(bundle, stack, groups)

@@ -114,7 +114,7 @@ def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
         assert ratio > 0
     for lever in ("tf32 products", "bfloat16 products", "half of the rows"):
         assert -1 <= numbers(table[lever])[2] <= 1
-    assert len(table["products of 8 candidates"]) == 2
+    assert len(table["one candidate at a time"]) == 2
 
 
 @pytest.mark.usefixtures("database")

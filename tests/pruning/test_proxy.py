@@ -11,14 +11,14 @@ from transformers import LlamaForCausalLM
 from pho_service.errors import BundleError, InvalidInput, NumericalError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.masks import model_masks
-from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
+from pho_service.pruning.proxy import BATCH, ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import (
     PrunableLinear,
     Statistics,
     collect_statistics,
 )
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
 
 Linears = dict[str, PrunableLinear]
 
@@ -208,6 +208,32 @@ def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> Non
 
     assert together == one_by_one[::-1]
     assert together == again
+
+
+def test_allocations_side_by_side(linears: Linears, statistics: Statistics) -> None:
+    """Candidates with and without an allocation of one pattern are rated as each alone."""
+    evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
+    plain = [candidate_of(name, "0.5", "row") for name in COEFFICIENTS]
+    spread = [
+        replace(c, steps=Steps(allocation=Allocation(method="fisher", spread=s)))
+        for c, s in zip(plain, (0.1, 0.2, 0.3), strict=True)
+    ]
+    mixed = [*plain[:1], *spread, *plain[1:]]
+
+    assert evaluator.evaluate(mixed) == [evaluator.evaluate([c])[0] for c in mixed]
+
+
+def test_more_than_a_batch(linears: Linears, statistics: Statistics) -> None:
+    """More candidates than are rated at once come back in their order."""
+    evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
+    many = [
+        replace(candidate_of("crepe", "0.5", "layer"), coefficients=replace(
+            COEFFICIENTS["crepe"], activation_exponent=i / 10
+        ))
+        for i in range(2 * BATCH + 3)
+    ]  # fmt: skip
+
+    assert evaluator.evaluate(many) == [evaluator.evaluate([c])[0] for c in many]
 
 
 def test_nothing_to_rate(linears: Linears, statistics: Statistics) -> None:
