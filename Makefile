@@ -38,10 +38,10 @@ bench-search: install ## hill climbing on perplexity against PHO; below an hour 
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
 
 bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 40 minutes on 2 cores, goes on where it was
-	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs
+	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs $(ARGS)
 
 bench-gpu: install ## LLaMA-2-7B shapes on one GPU: calibration, 200 trials, precision; needs a CUDA build of torch
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv demo build dist
