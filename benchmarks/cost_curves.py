@@ -275,8 +275,8 @@ def _show(name: str, series: Series) -> None:
     peak, growth = series.values("peak_bytes"), series.values("growth_bytes")
     columns: list[tuple[str, Iterable[str]]] = [
         (series.curve.axis, _labels(series)),
-        ("wall, s", (f"{s:.1f}" for s in seconds)),
-        ("CPU, s", (f"{s:.1f}" for s in series.values("cpu_seconds"))),
+        ("wall, s", (f"{s:.2f}" for s in seconds)),
+        ("CPU, s", (f"{s:.2f}" for s in series.values("cpu_seconds"))),
     ]
     if name in ("trials", "tokens"):
         columns.append((f"ms a {name[:-1]}", _ratios(seconds, at, 1e3)))

@@ -61,7 +61,7 @@ class Work:
             tensor.nbytes
             for stack in stacks
             for tensor in (
-                stack.rows, next(iter(stack.window_means.values())), stack.roots,
+                stack.rows, stack.window_means[0], stack.roots,
                 stack.row_mean, stack.column_mean, stack.activation_norm, stack.fisher,
             )
         ]  # fmt: skip
@@ -194,8 +194,8 @@ def levers(bundle: ProxyBundle, device: torch.device, *, count: int, seed: int) 
             rho = spearmanr(values, _blend(other, candidates)).statistic
         rows.append((title, f"{now * 1e3:.2f}", f"{then * 1e3:.2f}", f"{rho:.4f}"))
     lines = [
-        stack.importance(few[0].coefficients, out=torch.empty_like(stack.rows))
-        .flatten(0, 1)
+        stack.importance([few[0].coefficients], out=torch.empty_like(stack.rows)[:, None])
+        .flatten(0, 2)
         .flatten(1)
         for stack in evaluator.stacks
     ]  # (I * L, R * n) each

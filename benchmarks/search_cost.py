@@ -46,7 +46,7 @@ METHODS = ("hill-climb", "cmaes", "tpe", "pho")  # all but the last rate by perp
 
 FULL = {
     "evaluations": 100, "trials": 200, "finalists": 5, "samples": 32, "context_length": 512,
-    "confirm_windows": 8, "report_windows": 14,
+    "confirm_windows": 16, "report_windows": 14,
 }  # fmt: skip
 QUICK = {**FULL, "evaluations": 24, "samples": 16, "confirm_windows": 4, "report_windows": 8}
 

@@ -1,15 +1,15 @@
 """
-Selections on the CPU, compiled: the k-th lowest of many lines by counting bits.
+Scores and selections on the CPU: partial sorts of integers by numpy, and compiled loops.
 
 torch's ``kthvalue`` moves values and their indices about, with a branch for
-each comparison that no processor can predict; counting the leading bits of
-floats needs neither. :mod:`pho_service.pruning.selection` has the plain torch
-versions, which are the reference of these and serve all other devices.
+each comparison that no processor can predict. numpy partitions integers with
+vector instructions, and the bits of floats sort as the floats do. The scores
+are made in one reading of the weights for all candidates, where torch makes a
+pass for each term. :mod:`pho_service.pruning.selection` and ``scores`` have the
+plain torch versions, which are the reference of these and serve all other devices.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,113 +19,118 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from pho_service.pruning.threads import in_threads
+
+Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 Weights = npt.NDArray[np.float64]
 
 _FEW = 1 << 16  # values: so few are not worth a second thread
-_SORTED = 24  # values: so few are sorted instead of counted
-_NEGATIVE_ZERO = -(1 << 31)  # its bits, which are also the lowest integer
+_TOGETHER = 1 << 18  # values that are ordered at once: 1 MiB, for the second cache
+_LOWEST = -(1 << 31)  # integer; the bits of -0.0, too
 _HIGHEST = (1 << 31) - 1
-_MOST_BINS = 4096  # 16 KiB of counts, which leave room for the values in the first cache
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call; the machine code is kept where numba finds a place for it."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither beside this file nor in the user's cache folder
-        return njit(nogil=True)(function)
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 @_compiled
 def _ordered(bits: Any) -> Any:
     """The bits of a float as an integer that sorts as the float does; -0.0 is 0.0."""
-    if bits == _NEGATIVE_ZERO:
+    if bits == _LOWEST:
         return np.int32(0)
     return bits ^ ((bits >> 31) & np.int32(_HIGHEST))
 
 
 @_compiled
-def _kth_lowest(line: Bits, k: int, values: Bits, counts: Bits) -> Any:
-    """The k-th lowest of a line, 1 <= k <= n, as ordered bits. The rest is scratch."""
-    n = len(line)
-    low, high = np.int32(_HIGHEST), np.int32(_NEGATIVE_ZERO)
-    for i in range(n):
-        value = _ordered(line[i])
-        values[i] = value
-        low, high = min(low, value), max(high, value)
-    while low < high:
-        if n <= _SORTED:
-            values[:n].sort()
-            return values[k - 1]
-        # Count by as many leading bits of the distance from the lowest as there are bins, ...
-        bins = 64
-        while bins < _MOST_BINS and 8 * bins < n:
-            bins *= 2
-        shift, span = 0, np.int64(high) - np.int64(low)
-        while span >> shift >= bins:
-            shift += 1
-        counts[:bins] = 0
-        for i in range(n):
-            counts[(np.int64(values[i]) - low) >> shift] += 1
-        digit = 0
-        while counts[digit] < k:
-            k -= counts[digit]
-            digit += 1
-        # ... and go on with those that share the digit.
-        bottom = low + (np.int64(digit) << shift)
-        low, high = np.int32(_HIGHEST), np.int32(_NEGATIVE_ZERO)
-        found = 0
-        for i in range(n):
-            value = values[i]
-            if (value - bottom) >> shift == 0:
-                values[found] = value
-                found += 1
-                low, high = min(low, value), max(high, value)
-        n = found
-    return low
+def _combine_terms(
+    magnitude: Floats,
+    row_terms: Floats,
+    column_terms: Floats,
+    neighbourhoods: Floats,
+    window_means: Floats,
+    windows: Numbers,
+    activations: Floats,
+    fishers: Floats,
+    scores: Floats,
+    first: int,
+    end: int,
+) -> None:
+    """Score the rows ``first`` to ``end`` of all, each for all candidates while it is at hand."""
+    _, linears, rows, n = magnitude.shape
+    for line in range(first, end):
+        i, of_input = divmod(line, linears * rows)
+        linear, r = divmod(of_input, rows)
+        weights = magnitude[i, linear, r]
+        for c in range(len(windows)):
+            score = scores[i, c, linear, r]
+            row, fisher = row_terms[c, i, linear, r], fishers[c, i, linear, r]
+            column, activation = column_terms[c, i, linear], activations[c, i, linear]
+            near = neighbourhoods[c]
+            if near:
+                mean = window_means[windows[c], i, linear, r]
+                for j in range(n):
+                    relative = (row + column[j] + near / mean[j]) * weights[j]
+                    score[j] = relative * activation[j] * fisher
+            else:
+                for j in range(n):
+                    score[j] = (row + column[j]) * weights[j] * activation[j] * fisher
 
 
 @_compiled
-def _keep_highest(lines: Bits, removed: Numbers, marks: Marks) -> None:
-    """Mark all but the ``removed[i]`` lowest of line i; among equals the first stay."""
-    n = lines.shape[1]
-    values, counts = np.empty(n, np.int32), np.empty(_MOST_BINS, np.int32)
+def _order(lines: Bits, ordered: Bits) -> None:
+    """All bits as :func:`_ordered` ones."""
     for j in range(len(lines)):
-        line, kept, k = lines[j], marks[j], removed[j]
-        if k == 0 or k == n:
-            kept[:] = k == 0
-            continue
-        threshold = _kth_lowest(line, k, values, counts)
+        for i in range(lines.shape[1]):
+            ordered[j, i] = _ordered(lines[j, i])
+
+
+@_compiled
+def _mark(lines: Bits, removed: Numbers, thresholds: Bits, marks: Marks) -> None:
+    """Mark what is above a line's threshold, and the first that equal it."""
+    n = lines.shape[1]
+    for j in range(len(lines)):
+        line, kept, threshold = lines[j], marks[j], thresholds[j]
         above = 0
         for i in range(n):
             kept[i] = _ordered(line[i]) > threshold
             above += kept[i]
-        spare, i = n - k - above, 0  # how many that equal the threshold stay
+        spare, i = n - removed[j] - above, 0  # how many that equal the threshold stay
         while spare > 0:
-            if _ordered(line[i]) == threshold:
+            if not kept[i] and _ordered(line[i]) == threshold:
                 kept[i] = True
                 spare -= 1
             i += 1
 
 
 @_compiled
-def _keep_in_groups(
-    lines: npt.NDArray[np.float32], keep: Numbers, group: int, marks: Marks
-) -> None:
+def _keep_in_groups(lines: Floats, keep: Numbers, group: int, marks: Marks) -> None:
     """Mark the ``keep[i]`` highest of each run of line i; among equals the first stay."""
+    n = lines.shape[1]
+    inside = np.empty((group, n), np.int8)  # is the value at a distance of the same run?
+    for distance in range(group):
+        for i in range(n):
+            inside[distance, i] = i % group < group - distance
+    better = np.empty(n, np.int8)  # values of the same run, by which each one is beaten
     for j in range(len(lines)):
         line, kept = lines[j], marks[j]
-        for start in range(0, len(line), group):
-            for a in range(start, start + group):
-                better = 0
-                for b in range(start, a):
-                    better += line[b] >= line[a]
-                for b in range(a + 1, start + group):
-                    better += line[b] > line[a]
-                kept[a] = better < keep[j]
+        better[:] = 0
+        # All pairs at one distance at once, which a processor does many at a time.
+        for distance in range(1, group):
+            alike = inside[distance]
+            for i in range(n - distance):
+                better[i] += alike[i] & (line[i + distance] > line[i])
+            for i in range(n - distance):
+                better[i + distance] += alike[i] & (line[i + distance] <= line[i])
+        for i in range(n):
+            kept[i] = better[i] < keep[j]
 
 
 @_compiled
@@ -143,9 +148,7 @@ def _add_digits(
 
 
 @_compiled
-def _count_below(
-    lines: npt.NDArray[np.float32], threshold: float, below: Numbers, tied: Numbers
-) -> None:
+def _count_below(lines: Floats, threshold: float, below: Numbers, tied: Numbers) -> None:
     """How many values of each line are below a threshold, and how many equal it."""
     for j in range(len(lines)):
         line, less, equal = lines[j], 0, 0
@@ -155,19 +158,63 @@ def _count_below(
         below[j], tied[j] = less, equal
 
 
+def combine_terms(
+    magnitude: Tensor,
+    row_terms: Tensor,
+    column_terms: Tensor,
+    neighbourhoods: Sequence[float],
+    window_means: Tensor,
+    windows: Sequence[int],
+    activations: Tensor,
+    fishers: Tensor,
+    out: Tensor,
+) -> None:
+    """:func:`scores.plain_combine_terms` on the CPU, in one reading of the weights."""
+    terms = [_array(t) for t in (magnitude, row_terms, column_terms)]
+    means, rest = _array(window_means), [_array(t) for t in (activations, fishers)]
+    near, which = np.array(neighbourhoods, np.float32), np.array(windows, np.int64)
+    scores = out.numpy()
+
+    def work(part: slice) -> None:
+        _combine_terms(*terms, near, means, which, *rest, scores, part.start, part.stop)
+
+    _over(magnitude.numel() // magnitude.shape[-1], scores.size, work)
+
+
 def keep_highest(score: Tensor, removed: Tensor) -> Tensor:
     """:func:`selection.keep_highest`: (lines, n), float32, and (lines,), int64, on the CPU."""
     lines, numbers = _array(score).view(np.int32), _array(removed)
     marks = np.empty(lines.shape, np.bool_)
-    _over(lines, lambda part: _keep_highest(lines[part], numbers[part], marks[part]))
+    _over(len(lines), lines.size, lambda part: _keep(lines[part], numbers[part], marks[part]))
     return torch.from_numpy(marks)
+
+
+def _keep(lines: Bits, removed: Numbers, marks: Marks) -> None:
+    """Mark all but the ``removed[i]`` lowest of line i, a few lines at a time."""
+    n = lines.shape[1]
+    few = max(1, _TOGETHER // max(1, n))
+    for start in range(0, len(lines), few):
+        part = slice(start, start + few)
+        ordered, numbers = np.empty_like(lines[part]), removed[part]
+        _order(lines[part], ordered)
+        thresholds = np.full(len(ordered), _LOWEST, np.int32)
+        ends = [*(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
+        for first, end in pairwise([0, *ends]):  # lines that lose equally many
+            if k := int(numbers[first]):
+                ordered[first:end].partition(k - 1, axis=1)
+                thresholds[first:end] = ordered[first:end, k - 1]
+        _mark(lines[part], numbers, thresholds, marks[part])
 
 
 def nm_mask(score: Tensor, keep: Tensor, group: int) -> Tensor:
     """:func:`selection.nm_mask`: (lines, n), float32, and (lines,), int64, on the CPU."""
     lines, numbers = _array(score), _array(keep)
     marks = np.empty(lines.shape, np.bool_)
-    _over(lines, lambda part: _keep_in_groups(lines[part], numbers[part], group, marks[part]))
+    _over(
+        len(lines),
+        lines.size,
+        lambda part: _keep_in_groups(lines[part], numbers[part], group, marks[part]),
+    )
     return torch.from_numpy(marks)
 
 
@@ -184,7 +231,9 @@ def count_below(score: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     lines = _array(score)
     below, tied = (np.empty(len(lines), np.int64) for _ in range(2))
     at = np.float32(threshold)
-    _over(lines, lambda part: _count_below(lines[part], at, below[part], tied[part]))
+    _over(
+        len(lines), lines.size, lambda part: _count_below(lines[part], at, below[part], tied[part])
+    )
     return torch.from_numpy(below), torch.from_numpy(tied)
 
 
@@ -192,17 +241,8 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
     return tensor.detach().contiguous().numpy()
 
 
-def _over(lines: npt.NDArray[Any], work: Callable[[slice], None]) -> None:
-    """Do the lines in as many parts as torch has threads."""
-    threads = min(torch.get_num_threads(), len(lines))
-    if threads < 2 or lines.size < _FEW:
-        work(slice(None))
-        return
-    ends = [len(lines) * i // threads for i in range(threads + 1)]
-    for done in [_threads(threads).submit(work, slice(a, b)) for a, b in pairwise(ends)]:
-        done.result()
-
-
-@lru_cache(maxsize=1)
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="pho-kernels")
+def _over(lines: int, values: int, work: Callable[[slice], None]) -> None:
+    """Do that many lines, with that many values, in as many parts as torch has threads."""
+    parts = max(1, min(torch.get_num_threads(), lines)) if values >= _FEW else 1
+    ends = [lines * i // parts for i in range(parts + 1)]
+    in_threads(work, [slice(a, b) for a, b in pairwise(ends)])

@@ -7,10 +7,12 @@ updates need all rows of a linear, so candidates are compared as they are
 before those steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import groupby
+from threading import local
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +24,14 @@ from pho_service.pruning.masks import over_rows, plain_score, share_ties
 from pho_service.pruning.scores import TINY, gini
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.stacks import Stack, stack_bundle
+from pho_service.pruning.threads import in_threads
 from pho_service.spec import Candidate, Pattern, Scope
 
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
+
 BATCH = 8  # candidates that are rated at once: a generation of the default sampler
-CACHED = 1 << 20  # scores of a batch in a stack, 4 MiB, on a CPU
+CACHED = 1 << 21  # scores of a batch in a stack, 8 MiB for each thread, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +88,7 @@ class ProxyEvaluator:
         values = CACHED // BATCH if on.type == "cpu" else None
         self.stacks = stack_bundle(bundle, on, dtype, values=values)
         # Overwritten by every candidate: memory asked for anew costs more than what is done in it.
-        most = BATCH * max(stack.rows.numel() for stack in self.stacks)
-        self._score, self._gone = torch.empty(most, device=on), torch.empty(most, device=on)
+        self._memory = local()
         self._positions = torch.cat([stack.positions for stack in self.stacks])
         views = [_view(bundle, layer) for layer in bundle.layers]
         # A search often asks for an allocation that it has asked for before.
@@ -130,9 +135,9 @@ class ProxyEvaluator:
 
     def _sums(self, candidates: Sequence[Candidate], with_gini: bool) -> list["_Sums"]:
         """What each of up to eight candidates does to the layers; they are of one pattern."""
-        lost = [self._shares(candidate) for candidate in candidates]
+        lost = self._each(self._shares, candidates)
         found = self._by_position(
-            [self._rate(stack, candidates, lost, with_gini) for stack in self.stacks]
+            self._each(lambda stack: self._rate(stack, candidates, lost, with_gini), self.stacks)
         ).cpu()  # (layers, C, 5)
         sums = [_Sums(*values.T) for values in found.unbind(dim=1)]
         for each in sums:
@@ -151,12 +156,8 @@ class ProxyEvaluator:
         pattern.check_width(stack.rows.shape[-1], stack.first)
         inputs, *shape = stack.rows.shape
         count = len(candidates) * stack.rows.numel()
-        score, gone = (
-            memory[:count].view(inputs, len(candidates), *shape)
-            for memory in (self._score, self._gone)
-        )  # (I, C, L, R, n)
-        for number, candidate in enumerate(candidates):
-            stack.importance(candidate.coefficients, out=score[:, number])
+        score = self._scores()[:count].view(inputs, len(candidates), *shape)  # (I, C, L, R, n)
+        stack.importance([candidate.coefficients for candidate in candidates], out=score)
         shares = [
             removed[stack.positions].view(inputs, -1) for removed in lost if removed is not None
         ]  # (I, L) each; none if the pattern says it all
@@ -165,18 +166,34 @@ class ProxyEvaluator:
         inequality = torch.zeros_like(highest)
         if with_gini:
             inequality = gini((score * keep).flatten(start_dim=3))
-        error = stack.row_errors(keep, out=gone)  # (I, C, L, R, 1)
+        error = stack.row_errors(keep, out=score)  # (I, C, L, R)
         loss = error * stack.fisher[:, None]
         blend = loss * (error / stack.row_energy[:, None]).sqrt()
         scale = stack.weights_per_value.view(inputs, 1, -1)
-        sums = [rows.sum(dim=(3, 4)) * scale for rows in (loss, error, blend)]
+        sums = [rows.sum(dim=3) * scale for rows in (loss, error, blend)]
         found = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
         return found.transpose(1, 2).flatten(0, 1)
 
-    @cached_property
+    def _each(self, work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
+        """Do independent pieces of work; on a CPU side by side."""
+        if self.stacks[0].rows.device.type == "cpu":
+            return in_threads(work, pieces)
+        return [work(piece) for piece in pieces]
+
+    def _scores(self) -> Tensor:
+        """Memory for the scores of a batch in the largest stack, of this thread."""
+        if not hasattr(self._memory, "scores"):
+            most = BATCH * max(stack.rows.numel() for stack in self.stacks)
+            self._memory.scores = torch.empty(most, device=self.stacks[0].rows.device)
+        scores: Tensor = self._memory.scores
+        return scores
+
     def _plain(self) -> list[Tensor]:
-        """Memory for the plain scores of all linears, of which scope ``global`` needs all."""
-        return [torch.empty_like(stack.rows) for stack in self.stacks]
+        """Memory for plain scores of all linears, which scope ``global`` needs, of this thread."""
+        if not hasattr(self._memory, "plain"):
+            self._memory.plain = [torch.empty_like(stack.rows)[:, None] for stack in self.stacks]
+        plain: list[Tensor] = self._memory.plain
+        return plain
 
     def _by_position(self, values: Sequence[Tensor]) -> Tensor:
         """What stacks have of each linear, (I * L, ...), in the order of the bundle."""
@@ -222,8 +239,8 @@ class ProxyEvaluator:
         """What each layer loses under one threshold on the plain score."""
         plain = plain_score(candidate.coefficients.gradient_exponent)
         scores = [
-            stack.importance(plain, out=memory).flatten(0, 1).flatten(1)
-            for stack, memory in zip(self.stacks, self._plain, strict=True)
+            stack.importance([plain], out=memory).flatten(0, 2).flatten(1)
+            for stack, memory in zip(self.stacks, self._plain(), strict=True)
         ]  # (I * L, R * n) each
         weights = [stack.weights_per_value for stack in self.stacks]
         highest = self._by_position([score.amax(dim=1).cpu() for score in scores])

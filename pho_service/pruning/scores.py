@@ -6,16 +6,17 @@ takes the means that it divides by instead of computing them.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from pho_service.errors import NumericalError
+from pho_service.pruning import kernels
 from pho_service.spec import Coefficients
 
 TINY = 1e-30  # smallest denominator: a row of zeros scores 0, not NaN
-_ONE = torch.ones(())
 
 
 def window_mean(magnitude: Tensor, kernel_size: int) -> Tensor:
@@ -107,77 +108,108 @@ def sampled_window_mean(magnitude: Tensor, kernel_size: int, rows: Tensor) -> Te
 
 
 def importance(
-    magnitude: Tensor,  # (..., rows, in_features)
+    magnitude: Tensor,  # (I, L, R, n)
     *,
-    row_mean: Tensor,  # (..., rows, 1)
-    column_mean: Tensor,  # (..., 1, in_features)
-    window_mean: Tensor | None,  # (..., rows, in_features); None if its coefficient is 0
-    activation_norm: Tensor,  # (..., 1, in_features)
-    fisher: Tensor | None,  # (..., rows, 1); None if its exponent is 0
-    out_features: int | Tensor,  # (..., 1, 1) if the layers differ
-    coefficients: Coefficients,
+    row_mean: Tensor,  # (I, L, R)
+    column_mean: Tensor,  # (I, L, n)
+    window_means: Tensor,  # (K, I, L, R, n)
+    windows: Sequence[int],
+    activation_norm: Tensor,  # (I, L, n)
+    fisher: Tensor | None,  # (I, L, R); None if its exponents are 0
+    out_features: int | Tensor,  # (I, L, 1) if the layers differ
+    coefficients: Sequence[Coefficients],
     out: Tensor | None = None,
 ) -> Tensor:
     """
-    Score weights: the higher, the more a weight matters.
+    Score weights in C ways: the higher, the more a weight matters.
 
     Args:
-        magnitude: |W| of some output rows, float32. Leading dimensions stack
-            layers of one shape.
+        magnitude: |W| of R output rows, float32, of I * L layers that are n wide.
         row_mean: Mean of |W| over the input channels of each row.
         column_mean: Mean of |W| over *all* output rows of the layer.
-        window_mean: What :func:`window_mean` gives for these rows, at least :data:`TINY`.
+        window_means: What :func:`window_mean` gives for these rows with K kernel sizes, at
+            least :data:`TINY`.
+        windows: The one of them that each score takes, if its coefficient is not 0.
         activation_norm: Square root of the mean over sequences of the squares
             summed over tokens, per input channel.
         fisher: E[(dL/dy)^2] of each output row.
         out_features: Output rows of the whole layer (the length of a column).
-        coefficients: How much each part counts.
-        out: Where the scores are written, if given.
+        coefficients: How much each part counts, of each score.
+        out: Where the scores are written, if given; contiguous.
 
     Returns:
-        (..., rows, in_features), float32. A dead input channel
-        (activation_norm 0) scores 0 unless the activation exponent is 0.
+        (I, C, L, R, n), float32. A dead input channel (activation_norm 0)
+        scores 0 unless the activation exponent is 0.
 
     Source:
         RIA: Zhang et al. 2024, eq. 4 (``normalisation="sum"``, 1, 1, 0, a = 0.5).
         Wanda: Sun et al. 2023, eq. 1 (``"none"``, a = 1). The neighbourhood
         term and the means are our form of CRePE (arXiv:2606.01544).
     """
-    c = coefficients
-    score = _relative(magnitude, row_mean, column_mean, window_mean, out_features, c, out)
-    if c.activation_exponent:
-        score.mul_(activation_norm**c.activation_exponent)
-    if c.gradient_exponent:
-        if fisher is None:
+    if fisher is None:
+        if any(c.gradient_exponent for c in coefficients):
             raise ValueError("a gradient exponent needs Fisher row weights")
-        score.mul_(fisher**c.gradient_exponent)
-    return score
+        fisher = torch.ones_like(row_mean)
+    inputs, linears, rows, n = magnitude.shape
+    if out is None:
+        out = magnitude.new_empty(inputs, len(coefficients), linears, rows, n)
+    row_terms, column_terms = [], []
+    for c in coefficients:
+        row_unit, column_unit = row_mean, column_mean
+        if c.normalisation == "sum":
+            row_unit, column_unit = row_mean * n, column_mean * out_features
+        row_terms.append(c.row / row_unit.clamp_min(TINY))
+        column_terms.append(c.column / column_unit.clamp_min(TINY))
+        if c.normalisation == "none":
+            row_terms[-1].fill_(c.row + c.column + c.neighbourhood)
+            column_terms[-1].zero_()
+    combine = kernels.combine_terms if magnitude.device.type == "cpu" else plain_combine_terms
+    combine(
+        magnitude,
+        torch.stack(row_terms),
+        torch.stack(column_terms),
+        [0.0 if c.normalisation == "none" else c.neighbourhood for c in coefficients],
+        window_means,
+        windows,
+        torch.stack([activation_norm**c.activation_exponent for c in coefficients]),
+        torch.stack([fisher**c.gradient_exponent for c in coefficients]),
+        out,
+    )
+    return out
 
 
-def _relative(
+def plain_combine_terms(
     magnitude: Tensor,
-    row_mean: Tensor,
-    column_mean: Tensor,
-    window_mean: Tensor | None,
-    out_features: int | Tensor,
-    c: Coefficients,
-    out: Tensor | None,
-) -> Tensor:
-    """The weight term R of the score, in memory of its own or in ``out``."""
-    if c.normalisation == "none":
-        return torch.mul(magnitude, c.row + c.column + c.neighbourhood, out=out)
-    row_unit, column_unit = row_mean, column_mean
-    if c.normalisation == "sum":
-        row_unit = row_mean * magnitude.shape[-1]
-        column_unit = column_mean * out_features
-    inverse = torch.add(
-        c.row / row_unit.clamp_min(TINY), c.column / column_unit.clamp_min(TINY), out=out
-    )  # (..., rows, in_features)
-    if c.neighbourhood:
-        if window_mean is None:
-            raise ValueError("a neighbourhood coefficient needs window means")
-        inverse.addcdiv_(_ONE.to(inverse.device), window_mean, value=c.neighbourhood)
-    return inverse.mul_(magnitude)
+    row_terms: Tensor,
+    column_terms: Tensor,
+    neighbourhoods: Sequence[float],
+    window_means: Tensor,
+    windows: Sequence[int],
+    activations: Tensor,
+    fishers: Tensor,
+    out: Tensor,
+) -> None:
+    """
+    A * (row + column + neighbourhood / window mean) * activation * fisher, in torch alone.
+
+    Args:
+        magnitude: A, (I, L, R, n).
+        row_terms, fishers: (C, I, L, R).
+        column_terms, activations: (C, I, L, n).
+        neighbourhoods: C of them.
+        window_means: (K, I, L, R, n).
+        windows: Which of them is whose, where the neighbourhood is not 0.
+        out: (I, C, L, R, n), is written.
+    """
+    one = torch.ones((), device=magnitude.device)
+    for number, neighbourhood in enumerate(neighbourhoods):
+        score = torch.add(
+            row_terms[number][..., None], column_terms[number][..., None, :], out=out[:, number]
+        )
+        if neighbourhood:
+            score.addcdiv_(one, window_means[windows[number]], value=neighbourhood)
+        score.mul_(magnitude)
+        score.mul_(activations[number][..., None, :]).mul_(fishers[number][..., None])
 
 
 def layer_importance(
@@ -205,19 +237,20 @@ def layer_importance(
         NumericalError: A score is NaN or infinite.
     """
     magnitude = weight.float().abs()
-    needs_window = coefficients.neighbourhood and coefficients.normalisation != "none"
+    means = magnitude  # which is not looked at
+    if coefficients.neighbourhood and coefficients.normalisation != "none":
+        means = window_mean(magnitude, coefficients.kernel_size).clamp_min_(TINY)
     score = importance(
-        magnitude,
-        row_mean=magnitude.mean(dim=1, keepdim=True),
-        column_mean=magnitude.mean(dim=0, keepdim=True),
-        window_mean=window_mean(magnitude, coefficients.kernel_size).clamp_min_(TINY)
-        if needs_window
-        else None,
-        activation_norm=activation_norm.to(weight.device),
-        fisher=None if fisher is None else fisher.to(weight.device)[:, None],
+        magnitude[None, None],
+        row_mean=magnitude.mean(dim=1)[None, None],
+        column_mean=magnitude.mean(dim=0)[None, None],
+        window_means=means[None, None, None],
+        windows=[0],
+        activation_norm=activation_norm.to(weight.device)[None, None],
+        fisher=None if fisher is None else fisher.to(weight.device)[None, None],
         out_features=weight.shape[0],
-        coefficients=coefficients,
-    )
+        coefficients=[coefficients],
+    ).view(weight.shape)
     if not math.isfinite(float(score.max())):  # a NaN is the maximum; no score is negative
         raise NumericalError(
             f"{layer}: a score is NaN or infinite. Check the layer's weights and the "

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pho_service.pruning import kernels
 
+DIGIT_BITS = 11  # of a float32 >= 0, whose 31 bits are selected by in three digits
+DIGIT_SHIFTS = (22, 11, 0)  # of their lowest bits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 
 
@@ -110,8 +112,8 @@ def threshold_of(
     """
     Find the score below which ``removed`` weights lie, without holding all scores at once.
 
-    A radix selection over the 32 bits of non-negative floats, in two passes of
-    65,536 counts: exact, and the same on every device.
+    A radix selection over the bits of non-negative floats, in three passes of
+    2,048 counts: exact, and the same on every device.
 
     Args:
         scores: Gives, each time that it is called, the same (values, weight)
@@ -126,27 +128,17 @@ def threshold_of(
     """
     if removed <= 0:
         return 0.0
-    high, below = _digit(scores, removed, shift=16, prefix=0)
-    low, _ = _digit(scores, removed - below, shift=0, prefix=high)
-    bits = torch.tensor((high << 16) | low, dtype=torch.int32)
-    return float(bits.view(torch.float32))
-
-
-def _digit(
-    scores: Callable[[], Iterable[tuple[Tensor, float | Tensor]]],
-    removed: float,
-    *,
-    shift: int,
-    prefix: int,
-) -> tuple[int, float]:
-    """The digit in which the count reaches ``removed``, and the count below it."""
-    counts = torch.zeros(1 << 16, dtype=torch.float64)
-    for values, weight in scores():
-        add_digits(values, weight, shift=shift, width=16, prefix=prefix, counts=counts)
-    reached = counts.cumsum(dim=0)
-    last = int(counts.nonzero()[-1])
-    found = min(int((reached < removed - _ROUNDING).sum()), last)
-    return found, float(reached[found] - counts[found])
+    prefix, below = 0, 0.0
+    for shift in DIGIT_SHIFTS:
+        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.float64)
+        for values, weight in scores():
+            add_digits(values, weight, shift=shift, width=DIGIT_BITS, prefix=prefix, counts=counts)
+        reached = counts.cumsum(dim=0)
+        last = int(counts.nonzero()[-1])
+        digit = min(int((reached < removed - below - _ROUNDING).sum()), last)
+        below += float(reached[digit] - counts[digit])
+        prefix = (prefix << DIGIT_BITS) | digit
+    return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
 
 
 def add_digits(

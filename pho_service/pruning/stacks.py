@@ -31,39 +31,44 @@ class Stack:
     positions: Tensor  # (I * L,), int64, in the bundle; readers of one input are neighbours
     rows: Tensor  # (I, L, R, n)
     magnitude: Tensor  # (I, L, R, n)
-    row_mean: Tensor  # (I, L, R, 1)
-    column_mean: Tensor  # (I, L, 1, n)
-    window_means: dict[int, Tensor]  # each (I, L, R, n)
-    activation_norm: Tensor  # (I, 1, 1, n)
-    fisher: Tensor  # (I, L, R, 1), of the sampled rows
-    row_energy: Tensor  # (I, L, R, 1): W H W^T, a row's error if all of it goes; >= TINY
-    out_features: Tensor  # (I, L, 1, 1)
+    row_mean: Tensor  # (I, L, R)
+    column_mean: Tensor  # (I, L, n)
+    kernel_sizes: tuple[int, ...]  # K of them
+    window_means: Tensor  # (K, I, L, R, n)
+    activation_norm: Tensor  # (I, L, n)
+    fisher: Tensor  # (I, L, R), of the sampled rows
+    row_energy: Tensor  # (I, L, R): W H W^T, a row's error if all of it goes; >= TINY
+    out_features: Tensor  # (I, L, 1)
     weights_per_value: Tensor  # (I * L,), float64: weights that each sampled one stands for
     roots: Tensor  # (I, rows of the root, n)
 
-    def importance(self, coefficients: Coefficients, out: Tensor) -> Tensor:
+    def importance(self, coefficients: Sequence[Coefficients], out: Tensor) -> Tensor:
         """
         Score all weights of the stack.
 
         Args:
-            coefficients: How much each part counts.
-            out: (I, L, R, n), is written and given back.
+            coefficients: How much each part counts, of C candidates.
+            out: (I, C, L, R, n), contiguous, is written and given back.
 
         Raises:
-            BundleError: There are no window means for the kernel size.
+            BundleError: There are no window means for a kernel size.
         """
-        k = coefficients.kernel_size
-        needs_window = coefficients.neighbourhood and coefficients.normalisation != "none"
-        if needs_window and k not in self.window_means:
-            raise BundleError(
-                f"the bundle has no window means for kernel size {k}, only for "
-                f"{', '.join(map(str, self.window_means))}. Calibrate again with --kernel-sizes."
-            )
+        windows = []
+        for c in coefficients:
+            needs_window = c.neighbourhood and c.normalisation != "none"
+            if needs_window and c.kernel_size not in self.kernel_sizes:
+                raise BundleError(
+                    f"the bundle has no window means for kernel size {c.kernel_size}, only for "
+                    f"{', '.join(map(str, self.kernel_sizes))}. Calibrate again with "
+                    "--kernel-sizes."
+                )
+            windows.append(self.kernel_sizes.index(c.kernel_size) if needs_window else 0)
         return importance(
             self.magnitude,
             row_mean=self.row_mean,
             column_mean=self.column_mean,
-            window_mean=self.window_means[k] if needs_window else None,
+            window_means=self.window_means,
+            windows=windows,
             activation_norm=self.activation_norm,
             fisher=self.fisher,
             out_features=self.out_features,
@@ -80,7 +85,7 @@ class Stack:
             out: The same shape, float32, contiguous: is written.
 
         Returns:
-            (I, C, L, R, 1), float32.
+            (I, C, L, R), float32.
         """
         rows = self.rows[:, None]
         kept = out.copy_(keep.view(torch.uint8))  # 1 or 0
@@ -88,10 +93,10 @@ class Stack:
 
 
 def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
-    """D H D^T of each row: (I, ..., n) rows and (I, m, n) roots of H give (I, ..., 1)."""
+    """D H D^T of each row: (I, ..., n) rows and (I, m, n) roots of H give (I, ...)."""
     flat = rows.flatten(1, -2).to(roots.dtype)
     outputs = torch.bmm(flat, roots.transpose(1, 2)).float()  # (I, ..., m), but flat
-    return outputs.square_().sum(dim=-1).view(*rows.shape[:-1], 1)
+    return outputs.square_().sum(dim=-1).view(rows.shape[:-1])
 
 
 def stack_bundle(
@@ -145,10 +150,10 @@ def _stack(
         tensors = torch.stack([of(layer) for layer in layers])
         return tensors.view(count, linears, *shape).to(device)
 
-    def window_means(k: int) -> Tensor:
-        return stacked(lambda layer: layer.window_means[k], rows, n)
-
     weights = stacked(lambda layer: layer.rows, rows, n)
+    means = torch.empty(len(bundle.kernel_sizes), *weights.shape, device=device)
+    for k, of_size in zip(bundle.kernel_sizes, means, strict=True):
+        of_size.copy_(torch.stack([la.window_means[k] for la in layers]).view_as(of_size))
     roots = torch.stack([entry.root for entry in inputs]).to(device, dtype)
     out_features = torch.tensor([layer.out_features for layer in layers], device=device)
     norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
@@ -157,13 +162,14 @@ def _stack(
         positions=torch.tensor(positions, device=device),
         rows=weights,
         magnitude=weights.abs(),
-        row_mean=stacked(lambda layer: layer.row_mean, rows, 1),
-        column_mean=stacked(lambda layer: layer.column_mean, 1, n),
-        window_means={k: window_means(k) for k in bundle.kernel_sizes},
-        activation_norm=norms[:, None, None],
-        fisher=stacked(lambda layer: layer.fisher[layer.row_index], rows, 1),
+        row_mean=stacked(lambda layer: layer.row_mean, rows),
+        column_mean=stacked(lambda layer: layer.column_mean, n),
+        kernel_sizes=bundle.kernel_sizes,
+        window_means=means,
+        activation_norm=norms[:, None].repeat(1, linears, 1),
+        fisher=stacked(lambda layer: layer.fisher[layer.row_index], rows),
         row_energy=_row_errors(weights, roots).clamp_min_(TINY),
-        out_features=out_features.view(count, linears, 1, 1),
+        out_features=out_features.view(count, linears, 1),
         weights_per_value=out_features.double() / rows,
         roots=roots,
     )
@@ -179,7 +185,10 @@ def _share(bundle: ProxyBundle, stack: Stack, groups: Sequence[Sequence[int]]) -
             bundle.layers[position] = replace(
                 bundle.layers[position],
                 rows=stack.rows[i, j],
-                window_means={k: means[i, j] for k, means in stack.window_means.items()},
+                window_means={
+                    k: means[i, j]
+                    for k, means in zip(stack.kernel_sizes, stack.window_means, strict=True)
+                },
             )
         index = bundle.layers[group[0]].input_index
         bundle.inputs[index] = replace(bundle.inputs[index], root=stack.roots[i])

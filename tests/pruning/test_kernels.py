@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pho_service.pruning import kernels
+from pho_service.pruning.scores import plain_combine_terms
 from pho_service.pruning.selection import (
     count_below,
     keep_highest,
@@ -62,6 +63,25 @@ def test_nm_mask(kind: str, group: int) -> None:
     keep = torch.tensor([1, group - 1, group // 2, 1, 1]).clamp(1, group - 1)
 
     assert torch.equal(kernels.nm_mask(score, keep, group), plain_nm_mask(score, keep, group))
+
+
+def test_combine_terms() -> None:
+    """Scores are those of plain torch, bit by bit, with and without a neighbourhood."""
+    generator = GENERATOR.manual_seed(0)
+
+    def drawn_like(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).abs()
+
+    terms = (
+        drawn_like(2, 3, 50, 129), drawn_like(4, 2, 3, 50), drawn_like(4, 2, 3, 129),
+        [0.0, 0.7, 1.3, 0.7], drawn_like(2, 2, 3, 50, 129) + 0.1, [0, 1, 0, 0],
+        drawn_like(4, 2, 3, 129), drawn_like(4, 2, 3, 50),
+    )  # fmt: skip
+    ours, plain = (torch.empty(2, 4, 3, 50, 129) for _ in range(2))
+    kernels.combine_terms(*terms, out=ours)
+    plain_combine_terms(*terms, out=plain)
+
+    assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize(("shift", "width", "prefix"), [(16, 16, 0), (0, 16, 16256), (22, 11, 0)])

@@ -197,29 +197,33 @@ def test_sums_are_scaled_means() -> None:
 
 
 def test_stacked_layers() -> None:
-    """Layers of one shape that are scored in one stack score as each does alone."""
+    """Layers of one shape that are scored in one stack, in many ways, score as each does alone."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, 6, 8, generator=generator)
     norms = torch.rand(3, 8, generator=generator)
     fishers = torch.rand(3, 6, generator=generator)
-    coefficients = replace(EQUAL, gradient_exponent=0.5)
     magnitude = weights.abs()
+    scores = (replace(EQUAL, gradient_exponent=0.5), RIA, replace(EQUAL, kernel_size=5), WANDA)
     stacked = importance(
-        magnitude,
-        row_mean=magnitude.mean(dim=2, keepdim=True),
-        column_mean=magnitude.mean(dim=1, keepdim=True),
-        window_mean=torch.stack([window_mean(m, 3) for m in magnitude]),
-        activation_norm=norms[:, None, :],
-        fisher=fishers[:, :, None],
+        magnitude[:, None],
+        row_mean=magnitude.mean(dim=2)[:, None],
+        column_mean=magnitude.mean(dim=1)[:, None],
+        window_means=torch.stack(
+            [torch.stack([window_mean(m, k) for m in magnitude]) for k in (3, 5)]
+        )[:, :, None],
+        windows=[0, 0, 1, 0],
+        activation_norm=norms[:, None],
+        fisher=fishers[:, None],
         out_features=6,
-        coefficients=coefficients,
+        coefficients=scores,
     )
-    alone = [
-        layer_importance(w, activation_norm=n, fisher=f, coefficients=coefficients, layer="layer")
-        for w, n, f in zip(weights, norms, fishers, strict=True)
-    ]
+    for number, coefficients in enumerate(scores):
+        alone = [
+            layer_importance(w, activation_norm=x, fisher=f, coefficients=coefficients, layer="it")
+            for w, x, f in zip(weights, norms, fishers, strict=True)
+        ]
 
-    torch.testing.assert_close(stacked, torch.stack(alone))
+        assert torch.equal(stacked[:, number, 0], torch.stack(alone))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 9])
