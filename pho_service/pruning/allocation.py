@@ -19,19 +19,15 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.selection import (
-    DIGIT_BITS,
-    DIGIT_SHIFTS,
-    add_digits,
-    keep_highest,
-    nm_mask,
-)
+from pho_service.pruning.selection import add_digits, keep_highest, nm_mask
 from pho_service.spec import Allocation, Pattern
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 GRID_POINTS = 12  # sparsities on an error curve
 CURVE_ROWS = 64  # output rows of a linear that its error curve is computed on
 
+_WIDTH = 11  # bits of a digit; a float32 >= 0, 31 bits, is selected in three of them
+_SHIFTS = (22, 11, 0)  # of their lowest bits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 _BISECTIONS = 100
 
@@ -353,23 +349,23 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     """
 
     model, counts = _scan(
-        views, pattern, allocation.unit, lambda view: _counts(view, DIGIT_SHIFTS[0], prefix=0)
+        views, pattern, allocation.unit, lambda view: _counts(view, _SHIFTS[0], prefix=0)
     )
     low, high = (bound * model.sizes for bound in _bounds(pattern, allocation.spread))
     target = _target(model, pattern)
     below, prefix = torch.zeros_like(model.sizes), 0
-    for shift in DIGIT_SHIFTS:
-        if shift != DIGIT_SHIFTS[0]:
+    for shift in _SHIFTS:
+        if shift != _SHIFTS[0]:
             counts = [_counts(view, shift, prefix) for view in views()]
         digit, below, equal = _digit(model, counts, below, low, high, target)
-        prefix = (prefix << DIGIT_BITS) | digit
+        prefix = (prefix << _WIDTH) | digit
     return model, _between(below.clamp(low, high), (below + equal).clamp(low, high), target)
 
 
 def _counts(view: LayerView, shift: int, prefix: int) -> Tensor:
     """(2048,), float64: how many scores of a linear have no higher digit; see ``add_digits``."""
-    counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.float64)
-    add_digits(view.fisher_score, 1.0, shift=shift, width=DIGIT_BITS, prefix=prefix, counts=counts)
+    counts = torch.zeros(1 << _WIDTH, dtype=torch.float64)
+    add_digits(view.fisher_score, 1.0, shift=shift, width=_WIDTH, prefix=prefix, counts=counts)
     return counts.cumsum_(dim=0)
 
 

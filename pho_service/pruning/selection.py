@@ -13,8 +13,6 @@ from torch import Tensor
 
 from pho_service.pruning import kernels
 
-DIGIT_BITS = 11  # of a float32 >= 0, whose 31 bits are selected by in three digits
-DIGIT_SHIFTS = (22, 11, 0)  # of their lowest bits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 
 
@@ -112,8 +110,8 @@ def threshold_of(
     """
     Find the score below which ``removed`` weights lie, without holding all scores at once.
 
-    A radix selection over the bits of non-negative floats, in three passes of
-    2,048 counts: exact, and the same on every device.
+    A radix selection over the 32 bits of non-negative floats, in two passes of
+    65,536 counts: exact, and the same on every device.
 
     Args:
         scores: Gives, each time that it is called, the same (values, weight)
@@ -129,15 +127,15 @@ def threshold_of(
     if removed <= 0:
         return 0.0
     prefix, below = 0, 0.0
-    for shift in DIGIT_SHIFTS:
-        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.float64)
+    for shift in (16, 0):  # of two, because scores may have to be made anew for each
+        counts = torch.zeros(1 << 16, dtype=torch.float64)
         for values, weight in scores():
-            add_digits(values, weight, shift=shift, width=DIGIT_BITS, prefix=prefix, counts=counts)
+            add_digits(values, weight, shift=shift, width=16, prefix=prefix, counts=counts)
         reached = counts.cumsum(dim=0)
         last = int(counts.nonzero()[-1])
         digit = min(int((reached < removed - below - _ROUNDING).sum()), last)
         below += float(reached[digit] - counts[digit])
-        prefix = (prefix << DIGIT_BITS) | digit
+        prefix = (prefix << 16) | digit
     return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
 
 
