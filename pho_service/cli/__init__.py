@@ -13,6 +13,7 @@ LOCAL_VERBS = {
     "prune": ("prune", "Prune a model with a configuration and save it."),
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
+    "transfer": ("transfer", "Measure what a configuration is worth on other models."),
     "validate": ("validate", "Measure how well the proxies rank candidates on a model."),
     "demo": ("demo", "Do all of it on SmolLM2-135M, with texts and settings that are built in."),
     "example": ("example", "Write SmolLM2-135M and three texts to a folder, to try things on."),

@@ -275,6 +275,11 @@ def _parse_bytes(text: str) -> int:
         ) from None
 
 
+def is_bundle(name: str) -> bool:
+    """Whether a MODEL is a bundle of `pho calibrate`."""
+    return Path(name).suffix == ".safetensors"
+
+
 def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":
     """Load a model as ``--revision``, ``--device`` and ``--dtype`` in ``options`` say."""
     with working(f"Loading {name}"):

@@ -12,6 +12,7 @@ from pho_service.cli.options import (
     calibration_settings,
     confirm_text,
     given_steps,
+    is_bundle,
     json_option,
     model_options,
     open_bundle,
@@ -24,7 +25,8 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective, Pattern
+from pho_service.errors import InvalidInput
+from pho_service.spec import OBJECTIVES, OVER, SAMPLERS, WEIGHTINGS, Objective, Pattern
 
 if TYPE_CHECKING:
     from pho_service.search.request import SearchRequest
@@ -32,8 +34,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @pattern_options
+@click.option(
+    "--over",
+    type=click.Choice(OVER),
+    help="How several models count, each relative to RIA on it.  [default: mean]",
+)
 @click.option(
     "--trials",
     type=int,
@@ -89,15 +96,24 @@ if TYPE_CHECKING:
     help="Found candidates that are compared with the dense model, beside the baselines; the three "
     "nearest and the nearest baseline get a perplexity. If a step needs a text: that many get one.",
 )
+@click.option(
+    "--warm-start",
+    "warm_paths",
+    multiple=True,
+    type=click.Path(),
+    help="A configuration that was found elsewhere, in the same pattern and scope: it is rated "
+    "first, and the sampler begins around the best of them; may be given several times.",
+)
 @calibration_options
 @calibration_seed_option
 @model_options
 @json_option
 @verb
 def search(
-    model: str,
+    models: tuple[str, ...],
     pattern: str,
     scope: str | None,
+    over: str | None,
     trials: int,
     seed: int,
     sampler: str,
@@ -110,22 +126,28 @@ def search(
     confirm_path: str | None,
     confirm_windows: int,
     finalists: int,
+    warm_paths: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
     """
-    Find the best coefficients for MODEL, and confirm them by perplexity.
+    Find the best coefficients for a model, and confirm them by perplexity.
 
     MODEL is a hub id, a local folder, a .gguf file, or a bundle of `pho
     calibrate` (.safetensors). From a bundle neither the model nor a text is
     needed, and no perplexity can be measured. Interrupted and started again
     with the same options, a search goes on where it was.
 
+    With several models the search is for coefficients that are good on all of
+    them, by the proxy relative to RIA's; `pho transfer` measures what the
+    result is worth on each.
+
     \b
     Example:
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
+    from pho_service.configuration import read_configuration
     from pho_service.search.presets import Preset
     from pho_service.search.request import SearchRequest
     from pho_service.search.space import parse_bounds
@@ -136,7 +158,11 @@ def search(
     asked = Preset.of(preset, parsed).changed(given_steps(options), parse_bounds(bounds))
     request = SearchRequest(
         pattern=parsed,
-        objective=Objective(name=objective, weighting=weighting),
+        objective=Objective(
+            name=objective,
+            weighting=weighting,
+            over=over or "mean" if len(models) > 1 else None,
+        ),
         bounds=asked.bounds,
         steps=asked.steps,
         sampler=sampler,
@@ -144,9 +170,15 @@ def search(
         seed=seed,
         study_url=study,
         finalists=finalists,
+        warm_start=tuple(read_configuration(Path(path)).candidate() for path in warm_paths),
     )
     settings = calibration_settings(options)
-    if Path(model).suffix == ".safetensors":
+    model = models[0]
+    if over is not None and len(models) == 1:
+        raise InvalidInput(f"--over {over} is for several models, but {model} is the only one.")
+    if len(models) > 1:
+        result = _from_several(request, models, settings, confirm_path, options)
+    elif is_bundle(model):
         result = _from_bundle(request, model, confirm_path, options)
     else:
         request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
@@ -160,7 +192,6 @@ def search(
 def _from_bundle(
     request: "SearchRequest", bundle: str, confirm_path: str | None, options: dict[str, Any]
 ) -> "SearchResult":
-    from pho_service.errors import InvalidInput
     from pho_service.jobs.search import search_job
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
@@ -200,6 +231,42 @@ def _from_model(
     )
 
 
+def _from_several(
+    request: "SearchRequest",
+    names: tuple[str, ...],
+    settings: Any,
+    confirm_path: str | None,
+    options: dict[str, Any],
+) -> "SearchResult":
+    from pho_service.jobs.joint_search import joint_search_job
+    from pho_service.models.bundle_file import read_bundle
+    from pho_service.models.devices import pick_device
+
+    if confirm_path is not None:
+        raise InvalidInput(
+            "--confirm-text is for one model. Leave it out, and measure the result on each model "
+            "with `pho transfer`."
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidInput(f"{twice[0]} is given twice. Give each model once.")
+    device = str(pick_device(options["device"]))
+    whole = [name for name in names if not is_bundle(name)]
+    if whole:
+        request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
+        source = text_source(options)
+    bundles = {}
+    for name in names:
+        if is_bundle(name):
+            bundles[name] = read_bundle(Path(name))
+            continue
+        model = open_model(name, dict(options))
+        text = read_calibration_text(model, source, settings)
+        bundles[name] = open_bundle(model, text, settings)
+        del model  # two may not fit
+    return joint_search_job(request, bundles, device=device, progress=progress)
+
+
 def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:
     from pho_service.configuration import write_configuration
 
@@ -231,6 +298,8 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         f"steps        {found.steps.steps()}",
         f"objective    {found.objective['name']} {found.objective['value']:.6g}",
     ]
+    for name, value in found.objective.get("relative_to_ria", {}).items():
+        lines.append(f"             {value:.4f} of RIA's on {name}")
     if found.confirmation:
         lines.append(
             f"perplexity   {found.confirmation.perplexity:.4f} on "
@@ -243,8 +312,24 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
                 f"confirmed    the best of {rated} perplexities; those {rated} were nearest to the "
                 f"dense model on {tokens} tokens, among the finalists and the baselines"
             )
+    lines += _started(result)
     lines += [
         f"written      {path}",
         f"study        {result.study_name!r}; browse it with: optuna-dashboard {study}",
     ]
     return "\n".join(lines)
+
+
+def _started(result: "SearchResult") -> list[str]:
+    """What a warm start was worth."""
+    points = result.configuration.search.get("warm_start", [])
+    known = [point for point in points if point["value"] is not None]
+    if not known:
+        return []
+    objective = result.configuration.objective
+    better = min if objective["direction"] == "minimize" else max
+    best = better(known, key=lambda point: point["value"])
+    return [
+        f"warm start   {best['value']:.6g} at trial {best['trial']}, the best of {len(points)}; "
+        f"the result is trial {result.trial}"
+    ]

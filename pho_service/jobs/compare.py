@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pho_service.configuration import Configuration
-from pho_service.errors import BundleError, ConfigurationError
-from pho_service.jobs.proxy_rating import proxy_value
+from pho_service.errors import ConfigurationError
+from pho_service.jobs.proxy_rating import mask_proxy
 from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.memory import peak_memory
 from pho_service.models.blockwise import measure_perplexity
@@ -75,7 +75,6 @@ def compare_job(
         ConfigurationError: A configuration is for another pattern.
         BundleError: The bundle is of another model.
     """
-    bundle.check_model(model.linears)
     candidates = [
         *(
             (c.method, c)
@@ -84,6 +83,37 @@ def compare_job(
         ),
         *((name, _fitting(name, configuration, pattern)) for name, configuration in configurations),
     ]
+    return compare_candidates(
+        model,
+        bundle,
+        report,
+        candidates,
+        calibration=calibration,
+        objective=objective,
+        device=device,
+        progress=progress,
+    )
+
+
+def compare_candidates(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    candidates: Sequence[tuple[str, Candidate]],
+    *,
+    calibration: Tensor | None = None,
+    objective: Objective | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[ComparisonRow]:
+    """
+    A row for the dense model, and one for each (name, candidate); see :func:`compare_job`.
+
+    Raises:
+        BundleError: The bundle is of another model.
+        InvalidInput: A candidate needs a text, and there is none; or its N:M does not fit.
+    """
+    bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, device)
     statistics = bundle.statistics()
     objective = objective or Objective()
@@ -110,7 +140,7 @@ def compare_job(
                     scope=candidate.pattern.scope.value,
                     perplexity=result.perplexity,
                     sparsity=sparsity,
-                    proxy=_proxy(evaluator, candidate, objective),
+                    proxy=mask_proxy(evaluator, candidate, objective),
                     seconds=seconds,
                     memory_bytes=peak(),
                 )
@@ -126,13 +156,3 @@ def _fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candi
             f"Compare it with --pattern {candidate.pattern}."
         )
     return candidate
-
-
-def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
-    if candidate.steps.update == "sparsegpt":
-        return None
-    try:
-        (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
-    except BundleError:  # no window means for a configuration's kernel size
-        return None
-    return proxy_value(rating, objective)

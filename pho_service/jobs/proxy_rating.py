@@ -5,7 +5,7 @@ Rate candidates by the proxy, on a bundle: no model is needed, and transformers 
 import time
 from collections.abc import Sequence
 
-from pho_service.errors import NumericalError
+from pho_service.errors import BundleError, NumericalError
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.search.search import Evaluate, Outcome
 from pho_service.spec import Candidate, Objective
@@ -16,6 +16,23 @@ def proxy_value(rating: ProxyRating, objective: Objective) -> float:
     value = rating.gini if objective.name == "gini" else getattr(rating, objective.weighting)
     assert isinstance(value, float)
     return value
+
+
+def mask_proxy(
+    evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
+) -> float | None:
+    """
+    A candidate's value, or None where none is known.
+
+    That is for SparseGPT, whose mask no bundle knows, and where the bundle lacks a kernel size.
+    """
+    if candidate.steps.update == "sparsegpt":
+        return None
+    try:
+        (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
+    except BundleError:  # no window means for a configuration's kernel size
+        return None
+    return proxy_value(rating, objective)
 
 
 def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:

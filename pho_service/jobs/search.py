@@ -4,10 +4,10 @@ The main job: search a bundle, confirm the winner by perplexity, give a configur
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from torch import Tensor
@@ -71,9 +71,9 @@ def search_job(
     evaluate = objective_function(
         request.objective, bundle, model, confirm_text, device, calibration
     )
-    name = study_name(request, plan, bundle, confirm_text)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _opened(request.study_url, name, plan) as study:
+    rated_on = confirm_text.key if confirm_text and request.objective.name == "perplexity" else ""
+    name = study_name(request, plan, bundle.provenance, rated_on)
+    with opened_study(request.study_url, name, plan) as study:
         describe_study(study, request, plan, bundle.provenance)
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             rated = run_search(study, plan, evaluate, advance)
@@ -135,27 +135,39 @@ def objective_function(
 
 
 def study_name(
-    request: SearchRequest, plan: SearchPlan, bundle: ProxyBundle, text: "ReportText | None"
+    request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any], rated_on: str = ""
 ) -> str:
     """
     Names a study after what it searches, so that the same request finds it again.
 
     The number of trials is left out: a longer search goes on with a shorter one.
+
+    Args:
+        request: What is asked.
+        plan: Of the search.
+        provenance: Of the bundle.
+        rated_on: Hash of the text, if candidates are rated by perplexity.
     """
-    key = bundle.provenance.get("key", "")
-    rated_on = text.key if text and request.objective.name == "perplexity" else ""
     identity = [
-        key, str(plan.pattern), plan.pattern.scope, request.objective.label, plan.space.to_dict(),
+        provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
+        request.objective.label, plan.space.to_dict(),
         plan.sampler, plan.seed, plan.fisher, rated_on, plan.steps.to_dict(),
+        *([list(plan.warm_start)] if plan.warm_start else []),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-    model_name = Path(bundle.provenance.get("model", {}).get("name", "model")).name
+    model_name = Path(provenance.get("model", {}).get("name", "model")).name
     return f"{model_name} {plan.pattern} {plan.pattern.scope.value} {plan.sampler} {digest}"
 
 
 @contextmanager
-def _opened(url: str, name: str, plan: SearchPlan) -> Iterator[optuna.Study]:
-    """The study, with what its storage says turned into ours."""
+def opened_study(url: str, name: str, plan: SearchPlan) -> Iterator[optuna.Study]:
+    """
+    The study, with what its storage says turned into ours.
+
+    Raises:
+        StudyError: It cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with open_storage(url) as storage:
             yield open_study(storage, name, direction=plan.direction)

@@ -9,7 +9,7 @@ from typing import Any
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.search.search import SearchPlan
 from pho_service.search.space import SearchSpace
-from pho_service.spec import Objective, Pattern, Steps
+from pho_service.spec import Candidate, Objective, Pattern, Steps
 from storage.studies import StorageError, check_url
 
 
@@ -29,6 +29,8 @@ class SearchRequest:
         seed: Of the sampler.
         study_url: The database of the study.
         finalists: How many found candidates are looked at again, beside the baselines.
+        warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
+            begins around the best of them.
     """
 
     pattern: Pattern
@@ -40,6 +42,7 @@ class SearchRequest:
     seed: int = 0
     study_url: str = "sqlite:///study.db"
     finalists: int = 5
+    warm_start: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         if self.finalists < 1:
@@ -78,4 +81,21 @@ class SearchRequest:
             seed=self.seed,
             direction=self.objective.direction,
             fisher=space.gradient_exponent[1] > 0,
+            warm_start=self._warm(space.fitted(self.pattern)),
         )
+
+    def _warm(self, space: SearchSpace) -> tuple[dict[str, Any], ...]:
+        """The points to start from, each once; baselines are in every search anyway."""
+        points: list[dict[str, Any]] = []
+        for candidate in self.warm_start:
+            mine, found = candidate.pattern, candidate.method == "crepe"
+            if str(mine) != str(self.pattern) or (found and mine.scope is not self.pattern.scope):
+                raise InvalidInput(
+                    f"a configuration to start from is for {mine} in scope {mine.scope.value}, but "
+                    f"the search is for {self.pattern} in scope {self.pattern.scope.value}. Leave "
+                    "it out, or search in its pattern and scope."
+                )
+            point = space.nearest(candidate)
+            if found and point not in points:
+                points.append(point)
+        return tuple(points)

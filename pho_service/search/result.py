@@ -26,11 +26,13 @@ class SearchResult:
     Attributes:
         configuration: The best, and how it was found.
         study_name: In the request's database.
+        trial: The number of the best in it.
         warnings: Plain sentences that a user must read.
     """
 
     configuration: Configuration
     study_name: str
+    trial: int
     warnings: list[str]
 
 
@@ -124,6 +126,7 @@ def search_result(
             "space": plan.space.to_dict(),
             "study": name,
             **({} if ended_after is None else {"finished": ended_after}),
+            **({"warm_start": _started(rated, plan)} if plan.warm_start else {}),
         },
         model=provenance.get("model", {}),
         calibration={k: v for k, v in provenance.items() if k != "model"},
@@ -132,12 +135,35 @@ def search_result(
     return SearchResult(
         configuration=configuration,
         study_name=name,
-        warnings=_warnings(configuration, plan, ended_after, confirmed=bool(measured)),
+        trial=best.number,
+        warnings=_warnings(
+            configuration,
+            plan,
+            ended_after,
+            confirmed=bool(measured),
+            several=request.objective.over is not None,
+        ),
     )
 
 
+def _started(rated: list[RatedCandidate], plan: SearchPlan) -> list[dict[str, Any]]:
+    """What a search started from, and its values here."""
+    first = len(plan.baselines())
+    numbers = range(first, first + len(plan.warm_start))
+    values = {r.number: r.value for r in rated if r.number in numbers}
+    return [
+        {"trial": number, "value": values.get(number), "params": dict(params)}
+        for number, params in zip(numbers, plan.warm_start, strict=True)
+    ]
+
+
 def _warnings(
-    configuration: Configuration, plan: SearchPlan, ended_after: int | None, *, confirmed: bool
+    configuration: Configuration,
+    plan: SearchPlan,
+    ended_after: int | None,
+    *,
+    confirmed: bool,
+    several: bool,
 ) -> list[str]:
     warnings = []
     if ended_after is not None:
@@ -149,7 +175,11 @@ def _warnings(
     if not confirmed:
         warnings.append(
             "Not confirmed: no perplexity was measured, so this is the best by the proxy alone. "
-            "Search from the model with --confirm-text to confirm it."
+            + (
+                "Measure it on each of the models with `pho transfer`."
+                if several
+                else "Search from the model with --confirm-text to confirm it."
+            )
         )
     if configuration.method != "crepe":
         warnings.append(

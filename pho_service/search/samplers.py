@@ -15,7 +15,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 from pho_service.errors import InvalidInput
-from pho_service.search.distributions import ascending, from_unit, listed, searchable
+from pho_service.search.distributions import ascending, from_unit, listed, searchable, to_unit
 from pho_service.search.hill_climb import HillClimbSampler
 from pho_service.spec import SAMPLERS
 
@@ -37,7 +37,8 @@ def make_sampler(
         name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
         seed: Of all its random choices; the hill climb makes none.
         search_space: The whole space.
-        start: Where the hill climb begins.
+        start: Where the hill climb begins, and what the CMA-ES first draws around; the CMA-ES
+            covers the whole space without it.
         effective: The part of a point that makes a difference; the hill climb rates points that
             agree in it once.
 
@@ -47,7 +48,7 @@ def make_sampler(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "cmaes":
-            return CmaSampler(seed=seed, search_space=search_space)
+            return CmaSampler(seed=seed, search_space=search_space, start=start)
         if name == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         if name == "random":
@@ -83,6 +84,8 @@ class CmaSampler(BaseSampler):
         search_space: The space from the first trial on. Without it, the space
             is what all finished trials have in common, and the first trial is
             drawn at random.
+        start: A point of the space that the first generation is drawn around, half as widely
+            as it is around the middle without one.
 
     Source:
         Hamano et al. 2025, arXiv:2504.07884 (CatCMA with margin), in the
@@ -95,7 +98,9 @@ class CmaSampler(BaseSampler):
         seed: int | None = None,
         population_size: int = POPULATION,
         search_space: Mapping[str, BaseDistribution] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
+        self._start = start
         self._seed = np.random.SeedSequence(seed).generate_state(1)[0].item()
         self._independent = RandomSampler(seed=seed)
         self._population_size = population_size
@@ -135,7 +140,7 @@ class CmaSampler(BaseSampler):
         encoding = _Encoding(search_space)
         if self._encoding is None or encoding.space != self._encoding.space:
             self._encoding, self._told, self._asked = encoding, [], {}
-            self._optimizer = encoding.optimizer(self._population_size, self._seed)
+            self._optimizer = encoding.optimizer(self._population_size, self._seed, self._start)
         assert self._optimizer is not None
         solution = self._optimizer.ask()
         self._asked[trial.number] = solution
@@ -193,15 +198,39 @@ class _Encoding:
             else:
                 self.unordered[name] = values
 
-    def optimizer(self, population_size: int, seed: int) -> CatCMAwM:
-        """A fresh CMA-ES in the middle of the space; real variables run from 0 to 1."""
+    def optimizer(
+        self, population_size: int, seed: int, start: Mapping[str, Any] | None = None
+    ) -> CatCMAwM:
+        """
+        A fresh CMA-ES; real variables run from 0 to 1, ordered ones count from 0.
+
+        It begins in the middle of the space, or around ``start``.
+        """
         return CatCMAwM(
             x_space=[[0.0, 1.0]] * len(self.real) or None,
             z_space=[list(range(len(values))) for values in self.ordered.values()] or None,
             c_space=[len(values) for values in self.unordered.values()] or None,
             population_size=population_size,
             seed=seed,
+            **({} if start is None else self._around(start)),
         )
+
+    def _around(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """Mean and spread of the first generation around a point."""
+        ranges = [self.space[name] for name in self.real]
+        mean = [to_unit(d, start[n]) for n, d in zip(self.real, ranges, strict=True)]  # type: ignore[arg-type]
+        mean += [values.index(start[name]) for name, values in self.ordered.items()]
+        # CatCMAwM's spread is a sixth and a fifth of the way from the middle to an end.
+        spread = [1 / 24] * len(self.real) + [(len(v) - 1) / 20 for v in self.ordered.values()]
+        chances = np.zeros((len(self.unordered), max(map(len, self.unordered.values()), default=0)))
+        for row, (name, values) in zip(chances, self.unordered.items(), strict=True):
+            row[: len(values)] = 0.5 / len(values)
+            row[values.index(start[name])] += 0.5
+        return {
+            "mean": np.array(mean, dtype=float) if mean else None,
+            "cov": np.diag(np.square(spread)) if mean else None,
+            "cat_param": chances if self.unordered else None,
+        }
 
     def params(self, solution: CatCMAwM.Solution) -> dict[str, Any]:
         """Optuna's form of a solution."""

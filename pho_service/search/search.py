@@ -68,6 +68,8 @@ class SearchPlan:
         seed: Of the sampler.
         direction: Whether low or high values are good.
         fisher: Whether the plain second-order score is among the baselines.
+        warm_start: Points of the space that were found elsewhere: the trials after the baselines.
+            The sampler begins around the best of them.
     """
 
     pattern: Pattern
@@ -78,6 +80,7 @@ class SearchPlan:
     seed: int = 0
     direction: Direction = "minimize"
     fisher: bool = True
+    warm_start: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         self.steps.check_pattern(self.pattern)
@@ -86,10 +89,12 @@ class SearchPlan:
             replace(self.steps, allocation=allocation).check_pattern(self.pattern)
         if self.sampler not in SAMPLERS:
             raise InvalidInput(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
-        if self.trials < len(self.baselines()):
+        first = len(self.baselines()) + len(self.warm_start)
+        if self.trials < first:
+            warm = " and what the search starts from" if self.warm_start else ""
             raise InvalidInput(
-                f"trials={self.trials} is too few: the first {len(self.baselines())} are the "
-                "baselines. Give more, 200 say."
+                f"trials={self.trials} is too few: the first {first} are the baselines{warm}. Give "
+                "more, 200 say."
             )
         check_seed(self.seed)
 
@@ -148,14 +153,24 @@ def run_search(
     recorder = _Recorder(study, plan, recorded, fence)
     recorder.finish(plan.baselines(), evaluate, advance)
     space = plan.space.distributions()
+    found = recorder.finish(
+        [plan.space.candidate(params, plan.pattern, plan.steps) for params in plan.warm_start],
+        evaluate,
+        advance,
+    )
+    warm = [(v, p) for v, p in zip(found, plan.warm_start, strict=True) if v is not None]
+    better = min if plan.direction == "minimize" else max
+    start = better(warm, key=lambda pair: pair[0])[1] if warm else None
     sampler = make_sampler(
         plan.sampler,
         seed=plan.seed,
         search_space=space,
-        start=RIA,
+        start=RIA if start is None and plan.sampler == "hill-climb" else start,
         effective=plan.space.effective,
     )
     memory = optuna.create_study(direction=plan.direction, sampler=sampler)
+    for known, params in warm:
+        memory.add_trial(create_trial(value=known, params=dict(params), distributions=space))
     while recorder.done < plan.trials and not is_exhausted(sampler, memory):
         # Always a whole generation, so that a longer search begins as a shorter one did.
         asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]

@@ -155,6 +155,19 @@ class SearchSpace:
             "method": candidate.method,
         }
 
+    def nearest(self, candidate: Candidate) -> dict[str, Any]:
+        """The point of :meth:`distributions` that is nearest to a candidate found elsewhere."""
+        params = self.params(candidate)
+        del params["method"]
+        for name in _HIGHEST:
+            low, high = getattr(self, name)
+            params[name] = min(max(params[name], low), high)
+        size = params["kernel_size"]
+        params["kernel_size"] = min(self.kernel_sizes, key=lambda k: (abs(k - size), k))
+        if params["allocation"] not in self.allocations:
+            params["allocation"] = self.allocations[0]
+        return params
+
     def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """
         ``params`` without what changes no mask beside the others.

@@ -1,0 +1,314 @@
+"""`pho transfer`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pho_service.cli.options import (
+    at_least,
+    calibration_options,
+    calibration_seed_option,
+    calibration_settings,
+    confirm_text,
+    file_source,
+    is_bundle,
+    json_option,
+    model_options,
+    open_bundle,
+    open_model,
+    out_file,
+    read_calibration_text,
+    report_text,
+    text_source,
+)
+from pho_service.cli.terminal import print_json, print_table, progress, say, verb
+from pho_service.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pho_service.configuration import Configuration
+    from pho_service.jobs.transfer import Transfer
+
+FORMAT = "pho-transfer"
+METHODS = ("wanda", "ria", "transferred", "own")
+_COLOURS = {
+    "dense": "tab:gray", "wanda": "tab:orange", "ria": "tab:red", "transferred": "tab:blue",
+    "own": "tab:green",
+}  # fmt: skip
+
+
+@click.command()
+@click.argument("configuration")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--pattern", help="Refuse a configuration of another pattern.")
+@click.option(
+    "--scope",
+    type=click.Choice(["row", "layer", "global"]),
+    help="Refuse a configuration of another scope.  [default: any]",
+)
+@click.option(
+    "--report-text",
+    "report_path",
+    type=click.Path(),
+    help="Text that the perplexities are measured on; nothing may have been chosen on it.",
+)
+@click.option("--report-windows", type=int, help="Only the first N windows of that text.")
+@click.option("--search", is_flag=True, help="Find the own best of each model, too.")
+@click.option("--trials", type=int, default=200, show_default=True, help="Of those searches.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of their sampler.")
+@click.option(
+    "--study",
+    default="sqlite:///study.db",
+    show_default=True,
+    help="Database of their studies; an interrupted search goes on from it.",
+)
+@click.option(
+    "--confirm-text",
+    "confirm_path",
+    type=click.Path(),
+    help="Text that they confirm on.  [default: windows of --text that calibration left]",
+)
+@click.option(
+    "--confirm-windows", type=int, default=16, show_default=True, help="Windows of that text."
+)
+@click.option("--finalists", type=int, default=5, show_default=True, help="As in `pho search`.")
+@click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
+@click.option("--plot", type=click.Path(), help="A picture of it, as PNG.")
+@calibration_options
+@calibration_seed_option
+@model_options
+@json_option
+@verb
+def transfer(
+    configuration: str,
+    models: tuple[str, ...],
+    pattern: str | None,
+    scope: str | None,
+    report_path: str | None,
+    report_windows: int | None,
+    search: bool,
+    trials: int,
+    seed: int,
+    study: str,
+    confirm_path: str | None,
+    confirm_windows: int,
+    finalists: int,
+    out: str,
+    plot: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """
+    Measure what CONFIGURATION is worth on other models.
+
+    For each MODEL: the perplexity of the dense model, of Wanda, of RIA, of the
+    configuration, and with --search of the model's own best; the gain over RIA,
+    and the regret: the share of the own best's gain that is lost. A MODEL may
+    also be a bundle of `pho calibrate` (.safetensors): then the proxy alone
+    says whether the configuration holds, in milliseconds.
+
+    Each model is written to --out when it is done; the same command goes on.
+
+    \b
+    Example:
+      pho transfer config.json HuggingFaceTB/SmolLM2-360M google/gemma-3-270m \\
+          --text book.txt --report-text other.txt --search
+    """
+    from pho_service.configuration import read_configuration
+    from pho_service.jobs.transfer import (
+        Target,
+        check_configuration,
+        own_search,
+        transfer_job,
+        transfer_key,
+    )
+    from pho_service.models.bundle_file import read_bundle
+    from pho_service.models.devices import pick_device
+
+    path = out_file(out)
+    picture = None if plot is None else out_file(plot)
+    at_least(1, report_windows=report_windows, confirm_windows=confirm_windows)
+    found = read_configuration(Path(configuration))
+    check_configuration(configuration, found, pattern, scope)
+    settings = calibration_settings(options)
+    if found.coefficients.kernel_size not in settings.kernel_sizes:
+        sizes = (*settings.kernel_sizes, found.coefficients.kernel_size)
+        settings = replace(settings, kernel_sizes=sizes)
+    request = None
+    if search:
+        request = own_search(found, trials=trials, seed=seed, finalists=finalists, study_url=study)
+    whole = [name for name in models if not is_bundle(name)]
+    if whole and report_path is None:
+        raise InvalidInput(
+            f"{whole[0]} is a model, and its perplexities need a text that nothing was chosen on. "
+            "Give --report-text, or a bundle instead of the model: then only proxies are compared."
+        )
+    if whole:
+        source = text_source(options)
+    document = _Document.open(path, configuration, found)
+    shown = []
+    for name in models:
+        say(name)
+        if is_bundle(name):
+            device = str(pick_device(options["device"]))
+            target = Target(name=name, bundle=read_bundle(Path(name)))
+        else:
+            model = open_model(name, dict(options))
+            device = str(model.device)
+            text = read_calibration_text(model, source, settings)
+            confirm = None
+            if request is not None:
+                confirm = confirm_text(model, text, confirm_path, settings, confirm_windows)
+            target = Target(
+                name=name,
+                model=model,
+                bundle=open_bundle(model, text, settings),
+                calibration=text.calibration,
+                confirm=confirm,
+                report=report_text(
+                    model,
+                    file_source(str(report_path)),
+                    context_length=settings.context_length,
+                    bos=settings.bos,
+                    max_windows=report_windows,
+                ),
+            )
+        shown.append(
+            document.known(transfer_key(target, found, request))
+            or document.add(
+                transfer_job(target, found, search=request, device=device, progress=progress)
+            )
+        )
+    for record in shown:
+        for warning in record["warnings"]:
+            say(f"Note: {warning}")
+    if picture is not None:
+        plot_transfer(shown, picture, f"{configuration} at {found.pattern}, {found.scope}")
+    if as_json:
+        print_json({**document.values, "targets": shown})
+        return
+    show_transfer(shown, configuration, found)
+    click.echo(f"written  {path}" + (f" and {picture}" if picture else ""))
+
+
+class _Document:
+    """The file of a configuration's transfers; written anew with each target."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    @classmethod
+    def open(cls, path: Path, name: str, configuration: "Configuration") -> "_Document":
+        """
+        What the file holds already, or an empty one.
+
+        Raises:
+            OutputError: It is something else, or of another configuration.
+        """
+        from pho_service.errors import OutputError
+
+        written = configuration.model_dump(mode="json")
+        if not path.exists():
+            return cls(
+                path,
+                {"format": FORMAT, "version": 1, "source": name, "configuration": written,
+                 "targets": []},
+            )  # fmt: skip
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            mine = values["format"] == FORMAT and values["version"] == 1
+            same = mine and values["configuration"] == written
+        except (OSError, ValueError, LookupError, TypeError):
+            mine = same = False
+        if not same:
+            holds = "holds transfers of another configuration" if mine else "is something else"
+            raise OutputError(f"{path} is there already and {holds}. Give another --out.")
+        return cls(path, values)
+
+    def known(self, key: str) -> dict[str, Any] | None:
+        """What was measured before, with the same inputs."""
+        found: list[dict[str, Any]] = [t for t in self.values["targets"] if t["key"] == key]
+        return found[0] if found else None
+
+    def add(self, transfer: "Transfer") -> dict[str, Any]:
+        """Keep a target's numbers, in the file at once."""
+        from pho_service.files import new_file
+
+        record = transfer.to_dict()
+        self.values["targets"].append(record)
+        with new_file(self.path) as partial:
+            partial.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+        return record
+
+
+def show_transfer(
+    records: Sequence[dict[str, Any]], name: str, configuration: "Configuration"
+) -> None:
+    """A table of perplexities, where they were measured, and one of proxies."""
+    for what, measured, regret in (
+        ("perplexities", ("dense", *METHODS), "regret"), ("proxies", METHODS, "proxy_regret"),
+    ):  # fmt: skip
+        rows = [record for record in records if record[what]]
+        shown = [m for m in measured if any(m in record[what] for record in rows)]
+        if not rows:
+            continue
+        print_table(
+            f"{name} at {configuration.pattern}, scope {configuration.scope}: {what}",
+            ("model", *shown, "better than RIA", "regret"),
+            [
+                (
+                    Path(record["target"]).name,
+                    *(_number(record[what].get(method)) for method in shown),
+                    _yes(record[what]),
+                    None if record[regret] is None else f"{record[regret]:.0%}",
+                )
+                for record in rows
+            ],
+            caption="Regret: the share of the own best's gain over RIA that the transferred "
+            "configuration loses; empty where there is no own best that gains.",
+        )
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.5g}"
+
+
+def _yes(values: dict[str, float | None]) -> str | None:
+    ria, mine = values["ria"], values["transferred"]
+    if ria is None or mine is None:
+        return None
+    return "yes" if mine < ria else "NO"
+
+
+def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """One panel a model: a bar for each method, of perplexities or else of proxies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from pho_service.files import new_file
+
+    figure, panels = pyplot.subplots(
+        1, len(records), figsize=(3.6 * len(records) + 0.6, 3.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, record in zip(panels[0], records, strict=True):
+        values = record["perplexities"] or record["proxies"]
+        known = {name: value for name, value in values.items() if value is not None}
+        bars = panel.bar(
+            list(known), list(known.values()), color=[_COLOURS[name] for name in known]
+        )
+        panel.bar_label(bars, fmt="{:.4g}", fontsize=8)
+        panel.set_title(Path(record["target"]).name)
+        panel.set_ylabel("perplexity" if record["perplexities"] else "proxy")
+        panel.tick_params(axis="x", rotation=30)
+        panel.margins(y=0.12)
+    figure.suptitle(title)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)

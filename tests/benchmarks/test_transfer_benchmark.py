@@ -1,0 +1,38 @@
+"""The benchmark of transfers runs from end to end, small."""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from click.testing import CliRunner
+
+Benchmark = Callable[..., dict[str, list[str]]]
+
+SMALL = (
+    "--pattern", "0.5", "--trials", 14, "--seeds", 2, "--samples", 4, "--context-length", 16,
+    "--confirm-windows", 2, "--report-windows", 2, "--json", "kept.json",
+)  # fmt: skip
+
+
+def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
+    """Each model has the other's best, its own and the joint one, and its saved trials."""
+    table = benchmark("transfer", "--model", model_folder, "--model", bos_folder, *SMALL)
+    kept = json.loads(Path("kept.json").read_text())
+
+    for cell, other in zip(kept["transfer"], ("model-bos", "model"), strict=True):
+        methods = ["dense", "wanda", "ria", "own", f"of {other}", "joint"]
+        assert list(cell["perplexities"]) == methods
+        assert set(cell["regret"]) == {f"of {other}", "joint"}
+    assert [len(c["cold"]) for c in kept["warm_start"]] == [2, 2]
+    assert all(7 <= count <= 14 for c in kept["warm_start"] for count in c["cold"])
+    assert set(table) >= {"model 0.5 layer", "model-bos 0.5 layer"}
+
+
+def test_one_model(benchmark: Benchmark) -> None:
+    """One model is none to transfer to."""
+    del benchmark  # it makes the scripts importable from an empty folder
+    done = CliRunner().invoke(import_module("transfer").main, ["--model", "a"])
+
+    assert done.exit_code == 2
+    assert "give --model twice" in done.stderr

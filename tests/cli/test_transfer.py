@@ -1,0 +1,222 @@
+"""`pho transfer`, and searches over several models or from what was found elsewhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+Pho = Callable[..., Result]
+
+SMALL = ("--context-length", "32", "--samples", "6", "--kernel-sizes", "3,5")
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A configuration file."""
+    score = {
+        "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3,
+        "activation_exponent": 0.9, "gradient_exponent": 0.4,
+    }  # fmt: skip
+    document = {
+        "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
+        "scope": "layer", "coefficients": score, **changes,
+    }  # fmt: skip
+    path = folder / "found.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Path:
+    """What was found on some other model."""
+    return written(tmp_path)
+
+
+@pytest.fixture
+def texts_of(texts: dict[str, Path]) -> list[object]:
+    """The options that say which texts."""
+    return ["--text", texts["calibration"], "--report-text", texts["report"], *SMALL]
+
+
+def done(result: Result) -> dict[str, Any]:
+    """The JSON of a verb that must succeed."""
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_models(
+    pho: Pho, configuration: Path, model_folder: Path, bos_folder: Path, texts_of: list[object]
+) -> None:
+    """Each model has its perplexities and its own best; what is printed is what is kept."""
+    words = [
+        "transfer", configuration, model_folder, bos_folder, *texts_of, "--search", "--trials", 14,
+        "--finalists", 2, "--plot", "t.png",
+    ]  # fmt: skip
+    document = done(pho(*words, "--json"))
+
+    assert json.loads(Path("transfer.json").read_text()) == document
+    assert [t["target"] for t in document["targets"]] == [str(model_folder), str(bos_folder)]
+    for target in document["targets"]:
+        assert set(target["perplexities"]) == {"dense", "wanda", "ria", "transferred", "own"}
+        assert target["own"]["pattern"] == "0.5"
+        assert target["model"]["weights_sha256"]
+    assert Path("t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_again(
+    pho: Pho, configuration: Path, model_folder: Path, bos_folder: Path, texts_of: list[object]
+) -> None:
+    """What was measured is not measured again; another model is added."""
+    done(pho("transfer", configuration, model_folder, *texts_of, "--json"))
+    kept = json.loads(Path("transfer.json").read_text())
+    again = pho("transfer", configuration, bos_folder, model_folder, *texts_of, "--json")
+    targets = json.loads(Path("transfer.json").read_text())["targets"]
+
+    assert targets[0] == kept["targets"][0]
+    assert [t["target"] for t in targets] == [str(model_folder), str(bos_folder)]
+    assert [t["target"] for t in done(again)["targets"]] == [str(bos_folder), str(model_folder)]
+    assert again.stderr.count("Measuring perplexities") >= 1
+
+
+def test_table(pho: Pho, configuration: Path, bundle_file: Path) -> None:
+    """Of a bundle the table shows proxies, and whether they are better than RIA's."""
+    result = pho("transfer", configuration, bundle_file)
+
+    assert result.exit_code == 0, result.output
+    assert "proxies" in result.stdout
+    assert "perplexities" not in result.stdout
+    assert "yes" in result.stdout.split("tiny.safetensors")[1].split("\n")[0]
+
+
+def test_warning(pho: Pho, tmp_path: Path, bundle_file: Path) -> None:
+    """A configuration that is no better than RIA there is said to be none."""
+    bad = {
+        "row": 0.0, "column": 1.0, "neighbourhood": 0.0, "kernel_size": 3,
+        "activation_exponent": 0.0, "gradient_exponent": 4.0,
+    }  # fmt: skip
+    result = pho("transfer", written(tmp_path, coefficients=bad), bundle_file)
+
+    assert result.exit_code == 0
+    assert "Note: " in result.stderr
+    assert "it does not transfer. Search there: pho search" in result.stderr
+    assert "NO" in result.stdout
+
+
+def test_kernel_size_is_calibrated(
+    pho: Pho, tmp_path: Path, model_folder: Path, texts_of: list[object]
+) -> None:
+    """A configuration's kernel size needs not to be named."""
+    score = json.loads(written(tmp_path).read_text())["coefficients"]
+    configuration = written(tmp_path, coefficients={**score, "kernel_size": 7})
+    (target,) = done(pho("transfer", configuration, model_folder, *texts_of, "--json"))["targets"]
+
+    assert target["proxies"]["transferred"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("{config} {bundle} --pattern 2:4", 1, "is for 0.5 in scope layer, but 2:4 in scope row"),
+        ("{config} {bundle} --scope global", 1, "but 0.5 in scope global is asked for"),
+        ("{config} {model}", 2, "Give --report-text, or a bundle instead"),
+        ("{config} {bundle} --search --trials 3", 2, "trials=3 is too few"),
+        ("{config} {bundle} --report-windows 0", 2, "--report-windows 0 is below 1"),
+        ("{config} none.safetensors", 1, "none.safetensors"),
+        ("none.json {bundle}", 1, "the configuration none.json cannot be read"),
+        ("{config} {bundle} --out {tmp}/none/t.json", 1, "none"),
+    ],
+)
+def test_refusals(
+    pho: Pho, configuration: Path, bundle_file: Path, model_folder: Path, tmp_path: Path,
+    words: str, code: int, message: str,
+) -> None:  # fmt: skip
+    """What cannot be done is said in one sentence, and leaves nothing behind."""
+    places = {
+        "config": configuration, "bundle": bundle_file, "model": model_folder, "tmp": tmp_path,
+    }  # fmt: skip
+    result = pho("transfer", *words.format(**places).split())
+
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not Path("transfer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [('{"a": 1}', "is something else"), ("no json", "is something else"), (None, "of another")],
+)
+def test_out_is_taken(
+    pho: Pho, tmp_path: Path, configuration: Path, bundle_file: Path, held: str | None, message: str
+) -> None:
+    """A file that is there already is not overwritten."""
+    if held is None:
+        done(pho("transfer", configuration, bundle_file, "--json"))
+        configuration = written(tmp_path, scope="row")
+    else:
+        Path("transfer.json").write_text(held)
+    before = Path("transfer.json").read_bytes()
+    result = pho("transfer", configuration, bundle_file)
+
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Give another --out" in result.stderr
+    assert Path("transfer.json").read_bytes() == before
+
+
+def test_joint_search(
+    pho: Pho, bundle_file: Path, bos_folder: Path, texts: dict[str, Path]
+) -> None:
+    """Bundles and models may be mixed; the result says what it is on each."""
+    words = [
+        "search", bundle_file, bos_folder, "--pattern", "0.5", "--trials", 14, "--over", "worst",
+        "--text", texts["calibration"], *SMALL,
+    ]  # fmt: skip
+    found = done(pho(*words, "--json"))["configuration"]
+    shown = pho(*words)
+
+    assert set(found["objective"]["relative_to_ria"]) == {str(bundle_file), str(bos_folder)}
+    assert found["objective"]["value"] == max(found["objective"]["relative_to_ria"].values())
+    assert f"of RIA's on {bos_folder}" in shown.stdout
+
+
+def test_warm_start(pho: Pho, configuration: Path, bundle_file: Path) -> None:
+    """A search that starts from a configuration says what it was worth."""
+    words = ["search", bundle_file, "--pattern", "0.5", "--trials", 20]
+    result = pho(*words, "--warm-start", configuration)
+    found = json.loads(Path("config.json").read_text())
+    (start,) = found["search"]["warm_start"]
+
+    assert result.exit_code == 0, result.output
+    assert "warm start" in result.stdout
+    assert start["trial"] == 6
+    assert start["value"] >= found["objective"]["value"]
+    assert start["params"]["row_share"] == pytest.approx(1 / 9)
+    assert "warm_start" not in done(pho(*words, "--json"))["configuration"]["search"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("{bundle} --over mean", 2, "--over mean is for several models"),
+        ("{bundle} {bundle}", 2, "is given twice"),
+        ("{bundle} {model} --confirm-text {config}", 2, "--confirm-text is for one model"),
+        ("{bundle} {model} --objective gini", 2, "gini has no common scale"),
+        ("{bundle} --scope row --warm-start {config}", 2, "is for 0.5 in scope layer"),
+        ("{bundle} --trials 6 --warm-start {config}", 2, "the first 7 are the baselines and what"),
+        ("{bundle} --warm-start none.json", 1, "none.json cannot be read"),
+    ],
+)
+def test_search_refusals(
+    pho: Pho, configuration: Path, bundle_file: Path, model_folder: Path, words: str, code: int,
+    message: str,
+) -> None:  # fmt: skip
+    """What cannot be searched is said in one sentence, and leaves nothing behind."""
+    places = {"config": configuration, "bundle": bundle_file, "model": model_folder}
+    result = pho("search", "--pattern", "0.5", *words.format(**places).split())
+
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not Path("config.json").exists()

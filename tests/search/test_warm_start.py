@@ -1,0 +1,202 @@
+"""A search that starts from what was found elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.search.request import SearchRequest
+from pho_service.search.samplers import CmaSampler
+from pho_service.search.search import Outcome, SearchPlan, ranked, run_search
+from pho_service.search.space import SearchSpace
+from pho_service.spec import Candidate, Coefficients, Pattern, Steps, reference_methods
+
+PATTERN = Pattern.parse("0.5", "layer")
+SPACE = SearchSpace()
+NEAR = {
+    "neighbourhood_share": 0.45, "row_share": 0.4, "activation_exponent": 0.85,
+    "gradient_exponent": 0.35, "kernel_size": 9, "allocation": "uniform", "allocation_spread": 0.2,
+}  # fmt: skip
+FAR = {**NEAR, "neighbourhood_share": 0.0, "activation_exponent": 1.5, "kernel_size": 3}
+COLD = SearchPlan(pattern=PATTERN, space=SPACE, trials=60, seed=1)
+WARM = replace(COLD, warm_start=(FAR, NEAR))
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+    """A smooth objective with its minimum near ``NEAR``."""
+    points = [SPACE.params(candidate) for candidate in candidates]
+    return [
+        Outcome(
+            value=1 + (p["neighbourhood_share"] - 0.5) ** 2 + (p["row_share"] - 0.4) ** 2
+            + (p["activation_exponent"] - 0.8) ** 2 + (p["gradient_exponent"] - 0.4) ** 2
+            + 0.1 * (p["kernel_size"] != 9)
+        )
+        for p in points
+    ]  # fmt: skip
+
+
+def run(plan: SearchPlan, study: optuna.Study | None = None) -> list[Any]:
+    """The trials of a search, by number."""
+    study = study or optuna.create_study()
+    return sorted(run_search(study, plan, evaluate), key=lambda r: r.number)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Optuna logs each new study."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"])
+def test_first_trials(sampler: str) -> None:
+    """What was found elsewhere is rated right after the baselines, whatever the sampler."""
+    plan = replace(WARM, sampler=sampler, trials=24)
+    trials = run(plan)
+    first = len(plan.baselines())
+
+    for trial, params in zip(trials[first:], (FAR, NEAR), strict=False):
+        assert {k: trial.params[k] for k in params} == pytest.approx(params)
+        assert trial.candidate.method == "crepe"
+
+
+def test_fewer_trials() -> None:
+    """From a good start a search comes sooner to what a cold one finds in the end."""
+    saved = []
+    for seed in range(5):
+        cold, warm = (run(replace(plan, seed=seed)) for plan in (COLD, WARM))
+        goal = min(r.value for r in cold)
+        saved.append(len(cold) - next((r.number for r in warm if r.value <= goal), len(cold)))
+
+    assert np.median(saved) > 10
+
+
+def test_around_the_best() -> None:
+    """The first generation lies around the best of what was given, on this model."""
+    trials = run(WARM)
+    first = len(WARM.baselines()) + 2
+    shares = [r.params["neighbourhood_share"] for r in trials[first : first + 8]]
+
+    assert all(abs(share - 0.45) < 0.2 for share in shares)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_start_at_the_border(end: float) -> None:
+    """A start at an end of a range does not leave the search there."""
+    start = {**NEAR, "neighbourhood_share": end, "row_share": end}
+    sampler = CmaSampler(seed=0, search_space=SPACE.distributions(), start=start)
+    study = optuna.create_study(sampler=sampler)
+    points = [study.ask(SPACE.distributions()).params for _ in range(8)]
+
+    for name in ("neighbourhood_share", "row_share"):
+        assert np.std([p[name] for p in points]) > 0.005
+        assert all(abs(p[name] - end) < 0.2 for p in points)
+
+
+def test_list_of_names() -> None:
+    """A start among names is likelier than the others, which are still tried."""
+    space = SearchSpace(allocations=("uniform", "fisher", "owl"), allocation_spread=(0.1, 0.3))
+    start = {**NEAR, "allocation": "owl"}
+    sampler = CmaSampler(seed=0, search_space=space.distributions(), start=start)
+    study = optuna.create_study(sampler=sampler)
+    drawn = [study.ask(space.distributions()).params["allocation"] for _ in range(300)]
+
+    assert 0.5 < drawn.count("owl") / 300 < 0.8
+    assert set(drawn) == {"uniform", "fisher", "owl"}
+
+
+def test_interrupted() -> None:
+    """An interrupted warm search ends as an uninterrupted one."""
+    whole = run(WARM)
+    study = optuna.create_study()
+    calls = 0
+
+    def interrupted(candidates: Sequence[Candidate]) -> list[Outcome]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return evaluate(candidates)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_search(study, WARM, interrupted)
+    run_search(study, WARM, evaluate)
+
+    assert sorted(ranked(study, WARM), key=lambda r: r.number) == whole
+
+
+def test_failed_start() -> None:
+    """If nothing that was given can be rated, the search is as cold as any."""
+
+    def failing(candidates: Sequence[Candidate]) -> list[Outcome]:
+        share = [SPACE.params(c)["neighbourhood_share"] for c in candidates]
+        return [
+            Outcome(value=None, failure="no") if s == 0.45 else outcome
+            for s, outcome in zip(share, evaluate(candidates), strict=True)
+        ]
+
+    plan = replace(COLD, warm_start=(NEAR,))
+    study = optuna.create_study()
+    run_search(study, plan, failing)
+    cold = run(COLD)
+    first = len(COLD.baselines())
+
+    assert [t.params for t in study.trials[first + 1 : first + 9]] == [
+        r.params for r in cold[first : first + 8]
+    ]
+
+
+def candidate(pattern: Pattern = PATTERN, **changes: Any) -> Candidate:
+    """One that was found elsewhere."""
+    values: dict[str, Any] = {
+        "row": 0.2, "column": 0.3, "neighbourhood": 0.5, "kernel_size": 7,
+        "activation_exponent": 2.5, "gradient_exponent": 0.4,
+    }  # fmt: skip
+    coefficients = Coefficients(**{**values, **changes})
+    return Candidate(method="crepe", coefficients=coefficients, pattern=pattern)
+
+
+def test_nearest() -> None:
+    """What lies outside of the space is moved to its nearest point."""
+    request = SearchRequest(pattern=PATTERN, warm_start=(candidate(), candidate()))
+    (point,) = request.plan((3, 5, 9)).warm_start
+
+    assert point["activation_exponent"] == 1.5
+    assert point["kernel_size"] == 5
+    assert point["neighbourhood_share"] == 0.5
+    assert point["row_share"] == pytest.approx(0.4)
+
+
+def test_baselines_are_there_anyway() -> None:
+    """A configuration that is a baseline adds nothing: every search begins with it."""
+    baselines = (*reference_methods(PATTERN).values(), *COLD.baselines())
+
+    assert {c.pattern.scope.value for c in baselines} == {"row", "layer"}
+    assert SearchRequest(pattern=PATTERN, warm_start=baselines).plan((3,)).warm_start == ()
+
+
+@pytest.mark.parametrize("other", [Pattern.parse("2:4"), Pattern.parse("0.5", "row")])
+def test_other_pattern(other: Pattern) -> None:
+    """What was found for another pattern or scope is refused."""
+    request = SearchRequest(pattern=PATTERN, warm_start=(candidate(other),))
+
+    with pytest.raises(InvalidInput, match=rf"is for {other} in scope row, but .* scope layer"):
+        request.plan((3,))
+
+
+def test_too_few_trials() -> None:
+    """The trials must have room for the baselines and for what the search starts from."""
+    with pytest.raises(InvalidInput, match=r"the first 8 are the baselines and what the search"):
+        replace(WARM, trials=7)
+
+
+def test_steps_are_the_search_s() -> None:
+    """Only the score is taken over: all else is as the search says."""
+    trials = run(replace(WARM, steps=Steps(repruning="swaps")))
+
+    assert {r.candidate.steps.repruning for r in trials} == {"swaps"}
