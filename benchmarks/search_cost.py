@@ -7,6 +7,7 @@ measured on a third text, on which nothing was chosen. Loading the model counts
 for neither. An interrupted run begins anew.
 
     python benchmarks/search_cost.py --json search-cost.json
+    python benchmarks/search_cost.py --scope layer
     python benchmarks/search_cost.py --quick
     python benchmarks/search_cost.py --method hill-climb --method cmaes --method tpe --method pho
 """
@@ -121,7 +122,7 @@ def metered(cost: Cost, *, memory: bool = True) -> Iterator[None]:
     "--model", default="smollm2", show_default=True, help="Or gemma3, a folder, a hub id."
 )
 @click.option("--pattern", default="0.5", show_default=True)
-@click.option("--scope", help="[default: layer; row for N:M]")
+@click.option("--scope", help="[default: global, as in `make demo`; row for N:M]")
 @click.option("--space", "bounds", multiple=True, help="Bounds, as in `pho search`.")
 @click.option(
     "--method",
@@ -158,7 +159,9 @@ def main(
     """Print what each search costs and finds, and how many times cheaper PHO is."""
     sizes = {**(QUICK if quick else FULL), **{k: v for k, v in given.items() if v is not None}}
     asked = SearchRequest(
-        pattern=Pattern.parse(pattern, scope), bounds=parse_bounds(bounds), seed=seed
+        pattern=Pattern.parse(pattern, scope or (None if ":" in pattern else "global")),
+        bounds=parse_bounds(bounds),
+        seed=seed,
     )
     # torch itself takes fewer on a busy machine, which nobody would see.
     torch.set_num_threads(threads or os.cpu_count() or 1)
