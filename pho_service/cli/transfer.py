@@ -221,6 +221,7 @@ class _Document:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             mine = values["format"] == FORMAT and values["version"] == 1
+            mine = mine and all("key" in record for record in values["targets"])
             same = mine and values["configuration"] == written
         except (OSError, ValueError, LookupError, TypeError):
             mine = same = False

@@ -146,7 +146,12 @@ def test_refusals(
 
 @pytest.mark.parametrize(
     ("held", "message"),
-    [('{"a": 1}', "is something else"), ("no json", "is something else"), (None, "of another")],
+    [
+        ('{"a": 1}', "is something else"),
+        ('{"format": "pho-transfer", "version": 1, "targets": [{}]}', "is something else"),
+        ("no json", "is something else"),
+        (None, "of another"),
+    ],
 )
 def test_out_is_taken(
     pho: Pho, tmp_path: Path, configuration: Path, bundle_file: Path, held: str | None, message: str
