@@ -20,7 +20,7 @@ from torch import Tensor
 from pho_service.errors import NumericalError
 from pho_service.pruning.allocation import LayerView, allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.masks import over_rows, plain_score, share_ties
+from pho_service.pruning.masks import over_rows, share_ties
 from pho_service.pruning.scores import TINY, gini
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.stacks import Stack, stack_bundle
@@ -191,7 +191,7 @@ class ProxyEvaluator:
     def _plain(self) -> list[Tensor]:
         """Memory for plain scores of all linears, which scope ``global`` needs, of this thread."""
         if not hasattr(self._memory, "plain"):
-            self._memory.plain = [torch.empty_like(stack.rows)[:, None] for stack in self.stacks]
+            self._memory.plain = [torch.empty_like(stack.rows) for stack in self.stacks]
         plain: list[Tensor] = self._memory.plain
         return plain
 
@@ -237,9 +237,9 @@ class ProxyEvaluator:
 
     def _global(self, candidate: Candidate) -> Tensor:
         """What each layer loses under one threshold on the plain score."""
-        plain = plain_score(candidate.coefficients.gradient_exponent)
+        exponent = candidate.coefficients.gradient_exponent
         scores = [
-            stack.importance([plain], out=memory).flatten(0, 2).flatten(1)
+            stack.plain_importance(exponent, out=memory).flatten(0, 1).flatten(1)
             for stack, memory in zip(self.stacks, self._plain(), strict=True)
         ]  # (I * L, R * n) each
         weights = [stack.weights_per_value for stack in self.stacks]

@@ -76,6 +76,17 @@ class Stack:
             out=out,
         )
 
+    def plain_importance(self, gradient_exponent: float, out: Tensor) -> Tensor:
+        """
+        Score all weights of the stack by :func:`pho_service.pruning.masks.plain_score`.
+
+        Args:
+            gradient_exponent: Of that score.
+            out: (I, L, R, n), is written and given back.
+        """
+        torch.mul(self.magnitude, self.activation_norm[..., None, :], out=out)
+        return out.mul_((self.fisher**gradient_exponent)[..., None])
+
     def row_errors(self, keep: Tensor, out: Tensor) -> Tensor:
         """
         D H D^T of each row, D being the weights that are not kept.
