@@ -86,20 +86,19 @@ def plan_calibration(
     raise InvalidInput(
         f"the calibration of {model.name} on windows of {settings.context_length} tokens needs up "
         f"to {format_bytes(needed)} of memory, {format_bytes(in_use)} of them in use already, but "
-        f"may take {format_bytes(limit)}. "
-        + _way_out(model, needs, settings.context_length, limit - in_use)
+        f"may take {format_bytes(limit)}. " + _way_out(model, needs, settings, limit - in_use)
     )
 
 
-def _way_out(model: LanguageModel, needs: "Needs", tokens: int, free: int) -> str:
+def _way_out(model: LanguageModel, needs: "Needs", settings: CalibrationSettings, free: int) -> str:
     """What would fit."""
     ways = ["allow it more (--calibration-memory; memory_bytes of a job)"]
-    shorter = tokens // 2
+    shorter = settings.context_length // 2
     while shorter >= 64 and not model.stream and needs.peak(shorter, 1, recompute=True) > free:
         shorter //= 2
     if shorter >= 64:
         ways.append(f"take shorter windows (--context-length {shorter})")
-    if needs.sums > free // 2:
+    if needs.sums > free // 2 and not settings.projection_rows:
         ways.append("project the activations (--projection-rows 128)")
     if not model.stream:
         ways.append("leave the weights on disk (--stream, for safetensors)")
