@@ -24,7 +24,7 @@ from pho_service.errors import ServiceError
 from storage.database import Database
 
 PATIENCE_S = 60.0
-TRIALS = 120
+TRIALS = 600  # of a job that is stopped: long enough to be at it still
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
 

@@ -15,7 +15,7 @@ from pho_service.models.bundle_file import write_bundle
 from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 
-TRIALS = 150
+TRIALS = 400
 
 
 @pytest.fixture

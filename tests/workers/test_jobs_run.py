@@ -22,7 +22,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from storage.states import JobState, StageKind, StageState
 
-TRIALS = 60
+TRIALS = 200
 LONG = 400  # trials; many seconds
 URL = ["--database-url", "postgresql://nobody@localhost/nothing"]
 
@@ -131,7 +131,7 @@ def test_extend(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
 
 def test_extend_while_it_runs(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Also if it is extended in the midst of its search."""
-    job = crew.submit(spec_of(trials=40))
+    job = crew.submit(spec_of(trials=TRIALS - 20))
     crew.busy(job, StageKind.SEARCH)
     crew.store.ask(job.id, "extend", trials=20)
     job = crew.succeeded(job)
