@@ -39,7 +39,7 @@ from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.search.hill_climb import FIRST_STEP, LAST_STEP
 from pho_service.search.request import SearchRequest
 from pho_service.search.space import parse_bounds
-from pho_service.spec import Objective, Pattern, search_baselines
+from pho_service.spec import Objective, Pattern, reference_methods
 from pho_service.versions import versions
 from storage.studies import open_storage
 
@@ -266,8 +266,7 @@ def search(method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[s
 def references(pattern: Pattern, subject: Subject) -> dict[str, float]:
     """Perplexity on the report text of the dense model, and of RIA as a search begins with it."""
     dense = rate_perplexity(subject.model.model, subject.report.windows).perplexity
-    baselines = search_baselines(pattern, kernel_size=subject.bundle.kernel_sizes[0], fisher=False)
-    ria = next(c for c in reversed(baselines) if c.method.startswith("ria"))
+    ria = reference_methods(pattern)["ria"]
     pruned, _ = rate_pruned(subject.model, subject.bundle.statistics(), ria, subject.report.windows)
     return {"dense": dense, ria.method: pruned.perplexity}
 
