@@ -150,8 +150,9 @@ def transfer(
         source = text_source(options)
     document = _Document.open(path, configuration, found)
     shown = []
-    for name in models:
-        say(name)
+
+    def measured(name: str) -> dict[str, Any]:
+        """Of one model, which is let go before the next is loaded: two may not fit."""
         if is_bundle(name):
             device = str(pick_device(options["device"]))
             target = Target(name=name, bundle=read_bundle(Path(name)))
@@ -176,12 +177,13 @@ def transfer(
                     max_windows=report_windows,
                 ),
             )
-        shown.append(
-            document.known(transfer_key(target, found, request))
-            or document.add(
-                transfer_job(target, found, search=request, device=device, progress=progress)
-            )
+        return document.known(transfer_key(target, found, request)) or document.add(
+            transfer_job(target, found, search=request, device=device, progress=progress)
         )
+
+    for name in models:
+        say(name)
+        shown.append(measured(name))
     for record in shown:
         for warning in record["warnings"]:
             say(f"Note: {warning}")
