@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pho_service.errors import InvalidInput
 from pho_service.search.distributions import ascending, from_unit, listed, searchable, to_unit
 from pho_service.search.hill_climb import HillClimbSampler
+from pho_service.search.space import RIA
 from pho_service.spec import SAMPLERS
 
 POPULATION = SAMPLERS["cmaes"]  # small populations win at budgets of 100 to 400 trials
@@ -37,8 +38,8 @@ def make_sampler(
         name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
         seed: Of all its random choices; the hill climb makes none.
         search_space: The whole space.
-        start: Where the hill climb begins, and what the CMA-ES first draws around; the CMA-ES
-            covers the whole space without it.
+        start: Where the hill climb begins, RIA's coefficients without it; and what the CMA-ES
+            first draws around, which covers the whole space without it.
         effective: The part of a point that makes a difference; the hill climb rates points that
             agree in it once.
 
@@ -61,7 +62,7 @@ def make_sampler(
             return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
         if name == "hill-climb":
             return HillClimbSampler(
-                seed=seed, search_space=search_space, start=start, effective=effective
+                seed=seed, search_space=search_space, start=start or RIA, effective=effective
             )
     raise InvalidInput(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}.")
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.search.samplers import is_exhausted, make_sampler
-from pho_service.search.space import RIA, SearchSpace
+from pho_service.search.space import SearchSpace
 from pho_service.spec import (
     SAMPLERS,
     Candidate,
@@ -165,7 +165,7 @@ def run_search(
         plan.sampler,
         seed=plan.seed,
         search_space=space,
-        start=RIA if start is None and plan.sampler == "hill-climb" else start,
+        start=start,
         effective=plan.space.effective,
     )
     memory = optuna.create_study(direction=plan.direction, sampler=sampler)
