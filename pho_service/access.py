@@ -158,6 +158,7 @@ def _on_hub(name: str, patterns: tuple[str, ...], thing: str, variable: str) -> 
         )
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         raise InvalidInput(
-            f"{thing} {name!r} is not allowed here: {variable} allows {', '.join(patterns)}."
+            f"{thing} {name!r} is not allowed here: {variable} allows "
+            f"{', '.join(patterns) or 'none'}."
         )
     return name

@@ -12,6 +12,7 @@ A Python client of the service.
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,12 +20,20 @@ from typing import Any, Self, TypeVar
 import httpx
 import httpx_sse
 from pydantic import BaseModel, ValidationError
-from tenacity import Retrying, retry_if_exception_type, stop_before_delay
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_before_delay,
+)
 from tenacity.wait import wait_exponential
 
 from pho_service.configuration import Configuration
 from pho_service.documents import (
     OVER,
+    ConfigurationMatch,
+    ConfigurationMatches,
     Job,
     JobPage,
     Problem,
@@ -35,9 +44,11 @@ from pho_service.documents import (
     WorkerList,
 )
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
+from pho_service.library_file import LibraryFile, TransferFile, parse_library_file
 from pho_service.settings import read_settings
 
 _OUTAGE_S = 300.0  # that waiting for a job bears
+_PATIENCE_S = 120.0  # with a service that is asked too often
 _POLL_S = 1.0
 
 
@@ -60,6 +71,8 @@ class Event:
 class Client:
     """
     Talks to one service. Errors are ServiceError; an outage is ServiceUnavailable.
+
+    Where the service says that it is asked too often, the request is sent again when it may be.
 
     Args:
         url: Of the service; ``PHO_API_URL`` by default, else this machine.
@@ -152,17 +165,20 @@ class Client:
         answer = self._request("GET", f"/jobs/{_id(job_id)}/best")
         return _read(Configuration, answer)
 
+    def report(self, job_id: uuid.UUID | str) -> str:
+        """A job as one page of HTML that needs no network; of any job in any state."""
+        answer = self._request("GET", f"/jobs/{_id(job_id)}/report")
+        if "PHO report</title>" not in answer.text:
+            raise _no_pho()
+        return answer.text
+
     def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
         """What happens to a job, from the event after ``after`` to the end of the job."""
         headers = {"Last-Event-ID": str(after)} if after else {}
         path = f"/jobs/{_id(job_id)}/events"
         try:
-            with httpx_sse.connect_sse(
-                self._http, "GET", path, headers=headers, timeout=None
-            ) as source:
-                if not source.response.is_success:
-                    source.response.read()
-                    raise _refused(source.response)
+            with ExitStack() as stack:
+                source = _retrying()(self._stream, stack, path, headers)
                 for event in source.iter_sse():
                     try:
                         found = Event(id=int(event.id), kind=event.event, data=event.json())
@@ -190,9 +206,71 @@ class Client:
         """Give each island of a search more trials."""
         return self._verb(job_id, "extend", {"trials": trials})
 
+    def transfer(
+        self,
+        job_id: uuid.UUID | str,
+        models: Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """
+        Measure what a job has found on other models; gives the job that does it.
+
+        Args:
+            job_id: Of the search.
+            models: Hub ids, or paths that the workers see.
+            idempotency_key: As for :meth:`submit`.
+            options: Other fields of the document: ``report``, ``search`` and the like.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        document = {"models": [*models], **options}
+        answer = self._request(
+            "POST", f"/jobs/{_id(job_id)}:transfer", json=document, headers=headers
+        )
+        return _read(Job, answer)
+
+    def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
+        """What a transfer has measured so far."""
+        return _read(TransferFile, self._request("GET", f"/jobs/{_id(job_id)}/transfer"))
+
     def delete(self, job_id: uuid.UUID | str) -> None:
         """Delete a job that is over or paused."""
         self._request("DELETE", f"/jobs/{_id(job_id)}")
+
+    def configurations(
+        self,
+        *,
+        pattern: str | None = None,
+        scope: str | None = None,
+        family: str | None = None,
+        parameters: int | None = None,
+        limit: int = 10,
+    ) -> list[ConfigurationMatch]:
+        """The configurations of the library that are likely to be good, best first."""
+        asked = {"pattern": pattern, "scope": scope, "family": family, "parameters": parameters}
+        params: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
+        answer = self._request("GET", "/configurations", params={**params, "limit": limit})
+        return _read(ConfigurationMatches, answer).configurations
+
+    def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
+        """Put a configuration that was found elsewhere into the library."""
+        document = file.to_dict("import")
+        return _read(ConfigurationMatch, self._request("POST", "/configurations", json=document))
+
+    def export_configuration(self, configuration_id: uuid.UUID | str) -> LibraryFile:
+        """A configuration of the library, with what it was worth elsewhere."""
+        path = f"/configurations/{_id(configuration_id, 'a configuration', 'configurations')}"
+        answer = self._request("GET", path)
+        try:
+            return parse_library_file(answer.json(), f"{self.url}/v1{path}")
+        except ValueError as error:
+            raise _no_pho() from error
+
+    def delete_configuration(self, configuration_id: uuid.UUID | str) -> None:
+        """Take a configuration out of the library."""
+        path = _id(configuration_id, "a configuration", "configurations")
+        self._request("DELETE", f"/configurations/{path}")
 
     def workers(self) -> list[Worker]:
         """The workers that reported lately."""
@@ -245,8 +323,11 @@ class Client:
             while True:
                 job = patient(self.job, job_id)
                 done = job.progress
+                several = job.kind == "transfer"
                 bars.update(
-                    search, completed=done.trials_done, total=done.trials,
+                    search,
+                    completed=done.models_done if several else done.trials_done,
+                    total=done.models if several else done.trials,
                     description=f"{job.state}, {job.stage or 'waiting'}",
                 )  # fmt: skip
                 if done.perplexities:
@@ -266,7 +347,23 @@ class Client:
         answer = self._request("POST", f"/jobs/{_id(job_id)}:{verb}", json=document)
         return _read(Job, answer)
 
+    def _stream(
+        self, stack: ExitStack, path: str, headers: dict[str, str]
+    ) -> httpx_sse.EventSource:
+        """A stream of events, which is open until the stack ends."""
+        request = httpx_sse.connect_sse(self._http, "GET", path, headers=headers, timeout=None)
+        with ExitStack() as refused:
+            source = refused.enter_context(request)
+            if not source.response.is_success:
+                source.response.read()
+                raise _refused(source.response)
+            stack.push(refused.pop_all())
+        return source
+
     def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
+        return _retrying()(self._request_once, method, path, **more)
+
+    def _request_once(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, path, **more)
         except httpx.TransportError as error:
@@ -280,6 +377,27 @@ class Client:
             f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
             "set PHO_API_URL."
         )
+
+
+def _retrying() -> Retrying:
+    """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
+    return Retrying(
+        retry=retry_if_exception(_is_too_soon),
+        wait=_as_told,
+        stop=stop_before_delay(_PATIENCE_S),
+        sleep=time.sleep,
+        reraise=True,
+    )
+
+
+def _is_too_soon(error: BaseException) -> bool:
+    return isinstance(error, ServiceError) and error.code == "too_many_requests"
+
+
+def _as_told(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    told = error.retry_after_s if isinstance(error, ServiceError) else None
+    return 1.0 if told is None else told
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -300,13 +418,13 @@ def _no_pho() -> ServiceError:
     )
 
 
-def _id(job_id: uuid.UUID | str) -> str:
-    """A job's id for a path."""
+def _id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
+    """An id for a path."""
     try:
-        return str(uuid.UUID(str(job_id)))
+        return str(uuid.UUID(str(given)))
     except ValueError:
         raise InvalidInput(
-            f"{str(job_id)!r} is not a job's id. `pho jobs` shows the ids of all jobs."
+            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
         ) from None
 
 
@@ -321,4 +439,10 @@ def _refused(answer: httpx.Response) -> ServiceError:
     if len(problem.errors or ()) > 1:
         lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
     kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
-    return kind("\n".join(lines), status=problem.status, code=problem.code)
+    told = answer.headers.get("Retry-After", "")
+    return kind(
+        "\n".join(lines),
+        status=problem.status,
+        code=problem.code,
+        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
+    )

@@ -7,10 +7,11 @@ no times in it, so that the same search writes the same bytes.
 """
 
 import json
+import reprlib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.files import new_file
@@ -28,9 +29,12 @@ from pho_service.spec import (
 )
 
 FORMAT = "pho-configuration"
+TRANSFER_FORMAT = "pho-transfer"  # pho_service.library_file reads it whole
 VERSION = 2
 READABLE = (1, 2)
 MAX_BYTES = 2**20
+DEPTH = 100  # of lists and objects in each other; a search writes fewer than ten
+_SHOWN = 5  # faults of a file that are told
 
 
 class _Strict(BaseModel):
@@ -136,9 +140,9 @@ class Configuration(_Strict):
     scope: Literal["row", "layer", "global"]
     objective: dict[str, Any] = Field(default_factory=dict)
     confirmation: Confirmation | None = None
-    candidates: list[Rating] = Field(default_factory=list)
-    baselines: list[Rating] = Field(default_factory=list)
-    border: list[str] = Field(default_factory=list)
+    candidates: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
+    baselines: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
+    border: Annotated[list[str], FailFast()] = Field(default_factory=list)
     search: dict[str, Any] = Field(default_factory=dict)
     model: dict[str, Any] = Field(default_factory=dict)
     calibration: dict[str, Any] = Field(default_factory=dict)
@@ -159,7 +163,7 @@ class Configuration(_Strict):
         return Candidate(
             method=self.method,
             coefficients=Coefficients(**self.coefficients.model_dump()),
-            pattern=Pattern.parse(self.pattern, None if ":" in self.pattern else self.scope),
+            pattern=Pattern.parse(self.pattern, self.scope),
             steps=self.steps.steps(),
         )
 
@@ -176,38 +180,111 @@ def write_configuration(configuration: Configuration, path: Path) -> None:
 
 def read_configuration(path: Path) -> Configuration:
     """
-    Read and check a configuration file.
+    Read and check a configuration file; of a transfer's file, the configuration in it.
 
     Raises:
         ConfigurationError: Not there, not JSON, another format or version, or
             a value that breaks a rule; names the key.
     """
+    document = read_document(path)
+    if isinstance(document, dict) and document.get("format") == TRANSFER_FORMAT:
+        document = document.get("configuration")
+    return parse_configuration(document, str(path))
+
+
+def read_document(path: Path) -> Any:
+    """
+    What a small JSON file holds.
+
+    Raises:
+        ConfigurationError: Not there, too large, or not JSON.
+    """
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # a pipe or a device does not say how long it is
+        if len(content) > MAX_BYTES:
             raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no configuration.")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode())
     except OSError as error:
         raise ConfigurationError(
             f"the configuration {path} cannot be read: {error.strerror}."
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not JSON: {error}.") from error
+
+
+def parse_configuration(document: Any, name: str) -> Configuration:
+    """
+    Check a configuration.
+
+    Args:
+        document: JSON values.
+        name: For messages.
+
+    Raises:
+        ConfigurationError: Another format or version, or a value that breaks a rule; names the key.
+    """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigurationError(
-            f"{path} is no configuration of PHO: its format is not {FORMAT!r}. "
+            f"{name} is no configuration of PHO: its format is not {FORMAT!r}. "
             "`pho search` writes one with --out."
         )
     if document.get("version") not in READABLE:
         raise ConfigurationError(
-            f"{path} has format version {document.get('version')}, but this PHO reads versions "
-            f"{READABLE[0]} to {VERSION}. Install the PHO that wrote it, or search again."
+            f"{name} has format version {shown(document.get('version'))}, but this PHO reads "
+            f"versions {READABLE[0]} to {VERSION}. Install the PHO that wrote it, or search again."
         )
     try:
-        return Configuration.model_validate(document)
+        found = Configuration.model_validate(document)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
-        )
-        raise ConfigurationError(f"{path} breaks the format: {problems.rstrip('.')}.") from error
+        raise ConfigurationError(f"{name} breaks the format: {reasons(error)}.") from error
     except InvalidInput as error:
-        raise ConfigurationError(f"{path} breaks the format: {error}") from error
+        raise ConfigurationError(f"{name} breaks the format: {error}") from error
+    check_values(document, name)
+    return found
+
+
+def reasons(error: ValidationError) -> str:
+    """The first faults of a document, each with its place, and how many more there are."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    told = [
+        f"{shown('.'.join(map(str, fault['loc'])) or 'file')}: {fault['msg'].rstrip('.')}"
+        for fault in faults[:_SHOWN]
+    ]
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return "; ".join(told + more)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value of a document for a message: not long, and with nothing that cannot be printed."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    text = value if len(value) <= most else f"{value[:most]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def check_values(document: Any, name: str) -> None:
+    """
+    Raises:
+        ConfigurationError: The document holds what Python's JSON reader takes, but no JSON has, no
+            database, or no serializer.
+    """
+    _check_value(document, name, DEPTH)
+    try:
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{name} holds what JSON has not: {shown(str(error))}. Write numbers and whole "
+            "characters."
+        ) from error
+
+
+def _check_value(value: Any, name: str, depth: int) -> None:
+    if isinstance(value, str) and "\x00" in value:
+        raise ConfigurationError(f"{name} holds the character U+0000 in a text. Take it out.")
+    if not isinstance(value, (dict, list)):
+        return
+    if depth == 0:
+        raise ConfigurationError(f"{name} is more than {DEPTH} lists and objects deep.")
+    for each in [*value, *value.values()] if isinstance(value, dict) else value:
+        _check_value(each, name, depth - 1)

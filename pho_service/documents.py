@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 State = Literal[
     "queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"
 ]
-StageName = Literal["calibrate", "search", "confirm", "perplexity", "finish"]
+StageName = Literal["transfer", "calibrate", "search", "confirm", "perplexity", "finish"]
 OVER: tuple[State, ...] = ("cancelled", "succeeded", "failed")
 
 
@@ -27,6 +27,8 @@ class Progress(_Answer):
     best_value: float | None = Field(description="Of the objective, so far.")
     perplexities_done: int
     perplexities: int = Field(description="Known once the search is over.")
+    models_done: int = Field(0, description="Of a transfer: measured, or found impossible.")
+    models: int = Field(0, description="Of a transfer.")
     seconds_left: float | None = Field(
         description="Of the search or of the perplexities, at the present pace; a hill climb may "
         "end before."
@@ -66,9 +68,10 @@ class ProxyQuality(_Answer):
 
 
 class Job(_Answer):
-    """A search job."""
+    """A search, or a transfer of what a search has found."""
 
     id: uuid.UUID
+    kind: Literal["search", "transfer"] = "search"
     name: str = Field(description="Also of its study; more islands have it with a number.")
     state: State
     stage: StageName | None = Field(description="What is being done, or was done last.")
@@ -132,6 +135,54 @@ class WorkerList(_Answer):
     workers: list[Worker]
 
 
+class ModelFacts(_Answer):
+    """A model, as far as a library knows it."""
+
+    name: str
+    family: str | None = Field(description="model_type; null: an older PHO did not write it down.")
+    parameters: int | None
+
+
+class Gain(_Answer):
+    """How much better than RIA a configuration was."""
+
+    share: float = Field(description="Of RIA's perplexity, or proxy, that is saved.")
+    by: Literal["perplexity", "divergence", "proxy"] = Field(
+        description="divergence: perplexity as the divergence from the dense model tells."
+    )
+
+
+class MeasuredElsewhere(_Answer):
+    """What a configuration was worth on a model that it was not found on."""
+
+    model: ModelFacts
+    gain: Gain
+
+
+class ConfigurationMatch(_Answer):
+    """A configuration of the library, and why it stands where it stands."""
+
+    id: uuid.UUID
+    job_id: uuid.UUID | None = Field(description="That found it; null: it was imported.")
+    created_at: datetime
+    method: str
+    pattern: str
+    scope: str
+    models: list[ModelFacts] = Field(description="That it was found on.")
+    gain: Gain | None = Field(description="On them; null: RIA was not measured beside it.")
+    measured: list[MeasuredElsewhere] = Field(description="On other models.")
+    fits: bool = Field(description="It is of the asked pattern and scope.")
+    expected_gain: float | None = Field(description="Share, on the asked model; for the order.")
+    reasons: list[str]
+
+
+class ConfigurationMatches(_Answer):
+    """Configurations, the most promising first."""
+
+    configurations: list[ConfigurationMatch]
+    considered: int = Field(description="How many the library has to choose from.")
+
+
 class FieldProblem(_Answer):
     """One thing that is wrong with a request."""
 
@@ -148,6 +199,7 @@ class Problem(_Answer):
     status: int
     detail: str
     code: str = Field(description="Stable, for programs.")
+    request_id: str | None = Field(None, description="As X-Request-ID, and in the log.")
     state: State | None = Field(None, description="Of the job, in a conflict.")
     errors: list[FieldProblem] | None = None
 

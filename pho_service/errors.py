@@ -81,12 +81,16 @@ class ServiceError(PhoError):
     Attributes:
         status: Of HTTP.
         code: Stable, for programs; see the problem's ``code``.
+        retry_after_s: When to ask again, if the service has said so.
     """
 
-    def __init__(self, message: str, *, status: int = 0, code: str = "") -> None:
+    def __init__(
+        self, message: str, *, status: int = 0, code: str = "", retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class ServiceUnavailable(ServiceError):

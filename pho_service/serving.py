@@ -2,6 +2,7 @@
 `pho serve`: the database, the front end and local workers, started and stopped together.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -12,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from importlib.util import find_spec
 
 import uvicorn
 from sqlalchemy.engine import make_url
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pho_service.api.app import create_app
 from pho_service.api.guard import is_local
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _QUICK_S = 10.0  # a worker that dies sooner is started again more slowly
 _SLOWEST_S = 30.0
+_HEADERS_S = 30.0  # for a request to come as far as its body, which the API waits for as long
+_CONNECTIONS = 1000  # at once; more are answered 503
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
@@ -40,8 +45,14 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
 
     Raises:
         StorageError: The database cannot be started, reached or migrated.
-        InvalidInput: The port is taken, or others could come in without a key.
+        InvalidInput: The port is taken, others could come in without a key, or local workers
+            are wanted where torch is not installed.
     """
+    if settings.workers and find_spec("torch") is None:
+        raise InvalidInput(
+            "local workers need torch: pip install 'pho-service[worker]', or serve without them, "
+            "with --workers 0."
+        )
     with (
         _closing_on_sigterm(),
         _listening(settings) as listener,
@@ -57,10 +68,18 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
             )
         app = create_app(database, settings, keys_needed=keys_needed)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on"
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+            lifespan="on",
         )
         address = f"http://{_printable(settings.host)}:{listener.getsockname()[1]}"
         with _Workers(settings, url):
+            say(f"Jobs       {address}/   (a page with all of them, and a form for new ones)")
             say(f"API        {address}/v1/jobs   (described at {address}/docs)")
             say(f"Dashboard  {address}/dashboard")
             say(f"Database   {_without_password(url)}   (for `pho worker --database-url`)")
@@ -69,6 +88,39 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
                 uvicorn.Server(config).run(sockets=[listener])
             except KeyboardInterrupt:
                 say("stopping")
+
+
+class BoundedProtocol(H11Protocol):
+    """
+    uvicorn's, which alone would wait forever for the rest of a request's headers.
+
+    Attributes:
+        headers_s: How long it waits.
+    """
+
+    headers_s = _HEADERS_S
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(self.headers_s, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop to wait when the headers are there; begin again with the next request's."""
+        super().data_received(data)
+        complete = self.cycle is not None and not self.cycle.response_complete
+        if self._deadline is not None and complete:
+            self._deadline.cancel()
+            self._deadline = None
+        elif self._deadline is None and not complete:
+            self._deadline = self.loop.call_later(self.headers_s, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
 
 
 @contextmanager
@@ -98,6 +150,19 @@ def database_url(settings: Settings) -> Iterator[str]:
 
 
 @contextmanager
+def any_database_url(settings: Settings) -> Iterator[str]:
+    """
+    The same, whether a service runs on it or not.
+
+    Raises:
+        StorageError: It does not start.
+    """
+    running = None if settings.database_url else running_url(settings.data_dir)
+    with nullcontext(running) if running else database_url(settings) as url:
+        yield url
+
+
+@contextmanager
 def open_database(settings: Settings) -> Iterator[Database]:
     """
     The migrated database of a service, whether one runs on it or not.
@@ -105,8 +170,7 @@ def open_database(settings: Settings) -> Iterator[Database]:
     Raises:
         StorageError: It cannot be started, reached or migrated.
     """
-    running = None if settings.database_url else running_url(settings.data_dir)
-    with nullcontext(running) if running else database_url(settings) as url:
+    with any_database_url(settings) as url:
         database = Database(url)
         try:
             database.migrate()
@@ -126,6 +190,9 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
             "Give another --port, or stop what uses this one."
         ) from error
     with listener:
+        # Connections inherit it. Without, the second answer on one waits 40 ms for the client's
+        # system to confirm the first; asyncio sees to it only for sockets with a protocol number.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 
 

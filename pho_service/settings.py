@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pho_service.errors import InvalidInput
+from pho_service.logs import LogFormat
 
 Paths = Annotated[tuple[Path, ...], NoDecode]  # in the environment: with ":" between
 Seconds = Annotated[float, Field(allow_inf_nan=False, le=1e6)]
@@ -23,6 +24,7 @@ class Settings(BaseSettings):
     Attributes:
         cache_dir: Where bundles are kept for the next search, and copies of remote ones.
         data_dir: Of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
+        database_password_file: Holds the password of ``database_url``: a mounted secret.
         database_url: A PostgreSQL to use instead of the embedded one.
         artifacts: Folder or fsspec URL (s3://, gs://) of the bundles that all workers share.
         host, port: Where `pho serve` listens.
@@ -33,10 +35,17 @@ class Settings(BaseSettings):
         hub_datasets: The same for data sets.
         max_unfinished_jobs: Of one key.
         max_body_bytes: Of a request.
+        max_trials: Of one job, on all its islands or all its models.
+        max_tokens: That one job may ask to run models over.
+        max_requests_per_minute: Of one key, or of one host without; 0 is no limit.
+        max_wrong_keys_per_minute: Of one host; 0 is no limit.
+        max_streams: Of events, open at once for one key, or one host without.
         heartbeat_s: How often a worker reports.
         stalled_after_s: Without a report for so long, a worker's stage is given to another.
         stop_after_s: How long `pho serve` waits for workers when it stops.
         retry_after_s: Before a failed stage is tried again.
+        log_format: Of the service and its workers: ``text`` for people, ``json`` for programs.
+        traces: Whether requests and stages are told to OpenTelemetry.
         api_url, api_key: For `pho submit` and the other verbs that talk to a service.
     """
 
@@ -44,6 +53,7 @@ class Settings(BaseSettings):
 
     cache_dir: Path = Path("~/.cache/pho")
     data_dir: Path = Path("~/.local/share/pho")
+    database_password_file: Path | None = None  # before the URL, which it completes
     database_url: SecretStr | None = None
     artifacts: str | None = None
     host: str = "127.0.0.1"
@@ -55,10 +65,17 @@ class Settings(BaseSettings):
     hub_datasets: Patterns = ("*",)
     max_unfinished_jobs: int = Field(default=1000, ge=1)
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)
+    max_trials: int = Field(default=100_000, ge=1)
+    max_tokens: int = Field(default=10**9, ge=1)
+    max_requests_per_minute: int = Field(default=12_000, ge=0)
+    max_wrong_keys_per_minute: int = Field(default=60, ge=0)
+    max_streams: int = Field(default=50, ge=1)
     heartbeat_s: Seconds = Field(default=10.0, gt=0)
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
     stop_after_s: Seconds = Field(default=60.0, gt=0)
     retry_after_s: Seconds = Field(default=5.0, ge=0)
+    log_format: LogFormat = "text"
+    traces: bool = False
     api_url: str = "http://127.0.0.1:8000"
     api_key: SecretStr | None = None
 
@@ -73,6 +90,30 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("database_password_file")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None and not _read_secret(value):
+            raise ValueError("the file is empty")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _with_password(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        file = info.data.get("database_password_file")
+        if file is None:
+            return value
+        if value is None:
+            raise ValueError("PHO_DATABASE_PASSWORD_FILE holds its password, so it must be set")
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            url = make_url(value.get_secret_value()).set(password=_read_secret(file))
+        except (ArgumentError, ValueError):
+            return value  # who opens it says what is wrong
+        return SecretStr(url.render_as_string(hide_password=False))
+
     @field_validator("model_roots", "text_roots", mode="before")
     @classmethod
     def _split_paths(cls, value: Any) -> Any:
@@ -81,7 +122,17 @@ class Settings(BaseSettings):
     @field_validator("hub_models", "hub_datasets", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:
-        return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return [pattern.strip() for pattern in value.split(",") if pattern.strip()]
+
+
+def _read_secret(file: Path) -> str:
+    """Without the line's end that editors and `echo` write."""
+    try:
+        return file.expanduser().read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file cannot be read: {error}") from error
 
 
 def read_settings(**given: Any) -> Settings:

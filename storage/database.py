@@ -8,6 +8,8 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from optuna.storages import RDBStorage
 from psycopg.conninfo import make_conninfo
@@ -17,9 +19,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from storage.studies import DatabaseGone, StorageError, give_up
+from storage.tables import SCHEMA
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
+SCHEMAS = ("pho", "procrastinate", "optuna")
 POOL = 20  # connections of one process
 
 
@@ -103,16 +107,13 @@ class Database:
         config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
         with self.transaction() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            for schema in ("pho", "procrastinate", "optuna"):
+            for schema in SCHEMAS:
                 connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
             config.attributes["connection"] = connection
             try:
                 command.upgrade(config, "head")
             except CommandError as error:
-                raise StorageError(
-                    f"the database was migrated by another version of PHO: {error}. Install the "
-                    "newest of the versions that use it. What it holds is kept."
-                ) from error
+                raise StorageError(_newer(str(error))) from error
         with self.transaction() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             optuna_storage = RDBStorage(
@@ -121,6 +122,25 @@ class Database:
             optuna_storage.remove_session()
             optuna_storage.engine.dispose()
 
+    def check_migrated(self) -> None:
+        """
+        Raises:
+            DatabaseGone: The server cannot be reached, or this version's tables are not there yet.
+            StorageError: It was migrated by a newer PHO.
+        """
+        with self.transaction() as connection:
+            versions = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+            found = versions.get_current_revision()
+            # What Optuna writes last of its tables, which come after ours.
+            whole = connection.scalar(text("SELECT to_regclass('optuna.alembic_version')"))
+        if found is not None and found not in known_versions():
+            raise StorageError(_newer(f"its version {found!r} is not known here"))
+        if found != ScriptDirectory(_MIGRATIONS).get_current_head() or whole is None:
+            raise DatabaseGone(
+                "the database does not have the tables of this version yet: `pho serve` makes them "
+                "when it starts"
+            )
+
     def check(self) -> None:
         """
         Raises:
@@ -128,6 +148,18 @@ class Database:
         """
         with self.transaction() as connection:
             connection.execute(text("SELECT 1"))
+
+
+def known_versions() -> set[str]:
+    """Of our tables: those that this PHO can bring to its own."""
+    return {script.revision for script in ScriptDirectory(_MIGRATIONS).walk_revisions()}
+
+
+def _newer(cause: str) -> str:
+    return (
+        f"the database was migrated by another version of PHO: {cause}. Install the newest of the "
+        "versions that use it. What it holds is kept."
+    )
 
 
 def _parse(url: str) -> URL:

@@ -54,6 +54,7 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
         try:
             yield _url(server.get_postmaster_info())
         finally:
+            server._postmaster_info = _running(server.pgdata)  # another one, if it was restarted
             server.stop()
             server.cleanup()
             server._instances.pop(server.pgdata, None)  # or the next start would find it running

@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
+from storage.configurations import keep, keep_transfer
 from storage.database import Database
 from storage.queue import enqueue
 from storage.states import VERBS, JobState, StageKind, StageState, settled
@@ -215,6 +216,7 @@ class JobStore:
         *,
         name: str,
         first: NewStage,
+        more: Sequence[NewStage] = (),
         priority: int = 0,
         trials: int,
         max_attempts: int,
@@ -223,7 +225,7 @@ class JobStore:
         max_unfinished: int = 1000,
     ) -> tuple[Job, bool]:
         """
-        Store a job and put its first stage into the queue.
+        Store a job and put its first stage, or stages, into the queue.
 
         Returns:
             The job, and whether it is new: with an idempotency key that was
@@ -273,7 +275,7 @@ class JobStore:
                 raise TooManyJobs
             _event(connection, job_id, "state", {"state": JobState.QUEUED})
             job = _job(connection, job_id)
-            self._add(connection, job, [first])
+            self._add(connection, job, [first, *more])
             return _job(connection, job_id), True
 
     def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> Job:
@@ -592,6 +594,7 @@ class JobStore:
         add: Sequence[NewStage] = (),
         then: Sequence[NewStage] = (),
         trials: int | None = None,
+        spec: Mapping[str, Any] | None = None,
     ) -> bool:
         """
         Store what a stage gave, and make the stages that follow.
@@ -602,6 +605,7 @@ class JobStore:
             add: Stages that follow at once; those that exist already stay as they are.
             then: Stages that follow if nothing of the job is left to do.
             trials: That a search has brought its study to.
+            spec: The job's document from now on, if nothing of the job is left to do.
 
         Returns:
             False, and nothing is stored, if the job was extended beyond ``trials``.
@@ -617,6 +621,10 @@ class JobStore:
             self._add(connection, job, add)
             if not _unfinished(connection, job.id):
                 self._add(connection, job, then)
+                if spec is not None:
+                    connection.execute(
+                        update(jobs).where(jobs.c.id == job.id).values(spec=dict(spec))
+                    )
             self._settle(connection, job)
             return True
 
@@ -629,7 +637,8 @@ class JobStore:
         result: Mapping[str, Any],
     ) -> None:
         """
-        Store the configuration that a job was for, and what else its last stage gave.
+        Store the configuration that a job was for, in the library too, and what else its last
+        stage gave. A job that was cancelled meanwhile is cancelled, without a configuration.
 
         Raises:
             LostClaim: The stage is another worker's.
@@ -637,12 +646,52 @@ class JobStore:
         with self.database.transaction() as connection:
             job = self._claimed(connection, claim)
             _finish_stage(connection, claim.stage.id, StageState.DONE, result)
+            if job.state is JobState.CANCELLING:
+                self._settle(connection, job)
+                return
             connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job.id)
                 .values(best=dict(best), warnings=[*warnings])
             )
+            keep(connection, best, owner_id=job.owner_id, job_id=job.id)
             _set_state(connection, job, JobState.SUCCEEDED)
+
+    def transferred(
+        self,
+        claim: Claim,
+        result: Mapping[str, Any],
+        *,
+        configuration: Mapping[str, Any],
+        own: Mapping[str, Any] | None,
+    ) -> None:
+        """
+        Store what a configuration was worth on a model, in the library too; the last one ends
+        the job, as cancelled if it was cancelled meanwhile.
+
+        Args:
+            claim: Of the stage.
+            result: What was measured; with an ``error``, nothing was.
+            configuration: What was transferred.
+            own: The model's own best, if it was searched for.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = self._claimed(connection, claim)
+            _finish_stage(connection, claim.stage.id, StageState.DONE, result)
+            data = {"stage": claim.stage.kind, "number": claim.stage.number, "done": 1}
+            _event(connection, job.id, "progress", {**data, "best_value": None})
+            if "error" not in result:
+                kept = {name: value for name, value in result.items() if name != "own"}
+                keep_transfer(connection, configuration, kept, owner_id=job.owner_id)
+            if own is not None:
+                keep(connection, own, owner_id=job.owner_id, job_id=job.id)
+            if job.state is JobState.CANCELLING or _unfinished(connection, job.id):
+                self._settle(connection, job)
+            else:
+                _set_state(connection, job, JobState.SUCCEEDED)
 
     def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
         """

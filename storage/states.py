@@ -38,8 +38,9 @@ class JobState(StrEnum):
 
 
 class StageKind(StrEnum):
-    """The work of a job, in this order."""
+    """The work of a job, in this order; a transfer is a job of its own, a stage for each model."""
 
+    TRANSFER = "transfer"  # measure a configuration on another model
     CALIBRATE = "calibrate"  # make the bundle, or find it
     SEARCH = "search"  # one island
     CONFIRM = "confirm"  # choose the finalists, compare them with the dense model

@@ -5,7 +5,7 @@ A study holds every finished trial once; nothing else is stored about a search.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -166,6 +166,18 @@ def study_name(job_name: str, island: int) -> str:
     return job_name if island == 0 else f"{job_name} island {island}"
 
 
+def study_ids(connection: Connection, names: Sequence[str]) -> dict[str, int]:
+    """
+    The numbers that optuna-dashboard knows a service's studies by; one that has not begun has none.
+
+    Args:
+        connection: To the database of the service.
+        names: Of the studies.
+    """
+    query = text("SELECT study_name, study_id FROM optuna.studies WHERE study_name = ANY(:names)")
+    return {row.study_name: row.study_id for row in connection.execute(query, {"names": [*names]})}
+
+
 def give_up(context: ExceptionContext) -> None:
     """
     Let nothing be tried again on another connection.
@@ -196,7 +208,9 @@ def check_url(url: str) -> None:
         parsed = make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError):
-        raise StorageError(f"{url!r} is not a database URL. {hint}") from None
+        _, at, rest = url.rpartition("@")
+        said = f"***@{rest}" if at else url  # what is misspelt may hold a password
+        raise StorageError(f"{said!r} is not a database URL. {hint}") from None
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise StorageError(f"{url} is a database in memory, which keeps nothing. {hint}")

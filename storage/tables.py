@@ -126,3 +126,22 @@ events = Table(
     Column("created_at", _utc, nullable=False, server_default=_now),
     Index("ix_events_job_id_id", "job_id", "id"),
 )
+
+configurations = Table(
+    "configurations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("number", BigInteger, Identity(always=True), nullable=False, unique=True),
+    Column("owner_id", Uuid, ForeignKey("pho.keys.id")),  # as that of a job
+    Column("job_id", Uuid),  # no foreign key: an entry outlives its job
+    Column("sha256", LargeBinary, nullable=False),  # of the document
+    Column("document", JSON, nullable=False),
+    Column("transfers", JSON, nullable=False),  # what it was worth on other models
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Index(
+        "uq_configurations_owner_sha256",
+        text("coalesce(owner_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
+        "sha256",
+        unique=True,
+    ),
+)

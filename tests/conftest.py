@@ -6,14 +6,17 @@ Each test gets its own, so a test may change what it is given. All are the same 
 
 import json
 import random
+import resource
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -27,6 +30,27 @@ from storage.database import Database
 from storage.embedded import embedded_postgresql
 
 VOCABULARY = 256
+
+# The same examples each time, and few; `make fuzz` takes others, and many. Tests choose one of the
+# two by name: as a default, "suite" would change what schemathesis comes upon.
+settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.register_profile("fuzz", max_examples=300, deadline=None, database=None)
+
+
+@contextmanager
+def _limited_disk(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def limited_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """In its context no file may grow beyond so many bytes: a write fails as on a full disk."""
+    return _limited_disk
 
 
 @pytest.fixture
@@ -132,6 +156,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser of this machine; where there is none, its tests are skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    return found
+
+
+@pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
     folder = Path(tempfile.mkdtemp(prefix="pho"))  # not in pytest's, which only root may enter
@@ -149,14 +183,40 @@ def postgresql() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def new_database(postgresql: str) -> Callable[..., str]:
+    """Makes a database, a copy of another one of the server, and gives its URL."""
+
+    def make(template: str = "template") -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        admin = Database(postgresql, pool=1)
+        _run_alone(admin, f"CREATE DATABASE {name} TEMPLATE {template}")
+        admin.close()
+        return _named(postgresql, name)
+
+    return make
+
+
 @pytest.fixture
-def database_url(postgresql: str) -> str:
+def empty_database(new_database: Callable[..., str]) -> Iterator[Database]:
+    """A fresh database that nothing was ever done to, open."""
+    opened = Database(new_database("template1"))  # PostgreSQL's own
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def shared_database(new_database: Callable[..., str]) -> Iterator[Database]:
+    """A migrated database for all tests of a file: to make one takes longer than they do."""
+    opened = Database(new_database())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def database_url(new_database: Callable[..., str]) -> str:
     """A fresh, migrated database."""
-    name = f"test_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    _run_alone(admin, f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    return _named(postgresql, name)
+    return new_database()
 
 
 @pytest.fixture

@@ -44,6 +44,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_configuration(tmp_path / "c.json") == GOOD
 
 
+def test_of_a_transfer(tmp_path: Path) -> None:
+    """The file of a transfer is read as the configuration that it is of."""
+    path = tmp_path / "transfer.json"
+    transfer = {"format": "pho-transfer", "version": 1, "source": "x", "configuration": changed(),
+                "targets": []}  # fmt: skip
+    path.write_text(json.dumps(transfer))
+
+    assert read_configuration(path) == Configuration.model_validate(changed())
+
+
 def test_candidate() -> None:
     """A configuration gives the candidate to prune with."""
     candidate = GOOD.candidate()
@@ -84,6 +94,7 @@ def test_by_hand(tmp_path: Path) -> None:
         (changed(coefficients__row=float("nan")), r"coefficients\.row"),
         (changed(coefficients__normalisation="max"), r"coefficients\.normalisation"),
         (changed(pattern="5:4"), "keeps N=5 of M=4"),
+        (changed(pattern="2:4", scope="global"), "scope 'global' has no meaning for it"),
         (changed(pattern="1.5"), "sparsity 1.5 is not between 0 and 1"),
         (changed(scope="block"), "scope"),
     ],
@@ -127,3 +138,48 @@ def test_failed_write_leaves_the_old(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
         write_configuration(GOOD, folder)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1e999", "what JSON has not"),
+        ("NaN", "what JSON has not"),
+        ('"\\ud800"', "what JSON has not"),
+        ('"\\u0000"', r"U\+0000"),
+        ("[" * 200 + "]" * 200, "lists and objects deep"),
+    ],
+)
+def test_odd_values(tmp_path: Path, value: str, message: str) -> None:
+    """What could not be written again is refused where anything may stand, too."""
+    text = json.dumps(changed(search={"x": "here"}))
+    (tmp_path / "c.json").write_text(text.replace('"here"', value))
+
+    with pytest.raises(ConfigurationError, match=rf"c\.json .*{message}"):
+        read_configuration(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        changed(candidates=[1] * 300_000),
+        changed(version="3" * 1_000_000),
+        {**changed(), **{f"key {i}": 1 for i in range(50_000)}},
+        changed(**{"x" * 1_000_000: 1}),
+    ],
+    ids=["candidates", "version", "unknown keys", "long key"],
+)
+def test_many_faults(tmp_path: Path, document: Any) -> None:
+    """However much is wrong, the message is short."""
+    (tmp_path / "c.json").write_text(json.dumps(document))
+
+    with pytest.raises(ConfigurationError, match=r"c\.json") as raised:
+        read_configuration(tmp_path / "c.json")
+
+    assert len(str(raised.value)) < 2000
+
+
+def test_endless() -> None:
+    """What never ends, and has no size, is read no further than a configuration may be long."""
+    with pytest.raises(ConfigurationError, match="larger than 1048576 bytes"):
+        read_configuration(Path("/dev/zero"))

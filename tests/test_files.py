@@ -1,8 +1,7 @@
 """Files and folders appear whole or not at all."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,7 @@ import pytest
 from pho_service.errors import OutputError
 from pho_service.files import check_file, check_free, new_file, new_folder
 
-
-@contextmanager
-def limited_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: a write fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+LimitedDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def write_and_interrupt(path: Path) -> None:
@@ -52,7 +42,7 @@ def test_interrupted_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_full_disk(tmp_path: Path) -> None:
+def test_full_disk(tmp_path: Path, limited_disk: LimitedDisk) -> None:
     """A file that the disk does not take is reported with its path, and leaves nothing."""
     path = tmp_path / "a.txt"
     with (

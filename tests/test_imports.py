@@ -9,8 +9,8 @@ LIGHT = (
     "pho_service.spec", "pho_service.configuration", "pho_service.settings", "pho_service.files",
     "pho_service.search.samplers", "pho_service.search.search", "pho_service.search.space",
     "pho_service.search.validation", "pho_service.job_spec", "pho_service.client",
-    "pho_service.api.app", "pho_service.serving", "storage.studies", "storage.jobs",
-    "storage.embedded",
+    "pho_service.api.app", "pho_service.serving", "pho_service.report.page",
+    "storage.studies", "storage.jobs", "storage.embedded",
 )  # fmt: skip
 
 
@@ -41,7 +41,10 @@ def test_bundle_needs_no_transformers() -> None:
 
 def test_help_is_light() -> None:
     """`pho --help` and the verbs' modules load nothing that takes time."""
-    verbs = "calibrate, compare, demo, evaluate, example, prune, remote, search, serve, validate"
+    verbs = (
+        "calibrate, compare, demo, evaluate, example, prune, remote, report, search, serve, "
+        "validate"
+    )
     heavy = {
         "torch", "transformers", "datasets", "optuna", "scipy", "matplotlib", "rich", "numpy",
         "fastapi", "sqlalchemy", "httpx",

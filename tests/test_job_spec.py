@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pho_service.access import Access
-from pho_service.job_spec import FieldError, JobSpec, island_seed
+from pho_service.job_fields import FieldError
+from pho_service.job_spec import JobSpec, island_seed
 from pho_service.settings import Settings
 from pho_service.spec import SAMPLERS, Objective, Pattern
 
@@ -43,7 +44,54 @@ def test_text_is_c4_by_default() -> None:
     assert spec_of(calibration={"dataset": "x/y"}).calibration.data_file is None
 
 
+SCORE = {
+    "row": 0.25, "column": 0.5, "neighbourhood": 0.25, "kernel_size": 5, "activation_exponent": 0.9,
+}  # fmt: skip
+
+
+def test_several_models() -> None:
+    """Several models are searched by the proxy alone, and each is calibrated by itself."""
+    spec = spec_of(more_models=["org/two", "org/three"])
+
+    assert spec.models == ["org/name", "org/two", "org/three"]
+    assert spec.confirm is None
+    assert spec.request(0).objective.over == "mean"
+    assert spec_of(more_models=["b"], objective={"over": "worst"}).request(0).objective.over == (
+        "worst"
+    )
+    assert spec.of_model(2).model == "org/three"
+    assert spec.of_model(2).calibration_key != spec.of_model(1).calibration_key
+    assert JobSpec.model_validate(spec.model_dump()) == spec
+
+
+def test_warm_start() -> None:
+    """What a search begins with is in its document, and in its plan."""
+    spec = spec_of(warm_start={"found": [{"coefficients": SCORE}]})
+    (point,) = spec.plan(0).warm_start
+
+    assert point["kernel_size"] == 5
+    assert point["neighbourhood_share"] == pytest.approx(0.25)
+    assert point["row_share"] == pytest.approx(1 / 3)
+    assert spec_of(warm_start={}).plan(0).warm_start == ()
+    assert JobSpec.model_validate(spec.model_dump()) == spec
+
+
 WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
+    ({"more_models": ["org/name"]}, ("more_models",)),
+    ({"more_models": ["b", "b"]}, ("more_models",)),
+    ({"more_models": ["b"] * 32}, ("more_models",)),
+    ({"more_models": ["a\0"]}, ("more_models", 0)),
+    ({"more_models": ["b"], "revision": "main"}, ("revision",)),
+    ({"more_models": ["b"], "confirm": {}}, ("confirm",)),
+    ({"more_models": ["b"], "validation": {}}, ("validation",)),
+    ({"more_models": ["b"], "objective": {"name": "gini"}}, ("objective",)),
+    ({"objective": {"over": "mean"}}, ("objective",)),
+    ({"warm_start": True}, ("warm_start",)),
+    ({"warm_start": {"count": 0}}, ("warm_start", "count")),
+    ({"warm_start": {"found": [{}]}}, ("warm_start", "found", 0, "coefficients")),
+    ({"warm_start": {"compare_cold": True}, "objective": {"name": "perplexity"}}, ()),
+    ({"warm_start": {"found": [{"coefficients": {**SCORE, "row": -1.0}}]}}, ()),
+    ({"warm_start": {"found": [{"coefficients": SCORE}]}, "trials": 6}, ()),
     ({"model": ""}, ("model",)),
     ({"model": 1}, ("model",)),
     ({"model": None}, ("model",)),

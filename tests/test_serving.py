@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,14 +17,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import psutil
 import pytest
+from click.testing import CliRunner
 
+from pho_service import serving
+from pho_service.cli import main
 from pho_service.client import Client
-from pho_service.errors import ServiceError
+from pho_service.errors import InvalidInput, ServiceError
+from pho_service.settings import read_settings
 from storage.database import Database
+from storage.keys import KeyStore
 
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 TRIALS = 600  # of a job that is stopped: long enough to be at it still
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
@@ -187,6 +194,7 @@ def tiny() -> dict[str, Any]:
         },
         "confirm": {"text": "confirmation.jsonl", "windows": 3, "candidates": 2},
         "trials": TRIALS,
+        "max_attempts": 20,  # on a busy machine, a worker that lives may be taken for dead
     }  # fmt: skip
 
 
@@ -209,6 +217,7 @@ def test_first_job(place: Place) -> None:
     job = begun(served)
     os.kill(killed, signal.SIGKILL)
     ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+    page = re.search(r"^Jobs +(http://\S+)/ ", served.log, re.MULTILINE)
     dashboard = re.search(r"^Dashboard +(http://\S+)", served.log, re.MULTILINE)
     database = re.search(r"^Database +(postgresql://\S+)", served.log, re.MULTILINE)
     with urllib.request.urlopen(f"{served.client.url}/api/studies") as answer:  # noqa: S310 - ours
@@ -220,6 +229,8 @@ def test_first_job(place: Place) -> None:
     assert lives(served.worker(other_than=killed))
     assert f"worker {killed} ended with code -9; another starts" in served.log
     assert [study["study_name"] for study in studies] == [ended.name]
+    assert page is not None
+    assert page[1] == served.client.url
     assert dashboard is not None
     assert dashboard[1] == f"{served.client.url}/dashboard"
     assert database is not None
@@ -319,6 +330,101 @@ def test_keys_without_a_service(place: Place) -> None:
     assert not place.postgresql
 
 
+def test_backup(place: Place) -> None:
+    """
+    What is backed up while a job runs is restored elsewhere, where the job ends as it does here.
+
+    Bundles are not in it: the job makes its own again.
+    """
+    served = place.serve("--workers", 1)
+    job = begun(served)
+    dump = place.folder / "dump"
+    # In this process: the job would be over before another one has started.
+    written = CliRunner().invoke(
+        main, ["backup", "--out", f"{dump}", "--data-dir", f"{place.data}"]
+    )
+    again = place.pho("backup", "--out", "dump")
+    here = served.client.wait(job, timeout_s=4 * PATIENCE_S, show_progress=False)
+    found = served.client.best(job)
+    over = place.pho("restore", "dump")
+    served.stop(signal.SIGTERM)
+    restored = place.pho("restore", "dump", "--data-dir", "elsewhere")
+    elsewhere = place.serve("--workers", 1, "--data-dir", "elsewhere")
+    at_first = elsewhere.client.job(job).progress.trials_done
+    there = elsewhere.client.wait(job, timeout_s=4 * PATIENCE_S, show_progress=False)
+
+    assert written.exit_code == 0, written.stderr
+    assert "Bundles are not in it" in written.stderr
+    assert dump.stat().st_mode & 0o777 == 0o600
+    assert again.returncode == 1
+    assert "dump exists, and is not overwritten" in again.stderr
+    assert over.returncode == 1
+    assert "the database is not empty" in over.stderr
+    assert here.state == there.state == "succeeded", (here.error, there.error)
+    assert restored.returncode == 0, restored.stderr
+    assert "Restored 1 jobs" in restored.stderr
+    assert 8 <= at_first < TRIALS
+    assert elsewhere.client.best(job) == found
+    assert elsewhere.stop(signal.SIGTERM) == 0
+
+
+def test_restore_of_nothing(place: Place) -> None:
+    """A file that is not there is bad usage."""
+    result = place.pho("restore", "missing")
+
+    assert result.returncode == 2
+    assert "missing is no file. Give one that `pho backup` wrote." in result.stderr
+
+
+def test_json_logs(place: Place, database: Database, database_url: str) -> None:
+    """
+    Every line of the service and its workers is JSON and says what it is about.
+
+    No password, key or token is in any, whatever fails.
+    """
+    url = database_url.replace("//postgres@", "//postgres:planted-password@")
+    _, secret = KeyStore(database).create("laptop", sees_all=False)
+    place.environment |= {
+        "PHO_LOG_FORMAT": "json", "PHO_DATABASE_URL": url, "HF_TOKEN": "hf_plantedplantedplanted",
+    }  # fmt: skip
+    served = place.serve("--workers", 1)
+    with Client(served.client.url, secret) as client:
+        ended = [
+            client.wait(client.submit({**tiny(), **more}).id, show_progress=False)
+            for more in ({"trials": 12}, {"model": "short"})
+        ]
+        headers = {"X-Request-ID": "asked", "Authorization": "Bearer planted-key"}
+        httpx.get(f"{served.client.url}/v1/jobs?key=planted-query", headers=headers)
+    served.stop(signal.SIGTERM)
+    lines = [
+        line for line in served.log.splitlines() if not re.match("Jobs|API|Dash|Data|1 local", line)
+    ]
+    logged = [json.loads(line) for line in lines]
+    (asked,) = [line for line in logged if line.get("request") == "asked"]
+    (done,) = [line for line in logged if line["message"] == f"finish of job {ended[0].id} done"]
+    failed = [line for line in logged if line.get("job") == str(ended[1].id)]
+
+    assert [job.state for job in ended] == ["succeeded", "failed"]
+    assert "planted" not in served.log
+    assert secret not in served.log
+    assert (asked["status"], asked["path"], asked["key"]) == (401, "/v1/jobs", None)
+    assert (done["stage"], done["attempt"]) == ("finish", 1)
+    assert done["worker"].endswith(f":{done['process']}")
+    assert {(line["stage"], line["attempt"]) for line in failed} == {("calibrate", 1)}
+    assert any(line["key"] == secret[:10] for line in logged if line.get("status") == 202)
+    assert not any(line["logger"].startswith(("alembic", "procrastinate")) for line in logged)
+
+
+def test_unreachable_database(place: Place) -> None:
+    """That the database cannot be reached is said without its password."""
+    url = "postgresql://pho:planted@127.0.0.1:1/pho"
+    result = place.pho("serve", "--workers", "0", "--port", "0", "--database-url", url)
+
+    assert result.returncode == 1
+    assert "127.0.0.1" in result.stderr
+    assert "planted" not in result.stdout + result.stderr
+
+
 def test_own_database(place: Place, database: Database, database_url: str) -> None:
     """A database that was given is used, and left running."""
     served = place.serve("--workers", 0, "--database-url", database_url)
@@ -330,3 +436,20 @@ def test_own_database(place: Place, database: Database, database_url: str) -> No
     assert code == 0, served.log
     assert stored == job.id
     assert not (place.data / "postgresql").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_do_not_wait(host: str) -> None:
+    """An answer is sent at once, not when the client's system has confirmed the one before."""
+    with serving._listening(read_settings(host=host, port=0)) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address[:2]), listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_local_workers_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch, local workers are refused before anything starts, with both ways out."""
+    monkeypatch.setattr(serving, "find_spec", lambda _: None)
+
+    with pytest.raises(InvalidInput, match=r"need torch.*pho-service\[worker\].*--workers 0"):
+        serving.serve(read_settings(workers=1), print)

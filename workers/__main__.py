@@ -9,7 +9,10 @@ import warnings
 import click
 
 from pho_service.errors import InvalidInput, PhoError
+from pho_service.extras import missing_extra
+from pho_service.logs import adopt_loggers, configure_logs
 from pho_service.settings import read_settings
+from pho_service.tracing import configure_tracing
 from storage.states import StageKind
 from storage.studies import StorageError
 
@@ -21,12 +24,6 @@ from storage.studies import StorageError
 @click.option("--parent", type=int, default=0, hidden=True, help="Stop when it is gone.")
 def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
     """Take stages of jobs out of the queue and do them, until SIGTERM or Ctrl-C."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s",
-    )
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
         _run(database_url, device, kinds, parent)
@@ -36,6 +33,12 @@ def main(database_url: str | None, device: str, kinds: str | None, parent: int) 
     except (PhoError, StorageError) as error:
         click.echo(f"pho worker: {error}", err=True)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        needs = missing_extra(error)
+        if needs is None:
+            raise
+        click.echo(f"pho worker {needs}", err=True)
+        sys.exit(1)
 
 
 _TALKATIVE = ("procrastinate", "optuna", "transformers", "datasets", "huggingface_hub", "alembic")
@@ -43,6 +46,10 @@ _TALKATIVE = ("procrastinate", "optuna", "transformers", "datasets", "huggingfac
 
 def _run(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
     settings = read_settings(database_url=database_url)
+    configure_logs(settings.log_format)
+    adopt_loggers(_TALKATIVE, logging.ERROR)
+    if settings.traces:
+        configure_tracing("pho-worker")
     if settings.database_url is None:
         raise InvalidInput(
             "no database is given. Give --database-url, as `pho serve` prints it, or set "
@@ -54,7 +61,12 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
         )
     except ValueError:
         raise InvalidInput(f"--stages {kinds!r} are not some of {', '.join(StageKind)}.") from None
+    from transformers.utils.logging import disable_progress_bar
+
     from workers.worker import WorkerOptions, run_worker  # torch, after what may be wrong
+
+    adopt_loggers(_TALKATIVE, logging.ERROR)
+    disable_progress_bar()  # in a log, a line that nobody can read
 
     options = WorkerOptions(device=device, kinds=chosen, parent=parent)
     run_worker(settings.database_url.get_secret_value(), settings, options)

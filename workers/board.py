@@ -51,8 +51,9 @@ def show_result(
 
 
 def _asked(spec: JobSpec) -> list[str]:
+    models = ", ".join(f"`{name}`" for name in spec.models)
     return [
-        f"**Model** `{spec.model}`, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
+        f"**Model** {models}, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
         "",
         f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} trials"
         f"{f' in each of {spec.islands} islands' if spec.islands > 1 else ''}, seed {spec.seed}, "
@@ -131,8 +132,8 @@ def confirmed_plot(
     return figure
 
 
-def error_plot(errors: Mapping[str, float]) -> "go.Figure":
-    """The relative error of each linear, by kind and block."""
+def error_plot(errors: Mapping[str, float], model: str = "") -> "go.Figure":
+    """The relative error of each linear, by kind and block; of ``model``, if there are several."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -148,7 +149,7 @@ def error_plot(errors: Mapping[str, float]) -> "go.Figure":
             name=kind,
         )
     figure.update_layout(
-        title="Error of each layer with the best configuration",
+        title="Error of each layer with the best configuration" + (f", {model}" if model else ""),
         xaxis={"title": "block"},
         yaxis={"title": "error / energy of the output", "type": "log"},
     )

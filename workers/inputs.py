@@ -11,7 +11,8 @@ import torch
 
 from pho_service.access import Access, check_data_file
 from pho_service.errors import BundleError, TextError
-from pho_service.job_spec import CalibrationSpec, JobSpec
+from pho_service.job_fields import CalibrationSpec
+from pho_service.job_spec import JobSpec
 from pho_service.jobs.rating import ReportText
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.loading import LanguageModel, load_model

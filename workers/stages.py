@@ -5,38 +5,35 @@ The stages of a job. Each can be done again after a crash, and takes up what is 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from torch import Tensor
 
 from pho_service.configuration import Confirmation
-from pho_service.errors import NumericalError, PhoError
+from pho_service.errors import NumericalError
 from pho_service.job_spec import JobSpec
+from pho_service.jobs.joint_search import joint_provenance, rate_jointly, with_each_model
 from pho_service.jobs.rating import Comparison, comparing_pays, rate_pruned
-from pho_service.jobs.search import objective_function
+from pho_service.jobs.search import compared_with_cold, objective_function
 from pho_service.jobs.validate import rate_by_all_proxies
-from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.report.layers import layer_cells
 from pho_service.search.result import describe_study, search_result
 from pho_service.search.search import (
     Divergences,
     Evaluate,
-    Outcome,
     RatedCandidate,
-    SearchPlan,
     best_by_divergence,
     finalists,
     measure_once,
     ranked,
-    run_search,
 )
 from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
+from pho_service.search.warm_start import Saving
 from pho_service.spec import Candidate, Coefficients, Objective, Scope, Steps
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
@@ -44,32 +41,14 @@ from storage.states import StageKind
 from storage.studies import open_storage, open_study, study_name
 from workers.board import confirmed_plot, error_plot, show_result, show_search
 from workers.inputs import Inputs
+from workers.island_search import IslandSearch, written
+from workers.transfers import transfer_stage
+from workers.warm_start import started, warmed
+from workers.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 VALIDATION = 10_000_000  # perplexities of a validation have numbers from here, trials below
-LOOK_EVERY_S = 1.0  # between two looks at whether the job may go on
-
-
-class HandBack(Exception):
-    """The stage is put down unfinished: its job may not work now, or the worker stops."""
-
-
-class TrialsFailed(PhoError):
-    """
-    More trials failed than the job allows.
-
-    Attributes:
-        candidate: That failed last: method and coefficients.
-    """
-
-    def __init__(self, message: str, *, candidate: Candidate) -> None:
-        super().__init__(message)
-        self.candidate = _written(candidate)
-
-
-class _TimeIsUp(Exception):
-    """A search has used up its time; what it has found so far counts."""
 
 
 class Stages:
@@ -97,6 +76,10 @@ class Stages:
             PhoError: The user can act on it; another attempt does not help.
             Exception: Anything else; another attempt may help.
         """
+        watch = Watch(self.store, claim, self.stopping)
+        if claim.stage.kind is StageKind.TRANSFER:
+            transfer_stage(self.store, self.inputs, claim, watch)
+            return
         run = {
             StageKind.CALIBRATE: self._calibrate,
             StageKind.SEARCH: self._search,
@@ -104,54 +87,72 @@ class Stages:
             StageKind.PERPLEXITY: self._perplexity,
             StageKind.FINISH: self._finish,
         }[claim.stage.kind]
-        run(claim, JobSpec.model_validate(claim.job.spec), _Watch(self.store, claim, self.stopping))
+        run(claim, JobSpec.model_validate(claim.job.spec), watch)
 
     @property
     def _database(self) -> Database:
         return self.store.database
 
-    def _calibrate(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
-        bundle = self.inputs.calibrate(spec, watch.progress)
+    def _calibrate(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
+        mine = spec.of_model(claim.stage.number)
+        bundle = self.inputs.calibrate(mine, watch.progress)
         for layer in bundle.layers:
             spec.pruning().check_width(layer.in_features, layer.name)
         if spec.confirm is not None:
-            self.inputs.confirmation_text(spec)  # fails now rather than after the search
-        islands = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)]
-        self.store.complete(claim, {"provenance": bundle.provenance}, add=islands)
-
-    def _search(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
-        island = claim.stage.number
-        bundle = self._bundle(claim.job, spec, watch)
-        model = text = calibration = None
-        if spec.objective.name == "perplexity":
-            model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
-            calibration = self._calibration(spec, spec.plan(island).steps)
-        rate = objective_function(
-            spec.request(island).objective,
-            bundle,
-            model,
-            text,
-            str(self.inputs.device),
-            calibration,
+            self.inputs.confirmation_text(mine)  # fails now rather than after the search
+        self.store.complete(
+            claim,
+            {"provenance": bundle.provenance},
+            then=[NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)],
+            spec=warmed(self._database, claim.job, spec, bundle.provenance.get("model", {})),
         )
-        search = _Search(self.store, claim, spec, watch)
+
+    def _search(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
+        island = claim.stage.number
+        rate = self._rating(claim.job, spec, island, watch)
+        search = IslandSearch(self.store, claim, spec, watch)
         with open_storage(self._database.studies_url) as storage:
             name = study_name(claim.job.name, island)
             study = open_study(storage, name, direction=spec.plan(island).direction)
-            describe_study(study, spec.request(island), spec.plan(island), bundle.provenance)
+            describe_study(study, spec.request(island), spec.plan(island), _provenance(claim.job))
             show_search(study, spec)
             while True:
                 search.run(storage, study, spec.plan(island), rate)
+                saving = compared_with_cold(
+                    spec.request(island),
+                    spec.plan(island),
+                    ranked(study, spec.plan(island)),
+                    rate,
+                    watch.progress,
+                )
                 if self.store.complete(
                     claim,
-                    {"trials": search.done, "out_of_time": search.out_of_time},
+                    {
+                        "trials": search.done,
+                        "out_of_time": search.out_of_time,
+                        **({} if saving is None else {"saving": saving.to_dict()}),
+                    },
                     then=[NewStage(kind=StageKind.CONFIRM)],
                     trials=None if search.out_of_time else spec.trials,
                 ):
                     return
                 spec = JobSpec.model_validate(self.store.get(claim.job.id).spec)  # extended
 
-    def _confirm(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
+    def _rating(self, job: Job, spec: JobSpec, island: int, watch: Watch) -> Evaluate:
+        """What the candidates of a search are rated by."""
+        objective = spec.request(island).objective
+        device = str(self.inputs.device)
+        bundles = self._bundles(job, spec, watch)
+        if spec.more_models:
+            evaluators = {name: ProxyEvaluator(each, device) for name, each in bundles.items()}
+            return rate_jointly(evaluators, spec.pruning(), objective)
+        model = text = calibration = None
+        if objective.name == "perplexity":
+            model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
+            calibration = self._calibration(spec, spec.plan(island).steps)
+        return objective_function(objective, bundles[spec.model], model, text, device, calibration)
+
+    def _confirm(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         watch.look()
         chosen: list[RatedCandidate] = []
         compared = Divergences()
@@ -175,7 +176,7 @@ class Stages:
         )
 
     def _compared(
-        self, claim: Claim, spec: JobSpec, watch: "_Watch", chosen: Sequence[RatedCandidate]
+        self, claim: Claim, spec: JobSpec, watch: Watch, chosen: Sequence[RatedCandidate]
     ) -> Divergences:
         """
         How far candidates are from the dense model; nothing where that saves no perplexity.
@@ -210,11 +211,11 @@ class Stages:
                         fence=lambda: self.store.fence(claim, storage),
                     )
                 except NumericalError as error:
-                    failed = _written(rated.candidate)
+                    failed = written(rated.candidate)
                     raise NumericalError(str(error), layer=error.layer, candidate=failed) from error
         return Divergences(by_number=divergences, tokens=compare.tokens)
 
-    def _perplexity(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
+    def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         written = (claim.stage.params or {})["candidate"]
         candidate = Candidate(
             method=written["method"],
@@ -245,13 +246,14 @@ class Stages:
         }
         self.store.complete(claim, result, then=[NewStage(kind=StageKind.FINISH)])
 
-    def _finish(self, claim: Claim, spec: JobSpec, watch: "_Watch") -> None:
+    def _finish(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         job = claim.job
         rated = self._rated(job, spec)
         measured, confirmation, compared = self._measured(job, spec, rated)
         searches = [s.result or {} for s in job.of_kind(StageKind.SEARCH)]
         finished = sum(int(s["trials"]) for s in searches)
         out_of_time = any(s["out_of_time"] for s in searches)
+        saving = searches[0].get("saving")  # of the first island
         ended = finished < spec.trials * spec.islands and not out_of_time
         result = search_result(
             spec.request(0),
@@ -263,7 +265,10 @@ class Stages:
             confirmation,
             compared,
             ended_after=finished if ended else None,
+            saving=None if saving is None else Saving(**saving),
         )
+        if spec.more_models:
+            result = with_each_model(result, self._relative(job, spec, rated[0]))
         configuration = result.configuration
         if spec.islands > 1:
             winner = measured[0][1] if measured else rated[0]
@@ -281,20 +286,29 @@ class Stages:
         if out_of_time:
             search = {**configuration.search, "timeout_s": spec.timeout_s, "finished": finished}
             configuration = configuration.model_copy(update={"search": search})
-        bundle = self._bundle(job, spec, watch)
-        evaluator = ProxyEvaluator(bundle, str(self.inputs.device))
-        errors = error_plot(evaluator.layer_errors(configuration.candidate()))
+        bundles = self._bundles(job, spec, watch)
+        bundle = bundles[spec.model]
+        errors, layers = {}, {}
+        for number, (name, each) in enumerate(bundles.items()):
+            evaluator = ProxyEvaluator(each, str(self.inputs.device))
+            of_layers = evaluator.layer_errors(configuration.candidate())
+            errors[f"errors-{number}" if number else "errors"] = error_plot(
+                of_layers, name if spec.more_models else ""
+            )
+            cells = layer_cells(of_layers, evaluator.layer_sparsities(configuration.candidate()))
+            layers[name] = [cell.to_list() for cell in cells]
         with open_storage(self._database.studies_url) as storage:
             for island in range(spec.islands):
                 study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
                 here = [(p, r) for p, r in measured if r.number % spec.islands == island]
-                plots = {"errors": errors, "confirmed": confirmed_plot(configuration, here)}
+                plots = {**errors, "confirmed": confirmed_plot(configuration, here)}
                 with self.store.fence(claim, storage):
                     show_result(study, spec, configuration, here, plots)
-        warnings, found = result.warnings, {}
+        warnings = [*result.warnings, *started(spec, configuration)]
+        found: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
             judged = self._validated(job, spec, bundle)
-            found = {"validation": {name: asdict(q) for name, q in judged.items()}}
+            found["validation"] = {name: asdict(q) for name, q in judged.items()}
             doubt = verdict(Objective().label, judged[Objective().label])
             warnings = [*warnings, *([doubt] if doubt else [])]
         self.store.succeed(
@@ -317,8 +331,25 @@ class Stages:
         needed = steps.needs_text or spec.stream
         return self.inputs.calibration_text(spec).calibration if needed else None
 
-    def _bundle(self, job: Job, spec: JobSpec, watch: "_Watch") -> ProxyBundle:
-        return self.inputs.bundle(spec, str(_provenance(job)["key"]), watch.progress)
+    def _bundle(self, job: Job, spec: JobSpec, watch: Watch) -> ProxyBundle:
+        """Of a job's only model."""
+        return self._bundles(job, spec, watch)[spec.model]
+
+    def _bundles(self, job: Job, spec: JobSpec, watch: Watch) -> dict[str, ProxyBundle]:
+        """Of all models of a job."""
+        return {
+            name: self.inputs.bundle(spec.of_model(i), str(provenance["key"]), watch.progress)
+            for i, (name, provenance) in enumerate(zip(spec.models, _provenances(job), strict=True))
+        }
+
+    def _relative(self, job: Job, spec: JobSpec, best: RatedCandidate) -> dict[str, float]:
+        """The proxy of a candidate on each model, RIA's being 1."""
+        number, island = divmod(best.number, spec.islands)
+        with open_storage(self._database.studies_url) as storage:
+            study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
+            (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == number)
+            relative: dict[str, float] = trial.user_attrs["relative_to_ria"]
+            return relative
 
     def _rated(self, job: Job, spec: JobSpec) -> list[RatedCandidate]:
         """
@@ -382,130 +413,16 @@ def _random(spec: JobSpec) -> list[Candidate]:
 
 def _measurement(number: int, candidate: Candidate) -> NewStage:
     """A stage that measures the perplexity of a candidate."""
-    params = {"candidate": _written(candidate)}
+    params = {"candidate": written(candidate)}
     return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
 
 
-def _written(candidate: Candidate) -> dict[str, Any]:
-    """A candidate of a job as JSON values."""
-    return {
-        "method": candidate.method,
-        "coefficients": candidate.coefficients.to_dict(),
-        "scope": candidate.pattern.scope.value,
-        "steps": candidate.steps.to_dict(),
-    }
+def _provenances(job: Job) -> list[dict[str, Any]]:
+    """What the calibration of each model wrote down."""
+    return [(stage.result or {})["provenance"] for stage in job.of_kind(StageKind.CALIBRATE)]
 
 
 def _provenance(job: Job) -> dict[str, Any]:
-    """What the calibration wrote down."""
-    (calibrated,) = job.of_kind(StageKind.CALIBRATE)
-    provenance: dict[str, Any] = (calibrated.result or {})["provenance"]
-    return provenance
-
-
-class _Watch:
-    """Looks now and then whether a stage may go on."""
-
-    def __init__(self, store: JobStore, claim: Claim, stopping: threading.Event) -> None:
-        self._store = store
-        self._claim = claim
-        self._stopping = stopping
-        self._looked = time.monotonic()
-
-    def look(self, *, now: bool = False) -> None:
-        """Raise HandBack if it may not."""
-        if self._stopping.is_set():
-            raise HandBack
-        if now or time.monotonic() - self._looked > LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            if not self._store.watch(self._claim).may_work:
-                raise HandBack
-
-    @contextmanager
-    def progress(self, title: str, steps: int) -> Iterator[Advance]:
-        """For long work: each step looks."""
-        logger.info("%s", title, extra={"job": str(self._claim.job.id), "steps": steps})
-        yield lambda _: self.look()
-
-
-class _Search:
-    """One island's search, watched and counted."""
-
-    def __init__(self, store: JobStore, claim: Claim, spec: JobSpec, watch: _Watch) -> None:
-        self._store = store
-        self._claim = claim
-        self._spec = spec
-        self._watch = watch
-        self._began = time.monotonic()
-        self._best = claim.stage.best_value
-        self._failed = 0
-        self._fresh = False
-        self.done = 0
-        self.out_of_time = False
-
-    @property
-    def _elapsed_s(self) -> float:
-        return self._claim.stage.elapsed_s + time.monotonic() - self._began
-
-    def run(
-        self, storage: RDBStorage, study: optuna.Study, plan: SearchPlan, rate: Evaluate
-    ) -> None:
-        """Bring the study to the plan's trials, or to the end of the time."""
-        self.done = 0
-        self._failed = sum(
-            t.state is optuna.trial.TrialState.FAIL for t in study.get_trials(deepcopy=False)
-        )
-        try:
-            run_search(
-                study,
-                plan,
-                self._evaluate(plan, rate),
-                self._advance,
-                fence=lambda: self._store.fence(self._claim, storage),
-            )
-        except _TimeIsUp:
-            self.out_of_time = True
-
-    def _evaluate(self, plan: SearchPlan, rate: Evaluate) -> Evaluate:
-        better = min if plan.direction == "minimize" else max
-
-        def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
-            # Proxies rate a generation at once, in milliseconds; a perplexity takes seconds.
-            slow = self._spec.objective.name == "perplexity"
-            outcomes = []
-            for some in [[each] for each in candidates] if slow else [candidates]:
-                self._watch.look()
-                limit = self._spec.timeout_s
-                if limit is not None and self.done and self._elapsed_s > limit:
-                    raise _TimeIsUp
-                outcomes += rate(some)
-            values = [o.value for o in outcomes if o.value is not None]
-            known = [] if self._best is None else [self._best]
-            self._best = better([*known, *values], default=None)
-            self._check_failures(candidates, outcomes)
-            self._fresh = True
-            return outcomes
-
-        return evaluate
-
-    def _check_failures(self, candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> None:
-        failed = [i for i, outcome in enumerate(outcomes) if outcome.value is None]
-        self._failed += len(failed)
-        if failed and self._failed > self._spec.max_failed_trials:
-            last = failed[-1]
-            raise TrialsFailed(
-                f"{self._failed} trials failed, more than max_failed_trials="
-                f"{self._spec.max_failed_trials}. The last: {outcomes[last].failure}",
-                candidate=candidates[last],
-            )
-
-    def _advance(self, count: int) -> None:
-        self.done += count
-        if not self._fresh:  # a trial of an earlier attempt
-            return
-        self._fresh = False
-        state = self._store.progress(
-            self._claim, done=self.done, elapsed_s=self._elapsed_s, best_value=self._best
-        )
-        if not state.may_work:
-            raise HandBack
+    """The same of all models together."""
+    provenances = _provenances(job)
+    return provenances[0] if len(provenances) == 1 else joint_provenance(provenances)

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import procrastinate
@@ -22,12 +23,20 @@ import torch
 from procrastinate import BaseRetryStrategy, JobContext, RetryDecision
 from procrastinate.jobs import Job as QueueEntry
 from procrastinate.jobs import Status
-from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_after_delay
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+)
 from tenacity.wait import wait_exponential
 
 from pho_service.access import Access
 from pho_service.errors import PhoError
+from pho_service.logs import about
 from pho_service.settings import Settings
+from pho_service.tracing import span
 from storage.database import Database
 from storage.jobs import Claim, JobStore, LostClaim
 from storage.queue import TASK
@@ -36,7 +45,8 @@ from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore
 from workers.devices import take_device
 from workers.inputs import Inputs
-from workers.stages import HandBack, Stages
+from workers.stages import Stages
+from workers.watch import HandBack
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +127,7 @@ class _Worker:
         self._options = options
         self._store = JobStore(database)
         self._stopping = threading.Event()
+        self._entered = False  # once the tables are there
         self._inputs = inputs
         self._stages = Stages(self._store, inputs, self._stopping)
 
@@ -125,30 +136,37 @@ class _Worker:
         working = asyncio.create_task(self._work_through_outages())
         beating = asyncio.create_task(self._beat(working))
 
-        def stop() -> None:
-            self._stopping.set()
-            working.cancel()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+        # The loop's own handlers would be gone before the process is: a late SIGTERM would kill it.
+        _on_signals(lambda *_: loop.call_soon_threadsafe(self._stop, working))
         try:
             await working
         except asyncio.CancelledError:
             logger.info("stopped")
         finally:
+            _on_signals(signal.SIG_IGN)
             beating.cancel()
             try:
-                self._store.remove_worker(self._id)
+                if self._entered:
+                    self._store.remove_worker(self._id)
             except StorageError:
                 logger.warning("the database is away: the worker's entry stays until it is stale")
+
+    def _stop(self, working: "asyncio.Task[None]") -> None:
+        """Once: told again, procrastinate would forget the stage that is being handed back."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            working.cancel()
 
     async def _work_through_outages(self) -> None:
         """Take entries out of the queue; when the database goes, wait for it to come back."""
         outage = (DatabaseGone, procrastinate.exceptions.ConnectorException)
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(outage), wait=wait_exponential(multiplier=0.2, max=5)
+            retry=retry_if_exception_type(outage),
+            wait=wait_exponential(multiplier=0.2, max=5),
+            before_sleep=_say_why,
         ):
             with attempt:
+                await asyncio.to_thread(self._database.check_migrated)
                 await self._work()
                 if not self._stopping.is_set():
                     raise DatabaseGone("the queue's listener was cut off")
@@ -166,6 +184,7 @@ class _Worker:
             raise DatabaseGone(str(error)) from error
         try:
             await asyncio.to_thread(self._enter)
+            self._entered = True
             logger.info("working on %s", ", ".join(self._options.kinds))
             await app.run_worker_async(
                 queues=[*self._options.kinds, UPKEEP],
@@ -201,15 +220,31 @@ class _Worker:
                 assert entry.id is not None
                 logger.warning("stage of a dead worker comes again", extra={"entry": entry.id})
                 await asyncio.to_thread(self._store.give_again, entry.id)
-                await app.job_manager.finish_job(entry, Status.FAILED, delete_job=True)
+                try:
+                    await app.job_manager.finish_job(entry, Status.FAILED, delete_job=True)
+                except procrastinate.exceptions.ConnectorException as error:
+                    # Another worker was faster; after an outage, the entry is found again.
+                    logger.info(
+                        "entry %d was not taken out: %s", entry.id, error.__cause__ or error
+                    )
 
     def _run_stage(self, stage_id: int, queue_id: int) -> None:
         """Do what an entry of the queue stands for."""
         claim = self._store.claim(stage_id, queue_id, self._id)
         if claim is None:
             return
-        fields = {"job": str(claim.job.id), "stage": claim.stage.kind, "attempt": claim.attempt}
-        logger.info("%s of job %s begins", claim.stage.kind, claim.job.id, extra=fields)
+        fields: dict[str, str | int] = {
+            "job": str(claim.job.id),
+            "stage": claim.stage.kind.value,
+            "number": claim.stage.number,
+            "attempt": claim.attempt,
+            "worker": _name(),
+        }
+        with about(**fields), span(claim.stage.kind.value, **fields):
+            self._run_claimed(claim)
+
+    def _run_claimed(self, claim: Claim) -> None:
+        logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
         after_s = 0.0
         try:
             self._stages.run(claim)
@@ -229,7 +264,7 @@ class _Worker:
             described = _described(error, claim)
             report = functools.partial(self._store.fail, claim, described, retry=True)
         else:
-            logger.info("%s of job %s done", claim.stage.kind, claim.job.id, extra=fields)
+            logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
             return
         if self._when_possible(report):
             raise Again(after_s)
@@ -252,7 +287,7 @@ class _Worker:
     def _enter(self) -> None:
         self._store.enter_worker(
             self._id,
-            name=f"{platform.node()}:{os.getpid()}",
+            name=_name(),
             device=_device_name(self._inputs.device),
             kinds=self._options.kinds,
         )
@@ -263,13 +298,28 @@ class _Worker:
             await asyncio.sleep(min(self._settings.heartbeat_s, 2.0))
             if self._options.parent and os.getppid() != self._options.parent:
                 logger.warning("the process that started this worker has gone: stopping")
-                self._stopping.set()
-                working.cancel()
+                self._stop(working)
                 return
             try:
-                await asyncio.to_thread(self._enter)
+                if self._entered:
+                    await asyncio.to_thread(self._enter)
             except StorageError as error:
                 logger.warning("no heartbeat: %s", error)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _say_why(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    logger.warning("waiting for the database: %s", state.outcome.exception())
+
+
+def _name() -> str:
+    """Of this worker, as `pho workers` lists it."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,5 +1,5 @@
 """
-The application: operations, errors, keys, and the dashboard behind them.
+The application: pages, operations, errors, keys, and the dashboard behind them.
 """
 
 from collections.abc import AsyncIterator
@@ -9,10 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 
-from pho_service.api import jobs, operations, problems
+from pho_service.api import configurations, front, jobs, operations, problems, report, transfers
 from pho_service.api.dashboard import Dashboard
-from pho_service.api.guard import BodyLimit, KeyGuard
+from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
+from pho_service.api.pages import Pages
+from pho_service.api.requests import RequestLog
 from pho_service.api.service import Service
 from pho_service.documents import Problem
 from pho_service.settings import Settings
@@ -37,7 +40,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         dashboard.close()
         database.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs fetches nothing from elsewhere
         title="PHO",
         summary="Searches pruning coefficients for large language models.",
         version=version("pho-service"),
@@ -45,12 +48,17 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    problems.add_handlers(app, [*jobs.router.routes, *operations.router.routes])
-    app.include_router(jobs.router)
-    app.include_router(operations.router)
+    parts = (front, jobs, report, transfers, configurations, operations)
+    routers = tuple(part.router for part in parts)
+    problems.add_handlers(app, [route for router in routers for route in router.routes])
+    for router in routers:
+        app.include_router(router)
     app.router.default = dashboard  # after our own routes, and their 405s
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(StreamLimit, most=settings.max_streams)
     app.add_middleware(KeyGuard, service=service)
+    app.add_middleware(Pages)
+    app.add_middleware(RequestLog)  # around all others
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way
     return app
 

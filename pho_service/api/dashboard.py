@@ -18,7 +18,7 @@ from storage.studies import StorageError
 
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
-_EXACT = ("/", "/favicon.ico")
+_EXACT = ("/favicon.ico",)
 
 
 class Dashboard:

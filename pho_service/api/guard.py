@@ -1,22 +1,64 @@
 """
-What stands before every operation: keys, and the size of what comes in.
+What stands before every operation: keys, and how much and how often somebody may ask.
 """
 
+import asyncio
 import base64
 import binascii
+import hashlib
 import ipaddress
+import math
+import time
+from collections import Counter
 from urllib.parse import urlsplit
 
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pho_service.api.pages import is_page
 from pho_service.api.problems import database_gone, problem
 from pho_service.api.service import Caller, Service
 from storage.studies import StorageError
 
 OPEN = ("/healthz", "/readyz")  # for those who look after the process
+
+_BODY_S = 30.0  # for a whole body to come, which is small
+_KNOWN = 10_000  # keys that are remembered
+_STREAM_RETRY_S = 5
+
+
+class Rate:
+    """
+    How often each of many may do something in a minute, as this process counts it.
+
+    The minute slides: what was done in the last one counts less the longer ago it is.
+
+    Args:
+        per_minute: 0 is no limit.
+    """
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._item = RateLimitItemPerMinute(max(1, per_minute))
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def count(self, who: str) -> bool:
+        """Count one more; False if it is one too many, which is not counted."""
+        return not self.per_minute or self._limiter.hit(self._item, who)
+
+    def is_spent(self, who: str) -> bool:
+        """Whether one more would be too many."""
+        return bool(self.per_minute) and not self._limiter.test(self._item, who)
+
+    def wait_s(self, who: str) -> int:
+        """Whole seconds until there may be one more."""
+        reset = self._limiter.get_window_stats(self._item, who).reset_time
+        return min(60, max(1, math.ceil(reset - time.time())))
 
 
 class KeyGuard:
@@ -25,12 +67,19 @@ class KeyGuard:
 
     Browsers ask for the latter. As long as no key was ever made and none is
     needed, everybody on this machine may come in, but no web page that some
-    other site has put into a browser here.
+    other site has put into a browser here. Nor may such a page use the key that
+    a browser sends by itself, or one of our forms.
+
+    Nobody may ask too often. After too many wrong keys a host may only use
+    those that were right before: others behind the same address work on.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
+        self._requests = Rate(service.settings.max_requests_per_minute)
+        self._wrong_keys = Rate(service.settings.max_wrong_keys_per_minute)
+        self._known: set[bytes] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -38,11 +87,24 @@ class KeyGuard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        secret = _secret(headers.get("authorization", ""))
+        secret, host = _secret(headers.get("authorization", "")), host_of(scope)
+        # Who is not known yet is counted before the database is asked.
+        if secret is None and not self._requests.count(host):
+            await self._too_often(host)(scope, receive, send)
+            return
+        known = secret is not None and _digest(secret) in self._known
+        if secret is not None and not known and self._wrong_keys.is_spent(host):
+            await self._too_many_wrong_keys(host)(scope, receive, send)
+            return
         try:
             caller = await run_in_threadpool(self._caller, secret)
         except StorageError as error:
             await database_gone(error)(scope, receive, send)
+            return
+        if secret is not None:
+            self._remember(secret, host, right=caller is not None)
+        if caller is not None and caller.key_id and not self._requests.count(str(caller.key_id)):
+            await self._too_often(str(caller.key_id))(scope, receive, send)
             return
         if caller is None:
             scheme = "Bearer" if scope["path"].startswith("/v1") else 'Basic realm="PHO"'
@@ -52,6 +114,15 @@ class KeyGuard:
                 else "This key is not known, or was revoked. `pho keys create` makes a new one."
             )
             answer = problem(401, "no_key", detail, headers={"WWW-Authenticate": scheme})
+            await answer(scope, receive, send)
+            return
+        if not _is_bearer(headers) and not _from_own_page(headers, scope):
+            answer = problem(
+                403,
+                "other_site",
+                "A page of another site has sent this. Use the forms of this service, or send the "
+                "key as Authorization: Bearer KEY.",
+            )
             await answer(scope, receive, send)
             return
         if caller.key_id is None and not _from_here(headers, scope["method"]):
@@ -69,10 +140,56 @@ class KeyGuard:
     def _caller(self, secret: str | None) -> Caller | None:
         if secret is not None:
             key = self.service.keys.find(secret)
-            return None if key is None else Caller(key_id=key.id, sees_all=key.sees_all)
+            if key is None:
+                return None
+            return Caller(key_id=key.id, sees_all=key.sees_all, key_prefix=key.prefix)
         if self.service.keys_needed or self.service.keys.exist():
             return None
         return Caller(key_id=None, sees_all=True)
+
+    def _remember(self, secret: str, host: str, *, right: bool) -> None:
+        if not right:
+            self._known.discard(_digest(secret))  # revoked
+            self._wrong_keys.count(host)
+            return
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known.add(_digest(secret))
+
+    def _too_often(self, who: str) -> ASGIApp:
+        return problem(
+            429,
+            "too_many_requests",
+            f"More than {self._requests.per_minute} requests in a minute, the most for one key, "
+            "or one host without. Wait as Retry-After says; the operator sets "
+            "PHO_MAX_REQUESTS_PER_MINUTE.",
+            headers={"Retry-After": str(self._requests.wait_s(who))},
+        )
+
+    def _too_many_wrong_keys(self, host: str) -> ASGIApp:
+        return problem(
+            429,
+            "too_many_wrong_keys",
+            f"More than {self._wrong_keys.per_minute} wrong keys in a minute came from your host. "
+            "Wait as Retry-After says; the operator sets PHO_MAX_WRONG_KEYS_PER_MINUTE.",
+            headers={"Retry-After": str(self._wrong_keys.wait_s(host))},
+        )
+
+
+def host_of(scope: Scope) -> str:
+    """The address of who asks; of IPv6 the network, for one host has as many as it likes."""
+    name = str((scope.get("client") or [""])[0])
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:  # a socket without addresses
+        return name
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
+    return str(address)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode(errors="replace")).digest()
 
 
 def _secret(authorization: str) -> str | None:
@@ -86,6 +203,29 @@ def _secret(authorization: str) -> str | None:
             return ""
         return decoded.partition(":")[2]
     return authorization or None
+
+
+def _is_bearer(headers: Headers) -> bool:
+    """Whether a program has sent its key on purpose, which no browser does by itself."""
+    return headers.get("authorization", "").lower().startswith("bearer ")
+
+
+def _from_own_page(headers: Headers, scope: Scope) -> bool:
+    """
+    Whether a browser, if it is one, was told by a page of this service to change something.
+
+    As net/http's CrossOriginProtection of Go does it: browsers say so themselves where the
+    connection is secure or local, and name the page's origin otherwise. Where no key is needed,
+    only our forms ask for it, which any page could send; JSON is refused by ``_from_here``.
+    """
+    keyless = "authorization" not in headers
+    if scope["method"] in ("GET", "HEAD") or (keyless and not is_page(scope["path"])):
+        return True
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
 
 def _from_here(headers: Headers, method: str) -> bool:
@@ -116,12 +256,47 @@ def is_local(host: str) -> bool:
         return False
 
 
-class BodyLimit:
-    """Refuses bodies that are too large, before they are read into memory."""
+class StreamLimit:
+    """Refuses event streams of a caller who has as many open as one may have."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app = app
+        self.most = most
+        self._open: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or not scope["path"].endswith("/events"):
+            await self.app(scope, receive, send)
+            return
+        key_id = scope["state"]["caller"].key_id
+        who = str(key_id) if key_id else host_of(scope)
+        if self._open[who] >= self.most:
+            answer = problem(
+                429,
+                "too_many_streams",
+                f"You have {self.most} streams of events open, the most for one key, or one host "
+                "without. Close some; the operator sets PHO_MAX_STREAMS.",
+                headers={"Retry-After": str(_STREAM_RETRY_S)},
+            )
+            await answer(scope, receive, send)
+            return
+        self._open[who] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._open[who] -= 1
+            if not self._open[who]:
+                del self._open[who]
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, before they are read into memory, or come too slowly."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float = _BODY_S) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_s = max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -132,11 +307,18 @@ class BodyLimit:
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
             await self._refusal()(scope, receive, send)
             return
-        taken = 0
+        taken, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.max_s
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, complete
+            try:
+                async with asyncio.timeout_at(None if complete else deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"The body did not come within {self.max_s:g} seconds. Send it at once."
+                raise HTTPException(408, detail, headers={"Connection": "close"}) from None
+            complete = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:
                 raise HTTPException(413, self._detail())

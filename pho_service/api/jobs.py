@@ -6,34 +6,35 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 from uuid import UUID
 
 import optuna
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from pho_service.api.problems import documented, problem
-from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
+from pho_service.api.problems import RETRY_AFTER_S, documented, wrong_parameter
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.submission import enter
 from pho_service.documents import (
-    Best,
     Job,
-    JobError,
     JobPage,
-    Progress,
-    ProxyQuality,
     State,
     Trial,
     TrialPage,
 )
-from pho_service.job_spec import MAX_TRIALS, JobSpec
+from pho_service.job_fields import MAX_TRIALS
+from pho_service.job_spec import JobSpec
 from storage import jobs as stored
-from storage.states import JobState, StageKind, StageState
-from storage.studies import open_storage, study_name
+from storage.states import JobState, StageKind
+from storage.studies import DatabaseGone, open_storage, study_name
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -62,7 +63,7 @@ class Extension(BaseModel):
     trials: int = Field(ge=1, le=MAX_TRIALS, description="More, for each island.")
 
 
-@router.post("", status_code=202, response_model=Job, responses=documented(413, 422, 429))
+@router.post("", status_code=202, response_model=Job, responses=documented(413, 422))
 def submit(
     spec: JobSpec,
     service: ServiceParam,
@@ -71,20 +72,30 @@ def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Submit a search job. The answer comes at once; the job goes on by itself."""
+    job = take(spec, service, caller, idempotency_key)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return describe(job)
+
+
+def take(
+    spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
+) -> stored.Job:
+    """
+    Store the job of a document, if it names nothing but what jobs may name here, and is no larger.
+
+    Raises:
+        FieldError: It does; names the field.
+        IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
+    """
     spec.check_access(service.access)
-    job, _ = service.jobs.submit(
-        spec.model_dump(),
-        name=spec.title,
-        first=stored.NewStage(kind=StageKind.CALIBRATE, lock=spec.calibration_key),
-        priority=spec.priority,
-        trials=spec.trials,
-        max_attempts=spec.max_attempts,
+    spec.check_size(service.limits)
+    return enter(
+        service.jobs,
+        spec,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         max_unfinished=service.settings.max_unfinished_jobs,
     )
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return describe(job)
 
 
 @router.get("", response_model=JobPage, responses=documented(422))
@@ -96,18 +107,21 @@ def list_jobs(
     page_token: PageToken = None,
 ) -> JobPage:
     """List jobs, newest first."""
+    found, token = page_of(service, caller, state or (), page_size, page_token)
+    return JobPage(jobs=[describe(job) for job in found], next_page_token=token)
+
+
+def page_of(
+    service: Service, caller: Caller, states: Sequence[str], size: int, token: str | None
+) -> tuple[list[stored.Job], str | None]:
+    """The jobs of a page, newest first, and the token of the next page if there is one."""
     found = service.jobs.page(
         visible_to=caller.visible_to,
-        states=[JobState(s) for s in state or ()],
-        before=_decode(page_token),
-        limit=page_size + 1,
+        states=[JobState(s) for s in states],
+        before=_decode(token),
+        limit=size + 1,
     )
-    more = len(found) > page_size
-    found = found[:page_size]
-    return JobPage(
-        jobs=[describe(job) for job in found],
-        next_page_token=_encode(found[-1].number) if more else None,
-    )
+    return found[:size], _encode(found[size - 1].number) if len(found) > size else None
 
 
 @router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
@@ -125,9 +139,9 @@ def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
         service.jobs.deleting(job_id, visible_to=caller.visible_to) as job,
         open_storage(service.database.studies_url) as storage,
     ):
-        for island in range(int(job.spec["islands"])):
+        for name in study_names(job):
             try:
-                optuna.delete_study(study_name=study_name(job.name, island), storage=storage)
+                optuna.delete_study(study_name=name, storage=storage)
             except KeyError:  # it never began, or was deleted by a deletion that was cut off
                 continue
 
@@ -159,17 +173,21 @@ _verb("resume", "Go on with a job that is paused or has failed, from what is sto
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
     """Give a search more trials: the result is that of a job that had them from the start."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    check_search(job)
+    spec = JobSpec.model_validate(job.spec)
+    spec.check_size(service.limits, more_trials=extension.trials)
     job = service.jobs.ask(
         job_id,
         "extend",
         visible_to=caller.visible_to,
         trials=extension.trials,
-        max_trials=MAX_TRIALS,
+        max_trials=min(MAX_TRIALS, service.limits.trials // spec.islands),  # at the same time, too
     )
     return describe(job)
 
 
-@router.get("/{job_id:uuid}/trials", response_model=TrialPage, responses=documented(404, 422))
+@router.get("/{job_id:uuid}/trials", response_model=TrialPage, responses=documented(404, 409, 422))
 def trials(
     job_id: UUID,
     service: ServiceParam,
@@ -178,11 +196,12 @@ def trials(
     page_size: PageSize = 100,
     page_token: PageToken = None,
 ) -> TrialPage:
-    """List the trials of one island by number."""
+    """List the trials of one island of a search by number."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    islands = int(job.spec["islands"])
-    if island >= islands:
-        raise _wrong_parameter("island", f"must be below {islands}, the islands of the job")
+    check_search(job)
+    count = islands(job)
+    if island >= count:
+        raise wrong_parameter("island", f"must be below {count}, the islands of the job")
     after = _decode(page_token)
     first = 0 if after is None else after + 1
     with open_storage(service.database.studies_url) as storage:
@@ -203,7 +222,7 @@ def trials(
             state="complete" if t.value is not None else "failed",
             method=t.user_attrs["method"],
             value=t.value,
-            perplexity=measured.get(t.number * islands + island),
+            perplexity=measured.get(t.number * count + island),
             scope=t.user_attrs["scope"],
             coefficients=t.user_attrs["coefficients"],
             failure=t.user_attrs.get("failure"),
@@ -227,15 +246,8 @@ def trials(
 def best(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Get the best configuration: the config.json that `pho search` writes."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    if job.best is None:
-        return problem(
-            409,
-            "no_configuration",
-            f"The job is {job.state} and has no configuration yet. Its progress shows the best "
-            "value so far.",
-            state=job.state,
-        )
-    return Response(json.dumps(job.best, indent=2) + "\n", media_type="application/json")
+    text = json.dumps(configuration_of(job), indent=2) + "\n"
+    return Response(text, media_type="application/json")
 
 
 @router.get(
@@ -262,8 +274,13 @@ async def events(
     async def stream() -> AsyncIterator[ServerSentEvent]:
         after = last_event_id or 0
         while not await request.is_disconnected():
-            job = await run_in_threadpool(_unless_deleted, service, job_id)
-            found = await run_in_threadpool(service.jobs.events, job_id, after=after)
+            try:
+                job = await run_in_threadpool(_unless_deleted, service, job_id)
+                found = await run_in_threadpool(service.jobs.events, job_id, after=after)
+            except DatabaseGone as error:
+                logger.warning("a stream of events waits for the database: %s", error)
+                await asyncio.sleep(RETRY_AFTER_S)
+                continue
             for event in found:
                 after = event.id
                 data = {**event.data, "at": event.created_at.isoformat()}
@@ -283,85 +300,6 @@ def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.Job | None:
         return None
 
 
-def describe(job: stored.Job) -> Job:
-    """A job as the API shows it."""
-    best = None
-    if job.best is not None:
-        confirmation = job.best.get("confirmation") or {}
-        best = Best(
-            method=job.best["method"],
-            objective=job.best["objective"].get("value"),
-            perplexity=confirmation.get("perplexity"),
-        )
-    return Job(
-        id=job.id,
-        name=job.name,
-        state=job.state.value,
-        stage=None if job.stage is None else job.stage.value,
-        priority=job.priority,
-        progress=_progress(job),
-        best=best,
-        validation=_validation(job),
-        error=None if job.error is None else JobError.model_validate(job.error),
-        warnings=job.warnings or [],
-        created_at=job.created_at,
-        started_at=job.started_at,
-        finished_at=job.finished_at,
-        spec=job.spec,
-    )
-
-
-def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
-    for stage in job.of_kind(StageKind.FINISH):
-        found = (stage.result or {}).get("validation")
-        if found is not None:
-            return {name: ProxyQuality.model_validate(q) for name, q in found.items()}
-    return None
-
-
-def _progress(job: stored.Job) -> Progress:
-    searches = job.of_kind(StageKind.SEARCH)
-    perplexities = job.of_kind(StageKind.PERPLEXITY)
-    measured = [s for s in perplexities if s.state is StageState.DONE]
-    values = [s.best_value for s in searches if s.best_value is not None]
-    better = max if job.spec["objective"]["name"] == "gini" else min
-    return Progress(
-        trials_done=sum(s.done for s in searches),
-        trials=job.trials * int(job.spec["islands"]),
-        best_value=better(values, default=None),
-        perplexities_done=len(measured),
-        perplexities=len(perplexities),
-        seconds_left=_seconds_left(job, searches, perplexities, measured),
-    )
-
-
-def _seconds_left(
-    job: stored.Job,
-    searches: list[stored.Stage],
-    perplexities: list[stored.Stage],
-    measured: list[stored.Stage],
-) -> float | None:
-    """How long the present stage takes at its pace so far, with the workers that are at it."""
-    if job.state is not JobState.RUNNING:
-        return None
-    if job.stage is StageKind.SEARCH:
-        done = sum(s.done for s in searches)
-        left = sum(job.trials - s.done for s in searches if s.state is not StageState.DONE)
-        elapsed = sum(s.elapsed_s for s in searches)
-        at_it = searches
-    elif job.stage is StageKind.PERPLEXITY:
-        done = len(measured)
-        left = len(perplexities) - done
-        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
-        at_it = perplexities
-    else:
-        return None
-    if not done:
-        return None
-    workers = max(1, sum(s.state is StageState.RUNNING for s in at_it))
-    return round(elapsed / done * left / workers, 1)
-
-
 def _encode(number: int) -> str:
     return base64.urlsafe_b64encode(str(number).encode()).decode()
 
@@ -374,11 +312,7 @@ def _decode(token: str | None) -> int | None:
     except (binascii.Error, ValueError):
         number = -1
     if not 0 <= number < 2**63:
-        raise _wrong_parameter(
+        raise wrong_parameter(
             "page_token", "is not one of our tokens: leave it out to begin with the first page"
         )
     return number
-
-
-def _wrong_parameter(name: str, rule: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("query", name), "msg": rule, "type": "value_error"}])

@@ -17,7 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
 from pho_service.documents import Problem
-from pho_service.job_spec import FieldError, JobSpec
+from pho_service.job_fields import FieldError
+from pho_service.job_spec import JobSpec
+from pho_service.logs import request_id
+from storage.configurations import NoSuchConfiguration
 from storage.jobs import (
     IdempotencyKeyReused,
     NoSuchJob,
@@ -25,11 +28,29 @@ from storage.jobs import (
     TooManyJobs,
     TooManyTrials,
 )
+from storage.states import JobState
 from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
+TOO_MANY_JOBS = "You have as many unfinished jobs as one key may have. Wait, or cancel some."
+MOST_ERRORS = 100  # of a document: an answer is not many times as large as what it answers
+
+
+class Conflict(Exception):
+    """
+    A job is not one that this can be asked of, or not yet.
+
+    Attributes:
+        code: For programs.
+        state: Of the job.
+    """
+
+    def __init__(self, code: str, detail: str, state: JobState) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.state = state
 
 
 def problem(
@@ -42,7 +63,12 @@ def problem(
 ) -> JSONResponse:
     """An answer that says what went wrong."""
     document = Problem(
-        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code, **more
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id(),
+        **more,
     )
     return JSONResponse(
         document.model_dump(mode="json", exclude_none=True),
@@ -57,8 +83,13 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({401, 403, 503, *statuses})
+        for status in sorted({401, 403, 429, 503, *statuses})
     }
+
+
+def wrong_parameter(name: str, rule: str) -> RequestValidationError:
+    """A parameter of the query breaks a rule that its type does not say."""
+    return RequestValidationError([{"loc": ("query", name), "msg": rule, "type": "value_error"}])
 
 
 def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
@@ -72,20 +103,34 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(RequestValidationError)
     def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [_field_problem(dict(e), _body_model(request)) for e in error.errors()]
+        found = error.errors()
+        errors = [field_problem(dict(e), _body_model(request)) for e in found[:MOST_ERRORS]]
         first = errors[0]
         place = first.get("pointer") or first.get("parameter") or "the body"
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
 
     @app.exception_handler(FieldError)
     def _field(_request: Request, error: FieldError) -> JSONResponse:
         errors = [{"pointer": error.pointer, "detail": str(error)}]
-        return problem(422, "invalid_request", f"{error.pointer}: {error}", errors=errors)
+        place = error.pointer or "the body"
+        return problem(422, error.code, f"{place}: {error}", errors=errors)
+
+    @app.exception_handler(NoSuchConfiguration)
+    def _not_in_library(_request: Request, _error: NoSuchConfiguration) -> JSONResponse:
+        return problem(
+            404,
+            "no_such_configuration",
+            "No configuration has this id. GET /v1/configurations lists them.",
+        )
 
     @app.exception_handler(NoSuchJob)
     def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
         return problem(404, "no_such_job", "No job has this id. GET /v1/jobs lists them.")
+
+    @app.exception_handler(Conflict)
+    def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:
+        return problem(409, error.code, str(error), state=error.state)
 
     @app.exception_handler(StateConflict)
     def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
@@ -110,7 +155,7 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem(
             429,
             "too_many_jobs",
-            "You have as many unfinished jobs as one key may have. Wait, or cancel some.",
+            TOO_MANY_JOBS,
             headers={"Retry-After": "60"},
         )
 
@@ -132,11 +177,6 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if error.status_code == 405:
             headers["Allow"] = ", ".join(sorted(_methods(request, routes)))
         return problem(error.status_code, code, str(error.detail), headers=headers)
-
-    @app.exception_handler(Exception)
-    def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(500, "internal_error", "The server failed; its log says why.")
 
 
 def database_gone(error: Exception) -> JSONResponse:
@@ -170,7 +210,14 @@ def _body_model(request: Request) -> type[BaseModel]:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else JobSpec
 
 
-def _field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
+def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
+    """
+    What pydantic says of a request, in our words.
+
+    Args:
+        error: Of its list; ``loc`` begins with where the value comes from: body, query and so on.
+        body: The document that was wanted.
+    """
     source, *path = error["loc"]
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -9,7 +9,9 @@ from uuid import UUID
 from fastapi import Depends, Request
 
 from pho_service.access import Access
+from pho_service.job_size import JobLimits
 from pho_service.settings import Settings
+from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
@@ -22,11 +24,13 @@ class Caller:
 
     Attributes:
         key_id: The key; None where none is needed.
+        key_prefix: How it begins, for the log.
         sees_all: Whether other keys' jobs are visible.
     """
 
     key_id: UUID | None
     sees_all: bool
+    key_prefix: str | None = None
 
     @property
     def visible_to(self) -> UUID | None:
@@ -47,8 +51,10 @@ class Service:
         self.settings = settings
         self.keys_needed = keys_needed
         self.jobs = JobStore(database)
+        self.configurations = ConfigurationStore(database)
         self.keys = KeyStore(database)
         self.access = Access.of(settings)
+        self.limits = JobLimits.of(settings)
 
 
 def _service(request: Request) -> Service:

@@ -14,26 +14,35 @@ LOCAL_VERBS = {
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),
+    "report": ("report", "Write a job or a study as one page of HTML that needs no network."),
     "validate": ("validate", "Measure how well the proxies rank candidates on a model."),
     "demo": ("demo", "Do all of it on SmolLM2-135M, with texts and settings that are built in."),
     "example": ("example", "Write SmolLM2-135M and three texts to a folder, to try things on."),
 }
 SERVICE_VERBS = {
-    "serve": ("serve", "Serve search jobs over HTTP, with workers and optuna-dashboard."),
+    "serve": ("serve", "Serve search jobs over HTTP, with workers and a dashboard."),
     "worker": ("serve", "Work for a service, from any machine."),
+    "backup": ("backup", "Write all that a service's database holds to one file."),
+    "restore": ("backup", "Fill an empty database with such a file."),
     "keys": ("serve", "Make, list and revoke the keys that let into a service."),
-    "submit": ("remote", "Submit a search job to a service."),
+    "submit": ("submit", "Submit a search job to a service."),
     "jobs": ("remote", "List the jobs of a service."),
     "show": ("remote", "Show a job with its progress."),
     "watch": ("remote", "Wait for a job, with progress bars."),
     "best": ("remote", "Get the best configuration of a job."),
+    "transfer-job": (
+        "transfer_job", "Measure what a job has found on other models, by the service.",
+    ),
     "cancel": ("remote", "Stop a job for good."),
     "pause": ("remote", "Put a job down."),
     "resume": ("remote", "Go on with a job that is paused or has failed."),
     "extend": ("remote", "Give a job more trials."),
     "delete": ("remote", "Delete a job that is over or paused."),
+    "configurations": (
+        "configurations", "Find what was found before, for other models; import and export it.",
+    ),
     "workers": ("remote", "List the workers of a service."),
-}
+}  # fmt: skip
 VERBS = LOCAL_VERBS | SERVICE_VERBS
 
 
@@ -49,7 +58,7 @@ class _Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"pho_service.cli.{VERBS[cmd_name][0]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 

@@ -257,12 +257,12 @@ def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
         bos=options.pop("bos"),
         seed=options.pop("calibration_seed"),
         mixed_precision=options.pop("mixed_precision"),
-        memory_bytes=None if memory is None else _parse_bytes(memory),
+        memory_bytes=None if memory is None else parse_bytes(memory),
         **{name: options.pop(name) for name in names},
     )
 
 
-def _parse_bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
     try:

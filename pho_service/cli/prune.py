@@ -1,10 +1,12 @@
 """`pho prune`."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.library import Found, best_of_library, library_option, wanted_for
 from pho_service.cli.options import (
     calibration_options,
     calibration_seed_option,
@@ -18,10 +20,12 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import InvalidInput, ModelError
+from pho_service.spec import Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pho_service.configuration import Configuration
     from pho_service.models.loading import LanguageModel
     from pho_service.pruning.bundle import ProxyBundle
 
@@ -29,6 +33,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--config", "config_path", type=click.Path(), help="A configuration.")
+@click.option(
+    "--from-library",
+    is_flag=True,
+    help="Take the most promising configuration of a library for --pattern instead.",
+)
+@library_option
+@click.option("--pattern", help="With --from-library: 0.5 or 2:4.")
+@click.option(
+    "--scope",
+    type=click.Choice(["row", "layer", "global"]),
+    help="With --from-library.  [default: any]",
+)
 @click.option("--out", type=click.Path(), help="A new or empty folder.")
 @click.option(
     "--bundle",
@@ -50,6 +66,10 @@ if TYPE_CHECKING:
 def prune(
     model: str | None,
     config_path: str | None,
+    from_library: bool,
+    library: str | None,
+    pattern: str | None,
+    scope: str | None,
     out: str | None,
     bundle_path: str | None,
     check_path: str | None,
@@ -64,28 +84,73 @@ def prune(
     the hashes of each layer. Zeros alone make nothing smaller or faster: that
     needs a runtime that skips them. --check compares a folder with its recipe.
 
+    --from-library searches nothing: it takes what was found on other models
+    (`pho configurations` shows it), says by the proxy whether that holds on
+    MODEL, and notes in pruning.json where it came from.
+
     \b
     Example:
       pho prune HuggingFaceTB/SmolLM2-135M --config config.json \\
           --text book.txt --out pruned
+      pho prune HuggingFaceTB/SmolLM2-360M --from-library --pattern 2:4 \\
+          --text book.txt --out pruned
       pho prune HuggingFaceTB/SmolLM2-135M --check pruned
     """
+    chosen = {"--config": config_path, "--from-library": from_library or None}
+    asked = {"--library": library, "--pattern": pattern, "--scope": scope}
     if check_path:
-        if config_path or out or bundle_path:
-            raise InvalidInput("--check takes a folder and prunes nothing: leave --config, --out "
-                               "and --bundle out.")  # fmt: skip
+        others = {**chosen, **asked, "--out": out, "--bundle": bundle_path}
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise InvalidInput(
+                f"--check takes a folder and prunes nothing: leave {', '.join(given)} out."
+            )
         _check(Path(check_path), model, as_json, options)
         return
-    if not (model and config_path and out):
+    if not (model and out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --config and --out are needed to prune; --check FOLDER to check a folder."
+            "MODEL, --out, and one of --config and --from-library are needed to prune; --check "
+            "FOLDER to check a folder."
         )
-    _prune(model, Path(config_path), Path(out), bundle_path, as_json, options)
+    if from_library and pattern is None:
+        raise InvalidInput("--from-library needs a --pattern: 0.5 or 2:4, say.")
+    if not from_library and any(value is not None for value in asked.values()):
+        given = [name for name, value in asked.items() if value is not None]
+        raise InvalidInput(
+            f"{', '.join(given)}: for --from-library alone; a configuration has its pattern and "
+            "scope. Leave it out."
+        )
+    if pattern is not None:
+        Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
+    source = _Source(config=config_path, library=library, pattern=pattern, scope=scope)
+    _prune(model, source, Path(out), bundle_path, as_json, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where the configuration comes from: a file, or else a library."""
+
+    config: str | None
+    library: str | None
+    pattern: str | None
+    scope: str | None
+
+    def of_library(self, model: "LanguageModel") -> "Found":
+        """The most promising configuration for a model."""
+        wanted = wanted_for(
+            {"name": model.name, "family": model.family, "parameters": model.parameters},
+            str(self.pattern),
+            self.scope,
+        )
+        (found,) = best_of_library(self.library, wanted, 1)
+        said = "; ".join(found.origin["reasons"])
+        say(f"Taking {found.origin['id']} of the library: {said}.")
+        return found
 
 
 def _prune(
     name: str,
-    config: Path,
+    source: _Source,
     folder: Path,
     bundle_path: str | None,
     as_json: bool,
@@ -96,35 +161,90 @@ def _prune(
     from pho_service.jobs.prune import prune_job
 
     check_free(folder)
-    configuration = read_configuration(config)
-    needs_text = configuration.candidate().steps.needs_text or options["stream"]
-    loaded, bundle, calibration = _inputs(name, bundle_path, needs_text, options)
-    key = configuration.calibration.get("key")
-    if key and key != bundle.provenance.get("key"):
-        say(
-            "Note: these statistics are not those of the search (other text, settings, model or "
-            "versions), so the perplexity may differ from the one in the configuration."
-        )
+    model = found = None
+    if source.config is None:
+        model = open_model(name, options)
+        found = source.of_library(model)
+    configuration = found.configuration if found else read_configuration(Path(str(source.config)))
+    needs_text = configuration.candidate().steps.needs_text or (
+        model.stream if model else options["stream"]
+    )
+    sizes = (configuration.coefficients.kernel_size,) if found else ()
+    loaded, bundle, calibration = _inputs(name, model, bundle_path, needs_text, sizes, options)
+    if found is not None:
+        _say_whether_it_holds(loaded, bundle, configuration)
+    else:
+        key = configuration.calibration.get("key")
+        if key and key != bundle.provenance.get("key"):
+            say(
+                "Note: these statistics are not those of the search (other text, settings, model "
+                "or versions), so the perplexity may differ from the one in the configuration."
+            )
     result = prune_job(
-        loaded, bundle, configuration, folder, calibration=calibration, progress=progress
+        loaded,
+        bundle,
+        configuration,
+        folder,
+        origin=found.origin if found else None,
+        calibration=calibration,
+        progress=progress,
     )
     if as_json:
-        print_json({"out": str(folder), "sparsity": result.sparsity, "layers": result.layers})
+        print_json(
+            {
+                "out": str(folder),
+                "sparsity": result.sparsity,
+                "layers": result.layers,
+                "origin": found.origin if found else None,
+            }
+        )
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
 
 
+def _say_whether_it_holds(
+    model: "LanguageModel", bundle: "ProxyBundle", configuration: "Configuration"
+) -> None:
+    """A sentence on what the proxy says of a configuration that was found elsewhere."""
+    from pho_service.errors import BundleError
+    from pho_service.jobs.transfer import proxies_of, proxy_sentence
+
+    try:
+        proxies = proxies_of(bundle, configuration, str(model.device))
+    except BundleError as error:
+        say(f"Note: whether the configuration holds on {model.name} is not known: {error}")
+        return
+    say(proxy_sentence(model.name, proxies))
+
+
 def _inputs(
-    name: str, bundle_path: str | None, needs_text: bool, options: dict[str, Any]
+    name: str,
+    model: "LanguageModel | None",
+    bundle_path: str | None,
+    needs_text: bool,
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
 ) -> "tuple[LanguageModel, ProxyBundle, Tensor | None]":
-    """The model, its statistics, and the calibration windows if there is a text."""
+    """
+    The model, its statistics, and the calibration windows if there is a text.
+
+    Args:
+        name: Of the model.
+        model: If it is loaded already.
+        bundle_path: Of its statistics, if they are there already.
+        needs_text: Whether a step needs the calibration windows.
+        sizes: Kernel sizes that a new bundle must have beside those of the options.
+        options: Of the verb.
+    """
     from pho_service.models.bundle_file import read_bundle
 
     settings = calibration_settings(options)
+    missing = (size for size in sizes if size not in settings.kernel_sizes)
+    settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
     named = options["text"] is not None or options["dataset"] is not None
     if bundle_path is None:
         source = text_source(options)
-        loaded = open_model(name, options)
+        loaded = model or open_model(name, options)
         text = read_calibration_text(loaded, source, settings)
         return loaded, open_bundle(loaded, text, settings), text.calibration
     if named and not needs_text:
@@ -137,9 +257,9 @@ def _inputs(
         )
     bundle = read_bundle(Path(bundle_path))
     if not named:
-        return open_model(name, options), bundle, None
+        return model or open_model(name, options), bundle, None
     source = text_source(options)
-    loaded = open_model(name, options)
+    loaded = model or open_model(name, options)
     return loaded, bundle, read_calibration_text(loaded, source, settings).calibration
 
 

@@ -1,113 +1,36 @@
-"""The verbs that talk to a service: `pho submit`, `jobs`, `show`, `watch`, `best` and the like."""
+"""The verbs for jobs that are there: `pho jobs`, `show`, `watch`, `best` and the like."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.options import at_least
+from pho_service.cli.options import at_least, json_option
 from pho_service.cli.terminal import print_json, print_table, say, verb
-from pho_service.errors import InvalidInput, ServiceError
-from pho_service.spec import (
-    ALLOCATIONS,
-    OBJECTIVES,
-    PERMUTATIONS,
-    PRESETS,
-    REPRUNINGS,
-    SAMPLERS,
-    UPDATES,
-    WEIGHTINGS,
-)
+from pho_service.errors import ServiceError
 
 if TYPE_CHECKING:
     from pho_service.client import Client
     from pho_service.documents import Job
+    from pho_service.library_file import TransferFile
 
-_url_option = click.option(
+url_option = click.option(
     "--url", help="Of the service.  [default: PHO_API_URL, else http://127.0.0.1:8000]"
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
-def _client(url: str | None) -> "Client":
+def open_client(url: str | None) -> "Client":
+    """A client of the service that ``--url`` or the settings name."""
     from pho_service.client import Client
 
     return Client(url)
 
 
 @click.command()
-@click.argument("model", required=False)
-@click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
-@click.option("--pattern", help="Share of weights to remove (0.5), or N kept of M (2:4).")
-@click.option("--scope", type=click.Choice(["row", "layer", "global"]))
-@click.option("--name", help="Of the job and its study.")
-@click.option("--text", help="To calibrate on: a file that the workers see.")
-@click.option("--dataset", help="To calibrate on: a data set.  [default: C4]")
-@click.option("--data-file", help="One file of the data set.")
-@click.option("--samples", type=int, help="Windows of that text.  [default: 128]")
-@click.option("--context-length", type=int, help="Tokens of a window.  [default: 2048]")
-@click.option("--confirm-text", help="To confirm on.  [default: what the calibration leaves]")
-@click.option("--candidates", type=int, help="Finalists, beside baselines.  [default: 5]")
-@click.option("--no-confirm", is_flag=True, help="Measure no perplexity.")
-@click.option("--validate", type=int, help="Rank so many random candidates both ways, too.")
-@click.option("--objective", type=click.Choice(OBJECTIVES))
-@click.option("--weighting", type=click.Choice(WEIGHTINGS))
-@click.option("--sampler", type=click.Choice(list(SAMPLERS)))
-@click.option("--stream", is_flag=True, default=None, help="Leave the weights on disk.")
-@click.option("--preset", type=click.Choice(PRESETS), help="What is searched.  [default: score]")
-@click.option("--allocation", type=click.Choice(ALLOCATIONS), help="Of the sparsity.")
-@click.option("--permutation", type=click.Choice(PERMUTATIONS), help="Of channels, for N:M.")
-@click.option("--repruning", type=click.Choice(REPRUNINGS), help="Of a finished mask.")
-@click.option("--update", type=click.Choice(UPDATES), help="Of the weights that stay.")
-@click.option("--space", "bounds", multiple=True, help="Bounds: name=low:high, name=value.")
-@click.option("--trials", type=int, help="Of each island.  [default: 200]")
-@click.option("--islands", type=int, help="Searches with seeds of their own.  [default: 1]")
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option("--priority", type=int, help="Higher goes first.  [default: 0]")
-@click.option("--timeout", "timeout_s", type=float, help="Seconds of each island's search.")
-@click.option("--idempotency-key", help="The same key twice makes one job.")
-@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
-@_url_option
-@_json_option
-@verb
-def submit(
-    job_file: str | None,
-    idempotency_key: str | None,
-    wait: bool,
-    url: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """
-    Submit a search job for MODEL, a hub id or a path that the workers see.
-
-    What is left out has the defaults of `pho search`. The job's id is printed.
-
-    \b
-    Example:
-      pho submit org/name --pattern 2:4 --text texts/c4.jsonl --watch
-      pho submit --job job.json
-    """
-    spec = _read_document(job_file) if job_file else {}
-    _merge(spec, options)
-    with _client(url) as client:
-        job = client.submit(spec, idempotency_key=idempotency_key)
-        if not wait:
-            if as_json:
-                print_json(job.model_dump(mode="json"))
-            else:
-                say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
-                click.echo(job.id)
-            return
-        _end(client.wait(job.id), as_json)
-
-
-@click.command()
 @click.option("--state", "states", multiple=True, help="Only jobs in this state.")
 @click.option("--limit", type=int, default=50, show_default=True, help="At most so many.")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) -> None:
     """
@@ -120,14 +43,14 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
     from itertools import islice
 
     at_least(0, limit=limit)
-    with _client(url) as client:
+    with open_client(url) as client:
         found = list(islice(client.jobs(states), limit))
     if as_json:
         print_json([job.model_dump(mode="json") for job in found])
         return
     rows = [
         [
-            job.id, job.name, job.state, f"{job.progress.trials_done}/{job.progress.trials}",
+            job.id, job.name, job.state, _done(job),
             _number(job.progress.best_value), _number(job.best.perplexity if job.best else None),
         ]
         for job in found
@@ -138,21 +61,26 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def show(job_id: str, url: str | None, as_json: bool) -> None:
     """
-    Show a job with its progress.
+    Show a job with its progress; of a transfer, what it has measured so far.
 
     \b
     Example:
       pho show d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         job = client.job(job_id)
+        measured = client.transferred(job_id) if job.kind == "transfer" else None
     if as_json:
         print_json(job.model_dump(mode="json"))
+        return
+    if measured is not None:
+        click.echo(f"job          {job.id}\nname         {job.name}\nstate        {job.state}")
+        say_transfer(job, measured)
         return
     progress = job.progress
     left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
@@ -169,8 +97,8 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def watch(job_id: str, url: str | None, as_json: bool) -> None:
     """
@@ -180,15 +108,15 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho watch d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
-        _end(client.wait(job_id), as_json)
+    with open_client(url) as client:
+        end(client, client.wait(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @click.option("--out", help="A file to write.  [default: stdout]")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
     """
@@ -202,7 +130,7 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
     """
     from pho_service.configuration import write_configuration
 
-    with _client(url) as client:
+    with open_client(url) as client:
         configuration = client.best(job_id)
     if out is not None:
         write_configuration(configuration, Path(out))
@@ -213,8 +141,8 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def cancel(job_id: str, url: str | None, as_json: bool) -> None:
     """
@@ -224,14 +152,14 @@ def cancel(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho cancel d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _tell(client.cancel(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def pause(job_id: str, url: str | None, as_json: bool) -> None:
     """
@@ -241,14 +169,14 @@ def pause(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho pause d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _tell(client.pause(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def resume(job_id: str, url: str | None, as_json: bool) -> None:
     """
@@ -258,15 +186,15 @@ def resume(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho resume d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _tell(client.resume(job_id), as_json)
 
 
 @click.command()
 @click.argument("job_id")
 @click.option("--trials", type=int, required=True, help="How many more, for each island.")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
     """
@@ -276,14 +204,14 @@ def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
     Example:
       pho extend d5aed9d3-7b7c-40f9-9896-b5f528363229 --trials 200
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         _tell(client.extend(job_id, trials=trials), as_json, with_trials=True)
 
 
 @click.command()
 @click.argument("job_id")
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def delete(job_id: str, url: str | None, as_json: bool) -> None:
     """
@@ -293,7 +221,7 @@ def delete(job_id: str, url: str | None, as_json: bool) -> None:
     Example:
       pho delete d5aed9d3-7b7c-40f9-9896-b5f528363229
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         client.delete(job_id)
     if as_json:
         print_json({"deleted": job_id})
@@ -310,8 +238,8 @@ def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
 
 
 @click.command()
-@_url_option
-@_json_option
+@url_option
+@json_option
 @verb
 def workers(url: str | None, as_json: bool) -> None:
     """
@@ -321,7 +249,7 @@ def workers(url: str | None, as_json: bool) -> None:
     Example:
       pho workers --url http://pho.example:8000
     """
-    with _client(url) as client:
+    with open_client(url) as client:
         found = client.workers()
     if as_json:
         print_json([worker.model_dump(mode="json") for worker in found])
@@ -331,74 +259,36 @@ def workers(url: str | None, as_json: bool) -> None:
     print_table("Workers", columns, rows)
 
 
-def _read_document(path: str) -> dict[str, Any]:
-    try:
-        with click.open_file(path, encoding="utf-8") as file:
-            document = json.load(file)
-    except OSError as error:
-        raise InvalidInput(f"--job {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"--job {path} is not JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise InvalidInput(f"--job {path} is no job document: it must be a JSON object.")
-    return document
-
-
-# Where an option stands in the document, if not under its own name.
-_PLACES = {
-    "text": ("calibration", "text"),
-    "dataset": ("calibration", "dataset"),
-    "data_file": ("calibration", "data_file"),
-    "samples": ("calibration", "samples"),
-    "context_length": ("calibration", "context_length"),
-    "confirm_text": ("confirm", "text"),
-    "candidates": ("confirm", "candidates"),
-    "validate": ("validation", "candidates"),
-    "objective": ("objective", "name"),
-    "weighting": ("objective", "weighting"),
-    "allocation": ("steps", "allocation", "method"),
-    "permutation": ("steps", "permutation"),
-    "repruning": ("steps", "repruning"),
-    "update": ("steps", "update"),
-}
-
-
-def _merge(spec: dict[str, Any], options: dict[str, Any]) -> None:
-    """Put the options that were given into the document."""
-    from pho_service.search.space import parse_bounds
-
-    no_confirm, bounds = options.pop("no_confirm"), parse_bounds(options.pop("bounds"))
-    for name, value in options.items():
-        if value is None:
-            continue
-        *folders, last = _PLACES.get(name, (name,))
-        place = spec
-        for folder in folders:
-            place = place.setdefault(folder, {})
-            if not isinstance(place, dict):
-                raise InvalidInput(
-                    f"--{name.replace('_', '-')} has no place in the job document: its {folder!r} "
-                    "is no object. Leave one of them out."
-                )
-        place[last] = value
-    if bounds:
-        space = spec.setdefault("search_space", {})
-        if not isinstance(space, dict):
-            raise InvalidInput("--space has no place in the job document: leave one of them out.")
-        space.update({k: list(v) for k, v in bounds.items()})
-    if no_confirm:
-        spec["confirm"] = None
-
-
-def _end(job: "Job", as_json: bool) -> None:
+def end(client: "Client", job: "Job", as_json: bool) -> None:
     """Say how a job ended; raise if it has no result."""
     if as_json:
         print_json(job.model_dump(mode="json"))
+    elif job.kind == "transfer":
+        click.echo(f"{job.name}: {job.state}")
+        say_transfer(job, client.transferred(job.id))
     else:
         click.echo("\n".join([f"{job.name}: {job.state}", *_outcome(job)]))
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
+
+
+def say_transfer(job: "Job", measured: "TransferFile") -> None:
+    """What a transfer has measured so far, and what must be said of it."""
+    from pho_service.cli.transfer import show_transfer
+    from pho_service.configuration import Configuration
+
+    done = job.progress
+    click.echo(f"models       {done.models_done} of {done.models}")
+    show_transfer(
+        [target.model_dump(mode="json") for target in measured.targets],
+        f"what job {measured.source} found",
+        Configuration.model_validate(measured.configuration),
+    )
+    if job.error is not None:
+        click.echo(f"error        {job.error.type}: {job.error.message}")
+    for warning in job.warnings:
+        click.echo(f"note         {warning}")
 
 
 def _outcome(job: "Job") -> list[str]:
@@ -416,6 +306,13 @@ def _outcome(job: "Job") -> list[str]:
         lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")
         lines[-1] += job.error.message
     return [*lines, *(f"note         {warning}" for warning in job.warnings)]
+
+
+def _done(job: "Job") -> str:
+    done = job.progress
+    if job.kind == "transfer":
+        return f"{done.models_done}/{done.models} models"
+    return f"{done.trials_done}/{done.trials}"
 
 
 def _number(value: float | None) -> str | None:

@@ -1,10 +1,13 @@
 """`pho search`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.library import best_of_library, is_library, wanted_for
 from pho_service.cli.options import (
     at_least,
     calibration_options,
@@ -25,12 +28,14 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.errors import InvalidInput
+from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.spec import OBJECTIVES, OVER, SAMPLERS, WEIGHTINGS, Objective, Pattern
 
 if TYPE_CHECKING:
     from pho_service.search.request import SearchRequest
     from pho_service.search.result import SearchResult
+
+WARM = 3  # configurations of a library that a search begins with
 
 
 @click.command()
@@ -101,8 +106,14 @@ if TYPE_CHECKING:
     "warm_paths",
     multiple=True,
     type=click.Path(),
-    help="A configuration that was found elsewhere, in the same pattern and scope: it is rated "
-    "first, and the sampler begins around the best of them; may be given several times.",
+    help="A configuration that was found elsewhere, in the same pattern and scope; or a library, "
+    "that is, a folder of them or the URL of a service, for the three most promising. They are "
+    "rated first, and the sampler begins around the best; may be given several times.",
+)
+@click.option(
+    "--compare-cold",
+    is_flag=True,
+    help="Search without the warm start, too, and say how many trials it saved.",
 )
 @calibration_options
 @calibration_seed_option
@@ -127,6 +138,7 @@ def search(
     confirm_windows: int,
     finalists: int,
     warm_paths: tuple[str, ...],
+    compare_cold: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -147,7 +159,7 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.configuration import read_configuration
+    from pho_service.library_file import read_library_file
     from pho_service.search.presets import Preset
     from pho_service.search.request import SearchRequest
     from pho_service.search.space import parse_bounds
@@ -170,27 +182,57 @@ def search(
         seed=seed,
         study_url=study,
         finalists=finalists,
-        warm_start=tuple(read_configuration(Path(path)).candidate() for path in warm_paths),
+        warm_start=tuple(
+            read_library_file(Path(path)).configuration.candidate()
+            for path in warm_paths
+            if not is_library(path)
+        ),
+        compare_cold=compare_cold,
     )
+    if compare_cold and not warm_paths:
+        raise InvalidInput("--compare-cold compares with a warm start: give --warm-start, too.")
+    libraries = tuple(path for path in warm_paths if is_library(path))
     settings = calibration_settings(options)
     model = models[0]
     if over is not None and len(models) == 1:
         raise InvalidInput(f"--over {over} is for several models, but {model} is the only one.")
     if len(models) > 1:
-        result = _from_several(request, models, settings, confirm_path, options)
+        result = _from_several(request, libraries, models, settings, confirm_path, options)
     elif is_bundle(model):
-        result = _from_bundle(request, model, confirm_path, options)
+        result = _from_bundle(request, libraries, model, confirm_path, options)
     else:
         request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
         source = text_source(options)
         result = _from_model(
-            request, model, source, settings, confirm_path, confirm_windows, options
+            request, libraries, model, source, settings, confirm_path, confirm_windows, options
         )
     _finish(result, path, study, as_json)
 
 
+def _warmed(
+    request: "SearchRequest", libraries: tuple[str, ...], model: Mapping[str, Any]
+) -> "SearchRequest":
+    """A request that also begins with what libraries have for a model of this description."""
+    pattern = request.pattern
+    scope = None if pattern.group else pattern.scope.value
+    found = []
+    for library in libraries:
+        try:
+            found += best_of_library(library, wanted_for(model, str(pattern), scope), WARM)
+        except ConfigurationError as error:
+            say(f"Note: nothing to start from: {error}")
+    for each in found:
+        say(f"Starting from {each.origin['id']}: {'; '.join(each.origin['reasons'])}.")
+    points = tuple(each.configuration.candidate() for each in found)
+    return replace(request, warm_start=(*request.warm_start, *points))
+
+
 def _from_bundle(
-    request: "SearchRequest", bundle: str, confirm_path: str | None, options: dict[str, Any]
+    request: "SearchRequest",
+    libraries: tuple[str, ...],
+    name: str,
+    confirm_path: str | None,
+    options: dict[str, Any],
 ) -> "SearchResult":
     from pho_service.jobs.search import search_job
     from pho_service.models.bundle_file import read_bundle
@@ -198,15 +240,18 @@ def _from_bundle(
 
     if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
         raise InvalidInput(
-            f"{bundle} is a bundle: it needs no text, and no perplexity can be measured without "
+            f"{name} is a bundle: it needs no text, and no perplexity can be measured without "
             "the model. Leave the text out, or give the model instead of the bundle."
         )
     device = str(pick_device(options["device"]))
-    return search_job(request, read_bundle(Path(bundle)), device=device, progress=progress)
+    bundle = read_bundle(Path(name))
+    request = _warmed(request, libraries, bundle.provenance.get("model", {}))
+    return search_job(request, bundle, device=device, progress=progress)
 
 
 def _from_model(
     request: "SearchRequest",
+    libraries: tuple[str, ...],
     name: str,
     source: Any,
     settings: Any,
@@ -221,7 +266,7 @@ def _from_model(
     confirming = confirm_text(model, text, confirm_path, settings, confirm_windows)
     bundle = open_bundle(model, text, settings)
     return search_job(
-        request,
+        _warmed(request, libraries, model.to_dict()),
         bundle,
         model=model,
         confirm_text=confirming,
@@ -233,6 +278,7 @@ def _from_model(
 
 def _from_several(
     request: "SearchRequest",
+    libraries: tuple[str, ...],
     names: tuple[str, ...],
     settings: Any,
     confirm_path: str | None,
@@ -264,6 +310,7 @@ def _from_several(
         text = read_calibration_text(model, source, settings)
         bundles[name] = open_bundle(model, text, settings)
         del model  # two may not fit
+    request = _warmed(request, libraries, {})
     return joint_search_job(request, bundles, device=device, progress=progress)
 
 
@@ -322,6 +369,8 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
 
 def _started(result: "SearchResult") -> list[str]:
     """What a warm start was worth."""
+    from pho_service.search.warm_start import Saving
+
     points = result.configuration.search.get("warm_start", [])
     known = [point for point in points if point["value"] is not None]
     if not known:
@@ -329,7 +378,9 @@ def _started(result: "SearchResult") -> list[str]:
     objective = result.configuration.objective
     better = min if objective["direction"] == "minimize" else max
     best = better(known, key=lambda point: point["value"])
-    return [
+    lines = [
         f"warm start   {best['value']:.6g} at trial {best['trial']}, the best of {len(points)}; "
         f"the result is trial {result.trial}"
     ]
+    saving = result.configuration.search.get("saving")
+    return lines + ([] if saving is None else [f"             {Saving(**saving)}"])

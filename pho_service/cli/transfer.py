@@ -1,6 +1,7 @@
 """`pho transfer`."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from pho_service.configuration import Configuration
     from pho_service.jobs.transfer import Transfer
 
-FORMAT = "pho-transfer"
 METHODS = ("wanda", "ria", "transferred", "own")
 _COLOURS = {
     "dense": "tab:gray", "wanda": "tab:orange", "ria": "tab:red", "transferred": "tab:blue",
@@ -211,18 +211,20 @@ class _Document:
         Raises:
             OutputError: It is something else, or of another configuration.
         """
+        from pho_service.configuration import TRANSFER_FORMAT
         from pho_service.errors import OutputError
+        from pho_service.library_file import TRANSFER_VERSION
 
+        kind = {"format": TRANSFER_FORMAT, "version": TRANSFER_VERSION}
         written = configuration.model_dump(mode="json")
         if not path.exists():
             return cls(
                 path,
-                {"format": FORMAT, "version": 1, "source": name, "configuration": written,
-                 "targets": []},
-            )  # fmt: skip
+                {**kind, "source": name, "configuration": written, "targets": []},
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            mine = values["format"] == FORMAT and values["version"] == 1
+            mine = {key: values[key] for key in kind} == kind
             mine = mine and all("key" in record for record in values["targets"])
             same = mine and values["configuration"] == written
         except (OSError, ValueError, LookupError, TypeError):
@@ -255,7 +257,7 @@ def show_transfer(
     for what, measured, regret in (
         ("perplexities", ("dense", *METHODS), "regret"), ("proxies", METHODS, "proxy_regret"),
     ):  # fmt: skip
-        rows = [record for record in records if record[what]]
+        rows = [record for record in records if record.get(what)]
         shown = [m for m in measured if any(m in record[what] for record in rows)]
         if not rows:
             continue
@@ -296,6 +298,9 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
 
     from pho_service.files import new_file
 
+    records = [record for record in records if "error" not in record]
+    if not records:
+        raise InvalidInput("there is nothing to plot: no model could be measured.")
     figure, panels = pyplot.subplots(
         1, len(records), figsize=(3.6 * len(records) + 0.6, 3.8), squeeze=False,
         layout="constrained",
@@ -311,7 +316,7 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
         panel.set_ylabel("perplexity" if record["perplexities"] else "proxy")
         panel.tick_params(axis="x", rotation=30)
         panel.margins(y=0.12)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 40 * len(records)), fontsize=10)
     with new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
     pyplot.close(figure)

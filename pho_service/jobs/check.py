@@ -7,13 +7,23 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
+from pho_service.configuration import shown
 from pho_service.errors import ConfigurationError, ModelError
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
@@ -24,9 +34,11 @@ from pho_service.pruning.statistics import PrunableLinear
 FORMAT = "pho-pruning"
 VERSION = 2
 MAX_BYTES = 2**28  # a mixture of experts names each expert, and each folded channel
+MAX_CONTAINERS = 2**20  # lists and objects; each takes many times its two bytes in memory
 MAX_GROUP = 64  # M of N:M, as in pho_service.spec.Pattern
 TOLERANCE = 1e-6  # of a sparsity: a float32 mean rounds
 _SHOWN = 3  # problems of one check that are told in full
+_FAULTS = 100  # wrong records of a recipe that are counted
 _NOT_CHECKED = "not checked: "
 _WAY_OUT = "Prune the model again with `pho prune`."
 
@@ -94,8 +106,8 @@ class Folded(_Document):
     """
 
     reader: str
-    writers: list[str]
-    order: list[int]
+    writers: Annotated[list[str], FailFast()]
+    order: Annotated[list[int], FailFast()]
 
 
 class ModelRecord(_Document):
@@ -126,11 +138,22 @@ class Recipe(_Document):
     configuration: PatternRecord
     model: ModelRecord
     updated: bool
-    folded: list[Folded]
+    folded: Annotated[list[Folded], FailFast()]
     sparsity: float = Field(ge=0, le=1)
     layers: dict[str, LayerRecord] = Field(min_length=1)
     calibration: dict[str, Any]
     versions: dict[str, str]
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _first_faults(cls, value: Any) -> Any:
+        """Of very many wrong records some are enough: each fault takes a thousand bytes."""
+        if not isinstance(value, dict):
+            return value
+        fits = LayerRecord.__pydantic_validator__.isinstance_python
+        wrong = (name for name, record in value.items() if not fits(record))
+        some = list(islice(wrong, _FAULTS))
+        return {name: value[name] for name in some} if len(some) == _FAULTS else value
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -205,9 +228,15 @@ def _document(folder: Path) -> dict[str, Any]:
             f"{folder} has no {RECIPE}, so `pho prune` did not write it. Give a folder that it did."
         )
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no recipe.")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+            raise ConfigurationError(
+                f"{path} has more than {MAX_CONTAINERS} lists and objects: no recipe."
+            )
+        document = json.loads(content.decode())
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -222,14 +251,15 @@ def _document(folder: Path) -> dict[str, Any]:
         )
     if version != VERSION:
         raise ConfigurationError(
-            f"{path} has format version {version}, but this PHO reads version {VERSION}. Install "
-            "the PHO that wrote it, or prune the model again."
+            f"{path} has format version {shown(version)}, but this PHO reads version {VERSION}. "
+            "Install the PHO that wrote it, or prune the model again."
         )
     return document
 
 
 def _reasons(error: ValidationError) -> str:
-    problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    problems = (f"{shown('.'.join(map(str, e['loc'])))}: {e['msg']}" for e in faults)
     return _listed(list(problems))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pho_service.configuration import Configuration
-from pho_service.errors import ConfigurationError
+from pho_service.errors import BundleError, ConfigurationError
 from pho_service.jobs.proxy_rating import mask_proxy
 from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.memory import peak_memory
@@ -140,12 +140,19 @@ def compare_candidates(
                     scope=candidate.pattern.scope.value,
                     perplexity=result.perplexity,
                     sparsity=sparsity,
-                    proxy=mask_proxy(evaluator, candidate, objective),
+                    proxy=_proxy(evaluator, candidate, objective),
                     seconds=seconds,
                     memory_bytes=peak(),
                 )
             )
     return rows
+
+
+def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
+    try:
+        return mask_proxy(evaluator, candidate, objective)
+    except BundleError:  # no window means for a configuration's kernel size
+        return None
 
 
 def _fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:

@@ -5,12 +5,13 @@ One search over several models: a configuration that is good on all of them.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError
 from pho_service.jobs.proxy_rating import proxy_value, rate_by_proxy
-from pho_service.jobs.search import opened_study, study_name
+from pho_service.jobs.search import compared_with_cold, opened_study, study_name
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -58,7 +59,7 @@ def joint_search_job(
     for bundle in bundles.values():
         for layer in bundle.layers:
             plan.pattern.check_width(layer.in_features, layer.name)
-    provenance = _provenance(bundles)
+    provenance = joint_provenance([bundle.provenance for bundle in bundles.values()])
     name = study_name(request, plan, provenance)
     evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
     with opened_study(request.study_url, name, plan) as study:
@@ -66,6 +67,7 @@ def joint_search_job(
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             evaluate = rate_jointly(evaluators, plan.pattern, request.objective)
             rated = run_search(study, plan, evaluate, advance)
+        saving = compared_with_cold(request, plan, rated, evaluate, progress)
         attributes = {t.number: t.user_attrs for t in study.get_trials(deepcopy=False)}
     done = sum(number < plan.trials for number in attributes)
     result = search_result(
@@ -77,19 +79,23 @@ def joint_search_job(
         [],
         None,
         ended_after=done if done < plan.trials else None,
+        saving=saving,
     )
-    found: dict[str, float] = attributes[rated[0].number]["relative_to_ria"]
-    objective = {**result.configuration.objective, "relative_to_ria": found}
+    return with_each_model(result, attributes[rated[0].number]["relative_to_ria"])
+
+
+def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> SearchResult:
+    """A joint search's result with its proxy on each model, RIA's being 1, and what to say."""
+    objective = {**result.configuration.objective, "relative_to_ria": dict(relative)}
     worse = [
         f"On {model} the proxy of the result is {value:.3f} times RIA's: it is good for the others "
-        "only. Try --over worst, or leave that model out."
-        for model, value in found.items()
+        "only. Let the worst count instead of the mean (over), or leave that model out."
+        for model, value in relative.items()
         if value >= 1
     ]
-    return SearchResult(
+    return replace(
+        result,
         configuration=result.configuration.model_copy(update={"objective": objective}),
-        study_name=name,
-        trial=result.trial,
         warnings=[*result.warnings, *worse],
     )
 
@@ -138,14 +144,13 @@ def _joint(
     return Outcome(value=value, attributes={"relative_to_ria": relative, "seconds": seconds})
 
 
-def _provenance(bundles: Mapping[str, ProxyBundle]) -> dict[str, Any]:
-    """Of all bundles, in the order in which they count."""
-    each = [bundle.provenance for bundle in bundles.values()]
-    keys = [provenance.get("key", "") for provenance in each]
-    models = [provenance.get("model", {}) for provenance in each]
+def joint_provenance(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """That of all bundles together, in the order in which they count."""
+    keys = [provenance.get("key", "") for provenance in provenances]
+    models = [provenance.get("model", {}) for provenance in provenances]
     names = [Path(model.get("name", "model")).name for model in models]
     return {
         "key": hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         "model": {"name": " + ".join(names), "models": models},
-        "bundles": [{k: v for k, v in p.items() if k != "model"} for p in each],
+        "bundles": [{k: v for k, v in p.items() if k != "model"} for p in provenances],
     }

@@ -5,7 +5,7 @@ Rate candidates by the proxy, on a bundle: no model is needed, and transformers 
 import time
 from collections.abc import Sequence
 
-from pho_service.errors import BundleError, NumericalError
+from pho_service.errors import NumericalError
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.search.search import Evaluate, Outcome
 from pho_service.spec import Candidate, Objective
@@ -22,16 +22,14 @@ def mask_proxy(
     evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
 ) -> float | None:
     """
-    A candidate's value, or None where none is known.
+    A candidate's value, or None for SparseGPT, whose mask no bundle knows.
 
-    That is for SparseGPT, whose mask no bundle knows, and where the bundle lacks a kernel size.
+    Raises:
+        BundleError: The bundle lacks what the candidate needs.
     """
     if candidate.steps.update == "sparsegpt":
         return None
-    try:
-        (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
-    except BundleError:  # no window means for a configuration's kernel size
-        return None
+    (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
     return proxy_value(rating, objective)
 
 

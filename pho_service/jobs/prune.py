@@ -2,6 +2,7 @@
 Prune a model for good and save it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def prune_job(
     configuration: Configuration,
     folder: Path,
     *,
+    origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
     progress: Progress = silent,
 ) -> Pruned:
@@ -75,6 +77,7 @@ def prune_job(
         configuration: What to remove, and how.
         folder: New or empty. ``pruning.json`` in it has the recipe,
             ``pruning/masks.safetensors`` the masks.
+        origin: Where the configuration was found, for the recipe; None where the user had it.
         calibration: Windows for steps that need a text.
         progress: Is told of each linear.
 
@@ -84,7 +87,7 @@ def prune_job(
         OutputError: The folder is in use, or cannot be written.
     """
     bundle.check_model(model.linears)
-    origin = model.to_dict()  # of the dense weights
+    dense = model.to_dict()  # before its weights change
     candidate = configuration.candidate()
     kept: dict[str, _Kept] = {}
     with progress("Pruning", len(model.linears)) as advance:
@@ -98,7 +101,8 @@ def prune_job(
         "format": "pho-pruning",
         "version": 2,
         "configuration": configuration.model_dump(mode="json"),
-        "model": origin,
+        **({} if origin is None else {"origin": dict(origin)}),
+        "model": dense,
         "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
         "updated": candidate.steps.update != "none",
         "folded": folded,

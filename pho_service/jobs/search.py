@@ -4,7 +4,7 @@ The main job: search a bundle, confirm the winner by perplexity, give a configur
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from pho_service.search.result import SearchResult, describe_study, search_resul
 from pho_service.search.search import (
     Divergences,
     Evaluate,
+    RatedCandidate,
     SearchPlan,
     finalists,
     run_search,
 )
+from pho_service.search.warm_start import Saving, measure_saving
 from pho_service.spec import Objective
 from storage.studies import StorageError, open_storage, open_study
 
@@ -77,6 +79,7 @@ def search_job(
         describe_study(study, request, plan, bundle.provenance)
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             rated = run_search(study, plan, evaluate, advance)
+        saving = compared_with_cold(request, plan, rated, evaluate, progress)
         done = sum(t.number < plan.trials for t in study.get_trials(deepcopy=False))
         divergences = Divergences()
         if request.objective.name == "perplexity":
@@ -105,7 +108,22 @@ def search_job(
         confirmation,
         divergences,
         ended_after=done if done < plan.trials else None,
+        saving=saving,
     )
+
+
+def compared_with_cold(
+    request: SearchRequest,
+    plan: SearchPlan,
+    rated: Sequence[RatedCandidate],
+    evaluate: Evaluate,
+    progress: Progress,
+) -> Saving | None:
+    """What the warm start saved, if that is asked and there was one."""
+    if not request.compare_cold or not plan.warm_start:
+        return None
+    with progress("Searching without the warm start", plan.trials) as advance:
+        return measure_saving(plan, rated, evaluate, advance)
 
 
 def objective_function(

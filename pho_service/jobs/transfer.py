@@ -213,6 +213,35 @@ def transfer_key(target: Target, configuration: Configuration, search: SearchReq
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
+def proxies_of(
+    bundle: ProxyBundle, configuration: Configuration, device: str = "cpu"
+) -> dict[str, float | None]:
+    """
+    What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
+
+    Raises:
+        BundleError: The bundle lacks what the configuration needs.
+        InvalidInput: N:M does not divide an input width.
+    """
+    candidate = configuration.candidate()
+    for layer in bundle.layers:
+        candidate.pattern.check_width(layer.in_features, layer.name)
+    evaluator = ProxyEvaluator(bundle, device)
+    candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
+    return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
+
+
+def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
+    """What proxies say of a configuration on the model ``name``."""
+    warnings = Transfer(target=name, key="", perplexities={}, proxies={**proxies}).warnings()
+    if warnings:
+        return f"Note: {warnings[0]}"
+    ria, mine = proxies["ria"], proxies["transferred"]
+    if ria is None or mine is None:
+        return f"Note: no proxy knows what the steps do to the masks of {name}: measure it."
+    return f"By the proxy it holds on {name}: {mine:.6g}, {1 - mine / ria:.1%} below RIA's."
+
+
 def transfer_job(
     target: Target,
     configuration: Configuration,
@@ -237,8 +266,7 @@ def transfer_job(
     """
     candidate = configuration.candidate()
     candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
-    evaluator = ProxyEvaluator(target.bundle, device)
-    evaluator.evaluate([candidate])  # refuses what the bundle lacks before any long work
+    proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
     own = None
     if search is not None:
         own = search_job(
@@ -251,6 +279,8 @@ def transfer_job(
             progress=progress,
         ).configuration
         candidates["own"] = own.candidate()
+        evaluator = ProxyEvaluator(target.bundle, device)
+        proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
     perplexities = {}
     if target.model is not None and target.report is not None:
         from pho_service.jobs.compare import compare_candidates  # loads transformers
@@ -269,9 +299,7 @@ def transfer_job(
         target=target.name,
         key=transfer_key(target, configuration, search),
         perplexities=perplexities,
-        proxies={
-            name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()
-        },
+        proxies=proxies,
         own=own,
         model=target.bundle.provenance.get("model", {}),
         report=None if target.report is None else target.report.measured_on(),

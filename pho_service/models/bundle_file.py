@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pho_service.configuration import shown
 from pho_service.errors import BundleError
 from pho_service.files import new_file
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
@@ -99,7 +100,16 @@ def read_bundle(path: Path) -> ProxyBundle:
             document = _document(file.metadata() or {}, path)
             return _assemble(document, _Tensors(file, path))
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is damaged or truncated: {error}. {_WAY_OUT}") from error
+        raise BundleError(
+            f"{path} is damaged or truncated: {shown(str(error), 300)}. {_WAY_OUT}"
+        ) from error
+    except (MemoryError, RuntimeError) as error:  # the latter is torch's
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise BundleError(
+            f"{path} does not fit into the memory: {error}. Give more, or make a smaller bundle: "
+            "--rows-per-layer and --projection-rows of `pho calibrate`."
+        ) from error
 
 
 def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
@@ -114,8 +124,8 @@ def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
     if document.get("version") != VERSION:
         raise BundleError(
-            f"{path} has format version {document.get('version')}, but this PHO reads version "
-            f"{VERSION}. Make the bundle again, or install the PHO that made it."
+            f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
+            f"version {VERSION}. Make the bundle again, or install the PHO that made it."
         )
     return document
 
@@ -141,7 +151,7 @@ class _Tensors:
         tensor: Tensor | None = self.file.get_tensor(name).clone() if fits else None
         if tensor is None or tensor.dtype is not dtype or 0 in actual:
             raise BundleError(
-                f"{self.path} is damaged: {name} is {view.get_dtype()} {actual}, expected "
+                f"{self.path} is damaged: {name} is {view.get_dtype()} {shown(actual)}, expected "
                 f"{dtype} {list(shape)}. {_WAY_OUT}"
             )
         if dtype is torch.float32 and not bool(torch.isfinite(tensor).all()):
@@ -166,7 +176,7 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
         dict(provenance.get("model", {}))  # must be an object too
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise BundleError(
-            f"{tensors.path} is damaged: its header lacks {error}. {_WAY_OUT}"
+            f"{tensors.path} is damaged: its header lacks {shown(str(error), 300)}. {_WAY_OUT}"
         ) from error
     if not layers or not kernel_sizes:
         raise BundleError(

@@ -1,12 +1,35 @@
 """
-GGUF files, read without doing the same work again and again.
+GGUF files, read without doing the same work again and again, or more than they hold.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import gguf
+
+MAX_READS = 2**22  # values of a header, some 400 bytes each in memory; Gemma's has two million
+
+
+class BoundedReader(gguf.GGUFReader):
+    """
+    gguf's reader, but what a header declares must be in the file.
+
+    gguf itself reads on beyond the end, value by value: 60 bytes that declare
+    an array of 2**60 values would fill the memory.
+    """
+
+    _reads = 0
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        self._reads += 1
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < int(count):
+            raise ValueError(f"the file ends in what is declared at byte {int(offset)}")
+        if self._reads > MAX_READS:
+            raise ValueError(f"its header has more than {MAX_READS} values")
+        return values
 
 
 @contextmanager
@@ -18,11 +41,14 @@ def gguf_read_once() -> Iterator[None]:
     the weights and the tokenizer, and makes the table for each module of the
     model. For a small model that is most of the time that loading takes.
     """
-    names = ("GGUFReader", "get_tensor_name_map")  # transformers looks them up at each call
-    originals = {name: getattr(gguf, name) for name in names}
+    ours = {  # transformers looks them up at each call
+        "GGUFReader": cache(BoundedReader),
+        "get_tensor_name_map": cache(gguf.get_tensor_name_map),
+    }
+    originals = {name: getattr(gguf, name) for name in ours}
     try:
-        for name, original in originals.items():
-            setattr(gguf, name, cache(original))
+        for name, replacement in ours.items():
+            setattr(gguf, name, replacement)
         yield
     finally:
         for name, original in originals.items():

@@ -84,10 +84,22 @@ class LanguageModel:
             digest.update(values.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @property
+    def family(self) -> str:
+        """The architecture, as its configuration calls it: ``llama``, ``gemma3_text``."""
+        return str(self.model.config.model_type)
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, pruned or not; shared ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def to_dict(self) -> dict[str, Any]:
         """What is stored with every result of this model."""
         return {
             "name": self.name,
+            "family": self.family,
+            "parameters": self.parameters,
             "revision": self.revision,
             "weights_sha256": self.weights_sha256,
             "dtype": str(self.dtype).removeprefix("torch."),

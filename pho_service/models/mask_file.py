@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pho_service.configuration import shown
 from pho_service.errors import ModelError
 from pho_service.files import new_file
 from pho_service.models.bundle_file import os_errors
@@ -31,7 +32,7 @@ FORMAT = "pho-masks"
 VERSION = 1
 # In a folder of its own: some servers take every *.safetensors beside a model for weights.
 MASKS = "pruning/masks.safetensors"
-MAX_DOCUMENT = 64 * 2**20  # characters; 45,000 experts have about 4 million
+MAX_DOCUMENT = 16 * 2**20  # characters; 45,000 experts have about 4 million
 MAX_FEATURES = 2**31  # what an order's int32 can number
 _WAY_OUT = "Prune the model again with `pho prune`."
 
@@ -216,7 +217,9 @@ def read_masks(path: Path) -> MaskFile:
         shapes = _shapes(document, path)
         _check_tensors(file, shapes, path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged or truncated: {error}. {_WAY_OUT}") from error
+        raise ModelError(
+            f"{path} is damaged or truncated: {shown(str(error), 300)}. {_WAY_OUT}"
+        ) from error
     metadata = document.get("metadata")
     if not isinstance(metadata, dict):
         raise ModelError(f"{path} is damaged: its header lacks metadata. {_WAY_OUT}")
@@ -235,8 +238,8 @@ def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
     if document.get("version") != VERSION:
         raise ModelError(
-            f"{path} has format version {document.get('version')}, but this PHO reads version "
-            f"{VERSION}. Install the PHO that pruned the model, or prune it again."
+            f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
+            f"version {VERSION}. Install the PHO that pruned the model, or prune it again."
         )
     return document
 
@@ -249,13 +252,16 @@ def _shapes(document: dict[str, Any], path: Path) -> dict[str, tuple[int, int]]:
             out_features, in_features = layer["shape"]
             if not (_is_size(out_features) and _is_size(in_features)):
                 raise ModelError(
-                    f"{path} is damaged: {layer['name']!r} has the shape {layer['shape']}. "
+                    f"{path} is damaged: {shown(layer['name'])} has the shape "
+                    f"{shown(layer['shape'])}. "
                     f"{_WAY_OUT}"
                 )
             shapes[str(layer["name"])] = (out_features, in_features)
         complete = len(shapes) == len(document["layers"]) > 0
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: its header lacks {error}. {_WAY_OUT}") from error
+        raise ModelError(
+            f"{path} is damaged: its header lacks {shown(str(error), 300)}. {_WAY_OUT}"
+        ) from error
     if not complete:
         raise ModelError(
             f"{path} is damaged: it has no layers, or a layer twice in its header. {_WAY_OUT}"
@@ -278,14 +284,14 @@ def _check_tensors(file: Any, shapes: dict[str, tuple[int, int]], path: Path) ->
     if found != set(wanted):
         odd = sorted(found ^ set(wanted))
         raise ModelError(
-            f"{path} is damaged: {', '.join(odd[:4])} should not be in it, or is missing. "
-            f"{_WAY_OUT}"
+            f"{path} is damaged: {', '.join(map(shown, odd[:4]))} should not be in it, or is "
+            f"missing. {_WAY_OUT}"
         )
     for tensor, (dtype, shape) in wanted.items():
         view = file.get_slice(tensor)
         actual = (str(view.get_dtype()), view.get_shape())
         if actual != (dtype, shape):
             raise ModelError(
-                f"{path} is damaged: {tensor} is {actual[0]} {actual[1]}, expected {dtype} "
-                f"{shape}. {_WAY_OUT}"
+                f"{path} is damaged: {shown(tensor)} is {actual[0]} {shown(actual[1])}, expected "
+                f"{dtype} {shape}. {_WAY_OUT}"
             )

@@ -10,7 +10,9 @@ plain torch versions, which are the reference of these and serve all other devic
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -36,9 +38,24 @@ _HIGHEST = (1 << 31) - 1
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call; the machine code is kept where numba finds a place for it."""
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        kernel: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither beside this file nor in the user's cache folder
         return njit(nogil=True, error_model="numpy")(function)
+    files = kernel._cache
+    files.load_overload = _if_possible(files.load_overload)
+    files.save_overload = _if_possible(files.save_overload)
+    return kernel
+
+
+def _if_possible(access: Callable[..., Any]) -> Callable[..., Any]:
+    """Do without numba's files if they are broken, or cannot be written: the disk may be full."""
+
+    def call(*args: Any) -> Any:
+        with suppress(OSError, EOFError, UnpicklingError):
+            return access(*args)
+        return None
+
+    return call
 
 
 @_compiled

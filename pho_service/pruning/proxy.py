@@ -133,6 +133,32 @@ class ProxyEvaluator:
             zip((la.name for la in self.bundle.layers), self._relative(sums.absolute), strict=True)
         )
 
+    def layer_sparsities(self, candidate: Candidate) -> dict[str, float]:
+        """
+        The share of its weights that each linear loses, by name.
+
+        In scope ``global`` and with an allocation it is that of the sampled rows, which the whole
+        linear comes near; otherwise it is exact.
+
+        Raises:
+            NumericalError: A score is NaN or infinite; names the layer.
+        """
+        pattern = candidate.pattern
+        lost = self._shares(candidate)
+        found = {}
+        for number, layer in enumerate(self.bundle.layers):
+            if pattern.group:
+                kept = pattern.keep if lost is None else int(lost[number])
+                found[layer.name] = 1 - kept / pattern.group
+            elif lost is not None:
+                found[layer.name] = int(lost[number]) / layer.rows.numel()
+            else:
+                rows = 1 if pattern.scope is Scope.ROW else layer.out_features
+                found[layer.name] = pattern.removed(rows * layer.in_features) / (
+                    rows * layer.in_features
+                )
+        return found
+
     def _sums(self, candidates: Sequence[Candidate], with_gini: bool) -> list["_Sums"]:
         """What each of up to eight candidates does to the layers; they are of one pattern."""
         lost = self._each(self._shares, candidates)

@@ -5,7 +5,6 @@ One formula serves whole layers and the sampled rows of a proxy bundle: it
 takes the means that it divides by instead of computing them.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -234,15 +233,19 @@ def layer_importance(
         (out_features, in_features), float32, on ``weight.device``.
 
     Raises:
-        NumericalError: A score is NaN or infinite.
+        NumericalError: A score, or a sum that it is divided by, is NaN or infinite.
     """
     magnitude = weight.float().abs()
+    row_mean = magnitude.mean(dim=1)
+    if coefficients.normalisation != "none":
+        # An infinite mean would make 0 of the largest weights' scores.
+        _check_finite(float(row_mean.sum()) * weight.shape[1], layer)
     means = magnitude  # which is not looked at
     if coefficients.neighbourhood and coefficients.normalisation != "none":
         means = window_mean(magnitude, coefficients.kernel_size).clamp_min_(TINY)
     score = importance(
         magnitude[None, None],
-        row_mean=magnitude.mean(dim=1)[None, None],
+        row_mean=row_mean[None, None],
         column_mean=magnitude.mean(dim=0)[None, None],
         window_means=means[None, None, None],
         windows=[0],
@@ -251,13 +254,17 @@ def layer_importance(
         out_features=weight.shape[0],
         coefficients=[coefficients],
     ).view(weight.shape)
-    if not math.isfinite(float(score.max())):  # a NaN is the maximum; no score is negative
+    _check_finite(float(score.max()), layer)  # a NaN is the maximum; no score is negative
+    return score
+
+
+def _check_finite(value: float, layer: str) -> None:
+    if not abs(value) <= torch.finfo(torch.float32).max:
         raise NumericalError(
             f"{layer}: a score is NaN or infinite. Check the layer's weights and the "
             "calibration activations for NaN, infinity or values beyond float32.",
             layer=layer,
         )
-    return score
 
 
 def gini(values: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class SearchRequest:
         finalists: How many found candidates are looked at again, beside the baselines.
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.
+        compare_cold: Whether the same search is run without it, too, to say what it saved.
     """
 
     pattern: Pattern
@@ -43,10 +44,16 @@ class SearchRequest:
     study_url: str = "sqlite:///study.db"
     finalists: int = 5
     warm_start: tuple[Candidate, ...] = ()
+    compare_cold: bool = False
 
     def __post_init__(self) -> None:
         if self.finalists < 1:
             raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        if self.compare_cold and self.objective.name == "perplexity":
+            raise InvalidInput(
+                "what a warm start saves is measured by a second search, which takes hours by "
+                "perplexity. Leave --compare-cold out, or search by a proxy."
+            )
         try:
             check_url(self.study_url)
         except StorageError as error:

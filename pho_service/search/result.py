@@ -17,6 +17,7 @@ from pho_service.configuration import (
 )
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import Divergences, RatedCandidate, SearchPlan
+from pho_service.search.warm_start import Saving
 from pho_service.versions import versions
 
 
@@ -66,6 +67,7 @@ def search_result(
     divergences: Divergences = Divergences(),  # noqa: B008 - frozen
     *,
     ended_after: int | None = None,
+    saving: Saving | None = None,
 ) -> SearchResult:
     """
     Choose the winner and write down how it was found.
@@ -80,6 +82,7 @@ def search_result(
         confirmation: How the winner was measured.
         divergences: From the dense model, of all that was compared with it.
         ended_after: So many trials, if the sampler ended by itself before the last.
+        saving: What the warm start was worth, if that was measured.
     """
     best = measured[0][1] if measured else rated[0]
     by_number = {candidate.number: perplexity for perplexity, candidate in measured}
@@ -127,6 +130,7 @@ def search_result(
             "study": name,
             **({} if ended_after is None else {"finished": ended_after}),
             **({"warm_start": _started(rated, plan)} if plan.warm_start else {}),
+            **({} if saving is None else {"saving": saving.to_dict()}),
         },
         model=provenance.get("model", {}),
         calibration={k: v for k, v in provenance.items() if k != "model"},

@@ -140,8 +140,9 @@ class CmaSampler(BaseSampler):
             return {}
         encoding = _Encoding(search_space)
         if self._encoding is None or encoding.space != self._encoding.space:
-            self._encoding, self._told, self._asked = encoding, [], {}
             self._optimizer = encoding.optimizer(self._population_size, self._seed, self._start)
+            self._told, self._asked = [], {}
+            self._encoding = encoding  # last: another thread of a study looks at it first
         assert self._optimizer is not None
         solution = self._optimizer.ask()
         self._asked[trial.number] = solution

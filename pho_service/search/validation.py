@@ -3,7 +3,7 @@ How far can a proxy be trusted? Rank correlation and regret against perplexity, 
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from pho_service.search.space import SearchSpace
 from pho_service.spec import Candidate, Pattern, Steps
 
 RESAMPLES = 2000
+BATCH = 2**22  # pairs of candidates that are looked at together: some 100 MiB
 Interval = tuple[float, float]
 Values = npt.NDArray[np.float64]
 
@@ -84,42 +85,53 @@ def proxy_quality(
     top_k = min(5, len(x) // 4)
     sign = -1 if higher_is_better else 1
 
-    def regret(x: Values, y: Values) -> float:
-        chosen = np.argsort(sign * x, kind="stable")[:top_k]
-        return float(y[chosen].min() / y.min() - 1)
+    def regret(x: Values, y: Values, axis: int = -1) -> Values:
+        chosen = np.argsort(sign * x, axis=axis, kind="stable").take(range(top_k), axis=axis)
+        best: Values = np.take_along_axis(y, chosen, axis=axis).min(axis=axis)
+        excess: Values = best / y.min(axis=axis) - 1
+        return excess
 
-    def interval(statistic: object) -> Interval:
+    def interval(statistic: Callable[..., Values]) -> Interval:
         result = stats.bootstrap(
-            (x, y), statistic, paired=True, vectorized=False, n_resamples=RESAMPLES,
-            method="percentile", rng=np.random.default_rng(seed),
+            (x, y), statistic, paired=True, n_resamples=RESAMPLES, method="percentile",
+            batch=max(1, BATCH // len(x) ** 2), rng=np.random.default_rng(seed),
         )  # fmt: skip
         found = result.confidence_interval
         return float(found.low), float(found.high)
 
     better = y <= np.median(y)
     return ProxyQuality(
-        spearman=_spearman(x, y),
+        spearman=float(_spearman(x, y)),
         spearman_interval=interval(_spearman),
-        spearman_better_half=_spearman(x[better], y[better]),
-        kendall=_kendall(x, y),
+        spearman_better_half=float(_spearman(x[better], y[better])),
+        kendall=float(_kendall(x, y)),
         kendall_interval=interval(_kendall),
-        regret=regret(x, y),
+        regret=float(regret(x, y)),
         regret_interval=interval(regret),
         top_k=top_k,
     )
 
 
-def _spearman(x: Values, y: Values) -> float:
-    """0 where one side is constant, which a resample can be."""
-    if len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2:
-        return 0.0
-    return float(stats.spearmanr(x, y).statistic)
+# SciPy's own take one sample at a time, of which a bootstrap needs thousands.
 
 
-def _kendall(x: Values, y: Values) -> float:
-    if len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2:
-        return 0.0
-    return float(stats.kendalltau(x, y).statistic)
+def _spearman(x: Values, y: Values, axis: int = -1) -> Values:
+    """Of each sample; 0 where one side is constant, which a resample can be."""
+    ranks = [stats.rankdata(side, axis=axis) for side in (x, y)]
+    return _cosine(*(rank - rank.mean(axis=axis, keepdims=True) for rank in ranks), axes=(axis,))
+
+
+def _kendall(x: Values, y: Values, axis: int = -1) -> Values:
+    """Tau-b: how the signs of the differences of all pairs go together; 0 as above."""
+    sides = [np.moveaxis(side, axis, -1) for side in (x, y)]
+    signs = (np.sign(side[..., :, None] - side[..., None, :]) for side in sides)
+    return _cosine(*signs, axes=(-2, -1))
+
+
+def _cosine(a: Values, b: Values, *, axes: tuple[int, ...]) -> Values:
+    norm: Values = np.sqrt((a * a).sum(axis=axes) * (b * b).sum(axis=axes))
+    found: Values = np.divide((a * b).sum(axis=axes), norm, out=np.zeros_like(norm), where=norm > 0)
+    return found
 
 
 def verdict(name: str, quality: ProxyQuality) -> str | None:

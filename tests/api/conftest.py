@@ -87,13 +87,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared_client(postgresql: str, shared_folder: Path) -> Iterator[TestClient]:
+def shared_client(new_database: Callable[..., str], shared_folder: Path) -> Iterator[TestClient]:
     """A client for all tests of a file that do not mind what the others store."""
-    admin, name = Database(postgresql, pool=1), f"shared_{uuid.uuid4().hex}"
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    database = Database(postgresql.replace("/postgres?", f"/{name}?"), pool=8)
+    database = Database(new_database(), pool=8)
     roots = (shared_folder,)
     app = create_app(database, read_settings(model_roots=roots, text_roots=roots))
     with TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False) as client:

@@ -20,7 +20,6 @@ Refusal = Callable[..., dict[str, Any]]
 @pytest.mark.parametrize(
     ("path", "content_type"),
     [
-        ("/", "text/html"),  # after a redirect
         ("/dashboard", "text/html"),
         ("/dashboard/studies/1", "text/html"),
         ("/favicon.ico", ""),  # optuna-dashboard calls it application/gzip if that is accepted
@@ -82,7 +81,7 @@ def test_only_for_reading(client: TestClient, submit: Submit, hand: Any, refusal
     body = json.dumps({"study_name": "mine", "directions": ["minimize"], "body": "x"})
     headers = {"Content-Type": "application/json"}
     for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "X"):
-        for path in ("/api/studies", "/api/studies/1", "/api/studies/1/note", "/dashboard", "/",
+        for path in ("/api/studies", "/api/studies/1", "/api/studies/1/note", "/dashboard",
                      "/api/studies/1/rename", "/static/bundle.js", "/artifacts/1/x",
                      "/api/studies?_method=DELETE"):  # fmt: skip
             answer = client.request(method, path, content=body, headers=headers)
@@ -143,7 +142,7 @@ def test_closed(client_of: Any, database: Database) -> None:
     client.get("/api/studies")
     client.get("/v1/jobs")
     client.__exit__(None, None, None)
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while (left := open_connections(database)) and time.monotonic() < deadline:
         time.sleep(0.05)  # the server takes its time to notice
     client.__enter__()  # for the fixture to close

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.job_spec import CalibrationSpec, JobSpec
+from pho_service.job_fields import CalibrationSpec
+from pho_service.job_spec import JobSpec
 
 Refusal = Callable[..., dict[str, Any]]
 
@@ -220,6 +221,15 @@ def test_detail_counts(client: TestClient) -> None:
     assert detail.endswith("(and 2 more)")
 
 
+def test_very_many(client: TestClient, refusal: Refusal) -> None:
+    """Of thousands of wrong values a hundred are named, and all are counted."""
+    document = {**DOCUMENT, **{f"field {number}": 1 for number in range(3000)}}
+    problem = refusal(client.post("/v1/jobs", json=document), 422, "invalid_request")
+
+    assert len(problem["errors"]) == 100
+    assert problem["detail"].endswith("(and 2999 more)")
+
+
 @pytest.mark.parametrize(
     ("pointer", "known"),
     [
@@ -389,7 +399,7 @@ def test_odd_content_length(client: TestClient, refusal: Refusal, length: bytes)
 
 PATHS = [
     "/v1", "/v1/", "/v1/job", "/v1/jobs/", "/v2/jobs", "/V1/jobs", "/v1//jobs", "/v1/jobs/x/y",
-    "/v1/configurations", "/nope", "//", "/%00", "/v1/jobs%2f", "/..%2f..%2fetc/passwd",
+    "/v1/configuration", "/nope", "//", "/%00", "/v1/jobs%2f", "/..%2f..%2fetc/passwd",
     "/healthz/", "/metrics/", "/apix", "/static", "/openapi.json/", "/v1/workers/x", "/\u2713",
 ]  # fmt: skip
 

@@ -18,13 +18,16 @@ Headers = dict[str, str]
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
-# Everything that there is, by method and path.
+# Everything that there is but the pages for people, by method and path.
 OPERATIONS = [
     ("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/{}"), ("DELETE", "/v1/jobs/{}"),
     ("GET", "/v1/jobs/{}/trials"), ("GET", "/v1/jobs/{}/best"), ("GET", "/v1/jobs/{}/events"),
+    ("GET", "/v1/jobs/{}/report"),
     ("POST", "/v1/jobs/{}:cancel"), ("POST", "/v1/jobs/{}:pause"), ("POST", "/v1/jobs/{}:resume"),
-    ("POST", "/v1/jobs/{}:extend"), ("GET", "/v1/workers"), ("GET", "/metrics"), ("GET", "/docs"),
-    ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/dashboard"), ("GET", "/api/studies"),
+    ("POST", "/v1/jobs/{}:extend"), ("GET", "/v1/configurations"), ("POST", "/v1/configurations"),
+    ("GET", f"/v1/configurations/{NOBODY}"), ("DELETE", f"/v1/configurations/{NOBODY}"),
+    ("GET", "/v1/workers"), ("GET", "/metrics"), ("GET", "/docs"),
+    ("GET", "/openapi.json"), ("GET", "/dashboard"), ("GET", "/api/studies"),
     ("GET", "/static/bundle.js"), ("GET", "/nope"), ("GET", "/v1/nope"), ("POST", "/api/studies"),
 ]  # fmt: skip
 
@@ -225,10 +228,11 @@ def test_anothers_job(
 ) -> None:
     """To a key, another key's job is not there in any operation, nor does any change it."""
     before = hand.store.page()
+    headers = {**bearer(secret), "X-Request-ID": "a"}
     for method, path in OPERATIONS:
         if "{}" in path:
             anothers, nobodys = (
-                client.request(method, path.format(job), json={"trials": 1}, headers=bearer(secret))
+                client.request(method, path.format(job), json={"trials": 1}, headers=headers)
                 for job in (others["id"], NOBODY)
             )
 
@@ -322,7 +326,7 @@ def test_dashboard_shows_all(
 ) -> None:
     """The dashboard, which shows every study, is for keys that see all."""
     admin = basic("", keys.create("admin", sees_all=True)[1])
-    for path in ("/", "/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2"):
+    for path in ("/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2"):
         problem = refusal(client.get(path, headers=bearer(secret)), 403, "not_for_this_key")
 
         assert "--all-jobs" in problem["detail"]

@@ -1,6 +1,9 @@
 """The database goes away and comes back under a front end that stays."""
 
+import re
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +24,14 @@ Refusal = Callable[..., dict[str, Any]]
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 JOB = "/v1/jobs/00000000-0000-0000-0000-000000000000"
+CONFIGURATION = "/v1/configurations/00000000-0000-0000-0000-000000000000"
 OPERATIONS = [
     ("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", JOB), ("DELETE", JOB),
     ("GET", f"{JOB}/trials"), ("GET", f"{JOB}/best"), ("GET", f"{JOB}/events"),
     ("POST", f"{JOB}:cancel"), ("POST", f"{JOB}:pause"), ("POST", f"{JOB}:resume"),
     ("POST", f"{JOB}:extend"), ("GET", "/v1/workers"), ("GET", "/readyz"), ("GET", "/metrics"),
     ("GET", "/dashboard"), ("GET", "/api/studies"), ("GET", "/static/bundle.js"), ("GET", "/docs"),
+    ("GET", "/v1/configurations"), ("GET", CONFIGURATION), ("DELETE", CONFIGURATION),
     ("GET", "/nope"),
 ]  # fmt: skip
 
@@ -55,6 +60,14 @@ class Server:
     def start(self) -> None:
         """On the same data."""
         self._server.start()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until it does, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +117,26 @@ def test_every_operation(front: TestClient, server: Server, refusal: Refusal) ->
     assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
 
 
+def test_pages(front: TestClient, server: Server) -> None:
+    """People get a page that waits for the database, and what they sent is not sent again."""
+    job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    server.stop()
+    shown = [front.get(path) for path in ("/", "/new", "/?state=failed&refresh=off")]
+    sent = [
+        front.post("/new", data=DOCUMENT), front.post(f"/jobs/{job}/cancel", data={"view": ""}),
+    ]  # fmt: skip
+    server.start()
+
+    for answer in (*shown, *sent):
+        assert answer.status_code == 503
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert answer.headers["retry-after"] == "5"
+        assert "The database cannot be reached. What was stored is kept" in answer.text
+        assert ('http-equiv="refresh" content="5; url=/' in answer.text) is (answer in shown)
+    assert "url=/?state=failed&amp;refresh=off" in shown[-1].text
+    assert front.get("/").status_code == 200
+
+
 def test_with_a_key(server: Server, settings: Settings, refusal: Refusal) -> None:
     """In an outage nobody is told that his key is wrong, and nobody gets in."""
     database = Database(server.url, pool=4)
@@ -126,28 +159,33 @@ def test_with_a_key(server: Server, settings: Settings, refusal: Refusal) -> Non
 
 def test_restart_under_load(front: TestClient, server: Server) -> None:
     """While the server restarts under many callers, each is answered: right, or with 503."""
-    until = time.monotonic() + 4.0
     ids: list[str] = []
+    seen: set[int] = set()
+    enough = threading.Event()
 
-    def ask(number: int) -> set[int]:
-        seen = set()
-        while time.monotonic() < until:
+    def ask() -> None:
+        while not enough.is_set():
             answer = front.post(
-                "/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": f"{number}-{len(ids)}"}
+                "/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": str(uuid.uuid4())}
             )
             if answer.status_code == 202:
                 ids.append(answer.json()["id"])
-            seen |= {answer.status_code, front.get("/v1/jobs").status_code}
+            seen.update((answer.status_code, front.get("/v1/jobs").status_code))
             seen.add(front.get("/api/studies").status_code)
-        return seen
 
     with ThreadPoolExecutor(4) as pool:
-        asking = pool.map(ask, range(4))
-        time.sleep(0.5)
-        server.stop()
-        time.sleep(0.5)
-        server.start()
-        seen = set().union(*asking)
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            until(lambda: len(ids) >= 20)
+            server.stop()
+            until(lambda: 503 in seen)
+            server.start()
+            before = len(ids)
+            until(lambda: len(ids) >= before + 20)
+        finally:
+            enough.set()
+    for each in asking:
+        each.result()
     store = JobStore(Database(server.url, pool=1))
     stored = {str(job.id) for job in store.page(limit=100_000)}
     store.database.close()
@@ -157,19 +195,34 @@ def test_restart_under_load(front: TestClient, server: Server) -> None:
     assert {*ids} <= stored  # what was answered is not lost
 
 
-def test_stream(front: TestClient, server: Server) -> None:
-    """A stream of events that an outage cuts off can be taken up after it."""
+def test_stream(
+    front: TestClient,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A stream of events goes on after an outage."""
+    monkeypatch.setattr("pho_service.api.jobs.RETRY_AFTER_S", 0.2)
+    read, all_sent = JobStore.events, threading.Event()
+
+    def events(*args: Any, **options: Any) -> Any:
+        found = read(*args, **options)
+        if not found:
+            all_sent.set()
+        return found
+
+    monkeypatch.setattr(JobStore, "events", events)
     job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]
     with ThreadPoolExecutor(1) as pool:
-        cut = pool.submit(front.get, f"/v1/jobs/{job}/events")
-        time.sleep(1.0)
+        stream = pool.submit(front.get, f"/v1/jobs/{job}/events")
+        until(all_sent.is_set)
         server.stop()
-        answer = cut.result(timeout=20)
+        until(lambda: "a stream of events waits for the database" in caplog.text)
         server.start()
-    (last,) = [line[4:] for line in answer.text.splitlines() if line.startswith("id: ")]
-    front.post(f"/v1/jobs/{job}:cancel")
-    rest = front.get(f"/v1/jobs/{job}/events", headers={"Last-Event-ID": last}).text
+        front.post(f"/v1/jobs/{job}:cancel")
+        answer = stream.result(timeout=60)
+    states = re.findall(r'"state": "(\w+)"', answer.text)
+    ids = [int(line[4:]) for line in answer.text.splitlines() if line.startswith("id: ")]
 
-    assert '"state": "queued"' in answer.text
-    assert '"state": "queued"' not in rest
-    assert '"state": "cancelled"' in rest
+    assert states == ["queued", "cancelled"]
+    assert ids == sorted({*ids})

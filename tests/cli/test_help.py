@@ -27,7 +27,7 @@ def test_verb_help(pho: Pho, verb: str) -> None:
 
     assert result.exit_code == 0
     assert re.search(rf"Example:\n\s+pho {verb} ", result.stdout)
-    assert "--json" in result.stdout or verb in ("serve", "worker", "keys")
+    assert "--json" in result.stdout or verb in ("serve", "worker", "keys", "backup", "restore")
     assert pho(verb, "-h").stdout == result.stdout
 
 

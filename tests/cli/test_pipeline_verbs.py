@@ -163,7 +163,7 @@ def test_bundle_is_not_enough(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "MODEL, --config and --out are needed to prune"),
+        ((), "MODEL, --out, and one of --config and --from-library are needed"),
         (("--check", "out", "--out", "other"), "--check takes a folder and prunes nothing"),
         (("--check", "nothing"), "nothing"),
     ],

@@ -131,3 +131,14 @@ def test_plain_answer(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> N
     perplexity = answer(pho(*words, "--json"))["perplexity"]
 
     assert f"perplexity {perplexity:.4f}" in pho(*words).stdout
+
+
+def test_statistics_of_the_search(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+    """With the kernel sizes of the search, the default ones too, its own statistics are taken."""
+    calibration = ("--context-length", 32, "--samples", 6, "--text", texts["calibration"],
+                   "--kernel-sizes", "3,5,9,15")  # fmt: skip
+    pho("search", model_folder, "--pattern", "0.5", "--trials", 12, *calibration)
+    result = pho("prune", model_folder, "--config", "config.json", *calibration, "--out", "pruned")
+
+    assert result.exit_code == 0, result.stderr
+    assert "Note" not in result.stderr

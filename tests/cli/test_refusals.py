@@ -3,8 +3,8 @@
 import json
 import pickle
 import re
-import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +168,12 @@ def test_bad_configuration(
 
 
 @pytest.fixture
-def full_disk(places: dict[str, Path]) -> Iterator[dict[str, Path]]:
+def full_disk(
+    places: dict[str, Path], limited_disk: Callable[[int], AbstractContextManager[None]]
+) -> Iterator[dict[str, Path]]:
     """``places``, where no file may grow beyond 20,000 bytes: a write fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield places
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with limited_disk(20_000):
+        yield places
 
 
 def test_bundle_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:

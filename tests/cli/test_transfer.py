@@ -1,6 +1,7 @@
 """`pho transfer`, and searches over several models or from what was found elsewhere."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,35 @@ def test_warm_start(pho: Pho, configuration: Path, bundle_file: Path) -> None:
     assert "warm_start" not in done(pho(*words, "--json"))["configuration"]["search"]
 
 
+def test_warm_from_library(
+    pho: Pho, configuration: Path, bundle_file: Path, tmp_path: Path
+) -> None:
+    """A search that starts from a folder takes what fits, and says why and what it saved."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    words = ["search", bundle_file, "--trials", 30, "--warm-start", folder, "--compare-cold"]
+    empty = pho(*words, "--pattern", "0.5", "--json")
+    shutil.copy(configuration, folder)
+    warm = pho(*words, "--pattern", "0.5")
+    found = json.loads(Path("config.json").read_text())["search"]
+    other = pho(*words, "--pattern", "0.6")
+
+    assert "nothing to start from: the library" in empty.stderr
+    assert "is empty" in empty.stderr
+    assert "saving" not in done(empty)["configuration"]["search"]
+    assert f"Starting from {configuration.name}: pattern 0.5" in warm.stderr
+    assert f"came to {found['saving']['value']:.6g} after {found['saving']['cold']} trials" in (
+        warm.stdout
+    )
+    assert found["warm_start"][0]["trial"] == 6
+    assert "has nothing for 0.6" in other.stderr
+    assert other.exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        ("{bundle} --compare-cold", 2, "give --warm-start, too"),
         ("{bundle} --over mean", 2, "--over mean is for several models"),
         ("{bundle} {bundle}", 2, "is given twice"),
         ("{bundle} {model} --confirm-text {config}", 2, "--confirm-text is for one model"),

@@ -1,8 +1,11 @@
 """The compiled selections of the CPU mark what the plain torch versions mark."""
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +151,45 @@ def test_no_place_for_machine_code() -> None:
     )
 
     assert done.stdout.strip() == "[[False, True, True]]"
+
+
+@pytest.fixture
+def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
+    """A function of a module of its own, whose machine code is kept beside it."""
+    module = tmp_path.name  # another one for each test: numba imports it again
+    (tmp_path / f"{module}.py").write_text("def twice(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    function: Callable[[int], int] = importlib.import_module(module).twice
+    return function
+
+
+@pytest.mark.parametrize("fault", ["not readable", "empty", "broken"])
+def test_kept_machine_code_is_broken(
+    twice: Callable[[int], int], tmp_path: Path, fault: str
+) -> None:
+    """What was kept, and cannot be read, is compiled again."""
+    assert kernels._compiled(twice)(3) == 6
+    kept = list(tmp_path.rglob("*.nb*"))
+    for path in kept:
+        path.unlink()
+        if fault == "not readable":
+            path.mkdir()
+        else:
+            path.write_bytes(b"" if fault == "empty" else b"broken")
+
+    assert {path.suffix for path in kept} == {".nbi", ".nbc"}
+    assert kernels._compiled(twice)(3) == 6
+
+
+def test_no_room_for_machine_code(
+    twice: Callable[[int], int],
+    tmp_path: Path,
+    limited_disk: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    """Nor does a full disk keep anything from being computed."""
+    compiled = kernels._compiled(twice)
+    with limited_disk(10):
+        found = compiled(3)
+
+    assert found == 6
+    assert not list(tmp_path.rglob("*.nb*"))

@@ -144,6 +144,25 @@ def test_error_is_that_of_the_output(
     )
 
 
+SHARED_OUT = [
+    *((*each, "uniform") for each in PATTERNS), ("0.5", "row", "owl"), ("0.6", "layer", "owl"),
+    ("2:4", "row", "owl"), ("1:4", "row", "owl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "scope", "method"), SHARED_OUT)
+def test_sparsities_are_those_of_the_masks(
+    linears: Linears, statistics: Statistics, pattern: str, scope: str, method: str
+) -> None:
+    """With all rows in the bundle, each linear loses what it loses when the model is pruned."""
+    steps = Steps(allocation=Allocation(method=method, spread=0.25))
+    candidate = replace(candidate_of("crepe", pattern, scope), steps=steps)
+    found = ProxyEvaluator(bundle_of(linears, statistics)).layer_sparsities(candidate)
+    masks = model_masks(linears, statistics, candidate)
+
+    assert found == pytest.approx({name: 1 - float(mask.float().mean()) for name, mask in masks})
+
+
 def test_projection_rates_alike(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:

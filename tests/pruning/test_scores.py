@@ -339,6 +339,19 @@ def test_bad_weight(bad: float, coefficients: Coefficients) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("coefficients", [RIA, EQUAL])
+def test_weights_beyond_sums(coefficients: Coefficients) -> None:
+    """Weights that are finite, but add up to more than float32 holds, are refused: not pruned."""
+    weight, squares, _ = random_layer()
+    weight[2] = 3e38
+
+    with pytest.raises(NumericalError, match=r"blocks\.4\.up_proj"):
+        layer_importance(
+            weight, activation_norm=squares.sqrt().float(), fisher=None,
+            coefficients=coefficients, layer="blocks.4.up_proj",
+        )  # fmt: skip
+
+
 def test_bad_activation_norm() -> None:
     """An activation norm that is NaN is refused, with the name of the layer."""
     weight, squares, _ = random_layer()

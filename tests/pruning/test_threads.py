@@ -20,7 +20,7 @@ def threads() -> Iterator[int]:
 
 def test_threads(threads: int) -> None:
     """As many threads as torch has work at once, and torch itself takes one in each."""
-    together = threading.Barrier(threads, timeout=30)
+    together = threading.Barrier(threads, timeout=120)
 
     def work(piece: int) -> tuple[int, int]:
         together.wait()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pho_service.search.space import SearchSpace
 from pho_service.search.validation import proxy_quality, random_candidates, verdict
@@ -48,6 +49,18 @@ def test_useless() -> None:
 def test_constant_proxy() -> None:
     """A proxy that says the same of everything has no correlation."""
     assert proxy_quality([1.0] * 12, PERPLEXITY, higher_is_better=False, seed=0).spearman == 0
+
+
+@pytest.mark.parametrize("digits", [0, 6])
+def test_as_scipy(digits: int) -> None:
+    """Rank correlations are those of SciPy, with ties and without."""
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=30).round(digits)
+    y = (20 + x + generator.normal(size=30)).round(digits)
+    quality = proxy_quality(list(x), list(y), higher_is_better=False, seed=0)
+
+    assert quality.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert quality.kendall == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
 def test_intervals() -> None:

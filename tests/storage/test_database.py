@@ -1,11 +1,13 @@
 """The service's database: schemas that are migrated once, and found again after an outage."""
 
+from contextlib import closing
+
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from storage.database import Database
-from storage.studies import StorageError
+from storage.studies import DatabaseGone, StorageError
 from storage.tables import metadata
 
 
@@ -33,6 +35,33 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     """A second start finds everything there."""
     database.migrate()
     database.check()
+
+
+def test_tables_of_this_version(database: Database) -> None:
+    """What is migrated is known to be; what an older version made is waited for."""
+    database.check_migrated()
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0002'")
+
+    with pytest.raises(DatabaseGone, match="`pho serve` makes them"):
+        database.check_migrated()
+
+
+def test_tables_of_a_newer_version(database: Database) -> None:
+    """Those are not touched."""
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
+
+    with pytest.raises(StorageError, match=r"9999.*Install the newest"):
+        database.check_migrated()
+
+
+def test_no_tables(postgresql: str) -> None:
+    """A database that no service has seen is waited for."""
+    database = Database(postgresql)  # the server's own, which only holds the others
+
+    with closing(database), pytest.raises(DatabaseGone, match="`pho serve` makes them"):
+        database.check_migrated()
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://h/d", "nonsense"])

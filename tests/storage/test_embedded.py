@@ -463,7 +463,7 @@ class TestMigrate:
             assert start.stdin is not None
             start.stdin.write("go\n")
             start.stdin.flush()
-        made = [uuid.UUID(start.communicate(timeout=60)[0].strip()) for start in starts]
+        made = [uuid.UUID(start.communicate(timeout=240)[0].strip()) for start in starts]
         database = Database(empty)
         found = jobs(database)
         database.close()

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -37,16 +37,9 @@ ERROR = {"type": "Boom", "message": "it broke"}
 
 
 @pytest.fixture(scope="module")
-def database(postgresql: str) -> Iterator[Database]:
-    """One for all tests of this file: to make a new one takes longer than they do."""
-    name = f"jobs_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
-    yield opened
-    opened.close()
+def database(shared_database: Database) -> Database:
+    """One for all tests of this file."""
+    return shared_database
 
 
 @pytest.fixture
@@ -1023,6 +1016,33 @@ class TestWork:
         assert (job.stages[0].state, job.stages[0].result) == (StageState.DONE, {"r": 1})
         assert job.finished_at is not None
         assert told(store, job.id)[-1] == {"state": "succeeded"}
+
+    def test_cancelled_at_the_end(self, store: JobStore) -> None:
+        """A job that is cancelled while its last stage ends is cancelled, without a result."""
+        taken = begun(store)
+        store.ask(taken.job.id, "cancel")
+        store.succeed(taken, best={"a": 1}, warnings=[], result={"r": 1})
+        job = store.get(taken.job.id)
+
+        assert (job.state, job.best) == (JobState.CANCELLED, None)
+        assert job.stages[0].state is StageState.DONE
+        assert told(store, job.id)[-1] == {"state": "cancelled"}
+
+    def test_transfer_cancelled_at_the_end(self, store: JobStore) -> None:
+        """So it is with a transfer."""
+        taken = begun(store)
+        store.ask(taken.job.id, "cancel")
+        store.transferred(taken, {"error": "none"}, configuration={"a": 1}, own=None)
+
+        assert store.get(taken.job.id).state is JobState.CANCELLED
+
+    def test_paused_at_the_end(self, store: JobStore) -> None:
+        """A job that is to pause while its last stage ends has nothing left to wait for."""
+        taken = begun(store)
+        store.ask(taken.job.id, "pause")
+        store.succeed(taken, best={"a": 1}, warnings=[], result={"r": 1})
+
+        assert store.get(taken.job.id).state is JobState.SUCCEEDED
 
     def test_retry(self, store: JobStore) -> None:
         """A failed attempt that may be retried puts the stage down, and is told."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import delete, select, update
@@ -29,16 +28,9 @@ WEIRD = [
 
 
 @pytest.fixture(scope="module")
-def database(postgresql: str) -> Iterator[Database]:
-    """One for all tests of this file: to make a new one takes longer than they do."""
-    name = f"keys_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
-    yield opened
-    opened.close()
+def database(shared_database: Database) -> Database:
+    """One for all tests of this file."""
+    return shared_database
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Optuna's own tests of a storage, on the service's: its own schema, commits that do not wait."""
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,16 +12,9 @@ from storage.studies import open_storage
 
 
 @pytest.fixture(scope="module")
-def database(postgresql: str) -> Iterator[Database]:
-    """One for all tests of this file: to make a new one takes longer than they do."""
-    name = f"optuna_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
-    yield opened
-    opened.close()
+def database(shared_database: Database) -> Database:
+    """One for all tests of this file."""
+    return shared_database
 
 
 class TestOptunaStorage(StorageTestCase):

@@ -2,7 +2,6 @@
 
 import random
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -24,16 +23,9 @@ CALIBRATE, SEARCH, FINISH = StageKind.CALIBRATE, StageKind.SEARCH, StageKind.FIN
 
 
 @pytest.fixture(scope="module")
-def database(postgresql: str) -> Iterator[Database]:
-    """One for all tests of this file: to make a new one takes longer than they do."""
-    name = f"queue_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    opened = Database(postgresql.replace("/postgres?", f"/{name}?"))
-    yield opened
-    opened.close()
+def database(shared_database: Database) -> Database:
+    """One for all tests of this file."""
+    return shared_database
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +128,7 @@ class TestEntries:
             listening.execute('LISTEN "procrastinate_queue_v1#search"')
             put(database, 1, CALIBRATE)
             put(database, 2, SEARCH)
-            notices = [n.payload for n in listening.notifies(timeout=5, stop_after=1)]
+            notices = [n.payload for n in listening.notifies(timeout=60, stop_after=1)]
 
         assert len(notices) == 1
         assert '"job_inserted"' in notices[0]
@@ -150,7 +142,7 @@ class TestOrder:
         for stage_id, kind in enumerate(StageKind):
             put(database, stage_id, kind)
 
-        assert in_order(database) == [4, 3, 2, 1, 0]
+        assert in_order(database) == [5, 4, 3, 2, 1, 0]
 
     @pytest.mark.parametrize(("high", "low"), [(1, 0), (0, -1), (100, 99), (-99, -100)])
     def test_priority_goes_before_kind(self, database: Database, high: int, low: int) -> None:

@@ -1,7 +1,6 @@
 """The life of a job: what may be asked for in each state, by hand and on the database."""
 
 import uuid
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import select, update
@@ -48,16 +47,9 @@ REFUSED = [(verb, s) for verb in VERBS for s in JobState if (verb, s.value) not 
 
 
 @pytest.fixture(scope="module")
-def store(postgresql: str) -> Iterator[JobStore]:
+def store(shared_database: Database) -> JobStore:
     """The jobs of a database that the tests of this file share: each makes its own job."""
-    name = f"states_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE template")
-    admin.close()
-    database = Database(postgresql.replace("/postgres?", f"/{name}?"))
-    yield JobStore(database)
-    database.close()
+    return JobStore(shared_database)
 
 
 def job_in(store: JobStore, state: JobState, *, busy: bool) -> uuid.UUID:
@@ -149,10 +141,10 @@ def test_groups_of_states() -> None:
 
 
 def test_ranks() -> None:
-    """The kinds of work have ranks in the order in which they are done."""
-    kinds = ["calibrate", "search", "confirm", "perplexity", "finish"]
+    """The kinds of work rank in the order in which they are done; a transfer is begun last."""
+    kinds = ["transfer", "calibrate", "search", "confirm", "perplexity", "finish"]
 
-    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4]
+    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("verb", "state", "busy", "then"), ASKED)

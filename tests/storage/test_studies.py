@@ -107,6 +107,7 @@ def test_other_distributions(tmp_path: Path) -> None:
     [
         ("study.db", "'study.db' is not a database URL. Write sqlite:///study.db"),
         ("nosuch://x/y", "is not a database URL"),
+        ("nosuch://me:secret@x/y", r"'\*\*\*@x/y' is not a database URL"),
         ("sqlite://", "a database in memory, which keeps nothing"),
         ("sqlite:////no/such/folder/study.db", "the folder /no/such/folder does not exist"),
     ],

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import optuna
 import pytest
-from scipy.stats import spearmanr
 from sqlalchemy import select, text
 
+from pho_service.api.submission import enter
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.bundles import cached_bundle
 from pho_service.jobs.rating import ReportText, rate_pruned
@@ -30,15 +30,16 @@ from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.search.validation import random_candidates
+from pho_service.search.validation import qualities, random_candidates
 from pho_service.spec import SAMPLERS
+from pho_service.transfer_spec import TransferSpec
 from storage.database import Database
-from storage.jobs import Job, JobStore, NewStage
+from storage.jobs import Job, JobStore
 from storage.states import JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
 
-PATIENCE_S = 60.0  # then a test fails
+PATIENCE_S = 240.0  # then a test fails
 SETTINGS = {
     "PHO_HEARTBEAT_S": "0.3",
     "PHO_STALLED_AFTER_S": "1.5",
@@ -91,6 +92,7 @@ def spec_of(home: Path) -> Callable[..., JobSpec]:
             },
             "confirm": some if isinstance(confirm, str) else confirm and {**some, **confirm},
             "trials": 40,
+            "max_attempts": 20,  # on a busy machine, workers that live may be taken for dead
         }
         return JobSpec.model_validate({**document, **changes})
 
@@ -249,18 +251,9 @@ class Crew:
             for w in self.store.workers(alive_s=float(SETTINGS["PHO_STALLED_AFTER_S"]))
         }
 
-    def submit(self, spec: JobSpec) -> Job:
+    def submit(self, spec: JobSpec | TransferSpec) -> Job:
         """As the API does."""
-        first = NewStage(kind=StageKind.CALIBRATE, lock=spec.calibration_key)
-        job, _ = self.store.submit(
-            spec.model_dump(),
-            name=spec.title,
-            first=first,
-            priority=spec.priority,
-            trials=spec.trials,
-            max_attempts=spec.max_attempts,
-        )
-        return job
+        return enter(self.store, spec)
 
     def wait(self, job: Job, *states: JobState) -> Job:
         """The job once it is in one of these states, or over."""
@@ -279,7 +272,7 @@ class Crew:
         assert found.state is JobState.SUCCEEDED, (found.error, self.logs())
         return found
 
-    def done(self, spec: JobSpec) -> Job:
+    def done(self, spec: JobSpec | TransferSpec) -> Job:
         """Submit a job that must succeed."""
         return self.succeeded(self.submit(spec))
 
@@ -441,14 +434,9 @@ def trials_of(study: optuna.Study) -> Trials:
 
 
 @contextmanager
-def crew_of(warm_start: WarmStart, postgresql: str, root: Path, folder: Path) -> Iterator[Crew]:
-    """A crew with a fresh database and no workers."""
-    name = f"crew_{uuid.uuid4().hex}"
-    admin = Database(postgresql)
-    with admin.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template"))
-    admin.close()
-    found = Crew(warm_start, postgresql.replace("/postgres?", f"/{name}?"), root, folder)
+def crew_of(warm_start: WarmStart, url: str, root: Path, folder: Path) -> Iterator[Crew]:
+    """A crew on a database, with no workers."""
+    found = Crew(warm_start, url, root, folder)
     try:
         yield found
     finally:
@@ -457,18 +445,20 @@ def crew_of(warm_start: WarmStart, postgresql: str, root: Path, folder: Path) ->
 
 @pytest.fixture(scope="module")
 def crew(
-    warm_start: WarmStart, postgresql: str, tmp_path_factory: pytest.TempPathFactory
+    warm_start: WarmStart,
+    new_database: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Crew]:
     """Workers that the tests of a file share; a test says how many it needs."""
     root = tmp_path_factory.getbasetemp()
-    with crew_of(warm_start, postgresql, root, tmp_path_factory.mktemp("crew")) as found:
+    with crew_of(warm_start, new_database(), root, tmp_path_factory.mktemp("crew")) as found:
         yield found
 
 
 @pytest.fixture
-def own_crew(warm_start: WarmStart, postgresql: str, tmp_path: Path) -> Iterator[Crew]:
+def own_crew(warm_start: WarmStart, database_url: str, tmp_path: Path) -> Iterator[Crew]:
     """No workers yet, and a database that nobody else uses."""
-    with crew_of(warm_start, postgresql, tmp_path.parent, tmp_path / "crew") as found:
+    with crew_of(warm_start, database_url, tmp_path.parent, tmp_path / "crew") as found:
         yield found
 
 
@@ -544,7 +534,8 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
             for candidate in candidates
         ]
         proxies = rate_by_all_proxies(bundle, candidates, device="cpu")
-        ranks = {name: float(spearmanr(v, perplexities).statistic) for name, v in proxies.items()}
+        judged = qualities(proxies, perplexities, seed=asked.seed)
+        ranks = {name: quality.spearman for name, quality in judged.items()}
     return Undisturbed(configuration=configuration, trials=trials, ranks=ranks)
 
 

@@ -106,6 +106,22 @@ def test_validation(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> No
     assert found(job) == undisturbed(spec).configuration
 
 
+def test_layers(crew: Any, spec_of: Any) -> None:
+    """What the winner does to each linear is kept: its error, and the share that it loses."""
+    spec = spec_of(scope="global", confirm=None, trials=10)
+    (stage,) = crew.done(spec).of_kind(StageKind.FINISH)
+    cells = stage.result["layers"][spec.model]
+    kinds = [kind for _, kind, _, _ in cells[: len(cells) // 2]]
+
+    assert {block for block, _, _, _ in cells} == {"model.layers.0", "model.layers.1"}
+    assert kinds == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    assert all(0 < error < 1 for _, _, error, _ in cells)
+    assert len({sparsity for _, _, _, sparsity in cells}) > 3
+
+
 def test_islands(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     """Each island is the search with its own seed; the best of all of them wins."""
     job = crew.done(spec_of(islands=3, confirm=None))
@@ -160,8 +176,8 @@ def test_timeout(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     (trials,) = crew.trials(job)
     (search,) = job.of_kind(StageKind.SEARCH)
 
-    assert 7 <= len(trials) < 100
-    assert trials == undisturbed(spec_of(trials=100, confirm=None)).trials[: len(trials)]
+    assert 0 < len(trials) < 10_000  # on any machine
+    assert trials[:100] == undisturbed(spec_of(trials=100, confirm=None)).trials[: len(trials)]
     assert job.best["objective"]["value"] == min(value for _, _, value, _, _ in trials)
     assert search.result["out_of_time"]
 
@@ -414,7 +430,7 @@ def test_bad_options(options: list[str], variable: dict[str, str], message: str)
         env={**settings, **variable},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 

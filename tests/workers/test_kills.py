@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -20,7 +21,7 @@ TRIALS = 60
 LONG = 600  # trials; long enough to be waited for
 
 
-@pytest.mark.parametrize("kind", StageKind)
+@pytest.mark.parametrize("kind", [k for k in StageKind if k is not StageKind.TRANSFER])
 def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Killed in any stage, a worker is replaced by another, which ends with the same result."""
     alone = undisturbed(spec_of(trials=TRIALS))
@@ -148,6 +149,22 @@ def test_woken_to_stop(crew: Any, spec_of: Any, undisturbed: Any, found: Any) ->
     assert found(job) == alone.configuration
 
 
+def test_stopped_twice(own_crew: Any, spec_of: Any) -> None:
+    """Told to stop again, to its very end, a worker hands its stage back and says no more."""
+    own_crew.man(1)
+    job = own_crew.submit(spec_of(trials=LONG))
+    process = own_crew.busy(job, StageKind.SEARCH, done=14)
+    while process in own_crew.alive:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+        time.sleep(0.002)
+    code = own_crew.ended(process)
+
+    assert code == 0
+    assert own_crew.queued(job) == ["todo"]
+    assert "Traceback" not in own_crew.logs()
+
+
 @pytest.fixture
 def small_disk(crew: Any) -> Iterator[Path]:
     """The place of the bundles, with 32 KiB of space until it is unmounted."""
@@ -224,3 +241,25 @@ def test_postgresql_restarts(
     assert processes[0] == processes[1]
     assert own.trials(job) == [undisturbed(spec).trials]
     assert found(job) == undisturbed(spec).configuration
+
+
+def test_started_before_the_service(own_crew: Any, spec_of: Any) -> None:
+    """A worker that finds the tables of an older version waits until the service makes its own."""
+
+    def migrated_to(version: str) -> None:
+        with own_crew.database.transaction() as connection:
+            connection.execute(
+                text("UPDATE pho.alembic_version SET version_num = :version"), {"version": version}
+            )
+
+    with own_crew.database.transaction() as connection:
+        head = connection.scalar(text("SELECT version_num FROM pho.alembic_version"))
+    migrated_to("0001")
+    job = own_crew.submit(spec_of())
+    own_crew.start()
+    own_crew.until(lambda: "`pho serve` makes them" in own_crew.logs())
+    seen = own_crew.at_work()
+    migrated_to(head)
+
+    assert seen == {}
+    assert own_crew.succeeded(job)

@@ -1,0 +1,176 @@
+"""
+Jobs as the front page shows them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from pho_service.api.describe import describe, failure, is_transfer, study_names
+from pho_service.configuration import Configuration
+from pho_service.documents import OVER, Job
+from pho_service.library import measured_gain, transferred_gain
+from pho_service.library_file import TransferTarget
+from storage import jobs as stored
+from storage.states import VERBS, StageKind
+
+_ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
+_MOST_LINES = 4  # of the models of a transfer, and of warnings; the report has all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """How much of something is done."""
+
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """
+    A job.
+
+    Attributes:
+        job: As the API shows it.
+        models: All of them.
+        facts: What was asked, in some words: a name and a value each.
+        bars: How far it is.
+        results: What it has found, as sentences.
+        warnings: What must be said of that.
+        error: Why it failed.
+        time: How long it takes still, or took.
+        verbs: What can be asked of it.
+        deletable: Whether it can be deleted.
+        studies: A word and the number in optuna-dashboard of each, for those who may look there.
+    """
+
+    job: Job
+    models: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    bars: Sequence[Bar]
+    results: Sequence[str]
+    warnings: Sequence[str]
+    error: str | None
+    time: str
+    verbs: Sequence[str]
+    deletable: bool
+    studies: Sequence[tuple[str, int]]
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may be another one soon, by itself."""
+        return self.job.state not in (*OVER, "paused")
+
+
+def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:
+    """
+    A job as a card.
+
+    Args:
+        job: With its stages.
+        studies: The numbers of studies by name.
+        now: The time.
+    """
+    shown = describe(job)
+    return Card(
+        job=shown,
+        models=_models(job),
+        facts=_facts(job),
+        bars=_bars(shown),
+        results=_transferred(job) if is_transfer(job) else _found(job, shown),
+        warnings=_first([*shown.warnings], "warnings"),
+        error=failure(job),
+        time=_time(shown, now),
+        verbs=[v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state],
+        deletable=job.state in VERBS["delete"],
+        studies=[
+            (f"Study, island {island}" if island else "Study", studies[name])
+            for island, name in enumerate(study_names(job))
+            if name in studies
+        ],
+    )
+
+
+def span(seconds: float) -> str:
+    """A time in words, as exact as one cares."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
+
+
+def _models(job: stored.Job) -> list[str]:
+    if is_transfer(job):
+        return [*job.spec["models"]]
+    return [job.spec["model"], *job.spec.get("more_models", ())]
+
+
+def _facts(job: stored.Job) -> list[tuple[str, str]]:
+    spec = job.spec["configuration"] if is_transfer(job) else job.spec
+    facts = [("Pattern", str(spec["pattern"]))]
+    if spec.get("scope"):
+        facts.append(("Scope", str(spec["scope"])))
+    if is_transfer(job):
+        return [*facts, ("Transfer of", f"job {job.spec['source']}")]
+    return [*facts, ("Preset", str(spec.get("preset", "score")))]
+
+
+def _bars(job: Job) -> list[Bar]:
+    done = job.progress
+    if job.kind == "transfer":
+        return [Bar(label="models", done=done.models_done, total=done.models)]
+    bars = [Bar(label="trials", done=done.trials_done, total=done.trials)]
+    if done.perplexities:
+        bars.append(Bar(label="perplexities", done=done.perplexities_done, total=done.perplexities))
+    return bars
+
+
+def _found(job: stored.Job, shown: Job) -> list[str]:
+    """Of a search: the best, and how much better than RIA it is."""
+    if job.best is None:
+        value = shown.progress.best_value
+        return [] if value is None else [f"Best objective so far: {value:.4g}."]
+    assert shown.best is not None
+    measured = []
+    if shown.best.perplexity is not None:
+        measured.append(f"perplexity {shown.best.perplexity:.2f}")
+    elif shown.best.objective is not None:
+        measured.append(f"objective {shown.best.objective:.4g}")
+    gain = measured_gain(Configuration.model_validate(job.best))
+    measured += [] if gain is None else [str(gain)]
+    return [f"Best: {'; '.join([shown.best.method, *measured])}."]
+
+
+def _transferred(job: stored.Job) -> list[str]:
+    """Of a transfer: what the configuration is worth on each model."""
+    lines = []
+    for stage in job.of_kind(StageKind.TRANSFER):
+        if stage.result is None:
+            continue
+        if "error" in stage.result:
+            lines.append(f"{job.spec['models'][stage.number]}: {stage.result['error']}")
+            continue
+        target = TransferTarget.model_validate(stage.result)
+        gain = transferred_gain(target)
+        lines.append(f"{target.target}: {gain if gain is not None else 'measured'}.")
+    return _first(lines, "models")
+
+
+def _first(lines: Sequence[str], what: str) -> list[str]:
+    left = len(lines) - _MOST_LINES
+    return [*lines[:_MOST_LINES], *([f"And {left} more {what}: see the report."] * (left > 0))]
+
+
+def _time(job: Job, now: datetime) -> str:
+    if job.progress.seconds_left is not None:
+        return f"{job.stage}: about {span(job.progress.seconds_left)} left"
+    if job.started_at is None:
+        return "not begun"
+    if job.finished_at is None:
+        return f"{span((now - job.started_at).total_seconds())} since it began"
+    return f"took {span((job.finished_at - job.started_at).total_seconds())}"

@@ -1,0 +1,140 @@
+"""
+``/v1/configurations``: the library of what was found, for other models.
+"""
+
+import json
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Body, Query, Response
+
+from pho_service.api.problems import documented, wrong_parameter
+from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.documents import ConfigurationMatch, ConfigurationMatches
+from pho_service.errors import ConfigurationError, InvalidInput
+from pho_service.job_fields import FieldError
+from pho_service.library import Entry, Match, Wanted, rank
+from pho_service.library_file import LibraryFile, parse_library_file, stored_file
+from storage.configurations import StoredConfiguration
+
+router = APIRouter(prefix="/v1/configurations", tags=["configurations"])
+
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "config.json, or transfer.json if it was measured on other models",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+}
+
+
+@router.get("", response_model=ConfigurationMatches, responses=documented(422))
+def find(
+    service: ServiceParam,
+    caller: CallerParam,
+    pattern: Annotated[str | None, Query(max_length=64, description="0.5 or 2:4.")] = None,
+    scope: Annotated[str | None, Query(max_length=64, description="Any by default.")] = None,
+    family: Annotated[
+        str | None,
+        Query(min_length=1, max_length=100, description="model_type of the model: llama."),
+    ] = None,
+    parameters: Annotated[int | None, Query(ge=1, le=10**15, description="Of the model.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="At most so many.")] = 10,
+) -> ConfigurationMatches:
+    """Find the configurations that are likely to be good, best first, with reasons."""
+    wanted = _wanted("pattern", pattern, None, family, parameters)
+    if scope is not None:
+        wanted = _wanted("scope", pattern, scope, family, parameters)
+    stored = service.configurations.all(
+        pattern=None if wanted.pattern is None else str(wanted.pattern),
+        visible_to=caller.visible_to,
+    )
+    by_id = {str(each.id): each for each in stored}
+    matches = rank([Entry.of(str(each.id), _file(each)) for each in stored], wanted)
+    return ConfigurationMatches(
+        configurations=[describe(m, by_id[m.entry.id]) for m in matches[:limit]],
+        considered=len(stored),
+    )
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=ConfigurationMatch,
+    responses={200: {"description": "It was there already."}, **documented(413, 422)},
+)
+def add(
+    document: Annotated[
+        dict[str, Any], Body(description="config.json of a search, or a transfer.json.")
+    ],
+    service: ServiceParam,
+    caller: CallerParam,
+    response: Response,
+) -> ConfigurationMatch:
+    """Put a configuration that was found elsewhere into the library."""
+    try:
+        file = parse_library_file(document, "the document")
+    except ConfigurationError as error:
+        raise FieldError("", str(error)) from error
+    stored, new = service.configurations.add(
+        file.configuration.model_dump(mode="json"),
+        transfers=[target.model_dump(mode="json", exclude={"own"}) for target in file.targets],
+        owner_id=caller.key_id,
+    )
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/v1/configurations/{stored.id}"
+    (match,) = rank([Entry.of(str(stored.id), _file(stored))], Wanted())
+    return describe(match, stored)
+
+
+@router.get(
+    "/{configuration_id:uuid}",
+    responses={**_FILE, **documented(404, 422)},
+    response_class=Response,
+)
+def export(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Get a configuration as a file that `pho` reads, and other services import."""
+    stored = service.configurations.get(configuration_id, visible_to=caller.visible_to)
+    document = _file(stored).to_dict(str(stored.id))
+    return Response(json.dumps(document, indent=2) + "\n", media_type="application/json")
+
+
+@router.delete(
+    "/{configuration_id:uuid}",
+    status_code=204,
+    response_class=Response,
+    responses=documented(404, 422),
+)
+def delete(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
+    """Take a configuration out of the library. The job that found it stays."""
+    service.configurations.delete(configuration_id, visible_to=caller.visible_to)
+
+
+def describe(match: Match, stored: StoredConfiguration) -> ConfigurationMatch:
+    """An entry as the API shows it."""
+    return ConfigurationMatch(
+        id=stored.id,
+        job_id=stored.job_id,
+        created_at=stored.created_at,
+        fits=match.fits,
+        expected_gain=match.expected,
+        reasons=[*match.reasons],
+        **match.entry.to_dict(),
+    )
+
+
+def _wanted(
+    parameter: str,
+    pattern: str | None,
+    scope: str | None,
+    family: str | None,
+    parameters: int | None,
+) -> Wanted:
+    """What is asked for; ``parameter`` is the one that is at fault if there is no such thing."""
+    try:
+        return Wanted.parse(pattern, scope, family, parameters)
+    except InvalidInput as error:
+        raise wrong_parameter(parameter, str(error)) from error
+
+
+def _file(stored: StoredConfiguration) -> LibraryFile:
+    return stored_file(stored.document, stored.transfers)

@@ -1,0 +1,156 @@
+"""
+Jobs as the API shows them.
+"""
+
+from typing import Any
+
+from pho_service.api.problems import Conflict
+from pho_service.documents import Best, Job, JobError, Progress, ProxyQuality
+from storage import jobs as stored
+from storage.states import JobState, StageKind, StageState
+from storage.studies import study_name
+
+
+def describe(job: stored.Job) -> Job:
+    """A job as the API shows it."""
+    best = None
+    if job.best is not None:
+        confirmation = job.best.get("confirmation") or {}
+        best = Best(
+            method=job.best["method"],
+            objective=job.best["objective"].get("value"),
+            perplexity=confirmation.get("perplexity"),
+        )
+    return Job(
+        id=job.id,
+        kind="transfer" if is_transfer(job) else "search",
+        name=job.name,
+        state=job.state.value,
+        stage=None if job.stage is None else job.stage.value,
+        priority=job.priority,
+        progress=_progress(job),
+        best=best,
+        validation=_validation(job),
+        error=None if job.error is None else JobError.model_validate(job.error),
+        warnings=job.warnings or _warnings(job),
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        spec=job.spec,
+    )
+
+
+def configuration_of(job: stored.Job) -> dict[str, Any]:
+    """
+    What a search has found.
+
+    Raises:
+        Conflict: Nothing yet, or the job is no search.
+    """
+    check_search(job)
+    if job.best is None:
+        raise Conflict(
+            "no_configuration",
+            f"The job is {job.state} and has no configuration yet. Its progress shows the best "
+            "value so far.",
+            job.state,
+        )
+    return job.best
+
+
+def check_search(job: stored.Job) -> None:
+    """
+    Raises:
+        Conflict: The job is no search, but a transfer.
+    """
+    if is_transfer(job):
+        raise Conflict(
+            "not_a_search",
+            "The job is a transfer: it has no trials and finds no configuration of its own. GET "
+            f"/v1/jobs/{job.id}/transfer has what it measured.",
+            job.state,
+        )
+
+
+def failure(job: stored.Job) -> str | None:
+    """Why a job failed, as a sentence."""
+    if job.error is None:
+        return None
+    error = JobError.model_validate(job.error)
+    where = f" at {error.layer}" if error.layer else ""
+    return f"The job failed in {error.stage}{where}: {error.message} ({error.type})"
+
+
+def is_transfer(job: stored.Job) -> bool:
+    """Whether a job measures a configuration on other models, and searches nothing."""
+    return job.spec.get("kind") == "transfer"
+
+
+def islands(job: stored.Job) -> int:
+    """How many studies a job has; a transfer has none."""
+    return int(job.spec.get("islands", 0))
+
+
+def study_names(job: stored.Job) -> list[str]:
+    """Of its studies, island by island."""
+    return [study_name(job.name, island) for island in range(islands(job))]
+
+
+def _warnings(job: stored.Job) -> list[str]:
+    """Those of all models of a transfer."""
+    results = (stage.result or {} for stage in job.of_kind(StageKind.TRANSFER))
+    return [warning for result in results for warning in result.get("warnings", [])]
+
+
+def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
+    for stage in job.of_kind(StageKind.FINISH):
+        found = (stage.result or {}).get("validation")
+        if found is not None:
+            return {name: ProxyQuality.model_validate(q) for name, q in found.items()}
+    return None
+
+
+def _progress(job: stored.Job) -> Progress:
+    searches = job.of_kind(StageKind.SEARCH)
+    perplexities = job.of_kind(StageKind.PERPLEXITY)
+    measured = [s for s in perplexities if s.state is StageState.DONE]
+    targets = job.of_kind(StageKind.TRANSFER)
+    values = [s.best_value for s in searches if s.best_value is not None]
+    better = max if job.spec.get("objective", {}).get("name") == "gini" else min
+    return Progress(
+        trials_done=sum(s.done for s in searches),
+        trials=job.trials * islands(job),
+        best_value=better(values, default=None),
+        perplexities_done=len(measured),
+        perplexities=len(perplexities),
+        models_done=sum(s.state is StageState.DONE for s in targets),
+        models=len(targets),
+        seconds_left=_seconds_left(job, searches, perplexities, measured),
+    )
+
+
+def _seconds_left(
+    job: stored.Job,
+    searches: list[stored.Stage],
+    perplexities: list[stored.Stage],
+    measured: list[stored.Stage],
+) -> float | None:
+    """How long the present stage takes at its pace so far, with the workers that are at it."""
+    if job.state is not JobState.RUNNING:
+        return None
+    if job.stage is StageKind.SEARCH:
+        done = sum(s.done for s in searches)
+        left = sum(job.trials - s.done for s in searches if s.state is not StageState.DONE)
+        elapsed = sum(s.elapsed_s for s in searches)
+        at_it = searches
+    elif job.stage is StageKind.PERPLEXITY:
+        done = len(measured)
+        left = len(perplexities) - done
+        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
+        at_it = perplexities
+    else:
+        return None
+    if not done:
+        return None
+    workers = max(1, sum(s.state is StageState.RUNNING for s in at_it))
+    return round(elapsed / done * left / workers, 1)

@@ -1,0 +1,120 @@
+"""
+Pages for people: how they are put together, what a browser may do with them, and their errors.
+"""
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from starlette.datastructures import URL, Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pho_service.html import policy_hash, template_environment
+
+_PATHS = re.compile(r"/|/new|/jobs/.*")
+_KEPT = ("www-authenticate", "retry-after", "allow")  # of a problem's headers
+
+
+def is_page(path: str) -> bool:
+    """Whether what is at a path is for people: its errors are pages, too."""
+    return _PATHS.fullmatch(path) is not None
+
+
+def draw(
+    template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: Any
+) -> Response:
+    """
+    Answer with a page.
+
+    Args:
+        template: Its file.
+        status: Of the answer.
+        headers: More than every page has.
+        values: For the template; everything is escaped.
+    """
+    style = _environment().get_template("style.css").render()
+    html = _environment().get_template(template).render(
+        style=Markup(style),  # noqa: S704 - ours
+        **values,
+    )  # fmt: skip
+    return Response(
+        html.encode("utf-8", "replace"),  # JSON can hold half characters, a page cannot
+        status_code=status,
+        media_type="text/html; charset=utf-8",
+        headers={
+            "Content-Security-Policy": content_security_policy(),
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "same-origin",  # with none at all, forms would name no origin
+            "X-Content-Type-Options": "nosniff",
+            **(headers or {}),
+        },
+    )
+
+
+@cache
+def content_security_policy() -> str:
+    """What a browser lets a page do: look as it does, and send its forms here. No script runs."""
+    style = _environment().get_template("style.css").render()
+    return (
+        f"default-src 'none'; style-src {policy_hash(style)}; img-src 'self'; base-uri 'none'; "
+        "form-action 'self'; frame-ancestors 'none'"
+    )
+
+
+@cache
+def _environment() -> Environment:
+    return template_environment("pho_service.api", "templates")
+
+
+def as_page(answer: JSONResponse, scope: Scope) -> Response:
+    """A problem as a page, for the request that it is the answer to."""
+    return _trouble(bytes(answer.body), answer.status_code, answer.headers, scope)
+
+
+def _trouble(body: bytes, status: int, headers: Headers, scope: Scope) -> Response:
+    kept = {name: headers[name] for name in _KEPT if name in headers}
+    url = URL(scope=scope)
+    return draw(
+        "trouble.html",
+        status=status,
+        headers=kept,
+        problem=json.loads(body),
+        refresh_s=int(kept.get("retry-after", 0)) if scope["method"] == "GET" else 0,
+        address=f"{url.path}?{url.query}" if url.query else url.path,
+    )
+
+
+class Pages:
+    """Gives a page instead of a problem to those who asked for a page."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or not is_page(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        problem: Message | None = None
+        body = b""
+
+        async def unless_problem(message: Message) -> None:
+            nonlocal problem, body
+            if message["type"] == "http.response.start":
+                headers = Headers(raw=message["headers"])
+                if headers.get("content-type") == "application/problem+json":
+                    problem = message
+            if problem is None:
+                await send(message)
+                return
+            body += message.get("body", b"")
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                headers = Headers(raw=problem["headers"])
+                page = _trouble(body, problem["status"], headers, scope)
+                await page(scope, receive, send)
+
+        await self.app(scope, receive, unless_problem)

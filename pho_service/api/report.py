@@ -1,0 +1,152 @@
+"""
+``/v1/jobs/{id}/report``: a job as a page, from all that is stored of it.
+"""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+import optuna
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+from optuna.trial import FrozenTrial
+
+from pho_service.api.describe import failure, is_transfer, islands, study_names
+from pho_service.api.problems import documented
+from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.configuration import Configuration
+from pho_service.job_spec import JobSpec
+from pho_service.report import words
+from pho_service.report.data import Report, StageTime
+from pho_service.report.layers import LayerCell
+from pho_service.report.page import content_security_policy, render
+from pho_service.report.study import MeasuredTrials, importances, trials_of, with_measurements
+from pho_service.transfer_spec import TransferSpec
+from storage import jobs as stored
+from storage.states import StageKind, StageState
+from storage.studies import open_storage
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, the first in any case
+
+
+@router.get(
+    "/{job_id:uuid}/report",
+    responses={
+        200: {"description": "One page that needs no network.",
+              "content": {"text/html": {"schema": {"type": "string"}}}},
+        **documented(404, 422),
+    },
+    response_class=HTMLResponse,
+)  # fmt: skip
+def report(job_id: UUID, service: ServiceParam, caller: CallerParam) -> HTMLResponse:
+    """Get all that is known of a job as a page: result, charts, timings, how to do it again."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    collected = _of_transfer(job) if is_transfer(job) else _of_search(service, job)
+    return HTMLResponse(
+        render(collected), headers={"Content-Security-Policy": content_security_policy()}
+    )
+
+
+def _of_transfer(job: stored.Job) -> Report:
+    spec = TransferSpec.model_validate(job.spec)
+    results = [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
+    found = spec.found()
+    return Report(
+        title=job.name,
+        subject="transfer",
+        made_at=datetime.now(UTC),
+        state=job.state.value,
+        asked=words.transfer_in_words(spec),
+        error=failure(job),
+        configuration=found,
+        transfers=[result for result in results if result],
+        stages=[_time(stage) for stage in job.stages],
+        document=words.transfer_document(spec),
+        commands=words.transfer_commands(spec),
+        versions=found.versions,
+    )
+
+
+def _of_search(service: Service, job: stored.Job) -> Report:
+    spec = JobSpec.model_validate(job.spec)
+    configuration = None if job.best is None else Configuration.model_validate(job.best)
+    studies = _studies(service, job)
+    measured = {
+        stage.number: float(stage.result["perplexity"])
+        for stage in job.of_kind(StageKind.PERPLEXITY)
+        if stage.result is not None
+    }
+    compared = {
+        int(number): float(value)
+        for stage in job.of_kind(StageKind.CONFIRM)
+        for number, value in ((stage.result or {}).get("divergences") or {}).items()
+    }
+    trials = trials_of(studies, islands(job))
+    maximised = spec.plan(0).direction == "maximize"
+    transfers = (
+        []
+        if job.best is None
+        else service.configurations.transfers(job.best, owner_id=job.owner_id)
+    )
+    return Report(
+        title=job.name,
+        subject="search",
+        made_at=datetime.now(UTC),
+        state=job.state.value,
+        asked=words.search_in_words(spec),
+        error=failure(job),
+        warnings=job.warnings or [],
+        configuration=configuration,
+        objective=spec.request(0).objective.label,
+        maximised=maximised,
+        trials=with_measurements(
+            trials, MeasuredTrials(perplexities=measured, divergences=compared), configuration
+        ),
+        left_out=sum(stage.done for stage in job.of_kind(StageKind.SEARCH)[len(studies) :]),
+        importance=importances(studies, maximised=maximised),
+        layers=_layers(job),
+        transfers=transfers,
+        stages=[_time(stage) for stage in job.stages],
+        document=job.spec,
+        commands=words.search_commands(),
+        versions={} if configuration is None else configuration.versions,
+    )
+
+
+def _studies(service: Service, job: stored.Job) -> list[list[FrozenTrial]]:
+    """The trials of the first islands; none of a search that has not begun."""
+    found: list[list[FrozenTrial]] = []
+    with open_storage(service.database.studies_url) as storage:
+        for name in study_names(job):
+            try:
+                study = optuna.load_study(study_name=name, storage=storage)
+            except KeyError:  # it has not begun
+                found.append([])
+                continue
+            found.append(study.get_trials(deepcopy=False))
+            if sum(map(len, found)) >= MOST_TRIALS:
+                break
+    return found
+
+
+def _layers(job: stored.Job) -> dict[str, list[LayerCell]]:
+    """By model; jobs of older versions have none."""
+    for stage in job.of_kind(StageKind.FINISH):
+        layers = (stage.result or {}).get("layers") or {}
+        return {model: [LayerCell.of(cell) for cell in cells] for model, cells in layers.items()}
+    return {}
+
+
+def _time(stage: stored.Stage) -> StageTime:
+    seconds = stage.elapsed_s or None
+    if stage.result is not None and "seconds" in stage.result:
+        seconds = float(stage.result["seconds"])
+    elif seconds is None and stage.started_at and stage.finished_at:
+        seconds = (stage.finished_at - stage.started_at).total_seconds()
+    return StageTime(
+        kind=stage.kind.value,
+        done=stage.state is StageState.DONE,
+        seconds=seconds,
+        attempts=stage.attempt,
+    )

@@ -1,0 +1,85 @@
+"""
+What is known of each request: its id, and a line in the log.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pho_service.api.guard import OPEN
+from pho_service.api.pages import as_page, is_page
+from pho_service.api.problems import problem
+from pho_service.logs import about
+from pho_service.tracing import request_span
+
+logger = logging.getLogger(__name__)
+
+HEADER = "X-Request-ID"
+_SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class RequestLog:
+    """
+    Gives each request an id, which is in its answer and in every line of the log until then.
+
+    A client, or a proxy, may send its own as ``X-Request-ID``. What nobody
+    expected becomes an answer here, while it is known whose it is.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        request = given if _SANE.fullmatch(given) else uuid.uuid4().hex
+        status = 0
+        began = time.perf_counter()
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = request
+            await send(message)
+
+        traced = request_span(scope["method"], scope["path"], request)
+        with about(request=request), traced as answered:
+            try:
+                await self.app(scope, receive, named)
+            except asyncio.CancelledError:  # the service stops, and waits no longer
+                if status:
+                    raise
+                answer = problem(503, "stopping", "The service stops. Try again soon.")
+                await answer(scope, receive, named)
+            except Exception:
+                logger.exception("%s %s failed", scope["method"], scope["path"])
+                if status:
+                    raise  # it is half answered
+                answer = problem(500, "internal_error", "The server failed; its log says why.")
+                page = as_page(answer, scope) if is_page(scope["path"]) else answer
+                await page(scope, receive, named)
+            finally:
+                answered(status)
+                self._log(scope, status, time.perf_counter() - began)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        """A line for each request; the probes of those who look after the process are many."""
+        caller = scope.get("state", {}).get("caller")
+        level = logging.DEBUG if scope["path"] in OPEN and status == 200 else logging.INFO
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],  # without the query
+            "status": status,
+            "milliseconds": round(1000 * seconds, 1),
+            "key": caller.key_prefix if caller is not None else None,
+        }
+        logger.log(level, "%s %s %d", scope["method"], scope["path"], status, extra=fields)

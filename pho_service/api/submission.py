@@ -1,0 +1,53 @@
+"""
+How a document becomes a job: with the stages that it begins with.
+"""
+
+from uuid import UUID
+
+from pho_service.job_spec import JobSpec
+from pho_service.transfer_spec import TransferSpec
+from storage.jobs import Job, JobStore, NewStage
+from storage.states import StageKind
+
+
+def enter(
+    store: JobStore,
+    spec: JobSpec | TransferSpec,
+    *,
+    owner_id: UUID | None = None,
+    idempotency_key: str | None = None,
+    max_unfinished: int = 1000,
+) -> Job:
+    """
+    Store a job and put its first stages into the queue; it is the one of that time if the
+    idempotency key was used before.
+
+    Raises:
+        IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
+    """
+    first, *more = first_stages(spec)
+    job, _ = store.submit(
+        spec.model_dump(),
+        name=spec.title,
+        first=first,
+        more=more,
+        priority=spec.priority,
+        trials=spec.trials if isinstance(spec, JobSpec) else 0,
+        max_attempts=spec.max_attempts,
+        owner_id=owner_id,
+        idempotency_key=idempotency_key,
+        max_unfinished=max_unfinished,
+    )
+    return job
+
+
+def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
+    """One for each model; those that may share a bundle run one after the other."""
+    if isinstance(spec, JobSpec):
+        kind, each = StageKind.CALIBRATE, [spec.of_model(i) for i in range(len(spec.models))]
+    else:
+        kind, each = StageKind.TRANSFER, [spec.target(i) for i in range(len(spec.models))]
+    return [
+        NewStage(kind=kind, number=number, lock=one.calibration_key)
+        for number, one in enumerate(each)
+    ]

@@ -1,0 +1,200 @@
+"""`pho configurations`: the library of what was found."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pho_service.cli.library import library_option, matches
+from pho_service.cli.options import at_least, json_option
+from pho_service.cli.remote import open_client, url_option
+from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.errors import InvalidInput, OutputError
+
+
+@click.group(invoke_without_command=True)
+@click.option("--pattern", help="Share of weights to remove (0.5), or N kept of M (2:4).")
+@click.option("--scope", type=click.Choice(["row", "layer", "global"]), help="[default: any]")
+@click.option("--family", help="model_type of the model that it is for: llama, gemma3_text.")
+@click.option("--parameters", type=int, help="Of that model.")
+@click.option("--limit", type=int, default=10, show_default=True, help="At most so many.")
+@library_option
+@json_option
+@click.pass_context
+@verb
+def configurations(
+    context: click.Context,
+    pattern: str | None,
+    scope: str | None,
+    family: str | None,
+    parameters: int | None,
+    limit: int,
+    library: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Find the configurations of a library that are likely to be good on a model.
+
+    They are ranked by pattern, by the similarity of the models, and by what
+    was measured: the gain over RIA where they were found, and where they were
+    taken to. The reasons are printed with them.
+
+    \b
+    Example:
+      pho configurations --pattern 2:4 --family llama
+      pho configurations --library shared/configurations --pattern 0.5
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from pho_service.library import Wanted
+
+    at_least(1, limit=limit, parameters=parameters)
+    found = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        say(
+            "The library is empty. Every finished job puts its configuration there; `pho "
+            "configurations import FILE...` those of others."
+        )
+        return
+    print_table(
+        "Configurations, the most promising first",
+        ("id", "found on", "pattern", "scope", "method", "gain over RIA", "expected"),
+        [
+            (
+                match["id"],
+                " + ".join(model["name"] for model in match["models"]),
+                match["pattern"],
+                match["scope"],
+                match["method"],
+                _gain(match["gain"]),
+                None if match["expected_gain"] is None else f"{match['expected_gain']:.1%}",
+            )
+            for match in found
+        ],
+        caption="Gain: the share of RIA's perplexity that is saved where it was found (~ as the "
+        "divergence tells; * of the proxy alone). Expected: on the model that is asked for.",
+    )
+    for match in found:
+        click.echo(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
+        for reason in match["reasons"]:
+            click.echo(f"  {reason}")
+
+
+@configurations.command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@url_option
+@json_option
+@verb
+def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None:
+    """
+    Put configurations that were found elsewhere into a service's library.
+
+    FILE is a config.json of `pho search` or a transfer.json of `pho transfer`.
+    All are read before the first is sent. What is there already is not stored twice.
+
+    \b
+    Example:
+      pho configurations import config.json shared/*.json
+    """
+    from pho_service.library_file import read_library_file
+
+    read = [read_library_file(Path(name)) for name in files]
+    with open_client(url) as client:
+        stored = [client.import_configuration(file) for file in read]
+    if as_json:
+        print_json([match.model_dump(mode="json") for match in stored])
+        return
+    for name, match in zip(files, stored, strict=True):
+        click.echo(f"{match.id}  {name}")
+
+
+@configurations.command("export")
+@click.argument("ids", nargs=-1, metavar="[ID...]")
+@click.option("--out", required=True, help="A folder; it is made if it is not there.")
+@url_option
+@json_option
+@verb
+def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool) -> None:
+    """
+    Write configurations of a service's library to a folder, a file each; all of them without ID.
+
+    The folder is a library itself: --library FOLDER takes it.
+
+    \b
+    Example:
+      pho configurations export --out shared
+    """
+    from pho_service.files import new_file
+
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"--out {out} is a file. Give a folder.")
+    written = []
+    with open_client(url) as client:
+        chosen = ids or [str(match.id) for match in client.configurations(limit=200)]
+        if not ids and len(chosen) == 200:
+            say("Note: these are the 200 most promising; name others by their ids.")
+        for entry_id in chosen:
+            file = client.export_configuration(entry_id)
+            found = file.configuration
+            name = f"{found.model.get('name', 'model')} {found.pattern} {found.scope}"
+            path = folder / f"{_file_name(Path(name).name)}-{entry_id[:8]}.json"
+            _make(folder)
+            with new_file(path) as partial:
+                document = json.dumps(file.to_dict(str(entry_id)), indent=2)
+                partial.write_text(document + "\n", encoding="utf-8")
+            written.append(str(path))
+    if as_json:
+        print_json(written)
+        return
+    if not written:
+        say("The library is empty: nothing is written.")
+    for each in written:
+        click.echo(each)
+
+
+@configurations.command("delete")
+@click.argument("configuration_id", metavar="ID")
+@url_option
+@json_option
+@verb
+def delete_entry(configuration_id: str, url: str | None, as_json: bool) -> None:
+    """
+    Take a configuration out of a service's library. The job that found it stays.
+
+    \b
+    Example:
+      pho configurations delete d5aed9d3-7b7c-40f9-9896-b5f528363229
+    """
+
+    with open_client(url) as client:
+        client.delete_configuration(configuration_id)
+    if as_json:
+        print_json({"deleted": configuration_id})
+        return
+    say("deleted")
+
+
+def _gain(gain: dict[str, Any] | None) -> str | None:
+    if gain is None:
+        return None
+    return (
+        f"{gain['share']:.1%}" + {"perplexity": "", "divergence": " ~", "proxy": " *"}[gain["by"]]
+    )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} was not made: {error.strerror}.") from error
+
+
+def _file_name(text: str) -> str:
+    """Only letters, and so many, that every file system and shell takes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:100] or "configuration"

@@ -1,0 +1,145 @@
+"""Where the verbs take configurations from: a folder of files, or a service."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pho_service.cli.terminal import say
+from pho_service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pho_service.configuration import Configuration
+    from pho_service.library import Wanted
+
+library_option = click.option(
+    "--library",
+    help="A folder of configurations, or the URL of a service.  [default: PHO_API_URL, else "
+    "http://127.0.0.1:8000]",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """
+    A configuration of a library.
+
+    Attributes:
+        configuration: It.
+        origin: Library, id and reasons, for those who want to know where it came from.
+    """
+
+    configuration: "Configuration"
+    origin: dict[str, Any]
+
+
+def is_library(name: str) -> bool:
+    """Whether a name is that of a library, and not of a file."""
+    return _is_url(name) or Path(name).is_dir()
+
+
+def matches(library: str | None, wanted: "Wanted", limit: int) -> list[dict[str, Any]]:
+    """
+    The most promising configurations of a library, as the API describes them.
+
+    Raises:
+        ConfigurationError: The folder is none.
+        ServiceError: The service says no, or cannot be reached.
+    """
+    if library is None or _is_url(library):
+        return _of_service(library, wanted, limit)
+    from pho_service.library import Entry, rank
+    from pho_service.library_file import read_folder
+
+    files, others = read_folder(Path(library))
+    for other in others:
+        say(f"Note: left out: {other}")
+    entries = [Entry.of(name, file) for name, file in files.items()]
+    return [
+        {
+            "id": match.entry.id,
+            **match.entry.to_dict(),
+            "fits": match.fits,
+            "expected_gain": match.expected,
+            "reasons": [*match.reasons],
+        }
+        for match in rank(entries, wanted)[:limit]
+    ]
+
+
+def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[Found]:
+    """
+    The most promising configurations of the asked pattern, at most ``count``.
+
+    Raises:
+        ConfigurationError: There is none; says what there is instead.
+        ServiceError: The service says no, or cannot be reached.
+    """
+    found = matches(library, wanted, 200)
+    fitting = [match for match in found if match["fits"]]
+    where = f"the library {library}" if library else "the library of the service"
+    asked = f"{wanted.pattern}"
+    if wanted.scope_matters and wanted.pattern is not None:
+        asked += f" in scope {wanted.pattern.scope.value}"
+    if not found:
+        raise ConfigurationError(
+            f"{where} is empty. Search on any model (`pho search`, `pho submit`), or import "
+            "configurations with `pho configurations import`."
+        )
+    if not fitting:
+        there = sorted({f"{match['pattern']} in scope {match['scope']}" for match in found})
+        raise ConfigurationError(
+            f"{where} has nothing for {asked}, and the best coefficients differ from pattern to "
+            f"pattern. It has {', '.join(there)}. Ask for one of these, or search: `pho search "
+            f"MODEL --pattern {wanted.pattern}`."
+        )
+    return [
+        Found(
+            configuration=_configuration(library, match["id"]),
+            origin={
+                "library": library or "service",
+                **{key: match[key] for key in ("id", "models", "gain", "measured", "reasons")},
+            },
+        )
+        for match in fitting[:count]
+    ]
+
+
+def wanted_for(model: Mapping[str, Any], pattern: str, scope: str | None) -> "Wanted":
+    """What to look for, for a model that says its family and size of itself."""
+    from pho_service.library import ModelFacts, Wanted
+
+    facts = ModelFacts.of(model)
+    return Wanted.parse(pattern, scope, facts.family, facts.parameters)
+
+
+def _of_service(url: str | None, wanted: "Wanted", limit: int) -> list[dict[str, Any]]:
+    from pho_service.client import Client
+
+    scope = wanted.pattern.scope.value if wanted.pattern and wanted.scope_matters else None
+    with Client(url) as client:
+        found = client.configurations(
+            pattern=None if wanted.pattern is None else str(wanted.pattern),
+            scope=scope,
+            family=wanted.family,
+            parameters=wanted.parameters,
+            limit=limit,
+        )
+    return [match.model_dump(mode="json") for match in found]
+
+
+def _configuration(library: str | None, entry_id: str) -> "Configuration":
+    from pho_service.library_file import read_library_file
+
+    if library is not None and not _is_url(library):
+        return read_library_file(Path(library) / entry_id).configuration
+    from pho_service.client import Client
+
+    with Client(library) as client:
+        return client.export_configuration(entry_id).configuration
+
+
+def _is_url(name: str) -> bool:
+    return name.lower().startswith(("http://", "https://"))

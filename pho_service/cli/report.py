@@ -1,0 +1,168 @@
+"""`pho report`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pho_service.cli.options import json_option, out_file
+from pho_service.cli.remote import open_client, url_option
+from pho_service.cli.terminal import print_json, say, verb
+from pho_service.errors import InvalidInput, StudyError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from pho_service.library_file import LibraryFile
+    from pho_service.report.data import Report
+
+
+@click.command()
+@click.argument("name", metavar="JOB_ID|STUDY")
+@click.option("--out", default="report.html", show_default=True, help="The page.")
+@click.option("--study", help="Database of a local study: sqlite:///study.db. No service is asked.")
+@click.option(
+    "--config",
+    help="With --study: what the search found, a config.json; or a transfer.json, which also says "
+    "what that was worth on other models.",
+)
+@url_option
+@json_option
+@verb
+def report(
+    name: str, out: str, study: str | None, config: str | None, url: str | None, as_json: bool
+) -> None:
+    """
+    Write a job, or a study of `pho search`, as one page of HTML that needs no network.
+
+    JOB_ID is a job of the service, in any state. With --study, STUDY is the
+    name of a local study, as `pho search` prints it.
+
+    \b
+    Example:
+      pho report d5aed9d3-7b7c-40f9-9896-b5f528363229 --out report.html
+      pho report "SmolLM2-135M 0.5 global" --study sqlite:///study.db --config config.json
+    """
+    from pho_service.files import new_file
+
+    path = out_file(out)
+    if config is not None and study is None:
+        raise InvalidInput("--config is for a local study: give --study, too.")
+    if study is None:
+        _check_id(name)
+        with open_client(url) as client:
+            page = client.report(name)
+    else:
+        page = _of_study(name, study, config)
+    with new_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    say(f"written {path}")
+    if as_json:
+        print_json({"out": str(path)})
+
+
+def _check_id(name: str) -> None:
+    from uuid import UUID
+
+    try:
+        UUID(name)
+    except ValueError:
+        raise InvalidInput(
+            f"{name!r} is no job's id; `pho jobs` shows those. For a local study give its "
+            "database, too: --study sqlite:///study.db."
+        ) from None
+
+
+def _of_study(name: str, url: str, config: str | None) -> str:
+    from pho_service.library_file import read_library_file
+    from pho_service.report.page import render
+    from storage.studies import StorageError, open_storage
+
+    file = None if config is None else read_library_file(Path(config))
+    try:
+        _check_there(url)
+        with open_storage(url) as storage:
+            return render(_collected(_load(name, storage, url), url, file))
+    except StorageError as error:
+        raise StudyError(f"--study {_shown(url)}: {error}") from error
+
+
+def _check_there(url: str) -> None:
+    """Refuse a file that is not there: to open it would make it."""
+    from sqlalchemy.engine import make_url
+
+    from storage.studies import StorageError, check_url
+
+    check_url(url)
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
+        raise StorageError("there is no such file. `pho search` makes one.")
+
+
+def _load(name: str, storage: Any, url: str) -> "optuna.Study":
+    import optuna
+
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        known = optuna.get_all_study_names(storage)
+        there = ", ".join(repr(each) for each in known[:20]) or "none"
+        raise StudyError(f"--study {_shown(url)} has no study {name!r}. It has: {there}.") from None
+
+
+def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "Report":
+    from datetime import UTC, datetime
+
+    from optuna.study import StudyDirection
+
+    from pho_service.report import words
+    from pho_service.report.data import Report
+    from pho_service.report.study import (
+        MeasuredTrials,
+        importances,
+        measured_in,
+        trials_of,
+        with_measurements,
+    )
+
+    known, recorded = study.user_attrs, study.get_trials(deepcopy=False)
+    if "pattern" not in known:
+        raise StudyError(f"study {study.study_name!r} is not one of `pho search`.")
+    configuration = None if file is None else file.configuration
+    if configuration is not None and configuration.search.get("study") != study.study_name:
+        raise InvalidInput(
+            f"--config is of study {configuration.search.get('study')!r}, not of "
+            f"{study.study_name!r}. Give the one that this search wrote, or none."
+        )
+    maximised = study.direction is StudyDirection.MAXIMIZE
+    times = [trial.datetime_complete for trial in recorded if trial.datetime_complete]
+    calibration = known.get("calibration", {})
+    measured = measured_in(study) if configuration is None else MeasuredTrials()
+    return Report(
+        title=study.study_name,
+        subject="study",
+        made_at=datetime.now(UTC),
+        asked=words.study_in_words(known),
+        configuration=configuration,
+        objective=str(known.get("objective", "objective")),
+        maximised=maximised,
+        trials=with_measurements(trials_of([recorded], 1), measured, configuration),
+        importance=importances([recorded], maximised=maximised),
+        transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
+        recorded=(min(times), max(times)) if times else None,
+        commands=words.study_commands(known, _shown(url), len(recorded)),
+        versions=calibration.get("versions", {})
+        if configuration is None
+        else configuration.versions,
+    )
+
+
+def _shown(url: str) -> str:
+    """Without a password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url

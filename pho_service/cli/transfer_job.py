@@ -1,0 +1,116 @@
+"""`pho transfer-job`."""
+
+import json
+from typing import Any
+
+import click
+
+from pho_service.cli.options import at_least, json_option, out_file
+from pho_service.cli.remote import end, open_client, url_option
+from pho_service.cli.terminal import print_json, say, verb
+from pho_service.cli.transfer import plot_transfer
+from pho_service.errors import InvalidInput
+
+
+@click.command("transfer-job")
+@click.argument("job_id")
+@click.argument("models", metavar="[MODEL...]", nargs=-1)
+@click.option("--report-text", help="To measure perplexities on; nothing may be chosen on it.")
+@click.option("--report-windows", type=int, help="Only the first N windows of that text.")
+@click.option("--search", is_flag=True, help="Find the own best of each model, too.")
+@click.option("--trials", type=int, help="Of those searches.  [default: 200]")
+@click.option("--seed", type=int, help="Of those searches.  [default: 0]")
+@click.option("--confirm-text", help="Of those.  [default: what the calibration leaves]")
+@click.option("--text", help="To calibrate on.  [default: as the job]")
+@click.option("--stream", is_flag=True, help="Leave the weights on disk.")
+@click.option("--name", help="Of the new job.")
+@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
+@click.option("--idempotency-key", help="The same key twice makes one job.")
+@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
+@click.option("--out", help="Write what is measured to this file; implies --watch.")
+@click.option("--plot", help="A picture of it, as PNG; implies --watch.")
+@url_option
+@json_option
+@verb
+def transfer_job(
+    job_id: str,
+    models: tuple[str, ...],
+    wait: bool,
+    out: str | None,
+    plot: str | None,
+    url: str | None,
+    idempotency_key: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """
+    Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
+
+    It is a job of its own, a stage for each model; its id is printed. Without
+    --report-text only proxies are compared. Without MODEL, JOB_ID is such a
+    job: --out and --plot give what it has measured.
+
+    \b
+    Example:
+      pho transfer-job d5aed9d3-7b7c-40f9-9896-b5f528363229 org/other \\
+          --report-text texts/report.jsonl --search --watch
+    """
+    from pho_service.files import new_file
+
+    at_least(1, report_windows=options["report_windows"], trials=options["trials"])
+    path, picture = (None if name is None else out_file(name) for name in (out, plot))
+    if not models and path is None and picture is None:
+        raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
+    with open_client(url) as client:
+        job = client.job(job_id)
+        if models:
+            document = _document(job.spec, options)
+            job = client.transfer(job_id, models, idempotency_key=idempotency_key, **document)
+            say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
+            if not (wait or path or picture):
+                if as_json:
+                    print_json(job.model_dump(mode="json"))
+                else:
+                    click.echo(job.id)
+                return
+            job = client.wait(job.id)
+        measured = client.transferred(job.id).model_dump(mode="json")
+        if path is not None:
+            with new_file(path) as partial:
+                partial.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+            say(f"written {path}")
+        if picture is not None:
+            found = measured["configuration"]
+            title = f"{job.name} at {found['pattern']}, {found['scope']}"
+            plot_transfer(measured["targets"], picture, title)
+            say(f"written {picture}")
+        end(client, job, as_json)
+
+
+def _document(spec: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the document that were given."""
+    searching = {"trials": options["trials"], "seed": options["seed"]}
+    given = {name: value for name, value in searching.items() if value is not None}
+    if options["confirm_text"] is not None:
+        given["confirm"] = {"text": options["confirm_text"]}
+    if given and not options["search"]:
+        raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
+    if options["report_windows"] is not None and options["report_text"] is None:
+        raise InvalidInput("--report-windows is for --report-text: give it, too.")
+    document: dict[str, Any] = {"stream": options["stream"], "priority": options["priority"]}
+    if options["name"] is not None:
+        document["name"] = options["name"]
+    if options["report_text"] is not None:
+        document["report"] = {
+            "text": options["report_text"], "windows": options["report_windows"],
+        }  # fmt: skip
+    if options["search"]:
+        document["search"] = given
+    if options["text"] is not None:
+        theirs = {
+            name: value
+            for name, value in spec["calibration"].items()
+            if name not in ("dataset", "data_file", "split", "field")
+        }
+        document["calibration"] = {**theirs, "text": options["text"]}
+    return document

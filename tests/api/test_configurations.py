@@ -1,0 +1,421 @@
+"""`/v1/configurations`: what is found, imported, exported and deleted, and by whom."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.configuration import Configuration
+from storage.keys import KeyStore
+
+Refusal = Callable[..., dict[str, Any]]
+Headers = dict[str, str]
+
+HERE = "/v1/configurations"
+NOBODY = f"{HERE}/00000000-0000-0000-0000-000000000000"
+JSON = {"Content-Type": "application/json"}
+
+
+def document(perplexity: float = 18.0, *, family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A configuration's file: RIA's perplexity was 24."""
+    score = {
+        "row": 0.1 + 0.2, "column": 1e-17, "neighbourhood": 0.25, "kernel_size": 5,
+        "activation_exponent": 0.5,
+    }  # fmt: skip
+    return {
+        "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
+        "scope": "layer", "coefficients": score,
+        "confirmation": {
+            "perplexity": perplexity, "tokens": 9, "context_length": 8,
+            "text": {"ü\u2713": 2**53 + 1},
+        },
+        "baselines": [{"method": "ria-layer", "trial": 3, "perplexity": 24.0}],
+        "model": {"name": f"org/{family}-1", "family": family, "parameters": 134_515_008},
+        **changes,
+    }  # fmt: skip
+
+
+def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
+    """A transfer's file."""
+    return {
+        "format": "pho-transfer", "version": 1, "source": "c.json", "configuration": document(),
+        "targets": [*targets], **changes,
+    }  # fmt: skip
+
+
+def target(family: str, transferred: float) -> dict[str, Any]:
+    """What a configuration was worth on a model where RIA's perplexity is 40."""
+    return {
+        "target": f"org/{family}", "model": {"name": f"org/{family}-2", "family": family},
+        "perplexities": {"ria": 40.0, "transferred": transferred}, "proxies": {"ria": 0.5},
+        "key": "00ff",
+    }  # fmt: skip
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's file with all its defaults."""
+    return Configuration.model_validate(values).model_dump(mode="json")
+
+
+@pytest.fixture
+def imported(client: TestClient) -> Callable[..., str]:
+    """Import what is new; gives its path."""
+
+    def put(values: Any, headers: Headers | None = None) -> str:
+        answer = client.post(HERE, json=values, headers=headers)
+        assert answer.status_code == 201, answer.text
+        return str(answer.headers["location"])
+
+    return put
+
+
+@pytest.fixture
+def found(client: TestClient) -> Callable[..., list[dict[str, Any]]]:
+    """What a search with these parameters finds."""
+
+    def ask(headers: Headers | None = None, **params: Any) -> list[dict[str, Any]]:
+        answer = client.get(HERE, params=params, headers=headers)
+        assert answer.status_code == 200, answer.text
+        configurations = answer.json()["configurations"]
+        assert isinstance(configurations, list)
+        return configurations
+
+    return ask
+
+
+@pytest.fixture
+def bearers(keys: KeyStore) -> dict[str, Headers]:
+    """Of two keys that see what is theirs, and of one that sees all."""
+    return {
+        name: {"Authorization": f"Bearer {keys.create(name, sees_all=name == 'all')[1]}"}
+        for name in ("a", "b", "all")
+    }
+
+
+# ------------------------------------------------------------------------------ finding
+
+
+def test_empty(client: TestClient) -> None:
+    """An empty library is an empty list."""
+    assert client.get(HERE).json() == {"configurations": [], "considered": 0}
+
+
+def test_from_a_job(
+    submit: Callable[..., dict[str, Any]], hand: Any, found: Callable[..., Any],
+    client: TestClient, configuration: Configuration,
+) -> None:  # fmt: skip
+    """What a job has found is in the library with the job's id, and stays when the job goes."""
+    job = submit()
+    hand.succeed(job["id"])
+    (before,) = found()
+    gone = client.delete(f"/v1/jobs/{job['id']}")
+    (after,) = found()
+
+    assert gone.status_code == 204
+    assert before["job_id"] == job["id"]
+    assert (before["method"], before["pattern"], before["scope"]) == ("crepe", "0.5", "layer")
+    assert after == before
+    exported = client.get(f"{HERE}/{after['id']}").json()
+    assert exported == configuration.model_dump(mode="json")
+
+
+def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None:
+    """The most promising comes first, with the numbers that say so."""
+    imported(document(23.0))
+    best = imported(document(12.0, family="gemma2"))
+    imported(document(6.0, pattern="2:4", scope="row"))
+    first, second, third = found(pattern="0.5", family="gemma3_text", parameters=134_515_008 * 4)
+
+    assert first["id"] == best.removeprefix(f"{HERE}/")
+    assert first["gain"] == {"share": pytest.approx(0.5), "by": "perplexity"}
+    assert first["expected_gain"] == pytest.approx(0.5 * 0.95 * 0.98**2)
+    assert first["models"] == [{"name": "gemma2-1", "family": "gemma2", "parameters": 134_515_008}]
+    assert first["reasons"] == [
+        "pattern 0.5, scope layer",
+        "found on gemma2-1, gemma2, 135 M parameters: a family related to the one asked for",
+        "where it was found, 50.0% below RIA's perplexity (gemma2-1)",
+    ]
+    assert [each["fits"] for each in (first, second, third)] == [True, True, False]
+    assert second["gain"]["share"] == pytest.approx(1 / 24)
+    assert "but 0.5 is asked for" in third["reasons"][0]
+    assert first["job_id"] is None
+    age = datetime.now(UTC) - datetime.fromisoformat(first["created_at"])
+    assert 0 <= age.total_seconds() < 60
+
+
+def test_failed_transfer(found: Callable[..., Any], imported: Callable[..., str]) -> None:
+    """What failed on the asked family goes last there, and says so."""
+    imported(document(23.0))
+    imported(transfer(target("gemma3_text", 50.0)))
+    for_llama, for_gemma = found(family="llama"), found(family="gemma3_text")
+
+    assert [len(each["measured"]) for each in for_llama] == [1, 0]
+    assert [len(each["measured"]) for each in for_gemma] == [0, 1]
+    assert for_gemma[1]["expected_gain"] == pytest.approx(-0.25)
+    assert for_gemma[1]["reasons"][-1] == "on gemma3_text-2, 25.0% above RIA's perplexity"
+
+
+def test_scope(found: Callable[..., Any], imported: Callable[..., str]) -> None:
+    """A scope that is asked for comes first."""
+    imported(document(12.0))
+    imported(document(23.0, scope="global"))
+
+    assert [e["scope"] for e in found(pattern="0.5")] == ["layer", "global"]
+    asked = found(pattern="0.5", scope="global")
+    assert [(e["scope"], e["fits"]) for e in asked] == [("global", True), ("layer", False)]
+
+
+def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
+    """At most so many are listed, the best; all were considered."""
+    for perplexity in (20.0, 12.0, 22.0):
+        imported(document(perplexity))
+    answer = client.get(HERE, params={"limit": 2}).json()
+
+    assert answer["considered"] == 3
+    shares = [each["gain"]["share"] for each in answer["configurations"]]
+    assert shares == pytest.approx([1 - 12 / 24, 1 - 20 / 24])
+
+
+@pytest.mark.parametrize(
+    ("params", "parameter", "rule"),
+    [
+        ({"pattern": "5:2"}, "pattern", "N=5 of M=2"),
+        ({"pattern": "1.5"}, "pattern", "between 0 and 1"),
+        ({"pattern": "half", "scope": "row"}, "pattern", "neither a number nor N:M"),
+        ({"pattern": "0." + "5" * 64}, "pattern", "64 characters"),
+        ({"pattern": ""}, "pattern", "neither a number nor N:M"),
+        ({"pattern": "2:4", "scope": "layer"}, "scope", "scope 'layer' has no meaning for it"),
+        ({"pattern": "0.5", "scope": "column"}, "scope", "is not one of row, layer, global"),
+        ({"scope": "row"}, "scope", "says nothing without a pattern"),
+        ({"limit": 0}, "limit", "greater than or equal to 1"),
+        ({"limit": 201}, "limit", "less than or equal to 200"),
+        ({"limit": "many"}, "limit", "integer"),
+        ({"parameters": 0}, "parameters", "greater than or equal to 1"),
+        ({"parameters": 10**16}, "parameters", "less than or equal to 1000000000000000"),
+        ({"family": ""}, "family", "at least 1 character"),
+        ({"family": "x" * 101}, "family", "100 characters"),
+    ],
+)
+def test_wrong_parameter(
+    client: TestClient, refusal: Refusal, params: dict[str, Any], parameter: str, rule: str
+) -> None:
+    """What cannot be asked for names the parameter and the rule."""
+    problem = refusal(client.get(HERE, params=params), 422, "invalid_request")
+    (error,) = problem["errors"]
+
+    assert error["parameter"] == parameter
+    assert rule in error["detail"]
+    assert problem["detail"].startswith(f"{parameter}: ")
+
+
+# ------------------------------------------------------------------- import and export
+
+
+def test_import(client: TestClient, found: Callable[..., Any]) -> None:
+    """A new document is 201 and one that is there 200, at the same place."""
+    first = client.post(HERE, json=document())
+    again = client.post(HERE, json=dict(reversed(document().items())))
+    (entry,) = found()
+
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert first.headers["location"] == again.headers["location"] == f"{HERE}/{entry['id']}"
+    assert first.json() == again.json() == entry
+    assert entry["fits"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_export(client: TestClient, imported: Callable[..., str], version: int) -> None:
+    """What was imported comes back, number by number, and can be imported again."""
+    values = document(version=version)
+    path = imported(values)
+    answer = client.get(path)
+    again = client.post(HERE, content=answer.content, headers=JSON)
+
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == complete(values)
+    assert answer.json()["coefficients"]["row"] == 0.1 + 0.2
+    assert (again.status_code, again.headers["location"]) == (200, path)
+
+
+def test_export_of_a_transfer(client: TestClient, imported: Callable[..., str]) -> None:
+    """So does a transfer, with all that was measured, but for the own bests that were found."""
+    values = transfer(target("opt", 30.0), target("gpt2", 60.0))
+    first, second = values["targets"]
+    path = imported({**values, "targets": [{**first, "own": document()}, second]})
+    exported = client.get(path).json()
+
+    assert exported == {
+        **values, "source": path.removeprefix(f"{HERE}/"), "configuration": complete(document()),
+    }  # fmt: skip
+    assert client.post(HERE, json=exported).status_code == 200
+    assert client.get(path).json() == exported
+
+
+def test_transfers_add_up(client: TestClient, imported: Callable[..., str]) -> None:
+    """What was measured on further models is added to the entry, each once."""
+    path = imported(document())
+    one, two = target("opt", 30.0), target("gpt2", 60.0)
+    statuses = [
+        client.post(HERE, json=transfer(*targets)).status_code for targets in ([one], [two, one])
+    ]
+
+    assert statuses == [200, 200]
+    assert client.get(path).json()["targets"] == [one, two]
+
+
+NESTED: list[Any] = []
+for _ in range(200):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        (document(version=3), "format version 3, but this PHO reads versions 1 to 2"),
+        (transfer(target("opt", 3.0), version=2), "a transfer of format version 2, but this PHO"),
+        (transfer(configuration=document(version=3)), "configuration has format version 3"),
+        (transfer({"target": 5}), "targets.0.target"),
+        (document(speed=1), "speed: Extra inputs"),
+        (document(pattern="5:2"), "keeps N=5 of M=2"),
+        (document(pattern="2:4", coefficients={"row": -1}), "coefficients"),
+        (document(model={"x": float("nan")}), "what JSON has not"),
+        (document(float("inf")), "what JSON has not"),
+        (document(model={"name": "\ud800"}), "what JSON has not"),
+        (document(model={"name": "a\x00b"}), "U+0000"),
+        (document(model=NESTED), "lists and objects deep"),
+        ({}, "is no configuration of PHO"),
+        ({"format": None, "version": []}, "is no configuration of PHO"),
+    ],
+)
+def test_not_imported(
+    client: TestClient, refusal: Refusal, found: Callable[..., Any], values: Any, rule: str
+) -> None:
+    """What is no configuration is 422, names the rule, and leaves nothing."""
+    answer = client.post(HERE, content=json.dumps(values), headers=JSON)
+
+    assert rule in refusal(answer, 422, "invalid_request")["detail"]
+    assert found() == []
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{", b"\xff", b'"' + b"x" * 100 + b'"'])
+def test_no_document(client: TestClient, refusal: Refusal, body: bytes) -> None:
+    """A body that is no object is refused."""
+    refusal(client.post(HERE, content=body, headers=JSON), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"name": "m", "parameters": 10**400}},
+        {"model": {"models": 5}},
+        {"model": {"models": [{"name": []}, 5]}},
+        {"confirmation": None, "objective": {"relative_to_ria": {"a": 10**400, "b": True}}},
+        {"confirmation": None, "objective": {"relative_to_ria": {"a": 1e308, "b": 1e308}}},
+        {"confirmation": None, "objective": {"value": 10**400},
+         "baselines": [{"method": "ria-layer", "trial": 3, "proxy": 1.0}]},
+        {"candidates": [{"method": "crepe", "trial": 1, "divergence": 1e4}],
+         "baselines": [{"method": "ria-layer", "trial": 3, "divergence": 1.0}]},
+        {"baselines": [{"method": "ria-layer", "trial": 3, "perplexity": 5e-324}]},
+    ],
+)  # fmt: skip
+def test_nonsense_stops_nobody(
+    client: TestClient, found: Callable[..., Any], imported: Callable[..., str],
+    changes: dict[str, Any],
+) -> None:  # fmt: skip
+    """Numbers that no search writes are taken, and the entry is listed among the others."""
+    good = imported(document())
+    path = imported(document(**changes))
+    listed = found(pattern="0.5", family="llama", parameters=7)
+
+    assert sorted(f"{HERE}/{each['id']}" for each in listed) == sorted([good, path])
+    for each in listed:
+        assert each["gain"] is None or isinstance(each["gain"]["share"], float)
+    assert client.get(path).json() == complete(document(**changes))
+
+
+# ------------------------------------------------------------------------- one of them
+
+
+def test_delete(client: TestClient, refusal: Refusal, imported: Callable[..., str]) -> None:
+    """A deleted entry is gone, the others stay, and it can be imported anew."""
+    path, other = imported(document()), imported(document(12.0))
+    gone = client.delete(path)
+
+    assert (gone.status_code, gone.content) == (204, b"")
+    refusal(client.get(path), 404, "no_such_configuration")
+    refusal(client.delete(path), 404, "no_such_configuration")
+    (left,) = client.get(HERE).json()["configurations"]
+    assert f"{HERE}/{left['id']}" == other
+    assert imported(document()) != path
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_nothing_there(client: TestClient, refusal: Refusal, method: str) -> None:
+    """What nobody has is 404, and so is what is no id."""
+    problem = refusal(client.request(method, NOBODY), 404, "no_such_configuration")
+
+    assert "GET /v1/configurations" in problem["detail"]
+    refusal(client.request(method, f"{HERE}/x"), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", HERE), ("DELETE", HERE), ("POST", NOBODY), ("PATCH", NOBODY)],
+)
+def test_wrong_method(client: TestClient, refusal: Refusal, method: str, path: str) -> None:
+    """A method that a path does not know is 405."""
+    refusal(client.request(method, path, json={}), 405, "method_not_allowed")
+
+
+# -------------------------------------------------------------------------------- keys
+
+
+def test_keys_see_their_own(
+    found: Callable[..., Any], imported: Callable[..., str], bearers: dict[str, Headers]
+) -> None:
+    """A key finds what it imported alone; one that sees all finds all."""
+    paths = {name: imported(document(), bearers[name]) for name in ("a", "b")}
+
+    assert len(set(paths.values())) == 2
+    for name, path in paths.items():
+        assert [f"{HERE}/{each['id']}" for each in found(bearers[name])] == [path]
+    assert {f"{HERE}/{each['id']}" for each in found(bearers["all"])} == {*paths.values()}
+
+
+def test_key_of_the_job(
+    found: Callable[..., Any], submit: Callable[..., dict[str, Any]], hand: Any,
+    bearers: dict[str, Headers],
+) -> None:  # fmt: skip
+    """What a job has found belongs to the key of the job."""
+    job = submit(headers=bearers["a"])
+    hand.succeed(job["id"])
+
+    assert [each["job_id"] for each in found(bearers["a"])] == [job["id"]]
+    assert found(bearers["b"]) == []
+
+
+def test_anothers(
+    client: TestClient, refusal: Refusal, imported: Callable[..., str], bearers: dict[str, Headers]
+) -> None:
+    """To a key, another key's entry is not there, and stays."""
+    path = imported(document(), bearers["a"])
+    for method in ("GET", "DELETE"):
+        anothers, nobodys = (
+            client.request(method, where, headers={**bearers["b"], "X-Request-ID": "a"})
+            for where in (path, NOBODY)
+        )
+
+        refusal(anothers, 404, "no_such_configuration")
+        assert anothers.json() == nobodys.json()
+    assert client.get(path, headers=bearers["a"]).status_code == 200
+    assert client.delete(path, headers=bearers["all"]).status_code == 204
+
+
+def test_no_key(client: TestClient, refusal: Refusal, bearers: dict[str, Headers]) -> None:
+    """Once there are keys, nothing is found, imported or deleted without one."""
+    del bearers
+    for method, path in (("GET", HERE), ("POST", HERE), ("GET", NOBODY), ("DELETE", NOBODY)):
+        refusal(client.request(method, path, json=document()), 401, "no_key")

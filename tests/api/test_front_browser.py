@@ -1,0 +1,233 @@
+"""The pages for people in a real browser, where there is one: with the keyboard, on a phone."""
+
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pho_service.api import front
+from pho_service.api.app import create_app
+from pho_service.settings import read_settings
+from storage.database import Database
+from storage.jobs import JobStore
+from storage.states import JobState, StageKind
+
+WIDTH, HEIGHT = 390, 800  # of a phone
+MOST_TABS = 60
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """One for all tests here."""
+    with sync_playwright() as playwright:
+        # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def url(database_url: str, tmp_path: Path) -> Iterator[str]:
+    """Of a front end that listens on a free port."""
+    app = create_app(
+        Database(database_url, pool=4), read_settings(model_roots=(tmp_path,), text_roots=())
+    )
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """The list of jobs as a browser shows it; afterwards, nothing must have been complained of."""
+    said: list[str] = []
+    with browser.new_context(base_url=url) as context:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto("/")
+        yield page
+    # Chromium's console has a line for each answer of 4xx, which is how a form says no.
+    assert [line for line in said if "422 (Unprocessable" not in line] == []
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """Of the same database."""
+    return JobStore(database)
+
+
+def go(page: Page, name: str, kind: str = "link") -> None:
+    """Press Tab until something has the focus; a person would see that it has."""
+    wanted = page.get_by_role(kind, name=name, exact=True)  # type: ignore[arg-type]
+    expect(wanted).to_be_visible()
+    for _ in range(MOST_TABS):
+        page.keyboard.press("Tab")
+        if wanted.evaluate("element => element === document.activeElement"):
+            assert wanted.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+            return
+    raise AssertionError(f"Tab does not lead to the {kind} {name!r}")
+
+
+def write(page: Page, label: str, text: str) -> None:
+    """Tab to a field, and type over what is in it."""
+    go(page, label, "combobox" if label.startswith("Pattern") else "textbox")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type(text)
+
+
+def test_submission(page: Page, store: JobStore) -> None:
+    """Keys alone submit a job, and lead to it in the list."""
+    go(page, "Submit one")
+    page.keyboard.press("Enter")
+    write(page, "Model (needed)", "org/name")
+    write(page, "Pattern (needed)", "2:4")
+    page.keyboard.press("Escape")  # closes the suggestions
+    write(page, "Trials", "60")
+    write(page, "All other fields", '{"name": "typed"}')
+    go(page, "Submit", "button")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/#job-*")
+    (job,) = store.page()
+    card = page.locator(f"#job-{job.id}")
+
+    assert (job.spec["pattern"], job.spec["trials"]) == ("2:4", 60)
+    assert page.url.endswith(f"/#job-{job.id}")
+    expect(card).to_contain_text("0 of 60 trials")
+    expect(card.get_by_role("heading")).to_have_text(job.name)
+    page.keyboard.press("Tab")  # goes on from there
+    assert page.locator(":focus").inner_text().startswith("Report")
+
+
+def test_error(page: Page, store: JobStore) -> None:
+    """What is wrong has the focus, leads to its field, and is told with it; typed text stays."""
+    page.goto("/new")
+    write(page, "Model (needed)", "org/kept")
+    write(page, "Pattern (needed)", "3:2")
+    page.keyboard.press("Enter")
+    alert = page.get_by_role("alert")
+    expect(alert).to_be_focused()
+    expect(alert).to_contain_text("The job was not submitted")
+    go(page, "Pattern")
+    page.keyboard.press("Enter")
+    field = page.get_by_role("combobox", name="Pattern (needed)")
+    expect(field).to_be_focused()
+    expect(field).to_have_accessible_description(re.compile("pattern '3:2' keeps N=3 of M=2"))
+    expect(page.get_by_label("Model (needed)")).to_have_value("org/kept")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("0.5")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/#job-*")
+
+    assert [job.spec["pattern"] for job in store.page()] == ["0.5"]
+
+
+def test_cancellation(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]) -> None:
+    """Keys alone cancel a job, and delete it after a page that asks once more."""
+    job = job_of(page, name="mine")
+    page.goto("/")
+    go(page, f"Cancel {job.name}", "button")
+    page.keyboard.press("Enter")
+    expect(page.locator(f"#job-{job.id}")).to_contain_text("cancelled")
+    state = store.get(job.id).state
+    go(page, f"Delete {job.name}")
+    page.keyboard.press("Enter")
+    go(page, "Delete", "button")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("There is no job yet.")).to_be_visible()
+
+    assert state is JobState.CANCELLED
+    assert store.page() == []
+    assert page.url == f"{url}/"
+
+
+@pytest.fixture
+def job_of(store: JobStore) -> Callable[..., Any]:
+    """Submit a job by the API, with some values changed; gives it as it is stored."""
+
+    def submit(page: Page, **changes: Any) -> Any:
+        document = {"model": "org/name", "pattern": "0.5", **changes}
+        answer = page.request.post("/v1/jobs", data=document)
+        return store.get(uuid.UUID(answer.json()["id"]))
+
+    return submit
+
+
+def test_skip_link(page: Page, job_of: Callable[..., Any]) -> None:
+    """The first Tab shows a way past the navigation."""
+    job_of(page)
+    page.goto("/")
+    page.keyboard.press("Tab")
+    skip = page.locator(":focus")
+    expect(skip).to_have_text("Skip to the content")
+    expect(skip).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+
+    assert page.locator(":focus").evaluate("element => element.closest('main') !== null")
+
+
+def test_refresh(
+    page: Page, store: JobStore, job_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list follows a job by itself, one that was led to as well; forms are left alone."""
+    monkeypatch.setattr(front, "REFRESH_S", 1)
+    job = job_of(page)
+    page.goto(f"/?#job-{job.id}")
+    expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
+    store.ask(job.id, "pause")
+    expect(page.locator(f"#job-{job.id}")).to_contain_text("paused")  # then it rests
+    job_of(page)
+    page.goto("/new")
+
+    assert page.locator("meta[http-equiv=refresh]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(page: Page, store: JobStore, job_of: Callable[..., Any], scheme: Any) -> None:
+    """On a narrow screen no page is wider than it, whatever the names; light and dark differ."""
+    job = job_of(page, name="w" * 100, model=f"org/{'m' * 90}")
+    store.enter_worker(uuid.uuid4(), name="h" * 60, device="cuda:0", kinds=[*StageKind])
+    page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+    page.emulate_media(color_scheme=scheme)
+    beyond = {}
+    for path in ("/", "/new", f"/jobs/{job.id}/delete", "/new?"):
+        page.goto(path)
+        if path == "/new?":
+            page.get_by_label("Model (needed)").fill("../" + "x" * 300)
+            page.get_by_role("button", name="Submit").press("Enter")
+            expect(page.get_by_role("alert")).to_be_focused()
+        beyond[path] = page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    assert set(beyond.values()) == {0}
+    assert ground == {"light": "rgb(243, 244, 246)", "dark": "rgb(17, 24, 39)"}[scheme]
+
+
+def test_description(page: Page, url: str) -> None:
+    """The API's description shows its operations, and asks no other machine for anything."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    go(page, "API")
+    page.keyboard.press("Enter")
+
+    expect(page.get_by_text("/v1/jobs/{job_id}:cancel")).to_be_visible()
+    assert [each for each in asked if not each.startswith((url, "data:"))] == []

@@ -1,0 +1,430 @@
+"""`pho configurations`, and pruning with what a library has: a folder's, or a service's."""
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from safetensors.torch import load_file
+
+Pho = Callable[..., Result]
+
+PRUNE = "prune {model} --from-library --bundle {bundle} --out pruned"
+GOOD = {
+    "row": 0.1, "column": 0.8, "neighbourhood": 0.1, "kernel_size": 3, "activation_exponent": 0.9,
+    "gradient_exponent": 0.4,
+}  # fmt: skip
+BAD = {
+    **GOOD,
+    "row": 0.0,
+    "neighbourhood": 0.0,
+    "activation_exponent": 0.0,
+    "gradient_exponent": 4.0,
+}
+
+
+def document(perplexity: float, **changes: Any) -> dict[str, Any]:
+    """A configuration's file: RIA's perplexity was 24."""
+    return {
+        "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
+        "scope": "layer", "coefficients": GOOD,
+        "confirmation": {"perplexity": perplexity, "tokens": 9, "context_length": 8, "text": {}},
+        "baselines": [{"method": "ria-layer", "trial": 3, "perplexity": 24.0}],
+        "model": {"name": "org/found-on", "family": "llama", "parameters": 134_515_008}, **changes,
+    }  # fmt: skip
+
+
+def transfer(configuration: dict[str, Any], transferred: float) -> dict[str, Any]:
+    """What a configuration was worth on an OPT where RIA's perplexity was 40."""
+    target = {
+        "target": "org/opt", "model": {"name": "org/opt", "family": "opt"}, "own": None,
+        "perplexities": {"ria": 40.0, "transferred": transferred}, "proxies": {},
+    }  # fmt: skip
+    return {
+        "format": "pho-transfer", "version": 1, "source": "c.json",
+        "configuration": configuration, "targets": [target],
+    }  # fmt: skip
+
+
+def written(path: Path, values: dict[str, Any]) -> Path:
+    """A file of it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def done(result: Result) -> Any:
+    """The JSON of a verb that must succeed."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A library of three configurations, and a file that is none."""
+    library = tmp_path / "library"
+    written(library / "good.json", document(12.0))
+    written(library / "failed.json", transfer(document(6.0), 50.0))
+    written(library / "group.json", document(6.0, pattern="2:4", scope="row"))
+    written(library / "notes.json", {"notes": []})
+    return library
+
+
+# --------------------------------------------------------------------------- a folder
+
+
+def test_folder(pho: Pho, folder: Path) -> None:
+    """A folder's configurations are listed by name, best first, with numbers and reasons."""
+    result = pho("configurations", "--library", folder, "--pattern", "0.5", "--family", "opt")
+    table, _, reasons = result.stdout.partition("good.json: ")
+    rows = [line.split() for line in table.splitlines() if ".json" in line]
+
+    assert result.exit_code == 0
+    assert rows == [
+        ["good.json", "found-on", "0.5", "layer", "crepe", "50.0%", "42.5%"],
+        ["failed.json", "found-on", "0.5", "layer", "crepe", "75.0%", "-25.0%"],
+        ["group.json", "found-on", "2:4", "row", "crepe", "75.0%", "63.7%"],
+    ]
+    assert reasons.startswith("fits\n  pattern 0.5, scope layer\n")
+    assert "on opt, 25.0% above RIA's perplexity" in reasons
+    assert "group.json: does not fit\n  pattern 2:4, scope row, but 0.5 is asked for" in reasons
+    assert "Note: left out: " in result.stderr
+    assert "notes.json is no configuration of PHO" in result.stderr
+
+
+def test_folder_json(pho: Pho, folder: Path) -> None:
+    """With --json, stdout is what the API would answer; at most --limit of them."""
+    words = [
+        "configurations",
+        "--library",
+        folder,
+        "--pattern",
+        "0.5",
+        "--scope",
+        "layer",
+        "--json",
+    ]
+    found = done(pho(*words))
+    one = done(pho(*words, "--limit", 1))
+
+    assert [(e["id"], e["fits"]) for e in found] == [
+        ("failed.json", True), ("good.json", True), ("group.json", False),
+    ]  # fmt: skip
+    assert one == found[:1]
+    assert found[1]["gain"] == {"share": pytest.approx(0.5), "by": "perplexity"}
+    assert found[0]["measured"][0]["model"]["family"] == "opt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"candidates": [{"method": "crepe", "trial": 1, "divergence": 0.3}],
+          "baselines": [{"method": "ria-layer", "trial": 3, "divergence": 0.5}]}, "18.1% ~"),
+        ({"confirmation": None, "objective": {"value": 0.03},
+          "baselines": [{"method": "ria-layer", "trial": 3, "proxy": 0.04}]}, "25.0% *"),
+        ({"baselines": []}, "crepe  "),
+    ],
+)  # fmt: skip
+def test_kinds_of_gain(pho: Pho, tmp_path: Path, changes: dict[str, Any], shown: str) -> None:
+    """The table marks what a gain was measured by."""
+    written(tmp_path / "library" / "a.json", document(18.0, **changes))
+    result = pho("configurations", "--library", tmp_path / "library")
+
+    assert shown in result.stdout
+
+
+def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
+    """An empty library says how to fill it; as JSON it is an empty list."""
+    (tmp_path / "library").mkdir()
+    result = pho("configurations", "--library", tmp_path / "library")
+
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "The library is empty" in result.stderr
+    assert done(pho("configurations", "--library", tmp_path / "library", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--library {folder}/good.json", 1, "good.json is no folder"),
+        ("--library {folder} --pattern 5:2", 2, "keeps N=5 of M=2"),
+        ("--library {folder} --pattern 2:4 --scope layer", 2, "'layer' has no meaning for it"),
+        ("--library {folder} --scope row", 2, "scope 'row' says nothing without a pattern"),
+        ("--library {folder} --limit 0", 2, "--limit 0 is below 1"),
+        ("--library {folder} --parameters 0", 2, "--parameters 0 is below 1"),
+        ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
+        ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is no configuration"),
+        ("import none.json", 1, "none.json cannot be read"),
+        ("export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
+        ("delete x", 2, "'x' is not a configuration's id"),
+        ("export x --out out", 2, "'x' is not a configuration's id"),
+    ],
+)
+def test_refusals(pho: Pho, folder: Path, words: str, code: int, message: str) -> None:
+    """What cannot be done is said in one sentence, and leaves nothing behind."""
+    result = pho("configurations", *words.format(folder=folder).split())
+
+    assert isinstance(result.exception, SystemExit)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert list(Path().iterdir()) == []
+
+
+# -------------------------------------------------------------------------- a service
+
+
+@pytest.fixture
+def ids(remote: Pho, folder: Path) -> list[str]:
+    """Of the folder's configurations in a service: good, failed, group."""
+    files = [folder / f"{name}.json" for name in ("good", "failed", "group")]
+    return [entry["id"] for entry in done(remote("configurations", "import", *files, "--json"))]
+
+
+def test_import(remote: Pho, folder: Path) -> None:
+    """Each file's id is printed; a file that is there already has the same id again."""
+    files = [folder / "good.json", folder / "group.json"]
+    first = remote("configurations", "import", *files)
+    again = remote("configurations", "import", *files[::-1])
+    lines = [line.split("  ") for line in first.stdout.splitlines()]
+
+    assert [name for _, name in lines] == list(map(str, files))
+    assert all(uuid.UUID(entry_id) for entry_id, _ in lines)
+    assert again.stdout.splitlines() == first.stdout.splitlines()[::-1]
+    assert len(done(remote("configurations", "--json"))) == 2
+
+
+def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
+    """A service's library is listed as a folder's is."""
+    words = ["--pattern", "0.5", "--family", "opt", "--parameters", 134_515_008]
+    listed = done(remote("configurations", *words, "--json"))
+    from_folder = done(remote("configurations", "--library", folder, *words, "--json"))
+    table = remote("configurations", "--library", url, *words).stdout
+
+    assert [each["id"] for each in listed] == ids
+    for ours, theirs in zip(listed, from_folder, strict=True):
+        for key in theirs.keys() - {"id"}:
+            assert ours[key] == theirs[key], key
+    assert table.index(ids[0]) < table.index(ids[1]) < table.index(ids[2])
+    assert f"{ids[2]}: does not fit" in table
+
+
+def test_empty_service(remote: Pho) -> None:
+    """An empty one says so, and exports nothing."""
+    listed = remote("configurations")
+    exported = remote("configurations", "export", "--out", "out")
+
+    assert (listed.exit_code, listed.stdout) == (0, "")
+    assert "The library is empty" in listed.stderr
+    assert (exported.exit_code, exported.stdout) == (0, "")
+    assert "The library is empty" in exported.stderr
+    assert done(remote("configurations", "export", "--out", "out", "--json")) == []
+    assert not Path("out").exists()
+
+
+def test_export(remote: Pho, ids: list[str], folder: Path) -> None:
+    """All of a service's configurations make a folder that is a library itself."""
+    exported = remote("configurations", "export", "--out", "some/out")
+    files = exported.stdout.splitlines()
+    words = ["--pattern", "0.5", "--family", "opt", "--json"]
+    copies = done(remote("configurations", "--library", "some/out", *words))
+    originals = done(remote("configurations", "--library", folder, *words))
+
+    assert exported.exit_code == 0
+    assert sorted(map(str, Path("some/out").iterdir())) == sorted(files)
+    assert sorted(files) == sorted(
+        f"some/out/found-on-{pattern}-{scope}-{entry_id[:8]}.json"
+        for entry_id, pattern, scope in zip(
+            ids, ("0.5", "0.5", "2-4"), ("layer", "layer", "row"), strict=True
+        )
+    )
+    assert [{**copy, "id": ""} for copy in copies] == [{**each, "id": ""} for each in originals]
+
+
+def test_export_some(remote: Pho, ids: list[str]) -> None:
+    """Those that are named are exported, and what was measured on other models with them."""
+    (file,) = done(remote("configurations", "export", ids[1], "--out", "out", "--json"))
+    exported = json.loads(Path(file).read_text())
+
+    assert list(map(str, Path("out").iterdir())) == [file]
+    assert exported["source"] == ids[1]
+    assert exported["targets"][0]["perplexities"] == {"ria": 40.0, "transferred": 50.0}
+    assert done(remote("configurations", "import", file, "--json"))[0]["id"] == ids[1]
+
+
+@pytest.mark.parametrize("name", ["../../up", "x" * 300, "\u2713", "a\nb", ".", "-"])
+def test_export_of_odd_names(remote: Pho, tmp_path: Path, name: str) -> None:
+    """Whatever a model is called, its file lies in the folder."""
+    file = written(tmp_path / "c.json", document(12.0, model={"name": name}))
+    remote("configurations", "import", file)
+    (exported,) = done(remote("configurations", "export", "--out", "out", "--json"))
+
+    assert Path(exported).parent == Path("out")
+    assert done(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
+
+
+def test_export_below_a_file(remote: Pho, ids: list[str]) -> None:
+    """A folder that cannot be made is said to be none."""
+    Path("file").touch()
+    result = remote("configurations", "export", ids[0], "--out", "file/out")
+
+    assert result.exit_code == 1
+    assert "the folder file/out was not made: Not a directory" in result.stderr
+
+
+def test_delete(remote: Pho, ids: list[str]) -> None:
+    """A deleted configuration is gone, and the others stay."""
+    result = remote("configurations", "delete", ids[0])
+    again = remote("configurations", "delete", ids[0])
+    as_json = done(remote("configurations", "delete", ids[1], "--json"))
+
+    assert (result.exit_code, result.stderr) == (0, "deleted\n")
+    assert again.exit_code == 1
+    assert "No configuration has this id" in again.stderr
+    assert as_json == {"deleted": ids[1]}
+    assert [each["id"] for each in done(remote("configurations", "--json"))] == ids[2:]
+
+
+# ---------------------------------------------------------------------------- pruning
+
+
+@pytest.fixture
+def places(model_folder: Path, bundle_file: Path, folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """What words in braces stand for."""
+    (tmp_path / "empty").mkdir()
+    return {
+        "model": model_folder, "bundle": bundle_file, "folder": folder,
+        "empty": tmp_path / "empty", "config": folder / "good.json",
+    }  # fmt: skip
+
+
+def test_prune(pho: Pho, places: dict[str, Path]) -> None:
+    """The best of a folder prunes as its file does; the recipe says where it came from and why."""
+    (places["folder"] / "failed.json").unlink()
+    library = ["--library", places["folder"], "--pattern", "0.5"]
+    result = pho(*PRUNE.format(**places).split(), *library, "--json")
+    by_hand = pho("prune", places["model"], "--config", places["config"], "--bundle",
+                  places["bundle"], "--out", "by-hand")  # fmt: skip
+    recipe = json.loads(Path("pruned/pruning.json").read_text())
+    origin = recipe["origin"]
+    weights, expected = (load_file(f"{name}/model.safetensors") for name in ("pruned", "by-hand"))
+
+    assert by_hand.exit_code == 0, by_hand.output
+    assert done(result)["origin"] == origin
+    assert (origin["library"], origin["id"]) == (str(places["folder"]), "good.json")
+    assert origin["reasons"][-1] == "where it was found, 50.0% below RIA's perplexity (found-on)"
+    assert "found on found-on, llama, 135 M parameters: the family asked for" in origin["reasons"]
+    assert f"Taking good.json of the library: {'; '.join(origin['reasons'])}." in result.stderr
+    assert recipe["sparsity"] == pytest.approx(0.5)
+    assert all(bool((weights[name] == expected[name]).all()) for name in expected)
+    assert "origin" not in json.loads(Path("by-hand/pruning.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "sentence"),
+    [
+        (GOOD, r"By the proxy it holds on "),
+        (BAD, "Note: "),
+    ],
+)
+def test_whether_it_holds(
+    pho: Pho, places: dict[str, Path], coefficients: dict[str, Any], sentence: str
+) -> None:
+    """The proxy says before whether a configuration is better than RIA on the model."""
+    written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
+    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
+    proxies = done(
+        pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
+    )["targets"][0]["proxies"]  # fmt: skip
+    ria, mine = proxies["ria"], proxies["transferred"]
+    (said,) = [line for line in result.stderr.splitlines() if f"{mine:.6g}" in line]
+
+    assert result.exit_code == 0, result.output
+    assert "Taking best.json" in result.stderr
+    assert said.startswith(sentence)
+    assert (mine < ria) is (coefficients is GOOD)
+    assert (f"{1 - mine / ria:.1%} below RIA's" in said) is (coefficients is GOOD)
+    assert ("it does not transfer" in said) is (coefficients is BAD)
+
+
+def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> None:
+    """Where the bundle cannot tell whether it holds, that is said, and the model is pruned."""
+    coefficients = {**GOOD, "kernel_size": 9}
+    written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
+    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
+
+    assert result.exit_code == 0, result.output
+    assert "is not known: " in result.stderr
+    assert "kernel" in result.stderr
+    assert Path("pruned/pruning.json").exists()
+
+
+def test_kernel_size_is_calibrated(
+    pho: Pho, places: dict[str, Path], texts: dict[str, Path]
+) -> None:
+    """From a text, the statistics have the kernel size of what the library has."""
+    coefficients = {**GOOD, "kernel_size": 9}
+    written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
+    result = pho(
+        "prune", places["model"], "--from-library", "--library", places["folder"],
+        "--pattern", "0.5", "--text", texts["calibration"], "--samples", 6,
+        "--context-length", 32, "--kernel-sizes", "3,5", "--out", "pruned",
+    )  # fmt: skip
+    recipe = json.loads(Path("pruned/pruning.json").read_text())
+
+    assert result.exit_code == 0, result.output
+    assert "is not known" not in result.stderr
+    assert recipe["calibration"]["settings"]["kernel_sizes"] == [3, 5, 9]
+
+
+def test_prune_from_a_service(
+    remote: Pho, ids: list[str], model_folder: Path, bundle_file: Path
+) -> None:
+    """The service that the settings name is the library where none is given."""
+    words = PRUNE.format(model=model_folder, bundle=bundle_file).split()
+    result = remote(*words, "--pattern", "2:4")
+    origin = json.loads(Path("pruned/pruning.json").read_text())["origin"]
+
+    assert result.exit_code == 0, result.output
+    assert (origin["library"], origin["id"]) == ("service", ids[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("{model} --out pruned --from-library --library {folder}", 2, "needs a --pattern"),
+        ("{model} --out pruned --from-library --config {config} --pattern 0.5", 2,
+         "one of --config and --from-library"),
+        ("{model} --from-library --pattern 0.5", 2, "--out"),
+        ("{model} --out pruned --config {config} --library {folder}", 2,
+         "--library: for --from-library alone"),
+        ("{model} --out pruned --config {config} --pattern 0.5 --scope row", 2,
+         "--pattern, --scope: for --from-library alone"),
+        ("{model} --check {folder} --library {folder} --from-library", 2,
+         "leave --from-library, --library out"),
+        ("none --out pruned --from-library --library {folder} --pattern 5:2", 2, "N=5 of M=2"),
+        ("none --out pruned --from-library --library {folder} --pattern 2:4 --scope layer", 2,
+         "'layer' has no meaning for it"),
+        (PRUNE[6:] + " --library {empty} --pattern 0.5", 1, "empty is empty. Search on any model"),
+        (PRUNE[6:] + " --library {folder} --pattern 0.6", 1,
+         "has nothing for 0.6, and the best coefficients differ from pattern to pattern. It has "
+         "0.5 in scope layer, 2:4 in scope row."),
+        (PRUNE[6:] + " --library {folder} --pattern 0.5 --scope row", 1,
+         "has nothing for 0.5 in scope row, "),
+        (PRUNE[6:] + " --library {config} --pattern 0.5", 1, "good.json is no folder"),
+        (PRUNE[6:] + " --library none --pattern 0.5", 1, "none is no folder"),
+        (PRUNE[6:] + " --library http://127.0.0.1:9 --pattern 0.5", 1, "cannot be reached"),
+    ],
+)  # fmt: skip
+def test_prune_refusals(
+    pho: Pho, places: dict[str, Path], words: str, code: int, message: str
+) -> None:
+    """What cannot be pruned is said in one sentence, and leaves nothing behind."""
+    result = pho("prune", *words.format(**places).split())
+
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,154 @@
+"""`pho report`, of a job and of a local study."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import optuna
+import pytest
+from click.testing import Result
+
+from pho_service.cli import main
+from pho_service.cli.search import search
+from pho_service.client import Client
+
+Pho = Callable[..., Result]
+NOBODY = "00000000-0000-0000-0000-000000000000"
+URL = "sqlite:///study.db"
+
+
+def visible(path: str) -> str:
+    """The words of a page."""
+    page = Path(path).read_text(encoding="utf-8").partition("<footer>")[0]
+    words = re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", words)
+
+
+@pytest.fixture
+def searched(pho: Pho, bundle_file: Path) -> str:
+    """The name of a study in ``study.db``, with a ``config.json`` beside it."""
+    result = pho("search", bundle_file, "--pattern", "0.5", "--trials", 12, "--json")
+    assert result.exit_code == 0, result.stderr
+    name = json.loads(result.stdout)["study"]["name"]
+    assert isinstance(name, str)
+    return name
+
+
+def test_job(remote: Pho, url: str) -> None:
+    """A job's page is the one that the service makes."""
+    with Client(url) as client:
+        job = client.submit({"model": "org/name", "pattern": "0.5", "name": "mine"})
+    result = remote("report", job.id, "--out", "job.html", "--json")
+
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"out": "job.html"}
+    assert "Search, queued." in visible("job.html")
+    assert job.name in visible("job.html")
+
+
+def test_study(pho: Pho, searched: str) -> None:
+    """A study's page has its trials, what was chosen, and a sentence for what is not known."""
+    result = pho("report", searched, "--study", URL, "--config", "config.json")
+    text = visible("report.html")
+
+    assert result.exit_code == 0, result.stderr
+    assert "written report.html" in result.stderr
+    assert "12 rated trials" in text
+    assert "(chosen)" in text
+    assert "A study does not keep the errors and sparsities of layers" in text
+    assert "A study does not say what stages took" in text
+
+
+def test_study_alone(pho: Pho, searched: str) -> None:
+    """Without the configuration, what is best in the study is shown as that."""
+    result = pho("report", searched, "--study", URL)
+
+    assert result.exit_code == 0, result.stderr
+    assert "(best so far)" in visible("report.html")
+    assert "Without its configuration (--config)" in visible("report.html")
+
+
+def test_transfers_of_a_study(pho: Pho, searched: str, bundle_file: Path) -> None:
+    """A transfer's file in the place of the configuration says what it was worth elsewhere."""
+    pho("transfer", "config.json", bundle_file, "--out", "transfer.json")
+    result = pho("report", searched, "--study", URL, "--config", "transfer.json")
+
+    assert result.exit_code == 0, result.stderr
+    assert "On other models, by proxy" in visible("report.html")
+    assert "(chosen)" in visible("report.html")
+
+
+def test_command_of_a_study(pho: Pho, searched: str) -> None:
+    """The command on the page is one that `pho search` takes."""
+    pho("report", searched, "--study", URL)
+    (command,) = re.findall(r"pho search (.*?) </pre>|pho search (.*)", visible("report.html"))
+    words = next(filter(None, command)).split(" How ")[0].split()
+    parent = click.Context(main, **main.context_settings)
+    options = search.make_context("search", words[: words.index(URL) + 1], parent=parent).params
+
+    assert (options["pattern"], options["scope"], options["trials"]) == ("0.5", "layer", 12)
+    assert (options["objective"], options["weighting"]) == ("activation-reconstruction", "blend")
+
+
+def test_same_page(pho: Pho, searched: str) -> None:
+    """The study is only read: a second page says the same of it."""
+    for out in ("a.html", "b.html"):
+        pho("report", searched, "--study", URL, "--out", out)
+    first, second = (re.sub(r"Report of [^.]*\.", "", visible(p)) for p in ("a.html", "b.html"))
+
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("mine", 2, "'mine' is no job's id"),
+        ("mine --config config.json", 2, "--config is for a local study"),
+        (f"mine --study {URL}", 1, "has no study 'mine'"),
+        ("mine --study sqlite:///other.db", 1, "there is no such file"),
+        ("mine --study study.db", 1, "is not a database URL"),
+        ("mine --study sqlite:///config.json", 1, "file is not a database"),
+        (f"mine --study {URL} --config none.json", 1, "none.json cannot be read"),
+        (f"mine --study {URL} --out no/report.html", 1, "does not exist"),
+    ],
+)
+def test_refused(pho: Pho, searched: str, words: str, code: int, message: str) -> None:
+    """What cannot be reported is said in one sentence, and nothing is made."""
+    del searched
+    result = pho("report", *words.split())
+
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not Path("report.html").exists()
+    assert not Path("other.db").exists()
+
+
+def test_no_such_job(remote: Pho) -> None:
+    """A job that the service does not have has no page."""
+    result = remote("report", NOBODY)
+
+    assert result.exit_code == 1
+    assert "No job has this id" in result.stderr
+    assert not Path("report.html").exists()
+
+
+def test_configuration_of_another_study(pho: Pho, searched: str) -> None:
+    """A configuration is refused for a study that did not find it."""
+    optuna.copy_study(
+        from_study_name=searched, from_storage=URL, to_storage=URL, to_study_name="copy"
+    )
+    result = pho("report", "copy", "--study", URL, "--config", "config.json")
+
+    assert result.exit_code == 2
+    assert "not of 'copy'" in result.stderr
+
+
+def test_study_of_others(pho: Pho) -> None:
+    """A study that no search of ours wrote is refused."""
+    optuna.create_study(storage=URL, study_name="theirs")
+    result = pho("report", "theirs", "--study", URL)
+
+    assert result.exit_code == 1
+    assert "'theirs' is not one of `pho search`" in result.stderr

@@ -1,0 +1,186 @@
+"""`pho transfer-job`, and how a transfer is followed."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from sqlalchemy import select
+
+from pho_service.client import Client
+from pho_service.configuration import Configuration
+from storage.database import Database
+from storage.jobs import Claim, JobStore, NewStage
+from storage.states import StageKind
+from storage.tables import stages
+
+FOUND = Configuration.model_validate(
+    {
+        "method": "crepe",
+        "pattern": "0.5",
+        "scope": "layer",
+        "coefficients": {
+            "row": 0.25, "column": 1.0, "neighbourhood": 0.5, "kernel_size": 7,
+            "activation_exponent": 0.5,
+        },
+        "model": {"name": "org/name", "family": "llama", "parameters": 1000},
+    }
+)  # fmt: skip
+PERPLEXITIES = {"dense": 10.0, "wanda": 24.0, "ria": 25.0, "transferred": 20.5, "own": 20.0}
+PROXIES = {"wanda": 0.4, "ria": 0.5, "transferred": 0.3, "own": 0.25}
+
+
+@pytest.fixture
+def store(database_url: str) -> Any:
+    """The jobs of the service."""
+    database = Database(database_url, pool=2)
+    yield JobStore(database)
+    database.close()
+
+
+def take(store: JobStore, job_id: uuid.UUID, kind: StageKind, number: int = 0) -> Claim:
+    """Claim a stage as the queue would give it out."""
+    query = select(stages.c.id, stages.c.queue_id).where(
+        stages.c.job_id == job_id, stages.c.kind == kind, stages.c.number == number
+    )
+    with store.database.transaction() as connection:
+        row = connection.execute(query).one()
+    claim = store.claim(row.id, row.queue_id, uuid.uuid4())
+    assert claim is not None
+    return claim
+
+
+def work(store: JobStore, job_id: uuid.UUID) -> None:
+    """Do a transfer of two models; the second cannot be read."""
+    document = FOUND.model_dump(mode="json")
+    done = {
+        "target": "org/one", "key": "k", "model": {"name": "org/one"}, "gain": 4.5, "own": None,
+        "perplexities": PERPLEXITIES, "proxies": PROXIES, "regret": 0.1, "proxy_regret": 0.2,
+        "report": None, "warnings": [],
+    }  # fmt: skip
+    bad = {
+        "target": "org/two", "key": "", "error": {"type": "ModelError", "message": "no weights"},
+        "warnings": ["org/two: no weights"],
+    }  # fmt: skip
+    for number, result in enumerate((done, bad)):
+        claim = take(store, job_id, StageKind.TRANSFER, number)
+        store.transferred(claim, result, configuration=document, own=None)
+
+
+@pytest.fixture
+def searched(url: str, store: JobStore) -> str:
+    """The id of a job that has a configuration."""
+    with Client(url) as client:
+        job = client.submit({"model": "org/name", "pattern": "0.5"})
+    finish = [NewStage(kind=StageKind.FINISH)]
+    store.complete(take(store, job.id, StageKind.CALIBRATE), {}, add=finish)
+    claim = take(store, job.id, StageKind.FINISH)
+    store.succeed(claim, best=FOUND.model_dump(mode="json"), warnings=[], result={})
+    return str(job.id)
+
+
+@pytest.fixture
+def transferred(url: str, store: JobStore, searched: str) -> str:
+    """The id of a transfer that is done."""
+    with Client(url) as client:
+        job = client.transfer(searched, ["org/one", "org/two"])
+    work(store, job.id)
+    return str(job.id)
+
+
+def test_submit(remote: Any, url: str, searched: str, texts: dict[str, Path]) -> None:
+    """Options stand in the document where they belong; the id is printed."""
+    text = str(texts["report"])
+    result: Result = remote(
+        "transfer-job", searched, "org/one", "org/two",
+        "--report-text", text, "--report-windows", 3, "--text", str(texts["calibration"]),
+        "--search", "--trials", 50, "--seed", 4, "--confirm-text", str(texts["confirmation"]),
+        "--stream", "--name", "mine", "--priority", 2,
+    )  # fmt: skip
+    with Client(url) as client:
+        job = client.job(result.stdout.strip())
+        source = client.job(searched)
+
+    assert result.exit_code == 0, result.stderr
+    assert f"pho watch {job.id}" in result.stderr
+    assert job.kind == "transfer"
+    assert job.spec["models"] == ["org/one", "org/two"]
+    assert job.spec["report"] == {"text": text, "windows": 3}
+    assert (job.spec["search"]["trials"], job.spec["search"]["seed"]) == (50, 4)
+    assert job.spec["search"]["confirm"]["text"] == str(texts["confirmation"])
+    assert job.spec["calibration"]["text"] == str(texts["calibration"])
+    assert job.spec["calibration"]["samples"] == source.spec["calibration"]["samples"]
+    assert 7 in job.spec["calibration"]["kernel_sizes"]
+    assert (job.spec["stream"], job.spec["priority"], job.spec["source"]) == (True, 2, searched)
+
+
+def test_show(remote: Any, transferred: str) -> None:
+    """A transfer is shown with its tables, and what could not be measured."""
+    shown = remote("show", transferred).stdout
+    watched = remote("watch", transferred)
+    listed = remote("jobs").stdout
+
+    for text in (shown, watched.stdout):
+        assert "models       2 of 2" in text
+        assert "note         org/two: no weights" in text
+        (row, proxies) = (line.split() for line in text.splitlines() if line.startswith("  one"))
+        assert row == ["one", "10", "24", "25", "20.5", "20", "yes", "10%"]
+        assert proxies == ["one", "0.4", "0.5", "0.3", "0.25", "yes", "20%"]
+    assert watched.exit_code == 0
+    assert "2/2 models" in listed
+
+
+def test_files(remote: Any, transferred: str) -> None:
+    """Numbers and a picture of a transfer that is there are written to files."""
+    result = remote("transfer-job", transferred, "--out", "t.json", "--plot", "t.png")
+    written = json.loads(Path("t.json").read_text())
+
+    assert result.exit_code == 0, result.stderr
+    assert written["format"] == "pho-transfer"
+    assert [target["target"] for target in written["targets"]] == ["org/one", "org/two"]
+    assert written["configuration"] == FOUND.model_dump(mode="json")
+    assert Path("t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("{searched}", 2, "give MODEL..."),
+        ("{searched} org/one --trials 5", 2, "are for --search"),
+        ("{searched} org/one --report-windows 5", 2, "is for --report-text"),
+        ("{searched} org/one --report-windows 0 --report-text r", 2, "--report-windows 0 is below"),
+        ("{searched} org/one org/one", 1, "org/one is given twice"),
+        ("{searched} /etc/passwd", 1, "/models/0"),
+        ("{searched} --out t.json", 1, "The job is a search"),
+        ("{transferred} org/one", 1, "The job is a transfer"),
+        ("nothing org/one", 2, "is not a job's id"),
+        ("{searched} org/one --out no/t.json", 1, "does not exist"),
+    ],
+)
+def test_refused(
+    remote: Any, searched: str, transferred: str, url: str, words: str, code: int, message: str
+) -> None:
+    """What cannot be asked is said in one sentence, and no job is made."""
+    with Client(url) as client:
+        before = len(list(client.jobs()))
+        result = remote(
+            "transfer-job", *words.format(searched=searched, transferred=transferred).split()
+        )
+        after = len(list(client.jobs()))
+
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert after == before
+    assert not Path("t.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["extend --trials 5", "best"])
+def test_no_search(remote: Any, transferred: str, verb: str) -> None:
+    """What only a search has is refused, with the way out."""
+    name, *more = verb.split()
+    result = remote(name, transferred, *more)
+
+    assert result.exit_code == 1
+    assert "The job is a transfer" in result.stderr

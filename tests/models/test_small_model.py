@@ -1,0 +1,31 @@
+"""The small model that is trained on the spot."""
+
+from pathlib import Path
+
+from pho_service.models.loading import load_model
+from pho_service.models.small_model import EXAMPLE, train_small_model
+from pho_service.models.texts import TextSource
+
+
+def test_training(texts: dict[str, Path], tmp_path: Path) -> None:
+    """The same steps give the same model, which knows more than a random one."""
+    source = TextSource(path=str(texts["calibration"]))
+    trainings = [
+        train_small_model(source, tmp_path / name, steps=30, context_length=16, seed=0)
+        for name in ("one", "two")
+    ]
+    one, two = (load_model(str(training.folder)) for training in trainings)
+
+    assert trainings[0].loss == trainings[1].loss < 5  # the log of its vocabulary is above
+    assert one.weights_sha256 == two.weights_sha256
+
+
+def test_shape(texts: dict[str, Path], tmp_path: Path) -> None:
+    """It has the blocks and the widths that are asked for."""
+    source = TextSource(path=str(texts["calibration"]))
+    folder = tmp_path / "small"
+    train_small_model(source, folder, steps=1, context_length=16, seed=0, shape=EXAMPLE)
+    model = load_model(str(folder))
+
+    assert model.linears["model.layers.0.mlp.down_proj"].weight.shape == (64, 192)
+    assert len(model.linears) == 7 * EXAMPLE.blocks

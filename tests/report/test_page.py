@@ -1,0 +1,373 @@
+"""The page: what stands where, what is said to be missing, and that nothing gets in or out."""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from pho_service.configuration import Rating
+from pho_service.report.data import ReportTrial
+from pho_service.report.layers import LayerCell
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
+SEARCH = ["asked", "result", "history", "confirmed", "layers", "transfer", "timings", "reproduce"]
+
+
+@pytest.mark.parametrize(
+    ("subject", "sections"),
+    [
+        ("search", SEARCH),
+        ("study", SEARCH),
+        ("transfer", ["asked", "result", "transfer", "timings", "reproduce"]),
+    ],
+)
+def test_sections(page_of: Any, subject: str, sections: list[str]) -> None:
+    """Each kind of job has its sections, and each of them is reached from the top."""
+    page = page_of(subject=subject)
+
+    assert [section["id"] for section in page.of("section")] == sections
+    assert [link["href"] for link in page.of("a")] == [f"#{name}" for name in sections]
+
+
+def test_asked(page_of: Any) -> None:
+    """What was asked is a table of what the collector says."""
+    assert page_of().tables["The job"] == [["part", "value"], ["model", "org/name"], ["seed", "7"]]
+
+
+def test_results(page_of: Any) -> None:
+    """The chosen one comes first, then what was measured, then baselines, each with its gain."""
+    page = page_of()
+
+    assert page.tables["Result and baselines"] == [
+        ["candidate", "perplexity", "gain over RIA", "divergence", "objective", "trial"],
+        ["found (chosen)", "20", "20.0%", "0.5", "0.5", "4"],
+        ["found", "22", "12.0%", "0.625", "0.4", "5"],
+        ["ria-layer", "25", "reference", "1", "1", "2"],
+        ["wanda", "", "~ 22.1%", "0.75", "0.8", "0"],
+        ["found", "", "~ 22.1%", "0.75", "0.6", "6"],
+        ["ria-row", "", "~ 11.8%", "0.875", "0.9", "1"],
+    ]
+    assert "Confirmed by perplexity, 20 on 496 tokens of c.txt" in page.text["result"]
+    assert "The best lies on the border." in page.text["result"]
+    assert ["kernel size", "5"] in page.tables["The configuration"]
+
+
+def test_only_the_proxy(page_of: Any, report_of: Any) -> None:
+    """Where nothing was measured the best by the proxy follow, and gains are marked as its own."""
+    trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
+    found = report_of().configuration.model_copy(update={"candidates": [], "confirmation": None})
+    page = page_of(trials=trials, configuration=found)
+
+    assert page.tables["Result and baselines"][:3] == [
+        ["candidate", "gain over RIA", "objective", "trial"],
+        ["found (chosen)", "60.0% (proxy)", "0.4", "5"],
+        ["found", "50.0% (proxy)", "0.5", "4"],
+    ]
+    assert "the proxy cannot be compared" in page.text["confirmed"]
+
+
+def test_maximised(page_of: Any, report_of: Any) -> None:
+    """An objective that is maximised has no gain over RIA's, and its best rises."""
+    trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
+    found = report_of().configuration.model_copy(update={"candidates": []})
+    page = page_of(objective="gini", maximised=True, trials=trials, configuration=found)
+    rows = page.tables["Result and baselines"]
+
+    assert rows[1] == ["ria-layer (chosen)", "reference", "1", "2"]
+    assert rows[2] == ["found", "", "0.6", "6"]
+    assert page.figures["history"]["data"][2]["y"] == [0.8, 0.9, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_not_chosen_yet(page_of: Any) -> None:
+    """While nothing is chosen, the best so far by perplexity is marked as that."""
+    page = page_of(configuration=None, state="running")
+
+    assert page.tables["Result and baselines"][1][:2] == ["found (best so far)", "20"]
+    assert "There is no configuration yet." in page.text["result"]
+    assert "Search, running." in page.text[None]
+
+
+def test_history(page_of: Any) -> None:
+    """The history has every rated trial and the best so far; failed ones are counted."""
+    page = page_of()
+    found, baselines, best = page.figures["history"]["data"]
+
+    assert (found["x"], found["y"]) == ([4, 5, 6], [0.5, 0.4, 0.6])
+    assert (baselines["x"], baselines["y"]) == ([0, 1, 2], [0.8, 0.9, 1.0])
+    assert (best["x"], best["y"]) == ([0, 1, 2, 4, 5, 6], [0.8, 0.8, 0.8, 0.5, 0.4, 0.4])
+    assert "1 of 7 trials failed" in page.text["history"]
+    assert "0.4, is that of trial 5" in page.text["history"]
+
+
+def test_long_history(page_of: Any) -> None:
+    """Of many trials some are drawn, the last of them too; what was not read is said."""
+    trials = [ReportTrial(number=n, method="crepe", value=1 + 1 / (n + 1)) for n in range(9999)]
+    page = page_of(trials=trials, left_out=123)
+    found = page.figures["history"]["data"][0]
+
+    assert 1000 < len(found["x"]) <= 2000
+    assert found["x"][-1] == 9998
+    assert "123 more trials are left out" in page.text["history"]
+
+
+def test_importance(page_of: Any) -> None:
+    """Importances are a chart, the largest on top, and a table."""
+    page = page_of()
+
+    assert page.figures["importance"]["data"][0]["y"] == ["kernel size", "row share"]
+    assert page.tables["Importance of each coefficient"][1:] == [
+        ["row share", "75.0%"], ["kernel size", "25.0%"],
+    ]  # fmt: skip
+
+
+def test_importance_of_too_few(page_of: Any) -> None:
+    """With too few candidates no importance is told, and why."""
+    page = page_of(importance={})
+
+    assert "importance" not in page.figures
+    assert "3 rated candidates are too few, 50 are needed" in page.text["history"]
+
+
+def test_confirmed(page_of: Any) -> None:
+    """What has a perplexity is drawn against its proxy, what was chosen marked."""
+    found, baselines, chosen = page_of().figures["confirmed"]["data"]
+
+    assert (found["x"], found["y"]) == ([0.5, 0.4], [20.0, 22.0])
+    assert (baselines["x"], baselines["y"]) == ([1.0], [25.0])
+    assert chosen["x"] == [0.5]
+
+
+def test_searched_by_perplexity(page_of: Any) -> None:
+    """A search by perplexity has no proxy to compare with."""
+    page = page_of(objective="perplexity")
+
+    assert "confirmed" not in page.figures
+    assert "The search was by perplexity itself" in page.text["confirmed"]
+
+
+def test_layers(page_of: Any) -> None:
+    """Errors and sparsities are maps of kinds over blocks; estimates are said to be some."""
+    page = page_of()
+    (errors,), (sparsities,) = (page.figures[name]["data"] for name in ("errors-0", "sparsities-0"))
+
+    assert (errors["x"], errors["y"]) == (["0", "1", "2"], ["q_proj", "up_proj"])
+    assert errors["customdata"][0] == pytest.approx([0.1, 0.01, 0.001])
+    assert sparsities["z"][1] == pytest.approx([0.4, 0.5, 0.6])
+    assert "The largest is 0.1, of model.layers.0.self_attn.q_proj" in page.text["layers"]
+    assert "So are sparsities" in page.text["layers"]
+
+
+def test_layers_of_equal_sparsity(page_of: Any, report_of: Any) -> None:
+    """Where all linears lose the same, a sentence says so in the place of a map."""
+    cells = [replace(cell, sparsity=0.5) for cell in report_of().layers["org/name"]]
+    found = report_of().configuration.model_copy(update={"scope": "layer"})
+    page = page_of(layers={"org/name": cells}, configuration=found)
+
+    assert "sparsities-0" not in page.figures
+    assert "Every linear has the sparsity of the pattern, exactly." in page.text["layers"]
+
+
+def test_layers_of_several_models(page_of: Any, report_of: Any) -> None:
+    """Each model of a joint search has its maps, with its name."""
+    cells = report_of().layers["org/name"]
+    page = page_of(layers={"org/name": cells, "org/other": cells})
+
+    assert {"errors-0", "errors-1", "sparsities-0", "sparsities-1"} <= set(page.figures)
+    assert "Error of each linear on org/other" in page.text["layers"]
+
+
+def test_transfers(page_of: Any) -> None:
+    """What was measured on other models is a table and bars, for perplexity and proxy."""
+    page = page_of(transfers=[*page_transfers(), {"target": "b", "warnings": ["b: no weights"]}])
+
+    assert page.tables["On other models, by perplexity"] == [
+        ["model", "dense", "wanda", "ria", "transferred", "own best", "gain over RIA", "regret"],
+        ["other", "10", "24", "25", "20.5", "20", "18.0%", "10%"],
+    ]
+    assert page.tables["On other models, by proxy"][1] == ["other", "0.4", "0.5", "0.3", "40.0%"]
+    assert [bar["name"] for bar in page.figures["transfer-proxy"]["data"]] == [
+        "wanda", "ria", "transferred",
+    ]  # fmt: skip
+    assert "b: no weights" in page.text["transfer"]
+
+
+def test_odd_transfers(page_of: Any) -> None:
+    """A transfer of others may hold anything beside the numbers: what cannot be shown is not."""
+    (one,) = page_transfers()
+    odd = {**one, "perplexities": {"ria": -1.0, "transferred": 0.0}, "proxies": {}}
+    page = page_of(transfers=[{**odd, "regret": "much", "warnings": 5}])
+
+    assert page.tables["On other models, by perplexity"] == [["model", "ria"], ["other", "-1"]]
+
+
+def test_models_of_one_name(page_of: Any) -> None:
+    """Models whose names differ in the folder alone are told apart."""
+    (one,) = page_transfers()
+    page = page_of(transfers=[one, {**one, "target": "team/other"}])
+
+    assert [row[0] for row in page.tables["On other models, by perplexity"][1:]] == [
+        "org/other", "team/other",
+    ]  # fmt: skip
+
+
+def page_transfers() -> list[dict[str, Any]]:
+    """The transfer of the report."""
+    values = {"dense": 10.0, "wanda": 24.0, "ria": 25.0, "transferred": 20.5, "own": 20.0}
+    proxies = {"wanda": 0.4, "ria": 0.5, "transferred": 0.3, "own": None}
+    return [{"target": "org/other", "perplexities": values, "proxies": proxies, "regret": 0.1}]
+
+
+def test_timings(page_of: Any) -> None:
+    """Stages of a kind are one row: how many are done, their seconds, and their pace."""
+    assert page_of().tables["Stages"] == [
+        ["stage", "done", "seconds", "longest", "pace", "attempts"],
+        ["calibrate", "1 of 1", "12", "12", "", "1"],
+        ["search", "1 of 1", "0.7", "0.7", "100 ms a trial", "2"],
+        ["perplexity", "1 of 2", "3", "3", "", "1"],
+    ]
+
+
+def test_reproduction(page_of: Any) -> None:
+    """Command, document, configuration and versions are there."""
+    page = page_of()
+
+    assert page.tables["Versions"] == [["package", "value"], ["optuna", "5.0.0"]]
+    for text in ("pho submit --job job.json", '"pattern": "0.5"', '"format": "pho-configuration"'):
+        assert text in page.text["reproduce"]
+
+
+@pytest.mark.parametrize(
+    ("subject", "missing"),
+    [
+        (
+            "search",
+            {
+                "asked": "Nothing is known of what was asked",
+                "result": "There is no configuration yet",
+                "history": "No trial is rated yet",
+                "confirmed": "No perplexity is known",
+                "layers": "older versions of PHO did not store them",
+                "transfer": "There is no configuration yet that could be measured",
+            },
+        ),
+        ("transfer", {"transfer": "Nothing is measured yet"}),
+        (
+            "study",
+            {
+                "result": "Without its configuration (--config)",
+                "layers": "A study does not keep the errors",
+                "transfer": "`pho transfer` measures it",
+                "timings": "A study does not say what stages took",
+            },
+        ),
+    ],
+)
+def test_missing(page_of: Any, empty: Any, subject: str, missing: dict[str, str]) -> None:
+    """What is not known is said in each section, and there is no empty chart or table."""
+    page = page_of(**empty, subject=subject)
+
+    assert {name: text for name, text in missing.items() if text not in page.text[name]} == {}
+    assert page.figures == {}
+    assert page.tables == {}
+
+
+def test_not_transferred(page_of: Any) -> None:
+    """Of a configuration that was measured nowhere else, the page says how to do that."""
+    assert "`pho transfer-job` does it" in page_of(transfers=[]).text["transfer"]
+
+
+def test_error(page_of: Any, empty: Any) -> None:
+    """Why a job failed stands at the top."""
+    page = page_of(**{**empty, "state": "failed"}, error="The job failed in search: NaN in 4.q")
+
+    assert "Search, failed." in page.text[None]
+    assert "The job failed in search: NaN in 4.q" in page.text[None]
+
+
+@pytest.mark.parametrize("subject", ["search", "transfer", "study"])
+def test_hostile_names(page_of: Any, report_of: Any, subject: str) -> None:
+    """Whatever a name holds is text: no element, no script, no tag in a chart comes of it."""
+    plain = page_of(subject=subject)
+    (cell, *cells) = report_of().layers["org/name"]
+    found = report_of().configuration
+    page = page_of(
+        subject=subject,
+        title=HOSTILE,
+        state=HOSTILE,
+        asked={"model": HOSTILE, HOSTILE: "7"},
+        warnings=[HOSTILE],
+        objective=HOSTILE,
+        configuration=found.model_copy(
+            update={
+                "confirmation": found.confirmation.model_copy(update={"text": {"source": HOSTILE}}),
+                "model": {"name": HOSTILE},
+                "candidates": [Rating(method=HOSTILE, trial=4)],
+            }
+        ),
+        trials=[*report_of().trials, ReportTrial(number=9, method=HOSTILE, value=1.0)],
+        importance={HOSTILE: 1.0},
+        layers={HOSTILE: [LayerCell(**{**vars(cell), "kind": HOSTILE, "block": HOSTILE}), *cells]},
+        transfers=[{**page_transfers()[0], "target": HOSTILE, "warnings": [HOSTILE]}],
+        document={"model": HOSTILE},
+        commands=[HOSTILE],
+        versions={HOSTILE: HOSTILE},
+    )
+    strings = re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(page.figures))
+
+    assert page.scripts == plain.scripts
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags}
+    assert not any(name.startswith("on") for _, found in page.tags for name in found)
+    assert HOSTILE in page.text["reproduce"]
+    assert [text for text in strings if "<" in re.sub(r"<br>|<extra></extra>", "", text)] == []
+
+
+def test_nothing_is_fetched(page_of: Any) -> None:
+    """No element and no style names anything outside of the page, and its policy forbids it."""
+    page = page_of()
+    named = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data", "poster")
+    ]
+    (policy,) = (m["content"] for m in page.of("meta") if "http-equiv" in m)
+
+    assert all(value.startswith("#") for value in named)
+    assert not re.search(r"url\(|@import|//", "".join(page.styles))
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"https?:|\*|connect-src", policy)
+
+
+def test_policy_has_the_scripts(page_of: Any) -> None:
+    """A browser runs the page's own two scripts, and no other."""
+    page = page_of()
+    hashes = {
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in page.scripts
+    }
+    (policy,) = (m["content"] for m in page.of("meta") if "http-equiv" in m)
+    (allowed,) = re.findall(r"script-src ([^;]*)", policy)
+
+    assert len(page.scripts) == 2
+    assert set(allowed.split()) == hashes
+
+
+def test_accessible(page_of: Any) -> None:
+    """Tables have captions and headings, charts a text, and headings leave out no level."""
+    page = page_of()
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    charts = [found for _, found in page.tags if "data-figure" in found]
+
+    assert page.of("html") == [{"lang": "en"}]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert all(found["scope"] in ("col", "row") for found in page.of("th"))
+    assert len(page.of("caption")) == len(page.of("table"))
+    assert len(charts) == len(page.figures)
+    assert all(found["role"] == "img" and len(found["aria-label"]) > 20 for found in charts)

@@ -1,0 +1,200 @@
+"""All that a database holds as one file, and back: whole or not at all, over nothing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from storage.backup import back_up, restore
+from storage.configurations import ConfigurationStore
+from storage.database import SCHEMAS, Database
+from storage.jobs import JobStore, NewStage
+from storage.keys import KeyStore
+from storage.states import StageKind
+from storage.studies import StorageError, open_storage, open_study
+
+FAKE = """#!/bin/sh
+[ "$1" = --version ] && echo "pg_dump (PostgreSQL) {version}" && exit
+echo "$@" >> {log}
+echo "password $PGPASSWORD" >> {log}
+echo "pg_dump: error: this is not the real one" >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def filled(database: Database) -> Database:
+    """With a job in the queue, a key, a configuration and a study."""
+    key, _ = KeyStore(database).create("laptop", sees_all=False)
+    first = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
+    JobStore(database).submit(
+        {"trials": 10}, name="job", first=first, trials=10, max_attempts=3, owner_id=key.id
+    )
+    ConfigurationStore(database).add({"z": 1, "a": "ü"}, transfers=[], owner_id=None)
+    with open_storage(database.studies_url) as storage:
+        open_study(storage, "job", direction="minimize").set_user_attr("pattern", "0.5")
+    return database
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """Puts a pg_dump of this version on the PATH; what it was told is in the file."""
+
+    def put(version: int) -> Path:
+        log, program = tmp_path / "log", tmp_path / "bin" / "pg_dump"
+        program.parent.mkdir()
+        program.write_text(FAKE.format(version=version, log=log))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        return log
+
+    return put
+
+
+def contents(database: Database) -> dict[str, list[Any]]:
+    """Every row of every table of ours, as text."""
+    with database.transaction() as connection:
+        tables = connection.execute(
+            text(
+                "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables "
+                "WHERE schemaname = ANY(:schemas) ORDER BY 1"
+            ),
+            {"schemas": [*SCHEMAS]},
+        ).scalars()
+        return {
+            table: [*connection.execute(text(f"SELECT t::text FROM {table} t ORDER BY 1"))]  # noqa: S608 - tables' names
+            for table in tables
+        }
+
+
+def schemas(database: Database) -> set[str]:
+    """Those of ours that are there."""
+    return {table.partition(".")[0] for table in contents(database)}
+
+
+def test_all(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+    """What is restored is what was backed up, row by row, and new jobs are taken as before."""
+    before = contents(filled)
+    back_up(filled, tmp_path / "dump")
+    restore(empty_database, tmp_path / "dump")
+    after = contents(empty_database)
+    first = NewStage(kind=StageKind.CALIBRATE, lock="bundle")
+    job, new = JobStore(empty_database).submit(
+        {}, name="more", first=first, trials=1, max_attempts=1
+    )
+
+    assert after == before
+    assert len(before["pho.jobs"]) == len(before["procrastinate.procrastinate_jobs"]) == 1
+    assert len(before["optuna.studies"]) == 1
+    assert new
+    assert job.number == 2
+
+
+def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+    """What else is in a database is neither written nor in the way."""
+    for database in (filled, empty_database):
+        with database.transaction() as connection:
+            connection.execute(text("CREATE TABLE public.theirs (secret text)"))
+            connection.execute(text("INSERT INTO public.theirs VALUES ('a secret of theirs')"))
+    back_up(filled, tmp_path / "dump")
+    restore(empty_database, tmp_path / "dump")
+
+    assert contents(empty_database) == contents(filled)
+    assert b"theirs" not in (tmp_path / "dump").read_bytes()
+
+
+def test_not_empty(filled: Database, tmp_path: Path) -> None:
+    """Nothing is restored over what is there."""
+    back_up(filled, tmp_path / "dump")
+    before = contents(filled)
+
+    with pytest.raises(StorageError, match=r"not empty: it has the schema optuna, .*--data-dir"):
+        restore(filled, tmp_path / "dump")
+    assert contents(filled) == before
+
+
+def test_nothing(empty_database: Database, tmp_path: Path) -> None:
+    """There is no backup of a database that has nothing of ours."""
+    with pytest.raises(StorageError, match="holds nothing of PHO"):
+        back_up(empty_database, tmp_path / "dump")
+    assert not (tmp_path / "dump").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "because"), [(0.0, "too short"), (0.02, "."), (0.9, "end of file")]
+)
+def test_truncated(
+    filled: Database, empty_database: Database, tmp_path: Path, share: float, because: str
+) -> None:
+    """A file that lacks its end restores nothing at all."""
+    back_up(filled, tmp_path / "dump")
+    whole = (tmp_path / "dump").read_bytes()
+    (tmp_path / "half").write_bytes(whole[: round(share * len(whole))])
+
+    with pytest.raises(StorageError, match=rf"half cannot be restored, and nothing was.*{because}"):
+        restore(empty_database, tmp_path / "half")
+    assert schemas(empty_database) == set()
+
+
+def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
+    """Something else is refused, with what it should be."""
+    (tmp_path / "note").write_text("remember the milk\n" * 1000)
+
+    with pytest.raises(StorageError, match=r"note cannot be restored.*what `pho backup` wrote"):
+        restore(empty_database, tmp_path / "note")
+
+
+def test_dump_of_others(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+    """So is a dump of something else."""
+    with filled.transaction() as connection:
+        connection.execute(text("DROP TABLE pho.alembic_version"))
+    back_up(filled, tmp_path / "dump")
+
+    with pytest.raises(StorageError, match="is a dump, but not one of PHO"):
+        restore(empty_database, tmp_path / "dump")
+    assert schemas(empty_database) == set()
+
+
+def test_newer(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+    """A dump of tables that this version does not know is refused before anything is done."""
+    with filled.transaction() as connection:
+        connection.execute(text("UPDATE pho.alembic_version SET version_num = '4711'"))
+    back_up(filled, tmp_path / "dump")
+
+    with pytest.raises(StorageError, match=r"by a newer PHO.*4711.*up to 0003\. Install"):
+        restore(empty_database, tmp_path / "dump")
+    assert schemas(empty_database) == set()
+
+
+def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path) -> None:
+    """Programs get the password by their environment: the command line is for all to see."""
+    log = fake(18)
+    database = Database(database_url.replace("//postgres@", "//postgres:hidden@"))
+    with pytest.raises(StorageError, match="pg_dump of PostgreSQL fails: this is not the real one"):
+        back_up(database, tmp_path / "dump")
+    database.close()
+    command, password = log.read_text().splitlines()
+
+    assert "user=postgres" in command
+    assert "hidden" not in command
+    assert password.endswith(" hidden")
+
+
+def test_too_old(filled: Database, fake: Callable[[int], Path], tmp_path: Path) -> None:
+    """A program that is older than the server is passed over."""
+    log = fake(9)
+    back_up(filled, tmp_path / "dump")
+
+    assert (tmp_path / "dump").stat().st_size > 0
+    assert not log.exists()
+
+
+def test_none(filled: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a program for the server, it is said which one is needed."""
+    monkeypatch.setattr("storage.backup._programs", lambda _: [])
+
+    with pytest.raises(StorageError, match=r"pg_dump 18 or newer is not found.*on the PATH"):
+        back_up(filled, tmp_path / "dump")

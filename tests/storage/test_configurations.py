@@ -1,0 +1,378 @@
+"""The library's table: what a job leaves in it, who sees it, and how it came from older jobs."""
+
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import insert, select, text
+
+import storage.configurations
+import storage.jobs
+from storage.configurations import (
+    ConfigurationStore,
+    NoSuchConfiguration,
+    StoredConfiguration,
+    keep,
+    keep_transfer,
+)
+from storage.database import Database
+from storage.jobs import Claim, Job, JobStore, LostClaim, NewStage
+from storage.keys import KeyStore
+from storage.states import JobState, StageKind
+from storage.tables import jobs, stages
+
+BEST = {"pattern": "0.5", "scope": "layer", "coefficients": {"row": 0.1 + 0.2, "ü": [None, 1]}}
+FINISH = NewStage(kind=StageKind.FINISH)
+
+
+@pytest.fixture
+def library(database: Database) -> ConfigurationStore:
+    """An empty one."""
+    return ConfigurationStore(database)
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """The jobs of the same database."""
+    return JobStore(database)
+
+
+@pytest.fixture
+def owners(database: Database) -> list[uuid.UUID]:
+    """Two keys."""
+    return [KeyStore(database).create(name, sees_all=False)[0].id for name in ("a", "b")]
+
+
+def finishing(store: JobStore, owner_id: uuid.UUID | None = None) -> Claim:
+    """The claim on the last stage of a new job."""
+    job, _ = store.submit(
+        {"trials": 1}, name="job", first=FINISH, trials=1, max_attempts=1, owner_id=owner_id
+    )
+    with store.database.transaction() as connection:
+        query = select(stages.c.id, stages.c.queue_id).where(stages.c.job_id == job.id)
+        row = connection.execute(query).one()
+    claim = store.claim(row.id, row.queue_id, uuid.uuid4())
+    assert claim is not None
+    return claim
+
+
+def succeeded(
+    store: JobStore, best: dict[str, Any] = BEST, owner_id: uuid.UUID | None = None
+) -> Job:
+    """A new job that has found this."""
+    claim = finishing(store, owner_id)
+    store.succeed(claim, best=best, warnings=[], result={})
+    return store.get(claim.job.id)
+
+
+def added(
+    library: ConfigurationStore, owner_id: uuid.UUID | None = None, **changes: Any
+) -> StoredConfiguration:
+    """A new entry that was imported."""
+    entry, new = library.add({**BEST, **changes}, transfers=[], owner_id=owner_id)
+    assert new
+    return entry
+
+
+# ------------------------------------------------------------------------- from a job
+
+
+def test_best_is_kept(store: JobStore, library: ConfigurationStore) -> None:
+    """What a job has found is in the library, to the bit, with the job's id."""
+    job = succeeded(store)
+    (entry,) = library.all()
+
+    assert entry.document == BEST == job.best
+    assert (entry.job_id, entry.transfers) == (job.id, [])
+    assert library.get(entry.id) == entry
+
+
+def test_lost_claim_keeps_nothing(store: JobStore, library: ConfigurationStore) -> None:
+    """A worker that has lost its stage leaves nothing."""
+    claim = finishing(store)
+    store.hand_back(claim)
+
+    with pytest.raises(LostClaim):
+        store.succeed(claim, best=BEST, warnings=[], result={})
+    assert library.all() == []
+
+
+def test_one_transaction(
+    store: JobStore, library: ConfigurationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that cannot be ended leaves nothing in the library, and is where it was."""
+    claim = finishing(store)
+
+    def broken(*_arguments: Any, **_more: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(storage.jobs, "_set_state", broken)
+
+    with pytest.raises(ZeroDivisionError):
+        store.succeed(claim, best=BEST, warnings=[], result={})
+    assert library.all() == []
+    assert store.get(claim.job.id).best is None
+
+
+def test_outlives_its_job(store: JobStore, library: ConfigurationStore) -> None:
+    """A job that is deleted leaves its configuration."""
+    job = succeeded(store)
+    with store.deleting(job.id):
+        pass
+    (entry,) = library.all()
+
+    assert store.page() == []
+    assert (entry.document, entry.job_id) == (BEST, job.id)
+
+
+def test_job_outlives_its_entry(store: JobStore, library: ConfigurationStore) -> None:
+    """An entry that is deleted leaves the job and its best."""
+    job = succeeded(store)
+    library.delete(library.all()[0].id)
+
+    assert library.all() == []
+    assert store.get(job.id).best == BEST
+    assert store.get(job.id).state is JobState.SUCCEEDED
+
+
+def test_same_result_twice(store: JobStore, library: ConfigurationStore) -> None:
+    """Two jobs that find the same make one entry, of the first."""
+    first, second = succeeded(store), succeeded(store)
+    (entry,) = library.all()
+
+    assert second.best == BEST
+    assert entry.job_id == first.id
+
+
+# -------------------------------------------------------------------------- one each
+
+
+def test_same_import_twice(library: ConfigurationStore) -> None:
+    """A document is one entry, whatever the order of its keys."""
+    entry = added(library)
+    again, new = library.add(dict(reversed(BEST.items())), transfers=[], owner_id=None)
+
+    assert not new
+    assert again == entry
+    assert library.all() == [entry]
+
+
+def test_other_document(library: ConfigurationStore) -> None:
+    """Another last bit is another document."""
+    added(library)
+    added(library, coefficients={"row": 0.3, "ü": [None, 1]})
+
+    assert len(library.all()) == 2
+
+
+def test_two_owners(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """The same document is an entry for each key, and one for those without a key."""
+    entries = [added(library, owner) for owner in (*owners, None)]
+    again, new = library.add(BEST, transfers=[], owner_id=owners[1])
+
+    assert len({entry.id for entry in entries}) == 3
+    assert (again, new) == (entries[1], False)
+    assert library.all() == entries[::-1]
+
+
+def test_imported_at_once(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """Many that import the same at once get one entry, with all of their transfers."""
+
+    def load(number: int) -> uuid.UUID:
+        with_one = [{"target": f"t{number}"}]
+        return library.add(BEST, transfers=with_one, owner_id=owners[0])[0].id
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = set(pool.map(load, range(16)))
+    (entry,) = library.all()
+
+    assert ids == {entry.id}
+    assert sorted(t["target"] for t in entry.transfers) == sorted(f"t{i}" for i in range(16))
+
+
+# -------------------------------------------------------------------------- transfers
+
+
+def test_transfers_are_added_once(library: ConfigurationStore) -> None:
+    """What was measured elsewhere is added to an entry, each once, in order."""
+    one, two = {"target": "one", "n": 0.1 + 0.2}, {"target": "two", "ü": [None]}
+    first, _ = library.add(BEST, transfers=[one], owner_id=None)
+    both, _ = library.add(BEST, transfers=[two, one, two], owner_id=None)
+
+    assert first.transfers == [one]
+    assert (both.id, both.transfers) == (first.id, [one, two])
+    assert library.get(first.id) == both
+
+
+def test_keep_transfer(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """A transfer is noted with the entry of its owner, and with no other's."""
+    entries = [added(library, owner) for owner in (*owners, None)]
+    with library.database.transaction() as connection:
+        keep_transfer(connection, BEST, {"target": "t"}, owner_id=owners[1])
+
+    assert [library.get(e.id).transfers for e in entries] == [[], [{"target": "t"}], []]
+
+
+def test_keep_transfer_of_nothing(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """A transfer of what its owner has no longer is let go."""
+    library.delete(added(library, owners[0]).id)
+    with library.database.transaction() as connection:
+        keep_transfer(connection, BEST, {"target": "t"}, owner_id=owners[0])
+
+    assert library.all() == []
+
+
+def test_keep_in_the_callers_transaction(library: ConfigurationStore) -> None:
+    """What is kept is there if its transaction is."""
+    with pytest.raises(ZeroDivisionError), library.database.transaction() as connection:  # noqa: PT012
+        assert keep(connection, BEST, owner_id=None, job_id=None)[1]
+        raise ZeroDivisionError
+
+    assert library.all() == []
+
+
+# ------------------------------------------------------------------------ who sees what
+
+
+def test_visible_to(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """A key finds its own entries alone; what is another's is not there."""
+    mine, theirs = added(library, owners[0]), added(library, owners[1])
+    nobodys = added(library)
+
+    assert library.all(visible_to=owners[0]) == [mine]
+    assert library.get(mine.id, visible_to=owners[0]) == mine
+    for entry in (theirs, nobodys):
+        with pytest.raises(NoSuchConfiguration):
+            library.get(entry.id, visible_to=owners[0])
+        with pytest.raises(NoSuchConfiguration):
+            library.delete(entry.id, visible_to=owners[0])
+    assert library.all() == [nobodys, theirs, mine]
+
+
+def test_delete(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
+    """A deleted entry is gone, and can be imported anew."""
+    mine, other = added(library, owners[0]), added(library, owners[0], pattern="2:4")
+    library.delete(mine.id, visible_to=owners[0])
+
+    assert library.all() == [other]
+    for forget in (library.get, library.delete):
+        with pytest.raises(NoSuchConfiguration):
+            forget(mine.id)
+    assert added(library, owners[0]).id != mine.id
+
+
+def test_considered(
+    library: ConfigurationStore, owners: list[uuid.UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of too many entries those of the asked pattern come first, then the newest."""
+    monkeypatch.setattr(storage.configurations, "CONSIDERED", 4)
+    patterns = ("2:4", "0.5", "2:4", "0.6", "0.6", "0.6", "0.7")
+    entries = [added(library, owners[0], pattern=p, n=i) for i, p in enumerate(patterns)]
+    added(library, owners[1], pattern="2:4")
+
+    def numbers(pattern: str | None) -> list[int]:
+        found = library.all(pattern=pattern, visible_to=owners[0])
+        assert all(entry in entries for entry in found)
+        return [entry.document["n"] for entry in found]
+
+    assert numbers("2:4") == [2, 0, 6, 5]
+    assert numbers("0.5") == [1, 6, 5, 4]
+    assert numbers("0.9") == [6, 5, 4, 3]
+    assert numbers(None) == [6, 5, 4, 3]
+
+
+def test_document_without_a_pattern(library: ConfigurationStore) -> None:
+    """An entry that names no pattern comes last."""
+    library.add({"x": 1}, transfers=[], owner_id=None)
+    added(library)
+    library.add({"pattern": None}, transfers=[], owner_id=None)
+
+    assert [e.document.get("pattern", "-") for e in library.all(pattern="0.5")] == [
+        "0.5",
+        None,
+        "-",
+    ]
+
+
+# ------------------------------------------------------------------------- the migration
+
+
+@pytest.fixture
+def older(empty_database: Database) -> Database:
+    """A database as it was before there was a library."""
+    config = Config()
+    migrations = Path(storage.jobs.__file__).parent / "migrations"
+    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+    with empty_database.transaction() as connection:
+        for schema in ("pho", "procrastinate", "optuna"):
+            connection.execute(text(f"CREATE SCHEMA {schema}"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+    return empty_database
+
+
+@pytest.fixture
+def old_job(older: Database) -> Callable[..., uuid.UUID]:
+    """Make a job of that time."""
+
+    def make(best: dict[str, Any] | None, **changes: Any) -> uuid.UUID:
+        values: dict[str, Any] = {
+            "id": uuid.uuid4(), "name": "old", "spec": {}, "state": JobState.SUCCEEDED,
+            "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b"", "best": best,
+        }  # fmt: skip
+        with older.transaction() as connection:
+            connection.execute(insert(jobs).values(values | changes))
+        return values["id"]
+
+    return make
+
+
+def test_migration(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
+    """Whatever jobs have found is in the library afterwards, with its owner and its time."""
+    owner = KeyStore(older).create("old", sees_all=False)[0].id
+    finished = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
+    first = old_job(BEST, owner_id=owner, finished_at=finished)
+    old_job(None, state=JobState.FAILED)
+    second = old_job({"pattern": "2:4"}, state=JobState.QUEUED)  # it was extended
+    older.migrate()
+    newest, oldest = ConfigurationStore(older).all()
+
+    assert (oldest.document, oldest.job_id, oldest.created_at) == (BEST, first, finished)
+    assert (newest.document, newest.job_id) == ({"pattern": "2:4"}, second)
+    assert newest.created_at == JobStore(older).get(second).created_at
+    assert (newest.transfers, oldest.transfers) == ([], [])
+    assert ConfigurationStore(older).all(visible_to=owner) == [oldest]
+
+
+def test_migration_knows_the_document(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
+    """What came from a job of that time is not stored again when it is imported."""
+    old_job(BEST)
+    older.migrate()
+    entry, new = ConfigurationStore(older).add(BEST, transfers=[], owner_id=None)
+
+    assert not new
+    assert ConfigurationStore(older).all() == [entry]
+
+
+def test_migration_of_equal_results(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
+    """Of jobs of one owner that found the same, the first is in the library."""
+    first = old_job(BEST)
+    old_job(BEST)
+    older.migrate()
+    (entry,) = ConfigurationStore(older).all()
+
+    assert entry.job_id == first
+    assert len(JobStore(older).page()) == 2
+
+
+def test_migration_of_nothing(older: Database) -> None:
+    """A service without jobs has an empty library."""
+    older.migrate()
+
+    assert ConfigurationStore(older).all() == []

@@ -1,0 +1,127 @@
+"""
+The search of one island: watched, counted, and ended by the limits of its job.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+
+from pho_service.errors import PhoError
+from pho_service.job_spec import JobSpec
+from pho_service.search.search import Evaluate, Outcome, SearchPlan, run_search
+from pho_service.spec import Candidate
+from storage.jobs import Claim, JobStore
+from workers.watch import HandBack, Watch
+
+
+class TrialsFailed(PhoError):
+    """
+    More trials failed than the job allows.
+
+    Attributes:
+        candidate: That failed last: method and coefficients.
+    """
+
+    def __init__(self, message: str, *, candidate: Candidate) -> None:
+        super().__init__(message)
+        self.candidate = written(candidate)
+
+
+class _TimeIsUp(Exception):
+    """A search has used up its time; what it has found so far counts."""
+
+
+class IslandSearch:
+    """One island's search, watched and counted."""
+
+    def __init__(self, store: JobStore, claim: Claim, spec: JobSpec, watch: Watch) -> None:
+        self._store = store
+        self._claim = claim
+        self._spec = spec
+        self._watch = watch
+        self._began = time.monotonic()
+        self._best = claim.stage.best_value
+        self._failed = 0
+        self._fresh = False
+        self.done = 0
+        self.out_of_time = False
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._claim.stage.elapsed_s + time.monotonic() - self._began
+
+    def run(
+        self, storage: RDBStorage, study: optuna.Study, plan: SearchPlan, rate: Evaluate
+    ) -> None:
+        """Bring the study to the plan's trials, or to the end of the time."""
+        self.done = 0
+        self._failed = sum(
+            t.state is optuna.trial.TrialState.FAIL for t in study.get_trials(deepcopy=False)
+        )
+        try:
+            run_search(
+                study,
+                plan,
+                self._evaluate(plan, rate),
+                self._advance,
+                fence=lambda: self._store.fence(self._claim, storage),
+            )
+        except _TimeIsUp:
+            self.out_of_time = True
+
+    def _evaluate(self, plan: SearchPlan, rate: Evaluate) -> Evaluate:
+        better = min if plan.direction == "minimize" else max
+
+        def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+            # Proxies rate a generation at once, in milliseconds; a perplexity takes seconds.
+            slow = self._spec.objective.name == "perplexity"
+            outcomes = []
+            for some in [[each] for each in candidates] if slow else [candidates]:
+                self._watch.look()
+                limit = self._spec.timeout_s
+                if limit is not None and self.done and self._elapsed_s > limit:
+                    raise _TimeIsUp
+                outcomes += rate(some)
+            values = [o.value for o in outcomes if o.value is not None]
+            known = [] if self._best is None else [self._best]
+            self._best = better([*known, *values], default=None)
+            self._check_failures(candidates, outcomes)
+            self._fresh = True
+            return outcomes
+
+        return evaluate
+
+    def _check_failures(self, candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> None:
+        failed = [i for i, outcome in enumerate(outcomes) if outcome.value is None]
+        self._failed += len(failed)
+        if failed and self._failed > self._spec.max_failed_trials:
+            last = failed[-1]
+            raise TrialsFailed(
+                f"{self._failed} trials failed, more than max_failed_trials="
+                f"{self._spec.max_failed_trials}. The last: {outcomes[last].failure}",
+                candidate=candidates[last],
+            )
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if not self._fresh:  # a trial of an earlier attempt
+            return
+        self._fresh = False
+        state = self._store.progress(
+            self._claim, done=self.done, elapsed_s=self._elapsed_s, best_value=self._best
+        )
+        if not state.may_work:
+            raise HandBack
+
+
+def written(candidate: Candidate) -> dict[str, Any]:
+    """A candidate of a job as JSON values."""
+    return {
+        "method": candidate.method,
+        "coefficients": candidate.coefficients.to_dict(),
+        "scope": candidate.pattern.scope.value,
+        "steps": candidate.steps.to_dict(),
+    }

@@ -1,0 +1,45 @@
+"""
+Whether a stage may go on: its job may be paused, cancelled or deleted, and its worker stopped.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pho_service.progress import Advance
+from storage.jobs import Claim, JobStore
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0  # between two looks at whether the job may go on
+
+
+class HandBack(Exception):
+    """The stage is put down unfinished: its job may not work now, or the worker stops."""
+
+
+class Watch:
+    """Looks now and then whether a stage may go on."""
+
+    def __init__(self, store: JobStore, claim: Claim, stopping: threading.Event) -> None:
+        self._store = store
+        self._claim = claim
+        self._stopping = stopping
+        self._looked = time.monotonic()
+
+    def look(self, *, now: bool = False) -> None:
+        """Raise HandBack if it may not."""
+        if self._stopping.is_set():
+            raise HandBack
+        if now or time.monotonic() - self._looked > LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            if not self._store.watch(self._claim).may_work:
+                raise HandBack
+
+    @contextmanager
+    def progress(self, title: str, steps: int) -> Iterator[Advance]:
+        """For long work: each step looks."""
+        logger.info("%s", title, extra={"job": str(self._claim.job.id), "steps": steps})
+        yield lambda _: self.look()
