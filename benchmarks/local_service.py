@@ -42,11 +42,10 @@ def service(folder: Path, *, workers: int, **settings: str) -> Iterator[str]:
         ) as process,
     ):
         assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+?(?=/v1)", line)
-        if not found:
-            raise SystemExit(f"the service does not start: {(folder / 'log').read_text()}")
         try:
+            found = re.search(r"http://[^\s/]+", process.stdout.readline())
+            if not found:
+                raise SystemExit(f"the service does not start: {(folder / 'log').read_text()}")
             yield found[0]
         finally:
             process.terminate()
@@ -65,7 +64,7 @@ def wait_for_workers(url: str, count: int) -> None:
             time.sleep(0.2)
 
 
-def write_tiny_model(folder: Path) -> dict[str, object]:
+def write_tiny_model(folder: Path, *, name: str = "tiny", seed: int = 0) -> dict[str, object]:
     """Write a random Llama of 18,432 weights and a text; give the fields of a job on them."""
     import torch
     from tokenizers import Tokenizer
@@ -77,17 +76,17 @@ def write_tiny_model(folder: Path) -> dict[str, object]:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
     )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder / name)
     vocabulary = {word: i for i, word in enumerate(["<unk>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a token
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(  # noqa: S106
-        folder / "tiny"
+        folder / name
     )
     (folder / "text.txt").write_text(" ".join(WORDS * 100))
     return {
-        "model": "tiny",
+        "model": name,
         "pattern": "0.5",
         "calibration": {
             "text": "text.txt", "samples": 6, "context_length": 32, "kernel_sizes": [3, 5],

@@ -3,8 +3,10 @@ Does a configuration that was found on one model hold on another?
 
 For each pattern: the own best of each model, taken to the other one; a search
 over both at once; and how many trials a search saves that starts from what was
-found on the other model. Searches choose on the confirmation text; every
-perplexity in the tables is of a third text. An interrupted run begins anew.
+found on the other model. One more model, a small one that is trained for it, has no
+part in these searches: their results are measured on it too. Searches choose on the
+confirmation text; every perplexity in the tables is of the report text, which nothing
+was chosen or trained on. An interrupted run begins anew.
 
     python benchmarks/transfer.py --json transfer.json
     python benchmarks/transfer.py --model smollm2 --model a-folder --pattern 0.5
@@ -15,7 +17,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,14 @@ from pho_service.jobs.joint_search import joint_search_job
 from pho_service.jobs.proxy_rating import rate_by_proxy
 from pho_service.jobs.search import search_job
 from pho_service.jobs.transfer import regret
+from pho_service.models.builtin import write_texts
+from pho_service.models.small_model import Training, train_small_model
+from pho_service.models.texts import TextSource
+from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
-from pho_service.search.search import RatedCandidate, run_search
+from pho_service.search.search import run_search
+from pho_service.search.warm_start import trials_until
 from pho_service.spec import Objective, Pattern, reference_methods
 from pho_service.versions import versions
 
@@ -52,6 +60,10 @@ from pho_service.versions import versions
 @click.option("--context-length", default=512, show_default=True, help="Tokens of every window.")
 @click.option("--confirm-windows", default=16, show_default=True)
 @click.option("--report-windows", default=14, show_default=True)
+@click.option(
+    "--third-steps", type=click.IntRange(min=0), default=1200, show_default=True,
+    help="Of training the third model, which only tests what was found; 0: none is trained.",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the calibration and the samplers.")
 @click.option("--json", "json_file", help="A file that keeps all numbers.")
 def main(
@@ -64,6 +76,7 @@ def main(
     context_length: int,
     confirm_windows: int,
     report_windows: int,
+    third_steps: int,
     seed: int,
     json_file: str | None,
 ) -> None:
@@ -76,26 +89,30 @@ def main(
         "conditions": {
             "models": models, "scope": scope, "trials": trials, "seeds": seeds,
             "samples": samples, "context_length": context_length,
-            "confirm_windows": confirm_windows, "report_windows": report_windows, "seed": seed,
+            "confirm_windows": confirm_windows, "report_windows": report_windows,
+            "third_steps": third_steps, "seed": seed,
             "dtype": "float32", "versions": versions("torch", "transformers", "optuna", "cmaes"),
             "threads": torch.get_num_threads(), "machine": conditions(),
         },
         "transfer": [], "warm_start": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        subjects = {
-            Path(name).stem: load_subject(
-                name,
-                Path(folder),
-                samples=samples,
-                confirm_windows=confirm_windows,
-                report_windows=report_windows,
-                context_length=context_length,
-                dtype="float32",
-                seed=seed,
-            )
-            for name in models
-        }
+        load = partial(
+            load_subject,
+            folder=Path(folder),
+            samples=samples,
+            confirm_windows=confirm_windows,
+            report_windows=report_windows,
+            context_length=context_length,
+            dtype="float32",
+            seed=seed,
+        )
+        subjects = {Path(name).stem: load(name) for name in models}
+        third: dict[str, Subject] = {}
+        if third_steps:
+            training = train_third(Path(folder), third_steps, context_length, seed)
+            third[training.folder.name] = subject = load(str(training.folder))
+            document["conditions"]["third_model"] = about_third(training, subject)
         for text in patterns:
             pattern = Pattern.parse(text, None if ":" in text else scope)
             request = SearchRequest(
@@ -114,9 +131,36 @@ def main(
                     {"model": name, "pattern": str(pattern), "scope": pattern.scope.value,
                      **saving(subject, request, others, seeds)}
                 )  # fmt: skip
+            for name, subject in third.items():
+                say(f"{pattern} on {name}")
+                known = {**own, name: find(name, subject, request)}
+                document["transfer"].append(measure(name, subject, pattern, known, joint))
     show(document)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def train_third(folder: Path, steps: int, context_length: int, seed: int) -> Training:
+    """A model that is trained on the calibration part of the texts alone."""
+    text = TextSource(path=str(write_texts(folder / "texts")["calibration"]))
+    return train_small_model(
+        text,
+        folder / "small-llama",
+        steps=steps,
+        context_length=context_length,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def about_third(training: Training, subject: Subject) -> dict[str, Any]:
+    """What to print of the third model: its training, and how good it is before pruning."""
+    dense = rate_perplexity(subject.model.model, subject.report.windows)
+    return {
+        **asdict(training),
+        "folder": training.folder.name,
+        "report_perplexity": round(dense.perplexity, 3),
+    }
 
 
 def find(name: str, subject: Subject, request: SearchRequest) -> Configuration:
@@ -198,15 +242,12 @@ def saving(
                 )
                 for points in ((), start)
             )
-            counts.append((until(cold, cold[0].value), until(warm, cold[0].value)))
+            goal, direction = cold[0].value, request.objective.direction
+            counts.append(
+                (trials_until(cold, goal, direction), trials_until(warm, goal, direction))
+            )
             advance(1)
     return {"cold": [cold for cold, _ in counts], "warm": [warm for _, warm in counts]}
-
-
-def until(rated: Sequence[RatedCandidate], goal: float) -> int | None:
-    """Trials until a value is as good as ``goal``; None if none is."""
-    numbers = [r.number + 1 for r in rated if r.value <= goal]
-    return min(numbers, default=None)
 
 
 def show(document: Mapping[str, Any]) -> None:
@@ -236,7 +277,7 @@ def show(document: Mapping[str, Any]) -> None:
         rows,
         caption="Perplexity on the report text. Regret: the share of the own best's gain over RIA "
         "that is lost; below 0 it is better than the own best; empty where the own best gains "
-        "nothing. joint: found on all models at once, by the proxy alone.",
+        "nothing. joint: found on all models but small-llama at once, by the proxy alone.",
     )
     print_table(
         "Trials until a search is as good as a cold one in the end",

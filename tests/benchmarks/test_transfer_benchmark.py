@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 Benchmark = Callable[..., dict[str, list[str]]]
@@ -17,7 +18,9 @@ SMALL = (
 
 def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
     """Each model has the other's best, its own and the joint one, and its saved trials."""
-    table = benchmark("transfer", "--model", model_folder, "--model", bos_folder, *SMALL)
+    table = benchmark(
+        "transfer", "--model", model_folder, "--model", bos_folder, *SMALL, "--third-steps", 0
+    )
     kept = json.loads(Path("kept.json").read_text())
 
     for cell, other in zip(kept["transfer"], ("model-bos", "model"), strict=True):
@@ -27,6 +30,25 @@ def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -
     assert [len(c["cold"]) for c in kept["warm_start"]] == [2, 2]
     assert all(7 <= count <= 14 for c in kept["warm_start"] for count in c["cold"])
     assert set(table) >= {"model 0.5 layer", "model-bos 0.5 layer"}
+
+
+def test_third_model(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
+    """On a model that is trained for it everything is measured, and nothing else changes."""
+    benchmark(
+        "transfer", "--model", model_folder, "--model", bos_folder, *SMALL, "--third-steps", 2
+    )
+    kept = json.loads(Path("kept.json").read_text())
+    first, _, third = kept["transfer"]
+    taken = ["of model", "of model-bos", "joint"]
+
+    assert third["model"] == "small-llama"
+    assert list(third["perplexities"]) == ["dense", "wanda", "ria", "own", *taken]
+    assert list(third["regret"]) == list(third["proxy_regret"]) == taken
+    assert "of small-llama" not in first["perplexities"]
+    assert [cell["model"] for cell in kept["warm_start"]] == ["model", "model-bos"]
+    about = kept["conditions"]["third_model"]
+    assert about["steps"] == 2
+    assert about["report_perplexity"] == pytest.approx(third["perplexities"]["dense"], abs=1e-3)
 
 
 def test_one_model(benchmark: Benchmark) -> None:
