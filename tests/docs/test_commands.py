@@ -1,0 +1,186 @@
+"""Commands in the documentation exist: verbs, options and values, operations and documents."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.exceptions import Exit
+
+from pho_service.api.app import create_app
+from pho_service.cli import main
+from pho_service.job_spec import JobSpec
+from pho_service.settings import Settings
+from pho_service.transfer_spec import TransferRequest
+from storage.database import Database
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)  # lists are indented by less
+ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):\d+([^?]*)")
+SHELL = ("sh", "bash", "console")
+WORDS = {"do", "then", "time", "until", "while"}  # a command may come after them
+
+
+def blocks(page: str) -> list[str]:
+    """What a page shows to be pasted into a shell."""
+    text = (ROOT / page).read_text()
+    found = [code for language, code in FENCED.findall(text) if language in SHELL]
+    return found + [block for block in INDENTED.findall(FENCED.sub("", text)) if "pho " in block]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The simple commands of a shell's text, word by word, assignments and prompts left out."""
+    text = re.sub(r"(?:^|(?<=\s))#.*", "", code.replace("\\\n", " "), flags=re.MULTILINE)
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="();<>|&\n")
+    lexer.whitespace = " \t"
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    words: list[str] = []
+    for word in [*lexer, "\n"]:
+        if set(word) <= set("();<>|&\n"):
+            if words:
+                yield words
+            words = []
+        elif words or not (word in WORDS or re.match(r"\w+=", word)):
+            words.append(word)
+
+
+def pho_commands(page: str) -> list[list[str]]:
+    """The arguments of each `pho` that a page shows in a block."""
+    found = [words for code in blocks(page) for words in commands(code)]
+    return [words[1:] for words in found if words[0].rpartition("/")[2] == "pho"]
+
+
+def spans(page: str) -> list[list[str]]:
+    """The arguments of each `pho` in the running text, where arguments may be left out."""
+    text = FENCED.sub("", (ROOT / page).read_text())
+    return [shlex.split(span)[1:] for span in re.findall(r"`(pho [^`]*)`", text)]
+
+
+def parse(words: list[str], *, whole: bool) -> None:
+    """
+    Have click read a command's arguments; nothing is run.
+
+    Args:
+        words: What follows `pho`.
+        whole: Values are checked and nothing may be missing; else only names are looked up.
+
+    Raises:
+        click.UsageError: No such verb, option or value.
+    """
+    command: click.Command = main
+    context = click.Context(main, info_name="pho", **main.context_settings)
+    while isinstance(command, click.Group):
+        if not words or words[0] in ("--help", "-h", "--version"):
+            return
+        found = command.get_command(context, words[0])
+        if found is None:
+            if not command.invoke_without_command:
+                raise click.UsageError(f"no such verb: {words[0]}")
+            break
+        command, context = found, click.Context(found, info_name=words[0], parent=context)
+        words = words[1:]
+    if whole:
+        try:
+            command.make_context(str(context.info_name), list(words), parent=context.parent)
+        except Exit:  # --help
+            return
+    else:
+        command.make_parser(context).parse_args(list(words))
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_blocks(page: str) -> None:
+    """Each `pho` of a block is complete: click takes all of its options and values."""
+    for words in pho_commands(page):
+        try:
+            parse(words, whole=True)
+        except click.UsageError as error:
+            pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_running_text(page: str) -> None:
+    """Each `pho` in the running text is a verb that has the options that are named."""
+    for words in spans(page):
+        try:
+            parse([word for word in words if word not in ("VERB", "...")], whole=False)
+        except click.UsageError as error:
+            pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
+
+
+def test_something_is_found() -> None:
+    """The tests above read commands out of the pages at all."""
+    assert sum(len(pho_commands(page)) for page in NAMES) > 60
+    assert sum(len(spans(page)) for page in NAMES) > 60
+    assert ["workers"] in pho_commands("docs/how-to/many-gpus.md")
+    assert ["keys", "create", "me", "--all-jobs"] in pho_commands("docs/containers.md")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["serch a --pattern 0.5", "search a --patern 0.5", "search a --pattern 0.5 --preset worst",
+     "search a --pattern 0.5 --trials many", "search a", "keys make me"],
+)  # fmt: skip
+def test_wrong_command(wrong: str) -> None:
+    """A verb, an option or a value that does not exist is found, and one that is missing."""
+    with pytest.raises(click.UsageError):
+        parse(wrong.split(), whole=True)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_make_targets(page: str) -> None:
+    """Each `make` of a page is a target of the Makefile, each script of benchmarks/ is there."""
+    text = (ROOT / page).read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = [*blocks(page), *re.findall(r"`([^`\n]+)`", text)]
+    made = {name for each in code for name in re.findall(r"\bmake ([a-z-]+)", each)}
+
+    assert made <= targets
+    assert all((ROOT / path).is_file() for path in re.findall(r"benchmarks/\w+\.py", text))
+
+
+@pytest.fixture(scope="module")
+def operations() -> dict[str, Any]:
+    """The paths of the OpenAPI document, with their methods."""
+    database = Database("postgresql://localhost/pho")
+    paths: dict[str, Any] = create_app(database, Settings()).openapi()["paths"]
+    database.close()
+    return paths
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_requests(page: str, operations: dict[str, Any]) -> None:
+    """Each curl of a page asks for an operation that is there, with a document that is taken."""
+    for words in (words for code in blocks(page) for words in commands(code) if words[0] == "curl"):
+        (asked,) = (found[1] for word in words if (found := ADDRESS.match(word)))
+        (path,) = (p for p in operations if re.fullmatch(re.sub(r"\{\w+\}", "[^/:]+", p), asked))
+        body = words[words.index("-d") + 1] if "-d" in words else None
+        assert ("get" if body is None else "post") in operations[path], asked
+        if body is not None:
+            model = TransferRequest if path.endswith(":transfer") else JobSpec
+            model.model_validate(json.loads(body))
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_settings(page: str) -> None:
+    """Each PHO_ variable of a page is one that is read."""
+    named = set(re.findall(r"\bPHO_[A-Z_]*[A-Z]\b", (ROOT / page).read_text()))
+
+    assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_readme_links() -> None:
+    """Each file that README.md links to is there; MkDocs looks after the links within docs/."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+
+    assert links
+    assert all((ROOT / link).exists() for link in links)

@@ -1,0 +1,101 @@
+"""Tables of the documentation name what the code has, no less and no more."""
+
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, SecretStr
+
+from pho_service.configuration import (
+    AllocationDocument,
+    CoefficientsDocument,
+    Configuration,
+    Confirmation,
+    Rating,
+    StepsDocument,
+)
+from pho_service.job_spec import JobSpec
+from pho_service.settings import Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    _, _, section = (DOCS / page).read_text().partition(f"\n## {heading}\n")
+    table = re.search(r"^\| --- .*\n((?:\|.*\n)+)", section, re.MULTILINE)
+    assert table is not None, f"{page} has no table under {heading!r}"
+    cells = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in table[1].splitlines()]
+    return [[cell.strip() for cell in row] for row in cells]
+
+
+def named(cell: str) -> list[str]:
+    """What stands in `code` in a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def shown(value: object) -> str:
+    """A default as a table has it."""
+    if isinstance(value, tuple):
+        return ",".join(map(shown, value))
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_settings() -> None:
+    """Each setting is in its table once, with its default; several of a row have them in turn."""
+    documented: list[str] = []
+    wrong = {}
+    for variables, default, *_ in rows("service.md", "Settings"):
+        names = named(variables)
+        documented += names
+        fields = [Settings.model_fields.get(n.removeprefix("PHO_").lower()) for n in names]
+        values = [shown(f.default) for f in fields if f is not None and f.default is not None]
+        expected = ", ".join(dict.fromkeys(values))
+        if default.replace("`", "") != expected:
+            wrong[variables] = (default, expected)
+
+    assert sorted(documented) == sorted(f"PHO_{name.upper()}" for name in Settings.model_fields)
+    assert not wrong, "default in the table, default in the code"
+
+
+def parts(annotation: Any) -> list[type[BaseModel]]:
+    """The documents in a type."""
+    if get_origin(annotation) in (Union, UnionType, list):
+        return [part for argument in get_args(annotation) for part in parts(argument)]
+    is_document = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_document else []
+
+
+JOB_ROWS = {name: row for row in rows("service.md", "A job") for name in named(row[0])}
+
+
+def test_job_fields() -> None:
+    """Each field of a job is in its table, and no other."""
+    assert JOB_ROWS.keys() == JobSpec.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", JobSpec.model_fields)
+def test_parts_of_job_fields(field: str) -> None:
+    """Each field of a part of a job is named in the part's row."""
+    fields = {name for part in parts(JobSpec.model_fields[field].annotation) for name in
+              part.model_fields}  # fmt: skip
+    said = " ".join(JOB_ROWS[field][2:])
+
+    assert not {name for name in fields if f"`{name}`" not in said and f'"{name}"' not in said}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [Configuration, CoefficientsDocument, StepsDocument, AllocationDocument, Confirmation, Rating],
+)
+def test_configuration_keys(document: type[BaseModel]) -> None:
+    """Each key of config.json is named on its page."""
+    text = (DOCS / "configuration.md").read_text()
+
+    assert not {k for k in document.model_fields if f"`{k}`" not in text and f'"{k}"' not in text}
