@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -147,8 +148,11 @@ class Place:
     def postgresql(self) -> int | None:
         """The process of the embedded PostgreSQL, if it runs."""
         file = self.data / "postgresql" / "postmaster.pid"
-        pid = int(file.read_text().split()[0]) if file.is_file() else 0
-        return pid if pid and lives(pid) else None
+        try:
+            pid = int(file.read_text().split()[0])
+        except (FileNotFoundError, IndexError):  # it does not run, or only begins to
+            return None
+        return pid if lives(pid) else None
 
     def close(self) -> None:
         """End whatever still runs."""
@@ -161,13 +165,11 @@ class Place:
             process
             for process in psutil.process_iter(["environ"])
             if (process.info["environ"] or {}).get("PHO_DATA_DIR") == str(self.data)
-            and process.pid != os.getpid()
         ]
         for process in mine:
-            process.kill()
-        if self.postgresql:
-            psutil.Process(self.postgresql).send_signal(signal.SIGINT)
-            until(lambda: not self.postgresql, "PostgreSQL has stopped")
+            with suppress(psutil.NoSuchProcess):  # PostgreSQL's others go with its first
+                process.kill()
+        until(lambda: not any(lives(process.pid) for process in mine), "all have ended")
 
 
 @pytest.fixture
