@@ -112,6 +112,17 @@ class CmaSampler(BaseSampler):
         self._asked: dict[int, CatCMAwM.Solution] = {}
         self._told: list[tuple[CatCMAwM.Solution, float]] = []
 
+    def adopt(self, number: int, params: Mapping[str, Any]) -> None:
+        """
+        Take another point for the one that it drew: another machine's arithmetic gave that.
+
+        Args:
+            number: Of a trial that was asked for, and not told yet.
+            params: The point that was rated.
+        """
+        assert self._encoding is not None
+        self._asked[number] = self._encoding.solution(params)
+
     def reseed_rng(self) -> None:
         """Draw from fresh entropy; Optuna calls this for parallel workers."""
         self._independent.reseed_rng()
@@ -219,20 +230,42 @@ class _Encoding:
 
     def _around(self, start: Mapping[str, Any]) -> dict[str, Any]:
         """Mean and spread of the first generation around a point."""
-        ranges = [self.space[name] for name in self.real]
-        mean = [to_unit(d, start[n]) for n, d in zip(self.real, ranges, strict=True)]  # type: ignore[arg-type]
-        mean += [values.index(start[name]) for name, values in self.ordered.items()]
+        mean = self._vector(start)
         # CatCMAwM's spread is a sixth and a fifth of the way from the middle to an end.
         spread = [1 / 24] * len(self.real) + [(len(v) - 1) / 20 for v in self.ordered.values()]
-        chances = np.zeros((len(self.unordered), max(map(len, self.unordered.values()), default=0)))
-        for row, (name, values) in zip(chances, self.unordered.items(), strict=True):
-            row[: len(values)] = 0.5 / len(values)
-            row[values.index(start[name])] += 0.5
+        chances = self._one_hot(start) / 2
+        for row, values in zip(chances, self.unordered.values(), strict=True):
+            row[: len(values)] += 0.5 / len(values)
         return {
-            "mean": np.array(mean, dtype=float) if mean else None,
-            "cov": np.diag(np.square(spread)) if mean else None,
+            "mean": mean if mean.size else None,
+            "cov": np.diag(np.square(spread)) if mean.size else None,
             "cat_param": chances if self.unordered else None,
         }
+
+    def _vector(self, params: Mapping[str, Any]) -> Any:
+        """Where a point lies among the real and the ordered variables, which come in this order."""
+        ranges = [self.space[name] for name in self.real]
+        units = [to_unit(d, params[n]) for n, d in zip(self.real, ranges, strict=True)]  # type: ignore[arg-type]
+        indices = [values.index(params[name]) for name, values in self.ordered.items()]
+        return np.array([*units, *indices], dtype=float)
+
+    def _one_hot(self, params: Mapping[str, Any]) -> Any:
+        """(unordered variables, most values of one): 1 for the value that a point has."""
+        found = np.zeros((len(self.unordered), max(map(len, self.unordered.values()), default=0)))
+        for row, (name, values) in zip(found, self.unordered.items(), strict=True):
+            row[values.index(params[name])] = 1
+        return found
+
+    def solution(self, params: Mapping[str, Any]) -> CatCMAwM.Solution:
+        """The solution that a point is the form of; as if the CMA-ES had drawn it in the space."""
+        vector = self._vector(params)
+        real, ordered = np.split(vector, [len(self.real)])
+        return CatCMAwM.Solution(
+            x=real if self.real else None,
+            z=ordered if self.ordered else None,
+            c=self._one_hot(params).astype(bool) if self.unordered else None,
+            _v_raw=vector if vector.size else None,
+        )
 
     def params(self, solution: CatCMAwM.Solution) -> dict[str, Any]:
         """Optuna's form of a solution."""

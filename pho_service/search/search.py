@@ -4,19 +4,24 @@ Run a search, or go on with one: candidates in generations, each finished trial 
 Nothing but the finished trials is stored. A search that was interrupted asks
 its sampler again for the candidates that are recorded already, checks that
 they are the same, tells their values, and goes on with the next: the result
-is that of an uninterrupted run.
+is that of an uninterrupted run. Where another machine recorded them, whose
+arithmetic rounds otherwise, they may differ a little, and those of the CMA-ES
+in the end altogether: an eigenvector has two directions. The record counts.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.samplers import is_exhausted, make_sampler
+from pho_service.search.samplers import CmaSampler, is_exhausted, make_sampler
 from pho_service.search.space import SearchSpace
 from pho_service.spec import (
     SAMPLERS,
@@ -29,8 +34,11 @@ from pho_service.spec import (
     search_baselines,
 )
 
+logger = logging.getLogger(__name__)
+
 Direction = Literal["minimize", "maximize"]
 
+_ROUNDING = 1e-4  # of a coefficient: a Gaussian process's candidates have differed by 4e-6
 CONFIRMED = 3  # finalists that get a perplexity, and the best baseline
 
 
@@ -171,6 +179,7 @@ def run_search(
     memory = optuna.create_study(direction=plan.direction, sampler=sampler)
     for known, params in warm:
         memory.add_trial(create_trial(value=known, params=dict(params), distributions=space))
+    first = recorder.done  # what a sampler draws before it is told anything is the same everywhere
     while recorder.done < plan.trials and not is_exhausted(sampler, memory):
         # Always a whole generation, so that a longer search begins as a shorter one did.
         asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]
@@ -179,6 +188,7 @@ def run_search(
             [plan.space.candidate(trial.params, plan.pattern, plan.steps) for trial in wanted],
             evaluate,
             advance,
+            _adopting(sampler, wanted) if recorder.done > first else None,
         )
         for trial, value in zip(wanted, outcomes, strict=True):
             if value is None:
@@ -186,6 +196,15 @@ def run_search(
             else:
                 memory.tell(trial, value)
     return ranked(study, plan)
+
+
+def _adopting(
+    sampler: BaseSampler, asked: Sequence[optuna.Trial]
+) -> Callable[[int, Mapping[str, Any]], None] | None:
+    """What makes a sampler take other points for those it was asked for; None if it cannot."""
+    if not isinstance(sampler, CmaSampler):
+        return None
+    return lambda i, params: sampler.adopt(asked[i].number, params)
 
 
 class _Recorder:
@@ -205,12 +224,27 @@ class _Recorder:
         self.done = 0
 
     def finish(
-        self, candidates: list[Candidate], evaluate: Evaluate, advance: Callable[[int], None]
+        self,
+        candidates: list[Candidate],
+        evaluate: Evaluate,
+        advance: Callable[[int], None],
+        adopt: Callable[[int, Mapping[str, Any]], None] | None = None,
     ) -> list[float | None]:
-        """The value of each candidate, from the record or from ``evaluate``."""
+        """
+        The value of each candidate, from the record or from ``evaluate``.
+
+        ``adopt`` is told of the recorded ones that are others: their places, and their points.
+        """
         known = self.recorded[self.done : self.done + len(candidates)]
-        for trial, candidate in zip(known, candidates, strict=False):
-            self._check(trial, candidate)
+        for i, (trial, candidate) in enumerate(zip(known, candidates, strict=False)):
+            if self._is_of(trial, candidate):
+                continue
+            if adopt is None or trial.user_attrs.get("method") != candidate.method:
+                raise self._other(trial)
+            logger.info(
+                "trial %d of study %r is another machine's", trial.number, self.study.study_name
+            )
+            adopt(i, trial.params)
         values = [trial.value if trial.state is TrialState.COMPLETE else None for trial in known]
         fresh = candidates[len(known) :]
         if fresh:
@@ -223,15 +257,19 @@ class _Recorder:
         advance(len(candidates))
         return values
 
-    def _check(self, trial: FrozenTrial, candidate: Candidate) -> None:
+    def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
+        """Whether a recorded trial is a candidate's, but for rounding."""
         known = trial.user_attrs
-        asked = (candidate.coefficients.to_dict(), candidate.steps.to_dict())
-        if (known.get("coefficients"), known.get("steps", Steps().to_dict())) != asked:
-            raise StudyError(
-                f"trial {trial.number} of study {self.study.study_name!r} has other coefficients "
-                "or steps than this search asks for there: it was made by another version of PHO "
-                "or of a sampler, or by two searches at once. Use another --study."
-            )
+        return _alike(known.get("coefficients"), candidate.coefficients.to_dict()) and _alike(
+            known.get("steps", Steps().to_dict()), candidate.steps.to_dict()
+        )
+
+    def _other(self, trial: FrozenTrial) -> StudyError:
+        return StudyError(
+            f"trial {trial.number} of study {self.study.study_name!r} has other coefficients "
+            "or steps than this search asks for there: it was made by another version of PHO "
+            "or of a sampler, or by two searches at once. Use another --study."
+        )
 
     def _trial(self, candidate: Candidate, outcome: Outcome) -> FrozenTrial:
         attributes = {
@@ -250,6 +288,15 @@ class _Recorder:
             distributions=self.plan.space.recorded_distributions(),
             user_attrs=attributes,
         )
+
+
+def _alike(known: Any, asked: Any) -> bool:
+    """Whether two JSON documents are the same, but for rounding that has grown."""
+    if isinstance(known, Mapping) and isinstance(asked, Mapping):
+        return known.keys() == asked.keys() and all(_alike(known[k], asked[k]) for k in asked)
+    if isinstance(known, float) and isinstance(asked, float):
+        return math.isclose(known, asked, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    return bool(known == asked)
 
 
 def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:

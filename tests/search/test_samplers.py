@@ -15,7 +15,7 @@ from optuna.testing.pytest_samplers import (
 )
 
 from pho_service.errors import InvalidInput
-from pho_service.search.samplers import CmaSampler, make_sampler
+from pho_service.search.samplers import POPULATION, CmaSampler, make_sampler
 
 SPACE = {
     "a": FloatDistribution(-1, 1),
@@ -111,6 +111,33 @@ def test_equal_values() -> None:
         study.tell(trial, 1.0)
 
     assert len(drawn) > 20
+
+
+def test_adopted() -> None:
+    """A CMA-ES that is told of another one's points goes on where that one does."""
+
+    def mean(seed: int, adopted: list[dict[str, float]]) -> np.ndarray:
+        sampler = CmaSampler(seed=seed, search_space=SPACE)
+        study = optuna.create_study(sampler=sampler)
+        for i in range(4 * POPULATION):
+            trial = study.ask(SPACE)
+            point = trial.params
+            if adopted:
+                point = adopted[i]
+                sampler.adopt(trial.number, point)
+            study.tell(trial, rotated_quadratic(point))
+            drawn.append(point)
+        assert sampler._optimizer is not None
+        return np.asarray(sampler._optimizer._mean)
+
+    drawn: list[dict[str, float]] = []
+    leader = mean(1, [])
+    follower = mean(2, [*drawn])
+    alone = mean(2, [])
+
+    assert follower[:3] == pytest.approx(leader[:3], abs=1e-6)
+    assert follower[3] == pytest.approx(leader[3], abs=0.2)  # of a kernel to the next: not drawn
+    assert alone[:3] != pytest.approx(leader[:3], abs=1e-3)
 
 
 def test_unknown_name() -> None:

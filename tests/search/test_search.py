@@ -1,14 +1,17 @@
 """A search is exact in its budget, and an interrupted one ends as an uninterrupted one."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from cmaes import CatCMAwM
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.search.search import (
@@ -212,6 +215,64 @@ def test_all_failed(url: str) -> None:
     """If nothing can be rated, the first cause is told."""
     with pytest.raises(StudyError, match=r"every trial .* failed.*: no numbers"):
         search(url, PLAN, lambda cs: [Outcome(value=None, failure="no numbers") for _ in cs])
+
+
+def test_rounded_otherwise(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A search goes on where another machine began it, whose arithmetic rounds otherwise."""
+    caplog.set_level(logging.INFO)
+    here = SearchSpace.candidate
+
+    def there(*arguments: Any) -> Candidate:
+        candidate = here(*arguments)
+        exponent = candidate.coefficients.activation_exponent * (1 + 1e-13)
+        coefficients = replace(candidate.coefficients, activation_exponent=exponent)
+        return replace(candidate, coefficients=coefficients)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchSpace, "candidate", there)
+        search(url, PLAN)
+    before = trials_of(url)
+    search(url, replace(PLAN, trials=60))
+
+    assert trials_of(url)[:30] == before
+    assert len(trials_of(url)) == 60
+    assert not any("another machine's" in message for message in caplog.messages)
+
+
+def test_turned_otherwise(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where eigenvectors have the other direction there, and so all candidates are others."""
+    caplog.set_level(logging.INFO)
+    search(url, PLAN)
+    before = trials_of(url)
+    here = CatCMAwM._eigen_decomposition
+
+    def there(optimizer: CatCMAwM) -> tuple[object, object]:
+        vectors, roots = here(optimizer)
+        return (-vectors if optimizer.generation else vectors), roots
+
+    monkeypatch.setattr(CatCMAwM, "_eigen_decomposition", there)
+    rated = search(url, replace(PLAN, trials=120))
+
+    assert trials_of(url)[:30] == before
+    assert len(trials_of(url)) == 120
+    assert any("trial 14 of study 's' is another machine's" in m for m in caplog.messages)
+    assert rated[0].number >= 30
+    assert rated[0].value < 1.01
+
+
+def test_turned_otherwise_and_foreign(url: str) -> None:
+    """Trials that no CMA-ES can have drawn are refused in later generations too."""
+    with open_storage(url) as storage:
+        study = open_study(storage, "s", direction="minimize")
+        run_search(study, replace(PLAN, trials=14), evaluate)
+        study.add_trials(study.trials[:6])
+
+        with pytest.raises(StudyError, match=r"trial 14 .* other coefficients"):
+            run_search(study, PLAN, evaluate)
 
 
 def test_foreign_trials(url: str) -> None:

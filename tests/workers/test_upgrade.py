@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,14 @@ def test_paused(
     import_module("local_service").write_tiny_model(tmp_path)
     url = upgraded.url.set(drivername="postgresql").render_as_string(hide_password=False)
     own = type(crew)(crew.warm_start, url, tmp_path, tmp_path / "crew")
-    own.man(1)
-    jobs = {
-        name: own.store.ask(uuid.UUID(JOBS[name]["id"]), "resume") for name in ("paused", "waiting")
-    }
-    done = {name: own.succeeded(job) for name, job in jobs.items()}
-    trials = {name: own.trials(job)[0] for name, job in done.items()}
-    own.close()
+    with closing(own):
+        own.man(1)
+        jobs = {
+            name: own.store.ask(uuid.UUID(JOBS[name]["id"]), "resume")
+            for name in ("paused", "waiting")
+        }
+        done = {name: own.succeeded(job) for name, job in jobs.items()}
+        trials = {name: own.trials(job)[0] for name, job in done.items()}
 
     assert [number for number, *_ in trials["paused"]] == [*range(400)]
     before = JOBS["paused"]["trials"][0]
