@@ -490,35 +490,46 @@ class JobStore:
             (taken,) = (s for s in job.stages if s.id == stage_id)
             return Claim(job=job, stage=taken)
 
-    def give_again(self, queue_id: int) -> None:
+    def give_again(self, queue_id: int, *, alive_s: float) -> bool:
         """
         Put the stage of a dead worker's entry into the queue anew.
 
         The old entry stands for nothing then: if the worker was only frozen,
         what it does to its entry when it wakes harms nobody.
+
+        Args:
+            queue_id: The entry.
+            alive_s: A worker that reported in so many seconds lives, and keeps its stage: it was
+                cut off from the queue, and works on.
+
+        Returns:
+            Whether the old entry stands for nothing.
         """
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id
             row = connection.execute(select(stages.c.id, stages.c.job_id).where(mine)).first()
             if row is None:
-                return
+                return True
             try:
                 job = _job(connection, row.job_id, lock=True)
             except NoSuchJob:
-                return
+                return True
             stage = _stage_row(connection, row.id, lock=True)
             if (
                 stage is None
                 or stage.queue_id != queue_id
                 or stage.state not in (StageState.WAITING, StageState.RUNNING)
             ):
-                return
+                return True
+            if stage.state == StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
+                return False
             if job.state.may_work:
                 lock = (stage.params or {})["lock"]
                 self._enqueue(connection, job, stage.id, StageKind(stage.kind), lock)
             else:
                 failures = stage.failures + (stage.state == StageState.RUNNING)
                 self._put_down(connection, job, stage.id, failures)
+            return True
 
     @contextmanager
     def fence(self, claim: Claim, storage: RDBStorage | None = None) -> Iterator[None]:
@@ -867,6 +878,13 @@ def _is_late(stage: Stage) -> bool:
 
 def _owned(owner_id: uuid.UUID | None) -> Any:
     return jobs.c.owner_id.is_(None) if owner_id is None else jobs.c.owner_id == owner_id
+
+
+def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:
+    """Whether a worker did in the last seconds."""
+    recent = workers.c.heartbeat_at > func.now() - _seconds(alive_s)
+    found = connection.execute(select(workers.c.id).where(workers.c.id == worker_id, recent))
+    return found.first() is not None
 
 
 def _seconds(count: float) -> Any:

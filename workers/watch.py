@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from pho_service.progress import Advance
 from storage.jobs import Claim, JobStore
+from storage.studies import DatabaseGone
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,21 @@ class Watch:
         self._looked = time.monotonic()
 
     def look(self, *, now: bool = False) -> None:
-        """Raise HandBack if it may not."""
+        """
+        Raise HandBack if it may not.
+
+        While the database is away it may: what is written at last says whose the stage is.
+        """
         if self._stopping.is_set():
             raise HandBack
         if now or time.monotonic() - self._looked > LOOK_EVERY_S:
+            try:
+                may_work = self._store.watch(self._claim).may_work
+            except DatabaseGone as error:
+                logger.warning("%s goes on without a database: %s", self._claim.stage.kind, error)
+                may_work = True
             self._looked = time.monotonic()
-            if not self._store.watch(self._claim).may_work:
+            if not may_work:
                 raise HandBack
 
     @contextmanager

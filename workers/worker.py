@@ -10,6 +10,7 @@ import platform
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,8 +184,7 @@ class _Worker:
             await connector.close_async()
             raise DatabaseGone(str(error)) from error
         try:
-            await asyncio.to_thread(self._enter)
-            self._entered = True
+            await asyncio.to_thread(self._enter_anew)
             logger.info("working on %s", ", ".join(self._options.kinds))
             await app.run_worker_async(
                 queues=[*self._options.kinds, UPKEEP],
@@ -200,6 +200,9 @@ class _Worker:
 
     def _add_tasks(self, app: procrastinate.App) -> None:
         stalled_after_s = self._settings.stalled_after_s
+        give_again = functools.partial(self._store.give_again, alive_s=stalled_after_s)
+        # After an outage, those who live must be able to say so first.
+        patient_until = time.monotonic() + (stalled_after_s if self._entered else 0.0)
 
         @app.task(name=TASK, pass_context=True, retry=_WhenAsked(self._settings.retry_after_s))
         def run_stage(context: JobContext, stage_id: int) -> None:
@@ -214,12 +217,15 @@ class _Worker:
         @app.task(name="retry_stalled", queue=UPKEEP, queueing_lock=UPKEEP, priority=_FIRST)
         async def retry_stalled(timestamp: int) -> None:
             del timestamp
+            if time.monotonic() < patient_until:
+                return
             for entry in await app.job_manager.get_stalled_jobs(
                 seconds_since_heartbeat=stalled_after_s
             ):
                 assert entry.id is not None
+                if not await asyncio.to_thread(give_again, entry.id):
+                    continue  # its worker lives, and reports to us if not to the queue
                 logger.warning("stage of a dead worker comes again", extra={"entry": entry.id})
-                await asyncio.to_thread(self._store.give_again, entry.id)
                 try:
                     await app.job_manager.finish_job(entry, Status.FAILED, delete_job=True)
                 except procrastinate.exceptions.ConnectorException as error:
@@ -283,6 +289,13 @@ class _Worker:
                 except LostClaim:
                     return False
         raise AssertionError  # pragma: no cover - the loop returns or raises
+
+    def _enter_anew(self) -> None:
+        """As another worker: what this one has left undone in an outage is not its work now."""
+        self._store.remove_worker(self._id)
+        self._id = uuid.uuid4()
+        self._enter()
+        self._entered = True
 
     def _enter(self) -> None:
         self._store.enter_worker(

@@ -627,6 +627,40 @@ class TestClaim:
         again = claim(store, first.stage.id)
         assert (again.attempt, again.stage.failures) == (2, 0)
 
+    def test_cut_off_from_the_queue(self, store: JobStore) -> None:
+        """A worker that the queue takes for dead keeps its stage as long as it reports."""
+        stage = begun(store).stage.id
+        entry = queue_id(store, stage)
+        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
+        store.enter_worker(OTHER, name="other", device="cpu", kinds=[CALIBRATE.kind])
+        kept = not store.give_again(entry, alive_s=60.0)
+        meanwhile = runnable(store)
+        store.remove_worker(WORKER)
+
+        assert kept
+        assert meanwhile == []
+        assert store.give_again(entry, alive_s=60.0)
+        assert runnable(store) == [stage]
+        assert store.give_again(entry, alive_s=60.0)  # it stands for nothing any more
+        assert runnable(store) == [stage]
+
+    def test_silent_worker(self, store: JobStore) -> None:
+        """A worker that has not reported for long enough has lost its stage."""
+        stage = begun(store).stage.id
+        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
+
+        assert store.give_again(queue_id(store, stage), alive_s=0.0)
+        assert runnable(store) == [stage]
+
+    def test_put_down_and_not_taken_out(self, store: JobStore) -> None:
+        """A stage that a living worker has put down is given again: nobody works on it."""
+        first = begun(store)
+        store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
+        store.hand_back(first)
+
+        assert store.give_again(queue_id(store, first.stage.id), alive_s=60.0)
+        assert runnable(store) == [first.stage.id]
+
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
     def test_dead_worker_of_a_job_on_its_way_out(
         self, store: JobStore, verb: str, then: str

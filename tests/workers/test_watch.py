@@ -1,0 +1,83 @@
+"""Whether a stage may go on, as its worker sees it."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from storage.jobs import LostClaim
+from storage.states import JobState, StageKind
+from storage.studies import DatabaseGone
+from workers.watch import HandBack, Watch
+
+CLAIM: Any = SimpleNamespace(stage=SimpleNamespace(kind=StageKind.CALIBRATE))
+
+
+class Store:
+    """
+    One that answers what it was told, in turn.
+
+    Args:
+        answers: States of the job, or errors.
+    """
+
+    def __init__(self, *answers: JobState | Exception) -> None:
+        self.answers = [*answers]
+
+    def watch(self, claim: Any) -> JobState:
+        """The next answer."""
+        assert claim is CLAIM
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def watching(*answers: JobState | Exception, stopping: bool = False) -> tuple[Watch, Store]:
+    """A watch of a stage, and what it asks."""
+    store: Any = Store(*answers)
+    stop = threading.Event()
+    if stopping:
+        stop.set()
+    return Watch(store, CLAIM, stop), store
+
+
+def test_outage(caplog: pytest.LogCaptureFixture) -> None:
+    """While the database is away, work goes on; when it is back, its word counts."""
+    watch, _ = watching(DatabaseGone("refused"), DatabaseGone("refused"), JobState.CANCELLING)
+    watch.look(now=True)
+    watch.look(now=True)
+
+    with pytest.raises(HandBack):
+        watch.look(now=True)
+    assert caplog.messages == ["calibrate goes on without a database: refused"] * 2
+
+
+def test_taken_over_in_an_outage() -> None:
+    """A stage that another worker was given meanwhile is lost."""
+    watch, _ = watching(DatabaseGone("refused"), LostClaim())
+    watch.look(now=True)
+
+    with pytest.raises(LostClaim):
+        watch.look(now=True)
+
+
+def test_now_and_then() -> None:
+    """The database is not asked at every step."""
+    watch, store = watching(JobState.RUNNING)
+    watch.look()
+    asked_at_once = not store.answers
+    watch.look(now=True)
+
+    assert not asked_at_once
+    assert not store.answers
+
+
+def test_stopping() -> None:
+    """A worker that is told to stop puts its stage down without asking."""
+    watch, store = watching(JobState.RUNNING, stopping=True)
+
+    with pytest.raises(HandBack):
+        watch.look(now=True)
+    assert store.answers
