@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import optuna
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import text
 
+from storage import studies
 from storage.database import SCHEMAS, Database, known_versions
 from storage.studies import StorageError
 
@@ -55,12 +57,17 @@ def restore(database: Database, file: Path) -> None:
             "overwritten. Give the --data-dir of a new folder, or the --database-url of a new "
             "database."
         )
-    revision = _revision(database, file)
-    known = known_versions()
+    revision, known = _revision(database, file, "pho"), known_versions()
     if revision not in known:
         raise StorageError(
             f"{file} was written by a newer PHO: its tables are of version {revision}, and this "
             f"PHO knows versions up to {max(known)}. Install that PHO, or a newer one."
+        )
+    revision = _revision(database, file, "optuna")
+    if revision not in studies.known_versions():
+        raise StorageError(
+            f"{file} was written with a newer Optuna: its studies are in tables of version "
+            f"{revision}, which Optuna {optuna.__version__} does not know. Install that Optuna."
         )
     whole = ("--single-transaction", "--exit-on-error", "--dbname={server}")
     _run("pg_restore", database, *whole, str(file), file=file)
@@ -74,11 +81,11 @@ def _schemas(database: Database) -> list[str]:
         return [*connection.execute(query, {"names": [*SCHEMAS]}).scalars()]
 
 
-def _revision(database: Database, file: Path) -> str:
-    """The version of the tables in a dump."""
-    table = ("--data-only", "--schema=pho", "--table=alembic_version", "--file=-")
+def _revision(database: Database, file: Path, schema: str) -> str:
+    """The version of the tables of a schema in a dump."""
+    table = ("--data-only", f"--schema={schema}", "--table=alembic_version", "--file=-")
     written = _run("pg_restore", database, *table, str(file), file=file)
-    found = re.search(r"^COPY pho\.alembic_version .*\n(\S+)$", written, re.M)
+    found = re.search(rf"^COPY {schema}\.alembic_version .*\n(\S+)$", written, re.M)
     if found is None:
         raise StorageError(f"{file} is a dump, but not one of PHO. `pho backup` writes those.")
     return found[1]

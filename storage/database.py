@@ -11,14 +11,13 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from optuna.storages import RDBStorage
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from storage.studies import DatabaseGone, StorageError, give_up
+from storage.studies import DatabaseGone, StorageError, give_up, open_storage
 from storage.tables import SCHEMA
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
@@ -101,7 +100,7 @@ class Database:
 
         Raises:
             DatabaseGone: The server cannot be reached.
-            StorageError: It refuses, or was migrated by a newer PHO.
+            StorageError: It refuses, or was migrated by a newer PHO or a newer Optuna.
         """
         config = Config()
         config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
@@ -116,11 +115,8 @@ class Database:
                 raise StorageError(_newer(str(error))) from error
         with self.transaction() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            optuna_storage = RDBStorage(
-                self.studies_url
-            )  # creates its tables if they are not there
-            optuna_storage.remove_session()
-            optuna_storage.engine.dispose()
+            with open_storage(self.studies_url, upgrade=True):
+                pass
 
     def check_migrated(self) -> None:
         """

@@ -99,25 +99,31 @@ def _ordinary(trial: FrozenTrial) -> bool:
 
 
 @contextmanager
-def open_storage(url: str) -> Iterator[RDBStorage]:
+def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
     """
     Open Optuna's storage, and close its connections afterwards.
 
     SQLite files are put into write-ahead logging: a commit is about seven
     times faster there, and still survives a killed process.
 
+    Args:
+        url: Of the database; Optuna's tables are made if they are not there.
+        upgrade: Bring tables of an older Optuna to the version of the one that is installed.
+
     Raises:
         StorageError: ``url`` is no database URL, names a folder that is not
-            there, or the database fails, now or inside the ``with`` block.
+            there, holds tables of another Optuna, or the database fails, now
+            or inside the ``with`` block.
     """
     check_url(url)
     try:
-        storage = StudyStorage(url)
-        event.listen(storage.engine, "handle_error", give_up)
-        if storage.engine.dialect.name == "sqlite":
-            event.listen(storage.engine, "connect", _set_pragmas)
-            storage.engine.dispose()  # the connections made so far lack the settings
+        storage = StudyStorage(url, skip_compatibility_check=True)  # ours says what to do
         try:
+            _check_version(storage, upgrade=upgrade)
+            event.listen(storage.engine, "handle_error", give_up)
+            if storage.engine.dialect.name == "sqlite":
+                event.listen(storage.engine, "connect", _set_pragmas)
+                storage.engine.dispose()  # the connections made so far lack the settings
             yield storage
         finally:
             storage.remove_session()
@@ -129,6 +135,35 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
         reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         kind = DatabaseGone if isinstance(cause, OperationalError) else StorageError
         raise kind(f"the database fails: {reason}. What it holds is kept.") from error
+
+
+def _check_version(storage: RDBStorage, *, upgrade: bool) -> None:
+    found, needed = storage.get_current_version(), storage.get_head_version()
+    if found == needed:
+        return
+    older = found in storage.get_all_versions()
+    if older and upgrade:
+        storage.upgrade()
+        return
+    way_out = (
+        "`optuna storage upgrade --storage URL` brings them there, and `pho serve` a service's."
+        if older
+        else "Install the newer Optuna that made them, or give another database."
+    )
+    raise StorageError(
+        f"the studies are in tables of Optuna's version {found}, and Optuna {optuna.__version__}, "
+        f"which is installed, needs {needed}. {way_out} What they hold is kept."
+    )
+
+
+def known_versions() -> set[str]:
+    """Of Optuna's tables: those that the installed Optuna can bring to its own."""
+    storage = RDBStorage("sqlite://")
+    try:
+        return {*storage.get_all_versions()}
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 @contextmanager

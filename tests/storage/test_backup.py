@@ -169,6 +169,17 @@ def test_newer(filled: Database, empty_database: Database, tmp_path: Path) -> No
     assert schemas(empty_database) == set()
 
 
+def test_newer_optuna(filled: Database, empty_database: Database, tmp_path: Path) -> None:
+    """So is one whose studies are in tables that the installed Optuna does not know."""
+    with filled.transaction() as connection:
+        connection.execute(text("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'"))
+    back_up(filled, tmp_path / "dump")
+
+    with pytest.raises(StorageError, match=r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"):
+        restore(empty_database, tmp_path / "dump")
+    assert schemas(empty_database) == set()
+
+
 def test_password(database_url: str, fake: Callable[[int], Path], tmp_path: Path) -> None:
     """Programs get the password by their environment: the command line is for all to see."""
     log = fake(18)

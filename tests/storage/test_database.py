@@ -7,7 +7,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from storage.database import Database
-from storage.studies import DatabaseGone, StorageError
+from storage.studies import DatabaseGone, StorageError, open_storage
 from storage.tables import metadata
 
 
@@ -45,6 +45,25 @@ def test_tables_of_this_version(database: Database) -> None:
 
     with pytest.raises(DatabaseGone, match="`pho serve` makes them"):
         database.check_migrated()
+
+
+def test_studies_of_an_older_optuna(database: Database) -> None:
+    """Optuna's tables are brought to the version of the installed one."""
+    with database.transaction() as connection:
+        connection.exec_driver_sql("DROP INDEX optuna.ix_trials_study_id")
+        connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v3.0.0.d'")
+    database.migrate()
+    with open_storage(database.studies_url) as storage:
+        assert storage.get_current_version() == storage.get_head_version()
+
+
+def test_studies_of_a_newer_optuna(database: Database) -> None:
+    """They are not touched."""
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'")
+
+    with pytest.raises(StorageError, match=r"v9\.0\.0\.a.*Install the newer Optuna"):
+        database.migrate()
 
 
 def test_tables_of_a_newer_version(database: Database) -> None:

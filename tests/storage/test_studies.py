@@ -1,7 +1,7 @@
 """The study's database: opened with care, failing with words."""
 
 import sqlite3
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import optuna
@@ -127,3 +127,50 @@ def test_not_a_database(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not a database"), open_storage(f"sqlite:///{path}"):
         pass
     assert path.read_bytes() == before
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> str:
+    """A database whose tables are those of an Optuna before 3.2, with a study."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with open_storage(url) as storage:
+        open_study(storage, "a", direction="minimize")
+    execute(
+        url, "DROP INDEX ix_trials_study_id; UPDATE alembic_version SET version_num = 'v3.0.0.d'"
+    )
+    return url
+
+
+def execute(url: str, script: str) -> None:
+    """Do something to a SQLite file behind everybody's back."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        connection.executescript(script)
+
+
+def test_tables_of_an_older_optuna(older: str) -> None:
+    """They are refused with the way out, which leaves the studies as they are."""
+    with (
+        pytest.raises(StorageError, match=r"version v3\.0\.0\.d,.*`optuna storage upgrade"),
+        open_storage(older),
+    ):
+        pass
+    with open_storage(older, upgrade=True) as storage:
+        names = [study.study_name for study in storage.get_all_studies()]
+    with open_storage(older) as storage:
+        again = [study.study_name for study in storage.get_all_studies()]
+
+    assert names == again == ["a"]
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_tables_of_a_newer_optuna(older: str, upgrade: bool) -> None:
+    """They are never touched."""
+    execute(older, "UPDATE alembic_version SET version_num = 'v9.0.0.a'")
+    before = Path(older.removeprefix("sqlite:///")).read_bytes()
+
+    with (
+        pytest.raises(StorageError, match=r"version v9\.0\.0\.a, .*Install the newer Optuna"),
+        open_storage(older, upgrade=upgrade),
+    ):
+        pass
+    assert Path(older.removeprefix("sqlite:///")).read_bytes() == before
