@@ -1,5 +1,6 @@
 """Spans for OpenTelemetry: of requests, with their ids in the log; none unless they are wanted."""
 
+import asyncio
 import gzip
 import logging
 import os
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -19,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from pho_service.api.app import create_app
+from pho_service.api.requests import RequestLog
 from pho_service.errors import InvalidInput
 from pho_service.logs import _add_fields
 from pho_service.settings import read_settings
@@ -88,6 +91,19 @@ def test_failed_request(spans: InMemorySpanExporter, database: Database) -> None
     }
 
     assert statuses == {"/v1/broken": (500, "ERROR"), "/v1/jobs": (422, "UNSET")}
+
+
+def test_unanswered_request(spans: InMemorySpanExporter) -> None:
+    """One whose client left before it was answered has no status."""
+
+    async def leave(*_: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/jobs", "headers": []}
+    asyncio.run(RequestLog(leave)(scope, leave, leave))  # type: ignore[arg-type]
+    (found,) = spans.get_finished_spans()
+
+    assert "http.response.status_code" not in (found.attributes or {})
 
 
 def test_sent(tmp_path: Path) -> None:

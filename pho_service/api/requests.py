@@ -68,7 +68,8 @@ class RequestLog:
                 page = as_page(answer, scope) if is_page(scope["path"]) else answer
                 await page(scope, receive, named)
             finally:
-                answered(status)
+                if status:  # else its client left before
+                    answered(status)
                 self._log(scope, status, time.perf_counter() - began)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
