@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,10 @@ from pho_service.cli.library import library_option, matches
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.remote import open_client, url_option
 from pho_service.cli.terminal import print_json, print_table, say, verb
-from pho_service.errors import InvalidInput, OutputError
+from pho_service.errors import ConfigurationError, InvalidInput, OutputError
+
+if TYPE_CHECKING:
+    from pho_service.library_file import LibraryFile
 
 
 @click.group(invoke_without_command=True)
@@ -94,23 +97,38 @@ def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None
     """
     Put configurations that were found elsewhere into a service's library.
 
-    FILE is a config.json of `pho search` or a transfer.json of `pho transfer`.
-    All are read before the first is sent. What is there already is not stored twice.
+    FILE is a config.json of `pho search` or a transfer.json of `pho transfer`,
+    or a folder of such. All are read before the first is sent. What is there
+    already is not stored twice.
 
     \b
     Example:
-      pho configurations import config.json shared/*.json
+      pho configurations import config.json shared
     """
-    from pho_service.library_file import read_library_file
-
-    read = [read_library_file(Path(name)) for name in files]
+    read: dict[str, LibraryFile] = {}
+    for name in files:
+        read |= _read(Path(name))
     with open_client(url) as client:
-        stored = [client.import_configuration(file) for file in read]
+        stored = [client.import_configuration(file) for file in read.values()]
     if as_json:
         print_json([match.model_dump(mode="json") for match in stored])
         return
-    for name, match in zip(files, stored, strict=True):
+    for name, match in zip(read, stored, strict=True):
         click.echo(f"{match.id}  {name}")
+
+
+def _read(path: Path) -> "dict[str, LibraryFile]":
+    """What a file holds, or all files below a folder, by their names."""
+    from pho_service.library_file import read_folder, read_library_file
+
+    if not path.is_dir():
+        return {str(path): read_library_file(path)}
+    found, others = read_folder(path)
+    for other in others:
+        say(f"Note: left out: {other}")
+    if not found:
+        raise ConfigurationError(f"the folder {path} holds no configuration. Give another.")
+    return {str(path / name): file for name, file in found.items()}
 
 
 @configurations.command("export")

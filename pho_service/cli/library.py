@@ -1,6 +1,6 @@
 """Where the verbs take configurations from: a folder of files, or a service."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,13 @@ def is_library(name: str) -> bool:
     return _is_url(name) or Path(name).is_dir()
 
 
-def matches(library: str | None, wanted: "Wanted", limit: int) -> list[dict[str, Any]]:
+def matches(
+    library: str | None, wanted: "Wanted", limit: int, note: Callable[[str], None] = say
+) -> list[dict[str, Any]]:
     """
     The most promising configurations of a library, as the API describes them.
+
+    ``note`` is told of the files that are none.
 
     Raises:
         ConfigurationError: The folder is none.
@@ -55,7 +59,7 @@ def matches(library: str | None, wanted: "Wanted", limit: int) -> list[dict[str,
 
     files, others = read_folder(Path(library))
     for other in others:
-        say(f"Note: left out: {other}")
+        note(f"Note: left out: {other}")
     entries = [Entry.of(name, file) for name, file in files.items()]
     return [
         {
@@ -77,7 +81,33 @@ def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[F
         ConfigurationError: There is none; says what there is instead.
         ServiceError: The service says no, or cannot be reached.
     """
-    found = matches(library, wanted, 200)
+    return [
+        Found(
+            configuration=_configuration(library, match["id"]),
+            origin={
+                "library": library or "service",
+                **{key: match[key] for key in ("id", "models", "gain", "measured", "reasons")},
+            },
+        )
+        for match in _fitting(library, wanted)[:count]
+    ]
+
+
+def check_library(library: str | None, pattern: str, scope: str | None) -> None:
+    """
+    See that a library has something for a pattern, before a model is read.
+
+    Raises:
+        ConfigurationError: It has not; says what there is instead.
+        ServiceError: The service says no, or cannot be reached.
+    """
+    _fitting(library, wanted_for({}, pattern, scope), note=lambda _: None)
+
+
+def _fitting(
+    library: str | None, wanted: "Wanted", note: Callable[[str], None] = say
+) -> list[dict[str, Any]]:
+    found = matches(library, wanted, 200, note)
     fitting = [match for match in found if match["fits"]]
     where = f"the library {library}" if library else "the library of the service"
     asked = f"{wanted.pattern}"
@@ -95,16 +125,7 @@ def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[F
             f"pattern. It has {', '.join(there)}. Ask for one of these, or search: `pho search "
             f"MODEL --pattern {wanted.pattern}`."
         )
-    return [
-        Found(
-            configuration=_configuration(library, match["id"]),
-            origin={
-                "library": library or "service",
-                **{key: match[key] for key in ("id", "models", "gain", "measured", "reasons")},
-            },
-        )
-        for match in fitting[:count]
-    ]
+    return fitting
 
 
 def wanted_for(model: Mapping[str, Any], pattern: str, scope: str | None) -> "Wanted":

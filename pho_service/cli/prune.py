@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.library import Found, best_of_library, library_option, wanted_for
+from pho_service.cli.library import (
+    Found,
+    best_of_library,
+    check_library,
+    library_option,
+    wanted_for,
+)
 from pho_service.cli.options import (
     calibration_options,
     calibration_seed_option,
@@ -163,6 +169,7 @@ def _prune(
     check_free(folder)
     model = found = None
     if source.config is None:
+        check_library(source.library, str(source.pattern), source.scope)
         model = open_model(name, options)
         found = source.of_library(model)
     configuration = found.configuration if found else read_configuration(Path(str(source.config)))

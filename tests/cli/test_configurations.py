@@ -158,6 +158,7 @@ def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
         ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
         ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is no configuration"),
         ("import none.json", 1, "none.json cannot be read"),
+        ("import {folder}/sub", 1, "sub holds no configuration"),
         ("export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
         ("delete x", 2, "'x' is not a configuration's id"),
         ("export x --out out", 2, "'x' is not a configuration's id"),
@@ -165,6 +166,7 @@ def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
 )
 def test_refusals(pho: Pho, folder: Path, words: str, code: int, message: str) -> None:
     """What cannot be done is said in one sentence, and leaves nothing behind."""
+    (folder / "sub").mkdir()
     result = pho("configurations", *words.format(folder=folder).split())
 
     assert isinstance(result.exception, SystemExit)
@@ -194,6 +196,17 @@ def test_import(remote: Pho, folder: Path) -> None:
     assert all(uuid.UUID(entry_id) for entry_id, _ in lines)
     assert again.stdout.splitlines() == first.stdout.splitlines()[::-1]
     assert len(done(remote("configurations", "--json"))) == 2
+
+
+def test_import_folder(remote: Pho, folder: Path) -> None:
+    """A folder stands for all configurations below it; what is none is named and left out."""
+    result = remote("configurations", "import", folder)
+    names = [line.split("  ")[1] for line in result.stdout.splitlines()]
+
+    assert result.exit_code == 0
+    assert names == [str(folder / f"{name}.json") for name in ("failed", "good", "group")]
+    assert result.stderr.count("Note: left out: ") == 1
+    assert "notes.json is no configuration" in result.stderr
 
 
 def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
@@ -411,6 +424,8 @@ def test_prune_from_a_service(
         (PRUNE[6:] + " --library {folder} --pattern 0.6", 1,
          "has nothing for 0.6, and the best coefficients differ from pattern to pattern. It has "
          "0.5 in scope layer, 2:4 in scope row."),
+        # Before a model is read, which may take minutes:
+        ("none --out pruned --from-library --library {folder} --pattern 0.6", 1, "nothing for 0.6"),
         (PRUNE[6:] + " --library {folder} --pattern 0.5 --scope row", 1,
          "has nothing for 0.5 in scope row, "),
         (PRUNE[6:] + " --library {config} --pattern 0.5", 1, "good.json is no folder"),
