@@ -229,6 +229,18 @@ def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> Non
     assert together == again
 
 
+def numbers(ratings: list[ProxyRating]) -> list[float]:
+    """All that they have; where MKL's products depend on their shape, not to the last digit."""
+    return [
+        number
+        for rating in ratings
+        for number in (
+            rating.fisher, rating.relative, rating.absolute, rating.blend,
+            *rating.error_by_kind.values(),
+        )
+    ]  # fmt: skip
+
+
 def test_allocations_side_by_side(linears: Linears, statistics: Statistics) -> None:
     """Candidates with and without an allocation of one pattern are rated as each alone."""
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
@@ -239,7 +251,9 @@ def test_allocations_side_by_side(linears: Linears, statistics: Statistics) -> N
     ]
     mixed = [*plain[:1], *spread, *plain[1:]]
 
-    assert evaluator.evaluate(mixed) == [evaluator.evaluate([c])[0] for c in mixed]
+    alone = [evaluator.evaluate([c])[0] for c in mixed]
+
+    assert numbers(evaluator.evaluate(mixed)) == pytest.approx(numbers(alone), rel=1e-6)
 
 
 def test_more_than_a_batch(linears: Linears, statistics: Statistics) -> None:
@@ -252,7 +266,9 @@ def test_more_than_a_batch(linears: Linears, statistics: Statistics) -> None:
         for i in range(2 * BATCH + 3)
     ]  # fmt: skip
 
-    assert evaluator.evaluate(many) == [evaluator.evaluate([c])[0] for c in many]
+    alone = [evaluator.evaluate([c])[0] for c in many]
+
+    assert numbers(evaluator.evaluate(many)) == pytest.approx(numbers(alone), rel=1e-6)
 
 
 def test_nothing_to_rate(linears: Linears, statistics: Statistics) -> None:
