@@ -209,10 +209,5 @@ def _known(
 ) -> uuid.UUID | None:
     """The id of an owner's entry with this configuration."""
     same = configurations.c.sha256 == digest(document)
-    query = select(configurations.c.id).where(_owned(owner_id), same)
-    return connection.execute(query).scalar()
-
-
-def _owned(owner_id: uuid.UUID | None) -> Any:
-    owner = configurations.c.owner_id
-    return owner.is_(None) if owner_id is None else owner == owner_id
+    mine = configurations.c.owner_id == owner_id  # IS NULL for None
+    return connection.execute(select(configurations.c.id).where(mine, same)).scalar()

@@ -236,6 +236,7 @@ class JobStore:
             TooManyJobs: The owner has ``max_unfinished`` jobs that are not over.
         """
         fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
+        mine = jobs.c.owner_id == owner_id  # IS NULL for None
         job_id = uuid.uuid4()
         values = {
             "id": job_id,
@@ -254,7 +255,7 @@ class JobStore:
             while connection.execute(new).first() is None:
                 earlier = connection.execute(
                     select(jobs.c.id, jobs.c.fingerprint).where(
-                        jobs.c.idempotency_key == idempotency_key, _owned(owner_id)
+                        jobs.c.idempotency_key == idempotency_key, mine
                     )
                 ).first()
                 if earlier is None:  # deleted just now, so that its key is free
@@ -269,7 +270,7 @@ class JobStore:
             unfinished = connection.execute(
                 select(func.count())
                 .select_from(jobs)
-                .where(_owned(owner_id), jobs.c.state.in_([s for s in JobState if not s.is_over]))
+                .where(mine, jobs.c.state.in_([s for s in JobState if not s.is_over]))
             ).scalar_one()
             if unfinished > max_unfinished:
                 raise TooManyJobs
@@ -874,10 +875,6 @@ def _is_late(stage: Stage) -> bool:
     if stage.kind is StageKind.PERPLEXITY:
         return stage.state is not StageState.DONE  # those that are done may be of a shorter search
     return stage.kind is StageKind.FINISH
-
-
-def _owned(owner_id: uuid.UUID | None) -> Any:
-    return jobs.c.owner_id.is_(None) if owner_id is None else jobs.c.owner_id == owner_id
 
 
 def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:

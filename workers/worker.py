@@ -277,18 +277,16 @@ class _Worker:
 
     def _when_possible(self, report: Callable[[], bool]) -> bool:
         """What a report says: now, or when the database is back."""
-        for attempt in Retrying(
+        retrying = Retrying(
             retry=retry_if_exception_type(DatabaseGone),
             wait=wait_exponential(multiplier=0.2, max=5),
             stop=stop_after_delay(_GIVE_UP_AFTER_S),
             reraise=True,
-        ):
-            with attempt:
-                try:
-                    return report()
-                except LostClaim:
-                    return False
-        raise AssertionError  # pragma: no cover - the loop returns or raises
+        )
+        try:
+            return retrying(report)
+        except LostClaim:
+            return False
 
     def _enter_anew(self) -> None:
         """As another worker: what this one has left undone in an outage is not its work now."""

@@ -147,35 +147,25 @@ def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
         restore(empty_database, tmp_path / "note")
 
 
-def test_dump_of_others(filled: Database, empty_database: Database, tmp_path: Path) -> None:
-    """So is a dump of something else."""
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
+        ("UPDATE pho.alembic_version SET version_num = '4711'",
+         r"by a newer PHO.*4711.*up to 0003\. Install"),
+        ("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'",
+         r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
+    ],
+)  # fmt: skip
+def test_unknown_tables(
+    filled: Database, empty_database: Database, tmp_path: Path, made: str, message: str
+) -> None:
+    """A dump of something else, or of newer tables, is refused before anything is done."""
     with filled.transaction() as connection:
-        connection.execute(text("DROP TABLE pho.alembic_version"))
+        connection.execute(text(made))
     back_up(filled, tmp_path / "dump")
 
-    with pytest.raises(StorageError, match="is a dump, but not one of PHO"):
-        restore(empty_database, tmp_path / "dump")
-    assert schemas(empty_database) == set()
-
-
-def test_newer(filled: Database, empty_database: Database, tmp_path: Path) -> None:
-    """A dump of tables that this version does not know is refused before anything is done."""
-    with filled.transaction() as connection:
-        connection.execute(text("UPDATE pho.alembic_version SET version_num = '4711'"))
-    back_up(filled, tmp_path / "dump")
-
-    with pytest.raises(StorageError, match=r"by a newer PHO.*4711.*up to 0003\. Install"):
-        restore(empty_database, tmp_path / "dump")
-    assert schemas(empty_database) == set()
-
-
-def test_newer_optuna(filled: Database, empty_database: Database, tmp_path: Path) -> None:
-    """So is one whose studies are in tables that the installed Optuna does not know."""
-    with filled.transaction() as connection:
-        connection.execute(text("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'"))
-    back_up(filled, tmp_path / "dump")
-
-    with pytest.raises(StorageError, match=r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"):
+    with pytest.raises(StorageError, match=message):
         restore(empty_database, tmp_path / "dump")
     assert schemas(empty_database) == set()
 
