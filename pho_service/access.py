@@ -5,16 +5,22 @@ The front end asks at the door, and each worker asks again before it opens
 anything: only the worker sees its own disk.
 """
 
+import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pho_service.dataset_card import check_cards
 from pho_service.errors import InvalidInput
 from pho_service.settings import Settings
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _DATA_FILE = re.compile(r"[A-Za-z0-9_*?\[\]][A-Za-z0-9._*?\[\]/-]*")
+_IN_A_MODEL = 1000  # files and folders; large models have some hundred shards
+_IN_A_DATASET = 5000  # at all depths; C4's English has 1,032
+_TEMPLATES = "additional_chat_templates"  # the only folder in a model's that is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,11 @@ class Access:
             InvalidInput: Neither is allowed.
         """
         if not _is_path(name):
-            found = _below(name, self.model_roots)
+            found = _below(name, self.model_roots, _model_files)
             if found is not None:
                 return str(found)
             return _on_hub(name, self.hub_models, "model", "PHO_HUB_MODELS")
-        return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS"))
+        return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS", _model_files))
 
     def text(self, path: str) -> str:
         """
@@ -65,7 +71,7 @@ class Access:
         Raises:
             InvalidInput: It does not lie below the folders for texts.
         """
-        return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS"))
+        return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files))
 
     def dataset(self, name: str) -> str:
         """
@@ -75,11 +81,11 @@ class Access:
             InvalidInput: Neither is allowed.
         """
         if not _is_path(name):
-            found = _below(name, self.text_roots)
+            found = _below(name, self.text_roots, _dataset_files)
             if found is not None:
                 return str(found)
             return _on_hub(name, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
-        return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS"))
+        return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS", _dataset_files))
 
 
 def check_data_file(data_file: str) -> None:
@@ -114,19 +120,28 @@ def _resolved(root: Path, name: str) -> Path | None:
     return path if path.is_relative_to(root) else None
 
 
-def _below(name: str, roots: tuple[Path, ...]) -> Path | None:
+Files = Callable[[Path, str], Iterator[os.DirEntry[str]]]
+
+
+def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
     """
     The existing file or folder of this name below a root.
 
+    Args:
+        name: As a job has it.
+        roots: Absolute folders.
+        files: What of a folder is looked at.
+
     Raises:
-        InvalidInput: A file in the folder is a link to somewhere else.
+        InvalidInput: A file in the folder is a link to somewhere else, or there are too many.
     """
     for root in roots:
         path = _resolved(root, name)
         if path is None or not path.exists():
             continue
-        for file in path.rglob("*") if path.is_dir() else ():
-            if _resolved(root, str(file)) is None:
+        for file in files(path, name) if path.is_dir() else ():
+            # What is no link lies where its folder lies.
+            if file.is_symlink() and _resolved(root, file.path) is None:
                 raise InvalidInput(
                     f"{name!r} has a link to something outside of {root}: {file.name}. Put a copy "
                     "there, or let the operator add the other folder."
@@ -135,7 +150,64 @@ def _below(name: str, roots: tuple[Path, ...]) -> Path | None:
     return None
 
 
-def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str) -> Path:
+def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
+    """What a loader of models opens: the folder's own files, and none below it but templates."""
+    yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
+    if (folder / _TEMPLATES).is_dir():
+        yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
+
+
+def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
+    """
+    All files of a data set, at all depths, after its card was checked.
+
+    Raises:
+        InvalidInput: The card names files elsewhere.
+    """
+    check_cards(folder, f"data set {name!r}")
+    folders, left = [folder], _IN_A_DATASET
+    linked = {folder}
+    while folders:
+        way_out = "one of its folders, or a file as calibration.text"
+        for entry in _entries(folders.pop(), left, f"data set {name!r}", way_out):
+            left -= 1
+            yield entry  # and whoever looks at it refuses a link that leads out
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif entry.is_symlink() and (target := Path(entry.path).resolve()) not in linked:
+                linked.add(target)
+                folders += [target] if target.is_dir() else []
+
+
+def _no_files(_folder: Path, _name: str) -> Iterator[os.DirEntry[str]]:
+    """Of a folder that is named as a text, which is refused when it is read."""
+    return iter(())
+
+
+def _entries(folder: Path, most: int, thing: str, way_out: str) -> Iterator[os.DirEntry[str]]:
+    """
+    What a folder has, unless that is more than ``most``.
+
+    Raises:
+        InvalidInput: It is, or the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            for number, entry in enumerate(found):
+                if number >= most:
+                    raise InvalidInput(
+                        f"{thing} has too many files to be looked through: a model may have "
+                        f"{_IN_A_MODEL}, a data set {_IN_A_DATASET}. Give {way_out}."
+                    )
+                yield entry
+    except OSError as error:
+        raise InvalidInput(
+            f"{thing} cannot be looked through: {error.strerror or error}. Let the service and its "
+            "workers read it."
+        ) from error
+
+
+def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str, files: Files) -> Path:
     places = ", ".join(map(str, roots))
     allowed = [] if name.startswith("~") else [_resolved(root, name) for root in roots]
     if not any(allowed):
@@ -143,7 +215,7 @@ def _local(name: str, roots: tuple[Path, ...], thing: str, variable: str) -> Pat
             f"{thing} {name!r} does not lie below {places}. Move it there, or let the operator "
             f"add its folder to {variable}."
         )
-    found = _below(name, roots)
+    found = _below(name, roots, files)
     if found is not None:
         return found
     if any(root.is_dir() for root in roots):

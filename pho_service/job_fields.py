@@ -2,7 +2,7 @@
 The parts of the documents that jobs are submitted as, each checked field by field.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
 
 from pho_service.access import Access, check_data_file
 from pho_service.configuration import AllocationDocument, CoefficientsDocument
+from pho_service.errors import InvalidInput
 from pho_service.search.space import SearchSpace
 from pho_service.spec import (
     ALLOCATIONS,
@@ -75,6 +76,29 @@ def check_field(field: str, check: Callable[[str], object], value: str) -> None:
         check(value)
     except ValueError as error:
         raise FieldError(f"/{field}", str(error)) from error
+
+
+def check_models(names: Mapping[str, str], access: Access) -> None:
+    """
+    Check the models of a document, each of them once.
+
+    Args:
+        names: By field.
+        access: The rules of this machine.
+
+    Raises:
+        FieldError: One is not allowed here, or is another one in other letters.
+    """
+    seen: dict[str, str] = {}
+
+    def once(name: str) -> None:
+        model = access.model(name)
+        if model in seen:
+            raise InvalidInput(f"{name!r} is the same model as {seen[model]!r}. Give each once.")
+        seen[model] = name
+
+    for field, name in names.items():
+        check_field(field, once, name)
 
 
 class CalibrationSpec(Document):

@@ -29,6 +29,7 @@ from pho_service.job_fields import (
     ValidationSpec,
     WarmStartSpec,
     check_field,
+    check_models,
     printable,
 )
 from pho_service.job_size import JobLimits
@@ -269,9 +270,8 @@ class JobSpec(Document):
         Raises:
             FieldError: The model or a text is not allowed here; names the field.
         """
-        check_field("model", access.model, self.model)
-        for number, name in enumerate(self.more_models):
-            check_field(f"more_models/{number}", access.model, name)
+        more = {f"more_models/{number}": name for number, name in enumerate(self.more_models)}
+        check_models({"model": self.model, **more}, access)
         self.calibration.check_access(access)
         if self.confirm is not None and self.confirm.text is not None:
             check_field("confirm/text", access.text, self.confirm.text)

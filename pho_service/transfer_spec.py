@@ -16,6 +16,7 @@ from pho_service.job_fields import (
     Name,
     Seed,
     check_field,
+    check_models,
     printable,
 )
 from pho_service.job_size import JobLimits
@@ -75,8 +76,7 @@ class TransferRequest(Document):
         Raises:
             FieldError: A model or a text is not allowed here; names the field.
         """
-        for number, name in enumerate(self.models):
-            check_field(f"models/{number}", access.model, name)
+        check_models({f"models/{i}": name for i, name in enumerate(self.models)}, access)
         if self.calibration is not None:
             self.calibration.check_access(access)
         if self.report is not None:

@@ -1,5 +1,6 @@
 """What a job may name on a machine, and the tricks by which it may not name more."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,56 @@ def test_dataset_outside(access: Access, name: str) -> None:
     """A local data set must lie below the folders for texts."""
     with pytest.raises(InvalidInput, match="does not lie below"):
         access.dataset(name)
+
+
+def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submission looks at a model's own files, and at no more of any folder than a limit."""
+    looked_at = []
+    scandir = os.scandir
+    monkeypatch.setattr(
+        "os.scandir", lambda path: looked_at.append(Path(path)) or scandir(path)
+    )  # fmt: skip
+    deep = disk / "models" / "big" / "checkpoints"
+    deep.mkdir(parents=True)
+    (deep / "out").symlink_to(disk)
+
+    assert access.model("./big") == str(disk / "models" / "big")
+    assert looked_at == [disk / "models" / "big"]
+    for number in range(1001):
+        (disk / "models" / "big" / str(number)).touch()
+    with pytest.raises(InvalidInput, match="too many files"):
+        access.model("big")
+
+
+def test_many_files_of_a_dataset(
+    access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set's are counted at all depths; links in a circle are followed once."""
+    data = disk / "texts" / "data"
+    (data / "out.jsonl").unlink()
+    (data / "again").symlink_to(data)
+    assert access.dataset("data") == str(data)
+    (data / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.setattr("pho_service.access._IN_A_DATASET", 3)
+
+    with pytest.raises(InvalidInput, match=r"too many files .* Give one of its folders"):
+        access.dataset("data")
+
+
+def test_link_behind_a_link(access: Access, disk: Path) -> None:
+    """A link to a folder below the root is followed, and what leads out there is refused."""
+    (disk / "texts" / "set").mkdir()
+    (disk / "texts" / "set" / "more").symlink_to(disk / "texts" / "data")
+
+    with pytest.raises(InvalidInput, match=r"link to something outside .*out\.jsonl"):
+        access.dataset("set")
+
+
+def test_templates_of_a_model(access: Access, disk: Path) -> None:
+    """The one folder that loaders look into below a model's own is looked at, too."""
+    folder = disk / "models" / "org" / "local" / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool.jinja").symlink_to(disk / "secret.txt")
+
+    with pytest.raises(InvalidInput, match="link to something outside"):
+        access.model("org/local")

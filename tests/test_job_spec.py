@@ -268,6 +268,16 @@ def test_access(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
     assert caught.value.pointer == pointer
 
 
+def test_each_model_once(tmp_path: Path) -> None:
+    """A model in other letters is the same model."""
+    (tmp_path / "m").mkdir()
+    access = Access.of(Settings(model_roots=(tmp_path,)))
+
+    with pytest.raises(FieldError, match=r"'\./m' is the same model as 'm'") as caught:
+        spec_of(model="m", more_models=["org/x", "./m"], confirm=None).check_access(access)
+    assert caught.value.pointer == "/more_models/1"
+
+
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.sampled_from(
     ["org/name", "m.gguf", "/a/b", "x"]
 )
