@@ -7,11 +7,34 @@ module that owns nothing and cuts its slice when it is asked: parameters, state
 dict and files on disk stay those of the fused module.
 """
 
-from types import MethodType
+import weakref
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+
+class _Owner:
+    """
+    A module that does not live for this: parameters in a circle wait for the garbage collector.
+
+    In a deep copy of the module it is the copy; a copy of less than the module keeps the old one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the experts' own module is gone: keep the model while it is used")
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Owner":
+        module = self()
+        return _Owner(memo.get(id(module), module))
 
 
 class ExpertLinear(nn.Module):
@@ -27,7 +50,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, experts: nn.Module, parameter: str, expert: int, rows: slice) -> None:
         super().__init__()
-        self._experts = (experts,)  # in a tuple, or it would become a child of its own child
+        self._owner = _Owner(experts)
         self.parameter = parameter
         self.expert = expert
         self.rows = rows
@@ -35,23 +58,45 @@ class ExpertLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out_features, in_features): a view, cut anew each time, so casts and moves are seen."""
-        (experts,) = self._experts
-        return experts.get_parameter(self.parameter)[self.expert, self.rows]
+        return self._owner().get_parameter(self.parameter)[self.expert, self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, in_features) to (tokens, out_features)."""
         return linear(x, self.weight)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """In a copy of the fused module a view of it; alone a linear with a weight of its own."""
+        experts = self._owner()
+        if id(experts) in memo:
+            return ExpertLinear(memo[id(experts)], self.parameter, self.expert, self.rows)
+        weight = self.weight.detach()
+        out_features, in_features = weight.shape
+        alone = nn.Linear(in_features, out_features, bias=False, device="meta")
+        alone.weight = nn.Parameter(weight.clone())
+        return alone
+
 
 class Expert(nn.Module):
-    """One expert: ``gate_proj``, ``up_proj`` and ``down_proj``, each an :class:`ExpertLinear`."""
+    """
+    One expert: ``gate_proj``, ``up_proj`` and ``down_proj``, each an :class:`ExpertLinear`.
+
+    A deep copy of it alone has three linears of its own, not all experts.
+    """
 
     def __init__(self, experts: nn.Module, index: int) -> None:
         super().__init__()
+        self._owner = _Owner(experts)
         width = experts.get_parameter("gate_up_proj").shape[1] // 2
         self.gate_proj = ExpertLinear(experts, "gate_up_proj", index, slice(0, width))
         self.up_proj = ExpertLinear(experts, "gate_up_proj", index, slice(width, None))
         self.down_proj = ExpertLinear(experts, "down_proj", index, slice(None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) to (..., hidden), not yet weighed by the router."""
+        both = torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)
+        gated = self._owner()._apply_gate(both)  # type: ignore[operator]  # see _is_fused
+        output: Tensor = self.down_proj(gated)
+        return output
 
 
 def unfuse_experts(model: nn.Module) -> None:
@@ -70,7 +115,7 @@ def unfuse_experts(model: nn.Module) -> None:
         if _is_fused(module) and not experts_of(module):
             for index in range(len(module.get_parameter("down_proj"))):
                 module.add_module(str(index), Expert(module, index))
-            module.forward = MethodType(_forward, module)
+            module.forward = partial(_forward, _Owner(module))
 
 
 def experts_of(module: nn.Module) -> list[Expert]:
@@ -99,13 +144,13 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    owner: _Owner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """
     What the fused module computes, expert by expert.
 
     Args:
-        self: The module of experts.
+        owner: The module of experts.
         hidden_states: (tokens, hidden), floating point.
         top_k_index: (tokens, k), int64: the experts of each token. An index
             beyond the last expert stands for none.
@@ -114,7 +159,7 @@ def _forward(
     Returns:
         (tokens, hidden), the dtype of ``hidden_states``.
     """
-    experts = experts_of(self)
+    experts = experts_of(owner())
     routes = top_k_index.flatten()  # (tokens * k,)
     by_expert = routes.argsort(stable=True)
     counts = routes.bincount(minlength=len(experts)).tolist()  # the only wait for the device
@@ -123,9 +168,7 @@ def _forward(
         if len(chosen) == 0:
             continue
         token = chosen // top_k_index.shape[1]
-        x = hidden_states[token]  # (tokens of this expert, hidden); one tensor for both readers
-        both = torch.cat((expert.gate_proj(x), expert.up_proj(x)), dim=-1)
-        y = expert.down_proj(self._apply_gate(both))  # type: ignore[operator]  # see _is_fused
+        y = expert(hidden_states[token])  # (tokens of this expert, hidden)
         y = y * top_k_weights.flatten()[chosen, None]
         output.index_add_(0, token, y.to(output.dtype))
     return output

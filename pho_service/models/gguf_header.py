@@ -22,6 +22,15 @@ class BoundedReader(gguf.GGUFReader):
 
     _reads = 0
 
+    def __init__(self, path: Any, mode: Any = "r") -> None:
+        super().__init__(path, mode)
+        parts = self.get_field("split.count")
+        if parts is not None and int(parts.contents()) > 1:  # transformers reads this file alone
+            raise ValueError(
+                f"it is one of {int(parts.contents())} parts. Put them together first, with "
+                "`llama-gguf-split --merge` of llama.cpp"
+            )
+
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         self._reads += 1
         values = super()._get(offset, dtype, count, override_order)

@@ -5,7 +5,7 @@ Open a model by hub id, local folder or .gguf file. Never runs remote code, neve
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,11 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.devices import pick_device
 from pho_service.models.gguf_header import gguf_read_once
@@ -221,17 +224,38 @@ def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if not (path.exists() or looks_local):
         revision_argument = {"revision": revision} if revision else {}
+        _check_hub_files(name, revision_argument)
         return {"pretrained_model_name_or_path": name, **revision_argument}, False
     if revision:
         raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
     if not path.exists():
         raise ModelError(f"{name} does not exist. Give a hub id, a model folder or a .gguf file.")
     if path.suffix == ".gguf":
+        beside = path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            check_names(beside)
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, True
     if not path.is_dir():
         raise ModelError(f"{name} is neither a folder nor a .gguf file.")
     _check_folder(path)
+    check_model_folder(path)
     return {"pretrained_model_name_or_path": str(path)}, False
+
+
+def _check_hub_files(name: str, revision: dict[str, Any]) -> None:
+    """Check what a hub model's files name; what cannot be had is told when the model is read."""
+    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
+        with suppress(OSError):
+            file = cached_file(
+                name,
+                filename,
+                **revision,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if file is not None:
+                check_names(Path(file))
 
 
 def _check_folder(path: Path) -> None:

@@ -132,6 +132,6 @@ def _renumber_(reader: PrunableLinear, writers: list[PrunableLinear], order: Ten
     for writer in writers:
         rows = order.to(writer.weight.device)
         writer.weight.copy_(writer.weight[rows])
-        bias = writer.module.bias
+        bias = getattr(writer.module, "bias", None)  # an expert's linear has none
         if isinstance(bias, Tensor):
             bias.detach().copy_(bias.detach()[rows])

@@ -1,6 +1,8 @@
 """Fused experts get modules of their own, and nothing but the hooks can tell the difference."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,41 @@ def test_copy(mixtral: MixtralForCausalLM, window: Tensor) -> None:
     assert torch.equal(after, before)
     assert not torch.equal(changed, before)
     assert all(bool((linear.weight != 0).any()) for linear in linears.values())
+
+
+def test_copy_of_an_expert(mixtral: MixtralForCausalLM) -> None:
+    """A copy of one expert alone has its own three matrices, no others, and says the same."""
+    prunable_linears(mixtral)
+    expert = mixtral.get_submodule(f"{EXPERTS}.2")
+    alone = copy.deepcopy(expert).double()
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
+    before = expert(x)
+    for parameter in alone.parameters():
+        parameter.data.mul_(2)
+
+    assert sum(p.numel() for p in alone.parameters()) == 3 * 24 * 16
+    assert torch.equal(expert(x), before)
+    torch.testing.assert_close(
+        mixtral.get_submodule(EXPERTS)(x, torch.full((5, 1), 2), torch.ones(5, 1)), before
+    )
+    assert not torch.equal(alone(x.double()).float(), before)
+
+
+def test_let_go(mixtral: MixtralForCausalLM) -> None:
+    """A mixture's parameters are freed with it, without the garbage collector."""
+    prunable_linears(mixtral)
+    other = copy.deepcopy(mixtral)
+    parameters = [weakref.ref(p) for p in other.parameters()]
+    gc.collect()  # what transformers made a circle of while it built the model
+    gc.disable()
+    try:
+        del other
+        alive = sum(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
+
+    assert len(parameters) > 10
+    assert alive == 0
 
 
 def test_other_layout() -> None:

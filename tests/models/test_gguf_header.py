@@ -5,7 +5,9 @@ from pathlib import Path
 import gguf
 import pytest
 
+from pho_service.errors import ModelError
 from pho_service.models.gguf_header import gguf_read_once
+from pho_service.models.loading import load_model
 
 
 @pytest.fixture
@@ -38,3 +40,17 @@ def test_left_alone(path: Path) -> None:
 
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
     assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
+
+
+def test_parts(tmp_path: Path) -> None:
+    """One part of a model in several files is refused: the others would not be read."""
+    path = tmp_path / "model-00001-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(ModelError, match="one of 3 parts"):
+        load_model(str(path), device="cpu")

@@ -1,5 +1,6 @@
 """Models are opened with care: what cannot be pruned whole, or read safely, is refused by name."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.models import loading
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import load_model
 
@@ -89,6 +91,41 @@ def test_truncated_weights(model_folder: Path) -> None:
 
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(str(model_folder))
+
+
+def test_index_that_leads_out(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
+    """Weights outside of the folder are not read, whatever its index says."""
+    (model_folder / "model.safetensors").unlink()
+    tiny_llama.save_pretrained(model_folder, max_shard_size="20KB")
+    path = model_folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"].values()))
+    (model_folder / first).rename(model_folder.parent / first)
+    index["weight_map"] = {
+        tensor: f"../{name}" if name == first else name
+        for tensor, name in index["weight_map"].items()
+    }
+    path.write_text(json.dumps(index))
+
+    with pytest.raises(InvalidInput, match=rf"index\.json names '\.\./{first}'"):
+        load_model(str(model_folder), device="cpu")
+
+
+def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a hub model's files name is checked before its weights are asked for."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "/etc/a.safetensors"}}))
+    asked: list[str] = []
+
+    def cached(_name: str, filename: str, **_options: object) -> str | None:
+        asked.append(filename)
+        return str(index) if filename == index.name else None
+
+    monkeypatch.setattr(loading, "cached_file", cached)
+
+    with pytest.raises(InvalidInput, match="names '/etc/a"):
+        load_model("org/name", device="cpu")
+    assert asked == [index.name]
 
 
 def test_not_a_gguf(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -128,6 +130,29 @@ def test_conv1d_with_bias(gpt2: PreTrainedModel, windows: Tensor) -> None:
     assert torch.equal(after[f"{reader}.weight"], before[f"{reader}.weight"][order])
     assert torch.equal(after[f"{reader}.bias"], before[f"{reader}.bias"])
     assert torch.allclose(logits(gpt2, windows), said, atol=1e-3)
+
+
+def test_experts(windows: Tensor) -> None:
+    """The hidden channels of one expert move; all other experts and the model's words stay."""
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config).float().eval()
+    linears, said = prunable_linears(model), logits(model, windows)
+    experts, order = "model.layers.0.mlp.experts", random_order(24)
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
+    names = fold_order(model, linears[f"{experts}.1.down_proj"], linears, order)
+
+    assert names == [f"{experts}.1.gate_proj", f"{experts}.1.up_proj"]
+    for name, linear in linears.items():
+        moved = name.startswith(f"{experts}.1.")
+        weight = before[name][:, order] if name.endswith("down_proj") else before[name]
+        expected = weight if name.endswith("down_proj") or not moved else before[name][order]
+        assert torch.equal(linear.weight, expected if moved else before[name])
+    assert torch.allclose(logits(model, windows), said, atol=1e-4)
 
 
 def test_mlp_without_a_module(opt: PreTrainedModel, windows: Tensor) -> None:
