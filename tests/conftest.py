@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from pretended_cards import Card
+from pretended_device import pretend
+from pretended_machine import Cards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -51,6 +54,20 @@ def _limited_disk(size: int) -> Iterator[None]:
 def limited_disk() -> Callable[[int], AbstractContextManager[None]]:
     """In its context no file may grow beyond so many bytes: a write fails as on a full disk."""
     return _limited_disk
+
+
+@pytest.fixture
+def pretended_gpu() -> Iterator[Card]:
+    """A GPU of 80 GiB that is not there, ``cuda:0``: see tests/pretended/pretended_device.py."""
+    with pretend() as cards:
+        yield cards[0]
+
+
+@pytest.fixture
+def pretended_gpus() -> Iterator[Cards]:
+    """Two GPUs of 80 GiB that are not there, ``cuda:0`` and ``cuda:1``."""
+    with pretend(2) as cards:
+        yield cards
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ class ProxyEvaluator:
         lost = self._each(self._shares, candidates)
         found = self._by_position(
             self._each(lambda stack: self._rate(stack, candidates, lost, with_gini), self.stacks)
-        ).cpu()  # (layers, C, 5)
+        )  # (layers, C, 5)
         sums = [_Sums(*values.T) for values in found.unbind(dim=1)]
         for each in sums:
             self._require_finite(each.highest, "a score of a candidate")
@@ -222,8 +222,8 @@ class ProxyEvaluator:
         return plain
 
     def _by_position(self, values: Sequence[Tensor]) -> Tensor:
-        """What stacks have of each linear, (I * L, ...), in the order of the bundle."""
-        found = torch.cat(list(values))
+        """What stacks have of each linear, (I * L, ...), in the order of the bundle, on the CPU."""
+        found = torch.cat(list(values)).cpu()
         ordered = torch.empty_like(found)
         ordered[self._positions] = found
         return ordered
@@ -269,7 +269,7 @@ class ProxyEvaluator:
             for stack, memory in zip(self.stacks, self._plain(), strict=True)
         ]  # (I * L, R * n) each
         weights = [stack.weights_per_value for stack in self.stacks]
-        highest = self._by_position([score.amax(dim=1).cpu() for score in scores])
+        highest = self._by_position([score.amax(dim=1) for score in scores])
         self._require_finite(highest, "a score of a candidate")
         total = candidate.pattern.removed(self.bundle.weights)
         threshold = threshold_of(lambda: zip(scores, weights, strict=True), total)

@@ -28,7 +28,7 @@ class Stack:
     """
 
     first: str  # name of a linear, for messages
-    positions: Tensor  # (I * L,), int64, in the bundle; readers of one input are neighbours
+    positions: Tensor  # (I * L,), int64, on the CPU: in the bundle; an input's readers are neighbours
     rows: Tensor  # (I, L, R, n)
     magnitude: Tensor  # (I, L, R, n)
     row_mean: Tensor  # (I, L, R)
@@ -170,7 +170,7 @@ def _stack(
     norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
     stack = Stack(
         first=layers[0].name,
-        positions=torch.tensor(positions, device=device),
+        positions=torch.tensor(positions),
         rows=weights,
         magnitude=weights.abs(),
         row_mean=stacked(lambda layer: layer.row_mean, rows),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_cards import Card
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -388,3 +389,24 @@ def test_global_ties(linears: Linears, statistics: Statistics) -> None:
     assert rate(bundle_of(linears, tied), candidate).absolute == pytest.approx(
         expected.absolute, rel=1e-4
     )
+
+
+def test_a_gpu_rates_what_the_cpu_rates(
+    linears: Linears, statistics: Statistics, pretended_gpu: Card
+) -> None:
+    """Scope ``global`` and every allocation, whose shares come from the CPU, on a GPU as well."""
+    candidates = [
+        replace(candidate, steps=Steps(allocation=Allocation(method=method, unit="block")))
+        for candidate in ALL_CANDIDATES[-len(PATTERNS) :]
+        for method in ("uniform", "owl", "fisher", "curves")
+        if method == "uniform" or candidate.pattern.scope != "global"
+    ]
+    bundle = bundle_of(linears, statistics, rows_per_layer=8)
+    on_gpu = ProxyEvaluator(bundle, "cuda")
+    found = on_gpu.evaluate(candidates, with_gini=True)
+    expected = ProxyEvaluator(bundle).evaluate(candidates, with_gini=True)
+
+    assert on_gpu.stacks[0].rows.device == pretended_gpu.device
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.blend == pytest.approx(theirs.blend, rel=1e-5)
+        assert mine.gini == pytest.approx(theirs.gini, rel=1e-4)

@@ -1,0 +1,216 @@
+"""
+What a pretended GPU keeps account of: memory, launches, waits and copies.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from threading import Lock
+from typing import Any
+
+import torch
+
+BLOCK = 512  # bytes; torch's allocator hands out multiples of it
+
+
+@dataclass
+class Counts:
+    """
+    What was asked of a card.
+
+    Attributes:
+        launches: Operations that a kernel does: no views, and no allocations without a value.
+        waits: How often the CPU waits until the card has done all that it was asked.
+        h2d_copies: From main memory to the card.
+        d2h_copies: From the card to main memory.
+        p2p_copies: From another card.
+        h2d_bytes: Of these copies.
+        d2h_bytes: Of these copies.
+        by_operation: Launches of each operation, by its name without ``aten::``.
+        by_cause: Waits by their cause: an operation's name, ``h2d``, ``d2h``, ``synchronize``.
+    """
+
+    launches: int = 0
+    waits: int = 0
+    h2d_copies: int = 0
+    d2h_copies: int = 0
+    p2p_copies: int = 0
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    by_operation: Counter[str] = field(default_factory=Counter)
+    by_cause: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Counts") -> None:
+        """Add another's counts to these."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, each.name, mine + theirs)
+
+
+class Card:
+    """
+    One pretended GPU.
+
+    Attributes:
+        device: ``cuda:0`` or ``cuda:1``.
+        memory_bytes: Its size. An allocation beyond it raises ``torch.OutOfMemoryError``.
+        allocated: Bytes that live tensors hold, each rounded up to 512.
+        peak: The most that they held since the peak was reset.
+        reserved: As torch's allocator: what it took from the card, and gives back only when its
+            cache is emptied.
+        reserved_peak: The most of that since the peak was reset.
+        others: Bytes that other programs use on the card; set it to make the card fuller.
+        counts: All that was asked of the card since it exists.
+        fault: Raised by the next operation on the card if it is set, as by a card that broke.
+    """
+
+    def __init__(self, index: int, memory_bytes: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.memory_bytes = memory_bytes
+        self.allocated = self.peak = self.reserved = self.reserved_peak = 0
+        self.others = 0
+        self.counts = Counts()
+        self.fault: Exception | None = None
+        self.asked = 0  # asynchronous copies so far
+        self.done = 0  # of these, how many are known to have ended
+        self._watched: list[Counts] = []
+        self._lock = Lock()
+
+    @property
+    def free(self) -> int:
+        """Bytes that nobody has reserved."""
+        return max(0, self.memory_bytes - self.others - self.reserved)
+
+    def allocate(self, size: int) -> None:
+        """
+        Take bytes for a tensor, first those that the cache has.
+
+        Raises:
+            torch.OutOfMemoryError: The card has no room for them.
+        """
+        with self._lock:
+            most = self.memory_bytes - self.others
+            if self.allocated + size > most:
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU "
+                    f"{self.device.index} has a total capacity of {self.memory_bytes / 2**30:.2f} "
+                    f"GiB of which {(most - self.allocated) / 2**20:.2f} MiB is free (pretended)."
+                )
+            self.allocated += size
+            self.peak = max(self.peak, self.allocated)
+            self.reserved = max(self.reserved, self.allocated)
+            self.reserved_peak = max(self.reserved_peak, self.reserved)
+
+    def release(self, size: int) -> None:
+        """Give back bytes of a tensor; the cache keeps them."""
+        self.allocated -= size
+
+    def empty_cache(self) -> None:
+        """Give back to the card what no tensor holds."""
+        self.reserved = self.allocated
+
+    def reset_peak(self) -> None:
+        """Start to watch the peaks anew."""
+        self.peak, self.reserved_peak = self.allocated, self.reserved
+
+    def launch(self, operation: str) -> None:
+        """Count a kernel."""
+        self._count(Counts(launches=1, by_operation=Counter([operation])))
+
+    def wait(self, cause: str) -> None:
+        """Count a time that the CPU waits for the card; all copies have ended then."""
+        self.done = self.asked
+        self._count(Counts(waits=1, by_cause=Counter([cause])))
+
+    def copied(self, way: str, size: int) -> None:
+        """Count a copy: ``h2d``, ``d2h`` or ``p2p``."""
+        counts = Counts(**{f"{way}_copies": 1})
+        if way != "p2p":
+            setattr(counts, f"{way}_bytes", size)
+        self._count(counts)
+
+    @contextmanager
+    def counting(self) -> Iterator[Counts]:
+        """What is asked of the card inside."""
+        counts = Counts()
+        self._watched.append(counts)
+        try:
+            yield counts
+        finally:
+            self._watched = [each for each in self._watched if each is not counts]
+
+    def _count(self, counts: Counts) -> None:
+        with self._lock:
+            for each in (self.counts, *self._watched):
+                each.add(counts)
+
+
+class OnCard:
+    """The label of a storage that lies on a card; its bytes are given back when it is deleted."""
+
+    def __init__(self, card: Card, size: int) -> None:
+        self.card = card
+        self.size = 0
+        self.resize(size)
+
+    def resize(self, size: int) -> None:
+        """Hold other bytes than before."""
+        rounded = -(-size // BLOCK) * BLOCK
+        if rounded > self.size:
+            self.card.allocate(rounded - self.size)
+        else:
+            self.card.release(self.size - rounded)
+        self.size = rounded
+
+    def __del__(self) -> None:
+        self.card.release(self.size)
+
+
+@dataclass
+class InMain:
+    """
+    The label of a storage in main memory that a card was told of; others have none.
+
+    Attributes:
+        pinned: Copies from and to it may go on while the CPU does other things.
+        written: The card that writes to it, and the number of that copy.
+        read: The card that reads it, and the number of that copy.
+    """
+
+    pinned: bool = False
+    written: tuple[Card, int] | None = None
+    read: tuple[Card, int] | None = None
+
+    def check(self, *, writes: bool) -> None:
+        """
+        Refuse what would meet a copy that has not ended.
+
+        Raises:
+            RuntimeError: A card still writes the bytes, or still reads those to be overwritten.
+        """
+        for copy, says in ((self.written, "is not there yet"), (self.read, "is still read")):
+            if copy is None or (copy is self.read and not writes):
+                continue
+            card, number = copy
+            if card.done < number:
+                raise RuntimeError(
+                    f"what a copy without waiting moves {says}: {card.device} was not waited for"
+                )
+
+
+def label_of(tensor: torch.Tensor) -> Any:
+    """The label of a tensor's storage: ``OnCard``, ``InMain``, or None. Without modes around."""
+    try:
+        return getattr(tensor.untyped_storage(), "pretended", None)
+    except (NotImplementedError, RuntimeError):  # it has none: sparse, functorch
+        return None
+
+
+def set_label(tensor: torch.Tensor, label: OnCard | InMain) -> None:
+    """Label a tensor's storage, and so all views of it. Without modes around."""
+    storage: Any = tensor.untyped_storage()
+    storage.pretended = label

@@ -1,0 +1,240 @@
+"""
+``torch.cuda`` and what else asks torch for a GPU, answered for pretended cards.
+"""
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+from uuid import UUID
+
+import torch
+from pretended_dispatch import Dispatch
+from pretended_function import Function
+from pretended_machine import Cards
+from torch.overrides import _get_current_function_mode_stack
+
+CAPABILITY = (9, 0)
+
+
+def cuda_of(cards: Cards) -> dict[str, Any]:
+    """What stands in for the functions and classes of ``torch.cuda``, by their names."""
+
+    def memory_stats(device: Any = None) -> dict[str, int]:
+        card = cards.at(device)
+        return {
+            "allocated_bytes.all.current": card.allocated,
+            "allocated_bytes.all.peak": card.peak,
+            "reserved_bytes.all.current": card.reserved,
+            "reserved_bytes.all.peak": card.reserved_peak,
+        }
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        card = cards.at(device)
+        return SimpleNamespace(
+            name=f"pretended GPU {card.device.index}",
+            total_memory=card.memory_bytes,
+            major=CAPABILITY[0],
+            minor=CAPABILITY[1],
+            multi_processor_count=132,
+            uuid=UUID(int=card.device.index + 1),
+        )
+
+    def set_device(device: Any) -> None:
+        cards.current = cards.at(device).device.index
+
+    class Device:
+        """As ``torch.cuda.device``: another current card inside."""
+
+        def __init__(self, device: Any) -> None:
+            self.index = cards.at(device).device.index
+
+        def __enter__(self) -> None:
+            self.before, cards.current = cards.current, self.index
+
+        def __exit__(self, *_error: object) -> None:
+            cards.current = self.before
+
+    class Event:
+        """As ``torch.cuda.Event``: it can be waited for, and has no times."""
+
+        def __init__(self, **_options: Any) -> None:
+            self.card, self.number = cards.at(), 0
+
+        def record(self, stream: Any = None) -> None:
+            self.card = cards.at() if stream is None else stream.card
+            self.number = self.card.asked
+
+        def synchronize(self) -> None:
+            self.card.wait("synchronize")
+
+        def wait(self, stream: Any = None) -> None:
+            """The card waits, not the CPU."""
+
+        def query(self) -> bool:
+            return self.card.done >= self.number
+
+    class Stream:
+        """As ``torch.cuda.Stream``: all of it happens in one order, nothing beside anything."""
+
+        def __init__(self, device: Any = None, **_options: Any) -> None:
+            self.card = cards.at(device)
+            self.device = self.card.device
+
+        def synchronize(self) -> None:
+            self.card.wait("synchronize")
+
+        def wait_stream(self, stream: Any) -> None:
+            """The card waits, not the CPU."""
+
+        def wait_event(self, event: Any) -> None:
+            """The card waits, not the CPU."""
+
+        def record_event(self, event: Any = None) -> Event:
+            event = event or Event()
+            event.record(self)
+            return event
+
+        def query(self) -> bool:
+            return self.card.done >= self.card.asked
+
+        def __enter__(self) -> "Stream":
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            pass
+
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
+        "device_count": lambda: len(cards),
+        "current_device": lambda: cards.current,
+        "set_device": set_device,
+        "device": Device,
+        "get_device_name": lambda device=None: properties(device).name,
+        "get_device_properties": properties,
+        "get_device_capability": lambda device=None: CAPABILITY,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "mem_get_info": lambda device=None: (
+            (card := cards.at(device)).free,
+            card.memory_bytes,
+        ),
+        "memory_allocated": lambda device=None: cards.at(device).allocated,
+        "max_memory_allocated": lambda device=None: cards.at(device).peak,
+        "memory_reserved": lambda device=None: cards.at(device).reserved,
+        "max_memory_reserved": lambda device=None: cards.at(device).reserved_peak,
+        "reset_peak_memory_stats": lambda device=None: cards.at(device).reset_peak(),
+        "memory_stats": memory_stats,
+        "empty_cache": lambda: [card.empty_cache() for card in cards] and None,
+        "synchronize": lambda device=None: cards.at(device).wait("synchronize"),
+        "is_current_stream_capturing": lambda: False,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device="cuda": None,
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": lambda device=None: Stream(device),
+        "default_stream": lambda device=None: Stream(device),
+        "stream": lambda stream: stream or Stream(),
+    }
+
+
+class Autocast(torch.amp.autocast_mode.autocast):
+    """``torch.autocast``, whose ``cuda`` is that of the CPU: the tensors are the CPU's."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+def _generator(cards: Cards) -> type[torch.Generator]:
+    class Generator(torch.Generator):
+        """A generator of the CPU that says where it is."""
+
+        def __new__(cls, device: Any = "cpu") -> "Generator":
+            made: Generator = super().__new__(cls)
+            made._at = cards.whole(device)
+            return made
+
+        def __init__(self, device: Any = "cpu") -> None:
+            pass
+
+        @property
+        def device(self) -> torch.device:
+            return self._at
+
+    return Generator
+
+
+@contextmanager
+def stand_ins(cards: Cards) -> Iterator[None]:
+    """
+    Inside, torch says that it has these cards, and tensors lie on them, in new threads too.
+
+    Args:
+        cards: That it has.
+    """
+    run = threading.Thread.run
+    hooks = torch.autograd.graph.saved_tensors_hooks.__init__
+    is_autocast, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def run_in_modes(thread: threading.Thread) -> None:
+        with Function(cards), Dispatch(cards):
+            run(thread)
+
+    def hooks_in_modes(self: Any, pack: Any, unpack: Any) -> None:
+        # torch calls them from inside of an operation, where the function mode is away.
+        hooks(self, _within(cards, pack), _within(cards, unpack))
+
+    def autocast_enabled(device_type: str = "cuda") -> bool:
+        return is_autocast("cpu" if device_type == "cuda" else device_type)
+
+    def dtype_of_autocast(device_type: str) -> torch.dtype:
+        return autocast_dtype("cpu" if device_type == "cuda" else device_type)
+
+    with ExitStack() as stack:
+        for name, stand_in in cuda_of(cards).items():
+            stack.enter_context(patch.object(torch.cuda, name, stand_in))
+        for where in (torch, torch.amp, torch.amp.autocast_mode):
+            stack.enter_context(patch.object(where, "autocast", Autocast))
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", autocast_enabled))
+        stack.enter_context(patch.object(torch, "get_autocast_dtype", dtype_of_autocast))
+        stack.enter_context(patch.object(torch, "Generator", _generator(cards)))
+        stack.enter_context(patch.object(threading.Thread, "run", run_in_modes))
+        saved = torch.autograd.graph.saved_tensors_hooks
+        stack.enter_context(patch.object(saved, "__init__", hooks_in_modes))
+        # torch.autograd.grad asks whether a mode is around, and would hide it from its hooks.
+        stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda _: False))
+        _forget_whether_cuda_is_there()
+        try:
+            with Function(cards), Dispatch(cards):
+                yield
+        finally:
+            _forget_whether_cuda_is_there()
+
+
+def _within(cards: Cards, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def call(value: Any) -> Any:
+        if any(isinstance(mode, Function) for mode in _get_current_function_mode_stack()):
+            return hook(value)
+        with Function(cards):
+            return hook(value)
+
+    return call
+
+
+def _forget_whether_cuda_is_there() -> None:
+    """transformers and accelerate ask once, and remember what they were told."""
+    import sys
+
+    for name in ("transformers.utils.import_utils", "accelerate.utils.imports"):
+        for function in vars(sys.modules.get(name, types.ModuleType(name))).copy().values():
+            while function is not None:
+                if hasattr(function, "cache_clear") and "cuda" in getattr(function, "__name__", ""):
+                    function.cache_clear()
+                function = getattr(function, "__wrapped__", None)

@@ -1,0 +1,141 @@
+"""
+A machine with pretended cards: where tensors lie, and how they are copied from one to another.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+import torch
+from pretended_cards import Card, InMain, OnCard, label_of, set_label
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+class Cards(Sequence[Card]):
+    """The pretended cards of this machine, and which of them is the current one."""
+
+    def __init__(self, count: int, memory_bytes: int) -> None:
+        self._cards = [Card(index, memory_bytes) for index in range(count)]
+        self.current = 0
+        self.here = local()  # .target: the device of what a factory makes in this thread
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._cards[index]
+
+    def __len__(self) -> int:
+        return len(self._cards)
+
+    def at(self, device: Any = None) -> Card:
+        """
+        The card that a device, its name or its index means; without one the current.
+
+        Raises:
+            RuntimeError: There is no such card.
+            ValueError: It is not a GPU.
+        """
+        if isinstance(device, str):
+            device = torch.device(device)
+        if isinstance(device, torch.device):
+            if device.type != "cuda":
+                raise ValueError(f"Expected a cuda device, but got: {device}")
+            device = device.index
+        index = self.current if device is None or device == -1 else int(device)
+        if not 0 <= index < len(self._cards):
+            raise RuntimeError("CUDA error: invalid device ordinal (pretended)")
+        return self._cards[index]
+
+    def whole(self, device: Any) -> torch.device:
+        """A device with its index, if it is a GPU; an integer is one."""
+        if isinstance(device, int):
+            return self.at(device).device
+        device = torch.device(device)
+        return self.at(device).device if device.type == "cuda" else device
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """Where a tensor lies. Without modes around."""
+        label = label_of(tensor)
+        return label.card.device if isinstance(label, OnCard) else tensor.device
+
+    @contextmanager
+    def making(self, device: torch.device) -> Iterator[None]:
+        """What is made anew inside lies on this card."""
+        before = getattr(self.here, "target", None)
+        self.here.target = device
+        try:
+            yield
+        finally:
+            self.here.target = before
+
+    def put(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Label a new tensor of the CPU, so that it lies on a card. Without modes around."""
+        storage = tensor.untyped_storage()
+        if device.type == "cuda" and label_of(tensor) is None:
+            set_label(tensor, OnCard(self.at(device), storage.nbytes()))
+        return tensor
+
+    def copied(
+        self,
+        source: Tensor,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        """A copy on another device, without a gradient's way back. Without modes around."""
+        label = label_of(source)
+        with torch.no_grad():
+            made = source.detach().to(dtype, copy=True, memory_format=memory_format)
+        if device.type == "cuda":
+            self.put(made, device)
+        elif isinstance(label, OnCard) and non_blocking:
+            set_label(made, InMain(pinned=True))  # as torch does for such a copy
+        self.move(made, source, non_blocking=non_blocking)
+        return made
+
+    def move(self, to: Tensor, source: Tensor, *, non_blocking: bool) -> None:
+        """Account for a copy between devices, whose values are there. Without modes around."""
+        target, origin = label_of(to), label_of(source)
+        size = to.numel() * to.element_size()
+        if isinstance(target, OnCard) and isinstance(origin, OnCard):
+            target.card.copied("p2p", size)
+            return
+        if isinstance(target, OnCard):
+            card, host, way = target.card, source, "h2d"
+        else:
+            card, host, way = origin.card, to, "d2h"
+            if to.dtype != source.dtype or not source.is_contiguous():
+                OnCard(card, size)  # for a moment: it is cast or packed on the card first
+                card.launch("copy_")
+        if size == 0:
+            return
+        memory = label_of(host)
+        card.copied(way, size)
+        if not (non_blocking and isinstance(memory, InMain) and memory.pinned):
+            card.wait(way)
+            return
+        card.asked += 1
+        if way == "h2d":
+            memory.read = (card, card.asked)
+        else:
+            memory.written = (card, card.asked)
+
+
+class Move(torch.autograd.Function):
+    """A copy to another device; its gradient goes back to where it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, cards: Cards, device: torch.device, options: Any) -> Any:
+        """The copy."""
+        ctx.cards, ctx.home, ctx.dtype = cards, cards.device_of(source), source.dtype
+        return cards.copied(source, device, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Its gradient, where the source lies."""
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            moved = ctx.cards.copied(gradients[0], ctx.home, dtype=ctx.dtype)
+        return moved, None, None, None

@@ -1,0 +1,355 @@
+"""The pretended GPU: it refuses what CUDA refuses, counts what costs, and changes no value."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from pretended_cards import Card
+from pretended_device import pretend
+from pretended_machine import Cards
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
+
+GPU = torch.device("cuda", 0)
+
+
+def ones(*shape: int, device: str = "cuda") -> Tensor:
+    """Ones on a card."""
+    return torch.ones(*shape, device=device)
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "sum": lambda: ones(3) + torch.ones(3),
+    "sum of a number that lies on the card": lambda: torch.ones(3) + ones(3)[0],
+    "written number of the CPU": lambda: torch.tensor(1.0).add_(ones(3)[0]),
+    "two numbers of the CPU": lambda: torch.addcmul(ones(3), torch.tensor(1.0), torch.tensor(1.0)),
+    "product": lambda: ones(2, 2) @ torch.ones(2, 2),
+    "linear": lambda: nn.Linear(2, 2)(ones(2)),
+    "cat": lambda: torch.cat([ones(2), torch.ones(2)]),
+    "gather": lambda: ones(3).gather(0, torch.zeros(1, dtype=torch.int64)),
+    "scatter": lambda: torch.zeros(3).scatter_(0, torch.zeros(1, dtype=int), ones(1)),
+    "index_select": lambda: ones(3).index_select(0, torch.zeros(1, dtype=torch.int64)),
+    "index_add_": lambda: torch.zeros(3).index_add_(0, torch.zeros(1, dtype=int), ones(1)),
+    "indices on the card": lambda: torch.ones(3)[torch.zeros(1, dtype=int, device="cuda")],
+    "mask on the card": lambda: torch.ones(3)[ones(3) > 0],
+    "values on the CPU": lambda: ones(3).__setitem__(torch.zeros(2, dtype=int), torch.ones(2)),
+    "masked_fill": lambda: ones(3).masked_fill(torch.ones(3) > 0, 0.0),
+    "where": lambda: torch.where(ones(3) > 0, torch.ones(3), 0.0),
+    "embedding": lambda: nn.Embedding(3, 2).to("cuda")(torch.zeros(1, dtype=torch.int64)),
+    "out": lambda: torch.mul(ones(3), 2, out=torch.empty(3)),
+    "weights of bincount": lambda: torch.bincount(ones(3).long(), weights=torch.ones(3)),
+    "in a list": lambda: torch.stack([torch.ones(2), ones(2)]),
+    "other card": lambda: ones(3) + ones(3, device="cuda:1"),
+    "number of another card": lambda: ones(3) + ones(3, device="cuda:1")[0],
+    "card that does not exist": lambda: ones(3, device="cuda:2"),
+    "generator of the CPU": lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
+    "generator of the card": lambda: torch.rand(3, generator=torch.Generator("cuda")),
+    "pinned on the card": lambda: ones(3).pin_memory(),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cuda_refuses_is_refused(what: str, pretended_gpus: Cards) -> None:
+    """Tensors of two devices, and what is not there, raise RuntimeError as on CUDA."""
+    with pytest.raises(RuntimeError, match=r"device|pin|ordinal"):
+        REFUSED[what]()
+
+
+READS = [lambda t: t.numpy(), lambda t: np.asarray(t), lambda t: np.from_dlpack(t)]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_cards_tensor_is_no_array(read: Callable[[Tensor], object], pretended_gpu: Card) -> None:
+    """numpy reads main memory alone."""
+    with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
+        read(ones(3)[1:])
+
+
+PASSES: dict[str, Callable[[], Tensor]] = {
+    "number": lambda: ones(3) * 2,
+    "number of the CPU": lambda: ones(3) * torch.tensor(2.0),
+    "number of the CPU before": lambda: torch.tensor(2.0) * ones(3),
+    "numbers of the CPU in where": lambda: torch.where(
+        ones(3) > 0, torch.tensor(1.0), torch.tensor(0.0)
+    ),
+    "number of the CPU in masked_fill": lambda: ones(3).masked_fill(ones(3) > 0, torch.tensor(0.0)),
+    "indices of the CPU": lambda: ones(3)[torch.zeros(1, dtype=torch.int64)],
+    "mask of the CPU": lambda: ones(3)[torch.ones(3) > 0],
+    "filled": lambda: ones(3).fill_(torch.tensor(2.0)),
+    "copied over": lambda: torch.empty(3, device="cuda").copy_(torch.ones(3)),
+    "as another": lambda: torch.ones(3).to(ones(1)),
+    "new of it": lambda: ones(3).new_zeros(2) + ones(3).new_tensor([1.0, 2.0]),
+    "like it": lambda: torch.zeros_like(ones(3)) + torch.ones_like(torch.ones(3), device=GPU),
+    "list": lambda: torch.tensor([1.0, 2.0], device="cuda"),
+    "view": lambda: ones(4).view(2, 2)[1:].T,
+    "copy": lambda: copy.deepcopy(ones(3)),
+    "default device": lambda: _made_under_default_device(),
+    "generator": lambda: torch.randn(3, device=GPU, generator=torch.Generator("cuda")),
+    "nothing": lambda: torch.empty(0, device="cuda") + ones(0),
+}
+
+
+def _made_under_default_device() -> Tensor:
+    with torch.device("cuda"):
+        return torch.zeros(3) + nn.Linear(3, 3).bias.detach()
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_what_cuda_takes_passes(what: str, pretended_gpu: Card) -> None:
+    """The result lies on the card."""
+    result = PASSES[what]()
+
+    assert result.device == GPU
+    assert result.is_cuda
+    assert result.get_device() == 0
+
+
+def test_setting_moves_indices(pretended_gpu: Card) -> None:
+    """``index_put_`` takes indices of any device and numbers of the CPU, as on CUDA."""
+    index = torch.tensor([1], device="cuda")
+    main, card = torch.zeros(3), torch.zeros(3, device="cuda")
+    main[index] = 1.0
+    card[torch.tensor([2])] = torch.tensor(5.0)
+    card[card > 4] = 7.0
+
+    assert main.tolist() == [0, 1, 0]
+    assert card.tolist() == [0, 0, 7]
+
+
+def test_a_model_gives_the_same_bits(
+    tiny_llama: LlamaForCausalLM, windows: Tensor, pretended_gpu: Card
+) -> None:
+    """Forward and backward, with a recomputed block: the CPU's values, on the card."""
+
+    def gradient(device: str) -> tuple[Tensor, Tensor]:
+        model = copy.deepcopy(tiny_llama).to(device)
+        layer = model.model.layers[0]
+        plain = layer.forward
+        layer.forward = lambda *args, **kw: checkpoint(plain, *args, use_reentrant=False, **kw)
+        loss = model(input_ids=windows.to(device), labels=windows.to(device)).loss
+        loss.backward()
+        assert loss.device == torch.device(device, 0 if device == "cuda" else None)
+        assert {p.grad.device for p in model.parameters()} == {loss.device}
+        return loss.detach(), model.model.embed_tokens.weight.grad
+
+    there, here = gradient("cuda"), gradient("cpu")
+
+    assert torch.equal(there[0].cpu(), here[0])
+    assert torch.equal(there[1].cpu(), here[1])
+
+
+def test_gradients_go_back_to_where_tensors_were(pretended_gpus: Cards) -> None:
+    """A copy between cards, and to the CPU with another dtype, is part of the graph."""
+    first = ones(2, 2).requires_grad_()
+    second = ones(2, 2, device="cuda:1").requires_grad_()
+    seen: list[torch.device] = []
+    first.register_hook(lambda gradient: seen.append(gradient.device))
+    product = first.to("cuda:1") @ second
+    product.to("cpu", torch.float64).sum().backward()
+
+    assert product.device == pretended_gpus[1].device
+    assert seen == [first.grad.device] == [first.device]
+    assert second.grad.device == second.device
+    assert first.grad.dtype == torch.float32
+    assert first.grad.tolist() == [[2, 2], [2, 2]]
+    assert pretended_gpus[0].counts.p2p_copies == 1
+
+
+def test_launches_are_counted(pretended_gpu: Card) -> None:
+    """An operation is a launch; views, empty memory, and what the CPU does are none."""
+    x = ones(4, 4)
+    with pretended_gpu.counting() as counts:
+        x.view(2, 8)[1:].T.detach()
+        torch.empty(3, device="cuda")
+        torch.ones(4, 4) @ torch.ones(4, 4)
+        ones(0).add_(1)
+        assert counts.launches == 0
+        (x @ x).add_(1)
+
+    assert counts.by_operation == {"mm": 1, "add_": 1}
+    assert counts.waits == 0
+
+
+def test_backward_is_counted(pretended_gpu: Card) -> None:
+    """The dispatch mode sees what autograd calls."""
+    weight = nn.Parameter(ones(2, 2))
+    loss = (weight @ ones(2, 2)).sum()
+    with pretended_gpu.counting() as counts:
+        loss.backward()
+
+    assert counts.by_operation["mm"] == 1
+
+
+WAITS: dict[str, tuple[Callable[[Tensor], object], list[str]]] = {
+    "item": (lambda x: x.sum().item(), ["_local_scalar_dense"]),
+    "float": (lambda x: float(x.sum()), ["_local_scalar_dense"]),
+    "if": (lambda x: bool((x > 0).all()), ["_local_scalar_dense"]),
+    "equal": (lambda x: torch.equal(x, x + 1), ["equal"]),
+    "nonzero": (lambda x: x.nonzero(), ["nonzero"]),
+    "mask": (lambda x: x[x > 0], ["nonzero"]),
+    "filled by mask": (lambda x: x.__setitem__(x > 0, 1.0), []),
+    "tolist": (lambda x: x.tolist(), ["d2h"]),
+    "to the CPU": (lambda x: x.cpu(), ["d2h"]),
+    "to pinned memory": (lambda x: x.to("cpu", non_blocking=True), []),
+    "from the CPU": (lambda x: torch.ones(3).to("cuda"), ["h2d"]),
+    "from the CPU, hoping": (lambda x: torch.ones(3).to("cuda", non_blocking=True), ["h2d"]),
+    "from pinned memory": (
+        lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), []
+    ),
+    "from pinned memory, blocking": (lambda x: torch.ones(3).pin_memory().to("cuda"), ["h2d"]),
+    "copied over": (lambda x: x.copy_(torch.ones(3)), ["h2d"]),
+    "copied back": (lambda x: torch.ones(3).copy_(x), ["d2h"]),
+    "copied over from pinned memory": (
+        lambda x: x.copy_(torch.ones(3).pin_memory(), non_blocking=True), []
+    ),
+    "made pinned": (
+        lambda x: x.copy_(torch.empty(3, pin_memory=True), non_blocking=True), []
+    ),
+    "indices of the CPU": (lambda x: x[torch.tensor([1])], ["h2d"]),
+    "list": (lambda x: torch.tensor([1.0], device="cuda"), ["h2d"]),
+    "number": (lambda x: x * torch.tensor(2.0), []),
+    "cholesky": (
+        lambda x: torch.linalg.cholesky(torch.eye(3, device=x.device)), ["_linalg_check_errors"]
+    ),
+    "cholesky_ex": (lambda x: torch.linalg.cholesky_ex(torch.eye(3, device=x.device)), []),
+    "bincount": (lambda x: torch.bincount(x.long(), minlength=4), ["bincount"]),
+    "synchronize": (lambda x: torch.cuda.synchronize(), ["synchronize"]),
+    "stream": (lambda x: torch.cuda.current_stream().synchronize(), ["synchronize"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_waits_are_counted(what: str, pretended_gpu: Card) -> None:
+    """The CPU waits where a number or a size comes from the card, and for most copies."""
+    work, causes = WAITS[what]
+    x = ones(3)
+    with pretended_gpu.counting() as counts:
+        work(x)
+
+    assert counts.by_cause == dict.fromkeys(causes, 1)
+
+
+def test_copies_are_counted_in_bytes(pretended_gpu: Card) -> None:
+    """To the card, from it, and with a cast on the way."""
+    with pretended_gpu.counting() as counts:
+        there = torch.ones(8).cuda()
+        there.cpu()
+        there.to("cpu", torch.float64)
+
+    assert (counts.h2d_copies, counts.h2d_bytes) == (1, 32)
+    assert (counts.d2h_copies, counts.d2h_bytes) == (2, 32 + 64)
+
+
+def test_live_bytes_and_their_peak(pretended_gpu: Card) -> None:
+    """Memory is a tensor's until its last view is gone; the cache keeps it until it is emptied."""
+    x = ones(1024)
+    y = x.view(32, 32)[:1]
+    del x
+    big = ones(1 << 18)
+    del big
+    gc.collect()
+
+    assert torch.cuda.memory_allocated() == 4096
+    assert torch.cuda.max_memory_allocated("cuda:0") == 4096 + (1 << 20)
+    assert torch.cuda.memory_reserved(y.device) == 4096 + (1 << 20)
+    free, total = torch.cuda.mem_get_info()
+    assert total - free == 4096 + (1 << 20)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.memory_reserved() == torch.cuda.max_memory_allocated() == 4096
+    del y
+    assert torch.cuda.memory_allocated() == 0
+
+
+def test_saved_tensors_are_live(pretended_gpu: Card) -> None:
+    """What autograd keeps for the backward pass counts, until the pass is over."""
+    x = ones(1024).requires_grad_()
+    loss = (x * 2).exp().sum()
+    kept = pretended_gpu.allocated
+    loss.backward()
+
+    assert kept == 4096 + 4096 + 512  # x, exp(2 x), the sum
+    assert pretended_gpu.allocated == 4096 + 4096 + 512  # x, its gradient, the sum
+
+
+def test_a_full_card(pretended_gpu: Card) -> None:
+    """An allocation beyond the memory raises torch's own error, and nothing is kept of it."""
+    pretended_gpu.memory_bytes = 8192
+    kept = ones(1024)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        ones(2048)
+
+    assert pretended_gpu.allocated == kept.numel() * 4
+    ones(1024)
+    pretended_gpu.others = 4096
+    with pytest.raises(torch.OutOfMemoryError):
+        kept + 1
+
+
+def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
+    """What comes without waiting must be waited for; what goes must not be overwritten before."""
+    there = ones(3)
+    back = there.to("cpu", non_blocking=True)
+    with pytest.raises(RuntimeError, match="is not there yet"):
+        back.sum()
+    with pytest.raises(RuntimeError, match="is not there yet"):
+        back.numpy()
+    torch.cuda.current_stream().synchronize()
+    assert back.sum() == 3
+
+    source = torch.ones(3).pin_memory()
+    there.copy_(source, non_blocking=True)
+    assert source.sum() == 3
+    with pytest.raises(RuntimeError, match="is still read"):
+        source.fill_(2)
+    event = torch.cuda.Event()
+    event.record()
+    event.synchronize()
+    source.fill_(2)
+
+
+def test_a_card_that_broke(pretended_gpu: Card) -> None:
+    """Its next operation raises what the test says."""
+    x = ones(3)
+    pretended_gpu.fault = torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        x + 1
+
+
+def test_threads_know_the_card(pretended_gpu: Card) -> None:
+    """A thread that begins inside sees the same devices."""
+    x, seen = ones(3), []
+    thread = threading.Thread(target=lambda: seen.append((x.device, (x + 1).device)))
+    thread.start()
+    thread.join()
+
+    assert seen == [(GPU, GPU)]
+
+
+def test_mixed_precision(pretended_gpu: Card) -> None:
+    """Autocast of the card makes its products in bfloat16, and asks for it by its name."""
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.is_autocast_enabled("cuda")
+        assert (ones(2, 2) @ ones(2, 2)).dtype == torch.bfloat16
+        with torch.autocast("cuda", enabled=False):
+            assert (ones(2, 2) @ ones(2, 2)).dtype == torch.float32
+
+
+def test_afterwards_all_is_as_before() -> None:
+    """Neither torch nor what was made inside keeps anything of the cards."""
+    names = ("is_available", "device_count", "Event", "synchronize", "device")
+    before = [getattr(torch.cuda, name) for name in names]
+    with pretend() as cards:
+        x = ones(3)
+
+    assert [getattr(torch.cuda, name) for name in names] == before
+    assert torch.Generator().device == torch.device("cpu")
+    assert x.device == torch.device("cpu")  # nobody answers for the card any more
+    del x
+    assert cards[0].allocated == 0
