@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in
+
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
@@ -45,6 +47,30 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory(device: torch.device) -> int:
+    """
+    Bytes of a GPU that can be had: those that nobody has, and those that torch keeps for later.
+
+    Torch's allocator gives nothing back to the card: what an earlier stage had counts as used
+    there, though the next one gets it.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had: the system's, or what is left to this container."""
+    available = int(psutil.virtual_memory().available)
+    try:  # version 2, which docker, Kubernetes and SLURM set
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["file"])  # pages of files are dropped when others need the room
+    except (OSError, ValueError, KeyError):  # "max" is no limit
+        return available
+    return min(available, max(0, limit - used))
 
 
 def format_bytes(count: int) -> str:

@@ -112,7 +112,7 @@ def measure(
             "out."
         )
     plan = plan_calibration(model, settings, windows=count, fisher_windows=fisher)
-    logger.info("calibration planned", extra=asdict(plan))
+    logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
     blocks = [block for _, block in decoder_blocks(model.model)]
     title, steps = "Calibrating the dense model", count
     if model.stream:
@@ -124,8 +124,9 @@ def measure(
             collect_statistics,
             model.model,
             model.linears,
-            batch_windows=plan.windows,
-            recompute=blocks if plan.recompute else (),
+            batch_windows=plan.run.windows,
+            forward_windows=plan.run.forward_windows,
+            recompute=blocks if plan.run.recompute else (),
         )
     )
     products = torch.autocast(

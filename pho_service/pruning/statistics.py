@@ -74,6 +74,7 @@ def collect_statistics(
     projection_rows: int,
     seed: int,
     batch_windows: int = 1,
+    forward_windows: int | None = None,
     recompute: Iterable[nn.Module] = (),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Statistics:
@@ -92,6 +93,8 @@ def collect_statistics(
             0 gathers the full Gram matrix.
         seed: Of the random projection.
         batch_windows: How many are run at once. It changes rounding only.
+        forward_windows: The same of those that are run forward only, which take less memory;
+            None is ``batch_windows``.
         recompute: Blocks that run a second time in a backward pass, so that only
             their inputs are kept for it. It changes nothing else.
         advance: Called with the number of windows after each batch.
@@ -115,7 +118,7 @@ def collect_statistics(
             run_backward(model, batch.to(device))
             collector.end_of_window()
             advance(len(batch))
-        for batch in forward.split(batch_windows) if len(forward) else ():
+        for batch in forward.split(forward_windows or batch_windows) if len(forward) else ():
             run_decoder(model, batch.to(device))
             collector.end_of_window()
             advance(len(batch))

@@ -13,10 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput
-from pho_service.memory import memory_in_use
+from pho_service.memory import available_memory, free_memory, memory_in_use
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.stage_memory import CalibrationRun
 from pho_service.models.texts import TextSource
 from pho_service.spec import CalibrationSettings
 
@@ -34,8 +35,10 @@ def test_no_limit(model: LanguageModel) -> None:
     """Without a limit a CPU runs window by window and keeps what the backward pass needs."""
     plan = plan_calibration(model, SETTINGS, windows=4, fisher_windows=1)
 
-    assert (plan.windows, plan.recompute) == (1, False)
-    assert plan.memory_bytes > memory_in_use(model.device)
+    assert plan.run == CalibrationRun()
+    assert plan.fits
+    assert plan.peak.device == 0
+    assert plan.peak.host > sum(p.nbytes for p in model.model.parameters())
 
 
 def test_same_bundle_key(model: LanguageModel, texts: dict[str, Path]) -> None:
@@ -78,18 +81,44 @@ def test_shorter_windows(model_folder: Path) -> None:
     larger_model(model_folder)
     model = load_model(str(model_folder), device="cpu")
 
+    weights = sum(p.nbytes for p in model.model.parameters())
+
     def plan(context_length: int, limit: int | None) -> CalibrationPlan:
         settings = replace(SETTINGS, context_length=context_length, memory_bytes=limit)
         return plan_calibration(model, settings, windows=4, fisher_windows=1)
 
-    limit = plan(256, None).memory_bytes
+    limit = plan(256, None).peak.host - weights + memory_in_use(model.device) + 2**20
     with pytest.raises(InvalidInput) as refusal:
         plan(4096, limit)
     (shorter,) = re.findall(r"--context-length (\d+)", str(refusal.value))
 
-    assert plan(int(shorter), limit).memory_bytes <= limit
+    assert plan(int(shorter), limit).fits
     with pytest.raises(InvalidInput):
         plan(2 * int(shorter), limit)
+
+
+def test_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps of a GPU for later, and no tensor uses, can be had."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (5, 80))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 60)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 13)
+
+    assert free_memory(torch.device("cuda")) == 5 + 60 - 13
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("1000", 1000 - (900 - 600)), ("100", 0), ("max", None)]
+)
+def test_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
+) -> None:
+    """Of a container's memory, what its files' pages take can be had."""
+    monkeypatch.setattr("pho_service.memory.CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 250\nfile 600\n")
+
+    assert available_memory() == expected or (expected is None and available_memory() > 10**6)
 
 
 SCRIPT = """
@@ -106,6 +135,7 @@ from pho_service.spec import CalibrationSettings
 folder, share, window = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 model = load_model(folder, device="cpu")
 model.weights_sha256
+weights = sum(p.nbytes for p in model.model.parameters())
 settings = CalibrationSettings(samples=3, context_length=window, fisher_samples=2)
 windows = torch.randint(2000, (3, window), generator=torch.Generator().manual_seed(0))
 text = CalibrationText(
@@ -113,7 +143,7 @@ text = CalibrationText(
     record=TextRecord(source="", sha256="", documents=1),
 )
 before = memory_in_use(model.device)
-free = plan_calibration(model, settings, windows=3, fisher_windows=2).memory_bytes - before
+free = plan_calibration(model, settings, windows=3, fisher_windows=2).peak.host - weights
 limit = before + int(share * free)
 settings = replace(settings, memory_bytes=limit)
 plan = plan_calibration(model, settings, windows=3, fisher_windows=2)
@@ -123,7 +153,7 @@ with peak_memory(model.device) as peak:
 sums = [float(i.root.double().sum()) for i in bundle.inputs]
 sums += [float(layer.fisher.double().sum()) for layer in bundle.layers]
 print(json.dumps({
-    "recompute": plan.recompute, "planned": plan.memory_bytes - before, "limit": limit - before,
+    "recompute": plan.run.recompute, "planned": plan.peak.host - weights, "limit": limit - before,
     "taken": taken - before, "sums": sums,
 }))
 """

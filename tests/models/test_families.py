@@ -43,13 +43,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pho_service.models.architecture import decoder_blocks, prunable_linears
-from pho_service.models.calibration_memory import Needs
-from pho_service.models.loading import LanguageModel
+from pho_service.models.footprint import Footprint
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.passes import frozen, recomputed, run_backward
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec import CalibrationSettings, Candidate, Coefficients, Pattern
+from pho_service.spec import Candidate, Coefficients, Pattern
 
 VOCABULARY = 96
 COMMON = {
@@ -376,11 +375,7 @@ class _TensorBytes(TorchDispatchMode):
 def test_memory_estimate(model: PreTrainedModel, *, recompute: bool) -> None:
     """What is estimated for a forward and a backward pass is more than what they take."""
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
-    loaded = LanguageModel(
-        name="", revision=None, model=model, tokenizer=None, stored_dtype=torch.float32,
-        linears=prunable_linears(model),
-    )  # fmt: skip
-    needs = Needs.of(loaded, CalibrationSettings(projection_rows=1))
+    footprint = Footprint.of(model, prunable_linears(model))
     blocks = [block for _, block in decoder_blocks(model)]
     running_again = recomputed(blocks if recompute else (), nullcontext)
     with frozen(model), running_again, _TensorBytes() as taken:
@@ -388,7 +383,7 @@ def test_memory_estimate(model: PreTrainedModel, *, recompute: bool) -> None:
 
     weights = {p.untyped_storage()._cdata: p.nbytes for p in model.parameters()}
     seen = sum(size for key, size in weights.items() if key in taken.sizes)
-    assert 0 < taken.peak - seen < needs.passes(30, 2, recompute=recompute)
+    assert 0 < taken.peak - seen < footprint.backward(30, 2, recompute=recompute)
 
 
 def test_recompute(model: PreTrainedModel, windows: Tensor) -> None:

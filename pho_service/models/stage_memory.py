@@ -1,0 +1,307 @@
+"""
+How much memory each stage of a job takes at its peak: on the device, in main memory, on disk.
+
+Everything follows from a model's :class:`~pho_service.models.footprint.Footprint`, so the model
+need not be loaded; what is free is passed in where it decides something.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from pho_service.models.footprint import FLOAT, Footprint
+from pho_service.pruning.perplexity import CHUNK
+from pho_service.spec import CalibrationSettings, Steps
+
+LIBRARIES = 96 * 2**20  # what the matrix library keeps for itself, on either device
+ROOT = 32  # bytes of a Gram matrix's element while its root is taken, in float64
+SCORES = 10  # of a linear's size in float32, while it is scored and its weights are selected
+# Of a linear's size in float32, in each of the steps: what benchmarks/step_times.py prints.
+STEPS = {
+    "none": 1,
+    "score": 4, "error": 8,
+    "swaps": 14, "dsnot": 8,
+    "obs": 4, "least-squares": 11, "sparsegpt": 4,
+}  # fmt: skip
+INVERSE = 7  # of a Gram matrix's size in float32
+SHARD = 2 * 10**9  # bytes of a file of weights, which is put together in main memory
+MASK = 1 / 8  # bytes of a mask's element where it is packed
+HELD = 2**30  # inputs of blocks beyond it are written to disk; 70B has 86 GB of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """
+    Where a model runs.
+
+    Attributes:
+        on_gpu: On a GPU; else on the CPU.
+        stream: Its weights stay on disk, and one block at a time is on the device.
+    """
+
+    on_gpu: bool
+    stream: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """
+    What a stage holds at its peak, in bytes, the model included.
+
+    Attributes:
+        device: On the GPU; 0 on a CPU.
+        host: In main memory, without the pages of mapped files.
+        disk: In files that it writes, temporary ones included.
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+    @classmethod
+    def at(cls, place: Place, *, device: int, host: int, disk: int = 0) -> Self:
+        """On a CPU what would be the device's is in main memory, too."""
+        if place.on_gpu:
+            return cls(device=device + LIBRARIES, host=host, disk=disk)
+        return cls(host=device + host + LIBRARIES, disk=disk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRun:
+    """
+    How a calibration is run.
+
+    Attributes:
+        windows: Run forward and backward at once.
+        forward_windows: Run at once of those that are run forward only.
+        recompute: Each block keeps only its input for the backward pass, and runs again.
+        states_on_device: A streamed model's hidden states stay on the GPU.
+        spill: The inputs of a streamed model's blocks are written to disk.
+    """
+
+    windows: int = 1
+    forward_windows: int = 1
+    recompute: bool = False
+    states_on_device: bool = False
+    spill: bool = False
+
+
+def calibration_peak(
+    footprint: Footprint,
+    settings: CalibrationSettings,
+    place: Place,
+    run: CalibrationRun,
+    *,
+    windows: int,
+    fisher_windows: int,
+) -> Peak:
+    """
+    The peak of a calibration, its bundle's file included.
+
+    Args:
+        footprint: Of the model.
+        settings: Of the calibration.
+        place: Where the model runs.
+        run: How.
+        windows: How many windows there are.
+        fisher_windows: How many of them are run backward.
+    """
+    if place.stream:
+        return _streamed_calibration(
+            footprint, settings, place, run, windows=windows, fisher_windows=fisher_windows
+        )
+    tokens, rows = settings.context_length, settings.projection_rows
+    sums = sum(block.sums(rows) for block in footprint.blocks)
+    casts = 0
+    if settings.mixed_precision:  # weights in bfloat16 that are kept for the backward pass
+        each = [block.weights // 2 for block in footprint.blocks]
+        casts = max(each) if run.recompute else sum(each)
+    forward = footprint.forward(tokens, run.forward_windows) if windows > fisher_windows else 0
+    passes = max(casts + footprint.backward(tokens, run.windows, recompute=run.recompute), forward)
+    sampling = footprint.sampling(settings)
+    bundle = footprint.bundle(settings)
+    if place.on_gpu:
+        device = footprint.weights + max(sums + max(passes, _roots(footprint, rows)), sampling)
+        return Peak.at(place, device=device, host=bundle, disk=bundle)
+    device = max(sums + max(passes, _roots(footprint, rows)), bundle + sampling)
+    return Peak.at(place, device=footprint.weights + device, host=0, disk=bundle)
+
+
+def _streamed_calibration(
+    footprint: Footprint,
+    settings: CalibrationSettings,
+    place: Place,
+    run: CalibrationRun,
+    *,
+    windows: int,
+    fisher_windows: int,
+) -> Peak:
+    tokens, rows = settings.context_length, settings.projection_rows
+    forward = footprint.forward(tokens, 1)
+    roots = _roots(footprint, rows)
+    sums = max(block.sums(rows) for block in footprint.blocks)
+    turn = sums + max(forward, roots, footprint.block_backward(tokens))
+    head = footprint.head(tokens, 1) + footprint.forward(tokens, 1)
+    device = turn
+    if place.on_gpu:
+        block = max(block.weights for block in footprint.blocks)
+        device = max(block + turn, footprint.outside + max(block + forward, head))
+    else:
+        device = max(turn, head)
+    states = footprint.states(windows, tokens)
+    gradients = 2 * footprint.states(fisher_windows, tokens)
+    inputs = block_inputs(footprint, tokens, fisher_windows)
+    bundle = footprint.bundle(settings)
+    kept = states + gradients + (0 if run.spill else inputs)
+    if run.states_on_device:
+        device += kept
+        kept = footprint.states(fisher_windows, tokens) if run.spill else 0
+    return Peak.at(
+        place,
+        device=device,
+        host=kept + bundle + footprint.sampling(settings),
+        disk=bundle + (inputs if run.spill else 0),
+    )
+
+
+def block_inputs(footprint: Footprint, tokens: int, fisher_windows: int) -> int:
+    """Bytes of all blocks' inputs, which a streamed backward pass runs each block again from."""
+    return len(footprint.blocks) * footprint.states(fisher_windows, tokens)
+
+
+def _roots(footprint: Footprint, rows: int) -> int:
+    """Bytes that the root of a Gram matrix takes; a projection is its own."""
+    if rows:
+        return 0
+    return ROOT * max(width for block in footprint.blocks for width in block.widths) ** 2
+
+
+def pruning_peak(
+    footprint: Footprint,
+    place: Place,
+    steps: Steps,
+    *,
+    windows: int,
+    tokens: int,
+    states_on_device: bool = False,
+    keep_dense: bool,
+) -> Peak:
+    """
+    The peak of pruning a model in place.
+
+    Args:
+        footprint: Of the model.
+        place: Where it runs.
+        steps: Beside the score. Those that need a text see the windows block by block.
+        windows: Of the calibration text.
+        tokens: Of a window.
+        states_on_device: The windows' hidden states stay on the GPU.
+        keep_dense: The weights are put back afterwards, as for a perplexity, and a streamed
+            model's are not written to disk where no step needs a text.
+    """
+    largest = max(block.largest for block in footprint.blocks)
+    scoring = SCORES * FLOAT * largest
+    block = max(block.weights for block in footprint.blocks)
+    blocks = footprint.weights - footprint.outside
+    there = footprint.weights
+    if place.stream:
+        there = block  # a copy of it, on a CPU too, since it is changed
+    host = disk = 0
+    work = scoring
+    if steps.needs_text:
+        work = _text_steps(footprint, steps, scoring) + footprint.forward(tokens, 1)
+        states = footprint.states(windows, tokens)
+        if states_on_device:
+            work += states
+        else:
+            host += states
+        if keep_dense and not place.stream:
+            host += blocks
+    if place.stream and not (keep_dense and not steps.needs_text):
+        disk = footprint.itemsize * footprint.prunable
+        host += block  # on its way to the disk
+    if place.stream and place.on_gpu:
+        there = max(there, footprint.outside)
+    return Peak.at(place, device=there + work, host=host, disk=disk)
+
+
+def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
+    """Bytes of the steps that see a text, in the block where they take most."""
+    most = 0
+    for block in footprint.blocks:
+        widest = max(block.widths)
+        grams = FLOAT * sum(width * width for width in block.widths)
+        # Weights in float32 and masks of all linears that read an input, or their scores.
+        copies = 0 if footprint.itemsize == FLOAT else FLOAT * block.prunable
+        scores = FLOAT * block.prunable if steps.permutation == "error" else 0
+        factor = max(STEPS[step] for step in (steps.permutation, steps.repruning, steps.update))
+        working = FLOAT * factor * block.largest
+        if steps.update != "none":
+            working = max(working + FLOAT * widest**2, INVERSE * FLOAT * widest**2)
+        most = max(most, grams + block.prunable + max(scoring, copies + scores + working))
+    return most
+
+
+def confirmation_peak(
+    footprint: Footprint,
+    place: Place,
+    *,
+    tokens: int,
+    windows: int,
+    at_once: int = 1,
+    sparsity: float = 0.5,
+    removed_on_device: bool = True,
+) -> Peak:
+    """
+    The peak of measuring a candidate whose steps need no text: pruned, measured, dense again.
+
+    Candidates with other steps take :func:`pruning_peak` before, and are measured in less.
+
+    Args:
+        footprint: Of the model.
+        place: Where it runs.
+        tokens: Of a window of the text that is measured on.
+        windows: Of it; of a streamed model their hidden states are kept.
+        at_once: Windows run at once.
+        sparsity: Share of the weights that are removed.
+        removed_on_device: What is removed is kept on the GPU; else in main memory.
+    """
+    largest = max(block.largest for block in footprint.blocks)
+    scoring = SCORES * FLOAT * largest
+    logits = footprint.itemsize * tokens * footprint.vocabulary
+    running = footprint.forward(tokens, at_once) + at_once * logits + 3 * FLOAT * CHUNK
+    if place.stream:
+        block = max(block.weights for block in footprint.blocks)
+        outside = footprint.outside if place.on_gpu else 0
+        device = max(block + max(scoring, footprint.forward(tokens, 1)), outside + running)
+        if place.on_gpu:
+            device = max(device, outside + block + footprint.forward(tokens, 1))
+        return Peak.at(place, device=device, host=footprint.states(windows, tokens))
+    removed = footprint.itemsize * footprint.prunable
+    if place.on_gpu:
+        removed = int(sparsity * removed)
+    device, host = footprint.weights + max(scoring, running), 0
+    if place.on_gpu and not removed_on_device:
+        host = removed
+    else:
+        device += removed
+    return Peak.at(place, device=device, host=host)
+
+
+def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> Peak:
+    """
+    The peak of writing a pruned model and its masks.
+
+    Args:
+        footprint: Of the model.
+        place: Where it lies.
+        stored_itemsize: Bytes of a weight in the dtype that it is saved in.
+    """
+    stored = footprint.weights // footprint.itemsize * stored_itemsize
+    masks = int(MASK * footprint.prunable)
+    largest = max(block.largest for block in footprint.blocks)
+    host = 2 * min(stored, SHARD) + 2 * masks + 2 * FLOAT * largest
+    disk = stored + masks
+    if place.stream:
+        disk += footprint.itemsize * footprint.prunable  # changed weights, until it is closed
+        return Peak(host=host, disk=disk)
+    return Peak.at(place, device=max(footprint.weights, stored), host=host, disk=disk)
