@@ -28,7 +28,7 @@ class Stack:
     """
 
     first: str  # name of a linear, for messages
-    positions: Tensor  # (I * L,), int64, on the CPU: in the bundle; an input's readers are neighbours
+    positions: Tensor  # (I * L,), int64, in the bundle, on the CPU; an input's readers side by side
     rows: Tensor  # (I, L, R, n)
     magnitude: Tensor  # (I, L, R, n)
     row_mean: Tensor  # (I, L, R)
