@@ -37,6 +37,8 @@ class Settings(BaseSettings):
         max_body_bytes: Of a request.
         max_trials: Of one job, on all its islands or all its models.
         max_tokens: That one job may ask to run models over.
+        max_document_bytes: Of a document or a line of a text, and of a text that is read whole.
+        max_text_bytes: That are read of a text, unpacked.
         max_requests_per_minute: Of one key, or of one host without; 0 is no limit.
         max_wrong_keys_per_minute: Of one host; 0 is no limit.
         max_streams: Of events, open at once for one key, or one host without.
@@ -67,6 +69,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)
     max_trials: int = Field(default=100_000, ge=1)
     max_tokens: int = Field(default=10**9, ge=1)
+    max_document_bytes: int = Field(default=64 * 2**20, ge=1024)
+    max_text_bytes: int = Field(default=2**30, ge=1024)
     max_requests_per_minute: int = Field(default=12_000, ge=0)
     max_wrong_keys_per_minute: int = Field(default=60, ge=0)
     max_streams: int = Field(default=50, ge=1)

@@ -4,19 +4,35 @@ Texts for calibration, confirmation and reports: a local file, or a data set by 
 
 import hashlib
 import itertools
-import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import TextError
+from pho_service.configuration import shown
+from pho_service.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
+from pho_service.errors import InvalidInput, TextError
 from pho_service.models.loading import LanguageModel
+from pho_service.models.text_files import (
+    Budget,
+    TextLimits,
+    TextTooLong,
+    kind_of,
+    listed,
+    read_csv,
+    read_json,
+    read_lines,
+    read_parquet,
+    read_text,
+    unpacked,
+)
 from pho_service.pruning.perplexity import cut_windows
+from pho_service.settings import read_settings
 from pho_service.spec import C4_DATASET, C4_FILE
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
@@ -67,15 +83,25 @@ class TextRecord:
     documents: int
 
 
-def read_documents(source: TextSource) -> Iterator[str]:
+def read_documents(
+    source: TextSource, limits: TextLimits | None = None, *, whole: bool = True
+) -> Iterator[str]:
     """
     Give the documents of a text, one by one, empty ones left out.
 
+    Args:
+        source: The text.
+        limits: By default those of the settings.
+        whole: Whether all of them are wanted, to be tokenised as one.
+
     Raises:
         TextError: Nothing there, not readable, no such column.
+        TextTooLong: A document, or all that was read, is beyond the limits.
+        InvalidInput: The card of the data set names files elsewhere.
     """
-    rows = _read_file(source) if source.path is not None else _read_dataset(source)
-    for document in rows:
+    budget = Budget(limits or TextLimits.of(read_settings()), whole=whole)
+    rows = _read_file if source.path is not None else _read_dataset
+    for document in rows(source, budget):
         if not document.strip():
             continue
         try:
@@ -87,92 +113,119 @@ def read_documents(source: TextSource) -> Iterator[str]:
         yield document
 
 
-def _read_file(source: TextSource) -> Iterator[str]:
+def _read_file(source: TextSource, budget: Budget) -> Iterator[str]:
     path = Path(str(source.path)).expanduser()
     if not path.is_file():
         raise TextError(f"the text {path} does not exist. Give a .txt, .jsonl or .parquet file.")
-    try:
-        if path.suffix == ".jsonl":
-            yield from _read_jsonl(path, source.field)
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, source.field)
-        elif path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        else:
-            raise TextError(
-                f"the text {path} has an unknown kind {path.suffix!r}. "
-                "Give a .txt, .jsonl or .parquet file."
-            )
-    except UnicodeDecodeError as error:
+    if path.suffix not in (".txt", ".jsonl", ".parquet"):
         raise TextError(
-            f"the text {path} is not UTF-8: {error.reason} at byte {error.start}."
-        ) from error
+            f"the text {path} has an unknown kind {path.suffix!r}. "
+            "Give a .txt, .jsonl or .parquet file."
+        )
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".txt":
+                budget.check_document(path.stat().st_size, str(path))
+                yield read_text(file, str(path), budget)
+            elif path.suffix == ".jsonl":
+                yield from read_json(file, source.field, str(path), budget)
+            else:
+                yield from read_parquet(file, source.field, str(path), budget)
     except OSError as error:
         raise TextError(f"the text {path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TextError(f"{path}, line {number} is not JSON: {error}.") from error
-            value = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(value, str):
-                raise TextError(
-                    f"{path}, line {number} has no text in the field {field!r}. "
-                    "Name the field with --field."
-                )
-            yield value
+def _read_dataset(source: TextSource, budget: Budget) -> Iterator[str]:
+    """
+    The documents of all files of a split, in the order of the ``datasets`` library.
+
+    It finds the files, and follows no card that was not checked before; they are read here,
+    because it sets no bounds to what it reads.
+    """
+    from datasets.utils.file_utils import xopen
+
+    with _readable(source):
+        place, builder = _found_dataset(source)
+    files = builder.config.data_files or {}
+    if source.split not in files:
+        told = f"there is no split {source.split!r}, only {listed([*map(str, files)])}"
+        raise _unreadable(source, told)
+    for file in map(str, files[source.split]):
+        if not file.startswith(f"{place}/"):
+            raise _unreadable(source, f"it has the file {shown(file)}, which lies elsewhere")
+        inside = file.removeprefix(f"{place}/")
+        kind, packing = kind_of(inside)
+        where = f"the data set {source}: {shown(inside)}"
+        with _readable(source), xopen(file, "rb") as opened:
+            content = unpacked(cast(BinaryIO, opened), packing)
+            if kind == "json":
+                yield from read_json(content, source.field, where, budget, lists=True)
+            elif kind == "parquet":
+                yield from read_parquet(content, source.field, where, budget)
+            elif kind == "csv":
+                mark = getattr(builder.config, "delimiter", None) or builder.config.sep
+                yield from read_csv(content, source.field, mark, where, budget)
+            elif source.field != "text":
+                raise TextError(f"{where} is plain text, whose field is 'text' alone.")
+            else:
+                yield from read_lines(content, where, budget)
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if field not in table.schema_arrow.names:
-                raise TextError(
-                    f"{path} has no column {field!r}, only {', '.join(table.schema_arrow.names)}. "
-                    "Name the column with --field."
-                )
-            for batch in table.iter_batches(columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    if not isinstance(value, str):
-                        raise TextError(f"{path}: the column {field!r} does not hold text.")
-                    yield value
-    except pyarrow.ArrowException as error:
-        raise TextError(f"{path} is not a readable parquet file: {error}") from error
-
-
-def _read_dataset(source: TextSource) -> Iterator[str]:
-    for row in _dataset_rows(source):
-        value = row.get(source.field)
-        if not isinstance(value, str):
-            raise TextError(
-                f"the data set {source} has no text column {source.field!r}, only "
-                f"{', '.join(row)}. Name the column with --field."
-            )
-        yield value
-
-
-def _dataset_rows(source: TextSource) -> Iterator[dict[str, Any]]:
+def _found_dataset(source: TextSource) -> tuple[str, Any]:
+    """Where a data set is, and how ``datasets`` reads it; its cards are checked before."""
     import datasets
 
+    folder = Path(str(source.dataset)).expanduser()
+    if folder.is_dir():
+        place = str(folder.resolve())
+        check_cards(folder, f"the data set {source}")
+        return place, datasets.load_dataset_builder(place, data_files=source.data_file)
+    commit = _checked_commit(str(source.dataset))
+    builder = datasets.load_dataset_builder(
+        f"hf://datasets/{source.dataset}", data_files=source.data_file, revision=commit
+    )
+    return f"hf://datasets/{source.dataset}@{commit}", builder
+
+
+def _checked_commit(dataset: str) -> str:
+    """
+    The commit that a data set of the hub is at, whose cards were checked.
+
+    Raises:
+        InvalidInput: They name files elsewhere.
+    """
+    from datasets import config
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    hub = HfApi(endpoint=config.HF_ENDPOINT)
+    commit = str(hub.dataset_info(dataset).sha)
+    for card in CARDS:
+        try:
+            path = hub.hf_hub_download(dataset, card, repo_type="dataset", revision=commit)
+        except EntryNotFoundError:
+            continue
+        with Path(path).open("rb") as file:
+            check_card(card, file.read(MOST_BYTES + 1), f"data set {dataset!r}")
+    return commit
+
+
+@contextmanager
+def _readable(source: TextSource) -> Iterator[None]:
     try:
-        yield from datasets.load_dataset(
-            source.dataset, data_files=source.data_file, split=source.split, streaming=True
-        )
+        yield
+    except (TextError, InvalidInput, GeneratorExit, MemoryError):
+        raise
     except Exception as error:  # datasets raises whatever its file systems raise
-        reason = " ".join(str(error).split())[:300]
-        raise TextError(
-            f"the data set {source} cannot be read: {type(error).__name__}: {reason} Check the "
-            "name, --data-file and --split, and the network; or give a local file with --text."
-        ) from error
+        reason = shown(" ".join(str(error).split()), 300)
+        raise _unreadable(source, f"{type(error).__name__}: {reason}") from error
+
+
+def _unreadable(source: TextSource, reason: str) -> TextError:
+    return TextError(
+        f"the data set {source} cannot be read: {reason}. Check the name, --data-file and --split, "
+        "and the network; or give a local file with --text."
+    )
 
 
 def read_windows(
@@ -220,8 +273,9 @@ def sample_windows(
     """
     Draw windows that do not overlap from a text, at random, without replacement.
 
-    Documents of the first 20,000 are shuffled and joined until they hold enough
-    tokens, so short documents are used as well as long ones.
+    Documents of the first 20,000 (fewer if they are longer than ``PHO_MAX_TEXT_BYTES`` together)
+    are shuffled and joined until they hold enough tokens, so short documents are used as well as
+    long ones.
 
     Args:
         model: Whose tokenizer counts.
@@ -238,7 +292,7 @@ def sample_windows(
         TextError: Not readable, empty, or shorter than one window.
     """
     model.check_context(context_length)
-    documents = list(itertools.islice(read_documents(source), POOL))
+    documents = _pool(source)
     _require_text(documents, source)
     random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret
     prefix = model.window_prefix(bos)
@@ -258,6 +312,18 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows), generator=generator)
     return windows[order[:count]], _record(source, used)
+
+
+def _pool(source: TextSource) -> list[str]:
+    """The documents that a sample is drawn from: the first, as many as may be read."""
+    documents: list[str] = []
+    try:
+        for document in itertools.islice(read_documents(source, whole=False), POOL):
+            documents.append(document)
+    except TextTooLong:
+        if not documents:
+            raise
+    return documents
 
 
 def _require_text(documents: list[str], source: TextSource) -> None:

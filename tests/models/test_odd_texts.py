@@ -58,7 +58,7 @@ def test_truncated_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"field": "body"}, "has no text column 'body', only text"),
+        ({"field": "body"}, "line 1 has no text in the field 'body', only text"),
         ({"split": "test"}, r"data set .* test cannot be read: .*test.* Check the name"),
         ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
     ],
