@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pho_service.pruning.assignment import assign
 from pho_service.pruning.repruning import row_errors
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.selection import nm_mask
@@ -419,11 +419,7 @@ def _swept(channels: Tensor, groups: Tensor, keep: int) -> Tensor:
     for place in range(groups.shape[1]):
         moving = groups[:, place].clone()
         staying = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
-        cost = moved_scores(channels, moving, staying, keep)
-        source, target = linear_sum_assignment(cost.cpu().numpy(), maximize=True)
-        groups[torch.from_numpy(target).to(groups.device), place] = moving[
-            torch.from_numpy(source).to(groups.device)
-        ]
+        groups[:, place] = moving[assign(moved_scores(channels, moving, staying, keep))]
     return groups.flatten()
 
 

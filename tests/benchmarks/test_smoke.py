@@ -67,6 +67,18 @@ def test_step_times(benchmark: Benchmark) -> None:
         assert all(seconds >= 0 for seconds in numbers(table[step]))
 
 
+def test_assignments(benchmark: Benchmark) -> None:
+    """A row for each width: seconds, and the gain where all pairs were looked at too."""
+    table = benchmark(
+        "assignments", "--width", 1024, "--width", 1040, "--rows", 8, "--all-pairs", 1024,
+        "--permuted", 1024,
+    )  # fmt: skip
+
+    assert table["1024"][3] == table["1024"][6] == "100.00%"
+    assert all(seconds > 0 for seconds in numbers([cell for cell in table["1040"] if cell]))
+    assert len(table["exponent"]) > 1
+
+
 def test_quality(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
     """A row for each method; a second run measures nothing anew."""
     kept = tmp_path / "kept.jsonl"

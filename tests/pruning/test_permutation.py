@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pho_service.pruning import permutation
+from pho_service.pruning import assignment, permutation
 from pho_service.pruning.permutation import (
     PermutedLinear,
     moved_scores,
@@ -226,6 +226,23 @@ def test_same_input_same_order() -> None:
     assert torch.equal(*by_score)
     assert torch.equal(*by_error)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("in_features", [1024, 1200])
+def test_wide_inputs(in_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 256 groups: the bits of assignments over all pairs. Beyond: 97 % of their gain."""
+    score = random_score(48, in_features, seed=20)
+    order = permute_channels(score, keep=2, group=4)
+    monkeypatch.setattr(assignment, "_WHOLE", in_features)
+    exact = permute_channels(score, keep=2, group=4)
+    before, found, most = (
+        retained_score(score, each, keep=2, group=4)
+        for each in (torch.arange(in_features), order, exact)
+    )
+
+    assert is_permutation(order, in_features)
+    assert torch.equal(order, exact) == (in_features == 1024)
+    assert found - before >= 0.97 * (most - before)
 
 
 def test_reconstruction_error() -> None:

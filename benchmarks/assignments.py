@@ -1,0 +1,150 @@
+"""
+What the assignments of a channel permutation take at the widths of large models, and gain.
+
+Random scores of which some channels are far larger than others, 2:4, on one
+thread. Beside the assignments as they are made, over the best pairs of channels
+and groups, those over all pairs are run as long as that is not too long.
+
+    python benchmarks/assignments.py
+    python benchmarks/assignments.py --all-pairs 14336
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import TypeVar
+from unittest.mock import patch
+
+import click
+import torch
+from machine import conditions, software
+from torch import Tensor
+
+from pho_service.cli.terminal import print_table, say
+from pho_service.pruning import assignment
+from pho_service.pruning.assignment import assign
+from pho_service.pruning.permutation import moved_scores, permute_channels, retained_score
+
+KEEP, GROUP = 2, 4
+SHARE = "of its gain"
+COLUMNS = (
+    "width", "gains, s", "all pairs, s", "best pairs, s", SHARE,
+    "permutation, s", "with all pairs, s", SHARE,
+)  # fmt: skip
+Result = TypeVar("Result")
+
+
+@click.command()
+@click.option(
+    "--width", "widths", multiple=True, type=int, default=(1024, 2048, 4096, 8192, 11008, 14336)
+)
+@click.option("--rows", default=1024, show_default=True, help="Output rows of each width.")
+@click.option("--all-pairs", default=4096, show_default=True, help="Largest width for all pairs.")
+@click.option("--permuted", default=4096, show_default=True, help="Largest for whole permutations.")
+@click.option("--seed", default=0, show_default=True)
+def main(widths: tuple[int, ...], rows: int, all_pairs: int, permuted: int, seed: int) -> None:
+    """Print the table of docs/speed.md."""
+    torch.set_num_threads(1)
+    lines = []
+    for width in widths:
+        say(f"width {width} ...")
+        lines.append(_line(width, rows, seed, all_pairs=all_pairs, permuted=permuted))
+    slopes = [
+        math.nan if name == SHARE else _slope(widths, [line[column] for line in lines])
+        for column, name in enumerate(COLUMNS[1:])
+    ]
+    print_table(
+        "CPU seconds of one assignment, and of whole permutations",
+        COLUMNS,
+        [
+            *(
+                (str(width), *(_cell(value, column) for column, value in enumerate(line)))
+                for width, line in zip(widths, lines, strict=True)
+            ),
+            ("exponent", *(_cell(slope, column) for column, slope in enumerate(slopes))),
+        ],
+        caption=f"random scores of {rows} rows, {KEEP}:{GROUP}, seed {seed}, 1 thread; gains: of "
+        "all channels on the move in all groups, made before an assignment and not part of it; of "
+        "its gain: against all pairs; a permutation makes 8 assignments; exponent: of the seconds "
+        f"in the width, by least squares of logarithms; {conditions()}; "
+        f"{software('torch', 'scipy')}",
+    )
+
+
+def _line(
+    width: int, rows: int, seed: int, *, all_pairs: int, permuted: int
+) -> tuple[float, float, float, float, float, float, float]:
+    """The columns after the width; NaN is what was not run."""
+    score = _score(width, rows, seed)
+    channels = score.T.contiguous() / score.max()
+    groups = torch.arange(width).view(-1, GROUP)
+    seconds, gain = _timed(lambda: moved_scores(channels, groups[:, 0], groups[:, 1:], KEEP))
+    before = gain.diagonal().sum(dtype=torch.float64)
+    best_seconds, best = _timed(lambda: _sum(gain, assign(gain)) - before)
+    whole_seconds = share = math.nan
+    if width <= all_pairs:
+        with patch.object(assignment, "_WHOLE", width):
+            whole_seconds, whole = _timed(lambda: _sum(gain, assign(gain)) - before)
+        share = float(best / whole)
+    return (seconds, whole_seconds, best_seconds, share, *_permutation(score, width <= permuted))
+
+
+def _permutation(score: Tensor, run: bool) -> tuple[float, float, float]:
+    """Seconds of a permutation, of one with all pairs, and the share of the latter's gain."""
+    if not run:
+        return math.nan, math.nan, math.nan
+
+    def gained() -> float:
+        order = permute_channels(score, keep=KEEP, group=GROUP)
+        natural = torch.arange(len(order))
+        after, before = (
+            retained_score(score, each, keep=KEEP, group=GROUP) for each in (order, natural)
+        )
+        return after - before
+
+    seconds, best = _timed(gained)
+    with patch.object(assignment, "_WHOLE", score.shape[1]):
+        whole_seconds, whole = _timed(gained)
+    return seconds, whole_seconds, best / whole
+
+
+def _score(width: int, rows: int, seed: int) -> Tensor:
+    """Channels of different sizes, one in 512 a hundred times as large, as language models have."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (torch.randn(width, generator=generator) / 2).exp()
+    sizes[torch.randperm(width, generator=generator)[: -(-width // 512)]] *= 100
+    return torch.randn(rows, width, generator=generator).abs() * sizes
+
+
+def _sum(gain: Tensor, chosen: Tensor) -> Tensor:
+    return gain[chosen, torch.arange(len(gain))].sum(dtype=torch.float64)
+
+
+def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """CPU seconds, and what the work gives."""
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def _slope(widths: tuple[int, ...], seconds: list[float]) -> float:
+    """The exponent; NaN with fewer than two widths that took any time."""
+    points = [
+        (math.log(width), math.log(taken))
+        for width, taken in zip(widths, seconds, strict=True)
+        if taken > 0  # NaN is not
+    ]
+    if len(points) < 2:
+        return math.nan
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def _cell(value: float, column: int) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:.2%}" if COLUMNS[column + 1] == SHARE else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
