@@ -10,6 +10,8 @@ Everything that a user can do wrong, or that the world can do to a user.
     ├── ConfigurationError    a configuration file is broken, or of another format version
     ├── StudyError            a stored study contradicts the search that wants to go on with it
     ├── OutputError           a result cannot be written
+    ├── OutOfMemory           a GPU's memory, or the machine's, was not enough
+    ├── DeviceLost            a GPU failed, and this process can use it no more
     └── ServiceError          the service says no
         └── ServiceUnavailable    the service, or its database, cannot be reached
 
@@ -72,6 +74,14 @@ class StudyError(PhoError):
 
 class OutputError(PhoError):
     """A result cannot be written: no space, no permission, or something is there already."""
+
+
+class OutOfMemory(PhoError):
+    """The memory of a GPU, or of the machine, was not enough; the same again does not help."""
+
+
+class DeviceLost(PhoError):
+    """A GPU failed, or is gone; this process can use it no more, another may."""
 
 
 class ServiceError(PhoError):

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.configurations import keep, keep_transfer
 from storage.database import Database
-from storage.queue import enqueue
+from storage.queue import enqueue, take_out
 from storage.states import VERBS, JobState, StageKind, StageState, settled
 from storage.studies import written_on
 from storage.tables import events, jobs, stages, workers
@@ -754,6 +754,26 @@ class JobStore:
             job = self._claimed(connection, claim)
             self._put_down(connection, job, claim.stage.id, claim.stage.failures)
             return job.state.may_work
+
+    def give_up(self, claim: Claim) -> None:
+        """
+        Put a stage down for a worker that cannot stop to work on it, and so ends.
+
+        Its entry is taken out of the queue, and a new one put in if the job may still work.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = self._claimed(connection, claim)
+            row = _stage_row(connection, claim.stage.id)
+            assert row is not None  # the claim holds
+            if row.queue_id is not None:
+                take_out(connection, row.queue_id)
+            self._put_down(connection, job, claim.stage.id, claim.stage.failures)
+            if job.state.may_work:
+                lock = (claim.stage.params or {})["lock"]
+                self._enqueue(connection, job, claim.stage.id, claim.stage.kind, lock)
 
     def enter_worker(
         self, worker_id: uuid.UUID, *, name: str, device: str, kinds: Sequence[StageKind]

@@ -1,11 +1,11 @@
 """
 The queue: one procrastinate task, ``run_stage``, which carries the number of a stage.
 
-This module puts stages in; ``workers`` takes them out.
+This module puts stages in; ``workers`` takes them out, but for what no worker can.
 """
 
 from procrastinate import App, SyncPsycopgConnector
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from storage.states import StageKind
 
@@ -39,3 +39,14 @@ def enqueue(
         connection=connection.connection.driver_connection,
     )
     return int(task.defer(stage_id=stage_id))
+
+
+def take_out(connection: Connection, queue_id: int) -> None:
+    """
+    Take an entry out of the queue, in the caller's transaction, whoever has it.
+
+    Args:
+        connection: Of :meth:`storage.database.Database.transaction`.
+        queue_id: The entry's; nothing happens if it is out already.
+    """
+    connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), {"id": queue_id})

@@ -3,6 +3,7 @@
 """
 
 import logging
+import os
 import sys
 import warnings
 
@@ -46,6 +47,8 @@ _TALKATIVE = ("procrastinate", "optuna", "transformers", "datasets", "huggingfac
 
 def _run(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
     settings = read_settings(database_url=database_url)
+    if database_url is not None:
+        os.environ["PHO_DATABASE_URL"] = database_url  # for a process that takes this one's place
     configure_logs(settings.log_format)
     adopt_loggers(_TALKATIVE, logging.ERROR)
     if settings.traces:

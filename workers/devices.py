@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from pho_service.errors import InvalidInput
+from pho_service.faults import first_words
 from pho_service.models.devices import pick_device
 
 logger = logging.getLogger(__name__)
@@ -19,9 +21,11 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
     """
-    The device to work on; with ``auto``, the first GPU that no other worker has.
+    The device to work on; of GPUs, one that no other worker of this machine has.
 
-    If all are taken, workers share: the first GPU is given again, with a warning.
+    What is locked is the card, whichever number a process knows it by. With ``auto`` and
+    ``cuda`` it is the first that is free and works. If none is free, ``auto`` shares the first
+    one, with a warning.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -29,23 +33,56 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
             system's temporary folder by default.
 
     Raises:
-        InvalidInput: torch does not know the device, or it does not exist.
+        InvalidInput: torch does not know the device, it does not exist or does not work, or
+            another worker has it.
     """
     device = pick_device(name)
-    if name != "auto" or device.type != "cuda":
+    if device.type != "cuda":
         yield device
         return
+    indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
     folder = locks or Path(tempfile.gettempdir())
-    for index in range(torch.cuda.device_count()):
-        lock = FileLock(folder / f"pho-gpu-{index}.lock", mode=0o666)
+    taken, why_not = [], []
+    for card in (torch.device("cuda", index) for index in indices):
+        broken = _why_broken(card)
+        if broken is not None:
+            why_not.append(f"{card} does not work{broken}")
+            logger.warning("%s", why_not[-1])
+            continue
+        lock = FileLock(folder / f"pho-gpu-{_uuid(card)}.lock", mode=0o666)
         try:
             lock.acquire(timeout=0)
-        except (Timeout, PermissionError):
+        except Timeout:
+            taken.append(card)
+            why_not.append(f"{card} (GPU {_uuid(card)}) is another worker's on this machine")
             continue
+        except PermissionError:
+            words = "whether another user's worker has %s is not known: %s may not be opened"
+            logger.warning(words, card, lock.lock_file)
         try:
-            yield torch.device("cuda", index)
+            yield card
         finally:
             lock.release()
         return
-    logger.warning("all GPUs are taken by other workers: sharing the first")
-    yield torch.device("cuda", 0)
+    if name == "auto" and taken:
+        logger.warning("all GPUs are taken by other workers: sharing %s", taken[0])
+        yield taken[0]
+        return
+    raise InvalidInput(
+        f"--device {name}: {'; '.join(why_not)}. One worker has one GPU: start no more workers "
+        "than there are GPUs, or use --device cpu."
+    )
+
+
+def _uuid(card: torch.device) -> str:
+    """Of the card itself: numbers are a process's own, by CUDA_VISIBLE_DEVICES."""
+    return str(torch.cuda.get_device_properties(card).uuid)
+
+
+def _why_broken(card: torch.device) -> str | None:
+    """What is wrong with a card; None if something can be computed on it."""
+    try:
+        torch.ones(1, device=card).sum().item()
+    except RuntimeError as error:
+        return first_words(error)
+    return None

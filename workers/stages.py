@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pho_service.configuration import Confirmation
 from pho_service.errors import NumericalError
+from pho_service.faults import faults_told
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.joint_search import joint_provenance, rate_jointly, with_each_model
 from pho_service.jobs.rating import Comparison, comparing_pays, rate_pruned
@@ -73,9 +74,14 @@ class Stages:
         Raises:
             HandBack: It was put down; nothing is lost.
             LostClaim: Another worker has it.
+            DeviceLost: The GPU failed; another process may do it.
             PhoError: The user can act on it; another attempt does not help.
             Exception: Anything else; another attempt may help.
         """
+        with faults_told():
+            self._run(claim)
+
+    def _run(self, claim: Claim) -> None:
         watch = Watch(self.store, claim, self.stopping)
         if claim.stage.kind is StageKind.TRANSFER:
             transfer_stage(self.store, self.inputs, claim, watch)

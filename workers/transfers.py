@@ -6,7 +6,8 @@ import logging
 import tempfile
 from pathlib import Path
 
-from pho_service.errors import PhoError
+from pho_service.errors import DeviceLost, PhoError
+from pho_service.faults import faults_told
 from pho_service.jobs.rating import ReportText
 from pho_service.jobs.transfer import Target, Transfer, own_search, transfer_job
 from pho_service.search.request import SearchRequest
@@ -25,16 +26,19 @@ def transfer_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) 
     Raises:
         HandBack: It was put down; its own search begins anew.
         LostClaim: Another worker has it.
+        DeviceLost: The GPU failed; another process may do it.
         Exception: Anything unexpected; another attempt may help.
     """
     spec = TransferSpec.model_validate(claim.job.spec)
     name = spec.models[claim.stage.number]
     own = None
     try:
-        with tempfile.TemporaryDirectory(prefix="pho-") as folder:
+        with faults_told(), tempfile.TemporaryDirectory(prefix="pho-") as folder:
             transfer = _transfer(spec, inputs, claim.stage.number, watch, Path(folder))
         result = transfer.to_dict()
         own = result["own"]
+    except DeviceLost:
+        raise  # no fault of this model
     except PhoError as error:
         logger.warning("%s of job %s failed: %s", name, claim.job.id, error)
         result = {

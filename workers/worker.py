@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -29,12 +28,16 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
+    sleep_using_event,
     stop_after_delay,
+    stop_any,
+    stop_when_event_set,
 )
 from tenacity.wait import wait_exponential
 
 from pho_service.access import Access
-from pho_service.errors import PhoError
+from pho_service.errors import DeviceLost, OutOfMemory, PhoError
+from pho_service.faults import let_go_of_memory
 from pho_service.logs import about
 from pho_service.settings import Settings
 from pho_service.tracing import span
@@ -45,7 +48,9 @@ from storage.states import StageKind
 from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore
 from workers.devices import take_device
+from workers.hold import PATIENCE_S, Hold
 from workers.inputs import Inputs
+from workers.process import own_folder, start_anew
 from workers.stages import Stages
 from workers.watch import HandBack
 
@@ -54,6 +59,8 @@ logger = logging.getLogger(__name__)
 UPKEEP = "upkeep"  # a queue beside those of the stages
 _FIRST = 1_000_000  # before every stage
 _GIVE_UP_AFTER_S = 600.0  # a stage whose database is away
+_LAST_S = 3.0  # for the report of a worker that ends by force
+_LOST_DEVICES = 10  # attempts of a stage; from then on it counts as its own fault
 
 
 class Again(Exception):
@@ -89,10 +96,21 @@ class WorkerOptions:
     kinds: tuple[StageKind, ...] = tuple(StageKind)
     parent: int = 0
 
+    def arguments(self, device: torch.device) -> list[str]:
+        """Of ``python -m workers``, for another process that takes up what this one did."""
+        # One that had a GPU does not go on without.
+        name = "cuda" if self.device == "auto" and device.type == "cuda" else self.device
+        return [
+            "--device", name, "--stages", ",".join(self.kinds), "--parent", str(self.parent),
+        ]  # fmt: skip
+
 
 def run_worker(database_url: str, settings: Settings, options: WorkerOptions) -> None:
     """
     Work until SIGTERM or SIGINT.
+
+    Where this process can do no more, because its GPU failed or it cannot put down a stage, a
+    new one takes its place: see :func:`start_anew`.
 
     Raises:
         StorageError: The database cannot be used at all.
@@ -103,7 +121,7 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
     try:
         with (
             take_device(options.device) as device,
-            tempfile.TemporaryDirectory(prefix="pho-worker-") as folder,
+            own_folder() as folder,
         ):
             access = Access.of(settings)  # before the folder changes
             artifacts = settings.artifacts or str(settings.data_dir.expanduser() / "artifacts")
@@ -116,6 +134,8 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
                 os.chdir("/")
     finally:
         database.close()
+    if worker.device_lost:
+        start_anew(options.arguments(device))
 
 
 class _Worker:
@@ -128,6 +148,10 @@ class _Worker:
         self._options = options
         self._store = JobStore(database)
         self._stopping = threading.Event()
+        self._stop: Callable[[], object] = self._stopping.set  # and what else, once it runs
+        self._hold = Hold(self._store)
+        self._ended = threading.Event()
+        self.device_lost = False  # a new process should take this one's place
         self._entered = False  # once the tables are there
         self._inputs = inputs
         self._stages = Stages(self._store, inputs, self._stopping)
@@ -135,10 +159,11 @@ class _Worker:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         working = asyncio.create_task(self._work_through_outages())
-        beating = asyncio.create_task(self._beat(working))
+        self._stop = functools.partial(loop.call_soon_threadsafe, self._stop_once, working)
+        beating = asyncio.create_task(self._beat())
 
         # The loop's own handlers would be gone before the process is: a late SIGTERM would kill it.
-        _on_signals(lambda *_: loop.call_soon_threadsafe(self._stop, working))
+        _on_signals(lambda *_: self._stop())
         try:
             await working
         except asyncio.CancelledError:
@@ -146,17 +171,33 @@ class _Worker:
         finally:
             _on_signals(signal.SIG_IGN)
             beating.cancel()
-            try:
-                if self._entered:
-                    self._store.remove_worker(self._id)
-            except StorageError:
-                logger.warning("the database is away: the worker's entry stays until it is stale")
+            await asyncio.to_thread(self._leave)
+            self._ended.set()
 
-    def _stop(self, working: "asyncio.Task[None]") -> None:
-        """Once: told again, procrastinate would forget the stage that is being handed back."""
+    def _stop_once(self, working: "asyncio.Task[None]") -> None:
+        """Told again, procrastinate would forget the stage that is being handed back."""
         if not self._stopping.is_set():
             self._stopping.set()
             working.cancel()
+            threading.Thread(target=self._see_to_the_end, daemon=True).start()
+
+    def _see_to_the_end(self) -> None:
+        """End the process by force if a stage does not let it end."""
+        if self._ended.wait(PATIENCE_S):
+            return
+        last = threading.Timer(_LAST_S, os._exit, [0])  # whatever the database does
+        last.daemon = True
+        last.start()
+        self._hold.give_up()
+        self._leave()
+        os._exit(0)
+
+    def _leave(self) -> None:
+        try:
+            if self._entered:
+                self._store.remove_worker(self._id)
+        except StorageError:
+            logger.warning("the database is away: the worker's entry stays until it is stale")
 
     async def _work_through_outages(self) -> None:
         """Take entries out of the queue; when the database goes, wait for it to come back."""
@@ -251,41 +292,64 @@ class _Worker:
 
     def _run_claimed(self, claim: Claim) -> None:
         logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
-        after_s = 0.0
+        with self._hold.of(claim):
+            report, after_s = self._tried(claim)
+            again = report is not None and self._when_possible(report)
+        if again:
+            raise Again(after_s)
+
+    def _tried(self, claim: Claim) -> tuple[Callable[[], bool] | None, float]:
+        """Do a stage; how to report that it is not done, and after how long it may come again."""
+        after_s = self._settings.retry_after_s
         try:
             self._stages.run(claim)
         except LostClaim:
             logger.warning("%s of job %s is another worker's now", claim.stage.kind, claim.job.id)
-            return
+            return None, 0.0
         except (HandBack, DatabaseGone):
-            report = functools.partial(self._store.hand_back, claim)
+            return functools.partial(self._store.hand_back, claim), 0.0
+        except DeviceLost as error:
+            logger.exception("%s of job %s lost its device", claim.stage.kind, claim.job.id)
+            self.device_lost = True
+            self._stop()
+            if claim.attempt < _LOST_DEVICES:  # no fault of the job
+                return functools.partial(self._store.hand_back, claim), after_s
+            described = _described(error, claim)
+            return functools.partial(self._store.fail, claim, described, retry=True), after_s
         except PhoError as error:
             logger.warning("%s of job %s failed: %s", claim.stage.kind, claim.job.id, error)
+            if isinstance(error, OutOfMemory):
+                self._inputs.clear()
             described = _described(error, claim)
             report = functools.partial(self._store.fail, claim, described, retry=False)
         except Exception as error:
             logger.exception("%s of job %s failed", claim.stage.kind, claim.job.id)
             self._inputs.clear()
-            after_s = self._settings.retry_after_s
             described = _described(error, claim)
-            report = functools.partial(self._store.fail, claim, described, retry=True)
+            return functools.partial(self._store.fail, claim, described, retry=True), after_s
         else:
             logger.info("%s of job %s done", claim.stage.kind, claim.job.id)
-            return
-        if self._when_possible(report):
-            raise Again(after_s)
+            return None, 0.0
+        let_go_of_memory()  # after the error, which holds on to what was computed
+        return report, 0.0
 
     def _when_possible(self, report: Callable[[], bool]) -> bool:
-        """What a report says: now, or when the database is back."""
+        """What a report says: now, or when the database is back, unless the worker stops."""
         retrying = Retrying(
             retry=retry_if_exception_type(DatabaseGone),
             wait=wait_exponential(multiplier=0.2, max=5),
-            stop=stop_after_delay(_GIVE_UP_AFTER_S),
+            stop=stop_any(stop_after_delay(_GIVE_UP_AFTER_S), stop_when_event_set(self._stopping)),
+            sleep=sleep_using_event(self._stopping),
             reraise=True,
         )
         try:
             return retrying(report)
         except LostClaim:
+            return False
+        except DatabaseGone:
+            if not self._stopping.is_set():
+                raise
+            logger.warning("the database is away: the stage comes again when it is back")
             return False
 
     def _enter_anew(self) -> None:
@@ -303,19 +367,25 @@ class _Worker:
             kinds=self._options.kinds,
         )
 
-    async def _beat(self, working: "asyncio.Task[None]") -> None:
+    async def _beat(self) -> None:
         """Say now and then that we live; stop with our parent, if we are to."""
         while True:
             await asyncio.sleep(min(self._settings.heartbeat_s, 2.0))
             if self._options.parent and os.getppid() != self._options.parent:
                 logger.warning("the process that started this worker has gone: stopping")
-                self._stop(working)
+                self._stop()
                 return
             try:
                 if self._entered:
                     await asyncio.to_thread(self._enter)
+                stuck = await asyncio.to_thread(self._hold.is_stuck)
             except StorageError as error:
                 logger.warning("no heartbeat: %s", error)
+                continue
+            if stuck and not self._stopping.is_set():
+                await asyncio.to_thread(self._hold.give_up)
+                await asyncio.to_thread(self._leave)
+                start_anew(self._options.arguments(self._inputs.device))
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:

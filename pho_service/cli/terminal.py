@@ -14,6 +14,7 @@ import click
 
 from pho_service.errors import InvalidInput, PhoError
 from pho_service.extras import missing_extra
+from pho_service.faults import faults_told
 from pho_service.progress import Advance
 
 P = ParamSpec("P")
@@ -26,7 +27,8 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _quieten()
         try:
-            function(*args, **kwargs)
+            with faults_told():
+                function(*args, **kwargs)
         except InvalidInput as error:
             _fail(str(error), code=2)
         except PhoError as error:
@@ -37,8 +39,6 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
                 raise
             words = click.get_current_context().command_path.split()[1:]
             _fail(f"{' '.join(words)} {needs}", code=1)
-        except MemoryError:
-            _fail("memory ran out. Use a smaller model, context or --dtype bfloat16.", code=1)
         except KeyboardInterrupt:
             _fail("interrupted. What was finished is kept: the same command goes on.", code=1)
 

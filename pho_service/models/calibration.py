@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, OutOfMemory
+from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
-from pho_service.models.calibration_memory import plan_calibration
+from pho_service.models.calibration_memory import plan_calibration, would_fit
 from pho_service.models.loading import LanguageModel
+from pho_service.models.stage_memory import CalibrationRun
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
@@ -97,7 +99,11 @@ def measure(
     """
     Run the dense model once over the calibration windows.
 
+    Where memory runs out although the plan said that it is enough, half as many windows are run
+    at once, or the activations are computed again instead of kept; that is tried once.
+
     Raises:
+        OutOfMemory: Not even so; says what would fit.
         InvalidInput: It does not fit into the memory that it may take, or mixed precision is
             asked of a model that is not float32.
         ModelError: A linear is never used.
@@ -113,10 +119,39 @@ def measure(
         )
     plan = plan_calibration(model, settings, windows=count, fisher_windows=fisher)
     logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
+    run, retried = plan.run, False
+    while True:
+        try:
+            return _measured(model, text, settings, run, fisher, progress)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            smaller = None if retried else run.halved()
+            if smaller is None:
+                ways = would_fit(model, settings, fisher_windows=fisher)
+                raise OutOfMemory(
+                    f"the calibration of {model.name} on windows of {settings.context_length} "
+                    f"tokens ran out of memory{first_words(error)}. {ways}"
+                ) from error
+        # After the error, which holds on to what was computed.
+        logger.warning("memory ran out: calibrating in smaller pieces", extra=asdict(smaller))
+        run, retried = smaller, True
+        let_go_of_memory()
+
+
+def _measured(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    run: CalibrationRun,
+    fisher_windows: int,
+    progress: Progress,
+) -> Statistics:
     blocks = [block for _, block in decoder_blocks(model.model)]
+    count = len(text.calibration)
     title, steps = "Calibrating the dense model", count
     if model.stream:
-        title, steps = f"{title}, block by block", len(blocks) * (count + fisher)
+        title, steps = f"{title}, block by block", len(blocks) * (count + fisher_windows)
     collect = (
         partial(collect_statistics_blockwise, model)
         if model.stream
@@ -124,9 +159,9 @@ def measure(
             collect_statistics,
             model.model,
             model.linears,
-            batch_windows=plan.run.windows,
-            forward_windows=plan.run.forward_windows,
-            recompute=blocks if plan.run.recompute else (),
+            batch_windows=run.windows,
+            forward_windows=run.forward_windows,
+            recompute=blocks if run.recompute else (),
         )
     )
     products = torch.autocast(
@@ -135,7 +170,7 @@ def measure(
     with progress(title, steps) as advance, products:
         return collect(
             windows=text.calibration,
-            fisher_windows=fisher,
+            fisher_windows=fisher_windows,
             projection_rows=settings.projection_rows,
             seed=settings.seed,
             advance=advance,

@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.faults import device_is_lost, ran_out_of_memory
 from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.devices import pick_device
@@ -343,9 +344,9 @@ def _loading_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises into a ModelError with the way out."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # transformers raises a dozen unrelated types here
+        if ran_out_of_memory(error) or device_is_lost(error):
+            raise
         raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
 
 

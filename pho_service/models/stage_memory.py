@@ -5,7 +5,7 @@ Everything follows from a model's :class:`~pho_service.models.footprint.Footprin
 need not be loaded; what is free is passed in where it decides something.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from pho_service.models.footprint import FLOAT, Footprint
@@ -83,6 +83,18 @@ class CalibrationRun:
     recompute: bool = False
     states_on_device: bool = False
     spill: bool = False
+
+    def halved(self) -> "CalibrationRun | None":
+        """A run that takes less memory, by half the windows first; None if nothing does."""
+        if max(self.windows, self.forward_windows) > 1:
+            return replace(
+                self,
+                windows=max(1, self.windows // 2),
+                forward_windows=max(1, self.forward_windows // 2),
+            )
+        if not self.recompute:
+            return replace(self, recompute=True)
+        return replace(self, states_on_device=False) if self.states_on_device else None
 
 
 def calibration_peak(

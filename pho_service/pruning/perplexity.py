@@ -2,6 +2,7 @@
 Perplexity over windows of one length: the protocol of the pruning literature.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pho_service.errors import NumericalError, TextError
+from pho_service.errors import NumericalError, OutOfMemory, TextError
+from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 MOST = 16  # windows at once, where the memory has room for them
 CHUNK = 2**21  # log-probabilities that are computed at a time: 8 MiB, which caches hold
@@ -66,7 +70,8 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
     memory of the machine. On a CUDA device the first window shows how large
     the logits are, and as many are run at once as fit into the free memory
     with eight times the size of their logits in float32, at most ``most``:
-    batches differ from single windows in the last digits.
+    batches differ from single windows in the last digits. Where they do not fit
+    all the same, half as many are tried, once.
 
     Args:
         model: In evaluation mode.
@@ -76,16 +81,36 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
     Returns:
         Of one window after the other, (context_length, vocabulary), in the
         model's dtype and on its device.
+
+    Raises:
+        OutOfMemory: Not even so.
     """
     device = next(model.parameters()).device
-    begin, size = 0, 1
+    begin, size, halved = 0, 1, False
     while begin < len(windows):
-        batch = windows[begin : begin + size].to(device)
-        with torch.inference_mode():
-            logits: Tensor = model(input_ids=batch, use_cache=False).logits
+        batch = windows[begin : begin + size]
+        try:
+            with torch.inference_mode():
+                logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            if halved or len(batch) == 1:
+                raise OutOfMemory(
+                    f"{device} has no memory for {len(batch)} windows of {batch.shape[1]} tokens"
+                    f"{first_words(error)}. Take shorter windows (--context-length), "
+                    "--dtype bfloat16, or leave the weights on disk (--stream)."
+                ) from error
+            most, halved = len(batch) // 2, True
+        if halved and size > most:  # after the error, which holds on to what was computed
+            logger.warning("memory ran out: %d windows at once instead of %d", most, size)
+            size = most
+            let_go_of_memory()
+            continue
         begin += len(batch)
         size = batch_size(logits[0].numel(), device, most=most)
         yield from logits
+        del logits  # before the next are made
 
 
 def batch_size(logits: int, device: torch.device, *, most: int) -> int:

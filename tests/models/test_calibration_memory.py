@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, OutOfMemory
 from pho_service.memory import available_memory, free_memory, memory_in_use
-from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.calibration import calibrate, calibration_text, measure
 from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.stage_memory import CalibrationRun
+from pho_service.models.stage_memory import CalibrationRun, Peak
 from pho_service.models.texts import TextSource
 from pho_service.spec import CalibrationSettings
 
@@ -50,6 +50,64 @@ def test_same_bundle_key(model: LanguageModel, texts: dict[str, Path]) -> None:
         calibration_text(model, source, limited).bundle_key
         == calibration_text(model, source, SETTINGS).bundle_key
     )
+
+
+def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """
+    Plan to run a model on four windows at once, and let it run out of memory on more than some.
+
+    Returns:
+        How many it is given each time.
+    """
+    given = []
+
+    def look(_module: object, args: tuple[torch.Tensor]) -> None:
+        given.append(len(args[0]))
+        if given[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.model.get_input_embeddings().register_forward_pre_hook(look)
+    run = CalibrationRun(windows=4, forward_windows=4)
+    plan = CalibrationPlan(run=run, peak=Peak(device=0, host=0), fits=True)
+    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", lambda *_, **__: plan)
+    return given
+
+
+def test_half_as_many(
+    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that do not fit after all are run half as many at once, to the same statistics."""
+    settings = replace(SETTINGS, fisher_samples=4)
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    alone = measure(model, text, settings)
+    given = crowded(model, monkeypatch, 2)
+    halved = measure(model, text, settings)
+
+    assert given == [4, 2, 2]
+    for name, fisher in alone.fisher.items():
+        torch.testing.assert_close(halved.fisher[name], fisher)
+
+
+def test_out_of_memory(
+    model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is tried once; then the error says what would fit."""
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+    given = crowded(model, monkeypatch, 0)
+
+    with pytest.raises(OutOfMemory, match=r"of 24 tokens ran out of memory: CUDA.*or .*--stream"):
+        measure(model, text, SETTINGS)
+    assert given == [1, 1]  # the one window that is run backward
+
+
+def test_halved() -> None:
+    """A run is halved in its windows first, then in what it keeps of them."""
+    whole = CalibrationRun(windows=2, forward_windows=4)
+    half = CalibrationRun(windows=1, forward_windows=2)
+    single, least = CalibrationRun(), CalibrationRun(recompute=True)
+
+    assert [run.halved() for run in (whole, half, single, least)] == [half, single, least, None]
+    assert replace(least, states_on_device=True, spill=True).halved() == replace(least, spill=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from pho_service.errors import NumericalError, TextError
+from pho_service.errors import NumericalError, OutOfMemory, TextError
 from pho_service.pruning.perplexity import (
     batch_size,
     cut_windows,
@@ -150,3 +150,45 @@ def test_batches(
 
     assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(alone, rel=1e-6)
     assert shapes == [(1, 24), (3, 24), (2, 24)]
+
+
+def crowded(model: LlamaForCausalLM, most: int) -> list[int]:
+    """Let a model run out of memory on more windows at once; how many it is given each time."""
+    given = []
+
+    def look(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        given.append(len(kwargs["input_ids"]))
+        if given[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return given
+
+
+def test_half_the_batch(
+    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that does not fit is tried at half its size, with the same result."""
+    alone = rate_perplexity(tiny_llama, windows).perplexity
+    monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, most: min(4, most))
+    given = crowded(tiny_llama, 2)
+
+    assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(alone, rel=1e-6)
+    assert given == [1, 4, 2, 2, 1]
+
+
+@pytest.mark.parametrize(("most", "tried"), [(0, [1]), (1, [1, 4, 2])])
+def test_not_even_half(
+    tiny_llama: LlamaForCausalLM,
+    windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    tried: list[int],
+) -> None:
+    """It is tried once; then the error says what may help."""
+    monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 4)
+    given = crowded(tiny_llama, most)
+
+    with pytest.raises(OutOfMemory, match=r"of 24 tokens: CUDA out of memory.*--context-length"):
+        rate_perplexity(tiny_llama, windows)
+    assert given == tried

@@ -722,6 +722,7 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "retry": lambda s, c: s.fail(c, ERROR, retry=True),
     "fail": lambda s, c: s.fail(c, ERROR, retry=False),
     "hand_back": lambda s, c: s.hand_back(c),
+    "give_up": lambda s, c: s.give_up(c),
     "fence": lambda s, c: s.fence(c).__enter__(),
     "watch": lambda s, c: s.watch(c),
 }
@@ -1131,6 +1132,29 @@ class TestWork:
 def only_stage(store: JobStore) -> int:
     """The first stage of the only job, which is made if there is none; it has two attempts."""
     return (store.page() or [submit(store, max_attempts=2)])[0].stages[0].id
+
+
+class TestGiveUp:
+    """A worker that ends in the midst of a stage gives it up."""
+
+    def test_anew(self, store: JobStore) -> None:
+        """A new entry stands for the stage, at once; that of the worker is out of the queue."""
+        taken = begun(store)
+        before = queue_id(store, taken.stage.id)
+        store.give_up(taken)
+        again = claim(store, taken.stage.id, OTHER)
+
+        assert queue_id(store, taken.stage.id) != before
+        assert (again.attempt, again.stage.failures) == (2, 0)
+
+    def test_cancelled(self, store: JobStore) -> None:
+        """Of a job that is to be cancelled nothing comes again."""
+        taken = begun(store)
+        store.ask(taken.job.id, "cancel")
+        store.give_up(taken)
+
+        assert store.get(taken.job.id).state is JobState.CANCELLED
+        assert runnable(store) == []
 
 
 class TestResume:

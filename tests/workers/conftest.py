@@ -130,6 +130,7 @@ for line in sys.stdin:
         os.dup2(log, 2)
         os.environ.clear()
         os.environ.update(order["environment"])
+        exec(order["sabotage"])
         main(order["arguments"], prog_name="pho worker")
     print(process, flush=True)
 """
@@ -153,11 +154,16 @@ class WarmStart:
             text=True,
         )
 
-    def start(self, arguments: list[str], environment: Mapping[str, str], log: Path) -> int:
-        """A new worker's process."""
+    def start(
+        self, arguments: list[str], environment: Mapping[str, str], log: Path, sabotage: str
+    ) -> int:
+        """A new worker's process, which runs some code first."""
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
-        order = {"arguments": arguments, "environment": dict(environment), "log": str(log)}
+        order = {
+            "arguments": arguments, "environment": dict(environment), "log": str(log),
+            "sabotage": sabotage,
+        }  # fmt: skip
         self._parent.stdin.write(json.dumps(order) + "\n")
         self._parent.stdin.flush()
         return int(self._parent.stdout.readline())
@@ -216,8 +222,14 @@ class Crew:
             time.sleep(every_s)
         return value
 
-    def start(self, *options: str) -> int:
-        """Start a worker, as `python -m workers` does; its process."""
+    def start(self, *options: str, sabotage: str = "") -> int:
+        """
+        Start a worker, as `python -m workers` does; its process.
+
+        Args:
+            options: Of the command line.
+            sabotage: Python that the process runs first; one that takes its place does not.
+        """
         environment = {
             **os.environ,
             **SETTINGS,
@@ -229,7 +241,7 @@ class Crew:
         self.folder.mkdir(exist_ok=True)
         log = self.folder / f"worker-{len(self._processes)}.log"
         arguments = ["--database-url", self._url, *options]
-        process = self.warm_start.start(arguments, environment, log)
+        process = self.warm_start.start(arguments, environment, log, sabotage)
         self._processes.append(process)
         return process
 

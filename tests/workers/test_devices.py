@@ -1,8 +1,11 @@
 """One GPU for each worker of a machine, as far as they go."""
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,35 @@ import torch
 from pho_service.errors import InvalidInput
 from workers.devices import take_device
 
+Machine = Callable[..., None]
+
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Pretend that this process sees these cards, in this order; the broken ones do not work."""
+
+    def see(*uuids: str, broken: str = "") -> None:
+        ones = torch.ones
+
+        def on_card(*size: int, device: Any = None) -> torch.Tensor:
+            if device is not None and uuids[torch.device(device).index] == broken:
+                raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+            return ones(*size)
+
+        monkeypatch.setattr(torch, "ones", on_card)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda c: SimpleNamespace(uuid=uuids[c.index])
+        )
+
+    return see
+
+
+@pytest.fixture
+def two_gpus(machine: Machine) -> None:
     """A machine on which torch says that it has two."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine("aa", "bb")
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -34,7 +60,7 @@ def test_more_workers_than_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
     assert devices[2] == torch.device("cuda:0")
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
-    assert "sharing the first" in caplog.text
+    assert "sharing cuda:0" in caplog.text
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -47,13 +73,44 @@ def test_given_back(tmp_path: Path) -> None:
         assert device == torch.device("cuda:0")
 
 
+def test_by_the_card(tmp_path: Path, machine: Machine) -> None:
+    """Cards are told apart by what they are, not by the number that CUDA_VISIBLE_DEVICES gives."""
+    machine("aa", "bb")
+    with take_device("auto", tmp_path) as first:
+        machine("bb", "aa")  # another process sees them the other way around
+        with take_device("auto", tmp_path) as second:
+            assert (first, second) == (torch.device("cuda:0"), torch.device("cuda:0"))
+        with pytest.raises(InvalidInput, match=r"cuda:1 \(GPU aa\) is another worker's"):
+            take_device("cuda:1", tmp_path).__enter__()
+
+
 @pytest.mark.usefixtures("two_gpus")
-@pytest.mark.parametrize("name", ["cpu", "cuda:0", "cuda:1"])
-def test_named(tmp_path: Path, name: str) -> None:
-    """A device that is asked for by name is given, and kept from nobody."""
-    with take_device(name, tmp_path) as first, take_device(name, tmp_path) as second:
-        assert first == second == torch.device(name)
+def test_named(tmp_path: Path) -> None:
+    """A GPU that is asked for by its number is the worker's alone; ``cuda`` takes a free one."""
+    with take_device("cuda:0", tmp_path) as first, take_device("cuda", tmp_path) as second:
+        assert (first, second) == (torch.device("cuda:0"), torch.device("cuda:1"))
+        for name in ("cuda:1", "cuda"):
+            with pytest.raises(InvalidInput, match=r"cuda:1 \(GPU bb\) is another worker's"):
+                take_device(name, tmp_path).__enter__()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cpu(tmp_path: Path) -> None:
+    """The CPU is kept from nobody."""
+    with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
+        assert first == second == torch.device("cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_broken(tmp_path: Path, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    """A card that does not work is passed over, with a warning that says why."""
+    machine("aa", "bb", broken="aa")
+    with take_device("auto", tmp_path) as device:
+        assert device == torch.device("cuda:1")
+
+    assert "cuda:0 does not work: CUDA error: uncorrectable ECC error" in caplog.text
+    with pytest.raises(InvalidInput, match="cuda:0 does not work: CUDA error"):
+        take_device("cuda:0", tmp_path).__enter__()
 
 
 def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

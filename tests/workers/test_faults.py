@@ -1,0 +1,133 @@
+"""Workers whose process can do no more: the stage is handed back, and a new process goes on."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from storage.states import JobState, StageKind
+from storage.studies import DatabaseGone
+from workers.worker import WorkerOptions, _Worker
+
+BROKEN = """
+import torch
+from workers.stages import Stages
+
+def fail(self, claim, spec, watch):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+Stages._confirm = fail
+"""
+ENDLESS = """
+import time
+import workers.inputs
+
+def load(*args, **kwargs):
+    while True:
+        time.sleep(0.001)
+
+workers.inputs.load_model = load
+"""
+FULL = """
+import torch
+import workers.inputs
+
+def load(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+workers.inputs.load_model = load
+"""
+
+
+def test_broken_context(own_crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+    """A GPU that fails costs the job no attempt: a new process, under the same number, ends it."""
+    spec = spec_of(max_attempts=1)
+    process = own_crew.start(sabotage=BROKEN)
+    job = own_crew.done(spec)
+
+    assert own_crew.alive == {process}
+    assert [s.attempt for s in job.of_kind(StageKind.CONFIRM)] == [2]
+    assert "the GPU failed: CUDA error: an illegal memory access" in own_crew.logs()
+    assert found(job) == undisturbed(spec).configuration
+
+
+def test_out_of_memory(own_crew: Any, spec_of: Any) -> None:
+    """Memory that ran out fails the job in words, at once; the worker goes on."""
+    process = own_crew.start(sabotage=FULL)
+    error = own_crew.failed(spec_of(max_attempts=3))
+
+    assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
+    assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
+    assert own_crew.alive == {process}
+
+
+def test_panic(own_crew: Any, spec_of: Any, home: Path) -> None:
+    """A tokenizer that panics fails the job in words, at once; the worker goes on."""
+    folder = home / "panics"
+    shutil.copytree(home / "model", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "((a+)+)+z"}, "behavior": "Isolated"}
+    tokenizer["pre_tokenizer"] = {**split, "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "text.txt").write_text("a" * 100)
+    process = own_crew.start()
+    text = {"text": str(folder / "text.txt")}
+    error = own_crew.failed(spec_of(model=str(folder), calibration=text, max_attempts=3))
+
+    assert (error["type"], error["attempts"]) == ("ModelError", 1)
+    assert "retry-limit-in-match over" in error["message"]
+    assert "tokenizer.json" in error["message"]
+    assert own_crew.alive == {process}
+
+
+def test_cancelled_while_it_loads(own_crew: Any, spec_of: Any) -> None:
+    """A model that is loaded for ever can be cancelled; a new process is its worker."""
+    process = own_crew.start(sabotage=ENDLESS)
+    job = own_crew.submit(spec_of())
+    own_crew.busy(job, StageKind.CALIBRATE)
+    own_crew.store.ask(job.id, "cancel")
+    cancelled = own_crew.wait(job, JobState.CANCELLED)
+    queued = own_crew.queued(job)
+
+    assert cancelled.state is JobState.CANCELLED
+    assert queued == []
+    assert own_crew.alive == {process}
+
+
+def test_stopped_while_it_loads(own_crew: Any, spec_of: Any) -> None:
+    """Told to stop, a worker that loads for ever hands its stage back and ends within 10 s."""
+    process = own_crew.start(sabotage=ENDLESS)
+    job = own_crew.submit(spec_of())
+    own_crew.busy(job, StageKind.CALIBRATE)
+    told = time.monotonic()
+    os.kill(process, signal.SIGTERM)
+    code = own_crew.ended(process)
+    took_s = time.monotonic() - told
+
+    assert code == 0
+    assert took_s < 10
+    assert own_crew.queued(job) == ["todo"]
+    assert own_crew.at_work() == {}
+    assert own_crew.store.get(job.id).stages[0].failures == 0
+
+
+def test_stopped_in_an_outage() -> None:
+    """A worker that waits for the database to report to stops waiting when it is told to stop."""
+    settings: Any = SimpleNamespace(heartbeat_s=1.0)
+    nothing: Any = SimpleNamespace()
+    worker = _Worker(nothing, settings, WorkerOptions(), nothing)
+    reports = []
+
+    def report() -> bool:
+        reports.append(time.monotonic())
+        if len(reports) == 2:
+            threading.Timer(0.01, worker._stop).start()
+        raise DatabaseGone("refused")
+
+    assert not worker._when_possible(report)
+    assert len(reports) in (2, 3)

@@ -1,0 +1,67 @@
+"""
+The stage that a worker has in hand, and how it is let go of where its own thread does not.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from storage.jobs import Claim, JobStore, LostClaim
+from storage.studies import StorageError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0  # with a stage that should be put down
+
+
+class Hold:
+    """At most one stage at a time."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._claim: Claim | None = None
+        self._late_since: float | None = None  # when it was seen that it should be put down
+
+    @contextmanager
+    def of(self, claim: Claim) -> Iterator[None]:
+        """Inside, a thread works on a stage."""
+        self._late_since, self._claim = None, claim
+        try:
+            yield
+        finally:
+            self._claim = None
+
+    def is_stuck(self) -> bool:
+        """
+        Whether the stage in hand should have been put down some seconds ago.
+
+        Raises:
+            DatabaseGone: Nobody knows.
+        """
+        claim, since = self._claim, self._late_since
+        if claim is None:
+            return False
+        try:
+            late = not self._store.watch(claim).may_work
+        except LostClaim:
+            late = True
+        if claim is not self._claim:  # that one was put down meanwhile
+            return False
+        now = time.monotonic()
+        self._late_since = (since or now) if late else None
+        return late and since is not None and now - since > PATIENCE_S
+
+    def give_up(self) -> None:
+        """Hand the stage in hand back, if there is one: its thread ends with the process."""
+        claim = self._claim
+        if claim is None:
+            return
+        logger.warning(
+            "%s of job %s does not stop by itself: it is handed back, and this process ends",
+            claim.stage.kind, claim.job.id,
+        )  # fmt: skip
+        try:
+            self._store.give_up(claim)
+        except (LostClaim, StorageError) as error:
+            logger.warning("it was not handed back: %s", error or "it is another worker's")
