@@ -111,11 +111,17 @@ class Folded(_Document):
 
 
 class ModelRecord(_Document):
-    """Which model was pruned: :meth:`pho_service.models.loading.LanguageModel.to_dict`."""
+    """
+    Which model was pruned: :meth:`pho_service.models.loading.LanguageModel.to_dict`.
+
+    Attributes:
+        weights_scheme: How ``weights_sha256`` was made; recipes of older versions do not say it.
+    """
 
     name: str
     revision: str | None
     weights_sha256: str
+    weights_scheme: Literal[1, 2] = 1
     dtype: str
 
 
@@ -478,13 +484,12 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
             detail=f"{original.name} is loaded in {dtype}, but the model was pruned in "
             f"{recipe.model.dtype}: load it in that (--dtype {recipe.model.dtype})",
         )
-    if original.weights_sha256 != recipe.model.weights_sha256 or _shapes(original) != _shapes(
-        model
-    ):
+    found = original.sha256_by(recipe.model.weights_scheme)
+    if found != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):
         return Check(
             name=name,
             passed=False,
-            detail=f"another model: {original.name} has the hash {original.weights_sha256[:16]}, "
+            detail=f"another model: {original.name} has the hash {found[:16]}, "
             f"but {recipe.model.name} was pruned, {recipe.model.weights_sha256[:16]}",
         )
     return Check(name=name, passed=True, detail=f"{original.name} is the model that was pruned")

@@ -12,8 +12,9 @@ from torch import Tensor
 from pho_service.configuration import Configuration
 from pho_service.jobs.pipeline import prune_model
 from pho_service.models.loading import LanguageModel
-from pho_service.models.mask_file import LayerMask, pack, unpack, weight_sha256
+from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
+from pho_service.models.weights_hash import sha256_each
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.folding import fold_order
@@ -35,24 +36,29 @@ class Pruned:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """A linear's mask, one bit a weight: all of them are held until they are written."""
+    """
+    A linear's mask, packed once: all of them are held until they are written.
 
-    bits: Tensor
-    shape: tuple[int, ...]
-    order: Tensor | None
+    Attributes:
+        group_keep: N of N:M.
+        sparsity: Share removed.
+    """
+
+    mask: PackedMask
     group_keep: int
+    sparsity: float
 
     @classmethod
     def of(cls, mask: LinearMask) -> "_Kept":
-        order = None if mask.order is None else mask.order.cpu()
         return cls(
-            bits=pack(mask.keep), shape=tuple(mask.keep.shape), order=order,
+            mask=PackedMask.of(LayerMask(keep=mask.keep, order=mask.order)),
             group_keep=mask.group_keep,
-        )  # fmt: skip
+            sparsity=1 - int(mask.keep.count_nonzero()) / mask.keep.numel(),
+        )
 
-    @property
-    def keep(self) -> Tensor:
-        return unpack(self.bits, self.shape)
+    def taken(self, keep: Tensor, order: Tensor | None) -> "_Kept":
+        """The same weights with their channels in another order."""
+        return replace(self, mask=PackedMask.of(LayerMask(keep=keep, order=order)))
 
 
 def prune_job(
@@ -95,7 +101,8 @@ def prune_job(
             kept[name] = _Kept.of(mask)
     folded = _fold(model, kept)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-    layers = {name: float((~kept[name].keep).float().mean()) for name in model.linears}
+    layers = {name: kept[name].sparsity for name in model.linears}
+    weights = sha256_each(linear.weight for linear in model.linears.values())
     sparsity = model_sparsity(model.linears, layers)
     recipe = {
         "format": "pho-pruning",
@@ -110,16 +117,15 @@ def prune_job(
         "layers": {
             name: {
                 "sparsity": layers[name],
-                "weights_sha256": weight_sha256(linear.weight),
+                "weights_sha256": sha256,
                 "keep": kept[name].group_keep if candidate.pattern.group else None,
                 "group": candidate.pattern.group or None,
             }
-            for name, linear in model.linears.items()
+            for name, sha256 in zip(model.linears, weights, strict=True)
         },
         "versions": versions("torch", "transformers"),
     }
-    masks = ((n, LayerMask(keep=kept[n].keep, order=kept[n].order)) for n in model.linears)
-    save_pruned(model, folder, masks, recipe)
+    save_pruned(model, folder, ((name, kept[name].mask) for name in model.linears), recipe)
     return Pruned(sparsity=sparsity, layers=layers)
 
 
@@ -136,14 +142,15 @@ def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
     if model.stream:
         return folded
     for name, reader in model.linears.items():
-        order = kept[name].order
+        order = kept[name].mask.order
         if order is None:
             continue
         writers = fold_order(model.model, reader, model.linears, order)
         if not writers:
             continue
-        kept[name] = replace(kept[name], bits=pack(kept[name].keep[:, order]), order=None)
+        kept[name] = kept[name].taken(kept[name].mask.keep[:, order], None)
         for writer in writers:
-            kept[writer] = replace(kept[writer], bits=pack(kept[writer].keep[order]))
+            mask = kept[writer].mask
+            kept[writer] = kept[writer].taken(mask.keep[order], mask.order)
         folded.append({"reader": name, "writers": writers, "order": order.tolist()})
     return folded

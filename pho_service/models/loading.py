@@ -2,9 +2,8 @@
 Open a model by hub id, local folder or .gguf file. Never runs remote code, never unpickles weights.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from pho_service.model_folder import NAMING_FILES, check_model_folder, check_nam
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.devices import pick_device
 from pho_service.models.gguf_header import gguf_read_once
+from pho_service.models.weights_hash import SCHEME, weights_sha256
 from pho_service.pruning.statistics import PrunableLinear
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,26 @@ class LanguageModel:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of every parameter's name, shape, dtype and bytes, as loaded."""
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            values = parameter.detach().cpu().contiguous()
-            digest.update(values.view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Hash of every parameter's name, shape, dtype and bytes, as loaded: scheme 2."""
+        return weights_sha256(self.model)
+
+    def is_recorded(self, record: Mapping[str, Any]) -> bool:
+        """
+        Whether a stored record, as :meth:`to_dict` gives it, is of a model with these weights.
+
+        A record of an older version has no ``weights_scheme`` and is compared by the first one.
+        """
+        scheme = record.get("weights_scheme", 1)
+        known = scheme in (1, SCHEME)
+        return known and self.sha256_by(scheme) == record.get("weights_sha256")
+
+    def sha256_by(self, scheme: int) -> str:
+        """``weights_sha256`` by an older scheme of :func:`~weights_hash.weights_sha256`, too."""
+        return self.weights_sha256 if scheme == SCHEME else self._first_sha256
+
+    @cached_property
+    def _first_sha256(self) -> str:
+        return weights_sha256(self.model, scheme=1)
 
     @property
     def family(self) -> str:
@@ -106,6 +119,7 @@ class LanguageModel:
             "parameters": self.parameters,
             "revision": self.revision,
             "weights_sha256": self.weights_sha256,
+            "weights_scheme": SCHEME,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 

@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pho_service.configuration import shown
 from pho_service.errors import ModelError
 from pho_service.files import new_file
 from pho_service.models.bundle_file import os_errors
+from pho_service.models.weights_hash import sha256_each
 
 FORMAT = "pho-masks"
 VERSION = 1
@@ -53,8 +55,45 @@ class LayerMask:
     order: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedMask:
+    """
+    The same with one bit a weight, on the CPU.
+
+    Attributes:
+        bits: (ceil(numel / 8),), uint8, as :func:`pack` gives it.
+        shape: (out_features, in_features).
+        order: As in a :class:`LayerMask`.
+    """
+
+    bits: Tensor
+    shape: tuple[int, ...]
+    order: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: LayerMask) -> "PackedMask":
+        """
+        Raises:
+            ValueError: A mask that is not 2-D bool, or an order that is no permutation.
+        """
+        keep, order = mask.keep, mask.order
+        if keep.dtype is not torch.bool or keep.dim() != 2 or not keep.numel():
+            raise ValueError(f"a {keep.dtype} tensor {tuple(keep.shape)} is no mask")
+        if order is not None:
+            whole = not order.is_floating_point() and order.dtype is not torch.bool
+            order = order.cpu()
+            if order.dim() != 1 or not whole or not is_permutation(order, keep.shape[1]):
+                raise ValueError(f"the order is no permutation of {keep.shape[1]} input channels")
+        return cls(bits=pack(keep), shape=tuple(keep.shape), order=order)
+
+    @property
+    def keep(self) -> Tensor:
+        """(out_features, in_features), bool, unpacked anew each time."""
+        return unpack(self.bits, self.shape)
+
+
 def write_masks(
-    masks: Iterable[tuple[str, LayerMask]] | Mapping[str, LayerMask],
+    masks: Iterable[tuple[str, LayerMask | PackedMask]] | Mapping[str, LayerMask],
     path: Path,
     *,
     metadata: dict[str, Any],
@@ -62,8 +101,7 @@ def write_masks(
     """
     Write the masks of a model; an old file is replaced only when the new one is complete.
 
-    The same masks are the same bytes. One mask is unpacked at a time; all are
-    held packed until the last one has come.
+    The same masks are the same bytes. All are held packed until the last one has come.
 
     Args:
         masks: By name, in the model's order, on any device.
@@ -84,15 +122,18 @@ def write_masks(
     for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
         if name in shapes:
             raise ValueError(f"{name} has two masks")
-        _check_mask(name, mask)
-        shapes[name] = list(mask.keep.shape)
-        packed = pack(mask.keep)
-        tensors[f"{name}.keep"] = packed
-        hashes[name] = _sha256(packed)
-        if mask.order is not None:
-            tensors[f"{name}.order"] = mask.order.to("cpu", torch.int32).contiguous()
+        try:
+            packed = mask if isinstance(mask, PackedMask) else PackedMask.of(mask)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        shapes[name] = list(packed.shape)
+        tensors[f"{name}.keep"] = packed.bits
+        if packed.order is not None:
+            tensors[f"{name}.order"] = packed.order.to(torch.int32).contiguous()
     if not shapes:
         raise ValueError("there are no masks to write")
+    bits = sha256_each(tensors[f"{name}.keep"] for name in shapes)
+    hashes = dict(zip(shapes, bits, strict=True))
     document = {
         "version": VERSION,
         "layers": [{"name": name, "shape": shape} for name, shape in shapes.items()],
@@ -106,7 +147,12 @@ def write_masks(
 
 def pack(keep: Tensor) -> Tensor:
     """(ceil(numel / 8),), uint8, on the CPU: the rows one after the other, one bit a weight."""
-    return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().view(-1).numpy()))
+    flat = keep.detach().contiguous().view(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    bytes_ = pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)
+    return (bytes_ << places).sum(dim=1, dtype=torch.uint8).cpu()
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -117,24 +163,12 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def weight_sha256(weight: Tensor) -> str:
     """Hash of a weight's bytes in its dtype, (out_features, in_features), row after row."""
-    return _sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8))
+    return next(sha256_each([weight]))
 
 
 def is_permutation(order: Tensor, length: int) -> bool:
     """Whether ``order``, a 1-D tensor of whole numbers, has each of 0..length-1 once."""
     return torch.equal(order.sort().values, torch.arange(length, dtype=order.dtype))
-
-
-def _check_mask(name: str, mask: LayerMask) -> None:
-    """Raise ValueError for what no linear has."""
-    keep, order = mask.keep, mask.order
-    if keep.dtype is not torch.bool or keep.dim() != 2 or not keep.numel():
-        raise ValueError(f"{name}: a {keep.dtype} tensor {tuple(keep.shape)} is no mask")
-    if order is None:
-        return
-    whole = not order.is_floating_point() and order.dtype is not torch.bool
-    if order.dim() != 1 or not whole or not is_permutation(order.cpu(), keep.shape[1]):
-        raise ValueError(f"{name}: the order is no permutation of {keep.shape[1]} input channels")
 
 
 def _sha256(data: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pho_service.files import new_folder
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
-from pho_service.models.mask_file import MASKS, LayerMask, write_masks
+from pho_service.models.mask_file import MASKS, PackedMask, write_masks
 
 RECIPE = "pruning.json"
 SHARD = "2GB"  # a file is put together in memory
@@ -19,7 +19,7 @@ SHARD = "2GB"  # a file is put together in memory
 def save_pruned(
     model: LanguageModel,
     folder: Path,
-    masks: Iterable[tuple[str, LayerMask]],
+    masks: Iterable[tuple[str, PackedMask]],
     recipe: dict[str, Any],
 ) -> None:
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_cards import Card
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -300,3 +301,16 @@ def test_unwritable(masks: dict[str, LayerMask], tmp_path: Path) -> None:
     """Where nothing can be written, nothing is, and the reason is told."""
     with pytest.raises(OutputError, match="was not written"):
         write_masks(masks, tmp_path / "no-folder" / "m", metadata={})
+
+
+@pytest.mark.parametrize("columns", [8, 13])
+def test_packed_on_a_gpu(pretended_gpu: Card, columns: int) -> None:
+    """A GPU packs its masks itself, into the same bits, and copies only these."""
+    keep = random_mask(5, columns)
+    expected = pack(keep)
+    with pretended_gpu.counting() as counts:
+        found = pack(keep.to("cuda"))
+
+    assert torch.equal(found, expected)
+    assert found.device.type == "cpu"
+    assert counts.d2h_bytes == len(expected)
