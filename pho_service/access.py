@@ -13,13 +13,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pho_service.dataset_card import check_cards
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, PhoError
+from pho_service.model_folder import NAMING_FILES, check_model_folder
 from pho_service.settings import Settings
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _DATA_FILE = re.compile(r"[A-Za-z0-9_*?\[\]][A-Za-z0-9._*?\[\]/-]*")
 _IN_A_MODEL = 1000  # files and folders; large models have some hundred shards
 _IN_A_DATASET = 5000  # at all depths; C4's English has 1,032
+_NAMES_BYTES = 4 * 2**20  # of the files of a model that name others
 _TEMPLATES = "additional_chat_templates"  # the only folder in a model's that is read
 
 
@@ -151,10 +153,22 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
 
 
 def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
-    """What a loader of models opens: the folder's own files, and none below it but templates."""
+    """
+    What a loader of models opens: the folder's own files, and none below it but templates.
+
+    Raises:
+        InvalidInput: Its files name others elsewhere, or those that may cannot be read.
+    """
     yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
     if (folder / _TEMPLATES).is_dir():
         yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
+    naming = [*folder.glob("*.index.json"), *(folder / file for file in NAMING_FILES)]
+    # Larger ones are left to the worker, whose loader looks at them in any case.
+    if sum(file.stat().st_size for file in naming if file.is_file()) <= _NAMES_BYTES:
+        try:
+            check_model_folder(folder)
+        except PhoError as error:
+            raise InvalidInput(f"model {name!r}: {error}") from error
 
 
 def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:

@@ -191,9 +191,10 @@ def read_csv(
             budget.check_document(len(text), here)
             yield text
     except csv.Error as error:
-        raise TextError(
-            f"{where}, line {rows.line_num} is not CSV: {shown(str(error))}."
-        ) from error
+        here = f"{where}, line {rows.line_num}"
+        if "field limit" in str(error):
+            budget.check_document(budget.limits.document_bytes + 1, f"a cell at {here}")
+        raise TextError(f"{here} is not CSV: {shown(str(error))}.") from error
 
 
 def read_parquet(file: BinaryIO, field: str, where: str, budget: Budget) -> Iterator[str]:
