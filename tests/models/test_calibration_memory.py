@@ -17,8 +17,8 @@ from pho_service.memory import available_memory, free_memory, memory_in_use
 from pho_service.models.calibration import calibrate, calibration_text, measure
 from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.stage_memory import CalibrationRun, Peak
 from pho_service.models.texts import TextSource
+from pho_service.planning.stage_memory import CalibrationRun, Peak
 from pho_service.spec import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)

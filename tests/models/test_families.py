@@ -43,7 +43,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pho_service.models.architecture import decoder_blocks, prunable_linears
-from pho_service.models.footprint import Footprint
+from pho_service.models.footprint import footprint_of
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.passes import frozen, recomputed, run_backward
 from pho_service.pruning.perplexity import rate_perplexity
@@ -375,7 +375,7 @@ class _TensorBytes(TorchDispatchMode):
 def test_memory_estimate(model: PreTrainedModel, *, recompute: bool) -> None:
     """What is estimated for a forward and a backward pass is more than what they take."""
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
-    footprint = Footprint.of(model, prunable_linears(model))
+    footprint = footprint_of(model, prunable_linears(model))
     blocks = [block for _, block in decoder_blocks(model)]
     running_again = recomputed(blocks if recompute else (), nullcontext)
     with frozen(model), running_again, _TensorBytes() as taken:

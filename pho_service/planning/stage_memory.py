@@ -1,15 +1,14 @@
 """
 How much memory each stage of a job takes at its peak: on the device, in main memory, on disk.
 
-Everything follows from a model's :class:`~pho_service.models.footprint.Footprint`, so the model
+Everything follows from a model's :class:`~pho_service.planning.footprint.Footprint`, so the model
 need not be loaded; what is free is passed in where it decides something.
 """
 
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pho_service.models.footprint import FLOAT, Footprint
-from pho_service.pruning.perplexity import CHUNK
+from pho_service.planning.footprint import FLOAT, Footprint
 from pho_service.spec import CalibrationSettings, Steps
 
 LIBRARIES = 96 * 2**20  # what the matrix library keeps for itself, on either device
@@ -26,6 +25,7 @@ INVERSE = 7  # of a Gram matrix's size in float32
 SHARD = 2 * 10**9  # bytes of a file of weights, which is put together in main memory
 MASK = 1 / 8  # bytes of a mask's element where it is packed
 HELD = 2**30  # inputs of blocks beyond it are written to disk; 70B has 86 GB of them
+LOGITS_AT_ONCE = 2**21  # log-probabilities that are held at a time, see pruning.perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def confirmation_peak(
     largest = max(block.largest for block in footprint.blocks)
     scoring = SCORES * FLOAT * largest
     logits = footprint.itemsize * tokens * footprint.vocabulary
-    running = footprint.forward(tokens, at_once) + at_once * logits + 3 * FLOAT * CHUNK
+    running = footprint.forward(tokens, at_once) + at_once * logits + 3 * FLOAT * LOGITS_AT_ONCE
     if place.stream:
         block = max(block.weights for block in footprint.blocks)
         outside = footprint.outside if place.on_gpu else 0
