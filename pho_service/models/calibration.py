@@ -18,8 +18,8 @@ from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.calibration_memory import plan_calibration, would_fit
 from pho_service.models.loading import LanguageModel
-from pho_service.models.stage_memory import CalibrationRun
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
+from pho_service.planning.stage_memory import CalibrationRun
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Statistics, collect_statistics

@@ -69,7 +69,7 @@ def plan_calibration(
 
 def would_fit(model: LanguageModel, settings: CalibrationSettings, *, fisher_windows: int) -> str:
     """What would fit, in words, where a plan that should have fitted ran out of memory."""
-    footprint = Footprint.of(model.model, model.linears)
+    footprint = footprint_of(model.model, model.linears)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
     limit = free_memory(model.device) if place.on_gpu else available_memory()
     limit += 0 if model.stream else footprint.weights
