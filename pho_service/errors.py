@@ -9,6 +9,7 @@ Everything that a user can do wrong, or that the world can do to a user.
     ├── BundleError           a proxy bundle is broken, or belongs to another model
     ├── ConfigurationError    a configuration file is broken, or of another format version
     ├── StudyError            a stored study contradicts the search that wants to go on with it
+    ├── ChangedInput          a model, a text or a bundle changed while a job was working on it
     ├── OutputError           a result cannot be written
     ├── OutOfMemory           a GPU's memory, or the machine's, was not enough
     ├── DeviceLost            a GPU failed, and this process can use it no more
@@ -62,6 +63,10 @@ class NumericalError(PhoError):
 
 class BundleError(PhoError):
     """A proxy bundle is unreadable, of another format version, or of another model."""
+
+
+class ChangedInput(PhoError):
+    """A model, a text or a bundle is not the one that a job began with."""
 
 
 class ConfigurationError(PhoError):

@@ -9,7 +9,7 @@ of a job become visible in the order of their ids.
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -676,6 +676,7 @@ class JobStore:
         *,
         configuration: Mapping[str, Any],
         own: Mapping[str, Any] | None,
+        check: Callable[[Job], None] = lambda _: None,
     ) -> None:
         """
         Store what a configuration was worth on a model, in the library too; the last one ends
@@ -686,12 +687,15 @@ class JobStore:
             result: What was measured; with an ``error``, nothing was.
             configuration: What was transferred.
             own: The model's own best, if it was searched for.
+            check: Called with the job, which nobody else can change meanwhile, before anything is
+                stored; may refuse by raising.
 
         Raises:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             job = self._claimed(connection, claim)
+            check(job)
             _finish_stage(connection, claim.stage.id, StageState.DONE, result)
             data = {"stage": claim.stage.kind, "number": claim.stage.number, "done": 1}
             _event(connection, job.id, "progress", {**data, "best_value": None})

@@ -10,8 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.files import new_file
-from pho_service.jobs.bundles import bundle_path, cached_bundle
-from pho_service.models.bundle_file import read_bundle
+from pho_service.jobs.bundles import bundle_path, cached_bundle, kept_bundle
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress
@@ -49,11 +48,11 @@ class BundleStore:
         The bundle with this key.
 
         Raises:
-            BundleError: It is not there, or damaged.
+            BundleError: It is not there, or damaged, or another one has its name.
             OutputError: The object store or the cache fails.
         """
         self._download(key)
-        return read_bundle(bundle_path(self._folder, key))
+        return kept_bundle(self._folder, key)
 
     def ensure(
         self,

@@ -4,13 +4,14 @@ What stages work with: models, texts and bundles, the last of each kept for the 
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from pho_service.access import Access, check_data_file
-from pho_service.errors import BundleError, TextError
+from pho_service.errors import BundleError, ChangedInput, TextError
 from pho_service.job_fields import CalibrationSpec
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.rating import ReportText
@@ -20,22 +21,36 @@ from pho_service.models.texts import TextSource, read_windows
 from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
 from workers.bundles import BundleStore
+from workers.seal import Seal
 
 T = TypeVar("T")
+
+UNSEALED = Seal()
 
 
 class _Last(Generic[T]):
     """The value of the last key; another key's is made anew, after the old one is let go."""
 
     def __init__(self) -> None:
-        self._key: Hashable = None
+        self._keys: tuple[Hashable, ...] = ()
         self._value: T | None = None
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if self._value is None or self._key != key:
+    def get(
+        self, key: Hashable, make: Callable[[], T], alias: Callable[[T], Hashable] | None = None
+    ) -> T:
+        """
+        Return the value, made if it is another key's.
+
+        Args:
+            key: Names the value.
+            make: Makes it.
+            alias: Gives another key for the value that was made.
+        """
+        if self._value is None or key not in self._keys:
             self._value = None  # before the next is made: two models may not fit
-            self._value = make()
-            self._key = key
+            value = make()
+            self._keys = (key,) if alias is None else (key, alias(value))
+            self._value = value
         return self._value
 
     def clear(self) -> None:
@@ -68,6 +83,7 @@ class Inputs:
         self.bundles = bundles
         self.device = device
         self._model: _Last[LanguageModel] = _Last()
+        self._cast: _Last[str] = _Last()
         self._bundle: _Last[ProxyBundle] = _Last()
         self._calibration: _Last[CalibrationText] = _Last()
         self._confirmation: _Last[ReportText] = _Last()
@@ -77,60 +93,110 @@ class Inputs:
         for kept in (self._model, self._bundle, self._calibration, self._confirmation):
             kept.clear()
 
-    def model(self, spec: JobSpec) -> LanguageModel:
+    def model(self, spec: JobSpec, seal: Seal = UNSEALED) -> LanguageModel:
         """
         The dense model of a job.
+
+        Args:
+            spec: The job, with one model.
+            seal: What was read before. A hub model without a revision is that commit's.
 
         Raises:
             InvalidInput: It may not be named here.
             ModelError, NumericalError: It cannot be loaded.
+            ChangedInput: It is not the one that was read before.
         """
         source = self.access.model(spec.model)
-        key = (source, spec.revision, spec.dtype, spec.stream, _FileState.of(source))
-        return self._model.get(
-            key,
+        local = _is_local(source)
+        seal.check_place(spec.model, local=local)
+        revision = spec.revision or (None if local else seal.revision)
+        state = _FileState.of(source)
+
+        def key(revision: str | None) -> Hashable:
+            return source, revision, spec.dtype, spec.stream, state
+
+        model = self._model.get(
+            key(revision),
             lambda: load_model(
                 source,
-                revision=spec.revision,
+                revision=revision,
                 device=str(self.device),
                 dtype=spec.dtype,
                 stream=spec.stream,
             ),
+            alias=lambda loaded: key(loaded.revision),  # the commit, from the hub
+        )
+        seal.check_model(spec.model, partial(self._hash_of, model))
+        return model
+
+    def _hash_of(self, model: LanguageModel, dtype: str | None, scheme: int) -> str:
+        """Of the weights in this dtype, computed once."""
+        if dtype is None or dtype == str(model.dtype).removeprefix("torch."):
+            return model.sha256_by(scheme)
+        key = (model.weights_sha256, dtype, scheme)
+        return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype), scheme))
+
+    def seal(self, spec: JobSpec) -> Seal:
+        """
+        Read everything that a job is made from, and write down what it is.
+
+        Raises:
+            PhoError: As :meth:`model`, :meth:`calibration_text` and :meth:`confirmation_text`.
+        """
+        model = self.model(spec)
+        confirm = None if spec.confirm is None else self.confirmation_text(spec)
+        return Seal.of(
+            model,
+            self.calibration_text(spec),
+            confirm,
+            local=_is_local(self.access.model(spec.model)),
         )
 
-    def calibration_text(self, spec: JobSpec) -> CalibrationText:
+    def calibration_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> CalibrationText:
         """
         The windows to calibrate on, and those that are left.
 
         Raises:
             InvalidInput: The text may not be named here.
             TextError: It cannot be read, or is too short.
+            ChangedInput: It, or the model, is not the one that was read before.
         """
-        model = self.model(spec)
+        model = self.model(spec, seal)
         source = self._source(spec.calibration)
         settings = spec.calibration.settings()
         state = _FileState.of(source.path or str(source.dataset))
         key = (model.weights_sha256, spec.stream, source, settings, state)
-        return self._calibration.get(key, lambda: calibration_text(model, source, settings))
+        text = self._calibration.get(key, lambda: calibration_text(model, source, settings))
+        seal.check_calibration(spec.calibration.text or str(spec.calibration.dataset), text)
+        return text
 
-    def confirmation_text(self, spec: JobSpec) -> ReportText:
+    def confirmation_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> ReportText:
         """
         The windows that perplexities are measured on.
 
         Raises:
             InvalidInput: The text may not be named here.
             TextError: It cannot be read, is too short, or the calibration used it up.
+            ChangedInput: It, or the model, is not the one that was read before.
         """
         assert spec.confirm is not None
+        text = self._confirmation_text(spec, seal)
+        calibration = spec.calibration
+        name = spec.confirm.text or calibration.text or str(calibration.dataset)
+        seal.check_confirmation(name, text)
+        return text
+
+    def _confirmation_text(self, spec: JobSpec, seal: Seal) -> ReportText:
+        assert spec.confirm is not None
         if spec.confirm.text is None:
-            text = self.calibration_text(spec)
+            text = self.calibration_text(spec, seal)
             if len(text.held_out) == 0:
                 raise TextError(
                     "the calibration text has no windows left to confirm on. Give confirm.text, "
                     "fewer calibration.samples, or confirm: null."
                 )
             return ReportText(windows=text.held_out[: spec.confirm.windows], record=text.record)
-        model = self.model(spec)
+        model = self.model(spec, seal)
         path = self.access.text(spec.confirm.text)
         settings = spec.calibration
         key = (
@@ -150,26 +216,41 @@ class Inputs:
 
         return self._confirmation.get(key, read)
 
-    def calibrate(self, spec: JobSpec, progress: Progress) -> ProxyBundle:
+    def calibrate(self, spec: JobSpec, seal: Seal, progress: Progress) -> ProxyBundle:
         """
         The bundle of a job, made if nobody has made it yet.
 
         Raises:
             PhoError: As :meth:`model`, :meth:`calibration_text` and :meth:`BundleStore.ensure`.
         """
-        text = self.calibration_text(spec)
+        text = self.calibration_text(spec, seal)
         settings = spec.calibration.settings()
         return self._bundle.get(
             text.bundle_key,
-            lambda: self.bundles.ensure(self.model(spec), text, settings, progress),
+            lambda: self.bundles.ensure(self.model(spec, seal), text, settings, progress),
         )
 
-    def bundle(self, spec: JobSpec, key: str, progress: Progress) -> ProxyBundle:
-        """The bundle with this key; if it was lost, it is made again."""
+    def bundle(self, spec: JobSpec, seal: Seal, key: str, progress: Progress) -> ProxyBundle:
+        """
+        The bundle with this key; if it was lost, it is made again.
+
+        Raises:
+            ChangedInput: What it was made from is not there any more, so that it would be
+                another one.
+        """
         try:
             return self._bundle.get(key, lambda: self.bundles.read(key))
         except BundleError:
-            return self.calibrate(spec, progress)
+            bundle = self.calibrate(spec, seal, progress)
+        if bundle.key != key:
+            raise ChangedInput(
+                f"the bundle {key[:12]} of the job is lost, and what is made now is another one, "
+                f"{bundle.key[:12]}: a package has another version, or the "
+                f"worker another kind of device ({self.device.type}), than when the job began. Its "
+                "trials cannot be compared with new ones. Put the bundle back, or submit the job "
+                "anew."
+            )
+        return bundle
 
     def _source(self, spec: CalibrationSpec) -> TextSource:
         if spec.text is not None:
@@ -183,3 +264,8 @@ class Inputs:
             split=spec.split,
             field=spec.field,
         )
+
+
+def _is_local(source: str) -> bool:
+    """Whether the answer of :meth:`Access.model` is a path and not a hub id."""
+    return Path(source).is_absolute()

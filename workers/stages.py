@@ -5,7 +5,7 @@ The stages of a job. Each can be done again after a crash, and takes up what is 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ import optuna
 from torch import Tensor
 
 from pho_service.configuration import Confirmation
-from pho_service.errors import NumericalError
+from pho_service.errors import ChangedInput, NumericalError
 from pho_service.faults import faults_told
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.joint_search import joint_provenance, rate_jointly, with_each_model
@@ -43,6 +43,7 @@ from storage.studies import open_storage, open_study, study_name
 from workers.board import confirmed_plot, error_plot, show_result, show_search
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch, written
+from workers.seal import Seal
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
 from workers.watch import Watch
@@ -101,14 +102,14 @@ class Stages:
 
     def _calibrate(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         mine = spec.of_model(claim.stage.number)
-        bundle = self.inputs.calibrate(mine, watch.progress)
+        seal = self.inputs.seal(mine)  # a text that is missing fails before the search
+        bundle = self.inputs.calibrate(mine, seal, watch.progress)
+        self._check_streamed(mine, seal)
         for layer in bundle.layers:
             spec.pruning().check_width(layer.in_features, layer.name)
-        if spec.confirm is not None:
-            self.inputs.confirmation_text(mine)  # fails now rather than after the search
         self.store.complete(
             claim,
-            {"provenance": bundle.provenance},
+            {"provenance": bundle.provenance, "inputs": seal.to_dict()},
             then=[NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)],
             spec=warmed(self._database, claim.job, spec, bundle.provenance.get("model", {})),
         )
@@ -124,6 +125,8 @@ class Stages:
             show_search(study, spec)
             while True:
                 search.run(storage, study, spec.plan(island), rate)
+                if spec.objective.name == "perplexity":
+                    self._check_streamed(spec, Seal.of_job(claim.job, 0))
                 saving = compared_with_cold(
                     spec.request(island),
                     spec.plan(island),
@@ -154,8 +157,9 @@ class Stages:
             return rate_jointly(evaluators, spec.pruning(), objective)
         model = text = calibration = None
         if objective.name == "perplexity":
-            model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
-            calibration = self._calibration(spec, spec.plan(island).steps)
+            seal = Seal.of_job(job, 0)
+            model, text = self.inputs.model(spec, seal), self.inputs.confirmation_text(spec, seal)
+            calibration = self._calibration(spec, seal, spec.plan(island).steps)
         return objective_function(objective, bundles[spec.model], model, text, device, calibration)
 
     def _confirm(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
@@ -191,7 +195,8 @@ class Stages:
         """
         if not comparing_pays([c.candidate for c in chosen], stream=spec.stream):
             return Divergences()
-        model, text = self.inputs.model(spec), self.inputs.confirmation_text(spec)
+        seal = Seal.of_job(claim.job, 0)
+        model, text = self.inputs.model(spec, seal), self.inputs.confirmation_text(spec, seal)
         bundle = self._bundle(claim.job, spec, watch)
         divergences = {}
         with (
@@ -229,9 +234,10 @@ class Stages:
             pattern=spec.pruning().within(Scope(written["scope"])),
             steps=Steps.from_dict(written.get("steps", {})),
         )
-        model = self.inputs.model(spec)
-        text = self.inputs.confirmation_text(spec)
-        calibration = self._calibration(spec, candidate.steps)
+        seal = Seal.of_job(claim.job, 0)
+        model = self.inputs.model(spec, seal)
+        text = self.inputs.confirmation_text(spec, seal)
+        calibration = self._calibration(spec, seal, candidate.steps)
         bundle = self._bundle(claim.job, spec, watch)
         started = time.monotonic()
         with watch.progress("Measuring", len(text.windows)) as advance:
@@ -243,12 +249,14 @@ class Stages:
                 advance,
                 calibration=calibration,
             )
+        self._check_streamed(spec, seal)
         result = {
             "perplexity": rating.perplexity,
             "sparsity": sparsity,
             "seconds": round(time.monotonic() - started, 3),
             "measured_on": text.measured_on(),
             "text_sha256": text.key,
+            "weights_sha256": seal.weights_sha256,
         }
         self.store.complete(claim, result, then=[NewStage(kind=StageKind.FINISH)])
 
@@ -332,10 +340,15 @@ class Stages:
         proxies = rate_by_all_proxies(bundle, candidates, device=str(self.inputs.device))
         return qualities(proxies, perplexities, seed=spec.validation.seed)
 
-    def _calibration(self, spec: JobSpec, steps: Steps) -> Tensor | None:
+    def _check_streamed(self, spec: JobSpec, seal: Seal) -> None:
+        """Compare a streamed model once more: its files were read all the time."""
+        if spec.stream:
+            self.inputs.model(spec, seal)
+
+    def _calibration(self, spec: JobSpec, seal: Seal, steps: Steps) -> Tensor | None:
         """The windows of the calibration, for steps that need them."""
         needed = steps.needs_text or spec.stream
-        return self.inputs.calibration_text(spec).calibration if needed else None
+        return self.inputs.calibration_text(spec, seal).calibration if needed else None
 
     def _bundle(self, job: Job, spec: JobSpec, watch: Watch) -> ProxyBundle:
         """Of a job's only model."""
@@ -344,7 +357,9 @@ class Stages:
     def _bundles(self, job: Job, spec: JobSpec, watch: Watch) -> dict[str, ProxyBundle]:
         """Of all models of a job."""
         return {
-            name: self.inputs.bundle(spec.of_model(i), str(provenance["key"]), watch.progress)
+            name: self.inputs.bundle(
+                spec.of_model(i), Seal.of_job(job, i), str(provenance["key"]), watch.progress
+            )
             for i, (name, provenance) in enumerate(zip(spec.models, _provenances(job), strict=True))
         }
 
@@ -385,7 +400,7 @@ class Stages:
     ) -> tuple[list[tuple[float, RatedCandidate]], Confirmation | None, Divergences]:
         """What was confirmed, best first, and how; and what was compared before."""
         if spec.objective.name == "perplexity":
-            text = self.inputs.confirmation_text(spec)
+            text = self.inputs.confirmation_text(spec, Seal.of_job(job, 0))
             measured = [(r.value, r) for r in rated]
             how = Confirmation(perplexity=rated[0].value, **text.measured_on())
             return measured, how, Divergences()
@@ -396,6 +411,7 @@ class Stages:
             tokens=planned.get("divergence_tokens"),
         )
         chosen = set(planned.get("finalists", ()))
+        _check_alike(stages)
         measured = [(float(stages[r.number]["perplexity"]), r) for r in rated if r.number in chosen]
         measured.sort(key=lambda pair: pair[0])
         if not measured:
@@ -421,6 +437,21 @@ def _measurement(number: int, candidate: Candidate) -> NewStage:
     """A stage that measures the perplexity of a candidate."""
     params = {"candidate": written(candidate)}
     return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
+
+
+def _check_alike(stages: Mapping[int, Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        ChangedInput: Perplexities are of several texts or weights, which an older version did
+            not prevent.
+    """
+    for what, key in (("texts", "text_sha256"), ("weights", "weights_sha256")):
+        found = {stage[key] for stage in stages.values() if stage.get(key) is not None}
+        if len(found) > 1:
+            raise ChangedInput(
+                f"the perplexities of this job were measured on {len(found)} different {what}: a "
+                "file changed meanwhile. They cannot be compared. Submit the job anew."
+            )
 
 
 def _provenances(job: Job) -> list[dict[str, Any]]:

@@ -4,16 +4,22 @@ The stages of a transfer: each measures a configuration on one model.
 
 import logging
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pho_service.errors import DeviceLost, PhoError
+from pho_service.errors import ChangedInput, DeviceLost, PhoError
 from pho_service.faults import faults_told
 from pho_service.jobs.rating import ReportText
 from pho_service.jobs.transfer import Target, Transfer, own_search, transfer_job
 from pho_service.search.request import SearchRequest
 from pho_service.transfer_spec import TransferSpec
-from storage.jobs import Claim, JobStore
+from storage.jobs import Claim, Job, JobStore
+from storage.states import StageKind
 from workers.inputs import Inputs
+from workers.seal import Seal
 from workers.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -31,12 +37,16 @@ def transfer_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) 
     """
     spec = TransferSpec.model_validate(claim.job.spec)
     name = spec.models[claim.stage.number]
-    own = None
     try:
         with faults_told(), tempfile.TemporaryDirectory(prefix="pho-") as folder:
-            transfer = _transfer(spec, inputs, claim.stage.number, watch, Path(folder))
-        result = transfer.to_dict()
-        own = result["own"]
+            result = _transfer(spec, inputs, claim.stage.number, watch, Path(folder)).to_dict()
+        store.transferred(
+            claim,
+            result,
+            configuration=spec.configuration,
+            own=result["own"],
+            check=partial(_check_report, result),
+        )
     except DeviceLost:
         raise  # no fault of this model
     except PhoError as error:
@@ -47,35 +57,65 @@ def transfer_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) 
             "error": {"type": type(error).__name__, "message": str(error)},
             "warnings": [f"{name}: {error}"],
         }
-    store.transferred(claim, result, configuration=spec.configuration, own=own)
+        store.transferred(claim, result, configuration=spec.configuration, own=None)
+
+
+def _check_report(mine: Mapping[str, Any], job: Job) -> None:
+    """
+    Raises:
+        ChangedInput: Another model of the job was measured on another report text.
+    """
+    for stage in job.of_kind(StageKind.TRANSFER):
+        other = stage.result or {}
+        if _report_sha256(other) not in (None, _report_sha256(mine)):
+            raise ChangedInput(
+                f"the report text has changed since {other['target']} was measured: the numbers "
+                "of the two models could not be compared. Transfer to this model again, as a job "
+                "of its own, or to all of them."
+            )
+
+
+def _report_sha256(result: Mapping[str, Any]) -> str | None:
+    """Hash of the whole text, whatever a model's tokenizer makes of it."""
+    report = result.get("report") or {}
+    sha256: str | None = report.get("text", {}).get("sha256")
+    return sha256
 
 
 def _transfer(
     spec: TransferSpec, inputs: Inputs, number: int, watch: Watch, folder: Path
 ) -> Transfer:
     target = spec.target(number)
+    if spec.search is None:
+        target = target.model_copy(update={"confirm": None})  # nothing is confirmed
     found = spec.found()
-    bundle = inputs.calibrate(target, watch.progress)
+    seal = inputs.seal(target)
+    bundle = inputs.calibrate(target, seal, watch.progress)
     watch.look(now=True)
-    return transfer_job(
+    transfer = transfer_job(
         Target(
             name=target.model,
             bundle=bundle,
-            model=inputs.model(target),
-            calibration=inputs.calibration_text(target).calibration,
-            confirm=inputs.confirmation_text(target) if spec.search else None,
-            report=_report(spec, inputs, number),
+            model=inputs.model(target, seal),
+            calibration=inputs.calibration_text(target, seal).calibration,
+            confirm=inputs.confirmation_text(target, seal) if spec.search else None,
+            report=_report(spec, inputs, number, seal),
         ),
         found,
         search=_own_search(spec, folder),
         device=str(inputs.device),
         progress=watch.progress,
     )
+    if spec.stream:
+        inputs.model(target, seal)  # its files were read all the time
+    return transfer
 
 
-def _report(spec: TransferSpec, inputs: Inputs, number: int) -> ReportText | None:
+def _report(spec: TransferSpec, inputs: Inputs, number: int, seal: Seal) -> ReportText | None:
     reading = spec.report_of(number)
-    return None if reading is None else inputs.confirmation_text(reading)
+    if reading is None:
+        return None
+    return inputs.confirmation_text(reading, replace(seal, confirmation=None))
 
 
 def _own_search(spec: TransferSpec, folder: Path) -> SearchRequest | None:

@@ -182,7 +182,7 @@ def _prune(
         _say_whether_it_holds(loaded, bundle, configuration)
     else:
         key = configuration.calibration.get("key")
-        if key and key != bundle.provenance.get("key"):
+        if key and key != bundle.key:
             say(
                 "Note: these statistics are not those of the search (other text, settings, model "
                 "or versions), so the perplexity may differ from the one in the configuration."

@@ -18,6 +18,23 @@ def bundle_path(cache_dir: Path, key: str) -> Path:
     return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
 
 
+def kept_bundle(cache_dir: Path, key: str) -> ProxyBundle:
+    """
+    Return the bundle that is kept under a key.
+
+    Raises:
+        BundleError: It is not there, or damaged, or another one has its name.
+    """
+    path = bundle_path(cache_dir, key)
+    bundle = read_bundle(path)
+    if bundle.key != key:
+        raise BundleError(
+            f"the bundle {path.name} is another one, {bundle.key[:12]}: somebody has renamed or "
+            "replaced it. Delete the file; it is made again."
+        )
+    return bundle
+
+
 def cached_bundle(
     model: LanguageModel,
     text: CalibrationText,
@@ -44,9 +61,9 @@ def cached_bundle(
         ) from error
     if path.is_file():
         try:
-            return read_bundle(path)
+            return kept_bundle(cache_dir, text.bundle_key)
         except BundleError:
             path.unlink()  # a damaged copy: what was stored is made again
     bundle = calibrate(model, text, settings, progress)
     write_bundle(bundle, path)
-    return read_bundle(path)  # exactly what the next search will see
+    return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

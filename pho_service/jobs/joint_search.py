@@ -11,7 +11,7 @@ from typing import Any
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError
 from pho_service.jobs.proxy_rating import proxy_value, rate_by_proxy
-from pho_service.jobs.search import compared_with_cold, opened_study, study_name
+from pho_service.jobs.search import check_study, compared_with_cold, opened_study, study_name
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -59,10 +59,11 @@ def joint_search_job(
     for bundle in bundles.values():
         for layer in bundle.layers:
             plan.pattern.check_width(layer.in_features, layer.name)
-    provenance = joint_provenance([bundle.provenance for bundle in bundles.values()])
+    provenance = joint_provenance([bundle.origin for bundle in bundles.values()])
     name = study_name(request, plan, provenance)
     evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
     with opened_study(request.study_url, name, plan) as study:
+        check_study(study, [*bundles.values()])
         describe_study(study, request, plan, provenance)
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             evaluate = rate_jointly(evaluators, plan.pattern, request.objective)

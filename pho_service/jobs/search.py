@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pho_service.jobs.rating import ReportText
     from pho_service.models.loading import LanguageModel
 
+_ROWS = "bundle_rows_sha256"  # user attribute of a study
+
 
 def search_job(
     request: SearchRequest,
@@ -63,7 +65,8 @@ def search_job(
     Raises:
         InvalidInput: The request breaks a rule, or asks for perplexity without a model.
         BundleError: The bundle is of another model.
-        StudyError: The study holds another search's trials, or cannot be opened.
+        StudyError: The study holds the trials of another search or of another bundle, or cannot
+            be opened.
     """
     plan = request.plan(bundle.kernel_sizes)
     for layer in bundle.layers:
@@ -74,9 +77,10 @@ def search_job(
         request.objective, bundle, model, confirm_text, device, calibration
     )
     rated_on = confirm_text.key if confirm_text and request.objective.name == "perplexity" else ""
-    name = study_name(request, plan, bundle.provenance, rated_on)
+    name = study_name(request, plan, bundle.origin, rated_on)
     with opened_study(request.study_url, name, plan) as study:
-        describe_study(study, request, plan, bundle.provenance)
+        check_study(study, [bundle])
+        describe_study(study, request, plan, bundle.origin)
         with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
             rated = run_search(study, plan, evaluate, advance)
         saving = compared_with_cold(request, plan, rated, evaluate, progress)
@@ -101,7 +105,7 @@ def search_job(
     return search_result(
         request,
         plan,
-        bundle.provenance,
+        bundle.origin,
         name,
         rated,
         measured,
@@ -175,6 +179,28 @@ def study_name(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
     model_name = Path(provenance.get("model", {}).get("name", "model")).name
     return f"{model_name} {plan.pattern} {plan.pattern.scope.value} {plan.sampler} {digest}"
+
+
+def check_study(study: optuna.Study, bundles: Sequence[ProxyBundle]) -> None:
+    """
+    See that a study is of these bundles and no others, and note it in a new one.
+
+    The key of a bundle is in the study's name. Who puts bundles together by hand may give two
+    of them the same, so the sampled weights are compared, too.
+
+    Raises:
+        StudyError: Its trials are of a bundle with other weights.
+    """
+    rows = [bundle.rows_sha256 for bundle in bundles]
+    known = study.user_attrs.get(_ROWS)
+    if known is None:  # new, or of an older version
+        study.set_user_attr(_ROWS, rows)
+    elif known != rows:
+        raise StudyError(
+            f"study {study.study_name!r} is of a bundle with other weights under the same key, "
+            f"{', '.join(bundle.key for bundle in bundles)}. Give each bundle's provenance a key "
+            "of its own, or none, which names it by its contents; or use another --study."
+        )
 
 
 @contextmanager

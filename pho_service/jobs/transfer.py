@@ -206,7 +206,7 @@ def transfer_key(target: Target, configuration: Configuration, search: SearchReq
         ]  # fmt: skip
     identity = [
         candidate.coefficients.to_dict(), candidate.steps.to_dict(), str(candidate.pattern),
-        candidate.pattern.scope.value, target.bundle.provenance.get("key", ""),
+        candidate.pattern.scope.value, target.bundle.key,
         None if target.report is None else target.report.key, own,
         versions("torch", "transformers"),
     ]  # fmt: skip

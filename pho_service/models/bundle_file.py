@@ -4,8 +4,8 @@ Proxy bundles on disk: one safetensors file, everything but the tensors in its h
 Format version 1. The header's metadata has one entry (more would be written
 in random order): ``pho-bundle``, a JSON object with ``version``, ``layers``
 (name, out_features, input_index, output_energy), ``kernel_sizes``,
-``inputs`` (how many) and ``provenance``. Tensors are named ``layers.{i}.{field}``,
-``layers.{i}.window_mean.{k}`` and ``inputs.{i}.{field}``.
+``inputs`` (how many), ``provenance`` and ``sha256`` (of the contents). Tensors
+are named ``layers.{i}.{field}``, ``layers.{i}.window_mean.{k}`` and ``inputs.{i}.{field}``.
 """
 
 import errno
@@ -69,6 +69,7 @@ def write_bundle(bundle: ProxyBundle, path: Path) -> None:
         "kernel_sizes": list(bundle.kernel_sizes),
         "inputs": len(bundle.inputs),
         "provenance": bundle.provenance,
+        "sha256": bundle.contents_sha256,
     }
     metadata = {FORMAT: json.dumps(document, sort_keys=True)}
     with new_file(path) as partial, os_errors():
@@ -182,7 +183,14 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
         raise BundleError(
             f"{tensors.path} is damaged: it has no layers or kernel sizes. {_WAY_OUT}"
         )
-    return ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
+    bundle = ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
+    written = document.get("sha256")  # older versions wrote none
+    if written is not None and written != bundle.contents_sha256:
+        raise BundleError(
+            f"{tensors.path} is damaged: its contents have the hash "
+            f"{bundle.contents_sha256[:12]}, but its header says {shown(written)[:12]}. {_WAY_OUT}"
+        )
+    return bundle
 
 
 def _layer(

@@ -3,6 +3,7 @@ Open a model by hub id, local folder or .gguf file. Never runs remote code, neve
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -100,6 +101,15 @@ class LanguageModel:
     @cached_property
     def _first_sha256(self) -> str:
         return weights_sha256(self.model, scheme=1)
+
+    def weights_sha256_as(self, dtype: torch.dtype, scheme: int = SCHEME) -> str:
+        """
+        Return the hash of the weights as if they had been loaded in another dtype.
+
+        The same file is float32 on a CPU and bfloat16 on a GPU. Where one of the two is the
+        stored dtype, the cast is exact, so that both give the same hash.
+        """
+        return weights_sha256(self.model, scheme=scheme, dtype=dtype)
 
     @property
     def family(self) -> str:
@@ -224,7 +234,7 @@ def load_model(
     logger.info("model loaded", extra={"model": name, "device": str(target)})
     return LanguageModel(
         name=name,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=source.get("revision"),
         model=model,
         tokenizer=tokenizer,
         stored_dtype=stored or model.dtype,
@@ -238,7 +248,7 @@ def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if not (path.exists() or looks_local):
-        revision_argument = {"revision": revision} if revision else {}
+        revision_argument = _pinned(name, revision)
         _check_hub_files(name, revision_argument)
         return {"pretrained_model_name_or_path": name, **revision_argument}, False
     if revision:
@@ -257,7 +267,7 @@ def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     return {"pretrained_model_name_or_path": str(path)}, False
 
 
-def _check_hub_files(name: str, revision: dict[str, Any]) -> None:
+def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
     """Check what a hub model's files name; what cannot be had is told when the model is read."""
     for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
         with suppress(OSError):
@@ -271,6 +281,21 @@ def _check_hub_files(name: str, revision: dict[str, Any]) -> None:
             )
             if file is not None:
                 check_names(Path(file))
+
+
+def _pinned(name: str, revision: str | None) -> dict[str, str]:
+    """
+    Return the argument that names one commit of a hub model, so that all its files are of that.
+
+    What cannot be had is told when the model is read.
+    """
+    given = {"revision": revision} if revision else {}
+    with suppress(OSError, ValueError):
+        config = cached_file(name, "config.json", **given)
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
+        if commit is not None:
+            return {"revision": commit[1]}
+    return given
 
 
 def _check_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ megabytes for each thread, whatever the size of the model.
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ PIECE = 2**25  # bytes that are copied from a GPU at a time, by each thread
 MOST_THREADS = 32  # a GPU's link is full long before
 
 
-def weights_sha256(model: nn.Module, *, scheme: int = SCHEME, threads: int | None = None) -> str:
+def weights_sha256(
+    model: nn.Module,
+    *,
+    scheme: int = SCHEME,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """
     Hash a model's weights: every parameter's name, shape, dtype and bytes.
 
@@ -32,42 +39,46 @@ def weights_sha256(model: nn.Module, *, scheme: int = SCHEME, threads: int | Non
         model: Its parameters may lie anywhere; shared ones count once.
         scheme: 1 or 2.
         threads: The hash is the same with any number; None takes torch's number.
+        dtype: Hash every parameter as if it were of this type; None leaves them as they are.
 
     Raises:
         ValueError: Another scheme.
     """
     if scheme == 1:
         digest = hashlib.sha256()
-        for name, shape, dtype, parts in fused_weights(model):
-            digest.update(f"{name} {shape} {dtype}".encode())
+        for name, shape, stored, parts in fused_weights(model):
+            digest.update(f"{name} {shape} {dtype or stored}".encode())
             for part in parts:
-                _update(digest, part)
+                _update(digest, part if dtype is None else part.to(dtype))
         return digest.hexdigest()
     if scheme != SCHEME:
         raise ValueError(f"scheme={scheme} is neither 1 nor {SCHEME}")
     tensors = dict(sorted(separate_weights(model).items()))
-    hashes = sha256_each(tensors.values(), threads=threads)
+    hashes = sha256_each(tensors.values(), threads=threads, dtype=dtype)
     digest = hashlib.sha256()
     for (name, tensor), each in zip(tensors.items(), hashes, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {each}\n".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype or tensor.dtype} {each}\n".encode())
     return digest.hexdigest()
 
 
-def sha256_each(tensors: Iterable[Tensor], *, threads: int | None = None) -> Iterator[str]:
+def sha256_each(
+    tensors: Iterable[Tensor], *, threads: int | None = None, dtype: torch.dtype | None = None
+) -> Iterator[str]:
     """
     The SHA-256 of each tensor's bytes in its dtype, the last dimension's neighbours first.
 
     Args:
         tensors: On any device.
         threads: That share the work; None takes torch's number.
+        dtype: To cast each to before; None leaves them as they are.
     """
     with ThreadPoolExecutor(min(threads or torch.get_num_threads(), MOST_THREADS)) as pool:
-        yield from pool.map(_sha256, tensors)
+        yield from pool.map(partial(_sha256, dtype=dtype), tensors)
 
 
-def _sha256(tensor: Tensor) -> str:
+def _sha256(tensor: Tensor, dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
-    _update(digest, tensor)
+    _update(digest, tensor if dtype is None else tensor.to(dtype))
     return digest.hexdigest()
 
 

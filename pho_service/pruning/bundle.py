@@ -6,8 +6,12 @@ by, taken over the whole layer. The error of a row needs only that row, so
 sampled rows rank candidates as all rows do.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,6 +75,47 @@ class ProxyBundle:
     layers: list[LayerSample]
     inputs: list[InputStatistics]
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """
+        Name of the bundle: two bundles with the same key may share studies.
+
+        That of its calibration, from the provenance; a bundle that was put together without one
+        is named by its contents.
+        """
+        return str(self.provenance.get("key") or self.contents_sha256)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The provenance, with the key in any case."""
+        return {**self.provenance, "key": self.key}
+
+    @cached_property
+    def contents_sha256(self) -> str:
+        """Hash of everything that a rating depends on: names, places and tensors."""
+        layers = (
+            (f"{layer.name} {layer.out_features} {layer.input_index} {layer.output_energy!r}", part)
+            for layer in self.layers
+            for part in (
+                layer.row_index, layer.rows, layer.row_mean, layer.column_mean, layer.fisher,
+                *(layer.window_means[k] for k in self.kernel_sizes),
+            )
+        )  # fmt: skip
+        inputs = (
+            ("input", part) for each in self.inputs for part in (each.activation_norm, each.root)
+        )
+        return _sha256(chain([(str(self.kernel_sizes), torch.empty(0))], layers, inputs))
+
+    @cached_property
+    def rows_sha256(self) -> str:
+        """
+        Hash of the sampled weights alone.
+
+        A calibration that is done again on another machine may differ in the last digits of its
+        sums, but not in these.
+        """
+        return _sha256((layer.name, layer.rows) for layer in self.layers)
 
     @property
     def kernel_sizes(self) -> tuple[int, ...]:
@@ -170,3 +215,12 @@ def sample_bundle(
         )
         advance(1)
     return ProxyBundle(layers=layers, inputs=statistics.inputs, provenance=dict(provenance or {}))
+
+
+def _sha256(parts: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of tensors and of what is said of each."""
+    digest = hashlib.sha256()
+    for name, tensor in parts:
+        digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -125,7 +125,7 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     with pytest.raises(InvalidInput, match="names '/etc/a"):
         load_model("org/name", device="cpu")
-    assert asked == [index.name]
+    assert asked == ["config.json", index.name]
 
 
 def test_not_a_gguf(tmp_path: Path) -> None:

@@ -103,3 +103,17 @@ def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights_sha256(model) == before
     assert pretended_gpu.peak == allocated
     assert list(sha256_each(on_gpu)) == each
+
+
+def test_cast() -> None:
+    """Stored bfloat16, loaded as float32: hashed as bfloat16 it is the same, and so back."""
+    stored = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+    loaded = torch.nn.Linear(5, 3)
+    loaded.load_state_dict(stored.state_dict())
+
+    assert weights_sha256(loaded) != weights_sha256(stored)
+    for scheme in (1, 2):
+        as_stored = weights_sha256(loaded, scheme=scheme, dtype=torch.bfloat16)
+        assert as_stored == weights_sha256(stored, scheme=scheme)
+        as_loaded = weights_sha256(stored, scheme=scheme, dtype=torch.float32)
+        assert as_loaded == weights_sha256(loaded, scheme=scheme)

@@ -1,0 +1,444 @@
+"""Models, texts and bundles that change while a job works: never measured as if they had not."""
+
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sqlalchemy import select, update
+
+from pho_service.access import Access
+from pho_service.api.submission import enter
+from pho_service.errors import ChangedInput
+from pho_service.job_spec import JobSpec
+from pho_service.jobs.rating import rate_pruned
+from pho_service.models.loading import load_model
+from pho_service.transfer_spec import TransferRequest, TransferSpec
+from storage.database import Database
+from storage.jobs import Job, JobStore, LostClaim
+from storage.states import JobState, StageKind, StageState
+from storage.tables import stages
+from workers import stages as stages_module
+from workers.bundles import BundleStore
+from workers.inputs import Inputs
+from workers.stages import Stages
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+class Hand:
+    """
+    Does the stages of jobs one by one, in this process, as the test says.
+
+    Args:
+        database: Of the jobs.
+        folder: The only root; bundles are beside it.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.store = JobStore(database)
+        self.folder = folder
+        self.bundles = folder.parent / "bundles"
+        self.inputs = self.new_inputs()
+
+    def new_inputs(self) -> Inputs:
+        """Those of a worker that has nothing in memory."""
+        access = Access(
+            model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
+            hub_datasets=(),
+        )  # fmt: skip
+        return Inputs(access, BundleStore(str(self.bundles), self.bundles), torch.device("cpu"))
+
+    def submit(self, spec: JobSpec | TransferSpec) -> Job:
+        """As the API does."""
+        return enter(self.store, spec)
+
+    def waiting(self, job: Job) -> list[Any]:
+        """The stages that could be begun now."""
+        return [
+            s for s in self.store.get(job.id).stages
+            if s.state in (StageState.WAITING, StageState.RUNNING)
+        ]  # fmt: skip
+
+    def step(self, job: Job) -> None:
+        """Do the next stage; if it fails, the job has failed."""
+        stage = self.waiting(job)[0]
+        with self.store.database.transaction() as connection:
+            query = select(stages.c.queue_id).where(stages.c.id == stage.id)
+            queue_id = connection.execute(query).scalar_one()
+        claim = self.store.claim(stage.id, queue_id, uuid.uuid4())
+        assert claim is not None
+        try:
+            Stages(self.store, self.inputs, Event()).run(claim)
+        except ChangedInput as error:
+            described = {"type": type(error).__name__, "message": str(error)}
+            self.store.fail(claim, described, retry=False)
+            raise
+
+    def until(self, job: Job, kind: StageKind | None) -> Job:
+        """Do what comes before the first stage of a kind; None: everything."""
+        while (waiting := self.waiting(job)) and waiting[0].kind is not kind:
+            self.step(job)
+        return self.store.get(job.id)
+
+    def done(self, spec: JobSpec | TransferSpec) -> Job:
+        """Submit a job that must succeed."""
+        job = self.until(self.submit(spec), None)
+        assert job.state is JobState.SUCCEEDED
+        return job
+
+    def edit(self, job: Job, kind: StageKind, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change what a stage has stored."""
+        stage = self.store.get(job.id).of_kind(kind)[0]
+        result = dict(stage.result or {})
+        change(result)
+        with self.store.database.transaction() as connection:
+            connection.execute(update(stages).where(stages.c.id == stage.id).values(result=result))
+
+
+@pytest.fixture
+def hand(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
+    """No job yet; the model and the texts are in a folder that the test may change."""
+    shutil.copytree(home, tmp_path / "disk")
+    return Hand(shared_database, tmp_path / "disk")
+
+
+@pytest.fixture
+def small(spec_of: Any) -> Callable[..., JobSpec]:
+    """A small job on that folder, with relative names."""
+
+    def build(**changes: Any) -> JobSpec:
+        calibration = {"text": "calibration.jsonl", **changes.pop("calibration", {})}
+        confirm = changes.pop("confirm", {})
+        if confirm is not None:
+            confirm = {"text": "confirmation.jsonl", "candidates": 2, **confirm}
+        given = {"model": "./model", "trials": 10, **changes}
+        return spec_of(calibration=calibration, confirm=confirm, **given)
+
+    return build
+
+
+def double(folder: Path, name: str = "model.layers.0.mlp.down_proj.weight") -> None:
+    """Change a weight of a model, as somebody does who saves another one in its place."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights[name] = weights[name] * 2
+    new = folder / "new"
+    save_file(weights, new, metadata={"format": "pt"})
+    new.replace(file)
+
+
+def swap(folder: Path) -> None:
+    """Put the report text in the place of another."""
+    shutil.copy(folder / "report.jsonl", folder / "confirmation.jsonl")
+
+
+def test_text_changed_between_perplexities(hand: Hand, small: Any, tmp_path: Path) -> None:
+    """A text that is replaced between two measurements fails the job; put back, it goes on."""
+    expected = hand.done(small()).best
+    job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
+    hand.step(job)
+    kept = (hand.folder / "confirmation.jsonl").read_bytes()
+    swap(hand.folder)
+
+    with pytest.raises(ChangedInput, match=r"text confirmation\.jsonl.* has changed since") as told:
+        hand.step(job)
+
+    assert str(tmp_path) not in str(told.value)
+    assert hand.store.get(job.id).state is JobState.FAILED
+
+    (hand.folder / "confirmation.jsonl").write_bytes(kept)
+    hand.store.ask(job.id, "resume")
+    job = hand.until(job, None)
+
+    assert job.best is not None
+    assert {**job.best, "search": None} == {**expected, "search": None}
+
+
+@pytest.mark.parametrize("kind", [StageKind.CONFIRM, StageKind.PERPLEXITY])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_model_changed(hand: Hand, small: Any, kind: StageKind, restarted: bool) -> None:
+    """A model that is replaced after its calibration is neither compared nor measured."""
+    job = hand.until(hand.submit(small()), kind)
+    double(hand.folder / "model")
+    if restarted:
+        hand.inputs = hand.new_inputs()
+
+    with pytest.raises(ChangedInput, match=r"the model \./model has changed since the job began"):
+        hand.step(job)
+
+
+@pytest.mark.parametrize("kind", [StageKind.CONFIRM, StageKind.PERPLEXITY])
+def test_calibration_text_changed(hand: Hand, small: Any, kind: StageKind) -> None:
+    """Windows that the calibration left are not taken from another text in its place."""
+    job = hand.until(hand.submit(small(confirm={"text": None})), kind)
+    shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
+
+    with pytest.raises(ChangedInput, match=r"calibration text \S+ has changed"):
+        hand.step(job)
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_search_by_perplexity(hand: Hand, small: Any, what: str) -> None:
+    """A search by perplexity goes on with neither another model nor another text."""
+    spec = small(objective={"name": "perplexity"}, trials=6)
+    job = hand.until(hand.submit(spec), StageKind.SEARCH)
+    if what == "model":
+        double(hand.folder / "model")
+    else:
+        swap(hand.folder)
+
+    with pytest.raises(ChangedInput):
+        hand.step(job)
+
+
+def test_finish_by_perplexity(hand: Hand, small: Any) -> None:
+    """What was found by perplexity is not said to be of a text that came later."""
+    spec = small(objective={"name": "perplexity"}, trials=6)
+    job = hand.until(hand.submit(spec), StageKind.FINISH)
+    swap(hand.folder)
+
+    with pytest.raises(ChangedInput, match=r"confirmation\.jsonl"):
+        hand.step(job)
+
+
+def test_streamed_model_changed_while_it_is_measured(
+    hand: Hand, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A streamed model's files are read all the time: a number is kept if they stayed the same."""
+
+    def measured(*args: Any, **options: Any) -> Any:
+        found = rate_pruned(*args, **options)
+        double(hand.folder / "model")
+        return found
+
+    job = hand.until(hand.submit(small(stream=True)), StageKind.PERPLEXITY)
+    monkeypatch.setattr(stages_module, "rate_pruned", measured)
+
+    with pytest.raises(ChangedInput):
+        hand.step(job)
+
+    assert all(s.result is None for s in hand.store.get(job.id).of_kind(StageKind.PERPLEXITY))
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_lost_bundle_of_other_inputs(hand: Hand, small: Any, what: str) -> None:
+    """A lost bundle is not replaced by that of another model or text."""
+    job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
+    shutil.rmtree(hand.bundles)
+    hand.inputs = hand.new_inputs()
+    if what == "model":
+        double(hand.folder / "model")
+    else:
+        shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
+
+    with pytest.raises(ChangedInput, match=what):
+        hand.step(job)
+
+
+def test_lost_bundle_of_other_versions(
+    hand: Hand, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by one that another version of a package makes."""
+    job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
+    shutil.rmtree(hand.bundles)
+    hand.inputs = hand.new_inputs()
+    monkeypatch.setattr("pho_service.models.calibration.ALGORITHM", 999)
+
+    with pytest.raises(ChangedInput, match="what is made now is another one"):
+        hand.step(job)
+
+
+def test_bundle_of_another_model(hand: Hand, small: Any) -> None:
+    """A bundle that lies under another one's name is not taken: the right one is made again."""
+    expected = hand.done(small()).best
+    (mine,) = hand.bundles.rglob("*.safetensors")
+    hand.done(small(calibration={"seed": 1}, confirm=None))
+    (other,) = {*hand.bundles.rglob("*.safetensors")} - {mine}
+    shutil.copy(other, mine)
+    hand.inputs = hand.new_inputs()
+    found = hand.done(small()).best
+
+    assert {**found, "search": None} == {**expected, "search": None}
+
+
+def test_calibrated_on_another_kind_of_device(hand: Hand, small: Any) -> None:
+    """Weights that were calibrated in float32 are the same ones in bfloat16, as stored."""
+    folder = hand.folder / "model"
+    model = load_model(str(folder), device="cpu").model.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    seal = hand.inputs.seal(small())
+    as_on_a_gpu = small(dtype="bfloat16")
+
+    assert hand.inputs.model(as_on_a_gpu, seal).dtype == torch.bfloat16
+    double(folder)
+    with pytest.raises(ChangedInput):
+        hand.inputs.model(as_on_a_gpu, seal)
+
+
+@pytest.fixture
+def hub(hand: Hand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A copy of the hub's org/tiny with two commits; says which of them is main."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for number, commit in enumerate(COMMITS):
+        shutil.copytree(hand.folder / "model", repository / "snapshots" / commit)
+        if number:
+            double(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    for constant, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
+
+    def main_is(number: int) -> None:
+        (repository / "refs" / "main").write_text(COMMITS[number])
+
+    main_is(0)
+    return main_is
+
+
+def test_hub_model_moves(hand: Hand, small: Any, hub: Callable[[int], None]) -> None:
+    """A hub model without a revision is that of the commit which the first stage saw."""
+    expected = hand.done(small()).best
+    job = hand.until(hand.submit(small(model="org/tiny")), StageKind.CONFIRM)
+    hub(1)
+    hand.inputs = hand.new_inputs()
+    job = hand.until(job, None)
+    (calibrated,) = job.of_kind(StageKind.CALIBRATE)
+
+    assert calibrated.result is not None
+    assert calibrated.result["inputs"]["revision"] == COMMITS[0]
+    assert job.best is not None
+    assert job.best["confirmation"] == expected["confirmation"]
+    assert hand.inputs.model(small(model="org/tiny")).revision == COMMITS[1]
+
+
+def test_hub_model_is_loaded_once(
+    hand: Hand, small: Any, hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that calibrated a hub model need not load its commit again to measure it."""
+    del hub
+    loaded = []
+
+    def load(source: str, **options: Any) -> Any:
+        loaded.append(options["revision"])
+        return load_model(source, **options)
+
+    monkeypatch.setattr("workers.inputs.load_model", load)
+    hand.done(small(model="org/tiny"))
+
+    assert loaded == [None]
+
+
+def test_local_model_is_not_asked_of_the_hub(
+    hand: Hand, small: Any, hub: Callable[[int], None]
+) -> None:
+    """A local model that was deleted is missed, though the hub has one of the same name."""
+    del hub
+    shutil.copytree(hand.folder / "model", hand.folder / "org" / "tiny")
+    job = hand.until(hand.submit(small(model="org/tiny")), StageKind.PERPLEXITY)
+    shutil.rmtree(hand.folder / "org")
+    hand.inputs = hand.new_inputs()
+
+    with pytest.raises(ChangedInput, match=r"org/tiny was a local one .* is not there any more"):
+        hand.step(job)
+
+
+def forgotten(result: dict[str, Any]) -> None:
+    """As a version stored it that did not write its inputs down."""
+    del result["inputs"]
+
+
+@pytest.mark.parametrize("changed", [None, "model", "text"])
+def test_calibrated_by_the_last_version(hand: Hand, small: Any, changed: str | None) -> None:
+    """A job in flight goes on, and what its bundle says of model and text is compared."""
+    job = hand.until(hand.submit(small(confirm={"text": None})), StageKind.SEARCH)
+    hand.edit(job, StageKind.CALIBRATE, forgotten)
+    if changed == "model":
+        double(hand.folder / "model")
+    if changed == "text":
+        shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
+    if changed is None:
+        assert hand.until(job, None).state is JobState.SUCCEEDED
+        return
+
+    with pytest.raises(ChangedInput, match=changed):
+        hand.until(job, None)
+
+
+def test_measured_by_the_last_version(hand: Hand, small: Any) -> None:
+    """Perplexities that an older version measured on different texts are not ranked."""
+    job = hand.until(hand.submit(small()), StageKind.FINISH)
+    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(text_sha256="another"))
+
+    with pytest.raises(ChangedInput, match="on 2 different texts"):
+        hand.step(job)
+
+
+@pytest.fixture
+def transfer(hand: Hand, small: Any) -> Callable[..., TransferSpec]:
+    """The document of a transfer to these models."""
+    source = hand.done(small())
+
+    def build(*models: str, **changes: Any) -> TransferSpec:
+        report = {"text": "confirmation.jsonl", "windows": 2}
+        document = {"models": [*models], "report": report, **changes}
+        request = TransferRequest.model_validate(document)
+        return TransferSpec.of(request, str(source.id), source.best or {}, source.spec)
+
+    return build
+
+
+def test_report_text_changed(hand: Hand, transfer: Any) -> None:
+    """Two models of a transfer are not measured on two texts."""
+    shutil.copytree(hand.folder / "model", hand.folder / "other")
+    job = hand.submit(transfer("./model", "./other"))
+    hand.step(job)
+    swap(hand.folder)
+    job = hand.until(job, None)
+    first, second = (stage.result or {} for stage in job.of_kind(StageKind.TRANSFER))
+
+    assert first["perplexities"]
+    assert second["error"]["type"] == "ChangedInput"
+    assert "has changed since ./model was measured" in second["error"]["message"]
+
+
+def test_model_changed_in_a_transfer(
+    hand: Hand, transfer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is replaced after its calibration is not measured with the other's bundle."""
+    ensure = hand.inputs.bundles.ensure
+
+    def changed(*args: Any) -> Any:
+        bundle = ensure(*args)
+        double(hand.folder / "model", "lm_head.weight")  # in no bundle
+        return bundle
+
+    spec = transfer("./model")
+    hand.inputs = hand.new_inputs()
+    ensure = hand.inputs.bundles.ensure
+    monkeypatch.setattr(hand.inputs.bundles, "ensure", changed)
+    job = hand.until(hand.submit(spec), None)
+    (stage,) = job.of_kind(StageKind.TRANSFER)
+
+    assert stage.result is not None
+    assert stage.result["error"]["type"] == "ChangedInput"
+
+
+def test_claims_still_count(hand: Hand, transfer: Any) -> None:
+    """A stage that another worker has taken meanwhile stores nothing, whatever it compared."""
+    job = hand.submit(transfer("./model"))
+    (stage,) = hand.waiting(job)
+    with hand.store.database.transaction() as connection:
+        query = select(stages.c.queue_id).where(stages.c.id == stage.id)
+        queue_id = connection.execute(query).scalar_one()
+    claim = hand.store.claim(stage.id, queue_id, uuid.uuid4())
+    assert claim is not None
+    lost = replace(claim, stage=replace(claim.stage, attempt=99))
+
+    with pytest.raises(LostClaim):
+        hand.store.transferred(lost, {}, configuration={}, own=None)
