@@ -22,7 +22,8 @@ class Settings(BaseSettings):
     All settings, by the environment variable ``PHO_`` and their name in capitals.
 
     Attributes:
-        cache_dir: Where bundles are kept for the next search, and copies of remote ones.
+        cache_dir: Where bundles are kept for the next search, and copies of remote ones; what
+            streamed models write for a while.
         data_dir: Of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
         database_password_file: Holds the password of ``database_url``: a mounted secret.
         database_url: A PostgreSQL to use instead of the embedded one.

@@ -347,8 +347,9 @@ class Stages:
 
     def _calibration(self, spec: JobSpec, seal: Seal, steps: Steps) -> Tensor | None:
         """The windows of the calibration, for steps that need them."""
-        needed = steps.needs_text or spec.stream
-        return self.inputs.calibration_text(spec, seal).calibration if needed else None
+        if not steps.needs_text:
+            return None
+        return self.inputs.calibration_text(spec, seal).calibration
 
     def _bundle(self, job: Job, spec: JobSpec, watch: Watch) -> ProxyBundle:
         """Of a job's only model."""

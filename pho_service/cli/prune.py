@@ -173,9 +173,7 @@ def _prune(
         model = open_model(name, options)
         found = source.of_library(model)
     configuration = found.configuration if found else read_configuration(Path(str(source.config)))
-    needs_text = configuration.candidate().steps.needs_text or (
-        model.stream if model else options["stream"]
-    )
+    needs_text = configuration.candidate().steps.needs_text
     sizes = (configuration.coefficients.kernel_size,) if found else ()
     loaded, bundle, calibration = _inputs(name, model, bundle_path, needs_text, sizes, options)
     if found is not None:
@@ -254,13 +252,12 @@ def _inputs(
         loaded = model or open_model(name, options)
         text = read_calibration_text(loaded, source, settings)
         return loaded, open_bundle(loaded, text, settings), text.calibration
-    if named and not needs_text:
+    if named and not (needs_text or options["stream"]):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:
         raise InvalidInput(
-            "a bundle is not enough to permute by error, re-prune, update weights or stream. "
-            "Give the calibration text too: --text with the --samples and --context-length of "
-            "the search."
+            "a bundle is not enough to permute by error, re-prune or update weights. Give the "
+            "calibration text too: --text with the --samples and --context-length of the search."
         )
     bundle = read_bundle(Path(bundle_path))
     if not named:

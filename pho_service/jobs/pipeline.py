@@ -9,11 +9,17 @@ from itertools import islice
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.models.blockwise import dense_afterwards, walk
+from pho_service.models.blockwise import (
+    changed_blocks,
+    dense_afterwards,
+    measure_perplexity,
+    walk,
+)
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Advance
 from pho_service.pruning.masks import LinearMask, layer_score, linear_masks, pruned
-from pho_service.pruning.statistics import Statistics
+from pho_service.pruning.perplexity import Perplexity
+from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import ScoredLinear, finish
 from pho_service.spec import Candidate
 
@@ -28,16 +34,15 @@ def prune_model(
     """
     Prune a model in place, linear by linear, and give the mask of each.
 
-    A candidate whose steps need a text is applied block by block, and so is
-    any to a streamed model: each block sees the calibration windows as the
-    pruned blocks before it leave them. Scores and allocation always come from
-    the dense model's statistics.
+    A candidate whose steps need a text is applied block by block: each block sees the
+    calibration windows as the pruned blocks before it leave them. Scores and allocation always
+    come from the dense model's statistics.
 
     Args:
         model: Dense; it is left pruned.
         statistics: Of the dense model.
         candidate: What to remove, and how.
-        calibration: (windows, tokens), int64; only needed block by block.
+        calibration: (windows, tokens), int64; only needed by steps that see a text.
         advance: Called with 1 after each linear.
 
     Raises:
@@ -45,8 +50,10 @@ def prune_model(
             does not fit the model.
         NumericalError: A score is NaN, or a second moment cannot be inverted.
     """
-    if candidate.steps.needs_text or model.stream:
+    if candidate.steps.needs_text:
         masks = _block_by_block(model, statistics, candidate, _given(calibration, candidate))
+    elif model.stream:
+        masks = _streamed_by_score(model, statistics, candidate)
     else:
         masks = _by_score(model, statistics, candidate)
     for name, mask in masks:
@@ -55,10 +62,6 @@ def prune_model(
 
 
 def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
-    if calibration is None and not candidate.steps.needs_text:
-        raise InvalidInput(
-            "a streamed model is pruned while a text runs through it, block by block. Give --text."
-        )
     if calibration is None:
         steps = candidate.steps
         raise InvalidInput(
@@ -71,8 +74,24 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
 def _by_score(
     model: LanguageModel, statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
-    for name, mask in linear_masks(model.linears, statistics, candidate):
-        model.linears[name].weight.masked_fill_(~mask.keep, 0)
+    masks = linear_masks(model.linears, statistics, candidate)
+    yield from _zeroed(model.linears, masks)
+
+
+def _streamed_by_score(
+    model: LanguageModel, statistics: Statistics, candidate: Candidate
+) -> Iterator[tuple[str, LinearMask]]:
+    masks = linear_masks(model.linears, statistics, candidate)
+    for linears in changed_blocks(model):
+        yield from _zeroed(linears, masks)
+
+
+def _zeroed(
+    linears: Mapping[str, PrunableLinear], masks: Iterator[tuple[str, LinearMask]]
+) -> Iterator[tuple[str, LinearMask]]:
+    """Apply as many masks as there are linears: those of a block come together."""
+    for name, mask in islice(masks, len(linears)):
+        linears[name].weight.masked_fill_(~mask.keep, 0)
         yield name, mask
 
 
@@ -129,6 +148,46 @@ def pruned_model(
         return
     with dense_afterwards(model):
         yield {
-            name: float((~mask.keep).float().mean())
+            name: _share(mask)
             for name, mask in prune_model(model, statistics, candidate, calibration, advance)
         }
+
+
+def rate_streamed(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    windows: Tensor,
+    advance: Advance = lambda _: None,
+) -> tuple[Perplexity, Mapping[str, float]]:
+    """
+    Prune and measure a streamed model in one pass: each block is pruned, run, and forgotten.
+
+    Nothing is written, and no calibration text is run.
+
+    Args:
+        model: Dense, and streamed; it stays so.
+        statistics: Of it.
+        candidate: Its steps need no text.
+        windows: (windows, context_length), int64, to measure on.
+        advance: Called with 1 after each of them.
+
+    Returns:
+        The perplexity, and the achieved sparsity of each linear.
+
+    Raises:
+        InvalidInput, NumericalError: As :func:`prune_model`.
+        ModelError: The model cannot be run block by block.
+    """
+    masks = linear_masks(model.linears, statistics, candidate)
+    sparsity: dict[str, float] = {}
+
+    def prune(linears: Mapping[str, PrunableLinear]) -> None:
+        sparsity.update((name, _share(mask)) for name, mask in _zeroed(linears, masks))
+
+    return measure_perplexity(model, windows, change=prune, advance=advance), sparsity
+
+
+def _share(mask: LinearMask) -> float:
+    """Of its weights that are removed."""
+    return 1 - int(mask.keep.count_nonzero()) / mask.keep.numel()

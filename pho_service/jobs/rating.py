@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pho_service.errors import NumericalError
-from pho_service.jobs.pipeline import pruned_model
+from pho_service.jobs.pipeline import pruned_model, rate_streamed
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord, record_to_dict
@@ -90,6 +90,9 @@ def rate_pruned(
     Returns:
         The perplexity, and the achieved sparsity over all prunable weights.
     """
+    if model.stream and not candidate.steps.needs_text:
+        result, shares = rate_streamed(model, statistics, candidate, windows, advance)
+        return result, model_sparsity(model.linears, shares)
     with pruned_model(
         model, statistics, candidate, calibration, advance=lambda _: advance(0)
     ) as sparsity:
@@ -101,8 +104,8 @@ def comparing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
     """
     Whether finalists are compared with the dense model before a few of them get a perplexity.
 
-    Not where pruning is what costs, because a text runs through the model for
-    each candidate: with steps that need one, and with a streamed model.
+    Not where pruning is what costs, because a text runs through the model for each candidate; nor
+    with a streamed model, which is read anew for each, whatever is measured.
     """
     return not stream and not any(candidate.steps.needs_text for candidate in candidates)
 

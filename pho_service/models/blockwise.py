@@ -10,9 +10,8 @@ No family is known by name. What comes before and after the blocks is the
 model's own forward, run while its blocks hand on what they get.
 """
 
-import tempfile
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache
 
-from pho_service.errors import ModelError, OutputError
+from pho_service.errors import ModelError
+from pho_service.memory import free_memory
 from pho_service.models.architecture import decoder_blocks
-from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import mapped_copy, scratch_folder
 from pho_service.progress import Advance
+from pho_service.pruning.copies import arrived, to_device, to_main_memory
 from pho_service.pruning.passes import forward_replaced, frozen, run_backward
 from pho_service.pruning.perplexity import Perplexity, rate_perplexity
 from pho_service.pruning.second_moments import add_gram_, mirrored_
@@ -54,8 +53,8 @@ class Block:
     Attributes:
         linears: Its linears by full name. Their weights are on the device and
             may be changed in place.
-        inputs: (1, tokens, hidden) for each window, on the CPU: what the
-            blocks before it give.
+        inputs: (1, tokens, hidden) for each window: what the blocks before it give. On a GPU
+            where they fit, else in main memory.
         run: The output of the block, as it now is, for the window of a number:
             (1, tokens, hidden), on the device.
     """
@@ -145,26 +144,22 @@ def walk(
             body gave it.
         windows: (windows, tokens), int64.
         store: Folder for the changed weights of a streamed model, on a disk with
-            room for all of them; None is the system's temporary folder, which
-            may be in memory. Its files have no name: they go when the model
-            goes, however the process ends.
+            room for all of them; None is that of the user's cache. Its files have no name: they
+            go when the model goes, however the process ends.
         advance: Called with 1 for each window of each block.
 
     Raises:
         ModelError: The model does more than calling its blocks one by one.
-        OutputError: Changed weights cannot be written.
+        OutputError: Changed weights cannot be written, or there is no room for them.
     """
     network = _Network(model, windows)
+    store = store or _store_of(model)
     for index, (name, module) in enumerate(network.blocks):
         with network.on_device(module, copy=True) as home:
             yield Block(
                 name=name,
                 module=module,
-                linears={
-                    full_name: linear
-                    for full_name, linear in model.linears.items()
-                    if full_name.startswith(f"{name}.")
-                },
+                linears=_linears_of(model, name),
                 inputs=network.hidden,
                 run=partial(network.run, index),
             )
@@ -172,7 +167,43 @@ def walk(
                 network.step(index, advance)
             else:  # nothing reads what it would give
                 advance(len(windows))
-            home.update(_mapped_copy(_changed(module, home), store))
+            home.update(_stored(_changed(module, home), store))
+
+
+def changed_blocks(
+    model: LanguageModel, *, store: Path | None = None
+) -> Iterator[dict[str, PrunableLinear]]:
+    """
+    Give the linears of one block after the other, to be changed in place; no text runs.
+
+    Args:
+        model: Streamed. It is left with the weights that the loop's body gave it.
+        store: As for :func:`walk`.
+
+    Raises:
+        OutputError: As :func:`walk`.
+    """
+    store = store or _store_of(model)
+    for name, module in decoder_blocks(model.model):
+        with _on_device(model, module, copy=True) as home:
+            yield _linears_of(model, name)
+            home.update(_stored(_changed(module, home), store))
+
+
+def _linears_of(model: LanguageModel, block: str) -> dict[str, PrunableLinear]:
+    return {name: each for name, each in model.linears.items() if name.startswith(f"{block}.")}
+
+
+def _store_of(model: LanguageModel) -> Path | None:
+    """Where the weights of a streamed model may be written, all of its linears; None for others."""
+    if not model.stream:
+        return None
+    weights = [linear.weight for linear in model.linears.values()]
+    return scratch_folder(sum(weight.numel() * weight.element_size() for weight in weights))
+
+
+def _stored(tensors: dict[str, Tensor], store: Path | None) -> dict[str, Tensor]:
+    return mapped_copy(tensors, store) if store else {}
 
 
 def _changed(module: nn.Module, home: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,6 +243,7 @@ def collect_statistics_blockwise(
     projection_rows: int,
     seed: int,
     spill: Path | None = None,
+    states_on_device: bool | None = None,
     advance: Advance = lambda _: None,
 ) -> Statistics:
     """
@@ -229,6 +261,8 @@ def collect_statistics_blockwise(
         seed: Of the random projection.
         spill: Folder on a disk for the blocks' inputs, (blocks, fisher_windows,
             tokens, hidden) values; None keeps them in memory.
+        states_on_device: Whether the windows' hidden states between two blocks stay on a GPU;
+            None: where they take no more than a quarter of what is free there.
         advance: Called with 1 for each window of each block, forward and
             backward: ``blocks * (windows + fisher_windows)`` in all.
 
@@ -241,11 +275,11 @@ def collect_statistics_blockwise(
     """
     check_fisher_windows(fisher_windows, len(windows))
     collector = Collector(model.linears, projection_rows, seed)
-    network = _Network(model, windows)
+    network = _Network(model, windows, states_on_device)
     inputs: list[list[Tensor]] = []  # of each block, for each Fisher window
     with collector.reading_inputs():
         for index, (_, module) in enumerate(network.blocks):
-            inputs.append(_spilled(network.hidden[:fisher_windows], spill))
+            inputs.append(network.spilled(fisher_windows, spill))
             with network.on_device(module):
                 network.step(index, advance, collector.end_of_window)
             collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
@@ -259,7 +293,11 @@ def collect_statistics_blockwise(
 
 
 def rate_perplexity_blockwise(
-    model: LanguageModel, windows: Tensor, *, advance: Advance = lambda _: None
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    change: Callable[[Mapping[str, PrunableLinear]], None] | None = None,
+    advance: Advance = lambda _: None,
 ) -> Perplexity:
     """
     Measure what :func:`rate_perplexity` measures, one block at a time.
@@ -267,6 +305,8 @@ def rate_perplexity_blockwise(
     Args:
         model: In evaluation mode. Nothing of it changes.
         windows: (windows, context_length), int64.
+        change: Called with the linears of each block before it is run, to be changed in place;
+            afterwards they are as before. Streamed models only.
         advance: Called with 1 for each window of each block.
 
     Raises:
@@ -274,15 +314,21 @@ def rate_perplexity_blockwise(
         NumericalError: A loss is NaN or infinite.
     """
     network = _Network(model, windows)
-    for index, (_, module) in enumerate(network.blocks):
-        with network.on_device(module):
+    for index, (name, module) in enumerate(network.blocks):
+        with network.on_device(module, copy=change is not None):
+            if change is not None:
+                change(_linears_of(model, name))
             network.step(index, advance)
     with network.ending(network.hidden):
         return rate_perplexity(model.model, windows, most=1)
 
 
 def measure_perplexity(
-    model: LanguageModel, windows: Tensor, *, advance: Advance = lambda _: None
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    change: Callable[[Mapping[str, PrunableLinear]], None] | None = None,
+    advance: Advance = lambda _: None,
 ) -> Perplexity:
     """
     Measure a model's perplexity as a whole, or block by block if it is streamed.
@@ -290,6 +336,7 @@ def measure_perplexity(
     Args:
         model: In evaluation mode.
         windows: (windows, context_length), int64.
+        change: As for :func:`rate_perplexity_blockwise`.
         advance: Called with 1 for each window.
 
     Raises:
@@ -304,7 +351,7 @@ def measure_perplexity(
         runs += count
         advance(int(runs % blocks == 0))
 
-    return rate_perplexity_blockwise(model, windows, advance=advance_block)
+    return rate_perplexity_blockwise(model, windows, change=change, advance=advance_block)
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
@@ -316,13 +363,16 @@ class _Network:
 
     Attributes:
         blocks: Names and modules, in the order of their calls.
-        hidden: (1, tokens, hidden) for each window, on the CPU: what the next
-            block reads. Changed in place.
+        hidden: (1, tokens, hidden) for each window: what the next block reads. On the device
+            where they fit, else in main memory. Changed in place.
     """
 
-    def __init__(self, model: LanguageModel, windows: Tensor) -> None:
+    def __init__(
+        self, model: LanguageModel, windows: Tensor, on_device: bool | None = None
+    ) -> None:
         self.model = model
         self.windows = windows
+        self._stays = _states_fit(model, windows) if on_device is None else on_device
         self.blocks = decoder_blocks(model.model)
         self.hidden: list[Tensor] = []
         self._calls: list[list[_Call]] = [[] for _ in self.blocks]
@@ -344,9 +394,7 @@ class _Network:
         Yields:
             By name, what the weights will be afterwards; empty if the model is not streamed.
         """
-        if not self.model.stream:
-            return nullcontext({})
-        return _moved(_tensors_of(module), self.model.device, copy=copy)
+        return _on_device(self.model, module, copy=copy)
 
     def run(self, index: int, window: int, hidden: Tensor | None = None) -> Tensor:
         """The output of a block, on the device; without ``hidden``, of its stored input."""
@@ -361,18 +409,33 @@ class _Network:
         self, index: int, window: int, hidden: Tensor, forward: Callable[..., Any]
     ) -> Tensor | tuple[Any, ...]:
         """All that a block returns for the arguments that it had in a window."""
-        args, kwargs = _map_tensors(
-            self._calls[index][window], lambda tensor: tensor.to(self.model.device)
-        )
-        output: Tensor | tuple[Any, ...] = forward(hidden.to(self.model.device), *args, **kwargs)
+        args, kwargs = _map_tensors(self._calls[index][window], self._there)
+        output: Tensor | tuple[Any, ...] = forward(self._there(hidden), *args, **kwargs)
         return output
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """On the device."""
+        return to_device(tensor, self.model.device)
+
+    def _kept(self, states: Tensor) -> Tensor:
+        """Where hidden states are between two blocks."""
+        return states if self._stays else to_main_memory(states)
+
+    def spilled(self, count: int, folder: Path | None) -> list[Tensor]:
+        """The hidden states of the first windows, mapped from a file if there is a folder."""
+        states = self.hidden[:count]
+        if folder is None:
+            return states
+        there = {str(number): to_main_memory(state) for number, state in enumerate(states)}
+        arrived(self.model.device)
+        return list(mapped_copy(there, folder).values())
 
     def step(
         self, index: int, advance: Advance, end_of_window: Callable[[], None] = lambda: None
     ) -> None:
         """Replace the inputs of a block by its outputs."""
         for window in range(len(self.hidden)):
-            self.hidden[window] = self.run(index, window).cpu()
+            self.hidden[window] = self._kept(self.run(index, window))
             end_of_window()
             advance(1)
 
@@ -381,7 +444,7 @@ class _Network:
         leaves = [hidden.detach().requires_grad_() for hidden in self.hidden[:count]]
         with self.ending(leaves):
             for window in self.windows[:count]:
-                run_backward(self.model.model, window[None].to(self.model.device))
+                run_backward(self.model.model, self._there(window[None]))
         return [_gradient(leaf) for leaf in leaves]
 
     def step_back(
@@ -389,16 +452,16 @@ class _Network:
     ) -> None:
         """Replace the gradients by a block's outputs, by those by its inputs."""
         for window, hidden in enumerate(inputs):
-            leaf = hidden.detach().requires_grad_()
+            leaf = self._there(hidden).detach().requires_grad_()
             output = self.run(index, window, leaf)
-            output.backward(gradients[window].to(output.device))
-            gradients[window] = _gradient(leaf)
+            output.backward(self._there(gradients[window]))
+            gradients[window] = self._kept(_gradient(leaf))
             advance(1)
 
     @contextmanager
     def ending(self, hidden: Iterable[Tensor]) -> Iterator[None]:
         """Inside, each call of the model gives the logits of the next of these hidden states."""
-        states = (state.to(self.model.device) for state in hidden)
+        states = (self._there(state) for state in hidden)
 
         def hand_on(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given = _split(args, kwargs)[0]
@@ -417,7 +480,7 @@ class _Network:
             number = numbers[id(block)]
             hidden, call = _split(args, kwargs)
             if number == 0:
-                self.hidden.append(hidden.cpu())
+                self.hidden.append(self._kept(hidden))
             call = recorder.keep(number, hidden, call)
             self._calls[number].append(call)
             if type(block) not in self._extras or (len(self.hidden) == 1 and _has_notes(call)):
@@ -427,9 +490,7 @@ class _Network:
         with torch.no_grad(), self._replaced(note):
             for window in self.windows:
                 # Without the head: only what the blocks are called with is wanted.
-                self.model.model.base_model(
-                    input_ids=window[None].to(self.model.device), use_cache=False
-                )
+                self.model.model.base_model(input_ids=self._there(window[None]), use_cache=False)
                 recorder.end_of_window()
 
     def _try_out(self, number: int, hidden: Tensor) -> None:
@@ -584,6 +645,24 @@ def _gradient(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
+def _states_fit(model: LanguageModel, windows: Tensor) -> bool:
+    """Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice."""
+    if model.device.type != "cuda":
+        return True
+    embedding: Any = model.model.get_input_embeddings()
+    size = windows.numel() * embedding.weight.shape[1] * model.dtype.itemsize
+    return bool(size <= free_memory(model.device) // 4)
+
+
+def _on_device(
+    model: LanguageModel, block: nn.Module, *, copy: bool
+) -> AbstractContextManager[dict[str, Tensor]]:
+    """Inside, a block's weights are on the device; see :meth:`_Network.on_device`."""
+    if not model.stream:
+        return nullcontext({})
+    return _moved(_tensors_of(block), model.device, copy=copy)
+
+
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return dict(chain(module.named_parameters(), module.named_buffers()))
 
@@ -601,32 +680,3 @@ def _moved(
     finally:
         for name, tensor in tensors.items():
             tensor.data = home[name]
-
-
-def _spilled(tensors: list[Tensor], folder: Path | None) -> list[Tensor]:
-    if folder is None:
-        return tensors
-    return list(_mapped_copy({str(i): t for i, t in enumerate(tensors)}, folder).values())
-
-
-def _mapped_copy(tensors: dict[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
-    """
-    The same tensors, mapped from a file that lives as long as they do.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    if not tensors:
-        return {}
-    try:
-        # The name goes at once; the system keeps a file that is mapped.
-        with os_errors(), tempfile.TemporaryDirectory(prefix="pho-", dir=folder) as temporary:
-            path = Path(temporary) / "tensors.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in tensors}
-    except OSError as error:
-        raise OutputError(
-            f"{folder or tempfile.gettempdir()} cannot hold what a streamed model writes: "
-            f"{error.strerror or error}. Free some space there, or give a folder on another disk."
-        ) from error

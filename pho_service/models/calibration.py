@@ -18,6 +18,7 @@ from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.calibration_memory import plan_calibration, would_fit
 from pho_service.models.loading import LanguageModel
+from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.planning.stage_memory import CalibrationRun
 from pho_service.progress import Progress, silent
@@ -153,7 +154,12 @@ def _measured(
     if model.stream:
         title, steps = f"{title}, block by block", len(blocks) * (count + fisher_windows)
     collect = (
-        partial(collect_statistics_blockwise, model)
+        partial(
+            collect_statistics_blockwise,
+            model,
+            spill=scratch_folder(plan.peak.disk) if plan.run.spill else None,
+            states_on_device=plan.run.states_on_device,
+        )
         if model.stream
         else partial(
             collect_statistics,

@@ -3,13 +3,14 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
-from pho_service.errors import InvalidInput
+from pho_service.errors import InvalidInput, OutputError
 from pho_service.jobs.pipeline import prune_model, pruned_model
 from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.models.loading import LanguageModel, load_model
@@ -148,3 +149,71 @@ def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path)
         assert torch.equal(model.linears[name].weight != 0, mask.keep), name
     first = "model.layers.0"
     assert torch.equal(orders[f"{first}.self_attn.q_proj"], orders[f"{first}.mlp.fc1"])
+
+
+SCORED = [
+    ("0.5", Steps()),
+    ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3))),
+    ("2:4", Steps(permutation="score")),
+]
+
+
+@pytest.mark.parametrize(("pattern", "steps"), SCORED)
+def test_streamed_in_one_pass(
+    model_folder: Path,
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    own_cache: Path,
+    pattern: str,
+    steps: Steps,
+) -> None:
+    """Streamed and without text steps, a candidate runs the report once, and writes nothing."""
+    candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
+    expected, share = rate_pruned(model, bundle.statistics(), candidate, report.windows)
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
+    runs: list[str] = []
+    for name, linear in streamed.linears.items():
+        if name.endswith("q_proj"):
+            linear.module.register_forward_hook(lambda *_, name=name: runs.append(name))
+    advanced: list[int] = []
+    actual, sparsity = rate_pruned(
+        streamed, bundle.statistics(), candidate, report.windows, advanced.append
+    )
+
+    assert actual.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert sparsity == share
+    assert {name: p.data_ptr() for name, p in streamed.model.named_parameters()} == before
+    assert sum(advanced) == len(report.windows)
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    assert runs == [first] + [first] * 3 + [last] * 3  # one more to see the form of its output
+    assert not own_cache.exists()
+
+
+def test_streamed_by_score(
+    model_folder: Path, model: LanguageModel, bundle: ProxyBundle, own_cache: Path
+) -> None:
+    """A streamed model is pruned for good without a text; its weights are in the user's cache."""
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    candidate = replace(OBS, steps=Steps())
+    masks = {}
+    for each in (model, streamed):
+        masks[each.stream] = dict(prune_model(each, bundle.statistics(), candidate, None))
+
+    assert masks[True].keys() == masks[False].keys()
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(streamed.model.get_parameter(name), parameter)
+    assert not any(p.untyped_storage().resizable() for p in streamed.model.parameters())
+    assert (own_cache / "scratch").is_dir()
+    assert not list((own_cache / "scratch").iterdir())  # the files have no name
+
+
+def test_no_room(model_folder: Path, bundle: ProxyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk without room for the changed weights is refused before anything is run."""
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=70_000))
+    masks = prune_model(streamed, bundle.statistics(), replace(OBS, steps=Steps()), None)
+
+    with pytest.raises(OutputError, match=r"room for 0 MiB.*PHO_CACHE_DIR"):
+        next(masks)
