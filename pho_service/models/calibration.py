@@ -17,10 +17,11 @@ from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.calibration_memory import plan_calibration, would_fit
+from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
-from pho_service.planning.stage_memory import CalibrationRun
+from pho_service.planning.stage_memory import CalibrationRun, block_inputs
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Statistics, collect_statistics
@@ -153,12 +154,16 @@ def _measured(
     title, steps = "Calibrating the dense model", count
     if model.stream:
         title, steps = f"{title}, block by block", len(blocks) * (count + fisher_windows)
+    spill = None
+    if run.spill:
+        footprint = footprint_of(model.model, model.linears)
+        spill = scratch_folder(block_inputs(footprint, settings.context_length, fisher_windows))
     collect = (
         partial(
             collect_statistics_blockwise,
             model,
-            spill=scratch_folder(plan.peak.disk) if plan.run.spill else None,
-            states_on_device=plan.run.states_on_device,
+            spill=spill,
+            states_on_device=run.states_on_device,
         )
         if model.stream
         else partial(
