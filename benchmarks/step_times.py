@@ -14,7 +14,8 @@ import click
 import torch
 
 from pho_service.cli.terminal import print_table
-from pho_service.pruning.allocation import LayerView, allocate
+from pho_service.pruning.allocation import allocate
+from pho_service.pruning.layer_view import LayerView
 from pho_service.pruning.permutation import PermutedLinear, permute_channels, permute_for_error
 from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask

@@ -7,70 +7,27 @@ these become whole weights, or N of N:M.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import floor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
-from pho_service.pruning.selection import add_digits, keep_highest, nm_mask
+from pho_service.pruning.layer_view import DIGIT_BITS, LinearSize, View, Views
 from pho_service.spec import Allocation, Pattern
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 GRID_POINTS = 12  # sparsities on an error curve
-CURVE_ROWS = 64  # output rows of a linear that its error curve is computed on
 
-_WIDTH = 11  # bits of a digit; a float32 >= 0, 31 bits, is selected in three of them
-_SHIFTS = (22, 11, 0)  # of their lowest bits
+_SHIFTS = (22, 11, 0)  # of the lowest bits of a score's three digits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
 _BISECTIONS = 100
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """
-    One linear as an allocation sees it: all of its rows, or a sample of them.
-
-    Attributes:
-        name: As the model calls it: ``model.layers.3.self_attn.q_proj``.
-        out_features: Of the whole layer.
-        rows: (R, in_features), float32. Weights of R output rows; each row
-            stands for out_features / R.
-        activation_norm: (in_features,), float32, >= 0.
-        fisher: (R,), float32, >= 0. E[(dL/dy)^2] of these rows.
-        root: (m, in_features), float32. ``root.T @ root`` is the second moment
-            of the input, or has it as its expectation.
-    """
-
-    name: str
-    out_features: int
-    rows: Tensor
-    activation_norm: Tensor
-    fisher: Tensor
-    root: Tensor
-
-    @cached_property
-    def fisher_score(self) -> Tensor:
-        """
-        (R, in_features), float32: A * x * sqrt(g), computed once.
-
-        Raises:
-            NumericalError: It is NaN or infinite.
-        """
-        score = self.rows.abs().mul_(self.activation_norm).mul_(self.fisher.sqrt()[:, None])
-        return _finite(score, self.name)
-
-
-# A fresh pass over all linears, one in memory at a time, in the same order each time.
-Views = Callable[[], Iterable[LayerView]]
 
 
 def block_of(name: str) -> str:
@@ -131,7 +88,7 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
     """
     low, high = _bounds(pattern, allocation.spread)
     if allocation.method == "uniform" or low == high:
-        model, _ = _scan(views, pattern, "linear", lambda _: None)
+        model, _ = _scan(views, pattern, "linear", lambda _: [])
         return _uniform(model, pattern)
     if allocation.method == "owl":
         model, wanted = _owl(views, pattern, allocation)
@@ -203,16 +160,18 @@ def _numbered(labels: list[str]) -> list[int]:
 
 
 def _scan(
-    views: Views, pattern: Pattern, unit: str, measure: Callable[[LayerView], T]
+    views: Views, pattern: Pattern, unit: str, measure: Callable[[View], list[T]]
 ) -> tuple[_Model, list[T]]:
     """One pass: what the linears are, and ``measure`` of each."""
-    names, sizes, weights_per_value, measured = [], [], [], []
+    linears: list[LinearSize] = []
+    measured: list[T] = []
     for view in views():
-        pattern.check_width(view.rows.shape[1], view.name)
-        names.append(view.name)
-        sizes.append(view.out_features * view.rows.shape[1])
-        weights_per_value.append(view.out_features / view.rows.shape[0])
-        measured.append(measure(view))
+        for linear in view.linears:
+            pattern.check_width(linear.in_features, linear.name)
+        linears += view.linears
+        measured += measure(view)
+    names = [linear.name for linear in linears]
+    sizes = [linear.weights for linear in linears]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{len(names)} linears of {len(set(names))} names: nothing to allocate to")
     unit_of = _numbered(names if unit == "linear" else [block_of(name) for name in names])
@@ -222,7 +181,7 @@ def _scan(
     model = _Model(
         names=names,
         linear_sizes=sizes,
-        weights_per_value=weights_per_value,
+        weights_per_value=[linear.weights_per_value for linear in linears],
         unit_of=unit_of,
         members=members,
         sizes=_added_up(sizes, unit_of, len(members)),
@@ -281,37 +240,19 @@ def _between(lower: Tensor, upper: Tensor, target: float) -> Tensor:
     return lower + min(max(share, 0.0), 1.0) * (upper - lower)
 
 
-def _wanda_score(view: LayerView) -> Tensor:
-    """A * x, (R, in_features), in memory of its own."""
-    return _finite(view.rows.abs().mul_(view.activation_norm), view.name)
-
-
-def _finite(score: Tensor, layer: str) -> Tensor:
-    # Scores are >= 0, and the greatest is NaN if any is.
-    if not bool(torch.isfinite(score.amax())):
-        raise NumericalError(
-            f"{layer}: a score is NaN or infinite. Check the layer's weights and the "
-            "calibration statistics for NaN, infinity or values beyond float32.",
-            layer=layer,
-        )
-    return score
-
-
 def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
     """What each unit should lose, (units,), float64: less where many scores are outliers."""
-    model, sums = _scan(
-        views, pattern, allocation.unit,
-        lambda view: float(_wanda_score(view).sum(dtype=torch.float64)),
-    )  # fmt: skip
+    model, sums = _scan(views, pattern, allocation.unit, lambda view: view.wanda_sums())
     blocks = _numbered([block_of(name) for name in model.names])
     count = max(blocks) + 1
     weighted = [value * w for value, w in zip(sums, model.weights_per_value, strict=True)]
     mean = _added_up(weighted, blocks, count) / _added_up(model.linear_sizes, blocks, count)
     limits = [allocation.outlier_ratio * float(mean[block]) for block in blocks]
-    above = [
-        int((_wanda_score(view) > limit).sum()) * w
-        for view, limit, w in zip(views(), limits, model.weights_per_value, strict=True)
+    rest = iter(limits)
+    counts = [
+        count for view in views() for count in view.outliers(list(islice(rest, len(view.linears))))
     ]
+    above = [count * w for count, w in zip(counts, model.weights_per_value, strict=True)]
     outliers = model.by_unit(above) / model.sizes  # D of each unit
     low, high = _bounds(pattern, allocation.spread)
     kept_more = 2 * allocation.spread * _from_0_to_1(outliers)
@@ -349,24 +290,17 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     """
 
     model, counts = _scan(
-        views, pattern, allocation.unit, lambda view: _counts(view, _SHIFTS[0], prefix=0)
+        views, pattern, allocation.unit, lambda view: view.digit_counts(_SHIFTS[0], prefix=0)
     )
     low, high = (bound * model.sizes for bound in _bounds(pattern, allocation.spread))
     target = _target(model, pattern)
     below, prefix = torch.zeros_like(model.sizes), 0
     for shift in _SHIFTS:
         if shift != _SHIFTS[0]:
-            counts = [_counts(view, shift, prefix) for view in views()]
+            counts = [each for view in views() for each in view.digit_counts(shift, prefix)]
         digit, below, equal = _digit(model, counts, below, low, high, target)
-        prefix = (prefix << _WIDTH) | digit
+        prefix = (prefix << DIGIT_BITS) | digit
     return model, _between(below.clamp(low, high), (below + equal).clamp(low, high), target)
-
-
-def _counts(view: LayerView, shift: int, prefix: int) -> Tensor:
-    """(2048,), float64: how many scores of a linear have no higher digit; see ``add_digits``."""
-    counts = torch.zeros(1 << _WIDTH, dtype=torch.float64)
-    add_digits(view.fisher_score, 1.0, shift=shift, width=_WIDTH, prefix=prefix, counts=counts)
-    return counts.cumsum_(dim=0)
 
 
 def _digit(
@@ -376,7 +310,7 @@ def _digit(
     Find the digit in which the units' clipped counts reach ``target``.
 
     Args:
-        counts: Of each linear, what :func:`_counts` gives.
+        counts: (2048,), float64, of each linear: how many scores have each digit.
         below: (units,), weights of each unit that go at any digit.
         low: (units,), the fewest weights that a unit loses.
         high: (units,), the most.
@@ -384,7 +318,7 @@ def _digit(
     Returns:
         The digit, and for each unit the weights below it and in it.
     """
-    arrays = [linear.numpy() for linear in counts]
+    arrays = [linear.cumsum_(dim=0).numpy() for linear in counts]  # no higher digit
 
     def up_to(digit: int) -> Tensor:
         weights = zip(arrays, model.weights_per_value, strict=True)
@@ -413,7 +347,7 @@ def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     else:
         grid = torch.linspace(low, high, GRID_POINTS, dtype=torch.float64).tolist()
     model, curves = _scan(
-        views, pattern, allocation.unit, lambda view: _error_curve(view, grid, pattern.group)
+        views, pattern, allocation.unit, lambda view: view.error_curves(grid, pattern.group)
     )
     errors = torch.stack(
         [model.by_unit(column) for column in zip(*curves, strict=True)], dim=1
@@ -422,40 +356,6 @@ def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     slopes = torch.tensor(rises, dtype=torch.float64) / model.sizes[:, None]  # error a weight
     widths = model.sizes[:, None] * torch.tensor(grid, dtype=torch.float64).diff()
     return model, _filled(slopes, widths, low * model.sizes, _target(model, pattern))
-
-
-def _error_curve(view: LayerView, grid: list[float], group: int) -> list[float]:
-    """
-    The Fisher-weighted error g_i * D_i H D_i^T of a linear's output at each sparsity of ``grid``.
-
-    D is what pruning by A * x * sqrt(g) within the layer (or in groups) removes.
-    """
-    view = _sampled(view)
-    score = view.fisher_score  # (r, in_features)
-    curve = []
-    for sparsity in grid:
-        if group:
-            keep = nm_mask(score, keep=round((1 - sparsity) * group), group=group)
-        else:
-            removed = round(sparsity * score.numel())
-            keep = keep_highest(score.view(1, -1), removed).view_as(score)
-        change = view.rows.masked_fill(keep, 0) @ view.root.T  # (r, m)
-        error = change.square().sum(dim=1) @ view.fisher
-        curve.append(float(error) * view.out_features / len(view.rows))
-    if not torch.isfinite(torch.tensor(curve)).all():
-        raise NumericalError(
-            f"{view.name}: the error of the pruned layer is NaN or infinite. Check the "
-            "calibration statistics for NaN, infinity or values beyond float32.",
-            layer=view.name,
-        )
-    return curve
-
-
-def _sampled(view: LayerView) -> LayerView:
-    """At most CURVE_ROWS rows of a linear, evenly spaced."""
-    count = min(CURVE_ROWS, len(view.rows))
-    index = torch.arange(count, device=view.rows.device) * len(view.rows) // count
-    return replace(view, rows=view.rows[index], fisher=view.fisher[index])
 
 
 def _convex_rises(grid: list[float], curve: list[float]) -> list[float]:

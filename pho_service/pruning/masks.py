@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pho_service.pruning.allocation import LayerView, allocate
+from pho_service.pruning.allocation import allocate
+from pho_service.pruning.layer_view import LayerView
 from pho_service.pruning.permutation import permute_channels, permuted_mask
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of

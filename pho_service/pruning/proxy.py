@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.allocation import LayerView, allocate
+from pho_service.pruning.allocation import allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
+from pho_service.pruning.layer_view import LayerView, LinearSize, View
 from pho_service.pruning.masks import over_rows, share_ties
 from pho_service.pruning.scores import TINY, gini
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
+from pho_service.pruning.stacked_view import StackedView
 from pho_service.pruning.stacks import Stack, stack_bundle
 from pho_service.pruning.threads import in_threads
 from pho_service.spec import Candidate, Pattern, Scope
@@ -90,7 +92,7 @@ class ProxyEvaluator:
         # Overwritten by every candidate: memory asked for anew costs more than what is done in it.
         self._memory = local()
         self._positions = torch.cat([stack.positions for stack in self.stacks])
-        views = [_view(bundle, layer) for layer in bundle.layers]
+        views = self._views(on)
         # A search often asks for an allocation that it has asked for before.
         self._allocate = lru_cache(maxsize=256)(
             lambda pattern, allocation: allocate(lambda: views, pattern, allocation)
@@ -199,6 +201,13 @@ class ProxyEvaluator:
         sums = [rows.sum(dim=3) * scale for rows in (loss, error, blend)]
         found = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
         return found.transpose(1, 2).flatten(0, 1)
+
+    def _views(self, device: torch.device) -> list[View]:
+        """What allocations look at: one linear after the other on a CPU, all at once on a GPU."""
+        layers = self.bundle.layers
+        if device.type == "cpu":
+            return [_view(self.bundle, layer) for layer in layers]
+        return [StackedView([_size(layer) for layer in layers], self.stacks)]
 
     def _each(self, work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
         """Do independent pieces of work; on a CPU side by side."""
@@ -316,6 +325,15 @@ class _Sums:
     blend: Tensor
 
 
+def _size(layer: LayerSample) -> LinearSize:
+    return LinearSize(
+        name=layer.name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        rows=len(layer.rows),
+    )
+
+
 def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
     entry = bundle.inputs[layer.input_index]
     return LayerView(
@@ -335,18 +353,18 @@ def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
     Args:
         score: (I, C, L, R, n), contiguous.
         pattern: Of all candidates.
-        shares: (I, C, L), int64: what each linear loses, or its N of N:M, if not the pattern's.
+        shares: (I, C, L), int64, on the CPU: what each linear loses, or its N of N:M, if not the
+            pattern's.
     """
     rows, n = score.shape[3:]
-    mine = None if shares is None else shares.to(score.device)
     if pattern.group:
-        kept = pattern.keep if mine is None else mine[..., None]
+        kept = pattern.keep if shares is None else shares[..., None]
         return nm_mask(score, keep=kept, group=pattern.group)
     removed: int | Tensor
     if pattern.scope is Scope.ROW:
         lines = score.view(-1, n)
-        removed = pattern.removed(n) if mine is None else over_rows(mine.flatten(), rows)
+        removed = pattern.removed(n) if shares is None else over_rows(shares.flatten(), rows)
     else:
         lines = score.view(-1, rows * n)
-        removed = pattern.removed(rows * n) if mine is None else mine.flatten()
+        removed = pattern.removed(rows * n) if shares is None else shares.flatten()
     return keep_highest(lines, removed).view(score.shape)

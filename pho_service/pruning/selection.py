@@ -32,13 +32,21 @@ def keep_highest(score: Tensor, removed: int | Tensor) -> Tensor:
         ValueError: ``removed`` out of range.
     """
     lines, n = score.shape
-    numbers = torch.as_tensor(removed, device=score.device).expand(lines)
+    numbers = torch.as_tensor(removed)
     outside = numbers[(numbers < 0) | (numbers > n)]
     if len(outside):
         raise ValueError(f"removed={int(outside[0])} is not in 0..{n}")
+    numbers = _beside(score, numbers).expand(lines)
     if score.device.type == "cpu":
         return kernels.keep_highest(score, numbers)
     return plain_keep_highest(score, numbers)
+
+
+def _beside(score: Tensor, numbers: Tensor) -> Tensor:
+    """Numbers on the device of the scores; a single one of the CPU gets there without a wait."""
+    if numbers.dim() or numbers.device == score.device:
+        return numbers.to(score.device)
+    return torch.full((), int(numbers), device=score.device)
 
 
 def plain_keep_highest(score: Tensor, removed: Tensor) -> Tensor:
@@ -79,7 +87,7 @@ def nm_mask(score: Tensor, *, keep: int | Tensor, group: int) -> Tensor:
         the *pruned* weights: its 1-of-4 is ``keep=3`` here.
     """
     in_features = score.shape[-1]
-    numbers = torch.as_tensor(keep, device=score.device)
+    numbers = torch.as_tensor(keep)
     outside = numbers[(numbers < 1) | (numbers >= group)]
     if len(outside.reshape(-1)):
         raise ValueError(
@@ -88,20 +96,25 @@ def nm_mask(score: Tensor, *, keep: int | Tensor, group: int) -> Tensor:
     if in_features % group:
         raise ValueError(f"in_features={in_features} is not a multiple of M={group}")
     lines = score.reshape(-1, in_features)
-    numbers = numbers.expand(score.shape[:-1]).reshape(-1)
+    numbers = _beside(score, numbers).expand(score.shape[:-1]).reshape(-1)
     mask = kernels.nm_mask if score.device.type == "cpu" else plain_nm_mask
     return mask(lines, numbers, group).view(score.shape)
 
 
 def plain_nm_mask(score: Tensor, keep: Tensor, group: int) -> Tensor:
     """:func:`nm_mask` in torch alone, of (lines, in_features) and (lines,), int64, in range."""
+    return beaten_by(score, group) < keep[:, None]
+
+
+def beaten_by(score: Tensor, group: int) -> Tensor:
+    """(lines, in_features), int8: how many of its run come before each of these scores."""
     runs = score.view(len(score), -1, group)
-    beaten_by = torch.zeros_like(runs, dtype=torch.int8)
+    count = torch.zeros_like(runs, dtype=torch.int8)
     for i in range(group):
         rival = runs[..., i : i + 1]
-        beaten_by[..., :i] += rival > runs[..., :i]
-        beaten_by[..., i + 1 :] += rival >= runs[..., i + 1 :]  # on a tie the lower index wins
-    return (beaten_by < keep[:, None, None]).view(score.shape)
+        count[..., :i] += rival > runs[..., :i]
+        count[..., i + 1 :] += rival >= runs[..., i + 1 :]  # on a tie the lower index wins
+    return count.view(score.shape)
 
 
 def threshold_of(

@@ -76,16 +76,19 @@ class Stack:
             out=out,
         )
 
-    def plain_importance(self, gradient_exponent: float, out: Tensor) -> Tensor:
+    def plain_importance(self, gradient_exponent: float, out: Tensor | None = None) -> Tensor:
         """
         Score all weights of the stack by :func:`pho_service.pruning.masks.plain_score`.
 
         Args:
             gradient_exponent: Of that score.
             out: (I, L, R, n), is written and given back.
+
+        Returns:
+            (I, L, R, n), float32.
         """
-        torch.mul(self.magnitude, self.activation_norm[..., None, :], out=out)
-        return out.mul_((self.fisher**gradient_exponent)[..., None])
+        out = torch.mul(self.magnitude, self.activation_norm[..., None, :], out=out)
+        return out.mul_((self.fisher**gradient_exponent)[..., None]) if gradient_exponent else out
 
     def row_errors(self, keep: Tensor, out: Tensor) -> Tensor:
         """

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pho_service.errors import InvalidInput, NumericalError
-from pho_service.pruning.allocation import LayerView, allocate, apportion, block_of
+from pho_service.pruning.allocation import allocate, apportion, block_of
+from pho_service.pruning.layer_view import LayerView
 from pho_service.spec import Allocation, Pattern
 
 METHODS = ("uniform", "owl", "fisher", "curves")
