@@ -524,6 +524,10 @@ class Objective:
         return "maximize" if self.name == "gini" else "minimize"
 
 
+SHARDS = 8  # parts of a calibration
+SHARDED_FROM = 2**17  # tokens: half of the default's
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """
@@ -574,6 +578,18 @@ class CalibrationSettings:
             raise InvalidInput(
                 f"kernel_sizes={self.kernel_sizes} are not odd whole numbers of at least 3."
             )
+
+    def shards(self, *, stream: bool) -> int:
+        """
+        Into how many parts the windows are cut whose sums are added up one after the other.
+
+        Several workers can do them at a time. So that the number of workers changes nothing, it
+        depends on the settings alone, and all who calibrate cut alike. A streamed model is not cut,
+        since each part would read all of it; nor is a full Gram matrix, which is larger than what
+        it takes to gather it anew.
+        """
+        small = self.samples * self.context_length < SHARDED_FROM
+        return 1 if small or stream or not self.projection_rows else min(SHARDS, self.samples)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, all that decides what a bundle holds."""

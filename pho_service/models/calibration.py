@@ -5,9 +5,10 @@ From a model and a text to a proxy bundle.
 import hashlib
 import json
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.planning.stage_memory import CalibrationRun, block_inputs
-from pho_service.progress import Progress, silent
+from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.pruning.statistics import Collector, Statistics, gather
+from pho_service.pruning.sums import Sums, shard_seed
 from pho_service.spec import CalibrationSettings
 from pho_service.versions import versions
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ def calibration_text(
         seed=settings.seed,
     )
     calibration = windows[: settings.samples]
+    shards = settings.shards(stream=model.stream)
     identity = [
         ALGORITHM,
         model.weights_sha256,
@@ -81,6 +86,7 @@ def calibration_text(
         settings.to_dict(),
         versions("torch", "transformers"),
         *(["streamed"] if model.stream else []),  # the same but for the last digits of sums
+        *([f"{shards} shards"] if shards > 1 else []),  # other signs, in another order of sums
     ]
     digest = hashlib.sha256(json.dumps(identity).encode())
     digest.update(calibration.contiguous().numpy().tobytes())
@@ -92,17 +98,56 @@ def calibration_text(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """
+    Some of a calibration's windows, whose sums are gathered together.
+
+    Attributes:
+        windows: (windows, context_length), int64; those that are run backward too come first.
+        fisher_windows: How many of them are.
+        seed: Of the random projection.
+    """
+
+    windows: Tensor
+    fisher_windows: int
+    seed: int
+
+
+def cut(text: CalibrationText, settings: CalibrationSettings, *, stream: bool) -> list[Shard]:
+    """The shards of a calibration, in the order in which their sums are added up."""
+    windows = text.calibration
+    fisher = _fisher_windows(text, settings)
+    count = min(settings.shards(stream=stream), len(windows))
+    return [
+        Shard(
+            windows=windows[number::count],
+            fisher_windows=len(range(number, fisher, count)),
+            seed=shard_seed(settings.seed, number),
+        )
+        for number in range(count)
+    ]
+
+
 def measure(
     model: LanguageModel,
     text: CalibrationText,
     settings: CalibrationSettings,
     progress: Progress = silent,
+    known: Callable[[int], Sums | None] = lambda _: None,
 ) -> Statistics:
     """
     Run the dense model once over the calibration windows.
 
     Where memory runs out although the plan said that it is enough, half as many windows are run
     at once, or the activations are computed again instead of kept; that is tried once.
+
+    Args:
+        model: In evaluation mode.
+        text: To calibrate on.
+        settings: Of the calibration.
+        progress: Told of each window.
+        known: Gives the sums of the shard with a number, if they have been gathered elsewhere.
 
     Raises:
         OutOfMemory: Not even so; says what would fit.
@@ -111,24 +156,142 @@ def measure(
         ModelError: A linear is never used.
         NumericalError: An activation or a gradient is NaN or infinite.
     """
-    count = len(text.calibration)
-    fisher = min(settings.fisher_samples or max(1, settings.samples // 4), count)
+    shards = cut(text, settings, stream=model.stream)
+
+    def run(how: _Run) -> Statistics:
+        count = len(text.calibration)
+        if model.stream:
+            return _measured_blockwise(how, text)
+        with how.progress("Calibrating the dense model", count) as advance:
+            if len(shards) == 1:
+                total = how.gather(shards[0], advance)
+            else:
+                total = Collector(model.linears, settings.projection_rows, settings.seed)
+                for number, shard in enumerate(shards):
+                    sums = known(number)
+                    if sums is None:
+                        sums = how.gather(shard, advance).sums()
+                    else:
+                        advance(len(shard.windows))
+                    total.add(sums)
+        total.finish_inputs(sequences=count, tokens=text.calibration.numel())
+        return total.finish()
+
+    return _within_memory(model, text, settings, progress, run)
+
+
+def measure_shard(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    number: int,
+    progress: Progress = silent,
+) -> Sums:
+    """
+    Run the dense model over the windows of one shard, for :func:`measure` to add up.
+
+    Raises:
+        OutOfMemory, InvalidInput: As :func:`measure`.
+    """
+    shard = cut(text, settings, stream=model.stream)[number]
+
+    def run(how: _Run) -> Sums:
+        with how.progress(f"Calibrating, shard {number}", len(shard.windows)) as advance:
+            return how.gather(shard, advance).sums()
+
+    return _within_memory(model, text, settings, progress, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One try at a calibration."""
+
+    model: LanguageModel
+    settings: CalibrationSettings
+    plan: CalibrationRun
+    fisher_windows: int
+    progress: Progress
+
+    def products(self) -> AbstractContextManager[None]:
+        """Inside, matrix products are in the precision that is asked for."""
+        return torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=self.settings.mixed_precision
+        )
+
+    def gather(self, shard: Shard, advance: Advance) -> Collector:
+        """The sums of a shard."""
+        blocks = [block for _, block in decoder_blocks(self.model.model)]
+        with self.products():
+            return gather(
+                self.model.model,
+                self.model.linears,
+                shard.windows,
+                fisher_windows=shard.fisher_windows,
+                projection_rows=self.settings.projection_rows,
+                seed=shard.seed,
+                batch_windows=self.plan.windows,
+                forward_windows=self.plan.forward_windows,
+                recompute=blocks if self.plan.recompute else (),
+                advance=advance,
+            )
+
+
+def _measured_blockwise(how: _Run, text: CalibrationText) -> Statistics:
+    model = how.model
+    blocks = len(decoder_blocks(model.model))
+    steps = blocks * (len(text.calibration) + how.fisher_windows)
+    title = "Calibrating the dense model, block by block"
+    spill = None
+    if how.plan.spill:
+        footprint, tokens = footprint_of(model.model, model.linears), how.settings.context_length
+        spill = scratch_folder(block_inputs(footprint, tokens, how.fisher_windows))
+    with how.progress(title, steps) as advance, how.products():
+        return collect_statistics_blockwise(
+            model,
+            text.calibration,
+            fisher_windows=how.fisher_windows,
+            projection_rows=how.settings.projection_rows,
+            seed=how.settings.seed,
+            spill=spill,
+            states_on_device=how.plan.states_on_device,
+            advance=advance,
+        )
+
+
+def _fisher_windows(text: CalibrationText, settings: CalibrationSettings) -> int:
+    asked = settings.fisher_samples or max(1, settings.samples // 4)
+    return min(asked, len(text.calibration))
+
+
+def _within_memory(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    progress: Progress,
+    run: Callable[[_Run], T],
+) -> T:
+    """What a run gives, planned to fit; if it does not, tried once more in smaller pieces."""
+    fisher = _fisher_windows(text, settings)
     if settings.mixed_precision and model.dtype != torch.float32:
         raise InvalidInput(
             f"mixed precision is for float32 models, but {model.name} is loaded as "
             f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
             "out."
         )
-    plan = plan_calibration(model, settings, windows=count, fisher_windows=fisher)
+    plan = plan_calibration(model, settings, windows=len(text.calibration), fisher_windows=fisher)
     logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
-    run, retried = plan.run, False
+    how, smaller = plan.run, plan.run.halved()
     while True:
         try:
-            return _measured(model, text, settings, run, fisher, progress)
+            return run(
+                _Run(
+                    model=model, settings=settings, plan=how, fisher_windows=fisher,
+                    progress=progress,
+                )
+            )  # fmt: skip
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            smaller = None if retried else run.halved()
             if smaller is None:
                 ways = would_fit(model, settings, fisher_windows=fisher)
                 raise OutOfMemory(
@@ -137,55 +300,8 @@ def measure(
                 ) from error
         # After the error, which holds on to what was computed.
         logger.warning("memory ran out: calibrating in smaller pieces", extra=asdict(smaller))
-        run, retried = smaller, True
+        how, smaller = smaller, None
         let_go_of_memory()
-
-
-def _measured(
-    model: LanguageModel,
-    text: CalibrationText,
-    settings: CalibrationSettings,
-    run: CalibrationRun,
-    fisher_windows: int,
-    progress: Progress,
-) -> Statistics:
-    blocks = [block for _, block in decoder_blocks(model.model)]
-    count = len(text.calibration)
-    title, steps = "Calibrating the dense model", count
-    if model.stream:
-        title, steps = f"{title}, block by block", len(blocks) * (count + fisher_windows)
-    spill = None
-    if run.spill:
-        footprint = footprint_of(model.model, model.linears)
-        spill = scratch_folder(block_inputs(footprint, settings.context_length, fisher_windows))
-    collect = (
-        partial(
-            collect_statistics_blockwise,
-            model,
-            spill=spill,
-            states_on_device=run.states_on_device,
-        )
-        if model.stream
-        else partial(
-            collect_statistics,
-            model.model,
-            model.linears,
-            batch_windows=run.windows,
-            forward_windows=run.forward_windows,
-            recompute=blocks if run.recompute else (),
-        )
-    )
-    products = torch.autocast(
-        model.device.type, dtype=torch.bfloat16, enabled=settings.mixed_precision
-    )
-    with progress(title, steps) as advance, products:
-        return collect(
-            windows=text.calibration,
-            fisher_windows=fisher_windows,
-            projection_rows=settings.projection_rows,
-            seed=settings.seed,
-            advance=advance,
-        )
 
 
 def calibrate(
@@ -193,14 +309,18 @@ def calibrate(
     text: CalibrationText,
     settings: CalibrationSettings,
     progress: Progress = silent,
+    known: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
     """
     Make the proxy bundle of a model: one pass of the dense model, then a sample of rows.
 
+    Args:
+        model, text, settings, progress, known: As of :func:`measure`.
+
     Raises:
         InvalidInput, ModelError, NumericalError: As :func:`measure`.
     """
-    statistics = measure(model, text, settings, progress)
+    statistics = measure(model, text, settings, progress, known)
     with progress("Sampling rows", len(model.linears)) as advance:
         return sample_bundle(
             model.linears,

@@ -123,6 +123,8 @@ def calibration_peak(
         )
     tokens, rows = settings.context_length, settings.projection_rows
     sums = sum(block.sums(rows) for block in footprint.blocks)
+    if settings.shards(stream=False) > 1:
+        sums *= 2  # those of a shard, and what they are added to
     casts = 0
     if settings.mixed_precision:  # weights in bfloat16 that are kept for the backward pass
         each = [block.weights // 2 for block in footprint.blocks]

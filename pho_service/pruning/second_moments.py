@@ -85,6 +85,13 @@ class SecondMoment:
         return projected
 
     @classmethod
+    def of_sums(cls, squares: Tensor, moment: Tensor, rows: int) -> Self:
+        """What has been streamed elsewhere; the tensors are taken as they are."""
+        taken = cls(0, squares.device, projection_rows=0, seed=0)
+        taken.rows, taken.squares, taken.moment = rows, squares, moment
+        return taken
+
+    @classmethod
     def mean(cls, moments: list[Self]) -> Self:
         """What the mean of several inputs' second moments would have been streamed as."""
         (_, width), device, rows = (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.pruning.passes import frozen, recomputed, run_backward, run_decoder
 from pho_service.pruning.second_moments import InputStatistics, SecondMoment
+from pho_service.pruning.sums import Sums
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,43 @@ def collect_statistics(
         NumericalError: An activation or a gradient is NaN or infinite.
     """
     check_fisher_windows(fisher_windows, len(windows))
+    collector = gather(
+        model,
+        linears,
+        windows,
+        fisher_windows=fisher_windows,
+        projection_rows=projection_rows,
+        seed=seed,
+        batch_windows=batch_windows,
+        forward_windows=forward_windows,
+        recompute=recompute,
+        advance=advance,
+    )
+    collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
+    return collector.finish()
+
+
+def gather(
+    model: nn.Module,
+    linears: Mapping[str, PrunableLinear],
+    windows: Tensor,
+    *,
+    fisher_windows: int,
+    projection_rows: int,
+    seed: int,
+    batch_windows: int = 1,
+    forward_windows: int | None = None,
+    recompute: Iterable[nn.Module] = (),
+    advance: Callable[[int], None] = lambda _: None,
+) -> "Collector":
+    """
+    Do what :func:`collect_statistics` does, but for the end: the sums are not divided yet.
+
+    Args:
+        model, linears, windows, projection_rows, seed, batch_windows: As there.
+        forward_windows, recompute, advance: As there.
+        fisher_windows: 0 <= fisher_windows <= windows.
+    """
     collector = Collector(linears, projection_rows, seed)
     device = next(model.parameters()).device
     with (
@@ -114,7 +152,9 @@ def collect_statistics(
         frozen(model),
     ):
         backward, forward = windows[:fisher_windows], windows[fisher_windows:]
-        for batch in backward.split(batch_windows):  # (batch_windows or fewer, tokens)
+        for batch in (
+            backward.split(batch_windows) if len(backward) else ()
+        ):  # (batch_windows or fewer, tokens)
             run_backward(model, batch.to(device))
             collector.end_of_window()
             advance(len(batch))
@@ -122,8 +162,7 @@ def collect_statistics(
             run_decoder(model, batch.to(device))
             collector.end_of_window()
             advance(len(batch))
-    collector.finish_inputs(sequences=len(windows), tokens=windows.numel())
-    return collector.finish()
+    return collector
 
 
 def check_fisher_windows(fisher_windows: int, windows: int) -> None:
@@ -260,6 +299,44 @@ class Collector:
         squares = grad.detach().float().square().reshape(-1, grad.shape[-1])  # (tokens, out)
         self.fisher[name] = self.fisher.get(name, 0) + squares.sum(dim=0)
         self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + len(squares)
+
+    def sums(self) -> Sums:
+        """What was gathered, of inputs that are not finished; not to be added to any more."""
+        moments = [self._moments[index] for index in range(len(self.groups.readers))]
+        return Sums(
+            readers=self.groups.readers,
+            input_of=self.groups.input_of,
+            squares=[each.squares for each in moments],
+            moments=[each.moment for each in moments],
+            fisher=self.fisher,
+            gradient_tokens=self._gradient_tokens,
+        )
+
+    def add(self, sums: Sums) -> None:
+        """
+        Add what other windows gave, in place of running them here.
+
+        The first that are added are taken as they are, and changed in place by the next.
+        """
+        for index, reader in enumerate(sums.readers):
+            mine = self.groups.input_of.get(reader)
+            if mine is None:
+                mine = self.groups.add(reader)
+            device = self.linears[reader].weight.device
+            squares, moment = sums.squares[index].to(device), sums.moments[index].to(device)
+            if mine in self._moments:
+                self._moments[mine].squares += squares
+                self._moments[mine].moment += moment
+            else:
+                self._moments[mine] = SecondMoment.of_sums(squares, moment, self.projection_rows)
+        for name, index in sums.input_of.items():
+            if name not in self.groups.input_of:
+                self.groups.input_of[name] = self.groups.input_of[sums.readers[index]]
+        for name, values in sums.fisher.items():
+            values = values.to(self.linears[name].weight.device)
+            self.fisher[name] = self.fisher[name] + values if name in self.fisher else values
+            tokens = self._gradient_tokens.get(name, 0)
+            self._gradient_tokens[name] = tokens + sums.gradient_tokens[name]
 
     def finish_inputs(self, *, sequences: int, tokens: int) -> None:
         """

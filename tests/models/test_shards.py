@@ -1,0 +1,188 @@
+"""A calibration in shards gives the same bits, whoever gathers them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from pho_service.errors import BundleError
+from pho_service.models.architecture import prunable_linears
+from pho_service.models.calibration import (
+    CalibrationText,
+    calibration_text,
+    cut,
+    measure,
+    measure_shard,
+)
+from pho_service.models.experts import unfuse_experts
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.sums_file import read_sums, write_sums
+from pho_service.models.texts import TextSource
+from pho_service.pruning.statistics import Collector, Statistics, collect_statistics, gather
+from pho_service.spec import CalibrationSettings
+
+SETTINGS = CalibrationSettings(
+    samples=13, context_length=24, projection_rows=16, fisher_samples=5, kernel_sizes=(3,)
+)
+
+
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the smallest calibration."""
+    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+
+
+@pytest.fixture
+def model(model_folder: Path) -> LanguageModel:
+    """The random Llama."""
+    return load_model(str(model_folder), device="cpu")
+
+
+@pytest.fixture
+def text(model: LanguageModel, texts: dict[str, Path]) -> CalibrationText:
+    """To calibrate it on."""
+    return calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+
+
+def tensors(statistics: Statistics) -> Iterable[Tensor]:
+    """All that was measured."""
+    for entry in statistics.inputs:
+        yield from (entry.activation_norm, entry.root)
+    yield from statistics.fisher.values()
+
+
+def test_by_whoever(model: LanguageModel, text: CalibrationText, tmp_path: Path) -> None:
+    """Gathered in any order, by way of files, and in part by the one who adds up: the same bits."""
+    alone = measure(model, text, SETTINGS)
+    for number in (7, 0, 3, 5, 2):
+        sums = measure_shard(model, text, SETTINGS, number)
+        write_sums(sums, tmp_path / f"{number}", key="k", shard=number)
+
+    together = measure(
+        model,
+        text,
+        SETTINGS,
+        known=lambda n: (
+            read_sums(tmp_path / f"{n}", key="k", shard=n) if (tmp_path / f"{n}").exists() else None
+        ),
+    )
+    assert together.input_of == alone.input_of
+    assert list(together.fisher) == list(alone.fisher)
+    assert all(map(torch.equal, tensors(together), tensors(alone)))
+
+
+def test_same_statistics(
+    model: LanguageModel, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the statistics of the whole text, but for rounding and the projection's signs."""
+    cut_up = measure(model, text, SETTINGS)
+    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 10**9)
+    whole = measure(model, text, SETTINGS)
+
+    assert cut_up.input_of == whole.input_of
+    for name, fisher in whole.fisher.items():
+        torch.testing.assert_close(cut_up.fisher[name], fisher)
+    for mine, theirs in zip(cut_up.inputs, whole.inputs, strict=True):
+        torch.testing.assert_close(mine.activation_norm, theirs.activation_norm)
+        assert not torch.equal(mine.root, theirs.root)
+
+
+def test_signs_apart(model: LanguageModel, text: CalibrationText) -> None:
+    """The same window in every shard does not count for more: its signs are drawn anew in each."""
+    windows = text.calibration[:1].expand(8, -1)
+    same = replace(text, calibration=windows)
+    settings = replace(SETTINGS, samples=8, projection_rows=2**14)  # hardly two tokens in a row
+    statistics = measure(model, same, settings)
+
+    for entry in statistics.inputs:
+        energy = entry.activation_norm.square().sum() / windows.shape[1]
+        assert 0.9 < entry.root.square().sum() / energy < 1.1  # 8 with the same signs
+
+
+@pytest.mark.parametrize("windows", [1, 5, 8, 13])
+def test_cut(text: CalibrationText, windows: int) -> None:
+    """Each window is in one shard, those that are run backward first, and shards are alike."""
+    numbered = torch.arange(windows)[:, None].expand(-1, 24)
+    shards = cut(replace(text, calibration=numbered), SETTINGS, stream=False)
+
+    backward = [s.windows[: s.fisher_windows, 0] for s in shards]
+    assert sorted(torch.cat([s.windows[:, 0] for s in shards]).tolist()) == list(range(windows))
+    assert sorted(torch.cat(backward).tolist()) == list(range(min(5, windows)))
+    assert len(shards) == min(8, windows)
+    assert len({s.seed for s in shards}) == len(shards)
+    for sizes in ([len(s.windows) for s in shards], [s.fisher_windows for s in shards]):
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings decide: small ones, streamed models and full Gram matrices are not cut."""
+    monkeypatch.undo()
+    default = CalibrationSettings()
+
+    assert default.shards(stream=False) == 8
+    assert replace(default, samples=63).shards(stream=False) == 1
+    assert replace(default, samples=2, context_length=2**16).shards(stream=False) == 2
+    assert replace(default, projection_rows=0).shards(stream=False) == 1
+    assert default.shards(stream=True) == 1
+
+
+@pytest.fixture
+def mixtral() -> MixtralForCausalLM:
+    """A random Mixtral of eight experts, two of which each token is routed to."""
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = MixtralForCausalLM(config).float().eval()
+    unfuse_experts(found)
+    return found
+
+
+def test_experts(mixtral: MixtralForCausalLM) -> None:
+    """An expert that no token of some shards reaches has what it got in the others."""
+    linears = prunable_linears(mixtral)
+    windows = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(1))
+    known = {"fisher_windows": 6, "projection_rows": 8, "seed": 0}
+    whole = collect_statistics(mixtral, linears, windows, **known)
+    total = Collector(linears, 8, 0)
+    unseen = set()
+    for window in windows.split(1):
+        sums = gather(mixtral, linears, window, **{**known, "fisher_windows": 1}).sums()
+        unseen |= linears.keys() - sums.input_of.keys()
+        total.add(sums)
+    total.finish_inputs(sequences=6, tokens=windows.numel())
+    added = total.finish()
+
+    assert unseen
+    for name, fisher in whole.fisher.items():
+        torch.testing.assert_close(added.fisher[name], fisher)
+        torch.testing.assert_close(added.activation_norm(name), whole.activation_norm(name))
+
+
+def test_key(model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles that were cut and those that were not have different names."""
+    source = TextSource(path=str(texts["calibration"]))
+    cut_up = calibration_text(model, source, SETTINGS).bundle_key
+    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 10**9)
+
+    assert calibration_text(model, source, SETTINGS).bundle_key != cut_up
+
+
+def test_damaged(model: LanguageModel, text: CalibrationText, tmp_path: Path) -> None:
+    """What is not the sums of this shard of this calibration is refused."""
+    path = tmp_path / "sums"
+    write_sums(measure_shard(model, text, SETTINGS, 1), path, key="k", shard=1)
+    for key, shard in (("k", 2), ("other", 1)):
+        with pytest.raises(BundleError, match="something else"):
+            read_sums(path, key=key, shard=shard)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(BundleError, match="no sums of a calibration"):
+        read_sums(path, key="k", shard=1)
+    with pytest.raises(BundleError, match="no sums of a calibration"):
+        read_sums(tmp_path / "none", key="k", shard=1)
