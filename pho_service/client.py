@@ -36,6 +36,7 @@ from pho_service.documents import (
     ConfigurationMatches,
     Job,
     JobPage,
+    PlanAnswer,
     Problem,
     State,
     Trial,
@@ -271,6 +272,27 @@ class Client:
         """Take a configuration out of the library."""
         path = _id(configuration_id, "a configuration", "configurations")
         self._request("DELETE", f"/configurations/{path}")
+
+    def plan(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        card: str | None = None,
+        device_memory: int | None = None,
+        main_memory: int | None = None,
+    ) -> PlanAnswer:
+        """
+        What a job would take, before it is submitted.
+
+        Args:
+            spec: The document of the job.
+            card: ``H100``, ``A100``, ``cpu`` and others; the service's default if None.
+            device_memory: Bytes of that card, if it has others than usual.
+            main_memory: Bytes of main memory.
+        """
+        asked = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return _read(PlanAnswer, self._request("POST", "/plan", json=dict(spec), params=params))
 
     def workers(self) -> list[Worker]:
         """The workers that reported lately."""

@@ -183,6 +183,59 @@ class ConfigurationMatches(_Answer):
     considered: int = Field(description="How many the library has to choose from.")
 
 
+class MemoryPeak(_Answer):
+    """Bytes at a peak."""
+
+    device: int = Field(description="Of the GPU; 0 on a CPU.")
+    host: int = Field(description="Of main memory, without pages of mapped files.")
+    disk: int = Field(description="In files that are written, temporary ones included.")
+
+
+class PlannedStage(_Answer):
+    """What a stage of a job takes."""
+
+    title: str
+    seconds: tuple[float, float] = Field(description="At least and at most.")
+    peak: MemoryPeak
+
+
+class PlannedModel(_Answer):
+    """A model, as far as its configuration tells."""
+
+    family: str
+    parameters: int
+    prunable: int = Field(description="Weights that can be pruned.")
+    dtype: str = Field(description="That it would be loaded in.")
+    weights_bytes: int
+    context_length: int | None = Field(description="The longest window that it reads.")
+
+
+class PlannedMachine(_Answer):
+    """A machine that a plan is for."""
+
+    name: str
+    gpu: bool
+    memory_bytes: int = Field(description="Of the card; of a CPU the main memory.")
+    main_bytes: int = Field(description="Main memory.")
+    measured: bool = Field(description="Whether its rates were measured; else from data sheets.")
+
+
+class PlanAnswer(_Answer):
+    """What a job takes on a machine, from the configuration of its model alone."""
+
+    model: PlannedModel
+    machine: PlannedMachine
+    fits: bool
+    obstacles: list[str] = Field(description="Why it does not fit.")
+    ways_out: list[str] = Field(description="What would make it fit; each was tried.")
+    stream: bool
+    windows_at_once: int = Field(description="Windows of the calibration that run at once.")
+    recompute: bool = Field(description="Whether its blocks run twice to save memory.")
+    peak: MemoryPeak = Field(description="Of all stages; the disk is their sum.")
+    seconds: tuple[float, float] = Field(description="Of all stages, at least and at most.")
+    stages: list[PlannedStage]
+
+
 class FieldProblem(_Answer):
     """One thing that is wrong with a request."""
 

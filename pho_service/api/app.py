@@ -11,7 +11,16 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 
-from pho_service.api import configurations, front, jobs, operations, problems, report, transfers
+from pho_service.api import (
+    configurations,
+    front,
+    jobs,
+    operations,
+    plan,
+    problems,
+    report,
+    transfers,
+)
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
 from pho_service.api.pages import Pages
@@ -48,7 +57,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    parts = (front, jobs, report, transfers, configurations, operations)
+    parts = (front, jobs, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

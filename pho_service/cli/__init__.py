@@ -8,6 +8,10 @@ import click
 
 # Each verb's module, and what `pho --help` says of it, so that the module need not be imported.
 LOCAL_VERBS = {
+    "plan": (
+        "plan",
+        "Say what a search would take: memory, disk and time.",
+    ),
     "calibrate": ("calibrate", "Run a model once over a text and write its proxy bundle."),
     "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
     "prune": ("prune", "Prune a model with a configuration and save it."),

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator."""
+
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -43,7 +45,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
-model_options = _all(
+model_options = all_options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
@@ -69,7 +71,7 @@ bos_option = click.option(
     help="Start every window with BOS; auto does as the tokenizer does.",
 )
 
-text_options = _all(
+text_options = all_options(
     click.option("--text", type=click.Path(), help="A .txt, .jsonl or .parquet file."),
     click.option("--dataset", help="A data set by hub id or local folder, instead of --text."),
     click.option("--data-file", help="One file of the data set."),
@@ -79,7 +81,7 @@ text_options = _all(
     ),
 )
 
-calibration_options = _all(
+calibration_options = all_options(
     text_options,
     click.option(
         "--samples", type=int, default=128, show_default=True, help="Windows of calibration text."
@@ -132,7 +134,7 @@ calibration_seed_option = click.option(
     help="Of the text and row samples.",
 )
 
-pattern_options = _all(
+pattern_options = all_options(
     click.option(
         "--pattern", required=True, help="Share of weights to remove (0.5), or N kept of M (2:4)."
     ),
@@ -143,7 +145,7 @@ pattern_options = _all(
     ),
 )
 
-steps_options = _all(
+steps_options = all_options(
     click.option(
         "--preset",
         type=click.Choice(PRESETS),
@@ -262,7 +264,7 @@ def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
     )
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--calibration-memory") -> int:
     """The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
     try:
@@ -271,7 +273,7 @@ def parse_bytes(text: str) -> int:
         return int(float(number) * unit)
     except (AttributeError, ValueError, OverflowError):
         raise InvalidInput(
-            f"--calibration-memory {text!r} is no size. Give a number with a unit: 8GiB, 800MB."
+            f"{option} {text!r} is not a size. Give a number with a unit: 8GiB, 800MB."
         ) from None
 
 

@@ -1,0 +1,46 @@
+"""
+``/v1/plan``: what a job would take, before it is submitted.
+"""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from pho_service.api.problems import documented
+from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.documents import PlanAnswer
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.job_fields import FieldError
+from pho_service.job_spec import JobSpec
+from pho_service.planning.config_files import read_config
+from pho_service.planning.machines import named_machine
+from pho_service.planning.plan import plan_job
+
+router = APIRouter(prefix="/v1/plan", tags=["jobs"])
+
+Card = Literal["H200", "H100", "A100", "A100-40GB", "L40S", "4090", "cpu"]
+Memory = Annotated[int | None, Query(ge=10**9, le=2**50, description="Bytes; by default its own.")]
+
+
+@router.post("", response_model=PlanAnswer, responses=documented(413, 422))
+def plan(
+    spec: JobSpec,
+    service: ServiceParam,
+    caller: CallerParam,
+    card: Annotated[Card, Query(description="That a worker has; cpu: as this machine's.")] = "H100",
+    device_memory: Memory = None,
+    main_memory: Memory = None,
+) -> PlanAnswer:
+    """Say what a job would take, from the configuration of its (first) model alone."""
+    del caller
+    spec.check_access(service.access)
+    spec.check_size(service.limits)
+    machine = named_machine(card).resized(device_memory, main_memory)
+    try:
+        config = read_config(
+            spec.model, revision=spec.revision, path=service.access.model(spec.model)
+        )
+        found = plan_job(spec, config, machine)
+    except (InvalidInput, ModelError) as error:
+        raise FieldError("/model", str(error)) from error
+    return PlanAnswer.model_validate(found.to_dict())

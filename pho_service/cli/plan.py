@@ -1,0 +1,152 @@
+"""`pho plan`."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pho_service.cli.options import json_option, parse_bytes
+from pho_service.cli.remote import open_client
+from pho_service.cli.submit import job_document, job_options
+from pho_service.cli.terminal import print_json, print_table, verb
+from pho_service.documents import PlanAnswer
+from pho_service.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pho_service.planning.machines import Machine
+
+GIB = 2**30
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]", nargs=-1)
+@click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
+@click.option(
+    "--card", help="H100, H200, A100, A100-40GB, L40S, 4090 or cpu.  [default: what is here]"
+)
+@click.option("--device-memory", help="Of that card, if it is another: 80GiB.")
+@click.option("--main-memory", help="Of the machine around it: 128GiB.")
+@job_options
+@click.option("--url", help="Ask this service, which knows its models, instead of this machine.")
+@json_option
+@verb
+def plan(
+    models: tuple[str, ...],
+    job_file: str | None,
+    card: str | None,
+    device_memory: str | None,
+    main_memory: str | None,
+    url: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """
+    Say what a search on MODEL would take: memory, disk and time, before anything is read.
+
+    MODEL is a hub id, a local folder or a .gguf file; its configuration alone is read. The other
+    options are those of `pho submit`. Peaks are of all that a stage holds, the process included.
+    Times are ranges: those of a CPU follow from a short measurement, those of a card from its data
+    sheet. Exit code 1: it does not fit.
+
+    \b
+    Example:
+      pho plan meta-llama/Llama-2-7b-hf --pattern 2:4 --preset best --card H100
+      pho plan org/model --pattern 0.5 --device-memory 24GiB
+    """
+    if not options["pattern"] and not job_file:
+        options["pattern"] = "0.5"
+    spec = job_document(models, job_file, options)
+    sizes = {
+        "device_memory": device_memory and parse_bytes(device_memory, "--device-memory"),
+        "main_memory": main_memory and parse_bytes(main_memory, "--main-memory"),
+    }
+    memory = {name: int(size) for name, size in sizes.items() if size}
+    if url is not None:
+        with open_client(url) as client:
+            found = client.plan(spec, card=card, **memory)
+    else:
+        found = _here(spec, card, memory)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _show(found, str(spec["model"]))
+    if not found.fits:
+        raise SystemExit(1)
+
+
+def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> PlanAnswer:
+    """The plan, made in this process."""
+    from pydantic import ValidationError
+
+    from pho_service.job_spec import JobSpec
+    from pho_service.planning.config_files import read_config
+    from pho_service.planning.machines import named_machine
+    from pho_service.planning.plan import plan_job
+
+    try:
+        job = JobSpec.model_validate(spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the document"
+        raise InvalidInput(f"{place}: {first['msg']}") from error
+    machine = named_machine(card) if card else _this_machine()
+    machine = machine.resized(memory.get("device_memory"), memory.get("main_memory"))
+    config = read_config(job.model, revision=job.revision)
+    return PlanAnswer.model_validate(plan_job(job, config, machine).to_dict())
+
+
+def _this_machine() -> "Machine":
+    """The first GPU that torch sees, with the rates of the card that it is like; else the CPU."""
+    from pho_service.planning.machines import CARDS, named_machine
+
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return named_machine("cpu")
+    if not torch.cuda.is_available():
+        return named_machine("cpu")
+    about = torch.cuda.get_device_properties(0)
+    like = next((card for name, card in CARDS.items() if name in about.name), CARDS["A100"])
+    return like.resized(about.total_memory)
+
+
+def _show(found: PlanAnswer, name: str) -> None:
+    """For people."""
+    model, machine = found.model, found.machine
+    rows = [
+        (stage.title, _span(*stage.seconds), *_sizes(stage.peak, gpu=machine.gpu))
+        for stage in found.stages
+    ]
+    rows.append(("all of it", _span(*found.seconds), *_sizes(found.peak, gpu=machine.gpu)))
+    columns = ["stage", "time", *(["GPU, GiB"] if machine.gpu else []), "main, GiB", "disk, GiB"]
+    how = "streamed from its files" if found.stream else f"{found.windows_at_once} at once"
+    rates = "measured for a moment" if machine.measured else "from its data sheet, not measured"
+    print_table(
+        f"{name}: {model.parameters / 1e9:.3g} billion parameters ({model.family}), "
+        f"{model.weights_bytes / GIB:.1f} GiB in {model.dtype}",
+        columns,
+        rows,
+        caption=f"on {machine.name} with {machine.memory_bytes / GIB:.0f} GiB"
+        f"{f' and {machine.main_bytes / GIB:.0f} GiB of main memory' if machine.gpu else ''}, "
+        f"rates {rates}; windows of the calibration: {how}"
+        f"{', blocks run twice' if found.recompute and not found.stream else ''}",
+    )
+    if found.fits:
+        click.echo("It fits.")
+        return
+    click.echo("It does not fit: " + "; ".join(found.obstacles) + ".")
+    for way in found.ways_out:
+        click.echo(f"  - {way}")
+
+
+def _sizes(peak: Any, *, gpu: bool) -> list[str]:
+    sizes = [*([peak.device] if gpu else []), peak.host, peak.disk]
+    return [f"{size / GIB:.1f}" for size in sizes]
+
+
+def _span(low: float, high: float) -> str:
+    """Two times in one unit: ``7 to 30 s``, ``2 to 8 min``, ``1.3 to 5.0 h``."""
+    if high < 120:
+        return f"{low:.0f} to {high:.0f} s"
+    if high < 7200:
+        return f"{low / 60:.0f} to {high / 60:.0f} min"
+    return f"{low / 3600:.1f} to {high / 3600:.1f} h"

@@ -1,0 +1,240 @@
+"""
+How long the stages of a job take on a machine: FLOP, bytes and launches over its rates.
+
+What the factors stand for was measured on CPUs (docs/speed.md); on GPUs they are computed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pho_service.planning.machines import Machine
+from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
+from pho_service.spec import CalibrationSettings, Pattern, Steps
+
+FLOAT = 4  # bytes of statistics and scores
+HASHED = 1.2e9  # bytes/s of SHA-256 on a core
+BASELINES = 6  # that a search begins with and confirms beside what it finds
+COMPARED_TOKENS = 512  # that finalists are compared with the dense model on
+MEASURED = 4  # finalists, the best baseline among them, that get a perplexity after that
+READINGS = 4.0  # of its bundle that the rating of a candidate costs, on a CPU
+TRIAL_S = 0.006  # writing a trial to its study
+SCORED = 60.0  # bytes that scoring and selecting a weight moves
+SWAPPED = 15e3  # the same for exact swaps, in some fifty rounds
+REFINED = 1.2e3  # the same for DSnoT
+UPDATED = 700.0  # the same for OBS
+OBS_LAUNCHES = 2.1  # a column
+INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
+CG_STEPS = 10
+ASSIGNED_S = 5.5e-8  # of a core for an entry of a cost matrix, in blocks of 256 groups, all sweeps
+PACKED = 60.0  # bytes that checking, packing and hashing a saved weight moves
+BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """
+    What a job asks for, as far as it costs.
+
+    Attributes:
+        calibration: Its settings.
+        pattern: What is pruned.
+        steps: What every candidate goes through.
+        trials: Candidates that the proxy rates, of all islands.
+        finalists: That are confirmed; 0 if there is no confirmation.
+        windows: That each is confirmed on.
+        dtype: That the model computes in.
+        stream: Whether its weights stay on disk.
+        batch: Windows that are run at once.
+    """
+
+    calibration: CalibrationSettings
+    pattern: Pattern
+    steps: Steps
+    trials: int
+    finalists: int
+    windows: int
+    dtype: str
+    stream: bool
+    batch: int = 1
+
+    @property
+    def fisher_samples(self) -> int:
+        """Windows that are run backward."""
+        return self.calibration.fisher_samples or max(1, self.calibration.samples // 4)
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration."""
+        return self.calibration.samples * self.calibration.context_length
+
+
+def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str, float]:
+    """
+    Estimate the seconds of each stage of a job, in the order of the stages.
+
+    Args:
+        shapes: Of the model.
+        work: What is asked for.
+        machine: Where.
+
+    Returns:
+        Seconds by title; see ``Machine.uncertainty`` for how far they are from the truth.
+    """
+    costs = _Costs(shapes, work, machine)
+    stages = {
+        "read the model": costs.reading(),
+        "hash the weights": shapes.bytes(work.dtype) / (HASHED * min(machine.cores, 8)),
+        "calibrate": costs.calibration(),
+        f"search, {work.trials} trials": costs.search(),
+    }
+    if work.finalists:
+        stages["confirm by perplexity"] = costs.confirmation()
+    stages["prune"] = costs.pruning() + costs.streaming(0 if work.steps.needs_text else 1)
+    stages["save"] = costs.saving()
+    return stages
+
+
+class _Costs:
+    """The stages of one job on one machine."""
+
+    def __init__(self, shapes: ModelShapes, work: Work, machine: Machine) -> None:
+        self.shapes = shapes
+        self.work = work
+        self.machine = machine
+        self.is_half = DTYPE_BYTES[work.dtype] == 2
+
+    @property
+    def products(self) -> float:
+        """FLOP/s of the model's products."""
+        half = self.is_half or self.work.calibration.mixed_precision
+        return self.machine.products if half else self.machine.float_products
+
+    def reading(self) -> float:
+        """Its files, to the card."""
+        size = self.shapes.bytes()
+        return 3 + size / self.machine.disk + size / self.machine.copies
+
+    def streaming(self, passes: float) -> float:
+        """The weights of a streamed model, read and copied anew in each pass."""
+        if not self.work.stream:
+            return 0.0
+        size = self.shapes.bytes(self.work.dtype)
+        return passes * (size / self.machine.disk + size / self.machine.copies)
+
+    def forward(self, tokens: int, context: int, *, head: bool) -> float:
+        """The model over tokens; it waits for products, for reading weights, or for launches."""
+        attention = 2 * context * self.shapes.hidden * len(self.shapes.blocks)  # half is masked
+        flops = tokens * (2 * self.shapes.active + attention)
+        flops += tokens * 2 * self.shapes.vocabulary * self.shapes.hidden * head
+        batches = max(1, tokens // (context * self.work.batch))
+        reads = batches * self.shapes.bytes(self.work.dtype) / self.machine.bandwidth
+        launches = batches * len(self.shapes.blocks) * BLOCK_LAUNCHES * self.machine.launch_s
+        return max(flops / self.products, reads, launches)
+
+    def calibration(self) -> float:
+        """Forward and backward passes, and the sums over the inputs of linears."""
+        settings, context = self.work.calibration, self.work.calibration.context_length
+        backward = self.work.fisher_samples * context
+        seconds = self.forward(self.work.tokens, context, head=False)
+        seconds += 1.2 * self.forward(backward, context, head=True)
+        seconds += self.forward(backward, context, head=False) * self.work.stream  # run again
+        if settings.projection_rows:
+            moved = sum(8 * FLOAT * i.in_features * i.share * i.count for i in self.inputs())
+            seconds += self.work.tokens * moved / self.machine.bandwidth
+        else:
+            seconds += self.grams()
+            seconds += sum(
+                INVERSE_FLOPS * i.count * i.in_features**3 / self.machine.float_products
+                for i in self.inputs()
+            )
+        return seconds + self.streaming(2) + self.bundle() * 3 / self.machine.disk
+
+    def inputs(self) -> Iterator[LinearShape]:
+        """One linear for each distinct input of a block, of all blocks."""
+        for block in self.shapes.blocks:
+            yield from {linear.reads: linear for linear in block}.values()
+
+    def grams(self) -> float:
+        """Second moments of all inputs: half of the products of a square matrix."""
+        flops = sum(i.share * i.count * i.in_features**2 for i in self.inputs())
+        rate = self.machine.products if self.is_half else self.machine.float_products
+        return self.work.tokens * flops / rate
+
+    def bundle(self) -> float:
+        """Bytes: sampled rows with their window means, and roots of the second moments."""
+        settings = self.work.calibration
+        sampled = sum(
+            linear.count * linear.in_features
+            * min(settings.rows_per_layer or linear.out_features, linear.out_features)
+            for block in self.shapes.blocks
+            for linear in block
+        )  # fmt: skip
+        roots = sum(i.count * (settings.projection_rows or i.in_features) * i.in_features
+                    for i in self.inputs())  # fmt: skip
+        return FLOAT * (sampled * (2 + len(settings.kernel_sizes)) + roots)
+
+    def search(self) -> float:
+        """Each candidate reads its share of the bundle."""
+        rating = READINGS * self.bundle() / (2 + len(self.work.calibration.kernel_sizes)) * 2
+        curves = 8.0 if self.work.steps.allocation.method == "curves" else 1.0
+        return self.work.trials * (TRIAL_S + curves * rating / self.machine.bandwidth)
+
+    def confirmation(self) -> float:
+        """Divergences first where they pay, then perplexities."""
+        context = self.work.calibration.context_length
+        measured = self.forward(self.work.windows * context, context, head=True)
+        measured += self.streaming(1)
+        if self.work.steps.needs_text or self.work.stream:
+            return self.work.finalists * (measured + self.pruning())
+        compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)
+        candidates = self.work.finalists + BASELINES
+        return candidates * (compared + self.pruning()) + MEASURED * (measured + self.pruning())
+
+    def pruning(self) -> float:
+        """One candidate's masks, and its weights where a step changes them."""
+        steps, machine = self.work.steps, self.machine
+        moved = SCORED * (1 + 3 * (steps.allocation.method != "uniform"))
+        seconds = self.shapes.prunable * moved / machine.bandwidth
+        if steps.permutation != "none":
+            sweeps = 2 if steps.permutation == "error" else 1
+            seconds += sweeps * self.assignments()
+        if not steps.needs_text:
+            return seconds
+        context = self.work.calibration.context_length
+        seconds += 2 * self.forward(self.work.tokens, context, head=False) + self.grams()
+        seconds += self.streaming(1)
+        if steps.repruning == "swaps":
+            seconds += self.shapes.prunable * SWAPPED / machine.bandwidth
+        if steps.repruning == "dsnot":
+            seconds += self.shapes.prunable * REFINED / machine.bandwidth
+        if steps.update != "none":
+            seconds += self.updates()
+        return seconds
+
+    def updates(self) -> float:
+        """Inverses of the second moments, and what is done with them."""
+        machine = self.machine
+        cubes = sum(i.count * i.in_features**3 for i in self.inputs())
+        columns = sum(li.count * li.in_features for block in self.shapes.blocks for li in block)
+        seconds = INVERSE_FLOPS * cubes * 2 / machine.float_products
+        seconds += columns * OBS_LAUNCHES * machine.launch_s
+        seconds += self.shapes.prunable * UPDATED / machine.bandwidth
+        if self.work.steps.update == "least-squares":
+            flops = sum(
+                2 * li.count * li.out_features * li.in_features**2
+                for block in self.shapes.blocks
+                for li in block
+            )
+            seconds += CG_STEPS * flops / machine.float_products
+        return seconds
+
+    def assignments(self) -> float:
+        """Channels to groups, on the host's cores."""
+        entries = sum(i.count * (i.in_features / 4) ** 2 for i in self.inputs())
+        return entries * ASSIGNED_S
+
+    def saving(self) -> float:
+        """Weights, packed masks and hashes."""
+        return self.shapes.prunable * PACKED / self.machine.bandwidth + self.shapes.bytes() / min(
+            self.machine.disk, HASHED * min(self.machine.cores, 8)
+        )

@@ -1,0 +1,300 @@
+"""
+What a job needs: peaks of memory and disk, seconds of each stage, and what would make it fit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pho_service.errors import InvalidInput
+from pho_service.job_spec import JobSpec
+from pho_service.planning.calibration_run import CalibrationPlan, choose_run
+from pho_service.planning.costs import Work, stage_seconds
+from pho_service.planning.footprint import Footprint, shapes_footprint
+from pho_service.planning.machines import Machine
+from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes, model_shapes
+from pho_service.planning.stage_memory import (
+    Peak,
+    Place,
+    confirmation_peak,
+    pruning_peak,
+    saving_peak,
+)
+
+PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
+CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
+FREE = 0.95  # of a card that can be used: the rest is lost between blocks
+SEARCHED = 3  # times its bundle that a search holds at its peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """
+    What one stage takes.
+
+    Attributes:
+        title: What is done.
+        seconds: At least and at most.
+        peak: Bytes at its peak, the model and the process included.
+    """
+
+    title: str
+    seconds: tuple[float, float]
+    peak: Peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """
+    What a job takes on a machine.
+
+    Attributes:
+        shapes: Of the model.
+        machine: Where.
+        work: What is asked for.
+        calibration: How the calibration would be run.
+        stages: In their order.
+        obstacles: Why it does not fit; none if it does.
+        ways_out: What would make it fit, as options.
+    """
+
+    shapes: ModelShapes
+    machine: Machine
+    work: Work
+    calibration: CalibrationPlan
+    stages: tuple[StagePlan, ...]
+    obstacles: tuple[str, ...]
+    ways_out: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has the memory for it."""
+        return not self.obstacles
+
+    @property
+    def peak(self) -> Peak:
+        """Over all stages."""
+        peaks = [stage.peak for stage in self.stages]
+        return Peak(
+            device=max(p.device for p in peaks),
+            host=max(p.host for p in peaks),
+            disk=sum(p.disk for p in peaks),
+        )
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of all stages together, at least and at most."""
+        low, high = zip(*(stage.seconds for stage in self.stages), strict=True)
+        return sum(low), sum(high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, those of ``POST /v1/plan``."""
+        return {
+            "model": {
+                "family": self.shapes.family,
+                "parameters": self.shapes.parameters,
+                "prunable": self.shapes.prunable,
+                "dtype": self.work.dtype,
+                "weights_bytes": self.shapes.bytes(self.work.dtype),
+                "context_length": self.shapes.context,
+            },
+            "machine": self.machine.to_dict(),
+            "fits": self.fits,
+            "obstacles": list(self.obstacles),
+            "ways_out": list(self.ways_out),
+            "stream": self.work.stream,
+            "windows_at_once": self.calibration.run.windows,
+            "recompute": self.calibration.run.recompute,
+            "peak": asdict(self.peak),
+            "seconds": list(self.seconds),
+            "stages": [
+                {"title": s.title, "seconds": list(s.seconds), "peak": asdict(s.peak)}
+                for s in self.stages
+            ],
+        }
+
+
+def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan:
+    """
+    Plan a search job, and what would make it fit if it does not.
+
+    Args:
+        spec: The job; its first model is planned.
+        config: That model's configuration, as ``planning.config_files`` reads it.
+        machine: Where it would run.
+
+    Raises:
+        InvalidInput: A family whose layout is not known, or windows longer than the model reads.
+    """
+    shapes = model_shapes(spec.model, config)
+    settings = spec.calibration.settings()
+    if shapes.context is not None and settings.context_length > shapes.context:
+        raise InvalidInput(
+            f"context_length={settings.context_length} is more than {spec.model} can read: "
+            f"{shapes.context}. Use --context-length {shapes.context} or less."
+        )
+    work = Work(
+        calibration=settings,
+        pattern=spec.pruning(),
+        steps=spec.request(0).steps,
+        trials=spec.trials * spec.islands,
+        finalists=spec.confirm.candidates if spec.confirm else 0,
+        windows=spec.confirm.windows if spec.confirm else 0,
+        dtype=_dtype(spec, shapes, machine),
+        stream=spec.stream,
+    )
+    for width in {linear.in_features for block in shapes.blocks for linear in block}:
+        work.pattern.check_width(width, spec.model)
+    plan = _plan(shapes, work, machine)
+    return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
+
+
+def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:
+    """As a model is loaded: what is stored on a GPU and where it is streamed, float32 on a CPU."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    return shapes.dtype if machine.is_gpu or spec.stream else "float32"
+
+
+def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
+    footprint = shapes_footprint(shapes, work.dtype)
+    place = Place(on_gpu=machine.is_gpu, stream=work.stream)
+    card = int(FREE * machine.memory_bytes) - CONTEXT if machine.is_gpu else None
+    calibration = choose_run(
+        footprint, work.calibration, place,
+        windows=work.calibration.samples, fisher_windows=work.fisher_samples,
+        device_limit=card, host_limit=machine.main_bytes - PROCESS,
+        device_size=machine.memory_bytes if machine.is_gpu else None,
+    )  # fmt: skip
+    work = replace(work, batch=calibration.run.windows)
+    peaks = _peaks(footprint, place, work, calibration, card, DTYPE_BYTES[shapes.dtype])
+    stages = tuple(
+        StagePlan(
+            title=title,
+            seconds=(took / machine.uncertainty, took * machine.uncertainty),
+            peak=_with_process(peaks[title.partition(",")[0]], machine),
+        )
+        for title, took in stage_seconds(shapes, work, machine).items()
+    )
+    return Plan(
+        shapes=shapes,
+        machine=machine,
+        work=work,
+        calibration=calibration,
+        stages=stages,
+        obstacles=tuple(_obstacles(stages, machine)),
+    )
+
+
+def _with_process(peak: Peak, machine: Machine) -> Peak:
+    """The same with the process, and the part of a card that no tensor can have."""
+    device = int((peak.device + CONTEXT) / FREE) if machine.is_gpu else 0
+    return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
+
+
+def _peaks(
+    footprint: Footprint,
+    place: Place,
+    work: Work,
+    calibration: CalibrationPlan,
+    card: int | None,
+    stored_itemsize: int,
+) -> dict[str, Peak]:
+    """What each stage holds, by its title, without the process and the card's context."""
+    settings = work.calibration
+    block = max(sizes.weights for sizes in footprint.blocks)
+    loaded = Peak.at(place, device=block if work.stream else footprint.weights, host=0)
+    bundle = footprint.bundle(settings)
+    searching = Place(on_gpu=place.on_gpu)
+    pruning = pruning_peak(
+        footprint, place, work.steps,
+        windows=settings.samples, tokens=settings.context_length, keep_dense=False,
+    )  # fmt: skip
+    peaks = {
+        "read the model": loaded,
+        "hash the weights": loaded,
+        "calibrate": calibration.peak,
+        "search": Peak.at(searching, device=SEARCHED * bundle, host=bundle),
+        "prune": pruning,
+        "save": saving_peak(footprint, place, stored_itemsize=stored_itemsize),
+    }
+    if work.finalists:
+        peaks["confirm by perplexity"] = _confirmation(footprint, place, work, card)
+    return peaks
+
+
+def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | None) -> Peak:
+    """Of a candidate that is pruned, measured and made dense again."""
+    settings = work.calibration
+    if work.steps.needs_text:
+        return pruning_peak(
+            footprint, place, work.steps,
+            windows=settings.samples, tokens=settings.context_length, keep_dense=True,
+        )  # fmt: skip
+    both = [
+        confirmation_peak(
+            footprint, place, tokens=settings.context_length, windows=work.windows,
+            sparsity=work.pattern.sparsity, removed_on_device=on_device,
+        )
+        for on_device in (True, False)
+    ]  # fmt: skip
+    return next((peak for peak in both if card is None or peak.device <= card), both[-1])
+
+
+def _obstacles(stages: tuple[StagePlan, ...], machine: Machine) -> Iterator[str]:
+    """The stages that need more than there is, in words."""
+    for place, has in (("device", machine.memory_bytes), ("host", machine.main_bytes)):
+        if place == "device" and not machine.is_gpu:
+            continue
+        stage = max(stages, key=lambda s: getattr(s.peak, place))
+        needed = getattr(stage.peak, place)
+        if needed > has:
+            where = f"the {machine.name}" if place == "device" else "main memory"
+            yield (
+                f"{stage.title}: {format_bytes(needed)} of {where} are needed, and it has "
+                f"{format_bytes(has)}"
+            )
+
+
+def _ways_out(plan: Plan) -> Iterator[str]:
+    """Changes that make it fit, each tried; the mildest first."""
+    work, settings, machine = plan.work, plan.work.calibration, plan.machine
+
+    def fits(**changes: Any) -> bool:
+        return _plan(plan.shapes, replace(work, **changes), machine).fits
+
+    projected = replace(settings, projection_rows=128)
+    if not settings.projection_rows and fits(calibration=projected):
+        yield "project the activations (--projection-rows 128)"
+    shorter = settings.context_length // 2
+    while shorter >= 64 and not fits(calibration=replace(settings, context_length=shorter)):
+        shorter //= 2
+    if shorter >= 64:
+        yield f"take shorter windows (--context-length {shorter})"
+    if DTYPE_BYTES[work.dtype] > 2 and not work.stream and fits(dtype="bfloat16"):
+        yield "load it in 16 bits (--dtype bfloat16)"
+    if not work.stream and fits(stream=True, dtype=plan.shapes.dtype):
+        yield "leave the weights on disk (--stream, for safetensors)"
+    if not work.stream and machine.is_gpu:
+        cards = _cards(plan)
+        if cards is not None:
+            yield f"spread it over {cards} such cards (--device-map auto)"
+    device, host = plan.peak.device, plan.peak.host
+    if machine.is_gpu and device > machine.memory_bytes:
+        yield f"take a card with {format_bytes(device)}"
+    if host > machine.main_bytes:
+        yield f"take a machine with {format_bytes(host)} of main memory"
+
+
+def _cards(plan: Plan) -> int | None:
+    """How many cards hold the model with its largest stage; None if more than sixteen do not."""
+    for count in (2, 4, 8, 16):
+        together = plan.machine.resized(count * plan.machine.memory_bytes)
+        if _plan(plan.shapes, plan.work, together).fits:
+            return count
+    return None
+
+
+def format_bytes(count: int) -> str:
+    """In GiB: ``9.3 GiB``."""
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,74 @@
+"""``POST /v1/plan``: a job's document, and what it would take."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+CONFIG = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(shared_folder: Path) -> str:
+    """A model of which only the configuration is there."""
+    folder = shared_folder / "seven"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "model.safetensors").touch()
+    return "seven"
+
+
+def ask(client: TestClient, model: str, query: str = "", **fields: Any) -> Any:
+    """The answer to a job's document."""
+    return client.post(f"/v1/plan{query}", json={"model": model, "pattern": "0.5", **fields})
+
+
+def test_answer(shared_client: TestClient, model: str) -> None:
+    """On an H100 by default, on another card and memory if that is asked; nothing is stored."""
+    default = ask(shared_client, model).json()
+    small = ask(shared_client, model, f"?card=4090&device_memory={8 * 2**30}").json()
+
+    assert default["fits"]
+    assert default["machine"]["name"] == "H100"
+    assert default["model"]["parameters"] == pytest.approx(6.74e9, rel=0.01)
+    assert not small["fits"]
+    assert small["machine"]["memory_bytes"] == 8 * 2**30
+    assert any("--stream" in way for way in small["ways_out"])
+    assert shared_client.get("/v1/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "query", "pointer", "words"),
+    [
+        ({"model": "missing.gguf"}, "", "/model", "does not exist below"),
+        ({"model": "../seven"}, "", "/model", "does not lie below"),
+        ({"calibration": {"context_length": 8192}}, "", "/model", "can read: 4096"),
+        ({"trials": 0}, "", "/trials", "greater than or equal to 1"),
+        ({}, "?card=K80", None, "H200"),
+        ({}, "?device_memory=80", None, "1000000000"),
+    ],
+)
+def test_refusals(
+    shared_client: TestClient,
+    shared_folder: Path,
+    model: str,
+    fields: dict[str, Any],
+    query: str,
+    pointer: str | None,
+    words: str,
+) -> None:
+    """The field and the rule are named, and no path outside of the roots."""
+    answer = ask(shared_client, fields.pop("model", model), query, **fields)
+
+    assert answer.status_code == 422
+    assert words in answer.text
+    if pointer is not None:
+        assert answer.json()["errors"][0]["pointer"] == pointer
+    if "read: 4096" in words:
+        assert str(shared_folder) not in answer.text

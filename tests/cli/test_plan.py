@@ -1,0 +1,79 @@
+"""`pho plan`: the table, the exit code, a service's answer, and bad input."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Pho = Callable[..., Result]
+
+FEW = ["--samples", 8, "--context-length", 32]
+
+
+def test_here(pho: Pho, model_folder: Path) -> None:
+    """Each stage has a range of seconds and its peaks; nothing but the configuration is read."""
+    for weights in model_folder.glob("*.safetensors"):
+        weights.unlink()
+    found = json.loads(pho("plan", model_folder, *FEW, "--card", "H100", "--json").stdout)
+
+    assert found["fits"]
+    assert found["model"]["prunable"] == 18_432
+    assert [stage["title"] for stage in found["stages"]] == [
+        "read the model", "hash the weights", "calibrate", "search, 200 trials",
+        "confirm by perplexity", "prune", "save",
+    ]  # fmt: skip
+    assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
+
+
+def test_table(pho: Pho, model_folder: Path) -> None:
+    """People get a table, with where the rates are from."""
+    done = pho("plan", model_folder, *FEW, "--card", "cpu", "--pattern", "2:4", "--preset", "best")
+
+    assert done.exit_code == 0, done.output
+    assert "measured for a moment" in " ".join(done.stdout.split())
+    assert "It fits." in done.stdout
+
+
+def test_does_not_fit(pho: Pho, tmp_path: Path) -> None:
+    """Exit code 1, why, and what would do."""
+    config = {
+        "model_type": "llama", "dtype": "bfloat16", "hidden_size": 8192, "vocab_size": 32000,
+        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = pho("plan", tmp_path, "--card", "A100", "--device-memory", "40GiB")
+
+    assert done.exit_code == 1
+    assert "It does not fit: " in done.stdout
+    assert "--stream" in done.stdout
+
+
+def test_of_a_service(pho: Pho, url: str, model_folder: Path) -> None:
+    """A service answers the same."""
+    words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
+    here, there = pho(*words), pho(*words, "--url", url)
+
+    assert there.exit_code == 0, there.output
+    assert json.loads(there.stdout) == json.loads(here.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["./nowhere"], "./nowhere does not exist on this machine"),
+        ([], "no model is given"),
+        (["m", "--card", "K80"], "'K80' is not known"),
+        (["m", "--device-memory", "much"], "--device-memory 'much' is not a size"),
+        (["m", "--pattern", "4:2"], "4:2"),
+        (["m", "--samples", "0"], "samples"),
+    ],
+)
+def test_bad_input(pho: Pho, words: list[str], message: str) -> None:
+    """The option and the rule are named."""
+    done = pho("plan", *words)
+
+    assert done.exit_code in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

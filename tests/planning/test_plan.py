@@ -1,0 +1,165 @@
+"""What a job takes: the table of published models, and what would make a job fit."""
+
+from typing import Any
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.job_spec import JobSpec
+from pho_service.planning.machines import CARDS, Machine, named_machine
+from pho_service.planning.plan import Plan, plan_job
+
+GIB = 2**30
+H100 = CARDS["H100"]
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA_70B = LLAMA | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768,
+}  # fmt: skip
+SMALL = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+
+
+def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: Any) -> Plan:
+    """The plan of a job with these fields."""
+    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", **fields})
+    return plan_job(spec, config, machine)
+
+
+def middle(plan: Plan) -> float:
+    """Seconds between the least and the most, on the scale of both."""
+    low, high = plan.seconds
+    return (low * high) ** 0.5
+
+
+def test_seven_billion() -> None:
+    """`best` at 2:4 is planned at under 25 minutes on an H100, the score at under three."""
+    best = planned(pattern="2:4", preset="best")
+    score = planned()
+
+    assert best.fits
+    assert middle(best) < 25 * 60
+    assert score.fits
+    assert middle(score) < 3 * 60
+    assert score.peak.device < H100.memory_bytes
+
+
+def test_seventy_billion() -> None:
+    """A 70B fits one card streamed, within 64 GB of main memory, and says so if it is not."""
+    whole = planned(LLAMA_70B)
+    streamed = planned(LLAMA_70B, pattern="2:4", preset="best", stream=True)
+
+    assert not whole.fits
+    assert "of the H100 are needed, and it has 79.0 GiB" in whole.obstacles[0]
+    assert any("--stream" in way for way in whole.ways_out)
+    assert any("2 such cards" in way for way in whole.ways_out)
+    assert streamed.fits
+    assert streamed.peak.host < 64e9
+    assert streamed.peak.disk > 130 * GIB
+
+
+def test_mixture() -> None:
+    """Mixtral 8x7B fits one 80 GB card streamed."""
+    assert not planned(MIXTRAL).fits
+    assert planned(MIXTRAL, stream=True).fits
+
+
+@pytest.mark.parametrize(
+    ("fields", "way"),
+    [
+        ({}, "--stream"),
+        ({"dtype": "float32"}, "--dtype bfloat16"),
+        (
+            {"calibration": {"projection_rows": 0, "samples": 8, "context_length": 256}},
+            "--projection-rows 128",
+        ),
+    ],
+)
+def test_ways_out_were_tried(fields: dict[str, Any], way: str) -> None:
+    """What is offered makes it fit."""
+    small = H100.resized({"--stream": 14 * GIB, "--dtype bfloat16": 24 * GIB}.get(way, 30 * GIB))
+    found = planned(machine=small, **fields)
+
+    assert not found.fits
+    assert any(way in each for each in found.ways_out)
+    changed = {
+        "--stream": {"stream": True},
+        "--dtype bfloat16": {"dtype": "bfloat16"},
+        "--projection-rows 128": {
+            "calibration": {**fields.get("calibration", {}), "projection_rows": 128}
+        },
+    }[way]
+    assert planned(machine=small, **{**fields, **changed}).fits
+
+
+@pytest.mark.parametrize(
+    ("more", "fields"),
+    [
+        ({"samples": 256}, {}),
+        ({"context_length": 4096}, {}),
+        ({}, {"preset": "crepe-plus"}),
+        ({}, {"preset": "best"}),
+        ({}, {"trials": 10_000}),
+        ({}, {"confirm": {"windows": 200}}),
+    ],
+)
+def test_more_work_takes_longer(more: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Each thing that is asked for beside costs time."""
+    assert middle(planned(calibration=more, **fields)) > middle(planned())
+
+
+def test_a_faster_card_is_faster() -> None:
+    """The same job on an H100, an A100 and a 4090."""
+    fast, slow, consumer = (middle(planned(machine=CARDS[n])) for n in ("H100", "A100", "4090"))
+
+    assert fast < slow
+    assert fast < consumer
+
+
+def test_this_cpu() -> None:
+    """A CPU is measured; it has no GPU memory, and computes in float32."""
+    found = planned(SMALL, named_machine("CPU"))
+
+    assert found.work.dtype == "float32"
+    assert found.peak.device == 0
+    assert found.fits
+    assert found.machine.to_dict()["measured"]
+
+
+def test_document() -> None:
+    """The document adds up."""
+    document = planned().to_dict()
+
+    assert document["seconds"][0] == pytest.approx(sum(s["seconds"][0] for s in document["stages"]))
+    assert document["peak"]["device"] == max(s["peak"]["device"] for s in document["stages"])
+    assert document["model"]["parameters"] == pytest.approx(6_738_415_616, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "words"),
+    [
+        (LLAMA, {"calibration": {"context_length": 8192}}, "more than org/m can read: 4096"),
+        (LLAMA | {"model_type": "mamba"}, {}, "the family 'mamba'"),
+        (SMALL | {"hidden_size": 250, "num_attention_heads": 5}, {"pattern": "2:4"}, "250"),
+    ],
+)
+def test_refusals(config: dict[str, Any], fields: dict[str, Any], words: str) -> None:
+    """What cannot be planned is named."""
+    with pytest.raises(InvalidInput, match=words):
+        planned(config, **fields)
+
+
+def test_unknown_card() -> None:
+    """Known cards are listed; a memory without a unit is not believed."""
+    with pytest.raises(InvalidInput, match=r"'K80' is not known\. Known are H200, H100"):
+        named_machine("K80")
+    with pytest.raises(InvalidInput, match="a memory of 80 bytes"):
+        H100.resized(80)
