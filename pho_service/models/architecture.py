@@ -37,6 +37,12 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
     unvisited: list[str] = []
     for block_name, block in decoder_blocks(model):
         routers = _routers(block)
+        of_experts = {
+            matrix
+            for module in block.modules()
+            for expert in experts_of(module)
+            for matrix in expert.children()
+        }
         for name, module in block.named_modules():
             full_name = f"{block_name}.{name}" if name else block_name
             if module in routers or experts_of(module):
@@ -46,7 +52,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
                     name=full_name,
                     module=module,
                     transposed=isinstance(module, Conv1D),
-                    siblings=_matrix_of_all(full_name) if isinstance(module, ExpertLinear) else "",
+                    siblings=_matrix_of_all(full_name) if module in of_experts else "",
                 )
             else:
                 unvisited += [

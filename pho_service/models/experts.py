@@ -79,18 +79,25 @@ class ExpertLinear(nn.Module):
 
 class Expert(nn.Module):
     """
-    One expert: ``gate_proj``, ``up_proj`` and ``down_proj``, each an :class:`ExpertLinear`.
+    One expert of three linears without bias.
 
     A deep copy of it alone has three linears of its own, not all experts.
+
+    Args:
+        experts: The module of all experts, which knows how to gate.
+        gate_proj: (hidden) to (width).
+        up_proj: (hidden) to (width).
+        down_proj: (width) to (hidden).
     """
 
-    def __init__(self, experts: nn.Module, index: int) -> None:
+    def __init__(
+        self, experts: nn.Module, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module
+    ) -> None:
         super().__init__()
         self._owner = _Owner(experts)
-        width = experts.get_parameter("gate_up_proj").shape[1] // 2
-        self.gate_proj = ExpertLinear(experts, "gate_up_proj", index, slice(0, width))
-        self.up_proj = ExpertLinear(experts, "gate_up_proj", index, slice(width, None))
-        self.down_proj = ExpertLinear(experts, "down_proj", index, slice(None))
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) to (..., hidden), not yet weighed by the router."""
@@ -114,13 +121,40 @@ def unfuse_experts(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         if _is_fused(module) and not experts_of(module):
-            for index in range(len(module.get_parameter("down_proj"))):
-                module.add_module(str(index), Expert(module, index))
+            count, _, width = module.get_parameter("down_proj").shape
+            for index in range(count):
+                gate = ExpertLinear(module, "gate_up_proj", index, slice(0, width))
+                up = ExpertLinear(module, "gate_up_proj", index, slice(width, None))
+                down = ExpertLinear(module, "down_proj", index, slice(None))
+                module.add_module(str(index), Expert(module, gate, up, down))
+            module.forward = partial(_forward, _Owner(module))
+
+
+def separate_experts(model: nn.Module) -> None:
+    """
+    Give every fused expert of a model linears of its own, instead of the fused parameters.
+
+    The model computes the same, but its state dict has the names of the matrices
+    (``...experts.0.gate_proj.weight``).
+
+    Args:
+        model: Of transformers, on the device ``meta``: values are not moved. Changed in place.
+    """
+    for module in list(model.modules()):
+        if _is_fused(module):
+            down_proj = module.get_parameter("down_proj")
+            count, hidden, width = down_proj.shape
+            new = partial(nn.Linear, bias=False, device=down_proj.device, dtype=down_proj.dtype)
+            for index in range(count):
+                matrices = new(hidden, width), new(hidden, width), new(width, hidden)
+                module.add_module(str(index), Expert(module, *matrices))
+            del module.gate_up_proj, module.down_proj
+            vars(module)["_is_hf_initialized"] = True  # so transformers does not look for them
             module.forward = partial(_forward, _Owner(module))
 
 
 def experts_of(module: nn.Module) -> list[Expert]:
-    """The experts that :func:`unfuse_experts` gave a module, in their order; none to any other."""
+    """The experts that one of the two above gave a module, in their order; none to any other."""
     return [child for child in module.children() if isinstance(child, Expert)]
 
 
@@ -163,7 +197,7 @@ def fused_weights(
             ("gate_up_proj", [m for e in experts for m in (e.gate_proj, e.up_proj)]),
             ("down_proj", [e.down_proj for e in experts]),
         ):
-            parts = [matrix.weight for matrix in matrices]
+            parts: list[Tensor] = [matrix.get_parameter("weight") for matrix in matrices]
             if parts:
                 rows = sum(len(part) for part in parts) // len(experts)
                 shape = (len(experts), rows, parts[0].shape[1])

@@ -2,6 +2,7 @@
 Open a model by hub id, local folder or .gguf file. Never runs remote code, never unpickles weights.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,9 +22,7 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
@@ -30,6 +30,7 @@ from pho_service.faults import device_is_lost, ran_out_of_memory
 from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.devices import pick_device
+from pho_service.models.expert_files import expert_files
 from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.weights_hash import SCHEME, weights_sha256
 from pho_service.pruning.statistics import PrunableLinear
@@ -208,17 +209,19 @@ def load_model(
         NumericalError: A weight is NaN or infinite.
         InvalidInput: An unknown device or dtype, or a model that cannot be
             streamed: GGUF, weights that transformers converts when it reads
-            them, or another dtype than the stored one.
+            them (those of experts in the usual layout are kept apart instead), or
+            another dtype than the stored one.
     """
     target = pick_device(device)
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     source, is_gguf = _source(name, revision)
+    reader: dict[str, Any] = {}
     if stream:
         wanted = "auto"
-        _check_streamable(name, source, is_gguf)
-    model, tokenizer = _read(name, source, is_gguf, wanted)
+        reader = _mapped_reader(name, source, is_gguf)
+    model, tokenizer = _read(name, source, is_gguf, wanted, **reader)
     stored = torch.float32 if is_gguf else _stored_dtype(source)
     if is_gguf:
         # Dequantised now: a saved copy must not claim to be GGUF.
@@ -315,14 +318,19 @@ def _check_folder(path: Path) -> None:
 
 
 def _read(
-    name: str, source: dict[str, Any], is_gguf: bool, dtype: str
+    name: str,
+    source: dict[str, Any],
+    is_gguf: bool,
+    dtype: str,
+    *,
+    reader: Any = AutoModelForCausalLM,
+    **extra: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load with transformers; its errors become ours, with the way out."""
-    extra: dict[str, Any] = {}
     if is_gguf:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     with _loading_errors(name), gguf_read_once() if is_gguf else nullcontext():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = reader.from_pretrained(
             **source,
             **extra,
             use_safetensors=None if is_gguf else True,
@@ -342,8 +350,13 @@ def _read(
     return model, tokenizer
 
 
-def _check_streamable(name: str, source: dict[str, Any], is_gguf: bool) -> None:
-    """Refuse, before anything is read, what would be held in memory as a whole."""
+def _mapped_reader(name: str, source: dict[str, Any], is_gguf: bool) -> dict[str, Any]:
+    """
+    The arguments of :func:`_read` with which all weights stay in their files.
+
+    Raises:
+        InvalidInput: Some would be held in memory as a whole, which is told before any is read.
+    """
     if is_gguf:
         raise InvalidInput(
             f"{name} cannot be streamed: GGUF is dequantised into memory when it is read. Load it "
@@ -351,10 +364,26 @@ def _check_streamable(name: str, source: dict[str, Any], is_gguf: bool) -> None:
         )
     with _loading_errors(name):
         config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
-    for kind in {config.model_type, config.get_text_config().model_type}:
-        for step in get_checkpoint_conversion_mapping(kind) or ():
-            if isinstance(step, WeightConverter):
-                raise _not_mapped(name, ", ".join(step.target_patterns))
+        files = expert_files(config, _stored_names(source))
+    if files.converted:
+        raise _not_mapped(name, ", ".join(files.converted[:2]))
+    if files.separate is None:
+        return {}
+    return {"reader": files.separate, "config": config, "key_mapping": files.key_mapping or None}
+
+
+def _stored_names(source: dict[str, Any]) -> list[str]:
+    """The names of a checkpoint's tensors, from its only file or its index; none if it has none."""
+    source = dict(source)
+    name = source.pop("pretrained_model_name_or_path")
+    for filename in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        found = cached_file(name, filename, **source, _raise_exceptions_for_missing_entries=False)
+        if found is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
+            return list(json.loads(Path(found).read_bytes())["weight_map"])
+        if found is not None:
+            with safe_open(found, framework="pt") as file:
+                return list(file.keys())
+    return []  # whoever reads it says so
 
 
 def _check_mapped(name: str, model: PreTrainedModel, dtype: str) -> None:

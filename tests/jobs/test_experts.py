@@ -3,10 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from pho_service.configuration import CoefficientsDocument, Configuration, StepsDocument
 from pho_service.jobs.check import check_folder
@@ -30,20 +41,42 @@ CONFIGURATION = Configuration(
 )
 
 
-@pytest.fixture
-def mixtral_folder(model_folder: Path, tmp_path: Path) -> Path:
-    """A random bfloat16 Mixtral of two blocks and four experts, as Mistral AI stores it."""
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-        initializer_range=0.2, dtype=torch.bfloat16,
-    )  # fmt: skip
+SIZES = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+    "initializer_range": 0.2, "dtype": torch.bfloat16,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen2": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(
+            **SIZES, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=32
+        ),
+    ),
+    "qwen3": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24, head_dim=8),
+    ),
+}
+
+
+def saved(family: str, model_folder: Path, target: Path, *, as_stored: bool = True) -> Path:
+    """A random bfloat16 mixture of two blocks and four experts, stored as it is published."""
+    model_class, config = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "mixtral")
+        model: Any = model_class(config).bfloat16()
+    model.save_pretrained(target, max_shard_size="20KB", save_original_format=as_stored)
     for file in model_folder.glob("token*"):
-        shutil.copy(file, tmp_path / "mixtral")
-    return tmp_path / "mixtral"
+        shutil.copy(file, target)
+    return target
+
+
+@pytest.fixture
+def mixtral_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A random Mixtral, as Mistral AI stores it."""
+    return saved("mixtral", model_folder, tmp_path / "mixtral")
 
 
 def test_permuted(mixtral_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
@@ -62,3 +95,66 @@ def test_permuted(mixtral_folder: Path, texts: dict[str, Path], tmp_path: Path) 
         for expert in range(4)
     }
     assert [check.detail for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "update"),
+    [("mixtral", "none"), ("mixtral", "obs"), ("qwen2", "obs"), ("qwen3", "none")],
+)
+def test_streamed(
+    family: str, update: str, model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """A streamed mixture has the bundle, the hash and the pruned weights of a loaded one."""
+    folder = saved(family, model_folder, tmp_path / family)
+    stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    steps = StepsDocument(update=update)  # type: ignore[arg-type]  # one of them
+    configuration = CONFIGURATION.model_copy(update={"steps": steps})
+    bundles, hashes, pruned = [], [], []
+    for stream in (False, True):
+        model = load_model(str(folder), device="cpu", dtype="bfloat16", stream=stream)
+        text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+        bundles.append(calibrate(model, text, SETTINGS))
+        hashes.append((model.weights_sha256, model.sha256_by(1), list(model.linears)))
+        out = tmp_path / f"out-{stream}"
+        prune_job(model, bundles[0], configuration, out, calibration=text.calibration)
+        pruned.append(
+            {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+        )
+        checks = check_folder(
+            out, original=load_model(str(folder), device="cpu", dtype="bfloat16", stream=stream)
+        )
+        assert [check.detail for check in checks if not check.passed] == []
+
+    assert hashes[0] == hashes[1]
+    assert set(pruned[0]) == set(pruned[1]) == stored
+    whole, streamed = (bundle.statistics() for bundle in bundles)
+    for first, second in zip(bundles[0].layers, bundles[1].layers, strict=True):
+        name = first.name
+        norm, fisher = streamed.activation_norm(name), streamed.fisher[name]
+        assert second.name == name
+        assert torch.equal(second.rows, first.rows)
+        torch.testing.assert_close(norm, whole.activation_norm(name))
+        torch.testing.assert_close(fisher, whole.fisher[name])
+    for name, tensor in pruned[0].items():
+        assert torch.equal(pruned[1][name], tensor), name
+
+
+def test_streamed_as_it_lies(model_folder: Path, tmp_path: Path) -> None:
+    """Experts that are stored in one tensor are mapped as one."""
+    folder = saved("qwen3", model_folder, tmp_path / "fused", as_stored=False)
+    model = load_model(str(folder), device="cpu", stream=True)
+    whole = load_model(str(folder), device="cpu", dtype="bfloat16")
+
+    assert "model.layers.0.mlp.experts.gate_up_proj" in dict(model.model.named_parameters())
+    assert model.weights_sha256 == whole.weights_sha256
+    assert list(model.linears) == list(whole.linears)
+
+
+def test_streamed_experts_stay_in_their_files(mixtral_folder: Path) -> None:
+    """Every matrix of every expert is mapped, and none is a view of a larger one."""
+    model = load_model(str(mixtral_folder), device="cpu", stream=True)
+    expert = model.linears["model.layers.1.mlp.experts.3.down_proj"]
+
+    assert not any(p.untyped_storage().resizable() for p in model.model.parameters())
+    assert expert.weight.shape == (16, 24)
+    assert expert.siblings == "model.layers.1.mlp.experts.down_proj"
