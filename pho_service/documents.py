@@ -24,7 +24,9 @@ class Progress(_Answer):
 
     trials_done: int = Field(description="Of all islands.")
     trials: int = Field(description="Of all islands.")
-    best_value: float | None = Field(description="Of the objective, so far.")
+    best_value: float | None = Field(
+        description="Best objective so far; once there is a configuration, its own."
+    )
     perplexities_done: int
     perplexities: int = Field(description="Known once the search is over.")
     models_done: int = Field(0, description="Of a transfer: measured, or found impossible.")

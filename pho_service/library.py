@@ -79,7 +79,7 @@ class Gain:
         what = {
             "perplexity": "perplexity",
             "divergence": "perplexity, as its divergence from the dense model tells",
-            "proxy": "proxy; no perplexity was measured",
+            "proxy": "proxy; RIA's perplexity was not measured",
         }[self.by]
         return f"{share:.1%} {direction} RIA's {what}" if share else f"RIA's {what}"
 

@@ -218,7 +218,7 @@ def test_transferred_gain(values: dict[str, Any], share: float | None, by: str) 
         (saved(0.25, "perplexity"), "25.0% below RIA's perplexity"),
         (saved(-0.25, "perplexity"), "25.0% above RIA's perplexity"),
         (saved(0.1, "divergence"), "10.0% below RIA's perplexity, as its divergence from"),
-        (saved(0.5), "50.0% below RIA's proxy; no perplexity was measured"),
+        (saved(0.5), "50.0% below RIA's proxy; RIA's perplexity was not measured"),
         (saved(0.0, "perplexity"), "RIA's perplexity"),
     ],
 )  # fmt: skip
@@ -456,7 +456,7 @@ def test_reasons() -> None:
         "found on m-opt, opt, 134 M parameters: not the family asked for",
         "where it was found, 25.0% below RIA's perplexity (m-llama + m-opt)",
         "on m-gemma2, 50.0% above RIA's perplexity",
-        "on m-gpt2, 12.5% below RIA's proxy; no perplexity was measured",
+        "on m-gpt2, 12.5% below RIA's proxy; RIA's perplexity was not measured",
     )
 
 

@@ -10,6 +10,7 @@ import optuna
 
 from pho_service.configuration import Configuration
 from pho_service.job_spec import JobSpec
+from pho_service.search.result import CHOSEN
 from pho_service.search.search import RatedCandidate
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ def show_result(
     plots: Mapping[str, "go.Figure | None"],
 ) -> None:
     """
-    Write on a study what was found.
+    Write on a study what was found, and which trial it is.
 
     Args:
-        study: Of one island.
+        study: Of one island, with the mark of :func:`~pho_service.search.result.mark_chosen`.
         spec: Of the job.
         configuration: Of the job.
         measured: (perplexity, candidate) of this island.
@@ -44,7 +45,7 @@ def show_result(
             f"perplexity:{number}",
             {"method": rated.candidate.method, "perplexity": perplexity},
         )
-    _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration)]))
+    _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration, study)]))
     for name, figure in plots.items():
         if figure is not None:
             _save_plot(study, name, figure)
@@ -61,12 +62,15 @@ def _asked(spec: JobSpec) -> list[str]:
     ]
 
 
-def _found(configuration: Configuration) -> list[str]:
+def _found(configuration: Configuration, study: optuna.Study) -> list[str]:
     c = configuration.coefficients
+    mark = study.user_attrs[CHOSEN]
+    where = "" if mark["study"] == study.study_name else f" of study `{mark['study']}`"
     lines = [
-        f"**Best** method {configuration.method}: row {c.row:.4f}, column {c.column:.4f}, "
-        f"neighbourhood {c.neighbourhood:.4f}, kernel {c.kernel_size}, exponents "
-        f"{c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} (gradient)",
+        f"**Best** trial {mark['trial']}{where}, method {configuration.method}: row {c.row:.4f}, "
+        f"column {c.column:.4f}, neighbourhood {c.neighbourhood:.4f}, kernel {c.kernel_size}, "
+        f"exponents {c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} "
+        "(gradient)",
         "",
         f"Steps: {configuration.steps.steps()}",
         "",

@@ -23,7 +23,7 @@ from pho_service.jobs.validate import rate_by_all_proxies
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.report.layers import layer_cells
-from pho_service.search.result import describe_study, search_result
+from pho_service.search.result import describe_study, mark_chosen, search_result
 from pho_service.search.search import (
     Divergences,
     Evaluate,
@@ -32,6 +32,7 @@ from pho_service.search.search import (
     finalists,
     measure_once,
     ranked,
+    united,
 )
 from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
 from pho_service.search.warm_start import Saving
@@ -167,10 +168,13 @@ class Stages:
         chosen: list[RatedCandidate] = []
         compared = Divergences()
         if spec.confirm is not None and spec.objective.name != "perplexity":
-            chosen = finalists(self._rated(claim.job, spec), spec.confirm.candidates)
-            compared = self._compared(claim, spec, watch, chosen)
-        if compared.by_number:
-            chosen = best_by_divergence(chosen, compared.by_number)
+            rated = self._rated(claim.job, spec)
+            chosen = finalists(rated, spec.confirm.candidates)
+            before = [r for r in rated if r.number in _measured_before(claim.job)]
+            compared = self._compared(claim, spec, watch, united(rated, chosen, before))
+            if compared.by_number:
+                chosen = best_by_divergence(chosen, compared.by_number)
+            chosen = united(rated, chosen, before)
         self.store.complete(
             claim,
             {
@@ -284,9 +288,8 @@ class Stages:
         if spec.more_models:
             result = with_each_model(result, self._relative(job, spec, rated[0]))
         configuration = result.configuration
+        trial, island = divmod(result.trial, spec.islands)
         if spec.islands > 1:
-            winner = measured[0][1] if measured else rated[0]
-            island = winner.number % spec.islands
             configuration = configuration.model_copy(
                 update={
                     "search": {
@@ -312,11 +315,13 @@ class Stages:
             cells = layer_cells(of_layers, evaluator.layer_sparsities(configuration.candidate()))
             layers[name] = [cell.to_list() for cell in cells]
         with open_storage(self._database.studies_url) as storage:
-            for island in range(spec.islands):
-                study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
-                here = [(p, r) for p, r in measured if r.number % spec.islands == island]
+            for each_island in range(spec.islands):
+                name = study_name(job.name, each_island)
+                study = optuna.load_study(study_name=name, storage=storage)
+                here = [(p, r) for p, r in measured if r.number % spec.islands == each_island]
                 plots = {**errors, "confirmed": confirmed_plot(configuration, here)}
                 with self.store.fence(claim, storage):
+                    mark_chosen(study, configuration, study_name(job.name, island), trial)
                     show_result(study, spec, configuration, here, plots)
         warnings = [*result.warnings, *started(spec, configuration)]
         found: dict[str, Any] = {"layers": layers}
@@ -422,6 +427,12 @@ class Stages:
             "divergence_tokens": compared.tokens,
         }
         return measured, Confirmation(perplexity=measured[0][0], **measured_on), compared
+
+
+def _measured_before(job: Job) -> set[int]:
+    """The trials that have a perplexity from before the job was extended: they stay finalists."""
+    done = (s.number for s in job.of_kind(StageKind.PERPLEXITY) if s.result)
+    return {number for number in done if number < VALIDATION}
 
 
 def _random(spec: JobSpec) -> list[Candidate]:

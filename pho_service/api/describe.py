@@ -116,11 +116,12 @@ def _progress(job: stored.Job) -> Progress:
     measured = [s for s in perplexities if s.state is StageState.DONE]
     targets = job.of_kind(StageKind.TRANSFER)
     values = [s.best_value for s in searches if s.best_value is not None]
+    chosen = None if job.best is None else job.best["objective"].get("value")
     better = max if job.spec.get("objective", {}).get("name") == "gini" else min
     return Progress(
         trials_done=sum(s.done for s in searches),
         trials=job.trials * islands(job),
-        best_value=better(values, default=None),
+        best_value=better(values, default=None) if chosen is None else chosen,
         perplexities_done=len(measured),
         perplexities=len(perplexities),
         models_done=sum(s.state is StageState.DONE for s in targets),

@@ -172,7 +172,7 @@ _verb("resume", "Go on with a job that is paused or has failed, from what is sto
     responses=documented(404, 409, 413, 422),
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
-    """Give a search more trials: the result is that of a job that had them from the start."""
+    """Give a search more trials. What was confirmed stays a finalist: no result gets worse."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     check_search(job)
     spec = JobSpec.model_validate(job.spec)

@@ -198,7 +198,9 @@ def resume(job_id: str, url: str | None, as_json: bool) -> None:
 @verb
 def extend(job_id: str, trials: int, url: str | None, as_json: bool) -> None:
     """
-    Give a job more trials: the result is that of a job that had them from the start.
+    Give a job more trials. They are those of a job that had them from the start.
+
+    What was confirmed before stays a finalist: the result is never worse than it was.
 
     \b
     Example:

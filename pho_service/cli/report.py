@@ -124,6 +124,7 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         trials_of,
         with_measurements,
     )
+    from pho_service.search.result import chosen_in
 
     known, recorded = study.user_attrs, study.get_trials(deepcopy=False)
     if "pattern" not in known:
@@ -147,6 +148,7 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         objective=str(known.get("objective", "objective")),
         maximised=maximised,
         trials=with_measurements(trials_of([recorded], 1), measured, configuration),
+        chosen=chosen_in(study),
         importance=importances([recorded], maximised=maximised),
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
         recorded=(min(times), max(times)) if times else None,

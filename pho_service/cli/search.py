@@ -356,8 +356,8 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         if tokens is not None:
             rated = sum(c.perplexity is not None for c in found.candidates)
             lines.append(
-                f"confirmed    the best of {rated} perplexities; those {rated} were nearest to the "
-                f"dense model on {tokens} tokens, among the finalists and the baselines"
+                f"confirmed    the best of {rated} perplexities; finalists and baselines got one "
+                f"that are near to the dense model on {tokens} tokens"
             )
     lines += _started(result)
     lines += [

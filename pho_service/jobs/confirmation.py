@@ -2,6 +2,8 @@
 Which of the finalists is the best: by what the pruned model predicts, not by the proxy.
 """
 
+from collections.abc import Sequence
+
 import optuna
 from torch import Tensor
 
@@ -14,14 +16,18 @@ from pho_service.search.search import (
     RatedCandidate,
     best_by_divergence,
     confirm,
+    confirmed_before,
+    finalists,
     measure_once,
+    united,
 )
 from pho_service.spec import Candidate
 
 
 def confirm_finalists(
     study: optuna.Study,
-    chosen: list[RatedCandidate],
+    rated: Sequence[RatedCandidate],
+    count: int,
     bundle: ProxyBundle,
     model: LanguageModel,
     text: ReportText,
@@ -31,9 +37,13 @@ def confirm_finalists(
     """
     Compare finalists with the dense model where that pays, then measure the few best.
 
+    What a shorter search has measured on the same text stays a finalist, beside those that this
+    search would have had from the start.
+
     Args:
         study: The record; what it holds is not measured again.
-        chosen: The finalists, baselines among them, best first by the objective.
+        rated: Every finished trial, best first by the objective.
+        count: How many found candidates are finalists, see :func:`finalists`.
         bundle: Of the model.
         model: Dense; it is given back dense.
         text: To compare and to measure on.
@@ -45,11 +55,14 @@ def confirm_finalists(
     """
     statistics = bundle.statistics()
     divergences = Divergences()
+    chosen = finalists(rated, count)
+    before = confirmed_before(study, rated, text_sha256=text.key)
     if comparing_pays([c.candidate for c in chosen], stream=model.stream):
-        with progress("Comparing with the dense model", len(chosen)) as advance:
+        pool = united(rated, chosen, before)
+        with progress("Comparing with the dense model", len(pool)) as advance:
             compare = Comparison(model, statistics, text, advance)
             by_number = {}
-            for each in chosen:
+            for each in pool:
                 by_number[each.number] = measure_once(
                     study, "divergence", each.number, each.candidate, compare,
                     text_sha256=compare.key,
@@ -57,6 +70,7 @@ def confirm_finalists(
                 advance(1)
         divergences = Divergences(by_number=by_number, tokens=compare.tokens)
         chosen = best_by_divergence(chosen, by_number)
+    chosen = united(rated, chosen, before)
 
     def perplexity(candidate: Candidate) -> float:
         return rate_pruned(model, statistics, candidate, text.windows, calibration=calibration)[

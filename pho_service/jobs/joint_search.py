@@ -16,7 +16,12 @@ from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
-from pho_service.search.result import SearchResult, describe_study, search_result
+from pho_service.search.result import (
+    SearchResult,
+    describe_study,
+    mark_chosen,
+    search_result,
+)
 from pho_service.search.search import Evaluate, Outcome, run_search
 from pho_service.spec import Candidate, Objective, Pattern, reference_methods
 
@@ -70,18 +75,19 @@ def joint_search_job(
             rated = run_search(study, plan, evaluate, advance)
         saving = compared_with_cold(request, plan, rated, evaluate, progress)
         attributes = {t.number: t.user_attrs for t in study.get_trials(deepcopy=False)}
-    done = sum(number < plan.trials for number in attributes)
-    result = search_result(
-        request,
-        plan,
-        provenance,
-        name,
-        rated,
-        [],
-        None,
-        ended_after=done if done < plan.trials else None,
-        saving=saving,
-    )
+        done = sum(number < plan.trials for number in attributes)
+        result = search_result(
+            request,
+            plan,
+            provenance,
+            name,
+            rated,
+            [],
+            None,
+            ended_after=done if done < plan.trials else None,
+            saving=saving,
+        )
+        mark_chosen(study, result.configuration, name, result.trial)
     return with_each_model(result, attributes[rated[0].number]["relative_to_ria"])
 
 

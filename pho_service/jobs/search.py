@@ -19,13 +19,17 @@ from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
-from pho_service.search.result import SearchResult, describe_study, search_result
+from pho_service.search.result import (
+    SearchResult,
+    describe_study,
+    mark_chosen,
+    search_result,
+)
 from pho_service.search.search import (
     Divergences,
     Evaluate,
     RatedCandidate,
     SearchPlan,
-    finalists,
     run_search,
 )
 from pho_service.search.warm_start import Saving, measure_saving
@@ -91,29 +95,37 @@ def search_job(
         elif model is not None and confirm_text is not None:
             from pho_service.jobs.confirmation import confirm_finalists  # loads transformers
 
-            chosen = finalists(rated, request.finalists)
             measured, divergences = confirm_finalists(
-                study, chosen, bundle, model, confirm_text, calibration, progress
+                study,
+                rated,
+                request.finalists,
+                bundle,
+                model,
+                confirm_text,
+                calibration,
+                progress,
             )
         else:
             measured = []
-    confirmation = None
-    if measured and confirm_text is not None:
-        confirmation = Confirmation(
-            perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
+        confirmation = None
+        if measured and confirm_text is not None:
+            confirmation = Confirmation(
+                perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
+            )
+        result = search_result(
+            request,
+            plan,
+            bundle.origin,
+            name,
+            rated,
+            measured,
+            confirmation,
+            divergences,
+            ended_after=done if done < plan.trials else None,
+            saving=saving,
         )
-    return search_result(
-        request,
-        plan,
-        bundle.origin,
-        name,
-        rated,
-        measured,
-        confirmation,
-        divergences,
-        ended_after=done if done < plan.trials else None,
-        saving=saving,
-    )
+        mark_chosen(study, result.configuration, name, result.trial)
+    return result
 
 
 def compared_with_cold(

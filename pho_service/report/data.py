@@ -78,6 +78,7 @@ class Report:
         maximised: Whether high values of it are good.
         trials: Of all islands, by number.
         left_out: Trials that are too many to be shown.
+        chosen: The trial that a study without a configuration marks as its result.
         importance: Of each parameter of the search, the shares adding up to 1.
         layers: By model.
         transfers: The targets of a transfer's file.
@@ -100,6 +101,7 @@ class Report:
     maximised: bool = False
     trials: Sequence[ReportTrial] = ()
     left_out: int = 0
+    chosen: int | None = None
     importance: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)
     transfers: Sequence[Mapping[str, Any]] = ()
@@ -126,9 +128,16 @@ class Report:
     def winner(self) -> ReportTrial | None:
         """What was chosen; or what would be now, while nothing is."""
         if self.configuration is not None and self.configuration.candidates:
-            number = self.configuration.candidates[0].trial
-            return next((trial for trial in self.trials if trial.number == number), None)
+            return self._trial(self.configuration.candidates[0].trial)
+        if self.chosen is not None:
+            return self._trial(self.chosen)
+        if self.configuration is not None:  # by the objective alone
+            value = self.configuration.objective.get("value")
+            return next((trial for trial in self.rated if trial.value == value), None)
         return next(iter([*self.measured, *self.rated]), None)
+
+    def _trial(self, number: int) -> ReportTrial | None:
+        return next((trial for trial in self.trials if trial.number == number), None)
 
     @property
     def ria(self) -> ReportTrial | None:

@@ -20,6 +20,8 @@ from pho_service.search.search import Divergences, RatedCandidate, SearchPlan
 from pho_service.search.warm_start import Saving
 from pho_service.versions import versions
 
+CHOSEN = "chosen"  # user attribute of a study
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
@@ -54,6 +56,39 @@ def describe_study(
     }.items():
         if key not in known:
             study.set_user_attr(key, value)
+
+
+def mark_chosen(
+    study: optuna.Study, configuration: Configuration, of_study: str, trial: int
+) -> None:
+    """
+    Mark in a study which trial the result is.
+
+    It is the best of those that were measured, and often not the one with the best objective,
+    which is Optuna's ``best_trial``.
+
+    Args:
+        study: The record to mark.
+        configuration: The result.
+        of_study: Name of the study that the trial is in; of a job with islands, another one, too.
+        trial: Number of the trial there.
+    """
+    confirmation = configuration.confirmation
+    mark = {
+        "study": of_study,
+        "trial": trial,
+        "method": configuration.method,
+        "objective": configuration.objective["value"],
+        "perplexity": None if confirmation is None else confirmation.perplexity,
+    }
+    if study.user_attrs.get(CHOSEN) != mark:
+        study.set_user_attr(CHOSEN, mark)
+
+
+def chosen_in(study: optuna.Study) -> int | None:
+    """The trial of a study that :func:`mark_chosen` marked; None in those of older versions."""
+    mark = study.user_attrs.get(CHOSEN) or {}
+    return int(mark["trial"]) if mark.get("study") == study.study_name else None
 
 
 def search_result(

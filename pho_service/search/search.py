@@ -402,6 +402,39 @@ def best_by_divergence(
     return [c for c in compared if c.number in numbers]
 
 
+def confirmed_before(
+    study: optuna.Study, rated: Sequence[RatedCandidate], *, text_sha256: str
+) -> list[RatedCandidate]:
+    """
+    The candidates whose perplexity on a text a study holds already.
+
+    They stay finalists, so that a longer search never ends with a worse result than the shorter
+    one that it extends.
+
+    Args:
+        study: The record: see :func:`measure_once`.
+        rated: Trials of it.
+        text_sha256: Of the text and the way it is cut.
+
+    Returns:
+        In the order of ``rated``.
+    """
+    kept = study.user_attrs
+    return [
+        candidate
+        for candidate in rated
+        if kept.get(f"perplexity:{candidate.number}", {}).get("text_sha256") == text_sha256
+    ]
+
+
+def united(
+    rated: Sequence[RatedCandidate], *groups: Sequence[RatedCandidate]
+) -> list[RatedCandidate]:
+    """The candidates of several groups, each once, in the order of ``rated``."""
+    numbers = {candidate.number for group in groups for candidate in group}
+    return [candidate for candidate in rated if candidate.number in numbers]
+
+
 def measure_once(
     study: optuna.Study,
     what: Literal["divergence", "perplexity"],

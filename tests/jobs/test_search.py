@@ -18,6 +18,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
+from pho_service.search.result import chosen_in
 from pho_service.search.space import parse_bounds
 from pho_service.spec import Objective, Pattern, Scope, Steps
 from storage.studies import open_storage
@@ -225,6 +226,57 @@ def test_longer_search_is_the_same_study(bundle: ProxyBundle, request_of: Any) -
 
     assert short.study_name == long.study_name
     assert long.configuration.objective["value"] <= short.configuration.objective["value"]
+
+
+def test_confirmed_stays_a_finalist(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """What a shorter search confirmed on the same text still counts, however good the rest is."""
+    asked = {"finalists": 1, "study_url": study_url}
+    short = search_job(request_of(trials=8, **asked), bundle, model=model, confirm_text=report)
+    with open_storage(study_url) as storage:
+        study = optuna.load_study(study_name=short.study_name, storage=storage)
+        measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": report.key}
+        study.set_user_attr("perplexity:6", measured)  # as if it had been that good
+        study.set_user_attr("perplexity:7", {**measured, "perplexity": 1.0, "text_sha256": "b"})
+    long = search_job(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
+    own = search_job(
+        request_of(trials=40, **{**asked, "study_url": f"{study_url}2"}),
+        bundle,
+        model=model,
+        confirm_text=report,
+    ).configuration
+
+    assert 6 not in {each.trial for each in own.candidates}
+    assert long.trial == 6
+    assert long.configuration.confirmation is not None
+    assert long.configuration.confirmation.perplexity == 1.5
+    assert {each.trial for each in own.candidates} < {
+        c.trial for c in long.configuration.candidates
+    }
+
+
+def test_chosen_is_marked(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """The study says which trial the result is, whether it was confirmed or not."""
+    marks = []
+    for options in ({}, {"model": model, "confirm_text": report}):
+        found = search_job(request_of(), bundle, **options)
+        with open_storage(study_url) as storage:
+            study = optuna.load_study(study_name=found.study_name, storage=storage)
+            marks.append((study.user_attrs["chosen"], chosen_in(study), found))
+
+    for mark, trial, found in marks:
+        confirmation = found.configuration.confirmation
+        assert mark == {
+            "study": found.study_name,
+            "trial": found.trial,
+            "method": found.configuration.method,
+            "objective": found.configuration.objective["value"],
+            "perplexity": confirmation and confirmation.perplexity,
+        }
+        assert trial == found.trial
 
 
 def test_confirmation_is_kept(

@@ -15,13 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import optuna
 import pytest
-from sqlalchemy import select, text
+import torch
+from sqlalchemy import select, text, update
 
+from pho_service.access import Access
 from pho_service.api.submission import enter
+from pho_service.errors import PhoError
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.bundles import cached_bundle
 from pho_service.jobs.rating import ReportText, rate_pruned
@@ -38,6 +42,9 @@ from storage.jobs import Job, JobStore
 from storage.states import JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
+from workers.bundles import BundleStore
+from workers.inputs import Inputs
+from workers.stages import Stages
 
 PATIENCE_S = 240.0  # then a test fails
 SETTINGS = {
@@ -562,3 +569,102 @@ def found() -> Callable[[Job], dict[str, Any]]:
         return {**configuration, "search": search}
 
     return strip
+
+
+class Hand:
+    """
+    Does the stages of jobs one by one, in this process, as the test says.
+
+    Args:
+        database: Of the jobs.
+        folder: The only root; bundles are beside it.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.store = JobStore(database)
+        self.folder = folder
+        self.bundles = folder.parent / "bundles"
+        self.inputs = self.new_inputs()
+
+    def new_inputs(self) -> Inputs:
+        """Those of a worker that has nothing in memory."""
+        access = Access(
+            model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
+            hub_datasets=(),
+        )  # fmt: skip
+        return Inputs(access, BundleStore(str(self.bundles), self.bundles), torch.device("cpu"))
+
+    def submit(self, spec: JobSpec | TransferSpec) -> Job:
+        """As the API does."""
+        return enter(self.store, spec)
+
+    def waiting(self, job: Job) -> list[Any]:
+        """The stages that could be begun now."""
+        return [
+            s for s in self.store.get(job.id).stages
+            if s.state in (StageState.WAITING, StageState.RUNNING)
+        ]  # fmt: skip
+
+    def step(self, job: Job) -> None:
+        """Do the next stage; if it fails, the job has failed."""
+        stage = self.waiting(job)[0]
+        with self.store.database.transaction() as connection:
+            query = select(stages.c.queue_id).where(stages.c.id == stage.id)
+            queue_id = connection.execute(query).scalar_one()
+        claim = self.store.claim(stage.id, queue_id, uuid.uuid4())
+        assert claim is not None
+        try:
+            Stages(self.store, self.inputs, Event()).run(claim)
+        except PhoError as error:
+            described = {"type": type(error).__name__, "message": str(error)}
+            self.store.fail(claim, described, retry=False)
+            raise
+
+    def until(self, job: Job, kind: StageKind | None) -> Job:
+        """Do what comes before the first stage of a kind; None: everything."""
+        while (waiting := self.waiting(job)) and waiting[0].kind is not kind:
+            self.step(job)
+        return self.store.get(job.id)
+
+    def done(self, spec: JobSpec | TransferSpec) -> Job:
+        """Submit a job that must succeed."""
+        job = self.until(self.submit(spec), None)
+        assert job.state is JobState.SUCCEEDED
+        return job
+
+    def edit(
+        self,
+        job: Job,
+        kind: StageKind,
+        change: Callable[[dict[str, Any]], None],
+        number: int | None = None,
+    ) -> None:
+        """Change what a stage, the first of a kind or the one with a number, has stored."""
+        of_kind = self.store.get(job.id).of_kind(kind)
+        stage = next(s for s in of_kind if number in (None, s.number))
+        result = dict(stage.result or {})
+        change(result)
+        with self.store.database.transaction() as connection:
+            connection.execute(update(stages).where(stages.c.id == stage.id).values(result=result))
+
+
+@pytest.fixture
+def hand(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
+    """No job yet; the model and the texts are in a folder that the test may change."""
+    shutil.copytree(home, tmp_path / "disk")
+    return Hand(shared_database, tmp_path / "disk")
+
+
+@pytest.fixture
+def small(spec_of: Any) -> Callable[..., JobSpec]:
+    """A small job on that folder, with relative names."""
+
+    def build(**changes: Any) -> JobSpec:
+        calibration = {"text": "calibration.jsonl", **changes.pop("calibration", {})}
+        confirm = changes.pop("confirm", {})
+        if confirm is not None:
+            confirm = {"text": "confirmation.jsonl", "candidates": 2, **confirm}
+        given = {"model": "./model", "trials": 10, **changes}
+        return spec_of(calibration=calibration, confirm=confirm, **given)
+
+    return build

@@ -5,123 +5,23 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sqlalchemy import select, update
+from sqlalchemy import select
 
-from pho_service.access import Access
-from pho_service.api.submission import enter
 from pho_service.errors import ChangedInput
-from pho_service.job_spec import JobSpec
 from pho_service.jobs.rating import rate_pruned
 from pho_service.models.loading import load_model
 from pho_service.transfer_spec import TransferRequest, TransferSpec
-from storage.database import Database
-from storage.jobs import Job, JobStore, LostClaim
-from storage.states import JobState, StageKind, StageState
+from storage.jobs import LostClaim
+from storage.states import JobState, StageKind
 from storage.tables import stages
 from workers import stages as stages_module
-from workers.bundles import BundleStore
-from workers.inputs import Inputs
-from workers.stages import Stages
 
 COMMITS = ("a" * 40, "b" * 40)
-
-
-class Hand:
-    """
-    Does the stages of jobs one by one, in this process, as the test says.
-
-    Args:
-        database: Of the jobs.
-        folder: The only root; bundles are beside it.
-    """
-
-    def __init__(self, database: Database, folder: Path) -> None:
-        self.store = JobStore(database)
-        self.folder = folder
-        self.bundles = folder.parent / "bundles"
-        self.inputs = self.new_inputs()
-
-    def new_inputs(self) -> Inputs:
-        """Those of a worker that has nothing in memory."""
-        access = Access(
-            model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
-            hub_datasets=(),
-        )  # fmt: skip
-        return Inputs(access, BundleStore(str(self.bundles), self.bundles), torch.device("cpu"))
-
-    def submit(self, spec: JobSpec | TransferSpec) -> Job:
-        """As the API does."""
-        return enter(self.store, spec)
-
-    def waiting(self, job: Job) -> list[Any]:
-        """The stages that could be begun now."""
-        return [
-            s for s in self.store.get(job.id).stages
-            if s.state in (StageState.WAITING, StageState.RUNNING)
-        ]  # fmt: skip
-
-    def step(self, job: Job) -> None:
-        """Do the next stage; if it fails, the job has failed."""
-        stage = self.waiting(job)[0]
-        with self.store.database.transaction() as connection:
-            query = select(stages.c.queue_id).where(stages.c.id == stage.id)
-            queue_id = connection.execute(query).scalar_one()
-        claim = self.store.claim(stage.id, queue_id, uuid.uuid4())
-        assert claim is not None
-        try:
-            Stages(self.store, self.inputs, Event()).run(claim)
-        except ChangedInput as error:
-            described = {"type": type(error).__name__, "message": str(error)}
-            self.store.fail(claim, described, retry=False)
-            raise
-
-    def until(self, job: Job, kind: StageKind | None) -> Job:
-        """Do what comes before the first stage of a kind; None: everything."""
-        while (waiting := self.waiting(job)) and waiting[0].kind is not kind:
-            self.step(job)
-        return self.store.get(job.id)
-
-    def done(self, spec: JobSpec | TransferSpec) -> Job:
-        """Submit a job that must succeed."""
-        job = self.until(self.submit(spec), None)
-        assert job.state is JobState.SUCCEEDED
-        return job
-
-    def edit(self, job: Job, kind: StageKind, change: Callable[[dict[str, Any]], None]) -> None:
-        """Change what a stage has stored."""
-        stage = self.store.get(job.id).of_kind(kind)[0]
-        result = dict(stage.result or {})
-        change(result)
-        with self.store.database.transaction() as connection:
-            connection.execute(update(stages).where(stages.c.id == stage.id).values(result=result))
-
-
-@pytest.fixture
-def hand(shared_database: Database, home: Path, tmp_path: Path) -> Hand:
-    """No job yet; the model and the texts are in a folder that the test may change."""
-    shutil.copytree(home, tmp_path / "disk")
-    return Hand(shared_database, tmp_path / "disk")
-
-
-@pytest.fixture
-def small(spec_of: Any) -> Callable[..., JobSpec]:
-    """A small job on that folder, with relative names."""
-
-    def build(**changes: Any) -> JobSpec:
-        calibration = {"text": "calibration.jsonl", **changes.pop("calibration", {})}
-        confirm = changes.pop("confirm", {})
-        if confirm is not None:
-            confirm = {"text": "confirmation.jsonl", "candidates": 2, **confirm}
-        given = {"model": "./model", "trials": 10, **changes}
-        return spec_of(calibration=calibration, confirm=confirm, **given)
-
-    return build
 
 
 def double(folder: Path, name: str = "model.layers.0.mlp.down_proj.weight") -> None:
@@ -139,7 +39,7 @@ def swap(folder: Path) -> None:
     shutil.copy(folder / "report.jsonl", folder / "confirmation.jsonl")
 
 
-def test_text_changed_between_perplexities(hand: Hand, small: Any, tmp_path: Path) -> None:
+def test_text_changed_between_perplexities(hand: Any, small: Any, tmp_path: Path) -> None:
     """A text that is replaced between two measurements fails the job; put back, it goes on."""
     expected = hand.done(small()).best
     job = hand.until(hand.submit(small()), StageKind.PERPLEXITY)
@@ -163,7 +63,7 @@ def test_text_changed_between_perplexities(hand: Hand, small: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", [StageKind.CONFIRM, StageKind.PERPLEXITY])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_model_changed(hand: Hand, small: Any, kind: StageKind, restarted: bool) -> None:
+def test_model_changed(hand: Any, small: Any, kind: StageKind, restarted: bool) -> None:
     """A model that is replaced after its calibration is neither compared nor measured."""
     job = hand.until(hand.submit(small()), kind)
     double(hand.folder / "model")
@@ -175,7 +75,7 @@ def test_model_changed(hand: Hand, small: Any, kind: StageKind, restarted: bool)
 
 
 @pytest.mark.parametrize("kind", [StageKind.CONFIRM, StageKind.PERPLEXITY])
-def test_calibration_text_changed(hand: Hand, small: Any, kind: StageKind) -> None:
+def test_calibration_text_changed(hand: Any, small: Any, kind: StageKind) -> None:
     """Windows that the calibration left are not taken from another text in its place."""
     job = hand.until(hand.submit(small(confirm={"text": None})), kind)
     shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
@@ -185,7 +85,7 @@ def test_calibration_text_changed(hand: Hand, small: Any, kind: StageKind) -> No
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
-def test_search_by_perplexity(hand: Hand, small: Any, what: str) -> None:
+def test_search_by_perplexity(hand: Any, small: Any, what: str) -> None:
     """A search by perplexity goes on with neither another model nor another text."""
     spec = small(objective={"name": "perplexity"}, trials=6)
     job = hand.until(hand.submit(spec), StageKind.SEARCH)
@@ -198,7 +98,7 @@ def test_search_by_perplexity(hand: Hand, small: Any, what: str) -> None:
         hand.step(job)
 
 
-def test_finish_by_perplexity(hand: Hand, small: Any) -> None:
+def test_finish_by_perplexity(hand: Any, small: Any) -> None:
     """What was found by perplexity is not said to be of a text that came later."""
     spec = small(objective={"name": "perplexity"}, trials=6)
     job = hand.until(hand.submit(spec), StageKind.FINISH)
@@ -209,7 +109,7 @@ def test_finish_by_perplexity(hand: Hand, small: Any) -> None:
 
 
 def test_streamed_model_changed_while_it_is_measured(
-    hand: Hand, small: Any, monkeypatch: pytest.MonkeyPatch
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A streamed model's files are read all the time: a number is kept if they stayed the same."""
 
@@ -228,7 +128,7 @@ def test_streamed_model_changed_while_it_is_measured(
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
-def test_lost_bundle_of_other_inputs(hand: Hand, small: Any, what: str) -> None:
+def test_lost_bundle_of_other_inputs(hand: Any, small: Any, what: str) -> None:
     """A lost bundle is not replaced by that of another model or text."""
     job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
     shutil.rmtree(hand.bundles)
@@ -243,7 +143,7 @@ def test_lost_bundle_of_other_inputs(hand: Hand, small: Any, what: str) -> None:
 
 
 def test_lost_bundle_of_other_versions(
-    hand: Hand, small: Any, monkeypatch: pytest.MonkeyPatch
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor by one that another version of a package makes."""
     job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
@@ -255,7 +155,7 @@ def test_lost_bundle_of_other_versions(
         hand.step(job)
 
 
-def test_bundle_of_another_model(hand: Hand, small: Any) -> None:
+def test_bundle_of_another_model(hand: Any, small: Any) -> None:
     """A bundle that lies under another one's name is not taken: the right one is made again."""
     expected = hand.done(small()).best
     (mine,) = hand.bundles.rglob("*.safetensors")
@@ -268,7 +168,7 @@ def test_bundle_of_another_model(hand: Hand, small: Any) -> None:
     assert {**found, "search": None} == {**expected, "search": None}
 
 
-def test_calibrated_on_another_kind_of_device(hand: Hand, small: Any) -> None:
+def test_calibrated_on_another_kind_of_device(hand: Any, small: Any) -> None:
     """Weights that were calibrated in float32 are the same ones in bfloat16, as stored."""
     folder = hand.folder / "model"
     model = load_model(str(folder), device="cpu").model.to(torch.bfloat16)
@@ -283,7 +183,7 @@ def test_calibrated_on_another_kind_of_device(hand: Hand, small: Any) -> None:
 
 
 @pytest.fixture
-def hub(hand: Hand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def hub(hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A copy of the hub's org/tiny with two commits; says which of them is main."""
     repository = tmp_path / "hub" / "models--org--tiny"
     for number, commit in enumerate(COMMITS):
@@ -301,7 +201,7 @@ def hub(hand: Hand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     return main_is
 
 
-def test_hub_model_moves(hand: Hand, small: Any, hub: Callable[[int], None]) -> None:
+def test_hub_model_moves(hand: Any, small: Any, hub: Callable[[int], None]) -> None:
     """A hub model without a revision is that of the commit which the first stage saw."""
     expected = hand.done(small()).best
     job = hand.until(hand.submit(small(model="org/tiny")), StageKind.CONFIRM)
@@ -318,7 +218,7 @@ def test_hub_model_moves(hand: Hand, small: Any, hub: Callable[[int], None]) -> 
 
 
 def test_hub_model_is_loaded_once(
-    hand: Hand, small: Any, hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    hand: Any, small: Any, hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that calibrated a hub model need not load its commit again to measure it."""
     del hub
@@ -335,7 +235,7 @@ def test_hub_model_is_loaded_once(
 
 
 def test_local_model_is_not_asked_of_the_hub(
-    hand: Hand, small: Any, hub: Callable[[int], None]
+    hand: Any, small: Any, hub: Callable[[int], None]
 ) -> None:
     """A local model that was deleted is missed, though the hub has one of the same name."""
     del hub
@@ -354,7 +254,7 @@ def forgotten(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("changed", [None, "model", "text"])
-def test_calibrated_by_the_last_version(hand: Hand, small: Any, changed: str | None) -> None:
+def test_calibrated_by_the_last_version(hand: Any, small: Any, changed: str | None) -> None:
     """A job in flight goes on, and what its bundle says of model and text is compared."""
     job = hand.until(hand.submit(small(confirm={"text": None})), StageKind.SEARCH)
     hand.edit(job, StageKind.CALIBRATE, forgotten)
@@ -370,7 +270,7 @@ def test_calibrated_by_the_last_version(hand: Hand, small: Any, changed: str | N
         hand.until(job, None)
 
 
-def test_measured_by_the_last_version(hand: Hand, small: Any) -> None:
+def test_measured_by_the_last_version(hand: Any, small: Any) -> None:
     """Perplexities that an older version measured on different texts are not ranked."""
     job = hand.until(hand.submit(small()), StageKind.FINISH)
     hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(text_sha256="another"))
@@ -380,7 +280,7 @@ def test_measured_by_the_last_version(hand: Hand, small: Any) -> None:
 
 
 @pytest.fixture
-def transfer(hand: Hand, small: Any) -> Callable[..., TransferSpec]:
+def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     """The document of a transfer to these models."""
     source = hand.done(small())
 
@@ -393,7 +293,7 @@ def transfer(hand: Hand, small: Any) -> Callable[..., TransferSpec]:
     return build
 
 
-def test_report_text_changed(hand: Hand, transfer: Any) -> None:
+def test_report_text_changed(hand: Any, transfer: Any) -> None:
     """Two models of a transfer are not measured on two texts."""
     shutil.copytree(hand.folder / "model", hand.folder / "other")
     job = hand.submit(transfer("./model", "./other"))
@@ -408,7 +308,7 @@ def test_report_text_changed(hand: Hand, transfer: Any) -> None:
 
 
 def test_model_changed_in_a_transfer(
-    hand: Hand, transfer: Any, monkeypatch: pytest.MonkeyPatch
+    hand: Any, transfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that is replaced after its calibration is not measured with the other's bundle."""
     ensure = hand.inputs.bundles.ensure
@@ -429,7 +329,7 @@ def test_model_changed_in_a_transfer(
     assert stage.result["error"]["type"] == "ChangedInput"
 
 
-def test_claims_still_count(hand: Hand, transfer: Any) -> None:
+def test_claims_still_count(hand: Any, transfer: Any) -> None:
     """A stage that another worker has taken meanwhile stores nothing, whatever it compared."""
     job = hand.submit(transfer("./model"))
     (stage,) = hand.waiting(job)

@@ -136,13 +136,23 @@ def test_islands(crew: Any, spec_of: Any, undisturbed: Any) -> None:
 
 
 def test_extend(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
-    """A job that is extended ends as if it had been that long from the start."""
+    """An extended job has the trials of one with as many from the start, and no worse best."""
     job = crew.done(spec_of(trials=20))
+    before = found(job)
     job = crew.succeeded(crew.store.ask(job.id, "extend", trials=20))
     alone = undisturbed(spec_of(trials=40))
+    perplexities = [each["confirmation"]["perplexity"] for each in (before, alone.configuration)]
 
     assert crew.trials(job) == [alone.trials]
-    assert found(job) == alone.configuration
+    assert found(job)["confirmation"]["perplexity"] == min(perplexities)
+
+
+def test_extend_unconfirmed(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+    """Where nothing is confirmed, it ends as if it had been that long from the start."""
+    job = crew.done(spec_of(trials=20, confirm=None))
+    job = crew.succeeded(crew.store.ask(job.id, "extend", trials=20))
+
+    assert found(job) == undisturbed(spec_of(trials=40, confirm=None)).configuration
 
 
 def test_extend_while_it_runs(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:

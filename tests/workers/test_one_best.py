@@ -1,0 +1,98 @@
+"""A job has one best, and shows the same one everywhere; more trials never make it worse."""
+
+from typing import Any
+
+import optuna
+import pytest
+from optuna_dashboard import get_note
+
+from pho_service.api.describe import describe
+from pho_service.configuration import Configuration
+from pho_service.report.data import Report
+from pho_service.report.study import trials_of
+from pho_service.search.result import chosen_in
+from storage.jobs import Job
+from storage.states import StageKind
+from storage.studies import open_storage, study_name
+
+
+def studies(hand: Any, job: Job) -> list[optuna.Study]:
+    """Of all islands, with what they say read already."""
+    found = []
+    with open_storage(hand.store.database.studies_url) as storage:
+        for island in range(job.spec["islands"]):
+            study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
+            memory = optuna.create_study(study_name=study.study_name)
+            memory.add_trials(study.trials)
+            for key, value in study.user_attrs.items():
+                memory.set_user_attr(key, value)
+            memory.set_user_attr("note", get_note(study))
+            found.append(memory)
+    return found
+
+
+def measured(job: Job) -> dict[int, float]:
+    """The perplexities of a job by trial."""
+    return {s.number: s.result["perplexity"] for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
+
+
+def test_extended(hand: Any, small: Any) -> None:
+    """What was confirmed before an extension stays a finalist, and so no result gets worse."""
+    spec = small(confirm={"candidates": 1, "windows": 1}, trials=7, stream=True)
+    job = hand.done(spec)
+    found = max(measured(job))  # streamed, each finalist gets one, and not the baselines alone
+    own = hand.done(spec.model_copy(update={"trials": 29}))
+    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(perplexity=1.5), found)
+    hand.store.ask(job.id, "extend", trials=22)
+    job = hand.until(job, None)
+
+    assert found not in measured(own)
+    assert job.best is not None
+    assert job.best["confirmation"]["perplexity"] == 1.5
+    assert job.best["candidates"][0]["trial"] == found
+    assert {*measured(own)} < {*measured(job)}
+
+
+@pytest.mark.parametrize("islands", [1, 2])
+def test_marked(hand: Any, small: Any, islands: int) -> None:
+    """Studies, their notes, the API and the report name the chosen trial, not the best by proxy."""
+    job = hand.until(hand.submit(small(islands=islands)), StageKind.FINISH)
+    last = max(measured(job))
+    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(perplexity=1.5), last)
+    job = hand.until(job, None)
+    number, island = divmod(last, islands)
+    every = studies(hand, job)
+    mark = every[island].user_attrs["chosen"]
+    shown = describe(job)
+    report = Report(
+        title="", subject="search", made_at=job.created_at,
+        configuration=Configuration.model_validate(job.best),
+        trials=trials_of([study.trials for study in every], islands),
+    )  # fmt: skip
+
+    assert (mark["trial"], mark["perplexity"]) == (number, 1.5)
+    assert [study.user_attrs["chosen"] for study in every] == [mark] * islands
+    assert [chosen_in(study) for study in every] == [
+        number if i == island else None for i in range(islands)
+    ]
+    assert all(f"**Best** trial {number}" in study.user_attrs["note"] for study in every)
+    assert shown.best is not None
+    assert shown.progress.best_value == shown.best.objective == mark["objective"]
+    assert shown.progress.best_value > min(s.best_value for s in job.of_kind(StageKind.SEARCH))
+    assert report.winner is not None
+    assert report.winner.number == last
+
+
+def test_unconfirmed(hand: Any, small: Any) -> None:
+    """Also where the best is that of the objective, while more trials are being searched."""
+    job = hand.done(small(confirm=None))
+    (study,) = studies(hand, job)
+    configuration = Configuration.model_validate(job.best)
+    better = optuna.trial.create_trial(value=0.0, user_attrs={"method": "crepe"})
+    report = Report(
+        title="", subject="search", made_at=job.created_at, configuration=configuration,
+        trials=trials_of([[*study.trials, better]], 1),
+    )  # fmt: skip
+
+    assert report.winner is not None
+    assert report.winner.number == study.user_attrs["chosen"]["trial"] == study.best_trial.number
