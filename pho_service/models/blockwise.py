@@ -112,9 +112,8 @@ class _InputSums:
 
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), any floating dtype."""
-        x = x.float()
         add_gram_(self.gram, x)
-        self.total += x.sum(dim=0)
+        self.total += x.float().sum(dim=0)
 
     def finish(self, sequences: int, tokens: int) -> InputMoments:
         norm = (self.gram.diagonal() / sequences).sqrt()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pho_service.errors import NumericalError, OutOfMemory, TextError
 from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
+from pho_service.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,10 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
     On a CPU windows are run one by one: a window of some hundred tokens keeps
     its cores busy, two at once were not faster, and so nothing depends on the
     memory of the machine. On a CUDA device the first window shows how large
-    the logits are, and as many are run at once as fit into the free memory
-    with eight times the size of their logits in float32, at most ``most``:
-    batches differ from single windows in the last digits. Where they do not fit
+    the logits are. Batches differ from single windows in the last digits, so how many are run at
+    once depends on the model and the size of the card: a power of two that fits, with
+    eight times the size of their logits in float32, into half of what the model leaves, at most
+    ``most``. Only where less than that is free, as many as fit are run. Where they do not fit
     all the same, half as many are tried, once.
 
     Args:
@@ -86,6 +88,7 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
         OutOfMemory: Not even so.
     """
     device = next(model.parameters()).device
+    weights = sum(p.nbytes for p in model.parameters() if p.device == device)
     begin, size, halved = 0, 1, False
     while begin < len(windows):
         batch = windows[begin : begin + size]
@@ -108,26 +111,30 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
             let_go_of_memory()
             continue
         begin += len(batch)
-        size = batch_size(logits[0].numel(), device, most=most)
+        size = batch_size(logits[0].numel(), device, weights=weights, most=most)
         yield from logits
         del logits  # before the next are made
 
 
-def batch_size(logits: int, device: torch.device, *, most: int) -> int:
+def batch_size(logits: int, device: torch.device, *, weights: int, most: int) -> int:
     """
     How many windows to run at once; the rule is that of :func:`window_logits`.
 
     Args:
         logits: Of one window: context length times vocabulary.
         device: Where the model runs.
+        weights: Bytes of the model there.
         most: The answer is 1 to ``most``; 1 on whatever is no CUDA device.
     """
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    # What PyTorch holds without using it counts as used above.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(most, free // (ROOM * 4 * logits)))
+    each = ROOM * 4 * logits
+    _, total = torch.cuda.mem_get_info(device)
+    fitting = min(most, (total - weights) // 2 // each)
+    size = 1 << max(0, fitting.bit_length() - 1)  # the next power of two below
+    while size > 1 and size * each > free_memory(device):
+        size //= 2
+    return size
 
 
 def log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

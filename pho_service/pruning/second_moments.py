@@ -2,12 +2,16 @@
 Sums over the tokens of one input: its activation norm and its second moment.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from pho_service.pruning.copies import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,11 @@ class SecondMoment:
 
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), one sequence or several, any floating dtype."""
-        x = x.float().contiguous()
         with torch.autocast(x.device.type, enabled=False):  # sums are float32, whatever is around
-            self.squares += x.square().sum(dim=0)
+            exact = x.float().contiguous()
+            self.squares += exact.square().sum(dim=0)
             if self.rows:
-                self.moment += self._projected(x)
+                self.moment += self._projected(exact)
             else:
                 add_gram_(self.moment, x)
 
@@ -74,14 +78,14 @@ class SecondMoment:
         token = row.argsort(stable=True)  # (tokens,), row by row
         first = row.bincount(minlength=self.rows).cumsum(dim=0).roll(1)
         first[0] = 0  # (rows,): where each row's tokens begin
+        sign = sign[token]
+        if x.device.type != "cpu":  # all in one copy, which nobody waits for
+            numbers = torch.cat([token.int(), first.int(), sign.view(torch.int32)])
+            there = to_device(numbers, x.device)
+            token, first, sign = there.split([len(token), len(first), len(sign)])
+            sign = sign.view(torch.float32)
         # One pass over x, and the same order of additions every time, on a GPU too.
-        projected: Tensor = embedding_bag(
-            token.to(x.device),
-            x,
-            first.to(x.device),
-            mode="sum",
-            per_sample_weights=sign[token].to(x.device),
-        )
+        projected: Tensor = embedding_bag(token, x, first, mode="sum", per_sample_weights=sign)
         return projected
 
     @classmethod
@@ -118,19 +122,42 @@ class SecondMoment:
 
 
 PANEL = 256  # columns of a Gram matrix that are added at a time
+GPU_PANEL = 2048  # the same on a GPU, where each is a launch
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> None:
     """
     Add ``x.T @ x`` to the upper triangle of a Gram matrix; :func:`mirrored_` fills in the lower.
 
+    On a GPU, inputs in 16 bits are multiplied by its tensor cores: TF32 holds them exactly, and
+    sums are float32 as elsewhere.
+
     Args:
         gram: (width, width), float32. Below the diagonal it has no meaning.
-        x: (tokens, width), float32.
+        x: (tokens, width), any floating dtype.
     """
-    for start in range(0, len(gram), PANEL):
-        panel = slice(start, start + PANEL)
-        gram[panel, start:].addmm_(x[:, panel].T, x[:, start:])
+    step = PANEL if x.device.type == "cpu" else GPU_PANEL
+    with tensor_cores() if x.dtype in (torch.bfloat16, torch.float16) else nullcontext():
+        x = x.float()
+        for start in range(0, len(gram), step):
+            panel = slice(start, start + step)
+            gram[panel, start:].addmm_(x[:, panel].T, x[:, start:])
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """
+    Inside, a GPU multiplies float32 matrices as TF32: factors of 10 bits, sums in float32.
+
+    bfloat16 has 7 such bits and float16 has 10, so what was cast from them loses none.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def mirrored_(gram: Tensor) -> Tensor:

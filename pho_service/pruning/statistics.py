@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.pruning.copies import to_device
 from pho_service.pruning.passes import frozen, recomputed, run_backward, run_decoder
 from pho_service.pruning.second_moments import InputStatistics, SecondMoment
 from pho_service.pruning.sums import Sums
@@ -152,14 +153,12 @@ def gather(
         frozen(model),
     ):
         backward, forward = windows[:fisher_windows], windows[fisher_windows:]
-        for batch in (
-            backward.split(batch_windows) if len(backward) else ()
-        ):  # (batch_windows or fewer, tokens)
-            run_backward(model, batch.to(device))
+        for batch in backward.split(batch_windows) if len(backward) else ():  # (windows, tokens)
+            run_backward(model, to_device(batch, device))
             collector.end_of_window()
             advance(len(batch))
         for batch in forward.split(forward_windows or batch_windows) if len(forward) else ():
-            run_decoder(model, batch.to(device))
+            run_decoder(model, to_device(batch, device))
             collector.end_of_window()
             advance(len(batch))
     return collector

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_cards import Card
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -351,3 +352,48 @@ def test_lazy_masks_equal_ready_ones(
         lazy = bits_of(tiny_llama)
 
     assert all(torch.equal(ready[name], lazy[name]) for name in ready)
+
+
+def with_zeros(linears: Linears) -> None:
+    """Give weights zeros of both signs, which must come back as they were."""
+    for linear in linears.values():
+        linear.weight[:, 0] = 0.0
+        linear.weight[:, 1] = -0.0
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """The bits of all weights; -0 is not 0."""
+    return {name: p.detach().cpu().view(torch.int32) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_pruned_on_a_gpu(
+    pretended_gpu: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama: LlamaForCausalLM,
+    linears: Linears,
+    statistics: Statistics,
+    *,
+    is_short: bool,
+) -> None:
+    """On a GPU what was removed alone is kept, in main memory where it is short; all comes back."""
+    with_zeros(linears)
+    before = bits(tiny_llama)
+    candidate = Candidate(method="crepe", coefficients=CREPE, pattern=Pattern.parse("0.75"))
+    masks = dict(model_masks(linears, statistics, candidate))
+    tiny_llama.to("cuda")
+    dense = pretended_gpu.allocated
+    prunable = sum(linear.weight.nbytes for linear in linears.values())
+    if is_short:
+        monkeypatch.setattr("pho_service.pruning.masks.free_memory", lambda _: 0)
+    with pruned(linears, ((name, mask.to("cuda")) for name, mask in masks.items())):
+        kept = pretended_gpu.allocated - dense
+        for name, linear in linears.items():
+            assert torch.equal((linear.weight != 0).cpu(), masks[name] & (linear.weight.cpu() != 0))
+
+    if is_short:
+        assert kept < 0.05 * prunable  # the last mask
+    else:
+        assert 0.75 * prunable <= kept < 0.85 * prunable  # in blocks of 512 bytes; what was zero
+    after = bits(tiny_llama)
+    assert all(torch.equal(after[name], values) for name, values in before.items())

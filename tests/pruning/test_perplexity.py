@@ -126,15 +126,24 @@ def test_one_by_one_on_a_cpu(tiny_llama: LlamaForCausalLM, windows: Tensor) -> N
 
 
 @pytest.mark.parametrize(
-    ("free", "size"), [(0, 1), (32_000, 1), (63_999, 1), (64_000, 2), (10**9, 16)]
+    ("memory", "free", "size"),
+    [
+        (10**9, 10**9, 16),
+        (10**9, 512_000, 16),  # who else is on the card does not matter while all fit
+        (600_000, 600_000, 8),  # half of what the model leaves; a power of two
+        (560_000, 560_000, 4),
+        (10**9, 511_999, 8),
+        (10**9, 0, 1),
+        (1000, 10**9, 1),
+    ],
 )
-def test_batch_size(monkeypatch: pytest.MonkeyPatch, free: int, size: int) -> None:
-    """On a CUDA device as many windows as their logits in float32 fit eight times into memory."""
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free // 2, 2 * free))
+def test_batch_size(monkeypatch: pytest.MonkeyPatch, memory: int, free: int, size: int) -> None:
+    """Model and card say how many windows are run at once; what is free only if they don't fit."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free // 2, memory))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: free)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: free - free // 2)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: free // 2)
 
-    assert batch_size(1000, torch.device("cuda"), most=16) == size
+    assert batch_size(1000, torch.device("cuda"), weights=50_000, most=16) == size
 
 
 def test_batches(
@@ -170,7 +179,9 @@ def test_half_the_batch(
 ) -> None:
     """A batch that does not fit is tried at half its size, with the same result."""
     alone = rate_perplexity(tiny_llama, windows).perplexity
-    monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, most: min(4, most))
+    monkeypatch.setattr(
+        "pho_service.pruning.perplexity.batch_size", lambda *_, most, **__: min(4, most)
+    )
     given = crowded(tiny_llama, 2)
 
     assert rate_perplexity(tiny_llama, windows).perplexity == pytest.approx(alone, rel=1e-6)

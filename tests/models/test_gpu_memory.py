@@ -1,0 +1,160 @@
+"""Memory of a pretended GPU: what is planned is what is taken, and nobody waits for nothing."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pretended_cards import Card
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pho_service.models.architecture import decoder_blocks, prunable_linears
+from pho_service.models.blockwise import collect_statistics_blockwise
+from pho_service.models.footprint import footprint_of
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.planning.stage_memory import (
+    LIBRARIES,
+    CalibrationRun,
+    Place,
+    calibration_peak,
+)
+from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.spec import CalibrationSettings
+
+TOKENS, WINDOWS, FISHER = 128, 8, 4
+ON_GPU, STREAMED = Place(on_gpu=True), Place(on_gpu=True, stream=True)
+SETTINGS = CalibrationSettings(context_length=TOKENS, projection_rows=32, samples=WINDOWS)
+# Widths for which activations weigh as much as in a large model.
+CONFIG = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def llama(dtype: torch.dtype) -> LlamaForCausalLM:
+    """A random LLaMA with four blocks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    """(8, 128), int64: random tokens."""
+    return torch.randint(512, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+RUNS = [
+    (CalibrationRun(), 32),
+    (CalibrationRun(windows=4, forward_windows=4), 32),
+    (CalibrationRun(forward_windows=4, recompute=True), 32),
+    (CalibrationRun(), 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("run", "rows"), RUNS)
+def test_plan_of_a_calibration(
+    pretended_gpu: Card, windows: Tensor, dtype: torch.dtype, run: CalibrationRun, rows: int
+) -> None:
+    """A calibration takes what is planned, or down to two thirds of it, in both dtypes."""
+    model = llama(dtype).to("cuda")
+    linears = prunable_linears(model)
+    planned = calibration_peak(
+        footprint_of(model, linears), replace(SETTINGS, projection_rows=rows), ON_GPU, run,
+        windows=WINDOWS, fisher_windows=FISHER,
+    )  # fmt: skip
+    pretended_gpu.reset_peak()
+    collect_statistics(
+        model, linears, windows, fisher_windows=FISHER, projection_rows=rows, seed=0,
+        batch_windows=run.windows, forward_windows=run.forward_windows,
+        recompute=[block for _, block in decoder_blocks(model)] if run.recompute else (),
+    )  # fmt: skip
+
+    assert 1 <= (planned.device - LIBRARIES) / pretended_gpu.peak <= 1.5
+
+
+@pytest.fixture
+def folder(model_folder: Path) -> Callable[[torch.dtype], Path]:
+    """Makes a folder with the LLaMA of four blocks."""
+
+    def make(dtype: torch.dtype) -> Path:
+        (model_folder / "model.safetensors").unlink()
+        llama(dtype).save_pretrained(model_folder)
+        return model_folder
+
+    return make
+
+
+def streamed_statistics(
+    model: LanguageModel, windows: Tensor, *, on_device: bool, spill: Path | None = None
+) -> Statistics:
+    """What the windows say of a streamed model."""
+    return collect_statistics_blockwise(
+        model, windows, fisher_windows=FISHER, projection_rows=32, seed=0, spill=spill,
+        states_on_device=on_device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "on_device"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_plan_of_a_streamed_calibration(
+    pretended_gpu: Card,
+    windows: Tensor,
+    folder: Callable[[torch.dtype], Path],
+    dtype: torch.dtype,
+    *,
+    on_device: bool,
+) -> None:
+    """So does a streamed one, with the hidden states on the card and without."""
+    model = load_model(str(folder(dtype)), device="cuda", stream=True)
+    planned = calibration_peak(
+        footprint_of(model.model, model.linears), SETTINGS, STREAMED,
+        CalibrationRun(recompute=True, states_on_device=on_device),
+        windows=WINDOWS, fisher_windows=FISHER,
+    )  # fmt: skip
+    gc.collect()
+    pretended_gpu.reset_peak()
+    streamed_statistics(model, windows, on_device=on_device)
+
+    assert 1 <= (planned.device - LIBRARIES) / pretended_gpu.peak <= 1.5
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_where_states_are(
+    windows: Tensor,
+    folder: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+) -> None:
+    """On the card, in main memory, or on disk: hidden states give the same bits."""
+    model = load_model(str(folder(torch.float32)), device="cuda", stream=True)
+    expected = streamed_statistics(model, windows, on_device=True)
+    for spill in (None, tmp_path):
+        actual = streamed_statistics(model, windows, on_device=False, spill=spill)
+        for a, b in zip(actual.inputs, expected.inputs, strict=True):
+            assert torch.equal(a.root, b.root)
+        for name, fisher in expected.fisher.items():
+            assert torch.equal(actual.fisher[name], fisher)
+
+
+def waits(card: Card, windows: Tensor, rows: int) -> Counter[str]:
+    """How often a calibration waits for the card, and for what."""
+    model = llama(torch.bfloat16).to("cuda")
+    with card.counting() as counts:
+        collect_statistics(
+            model, prunable_linears(model), windows,
+            fisher_windows=len(windows) // 2, projection_rows=rows, seed=0,
+        )  # fmt: skip
+    return counts.by_cause
+
+
+@pytest.mark.parametrize("rows", [8, 0])
+def test_waits(pretended_gpu: Card, windows: Tensor, rows: int) -> None:
+    """A calibration waits for its results, and once a window, where transformers looks at it."""
+    few, many = (waits(pretended_gpu, windows[:count, :16], rows) for count in (2, 8))
+
+    assert many["d2h"] == few["d2h"]
+    assert sum(many.values()) - sum(few.values()) <= 8 - 2
