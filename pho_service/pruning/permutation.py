@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pho_service.pruning.assignment import assign
+from pho_service.pruning.chunks import chunk_size
 from pho_service.pruning.repruning import row_errors
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.selection import nm_mask
 
 _SWAPS = 16  # tried for each pair of groups in a round; all of them up to M = 4
-_CHUNK = 1 << 18  # weights that are looked at at a time: 1 MiB a tensor stays in the cache
+_CHUNK = 1 << 18  # weights that a CPU looks at at a time: 1 MiB a tensor stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +273,9 @@ class _Sample:
         kept = permuted_mask(self.score.T, order, keep=self.keep, group=self.group).T
         removed = self.weight.masked_fill(kept, 0)  # (in_features, rows)
         slope = 2 * (self.gram @ removed)
-        size = max(1, _CHUNK // (2 * self.group * removed.shape[1]))
+        size = chunk_size(removed.device, _CHUNK) // (2 * self.group * removed.shape[1])
         change = torch.cat(
-            [self._changes(chunk, removed, slope) for chunk in pairs.split(size)]
+            [self._changes(chunk, removed, slope) for chunk in pairs.split(max(1, size))]
         )  # (P, swaps)
         least, swap = change.min(dim=1)
         swapped = pairs.clone()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from pho_service.pruning.chunks import chunk_size
 from pho_service.pruning.scores import TINY
 
-_CHUNK = 1 << 22  # values of a temporary tensor: 16 MiB in float32
+_CHUNK = 1 << 22  # values of a temporary tensor on a CPU: 16 MiB in float32
 _CANDIDATES = 16  # per row and round, to put back and as many to remove
 _SWAPS_A_ROUND = 8
 _ROUNDING = 1e-6  # of the first error; a smaller gain may be float32 noise
@@ -39,7 +40,7 @@ def row_errors(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """
     _check(weight, mask, group=0, gram=gram)
     errors = []
-    for rows in _chunks(weight.shape, width=1):
+    for rows in _chunks(weight, width=1):
         removed = weight[rows].float().masked_fill(mask[rows], 0)
         errors.append((removed @ gram * removed).sum(dim=1))
     return torch.cat(errors)
@@ -93,13 +94,16 @@ def swap_refine(
     refined = mask.clone(memory_format=torch.contiguous_format)
     if max_swaps == 0:
         return refined
-    gram = gram.contiguous()
-    for rows in _chunks(weight.shape, width=max(group, 4)):
-        values, before = weight[rows].float().contiguous(), mask[rows].contiguous()
-        after = _swapped(values, before, gram, group, max_swaps)
-        fell = _error_fell(values, before, after, gram)
-        refined[rows] = torch.where(fell, after, before)
-    return refined
+    gram, weight, before = gram.contiguous(), weight.float().contiguous(), refined.clone()
+    # Products and sums round by their shape, so they are made of all rows: no chunk changes a bit.
+    removed = weight.masked_fill(mask, 0)
+    pull = removed @ gram
+    least = _ROUNDING * removed.mul_(pull).sum(dim=1)
+    del removed
+    for rows in _chunks(weight, width=max(group, 4)):
+        _swap_(refined[rows], weight[rows], pull[rows], least[rows], gram, group, max_swaps)
+    del pull
+    return torch.where(_error_fell(weight, before, refined, gram), refined, before)
 
 
 def dsnot_refine(
@@ -158,15 +162,17 @@ def dsnot_refine(
         raise ValueError(f"max_cycles={max_cycles}, threshold={threshold}: neither may be negative")
     inverse = 1 / (variance**power).clamp_min(TINY)  # (in_features,)
     refined = mask.clone(memory_format=torch.contiguous_format)
-    for rows in _chunks(weight.shape, width=4):
-        values, kept = weight[rows].float().contiguous(), mask[rows].contiguous()
-        share = values * mean
+    shares = weight.float().contiguous() * mean
+    # A sum of all rows, so that no chunk changes how it rounds.
+    errors = shares.masked_fill(mask, 0).sum(dim=1, dtype=torch.float64)
+    for rows in _chunks(weight, width=4):
+        share, kept = shares[rows], mask[rows]
         balance = _Balance(
             origin=torch.arange(len(share), device=share.device),
             share=share,
             growth=(share * inverse).masked_fill(kept, 0),
-            wanda=(values.abs() * activation_norm).masked_fill(~kept, torch.inf),
-            error=share.masked_fill(kept, 0).sum(dim=1, dtype=torch.float64),
+            wanda=(weight[rows].float().abs() * activation_norm).masked_fill(~kept, torch.inf),
+            error=errors[rows],
         )
         for _ in range(max_cycles):
             balance = _balanced(balance, refined[rows], group, threshold)
@@ -199,10 +205,10 @@ def _check(
         raise ValueError(f"group={group} must be 0, or above 1 and divide in_features={n}")
 
 
-def _chunks(shape: torch.Size, *, width: int) -> Iterator[slice]:
+def _chunks(weight: Tensor, *, width: int) -> Iterator[slice]:
     """Cut rows so that ``width`` values for each of their weights fit a temporary tensor."""
-    out_features, in_features = shape
-    step = max(1, _CHUNK // max(1, in_features * width))
+    out_features, in_features = weight.shape
+    step = max(1, chunk_size(weight.device, _CHUNK) // max(1, in_features * width))
     for start in range(0, out_features, step):
         yield slice(start, start + step)
 
@@ -254,10 +260,16 @@ class _Candidates:
     paired: bool  # swap only the k-th with the k-th
 
 
-def _swapped(weight: Tensor, mask: Tensor, gram: Tensor, group: int, max_swaps: int) -> Tensor:
-    """The mask after up to ``max_swaps`` swaps in each row."""
-    removed = weight.masked_fill(mask, 0)
-    pull = removed @ gram
+def _swap_(
+    mask: Tensor,
+    weight: Tensor,
+    pull: Tensor,
+    least: Tensor,
+    gram: Tensor,
+    group: int,
+    max_swaps: int,
+) -> None:
+    """Make up to ``max_swaps`` swaps in each row of ``mask``; changes ``pull`` too."""
     rows = _Rows(
         origin=torch.arange(len(weight), device=weight.device),
         move=torch.where(mask, weight, -weight),
@@ -265,19 +277,18 @@ def _swapped(weight: Tensor, mask: Tensor, gram: Tensor, group: int, max_swaps: 
         pull=pull,
         barrier=torch.zeros_like(weight).masked_fill_(mask, torch.inf),
         left=torch.full((len(weight),), max_swaps, device=weight.device),
-        least=_ROUNDING * (removed * pull).sum(dim=1),
+        least=least,
     )
-    refined = mask.clone()
     while len(rows.origin):
         found = _best_in_runs(rows, gram, group) if group else _best_in_parts(rows)
         channel, swap = _best_swaps(rows, found, gram)
-        _move_(rows, channel, swap, gram)
-        row, at = swap.nonzero(as_tuple=True)
-        refined[rows.origin[row], channel[row, at]] ^= True
-        active = swap.any(dim=1) & (rows.left > 0)
-        if not bool(active.all()):
-            rows = rows.select(active.nonzero()[:, 0])
-    return refined
+        row, place = swap.nonzero(as_tuple=True)
+        at = channel[row, place]
+        _move_(rows, channel, swap, row, at, gram)
+        mask[rows.origin[row], at] ^= True
+        active = (swap.any(dim=1) & (rows.left > 0)).nonzero()[:, 0]
+        if len(active) < len(rows.origin):
+            rows = rows.select(active)
 
 
 def _best_in_parts(rows: _Rows) -> _Candidates:
@@ -371,12 +382,12 @@ def _coupling(rows: _Rows, channel: Tensor, gram: Tensor) -> Tensor:
     return values.mul_(2 * move[:, :, None]).mul_(move[:, None, :])
 
 
-def _move_(rows: _Rows, channel: Tensor, moved: Tensor, gram: Tensor) -> None:
-    """Change the place of the weights at ``channel`` where ``moved``, each (R, m)."""
+def _move_(
+    rows: _Rows, channel: Tensor, moved: Tensor, row: Tensor, at: Tensor, gram: Tensor
+) -> None:
+    """Move the weights at ``channel`` where ``moved``, each (R, m): those at ``row``, ``at``."""
     amount = rows.move.gather(1, channel) * moved
     rows.pull.add_(embedding_bag(channel, gram, mode="sum", per_sample_weights=amount))
-    row, m = moved.nonzero(as_tuple=True)
-    at = channel[row, m]
     rows.move[row, at] = -rows.move[row, at]
     rows.barrier[row, at] = rows.barrier[row, at].reciprocal()
 
@@ -425,17 +436,19 @@ def _balanced(rows: _Balance, mask: Tensor, group: int, threshold: float) -> _Ba
     each = torch.arange(len(sign), device=sign.device)
     error = rows.error + (rows.share[each, out].double() - rows.share[each, back].double())
     swap = found & (rows.error.abs() > threshold) & (error.abs() < rows.error.abs())
-    mask[rows.origin[swap], back[swap]] = True
-    mask[rows.origin[swap], out[swap]] = False
+    # Read where it is not written, and without waiting for a GPU to count the swaps.
+    mask[rows.origin, back] |= swap
+    mask[rows.origin, out] &= ~swap
     rows.growth[each, back] = 0
     rows.wanda[each, out] = torch.inf
     rows = replace(rows, error=error)
-    if bool(swap.all()):
+    active = swap.nonzero()[:, 0]
+    if len(active) == len(swap):
         return rows
     return _Balance(
-        origin=rows.origin[swap],
-        share=rows.share[swap],
-        growth=rows.growth[swap],
-        wanda=rows.wanda[swap],
-        error=rows.error[swap],
+        origin=rows.origin[active],
+        share=rows.share[active],
+        growth=rows.growth[active],
+        wanda=rows.wanda[active],
+        error=rows.error[active],
     )

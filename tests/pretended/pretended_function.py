@@ -11,6 +11,7 @@ from pretended_cards import InMain, OnCard, label_of, set_label
 from pretended_machine import CPU, Cards, Move
 from pretended_rules import tensors_of
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from torch.overrides import TorchFunctionMode
 
 
@@ -44,6 +45,7 @@ class Function(TorchFunctionMode):
             torch.tensor: self._tensor,
             torch.as_tensor: self._as_tensor,
             torch.asarray: self._as_tensor,
+            embedding_bag: self._embedding_bag,
         }
 
     def __torch_function__(
@@ -211,3 +213,8 @@ class Function(TorchFunctionMode):
             return self._moved(data, device, dtype, **kwargs)
         made = torch.asarray(data, dtype=dtype, **kwargs)
         return made if device is None else self._moved(made, device)
+
+    def _embedding_bag(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # It makes the offsets of its bags itself, where its input lies.
+        with self.cards.making(self._device(rows)):
+            return embedding_bag(rows, *args, **kwargs)

@@ -5,6 +5,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from pretended_cards import Card
 from torch import Tensor
 
 from pho_service.pruning import assignment, permutation
@@ -243,6 +244,28 @@ def test_wide_inputs(in_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_permutation(order, in_features)
     assert torch.equal(order, exact) == (in_features == 1024)
     assert found - before >= 0.97 * (most - before)
+
+
+def test_orders_on_a_gpu(pretended_gpu: Card) -> None:
+    """They are the CPU's, and the waits of an order by the score do not grow with its width."""
+    waits = []
+    for in_features in (1040, 1200):
+        score = random_score(8, in_features)
+        with pretended_gpu.counting() as counts:
+            order = permute_channels(score.cuda(), keep=2, group=4)
+        waits.append(counts.waits)
+
+        assert order.device == pretended_gpu.device
+        assert torch.equal(order.cpu(), permute_channels(score, keep=2, group=4))
+    assert waits[0] == waits[1]
+
+    linear, gram = random_linear(12, 64), random_gram(64)
+    on_card = PermutedLinear(
+        weight=linear.weight.cuda(), score=linear.score.cuda(), fisher=linear.fisher.cuda()
+    )
+    order = permute_for_error([on_card], gram.cuda(), keep=2, group=4, rounds=2)
+
+    assert torch.equal(order.cpu(), permute_for_error([linear], gram, keep=2, group=4, rounds=2))
 
 
 def test_reconstruction_error() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pretended_cards import Card
 from torch import Tensor
 
 from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
@@ -269,16 +270,75 @@ def test_zero_weights() -> None:
 
 @GROUPS
 def test_swap_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows are worked on at once changes no mask."""
+    """How many rows are worked on at once, from one to all, changes no bit of a mask."""
     weight, gram = layer(23, 64)
     mask = half_mask(weight, gram, group)
     refined = swap_refine(weight, mask, gram, group=group)
     errors = row_errors(weight, mask, gram)
 
-    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 64 * 8 * 5)
+    for chunk in (1, 64 * 8 * 5, 1 << 28):
+        monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", chunk)
 
-    assert swap_refine(weight, mask, gram, group=group).equal(refined)
-    assert torch.allclose(row_errors(weight, mask, gram), errors)
+        assert swap_refine(weight, mask, gram, group=group).equal(refined)
+        assert torch.allclose(row_errors(weight, mask, gram), errors)
+
+
+@GROUPS
+def test_products_are_of_all_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are free to choose because nothing that rounds by its shape is done in them."""
+    weight, gram = layer(23, 64)
+    mask = half_mask(weight, gram, group)
+    rows: list[int] = []
+    product = Tensor.__matmul__
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        rows.append(len(left))
+        return product(left, right)
+
+    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 1)
+    monkeypatch.setattr(Tensor, "__matmul__", watched)
+    swap_refine(weight, mask, gram, group=group)
+
+    assert rows == [23, 23]
+
+
+@GROUPS
+def test_a_gpu_takes_all_rows_at_once(
+    group: int, pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches and waits do not grow with the rows; the masks are the CPU's, in chunks too."""
+    weight, gram = layer(8, 256)
+    mask = half_mask(weight, gram, group)
+    statistics = row_statistics(256)
+    arguments = {name: values.cuda() for name, values in statistics.items()}
+
+    def refined(height: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Masks of the rows, so many times, by swaps and DSnoT; launches and waits of each."""
+        weights, masks = weight.repeat(height, 1).cuda(), mask.repeat(height, 1).cuda()
+        found, counted = [], []
+        for refine in (
+            lambda: swap_refine(weights, masks, gram.cuda(), group=group),
+            lambda: dsnot_refine(weights, masks, **arguments, group=group),
+        ):
+            with pretended_gpu.counting() as counts:
+                found.append(refine().cpu())
+            counted.append((counts.launches, counts.waits))
+        return found, counted
+
+    low, few = refined(1)
+    high, many = refined(9)
+    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 1)
+    monkeypatch.setattr("pho_service.pruning.chunks.GPU_CHUNK", 256 * 8 * 30)
+    cut, more = refined(9)
+
+    assert few == many
+    assert all(each[0] > one[0] for each, one in zip(more, few, strict=True))
+    on_cpu = [
+        swap_refine(weight, mask, gram, group=group),
+        dsnot_refine(weight, mask, **statistics, group=group),
+    ]
+    for expected, *others in zip(on_cpu, low, high, cut, strict=True):
+        assert all(other.equal(expected.repeat(len(other) // 8, 1)) for other in others)
 
 
 @GROUPS
@@ -492,9 +552,10 @@ def test_dsnot_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = half_mask(weight, gram, group)
     refined = dsnot_refine(weight, mask, **row_statistics(64), group=group)
 
-    monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 64 * 4 * 5)
+    for chunk in (1, 64 * 4 * 5, 1 << 28):
+        monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", chunk)
 
-    assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(refined)
+        assert dsnot_refine(weight, mask, **row_statistics(64), group=group).equal(refined)
 
 
 # --- wrong use ----------------------------------------------------------------------------------

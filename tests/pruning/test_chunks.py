@@ -1,0 +1,31 @@
+"""How many values are worked on at a time."""
+
+import pytest
+import torch
+from pretended_cards import Card
+
+from pho_service.pruning.chunks import chunk_size
+
+
+def test_a_cpu_takes_what_it_is_told() -> None:
+    """Nothing is asked of a machine without a GPU."""
+    assert chunk_size(torch.device("cpu"), 1 << 18) == 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(60 << 30, 1 << 28), (16 << 30, 1 << 28), (15 << 30, 1 << 27), (0, 1 << 18)]
+)
+def test_a_gpu_takes_what_fits(pretended_gpu: Card, free: int, size: int) -> None:
+    """A power of two for which 64 bytes a value are free, between the CPU's and 2^28."""
+    pretended_gpu.others = pretended_gpu.memory_bytes - free
+
+    assert chunk_size(pretended_gpu.device, 1 << 18) == size
+
+
+def test_what_torch_keeps_is_free(pretended_gpu: Card) -> None:
+    """An earlier stage's memory in torch's cache does not make chunks small."""
+    pretended_gpu.others = 70 << 30
+    torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+
+    assert pretended_gpu.free < 8 << 30 < pretended_gpu.free + pretended_gpu.reserved
+    assert chunk_size(pretended_gpu.device, 1 << 18) == 1 << 27
