@@ -60,7 +60,7 @@ bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back, both on 
 bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 10 minutes on 2 cores, goes on where it was
 	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs $(ARGS)
 
-bench-gpu: install ## LLaMA-2-7B shapes on one GPU: calibration, 200 trials, precision; needs a CUDA build of torch
+bench-gpu: install ## the whole job on the shapes of LLaMA-2-7B, LLaMA-3-8B, a 70B block, a Mixtral block; needs a CUDA build of torch
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:

@@ -1,138 +1,364 @@
 """
-Calibration and search on LLaMA-2-7B shapes, on one GPU: `make bench-gpu`.
+The whole job on one GPU, on the shapes of published models: `make bench-gpu`.
 
-Random weights in bfloat16, made on the card. Prints the card, seconds and peak
-GPU memory of each part; then how far a rating is from what the card allows, and
-whether tf32 and bfloat16 rank candidates as float32 does.
+Random weights and random tokens: what work costs does not depend on what they say. Of each shape:
+loading, hashing, calibration, 200 trials, confirmation, every step of the pipeline on one block,
+Wanda and SparseGPT, pruning and saving, with the peaks of memory beside the plan's; then whether
+two runs are the same bits, ratings and masks those of the CPU, and statistics those of float32.
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --device cpu --size tiny --context-length 64   # tries the script out
+    python benchmarks/gpu.py                                  # all shapes, into bench-gpu.json
+    python benchmarks/gpu.py --shape llama-2-7b               # ten minutes at most on an H100
+    python benchmarks/gpu.py --tables bench-gpu.json          # docs/speed.md's part on GPUs
+    python benchmarks/gpu.py --device cpu --shape tiny --context-length 64   # tries it out
 """
 
+import json
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import click
-import evaluation_floor
 import torch
+from gpu_parts import (
+    Clock,
+    masks_apart,
+    ratings_apart,
+    statistics_apart,
+    tensors_apart,
+)
+from gpu_shapes import SHAPES, Shape, write_model
+from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
-from random_llama import SHAPES, random_llama, random_text
+from random_llama import random_text
 
-from pho_service.cli.terminal import print_table, progress, verb
+from pho_service.cli.terminal import progress, say, verb
+from pho_service.files import new_file
+from pho_service.job_spec import JobSpec
+from pho_service.jobs.compare import compare_candidates
+from pho_service.jobs.prune import prune_job
+from pho_service.jobs.rating import ReportText
 from pho_service.jobs.search import search_job
-from pho_service.memory import peak_memory
+from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
 from pho_service.models.devices import pick_device
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.planning.machines import CARDS, Machine
+from pho_service.planning.plan import Plan, plan_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import layer_score, linear_masks
+from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
+from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
-from pho_service.spec import CalibrationSettings, Pattern
+from pho_service.spec import (
+    CalibrationSettings,
+    Candidate,
+    Coefficients,
+    Pattern,
+    Steps,
+    comparison_baselines,
+)
 
-TARGET_S = 120  # of all parts, on one H100
-PATTERN = Pattern.parse("0.5", "layer")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Times parts, and watches the memory of the device in each."""
-
-    device: torch.device
-    rows: list[tuple[str, float, int | None]] = field(default_factory=list)
-
-    def part(self, title: str, work: Callable[[], T]) -> T:
-        """Do a part of the whole."""
-        with peak_memory(self.device) as peak:
-            started = time.perf_counter()
-            result = work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.rows.append((title, time.perf_counter() - started, peak()))
-        return result
+WHOLE = ("llama-2-7b", "llama-3-8b", "llama-3-70b-block", "mixtral-block")
+HALF, GROUPS = Pattern.parse("0.5", "layer"), Pattern.parse("2:4")
+SCORE = Coefficients(row=1, column=0.5, neighbourhood=0.5)
+STEPS: tuple[tuple[str, Pattern, Steps], ...] = (
+    ("permutation score, 2:4", GROUPS, Steps(permutation="score", update="obs")),
+    ("permutation error, 2:4", GROUPS, Steps(permutation="error")),
+    ("re-pruning dsnot", HALF, Steps(repruning="dsnot")),
+    ("re-pruning swaps", HALF, Steps(repruning="swaps")),
+    ("re-pruning swaps, 2:4", GROUPS, Steps(repruning="swaps")),
+    ("update obs", HALF, Steps(update="obs")),
+    ("update least squares", HALF, Steps(update="least-squares")),
+    ("update sparsegpt", HALF, Steps(update="sparsegpt")),
+    ("update sparsegpt, 2:4", GROUPS, Steps(update="sparsegpt")),
+)
+FLOAT_WINDOWS = 4  # that statistics in float32 are compared on
 
 
 @click.command()
 @click.option("--device", help="[default: cuda, which has to be there]")
-@click.option("--size", type=click.Choice(list(SHAPES)), default="7", show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True, help="Of the model.")
+@click.option(
+    "--shape", "names", multiple=True, type=click.Choice(list(SHAPES)), default=WHOLE,
+    show_default=True,
+)  # fmt: skip
 @click.option("--samples", default=128, show_default=True, help="Windows of random tokens.")
 @click.option("--context-length", default=2048, show_default=True)
+@click.option("--windows", default=16, show_default=True, help="That candidates are confirmed on.")
 @click.option("--trials", default=200, show_default=True)
-@click.option("--candidates", default=40, show_default=True, help="That the precisions rank.")
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("bench-gpu.json"), show_default=True,
+    help="JSON; the shapes that are in it stay unless they are measured again.",
+)  # fmt: skip
+@click.option(
+    "--tables", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Measure nothing, and print the Markdown of such a file.",
+)  # fmt: skip
 @verb
 def main(
     device: str | None,
-    size: str,
-    dtype: str,
+    names: tuple[str, ...],
     samples: int,
     context_length: int,
+    windows: int,
     trials: int,
-    candidates: int,
     seed: int,
+    out: Path,
+    tables: Path | None,
 ) -> None:
-    """Print the tables."""
+    """Measure, print tables, and keep all of it in one JSON file."""
+    if tables is not None:
+        click.echo(write_tables(json.loads(tables.read_text(encoding="utf-8"))))
+        return
     if device is None and not torch.cuda.is_available():
         raise click.UsageError(
             "this measures a CUDA device, and torch sees none. Run it on a machine with one and a "
-            "CUDA build of torch; --device cpu --size tiny --context-length 64 tries it out."
+            "CUDA build of torch; --device cpu --shape tiny --context-length 64 tries it out."
         )
     target = pick_device(device or "cuda")
-    ran_on = card() if target.type == "cuda" else "the CPU, no GPU"
-    click.echo(f"{ran_on}; {conditions()}; {software('torch', 'transformers', 'optuna')}")
     settings = CalibrationSettings(
         samples=samples, context_length=context_length, bos="never", seed=seed
     )
-    clock = Clock(device=target)
-    with tempfile.TemporaryDirectory(prefix="pho-") as folder:
-        bundle = _parts(clock, Path(folder), size, dtype, settings, trials)
-    total = sum(seconds for _, seconds, _ in clock.rows)
-    print_table(
-        f"LLaMA of {SHAPES[size].parameters / 1e9:.2g} billion parameters on {target}",
-        ("part", "seconds", "peak memory, GiB"),
-        [
-            *((title, f"{s:.1f}", f"{(peak or 0) / 2**30:.2f}") for title, s, peak in clock.rows),
-            ("total", f"{total:.1f}", ""),
-        ],
-        caption=f"random weights ({SHAPES[size].like} but for the vocabulary) in {dtype}, "
-        f"{samples} windows of {context_length} random tokens, a quarter of them backward; "
-        f"{trials} trials at {PATTERN} in scope {PATTERN.scope}, study in SQLite, no confirmation; "
-        f"seed {seed}. Making or loading the model is not counted. Target: 7 billion parameters, "
-        f"128 x 2048 tokens and 200 trials in under {TARGET_S} s on one H100. Ran on {ran_on}",
-    )
-    evaluation_floor.measure(bundle, target, seed=seed)
-    evaluation_floor.levers(bundle, target, count=candidates, seed=seed)
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    for name in names:
+        document = {
+            "card": card() if target.type == "cuda" else "the CPU, no GPU",
+            "machine": conditions(),
+            "software": software("torch", "transformers", "optuna"),
+            "settings": settings.to_dict(),
+            "confirmed_on": windows,
+            "trials": trials,
+            "like": SHAPES[name].like,
+        }
+        click.echo(f"{document['card']}; {document['machine']}; {document['software']}")
+        with tempfile.TemporaryDirectory(prefix="pho-") as folder:
+            job = _Job(SHAPES[name], target, Path(folder), settings, windows, trials)
+            found[name] = {**document, **job.measure()}
+        with new_file(out) as partial:
+            partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print_shape(name, found[name])
+    say(f"All of it is in {out}; --tables {out} prints it for docs/speed.md.")
 
 
-def _parts(
-    clock: Clock, folder: Path, size: str, dtype: str, settings: CalibrationSettings, trials: int
-) -> ProxyBundle:
-    """All that `pho search` does with a loaded model and a text, without confirmation."""
-    model = random_llama(size, dtype=dtype, device=str(clock.device), seed=settings.seed)
-    text = random_text(settings)
-    path = folder / "bundle.safetensors"
-    request = SearchRequest(
-        pattern=PATTERN,
-        trials=trials,
-        seed=settings.seed,
-        study_url=f"sqlite:///{folder / 'study.db'}",
-    )
-    clock.part("hash of the weights", lambda: model.weights_sha256)
-    made = clock.part("calibration", lambda: calibrate(model, text, settings, progress))
-    clock.part("writing the bundle", lambda: write_bundle(made, path))
-    bundle = clock.part("reading the bundle", lambda: read_bundle(path))
-    clock.part(
-        f"{trials} trials",
-        lambda: search_job(
-            request, bundle, model=model, device=str(clock.device), progress=progress
-        ),
-    )
-    return bundle
+class _Job:
+    """One shape, from its files to a pruned folder."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        folder: Path,
+        settings: CalibrationSettings,
+        windows: int,
+        trials: int,
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self.folder = folder
+        self.settings = settings
+        self.trials = trials
+        self.clock = Clock(device=device)
+        vocabulary = shape.config().vocab_size
+        self.text = random_text(settings, vocabulary)
+        confirming = replace(settings, samples=windows, seed=settings.seed + 1)
+        text = random_text(confirming, vocabulary)
+        self.report = ReportText(windows=text.calibration, record=text.record)
+
+    def plan(self, pattern: str, preset: str) -> Plan:
+        """What `pho plan` says of this job, on a card of this size."""
+        spec = JobSpec.model_validate(
+            {
+                "model": self.shape.like, "pattern": pattern, "preset": preset,
+                "dtype": self.shape.dtype, "stream": self.shape.stream, "trials": self.trials,
+                "calibration": {
+                    "samples": self.settings.samples,
+                    "context_length": self.settings.context_length, "bos": "never",
+                },
+                "confirm": {"windows": len(self.report.windows)},
+            }
+        )  # fmt: skip
+        return plan_job(spec, json.loads(self.shape.config().to_json_string()), self.machine())
+
+    def machine(self) -> Machine:
+        """One with this memory; its rates are not looked at."""
+        card = CARDS["H100"]
+        if self.device.type == "cuda":
+            return card.resized(torch.cuda.get_device_properties(self.device).total_memory)
+        return replace(card, is_gpu=False)
+
+    def measure(self) -> dict[str, Any]:
+        """All parts and checks, as JSON values."""
+        write_model(self.shape, self.folder / "model", device=self.device, seed=self.settings.seed)
+        model = self._part("load", self._load)
+        self._part("hash the weights", lambda: model.weights_sha256)
+        bundle = self._calibrated(model)
+        self._searched(model, bundle)
+        self._steps(model, bundle)
+        self._baselines(model, bundle)
+        checks = {**self._checks(model, bundle), **self._float32(model)}
+        self._part("prune and save, best at 2:4", lambda: self._saved(model, bundle))
+        return {
+            "parts": self.clock.to_list(),
+            "checks": checks,
+            "blocks_times": self.shape.times,
+            "planned": {
+                "score": self.plan("0.5", "score").to_dict(),
+                "best at 2:4": self.plan("2:4", "best").to_dict(),
+            },
+        }
+
+    def _part(self, title: str, work: Callable[[], Any], **about: Any) -> Any:
+        say(title)
+        return self.clock.part(title, work, times=self.shape.times, **about)
+
+    def _load(self) -> LanguageModel:
+        return load_model(
+            str(self.folder / "model"), device=str(self.device), dtype=self.shape.dtype,
+            stream=self.shape.stream,
+        )  # fmt: skip
+
+    def _calibrated(self, model: LanguageModel) -> ProxyBundle:
+        path = self.folder / "bundle.safetensors"
+        made = self._part(
+            "calibrate",
+            lambda: calibrate(model, self.text, self.settings, progress),
+            tokens=self.text.calibration.numel(),
+        )
+        self._part("write the bundle", lambda: write_bundle(made, path))
+        bundle: ProxyBundle = self._part("read the bundle", lambda: read_bundle(path))
+        return bundle
+
+    def _searched(self, model: LanguageModel, bundle: ProxyBundle) -> None:
+        """Trials alone, and the same search gone on with to its confirmation."""
+        request = SearchRequest(
+            pattern=HALF,
+            trials=self.trials,
+            seed=self.settings.seed,
+            study_url=f"sqlite:///{self.folder / 'study.db'}",
+        )
+        on = str(self.device)
+        self._part(
+            f"{self.trials} trials",
+            lambda: search_job(request, bundle, device=on, progress=progress),
+        )
+        self._part(
+            "confirm",
+            lambda: search_job(
+                request, bundle, model=model, confirm_text=self.report,
+                calibration=self.text.calibration, device=on, progress=progress,
+            ),
+        )  # fmt: skip
+
+    def _steps(self, model: LanguageModel, bundle: ProxyBundle) -> None:
+        """Every step on the linears of the first block."""
+        known = bundle.statistics()
+        with _first_block(model, self.text.calibration) as block:
+            moments, input_of = self._part(
+                "second moments of a block", block.moments, tokens=self.text.calibration.numel()
+            )
+            for title, pattern, steps in STEPS:
+                candidate = Candidate(
+                    method="crepe", coefficients=SCORE, pattern=pattern, steps=steps
+                )
+                self._part(
+                    f"{title}, a block",
+                    lambda candidate=candidate: _finish(block, known, candidate, moments, input_of),
+                )
+
+    def _baselines(self, model: LanguageModel, bundle: ProxyBundle) -> None:
+        """The published methods, pruned and measured by us, in the same run."""
+        chosen = {c.method: c for c in comparison_baselines(HALF)}
+        for name in ("wanda", "sparsegpt"):
+            self._part(
+                f"{name}, pruned and measured",
+                lambda name=name: compare_candidates(
+                    model, bundle, self.report, [(name, chosen[name])],
+                    calibration=self.text.calibration, device=str(self.device), progress=progress,
+                ),
+            )  # fmt: skip
+
+    def _checks(self, model: LanguageModel, bundle: ProxyBundle) -> dict[str, Any]:
+        """Whether results are the same again, and elsewhere."""
+        again = calibrate(model, self.text, self.settings, progress)
+        differing, tensors = tensors_apart(bundle, again)
+        bits, compared = (
+            masks_apart(model, bundle, linears=7, seed=self.settings.seed)
+            if not model.stream
+            else (0, 0)
+        )
+        return {
+            "tensors that differ in a second calibration": [differing, tensors],
+            "ratings apart from the CPU's, relative": ratings_apart(
+                bundle, self.device, seed=self.settings.seed
+            ),
+            "bits of masks that differ from the CPU's": [bits, compared],
+        }
+
+    def _float32(self, model: LanguageModel) -> dict[str, Any]:
+        """Statistics in the model's dtype against those of the same weights in float32."""
+        if model.stream:
+            return {}
+        few = replace(self.settings, samples=min(FLOAT_WINDOWS, self.settings.samples))
+        text = random_text(few, self.shape.config().vocab_size)
+        stored = calibrate(model, text, few, progress)
+        wide = load_model(str(self.folder / "model"), device=str(self.device), dtype="float32")
+        apart = statistics_apart(stored, calibrate(wide, text, few, progress))
+        return {f"{name}, {self.shape.dtype} from float32": value for name, value in apart.items()}
+
+    def _saved(self, model: LanguageModel, bundle: ProxyBundle) -> None:
+        request = SearchRequest(
+            pattern=GROUPS,
+            steps=Preset.of("best", GROUPS).steps,
+            trials=16,
+            seed=self.settings.seed,
+            study_url=f"sqlite:///{self.folder / 'study-2-4.db'}",
+        )
+        found = search_job(request, bundle, device=str(self.device), progress=progress)
+        prune_job(
+            model, bundle, found.configuration, self.folder / "pruned",
+            calibration=self.text.calibration, progress=progress,
+        )  # fmt: skip
+
+
+@contextmanager
+def _first_block(model: LanguageModel, windows: torch.Tensor) -> Iterator[Block]:
+    """The first block in its turn; what is done to it is forgotten if the model is streamed."""
+    blocks = walk(model, windows)
+    try:
+        yield next(blocks)
+    finally:
+        blocks.close()
+
+
+def _finish(
+    block: Block,
+    known: Any,
+    candidate: Candidate,
+    moments: list[InputMoments],
+    input_of: dict[str, int],
+) -> None:
+    """All linears of a block through a candidate's steps; nothing of the block changes."""
+    readers: dict[int, list[ScoredLinear]] = {}
+    for name, mask in linear_masks(block.linears, known, candidate):
+        linear = block.linears[name]
+        readers.setdefault(input_of[name], []).append(
+            ScoredLinear(
+                name=name,
+                weight=linear.weight.float(),
+                score=layer_score(block.linears, known, name, candidate.coefficients)
+                if candidate.steps.permutation == "error"
+                else None,
+                fisher=known.fisher[name].to(linear.weight.device),
+                mask=mask,
+            )
+        )
+    for index, linears in readers.items():
+        for _ in finish(linears, moments[index], candidate.pattern, candidate.steps):
+            pass
 
 
 if __name__ == "__main__":

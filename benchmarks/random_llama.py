@@ -100,11 +100,11 @@ def random_llama(size: str, *, dtype: str, device: str, seed: int) -> LanguageMo
     )
 
 
-def random_text(settings: CalibrationSettings) -> CalibrationText:
+def random_text(settings: CalibrationSettings, vocabulary: int = VOCABULARY) -> CalibrationText:
     """As many windows of random tokens as the settings ask for, none held out."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.samples, settings.context_length)
-    windows = torch.randint(VOCABULARY, shape, generator=generator)
+    windows = torch.randint(vocabulary, shape, generator=generator)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return CalibrationText(
         calibration=windows,

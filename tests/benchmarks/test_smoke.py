@@ -1,5 +1,6 @@
 """Each benchmark runs from end to end on a tiny model and prints its rows, so that none can rot."""
 
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -97,18 +98,29 @@ def test_quality(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> No
     assert kept.read_text() == before
 
 
-def test_gpu(benchmark: Benchmark) -> None:
-    """Seconds and memory of each part, and a row for each precision; on the CPU to try it out."""
+@pytest.mark.parametrize("shape", ["tiny", "tiny-streamed", "tiny-mixtral"])
+def test_gpu(benchmark: Benchmark, shape: str) -> None:
+    """Each part of a job with seconds and peaks, and checks; on the CPU to try it out."""
     table = benchmark(
-        "gpu", "--device", "cpu", "--size", "tiny", "--samples", 4, "--context-length", 32,
-        "--trials", 8, "--candidates", 8,
+        "gpu", "--device", "cpu", "--shape", shape, "--samples", 4, "--context-length", 32,
+        "--windows", 2, "--trials", 12, "--out", "gpu.json",
     )  # fmt: skip
-    parts = ["hash of the weights", "calibration", "writing the bundle", "reading the bundle"]
-    seconds = [numbers(table[part])[0] for part in [*parts, "8 trials"]]
+    written = json.loads(Path("gpu.json").read_text())[shape]
+    titles = [part["title"] for part in written["parts"]]
 
-    assert numbers(table["total"])[0] >= max(seconds)
-    assert numbers(table["floor: the larger"])[1] == 1
-    assert numbers(table["bfloat16 products"])[2] > 0.9
+    assert written["card"] == "the CPU, no GPU"
+    assert titles[:3] == ["load", "hash the weights", "calibrate"]
+    assert {"12 trials", "confirm", "prune and save, best at 2:4"} <= {*titles}
+    assert sum("a block" in title for title in titles) == 10
+    assert all(part["seconds"] > 0 for part in written["parts"])
+    assert float(table["total"][0]) >= max(part["seconds"] for part in written["parts"]) - 0.01
+    differing, tensors = written["checks"]["tensors that differ in a second calibration"]
+    assert (differing, tensors > 0) == (0, True)
+    assert written["checks"]["ratings apart from the CPU's, relative"] == 0
+    assert written["planned"]["score"]["fits"]
+
+    printed = benchmark("gpu", "--tables", "gpu.json")
+    assert printed["calibrate"][0] == table["calibrate"][0]
 
 
 def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
