@@ -123,6 +123,22 @@ def test_gpu(benchmark: Benchmark, shape: str) -> None:
     assert printed["calibrate"][0] == table["calibrate"][0]
 
 
+@pytest.mark.usefixtures("pretended_gpu")
+def test_pretended_gpu(benchmark: Benchmark) -> None:
+    """On a GPU the peaks of the card are there, and ratings and masks are those of the CPU."""
+    benchmark(
+        "gpu", "--shape", "tiny", "--samples", 4, "--context-length", 32, "--windows", 2,
+        "--trials", 12, "--out", "gpu.json",
+    )  # fmt: skip
+    written = json.loads(Path("gpu.json").read_text())["tiny"]
+
+    assert "CPU" not in written["card"]
+    assert all(part["allocated"] > 0 for part in written["parts"] if part["tokens"])
+    assert written["checks"]["tensors that differ in a second calibration"][0] == 0
+    assert written["checks"]["ratings apart from the CPU's, relative"] < 1e-5
+    assert written["checks"]["bits of masks that differ from the CPU's"][0] == 0
+
+
 def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
     """The floor, how far each pattern is from it, and what was tried beside."""
     table = benchmark("evaluation_floor", tiny_bundle, "--rounds", 2, "--candidates", 8)
