@@ -2,7 +2,6 @@
 `pho serve`: the database, the front end and local workers, started and stopped together.
 """
 
-import asyncio
 import logging
 import os
 import signal
@@ -17,11 +16,11 @@ from importlib.util import find_spec
 
 import uvicorn
 from sqlalchemy.engine import make_url
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pho_service.api.app import create_app
 from pho_service.api.guard import is_local
 from pho_service.errors import InvalidInput
+from pho_service.protocol import bounded_protocol
 from pho_service.settings import Settings
 from storage.database import Database
 from storage.embedded import embedded_postgresql, running_url
@@ -31,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 _QUICK_S = 10.0  # a worker that dies sooner is started again more slowly
 _SLOWEST_S = 30.0
-_HEADERS_S = 30.0  # for a request to come as far as its body, which the API waits for as long
-_CONNECTIONS = 1000  # at once; more are answered 503
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
@@ -69,11 +66,12 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         app = create_app(database, settings, keys_needed=keys_needed)
         config = uvicorn.Config(
             app,
-            http=BoundedProtocol,
+            http=bounded_protocol(settings.max_connections_per_host),
             ws="none",
             log_config=None,
             access_log=False,
-            limit_concurrency=_CONNECTIONS,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=[*settings.trusted_proxies],
             timeout_graceful_shutdown=5,
             lifespan="on",
         )
@@ -88,39 +86,6 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
                 uvicorn.Server(config).run(sockets=[listener])
             except KeyboardInterrupt:
                 say("stopping")
-
-
-class BoundedProtocol(H11Protocol):
-    """
-    uvicorn's, which alone would wait forever for the rest of a request's headers.
-
-    Attributes:
-        headers_s: How long it waits.
-    """
-
-    headers_s = _HEADERS_S
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait."""
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(self.headers_s, transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        """Stop to wait when the headers are there; begin again with the next request's."""
-        super().data_received(data)
-        complete = self.cycle is not None and not self.cycle.response_complete
-        if self._deadline is not None and complete:
-            self._deadline.cancel()
-            self._deadline = None
-        elif self._deadline is None and not complete:
-            self._deadline = self.loop.call_later(self.headers_s, self.transport.close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
-        super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 The only reader of environment variables: everything that starts with ``PHO_``.
 """
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,8 @@ class Settings(BaseSettings):
         max_requests_per_minute: Of one key, or of one host without; 0 is no limit.
         max_wrong_keys_per_minute: Of one host; 0 is no limit.
         max_streams: Of events, open at once for one key, or one host without.
+        max_connections_per_host: Open at once, of one host.
+        trusted_proxies: Addresses and networks whose ``X-Forwarded-For`` is believed.
         heartbeat_s: How often a worker reports.
         stalled_after_s: Without a report for so long, a worker's stage is given to another.
         stop_after_s: How long `pho serve` waits for workers when it stops.
@@ -75,6 +78,8 @@ class Settings(BaseSettings):
     max_requests_per_minute: int = Field(default=12_000, ge=0)
     max_wrong_keys_per_minute: int = Field(default=60, ge=0)
     max_streams: int = Field(default=50, ge=1)
+    max_connections_per_host: int = Field(default=500, ge=1)
+    trusted_proxies: Patterns = ()
     heartbeat_s: Seconds = Field(default=10.0, gt=0)
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
     stop_after_s: Seconds = Field(default=60.0, gt=0)
@@ -124,7 +129,14 @@ class Settings(BaseSettings):
     def _split_paths(cls, value: Any) -> Any:
         return value.split(os.pathsep) if isinstance(value, str) else value
 
-    @field_validator("hub_models", "hub_datasets", mode="before")
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            ipaddress.ip_network(name)  # raises with the rule
+        return value
+
+    @field_validator("hub_models", "hub_datasets", "trusted_proxies", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -58,7 +58,7 @@ class KeyStore:
             "id": uuid.uuid4(),
             "name": name,
             "prefix": secret[:_SHOWN],
-            "sha256": _hash(secret),
+            "sha256": key_digest(secret),
             "sees_all": sees_all,
         }
         with self.database.transaction() as connection:
@@ -95,10 +95,24 @@ class KeyStore:
 
     def find(self, secret: str) -> Key | None:
         """The key that this secret is, if it is one and not revoked."""
-        query = select(*_COLUMNS).where(keys.c.sha256 == _hash(secret), keys.c.revoked_at.is_(None))
+        query = select(*_COLUMNS).where(
+            keys.c.sha256 == key_digest(secret), keys.c.revoked_at.is_(None)
+        )
         with self.database.transaction() as connection:
             row = connection.execute(query).first()
             return None if row is None else Key(**row._mapping)
+
+    def is_open(self, key_id: uuid.UUID) -> bool:
+        """Whether a key is there, and not revoked."""
+        query = select(keys.c.id).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
+        with self.database.transaction() as connection:
+            return connection.execute(query).first() is not None
+
+    def digests(self) -> set[bytes]:
+        """Of all keys that are not revoked, as :func:`key_digest` gives them."""
+        query = select(keys.c.sha256).where(keys.c.revoked_at.is_(None))
+        with self.database.transaction() as connection:
+            return {bytes(row.sha256) for row in connection.execute(query)}
 
     def exist(self) -> bool:
         """Whether a key was ever made, even if all are revoked."""
@@ -111,5 +125,6 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _hash(secret: str) -> bytes:
+def key_digest(secret: str) -> bytes:
+    """What is stored of a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()

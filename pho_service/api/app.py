@@ -23,7 +23,7 @@ from pho_service.api import (
 )
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
-from pho_service.api.pages import Pages
+from pho_service.api.pages import Pages, SafeHeaders
 from pho_service.api.requests import RequestLog
 from pho_service.api.service import Service
 from pho_service.documents import Problem
@@ -47,7 +47,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         dashboard.close()
-        database.close()
+        service.close()
 
     app = FastAPIOffline(  # /docs fetches nothing from elsewhere
         title="PHO",
@@ -68,6 +68,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     app.add_middleware(KeyGuard, service=service)
     app.add_middleware(Pages)
     app.add_middleware(RequestLog)  # around all others
+    app.add_middleware(SafeHeaders)  # also of what it answers itself
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way
     return app
 

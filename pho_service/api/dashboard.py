@@ -19,6 +19,7 @@ from storage.studies import StorageError
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
 _EXACT = ("/favicon.ico",)
+_ENCODINGS = {"static": b"gzip", "favicon.ico": b"identity"}
 
 
 class Dashboard:
@@ -39,10 +40,12 @@ class Dashboard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        if scope["path"].startswith("/static/"):
-            # Its pages come compressed only, and fail for those who do not ask for that.
+        # Its program comes compressed only, its icon compressed is called something else, and both
+        # fail for those who say nothing of that.
+        encoding = _ENCODINGS.get(scope["path"].partition("/")[2].partition("/")[0])
+        if encoding is not None:
             rest = [h for h in scope["headers"] if h[0] != b"accept-encoding"]
-            scope = {**scope, "headers": [*rest, (b"accept-encoding", b"gzip")]}
+            scope = {**scope, "headers": [*rest, (b"accept-encoding", encoding)]}
         failed = False
 
         async def unless_failed(message: Message) -> None:

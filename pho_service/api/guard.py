@@ -5,7 +5,6 @@ What stands before every operation: keys, and how much and how often somebody ma
 import asyncio
 import base64
 import binascii
-import hashlib
 import ipaddress
 import math
 import time
@@ -23,12 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pho_service.api.pages import is_page
 from pho_service.api.problems import database_gone, problem
 from pho_service.api.service import Caller, Service
+from storage.keys import key_digest
 from storage.studies import StorageError
 
 OPEN = ("/healthz", "/readyz")  # for those who look after the process
 
 _BODY_S = 30.0  # for a whole body to come, which is small
-_KNOWN = 10_000  # keys that are remembered
+_KNOWN = 100_000  # keys that are remembered
+_KNOWN_S = 1.0  # before those that are right are asked for again
 _STREAM_RETRY_S = 5
 
 
@@ -51,9 +52,9 @@ class Rate:
         """Count one more; False if it is one too many, which is not counted."""
         return not self.per_minute or self._limiter.hit(self._item, who)
 
-    def is_spent(self, who: str) -> bool:
-        """Whether one more would be too many."""
-        return bool(self.per_minute) and not self._limiter.test(self._item, who)
+    def is_spent(self, who: str, besides: int = 0) -> bool:
+        """Whether one more would be too many, with so many ``besides`` that are not counted yet."""
+        return bool(self.per_minute) and not self._limiter.test(self._item, who, cost=1 + besides)
 
     def wait_s(self, who: str) -> int:
         """Whole seconds until there may be one more."""
@@ -70,8 +71,9 @@ class KeyGuard:
     other site has put into a browser here. Nor may such a page use the key that
     a browser sends by itself, or one of our forms.
 
-    Nobody may ask too often. After too many wrong keys a host may only use
-    those that were right before: others behind the same address work on.
+    Nobody may ask too often. After too many wrong keys a host's are compared
+    with those that are known to be right, once a second anew, and the database
+    is not asked for others: who has a key behind the same address works on.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -80,6 +82,8 @@ class KeyGuard:
         self._requests = Rate(service.settings.max_requests_per_minute)
         self._wrong_keys = Rate(service.settings.max_wrong_keys_per_minute)
         self._known: set[bytes] = set()
+        self._known_at = 0.0
+        self._tried: Counter[str] = Counter()  # keys that are being looked up, by host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -92,17 +96,14 @@ class KeyGuard:
         if secret is None and not self._requests.count(host):
             await self._too_often(host)(scope, receive, send)
             return
-        known = secret is not None and _digest(secret) in self._known
-        if secret is not None and not known and self._wrong_keys.is_spent(host):
-            await self._too_many_wrong_keys(host)(scope, receive, send)
-            return
         try:
-            caller = await run_in_threadpool(self._caller, secret)
+            if secret is not None and await self._is_hopeless(secret, host):
+                await self._too_many_wrong_keys(host)(scope, receive, send)
+                return
+            caller = await self._looked_up(secret, host)
         except StorageError as error:
             await database_gone(error)(scope, receive, send)
             return
-        if secret is not None:
-            self._remember(secret, host, right=caller is not None)
         if caller is not None and caller.key_id and not self._requests.count(str(caller.key_id)):
             await self._too_often(str(caller.key_id))(scope, receive, send)
             return
@@ -147,14 +148,36 @@ class KeyGuard:
             return None
         return Caller(key_id=None, sees_all=True)
 
-    def _remember(self, secret: str, host: str, *, right: bool) -> None:
-        if not right:
-            self._known.discard(_digest(secret))  # revoked
+    async def _is_hopeless(self, secret: str, host: str) -> bool:
+        """Whether a key is refused without a question to the database: too many were wrong."""
+        if not self._wrong_keys.is_spent(host, self._tried[host]):
+            return False
+        if key_digest(secret) in self._known:
+            return False
+        now = time.monotonic()
+        if now - self._known_at >= _KNOWN_S:
+            self._known_at = now
+            self._known = await run_in_threadpool(self.service.keys.digests)
+        return key_digest(secret) not in self._known
+
+    async def _looked_up(self, secret: str | None, host: str) -> Caller | None:
+        """Whose key it is; wrong ones count, those that are being looked up too."""
+        if secret is None:
+            return await run_in_threadpool(self._caller, None)
+        known = key_digest(secret) in self._known
+        self._tried[host] += not known
+        try:
+            caller = await run_in_threadpool(self._caller, secret)
+        finally:
+            self._tried[host] -= not known
+            if not self._tried[host]:
+                del self._tried[host]
+        if caller is None:
+            self._known.discard(key_digest(secret))  # revoked
             self._wrong_keys.count(host)
-            return
-        if len(self._known) >= _KNOWN:
-            self._known.clear()
-        self._known.add(_digest(secret))
+        elif len(self._known) < _KNOWN:
+            self._known.add(key_digest(secret))
+        return caller
 
     def _too_often(self, who: str) -> ASGIApp:
         return problem(
@@ -178,7 +201,11 @@ class KeyGuard:
 
 def host_of(scope: Scope) -> str:
     """The address of who asks; of IPv6 the network, for one host has as many as it likes."""
-    name = str((scope.get("client") or [""])[0])
+    return address_of(str((scope.get("client") or [""])[0]))
+
+
+def address_of(name: str) -> str:
+    """What limits are counted by: an IPv4 address, or an IPv6 network."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:  # a socket without addresses
@@ -186,10 +213,6 @@ def host_of(scope: Scope) -> str:
     if isinstance(address, ipaddress.IPv6Address):
         return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
     return str(address)
-
-
-def _digest(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode(errors="replace")).digest()
 
 
 def _secret(authorization: str) -> str | None:
@@ -303,7 +326,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if declared and "transfer-encoding" in headers:  # a proxy may go by the other one
+            await _two_lengths()(scope, receive, send)
+            return
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
             await self._refusal()(scope, receive, send)
             return
@@ -331,3 +358,13 @@ class BodyLimit:
 
     def _refusal(self) -> ASGIApp:
         return problem(413, "body_too_large", self._detail())
+
+
+def _two_lengths() -> ASGIApp:
+    """For a body that ends in two places: what follows the first may be somebody's request."""
+    return problem(
+        400,
+        "two_lengths",
+        "The request has both Content-Length and Transfer-Encoding. Send one of them.",
+        headers={"Connection": "close"},
+    )

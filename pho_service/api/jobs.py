@@ -33,6 +33,7 @@ from pho_service.job_spec import JobSpec
 from storage import jobs as stored
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone, open_storage, study_name
+from storage.trials import read_trials
 
 logger = logging.getLogger(__name__)
 
@@ -204,12 +205,9 @@ def trials(
         raise wrong_parameter("island", f"must be below {count}, the islands of the job")
     after = _decode(page_token)
     first = 0 if after is None else after + 1
-    with open_storage(service.database.studies_url) as storage:
-        try:
-            study = optuna.load_study(study_name=study_name(job.name, island), storage=storage)
-        except KeyError:  # it has not begun
-            return TrialPage(trials=[], next_page_token=None)
-        found = [t for t in study.get_trials(deepcopy=False) if t.number >= first]
+    with service.database.transaction() as connection:
+        name = study_name(job.name, island)
+        found = read_trials(connection, name, first=first, limit=page_size + 1)
     measured = {
         s.number: s.result["perplexity"]
         for s in job.of_kind(StageKind.PERPLEXITY)
@@ -275,6 +273,8 @@ async def events(
         after = last_event_id or 0
         while not await request.is_disconnected():
             try:
+                if not await run_in_threadpool(service.lets_in, caller):
+                    return  # the key was revoked meanwhile
                 job = await run_in_threadpool(_unless_deleted, service, job_id)
                 found = await run_in_threadpool(service.jobs.events, job_id, after=after)
             except DatabaseGone as error:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from pho_service.api.problems import documented
+from pho_service.api.problems import documented, problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.documents import Health, Worker, WorkerList
 from storage.jobs import NoSuchJob
@@ -20,12 +20,19 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/v1/workers", response_model=WorkerList, responses=documented())
 def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
-    """List the workers that reported lately, with what they are doing."""
+    """
+    List the workers that reported lately, with what they are doing.
+
+    A key that sees its own jobs alone is told of the others' neither machine nor work.
+    """
     found = []
-    for record in service.jobs.workers(alive_s=service.settings.stalled_after_s):
+    records = service.jobs.workers(alive_s=service.settings.stalled_after_s)
+    for number, record in enumerate(records, start=1):
         worker = Worker.model_validate(record, from_attributes=True)
-        if worker.job_id is not None and not _visible(service, worker.job_id, caller):
-            worker.job_id = None  # busy, with somebody else's job
+        if not caller.sees_all:
+            worker.name = f"worker {number}"
+            if worker.job_id is not None and not _visible(service, worker.job_id, caller):
+                worker.job_id = worker.stage = None
         found.append(worker)
     return WorkerList(workers=found)
 
@@ -39,15 +46,15 @@ def _visible(service: Service, job_id: UUID, caller: Caller) -> bool:
 
 
 @router.get("/healthz", response_model=Health)
-def healthz() -> Health:
+async def healthz() -> Health:
     """Say whether the process lives."""
     return Health(status="ok")
 
 
 @router.get("/readyz", response_model=Health, responses={503: documented()[503]})
-def readyz(service: ServiceParam) -> Health:
-    """Say whether the service can work: its database answers."""
-    service.database.check()
+async def readyz(service: ServiceParam) -> Health:
+    """Say whether the service can work: its database answers within a second."""
+    await service.probe.check()
     return Health(status="ok")
 
 
@@ -60,8 +67,15 @@ def readyz(service: ServiceParam) -> Health:
         **documented(),
     },
 )  # fmt: skip
-def metrics(service: ServiceParam) -> Response:
-    """Count jobs, stages and workers, for Prometheus."""
+def metrics(service: ServiceParam, caller: CallerParam) -> Response:
+    """Count the jobs of all keys, stages and workers, for Prometheus with a key that sees all."""
+    if not caller.sees_all:
+        return problem(
+            403,
+            "not_for_this_key",
+            "The metrics count the jobs of all keys, but this key sees its own jobs alone. "
+            "`pho keys create --all-jobs` makes one that sees all.",
+        )
     registry = CollectorRegistry()
     registry.register(_Counts(service))
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")

@@ -9,13 +9,19 @@ from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
-from starlette.datastructures import URL, Headers
+from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pho_service.html import policy_hash, template_environment
 
 _PATHS = re.compile(r"/|/new|/jobs/.*")
+_SAFE = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}  # fmt: skip
+_FRAMES = "frame-ancestors 'none'"
+_SAME_FOR_ALL = ("/static/", "/static-offline-docs/", "/favicon.ico")  # may be kept
 _KEPT = ("www-authenticate", "retry-after", "allow")  # of a problem's headers
 
 
@@ -86,6 +92,36 @@ def _trouble(body: bytes, status: int, headers: Headers, scope: Scope) -> Respon
         refresh_s=int(kept.get("retry-after", 0)) if scope["method"] == "GET" else 0,
         address=f"{url.path}?{url.query}" if url.query else url.path,
     )
+
+
+class SafeHeaders:
+    """
+    Says to browsers, with every answer that does not say it itself: believe the type that it has,
+    show it in nobody else's page, and keep no copy.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _SAFE.items():
+                    headers.setdefault(name, value)
+                policy = headers.setdefault("Content-Security-Policy", _FRAMES)
+                if "frame-ancestors" not in policy:
+                    headers["Content-Security-Policy"] = f"{policy}; {_FRAMES}"
+                if not scope["path"].startswith(_SAME_FOR_ALL):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await self.app(scope, receive, safely)
 
 
 class Pages:

@@ -100,9 +100,10 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         app: Of the service.
         routes: All its operations, for what a 405 must say.
     """
+    # None of them in a thread: those may all wait for the database that an error is about.
 
     @app.exception_handler(RequestValidationError)
-    def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()
         errors = [field_problem(dict(e), _body_model(request)) for e in found[:MOST_ERRORS]]
         first = errors[0]
@@ -111,13 +112,13 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem(422, "invalid_request", f"{place}: {first['detail']}{more}", errors=errors)
 
     @app.exception_handler(FieldError)
-    def _field(_request: Request, error: FieldError) -> JSONResponse:
+    async def _field(_request: Request, error: FieldError) -> JSONResponse:
         errors = [{"pointer": error.pointer, "detail": str(error)}]
         place = error.pointer or "the body"
         return problem(422, error.code, f"{place}: {error}", errors=errors)
 
     @app.exception_handler(NoSuchConfiguration)
-    def _not_in_library(_request: Request, _error: NoSuchConfiguration) -> JSONResponse:
+    async def _not_in_library(_request: Request, _error: NoSuchConfiguration) -> JSONResponse:
         return problem(
             404,
             "no_such_configuration",
@@ -125,24 +126,24 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         )
 
     @app.exception_handler(NoSuchJob)
-    def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
+    async def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
         return problem(404, "no_such_job", "No job has this id. GET /v1/jobs lists them.")
 
     @app.exception_handler(Conflict)
-    def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:
+    async def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:
         return problem(409, error.code, str(error), state=error.state)
 
     @app.exception_handler(StateConflict)
-    def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
+    async def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
         return problem(409, "state_conflict", _sentence(str(error)), state=error.state)
 
     @app.exception_handler(TooManyTrials)
-    def _too_long(_request: Request, error: TooManyTrials) -> JSONResponse:
+    async def _too_long(_request: Request, error: TooManyTrials) -> JSONResponse:
         errors = [{"pointer": "/trials", "detail": str(error)}]
         return problem(422, "invalid_request", f"/trials: {error}", errors=errors)
 
     @app.exception_handler(IdempotencyKeyReused)
-    def _reused(_request: Request, _error: IdempotencyKeyReused) -> JSONResponse:
+    async def _reused(_request: Request, _error: IdempotencyKeyReused) -> JSONResponse:
         return problem(
             422,
             "idempotency_key_reused",
@@ -151,7 +152,7 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         )
 
     @app.exception_handler(TooManyJobs)
-    def _too_many(_request: Request, _error: TooManyJobs) -> JSONResponse:
+    async def _too_many(_request: Request, _error: TooManyJobs) -> JSONResponse:
         return problem(
             429,
             "too_many_jobs",
@@ -161,11 +162,11 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(DatabaseGone)
     @app.exception_handler(StorageError)
-    def _gone(_request: Request, error: StorageError) -> JSONResponse:
+    async def _gone(_request: Request, error: StorageError) -> JSONResponse:
         return database_gone(error)
 
     @app.exception_handler(HTTPException)
-    def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # what FastAPI says of bodies that json cannot even read
             errors = [{"pointer": "", "detail": "the body cannot be read as JSON"}]
             return problem(

@@ -5,14 +5,13 @@
 from datetime import UTC, datetime
 from uuid import UUID
 
-import optuna
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
 from pho_service.api.describe import failure, is_transfer, islands, study_names
 from pho_service.api.problems import documented
-from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.configuration import Configuration
 from pho_service.job_spec import JobSpec
 from pho_service.report import words
@@ -23,7 +22,7 @@ from pho_service.report.study import MeasuredTrials, importances, trials_of, wit
 from pho_service.transfer_spec import TransferSpec
 from storage import jobs as stored
 from storage.states import StageKind, StageState
-from storage.studies import open_storage
+from storage.trials import read_trials
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -39,13 +38,15 @@ MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, th
     },
     response_class=HTMLResponse,
 )  # fmt: skip
-def report(job_id: UUID, service: ServiceParam, caller: CallerParam) -> HTMLResponse:
+async def report(job_id: UUID, service: ServiceParam, caller: CallerParam) -> HTMLResponse:
     """Get all that is known of a job as a page: result, charts, timings, how to do it again."""
+    page = await service.heavy.run(_page, job_id, service, caller)
+    return HTMLResponse(page, headers={"Content-Security-Policy": content_security_policy()})
+
+
+def _page(job_id: UUID, service: Service, caller: Caller) -> str:
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    collected = _of_transfer(job) if is_transfer(job) else _of_search(service, job)
-    return HTMLResponse(
-        render(collected), headers={"Content-Security-Policy": content_security_policy()}
-    )
+    return render(_of_transfer(job) if is_transfer(job) else _of_search(service, job))
 
 
 def _of_transfer(job: stored.Job) -> Report:
@@ -117,16 +118,11 @@ def _of_search(service: Service, job: stored.Job) -> Report:
 def _studies(service: Service, job: stored.Job) -> list[list[FrozenTrial]]:
     """The trials of the first islands; none of a search that has not begun."""
     found: list[list[FrozenTrial]] = []
-    with open_storage(service.database.studies_url) as storage:
-        for name in study_names(job):
-            try:
-                study = optuna.load_study(study_name=name, storage=storage)
-            except KeyError:  # it has not begun
-                found.append([])
-                continue
-            found.append(study.get_trials(deepcopy=False))
-            if sum(map(len, found)) >= MOST_TRIALS:
-                break
+    for name in study_names(job):
+        with service.database.transaction() as connection:
+            found.append(read_trials(connection, name, attributes=["method"]))
+        if sum(map(len, found)) >= MOST_TRIALS:
+            break
     return found
 
 

@@ -9,6 +9,8 @@ from uuid import UUID
 from fastapi import Depends, Request
 
 from pho_service.access import Access
+from pho_service.api.heavy import Heavy
+from pho_service.api.probe import Probe
 from pho_service.job_size import JobLimits
 from pho_service.settings import Settings
 from storage.configurations import ConfigurationStore
@@ -55,15 +57,29 @@ class Service:
         self.keys = KeyStore(database)
         self.access = Access.of(settings)
         self.limits = JobLimits.of(settings)
+        self.probe = Probe(database)
+        self.heavy = Heavy()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.probe.close()
+        self.database.close()
+
+    def lets_in(self, caller: Caller) -> bool:
+        """Whether a caller who was let in would be let in now."""
+        if caller.key_id is not None:
+            return self.keys.is_open(caller.key_id)
+        return not (self.keys_needed or self.keys.exist())
 
 
-def _service(request: Request) -> Service:
+# Not in a thread: those are for what waits for the database, and may all be busy.
+async def _service(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller

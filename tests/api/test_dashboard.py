@@ -22,7 +22,7 @@ Refusal = Callable[..., dict[str, Any]]
     [
         ("/dashboard", "text/html"),
         ("/dashboard/studies/1", "text/html"),
-        ("/favicon.ico", ""),  # optuna-dashboard calls it application/gzip if that is accepted
+        ("/favicon.ico", "image/"),
         ("/api/meta", "application/json"),
         ("/api/studies", "application/json"),
     ],
@@ -38,7 +38,7 @@ def test_pages(shared_client: TestClient, path: str, content_type: str) -> None:
 
 @pytest.mark.parametrize("encoding", [None, "identity", "gzip", "br", "gzip;q=0"])
 def test_bundle(shared_client: TestClient, encoding: str | None) -> None:
-    """The pages' program comes, whatever encodings a client asks for, or if it asks for none."""
+    """The pages' files come, whatever encodings a client asks for, or if it asks for none."""
     headers = {} if encoding is None else {"Accept-Encoding": encoding}
     if encoding is None:
         del shared_client.headers["accept-encoding"]
@@ -47,6 +47,9 @@ def test_bundle(shared_client: TestClient, encoding: str | None) -> None:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/javascript")
     assert len(answer.content) > 1_000_000
+    icon = shared_client.get("/favicon.ico", headers=headers)
+    assert icon.status_code == 200
+    assert icon.headers["content-type"].startswith("image/")
 
 
 def test_studies(client: TestClient, submit: Submit, hand: Any) -> None:

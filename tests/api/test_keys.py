@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from pho_service.api import jobs
 from storage.keys import KeyStore
 from storage.states import JobState, StageKind
 
@@ -318,7 +319,52 @@ def test_workers_do_not_tell(client: TestClient, keys: KeyStore, secret: str, ha
     )
 
     assert [w["job_id"] for w in others] == [job]
-    assert [(w["name"], w["job_id"]) for w in own] == [("host:1", None)]
+    assert [(w["name"], w["job_id"], w["stage"]) for w in own] == [("worker 1", None, None)]
+    admin = bearer(keys.create("admin", sees_all=True)[1])
+    (seen,) = client.get("/v1/workers", headers=admin).json()["workers"]
+    assert (seen["name"], seen["job_id"], seen["stage"]) == ("host:1", job, "calibrate")
+
+
+def test_metrics_are_of_all(
+    client: TestClient, keys: KeyStore, secret: str, refusal: Refusal
+) -> None:
+    """They count everybody's jobs, so they are for keys that see all."""
+    refusal(client.get("/metrics", headers=bearer(secret)), 403, "not_for_this_key")
+    admin = bearer(keys.create("admin", sees_all=True)[1])
+    assert client.get("/metrics", headers=admin).status_code == 200
+
+
+def test_revoked_key_ends_its_streams(
+    client_of: Any, keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open stream of events ends when its key is revoked, though its job goes on."""
+    monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
+    client = client_of()
+    key, secret = keys.create("gone", sees_all=False)
+    job = client.post("/v1/jobs", json=DOCUMENT, headers=bearer(secret)).json()["id"]
+    looked = []
+
+    def is_open(key_id: Any) -> bool:
+        looked.append(key_id)
+        if len(looked) == 3:
+            keys.revoke(str(key.id))
+        return KeyStore.is_open(keys, key_id)
+
+    monkeypatch.setattr(client.app.state.service.keys, "is_open", is_open)
+    answer = client.get(f"/v1/jobs/{job}/events", headers=bearer(secret))
+
+    assert answer.text.count("event: state") == 1
+    assert looked == [key.id] * 3
+
+
+def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does one that was opened while no key was needed, when the first is made."""
+    monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
+    client = client_of()
+    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    monkeypatch.setattr(client.app.state.service.keys, "exist", iter([False, False, True]).__next__)
+
+    assert client.get(f"/v1/jobs/{job}/events").text.count("event: state") == 1
 
 
 def test_dashboard_shows_all(

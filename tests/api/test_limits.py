@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import uvicorn
 from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
-from pho_service.api.guard import BodyLimit, Rate, StreamLimit, host_of
+from pho_service.api.guard import BodyLimit, KeyGuard, Rate, StreamLimit, host_of
 from pho_service.api.service import Caller
 from pho_service.errors import InvalidInput
 from pho_service.job_size import JobLimits
-from pho_service.serving import BoundedProtocol
+from pho_service.protocol import BoundedProtocol, Connections
 from pho_service.settings import read_settings
 from storage.jobs import TooManyTrials
 from storage.keys import KeyStore
@@ -224,17 +225,46 @@ def test_database_is_not_asked(
 
 
 def test_wrong_keys(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
-    """After too many wrong keys even the right one is not tried, but one that was right before."""
+    """After too many wrong keys no other wrong one is tried, but every right one opens."""
     client = client_of(max_wrong_keys_per_minute=3)
-    seen, guessed = (keys.create(name, sees_all=False)[1] for name in ("seen", "guessed"))
-    assert client.get("/v1/jobs", headers=bearer(seen)).status_code == 200
     for number in range(3):
         refusal(client.get("/v1/jobs", headers=bearer(f"pho_{number}")), 401, "no_key")
 
-    refused = client.get("/v1/jobs", headers=bearer(guessed))
+    refused = client.get("/v1/jobs", headers=bearer("pho_other"))
     assert "PHO_MAX_WRONG_KEYS_PER_MINUTE" in refusal(refused, 429, "too_many_wrong_keys")["detail"]
     assert int(refused.headers["retry-after"]) >= 1
-    assert client.get("/v1/jobs", headers=bearer(seen)).status_code == 200
+    guard = next(m for m in _middleware(client.app) if isinstance(m, KeyGuard))
+    for later in (0.0, 1.0):  # those that are right are asked for once a second
+        guard._known_at -= later
+        right = keys.create("unseen", sees_all=False)[1]
+        guard._known_at -= 1.0
+        assert client.get("/v1/jobs", headers=bearer(right)).status_code == 200
+
+
+def test_wrong_keys_at_once(client_of: Any, keys: KeyStore) -> None:
+    """Those that are tried at the same time count before it is known that they are wrong."""
+    keys.create("some", sees_all=False)
+    client = client_of(max_wrong_keys_per_minute=5)
+    guard = KeyGuard(lambda *_: None, client.app.state.service)  # type: ignore[arg-type, return-value]
+
+    async def run() -> list[int | None]:
+        answers = [
+            Answer(guard, {**SCOPE, "headers": [(b"authorization", b"Bearer %d" % i)]}, nothing)
+            for i in range(30)
+        ]
+        await asyncio.gather(*(answer.task for answer in answers))
+        return [answer.status for answer in answers]
+
+    statuses = asyncio.run(run())
+    assert statuses.count(401) == 5
+    assert statuses.count(429) == 25
+
+
+def _middleware(app: Any) -> Iterator[Any]:
+    layer = app.middleware_stack
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "app", None)
 
 
 def test_revoked_key_is_forgotten(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
@@ -282,12 +312,15 @@ def test_host(address: str | None, expected: str) -> None:
 # ------------------------------------------------------------------------ streams
 
 
+SCOPE: Scope = {
+    "type": "http", "method": "GET", "path": "/v1/jobs", "headers": [], "client": ("192.0.2.7", 1),
+}  # fmt: skip
+
+
 def ask(app: Any, path: str, receive: Receive, caller: Caller | None = None) -> "Answer":
     """Begin one request of an ASGI application."""
-    scope: Scope = {
-        "type": "http", "method": "GET", "path": path, "headers": [], "client": ("192.0.2.7", 1),
-        "state": {"caller": caller or Caller(key_id=None, sees_all=True)},
-    }  # fmt: skip
+    state = {"caller": caller or Caller(key_id=None, sees_all=True)}
+    scope: Scope = {**SCOPE, "path": path, "state": state}
     return Answer(app, scope, receive)
 
 
@@ -444,6 +477,94 @@ def test_patient_with_requests(connection: socket.socket) -> None:
             assert part
             answer += part
         time.sleep(0.25)
+
+
+class Slow(BoundedProtocol):
+    """For a test of clients that do not read."""
+
+    write_s = 0.2
+
+
+async def large(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """An application whose answers no buffer of a system holds."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x" * 2**25})
+
+
+@contextmanager
+def served(app: Any, protocol: type[BoundedProtocol]) -> Iterator[tuple[str, int]]:
+    """The address of an application that is served."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, http=protocol, log_config=None, lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield listener.getsockname()
+        server.should_exit = True
+        thread.join()
+
+
+def test_slow_reader() -> None:
+    """A client that reads next to nothing of its answer is given up; one that reads gets all."""
+    with served(large, Slow) as address:
+        with socket.create_connection(address) as connection:
+            connection.sendall(REQUEST)
+            connection.settimeout(60)
+            while not Slow.connections_open._all:
+                time.sleep(0.01)
+            while Slow.connections_open._all:  # the server closes it, though nothing is read
+                time.sleep(0.01)
+        with socket.create_connection(address) as connection:
+            connection.sendall(REQUEST)
+            read = 0
+            while read < 2**25:
+                read += len(connection.recv(2**22))
+                time.sleep(0.01)
+
+
+def test_idle_connections_make_room() -> None:
+    """Who opens many connections that do nothing keeps nobody out; the oldest are closed."""
+    protocol = type("Few", (BoundedProtocol,), {"connections_open": Connections(4, 4)})
+    with served(hello, protocol) as address:
+        idle = [socket.create_connection(address) for _ in range(12)]
+        answers = []
+        for _ in range(5):
+            with socket.create_connection(address) as connection:
+                connection.settimeout(60)
+                connection.sendall(REQUEST)
+                answers.append(connection.recv(100)[:15])
+        for connection in idle:
+            connection.close()
+
+    assert answers == [b"HTTP/1.1 200 OK"] * 5
+
+
+def test_busy_connections_of_a_host() -> None:
+    """One host's connections that all are busy leave room for others', and are not ended."""
+
+    class Busy:
+        rests, host, transport = False, "", None
+
+    connections = Connections(10, 2)
+    mine: list[Any] = [Busy() for _ in range(4)]
+
+    assert [connections.enter(each, "a") for each in mine] == [True, True, False, False]
+    assert connections.enter(Busy(), "b")  # type: ignore[arg-type]
+    connections.leave(mine[0], "a")
+    assert connections.enter(mine[2], "a")
+    for each in mine:
+        connections.leave(each, "a")
+    assert "a" not in connections._of
+
+
+def test_forwarded_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose X-Forwarded-For is believed is set; nobody's is, unless it is."""
+    assert read_settings().trusted_proxies == ()
+    monkeypatch.setenv("PHO_TRUSTED_PROXIES", "127.0.0.1, 10.0.0.0/8")
+    assert read_settings().trusted_proxies == ("127.0.0.1", "10.0.0.0/8")
+    monkeypatch.setenv("PHO_TRUSTED_PROXIES", "proxy.example")
+    with pytest.raises(InvalidInput, match="PHO_TRUSTED_PROXIES"):
+        read_settings()
 
 
 def test_wrong_limits(monkeypatch: pytest.MonkeyPatch) -> None:
