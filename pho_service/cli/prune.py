@@ -25,15 +25,19 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.errors import InvalidInput, ModelError
+from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.spec import Pattern
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from pho_service.configuration import Configuration
     from pho_service.models.loading import LanguageModel
     from pho_service.pruning.bundle import ProxyBundle
+
+TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
 @click.command()
@@ -50,6 +54,12 @@ if TYPE_CHECKING:
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
     help="With --from-library.  [default: any]",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="With --from-library: take the most promising one even if the proxy says that RIA is "
+    "better on MODEL.",
 )
 @click.option("--out", type=click.Path(), help="A new or empty folder.")
 @click.option(
@@ -76,6 +86,7 @@ def prune(
     library: str | None,
     pattern: str | None,
     scope: str | None,
+    force: bool,
     out: str | None,
     bundle_path: str | None,
     check_path: str | None,
@@ -91,8 +102,10 @@ def prune(
     needs a runtime that skips them. --check compares a folder with its recipe.
 
     --from-library searches nothing: it takes what was found on other models
-    (`pho configurations` shows it), says by the proxy whether that holds on
-    MODEL, and notes in pruning.json where it came from.
+    (`pho configurations` shows it), and notes in pruning.json where it came
+    from. What the proxy judges no better than RIA on MODEL is left out, and
+    the next one taken; if none of the five most promising holds, nothing is
+    pruned.
 
     \b
     Example:
@@ -103,7 +116,9 @@ def prune(
       pho prune HuggingFaceTB/SmolLM2-135M --check pruned
     """
     chosen = {"--config": config_path, "--from-library": from_library or None}
-    asked = {"--library": library, "--pattern": pattern, "--scope": scope}
+    asked = {
+        "--library": library, "--pattern": pattern, "--scope": scope, "--force": force or None,
+    }  # fmt: skip
     if check_path:
         others = {**chosen, **asked, "--out": out, "--bundle": bundle_path}
         given = [name for name, value in others.items() if value is not None]
@@ -128,7 +143,7 @@ def prune(
         )
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
-    source = _Source(config=config_path, library=library, pattern=pattern, scope=scope)
+    source = _Source(config=config_path, library=library, pattern=pattern, scope=scope, force=force)
     _prune(model, source, Path(out), bundle_path, as_json, options)
 
 
@@ -141,17 +156,53 @@ class _Source:
     pattern: str | None
     scope: str | None
 
-    def of_library(self, model: "LanguageModel") -> "Found":
-        """The most promising configuration for a model."""
+    force: bool
+
+    def of_library(self, model: "LanguageModel") -> "list[Found]":
+        """The most promising configurations for a model, the best first."""
         wanted = wanted_for(
             {"name": model.name, "family": model.family, "parameters": model.parameters},
             str(self.pattern),
             self.scope,
         )
-        (found,) = best_of_library(self.library, wanted, 1)
-        said = "; ".join(found.origin["reasons"])
-        say(f"Taking {found.origin['id']} of the library: {said}.")
-        return found
+        return best_of_library(self.library, wanted, 1 if self.force else TRIED)
+
+    def chosen(
+        self, found: "Sequence[Found]", model: "LanguageModel", bundle: "ProxyBundle"
+    ) -> "Found":
+        """
+        The first that the proxy does not judge worse than RIA.
+
+        Raises:
+            ConfigurationError: It judges all of them so.
+        """
+        from pho_service.errors import BundleError
+        from pho_service.jobs.transfer import no_better_than_ria, proxies_of, proxy_sentence
+
+        for each in found:
+            about = f"{each.origin['id']} of the library"
+            try:
+                proxies = proxies_of(bundle, each.configuration, str(model.device))
+            except BundleError as error:
+                sentence = f"Note: whether it holds on {model.name} is not known: {error}"
+            else:
+                if no_better_than_ria(proxies) and not self.force:
+                    say(
+                        f"Leaving {about} out: its proxy on {model.name}, "
+                        f"{proxies['transferred']:.6g}, is no better than RIA's, "
+                        f"{proxies['ria']:.6g}."
+                    )
+                    continue
+                sentence = proxy_sentence(model.name, proxies)
+            say(f"Taking {about}: {'; '.join(each.origin['reasons'])}.")
+            say(sentence)
+            return each
+        raise ConfigurationError(
+            f"none of the library's {len(found)} most promising configurations for {self.pattern} "
+            f"holds on {model.name}: by the proxy each is no better than RIA. Search there: `pho "
+            f"search {model.name} --pattern {self.pattern}`; or take the most promising one in "
+            "spite of that with --force."
+        )
 
 
 def _prune(
@@ -167,18 +218,18 @@ def _prune(
     from pho_service.jobs.prune import prune_job
 
     check_free(folder)
-    model = found = None
+    found = None
     if source.config is None:
         check_library(source.library, str(source.pattern), source.scope)
         model = open_model(name, options)
-        found = source.of_library(model)
-    configuration = found.configuration if found else read_configuration(Path(str(source.config)))
-    needs_text = configuration.candidate().steps.needs_text
-    sizes = (configuration.coefficients.kernel_size,) if found else ()
-    loaded, bundle, calibration = _inputs(name, model, bundle_path, needs_text, sizes, options)
-    if found is not None:
-        _say_whether_it_holds(loaded, bundle, configuration)
+        promising = _prunable(source.of_library(model), bundle_path, options)
+        configurations = [each.configuration for each in promising]
+        loaded, bundle, calibration = _inputs(name, model, bundle_path, configurations, options)
+        found = source.chosen(promising, loaded, bundle)
+        configuration = found.configuration
     else:
+        configuration = read_configuration(Path(source.config))
+        loaded, bundle, calibration = _inputs(name, None, bundle_path, [configuration], options)
         key = configuration.calibration.get("key")
         if key and key != bundle.key:
             say(
@@ -207,27 +258,21 @@ def _prune(
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
 
 
-def _say_whether_it_holds(
-    model: "LanguageModel", bundle: "ProxyBundle", configuration: "Configuration"
-) -> None:
-    """A sentence on what the proxy says of a configuration that was found elsewhere."""
-    from pho_service.errors import BundleError
-    from pho_service.jobs.transfer import proxies_of, proxy_sentence
-
-    try:
-        proxies = proxies_of(bundle, configuration, str(model.device))
-    except BundleError as error:
-        say(f"Note: whether the configuration holds on {model.name} is not known: {error}")
-        return
-    say(proxy_sentence(model.name, proxies))
+def _prunable(
+    found: "list[Found]", bundle_path: str | None, options: dict[str, Any]
+) -> "list[Found]":
+    """Without those that need a text where there is none, unless all do."""
+    if bundle_path is None or options["text"] is not None or options["dataset"] is not None:
+        return found
+    without = [f for f in found if not f.configuration.candidate().steps.needs_text]
+    return without or found
 
 
 def _inputs(
     name: str,
     model: "LanguageModel | None",
     bundle_path: str | None,
-    needs_text: bool,
-    sizes: tuple[int, ...],
+    configurations: "Sequence[Configuration]",
     options: dict[str, Any],
 ) -> "tuple[LanguageModel, ProxyBundle, Tensor | None]":
     """
@@ -237,15 +282,18 @@ def _inputs(
         name: Of the model.
         model: If it is loaded already.
         bundle_path: Of its statistics, if they are there already.
-        needs_text: Whether a step needs the calibration windows.
-        sizes: Kernel sizes that a new bundle must have beside those of the options.
+        configurations: One of them will be pruned with; a library's are rated by the proxy, so a
+            new bundle must have their kernel sizes.
         options: Of the verb.
     """
     from pho_service.models.bundle_file import read_bundle
 
     settings = calibration_settings(options)
-    missing = (size for size in sizes if size not in settings.kernel_sizes)
-    settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
+    if model is not None:
+        sizes = {each.coefficients.kernel_size for each in configurations}
+        missing = sorted(sizes - {*settings.kernel_sizes})
+        settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
+    needs_text = any(each.candidate().steps.needs_text for each in configurations)
     named = options["text"] is not None or options["dataset"] is not None
     if bundle_path is None:
         source = text_source(options)

@@ -2,7 +2,7 @@
 A candidate applied to a model: score, allocation, permutation, re-pruning, weight update.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 
@@ -30,9 +30,10 @@ def prune_model(
     candidate: Candidate,
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
-) -> Iterator[tuple[str, LinearMask]]:
+    kept: Callable[[str, LinearMask], None] = lambda _name, _mask: None,
+) -> dict[str, float]:
     """
-    Prune a model in place, linear by linear, and give the mask of each.
+    Prune a model in place, and give the share that each linear has lost.
 
     A candidate whose steps need a text is applied block by block: each block sees the
     calibration windows as the pruned blocks before it leave them. Scores and allocation always
@@ -44,6 +45,8 @@ def prune_model(
         candidate: What to remove, and how.
         calibration: (windows, tokens), int64; only needed by steps that see a text.
         advance: Called with 1 after each linear.
+        kept: Called with the name of each linear and its mask, as soon as it is pruned: all masks
+            together take a byte a weight, so they are not given back.
 
     Raises:
         InvalidInput: The steps need a text, and there is none; or the pattern
@@ -56,9 +59,12 @@ def prune_model(
         masks = _streamed_by_score(model, statistics, candidate)
     else:
         masks = _by_score(model, statistics, candidate)
+    shares = {}
     for name, mask in masks:
-        yield name, mask
+        kept(name, mask)
+        shares[name] = _share(mask)
         advance(1)
+    return shares
 
 
 def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
@@ -147,10 +153,7 @@ def pruned_model(
             yield sparsity
         return
     with dense_afterwards(model):
-        yield {
-            name: _share(mask)
-            for name, mask in prune_model(model, statistics, candidate, calibration, advance)
-        }
+        yield prune_model(model, statistics, candidate, calibration, advance)
 
 
 def rate_streamed(

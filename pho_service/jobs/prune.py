@@ -96,9 +96,12 @@ def prune_job(
     dense = model.to_dict()  # before its weights change
     candidate = configuration.candidate()
     kept: dict[str, _Kept] = {}
+
+    def keep(name: str, mask: LinearMask) -> None:
+        kept[name] = _Kept.of(mask)
+
     with progress("Pruning", len(model.linears)) as advance:
-        for name, mask in prune_model(model, bundle.statistics(), candidate, calibration, advance):
-            kept[name] = _Kept.of(mask)
+        prune_model(model, bundle.statistics(), candidate, calibration, advance, keep)
     folded = _fold(model, kept)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     layers = {name: kept[name].sparsity for name in model.linears}

@@ -96,11 +96,11 @@ class Transfer:
         found = []
         way_out = f"Search there: pho search {self.target}"
         for what, values in (("perplexity", self.perplexities), ("proxy", self.proxies)):
-            ria, mine = values.get("ria"), values.get("transferred")
-            if ria is not None and mine is not None and mine >= ria:
+            if no_better_than_ria(values):
                 found.append(
-                    f"{self.target}: the {what} of the transferred configuration, {mine:.6g}, is "
-                    f"no better than RIA's, {ria:.6g}: it does not transfer. {way_out}"
+                    f"{self.target}: the {what} of the transferred configuration, "
+                    f"{values['transferred']:.6g}, is no better than RIA's, {values['ria']:.6g}: "
+                    f"it does not transfer. {way_out}"
                 )
         lost = self.regret if self.perplexities else self.proxy_regret
         if not found and lost is not None and lost > MUCH:
@@ -229,6 +229,12 @@ def proxies_of(
     evaluator = ProxyEvaluator(bundle, device)
     candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
     return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
+
+
+def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
+    """Whether a transferred configuration is judged so; not where one of the two is not known."""
+    ria, mine = values.get("ria"), values.get("transferred")
+    return ria is not None and mine is not None and mine >= ria
 
 
 def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, OutOfMemory
 from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.models.architecture import decoder_blocks
-from pho_service.models.blockwise import collect_statistics_blockwise
+from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
 from pho_service.models.calibration_memory import plan_calibration, would_fit
 from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
@@ -35,6 +35,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
+DENSE_TOKENS = 512  # that tell whether the dense model predicts anything at all
 HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
 
 
@@ -328,19 +329,34 @@ def calibrate(
             rows_per_layer=settings.rows_per_layer,
             kernel_sizes=tuple(sorted(set(settings.kernel_sizes))),
             seed=settings.seed,
-            provenance=_provenance(model, text, settings),
+            provenance=_provenance(model, text, settings, _dense(model, text)),
             advance=advance,
         )
 
 
+def _dense(model: LanguageModel, text: CalibrationText) -> dict[str, Any]:
+    """How well the dense model predicts the first windows, beside chance: its vocabulary."""
+    count = max(1, DENSE_TOKENS // text.calibration.shape[1])
+    rating = measure_perplexity(model, text.calibration[:count])
+    return {
+        "perplexity": rating.perplexity,
+        "tokens": rating.tokens,
+        "vocabulary": model.model.config.get_text_config().vocab_size,
+    }
+
+
 def _provenance(
-    model: LanguageModel, text: CalibrationText, settings: CalibrationSettings
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    dense: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "key": text.bundle_key,
         "model": model.to_dict(),
         "text": record_to_dict(text.record, windows=len(text.calibration)),
         "settings": settings.to_dict(),
+        "dense": dense,
         "prefix": model.window_prefix(settings.bos),
         "device": model.device.type,
         "versions": versions("torch", "transformers"),

@@ -2,8 +2,9 @@
 What a search found, as a configuration and in plain sentences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -21,6 +22,7 @@ from pho_service.search.warm_start import Saving
 from pho_service.versions import versions
 
 CHOSEN = "chosen"  # user attribute of a study
+CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,7 @@ def search_result(
         study_name=name,
         trial=best.number,
         warnings=_warnings(
+            [*_at_chance(provenance)],
             configuration,
             plan,
             ended_after,
@@ -196,7 +199,26 @@ def _started(rated: list[RatedCandidate], plan: SearchPlan) -> list[dict[str, An
     ]
 
 
+def _at_chance(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each model that predicts no better than chance, as bundles say."""
+    several = provenance.get("bundles")
+    parts = provenance.get("model", {}).get("models", []) if several else []
+    for each, model in (
+        zip(several, parts, strict=True) if several else [(provenance, provenance.get("model", {}))]
+    ):
+        dense = each.get("dense")  # bundles of older versions do not say
+        if dense and dense["perplexity"] > CHANCE * dense["vocabulary"]:
+            yield (
+                f"The dense model {Path(model.get('name', 'model')).name} predicts no better than "
+                f"chance: its perplexity on {dense['tokens']} tokens is {dense['perplexity']:.5g}, "
+                f"and its vocabulary has {dense['vocabulary']}. No pruning of it can be told from "
+                "another. Check that its weights are trained ones, that the tokenizer is its own, "
+                "and the language of the text."
+            )
+
+
 def _warnings(
+    warnings: list[str],
     configuration: Configuration,
     plan: SearchPlan,
     ended_after: int | None,
@@ -204,7 +226,6 @@ def _warnings(
     confirmed: bool,
     several: bool,
 ) -> list[str]:
-    warnings = []
     if ended_after is not None:
         warnings.append(
             f"The search ended by itself after {ended_after} of {plan.trials} trials: the sampler "

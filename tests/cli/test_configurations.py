@@ -347,7 +347,8 @@ def test_whether_it_holds(
 ) -> None:
     """The proxy says before whether a configuration is better than RIA on the model."""
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
-    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
+    words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
+    result = pho(*words, "--force")
     proxies = done(
         pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
     )["targets"][0]["proxies"]  # fmt: skip
@@ -360,6 +361,40 @@ def test_whether_it_holds(
     assert (mine < ria) is (coefficients is GOOD)
     assert (f"{1 - mine / ria:.1%} below RIA's" in said) is (coefficients is GOOD)
     assert ("it does not transfer" in said) is (coefficients is BAD)
+
+
+def test_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
+    """What the proxy judges no better than RIA is left out, and the next one is taken."""
+    written(places["folder"] / "best.json", document(1.0, coefficients=BAD))
+    written(places["folder"] / "next.json", document(2.0, coefficients=GOOD))
+    result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
+    recipe = json.loads(Path("pruned/pruning.json").read_text())
+
+    assert result.exit_code == 0, result.output
+    assert "Leaving best.json of the library out: its proxy" in result.stderr
+    assert recipe["origin"]["id"] == "next.json"
+
+
+def test_all_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
+    """If none holds, nothing is pruned; --force takes the most promising one."""
+    for file in places["folder"].glob("*.json"):
+        file.unlink()
+    for number in range(7):
+        found = document(1.0 + number, coefficients=BAD)
+        written(places["folder"] / f"{number}.json", found)
+    words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
+    refused = pho(*words)
+    there = Path("pruned").exists()
+    forced = pho(*words, "--force")
+    recipe = json.loads(Path("pruned/pruning.json").read_text())
+
+    assert refused.exit_code == 1
+    assert refused.stderr.count("Leaving ") == 5
+    assert "none of the library's 5 most promising configurations for 0.5" in refused.stderr
+    assert "--force" in refused.stderr
+    assert not there
+    assert forced.exit_code == 0, forced.output
+    assert recipe["origin"]["id"] == "0.json"
 
 
 def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> None:
@@ -397,7 +432,7 @@ def test_prune_from_a_service(
 ) -> None:
     """The service that the settings name is the library where none is given."""
     words = PRUNE.format(model=model_folder, bundle=bundle_file).split()
-    result = remote(*words, "--pattern", "2:4")
+    result = remote(*words, "--pattern", "2:4", "--force")
     origin = json.loads(Path("pruned/pruning.json").read_text())["origin"]
 
     assert result.exit_code == 0, result.output
@@ -415,6 +450,7 @@ def test_prune_from_a_service(
          "--library: for --from-library alone"),
         ("{model} --out pruned --config {config} --pattern 0.5 --scope row", 2,
          "--pattern, --scope: for --from-library alone"),
+        ("{model} --out pruned --config {config} --force", 2, "--force: for --from-library alone"),
         ("{model} --check {folder} --library {folder} --from-library", 2,
          "leave --from-library, --library out"),
         ("none --out pruned --from-library --library {folder} --pattern 5:2", 2, "N=5 of M=2"),

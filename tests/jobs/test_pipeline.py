@@ -15,7 +15,7 @@ from pho_service.jobs.pipeline import prune_model, pruned_model
 from pho_service.jobs.rating import ReportText, rate_pruned
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import model_masks
+from pho_service.pruning.masks import LinearMask, model_masks
 from pho_service.pruning.statistics import collect_statistics
 from pho_service.pruning.weight_update import inverse_factor, obs_update
 from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
@@ -50,8 +50,7 @@ def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: 
     statistics = bundle.statistics()
     masks = dict(model_masks(model.linears, statistics, OBS))
     dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
-    for _ in prune_model(model, statistics, OBS, calibration):
-        pass
+    prune_model(model, statistics, OBS, calibration)
     updated = {name: linear.weight.clone() for name, linear in model.linears.items()}
     name = "model.layers.1.self_attn.q_proj"
     for other, linear in model.linears.items():
@@ -117,10 +116,20 @@ def test_dense_after_an_error(
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
 
 
+def test_in_place_when_called(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """The call alone prunes the model, and says by how much: nothing has to be iterated."""
+    candidate = replace(OBS, pattern=Pattern.parse("0.5"), steps=Steps())
+    shares = prune_model(model, bundle.statistics(), candidate, None)
+    zeros = {name: float((each.weight == 0).float().mean()) for name, each in model.linears.items()}
+
+    assert shares == pytest.approx(zeros)
+    assert sum(zeros.values()) / len(zeros) == pytest.approx(0.5, abs=0.01)
+
+
 def test_without_a_text(model: LanguageModel, bundle: ProxyBundle) -> None:
     """Steps that need a text say so, with the way out."""
     with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
-        next(prune_model(model, bundle.statistics(), OBS, None))
+        prune_model(model, bundle.statistics(), OBS, None)
 
 
 def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path) -> None:
@@ -142,11 +151,14 @@ def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path)
     steps = Steps(permutation="score", repruning="swaps", update="least-squares")
     candidate = replace(OBS, pattern=Pattern.parse("2:4"), steps=steps)
     orders = {}
-    for name, mask in prune_model(model, statistics, candidate, windows):
+
+    def kept(name: str, mask: LinearMask) -> None:
         orders[name] = mask.order
         assert mask.order is not None
         assert bool((mask.keep[:, mask.order].reshape(-1, 4).sum(dim=1) == 2).all()), name
         assert torch.equal(model.linears[name].weight != 0, mask.keep), name
+
+    prune_model(model, statistics, candidate, windows, kept=kept)
     first = "model.layers.0"
     assert torch.equal(orders[f"{first}.self_attn.q_proj"], orders[f"{first}.mlp.fc1"])
 
@@ -213,7 +225,6 @@ def test_no_room(model_folder: Path, bundle: ProxyBundle, monkeypatch: pytest.Mo
     """A disk without room for the changed weights is refused before anything is run."""
     streamed = load_model(str(model_folder), device="cpu", stream=True)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=70_000))
-    masks = prune_model(streamed, bundle.statistics(), replace(OBS, steps=Steps()), None)
 
     with pytest.raises(OutputError, match=r"room for 0 MiB.*PHO_CACHE_DIR"):
-        next(masks)
+        prune_model(streamed, bundle.statistics(), replace(OBS, steps=Steps()), None)
