@@ -3,27 +3,35 @@ What the assignments of a channel permutation take at the widths of large models
 
 Random scores of which some channels are far larger than others, 2:4, on one
 thread. Beside the assignments as they are made, over the best pairs of channels
-and groups, those over all pairs are run as long as that is not too long.
+and groups, those over all pairs are run as long as that is not too long. With a
+model, its perplexity with either is measured too.
 
     python benchmarks/assignments.py
     python benchmarks/assignments.py --all-pairs 14336
+    python benchmarks/assignments.py --model smollm2
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
 
 import click
 import torch
-from machine import conditions, software
+from machine import conditions, machine, software
+from subject import load_subject
 from torch import Tensor
 
 from pho_service.cli.terminal import print_table, say
+from pho_service.jobs.rating import rate_pruned
 from pho_service.pruning import assignment
 from pho_service.pruning.assignment import assign
 from pho_service.pruning.permutation import moved_scores, permute_channels, retained_score
+from pho_service.spec import PERMUTATIONS, Pattern, Steps, comparison_baselines
 
 KEEP, GROUP = 2, 4
 SHARE = "of its gain"
@@ -41,10 +49,38 @@ Result = TypeVar("Result")
 @click.option("--rows", default=1024, show_default=True, help="Output rows of each width.")
 @click.option("--all-pairs", default=4096, show_default=True, help="Largest width for all pairs.")
 @click.option("--permuted", default=4096, show_default=True, help="Largest for whole permutations.")
+@click.option("--model", help="smollm2, gemma3 or what `pho` takes: its perplexity instead.")
+@click.option(
+    "--permutation",
+    "permutations",
+    multiple=True,
+    type=click.Choice(PERMUTATIONS[1:]),
+    default=("score",),
+    show_default=True,
+    help="Of the model.",
+)
+@click.option("--samples", default=16, show_default=True, help="Calibration windows of the model.")
+@click.option("--report-windows", default=14, show_default=True, help="Measured on.")
+@click.option("--context-length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--seed", default=0, show_default=True)
-def main(widths: tuple[int, ...], rows: int, all_pairs: int, permuted: int, seed: int) -> None:
-    """Print the table of docs/speed.md."""
+def main(
+    widths: tuple[int, ...],
+    rows: int,
+    all_pairs: int,
+    permuted: int,
+    model: str | None,
+    permutations: tuple[str, ...],
+    samples: int,
+    report_windows: int,
+    context_length: int,
+    seed: int,
+) -> None:
+    """Print a table of docs/speed.md."""
     torch.set_num_threads(1)
+    if model is not None:
+        text = {"samples": samples, "report_windows": report_windows}
+        _show_model(model, permutations, context_length=context_length, seed=seed, **text)
+        return
     lines = []
     for width in widths:
         say(f"width {width} ...")
@@ -87,6 +123,58 @@ def _line(
             whole_seconds, whole = _timed(lambda: _sum(gain, assign(gain)) - before)
         share = float(best / whole)
     return (seconds, whole_seconds, best_seconds, share, *_permutation(score, width <= permuted))
+
+
+def _show_model(
+    name: str,
+    permutations: tuple[str, ...],
+    *,
+    samples: int,
+    report_windows: int,
+    context_length: int,
+    seed: int,
+) -> None:
+    """Print a model's perplexity with Wanda's scores and permutations by both assignments."""
+    with tempfile.TemporaryDirectory() as folder:
+        subject = load_subject(
+            name,
+            Path(folder),
+            samples=samples,
+            confirm_windows=1,
+            report_windows=report_windows,
+            context_length=context_length,
+            dtype="float32",
+            seed=seed,
+        )
+    pattern = Pattern.parse(f"{KEEP}:{GROUP}")
+    (wanda,) = (each for each in comparison_baselines(pattern) if each.method == "wanda")
+    widest = max(linear.weight.shape[1] for linear in subject.model.linears.values())
+
+    def perplexity(permutation: str, whole: int) -> float:
+        say(f"permutation {permutation}, all pairs up to {whole} groups ...")
+        with patch.object(assignment, "_WHOLE", whole):
+            rating, _ = rate_pruned(
+                subject.model,
+                subject.bundle.statistics(),
+                replace(wanda, steps=Steps(permutation=permutation)),
+                subject.report.windows,
+                calibration=subject.calibration,
+            )
+        return rating.perplexity
+
+    lines = []
+    for permutation in permutations:
+        best, whole = (perplexity(permutation, most) for most in (assignment._WHOLE, widest))
+        cells = f"{whole:.3f}", f"{best:.3f}", f"{best / whole - 1:+.2%}"
+        lines.append((permutation, *cells))
+    print_table(
+        f"{Path(name).name}: perplexity of Wanda at {pattern}, permuted",
+        ("permutation", "all pairs", "best pairs", "difference"),
+        [("none", f"{perplexity('none', widest):.3f}", "", ""), *lines],
+        caption=f"{report_windows} windows of {context_length} tokens of the report part, "
+        f"calibrated on {samples}, float32, seed {seed}; inputs of up to {widest} channels; "
+        f"{machine()}; {software('torch', 'scipy')}",
+    )
 
 
 def _permutation(score: Tensor, run: bool) -> tuple[float, float, float]:

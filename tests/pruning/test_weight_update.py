@@ -284,6 +284,47 @@ def test_obs_update_repeats_its_bits():
     assert torch.equal(obs_update(weight, mask, factor), obs_update(weight, mask, factor))
 
 
+def test_a_gpu_solves_for_several_columns_at_once(pretended_gpu):
+    """There the updates are the CPU's but for rounding, by a few launches for 16 columns."""
+    gram, weight = inputs_gram(160), weights(24, 160)
+    gram[:, 7] = gram[7] = 0  # a dead input
+    factor, mask = inverse_factor(gram, layer="q"), wanda_mask(weight, gram, 80)
+    on_card = [tensor.cuda() for tensor in (weight, mask, factor)]
+    with pretended_gpu.counting() as counts:
+        changed = obs_update(*on_card)
+    chosen, kept = sparsegpt(on_card[0], on_card[2], keep=2, group=4)
+    expected, expected_kept = sparsegpt(weight, factor, keep=2, group=4)
+
+    assert counts.launches < 160
+    assert counts.waits == 0
+    assert torch.allclose(changed.cpu(), obs_update(weight, mask, factor), rtol=1e-4, atol=1e-5)
+    assert torch.equal(kept.cpu(), expected_kept)
+    assert torch.allclose(chosen.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_update_waits_for_a_gpu_in_a_loop(pretended_gpu):
+    """Waits are a few for a linear, whatever its size; launches do not grow with its rows."""
+
+    def counted(rows, width):
+        gram, weight = inputs_gram(width).cuda(), weights(rows, width).cuda()
+        mask, factor = wanda_mask(weight, gram, width // 2), inverse_factor(gram, layer="q")
+        for update in (
+            lambda: inverse_factor(gram, layer="q"),
+            lambda: obs_update(weight, mask, factor),
+            lambda: least_squares_update(weight, mask, gram, start=weight * mask, steps=4),
+            lambda: sparsegpt(weight, factor, removed=rows * width // 2),
+            lambda: sparsegpt(weight, factor, keep=2, group=4),
+        ):
+            with pretended_gpu.counting() as counts:
+                update()
+            yield counts.launches, counts.waits
+
+    low, high, wide = (list(counted(*shape)) for shape in ((12, 32), (96, 32), (12, 48)))
+
+    assert low == high
+    assert [waits for _, waits in low] == [waits for _, waits in wide] == [3, 0, 1, 0, 0]
+
+
 def test_obs_update_checks_its_arguments():
     """Shapes that do not fit, and a block of nothing, are a programmer's faults."""
     weight = weights(4, 8)
