@@ -112,8 +112,9 @@ class _InputSums:
 
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), any floating dtype."""
-        add_gram_(self.gram, x)
-        self.total += x.float().sum(dim=0)
+        exact = x.float()
+        add_gram_(self.gram, exact, from_16_bits=x.dtype.itemsize == 2)
+        self.total += exact.sum(dim=0)
 
     def finish(self, sequences: int, tokens: int) -> InputMoments:
         norm = (self.gram.diagonal() / sequences).sqrt()

@@ -82,11 +82,20 @@ class Footprint:
         """Bytes of the hidden states between two blocks."""
         return windows * tokens * self.hidden
 
-    def forward(self, tokens: int, windows: int) -> int:
-        """Bytes that a pass without gradients, and without the head, takes at its peak."""
+    def forward(self, tokens: int, windows: int, *, watched: bool = True) -> int:
+        """
+        Bytes that a pass without gradients, and without the head, takes at its peak.
+
+        Args:
+            tokens: Of a window.
+            windows: Run at once.
+            watched: Whether statistics of the linears' inputs are gathered.
+        """
         widest = max(block.widest for block in self.blocks)
-        # Inputs of the widest linears, a copy and squares in float32; states beside them.
-        each = (2 * FLOAT + 3 * self.itemsize) * widest + 4 * self.hidden
+        # Inputs of the widest linears, and states beside them; a copy and squares in float32.
+        each = 3 * self.itemsize * widest + 4 * self.hidden
+        if watched:
+            each += 2 * FLOAT * widest
         return int(windows * (MARGIN * tokens * each + self._mask(tokens)))
 
     def backward(self, tokens: int, windows: int, *, recompute: bool) -> int:

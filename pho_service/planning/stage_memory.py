@@ -264,6 +264,7 @@ def confirmation_peak(
     at_once: int = 1,
     sparsity: float = 0.5,
     removed_on_device: bool = True,
+    states_on_device: bool = False,
 ) -> Peak:
     """
     The peak of measuring a candidate whose steps need no text: pruned, measured, dense again.
@@ -278,18 +279,25 @@ def confirmation_peak(
         at_once: Windows run at once.
         sparsity: Share of the weights that are removed.
         removed_on_device: What is removed is kept on the GPU; else in main memory.
+        states_on_device: A streamed model's hidden states stay on the GPU; else in main memory.
     """
     largest = max(block.largest for block in footprint.blocks)
     scoring = SCORES * FLOAT * largest
     logits = footprint.itemsize * tokens * footprint.vocabulary
-    running = footprint.forward(tokens, at_once) + at_once * logits + 3 * FLOAT * LOGITS_AT_ONCE
+    logarithms = 3 * FLOAT * min(LOGITS_AT_ONCE, tokens * footprint.vocabulary)
+    forward = footprint.forward(tokens, at_once, watched=False)
+    head = at_once * (logits + 2 * tokens * footprint.hidden) + logarithms
+    running = max(forward, head)
     if place.stream:
         block = max(block.weights for block in footprint.blocks)
         outside = footprint.outside if place.on_gpu else 0
-        device = max(block + max(scoring, footprint.forward(tokens, 1)), outside + running)
+        device = max(block + max(scoring, forward), outside + running)
         if place.on_gpu:
-            device = max(device, outside + block + footprint.forward(tokens, 1))
-        return Peak.at(place, device=device, host=footprint.states(windows, tokens))
+            device = max(device, outside + block + forward)
+        states = footprint.states(windows, tokens)
+        if states_on_device:
+            return Peak.at(place, device=device + states, host=0)
+        return Peak.at(place, device=device, host=states)
     removed = footprint.itemsize * footprint.prunable
     if place.on_gpu:
         removed = int(sparsity * removed)

@@ -69,7 +69,7 @@ class SecondMoment:
             if self.rows:
                 self.moment += self._projected(exact)
             else:
-                add_gram_(self.moment, x)
+                add_gram_(self.moment, exact, from_16_bits=x.dtype.itemsize == 2)
 
     def _projected(self, x: Tensor) -> Tensor:
         """(rows, in_features): the sum of the tokens of each row, with their signs."""
@@ -125,20 +125,18 @@ PANEL = 256  # columns of a Gram matrix that are added at a time
 GPU_PANEL = 2048  # the same on a GPU, where each is a launch
 
 
-def add_gram_(gram: Tensor, x: Tensor) -> None:
+def add_gram_(gram: Tensor, x: Tensor, *, from_16_bits: bool = False) -> None:
     """
     Add ``x.T @ x`` to the upper triangle of a Gram matrix; :func:`mirrored_` fills in the lower.
 
-    On a GPU, inputs in 16 bits are multiplied by its tensor cores: TF32 holds them exactly, and
-    sums are float32 as elsewhere.
-
     Args:
         gram: (width, width), float32. Below the diagonal it has no meaning.
-        x: (tokens, width), any floating dtype.
+        x: (tokens, width), float32.
+        from_16_bits: ``x`` was cast from bfloat16 or float16. A GPU's tensor cores multiply it
+            then: TF32 holds it exactly, and sums are float32 as elsewhere.
     """
     step = PANEL if x.device.type == "cpu" else GPU_PANEL
-    with tensor_cores() if x.dtype in (torch.bfloat16, torch.float16) else nullcontext():
-        x = x.float()
+    with tensor_cores() if from_16_bits else nullcontext():
         for start in range(0, len(gram), step):
             panel = slice(start, start + step)
             gram[panel, start:].addmm_(x[:, panel].T, x[:, start:])

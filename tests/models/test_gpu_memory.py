@@ -12,6 +12,7 @@ from pretended_cards import Card
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pho_service.jobs.rating import rate_pruned
 from pho_service.models.architecture import decoder_blocks, prunable_linears
 from pho_service.models.blockwise import collect_statistics_blockwise
 from pho_service.models.footprint import footprint_of
@@ -21,22 +22,25 @@ from pho_service.planning.stage_memory import (
     CalibrationRun,
     Place,
     calibration_peak,
+    confirmation_peak,
+    pruning_peak,
 )
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec import CalibrationSettings
+from pho_service.spec import CalibrationSettings, Candidate, Coefficients, Pattern, Steps
 
 TOKENS, WINDOWS, FISHER = 128, 8, 4
 ON_GPU, STREAMED = Place(on_gpu=True), Place(on_gpu=True, stream=True)
 SETTINGS = CalibrationSettings(context_length=TOKENS, projection_rows=32, samples=WINDOWS)
+CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
 # Widths for which activations weigh as much as in a large model.
 CONFIG = {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 
 
 def llama(dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random LLaMA with four blocks."""
+    """A random LLaMA with two blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
@@ -80,7 +84,7 @@ def test_plan_of_a_calibration(
 
 @pytest.fixture
 def folder(model_folder: Path) -> Callable[[torch.dtype], Path]:
-    """Makes a folder with the LLaMA of four blocks."""
+    """Makes a folder with the LLaMA of two blocks."""
 
     def make(dtype: torch.dtype) -> Path:
         (model_folder / "model.safetensors").unlink()
@@ -158,3 +162,73 @@ def test_waits(pretended_gpu: Card, windows: Tensor, rows: int) -> None:
 
     assert many["d2h"] == few["d2h"]
     assert sum(many.values()) - sum(few.values()) <= 8 - 2
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_waits_of_a_streamed_calibration(
+    pretended_gpu: Card, windows: Tensor, model_folder: Path, *, on_device: bool
+) -> None:
+    """Nor do waits grow with windows times blocks, wherever the hidden states are."""
+    model = load_model(str(model_folder), device="cuda", stream=True)
+    waited = []
+    for count in (4, 8):
+        with pretended_gpu.counting() as counts:
+            streamed_statistics(model, windows[:count, :16] % 42, on_device=on_device)
+        waited.append(counts.by_cause)
+    few, many = waited
+
+    assert many["d2h"] == few["d2h"]
+    assert many["h2d"] == few["h2d"]  # weights alone
+    assert sum(many.values()) - sum(few.values()) <= 6 * 4  # its arguments, once a window
+
+
+SCORED = [("0.5", Steps()), ("2:4", Steps(permutation="score"))]
+UPDATED = [("0.5", Steps(update="obs"))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stream", "steps"),
+    [
+        (torch.float32, False, SCORED),
+        (torch.bfloat16, False, [*SCORED[:1], *UPDATED]),
+        (torch.float32, True, SCORED[:1]),
+        (torch.bfloat16, True, SCORED[:1]),
+    ],
+)
+def test_plan_of_a_confirmation(
+    pretended_gpu: Card,
+    windows: Tensor,
+    folder: Callable[[torch.dtype], Path],
+    dtype: torch.dtype,
+    steps: list[tuple[str, Steps]],
+    *,
+    stream: bool,
+) -> None:
+    """To prune a model, measure it, and make it dense again takes what is planned as well."""
+    model = load_model(str(folder(dtype)), device="cuda", dtype="auto", stream=stream)
+    footprint, place = footprint_of(model.model, model.linears), Place(on_gpu=True, stream=stream)
+    few = windows[:4]
+    statistics = streamed_statistics(model, few, on_device=True) if stream else None
+    statistics = statistics or collect_statistics(
+        model.model, model.linears, few, fisher_windows=2, projection_rows=32, seed=0
+    )
+    for pattern, each in steps:
+        candidate = Candidate(
+            method="crepe", coefficients=CREPE, pattern=Pattern.parse(pattern), steps=each
+        )
+        gc.collect()
+        pretended_gpu.reset_peak()
+        rate_pruned(model, statistics, candidate, windows, calibration=few)
+        # One window first, the others at once.
+        planned = confirmation_peak(
+            footprint, place, tokens=TOKENS, windows=WINDOWS,
+            at_once=1 if stream else WINDOWS - 1, states_on_device=stream,
+        ).device  # fmt: skip
+        if each.needs_text:
+            pruning = pruning_peak(
+                footprint, place, each, windows=len(few), tokens=TOKENS, states_on_device=True,
+                keep_dense=True,
+            )  # fmt: skip
+            planned = max(planned, pruning.device)
+
+        assert 1 <= (planned - LIBRARIES) / pretended_gpu.peak <= 1.5, (pattern, each)

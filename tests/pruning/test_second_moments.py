@@ -1,8 +1,12 @@
 """Streamed sums of one input, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
+from pretended_cards import Card
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pho_service.pruning.second_moments import (
     PANEL,
@@ -110,3 +114,72 @@ def test_mixed_precision(rows: int) -> None:
         mixed = projection(x, rows, seed=1)
 
     assert torch.equal(mixed, projection(x, rows, seed=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores_lose_nothing(dtype: torch.dtype) -> None:
+    """What was cast from 16 bits has nothing in the 13 bits that TF32 leaves out."""
+    x = torch.randn(999, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+
+    assert not (x.view(torch.int32) & 0x1FFF).any()
+
+
+class Products(TorchDispatchMode):
+    """Notes how precisely a GPU would multiply, product by product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the operation; note the precision of a product."""
+        if "addmm" in str(function):
+            self.precisions.append(torch.backends.cuda.matmul.fp32_precision)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "uses_them"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_tensor_cores(dtype: torch.dtype, *, uses_them: bool) -> None:
+    """A GPU's tensor cores make Gram matrices of 16-bit inputs, and no others."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    moment = SecondMoment(8, torch.device("cpu"), projection_rows=0, seed=0)
+    with Products() as products:
+        moment.add(torch.ones(3, 8, dtype=dtype))
+
+    assert products.precisions == (["tf32"] if uses_them else [before])
+    assert torch.backends.cuda.matmul.fp32_precision == before != "tf32"
+
+
+def test_gram_on_a_gpu(pretended_gpu: Card) -> None:
+    """There a Gram matrix takes a launch a panel of 2,048 columns, and is the same matrix."""
+    x = torch.randn(9, 600, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(600, 600)
+    add_gram_(expected, x)
+    gram = torch.zeros(600, 600, device="cuda")
+    there = x.to("cuda")
+    with pretended_gpu.counting() as counts:
+        add_gram_(gram, there)
+
+    assert counts.by_operation == {"addmm_": 1}
+    assert counts.waits == 0
+    torch.testing.assert_close(mirrored_(gram).cpu(), mirrored_(expected))
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nobody_waits(pretended_gpu: Card, rows: int) -> None:
+    """On a GPU tokens are added without a wait, in one copy of the draws, to the same sums."""
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
+    here = SecondMoment(12, torch.device("cpu"), projection_rows=rows, seed=3)
+    there = SecondMoment(12, torch.device("cuda"), projection_rows=rows, seed=3)
+    here.add(x)
+    tokens = x.to("cuda")
+    with pretended_gpu.counting() as counts:
+        there.add(tokens)
+
+    assert counts.waits == 0
+    assert counts.h2d_copies == (1 if rows else 0)
+    torch.testing.assert_close(there.moment.cpu(), here.moment, rtol=0 if rows else 1e-6, atol=0)
