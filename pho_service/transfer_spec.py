@@ -177,10 +177,9 @@ class TransferSpec(TransferRequest):
             confirm=search.confirm,
         )
 
-    def report_of(self, number: int) -> JobSpec | None:
-        """The same with the report text in the place of the one to confirm on; None without."""
+    @property
+    def report_windows(self) -> ConfirmSpec | None:
+        """The report text in the form of one to confirm on; None without."""
         if self.report is None:
             return None
-        windows = self.report.windows or MOST_WINDOWS
-        confirm = ConfirmSpec(text=self.report.text, windows=windows)
-        return self.target(number).model_copy(update={"confirm": confirm})
+        return ConfirmSpec(text=self.report.text, windows=self.report.windows or MOST_WINDOWS)

@@ -12,7 +12,7 @@ import torch
 
 from pho_service.access import Access, check_data_file
 from pho_service.errors import BundleError, ChangedInput, TextError
-from pho_service.job_fields import CalibrationSpec
+from pho_service.job_fields import CalibrationSpec, ConfirmSpec
 from pho_service.job_spec import JobSpec
 from pho_service.jobs.rating import ReportText
 from pho_service.models.calibration import CalibrationText, calibration_text
@@ -196,12 +196,27 @@ class Inputs:
                     "fewer calibration.samples, or confirm: null."
                 )
             return ReportText(windows=text.held_out[: spec.confirm.windows], record=text.record)
+        return self._read(spec, spec.confirm, seal, self.calibration_text(spec, seal))
+
+    def report_text(self, spec: JobSpec, report: ConfirmSpec, seal: Seal) -> ReportText:
+        """
+        The windows of a text that nothing was chosen on, the same for every model.
+
+        Raises:
+            InvalidInput, TextError, ChangedInput: As :meth:`confirmation_text`.
+        """
+        return self._read(spec, report, seal, None)
+
+    def _read(
+        self, spec: JobSpec, confirm: ConfirmSpec, seal: Seal, unlike: CalibrationText | None
+    ) -> ReportText:
+        """A text, cut for perplexity, without what overlaps with a calibration."""
         model = self.model(spec, seal)
-        path = self.access.text(spec.confirm.text)
+        path = self.access.text(str(confirm.text))
         settings = spec.calibration
         key = (
             model.weights_sha256, path, settings.context_length, settings.bos,
-            spec.confirm.windows, _FileState.of(path),
+            confirm.windows, _FileState.of(path), None if unlike is None else unlike.bundle_key,
         )  # fmt: skip
 
         def read() -> ReportText:
@@ -210,7 +225,8 @@ class Inputs:
                 TextSource(path=path),
                 context_length=settings.context_length,
                 bos=settings.bos,
-                max_windows=spec.confirm.windows if spec.confirm else None,
+                max_windows=confirm.windows,
+                unlike=None if unlike is None else unlike.calibration,
             )
             return ReportText(windows=windows, record=record)
 

@@ -5,7 +5,6 @@ The stages of a transfer: each measures a configuration on one model.
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,8 @@ def _transfer(
 
 
 def _report(spec: TransferSpec, inputs: Inputs, number: int, seal: Seal) -> ReportText | None:
-    reading = spec.report_of(number)
-    if reading is None:
-        return None
-    return inputs.confirmation_text(reading, replace(seal, confirmation=None))
+    report = spec.report_windows
+    return None if report is None else inputs.report_text(spec.target(number), report, seal)
 
 
 def _own_search(spec: TransferSpec, folder: Path) -> SearchRequest | None:

@@ -22,6 +22,8 @@ from pho_service.spec import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pho_service.jobs.rating import ReportText
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
@@ -332,14 +334,20 @@ def report_text(
     context_length: int,
     bos: str,
     max_windows: int | None,
+    unlike: "Tensor | None" = None,
 ) -> "ReportText":
-    """A text, cut for perplexity."""
+    """A text, cut for perplexity; without what overlaps with the windows ``unlike``."""
     from pho_service.jobs.rating import ReportText
     from pho_service.models.texts import read_windows
 
     with working(f"Reading {source}"):
         windows, record = read_windows(
-            model, source, context_length=context_length, bos=bos, max_windows=max_windows
+            model,
+            source,
+            context_length=context_length,
+            bos=bos,
+            max_windows=max_windows,
+            unlike=unlike,
         )
     return ReportText(windows=windows, record=record)
 
@@ -354,7 +362,7 @@ def confirm_text(
     """
     The windows to confirm on: of ``path``, or those that calibration left of its own text.
 
-    None, with a sentence, if there are none.
+    None of them overlaps with the calibration's. None, with a sentence, if there are none.
     """
     from pho_service.jobs.rating import ReportText
 
@@ -365,6 +373,7 @@ def confirm_text(
             context_length=settings.context_length,
             bos=settings.bos,
             max_windows=max_windows,
+            unlike=text.calibration,
         )
     if len(text.held_out) == 0:
         say("The text has no windows left beside the calibration. Give --confirm-text.")

@@ -20,6 +20,7 @@ from pho_service.models.blockwise import collect_statistics_blockwise, measure_p
 from pho_service.models.calibration_memory import plan_calibration, would_fit
 from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
+from pho_service.models.overlap import apart
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
 from pho_service.planning.stage_memory import CalibrationRun, block_inputs
@@ -46,8 +47,8 @@ class CalibrationText:
 
     Attributes:
         calibration: (samples or fewer, context_length), int64.
-        held_out: (up to 16, context_length), int64, of the same text; empty if
-            the text had no more.
+        held_out: (up to 16, context_length), int64, of the same text, but of no
+            passage that is among the calibration's; empty if the text had no more.
         record: The text.
         bundle_key: Names the bundle that these windows and settings give:
             hash of the model's weights, the windows, the settings and the
@@ -93,7 +94,7 @@ def calibration_text(
     digest.update(calibration.contiguous().numpy().tobytes())
     return CalibrationText(
         calibration=calibration,
-        held_out=windows[settings.samples :],
+        held_out=apart(windows[settings.samples :], calibration),
         record=record,
         bundle_key=digest.hexdigest(),
     )

@@ -18,6 +18,7 @@ from pho_service.configuration import shown
 from pho_service.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
 from pho_service.errors import InvalidInput, TextError
 from pho_service.models.loading import LanguageModel
+from pho_service.models.overlap import apart
 from pho_service.models.text_files import (
     Budget,
     TextLimits,
@@ -235,6 +236,7 @@ def read_windows(
     context_length: int,
     bos: str,
     max_windows: int | None = None,
+    unlike: Tensor | None = None,
 ) -> tuple[Tensor, TextRecord]:
     """
     Read a whole text for perplexity: joined, tokenised once, cut, the tail dropped.
@@ -245,12 +247,13 @@ def read_windows(
         context_length: Tokens of a window, BOS included.
         bos: ``auto``, ``always`` or ``never``.
         max_windows: Keep only the first so many.
+        unlike: Leave out the windows that overlap with these, see :func:`~overlap.apart`.
 
     Returns:
         (windows, context_length), int64, and what was read.
 
     Raises:
-        TextError: Not readable, empty, or shorter than one window.
+        TextError: Not readable, empty, shorter than one window, or nothing of it is left.
     """
     model.check_context(context_length)
     documents = list(read_documents(source))
@@ -258,6 +261,14 @@ def read_windows(
     text = SEPARATOR.join(documents)
     prefix = model.window_prefix(bos)
     windows = cut_windows(model.tokenize(text), context_length, prefix)
+    if unlike is not None:
+        windows = apart(windows, unlike, max_windows)
+        if len(windows) == 0:
+            raise TextError(
+                f"the text {source} has no window of {context_length} tokens that the calibration "
+                "has not seen: it is the same text, or shares its documents. Give another one, or "
+                "calibrate on fewer windows."
+            )
     return windows[:max_windows], _record(source, documents)
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import select
 from pho_service.errors import ChangedInput
 from pho_service.jobs.rating import rate_pruned
 from pho_service.models.loading import load_model
+from pho_service.models.overlap import apart
 from pho_service.transfer_spec import TransferRequest, TransferSpec
 from storage.jobs import LostClaim
 from storage.states import JobState, StageKind
@@ -342,3 +343,13 @@ def test_claims_still_count(hand: Any, transfer: Any) -> None:
 
     with pytest.raises(LostClaim):
         hand.store.transferred(lost, {}, configuration={}, own=None)
+
+
+def test_confirmed_on_the_calibration_text(hand: Any, small: Any) -> None:
+    """A worker measures on no window that it has calibrated on, also where the texts are one."""
+    spec = small(confirm={"text": "calibration.jsonl", "windows": 100})
+    calibration = hand.inputs.calibration_text(spec).calibration
+    windows = hand.inputs.confirmation_text(spec).windows
+
+    assert len(windows) > 3
+    assert torch.equal(apart(windows, calibration), windows)
