@@ -14,20 +14,21 @@ CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
     """
     Watch the most memory that is in use while the block runs.
 
     Args:
-        device: A GPU: its memory that torch handed out. The CPU: resident
+        devices: GPUs: their memory that torch handed out, added up. The CPU: resident
             memory of this process, which Linux alone can start to watch anew.
 
     Yields:
         Bytes when it is called, or None where the system does not tell.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: sum(map(torch.cuda.max_memory_allocated, devices))
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew, see man 5 proc

@@ -51,6 +51,11 @@ model_options = all_options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
+        "--device-map",
+        type=click.Choice(["auto"]),
+        help="auto: put the model on all GPUs together, for models larger than one.",
+    ),
+    click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
@@ -298,6 +303,7 @@ def open_model(name: str, options: dict[str, Any]) -> "LanguageModel":
             device=options.pop("device"),
             dtype=options.pop("dtype"),
             stream=options.pop("stream", False),
+            device_map=options.pop("device_map", None),
         )
 
 

@@ -119,7 +119,7 @@ def compare_candidates(
     objective = objective or Objective()
     with progress("Measuring perplexities", (len(candidates) + 1) * len(report.windows)) as advance:
         started = time.perf_counter()
-        with peak_memory(model.device) as peak:
+        with peak_memory(*model.devices) as peak:
             dense = measure_perplexity(model, report.windows, advance=advance)
         rows = [
             ComparisonRow(
@@ -129,7 +129,7 @@ def compare_candidates(
         ]  # fmt: skip
         for name, candidate in candidates:
             started = time.perf_counter()
-            with peak_memory(model.device) as peak:
+            with peak_memory(*model.devices) as peak:
                 result, sparsity = rate_pruned(
                     model, statistics, candidate, report.windows, advance, calibration=calibration
                 )

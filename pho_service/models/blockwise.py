@@ -409,13 +409,18 @@ class _Network:
         self, index: int, window: int, hidden: Tensor, forward: Callable[..., Any]
     ) -> Tensor | tuple[Any, ...]:
         """All that a block returns for the arguments that it had in a window."""
-        args, kwargs = _map_tensors(self._calls[index][window], self._there)
-        output: Tensor | tuple[Any, ...] = forward(self._there(hidden), *args, **kwargs)
+        there = partial(to_device, device=self._device(index))
+        args, kwargs = _map_tensors(self._calls[index][window], there)
+        output: Tensor | tuple[Any, ...] = forward(there(hidden), *args, **kwargs)
         return output
 
     def _there(self, tensor: Tensor) -> Tensor:
-        """On the device."""
+        """On the device that tokens come to."""
         return to_device(tensor, self.model.device)
+
+    def _device(self, index: int) -> torch.device:
+        """Where a block is run: models may lie on several GPUs."""
+        return self.model.streamed_to or next(self.blocks[index][1].parameters()).device
 
     def _kept(self, states: Tensor) -> Tensor:
         """Where hidden states are between two blocks."""
@@ -427,7 +432,8 @@ class _Network:
         if folder is None:
             return states
         there = {str(number): to_main_memory(state) for number, state in enumerate(states)}
-        arrived(self.model.device)
+        for device in self.model.devices:
+            arrived(device)
         return list(mapped_copy(there, folder).values())
 
     def step(
@@ -438,6 +444,7 @@ class _Network:
             self.hidden[window] = self._kept(self.run(index, window))
             end_of_window()
             advance(1)
+        self._settle()
 
     def loss_gradients(self, count: int) -> list[Tensor]:
         """Of the first windows' summed losses, by the hidden states after the last block."""
@@ -452,11 +459,12 @@ class _Network:
     ) -> None:
         """Replace the gradients by a block's outputs, by those by its inputs."""
         for window, hidden in enumerate(inputs):
-            leaf = self._there(hidden).detach().requires_grad_()
+            leaf = to_device(hidden, self._device(index)).detach().requires_grad_()
             output = self.run(index, window, leaf)
-            output.backward(self._there(gradients[window]))
+            output.backward(to_device(gradients[window], output.device))
             gradients[window] = self._kept(_gradient(leaf))
             advance(1)
+        self._settle()
 
     @contextmanager
     def ending(self, hidden: Iterable[Tensor]) -> Iterator[None]:
@@ -492,6 +500,13 @@ class _Network:
                 # Without the head: only what the blocks are called with is wanted.
                 self.model.model.base_model(input_ids=self._there(window[None]), use_cache=False)
                 recorder.end_of_window()
+        self._settle()
+
+    def _settle(self) -> None:
+        """One GPU does all in its order; what another's block reads must have come before."""
+        devices = self.model.devices
+        for device in devices if len(devices) > 1 else ():
+            arrived(device)
 
     def _try_out(self, number: int, hidden: Tensor) -> None:
         """Run a block to see the form of its output, and whether it needs the others' notes."""
@@ -651,7 +666,7 @@ def _states_fit(model: LanguageModel, windows: Tensor) -> bool:
         return True
     embedding: Any = model.model.get_input_embeddings()
     size = windows.numel() * embedding.weight.shape[1] * model.dtype.itemsize
-    return bool(size <= free_memory(model.device) // 4)
+    return bool(size <= min(map(free_memory, model.devices)) // 4)
 
 
 def _on_device(

@@ -24,7 +24,8 @@ def plan_calibration(
     """
     The fastest plan that fits into ``settings.memory_bytes``, or, without it, into a GPU.
 
-    What torch's allocator holds and no tensor uses counts as free.
+    What torch's allocator holds and no tensor uses counts as free. Of a model on several GPUs
+    the memory of all counts, since each has about as many blocks.
 
     Args:
         model: Loaded, so that what is in use counts it.
@@ -37,13 +38,13 @@ def plan_calibration(
     """
     footprint = footprint_of(model.model, model.linears)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
-    in_use = memory_in_use(model.device)
+    in_use = sum(map(memory_in_use, model.devices))
     loaded = 0 if model.stream else footprint.weights  # of what is in use
     limit, size, host_limit = settings.memory_bytes, None, None
     if place.on_gpu:
-        size = torch.cuda.mem_get_info(model.device)[1]
+        size = sum(torch.cuda.mem_get_info(device)[1] for device in model.devices)
         if limit is None:
-            limit = in_use + int(USED * free_memory(model.device))
+            limit = in_use + int(USED * _free(model))
         host_limit = available_memory()
     ours = None if limit is None else limit - in_use + loaded
     plan = choose_run(
@@ -71,9 +72,14 @@ def would_fit(model: LanguageModel, settings: CalibrationSettings, *, fisher_win
     """What would fit, in words, where a plan that should have fitted ran out of memory."""
     footprint = footprint_of(model.model, model.linears)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
-    limit = free_memory(model.device) if place.on_gpu else available_memory()
+    limit = _free(model) if place.on_gpu else available_memory()
     limit += 0 if model.stream else footprint.weights
     return _ways_out(footprint, settings, place, limit, fisher_windows)
+
+
+def _free(model: LanguageModel) -> int:
+    """Bytes that a model's GPUs have for work that each does as much of: the fullest one counts."""
+    return len(model.devices) * min(map(free_memory, model.devices))
 
 
 def _ways_out(

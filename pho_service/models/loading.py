@@ -2,6 +2,7 @@
 Open a model by hub id, local folder or .gguf file. Never runs remote code, never unpickles weights.
 """
 
+import gc
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.faults import device_is_lost, ran_out_of_memory
 from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.architecture import prunable_linears
+from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
 from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
 from pho_service.models.gguf_header import gguf_read_once
@@ -72,8 +74,13 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Where the model computes; of several GPUs, the one that tokens come to."""
         return self.streamed_to or self.model.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that the model computes on, that of :attr:`device` first."""
+        return (self.streamed_to,) if self.streamed_to else devices_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,6 +197,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     stream: bool = False,
+    device_map: str | None = None,
 ) -> LanguageModel:
     """
     Load a causal language model in evaluation mode, with its tokenizer.
@@ -202,17 +210,27 @@ def load_model(
             streamed model has its stored one everywhere.
         stream: Leave the weights in their files, mapped, for a model that is
             larger than the memory. ``device`` is where single blocks are run.
+        device_map: ``auto`` puts the model on all GPUs together, block by block.
 
     Raises:
         ModelError: Not found, not reachable, no weights, only pickled
             weights, or an architecture that cannot be pruned as a whole.
         NumericalError: A weight is NaN or infinite.
-        InvalidInput: An unknown device or dtype, or a model that cannot be
+        InvalidInput: An unknown device, dtype or device map, or a model that cannot be
             streamed: GGUF, weights that transformers converts when it reads
             them (those of experts in the usual layout are kept apart instead), or
             another dtype than the stored one.
     """
     target = pick_device(device)
+    if device_map not in (None, *DEVICE_MAPS):
+        raise InvalidInput(f"device map {device_map!r} is not known. Use auto, or leave it out.")
+    if device_map is not None and (stream or device not in ("auto", "cuda")):
+        raise InvalidInput(
+            f"a device map puts a model on several GPUs, which {'streaming' if stream else device} "
+            "does not. Leave --device-map out, or " + ("--stream." if stream else "--device.")
+        )
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", torch.cuda.current_device())
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
@@ -221,6 +239,10 @@ def load_model(
     if stream:
         wanted = "auto"
         reader = _mapped_reader(name, source, is_gguf)
+    elif device_map is not None:
+        reader = {"device_map": _device_map(name, source, is_gguf, wanted)}
+    elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory
+        reader = {"device_map": {"": target}}
     model, tokenizer = _read(name, source, is_gguf, wanted, **reader)
     stored = torch.float32 if is_gguf else _stored_dtype(source)
     if is_gguf:
@@ -229,8 +251,6 @@ def load_model(
             model.config.__dict__.pop(leftover, None)
     if stream:
         _check_mapped(name, model, dtype)
-    else:
-        model.to(target)  # type: ignore[arg-type]  # transformers hides the signature
     model.eval()
     linears = prunable_linears(model)
     _check_weights(linears)
@@ -370,6 +390,21 @@ def _mapped_reader(name: str, source: dict[str, Any], is_gguf: bool) -> dict[str
     if files.separate is None:
         return {}
     return {"reader": files.separate, "config": config, "key_mapping": files.key_mapping or None}
+
+
+def _device_map(
+    name: str, source: dict[str, Any], is_gguf: bool, dtype: str
+) -> dict[str, torch.device]:
+    """A card for each module, known before any weight is read."""
+    if is_gguf:
+        raise InvalidInput(
+            f"{name} cannot be put on several GPUs: GGUF is dequantised as a whole when it is "
+            "read. Leave --device-map out, or give the safetensors folder that it was made from."
+        )
+    gc.collect()  # a model on several GPUs has circles in it, and may have been let go just now
+    with _loading_errors(name):
+        config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    return spread(name, config, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def _stored_names(source: dict[str, Any]) -> list[str]:

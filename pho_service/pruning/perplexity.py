@@ -4,6 +4,7 @@ Perplexity over windows of one length: the protocol of the pruning literature.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,7 +89,9 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
         OutOfMemory: Not even so.
     """
     device = next(model.parameters()).device
-    weights = sum(p.nbytes for p in model.parameters() if p.device == device)
+    weights: Counter[torch.device] = Counter()
+    for parameter in model.parameters():
+        weights[parameter.device] += parameter.nbytes
     begin, size, halved = 0, 1, False
     while begin < len(windows):
         batch = windows[begin : begin + size]
@@ -111,7 +114,10 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
             let_go_of_memory()
             continue
         begin += len(batch)
-        size = batch_size(logits[0].numel(), device, weights=weights, most=most)
+        size = min(  # what the fullest card has room for
+            batch_size(logits[0].numel(), each, weights=its_weights, most=most)
+            for each, its_weights in weights.items()
+        )
         yield from logits
         del logits  # before the next are made
 

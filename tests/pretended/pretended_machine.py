@@ -113,6 +113,9 @@ class Cards(Sequence[Card]):
         if size == 0:
             return
         memory = label_of(host)
+        written = memory.written if way == "h2d" and isinstance(memory, InMain) else None
+        if written and written[0] is not card:  # its own copies come in their order
+            memory.check(writes=False)
         card.copied(way, size)
         if not (non_blocking and isinstance(memory, InMain) and memory.pinned):
             card.wait(way)

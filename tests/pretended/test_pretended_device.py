@@ -313,6 +313,19 @@ def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
     source.fill_(2)
 
 
+def test_reading_what_another_card_brings(pretended_gpus: Cards) -> None:
+    """A card does its own copies in their order, and knows nothing of another's."""
+    first, second = (card.device for card in pretended_gpus)
+    back = torch.ones(3, device=first).to("cpu", non_blocking=True)
+    again = back.to(first, non_blocking=True)
+    with pytest.raises(RuntimeError, match="cuda:0 was not waited for"):
+        back.to(second, non_blocking=True)
+    torch.cuda.synchronize(first)
+
+    assert again.device == first
+    assert back.to(second, non_blocking=True).device == second
+
+
 def test_a_card_that_broke(pretended_gpu: Card) -> None:
     """Its next operation raises what the test says."""
     x = ones(3)

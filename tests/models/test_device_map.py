@@ -1,0 +1,163 @@
+"""Models are read straight to a GPU, or onto several, and compute what they compute on the CPU."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_cards import Card
+from pretended_machine import Cards
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.models import blockwise
+from pho_service.models.blockwise import walk
+from pho_service.models.devices import pick_device
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pruning.perplexity import rate_perplexity
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "float32": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.float32}),
+    "bfloat16": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.bfloat16}),
+    "tied": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.float32, "tie_word_embeddings": True}),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"dtype": torch.bfloat16, "num_local_experts": 4},
+    ),
+}
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A random model of a kind: ``float32`` if the test asks for none."""
+    model_class, config, more = KINDS[getattr(request, "param", "float32")]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = model_class(config(**SIZES, **more)).to(more["dtype"])
+    model.save_pretrained(tmp_path / "kind")
+    for file in model_folder.glob("token*"):
+        shutil.copy(file, tmp_path / "kind")
+    return tmp_path / "kind"
+
+
+@pytest.fixture
+def two_cards(folder: Path, pretended_gpus: Cards) -> Cards:
+    """Two cards, after the model was stored."""
+    assert folder.is_dir()
+    return pretended_gpus
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    """(4, 16), int64: random tokens."""
+    return torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def on_cpu(folder: Path) -> LanguageModel:
+    """The same model on the CPU in its stored dtype."""
+    model = load_model(str(folder), device="cpu")
+    return load_model(str(folder), device="cpu", dtype=str(model.stored_dtype)[6:])
+
+
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
+def test_straight_to_a_gpu(folder: Path, windows: Tensor, pretended_gpu: Card) -> None:
+    """Each weight is copied once, from its file to the card, and the model is what it is."""
+    expected = on_cpu(folder)
+    size = sum(parameter.nbytes for parameter in expected.model.parameters())
+    with pretended_gpu.counting() as counts:
+        model = load_model(str(folder), device="cuda")
+
+    assert model.devices == (torch.device("cuda", 0),)
+    assert all(buffer.device.type == "cuda" for buffer in model.model.buffers())
+    assert size <= counts.h2d_bytes < 1.05 * size
+    assert model.weights_sha256 == expected.weights_sha256
+    assert rate_perplexity(model.model, windows) == rate_perplexity(expected.model, windows)
+
+
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
+@pytest.mark.usefixtures("two_cards")
+def test_on_two_gpus(folder: Path, windows: Tensor) -> None:
+    """Half of the blocks lie on each card; the hash and the perplexity stay what they were."""
+    expected = on_cpu(folder)
+    model = load_model(str(folder), device_map="auto")
+    places = [linear.weight.device.index for linear in model.linears.values()]
+
+    assert [device.index for device in model.devices] == [0, 1]
+    assert places == sorted(places)
+    assert 0.25 <= sum(places) / len(places) <= 0.75
+    assert model.weights_sha256 == expected.weights_sha256
+    assert rate_perplexity(model.model, windows) == rate_perplexity(expected.model, windows)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.usefixtures("two_cards")
+def test_walk_over_two_gpus(
+    folder: Path, windows: Tensor, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk hands hidden states from card to card, and prunes as it does on one."""
+    expected, model = on_cpu(folder), load_model(str(folder), device_map="auto")
+    monkeypatch.setattr(blockwise, "_states_fit", lambda *_: stays)
+    for here, there in zip(walk(expected, windows), walk(model, windows), strict=True):
+        (moments, _), (others, _) = here.moments(), there.moments()
+        for a, b in zip(moments, others, strict=True):
+            torch.testing.assert_close(b.gram.cpu(), a.gram)
+        for block in (here, there):
+            for linear in block.linears.values():
+                linear.weight[:, ::2] = 0
+
+    assert model.weights_sha256 == expected.sha256_by(2)
+    assert len({block.device for block in model.model.parameters()}) == 2
+
+
+def test_let_go(folder: Path, pretended_gpus: Cards) -> None:
+    """A model on several cards leaves them when it is let go, so the next one finds room."""
+    first = load_model(str(folder), device_map="auto")
+    before = [card.allocated for card in pretended_gpus]
+    del first
+    for card in pretended_gpus:
+        card.reset_peak()
+    again = load_model(str(folder), device_map="auto")
+
+    assert len(again.devices) == 2
+    assert all(card.peak < 1.5 * size for card, size in zip(pretended_gpus, before, strict=True))
+
+
+def test_cards_that_are_too_small(folder: Path, pretended_gpus: Cards) -> None:
+    """What would lie on no card is told before a weight is read, with what there is room for."""
+    for card in pretended_gpus:
+        card.memory_bytes = 2**15
+
+    with pytest.raises(ModelError, match=r"takes .* float32, but .*cuda:0 .*cuda:1 .* --stream"):
+        load_model(str(folder), device_map="auto")
+    assert all(card.allocated == 0 for card in pretended_gpus)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stream": True}, {"device": "cuda:1"}, {"device": "cpu"}], ids=str
+)
+@pytest.mark.usefixtures("two_cards")
+def test_contradictions(folder: Path, options: dict[str, Any]) -> None:
+    """Several cards and one, or none at a time, cannot both be had."""
+    with pytest.raises(InvalidInput, match=r"on several GPUs.*Leave --device-map out"):
+        load_model(str(folder), device_map="auto", **options)
+    with pytest.raises(
+        InvalidInput, match=r"'cuda:2' does not exist: torch sees cuda:0 \(.*cuda:1"
+    ):
+        load_model(str(folder), device="cuda:2")
+    with pytest.raises(InvalidInput, match="'balanced' is not known"):
+        load_model(str(folder), device_map="balanced")
+
+
+def test_without_a_gpu(folder: Path) -> None:
+    """Where there is no GPU, that is said, and what there is."""
+    with pytest.raises(InvalidInput, match="torch sees none"):
+        load_model(str(folder), device_map="auto")
+    with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use --device cpu"):
+        pick_device("cuda:3")
