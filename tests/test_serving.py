@@ -163,8 +163,9 @@ class Place:
                 served.process.wait()
         mine = [
             process
-            for process in psutil.process_iter(["environ"])
+            for process in psutil.process_iter(["environ", "cwd"])
             if (process.info["environ"] or {}).get("PHO_DATA_DIR") == str(self.data)
+            or process.info["cwd"] == str(self.data / "postgresql")
         ]
         for process in mine:
             with suppress(psutil.NoSuchProcess):  # PostgreSQL's others go with its first

