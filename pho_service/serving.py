@@ -4,6 +4,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from types import FrameType
 
 import uvicorn
 from sqlalchemy.engine import make_url
@@ -23,13 +25,17 @@ from pho_service.errors import InvalidInput
 from pho_service.protocol import bounded_protocol
 from pho_service.settings import Settings
 from storage.database import Database
-from storage.embedded import embedded_postgresql, running_url
+from storage.embedded import embedded_postgresql, reading_url, running_url
 from storage.keys import KeyStore
+from storage.studies import StorageError
 
 logger = logging.getLogger(__name__)
 
 _QUICK_S = 10.0  # a worker that dies sooner is started again more slowly
 _SLOWEST_S = 30.0
+_SOON_S = 3.0  # in which a worker stops, but for one that loads a model or has no database
+_ANSWERS_S = 2.0
+_THREADS_S = 0.5
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
@@ -51,6 +57,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
             "with --workers 0."
         )
     with (
+        _leaving_nobody_waiting(),
         _closing_on_sigterm(),
         _listening(settings) as listener,
         database_url(settings) as url,
@@ -63,6 +70,8 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
                 f"--host {settings.host} lets other machines in, and no key exists. Make one with "
                 "`pho keys create NAME`, or serve on 127.0.0.1."
             )
+        if settings.database_url is None:
+            database.let_read()
         app = create_app(database, settings, keys_needed=keys_needed)
         config = uvicorn.Config(
             app,
@@ -76,16 +85,56 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
             lifespan="on",
         )
         address = f"http://{_printable(settings.host)}:{listener.getsockname()[1]}"
-        with _Workers(settings, url):
+        with _Workers(settings, url) as workers:
             say(f"Jobs       {address}/   (a page with all of them, and a form for new ones)")
             say(f"API        {address}/v1/jobs   (described at {address}/docs)")
             say(f"Dashboard  {address}/dashboard")
             say(f"Database   {_without_password(url)}   (for `pho worker --database-url`)")
+            studies = shlex.quote(_studies_url(settings, database))
+            say(f"Studies    {studies}   (for `optuna --storage` and `optuna-dashboard`)")
             say(f"{settings.workers} local workers. Ctrl-C stops everything; jobs go on later.")
             try:
-                uvicorn.Server(config).run(sockets=[listener])
+                _Server(config, workers.stop).run(sockets=[listener])
             except KeyboardInterrupt:
                 say("stopping")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which tells the workers to stop when it is told, and not when it has ended."""
+
+    def __init__(self, config: uvicorn.Config, stop_workers: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop_workers = stop_workers
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, on a signal."""
+        self._stop_workers()
+        super().handle_exit(sig, frame)
+
+
+@contextmanager
+def _leaving_nobody_waiting() -> Iterator[None]:
+    """After the block the process ends, also if a request waits for a database that is frozen."""
+    try:
+        yield
+    except SystemExit:
+        _end_if_somebody_waits()
+        raise
+    _end_if_somebody_waits()
+
+
+def _end_if_somebody_waits() -> None:
+    """Python itself would wait for threads, and those for the database, without an end."""
+    main = threading.main_thread()
+    waiting = [t for t in threading.enumerate() if t is not main and not t.daemon]
+    deadline = time.monotonic() + _THREADS_S
+    for thread in waiting:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in waiting):
+        logger.warning("requests still wait for the database, and are given up")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 @contextmanager
@@ -166,6 +215,7 @@ class _Workers:
 
     def __init__(self, settings: Settings, url: str) -> None:
         self._settings = settings
+        self._url = url
         self._environment = {**os.environ, "PHO_DATABASE_URL": url}
         # Several workers that all use every core slow each other down many times.
         threads = max(1, (os.cpu_count() or 1) // max(1, settings.workers))
@@ -183,8 +233,12 @@ class _Workers:
             self._watchers.append(watcher)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Tell all to stop; the end of the block waits for them."""
         self._stopping.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         for watcher in self._watchers:
             watcher.join()
 
@@ -214,12 +268,35 @@ class _Workers:
 
     def _stop(self, process: "subprocess.Popen[bytes]") -> None:
         process.terminate()
-        try:
-            process.wait(self._settings.stop_after_s)
-        except subprocess.TimeoutExpired:
-            logger.warning("worker %d does not stop; its stage will come again", process.pid)
-            process.kill()
-            process.wait()
+        soon_s = min(_SOON_S, self._settings.stop_after_s)
+        for wait_s in (soon_s, self._settings.stop_after_s - soon_s):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(wait_s)
+                return
+            if not _answers(self._url):  # what it has in hand cannot be handed back anyway
+                break
+        logger.warning("worker %d does not stop; its stage will come again", process.pid)
+        process.kill()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    """Whether a database does, within moments."""
+    found = threading.Event()
+
+    def ask() -> None:
+        with closing(Database(url, pool=1)) as database, suppress(StorageError):
+            database.check()
+            found.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return found.wait(_ANSWERS_S)
+
+
+def _studies_url(settings: Settings, database: Database) -> str:
+    """Where programs of Optuna's find the studies: of our own server, for reading alone."""
+    own = reading_url(settings.data_dir) if settings.database_url is None else None
+    return own or database.shown_studies_url
 
 
 def _printable(host: str) -> str:

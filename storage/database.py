@@ -17,18 +17,34 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from storage.studies import DatabaseGone, StorageError, give_up, open_storage
-from storage.tables import SCHEMA
+from storage.studies import DatabaseFull, DatabaseGone, StorageError, give_up, open_storage
+from storage.tables import READER, SCHEMA
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
 SCHEMAS = ("pho", "procrastinate", "optuna")
 POOL = 20  # connections of one process
 
+# A server that is there and says nothing, or a network that swallows what is sent: told in
+# seconds, where libpq would wait for ever or for as long as the system does, which is minutes.
+_PATIENCE = {
+    "connect_timeout": "5",  # seconds, for each address of the server
+    "keepalives_idle": "3",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "8000",  # milliseconds
+}
+_NO_LIMIT = "-cstatement_timeout=0"
+_DISK_FULL = "53100"  # PostgreSQL's code
+_STATEMENT_S = 120  # a statement that waits longer, say for a lock, is ended by the server
+
 
 class Database:
     """
     The database of a service.
+
+    A server that cannot be reached, or accepts and does not answer, is :class:`DatabaseGone`
+    within ten seconds, unless the URL has time-outs of its own.
 
     Args:
         url: ``postgresql://user:password@host/name``; libpq's parameters may follow.
@@ -41,10 +57,13 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool: int = POOL, idle_limit_s: float = 30.0) -> None:
-        self.url = _parse(url)
+        self._given = _parse(url)
+        patience = {k: v for k, v in _PATIENCE.items() if k not in self._given.query}
+        self.url = self._given.update_query_dict(patience)
         self._options = (f"-cidle_in_transaction_session_timeout={round(idle_limit_s * 1000)}",)
+        self._limit = f"-cstatement_timeout={_STATEMENT_S * 1000}"
         self.engine: Engine = create_engine(
-            _with_schema(self.url, "procrastinate", *self._options),
+            _with_schema(self.url, "procrastinate", *self._options, before=self._limit),
             pool_size=pool,
             max_overflow=0,
             pool_pre_ping=True,  # a restarted server is found again without an error
@@ -63,7 +82,7 @@ class Database:
         A transaction: everything in it, or nothing.
 
         Raises:
-            DatabaseGone: The server cannot be reached, or went away.
+            DatabaseGone: The server cannot be reached, went away, or has no space left.
         """
         try:
             with self.engine.begin() as connection:
@@ -71,6 +90,8 @@ class Database:
         except NoConnectionFree as error:
             raise DatabaseGone("all connections are in use") from error
         except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == _DISK_FULL:
+                raise DatabaseFull(str(error.orig).splitlines()[0]) from error
             if isinstance(error, OperationalError) or error.connection_invalidated:
                 raise DatabaseGone(str(error.orig).splitlines()[0]) from error
             raise
@@ -78,7 +99,7 @@ class Database:
     @property
     def conninfo(self) -> str:
         """For libpq, with procrastinate's schema."""
-        url = _with_schema(self.url, "procrastinate", *self._options)
+        url = _with_schema(self.url, "procrastinate", *self._options, before=self._limit)
         parameters = self.engine.dialect.create_connect_args(url)[1]
         parameters.pop("context", None)  # SQLAlchemy's, for psycopg alone
         return make_conninfo(**parameters)
@@ -91,8 +112,18 @@ class Database:
         Trials need not reach the disk one by one: the search's own commit,
         which follows each generation, takes them along.
         """
-        url = _with_schema(self.url, "optuna", "-csynchronous_commit=off", *self._options)
+        return self._studies_url(self._limit)
+
+    def _studies_url(self, limit: str) -> str:
+        more = ("-csynchronous_commit=off", *self._options)
+        url = _with_schema(self.url, "optuna", *more, before=limit)
         return url.render_as_string(hide_password=False)
+
+    @property
+    def shown_studies_url(self) -> str:
+        """The same for Optuna's own programs, as it may be printed: without the password."""
+        url = _with_schema(self._given, "optuna").difference_update_query(["password"])
+        return url.set(password=None).render_as_string()
 
     def migrate(self) -> None:
         """
@@ -104,8 +135,7 @@ class Database:
         """
         config = Config()
         config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
-        with self.transaction() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        with self._taking_turns() as connection:
             for schema in SCHEMAS:
                 connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
             config.attributes["connection"] = connection
@@ -113,10 +143,38 @@ class Database:
                 command.upgrade(config, "head")
             except CommandError as error:
                 raise StorageError(_newer(str(error))) from error
+        with self._taking_turns(), open_storage(self._studies_url(_NO_LIMIT), upgrade=True):
+            pass
+
+    def let_read(self) -> None:
+        """
+        Make a role that reads all studies and does nothing else, or bring it up to date.
+
+        It has no password: the server says who may be it. That of a service's own
+        PostgreSQL lets in who runs the service; see :class:`~storage.postmaster.Postmaster`.
+
+        Raises:
+            DatabaseGone: The server cannot be reached.
+        """
+        with self._taking_turns() as connection:
+            there = text("SELECT 1 FROM pg_roles WHERE rolname = :name")
+            if connection.scalar(there, {"name": READER}) is None:
+                connection.execute(text(f"CREATE ROLE {READER} LOGIN"))
+            for statement in (
+                f"ALTER ROLE {READER} SET default_transaction_read_only = on",
+                f"ALTER ROLE {READER} SET search_path = optuna",
+                f"GRANT USAGE ON SCHEMA optuna TO {READER}",
+                f"GRANT SELECT ON ALL TABLES IN SCHEMA optuna TO {READER}",
+            ):
+                connection.execute(text(statement))
+
+    @contextmanager
+    def _taking_turns(self) -> Iterator[Connection]:
+        """A transaction in which no other process migrates, and which may take its time."""
         with self.transaction() as connection:
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            with open_storage(self.studies_url, upgrade=True):
-                pass
+            yield connection
 
     def check_migrated(self) -> None:
         """
@@ -173,9 +231,17 @@ def _parse(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg")
 
 
-def _with_schema(url: URL, schema: str, *more: str) -> URL:
-    """The URL with a search path, beside the server options that it has already."""
+def _with_schema(url: URL, schema: str, *more: str, before: str = "") -> URL:
+    """
+    The URL with a search path, beside the server options that it has already.
+
+    Args:
+        url: As it was given.
+        schema: What comes first in the search path.
+        more: Options that go before those of the URL.
+        before: One that those of the URL go before.
+    """
     given = url.query.get("options", ())
     given = (given,) if isinstance(given, str) else given
-    options = " ".join((*given, f"-csearch_path={schema}", *more))
+    options = " ".join(filter(None, (before, *given, f"-csearch_path={schema}", *more)))
     return url.update_query_dict({"options": options})

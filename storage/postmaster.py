@@ -25,8 +25,8 @@ from sqlalchemy.engine import URL
 
 from storage.server_user import ServerUser, name_of, server_user
 from storage.studies import StorageError
+from storage.tables import READER
 
-READER = "pho_reader"  # the role that reads studies, and nothing else
 _SUPERUSER = "postgres"
 _COPIES = Path("/var/lib/pho")  # of programs that lie where that user may not go
 _SOCKET = ".s.PGSQL.5432"

@@ -35,6 +35,10 @@ class DatabaseGone(StorageError):
     """The database cannot be reached; trying again later may help."""
 
 
+class DatabaseFull(DatabaseGone):
+    """The database's disk is full; trying again helps when somebody has made room."""
+
+
 class StudyStorage(RDBStorage):
     """
     Optuna's storage; a finished trial is written in a dozen statements instead of fifty.

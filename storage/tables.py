@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 
 SCHEMA = "pho"
+READER = "pho_reader"  # the role that reads studies, and nothing else
 
 metadata = MetaData(
     schema=SCHEMA,

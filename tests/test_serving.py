@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
+from optuna.storages import RDBStorage
+from sqlalchemy import text
 
 from pho_service import serving
 from pho_service.cli import main
@@ -30,9 +33,11 @@ from pho_service.errors import InvalidInput, ServiceError
 from pho_service.settings import read_settings
 from storage.database import Database
 from storage.keys import KeyStore
+from storage.postmaster import Postmaster
 
 PATIENCE_S = 240.0
 TRIALS = 600  # of a job that is stopped: long enough to be at it still
+_TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 
 
@@ -223,6 +228,13 @@ def test_first_job(place: Place) -> None:
     page = re.search(r"^Jobs +(http://\S+)/ ", served.log, re.MULTILINE)
     dashboard = re.search(r"^Dashboard +(http://\S+)", served.log, re.MULTILINE)
     database = re.search(r"^Database +(postgresql://\S+)", served.log, re.MULTILINE)
+    printed = re.search(r"^Studies +(\S+)", served.log, re.MULTILINE)
+    assert printed is not None
+    (url,) = shlex.split(printed[1])
+    listed = subprocess.run(
+        [Path(sys.executable).with_name("optuna"), "studies", "--format", "json", "--storage", url],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
     with urllib.request.urlopen(f"{served.client.url}/api/studies") as answer:  # noqa: S310 - ours
         studies = json.load(answer)["study_summaries"]
 
@@ -232,6 +244,7 @@ def test_first_job(place: Place) -> None:
     assert lives(served.worker(other_than=killed))
     assert f"worker {killed} ended with code -9; another starts" in served.log
     assert [study["study_name"] for study in studies] == [ended.name]
+    assert [study["name"] for study in json.loads(listed.stdout)] == [ended.name], listed.stderr
     assert page is not None
     assert page[1] == served.client.url
     assert dashboard is not None
@@ -239,6 +252,67 @@ def test_first_job(place: Place) -> None:
     assert database is not None
     assert f"{place.data}/postgresql" in unquote(database[1])
     assert (place.data / "artifacts").is_dir()
+
+
+def test_database_killed(place: Place) -> None:
+    """When its PostgreSQL is killed, the service heals by itself, and its job goes on."""
+    served = place.serve("--workers", 1)
+    served.worker()
+    job = begun(served)
+    killed = place.postgresql
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: place.postgresql not in (None, killed), "another one runs")
+    until(lambda: httpx.get(f"{served.client.url}/readyz").status_code == 200, "it is ready")
+    ended = served.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
+
+    assert ended.state == "succeeded", (ended.error, served.log)
+    assert ended.progress.trials_done == TRIALS
+    assert "PostgreSQL ended with code -9; it is started again" in served.log
+    assert served.stop(signal.SIGTERM) == 0
+    assert not place.postgresql
+
+
+@pytest.fixture
+def elsewhere(place: Place) -> Iterator[Postmaster]:
+    """A PostgreSQL that the service only has the URL of."""
+    server = Postmaster(place.folder / "elsewhere")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_stopped_without_its_database(place: Place, elsewhere: Postmaster, how: str) -> None:
+    """Also while its database is away, in the midst of a job and a request, it ends in seconds."""
+    served = place.serve("--workers", 1, "--database-url", elsewhere.url)
+    worker = served.worker()
+    begun(served)
+    postmaster = psutil.Process(elsewhere.process())
+    processes = [postmaster, *postmaster.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    if how == "killed":
+        for process in processes:
+            process.kill()
+    asking = threading.Thread(target=_ask, args=(f"{served.client.url}/v1/jobs",))
+    asking.start()
+    began = time.monotonic()
+    code = served.stop(signal.SIGTERM)
+    took_s = time.monotonic() - began
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+    asking.join(PATIENCE_S)
+
+    assert code == 0, served.log
+    assert took_s < 20, served.log  # ten seconds, and as many for a machine with other work
+    assert not lives(worker)
+
+
+def _ask(url: str) -> None:
+    with suppress(httpx.HTTPError):
+        httpx.get(url, timeout=PATIENCE_S)
 
 
 def test_stopped(place: Place) -> None:
@@ -400,7 +474,9 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
         httpx.get(f"{served.client.url}/v1/jobs?key=planted-query", headers=headers)
     served.stop(signal.SIGTERM)
     lines = [
-        line for line in served.log.splitlines() if not re.match("Jobs|API|Dash|Data|1 local", line)
+        line
+        for line in served.log.splitlines()
+        if not re.match("Jobs|API|Dash|Data|Studies|1 local", line)
     ]
     logged = [json.loads(line) for line in lines]
     (asked,) = [line for line in logged if line.get("request") == "asked"]
@@ -428,15 +504,54 @@ def test_unreachable_database(place: Place) -> None:
     assert "planted" not in result.stdout + result.stderr
 
 
+def test_password_on_the_command_line(place: Place) -> None:
+    """
+    A password in --database-url is soon in no list of processes.
+
+    A database that accepts and says nothing is told within ten seconds.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE_S)
+        url = f"postgresql://pho:planted@127.0.0.1:{listener.getsockname()[1]}/pho"
+        words = ["serve", "--workers", "0", "--port", "0", "--database-url", url]
+        process = subprocess.Popen(
+            [*PHO, *words], env=place.environment, cwd=place.folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        with process, listener.accept()[0]:
+            began = time.monotonic()
+            command = psutil.Process(process.pid).cmdline()
+            said = process.communicate(timeout=PATIENCE_S)[0]
+            took_s = time.monotonic() - began
+
+    assert command[-5:] == ["serve", "--workers", "0", "--port", "0"]
+    assert process.returncode == 1
+    assert took_s < 10
+    assert "timeout" in said
+    assert "planted" not in said
+
+
 def test_own_database(place: Place, database: Database, database_url: str) -> None:
     """A database that was given is used, and left running."""
+    with database.transaction() as connection:
+        before = connection.execute(_TABLES).all()
     served = place.serve("--workers", 0, "--database-url", database_url)
+    printed = re.search(r"^Studies +'(\S+)'", served.log, re.MULTILINE)
+    assert printed is not None
+    optuna = RDBStorage(printed[1])
+    studies = optuna.get_all_studies()
+    optuna.remove_session()
+    optuna.engine.dispose()
+    with database.transaction() as connection:
+        after = connection.execute(_TABLES).all()
     job = served.client.submit({"model": "org/name", "pattern": "0.5"})
     code = served.stop(signal.SIGINT)
     with database.transaction() as connection:
         stored = connection.exec_driver_sql("SELECT id FROM pho.jobs").scalar_one()
 
     assert code == 0, served.log
+    assert studies == []
+    assert after == before  # no tables of Optuna's where it looks first
     assert stored == job.id
     assert not (place.data / "postgresql").exists()
 

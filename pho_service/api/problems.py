@@ -29,7 +29,7 @@ from storage.jobs import (
     TooManyTrials,
 )
 from storage.states import JobState
-from storage.studies import DatabaseGone, StorageError
+from storage.studies import DatabaseFull, DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,15 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 def database_gone(error: Exception) -> JSONResponse:
     """The answer while the database is away."""
+    if isinstance(error, DatabaseFull):
+        logger.error("the database's disk is full: %s", error)
+        return problem(
+            503,
+            "database_full",
+            "The disk of the database is full, and nothing of this was stored. What was stored "
+            "before is kept; try again when there is space on it.",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        )
     logger.warning("the database is away: %s", error)
     return problem(
         503,

@@ -10,10 +10,42 @@ from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput
 
 
+def _off_the_command_line(
+    _context: click.Context, _option: click.Parameter, url: str | None
+) -> str | None:
+    """Go on with a URL that has a password in the environment: all see who list processes."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if url is None:
+        return None
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return url  # who opens it says what is wrong
+    words = sys.orig_argv
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word not in ("--database-url", f"--database-url={url}")
+        and (before, word) != ("--database-url", url)
+    ]
+    hidden = bool(parsed.password) or "password" in parsed.query
+    if hidden and kept != words:  # not what a test called with words of its own
+        os.environ["PHO_DATABASE_URL"] = url
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *kept[1:]])  # noqa: S606 - ourselves
+    return url
+
+
 def service_options(function: Any) -> Any:
     """Which service is meant, for verbs that need its database."""
     for option in (
-        click.option("--database-url", help="A PostgreSQL to use instead of the embedded one."),
+        click.option(
+            "--database-url",
+            help="A PostgreSQL to use instead of the embedded one.",
+            callback=_off_the_command_line,
+        ),
         click.option(
             "--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
         ),

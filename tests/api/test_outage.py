@@ -117,6 +117,28 @@ def test_every_operation(front: TestClient, server: Server, refusal: Refusal) ->
     assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
 
 
+def test_disk_full(front: TestClient, server: Server, refusal: Refusal) -> None:
+    """A disk that is full is told from an outage; what can be read still is."""
+    database = Database(server.url, pool=1)
+    with database.transaction() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION pho.full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE EXCEPTION 'No space left on device' USING ERRCODE = '53100'; END $$"
+        )
+        connection.exec_driver_sql(
+            "CREATE TRIGGER full_disk BEFORE INSERT ON pho.jobs EXECUTE FUNCTION pho.full_disk()"
+        )
+    answer, listed = front.post("/v1/jobs", json=DOCUMENT), front.get("/v1/jobs")
+    with database.transaction() as connection:
+        connection.exec_driver_sql("DROP FUNCTION pho.full_disk CASCADE")
+    database.close()
+
+    refusal(answer, 503, "database_full")
+    assert "The disk of the database is full" in answer.json()["detail"]
+    assert listed.status_code == 200
+    assert front.post("/v1/jobs", json=DOCUMENT).status_code == 202
+
+
 def test_pages(front: TestClient, server: Server) -> None:
     """People get a page that waits for the database, and what they sent is not sent again."""
     job = front.post("/v1/jobs", json=DOCUMENT).json()["id"]

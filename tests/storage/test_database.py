@@ -1,13 +1,18 @@
 """The service's database: schemas that are migrated once, and found again after an outage."""
 
+import socket
+import time
 from contextlib import closing
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
 
 from storage.database import Database
-from storage.studies import DatabaseGone, StorageError, open_storage
+from storage.studies import DatabaseFull, DatabaseGone, StorageError, open_storage, open_study
 from storage.tables import metadata
 
 
@@ -88,3 +93,80 @@ def test_other_databases(url: str) -> None:
     """The service takes PostgreSQL alone."""
     with pytest.raises(StorageError, match="postgresql://user:password@host/name"):
         Database(url)
+
+
+def test_silent_server() -> None:
+    """A server that accepts and says nothing is gone within ten seconds, for Optuna as well."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"postgresql://u:geheim@127.0.0.1:{listener.getsockname()[1]}/d"
+        database = Database(url)
+        began = time.monotonic()
+        with pytest.raises(DatabaseGone, match="timeout") as caught:
+            database.check()
+        took_s = time.monotonic() - began
+        others = (
+            make_url(database.studies_url).query,
+            psycopg.conninfo.conninfo_to_dict(database.conninfo),
+        )
+
+    assert took_s < 10
+    assert "geheim" not in str(caught.value)
+    for parameters in others:
+        assert int(str(parameters["connect_timeout"])) < 10
+        assert int(str(parameters["tcp_user_timeout"])) < 10_000
+
+
+def test_time_limits(database: Database) -> None:
+    """No statement of the service, Optuna or the queue lasts for ever; the URL's limits win."""
+    asked = database.url.update_query_dict(
+        {"connect_timeout": "77", "options": "-cstatement_timeout=7s"}
+    )
+    own = Database(asked.render_as_string(hide_password=False))
+    limits = []
+    for each in (database, own):
+        for url in (each.engine.url, make_url(each.studies_url)):
+            engine = create_engine(url)
+            with engine.connect() as connection:
+                limits.append(connection.exec_driver_sql("SHOW statement_timeout").scalar_one())
+            engine.dispose()
+        with psycopg.connect(each.conninfo) as queue:
+            limits += queue.execute("SHOW statement_timeout").fetchone() or ()
+    own.close()
+
+    assert limits == ["2min"] * 3 + ["7s"] * 3
+    assert "connect_timeout=77" in own.conninfo
+
+
+def test_disk_full(database: Database) -> None:
+    """A full disk is told from an outage."""
+    raising = "DO $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"
+    with pytest.raises(DatabaseFull, match="no space left"), database.transaction() as connection:
+        connection.exec_driver_sql(raising)
+
+
+def test_reader(database: Database) -> None:
+    """The role that reads studies does nothing else, also without its own setting."""
+    database.let_read()
+    database.let_read()
+    with open_storage(database.studies_url) as storage:
+        open_study(storage, "job", direction="minimize")
+    reader = database.url.set(username="pho_reader").render_as_string()
+    with open_storage(reader) as storage:
+        studies = [study.study_name for study in storage.get_all_studies()]
+    engine = create_engine(reader, isolation_level="AUTOCOMMIT")
+    refused = []
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET default_transaction_read_only = off")
+        for statement in (
+            "DELETE FROM optuna.studies", "SELECT * FROM pho.keys",
+            "CREATE TABLE public.mine (a int)",
+            "SELECT * FROM procrastinate.procrastinate_jobs", "CREATE TABLE optuna.mine (a int)",
+            "CREATE ROLE mine", "COPY optuna.studies TO PROGRAM 'id'",
+        ):  # fmt: skip
+            with pytest.raises(Exception, match="permission denied") as caught:
+                connection.exec_driver_sql(statement)
+            refused.append(type(getattr(caught.value, "orig", None)))
+    engine.dispose()
+
+    assert studies == ["job"]
+    assert set(refused) == {psycopg.errors.InsufficientPrivilege}
