@@ -345,11 +345,15 @@ class Client:
             while True:
                 job = patient(self.job, job_id)
                 done = job.progress
-                several = job.kind == "transfer"
+                completed, total = done.trials_done, done.trials
+                if job.kind == "transfer":
+                    completed, total = done.models_done, done.models
+                elif job.stage == "calibrate" and done.shards:
+                    completed, total = done.shards_done, done.shards
                 bars.update(
                     search,
-                    completed=done.models_done if several else done.trials_done,
-                    total=done.models if several else done.trials,
+                    completed=completed,
+                    total=total,
                     description=f"{job.state}, {job.stage or 'waiting'}",
                 )  # fmt: skip
                 if done.perplexities:

@@ -29,6 +29,8 @@ class Progress(_Answer):
     )
     perplexities_done: int
     perplexities: int = Field(description="Known once the search is over.")
+    shards_done: int = Field(0, description="Of the calibrations, summed up already or not.")
+    shards: int = Field(0, description="That large calibrations are shared out in; 0 for none.")
     models_done: int = Field(0, description="Of a transfer: measured, or found impossible.")
     models: int = Field(0, description="Of a transfer.")
     seconds_left: float | None = Field(

@@ -9,7 +9,7 @@ of a job become visible in the order of their ids.
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -103,6 +103,11 @@ class Stage:
     started_at: datetime | None
     finished_at: datetime | None
 
+    @property
+    def part_of(self) -> int | None:
+        """The number of the stage of this kind that this one is a part of, if it is one."""
+        return (self.params or {}).get("part_of")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -141,8 +146,17 @@ class Job:
     stages: list[Stage]
 
     def of_kind(self, kind: StageKind) -> list[Stage]:
-        """The stages of one kind, by number."""
-        return sorted((s for s in self.stages if s.kind is kind), key=lambda s: s.number)
+        """The stages of one kind, without their parts, by number."""
+        return self._sorted(s for s in self.stages if s.kind is kind and s.part_of is None)
+
+    def parts(self, kind: StageKind, number: int | None = None) -> list[Stage]:
+        """The parts of the stage of a kind with this number, or of all of the kind, by number."""
+        parts = (s for s in self.stages if s.kind is kind and s.part_of is not None)
+        return self._sorted(s for s in parts if number in (None, s.part_of))
+
+    @staticmethod
+    def _sorted(found: Iterable[Stage]) -> list[Stage]:
+        return sorted(found, key=lambda stage: stage.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -639,6 +653,63 @@ class JobStore:
                     )
             self._settle(connection, job)
             return True
+
+    def share(
+        self,
+        claim: Claim,
+        parts: Sequence[NewStage] = (),
+        *,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Put a stage down until its parts are done; then it is given out again.
+
+        Args:
+            claim: Of the stage.
+            parts: Stages of its kind, with its number as ``part_of`` in their ``params``; those
+                that exist already stay as they are.
+            params: What to keep with the stage itself, besides.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = self._claimed(connection, claim)
+            if params is not None:
+                kept = {**(claim.stage.params or {}), **params}
+                _update_stage(connection, claim.stage.id, params=kept)
+            self._add(connection, job, parts)
+            self._put_down(connection, job, claim.stage.id, claim.stage.failures)
+            self._give_out_whole(connection, job.id, claim.stage.kind, claim.stage.number)
+
+    def complete_part(self, claim: Claim, result: Mapping[str, Any]) -> None:
+        """
+        Store what a part of a stage gave; after the last one, the stage itself is given out.
+
+        Raises:
+            LostClaim: The part is another worker's.
+        """
+        whole = claim.stage.part_of
+        assert whole is not None
+        with self.database.transaction() as connection:
+            job = self._claimed(connection, claim)
+            _finish_stage(connection, claim.stage.id, StageState.DONE, result)
+            self._settle(connection, job)
+            done = self._give_out_whole(connection, job.id, claim.stage.kind, whole)
+            data = {"stage": claim.stage.kind, "number": whole, "done": done, "best_value": None}
+            _event(connection, job.id, "progress", data)
+
+    def _give_out_whole(
+        self, connection: Connection, job_id: uuid.UUID, kind: StageKind, number: int
+    ) -> int:
+        """Put a stage into the queue whose parts are all done; how many are."""
+        job = _job(connection, job_id)
+        parts = job.parts(kind, number)
+        done = sum(part.state is StageState.DONE for part in parts)
+        (whole,) = (s for s in job.of_kind(kind) if s.number == number)
+        if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
+            self._enqueue(connection, job, whole.id, kind, (whole.params or {})["lock"])
+        return done
 
     def succeed(
         self,

@@ -136,18 +136,22 @@ class Inputs:
         key = (model.weights_sha256, dtype, scheme)
         return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype), scheme))
 
-    def seal(self, spec: JobSpec) -> Seal:
+    def seal(self, spec: JobSpec, before: Seal = UNSEALED) -> Seal:
         """
         Read everything that a job is made from, and write down what it is.
+
+        Args:
+            spec: The job, with one model.
+            before: What was read before.
 
         Raises:
             PhoError: As :meth:`model`, :meth:`calibration_text` and :meth:`confirmation_text`.
         """
-        model = self.model(spec)
-        confirm = None if spec.confirm is None else self.confirmation_text(spec)
+        model = self.model(spec, before)
+        confirm = None if spec.confirm is None else self.confirmation_text(spec, before)
         return Seal.of(
             model,
-            self.calibration_text(spec),
+            self.calibration_text(spec, before),
             confirm,
             local=_is_local(self.access.model(spec.model)),
         )

@@ -42,6 +42,7 @@ from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage, open_study, study_name
 from workers.board import confirmed_plot, error_plot, show_result, show_search
+from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch, written
 from workers.seal import Seal
@@ -102,15 +103,27 @@ class Stages:
         return self.store.database
 
     def _calibrate(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
-        mine = spec.of_model(claim.stage.number)
-        seal = self.inputs.seal(mine)  # a text that is missing fails before the search
-        bundle = self.inputs.calibrate(mine, seal, watch.progress)
+        whole = claim.stage.part_of
+        mine = spec.of_model(claim.stage.number if whole is None else whole)
+        if whole is not None:
+            calibrate_part(self.store, self.inputs, claim, mine, watch)
+            return
+        began = time.monotonic()
+        # Reads all texts: one that is missing fails before the search.
+        found = calibrated(self.store, self.inputs, claim, mine, watch)
+        if found is None:
+            return
+        bundle, seal = found
         self._check_streamed(mine, seal)
         for layer in bundle.layers:
             spec.pruning().check_width(layer.in_features, layer.name)
         self.store.complete(
             claim,
-            {"provenance": bundle.provenance, "inputs": seal.to_dict()},
+            {
+                "provenance": bundle.provenance,
+                "inputs": seal.to_dict(),
+                "seconds": round(time.monotonic() - began, 3),
+            },
             then=[NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)],
             spec=warmed(self._database, claim.job, spec, bundle.provenance.get("model", {})),
         )

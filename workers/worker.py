@@ -43,6 +43,7 @@ from pho_service.settings import Settings
 from pho_service.tracing import span
 from storage.database import Database
 from storage.jobs import Claim, JobStore, LostClaim
+from storage.locks import taking_turns
 from storage.queue import TASK
 from storage.states import StageKind
 from storage.studies import DatabaseGone, StorageError
@@ -125,7 +126,11 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
         ):
             access = Access.of(settings)  # before the folder changes
             artifacts = settings.artifacts or str(settings.data_dir.expanduser() / "artifacts")
-            bundles = BundleStore(artifacts, settings.cache_dir.expanduser().resolve())
+            bundles = BundleStore(
+                artifacts,
+                settings.cache_dir.expanduser().resolve(),
+                functools.partial(taking_turns, database),
+            )
             os.chdir(folder)  # so that no name of a job is by chance a file's here
             worker = _Worker(database, settings, options, Inputs(access, bundles, device))
             try:

@@ -125,6 +125,8 @@ def _bars(job: Job) -> list[Bar]:
     if job.kind == "transfer":
         return [Bar(label="models", done=done.models_done, total=done.models)]
     bars = [Bar(label="trials", done=done.trials_done, total=done.trials)]
+    if done.shards:
+        bars.insert(0, Bar(label="calibration", done=done.shards_done, total=done.shards))
     if done.perplexities:
         bars.append(Bar(label="perplexities", done=done.perplexities_done, total=done.perplexities))
     return bars

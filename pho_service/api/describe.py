@@ -115,6 +115,7 @@ def _progress(job: stored.Job) -> Progress:
     perplexities = job.of_kind(StageKind.PERPLEXITY)
     measured = [s for s in perplexities if s.state is StageState.DONE]
     targets = job.of_kind(StageKind.TRANSFER)
+    shards = job.parts(StageKind.CALIBRATE)
     values = [s.best_value for s in searches if s.best_value is not None]
     chosen = None if job.best is None else job.best["objective"].get("value")
     better = max if job.spec.get("objective", {}).get("name") == "gini" else min
@@ -124,6 +125,8 @@ def _progress(job: stored.Job) -> Progress:
         best_value=better(values, default=None) if chosen is None else chosen,
         perplexities_done=len(measured),
         perplexities=len(perplexities),
+        shards_done=sum(s.state is StageState.DONE for s in shards),
+        shards=len(shards),
         models_done=sum(s.state is StageState.DONE for s in targets),
         models=len(targets),
         seconds_left=_seconds_left(job, searches, perplexities, measured),

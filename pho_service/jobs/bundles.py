@@ -2,6 +2,7 @@
 Bundles made once and kept: the second job on a model starts at once.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pho_service.errors import BundleError, OutputError
@@ -10,6 +11,7 @@ from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.sums import Sums
 from pho_service.spec import CalibrationSettings
 
 
@@ -41,12 +43,17 @@ def cached_bundle(
     settings: CalibrationSettings,
     cache_dir: Path,
     progress: Progress = silent,
+    known: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
     """
     Calibrate, or take the bundle of an earlier calibration with the same inputs.
 
     The file's name is the hash of weights, windows, settings and versions, so
     a bundle in the cache is never stale.
+
+    Args:
+        model, text, settings, progress, known: As of :func:`measure`.
+        cache_dir: Where bundles are kept.
 
     Raises:
         ModelError, NumericalError: From the calibration.
@@ -64,6 +71,6 @@ def cached_bundle(
             return kept_bundle(cache_dir, text.bundle_key)
         except BundleError:
             path.unlink()  # a damaged copy: what was stored is made again
-    bundle = calibrate(model, text, settings, progress)
+    bundle = calibrate(model, text, settings, progress, known)
     write_bundle(bundle, path)
     return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

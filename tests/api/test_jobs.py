@@ -45,7 +45,8 @@ def test_submitted(client: TestClient) -> None:
     assert job["started_at"] is job["finished_at"] is None
     assert job["progress"] == {
         "trials_done": 0, "trials": 200, "best_value": None, "perplexities_done": 0,
-        "perplexities": 0, "models_done": 0, "models": 0, "seconds_left": None,
+        "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
+        "seconds_left": None,
     }  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def test_progress_of_a_search(client: TestClient, submit: Submit, hand: Any) -> 
     assert shown["started_at"] is not None
     assert shown["progress"] == {
         "trials_done": 16, "trials": 80, "best_value": 0.25, "perplexities_done": 0,
-        "perplexities": 0, "models_done": 0, "models": 0,
+        "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
         "seconds_left": 64.0,  # 64 trials, 2 s each, by 2 workers
     }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Where all workers keep their bundles: made once, found by everybody, whole or not at all."""
 
+import os
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ import fsspec
 import pytest
 import torch
 
-from pho_service.errors import BundleError, InvalidInput
-from pho_service.models.calibration import CalibrationText, calibration_text
+from pho_service.errors import BundleError, InvalidInput, OutputError
+from pho_service.models.calibration import CalibrationText, calibration_text, measure_shard
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.progress import silent
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.sums import Sums
 from pho_service.spec import CalibrationSettings
 from workers.bundles import BundleStore
 
@@ -162,6 +165,61 @@ def test_two_at_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert source.made == 2
     assert stored(url) == [f"{source.key}.safetensors"]
+
+
+@pytest.fixture
+def sums(source: Source, monkeypatch: pytest.MonkeyPatch) -> Sums:
+    """What the second of six shards gives."""
+    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+    return measure_shard(source.model, source.text, SETTINGS, 1)
+
+
+def test_shards(source: Source, sums: Sums, url: str, worker: Callable[[str], BundleStore]) -> None:
+    """What one machine has gathered, another finds, until the bundle is made."""
+    worker("a").keep_sums(source.key, 1, sums)
+    found = worker("b").sums(source.key, 1)
+    kept = stored(url)
+    source.ensure(worker("b"))
+
+    assert found is not None
+    assert all(map(torch.equal, found.moments, sums.moments))
+    assert worker("a").sums(source.key, 2) is None
+    assert kept == ["1.safetensors"]
+    assert stored(url) == [f"{source.key}.safetensors"]
+    assert worker("a").sums(source.key, 1) is None
+
+
+def test_late_shard(
+    source: Source,
+    sums: Sums,
+    worker: Callable[[str], BundleStore],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shard whose folder has been removed, since the bundle is made, is no error."""
+    store = worker("a")
+    monkeypatch.setattr("workers.bundles.write_sums", fail)
+    with pytest.raises(OutputError, match="no such folder"):
+        store.keep_sums(source.key, 1, sums)
+    source.ensure(store)
+
+    store.keep_sums(source.key, 1, sums)
+
+
+def fail(*_: object, **__: object) -> None:
+    """As if somebody had removed the folder just now."""
+    raise OutputError("no such folder")
+
+
+def test_abandoned_shards(source: Source, sums: Sums, tmp_path: Path) -> None:
+    """Shards of a calibration that nobody has ended go after a week, with the next bundle."""
+    store = BundleStore(str(tmp_path / "artifacts"), tmp_path / "cache")
+    for key, days in (("old", 8), ("young", 6)):
+        store.keep_sums(key, 0, sums)
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / "artifacts" / "shards" / key / "0.safetensors", (then, then))
+    source.ensure(store)
+
+    assert [p.name for p in (tmp_path / "artifacts" / "shards").iterdir()] == ["young"]
 
 
 @pytest.mark.parametrize("url", ["nonsense://x", "wandb://entity/pho"])

@@ -1,0 +1,86 @@
+"""Taking turns by way of the database."""
+
+import threading
+from contextlib import closing
+
+import pytest
+from sqlalchemy import text
+
+from storage.database import Database
+from storage.locks import taking_turns
+
+
+class Stop(Exception):
+    """The test has waited for long enough."""
+
+
+def stop() -> None:
+    """Wait no longer."""
+    raise Stop
+
+
+def end_transactions(database: Database) -> None:
+    """As the server does with those of a process that is frozen."""
+    with database.transaction() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
+                "pg_backend_pid() AND datname = current_database() "
+                "AND state = 'idle in transaction'"
+            )
+        )
+
+
+def test_one_at_a_time(database: Database) -> None:
+    """While one is inside nobody else is, but with another name; then the next one is."""
+    waited = threading.Event()
+    entered = []
+
+    def second() -> None:
+        with taking_turns(database, "bundle", waited.set):
+            entered.append(2)
+
+    with taking_turns(database, "bundle", stop):
+        with taking_turns(database, "other", stop):
+            entered.append("other")
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waited.wait(30)
+        entered.append(1)
+    thread.join()
+
+    assert entered == ["other", 1, 2]
+
+
+def test_left_by_an_error(database: Database) -> None:
+    """Whoever leaves by an error, or gives up waiting, holds up nobody."""
+    with pytest.raises(RuntimeError), taking_turns(database, "bundle", stop):
+        raise RuntimeError
+    with (
+        taking_turns(database, "bundle", stop),
+        pytest.raises(Stop),
+        taking_turns(database, "bundle", stop),
+    ):
+        pass
+    with taking_turns(database, "bundle", stop):
+        pass
+
+
+def test_frozen(database: Database) -> None:
+    """Whose transaction the server has ended holds up nobody, and goes on."""
+    with taking_turns(database, "bundle", stop):
+        end_transactions(database)
+        with taking_turns(database, "bundle", stop):
+            pass
+
+
+def test_without_a_database(caplog: pytest.LogCaptureFixture) -> None:
+    """While the database is away all go on, and say so."""
+    with (
+        closing(Database("postgresql://u:p@127.0.0.1:1/x")) as gone,
+        taking_turns(gone, "bundle", stop),
+    ):
+        pass
+
+    assert "the database is away" in caplog.text
+    assert "u:p" not in caplog.text

@@ -1,0 +1,166 @@
+"""One calibration shared out over several workers: the same bundle, made once."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pho_service.jobs.bundles import bundle_path, cached_bundle
+from pho_service.models.calibration import calibration_text
+from pho_service.models.loading import load_model
+from pho_service.models.texts import TextSource
+from storage.states import JobState, StageKind, StageState
+
+SHARED = "import pho_service.spec; pho_service.spec.SHARDED_FROM = 1\n"
+
+# Each call of a function writes a line; none ends before two jobs need the bundle.
+NOTED = """
+import os, time
+import {module} as module
+from storage.jobs import JobStore
+from workers.bundles import BundleStore
+
+def note(line):
+    with open("{notes}", "a") as file:
+        file.write(line + "\\n")
+
+def noted(*args, real=module.{function}, **kwargs):
+    note("made")
+    while open("{notes}").read().count("entered") < 2:
+        time.sleep(0.001)
+    return real(*args, **kwargs)
+
+def enter(self, *args, real=BundleStore.ensure, **kwargs):
+    note("entered")
+    return real(self, *args, **kwargs)
+
+def share(self, *args, real=JobStore.share, **kwargs):
+    real(self, *args, **kwargs)
+    note("entered")
+
+module.{function}, BundleStore.ensure, JobStore.share = noted, enter, share
+"""
+DEADLY = """
+import os, signal
+import workers.calibrations as module
+
+def measure(model, text, settings, number, progress, real=module.measure_shard):
+    if number == 2 and not os.path.exists("{flag}"):
+        open("{flag}", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, text, settings, number, progress)
+
+module.measure_shard = measure
+"""
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch, spec_of: Any) -> Any:
+    """A job whose calibration is cut into six shards, here too."""
+    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+    return spec_of(calibration={"seed": 7}, trials=10)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[[Any], bytes]:
+    """The bundle of a job as `pho calibrate` makes it, in one process."""
+
+    def make(spec: Any) -> bytes:
+        model = load_model(spec.model, device="cpu")
+        settings = spec.calibration.settings()
+        text = calibration_text(model, TextSource(path=spec.calibration.text), settings)
+        cached_bundle(model, text, settings, tmp_path)
+        return bundle_path(tmp_path, text.bundle_key).read_bytes()
+
+    return make
+
+
+def bundles(crew: Any) -> list[bytes]:
+    """All that the workers have made."""
+    artifacts = crew.folder / "data" / "artifacts"
+    assert list((artifacts / "shards").iterdir()) == []  # removed once it is made
+    return [path.read_bytes() for path in (artifacts / "bundles").iterdir()]
+
+
+def shards_made(*jobs: Any) -> list[int]:
+    """How many of each shard's parts really gathered it."""
+    parts = [part for job in jobs for part in job.parts(StageKind.CALIBRATE)]
+    made = [part.params["shard"] for part in parts if part.result["made"]]
+    return [made.count(shard) for shard in range(6)]
+
+
+def test_same_bits(own_crew: Any, shared: Any, alone: Any, undisturbed: Any, found: Any) -> None:
+    """Shared out over three workers, the bundle and what is found are those of one process."""
+    for _ in range(3):
+        own_crew.start(sabotage=SHARED)
+    job = own_crew.done(shared)
+
+    assert bundles(own_crew) == [alone(shared)]
+    assert shards_made(job) == [1] * 6
+    assert [s.state for s in job.parts(StageKind.CALIBRATE)] == [StageState.DONE] * 6
+    assert len(job.of_kind(StageKind.CALIBRATE)) == 1
+    assert found(job) == undisturbed(shared).configuration
+
+
+def test_killed_in_a_shard(own_crew: Any, shared: Any, alone: Any, tmp_path: Path) -> None:
+    """A worker that dies in the midst of a shard loses that one alone, and none counts twice."""
+    sabotage = SHARED + DEADLY.format(flag=tmp_path / "flag")
+    mortal = [own_crew.start(sabotage=sabotage) for _ in range(2)]
+    job = own_crew.done(shared)
+
+    codes = [own_crew.warm_start.exit_code(process) for process in mortal]
+    attempts = [part.attempt for part in job.parts(StageKind.CALIBRATE)]
+    assert sorted(codes, key=str) == [-signal.SIGKILL, None]
+    assert attempts == [1, 1, 2, 1, 1, 1]
+    assert shards_made(job) == [1] * 6
+    assert bundles(own_crew) == [alone(shared)]
+
+
+def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
+    """Paused and resumed while its parts wait, a calibration goes on where it was."""
+    own_crew.start("--stages", "calibrate", sabotage=SHARED)
+    job = own_crew.submit(shared)
+    own_crew.until(lambda: own_crew.store.get(job.id).parts(StageKind.CALIBRATE), every_s=0.001)
+    own_crew.store.ask(job.id, "pause")
+    own_crew.wait(job, JobState.PAUSED)
+    own_crew.store.ask(job.id, "resume")
+    own_crew.until(lambda: own_crew.store.get(job.id).of_kind(StageKind.SEARCH))
+
+    assert bundles(own_crew) == [alone(shared)]
+    assert shards_made(own_crew.store.get(job.id)) == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("before", "module", "function"),
+    [
+        (SHARED, "workers.calibrations", "measure_shard"),
+        ("", "pho_service.jobs.bundles", "calibrate"),
+    ],
+    ids=["in shards", "whole"],
+)
+def test_made_once(
+    own_crew: Any, spec_of: Any, home: Path, tmp_path: Path, before: str, module: str,
+    function: str,
+) -> None:  # fmt: skip
+    """Two jobs that need the same bundle at the same time make it once, whatever they call it."""
+    notes = tmp_path / "notes"
+    notes.touch()
+    noted = NOTED.format(notes=notes, module=module, function=function)
+    for _ in range(2):
+        own_crew.start("--stages", "calibrate", sabotage=before + noted)
+    text = {"calibration": {"seed": 8}}
+    jobs = [
+        own_crew.submit(spec_of(model=name, **text))
+        for name in (f"{home}/model", f"{home}/../{home.name}/model")
+    ]
+    for job in jobs:
+        own_crew.until(lambda job=job: own_crew.store.get(job.id).of_kind(StageKind.SEARCH))
+    jobs = [own_crew.store.get(job.id) for job in jobs]
+
+    locks = [[p.params["lock"] for p in job.parts(StageKind.CALIBRATE)] for job in jobs]
+    assert jobs[0].spec["model"] != jobs[1].spec["model"]
+    assert locks[0] == locks[1]
+    assert len(list((own_crew.folder / "data" / "artifacts" / "bundles").iterdir())) == 1
+    assert notes.read_text().split().count("made") == (6 if before else 1)
