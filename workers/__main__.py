@@ -20,7 +20,12 @@ from storage.studies import StorageError
 
 @click.command()
 @click.option("--database-url", help="The service's PostgreSQL.  [default: PHO_DATABASE_URL]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:N, or all: every GPU, for models that are larger than one.",
+)
 @click.option("--stages", "kinds", help=f"Some of {','.join(StageKind)}.  [default: all]")
 @click.option("--parent", type=int, default=0, hidden=True, help="Stop when it is gone.")
 def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:

@@ -5,7 +5,7 @@ One GPU for each worker of a machine.
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from filelock import FileLock, Timeout
 
 from pho_service.errors import InvalidInput
 from pho_service.faults import first_words
-from pho_service.models.devices import pick_device
+from pho_service.models.devices import gpus, pick_device
 
 logger = logging.getLogger(__name__)
+
+ALL = "all"  # GPUs of this machine, together
 
 
 @contextmanager
@@ -28,7 +30,8 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
     one, with a warning.
 
     Args:
-        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or ``all``: every GPU, for models that lie
+            on several. The first is given.
         locks: Where the files lie that workers of this machine lock; the
             system's temporary folder by default.
 
@@ -36,6 +39,13 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
         InvalidInput: torch does not know the device, it does not exist or does not work, or
             another worker has it.
     """
+    if name == ALL:
+        with ExitStack() as stack:
+            taken_all = [stack.enter_context(take_device(str(card), locks)) for card in gpus()]
+            if not taken_all:
+                raise InvalidInput("--device all needs GPUs, and torch sees none. Use auto or cpu.")
+            yield taken_all[0]
+        return
     device = pick_device(name)
     if device.type != "cuda":
         yield device

@@ -76,12 +76,17 @@ class Inputs:
         access: What jobs may name on this machine.
         bundles: Shared by all workers.
         device: Where models run.
+        spread: Whether they lie on all GPUs together, of which ``device`` is the first. Streamed
+            models and GGUF files need only that.
     """
 
-    def __init__(self, access: Access, bundles: BundleStore, device: torch.device) -> None:
+    def __init__(
+        self, access: Access, bundles: BundleStore, device: torch.device, *, spread: bool = False
+    ) -> None:
         self.access = access
         self.bundles = bundles
         self.device = device
+        self.spread = spread
         self._model: _Last[LanguageModel] = _Last()
         self._cast: _Last[str] = _Last()
         self._bundle: _Last[ProxyBundle] = _Last()
@@ -115,14 +120,16 @@ class Inputs:
         def key(revision: str | None) -> Hashable:
             return source, revision, spec.dtype, spec.stream, state
 
+        spread = self.spread and not spec.stream and Path(source).suffix != ".gguf"
         model = self._model.get(
             key(revision),
             lambda: load_model(
                 source,
                 revision=revision,
-                device=str(self.device),
+                device="cuda" if spread else str(self.device),
                 dtype=spec.dtype,
                 stream=spec.stream,
+                device_map="auto" if spread else None,
             ),
             alias=lambda loaded: key(loaded.revision),  # the commit, from the hub
         )

@@ -48,7 +48,7 @@ from storage.queue import TASK
 from storage.states import StageKind
 from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore
-from workers.devices import take_device
+from workers.devices import ALL, take_device
 from workers.hold import PATIENCE_S, Hold
 from workers.inputs import Inputs
 from workers.process import own_folder, start_anew
@@ -88,7 +88,7 @@ class _WhenAsked(BaseRetryStrategy):
 class WorkerOptions:
     """
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``all``: see :func:`take_device`.
         kinds: Stages that this worker does.
         parent: Stop when this process is not our parent any more; 0 for never.
     """
@@ -132,7 +132,8 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
                 functools.partial(taking_turns, database),
             )
             os.chdir(folder)  # so that no name of a job is by chance a file's here
-            worker = _Worker(database, settings, options, Inputs(access, bundles, device))
+            inputs = Inputs(access, bundles, device, spread=options.device == ALL)
+            worker = _Worker(database, settings, options, inputs)
             try:
                 asyncio.run(worker.run())
             finally:
@@ -368,7 +369,7 @@ class _Worker:
         self._store.enter_worker(
             self._id,
             name=_name(),
-            device=_device_name(self._inputs.device),
+            device=_device_name(self._inputs.device, spread=self._inputs.spread),
             kinds=self._options.kinds,
         )
 
@@ -408,9 +409,10 @@ def _name() -> str:
     return f"{platform.node()}:{os.getpid()}"
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, *, spread: bool) -> str:
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        named = f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"{torch.cuda.device_count()} GPUs from {named}" if spread else named
     return str(device)
 
 

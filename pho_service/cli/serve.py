@@ -104,7 +104,12 @@ def serve(**options: Any) -> None:
 
 @click.command()
 @click.option("--database-url", help="As `pho serve` prints it.  [default: PHO_DATABASE_URL]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:N, or all: every GPU, for models that are larger than one.",
+)
 @click.option(
     "--stages",
     help="Only some of transfer,calibrate,search,confirm,perplexity,finish.  [default: all]",

@@ -235,6 +235,8 @@ def load_model(
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     source, is_gguf = _source(name, revision)
+    if target.type == "cuda":
+        gc.collect()  # a model that lay on several GPUs has circles in it, and may still be there
     reader: dict[str, Any] = {}
     if stream:
         wanted = "auto"
@@ -401,7 +403,6 @@ def _device_map(
             f"{name} cannot be put on several GPUs: GGUF is dequantised as a whole when it is "
             "read. Leave --device-map out, or give the safetensors folder that it was made from."
         )
-    gc.collect()  # a model on several GPUs has circles in it, and may have been let go just now
     with _loading_errors(name):
         config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
     return spread(name, config, None if dtype == "auto" else getattr(torch, dtype))

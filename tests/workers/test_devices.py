@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_machine import Cards
 
+from pho_service.access import Access
 from pho_service.errors import InvalidInput
+from pho_service.job_spec import JobSpec
+from workers.bundles import BundleStore
 from workers.devices import take_device
+from workers.inputs import Inputs
 
 Machine = Callable[..., None]
 
@@ -31,6 +36,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch, "ones", on_card)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda c: f"card {uuids[c.index]}")
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda c: SimpleNamespace(uuid=uuids[c.index])
         )
@@ -95,6 +101,23 @@ def test_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_all(tmp_path: Path) -> None:
+    """A worker with all GPUs leaves none to others, and waits for none that another has."""
+    with take_device("all", tmp_path) as first:
+        assert first == torch.device("cuda:0")
+        for name in ("cuda:0", "cuda:1", "cuda"):
+            with pytest.raises(InvalidInput, match="is another worker's"):
+                take_device(name, tmp_path).__enter__()
+    with (
+        take_device("cuda:1", tmp_path),
+        pytest.raises(InvalidInput, match=r"cuda:1 \(GPU bb\) is another worker's"),
+    ):
+        take_device("all", tmp_path).__enter__()
+    with take_device("cuda:0", tmp_path) as given_back:
+        assert given_back == torch.device("cuda:0")
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_cpu(tmp_path: Path) -> None:
     """The CPU is kept from nobody."""
     with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
@@ -119,6 +142,9 @@ def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with take_device("auto", tmp_path) as first, take_device("auto", tmp_path) as second:
         assert first == second == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InvalidInput, match="--device all needs GPUs"):
+        take_device("all", tmp_path).__enter__()
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -127,3 +153,17 @@ def test_no_such_device(tmp_path: Path, name: str) -> None:
     """What is not there, or not known, is refused by name."""
     with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
         pass
+
+
+def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) -> None:
+    """Such a worker puts a model on all cards; one that is streamed needs only the first."""
+    root = model_folder.parent
+    access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
+    bundles = BundleStore(str(root / "bundles"), root / "bundles")
+    inputs = Inputs(access, bundles, pretended_gpus[0].device, spread=True)
+    spec = JobSpec.model_validate({"model": "model", "pattern": "0.5"})
+    spread = inputs.model(spec).devices
+    streamed = inputs.model(spec.model_copy(update={"stream": True})).devices
+
+    assert spread == tuple(card.device for card in pretended_gpus)
+    assert streamed == (pretended_gpus[0].device,)
