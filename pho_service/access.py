@@ -22,6 +22,7 @@ _DATA_FILE = re.compile(r"[A-Za-z0-9_*?\[\]][A-Za-z0-9._*?\[\]/-]*")
 _IN_A_MODEL = 1000  # files and folders; large models have some hundred shards
 _IN_A_DATASET = 5000  # at all depths; C4's English has 1,032
 _NAMES_BYTES = 4 * 2**20  # of the files of a model that name others
+_MOST_PLACED = 500  # characters; a name of a job may have 512
 _TEMPLATES = "additional_chat_templates"  # the only folder in a model's that is read
 
 
@@ -59,12 +60,33 @@ class Access:
         Raises:
             InvalidInput: Neither is allowed.
         """
-        if not _is_path(name):
+        if not is_path(name):
             found = _below(name, self.model_roots, _model_files)
             if found is not None:
                 return str(found)
             return _on_hub(name, self.hub_models, "model", "PHO_HUB_MODELS")
         return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS", _model_files))
+
+    def placed_model(self, name: str) -> str:
+        """
+        Return the name as a job keeps it: ``./name`` of a model that is local now.
+
+        Only a path is never asked of the hub, where somebody else may have the same name when
+        the folder is missing.
+
+        Raises:
+            InvalidInput: As :meth:`model`.
+        """
+        return _placed(name, self.model(name))
+
+    def placed_dataset(self, name: str) -> str:
+        """
+        Return the same of a data set.
+
+        Raises:
+            InvalidInput: As :meth:`dataset`.
+        """
+        return _placed(name, self.dataset(name))
 
     def text(self, path: str) -> str:
         """
@@ -82,7 +104,7 @@ class Access:
         Raises:
             InvalidInput: Neither is allowed.
         """
-        if not _is_path(name):
+        if not is_path(name):
             found = _below(name, self.text_roots, _dataset_files)
             if found is not None:
                 return str(found)
@@ -102,7 +124,12 @@ def check_data_file(data_file: str) -> None:
         )
 
 
-def _is_path(name: str) -> bool:
+def _placed(name: str, source: str) -> str:
+    local = Path(source).is_absolute() and not is_path(name)
+    return f"./{name}" if local and len(name) <= _MOST_PLACED else name
+
+
+def is_path(name: str) -> bool:
     """Whether a name can only be a path: a hub id has no more than one slash, and no .gguf."""
     return (
         name.startswith((".", "/", "~", "\\"))

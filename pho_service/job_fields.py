@@ -194,6 +194,12 @@ class CalibrationSpec(Document):
         if self.data_file is not None:
             check_field("calibration/data_file", check_data_file, self.data_file)
 
+    def placed(self, access: Access) -> "CalibrationSpec":
+        """The same with ``./`` before a data set that is local now."""
+        if self.dataset is None:
+            return self
+        return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})
+
 
 class ConfirmSpec(Document):
     """How the best candidates are confirmed by perplexity."""

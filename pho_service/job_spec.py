@@ -276,6 +276,15 @@ class JobSpec(Document):
         if self.confirm is not None and self.confirm.text is not None:
             check_field("confirm/text", access.text, self.confirm.text)
 
+    def placed(self, access: Access) -> "JobSpec":
+        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
+        changes = {
+            "model": access.placed_model(self.model),
+            "more_models": [access.placed_model(name) for name in self.more_models],
+            "calibration": self.calibration.placed(access),
+        }
+        return self.model_copy(update=changes)
+
     def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
         """
         Count what the job asks for: trials, and tokens of the calibrations and of every candidate

@@ -84,6 +84,14 @@ class TransferRequest(Document):
         if self.search is not None and self.search.confirm.text is not None:
             check_field("search/confirm/text", access.text, self.search.confirm.text)
 
+    def placed(self, access: Access) -> "TransferRequest":
+        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
+        changes = {
+            "models": [access.placed_model(name) for name in self.models],
+            "calibration": self.calibration and self.calibration.placed(access),
+        }
+        return self.model_copy(update=changes)
+
 
 class TransferSpec(TransferRequest):
     """

@@ -234,12 +234,26 @@ class JobStore:
         priority: int = 0,
         trials: int,
         max_attempts: int,
+        asked: Mapping[str, Any] | None = None,
         owner_id: uuid.UUID | None = None,
         idempotency_key: str | None = None,
         max_unfinished: int = 1000,
     ) -> tuple[Job, bool]:
         """
         Store a job and put its first stage, or stages, into the queue.
+
+        Args:
+            spec: The document, as the workers read it.
+            name: Of the studies, before a part of the id.
+            first: The first stage.
+            more: Others that can be begun at once.
+            priority: Higher goes first.
+            trials: Of each island.
+            max_attempts: Of each stage.
+            asked: The document as it came, if that is another one.
+            owner_id: The key that it came with.
+            idempotency_key: The same one makes one job, if ``asked`` is the same, too.
+            max_unfinished: Jobs of the owner.
 
         Returns:
             The job, and whether it is new: with an idempotency key that was
@@ -249,7 +263,8 @@ class JobStore:
             IdempotencyKeyReused: That time it was another document.
             TooManyJobs: The owner has ``max_unfinished`` jobs that are not over.
         """
-        fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
+        document = json.dumps(spec if asked is None else asked, sort_keys=True)
+        fingerprint = hashlib.sha256(document.encode()).digest()
         mine = jobs.c.owner_id == owner_id  # IS NULL for None
         job_id = uuid.uuid4()
         values = {

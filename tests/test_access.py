@@ -1,6 +1,7 @@
 """What a job may name on a machine, and the tricks by which it may not name more."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,29 @@ def test_names_in_a_model(access: Access, disk: Path) -> None:
         access.model("org/local")
     index.write_text('{"weight_map": {"a": "a.safetensors"}}')
     access.model("org/local")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("org/local", "./org/local"),
+        ("./org/local", "./org/local"),
+        ("weights.gguf", "weights.gguf"),
+        ("org/name", "org/name"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_placed(access: Access, name: str, kept: str) -> None:
+    """A job keeps the name of what is local now as a path, and a hub id as it is."""
+    assert access.placed_model(name) == kept
+    assert access.model(kept) == access.model(name)
+
+
+def test_placed_and_deleted(access: Access, disk: Path) -> None:
+    """What was local and is gone is missing, though the hub has something of the same name."""
+    kept = access.placed_model("org/local")
+    shutil.rmtree(disk / "models" / "org")
+
+    assert access.model("org/local") == "org/local"
+    with pytest.raises(InvalidInput, match=r"'\./org/local' does not exist below"):
+        access.model(kept)

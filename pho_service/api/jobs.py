@@ -92,7 +92,8 @@ def take(
     spec.check_size(service.limits)
     return enter(
         service.jobs,
-        spec,
+        spec.placed(service.access),
+        asked=spec,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         max_unfinished=service.settings.max_unfinished_jobs,

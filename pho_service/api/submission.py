@@ -14,6 +14,7 @@ def enter(
     store: JobStore,
     spec: JobSpec | TransferSpec,
     *,
+    asked: JobSpec | TransferSpec | None = None,
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
     max_unfinished: int = 1000,
@@ -22,12 +23,19 @@ def enter(
     Store a job and put its first stages into the queue; it is the one of that time if the
     idempotency key was used before.
 
+    Args:
+        store: Of the jobs.
+        spec: The document to be stored.
+        asked: The document as it came, if that is another one: by it the key is recognised.
+        owner_id, idempotency_key, max_unfinished: As :meth:`JobStore.submit`.
+
     Raises:
         IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
     """
     first, *more = first_stages(spec)
     job, _ = store.submit(
         spec.model_dump(),
+        asked=None if asked is None else asked.model_dump(),
         name=spec.title,
         first=first,
         more=more,

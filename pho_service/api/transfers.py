@@ -38,11 +38,13 @@ def transfer(
     source = service.jobs.get(job_id, visible_to=caller.visible_to)
     found = configuration_of(source)
     request.check_access(service.access)
-    spec = TransferSpec.of(request, str(source.id), found, source.spec)
-    spec.check_size(service.limits)
+    asked = TransferSpec.of(request, str(source.id), found, source.spec)
+    asked.check_size(service.limits)
+    placed = request.placed(service.access)
     job = enter(
         service.jobs,
-        spec,
+        TransferSpec.of(placed, str(source.id), found, source.spec),
+        asked=asked,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
         max_unfinished=service.settings.max_unfinished_jobs,

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from pho_service.access import is_path
 from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.faults import device_is_lost, ran_out_of_memory
 from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
@@ -39,6 +40,7 @@ from pho_service.pruning.statistics import PrunableLinear
 
 logger = logging.getLogger(__name__)
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -271,15 +273,18 @@ def load_model(
 def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     """Where transformers finds the model, as its arguments, and whether it is a GGUF file."""
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf"
-    if not (path.exists() or looks_local):
+    if not (path.exists() or _looks_local(name, revision)):
         revision_argument = _pinned(name, revision)
         _check_hub_files(name, revision_argument)
         return {"pretrained_model_name_or_path": name, **revision_argument}, False
     if revision:
         raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
     if not path.exists():
-        raise ModelError(f"{name} does not exist. Give a hub id, a model folder or a .gguf file.")
+        though = f", though the folder {path.parent} does" if path.parent.is_dir() else ""
+        hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
+        raise ModelError(
+            f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
+        )
     if path.suffix == ".gguf":
         beside = path.with_name("tokenizer_config.json")
         if beside.is_file():
@@ -290,6 +295,16 @@ def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     _check_folder(path)
     check_model_folder(path)
     return {"pretrained_model_name_or_path": str(path)}, False
+
+
+def _looks_local(name: str, revision: str | None) -> bool:
+    """
+    Whether a missing model is a missing file or folder, and not one of the hub.
+
+    So is what lies in a folder that is there: somebody else may have its name on the hub.
+    """
+    folder = name.rpartition("/")[0]
+    return is_path(name) or (folder != "" and revision is None and Path(folder).is_dir())
 
 
 def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from pho_service.access import is_path
 from pho_service.configuration import shown
 from pho_service.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
 from pho_service.errors import InvalidInput, TextError
@@ -181,6 +182,10 @@ def _found_dataset(source: TextSource) -> tuple[str, Any]:
         place = str(folder.resolve())
         check_cards(folder, f"the data set {source}")
         return place, datasets.load_dataset_builder(place, data_files=source.data_file)
+    if is_path(str(source.dataset)):
+        raise TextError(
+            f"the data set {source.dataset} does not exist. Give a folder, or a hub id."
+        )
     commit = _checked_commit(str(source.dataset))
     builder = datasets.load_dataset_builder(
         f"hf://datasets/{source.dataset}", data_files=source.data_file, revision=commit

@@ -1,6 +1,7 @@
 """What one can do with jobs over HTTP, and what they tell of themselves."""
 
 import contextlib
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
@@ -29,6 +30,23 @@ def ids(answer: Any) -> list[str]:
 
 
 # ---------------------------------------------------------------------------- submit
+
+
+def test_local_stays_local(client: TestClient, tmp_path: Path) -> None:
+    """What is local when it is submitted is kept as a path, and never asked of the hub."""
+    for name in ("org/name", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    headers = {"Idempotency-Key": "a"}
+    document = {**DOCUMENT, "calibration": {"dataset": "other"}}
+    job = client.post("/v1/jobs", json=document, headers=headers).json()
+    shutil.rmtree(tmp_path / "org")
+    again = client.post("/v1/jobs", json=document, headers=headers)
+    hub = client.post("/v1/jobs", json={**DOCUMENT, "calibration": {"dataset": "other"}}).json()
+
+    assert job["spec"]["model"] == "./org/name"
+    assert job["spec"]["calibration"]["dataset"] == "./other"
+    assert again.json()["id"] == job["id"]
+    assert hub["spec"]["model"] == "org/name"
 
 
 def test_submitted(client: TestClient) -> None:

@@ -53,6 +53,26 @@ def test_missing() -> None:
         load_model("no-such-model.gguf")
 
 
+@pytest.mark.parametrize("name", ["models/tiny", "a/b/c", "a\\b"])
+def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing folder beside others is not asked of the hub, where anybody may have its name."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "cached_file", lambda name, *_, **__: asked.append(name))
+
+    with pytest.raises(ModelError, match="does not exist") as told:
+        load_model(name)
+    assert asked == []
+    assert ("give --revision main" in str(told.value)) is (name == "models/tiny")
+
+    if name == "models/tiny":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            load_model(name, revision="main")
+        assert set(asked) == {name}
+
+
 def test_hub_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that does not answer is told from a model that does not exist."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -85,7 +85,7 @@ def test_missing(tmp_path: Path) -> None:
     """A missing file or data set, or a missing column, is named."""
     with pytest.raises(TextError, match="does not exist"):
         list(read_documents(TextSource(path=str(tmp_path / "a.txt"))))
-    with pytest.raises(TextError, match=r"data set .* cannot be read"):
+    with pytest.raises(TextError, match=r"data set .* does not exist"):
         list(read_documents(TextSource(dataset=str(tmp_path / "no-data"))))
     with pytest.raises(TextError, match="no column 'text', only body"):
         list(read_documents(TextSource(path=str(write(tmp_path / "a.parquet", field="body")))))
@@ -186,3 +186,12 @@ def test_context_beyond_the_model(model: LanguageModel, texts: dict[str, Path]) 
 
     with pytest.raises(InvalidInput, match="context_length=100000 is more than"):
         calibration_text(model, TextSource(path=str(texts["report"])), settings)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "a/b/c"])
+def test_missing_dataset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is not there is no data set of the hub."""
+    monkeypatch.setattr("pho_service.models.texts._checked_commit", pytest.fail)
+
+    with pytest.raises(TextError, match=f"the data set {name} does not exist"):
+        next(read_documents(TextSource(dataset=name)))
