@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_cards import Card
 from safetensors.torch import load_file
 from transformers import (
     MixtralConfig,
@@ -22,6 +23,7 @@ from transformers import (
 from pho_service.configuration import CoefficientsDocument, Configuration, StepsDocument
 from pho_service.jobs.check import check_folder
 from pho_service.jobs.prune import prune_job
+from pho_service.models.blockwise import measure_perplexity, walk
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
@@ -61,9 +63,12 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
 }
 
 
-def saved(family: str, model_folder: Path, target: Path, *, as_stored: bool = True) -> Path:
-    """A random bfloat16 mixture of two blocks and four experts, stored as it is published."""
+def saved(
+    family: str, model_folder: Path, target: Path, *, as_stored: bool = True, blocks: int = 2
+) -> Path:
+    """A random bfloat16 mixture of four experts in each block, stored as it is published."""
     model_class, config = FAMILIES[family]
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": blocks})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = model_class(config).bfloat16()
@@ -158,3 +163,24 @@ def test_streamed_experts_stay_in_their_files(mixtral_folder: Path) -> None:
     assert not any(p.untyped_storage().resizable() for p in model.model.parameters())
     assert expert.weight.shape == (16, 24)
     assert expert.siblings == "model.layers.1.mlp.experts.down_proj"
+
+
+def test_streamed_to_a_gpu(model_folder: Path, pretended_gpu: Card, tmp_path: Path) -> None:
+    """A card holds one block of a streamed mixture at a time, while it is pruned and measured."""
+    folder = saved("mixtral", model_folder, tmp_path / "mixtral", blocks=12)
+    model = load_model(str(folder), device="cuda", stream=True)
+    size = sum(parameter.nbytes for parameter in model.model.parameters())
+    windows = torch.randint(42, (2, 8), generator=torch.Generator().manual_seed(1))
+    pretended_gpu.reset_peak()
+    for block in walk(model, windows):
+        for linear in block.linears.values():
+            assert linear.weight.device == pretended_gpu.device
+            linear.weight[:, ::2] = 0
+    found = measure_perplexity(model, windows)
+    peak = pretended_gpu.peak
+    on_cpu = load_model(str(folder), device="cpu", dtype="bfloat16")
+    for linear in on_cpu.linears.values():
+        linear.weight[:, ::2] = 0
+
+    assert peak < size / 4
+    assert found.perplexity == pytest.approx(measure_perplexity(on_cpu, windows).perplexity)
