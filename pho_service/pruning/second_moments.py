@@ -5,7 +5,7 @@ Sums over the tokens of one input: its activation norm and its second moment.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -149,13 +149,15 @@ def tensor_cores() -> Iterator[None]:
 
     bfloat16 has 7 such bits and float16 has 10, so what was cast from them loses none.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    matmul: Any = torch.backends.cuda.matmul
+    has_precision = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
+    name, value = ("fp32_precision", "tf32") if has_precision else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
 def mirrored_(gram: Tensor) -> Tensor:

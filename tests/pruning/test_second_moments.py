@@ -1,5 +1,6 @@
 """Streamed sums of one input, against float64."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pho_service.pruning.second_moments import (
     add_gram_,
     mirrored_,
     square_root,
+    tensor_cores,
 )
 
 
@@ -152,6 +154,16 @@ def test_tensor_cores(dtype: torch.dtype, *, uses_them: bool) -> None:
 
     assert products.precisions == (["tf32"] if uses_them else [before])
     assert torch.backends.cuda.matmul.fp32_precision == before != "tf32"
+
+
+def test_tensor_cores_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.9 they have a switch of another name."""
+    matmul = SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr("torch.backends.cuda.matmul", matmul)
+    with tensor_cores():
+        assert matmul.allow_tf32 is True
+
+    assert vars(matmul) == {"allow_tf32": False}
 
 
 def test_gram_on_a_gpu(pretended_gpu: Card) -> None:
