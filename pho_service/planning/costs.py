@@ -22,10 +22,12 @@ SCORED = 60.0  # bytes that scoring and selecting a weight moves
 SWAPPED = 15e3  # the same for exact swaps, in some fifty rounds
 REFINED = 1.2e3  # the same for DSnoT
 UPDATED = 700.0  # the same for OBS
-OBS_LAUNCHES = 2.1  # a column
+OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 CG_STEPS = 10
-ASSIGNED_S = 5.5e-8  # of a core for an entry of a cost matrix, in blocks of 256 groups, all sweeps
+GAINED = 100.0  # bytes moved for a row, a channel and a group that it may go to, all sweeps
+GAINED_ROWS = 1024  # that a permutation looks at
+ASSIGNED_S = 1.6e-4  # of a core of the host for a group: matching the best pairs, all sweeps
 PACKED = 60.0  # bytes that checking, packing and hashing a saved weight moves
 BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
 
@@ -196,8 +198,8 @@ class _Costs:
         moved = SCORED * (1 + 3 * (steps.allocation.method != "uniform"))
         seconds = self.shapes.prunable * moved / machine.bandwidth
         if steps.permutation != "none":
-            sweeps = 2 if steps.permutation == "error" else 1
-            seconds += sweeps * self.assignments()
+            orders = 2 if steps.permutation == "error" else 1
+            seconds += orders * self.assignments()
         if not steps.needs_text:
             return seconds
         context = self.work.calibration.context_length
@@ -229,9 +231,14 @@ class _Costs:
         return seconds
 
     def assignments(self) -> float:
-        """Channels to groups, on the host's cores."""
-        entries = sum(i.count * (i.in_features / 4) ** 2 for i in self.inputs())
-        return entries * ASSIGNED_S
+        """What each channel gains in each group, and the best of that on a core of the host."""
+        group = self.work.pattern.group
+        seconds = 0.0
+        for i in self.inputs():
+            groups, rows = i.in_features / group, min(GAINED_ROWS, i.out_features)
+            seconds += i.count * rows * groups**2 * GAINED / self.machine.bandwidth
+            seconds += i.count * groups * ASSIGNED_S
+        return seconds
 
     def saving(self) -> float:
         """Weights, packed masks and hashes."""

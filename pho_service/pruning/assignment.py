@@ -29,7 +29,7 @@ def assign(gain: Tensor) -> Tensor:
     that are among the 16 best for it, or that it is among the 16 best for, or
     with the place of its own index; the sum is never below that of the diagonal. What is good
     is measured against what a place can get elsewhere and a candidate elsewhere.
-    On channel permutations this lost at most 0.3 % of the gain.
+    Channel permutations kept 98.9 % of the gain or more.
 
     Args:
         gain: (K, K), float32, finite: of candidate i at place j.
