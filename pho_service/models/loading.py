@@ -3,44 +3,26 @@ Open a model by hub id, local folder or .gguf file. Never runs remote code, neve
 """
 
 import gc
-import json
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-)
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel
 
-from pho_service.access import is_path
 from pho_service.errors import InvalidInput, ModelError, NumericalError
-from pho_service.faults import device_is_lost, ran_out_of_memory
-from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.architecture import prunable_linears
+from pho_service.models.checkpoint import Checkpoint, find_checkpoint, loading_errors
 from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
 from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
-from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.weights_hash import SCHEME, weights_sha256
 from pho_service.pruning.statistics import PrunableLinear
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -93,16 +75,6 @@ class LanguageModel:
     def weights_sha256(self) -> str:
         """Hash of every parameter's name, shape, dtype and bytes, as loaded: scheme 2."""
         return weights_sha256(self.model)
-
-    def is_recorded(self, record: Mapping[str, Any]) -> bool:
-        """
-        Whether a stored record, as :meth:`to_dict` gives it, is of a model with these weights.
-
-        A record of an older version has no ``weights_scheme`` and is compared by the first one.
-        """
-        scheme = record.get("weights_scheme", 1)
-        known = scheme in (1, SCHEME)
-        return known and self.sha256_by(scheme) == record.get("weights_sha256")
 
     def sha256_by(self, scheme: int) -> str:
         """``weights_sha256`` by an older scheme of :func:`~weights_hash.weights_sha256`, too."""
@@ -236,20 +208,19 @@ def load_model(
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
-    source, is_gguf = _source(name, revision)
+    checkpoint = find_checkpoint(name, revision)
     if target.type == "cuda":
         gc.collect()  # a model that lay on several GPUs has circles in it, and may still be there
     reader: dict[str, Any] = {}
     if stream:
         wanted = "auto"
-        reader = _mapped_reader(name, source, is_gguf)
+        reader = _mapped_reader(checkpoint)
     elif device_map is not None:
-        reader = {"device_map": _device_map(name, source, is_gguf, wanted)}
+        reader = {"device_map": _device_map(checkpoint, wanted)}
     elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory
         reader = {"device_map": {"": target}}
-    model, tokenizer = _read(name, source, is_gguf, wanted, **reader)
-    stored = torch.float32 if is_gguf else _stored_dtype(source)
-    if is_gguf:
+    model, tokenizer = checkpoint.read(wanted, **reader)
+    if checkpoint.is_gguf:
         # Dequantised now: a saved copy must not claim to be GGUF.
         for leftover in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(leftover, None)
@@ -261,180 +232,46 @@ def load_model(
     logger.info("model loaded", extra={"model": name, "device": str(target)})
     return LanguageModel(
         name=name,
-        revision=source.get("revision"),
+        revision=checkpoint.revision,
         model=model,
         tokenizer=tokenizer,
-        stored_dtype=stored or model.dtype,
+        stored_dtype=checkpoint.stored_dtype() or model.dtype,
         linears=linears,
         streamed_to=target if stream else None,
     )
 
 
-def _source(name: str, revision: str | None) -> tuple[dict[str, Any], bool]:
-    """Where transformers finds the model, as its arguments, and whether it is a GGUF file."""
-    path = Path(name).expanduser()
-    if not (path.exists() or _looks_local(name, revision)):
-        revision_argument = _pinned(name, revision)
-        _check_hub_files(name, revision_argument)
-        return {"pretrained_model_name_or_path": name, **revision_argument}, False
-    if revision:
-        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
-    if not path.exists():
-        though = f", though the folder {path.parent} does" if path.parent.is_dir() else ""
-        hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
-        raise ModelError(
-            f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
-        )
-    if path.suffix == ".gguf":
-        beside = path.with_name("tokenizer_config.json")
-        if beside.is_file():
-            check_names(beside)
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, True
-    if not path.is_dir():
-        raise ModelError(f"{name} is neither a folder nor a .gguf file.")
-    _check_folder(path)
-    check_model_folder(path)
-    return {"pretrained_model_name_or_path": str(path)}, False
-
-
-def _looks_local(name: str, revision: str | None) -> bool:
+def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:
     """
-    Whether a missing model is a missing file or folder, and not one of the hub.
-
-    So is what lies in a folder that is there: somebody else may have its name on the hub.
-    """
-    folder = name.rpartition("/")[0]
-    return is_path(name) or (folder != "" and revision is None and Path(folder).is_dir())
-
-
-def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
-    """Check what a hub model's files name; what cannot be had is told when the model is read."""
-    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
-        with suppress(OSError):
-            file = cached_file(
-                name,
-                filename,
-                **revision,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if file is not None:
-                check_names(Path(file))
-
-
-def _pinned(name: str, revision: str | None) -> dict[str, str]:
-    """
-    Return the argument that names one commit of a hub model, so that all its files are of that.
-
-    What cannot be had is told when the model is read.
-    """
-    given = {"revision": revision} if revision else {}
-    with suppress(OSError, ValueError):
-        config = cached_file(name, "config.json", **given)
-        commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
-        if commit is not None:
-            return {"revision": commit[1]}
-    return given
-
-
-def _check_folder(path: Path) -> None:
-    """Raise ModelError unless the folder has a config and safetensors."""
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
-    if any(path.glob("*.safetensors")):
-        return
-    pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
-    if pickled:
-        raise ModelError(
-            f"{path} has only pickled weights ({pickled[0]}), which can run any code when they are "
-            "read. Only safetensors and GGUF are accepted: convert them where you trust the file, "
-            "with save_pretrained of transformers."
-        )
-    raise ModelError(f"{path} has no weights: no *.safetensors file is in it.")
-
-
-def _read(
-    name: str,
-    source: dict[str, Any],
-    is_gguf: bool,
-    dtype: str,
-    *,
-    reader: Any = AutoModelForCausalLM,
-    **extra: Any,
-) -> tuple[PreTrainedModel, Any]:
-    """Load with transformers; its errors become ours, with the way out."""
-    if is_gguf:
-        extra["quantization_config"] = GgufConfig(dequantize=True)
-    with _loading_errors(name), gguf_read_once() if is_gguf else nullcontext():
-        loaded: Any = reader.from_pretrained(
-            **source,
-            **extra,
-            use_safetensors=None if is_gguf else True,
-            trust_remote_code=False,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    model, info = loaded  # as output_loading_info asks for
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers has filled them with random numbers
-        raise ModelError(
-            f"{name} lacks {len(missing)} weights that its config asks for: "
-            f"{', '.join(missing[:4])}. The download is not complete, or the config is of another "
-            "model: get it again."
-        )
-    return model, tokenizer
-
-
-def _mapped_reader(name: str, source: dict[str, Any], is_gguf: bool) -> dict[str, Any]:
-    """
-    The arguments of :func:`_read` with which all weights stay in their files.
+    The arguments of :meth:`Checkpoint.read` with which all weights stay in their files.
 
     Raises:
         InvalidInput: Some would be held in memory as a whole, which is told before any is read.
     """
-    if is_gguf:
+    if checkpoint.is_gguf:
         raise InvalidInput(
-            f"{name} cannot be streamed: GGUF is dequantised into memory when it is read. Load it "
-            "without streaming, or give the safetensors folder that it was made from."
+            f"{checkpoint.name} cannot be streamed: GGUF is dequantised into memory when it is "
+            "read. Load it without streaming, or give the safetensors folder that it was made from."
         )
-    with _loading_errors(name):
-        config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
-        files = expert_files(config, _stored_names(source))
+    config, stored = checkpoint.config(), checkpoint.stored_names()
+    with loading_errors(checkpoint.name):
+        files = expert_files(config, stored)
     if files.converted:
-        raise _not_mapped(name, ", ".join(files.converted[:2]))
+        raise _not_mapped(checkpoint.name, ", ".join(files.converted[:2]))
     if files.separate is None:
         return {}
     return {"reader": files.separate, "config": config, "key_mapping": files.key_mapping or None}
 
 
-def _device_map(
-    name: str, source: dict[str, Any], is_gguf: bool, dtype: str
-) -> dict[str, torch.device]:
+def _device_map(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.device]:
     """A card for each module, known before any weight is read."""
-    if is_gguf:
+    if checkpoint.is_gguf:
         raise InvalidInput(
-            f"{name} cannot be put on several GPUs: GGUF is dequantised as a whole when it is "
-            "read. Leave --device-map out, or give the safetensors folder that it was made from."
+            f"{checkpoint.name} cannot be put on several GPUs: GGUF is dequantised as a whole when "
+            "it is read. Leave --device-map out, or give the safetensors folder that it came from."
         )
-    with _loading_errors(name):
-        config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
-    return spread(name, config, None if dtype == "auto" else getattr(torch, dtype))
-
-
-def _stored_names(source: dict[str, Any]) -> list[str]:
-    """The names of a checkpoint's tensors, from its only file or its index; none if it has none."""
-    source = dict(source)
-    name = source.pop("pretrained_model_name_or_path")
-    for filename in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        found = cached_file(name, filename, **source, _raise_exceptions_for_missing_entries=False)
-        if found is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
-            return list(json.loads(Path(found).read_bytes())["weight_map"])
-        if found is not None:
-            with safe_open(found, framework="pt") as file:
-                return list(file.keys())
-    return []  # whoever reads it says so
+    config = checkpoint.config()
+    return spread(checkpoint.name, config, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def _check_mapped(name: str, model: PreTrainedModel, dtype: str) -> None:
@@ -456,50 +293,6 @@ def _not_mapped(name: str, weights: str) -> InvalidInput:
         f"{name} cannot be streamed: transformers converts weights when it reads them ({weights}), "
         "so the whole model would be held in memory. Load it without streaming."
     )
-
-
-@contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
-    """Turn what transformers raises into a ModelError with the way out."""
-    try:
-        yield
-    except Exception as error:  # transformers raises a dozen unrelated types here
-        if ran_out_of_memory(error) or device_is_lost(error):
-            raise
-        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """One paragraph for a user, from whatever the loaders raised."""
-    text = " ".join(str(error).split())
-    if any(
-        sign in text
-        for sign in ("not a valid model identifier", "Repository Not Found", "gated repo")
-    ):
-        return (
-            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
-            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
-        )
-    if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
-        return (
-            "the Hugging Face hub cannot be reached and no copy is in the local cache. Check the "
-            "network and HF_ENDPOINT, or give a local folder or a .gguf file."
-        )
-    if "safetensors" in text and "does not appear to have" in text:
-        return (
-            "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "
-            "weights can run any code when they are read."
-        )
-    if "trust_remote_code" in text:
-        return "it needs code of its own, and code from a model repository is never run."
-    return f"{type(error).__name__}: {text[:500]}"
-
-
-def _stored_dtype(source: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that the checkpoint's config declares."""
-    config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _check_weights(linears: dict[str, PrunableLinear]) -> None:

@@ -458,14 +458,10 @@ def test_recipe_of_an_older_version(
     tiny_llama.get_parameter("model.norm.weight").data[0] += 1
     tiny_llama.save_pretrained(model_folder)
     other = load_model(str(model_folder), device="cpu")
-    recorded = read_recipe(pruned.path).model.model_dump()
 
     assert failed(good) == []
     assert detail(good, "kept weights").startswith("as in the original")
     assert failed(check_folder(pruned.path, original=other)) == ["original model"]
-    assert not other.is_recorded(recorded)
-    assert other.is_recorded(other.to_dict())
-    assert not other.is_recorded({**other.to_dict(), "weights_scheme": 3})
 
 
 def test_another_dtype(pruned: Pruned, model_folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
-from pho_service.models import loading
+from pho_service.models import checkpoint
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import load_model
 
@@ -59,7 +59,7 @@ def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
-    monkeypatch.setattr(loading, "cached_file", lambda name, *_, **__: asked.append(name))
+    monkeypatch.setattr(checkpoint, "cached_file", lambda name, *_, **__: asked.append(name))
 
     with pytest.raises(ModelError, match="does not exist") as told:
         load_model(name)
@@ -141,7 +141,7 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         asked.append(filename)
         return str(index) if filename == index.name else None
 
-    monkeypatch.setattr(loading, "cached_file", cached)
+    monkeypatch.setattr(checkpoint, "cached_file", cached)
 
     with pytest.raises(InvalidInput, match="names '/etc/a"):
         load_model("org/name", device="cpu")

@@ -1,0 +1,260 @@
+"""
+Find a checkpoint on the hub or on a disk, and read it with transformers.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from pho_service.access import is_path
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.faults import device_is_lost, ran_out_of_memory
+from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
+from pho_service.models.gguf_header import gguf_read_once
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """
+    Where a model lies.
+
+    Attributes:
+        name: As the user gave it.
+        source: The same as transformers' arguments.
+        is_gguf: Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
+    """
+
+    name: str
+    source: dict[str, str]
+    is_gguf: bool = False
+
+    @property
+    def revision(self) -> str | None:
+        """Commit hash on the hub, or None for local files."""
+        return self.source.get("revision")
+
+    def config(self) -> PreTrainedConfig:
+        """
+        Read the model's configuration.
+
+        Raises:
+            ModelError: It cannot be read.
+        """
+        with loading_errors(self.name):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                **self.source, trust_remote_code=False
+            )
+            return config
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that the configuration declares; GGUF is dequantised to float32."""
+        if self.is_gguf:
+            return torch.float32
+        dtype = getattr(self.config(), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def stored_names(self) -> list[str]:
+        """
+        The names of the tensors, from the only file of weights or its index; none if it has none.
+
+        Raises:
+            ModelError: They cannot be read.
+        """
+        source = dict(self.source)
+        name = source.pop("pretrained_model_name_or_path")
+        with loading_errors(self.name):
+            for filename in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                found = cached_file(
+                    name, filename, **source, _raise_exceptions_for_missing_entries=False
+                )
+                if found is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
+                    return list(json.loads(Path(found).read_bytes())["weight_map"])
+                if found is not None:
+                    with safe_open(found, framework="pt") as file:
+                        return list(file.keys())
+        return []  # whoever reads it says so
+
+    def read(
+        self, dtype: str, *, reader: Any = AutoModelForCausalLM, **extra: Any
+    ) -> tuple[PreTrainedModel, Any]:
+        """
+        Read model and tokenizer with transformers; its errors become ours, with the way out.
+
+        Args:
+            dtype: ``auto`` for the stored one, or its name.
+            reader: Whose ``from_pretrained`` is asked.
+            extra: More arguments for that.
+
+        Raises:
+            ModelError: It cannot be read, or lacks weights.
+        """
+        if self.is_gguf:
+            extra["quantization_config"] = GgufConfig(dequantize=True)
+        with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
+            loaded: Any = reader.from_pretrained(
+                **self.source,
+                **extra,
+                use_safetensors=None if self.is_gguf else True,
+                trust_remote_code=False,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+        model, info = loaded  # as output_loading_info asks for
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers has filled them with random numbers
+            raise ModelError(
+                f"{self.name} lacks {len(missing)} weights that its config asks for: "
+                f"{', '.join(missing[:4])}. The download is not complete, or the config is of "
+                "another model: get it again."
+            )
+        return model, tokenizer
+
+
+def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """
+    Find a model by hub id, local folder or .gguf file, and check what its files name.
+
+    Raises:
+        InvalidInput: A revision of what is local, or a file that names another outside the folder.
+        ModelError: Not there, or without a config or safetensors.
+    """
+    path = Path(name).expanduser()
+    if not (path.exists() or _looks_local(name, revision)):
+        revision_argument = _pinned(name, revision)
+        _check_hub_files(name, revision_argument)
+        return Checkpoint(
+            name=name, source={"pretrained_model_name_or_path": name, **revision_argument}
+        )
+    if revision:
+        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
+    if not path.exists():
+        though = f", though the folder {path.parent} does" if path.parent.is_dir() else ""
+        hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
+        raise ModelError(
+            f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
+        )
+    if path.suffix == ".gguf":
+        beside = path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            check_names(beside)
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return Checkpoint(name=name, source=source, is_gguf=True)
+    if not path.is_dir():
+        raise ModelError(f"{name} is neither a folder nor a .gguf file.")
+    _check_folder(path)
+    check_model_folder(path)
+    return Checkpoint(name=name, source={"pretrained_model_name_or_path": str(path)})
+
+
+def _looks_local(name: str, revision: str | None) -> bool:
+    """
+    Whether a missing model is a missing file or folder, and not one of the hub.
+
+    So is what lies in a folder that is there: somebody else may have its name on the hub.
+    """
+    folder = name.rpartition("/")[0]
+    return is_path(name) or (folder != "" and revision is None and Path(folder).is_dir())
+
+
+def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
+    """Check what a hub model's files name; what cannot be had is told when the model is read."""
+    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
+        with suppress(OSError):
+            file = cached_file(
+                name,
+                filename,
+                **revision,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if file is not None:
+                check_names(Path(file))
+
+
+def _pinned(name: str, revision: str | None) -> dict[str, str]:
+    """
+    Return the argument that names one commit of a hub model, so that all its files are of that.
+
+    What cannot be had is told when the model is read.
+    """
+    given = {"revision": revision} if revision else {}
+    with suppress(OSError, ValueError):
+        config = cached_file(name, "config.json", **given)
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
+        if commit is not None:
+            return {"revision": commit[1]}
+    return given
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ModelError unless the folder has a config and safetensors."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
+    if pickled:
+        raise ModelError(
+            f"{path} has only pickled weights ({pickled[0]}), which can run any code when they are "
+            "read. Only safetensors and GGUF are accepted: convert them where you trust the file, "
+            "with save_pretrained of transformers."
+        )
+    raise ModelError(f"{path} has no weights: no *.safetensors file is in it.")
+
+
+@contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises into a ModelError with the way out."""
+    try:
+        yield
+    except Exception as error:  # transformers raises a dozen unrelated types here
+        if ran_out_of_memory(error) or device_is_lost(error):
+            raise
+        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One paragraph for a user, from whatever the loaders raised."""
+    text = " ".join(str(error).split())
+    if any(
+        sign in text
+        for sign in ("not a valid model identifier", "Repository Not Found", "gated repo")
+    ):
+        return (
+            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
+            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
+        )
+    if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
+        return (
+            "the Hugging Face hub cannot be reached and no copy is in the local cache. Check the "
+            "network and HF_ENDPOINT, or give a local folder or a .gguf file."
+        )
+    if "safetensors" in text and "does not appear to have" in text:
+        return (
+            "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "
+            "weights can run any code when they are read."
+        )
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and code from a model repository is never run."
+    return f"{type(error).__name__}: {text[:500]}"
