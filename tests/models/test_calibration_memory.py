@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_cards import Card
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, OutOfMemory
@@ -98,6 +99,32 @@ def test_out_of_memory(
     with pytest.raises(OutOfMemory, match=r"of 24 tokens ran out of memory: CUDA.*or .*--stream"):
         measure(model, text, SETTINGS)
     assert given == [1, 1]  # the one window that is run backward
+
+
+def test_card_without_memory(
+    model_folder: Path,
+    texts: dict[str, Path],
+    pretended_gpu: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a GPU whose memory another program takes in the midst of a run, half as many are run."""
+    model = load_model(str(model_folder), device="cuda")
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+
+    def fill(_module: object, _args: object) -> None:
+        handle.remove()
+        pretended_gpu.fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    def empty() -> None:
+        pretended_gpu.fault = None
+
+    handle = model.model.get_output_embeddings().register_forward_pre_hook(fill)
+    monkeypatch.setattr("pho_service.models.calibration.let_go_of_memory", empty)
+    statistics = measure(model, text, SETTINGS)
+
+    assert set(statistics.fisher) == set(model.linears)
+    assert "memory ran out: calibrating in smaller pieces" in caplog.text
 
 
 def test_halved() -> None:

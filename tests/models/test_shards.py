@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_machine import Cards
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -72,6 +73,31 @@ def test_by_whoever(model: LanguageModel, text: CalibrationText, tmp_path: Path)
     )
     assert together.input_of == alone.input_of
     assert list(together.fisher) == list(alone.fisher)
+    assert all(map(torch.equal, tensors(together), tensors(alone)))
+
+
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_on_cards(
+    model_folder: Path, texts: dict[str, Path], pretended_gpus: Cards, device_map: str | None
+) -> None:
+    """Added up from files on one GPU, or on two that a model lies on, shards give the same bits."""
+    model = load_model(str(model_folder), device="cuda", device_map=device_map)
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
+    alone = measure(model, text, SETTINGS)
+    used = [card.allocated > 0 for card in pretended_gpus]
+    parts = [measure_shard(model, text, SETTINGS, number) for number in range(8)]
+    on_cpu = [
+        replace(
+            part,
+            squares=[each.cpu() for each in part.squares],
+            moments=[each.cpu() for each in part.moments],
+            fisher={name: each.cpu() for name, each in part.fisher.items()},
+        )
+        for part in parts
+    ]
+    together = measure(model, text, SETTINGS, known=on_cpu.__getitem__)
+
+    assert used == [True, device_map == "auto"]
     assert all(map(torch.equal, tensors(together), tensors(alone)))
 
 

@@ -12,7 +12,8 @@ import torch
 from pretended_machine import Cards
 
 from pho_service.access import Access
-from pho_service.errors import InvalidInput
+from pho_service.errors import DeviceLost, InvalidInput
+from pho_service.faults import faults_told
 from pho_service.job_spec import JobSpec
 from workers.bundles import BundleStore
 from workers.devices import take_device
@@ -167,3 +168,15 @@ def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) 
 
     assert spread == tuple(card.device for card in pretended_gpus)
     assert streamed == (pretended_gpus[0].device,)
+
+
+def test_card_that_fails(tmp_path: Path, pretended_gpus: Cards) -> None:
+    """A card that is gone is passed over, and what it did before is a lost device, in words."""
+    gone = torch.AcceleratorError("CUDA error: device not ready")
+    pretended_gpus[0].fault = gone
+    with take_device("auto", tmp_path) as device:
+        assert device == torch.device("cuda:1")
+
+    pretended_gpus[1].fault = gone
+    with pytest.raises(DeviceLost, match="device not ready"), faults_told():
+        torch.ones(1, device="cuda:1").sum()
