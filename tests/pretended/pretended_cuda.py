@@ -18,6 +18,7 @@ from pretended_machine import Cards
 from torch.overrides import _get_current_function_mode_stack
 
 CAPABILITY = (9, 0)
+HIDING = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
 
 
 def cuda_of(cards: Cards) -> dict[str, Any]:
@@ -208,8 +209,10 @@ def stand_ins(cards: Cards) -> Iterator[None]:
         stack.enter_context(patch.object(threading.Thread, "run", run_in_modes))
         saved = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(saved, "__init__", hooks_in_modes))
-        # torch.autograd.grad asks whether a mode is around, and would hide it from its hooks.
-        stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda _: False))
+        # Functions in Python ask whether a mode is around, and would hide it from what they call.
+        for module in (torch.autograd, torch.functional, torch.nn.functional):
+            for name in HIDING & vars(module).keys():
+                stack.enter_context(patch.object(module, name, lambda *_tensors: False))
         _forget_whether_cuda_is_there()
         try:
             with Function(cards), Dispatch(cards):

@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def _only_card(tensors: list[Tensor]) -> Card | None:
+    """The card that all of these tensors lie on, if there is one."""
+    cards = {label.card if isinstance(label, OnCard) else None for label in map(label_of, tensors)}
+    return cards.pop() if len(cards) == 1 else None
+
+
 class Dispatch(TorchDispatchMode):
     """Runs each operation on the CPU, if CUDA would run it, and counts it for its card."""
 
@@ -24,31 +30,39 @@ class Dispatch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Check, run, label, count."""
+        rule = rule_of(func)
         with torch._C.DisableTorchFunction():
-            return self._run(func, rule_of(func), args, kwargs or {})
+            if rule.composite:
+                with self:
+                    return func.decompose(*args, **(kwargs or {}))
+            return self._run(func, rule, args, kwargs or {})
 
     def _run(self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = tensors_of(args) + tensors_of(kwargs)
-        self._check_copies(rule, args, kwargs)
-        if rule.name in COPYING:
-            return self._copy(func, rule, args, kwargs)
-        device = getattr(self.cards.here, "target", None)
-        if device is None:
-            device = self._device(rule, args, kwargs, given)
-        if device.type != "cuda":
-            return func(*args, **kwargs)
-        card = self.cards.at(device)
+        given = tensors_of(args)
+        if kwargs:
+            given += tensors_of(kwargs)
+        target = getattr(self.cards.here, "target", None)
+        card = None if target or rule.moves else _only_card(given)
+        if card is None:
+            self._check_copies(rule, args, kwargs)
+            if rule.name in COPYING:
+                return self._copy(func, rule, args, kwargs)
+            device = target or self._device(rule, args, kwargs, given)
+            if device.type != "cuda":
+                return func(*args, **kwargs)
+            card = self.cards.at(device)
         if card.fault is not None:
             raise card.fault
         result = func(*args, **kwargs)
         made = tensors_of(result)
         for tensor in made:
-            if tensor.device.type == "cpu":
-                self.cards.put(tensor, device)
-        for tensor in given if rule.written else ():
-            label = label_of(tensor)
-            if isinstance(label, OnCard):
-                label.resize(tensor.untyped_storage().nbytes())
+            if label_of(tensor) is None and tensor.device.type == "cpu":
+                self.cards.put(tensor, card.device)
+        if rule.written:
+            for tensor in given:
+                label = label_of(tensor)
+                if isinstance(label, OnCard):
+                    label.resize(tensor.untyped_storage().nbytes())
         self._count(card, rule, args, given if rule.written else made)
         return result
 
@@ -59,7 +73,7 @@ class Dispatch(TorchDispatchMode):
             card.launch(rule.name)
         if rule.waits:
             card.wait(rule.name)
-        if rule.name in INDEXING | INDEX_WRITING:
+        if rule.moves:
             for index in tensors_of(args[1]):
                 self._count_index(card, rule, args, index)
 

@@ -113,9 +113,10 @@ class Cards(Sequence[Card]):
         if size == 0:
             return
         memory = label_of(host)
-        written = memory.written if way == "h2d" and isinstance(memory, InMain) else None
-        if written and written[0] is not card:  # its own copies come in their order
-            memory.check(writes=False)
+        if isinstance(memory, InMain):
+            copies = (memory.written, memory.read if way == "d2h" else None)
+            if any(copy and copy[0] is not card for copy in copies):  # its own come in their order
+                memory.check(writes=way == "d2h")
         card.copied(way, size)
         if not (non_blocking and isinstance(memory, InMain) and memory.pinned):
             card.wait(way)

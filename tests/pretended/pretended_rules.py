@@ -44,6 +44,8 @@ class Rule:
     view: bool  # it describes the same memory anew
     launches: bool
     waits: bool
+    moves: bool  # it takes tensors of several devices, by rules of its own
+    composite: bool  # it is made of others, which in inference mode are not seen by themselves
     written: frozenset[int | str]  # arguments that it changes, by position and name
 
 
@@ -63,19 +65,28 @@ def rule_of(operation: Any) -> Rule:
         view=view,
         launches=not view and name not in SILENT,
         waits=name in WAITING,
+        moves=name in COPYING | INDEXING | INDEX_WRITING,
+        composite=torch._C._dispatch_has_kernel_for_dispatch_key(
+            operation.name(), "CompositeImplicitAutograd"
+        ),
         written=frozenset(written),
     )
 
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors among arguments or results, also in lists."""
+    found: list[Tensor] = []
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors_of(each)]
-    if isinstance(value, dict):
-        return [tensor for each in value.values() for tensor in tensors_of(each)]
-    return []
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            if isinstance(each, Tensor):
+                found.append(each)
+            elif isinstance(each, (list, tuple)):
+                found += tensors_of(each)
+    elif value and isinstance(value, dict):
+        found += tensors_of(list(value.values()))
+    return found
 
 
 def mixed(rule: Rule, devices: set[torch.device]) -> RuntimeError:

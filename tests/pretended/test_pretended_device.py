@@ -90,6 +90,9 @@ PASSES: dict[str, Callable[[], Tensor]] = {
     "copy": lambda: copy.deepcopy(ones(3)),
     "default device": lambda: _made_under_default_device(),
     "generator": lambda: torch.randn(3, device=GPU, generator=torch.Generator("cuda")),
+    "function in Python": lambda: torch.nn.functional.embedding_bag(
+        torch.zeros(1, 2, dtype=torch.int64, device="cuda"), ones(3, 2), mode="sum"
+    ),
     "nothing": lambda: torch.empty(0, device="cuda") + ones(0),
 }
 
@@ -173,6 +176,16 @@ def test_launches_are_counted(pretended_gpu: Card) -> None:
 
     assert counts.by_operation == {"mm": 1, "add_": 1}
     assert counts.waits == 0
+
+
+def test_inference_is_counted(pretended_gpu: Card) -> None:
+    """In inference mode torch hands on whole compositions: they are taken apart."""
+    x = ones(2, 2)
+    with torch.inference_mode(), pretended_gpu.counting() as counts:
+        y = torch.nn.functional.linear(x, x).double()
+
+    assert counts.by_operation == {"mm": 1, "_to_copy": 1}
+    assert y.device == GPU
 
 
 def test_backward_is_counted(pretended_gpu: Card) -> None:

@@ -1,0 +1,137 @@
+"""
+Models that run in milliseconds, as the whole product takes them on a pretended GPU.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
+
+from pho_service.jobs.rating import ReportText
+from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec import CalibrationSettings
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 32, "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+ONE_BLOCK = COMMON | {"num_hidden_layers": 1}
+LLAMA = LlamaConfig(**COMMON)
+SHALLOW = LlamaConfig(**ONE_BLOCK)
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LLAMA,
+    "llama-bfloat16": SHALLOW,
+    "llama-streamed": LLAMA,
+    "llama-bfloat16-streamed": SHALLOW,
+    "llama-two-cards": LLAMA,
+    "mixtral": MixtralConfig(**ONE_BLOCK, num_local_experts=3, num_experts_per_tok=2),
+    "gpt-2": GPT2Config(
+        vocab_size=96, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2
+    ),
+}
+SETTINGS = CalibrationSettings(
+    samples=4, context_length=24, fisher_samples=2, rows_per_layer=8, projection_rows=16,
+    kernel_sizes=(3, 5),
+)  # fmt: skip
+
+
+@dataclass
+class Subject:
+    """
+    One model on a device.
+
+    Attributes:
+        name: Of the kind of model and the way that it is loaded.
+        folder: Where it lies.
+        texts: By what they are for.
+        device: For the model and its proxies.
+    """
+
+    name: str
+    folder: Path
+    texts: Mapping[str, Path]
+    device: str
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """Loaded, or mapped if it is to be streamed."""
+        return load_model(
+            str(self.folder),
+            device="auto" if self.spread else self.device,
+            dtype="auto" if "streamed" in self.name else self.dtype,
+            stream="streamed" in self.name,
+            device_map="auto" if self.spread else None,
+        )
+
+    @property
+    def spread(self) -> bool:
+        """Whether it lies on two cards."""
+        return "two-cards" in self.name and self.device != "cpu"
+
+    @property
+    def dtype(self) -> str:
+        """What it is loaded as."""
+        return "bfloat16" if "bfloat16" in self.name else "float32"
+
+    @cached_property
+    def text(self) -> CalibrationText:
+        """To calibrate on."""
+        return self.text_for(SETTINGS)
+
+    def text_for(self, settings: CalibrationSettings) -> CalibrationText:
+        """To calibrate on with other settings."""
+        return calibration_text(
+            self.model, TextSource(path=str(self.texts["calibration"])), settings
+        )
+
+    @cached_property
+    def bundle(self) -> ProxyBundle:
+        """What its calibration gives."""
+        return calibrate(self.model, self.text, SETTINGS)
+
+    def report(self, name: str = "report") -> ReportText:
+        """Two windows to measure on."""
+        windows, record = read_windows(
+            self.model,
+            TextSource(path=str(self.texts[name])),
+            context_length=SETTINGS.context_length,
+            bos="auto",
+            max_windows=2,
+        )
+        return ReportText(windows=windows, record=record)
+
+
+def write_model(name: str, folder: Path, tokenizer: Path) -> None:
+    """The random model of a kind, the same each time, with a tokenizer."""
+    shutil.copytree(tokenizer, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model.to(torch.bfloat16 if "bfloat16" in name else torch.float32).save_pretrained(folder)
+
+
+@contextmanager
+def unchanged(model: LanguageModel) -> Iterator[None]:
+    """What happens inside must leave the model dense, and on its device."""
+    places = {name: p.device for name, p in model.model.named_parameters()}
+    before = {name: p.detach().to("cpu", copy=True) for name, p in model.model.named_parameters()}
+    yield
+    for name, parameter in model.model.named_parameters():
+        assert parameter.device == places[name], name
+        assert torch.equal(parameter.detach().cpu(), before[name]), name

@@ -1,0 +1,287 @@
+"""
+What users ask for as a whole, on a pretended GPU: jobs from the model to the result, and verbs.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from pretended_machine import Cards
+from pretended_subjects import SETTINGS, Subject, unchanged
+
+from pho_service.cli import main
+from pho_service.configuration import Configuration
+from pho_service.jobs.check import check_folder
+from pho_service.jobs.compare import compare_job
+from pho_service.jobs.joint_search import joint_search_job
+from pho_service.jobs.prune import prune_job
+from pho_service.jobs.search import search_job
+from pho_service.jobs.transfer import Target, transfer_job
+from pho_service.jobs.validate import validate_job
+from pho_service.search.presets import Preset
+from pho_service.search.request import SearchRequest
+from pho_service.search.result import SearchResult
+from pho_service.spec import Objective, Pattern
+
+Path_ = Callable[[str], None]
+SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "row": ("0.5", "row", {}),
+    "layer": ("0.5", "layer", {}),
+    "global": ("0.5", "global", {}),
+    "2:4": ("2:4", "row", {}),
+    "gini": ("0.5", "layer", {"objective": Objective(name="gini")}),
+    "perplexity": ("0.5", "layer", {"objective": Objective(name="perplexity")}),
+    "crepe-plus": ("0.5", "layer", {"preset": "crepe-plus"}),
+    "best": ("0.5", "layer", {"preset": "best"}),
+    "best at 2:4": ("2:4", "row", {"preset": "best"}),
+}
+LONG = {"perplexity", "crepe-plus", "best", "best at 2:4"}  # each finalist is pruned with a text
+
+
+@pytest.fixture(params=["llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2"])
+def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
+    """Each kind of model; tests/jobs/test_two_gpus.py takes the one on two cards."""
+    return subject_of(request.param)
+
+
+def search(subject: Subject, how: str, folder: Path) -> SearchResult:
+    """A search of nine trials, confirmed; the model is dense afterwards."""
+    pattern, scope, given = SEARCHES[how]
+    parsed = Pattern.parse(pattern, scope)
+    preset = Preset.of(given.get("preset", "score"), parsed)
+    request = SearchRequest(
+        pattern=parsed,
+        steps=preset.steps,
+        bounds=preset.bounds,
+        objective=given.get("objective", Objective()),
+        trials=9 if how not in LONG else 8,
+        finalists=1,
+        study_url=f"sqlite:///{folder / 'study.db'}",
+    )
+    with unchanged(subject.model):
+        return search_job(
+            request,
+            subject.bundle,
+            model=subject.model,
+            confirm_text=subject.report("confirmation"),
+            calibration=subject.text.calibration,
+            device=subject.device,
+        )
+
+
+@pytest.mark.parametrize("how", [how for how in SEARCHES if how not in LONG])
+def test_search(subject: Subject, how: str, path: Path_, tmp_path: Path) -> None:
+    """Every scope, pattern and objective is searched and confirmed."""
+    if how in ("row", "gini") and subject.name not in ("llama", "gpt-2"):
+        pytest.skip("as scope layer")
+    found = search(subject, how, tmp_path).configuration
+
+    assert found.confirmation is not None
+    assert found.confirmation.perplexity > 1
+    path(f"{subject.name}: search, {how}")
+
+
+@pytest.mark.parametrize("how", LONG)
+@pytest.mark.parametrize("name", ["llama-bfloat16", "gpt-2"])
+def test_long_search(
+    subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
+) -> None:
+    """So are the perplexity itself, and every preset with its steps."""
+    found = search(subject_of(name), how, tmp_path).configuration
+
+    assert found.confirmation is not None
+    path(f"{name}: search, {how}")
+
+
+def configuration_of(subject: Subject, pattern: str, preset: str) -> Configuration:
+    """A configuration with a preset's steps, as a file has it."""
+    parsed = Pattern.parse(pattern)
+    steps = Preset.of(preset, parsed).steps
+    return Configuration.model_validate(
+        {
+            "method": "crepe",
+            "coefficients": {
+                "row": 0.4, "column": 1, "neighbourhood": 0.8, "kernel_size": 5,
+                "activation_exponent": 0.7, "gradient_exponent": 0.3,
+            },
+            "pattern": pattern,
+            "scope": "row",
+            "steps": steps.to_dict(),
+        }
+    )  # fmt: skip
+
+
+def test_compare(subject: Subject, path: Path_) -> None:
+    """Every baseline, OWL and SparseGPT among them, beside a configuration."""
+    pattern = "0.5" if "bfloat16" in subject.name else "2:4"
+    parsed = Pattern.parse(pattern)
+    with unchanged(subject.model):
+        rows = compare_job(
+            subject.model,
+            subject.bundle,
+            subject.report(),
+            parsed,
+            [("mine", configuration_of(subject, pattern, "crepe-plus"))],
+            calibration=subject.text.calibration,
+            device=subject.device,
+        )
+
+    assert {"dense", "wanda", "owl-wanda", "sparsegpt", "mine"} <= {row.method for row in rows}
+    assert all(row.memory_bytes for row in rows)
+    path(f"{subject.name}: compare, {pattern}")
+
+
+def test_validate(subject: Subject, path: Path_) -> None:
+    """Random candidates by every proxy and by perplexity."""
+    result = validate_job(
+        subject.model,
+        subject.bundle,
+        subject.report(),
+        Pattern.parse("0.5", "global"),
+        count=8,
+        calibration=subject.text.calibration,
+        device=subject.device,
+    )
+
+    assert len(result.perplexity) == 8
+    path(f"{subject.name}: validate")
+
+
+def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
+    """A configuration that was found elsewhere, and the model's own best."""
+    target = Target(
+        name=subject.name,
+        bundle=subject.bundle,
+        model=subject.model,
+        report=subject.report(),
+        calibration=subject.text.calibration,
+        confirm=subject.report("confirmation"),
+    )
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5"),
+        trials=8,
+        finalists=1,
+        study_url=f"sqlite:///{tmp_path / 'study.db'}",
+    )
+    done = transfer_job(
+        target,
+        configuration_of(subject, "0.5", "score"),
+        search=request,
+        device=subject.device,
+    )
+
+    assert set(done.perplexities) == {"dense", "wanda", "ria", "transferred", "own"}
+    path(f"{subject.name}: transfer")
+
+
+@pytest.mark.parametrize("over", ["mean", "worst"])
+def test_joint_search(
+    subject_of: Callable[[str], Subject], over: str, path: Path_, tmp_path: Path
+) -> None:
+    """One search over three families."""
+    subjects = [subject_of(name) for name in ("llama", "mixtral", "gpt-2")]
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5", "global" if over == "mean" else "layer"),
+        objective=Objective(over=over),
+        trials=9,
+        study_url=f"sqlite:///{tmp_path / 'study.db'}",
+    )
+    bundles = {subject.name: subject.bundle for subject in subjects}
+    found = joint_search_job(request, bundles, device="cuda")
+
+    assert set(found.configuration.objective["relative_to_ria"]) == set(bundles)
+    path(f"joint search, {over}")
+
+
+@pytest.mark.parametrize(("pattern", "preset"), [("0.5", "best"), ("2:4", "crepe-plus")])
+def test_prune_and_check(
+    subject_of: Callable[[str], Subject],
+    subject: Subject,
+    pattern: str,
+    preset: str,
+    path: Path_,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model is pruned for good and saved, and what was saved passes its check."""
+    # The sparse matrices of a card's own kernels are what no pretended card has.
+    monkeypatch.setattr("pho_service.jobs.check._check_semi_structured", lambda *_: None)
+    spoiled = replace(subject)  # it is left pruned
+    out = tmp_path / "out"
+    done = prune_job(
+        spoiled.model,
+        subject.bundle,
+        configuration_of(subject, pattern, preset),
+        out,
+        calibration=subject.text.calibration,
+    )
+    checks = check_folder(out, original=subject.model)
+
+    assert done.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert [check.name for check in checks if not check.passed] == []
+    path(f"{subject.name}: prune, {pattern}, {preset}")
+    path(f"{subject.name}: save and check, {pattern}, {preset}")
+
+
+SMALL = (
+    "--samples", 4, "--context-length", 24, "--rows-per-layer", 8, "--projection-rows", 16,
+    "--kernel-sizes", "3,5",
+)  # fmt: skip
+
+
+def test_verbs(
+    subject_of: Callable[[str], Subject],
+    cards: Cards,
+    path: Path_,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every verb that runs a model, as a user calls it, some of them on the second card."""
+    monkeypatch.chdir(tmp_path)
+    subject = subject_of("llama")
+    model, texts = subject.folder, subject.texts
+    calibration = ("--text", texts["calibration"], *SMALL)
+    report = ("--report-text", texts["report"], "--report-windows", 2)
+    study = f"sqlite:///{tmp_path / 'study.db'}"
+    confirm = ("--confirm-text", texts["confirmation"], "--confirm-windows", 2)
+    second = ("--device", "cuda:1")
+    used = cards[1].counts.launches
+
+    def pho(*words: object) -> None:
+        result = CliRunner().invoke(main, [*map(str, words), "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, (words[0], result.output)
+        assert json.loads(result.stdout)
+        path(f"pho {words[0]}{' --check' * ('--check' in words)}")
+
+    pho("calibrate", model, *calibration, "--out", "b.safetensors", *second)
+    pho("search", model, *calibration, *confirm, "--pattern", "0.5", "--scope", "global",
+        "--trials", 9, "--finalists", 1, "--study", study, *second)  # fmt: skip
+    assert cards[1].counts.launches > used
+    pho("evaluate", model, "--text", texts["report"], "--context-length", 24, "--max-windows", 2)
+    pho("compare", model, *calibration, *report, "--pattern", "0.5", "--config", "config.json")
+    pho("validate", model, *calibration, *confirm, "--pattern", "0.5", "--candidates", 8)
+    pho("transfer", "config.json", model, *calibration, *report)
+    pho("prune", model, "--config", "config.json", *calibration, "--out", "out")
+    pho("prune", model, "--check", "out")
+
+
+def test_demo(
+    subject_of: Callable[[str], Subject],
+    path: Path_,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`pho demo` with another model in the place of the built-in one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pho_service.models.builtin.smollm2", lambda: subject_of("llama").folder)
+    monkeypatch.setattr("pho_service.cli.demo.CONTEXT_LENGTH", SETTINGS.context_length)
+    for pattern in ("0.5", "2:4"):
+        words = ["demo", "--out", f"demo {pattern[0]}", "--pattern", pattern, "--trials", "9"]
+        result = CliRunner().invoke(main, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert "owl-wanda" in result.stdout
+        path(f"pho demo, {pattern}")

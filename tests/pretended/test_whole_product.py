@@ -1,0 +1,270 @@
+"""
+The whole product on a pretended GPU: every path, and what it gives is what the CPU gives.
+
+Each path that comes well out is counted; the summary of the tests prints the count.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_machine import Cards
+from pretended_subjects import COMMON, CONFIGS, SETTINGS, Subject, unchanged
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pho_service.jobs.pipeline import pruned_model
+from pho_service.jobs.rating import rate_pruned
+from pho_service.models.architecture import prunable_linears
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.bundle_file import read_bundle, write_bundle
+from pho_service.models.calibration import calibrate, measure
+from pho_service.models.calibration_memory import plan_calibration
+from pho_service.planning.calibration_run import CalibrationPlan
+from pho_service.pruning.divergence import dense_reference, rate_divergence
+from pho_service.pruning.permutation import permute_for_error
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.spec import (
+    ALLOCATION_UNITS,
+    ALLOCATIONS,
+    PERMUTATIONS,
+    REPRUNINGS,
+    UPDATES,
+    Allocation,
+    Candidate,
+    Coefficients,
+    Pattern,
+    Steps,
+)
+
+Path_ = Callable[[str], None]
+SUBJECTS = tuple(CONFIGS)
+CREPE = Coefficients(
+    row=0.4, column=1, neighbourhood=0.8, kernel_size=5, activation_exponent=0.7,
+    gradient_exponent=0.3,
+)  # fmt: skip
+PATTERNS = [
+    Pattern.parse(text, scope)
+    for text, scope in (("0.5", "row"), ("0.5", "layer"), ("0.6", "global"), ("2:4", "row"))
+]
+AFTERWARDS = [(r, u) for r, u in product(REPRUNINGS, UPDATES) if (u != "sparsegpt" or r == "none")]
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
+    """Each kind of model."""
+    return subject_of(request.param)
+
+
+def assert_close(found: Statistics, expected: Statistics, *, rtol: float) -> None:
+    """The same statistics but for rounding."""
+    for mine, theirs in zip(found.inputs, expected.inputs, strict=True):
+        torch.testing.assert_close(
+            mine.activation_norm, theirs.activation_norm, rtol=rtol, atol=1e-6
+        )
+    for name, fisher in expected.fisher.items():
+        torch.testing.assert_close(found.fisher[name], fisher, rtol=rtol, atol=1e-9)
+
+
+def test_load(subject: Subject, cards: Cards, path: Path_) -> None:
+    """A model lies on its cards, or runs there block by block; its tokenizer cuts the texts."""
+    model = subject.model
+    places = {str(p.device) for p in model.model.parameters()}
+
+    assert str(model.device) == subject.device == str(cards[0].device)
+    if not model.stream:
+        assert places == ({"cuda:0", "cuda:1"} if subject.spread else {"cuda:0"})
+    assert str(model.dtype) == f"torch.{subject.dtype}"
+    assert len(subject.text.calibration) == SETTINGS.samples
+    path(f"{subject.name}: load")
+    path(f"{subject.name}: text")
+
+
+def test_calibrate(subject: Subject, path: Path_, tmp_path: Path) -> None:
+    """A bundle is made, written, read and checked against its model."""
+    with unchanged(subject.model):
+        bundle = subject.bundle
+    write_bundle(bundle, tmp_path / "b.safetensors")
+    read = read_bundle(tmp_path / "b.safetensors")
+    read.check_model(subject.model.linears)
+
+    assert len(read.layers) == len(subject.model.linears)
+    path(f"{subject.name}: calibrate")
+    path(f"{subject.name}: bundle file")
+    path(f"{subject.name}: check of the bundle")
+
+
+def test_full_gram(subject: Subject, path: Path_) -> None:
+    """Without a projection a bundle has the second moments in full."""
+    settings = replace(SETTINGS, projection_rows=0)
+    bundle = calibrate(subject.model, subject.text_for(settings), settings)
+
+    assert all(entry.root.shape[0] == entry.root.shape[1] for entry in bundle.inputs)
+    assert_close(bundle.statistics(), subject.bundle.statistics(), rtol=1e-2)
+    path(f"{subject.name}: calibrate, full Gram matrices")
+
+
+def test_recompute(subject: Subject, path: Path_, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short activations are computed again; the statistics stay the same."""
+    if subject.model.stream:
+        pytest.skip("a streamed model keeps one block's activations anyway")
+
+    def frugal(*args: Any, **kwargs: Any) -> CalibrationPlan:
+        plan = plan_calibration(*args, **kwargs)
+        return replace(plan, run=replace(plan.run, windows=1, recompute=True))
+
+    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", frugal)
+    found = measure(subject.model, subject.text, SETTINGS)
+
+    assert_close(found, subject.bundle.statistics(), rtol=1e-2)
+    path(f"{subject.name}: calibrate, recomputed")
+
+
+def test_mixed_precision(subject: Subject, path: Path_) -> None:
+    """Products in bfloat16 are those of a float32 model, nearly."""
+    if subject.dtype != "float32":
+        pytest.skip("mixed precision is for float32 models")
+    settings = replace(SETTINGS, mixed_precision=True)
+    found = measure(subject.model, subject.text_for(settings), settings)
+
+    assert_close(found, subject.bundle.statistics(), rtol=0.5)
+    path(f"{subject.name}: calibrate, mixed precision")
+
+
+def test_perplexity(subject: Subject, path: Path_) -> None:
+    """Perplexity and divergence of the dense model are those of the CPU."""
+    windows = subject.report().windows
+    there = measure_perplexity(subject.model, windows).perplexity
+    on_cpu = replace_device(subject, "cpu")
+
+    assert there == pytest.approx(measure_perplexity(on_cpu.model, windows).perplexity, rel=1e-5)
+    path(f"{subject.name}: perplexity")
+    if not subject.model.stream:
+        reference = dense_reference(subject.model.model, windows)
+        assert rate_divergence(subject.model.model, reference) == pytest.approx(0, abs=1e-5)
+        path(f"{subject.name}: divergence")
+
+
+def replace_device(subject: Subject, device: str) -> Subject:
+    """The same model elsewhere."""
+    return Subject(subject.name, subject.folder, subject.texts, device)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_proxies(subject: Subject, pattern: Pattern, path: Path_) -> None:
+    """Every proxy rates as on the CPU, with every allocation."""
+    allocations = [Allocation()]
+    if pattern.scope != "global":
+        methods = product(ALLOCATIONS[1:], ALLOCATION_UNITS)
+        allocations += [Allocation(method=m, unit=u, spread=0.25) for m, u in methods]
+    candidates = [
+        Candidate(method="x", coefficients=CREPE, pattern=pattern, steps=Steps(allocation=each))
+        for each in allocations
+    ]
+    there = ProxyEvaluator(subject.bundle, subject.device)
+    on_cpu = ProxyEvaluator(subject.bundle)
+    found = there.evaluate(candidates, with_gini=True)
+    expected = on_cpu.evaluate(candidates, with_gini=True)
+    for mine, theirs, allocation in zip(found, expected, allocations, strict=True):
+        for value in ("fisher", "relative", "absolute", "blend", "gini"):
+            assert getattr(mine, value) == pytest.approx(getattr(theirs, value), rel=1e-3)
+        how = f"{pattern} {pattern.scope}, {allocation.method} by {allocation.unit}"
+        path(f"{subject.name}: proxies and gini, {how}")
+    assert there.evaluate(candidates[:1])[0].gini is None
+    path(f"{subject.name}: proxies, {pattern} {pattern.scope}")
+    assert there.layer_errors(candidates[0]) == pytest.approx(
+        on_cpu.layer_errors(candidates[0]), rel=1e-3
+    )
+
+
+def combinations() -> list[tuple[str, str, str, str]]:
+    """Of steps, for every way that a model is loaded; where one is as others, a few."""
+    few = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
+
+    def alike(name: str, pattern: str) -> bool:
+        doubly = name in ("llama-bfloat16-streamed", "llama-two-cards")
+        return doubly or (name != "llama" and pattern != "2:4 row")
+
+    return [
+        (name, pattern, repruning, update)
+        for name, pattern in product(SUBJECTS, ("0.5 row", "0.5 layer", "2:4 row"))
+        for repruning, update in AFTERWARDS
+        if (repruning, update) in few or not alike(name, pattern)
+    ]
+
+
+@pytest.mark.parametrize(("name", "pattern", "repruning", "update"), combinations())
+def test_steps(
+    subject_of: Callable[[str], Subject],
+    name: str,
+    pattern: str,
+    repruning: str,
+    update: str,
+    path: Path_,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every combination of steps prunes to the pattern, and the model is dense again."""
+    quick = partial(permute_for_error, sweeps=1, rounds=1)  # of several that are alike
+    monkeypatch.setattr("pho_service.pruning.steps.permute_for_error", quick)
+    subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
+    for permutation in PERMUTATIONS if parsed.group else PERMUTATIONS[:1]:
+        steps = Steps(permutation=permutation, repruning=repruning, update=update)
+        candidate = Candidate(method="x", coefficients=CREPE, pattern=parsed, steps=steps)
+        statistics = subject.bundle.statistics()
+        with unchanged(subject.model):
+            result, sparsity = rate_pruned(
+                subject.model,
+                statistics,
+                candidate,
+                subject.report().windows,
+                calibration=subject.text.calibration,
+            )
+        assert sparsity == pytest.approx(0.5, abs=1e-3)
+        assert math.isfinite(result.perplexity)
+        path(f"{subject.name}: {pattern}, {permutation}, {repruning}, {update}")
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS[1:])
+@pytest.mark.parametrize("pattern", ["0.5 row", "2:4 row"])
+def test_allocated(subject: Subject, pattern: str, method: str, path: Path_) -> None:
+    """Allocations of the whole model, from its weights on the card."""
+    parsed = Pattern.parse(*pattern.split())
+    candidate = Candidate(
+        method="x",
+        coefficients=CREPE,
+        pattern=parsed,
+        steps=Steps(allocation=Allocation(method=method, spread=0.25)),
+    )
+    with (
+        unchanged(subject.model),
+        pruned_model(subject.model, subject.bundle.statistics(), candidate, None) as shares,
+    ):
+        assert len(shares) == len(subject.model.linears)
+        if parsed.group == 0:  # an N:M may leave no other choice
+            assert len({round(share, 3) for share in shares.values()}) > 1
+    path(f"{subject.name}: {pattern}, allocation {method} of the whole model")
+
+
+def test_waits_of_a_calibration(cards: Cards) -> None:
+    """The CPU waits for the card once a window, and once an input: not for each of each."""
+
+    def waits(blocks: int, windows: int) -> int:
+        config = LlamaConfig(**COMMON | {"num_hidden_layers": blocks})
+        model = LlamaForCausalLM(config).eval().to("cuda")
+        text = torch.zeros(windows, 16, dtype=torch.int64)
+        with cards[0].counting() as counts:
+            collect_statistics(
+                model, prunable_linears(model), text,
+                fisher_windows=windows // 2, projection_rows=4, seed=0,
+            )  # fmt: skip
+        return counts.waits
+
+    more_windows = [waits(blocks, 8) - waits(blocks, 4) for blocks in (1, 3)]
+
+    assert more_windows[0] == more_windows[1] <= 2 * 4
