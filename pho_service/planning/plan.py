@@ -14,11 +14,14 @@ from pho_service.planning.footprint import Footprint, shapes_footprint
 from pho_service.planning.machines import Machine
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes, model_shapes
 from pho_service.planning.stage_memory import (
+    MOST,
     Peak,
     Place,
     confirmation_peak,
     pruning_peak,
     saving_peak,
+    states_fit,
+    windows_at_once,
 )
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
@@ -209,6 +212,7 @@ def _peaks(
     pruning = pruning_peak(
         footprint, place, work.steps,
         windows=settings.samples, tokens=settings.context_length, keep_dense=False,
+        states_on_device=_stay(footprint, place, settings.samples, work, card),
     )  # fmt: skip
     peaks = {
         "read the model": loaded,
@@ -230,15 +234,30 @@ def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | No
         return pruning_peak(
             footprint, place, work.steps,
             windows=settings.samples, tokens=settings.context_length, keep_dense=True,
+            states_on_device=_stay(footprint, place, settings.samples, work, card),
         )  # fmt: skip
-    both = [
+    most = 1
+    if card is not None and not place.stream:
+        logits = settings.context_length * footprint.vocabulary
+        most = windows_at_once(logits, device_size=card, weights=footprint.weights, most=MOST)
+    peaks = [
         confirmation_peak(
             footprint, place, tokens=settings.context_length, windows=work.windows,
-            sparsity=work.pattern.sparsity, removed_on_device=on_device,
+            at_once=min(at_once, work.windows), sparsity=work.pattern.sparsity,
+            removed_on_device=on_device,
+            states_on_device=_stay(footprint, place, work.windows, work, card),
         )
-        for on_device in (True, False)
+        for at_once, on_device in ((most, True), (most, False), (1, False))
     ]  # fmt: skip
-    return next((peak for peak in both if card is None or peak.device <= card), both[-1])
+    return next((peak for peak in peaks if card is None or peak.device <= card), peaks[-1])
+
+
+def _stay(footprint: Footprint, place: Place, windows: int, work: Work, card: int | None) -> bool:
+    """Whether the hidden states of so many windows stay on the card."""
+    if card is None:
+        return False
+    free = card - (0 if place.stream else footprint.weights)
+    return states_fit(footprint, windows, work.calibration.context_length, device_free=free)
 
 
 def _obstacles(stages: tuple[StagePlan, ...], machine: Machine) -> Iterator[str]:

@@ -24,6 +24,8 @@ STEPS = {
 INVERSE = 7  # of a Gram matrix's size in float32
 SHARD = 2 * 10**9  # bytes of a file of weights, which is put together in main memory
 MASK = 1 / 8  # bytes of a mask's element where it is packed
+MOST = 16  # windows at once for a perplexity, where a GPU has room for them
+ROOM = 8  # bytes of a batch for each byte of its logits in float32: they, a copy, activations
 HELD = 2**30  # inputs of blocks beyond it are written to disk; 70B has 86 GB of them
 LOGITS_AT_ONCE = 2**21  # log-probabilities that are held at a time, see pruning.perplexity
 
@@ -307,6 +309,29 @@ def confirmation_peak(
     else:
         device += removed
     return Peak.at(place, device=device, host=host)
+
+
+def windows_at_once(logits: int, *, device_size: int, weights: int, most: int) -> int:
+    """
+    How many windows a GPU is given at once for a perplexity, if they fit into what is free.
+
+    Args:
+        logits: Number of one window's: context length times vocabulary.
+        device_size: Bytes of the card.
+        weights: Bytes of the model on it.
+        most: The answer is 1 to ``most``.
+
+    Returns:
+        A power of two: with eight times their logits in float32 they fill half of what the model
+        leaves of the card, or less.
+    """
+    fitting = min(most, (device_size - weights) // 2 // (ROOM * FLOAT * logits))
+    return 1 << max(0, fitting.bit_length() - 1) if fitting > 0 else 1
+
+
+def states_fit(footprint: Footprint, windows: int, tokens: int, *, device_free: int) -> bool:
+    """Whether the hidden states of all windows stay on a GPU with so much free."""
+    return footprint.states(windows, tokens) <= device_free // 4
 
 
 def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> Peak:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pho_service.planning.stage_memory import MOST
 from pho_service.pruning.perplexity import (
-    MOST,
     log_probabilities,
     require_finite_loss,
     window_logits,

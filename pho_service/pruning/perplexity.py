@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from pho_service.errors import NumericalError, OutOfMemory, TextError
 from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.memory import free_memory
+from pho_service.planning.footprint import FLOAT
+from pho_service.planning.stage_memory import MOST, ROOM, windows_at_once
 
 logger = logging.getLogger(__name__)
 
-MOST = 16  # windows at once, where the memory has room for them
 CHUNK = 2**21  # log-probabilities that are computed at a time: 8 MiB, which caches hold
-ROOM = 8  # bytes of a batch for each byte of its logits in float32: they, a copy, activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +134,9 @@ def batch_size(logits: int, device: torch.device, *, weights: int, most: int) ->
     """
     if device.type != "cuda":
         return 1
-    each = ROOM * 4 * logits
     _, total = torch.cuda.mem_get_info(device)
-    fitting = min(most, (total - weights) // 2 // each)
-    size = 1 << max(0, fitting.bit_length() - 1)  # the next power of two below
-    while size > 1 and size * each > free_memory(device):
+    size = windows_at_once(logits, device_size=total, weights=weights, most=most)
+    while size > 1 and size * ROOM * FLOAT * logits > free_memory(device):
         size //= 2
     return size
 
