@@ -336,6 +336,26 @@ def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
     assert "trials       10 of 40, best 0.125\n" in shown
 
 
+def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
+    """Of a calibration that is shared out, the shards that are done are shown."""
+    job = client.submit({**SPEC, "trials": 40}).id
+    parts = [
+        NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
+    ]
+    store.share(take(store, job, StageKind.CALIBRATE), parts)
+    part = store.get(job).parts(StageKind.CALIBRATE)[0]
+    with store.database.transaction() as connection:
+        query = select(stages.c.queue_id).where(stages.c.id == part.id)
+        entry = connection.execute(query).scalar_one()
+    claim = store.claim(part.id, entry, uuid.uuid4())
+    assert claim is not None
+    store.complete_part(claim, {})
+
+    assert "calibration  1 of 3 shards\ntrials       0 of 40" in remote("show", job).stdout
+    progress = client.job(job).progress
+    assert (progress.shards_done, progress.shards) == (1, 3)
+
+
 def test_show_failure(remote: Pho, client: Client, store: JobStore) -> None:
     """Why a job failed is shown; to show it is no failure."""
     job = client.submit(SPEC).id
