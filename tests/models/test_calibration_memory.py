@@ -7,13 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pretended_cards import Card
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pho_service.errors import InvalidInput, OutOfMemory
+from pho_service.errors import InvalidInput, OutOfMemory, OutputError
 from pho_service.memory import available_memory, free_memory, memory_in_use
 from pho_service.models.calibration import calibrate, calibration_text, measure
 from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
@@ -269,3 +270,40 @@ def test_peak(model_folder: Path) -> None:
     assert limited["taken"] <= limited["planned"] <= limited["limit"], limited
     assert limited["taken"] < free["taken"]
     assert limited["sums"] == free["sums"]
+
+
+@pytest.fixture
+def streamed(model_folder: Path) -> LanguageModel:
+    """The random Llama, streamed."""
+    return load_model(str(model_folder), device="cpu", stream=True)
+
+
+def test_inputs_on_disk(
+    streamed: LanguageModel,
+    texts: dict[str, Path],
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs of a streamed model's blocks beyond the limit are on disk, and give the same bits."""
+    text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
+    expected = calibrate(streamed, text, SETTINGS)
+    assert not own_cache.exists()  # few of them stay in memory
+    monkeypatch.setattr("pho_service.planning.calibration_run.HELD", 0)
+    actual = calibrate(streamed, text, SETTINGS)
+
+    assert list((own_cache / "scratch").iterdir()) == []  # its files have no names
+    for a, b in zip(actual.layers, expected.layers, strict=True):
+        assert torch.equal(a.fisher, b.fisher)
+
+
+def test_no_room_for_inputs(
+    streamed: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is too small for them is refused before anything is run."""
+    text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
+    monkeypatch.setattr("pho_service.planning.calibration_run.HELD", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    streamed.model.forward = None  # whoever runs it fails
+
+    with pytest.raises(OutputError, match=r"room for 0 MiB, but .*PHO_CACHE_DIR"):
+        calibrate(streamed, text, SETTINGS)
