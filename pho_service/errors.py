@@ -23,9 +23,20 @@ a programmer stays ``TypeError`` or ``ValueError``.
 from collections.abc import Mapping
 from typing import Any
 
+from pho_service.plain import bounded
+
 
 class PhoError(Exception):
-    """Base of all errors that a user can act on."""
+    """
+    Base of all errors that a user can act on.
+
+    Args:
+        message: What files and others say in it is shown without control characters, and no
+            message is longer than :data:`~pho_service.plain.MOST_CHARACTERS`.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(bounded(message))
 
 
 class InvalidInput(PhoError, ValueError):

@@ -29,6 +29,10 @@ MOST_PARAMETERS = 10**15
 _LARGEST = sys.float_info.max
 _MOST_NATS = 700.0  # e to this is still a number
 
+FACTS_VERSION = 1  # of what is remembered of an entry; another one is read anew
+_LONGEST = 200  # letters of a name in it
+_MOST_MODELS = 64
+
 MeasuredBy = Literal["perplexity", "divergence", "proxy"]
 
 
@@ -57,6 +61,11 @@ class ModelFacts:
             family=family if isinstance(family, str) and family else None,
             parameters=parameters if 0 < (parameters or 0) <= MOST_PARAMETERS else None,
         )
+
+    def shortened(self) -> dict[str, Any]:
+        """As JSON values, with the beginning of what is long."""
+        family = None if self.family is None else self.family[:_LONGEST]
+        return {"name": self.name[:_LONGEST], "family": family, "parameters": self.parameters}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +146,39 @@ class Entry:
                 Measured(model=ModelFacts.of(model), gain=gain)
                 for model, gain in measured
                 if gain is not None
+            ),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """
+        The fields but the id as JSON values that :meth:`of_facts` reads, and no more of each than
+        a ranking shows: what others wrote may be long.
+        """
+        return {
+            "version": FACTS_VERSION,
+            "method": self.method[:_LONGEST],
+            "pattern": str(self.pattern),
+            "scope": self.pattern.scope.value,
+            "models": [model.shortened() for model in self.models[:_MOST_MODELS]],
+            "gain": None if self.gain is None else asdict(self.gain),
+            "measured": [
+                {"model": m.model.shortened(), "gain": asdict(m.gain)}
+                for m in self.measured[:_MOST_MODELS]
+            ],
+        }
+
+    @classmethod
+    def of_facts(cls, entry_id: str, facts: Mapping[str, Any]) -> Self:
+        """What :meth:`facts` has given."""
+        return cls(
+            id=entry_id,
+            method=facts["method"],
+            pattern=Pattern.parse(facts["pattern"], facts["scope"]),
+            models=tuple(ModelFacts(**model) for model in facts["models"]),
+            gain=None if facts["gain"] is None else Gain(**facts["gain"]),
+            measured=tuple(
+                Measured(model=ModelFacts(**m["model"]), gain=Gain(**m["gain"]))
+                for m in facts["measured"]
             ),
         )
 

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from textwrap import indent
 from typing import Any, Literal
+
+from pho_service.plain import plain, plain_line
 
 LogFormat = Literal["text", "json"]
 
@@ -81,8 +84,16 @@ def _add_fields(record: logging.LogRecord) -> bool:
 
 
 class _Text(logging.Formatter):
+    """A line for each record, whatever its message holds; tracebacks follow it, set in."""
+
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return plain_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return indent(plain(super().formatException(ei)), "    ")
 
 
 def _json() -> logging.Formatter:

@@ -15,6 +15,7 @@ from pho_service.logs import LogFormat
 
 Paths = Annotated[tuple[Path, ...], NoDecode]  # in the environment: with ":" between
 Seconds = Annotated[float, Field(allow_inf_nan=False, le=1e6)]
+Days = Annotated[float, Field(allow_inf_nan=False, le=36_500)]
 Patterns = Annotated[tuple[str, ...], NoDecode]  # in the environment: with "," between
 
 
@@ -36,6 +37,11 @@ class Settings(BaseSettings):
         hub_models: Shell patterns of the hub's models that jobs may name.
         hub_datasets: The same for data sets.
         max_unfinished_jobs: Of one key.
+        max_urgent_jobs: Of them, with a priority above 0.
+        max_finished_jobs: Of one key.
+        max_configurations: In the library, of one key that imports more.
+        keep_jobs_days: Jobs that have been over for longer are deleted; 0 keeps them.
+        keep_configurations_days: The same for entries of the library, by their age.
         max_body_bytes: Of a request.
         max_trials: Of one job, on all its islands or all its models.
         max_tokens: That one job may ask to run models over.
@@ -70,6 +76,11 @@ class Settings(BaseSettings):
     hub_models: Patterns = ("*",)
     hub_datasets: Patterns = ("*",)
     max_unfinished_jobs: int = Field(default=1000, ge=1)
+    max_urgent_jobs: int = Field(default=10, ge=0)
+    max_finished_jobs: int = Field(default=10_000, ge=1)
+    max_configurations: int = Field(default=10_000, ge=1)
+    keep_jobs_days: Days = Field(default=0.0, ge=0)
+    keep_configurations_days: Days = Field(default=0.0, ge=0)
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)
     max_trials: int = Field(default=100_000, ge=1)
     max_tokens: int = Field(default=10**9, ge=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.database import Database
@@ -39,6 +39,21 @@ class StoredConfiguration:
     document: dict[str, Any]
     transfers: list[dict[str, Any]]
     created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFacts:
+    """
+    What is known of an entry without reading its document.
+
+    Attributes:
+        facts: What a ranking reads, as it was remembered; None if it was not.
+    """
+
+    id: uuid.UUID
+    job_id: uuid.UUID | None
+    created_at: datetime
+    facts: dict[str, Any] | None
 
 
 class ConfigurationStore:
@@ -98,16 +113,45 @@ class ConfigurationStore:
             pattern: As a configuration has it.
             visible_to: Only what this key owns; None sees all.
         """
-        of_pattern = configurations.c.document["pattern"].as_string() == (pattern or "")
-        query = (
-            select(configurations)
-            .order_by(of_pattern.desc().nulls_last(), configurations.c.number.desc())
-            .limit(CONSIDERED)
-        )
-        if visible_to is not None:
-            query = query.where(configurations.c.owner_id == visible_to)
         with self.database.transaction() as connection:
+            query = _considered(select(configurations), pattern, visible_to)
             return [_entry(row) for row in connection.execute(query)]
+
+    def facts(
+        self, *, pattern: str | None = None, visible_to: uuid.UUID | None = None
+    ) -> list[StoredFacts]:
+        """The same entries without their documents, which may be a hundred times as large."""
+        c = configurations.c
+        with self.database.transaction() as connection:
+            columns = select(c.id, c.job_id, c.created_at, c.facts)
+            query = _considered(columns, pattern, visible_to)
+            return [StoredFacts(**row._mapping) for row in connection.execute(query)]
+
+    def remember(self, entry: StoredConfiguration, facts: Mapping[str, Any]) -> None:
+        """Keep what a ranking reads of an entry, unless it has changed since it was read."""
+        with self.database.transaction() as connection:
+            query = select(configurations.c.transfers).where(configurations.c.id == entry.id)
+            now = connection.execute(query.with_for_update()).scalar()
+            if now == entry.transfers:
+                connection.execute(
+                    update(configurations)
+                    .where(configurations.c.id == entry.id)
+                    .values(facts=dict(facts))
+                )
+
+    def count(self, owner_id: uuid.UUID | None) -> int:
+        """How many entries an owner has."""
+        query = select(func.count()).where(configurations.c.owner_id == owner_id)
+        with self.database.transaction() as connection:
+            return connection.execute(query).scalar_one()
+
+    def delete_older(self, days: float) -> int:
+        """Forget the entries of all owners that are older; gives how many."""
+        older = configurations.c.created_at < func.now() - func.make_interval(
+            0, 0, 0, 0, 0, 0, days * 86400
+        )
+        with self.database.transaction() as connection:
+            return connection.execute(delete(configurations).where(older)).rowcount
 
     def transfers(
         self, document: Mapping[str, Any], *, owner_id: uuid.UUID | None
@@ -144,6 +188,7 @@ def keep(
         "sha256": digest(document),
         "document": dict(document),
         "transfers": [],
+        "pattern": pattern if isinstance(pattern := document.get("pattern"), str) else None,
     }
     new = pg_insert(configurations).values(values).on_conflict_do_nothing()
     while (inserted := connection.execute(new.returning(configurations.c.id)).first()) is None:
@@ -171,6 +216,16 @@ def digest(document: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
+def _considered(
+    query: Select[Any], pattern: str | None, visible_to: uuid.UUID | None
+) -> Select[Any]:
+    of_pattern = configurations.c.pattern == (pattern or "")
+    query = query.order_by(of_pattern.desc().nulls_last(), configurations.c.number.desc())
+    if visible_to is not None:
+        query = query.where(configurations.c.owner_id == visible_to)
+    return query.limit(CONSIDERED)
+
+
 def _add_transfer(connection: Connection, entry_id: uuid.UUID, transfer: Mapping[str, Any]) -> None:
     query = select(configurations.c.transfers).where(configurations.c.id == entry_id)
     known = connection.execute(query.with_for_update()).scalar_one()
@@ -178,7 +233,7 @@ def _add_transfer(connection: Connection, entry_id: uuid.UUID, transfer: Mapping
         connection.execute(
             update(configurations)
             .where(configurations.c.id == entry_id)
-            .values(transfers=[*known, dict(transfer)])
+            .values(transfers=[*known, dict(transfer)], facts=None)
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from optuna.storages import RDBStorage
 from sqlalchemy import (
@@ -54,7 +54,16 @@ class IdempotencyKeyReused(Exception):
 
 
 class TooManyJobs(Exception):
-    """An owner has as many unfinished jobs as are allowed."""
+    """
+    An owner has as many jobs as are allowed.
+
+    Attributes:
+        which: Those that are not over, those of them that go before others, or all that are over.
+    """
+
+    def __init__(self, which: Literal["unfinished", "urgent", "finished"]) -> None:
+        super().__init__(which)
+        self.which = which
 
 
 class TooManyTrials(Exception):
@@ -65,6 +74,7 @@ class LostClaim(Exception):
     """A stage was given to another worker meanwhile, or its job was deleted."""
 
 
+_LONGEST_MESSAGE = 5000  # characters of an error; those of libraries may hold whole files
 _PAST = {
     "cancel": "cancelled", "pause": "paused", "resume": "resumed", "extend": "extended",
     "delete": "deleted",
@@ -238,6 +248,8 @@ class JobStore:
         owner_id: uuid.UUID | None = None,
         idempotency_key: str | None = None,
         max_unfinished: int = 1000,
+        max_urgent: int | None = None,
+        max_finished: int | None = None,
     ) -> tuple[Job, bool]:
         """
         Store a job and put its first stage, or stages, into the queue.
@@ -261,7 +273,8 @@ class JobStore:
 
         Raises:
             IdempotencyKeyReused: That time it was another document.
-            TooManyJobs: The owner has ``max_unfinished`` jobs that are not over.
+            TooManyJobs: The owner has ``max_unfinished`` jobs that are not over, ``max_urgent`` of
+                them with a priority above 0 as this one, or ``max_finished`` jobs that are over.
         """
         document = json.dumps(spec if asked is None else asked, sort_keys=True)
         fingerprint = hashlib.sha256(document.encode()).digest()
@@ -296,13 +309,19 @@ class JobStore:
             # One submission of an owner after the other, so that none slips past the limit.
             own = func.hashtext(f"pho submissions of {owner_id}")
             connection.execute(select(func.pg_advisory_xact_lock(own)))
-            unfinished = connection.execute(
-                select(func.count())
-                .select_from(jobs)
-                .where(mine, jobs.c.state.in_([s for s in JobState if not s.is_over]))
-            ).scalar_one()
+            goes_on = jobs.c.state.in_([s for s in JobState if not s.is_over])
+            total = func.count()
+            urgent_ones = and_(goes_on, jobs.c.priority > 0)
+            counts = select(total, total.filter(goes_on), total.filter(urgent_ones))
+            every, unfinished, urgent = connection.execute(
+                counts.select_from(jobs).where(mine)
+            ).one()
             if unfinished > max_unfinished:
-                raise TooManyJobs
+                raise TooManyJobs("unfinished")
+            if priority > 0 and max_urgent is not None and urgent > max_urgent:
+                raise TooManyJobs("urgent")
+            if max_finished is not None and every - unfinished >= max_finished:
+                raise TooManyJobs("finished")
             _event(connection, job_id, "state", {"state": JobState.QUEUED})
             job = _job(connection, job_id)
             self._add(connection, job, [first, *more])
@@ -405,6 +424,20 @@ class JobStore:
                 raise StateConflict("delete", job.state, "Cancel it first.")
             yield job
             connection.execute(delete(jobs).where(jobs.c.id == job.id))
+
+    def over_for(self, days: float, limit: int = 100) -> list[uuid.UUID]:
+        """Some jobs of all owners that have been over for so many days, the oldest first."""
+        query = (
+            select(jobs.c.id)
+            .where(
+                jobs.c.state.in_([s for s in JobState if s.is_over]),
+                jobs.c.finished_at < func.now() - _seconds(days * 86_400),
+            )
+            .order_by(jobs.c.finished_at)
+            .limit(limit)
+        )
+        with self.database.transaction() as connection:
+            return [*connection.execute(query).scalars()]
 
     def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[Event]:
         """What happened to a job after the event with this id, oldest first."""
@@ -814,7 +847,10 @@ class JobStore:
         with self.database.transaction() as connection:
             job = self._claimed(connection, claim)
             failures = claim.stage.failures + 1
-            described = {**error, "stage": claim.stage.kind, "attempts": failures}
+            message = str(error.get("message"))[:_LONGEST_MESSAGE]
+            described = {
+                **error, "message": message, "stage": claim.stage.kind, "attempts": failures,
+            }  # fmt: skip
             if retry and failures < job.max_attempts:
                 _event(connection, job.id, "retry", described)
                 self._put_down(connection, job, claim.stage.id, failures)

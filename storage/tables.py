@@ -138,6 +138,8 @@ configurations = Table(
     Column("sha256", LargeBinary, nullable=False),  # of the document
     Column("document", JSON, nullable=False),
     Column("transfers", JSON, nullable=False),  # what it was worth on other models
+    Column("pattern", Text),  # of the document
+    Column("facts", JSON(none_as_null=True)),  # what a ranking reads of it; null: not read yet
     Column("created_at", _utc, nullable=False, server_default=_now),
     Index(
         "uq_configurations_owner_sha256",

@@ -146,3 +146,20 @@ def test_no_secrets(logged: Any, log_format: LogFormat) -> None:
 
     assert "planted" not in written()
     assert written().count("pho:***@db/pho") == (3 if log_format == "json" else 2)
+
+
+def test_no_forged_lines(logged: Any) -> None:
+    """A message is one line, whatever it holds; the lines of a traceback are set in."""
+    written = logged("text")
+    logging.getLogger("x").warning("column %s", "a\x1b[31m\nINFO fake")
+    try:
+        int("\x1b[0m\nERROR fake")
+    except ValueError as error:
+        logging.getLogger("x").error("failed", exc_info=error)  # noqa: TRY400 - with its traceback
+    first, second, *more = written().splitlines()
+
+    assert first.endswith(r"column a\x1b[31m\nINFO fake")
+    assert second.endswith("x: failed")
+    assert more
+    assert all(line.startswith("    ") for line in more)
+    assert "\x1b" not in written()

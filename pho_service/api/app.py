@@ -2,6 +2,7 @@
 The application: pages, operations, errors, keys, and the dashboard behind them.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
 from pho_service.api.pages import Pages, SafeHeaders
 from pho_service.api.requests import RequestLog
 from pho_service.api.service import Service
+from pho_service.api.upkeep import keep_up
 from pho_service.documents import Problem
 from pho_service.settings import Settings
 from storage.database import Database
@@ -45,7 +47,9 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        upkeep = asyncio.create_task(keep_up(service))
         yield
+        upkeep.cancel()
         dashboard.close()
         service.close()
 

@@ -8,14 +8,14 @@ from uuid import UUID
 
 from fastapi import APIRouter, Body, Query, Response
 
-from pho_service.api.problems import documented, wrong_parameter
-from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.documents import ConfigurationMatch, ConfigurationMatches
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.job_fields import FieldError
-from pho_service.library import Entry, Match, Wanted, rank
+from pho_service.library import FACTS_VERSION, Entry, Match, Wanted, rank
 from pho_service.library_file import LibraryFile, parse_library_file, stored_file
-from storage.configurations import StoredConfiguration
+from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts
 
 router = APIRouter(prefix="/v1/configurations", tags=["configurations"])
 
@@ -28,7 +28,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("", response_model=ConfigurationMatches, responses=documented(422))
-def find(
+async def find(
     service: ServiceParam,
     caller: CallerParam,
     pattern: Annotated[str | None, Query(max_length=64, description="0.5 or 2:4.")] = None,
@@ -44,15 +44,27 @@ def find(
     wanted = _wanted("pattern", pattern, None, family, parameters)
     if scope is not None:
         wanted = _wanted("scope", pattern, scope, family, parameters)
-    stored = service.configurations.all(
-        pattern=None if wanted.pattern is None else str(wanted.pattern),
-        visible_to=caller.visible_to,
-    )
-    by_id = {str(each.id): each for each in stored}
-    matches = rank([Entry.of(str(each.id), _file(each)) for each in stored], wanted)
+    return await service.heavy.run(_ranked, service, caller, wanted, limit)
+
+
+def _ranked(service: Service, caller: Caller, wanted: Wanted, limit: int) -> ConfigurationMatches:
+    pattern = None if wanted.pattern is None else str(wanted.pattern)
+    found = service.configurations.facts(pattern=pattern, visible_to=caller.visible_to)
+    entries = {}
+    for each in found:
+        facts = each.facts
+        if facts is None or facts.get("version") != FACTS_VERSION:
+            try:
+                stored = service.configurations.get(each.id)
+            except NoSuchConfiguration:  # deleted meanwhile
+                continue
+            facts = Entry.of(str(each.id), _file(stored)).facts()
+            service.configurations.remember(stored, facts)
+        entries[str(each.id)] = each, Entry.of_facts(str(each.id), facts)
+    matches = rank([entry for _, entry in entries.values()], wanted)
     return ConfigurationMatches(
-        configurations=[describe(m, by_id[m.entry.id]) for m in matches[:limit]],
-        considered=len(stored),
+        configurations=[describe(m, entries[m.entry.id][0]) for m in matches[:limit]],
+        considered=len(entries),
     )
 
 
@@ -75,6 +87,9 @@ def add(
         file = parse_library_file(document, "the document")
     except ConfigurationError as error:
         raise FieldError("", str(error)) from error
+    most = service.settings.max_configurations
+    if service.configurations.count(caller.key_id) >= most:
+        raise TooManyConfigurations(most)
     stored, new = service.configurations.add(
         file.configuration.model_dump(mode="json"),
         transfers=[target.model_dump(mode="json", exclude={"own"}) for target in file.targets],
@@ -109,7 +124,7 @@ def delete(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -
     service.configurations.delete(configuration_id, visible_to=caller.visible_to)
 
 
-def describe(match: Match, stored: StoredConfiguration) -> ConfigurationMatch:
+def describe(match: Match, stored: StoredConfiguration | StoredFacts) -> ConfigurationMatch:
     """An entry as the API shows it."""
     return ConfigurationMatch(
         id=stored.id,

@@ -141,8 +141,8 @@ def submit(typed: Typed, service: ServiceParam, caller: CallerParam) -> Response
     except IdempotencyKeyReused:
         told = "This form has made a job already, of other values. Submit it again for another job."
         return _form(caller, typed, form.new_token(), {"": [told]}, status=422)
-    except TooManyJobs:
-        return _form(caller, typed, token, {"": [TOO_MANY_JOBS]}, status=429)
+    except TooManyJobs as error:
+        return _form(caller, typed, token, {"": [TOO_MANY_JOBS[error.which]]}, status=429)
     return RedirectResponse(f"/#job-{job.id}", 303)
 
 

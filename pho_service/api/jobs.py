@@ -96,7 +96,7 @@ def take(
         asked=spec,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
-        max_unfinished=service.settings.max_unfinished_jobs,
+        settings=service.settings,
     )
 
 
@@ -137,8 +137,18 @@ def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
 )
 def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
     """Delete a job that is over or paused, with its studies. Bundles stay for other jobs."""
+    forget(service, job_id, visible_to=caller.visible_to)
+
+
+def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) -> None:
+    """
+    Delete a job and its studies.
+
+    Raises:
+        NoSuchJob, StateConflict: As :meth:`JobStore.deleting`.
+    """
     with (
-        service.jobs.deleting(job_id, visible_to=caller.visible_to) as job,
+        service.jobs.deleting(job_id, visible_to=visible_to) as job,
         open_storage(service.database.studies_url) as storage,
     ):
         for name in study_names(job):

@@ -34,7 +34,14 @@ from storage.studies import DatabaseFull, DatabaseGone, StorageError
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
-TOO_MANY_JOBS = "You have as many unfinished jobs as one key may have. Wait, or cancel some."
+TOO_MANY_JOBS = {
+    "unfinished": "You have as many unfinished jobs as one key may have. Wait, or cancel some; the "
+    "operator sets PHO_MAX_UNFINISHED_JOBS.",
+    "urgent": "You have as many unfinished jobs with a priority above 0 as one key may have. Give "
+    "a priority of 0 or less, or wait; the operator sets PHO_MAX_URGENT_JOBS.",
+    "finished": "You have as many jobs that are over as one key may have. Delete some; the "
+    "operator sets PHO_MAX_FINISHED_JOBS.",
+}
 MOST_ERRORS = 100  # of a document: an answer is not many times as large as what it answers
 
 
@@ -51,6 +58,10 @@ class Conflict(Exception):
         super().__init__(detail)
         self.code = code
         self.state = state
+
+
+class TooManyConfigurations(Exception):
+    """A key has as many entries in the library as one may import."""
 
 
 def problem(
@@ -152,11 +163,21 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         )
 
     @app.exception_handler(TooManyJobs)
-    async def _too_many(_request: Request, _error: TooManyJobs) -> JSONResponse:
+    async def _too_many(_request: Request, error: TooManyJobs) -> JSONResponse:
         return problem(
             429,
-            "too_many_jobs",
-            TOO_MANY_JOBS,
+            "too_many_jobs" if error.which == "unfinished" else f"too_many_{error.which}_jobs",
+            TOO_MANY_JOBS[error.which],
+            headers={"Retry-After": "60"},
+        )
+
+    @app.exception_handler(TooManyConfigurations)
+    async def _full(_request: Request, error: TooManyConfigurations) -> JSONResponse:
+        return problem(
+            429,
+            "too_many_configurations",
+            f"You have {error} configurations in the library, the most of one key. Delete some; "
+            "the operator sets PHO_MAX_CONFIGURATIONS.",
             headers={"Retry-After": "60"},
         )
 

@@ -5,6 +5,7 @@ How a document becomes a job: with the stages that it begins with.
 from uuid import UUID
 
 from pho_service.job_spec import JobSpec
+from pho_service.settings import Settings
 from pho_service.transfer_spec import TransferSpec
 from storage.jobs import Job, JobStore, NewStage
 from storage.states import StageKind
@@ -17,7 +18,7 @@ def enter(
     asked: JobSpec | TransferSpec | None = None,
     owner_id: UUID | None = None,
     idempotency_key: str | None = None,
-    max_unfinished: int = 1000,
+    settings: Settings | None = None,
 ) -> Job:
     """
     Store a job and put its first stages into the queue; it is the one of that time if the
@@ -27,12 +28,18 @@ def enter(
         store: Of the jobs.
         spec: The document to be stored.
         asked: The document as it came, if that is another one: by it the key is recognised.
-        owner_id, idempotency_key, max_unfinished: As :meth:`JobStore.submit`.
+        owner_id, idempotency_key: As :meth:`JobStore.submit`.
+        settings: Of the service, for how many jobs an owner may have.
 
     Raises:
         IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
     """
     first, *more = first_stages(spec)
+    limits = {} if settings is None else {
+        "max_unfinished": settings.max_unfinished_jobs,
+        "max_urgent": settings.max_urgent_jobs,
+        "max_finished": settings.max_finished_jobs,
+    }  # fmt: skip
     job, _ = store.submit(
         spec.model_dump(),
         asked=None if asked is None else asked.model_dump(),
@@ -44,7 +51,7 @@ def enter(
         max_attempts=spec.max_attempts,
         owner_id=owner_id,
         idempotency_key=idempotency_key,
-        max_unfinished=max_unfinished,
+        **limits,
     )
     return job
 

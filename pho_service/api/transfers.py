@@ -47,7 +47,7 @@ def transfer(
         asked=asked,
         owner_id=caller.key_id,
         idempotency_key=idempotency_key,
-        max_unfinished=service.settings.max_unfinished_jobs,
+        settings=service.settings,
     )
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return describe(job)

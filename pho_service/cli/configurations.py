@@ -10,7 +10,7 @@ import click
 from pho_service.cli.library import library_option, matches
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.remote import open_client, url_option
-from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def configurations(
         "divergence tells; * of the proxy alone). Expected: on the model that is asked for.",
     )
     for match in found:
-        click.echo(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
+        tell(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
         for reason in match["reasons"]:
-            click.echo(f"  {reason}")
+            tell(f"  {reason}")
 
 
 @configurations.command("import")
@@ -114,7 +114,7 @@ def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None
         print_json([match.model_dump(mode="json") for match in stored])
         return
     for name, match in zip(read, stored, strict=True):
-        click.echo(f"{match.id}  {name}")
+        tell(f"{match.id}  {name}")
 
 
 def _read(path: Path) -> "dict[str, LibraryFile]":
@@ -173,7 +173,7 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
     if not written:
         say("The library is empty: nothing is written.")
     for each in written:
-        click.echo(each)
+        tell(each)
 
 
 @configurations.command("delete")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli.options import at_least, json_option
-from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         print_json(job.model_dump(mode="json"))
         return
     if measured is not None:
-        click.echo(f"job          {job.id}\nname         {job.name}\nstate        {job.state}")
+        tell(f"job          {job.id}\nname         {job.name}\nstate        {job.state}")
         say_transfer(job, measured)
         return
     progress = job.progress
@@ -94,7 +94,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         f"{_number(progress.best_value) or 'none yet'}",
         f"perplexities {progress.perplexities_done} of {progress.perplexities}",
     ]
-    click.echo("\n".join([*lines, *_outcome(job)]))
+    tell("\n".join([*lines, *_outcome(job)]))
 
 
 @click.command()
@@ -268,10 +268,10 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     if as_json:
         print_json(job.model_dump(mode="json"))
     elif job.kind == "transfer":
-        click.echo(f"{job.name}: {job.state}")
+        tell(f"{job.name}: {job.state}")
         say_transfer(job, client.transferred(job.id))
     else:
-        click.echo("\n".join([f"{job.name}: {job.state}", *_outcome(job)]))
+        tell("\n".join([f"{job.name}: {job.state}", *_outcome(job)]))
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
@@ -283,16 +283,16 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
     from pho_service.configuration import Configuration
 
     done = job.progress
-    click.echo(f"models       {done.models_done} of {done.models}")
+    tell(f"models       {done.models_done} of {done.models}")
     show_transfer(
         [target.model_dump(mode="json") for target in measured.targets],
         f"what job {measured.source} found",
         Configuration.model_validate(measured.configuration),
     )
     if job.error is not None:
-        click.echo(f"error        {job.error.type}: {job.error.message}")
+        tell(f"error        {job.error.type}: {job.error.message}")
     for warning in job.warnings:
-        click.echo(f"note         {warning}")
+        tell(f"note         {warning}")
 
 
 def _outcome(job: "Job") -> list[str]:

@@ -15,6 +15,7 @@ import click
 from pho_service.errors import InvalidInput, PhoError
 from pho_service.extras import missing_extra
 from pho_service.faults import faults_told
+from pho_service.plain import plain, plain_line
 from pho_service.progress import Advance
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
-    click.echo(f"pho: {message}", err=True)
+    click.echo(f"pho: {plain(message)}", err=True)
     raise SystemExit(code)
 
 
@@ -59,7 +60,12 @@ def _quieten() -> None:
 
 def say(message: str) -> None:
     """A sentence for a person."""
-    click.echo(message, err=True)
+    click.echo(plain(message), err=True)
+
+
+def tell(text: str) -> None:
+    """A part of the result, for a person: without what a terminal would obey."""
+    click.echo(plain(text))
 
 
 def print_json(document: object) -> None:
@@ -108,12 +114,13 @@ def print_table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*(Text("" if cell is None else plain_line(str(cell))) for cell in row))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a pipe has no width of its own

@@ -419,3 +419,39 @@ def test_no_key(client: TestClient, refusal: Refusal, bearers: dict[str, Headers
     del bearers
     for method, path in (("GET", HERE), ("POST", HERE), ("GET", NOBODY), ("DELETE", NOBODY)):
         refusal(client.request(method, path, json=document()), 401, "no_key")
+
+
+def test_list_reads_no_documents(
+    client: TestClient, configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once an entry was ranked, its document is read no more, until it was measured elsewhere."""
+    document = configuration.model_dump(mode="json")
+    client.post("/v1/configurations", json=document)
+    first = client.get("/v1/configurations", params={"pattern": "0.5"}).json()
+    store = client.app.state.service.configurations  # type: ignore[attr-defined]
+    read, get = [], store.get
+    monkeypatch.setattr(store, "get", lambda entry_id: read.append(entry_id) or get(entry_id))
+
+    assert client.get("/v1/configurations", params={"pattern": "0.5"}).json() == first
+    assert read == []
+    target = {"target": "t", "model": {"name": "m", "family": "llama"}, "proxies": {"ria": 1.0,
+              "transferred": 0.5}}  # fmt: skip
+    transfer = {"format": "pho-transfer", "version": 1, "source": "s", "configuration": document,
+                "targets": [target]}  # fmt: skip
+    assert client.post("/v1/configurations", json=transfer).status_code == 200
+    (match,) = client.get("/v1/configurations").json()["configurations"]
+    assert len(read) == 1
+    assert [m["model"]["name"] for m in match["measured"]] == ["m"]
+
+
+def test_too_many_configurations(
+    client_of: Any, configuration: Configuration, refusal: Any
+) -> None:
+    """A key may import so many, with the setting that says so."""
+    client = client_of(max_configurations=1)
+    document = configuration.model_dump(mode="json")
+    assert client.post("/v1/configurations", json=document).status_code == 201
+    document["search"] = {"trials": 41}
+
+    refused = client.post("/v1/configurations", json=document)
+    assert "PHO_MAX_CONFIGURATIONS" in refusal(refused, 429, "too_many_configurations")["detail"]

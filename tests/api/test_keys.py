@@ -308,6 +308,35 @@ def test_quota_is_per_key(client_of: Any, keys: KeyStore, refusal: Refusal) -> N
     refusal(client.post("/v1/jobs", json=DOCUMENT, headers=a), 429, "too_many_jobs")
 
 
+def test_urgent_jobs_are_few(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
+    """A key may have few unfinished jobs that go before others', and as many others as before."""
+    client = client_of(max_urgent_jobs=1)
+    key = bearer(keys.create("a", sees_all=False)[1])
+    urgent = client.post("/v1/jobs", json={**DOCUMENT, "priority": 1}, headers=key)
+    refused = client.post("/v1/jobs", json={**DOCUMENT, "priority": 100}, headers=key)
+
+    assert urgent.status_code == 202
+    assert "PHO_MAX_URGENT_JOBS" in refusal(refused, 429, "too_many_urgent_jobs")["detail"]
+    assert client.post("/v1/jobs", json=DOCUMENT, headers=key).status_code == 202
+    client.post(f"/v1/jobs/{urgent.json()['id']}:cancel", headers=key)
+    again = client.post("/v1/jobs", json={**DOCUMENT, "priority": 100}, headers=key)
+    assert again.status_code == 202
+
+
+def test_finished_jobs_are_limited(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
+    """Submitting and cancelling for ever fills no disk: what is over must be deleted once."""
+    client = client_of(max_finished_jobs=2)
+    key = bearer(keys.create("a", sees_all=False)[1])
+    for _ in range(2):
+        job = client.post("/v1/jobs", json=DOCUMENT, headers=key).json()["id"]
+        client.post(f"/v1/jobs/{job}:cancel", headers=key)
+
+    refused = client.post("/v1/jobs", json=DOCUMENT, headers=key)
+    assert "PHO_MAX_FINISHED_JOBS" in refusal(refused, 429, "too_many_finished_jobs")["detail"]
+    client.delete(f"/v1/jobs/{job}", headers=key)
+    assert client.post("/v1/jobs", json=DOCUMENT, headers=key).status_code == 202
+
+
 def test_workers_do_not_tell(client: TestClient, keys: KeyStore, secret: str, hand: Any) -> None:
     """The list of workers does not tell a key of another key's job."""
     other = bearer(keys.create("other", sees_all=False)[1])

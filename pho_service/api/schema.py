@@ -1,0 +1,87 @@
+"""
+What the OpenAPI document says of values whose rules no type of Python has.
+
+A document that is valid by these is not refused for its form.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pho_service.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
+from pho_service.library_file import TRANSFER_VERSION, TransferFile
+
+_GROUPS = 64
+# A share with at most 15 decimals, which no rounding makes 0 or 1; N of M with 1 <= N < M <= 64.
+SHARE = r"0?\.[0-9]{0,14}[1-9]"
+KEPT = "|".join(
+    f"{keep}:({'|'.join(map(str, range(keep + 1, _GROUPS + 1)))})" for keep in range(1, _GROUPS)
+)
+PATTERN = f"^({SHARE}|{KEPT})$"
+PAGE_TOKEN = r"^[0-9]{1,18}$"  # noqa: S105 - of a page
+
+_LARGEST = 1e30
+
+
+def library_document() -> dict[str, Any]:
+    """A configuration, or a transfer with one."""
+    configuration = _configuration()
+    transfer = _inlined(TransferFile.model_json_schema())
+    transfer["properties"] |= {
+        "format": {"const": TRANSFER_FORMAT},
+        "version": {"enum": [TRANSFER_VERSION]},
+        "configuration": configuration,
+    }
+    transfer["required"] += ["format", "version"]
+    return {"title": "LibraryDocument", "oneOf": [configuration, transfer]}
+
+
+def _configuration() -> dict[str, Any]:
+    schema = _inlined(Configuration.model_json_schema())
+    fields = schema["properties"]
+    fields |= {"format": {"const": FORMAT}, "version": {"enum": [*READABLE]}}
+    schema["required"] += ["format", "version"]
+    coefficients = fields["coefficients"]
+    for name in ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"):
+        coefficients["properties"][name] |= {"minimum": 0, "maximum": _LARGEST}
+    coefficients["properties"]["kernel_size"] |= {
+        "minimum": 3, "maximum": 999, "not": {"multipleOf": 2},
+    }  # fmt: skip
+    coefficients["anyOf"] = [
+        {"properties": {name: {"exclusiveMinimum": 0}}}
+        for name in ("row", "column", "neighbourhood")
+    ]
+    # N:M is kept within rows, and alone has channels to permute; SparseGPT chooses its own masks.
+    ratio = {"pattern": {"pattern": f"^({SHARE})$"}, "steps": _steps(permutation=["none"])}
+    kept = {"pattern": {"pattern": f"^({KEPT})$"}, "scope": {"const": "row"}}
+    schema["allOf"] = [
+        {"anyOf": [{"properties": ratio}, {"properties": kept}]},
+        {
+            "anyOf": [
+                {"properties": {"steps": _steps(repruning=["none"])}},
+                {"properties": {"steps": _steps(update=["none", "obs", "least-squares"])}},
+            ]
+        },
+    ]
+    return schema
+
+
+def _steps(**allowed: list[str]) -> dict[str, Any]:
+    return {"properties": {name: {"enum": values} for name, values in allowed.items()}}
+
+
+def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without definitions that are referred to: OpenAPI has another place for them."""
+    definitions = schema.get("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inline(definitions[value["$ref"].rpartition("/")[2]])
+        return {key: inline(part) for key, part in value.items() if key != "$defs"}
+
+    found = inline(dict(schema))
+    assert isinstance(found, dict)
+    return found

@@ -1,0 +1,81 @@
+"""What the service deletes by itself, and what it never does."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from pho_service.api.upkeep import sweep
+from storage.database import Database
+from storage.states import JobState
+
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+
+
+def age(database: Database, table: str, column: str, days: int) -> None:
+    """Make all rows of a table older."""
+    with database.transaction() as connection:
+        older = f"UPDATE pho.{table} SET {column} = {column} - make_interval(days => :days)"  # noqa: S608 - ours
+        connection.execute(text(older), {"days": days})
+
+
+def test_retention(client_of: Callable[..., TestClient], hand: Any, database: Database) -> None:
+    """Jobs that have been over for too long go with their studies, others stay however old."""
+    client = client_of(keep_jobs_days=30.0)
+    service = client.app.state.service  # type: ignore[attr-defined]
+    jobs = {}
+    for state in (JobState.SUCCEEDED, JobState.CANCELLED, JobState.QUEUED, JobState.PAUSED):
+        job = client.post("/v1/jobs", json=DOCUMENT).json()
+        hand.record(job, 2)
+        hand.bring(job["id"], state)
+        jobs[state] = job
+    age(database, "jobs", "finished_at", 29)
+    age(database, "jobs", "created_at", 400)
+    sweep(service)
+    assert len(client.get("/v1/jobs").json()["jobs"]) == 4
+    age(database, "jobs", "finished_at", 2)
+    sweep(service)
+
+    left = {job["state"] for job in client.get("/v1/jobs").json()["jobs"]}
+    assert left == {"queued", "paused"}
+    assert hand.studies() == sorted(jobs[s]["name"] for s in (JobState.QUEUED, JobState.PAUSED))
+    assert client.get("/v1/configurations").json()["considered"] == 1  # entries outlive jobs
+
+
+def test_retention_of_the_library(
+    client_of: Callable[..., TestClient], configuration: Any, database: Database
+) -> None:
+    """Entries of the library have a time of their own."""
+    client = client_of(keep_configurations_days=10.0)
+    service = client.app.state.service  # type: ignore[attr-defined]
+    client.post("/v1/configurations", json=configuration.model_dump(mode="json"))
+    sweep(service)
+    assert client.get("/v1/configurations").json()["considered"] == 1
+    age(database, "configurations", "created_at", 11)
+    sweep(service)
+
+    assert client.get("/v1/configurations").json()["considered"] == 0
+
+
+def test_nothing_is_deleted_by_default(client: TestClient, hand: Any, database: Database) -> None:
+    """Unless it is set, everything is kept."""
+    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    hand.bring(job, JobState.SUCCEEDED)
+    age(database, "jobs", "finished_at", 10_000)
+    sweep(client.app.state.service)  # type: ignore[attr-defined]
+
+    assert client.get(f"/v1/jobs/{job}").status_code == 200
+
+
+def test_sweep_when_it_starts(
+    client_of: Callable[..., TestClient], hand: Any, database: Database
+) -> None:
+    """A service that is started looks at once."""
+    client = client_of()
+    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    hand.bring(job, JobState.CANCELLED)
+    age(database, "jobs", "finished_at", 100)
+    client_of(keep_jobs_days=1.0)
+    while client.get(f"/v1/jobs/{job}").status_code != 404:
+        pass
