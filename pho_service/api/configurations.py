@@ -3,12 +3,14 @@
 """
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Body, Query, Response
+from pydantic import Field
 
 from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
+from pho_service.api.schema import PATTERN, LeftOut, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.documents import ConfigurationMatch, ConfigurationMatches
 from pho_service.errors import ConfigurationError, InvalidInput
@@ -31,19 +33,28 @@ _FILE: dict[int | str, dict[str, Any]] = {
 async def find(
     service: ServiceParam,
     caller: CallerParam,
-    pattern: Annotated[str | None, Query(max_length=64, description="0.5 or 2:4.")] = None,
-    scope: Annotated[str | None, Query(max_length=64, description="Any by default.")] = None,
-    family: Annotated[
-        str | None,
-        Query(min_length=1, max_length=100, description="model_type of the model: llama."),
+    pattern: Annotated[
+        Annotated[str, Field(max_length=64)] | LeftOut,
+        Query(description="0.5 or 2:4.", json_schema_extra={"pattern": PATTERN}),
     ] = None,
-    parameters: Annotated[int | None, Query(ge=1, le=10**15, description="Of the model.")] = None,
+    scope: Annotated[
+        Literal["row", "layer", "global"] | LeftOut,
+        Query(description="Any by default."),
+    ] = None,
+    family: Annotated[
+        Annotated[str, Field(min_length=1, max_length=100)] | LeftOut,
+        Query(description="model_type of the model: llama."),
+    ] = None,
+    parameters: Annotated[
+        Annotated[int, Field(ge=1, le=10**15)] | LeftOut, Query(description="Of the model.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="At most so many.")] = 10,
 ) -> ConfigurationMatches:
     """Find the configurations that are likely to be good, best first, with reasons."""
-    wanted = _wanted("pattern", pattern, None, family, parameters)
-    if scope is not None:
-        wanted = _wanted("scope", pattern, scope, family, parameters)
+    try:
+        wanted = Wanted.parse(pattern, scope, family, parameters)
+    except InvalidInput as error:
+        raise wrong_parameter("pattern", str(error)) from error
     return await service.heavy.run(_ranked, service, caller, wanted, limit)
 
 
@@ -73,6 +84,9 @@ def _ranked(service: Service, caller: Caller, wanted: Wanted, limit: int) -> Con
     status_code=201,
     response_model=ConfigurationMatch,
     responses={200: {"description": "It was there already."}, **documented(413, 422)},
+    openapi_extra={
+        "requestBody": {"content": {"application/json": {"schema": library_document()}}}
+    },
 )
 def add(
     document: Annotated[
@@ -135,20 +149,6 @@ def describe(match: Match, stored: StoredConfiguration | StoredFacts) -> Configu
         reasons=[*match.reasons],
         **match.entry.to_dict(),
     )
-
-
-def _wanted(
-    parameter: str,
-    pattern: str | None,
-    scope: str | None,
-    family: str | None,
-    parameters: int | None,
-) -> Wanted:
-    """What is asked for; ``parameter`` is the one that is at fault if there is no such thing."""
-    try:
-        return Wanted.parse(pattern, scope, family, parameters)
-    except InvalidInput as error:
-        raise wrong_parameter(parameter, str(error)) from error
 
 
 def _file(stored: StoredConfiguration) -> LibraryFile:

@@ -3,10 +3,9 @@
 """
 
 import asyncio
-import base64
-import binascii
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 from uuid import UUID
@@ -18,7 +17,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
-from pho_service.api.problems import RETRY_AFTER_S, documented, wrong_parameter
+from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
+from pho_service.api.schema import EVENT, PAGE_TOKEN, LeftOut
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.documents import (
@@ -43,7 +43,11 @@ EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 PageToken = Annotated[
-    str | None, Query(max_length=100, description="The next_page_token of the page before.")
+    str | LeftOut,
+    Query(
+        description="The next_page_token of the page before.",
+        json_schema_extra={"pattern": PAGE_TOKEN},
+    ),
 ]
 IdempotencyKey = Annotated[
     str | None,
@@ -104,7 +108,7 @@ def take(
 def list_jobs(
     service: ServiceParam,
     caller: CallerParam,
-    state: Annotated[list[State] | None, Query(description="Only jobs in these states.")] = None,
+    state: Annotated[list[State] | LeftOut, Query(description="Only jobs in these states.")] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
@@ -123,7 +127,7 @@ def page_of(
         before=_decode(token),
         limit=size + 1,
     )
-    return found[:size], _encode(found[size - 1].number) if len(found) > size else None
+    return found[:size], str(found[size - 1].number) if len(found) > size else None
 
 
 @router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
@@ -213,7 +217,7 @@ def trials(
     check_search(job)
     count = islands(job)
     if island >= count:
-        raise wrong_parameter("island", f"must be below {count}, the islands of the job")
+        raise NoSuchIsland(count)
     after = _decode(page_token)
     first = 0 if after is None else after + 1
     with service.database.transaction() as connection:
@@ -240,7 +244,7 @@ def trials(
         for t in found[:page_size]
     ]
     more = len(found) > page_size
-    return TrialPage(trials=page, next_page_token=_encode(page[-1].number) if more else None)
+    return TrialPage(trials=page, next_page_token=str(page[-1].number) if more else None)
 
 
 @router.get(
@@ -263,7 +267,7 @@ def best(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     "/{job_id:uuid}/events",
     responses={
         200: {"description": "A stream of server-sent events; it ends with the job.",
-              "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+              "content": {"text/event-stream": {"schema": EVENT}}},
         **documented(404, 422),
     },
     response_class=EventSourceResponse,
@@ -274,14 +278,14 @@ async def events(
     service: ServiceParam,
     caller: CallerParam,
     last_event_id: Annotated[
-        int | None, Header(ge=0, lt=2**63, description="Go on after this event.")
-    ] = None,
+        int, Header(ge=0, lt=2**63, description="Go on after this event.")
+    ] = 0,
 ) -> EventSourceResponse:
     """Follow a job: states, stages, progress, retries. Each event's data is JSON."""
     await run_in_threadpool(service.jobs.get, job_id, visible_to=caller.visible_to)
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
-        after = last_event_id or 0
+        after = last_event_id
         while not await request.is_disconnected():
             try:
                 if not await run_in_threadpool(service.lets_in, caller):
@@ -311,19 +315,9 @@ def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.Job | None:
         return None
 
 
-def _encode(number: int) -> str:
-    return base64.urlsafe_b64encode(str(number).encode()).decode()
-
-
 def _decode(token: str | None) -> int | None:
-    if token is None:
-        return None
-    try:
-        number = int(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError):
-        number = -1
-    if not 0 <= number < 2**63:
+    if token is not None and not re.fullmatch(PAGE_TOKEN, token):
         raise wrong_parameter(
             "page_token", "is not one of our tokens: leave it out to begin with the first page"
         )
-    return number
+    return None if token is None else int(token)

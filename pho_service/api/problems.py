@@ -60,6 +60,13 @@ class Conflict(Exception):
         self.state = state
 
 
+class NoSuchIsland(Exception):
+    """A job has not so many islands."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"The job has {count} islands, numbered from 0.")
+
+
 class TooManyConfigurations(Exception):
     """A key has as many entries in the library as one may import."""
 
@@ -139,6 +146,10 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(NoSuchJob)
     async def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
         return problem(404, "no_such_job", "No job has this id. GET /v1/jobs lists them.")
+
+    @app.exception_handler(NoSuchIsland)
+    async def _no_island(_request: Request, error: NoSuchIsland) -> JSONResponse:
+        return problem(404, "no_such_island", str(error))
 
     @app.exception_handler(Conflict)
     async def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:

@@ -7,6 +7,8 @@ A document that is valid by these is not refused for its form.
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic.json_schema import SkipJsonSchema
+
 from pho_service.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
 from pho_service.library_file import TRANSFER_VERSION, TransferFile
 
@@ -19,7 +21,18 @@ KEPT = "|".join(
 PATTERN = f"^({SHARE}|{KEPT})$"
 PAGE_TOKEN = r"^[0-9]{1,18}$"  # noqa: S105 - of a page
 
+LeftOut = SkipJsonSchema[None]  # of a parameter that need not be there, and is never null
 _LARGEST = 1e30
+EVENT = {
+    "title": "Event",
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "For Last-Event-ID."},
+        "event": {"enum": ["state", "stage", "progress", "retry"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["id", "event", "data"],
+}
 
 
 def library_document() -> dict[str, Any]:
@@ -43,9 +56,7 @@ def _configuration() -> dict[str, Any]:
     coefficients = fields["coefficients"]
     for name in ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"):
         coefficients["properties"][name] |= {"minimum": 0, "maximum": _LARGEST}
-    coefficients["properties"]["kernel_size"] |= {
-        "minimum": 3, "maximum": 999, "not": {"multipleOf": 2},
-    }  # fmt: skip
+    coefficients["properties"]["kernel_size"] = {"enum": [*range(3, 1000, 2)]}
     coefficients["anyOf"] = [
         {"properties": {name: {"exclusiveMinimum": 0}}}
         for name in ("row", "column", "neighbourhood")
@@ -57,12 +68,22 @@ def _configuration() -> dict[str, Any]:
         {"anyOf": [{"properties": ratio}, {"properties": kept}]},
         {
             "anyOf": [
+                {"properties": {"scope": {"enum": ["row", "layer"]}}},
+                {"properties": {"steps": {"properties": {"allocation": _uniform()}}}},
+            ]
+        },
+        {
+            "anyOf": [
                 {"properties": {"steps": _steps(repruning=["none"])}},
                 {"properties": {"steps": _steps(update=["none", "obs", "least-squares"])}},
             ]
         },
     ]
     return schema
+
+
+def _uniform() -> dict[str, Any]:
+    return {"properties": {"method": {"const": "uniform"}}}
 
 
 def _steps(**allowed: list[str]) -> dict[str, Any]:

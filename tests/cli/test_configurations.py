@@ -152,7 +152,6 @@ def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
         ("--library {folder}/good.json", 1, "good.json is no folder"),
         ("--library {folder} --pattern 5:2", 2, "keeps N=5 of M=2"),
         ("--library {folder} --pattern 2:4 --scope layer", 2, "'layer' has no meaning for it"),
-        ("--library {folder} --scope row", 2, "scope 'row' says nothing without a pattern"),
         ("--library {folder} --limit 0", 2, "--limit 0 is below 1"),
         ("--library {folder} --parameters 0", 2, "--parameters 0 is below 1"),
         ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
