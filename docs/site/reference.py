@@ -90,8 +90,9 @@ def words(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    if "anyOf" in schema:
-        return " or ".join(words(part) for part in schema["anyOf"])
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return " or ".join(words(part) for part in schema[several])
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:

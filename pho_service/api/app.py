@@ -26,6 +26,7 @@ from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
 from pho_service.api.pages import Pages, SafeHeaders
 from pho_service.api.requests import RequestLog
+from pho_service.api.schema import without_null
 from pho_service.api.service import Service
 from pho_service.api.upkeep import keep_up
 from pho_service.documents import Problem
@@ -91,5 +92,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             parts["schemas"].pop(unused, None)
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}, {}]
+        for operation in (each for path in schema["paths"].values() for each in path.values()):
+            for parameter in operation.get("parameters", []):
+                without_null(parameter)
         app.openapi_schema = schema
     return app.openapi_schema

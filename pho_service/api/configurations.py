@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Query, Response
 from pydantic import Field
 
 from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
-from pho_service.api.schema import PATTERN, LeftOut, library_document
+from pho_service.api.schema import PATTERN, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.documents import ConfigurationMatch, ConfigurationMatches
 from pho_service.errors import ConfigurationError, InvalidInput
@@ -34,19 +34,19 @@ async def find(
     service: ServiceParam,
     caller: CallerParam,
     pattern: Annotated[
-        Annotated[str, Field(max_length=64)] | LeftOut,
+        Annotated[str, Field(max_length=64)] | None,
         Query(description="0.5 or 2:4.", json_schema_extra={"pattern": PATTERN}),
     ] = None,
     scope: Annotated[
-        Literal["row", "layer", "global"] | LeftOut,
+        Literal["row", "layer", "global"] | None,
         Query(description="Any by default."),
     ] = None,
     family: Annotated[
-        Annotated[str, Field(min_length=1, max_length=100)] | LeftOut,
+        Annotated[str, Field(min_length=1, max_length=100)] | None,
         Query(description="model_type of the model: llama."),
     ] = None,
     parameters: Annotated[
-        Annotated[int, Field(ge=1, le=10**15)] | LeftOut, Query(description="Of the model.")
+        Annotated[int, Field(ge=1, le=10**15)] | None, Query(description="Of the model.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="At most so many.")] = 10,
 ) -> ConfigurationMatches:

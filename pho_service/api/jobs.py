@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
-from pho_service.api.schema import EVENT, PAGE_TOKEN, LeftOut
+from pho_service.api.schema import EVENT, PAGE_TOKEN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.documents import (
@@ -43,7 +43,7 @@ EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 PageToken = Annotated[
-    str | LeftOut,
+    str | None,
     Query(
         description="The next_page_token of the page before.",
         json_schema_extra={"pattern": PAGE_TOKEN},
@@ -108,7 +108,7 @@ def take(
 def list_jobs(
     service: ServiceParam,
     caller: CallerParam,
-    state: Annotated[list[State] | LeftOut, Query(description="Only jobs in these states.")] = None,
+    state: Annotated[list[State] | None, Query(description="Only jobs in these states.")] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:

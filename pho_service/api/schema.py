@@ -7,8 +7,6 @@ A document that is valid by these is not refused for its form.
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic.json_schema import SkipJsonSchema
-
 from pho_service.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
 from pho_service.library_file import TRANSFER_VERSION, TransferFile
 
@@ -21,7 +19,6 @@ KEPT = "|".join(
 PATTERN = f"^({SHARE}|{KEPT})$"
 PAGE_TOKEN = r"^[0-9]{1,18}$"  # noqa: S105 - of a page
 
-LeftOut = SkipJsonSchema[None]  # of a parameter that need not be there, and is never null
 _LARGEST = 1e30
 EVENT = {
     "title": "Event",
@@ -33,6 +30,15 @@ EVENT = {
     },
     "required": ["id", "event", "data"],
 }
+
+
+def without_null(parameter: dict[str, Any]) -> None:
+    """Let a parameter of an OpenAPI document not be null: no query and no header can say that."""
+    schema = parameter["schema"]
+    options = [option for option in schema.get("anyOf", []) if option != {"type": "null"}]
+    if len(options) == 1:
+        del schema["anyOf"]
+        schema.update(options[0])
 
 
 def library_document() -> dict[str, Any]:
