@@ -226,11 +226,11 @@ class Wanted:
         Of what a user says.
 
         Raises:
-            InvalidInput: There is no such pattern, or no such scope.
+            InvalidInput: There is no such pattern, no such scope, or the pattern never has it.
         """
         asked = None if scope is None else Pattern.parse("0.5", scope).scope
         return cls(
-            pattern=None if pattern is None else Pattern.parse(pattern),
+            pattern=None if pattern is None else Pattern.parse(pattern, scope),
             scope=asked,
             scope_matters=scope is not None,
             family=family,

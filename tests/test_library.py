@@ -28,7 +28,7 @@ from pho_service.library_file import (
     read_folder,
     read_library_file,
 )
-from pho_service.spec import Pattern
+from pho_service.spec import Pattern, Scope
 
 CONFIRMED = {"perplexity": 18.0, "tokens": 9, "context_length": 8, "text": {}}
 TARGET = {
@@ -330,7 +330,8 @@ def test_scope_without_a_pattern() -> None:
 
     assert order(*entries, scope="row") == ["row", "layer"]
     assert [m.fits for m in rank(entries, Wanted.parse(scope="row"))] == [True, False]
-    assert not any(m.fits for m in rank(entries, Wanted.parse("2:4", "layer")))
+    never = Wanted(pattern=Pattern.parse("2:4"), scope=Scope.LAYER, scope_matters=True)
+    assert not any(m.fits for m in rank(entries, never))
     with pytest.raises(InvalidInput, match="scope 'column' is not one of"):
         Wanted.parse(scope="column")
 

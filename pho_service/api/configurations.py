@@ -3,6 +3,7 @@
 """
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.job_fields import FieldError
 from pho_service.library import FACTS_VERSION, Entry, Match, Wanted, rank
 from pho_service.library_file import LibraryFile, parse_library_file, stored_file
+from pho_service.spec import Scope
 from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts
 
 router = APIRouter(prefix="/v1/configurations", tags=["configurations"])
@@ -52,9 +54,11 @@ async def find(
 ) -> ConfigurationMatches:
     """Find the configurations that are likely to be good, best first, with reasons."""
     try:
-        wanted = Wanted.parse(pattern, scope, family, parameters)
+        wanted = Wanted.parse(pattern, None, family, parameters)
     except InvalidInput as error:
         raise wrong_parameter("pattern", str(error)) from error
+    if scope is not None:  # one that the pattern never has fits nothing
+        wanted = replace(wanted, scope=Scope(scope), scope_matters=True)
     return await service.heavy.run(_ranked, service, caller, wanted, limit)
 
 
