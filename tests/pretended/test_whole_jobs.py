@@ -279,9 +279,9 @@ def test_demo(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pho_service.models.builtin.smollm2", lambda: subject_of("llama").folder)
     monkeypatch.setattr("pho_service.cli.demo.CONTEXT_LENGTH", SETTINGS.context_length)
-    for pattern in ("0.5", "2:4"):
-        words = ["demo", "--out", f"demo {pattern[0]}", "--pattern", pattern, "--trials", "9"]
-        result = CliRunner().invoke(main, words, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        assert "owl-wanda" in result.stdout
-        path(f"pho demo, {pattern}")
+    words = ["demo", "--out", "demo", "--trials", "9"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+
+    assert result.exit_code == 0, result.output
+    assert "owl-wanda" in result.stdout
+    path("pho demo")
