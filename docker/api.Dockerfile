@@ -2,21 +2,25 @@
 # The front end: API, dashboard, keys, migrations. No torch.
 #   docker build --file docker/api.Dockerfile --tag pho-api .
 
-FROM python:3.13.9-slim-bookworm AS requirements
-WORKDIR /source
-COPY pyproject.toml .
-# Dependencies in a layer of their own, which a change of the code leaves as it is.
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['api'], sep='\n')" > requirements.txt
+# Pinned by tag. To pin it for good, look up the digest where you pull from, check it, and give
+#   --build-arg BASE=python:3.13.9-slim-bookworm@sha256:...
+ARG BASE=python:3.13.9-slim-bookworm
 
-FROM python:3.13.9-slim-bookworm AS wheel
+FROM ${BASE} AS wheel
 WORKDIR /source
+RUN --mount=type=bind,source=requirements/build.txt,target=/build.txt \
+    pip install --no-cache-dir --root-user-action=ignore --require-hashes --no-deps \
+        --requirement /build.txt
 COPY . .
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel .
 
-FROM python:3.13.9-slim-bookworm
+FROM ${BASE}
 RUN useradd --uid 10001 --create-home pho && install --directory --owner=pho --group=pho /data
-RUN --mount=type=bind,from=requirements,source=/source/requirements.txt,target=/requirements.txt \
-    pip install --no-cache-dir --root-user-action=ignore --requirement /requirements.txt
+# Dependencies in a layer of their own, which a change of the code leaves as it is. Each file is
+# compared with its hash.
+RUN --mount=type=bind,source=requirements/api.txt,target=/requirements.txt \
+    pip install --no-cache-dir --root-user-action=ignore --require-hashes --no-deps \
+        --requirement /requirements.txt
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir --root-user-action=ignore --no-deps /wheel/*.whl && pip check
 

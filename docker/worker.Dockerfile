@@ -5,28 +5,39 @@
 # For the CPU alone:
 #   docker build ... --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 
-FROM python:3.13.9-slim-bookworm AS requirements
+# Pinned by tag. To pin it for good, look up the digest where you pull from, check it, and give
+#   --build-arg BASE=python:3.13.9-slim-bookworm@sha256:...
+ARG BASE=python:3.13.9-slim-bookworm
+
+FROM ${BASE} AS torch
 WORKDIR /source
 COPY pyproject.toml .
-# Dependencies in layers of their own, which a change of the code leaves as they are.
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['worker'], sep='\n')" > requirements.txt \
-    && grep '^torch' requirements.txt > torch.txt
+COPY requirements/lock.py requirements/
+RUN python requirements/lock.py torch > torch.txt
 
-FROM python:3.13.9-slim-bookworm AS wheel
+FROM ${BASE} AS wheel
 WORKDIR /source
+RUN --mount=type=bind,source=requirements/build.txt,target=/build.txt \
+    pip install --no-cache-dir --root-user-action=ignore --require-hashes --no-deps \
+        --requirement /build.txt
 COPY . .
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel .
 
-FROM python:3.13.9-slim-bookworm
+FROM ${BASE}
 RUN useradd --uid 10001 --create-home pho \
     && install --directory --owner=pho --group=pho \
         /data /var/lib/pho/bundles /var/lib/pho/tmp /var/cache/pho
+# Dependencies in layers of their own, which a change of the code leaves as they are. Each file is
+# compared with its hash.
+RUN --mount=type=bind,source=requirements/worker.txt,target=/requirements.txt \
+    pip install --no-cache-dir --root-user-action=ignore --require-hashes --no-deps \
+        --requirement /requirements.txt
+# But for torch and the CUDA libraries that it brings: which build is right depends on the machine.
+# With an empty TORCH_INDEX it comes from where pip looks by itself.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
-RUN --mount=type=bind,from=requirements,source=/source/torch.txt,target=/torch.txt \
-    pip install --no-cache-dir --root-user-action=ignore --index-url "$TORCH_INDEX" \
-        --requirement /torch.txt
-RUN --mount=type=bind,from=requirements,source=/source/requirements.txt,target=/requirements.txt \
-    pip install --no-cache-dir --root-user-action=ignore --requirement /requirements.txt
+RUN --mount=type=bind,from=torch,source=/source/torch.txt,target=/torch.txt \
+    pip install --no-cache-dir --root-user-action=ignore \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement /torch.txt
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir --root-user-action=ignore --no-deps /wheel/*.whl && pip check
 

@@ -123,7 +123,10 @@ class Database:
     def shown_studies_url(self) -> str:
         """The same for Optuna's own programs, as it may be printed: without the password."""
         url = _with_schema(self._given, "optuna").difference_update_query(["password"])
-        return url.set(password=None).render_as_string()
+        return URL.create(
+            url.drivername, username=url.username, host=url.host, port=url.port,
+            database=url.database, query=url.query,
+        ).render_as_string()  # fmt: skip
 
     def migrate(self) -> None:
         """

@@ -137,6 +137,15 @@ def test_time_limits(database: Database) -> None:
     assert "connect_timeout=77" in own.conninfo
 
 
+def test_url_to_be_shown() -> None:
+    """The URL for Optuna's programs has the schema and no password: that of PGPASSWORD counts."""
+    database = Database("postgresql://u:geheim@h:77/d?password=geheim&sslmode=require")
+
+    assert database.shown_studies_url == (
+        "postgresql+psycopg://u@h:77/d?sslmode=require&options=-csearch_path%3Doptuna"
+    )
+
+
 def test_disk_full(database: Database) -> None:
     """A full disk is told from an outage."""
     raising = "DO $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"
