@@ -142,7 +142,7 @@ def test_url_to_be_shown() -> None:
     database = Database("postgresql://u:geheim@h:77/d?password=geheim&sslmode=require")
 
     assert database.shown_studies_url == (
-        "postgresql+psycopg://u@h:77/d?sslmode=require&options=-csearch_path%3Doptuna"
+        "postgresql+psycopg://u@h:77/d?options=-csearch_path%3Doptuna&sslmode=require"
     )
 
 
