@@ -108,7 +108,7 @@ def random_text(settings: CalibrationSettings, vocabulary: int = VOCABULARY) -> 
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return CalibrationText(
         calibration=windows,
-        held_out=windows[:0],
+        beside=windows[:0],
         record=TextRecord(source="random tokens", sha256=digest, documents=0),
         bundle_key=digest,
     )

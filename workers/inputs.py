@@ -199,15 +199,18 @@ class Inputs:
 
     def _confirmation_text(self, spec: JobSpec, seal: Seal) -> ReportText:
         assert spec.confirm is not None
+        text = self.calibration_text(spec, seal)
+        # What an older version has begun to measure goes on on its windows.
+        begun_before = seal.documents is not None and seal.calibration is None
         if spec.confirm.text is None:
-            text = self.calibration_text(spec, seal)
-            if len(text.held_out) == 0:
+            held_out = text.beside if begun_before else text.held_out
+            if len(held_out) == 0:
                 raise TextError(
                     "the calibration text has no windows left to confirm on. Give confirm.text, "
                     "fewer calibration.samples, or confirm: null."
                 )
-            return ReportText(windows=text.held_out[: spec.confirm.windows], record=text.record)
-        return self._read(spec, spec.confirm, seal, self.calibration_text(spec, seal))
+            return ReportText(windows=held_out[: spec.confirm.windows], record=text.record)
+        return self._read(spec, spec.confirm, seal, None if begun_before else text)
 
     def report_text(self, spec: JobSpec, report: ConfirmSpec, seal: Seal) -> ReportText:
         """
@@ -261,6 +264,9 @@ class Inputs:
         """
         The bundle with this key; if it was lost, it is made again.
 
+        A job that an older version calibrated goes on with what this one makes of the same weights
+        and text, which the seal compares: an upgrade alone must not end it.
+
         Raises:
             ChangedInput: What it was made from is not there any more, so that it would be
                 another one.
@@ -269,7 +275,7 @@ class Inputs:
             return self._bundle.get(key, lambda: self.bundles.read(key))
         except BundleError:
             bundle = self.calibrate(spec, seal, progress)
-        if bundle.key != key:
+        if bundle.key != key and seal.calibration is not None:
             raise ChangedInput(
                 f"the bundle {key[:12]} of the job is lost, and what is made now is another one, "
                 f"{bundle.key[:12]}: a package has another version, or the "

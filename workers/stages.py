@@ -336,7 +336,7 @@ class Stages:
                 with self.store.fence(claim, storage):
                     mark_chosen(study, configuration, study_name(job.name, island), trial)
                     show_result(study, spec, configuration, here, plots)
-        warnings = [*result.warnings, *started(spec, configuration)]
+        warnings = [*result.warnings, *started(spec, configuration), *_remade(job, bundles)]
         found: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
             judged = self._validated(job, spec, bundle)
@@ -446,6 +446,18 @@ def _measured_before(job: Job) -> set[int]:
     """The trials that have a perplexity from before the job was extended: they stay finalists."""
     done = (s.number for s in job.of_kind(StageKind.PERPLEXITY) if s.result)
     return {number for number in done if number < VALIDATION}
+
+
+def _remade(job: Job, bundles: Mapping[str, ProxyBundle]) -> list[str]:
+    """What to know of a job whose bundle was lost when PHO was upgraded in the middle of it."""
+    keys = [str(provenance["key"]) for provenance in _provenances(job)]
+    if keys == [bundle.key for bundle in bundles.values()]:
+        return []
+    return [
+        "the bundle that an older PHO had made was lost, and this one made it again of the same "
+        "weights and text: trials before and after differ by how the bundles were made. Submit "
+        "the job anew for a search on one bundle."
+    ]
 
 
 def _random(spec: JobSpec) -> list[Candidate]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +48,7 @@ class CalibrationText:
 
     Attributes:
         calibration: (samples or fewer, context_length), int64.
-        held_out: (up to 16, context_length), int64, of the same text, but of no
-            passage that is among the calibration's; empty if the text had no more.
+        beside: (up to 16, context_length), int64: other windows of the same text.
         record: The text.
         bundle_key: Names the bundle that these windows and settings give:
             hash of the model's weights, the windows, the settings and the
@@ -56,9 +56,17 @@ class CalibrationText:
     """
 
     calibration: Tensor
-    held_out: Tensor
+    beside: Tensor
     record: TextRecord
     bundle_key: str
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """
+        (up to 16, context_length), int64: those of ``beside`` without a passage that is among the
+        calibration's; empty if the text had no more.
+        """
+        return apart(self.beside, self.calibration)
 
 
 def calibration_text(
@@ -94,7 +102,7 @@ def calibration_text(
     digest.update(calibration.contiguous().numpy().tobytes())
     return CalibrationText(
         calibration=calibration,
-        held_out=apart(windows[settings.samples :], calibration),
+        beside=windows[settings.samples :],
         record=record,
         bundle_key=digest.hexdigest(),
     )

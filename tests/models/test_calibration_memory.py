@@ -225,7 +225,7 @@ weights = sum(p.nbytes for p in model.model.parameters())
 settings = CalibrationSettings(samples=3, context_length=window, fisher_samples=2)
 windows = torch.randint(2000, (3, window), generator=torch.Generator().manual_seed(0))
 text = CalibrationText(
-    calibration=windows, held_out=windows[:0], bundle_key="",
+    calibration=windows, beside=windows[:0], bundle_key="",
     record=TextRecord(source="", sha256="", documents=1),
 )
 before = memory_in_use(model.device)

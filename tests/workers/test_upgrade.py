@@ -104,3 +104,4 @@ def test_paused(
     assert [value for _, _, value, *_ in trials["paused"]][: len(before)] == before
     assert len(trials["waiting"]) == 12
     assert all(job.best["confirmation"]["perplexity"] > 0 for job in done.values())
+    assert any("bundle that an older PHO had made was lost" in w for w in done["paused"].warnings)
