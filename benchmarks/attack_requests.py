@@ -1,0 +1,217 @@
+"""
+Hostile requests: many, slow, odd, or for what others own.
+"""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+from attack_target import Attack, Target
+
+IDLE = 1000
+SLOW_READERS = 60
+
+BODIES: tuple[tuple[str, bytes], ...] = (
+    ("NaN", b'{"model": "tiny", "pattern": "0.5", "timeout_s": NaN}'),
+    ("infinity", b'{"model": "tiny", "pattern": "0.5", "timeout_s": 1e400}'),
+    ("5,000 digits", b'{"model": "tiny", "pattern": "0.5", "trials": ' + b"9" * 5000 + b"}"),
+    ("30,000 deep", b"[" * 30_000 + b"]" * 30_000),
+    ("UTF-16", '{"model": "tiny"}'.encode("utf-16")),
+    ("half a character", b'{"model": "\\ud800", "pattern": "0.5"}'),
+    ("NUL", b'{"model": "a\\u0000b", "pattern": "0.5"}'),
+    ("not JSON", b"model=tiny"),
+    ("empty", b""),
+    ("4 MB", b'{"model": "' + b"a" * 4_000_000 + b'"}'),
+    ("a million elements", b'{"more_models": [' + b"1," * 1_000_000 + b"1]}"),
+    ("a path outside", b'{"model": "../../etc/passwd", "pattern": "0.5"}'),
+    ("an absolute path", b'{"model": "/etc/passwd", "pattern": "0.5"}'),
+    ("a home", b'{"model": "~root/x", "pattern": "0.5"}'),
+    ("a URL", b'{"model": "http://127.0.0.1/x", "pattern": "0.5"}'),
+    ("file://", b'{"model": "file:///etc/passwd", "pattern": "0.5"}'),
+    ("unknown field", b'{"model": "tiny", "pattern": "0.5", "x": 1}'),
+)
+
+
+def _odd_bodies(target: Target) -> str | None:
+    """Each is refused as the client's fault."""
+    wrong = []
+    for name, body in BODIES:
+        answer = httpx.post(
+            f"{target.url}/v1/jobs", content=body, timeout=60,
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        if not 400 <= answer.status_code < 500:
+            wrong.append(f"{name}: {answer.status_code}")
+    return ", ".join(wrong)
+
+
+def _big_folder(target: Target) -> str | None:
+    """A folder of 20,000 files, and 31 spellings of it in one document."""
+    folder = target.folder / "big"
+    if not folder.exists():
+        for number in range(20):
+            (folder / f"{number}").mkdir(parents=True)
+            for each in range(1000):
+                (folder / f"{number}" / f"{each}").touch()
+    started = time.monotonic()
+    many = ["./" * (number + 1) + "big" for number in range(31)]
+    target.submit(model="big", more_models=many)
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda _: target.submit(model="big"), range(40)))
+    took = time.monotonic() - started
+    return f"it took {took:.0f} s" if took > 20 else None
+
+
+def _idle(target: Target) -> str | None:
+    """Connections that say nothing; others are served meanwhile."""
+    with ExitStack() as stack:
+        for _ in range(IDLE):
+            try:
+                opened = socket.create_connection(("127.0.0.1", target.port), timeout=2)
+            except OSError:
+                continue  # refused: that is a way to hold
+            stack.enter_context(opened)
+        answers = [target.get("/healthz").status_code for _ in range(10)]
+        jobs = [target.get("/v1/jobs").status_code for _ in range(5)]
+    return None if {*answers, *jobs} == {200} else f"others got {answers} {jobs}"
+
+
+def _slow_readers(target: Target) -> str | None:
+    """Reports that are asked for and not read; others are served, and the memory is given back."""
+    job = target.job()
+    target.wait(job)
+    request = f"GET /v1/jobs/{job}/report HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(SLOW_READERS):
+            opened = stack.enter_context(
+                socket.create_connection(("127.0.0.1", target.port), timeout=5)
+            )
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            opened.sendall(request.encode())
+        time.sleep(5)
+        answers = [target.get("/v1/jobs").status_code for _ in range(5)]
+    return None if {*answers} == {200} else f"others got {answers}"
+
+
+def _reports(target: Target) -> str | None:
+    """Sixty reports at once."""
+    job = target.job()
+    target.wait(job)
+    with ThreadPoolExecutor(60) as pool:
+        codes = list(
+            pool.map(lambda _: target.get(f"/v1/jobs/{job}/report").status_code, range(60))
+        )
+    odd = {*codes} - {200, 429, 503}
+    return f"answers {odd}" if odd else None
+
+
+def _slow_headers(target: Target) -> str | None:
+    """A hundred requests whose headers come a letter at a time."""
+    stopped = threading.Event()
+
+    def drip() -> None:
+        with socket.create_connection(("127.0.0.1", target.port), timeout=5) as opened:
+            opened.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ")
+            while not stopped.wait(0.5):
+                try:
+                    opened.sendall(b"a")
+                except OSError:
+                    return
+
+    with ThreadPoolExecutor(100) as pool:
+        for _ in range(100):
+            pool.submit(drip)
+        time.sleep(3)
+        codes = {target.get("/v1/jobs").status_code for _ in range(5)}
+        stopped.set()
+    return None if codes == {200} else f"others got {codes}"
+
+
+def _smuggled(target: Target) -> str | None:
+    """Two lengths, a length and chunks: refused, or the connection is closed after it."""
+    wrong = []
+    for name, lines in (
+        ("two lengths", "Content-Length: 2\r\nContent-Length: 3"),
+        ("length and chunks", "Content-Length: 2\r\nTransfer-Encoding: chunked"),
+        ("odd chunks", "Transfer-Encoding: xchunked"),
+    ):
+        with socket.create_connection(("127.0.0.1", target.port), timeout=5) as opened:
+            head = f"POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n{lines}\r\n\r\n"
+            opened.sendall((head + "0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").encode())
+            opened.settimeout(5)
+            answer = b""
+            try:
+                while part := opened.recv(65536):
+                    answer += part
+            except TimeoutError:
+                wrong.append(f"{name}: the connection stays open")
+            if answer.count(b"HTTP/1.1 200"):
+                wrong.append(f"{name}: what was smuggled is answered")
+    return ", ".join(wrong)
+
+
+def _foreign_hosts(target: Target) -> str | None:
+    """Names that are not this service's, and pages of other sites."""
+    wrong = []
+    for name, headers in (
+        ("another Host", {"host": "evil.example"}),
+        ("another Origin", {"origin": "http://evil.example", "sec-fetch-site": "cross-site"}),
+    ):
+        answer = httpx.post(f"{target.url}/v1/jobs", json=target.spec, headers=headers, timeout=30)
+        if answer.status_code < 400:
+            wrong.append(f"{name}: {answer.status_code}")
+    return ", ".join(wrong)
+
+
+def _dashboard_writes(target: Target) -> str | None:
+    """The dashboard is for reading."""
+    wrong = []
+    for method in ("DELETE", "POST", "PUT", "PATCH"):
+        answer = httpx.request(method, f"{target.url}/api/studies/0", timeout=30)
+        if answer.status_code < 400:
+            wrong.append(f"{method}: {answer.status_code}")
+    return ", ".join(wrong)
+
+
+def _favicon(target: Target) -> str | None:
+    """Without Accept-Encoding."""
+    code = target.get("/favicon.ico", headers={"accept-encoding": ""}).status_code
+    return f"{code}" if code >= 500 else None
+
+
+def _many_trials(target: Target) -> str | None:
+    """A study of 3,000 trials, one page of one trial of it."""
+    job = target.job(trials=3000)
+    if target.wait(job, seconds=300)["state"] != "succeeded":
+        return "the job did not end in 300 s"
+    started = time.monotonic()
+    answer = target.get(f"/v1/jobs/{job}/trials?page_size=1")
+    took = time.monotonic() - started
+    if answer.status_code != 200 or len(answer.json()["trials"]) != 1:
+        return f"{answer.status_code} {json.dumps(answer.json())[:100]}"
+    return f"a page of one trial took {took:.1f} s" if took > 2 else None
+
+
+REQUESTS = (
+    Attack(name="odd bodies", about=f"{len(BODIES)} bodies that are no job", run=_odd_bodies),
+    Attack(
+        name="big folder", run=_big_folder,
+        about="a model folder of 20,000 files, 31 spellings of it, 40 submissions at once",
+    ),
+    Attack(name="idle connections", about=f"{IDLE} that say nothing", run=_idle),
+    Attack(
+        name="slow readers", about=f"{SLOW_READERS} reports that nobody reads", run=_slow_readers
+    ),
+    Attack(name="reports", about="60 reports at once", run=_reports),
+    Attack(name="slow headers", about="100 requests, a letter at a time", run=_slow_headers),
+    Attack(name="smuggling", about="requests with two lengths, or chunks", run=_smuggled),
+    Attack(name="foreign sites", about="other hosts and origins", run=_foreign_hosts),
+    Attack(name="dashboard writes", about="DELETE, POST, PUT, PATCH of a study",
+           run=_dashboard_writes),
+    Attack(name="favicon", about="without Accept-Encoding", run=_favicon),
+    Attack(name="many trials", about="a page of one trial of 3,000", run=_many_trials),
+)  # fmt: skip
