@@ -63,9 +63,10 @@ def test_large_files(tmp_path: Path) -> None:
         "bomb.parquet": bomb(tmp_path / "bomb.parquet"),
     }
     (tmp_path / "set").mkdir()
-    packed = gzip.compress(b"\n" * 2**26)
+    packed = gzip.compress(b"\n" * 2**26, mtime=0)
     (tmp_path / "set" / "blank.jsonl.gz").write_bytes(packed)
-    (tmp_path / "set" / "line.json.gz").write_bytes(gzip.compress(b'{"text": "' + b"x" * 2**26))
+    line = gzip.compress(b'{"text": "' + b"x" * 2**26, mtime=0)
+    (tmp_path / "set" / "line.json.gz").write_bytes(line)
     (tmp_path / "set" / "list.json").write_bytes(b"[\n" + b"[],\n" * 2**20)
     (tmp_path / "set" / "cell.csv").write_bytes(b'text\n"' + b"x\n" * 2**20)
     bomb(tmp_path / "set" / "set.parquet")
@@ -122,7 +123,7 @@ def test_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.csv", b'id,text\n1,"one, ""1""\nmore"\n2,2\n', ['one, "1"\nmore', "2"]),
         ("a.tsv", b"text\tid\none\t1\n", ["one"]),
         ("a.txt", b"one\r\n\ntwo\n", ["one", "two"]),
-        ("a.jsonl.gz", gzip.compress(ROW), ["a text"]),
+        ("a.jsonl.gz", gzip.compress(ROW, mtime=0), ["a text"]),
         ("a.jsonl.bz2", bz2.compress(ROW), ["a text"]),
         ("a.jsonl.xz", lzma.compress(ROW), ["a text"]),
         ("a.jsonl.zst", pyarrow.compress(ROW, "zstd", asbytes=True), ["a text"]),
@@ -285,7 +286,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHu
 def test_hub(hub: type[FakeHub]) -> None:
     """A data set of the hub is read at one commit, as its card says."""
     card = b"---\nconfigs:\n- config_name: default\n  data_files: x*.gz\n---\n"
-    hub.files = {"README.md": card, "x.jsonl.gz": gzip.compress(ROW), "b.jsonl": b"{}"}
+    hub.files = {"README.md": card, "x.jsonl.gz": gzip.compress(ROW, mtime=0), "b.jsonl": b"{}"}
 
     assert read(TextSource(dataset="org/name")) == ["a text"]
 

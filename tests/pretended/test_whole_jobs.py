@@ -39,7 +39,7 @@ SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "best": ("0.5", "layer", {"preset": "best"}),
     "best at 2:4": ("2:4", "row", {"preset": "best"}),
 }
-LONG = {"perplexity", "crepe-plus", "best", "best at 2:4"}  # each finalist is pruned with a text
+LONG = ("perplexity", "crepe-plus", "best", "best at 2:4")  # each finalist is pruned with a text
 
 
 @pytest.fixture(params=["llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2"])
