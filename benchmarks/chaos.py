@@ -1,5 +1,5 @@
 """
-A service whose parts are killed, frozen, stopped and started again, as a seed says.
+A service whose parts are killed, frozen, starved, stopped and started again, as a seed says.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,11 @@ from storage.studies import StorageError
 
 PATIENCE_S = 180.0  # for a part to start or to end, on a busy machine
 STALLED_AFTER_S = 5.0
+OUT_OF_MEMORY = "worker out of memory"
+_LIMITS = hasattr(psutil, "RLIMIT_AS")  # of another process: on Linux alone
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
+
+Disturb = Callable[[random.Random], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +182,16 @@ class Service:
             server.send_signal(signal.SIGQUIT)
 
     def kill_database(self, _chance: random.Random) -> None:
-        """kill -9 of PostgreSQL's first process, as when memory runs out."""
+        """kill -9 of PostgreSQL's first process; `pho serve` starts it again, unasked."""
         server = self.postmaster()
-        if server is not None:
-            server.kill()
+        if server is None:
+            return
+        server.kill()
+        began = time.monotonic()
+        while (now := self.postmaster()) is None or now == server or not _lives(now):
+            if time.monotonic() - began > PATIENCE_S:
+                raise SystemExit(f"PostgreSQL was killed, and was not back in {PATIENCE_S:g} s")
+            time.sleep(0.1)
 
     def sample(self, at_s: float) -> Sample:
         """What is taken now."""
@@ -251,16 +261,25 @@ class Chaos:
         service: That runs.
         seed: Of what is done, and when.
         every_s: Mean time between two of them.
+        more: What else to do, by its name, and how often in comparison.
     """
 
-    def __init__(self, service: Service, *, seed: int, every_s: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        seed: int,
+        every_s: float,
+        more: Mapping[str, tuple[Disturb, int]] | None = None,
+    ) -> None:
         self.service = service
         self.done: Counter[str] = Counter()
         self.samples: list[Sample] = []
         self.error: BaseException | None = None
         self._chance = random.Random(seed)  # noqa: S311 - no secret
         self._every_s = every_s
-        self._frozen: list[tuple[float, psutil.Process]] = []
+        self._more = more or {}
+        self._passing: list[tuple[float, Callable[[], None]]] = []  # what ends it, and when
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -272,20 +291,22 @@ class Chaos:
         """End it, with every part at work again."""
         self._over.set()
         self._thread.join()
-        self._thaw(everybody=True)
+        self._end_passing(all_of_it=True)
         self.service.look()
 
     def _run(self) -> None:
         service = self.service
-        kinds: dict[str, tuple[Callable[[random.Random], None], int]] = {
+        kinds: dict[str, tuple[Disturb, int]] = {
             "worker killed": (service.kill_worker, 10),
             "worker frozen": (self._freeze, 6),
             "worker stopped": (service.stop_worker, 5),
+            **({OUT_OF_MEMORY: (self._starve, 5)} if _LIMITS else {}),
             "API killed": (service.kill_api, 2),
             "API stopped": (service.stop_api, 1),
             "database crashed": (service.crash_database, 2),
             "database restarted": (service.restart_database, 2),
-            "database killed": (service.kill_database, 1),
+            "database killed": (service.kill_database, 2),
+            **self._more,
         }
         began = time.monotonic()
         due, sampled = began + self._wait_s(), began
@@ -293,7 +314,7 @@ class Chaos:
             while not self._over.wait(0.2):
                 now = time.monotonic()
                 service.look()
-                self._thaw()
+                self._end_passing()
                 if now - sampled >= 2:
                     self.samples.append(service.sample(now - began))
                     sampled = now
@@ -315,13 +336,32 @@ class Chaos:
         """SIGSTOP of a worker, for less or for more than it takes to lose its stage."""
         process = chance.choice(self.service.all_workers())
         process.suspend()
-        wake = time.monotonic() + chance.uniform(0.2, 2.5) * STALLED_AFTER_S
-        self._frozen.append((wake, process))
+        self._passes(chance.uniform(0.2, 2.5) * STALLED_AFTER_S, process.resume)
 
-    def _thaw(self, *, everybody: bool = False) -> None:
+    def _starve(self, chance: random.Random) -> None:
+        """The system gives a worker no more memory for a while: it has what it has."""
+        process = chance.choice(self.service.all_workers())
+        self._passes(chance.uniform(0.5, 4.0), starve(process))
+
+    def _passes(self, after_s: float, end: Callable[[], None]) -> None:
+        self._passing.append((time.monotonic() + after_s, end))
+
+    def _end_passing(self, *, all_of_it: bool = False) -> None:
         now = time.monotonic()
-        for wake, process in self._frozen:
-            if everybody or wake <= now:
+        for when, end in self._passing:
+            if all_of_it or when <= now:
                 with suppress(psutil.Error):
-                    process.resume()
-        self._frozen = [] if everybody else [f for f in self._frozen if f[0] > now]
+                    end()
+        self._passing = [] if all_of_it else [p for p in self._passing if p[0] > now]
+
+
+def starve(process: psutil.Process) -> Callable[[], None]:
+    """
+    Let the system refuse a process every page that it asks for from now on.
+
+    Returns:
+        What ends it, also if it was starved twice.
+    """
+    _, most = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, most))
+    return lambda: process.rlimit(psutil.RLIMIT_AS, (most, most))

@@ -36,14 +36,21 @@ class Document:
         spec: A job document.
         fixed: The answer does not depend on other jobs.
         extended: Some are given more trials.
+        fails: It does so undisturbed, too.
+        changing: A file that it names is replaced meanwhile: it may fail for that reason, or give
+            what either of the contents gives.
     """
 
     spec: Mapping[str, Any]
     fixed: bool = True
     extended: bool = False
+    fails: bool = False
+    changing: bool = False
 
 
-def documents(spec: dict[str, Any], other: str, short: str) -> dict[str, Document]:
+def documents(
+    spec: dict[str, Any], other: str, short: str, *, model: str, text: str
+) -> dict[str, Document]:
     """
     Jobs of many kinds, by their names.
 
@@ -51,6 +58,8 @@ def documents(spec: dict[str, Any], other: str, short: str) -> dict[str, Documen
         spec: A job on a tiny model, without a confirmation.
         other: Another tiny model.
         short: A text that is too short to calibrate on.
+        model: One whose weights are replaced now and then.
+        text: One that is replaced now and then.
     """
     few = {**spec, "trials": 14, "max_attempts": 20}  # more workers than are killed in one stage
     confirmed = {**few, "confirm": {"candidates": 2, "windows": 2}}
@@ -78,8 +87,17 @@ def documents(spec: dict[str, Any], other: str, short: str) -> dict[str, Documen
         "other seed": Document(
             spec={**few, "calibration": {**calibration, "seed": 1}, "priority": -1}
         ),
-        "text too short": Document(spec={**few, "calibration": {**calibration, "text": short}}),
-        "not divisible": Document(spec={**few, "pattern": "3:5"}),
+        "text too short": Document(
+            spec={**few, "calibration": {**calibration, "text": short}}, fails=True
+        ),
+        "not divisible": Document(spec={**few, "pattern": "3:5"}, fails=True),
+        "changing model": Document(spec={**confirmed, "model": model}, changing=True),
+        "changing text": Document(
+            spec={**confirmed, "calibration": {**calibration, "text": text}}, changing=True
+        ),
+        "changing confirmation": Document(
+            spec={**few, "confirm": {**confirmed["confirm"], "text": text}}, changing=True
+        ),
     }
 
 
@@ -288,7 +306,7 @@ class Person:
     def _send_wrong(self) -> None:
         """A document that breaks a rule."""
         wrong = self._chance.choice(WRONG)
-        document = {**self.documents["plain"].spec, **wrong}
+        document = {**next(iter(self.documents.values())).spec, **wrong}
         try:
             self.patient(lambda: self.client.submit(document))
         except ServiceError as error:
@@ -323,7 +341,7 @@ class Person:
 
     def _transfer(self) -> None:
         sent = self._any("succeeded")
-        if sent is not None and sent.name == "confirmed":
+        if sent is not None and sent.name == "confirmed" and "two models" in self.documents:
             try:
                 self.transfer(sent, str(self.documents["two models"].spec["more_models"][0]))
             except ServiceError as error:

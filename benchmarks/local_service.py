@@ -1,6 +1,7 @@
 """A service of its own for a benchmark, and a model that takes no time."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -94,3 +95,10 @@ def write_tiny_model(folder: Path, *, name: str = "tiny", seed: int = 0) -> dict
         },
         "confirm": None,
     }  # fmt: skip
+
+
+def write_text(file: Path, *, seed: int = 0) -> None:
+    """Write 1,100 words in a random order, so that windows of it share no run."""
+    words = WORDS * 100
+    random.Random(seed).shuffle(words)  # noqa: S311 - no secret
+    file.write_text(" ".join(words))

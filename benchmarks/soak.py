@@ -1,5 +1,6 @@
 """
-An hour of small jobs, while everything is killed at random: does the service keep its promises?
+An hour of small jobs, while everything is killed, and files are replaced, at random: does the
+service keep its promises?
 
 Starts a service of its own on this machine, checks what must hold in the end,
 and stops by itself. It fails if anything does not hold:
@@ -28,11 +29,12 @@ from typing import Any
 
 import click
 import psutil
-from chaos import Chaos, Sample, Service
+from chaos import OUT_OF_MEMORY, Chaos, Disturb, Sample, Service
 from invariants import Invariants
 from job_stream import MORE, Document, Person, Sent, documents
-from local_service import write_tiny_model
+from local_service import write_text, write_tiny_model
 from machine import conditions, software
+from replaced_files import MODEL, TEXT, ReplacedFiles, mixtures
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +50,8 @@ from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
 from storage.tables import configurations, stages
 
+OF_MEMORY = re.compile(r"[Mm]emory|can't start new thread")
+
 _WHOLE = "the soak runs to its end"
 DRAIN_S = 900.0  # for the jobs that are left when the time is over
 MIB = 2**20
@@ -58,6 +62,7 @@ EXPLAINED = re.compile(
     r"|terminating connection|database system is|AdminShutdown|CrashShutdown|CannotConnectNow"
     r"|ConnectorException|PoolTimeout|PoolClosed|IdleInTransactionSessionTimeout|DatabaseGone"
     r"|timeout graceful shutdown exceeded"
+    r"|MemoryError|OutOfMemory|[Cc]an(not|'t) allocate memory|can't start new thread"
 )
 
 
@@ -93,7 +98,8 @@ def main(
         folder = keep or Path(name)
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)  # the database runs as another user
-        soak = Soak(_documents(folder, only), seed=seed, people=people)
+        wanted, files = _documents(folder, only)
+        soak = Soak(wanted, files, seed=seed, people=people)
         with Service(folder=folder, workers=workers, outside=outside) as service:
             soak.run(service, seconds=60 * minutes, every_s=every_s)
             processes = service.all_processes()
@@ -120,13 +126,14 @@ def _ending_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _documents(folder: Path, only: Sequence[str]) -> dict[str, Document]:
-    """What is submitted, with the models and texts that it needs."""
+def _documents(folder: Path, only: Sequence[str]) -> tuple[dict[str, Document], ReplacedFiles]:
+    """What is submitted, with the models and texts that it needs, and those that change."""
     spec = write_tiny_model(folder)
     write_tiny_model(folder, name="other", seed=1)
+    write_text(folder / "text.txt")
     (folder / "short.txt").write_text("a model\n")
-    found = documents(spec, "other", "short.txt")
-    return {name: found[name] for name in only or found}
+    found = documents(spec, "other", "short.txt", model=MODEL, text=TEXT)
+    return {name: found[name] for name in only or found}, ReplacedFiles(folder)
 
 
 class Soak:
@@ -135,11 +142,14 @@ class Soak:
 
     Args:
         wanted: What is submitted.
+        files: That some of it names, and that are replaced.
         seed: Of everything.
         people: That submit at once.
     """
 
-    def __init__(self, wanted: dict[str, Document], *, seed: int, people: int) -> None:
+    def __init__(
+        self, wanted: dict[str, Document], files: ReplacedFiles, *, seed: int, people: int
+    ) -> None:
         self.invariants = Invariants()
         self.seed = seed
         self.kills: Counter[str] = Counter()
@@ -147,6 +157,7 @@ class Soak:
         self.samples: list[Sample] = []
         self.facts: dict[str, Any] = {"seed": seed}
         self._wanted = wanted
+        self._files = files
         self._count = people
         self._expected: dict[tuple[str, int], set[str]] = {}
         self._transferred: dict[str, str] = {}
@@ -157,7 +168,11 @@ class Soak:
         people = [*self._people(service)]
         try:
             self._learn(people[0])
-            with Chaos(service, seed=self.seed, every_s=every_s) as chaos:
+            replacing: dict[str, tuple[Disturb, int]] = {
+                "text replaced": (self._files.replace_text, 6),
+                "model replaced": (self._files.replace_model, 6),
+            }
+            with Chaos(service, seed=self.seed, every_s=every_s, more=replacing) as chaos:
                 self.kills, self.samples = chaos.done, chaos.samples
                 self._disturbed(people, chaos, seconds)
             began = time.monotonic()
@@ -207,10 +222,17 @@ class Soak:
             person.client.extend(each.id, trials=MORE)
             each.extended, each.state = "yes", "running"
         person.finish(time.monotonic() + DRAIN_S)
+        self._files.put(1)
+        sent += [person.submit(n) for n, document in person.documents.items() if document.changing]
+        person.finish(time.monotonic() + DRAIN_S)
         for each in [*sent, *grown]:
             job = person.client.job(each.id)
-            trials = int(job.spec["trials"])
-            self._expected.setdefault((each.name, trials), set()).add(person.answer(job))
+            trials, answer = int(job.spec["trials"]), person.answer(job)
+            self._expected.setdefault((each.name, trials), set()).add(answer)
+            as_meant = (job.state == "failed") == person.documents[each.name].fails
+            self.invariants.check(
+                "undisturbed, jobs fail that are to, and no other", as_meant, f"{each}: {answer}"
+            )
         print(f"{len(sent)} jobs done undisturbed", flush=True)
 
     def _disturbed(self, people: Sequence[Person], chaos: Chaos, seconds: float) -> None:
@@ -251,11 +273,11 @@ class Soak:
             elif sent.deleted == "no":
                 self.invariants.check("no accepted job is lost", job is not None, str(sent))
             if job is not None:
-                states[job.state] += 1
-                self._check_end(person, sent, job)
+                states[self._check_end(person, sent, job)] += 1
         return states
 
-    def _check_end(self, person: Person, sent: Sent, job: Answer) -> None:
+    def _check_end(self, person: Person, sent: Sent, job: Answer) -> str:
+        """Check how a job ended, and say it."""
         check = self.invariants.check
         check("every accepted job ends", job.state in OVER, f"{sent}, {job.state}")
         if sent.cancelled == "yes":
@@ -264,19 +286,23 @@ class Soak:
             kept = job.state != "cancelled"
             check("no job is cancelled that nobody cancelled", kept, str(sent))
         if job.state not in ("succeeded", "failed"):
-            return
+            return job.state
         answer = person.answer(job)
+        if self.kills[OUT_OF_MEMORY] and OF_MEMORY.search(_complaints(job, answer)):
+            return f"{job.state} for want of memory"
         if job.kind == "transfer":
             check("a transfer succeeds", job.state == "succeeded", answer)
             found = json.dumps(json.loads(answer)["configuration"])
             given = self._transferred.setdefault(f"{sent.name} {found}", _measured(answer))
             check("a transfer measures the same each time", _measured(answer) == given, answer)
-            return
+            return job.state
         trials = int(job.spec["trials"])
         added = trials - sent.trials
         asked = {"yes": (MORE,), "no": (0,), "perhaps": (0, MORE)}[sent.extended]
         check("a job has the trials that were asked for", added in asked, f"{sent}, {trials}")
         if job.state == "failed":
+            if person.documents[sent.name].changing and answer.startswith("ChangedInput in "):
+                return "failed for a file that was replaced"
             expected = self._expected.get((sent.name, sent.trials), {"success"})
             about = f"{sent}: {answer}, expected {str(expected)[:200]}"
             check("a job fails only for a reason that it deserves", answer in expected, about)
@@ -286,6 +312,7 @@ class Soak:
                 answer in self._expected.get((sent.name, trials), ()),
                 f"{sent}: {answer}",
             )
+        return job.state
 
     def _check_database(self, service: Service, people: Sequence[Person]) -> None:
         """What the owners do not see."""
@@ -324,6 +351,8 @@ class Soak:
         check("the queue is empty in the end", queued == 0, str(queued))
         for job in jobs:
             if job.state is JobState.SUCCEEDED and "trials" in job.spec:
+                mixed = [*mixtures(job)]
+                check("no configuration mixes hashes", not mixed, f"{job.id}: {mixed}")
                 sent = next(p.jobs[job.id] for p in people if job.id in p.jobs)
                 most = 1 if sent.extended == "no" else 2
                 check(
@@ -368,11 +397,15 @@ class Soak:
                 process.kill()
         bundles = folder / "data" / "artifacts" / "bundles"
         keys = {
-            JobSpec.model_validate(
-                {**document.spec, "model": model, "more_models": []}
-            ).calibration_key
+            (
+                JobSpec.model_validate(
+                    {**document.spec, "model": model, "more_models": []}
+                ).calibration_key,
+                contents,
+            )
             for document in self._wanted.values()
-            for model in ("tiny", "other")
+            for model in (document.spec["model"], *document.spec.get("more_models", ()))
+            for contents in ((0, 1) if document.changing else (0,))
         }
         files = [*bundles.glob("*.safetensors")]
         check("there is one bundle for each calibration", len(files) <= len(keys), str(files))
@@ -418,6 +451,16 @@ class Soak:
             "examples": self.invariants.examples,
             "samples": [vars(sample) for sample in self.samples],
         }
+
+
+def _complaints(job: Answer, answer: str) -> str:
+    """What a job, or a model of a transfer, failed for; nothing if nothing did."""
+    if job.state == "failed":
+        return answer
+    if job.kind != "transfer":
+        return ""
+    errors = (target.get("error") for target in json.loads(answer)["targets"])
+    return "; ".join(f"{e['type']}: {e['message']}" for e in errors if e)
 
 
 def _measured(transfer: str) -> str:
