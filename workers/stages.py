@@ -114,7 +114,7 @@ class Stages:
         if found is None:
             return
         bundle, seal = found
-        self._check_streamed(mine, seal)
+        self._check_again(mine, seal)
         for layer in bundle.layers:
             spec.pruning().check_width(layer.in_features, layer.name)
         self.store.complete(
@@ -140,7 +140,7 @@ class Stages:
             while True:
                 search.run(storage, study, spec.plan(island), rate)
                 if spec.objective.name == "perplexity":
-                    self._check_streamed(spec, Seal.of_job(claim.job, 0))
+                    self._check_again(spec, Seal.of_job(claim.job, 0))
                 saving = compared_with_cold(
                     spec.request(island),
                     spec.plan(island),
@@ -241,6 +241,7 @@ class Stages:
                 except NumericalError as error:
                     failed = written(rated.candidate)
                     raise NumericalError(str(error), layer=error.layer, candidate=failed) from error
+        self._check_again(spec, seal)
         return Divergences(by_number=divergences, tokens=compare.tokens)
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
@@ -266,7 +267,7 @@ class Stages:
                 advance,
                 calibration=calibration,
             )
-        self._check_streamed(spec, seal)
+        self._check_again(spec, seal)
         result = {
             "perplexity": rating.perplexity,
             "sparsity": sparsity,
@@ -358,10 +359,14 @@ class Stages:
         proxies = rate_by_all_proxies(bundle, candidates, device=str(self.inputs.device))
         return qualities(proxies, perplexities, seed=spec.validation.seed)
 
-    def _check_streamed(self, spec: JobSpec, seal: Seal) -> None:
-        """Compare a streamed model once more: its files were read all the time."""
-        if spec.stream:
-            self.inputs.model(spec, seal)
+    def _check_again(self, spec: JobSpec, seal: Seal) -> None:
+        """
+        Compare the model once more, if its files have changed: they were read all the time.
+
+        Not only a streamed model's: on a CPU, weights in their stored type are the file's own
+        pages, and change with it when somebody writes into it.
+        """
+        self.inputs.model(spec, seal)
 
     def _calibration(self, spec: JobSpec, seal: Seal, steps: Steps) -> Tensor | None:
         """The windows of the calibration, for steps that need them."""

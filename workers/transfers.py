@@ -105,8 +105,7 @@ def _transfer(
         device=str(inputs.device),
         progress=watch.progress,
     )
-    if spec.stream:
-        inputs.model(target, seal)  # its files were read all the time
+    inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
     return transfer
 
 

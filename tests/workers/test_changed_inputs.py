@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from sqlalchemy import select
 
 from pho_service.errors import ChangedInput
@@ -33,6 +33,16 @@ def double(folder: Path, name: str = "model.layers.0.mlp.down_proj.weight") -> N
     new = folder / "new"
     save_file(weights, new, metadata={"format": "pt"})
     new.replace(file)
+
+
+def written_into(folder: Path) -> None:
+    """Double all weights in the file itself, as ``cp`` does: what is mapped changes at once."""
+    file = folder / "model.safetensors"
+    weights = {name: 2 * weight for name, weight in load_file(file).items()}
+    changed = save(weights, metadata={"format": "pt"})
+    assert len(changed) == file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(changed)
 
 
 def swap(folder: Path) -> None:
@@ -109,17 +119,17 @@ def test_finish_by_perplexity(hand: Any, small: Any) -> None:
         hand.step(job)
 
 
-def test_streamed_model_changed_while_it_is_measured(
-    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stream", [True, False])
+def test_model_changed_while_it_is_measured(
+    hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """A streamed model's files are read all the time: a number is kept if they stayed the same."""
+    """A model's files are read all the time: a number is kept if they stayed the same."""
 
     def measured(*args: Any, **options: Any) -> Any:
-        found = rate_pruned(*args, **options)
-        double(hand.folder / "model")
-        return found
+        written_into(hand.folder / "model")
+        return rate_pruned(*args, **options)
 
-    job = hand.until(hand.submit(small(stream=True)), StageKind.PERPLEXITY)
+    job = hand.until(hand.submit(small(stream=stream)), StageKind.PERPLEXITY)
     monkeypatch.setattr(stages_module, "rate_pruned", measured)
 
     with pytest.raises(ChangedInput):
