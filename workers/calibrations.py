@@ -95,7 +95,8 @@ def calibrate_part(
         watch: Of the part.
 
     Raises:
-        PhoError: As :meth:`Inputs.calibration_text` and :func:`measure_shard`.
+        PhoError: As :meth:`Inputs.calibration_text`, :func:`measure_shard` and
+            :meth:`LanguageModel.check_unchanged`.
     """
     began = time.monotonic()
     params = claim.stage.params or {}
@@ -108,7 +109,9 @@ def calibrate_part(
         text = inputs.calibration_text(spec, seal)
         if text.bundle_key == key:
             settings = spec.calibration.settings()
-            sums = measure_shard(inputs.model(spec, seal), text, settings, shard, watch.progress)
+            model = inputs.model(spec, seal)
+            sums = measure_shard(model, text, settings, shard, watch.progress)
+            model.check_unchanged()
             bundles.keep_sums(key, shard, sums)
             made = True
     if not there and not made:

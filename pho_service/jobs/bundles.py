@@ -57,6 +57,7 @@ def cached_bundle(
 
     Raises:
         ModelError, NumericalError: From the calibration.
+        ChangedInput: The model's file was written into meanwhile.
         OutputError: The cache cannot be written.
     """
     path = bundle_path(cache_dir, text.bundle_key)
@@ -72,5 +73,6 @@ def cached_bundle(
         except BundleError:
             path.unlink()  # a damaged copy: what was stored is made again
     bundle = calibrate(model, text, settings, progress, known)
+    model.check_unchanged()
     write_bundle(bundle, path)
     return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pho_service.errors import InvalidInput, ModelError, NumericalError
+from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.checkpoint import Checkpoint, find_checkpoint, loading_errors
 from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
@@ -92,6 +92,26 @@ class LanguageModel:
         stored dtype, the cast is exact, so that both give the same hash.
         """
         return weights_sha256(self.model, scheme=scheme, dtype=dtype)
+
+    def check_unchanged(self) -> None:
+        """
+        See that the weights are still those that were hashed, before something is kept under
+        the hash.
+
+        Weights that were read to a GPU cannot change. Those in main memory are pages of their
+        file, and change with it where it is written into in place.
+
+        Raises:
+            ChangedInput: They are others.
+        """
+        if self.device.type == "cuda" and not self.stream:
+            return
+        if weights_sha256(self.model) != self.weights_sha256:
+            raise ChangedInput(
+                f"the model {self.name} changed while it was being calibrated: its file was "
+                "written into. Nothing of it was kept. Replace model files as a whole, by moving "
+                "a new file into place, and begin again."
+            )
 
     @property
     def family(self) -> str:

@@ -1,20 +1,28 @@
 """A study belongs to one bundle, whoever put the bundle together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from pho_service.errors import StudyError
+from pho_service.errors import ChangedInput, StudyError
+from pho_service.jobs.bundles import bundle_path, cached_bundle
 from pho_service.jobs.joint_search import joint_search_job
 from pho_service.jobs.search import search_job
 from pho_service.models.architecture import prunable_linears
+from pho_service.models.calibration import calibration_text
+from pho_service.models.loading import load_model
+from pho_service.models.texts import TextSource
+from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import collect_statistics
 from pho_service.search.request import SearchRequest
-from pho_service.spec import Objective, Pattern
+from pho_service.spec import CalibrationSettings, Objective, Pattern
 
 
 @pytest.fixture
@@ -106,3 +114,22 @@ def test_study_of_the_last_version(by_hand: Any, request_here: SearchRequest) ->
     assert search_job(request_here, bundle) == found
     with pytest.raises(StudyError):
         search_job(request_here, by_hand(3.0, provenance={"key": "mine"}))
+
+
+def test_written_into_while_it_is_calibrated(
+    model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """What weights that changed meanwhile would give is not kept under the hash of the old ones."""
+    model = load_model(str(model_folder), device="cpu")
+    settings = CalibrationSettings(samples=4, context_length=32, projection_rows=8)
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+
+    @contextmanager
+    def disturbing(_title: str, _steps: int) -> Iterator[Advance]:
+        """After each window the weights are others."""
+        weight = next(iter(model.linears.values())).weight
+        yield lambda _count: weight.mul_(1.5)
+
+    with pytest.raises(ChangedInput, match="changed while it was being calibrated"):
+        cached_bundle(model, text, settings, tmp_path, disturbing)
+    assert not bundle_path(tmp_path, text.bundle_key).exists()
