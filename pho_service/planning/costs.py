@@ -7,8 +7,9 @@ What the factors stand for was measured on CPUs (docs/speed.md); on GPUs they ar
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pho_service.planning.layouts import LinearShape
 from pho_service.planning.machines import Machine
-from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
+from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.spec import CalibrationSettings, Pattern, Steps
 
 FLOAT = 4  # bytes of statistics and scores

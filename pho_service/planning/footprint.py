@@ -7,7 +7,8 @@ against what is really taken.
 
 from dataclasses import dataclass
 
-from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
+from pho_service.planning.layouts import LinearShape
+from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.spec import CalibrationSettings
 
 FLOAT = 4  # bytes: norms, sums and scores are float32, whatever the weights are

@@ -31,7 +31,8 @@ from transformers import (
 
 from pho_service.errors import InvalidInput
 from pho_service.models.architecture import decoder_blocks, prunable_linears
-from pho_service.planning.shapes import FAMILIES, model_shapes
+from pho_service.planning.layouts import FAMILIES
+from pho_service.planning.shapes import model_shapes
 
 TWO = {"num_hidden_layers": 2}
 MIXTURE = TWO | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
