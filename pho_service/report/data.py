@@ -131,10 +131,11 @@ class Report:
             return self._trial(self.configuration.candidates[0].trial)
         if self.chosen is not None:
             return self._trial(self.chosen)
-        if self.configuration is not None:  # by the objective alone
+        best = [*self.measured, *self.rated]
+        if self.configuration is not None:  # by the objective alone, if it says by how much
             value = self.configuration.objective.get("value")
-            return next((trial for trial in self.rated if trial.value == value), None)
-        return next(iter([*self.measured, *self.rated]), None)
+            best = [*(trial for trial in self.rated if trial.value == value), *best]
+        return next(iter(best), None)
 
     def _trial(self, number: int) -> ReportTrial | None:
         return next((trial for trial in self.trials if trial.number == number), None)
