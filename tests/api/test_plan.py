@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
+
+from pho_service.api.plan import Card
+from pho_service.planning.machines import CARDS
 
 CONFIG = {
     "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 11008,
@@ -27,6 +30,11 @@ def model(shared_folder: Path) -> str:
 def ask(client: TestClient, model: str, query: str = "", **fields: Any) -> Any:
     """The answer to a job's document."""
     return client.post(f"/v1/plan{query}", json={"model": model, "pattern": "0.5", **fields})
+
+
+def test_cards() -> None:
+    """The API names the cards that can be planned for, and no others."""
+    assert {*get_args(Card)} == {*CARDS, "cpu"}
 
 
 def test_answer(shared_client: TestClient, model: str) -> None:
