@@ -17,7 +17,14 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from storage.studies import DatabaseFull, DatabaseGone, StorageError, give_up, open_storage
+from storage.studies import (
+    DatabaseFull,
+    DatabaseGone,
+    StorageError,
+    end_connections,
+    give_up,
+    open_storage,
+)
 from storage.tables import READER, SCHEMA
 
 _MIGRATION_LOCK = 7_466_446  # any number that nobody else locks in this database
@@ -73,8 +80,8 @@ class Database:
         event.listen(self.engine, "handle_error", give_up)  # Optuna writes here, too: see fence()
 
     def close(self) -> None:
-        """Close the connections."""
-        self.engine.dispose()
+        """Close the connections; one that another thread is using, once it gives it back."""
+        end_connections(self.engine)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -16,7 +16,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -25,6 +25,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 
 class StorageError(Exception):
@@ -51,7 +52,13 @@ class StudyStorage(RDBStorage):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._written: dict[int, dict[str, str]] = {}  # distributions by study
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            if "scoped_session" in self.__dict__:  # made with the engine
+                self.scoped_session.remove()
+                end_connections(self.engine)
+            raise
 
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Session
@@ -131,7 +138,7 @@ def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
             yield storage
         finally:
             storage.remove_session()
-            storage.engine.dispose()
+            end_connections(storage.engine)
     except ImportError as error:
         raise StorageError(f"the driver of {url} is not installed: {error}") from error
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -227,6 +234,20 @@ def give_up(context: ExceptionContext) -> None:
     if context.is_disconnect and not context.is_pre_ping:
         reason = str(context.original_exception).splitlines()[0]
         raise DatabaseGone(f"the database went away: {reason}. What it holds is kept.")
+
+
+def end_connections(engine: Engine) -> None:
+    """
+    Close the connections of ``engine`` that are free, and the others once they are given back.
+
+    ``Engine.dispose`` alone forgets those that other threads are using, and nobody closes them.
+    """
+    event.listen(engine, "checkin", _close)
+    engine.dispose()
+
+
+def _close(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.invalidate()
 
 
 def _set_pragmas(connection: object, _record: object) -> None:

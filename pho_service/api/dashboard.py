@@ -7,14 +7,13 @@ import warnings
 
 import optuna
 from a2wsgi import WSGIMiddleware
-from optuna.storages import RDBStorage
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from pho_service.api.problems import database_gone, problem
 from pho_service.api.service import Caller, Service
-from storage.studies import StorageError
+from storage.studies import StorageError, StudyStorage, end_connections
 
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
@@ -64,7 +63,7 @@ class Dashboard:
         """Close the connections."""
         if "_storage" in self.__dict__:
             self._storage.remove_session()
-            self._storage.engine.dispose()
+            end_connections(self._storage.engine)
 
     async def _refusal(self, scope: Scope) -> JSONResponse | None:
         path = scope["path"]
@@ -93,8 +92,10 @@ class Dashboard:
         return None
 
     @functools.cached_property
-    def _storage(self) -> RDBStorage:
-        return RDBStorage(self._service.database.studies_url, engine_kwargs={"pool_pre_ping": True})
+    def _storage(self) -> StudyStorage:
+        return StudyStorage(
+            self._service.database.studies_url, engine_kwargs={"pool_pre_ping": True}
+        )
 
     @functools.cached_property
     def _app(self) -> WSGIMiddleware:

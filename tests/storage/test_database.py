@@ -3,6 +3,7 @@
 import socket
 import time
 from contextlib import closing
+from typing import Any
 
 import psycopg
 import pytest
@@ -10,9 +11,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session, scoped_session
 
 from storage.database import Database
-from storage.studies import DatabaseFull, DatabaseGone, StorageError, open_storage, open_study
+from storage.studies import (
+    DatabaseFull,
+    DatabaseGone,
+    StorageError,
+    StudyStorage,
+    open_storage,
+    open_study,
+)
 from storage.tables import metadata
 
 
@@ -135,6 +144,34 @@ def test_time_limits(database: Database) -> None:
 
     assert limits == ["2min"] * 3 + ["7s"] * 3
     assert "connect_timeout=77" in own.conninfo
+
+
+def test_close_while_in_use(database: Database) -> None:
+    """A connection that a thread still uses when the database is closed ends with its use."""
+    own = Database(database.url.render_as_string(hide_password=False))
+    with own.transaction() as connection:
+        used: Any = connection.connection.dbapi_connection
+        own.close()
+        answer = connection.exec_driver_sql("SELECT 1").scalar_one()
+
+    assert answer == 1
+    assert used.closed
+
+
+def test_studies_that_cannot_be_opened(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are closed where Optuna fails after it has made some."""
+    used: list[Any] = []
+
+    def fail(_url: str, _engine: object, sessions: scoped_session[Session]) -> None:
+        connection = sessions().connection()
+        used.append(connection.connection.dbapi_connection)
+        raise DatabaseGone("away")
+
+    monkeypatch.setattr("optuna.storages._rdb.storage._VersionManager", fail)
+    with pytest.raises(DatabaseGone):
+        StudyStorage(database.studies_url)
+
+    assert [connection.closed for connection in used] == [True]
 
 
 def test_url_to_be_shown() -> None:
