@@ -27,11 +27,13 @@ from subject import load_subject
 from torch import Tensor
 
 from pho_service.cli.terminal import print_table, say
-from pho_service.jobs.rating import rate_pruned
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.pruning import assignment
 from pho_service.pruning.assignment import assign
 from pho_service.pruning.permutation import moved_scores, permute_channels, retained_score
-from pho_service.spec import PERMUTATIONS, Pattern, Steps, comparison_baselines
+from pho_service.spec.baselines import comparison_baselines
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import PERMUTATIONS, Steps
 
 KEEP, GROUP = 2, 4
 SHARE = "of its gain"

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from pho_service.cli.terminal import print_table, say
+from pho_service.host.versions import versions
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.builtin import smollm2, write_texts
 from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
@@ -31,10 +32,10 @@ from pho_service.pruning.passes import frozen, run_backward, run_decoder
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.second_moments import SecondMoment, mirrored_, square_root
 from pho_service.pruning.statistics import collect_statistics
-from pho_service.search.space import SearchSpace
 from pho_service.search.validation import random_candidates
-from pho_service.spec import CalibrationSettings, Pattern
-from pho_service.versions import versions
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
 
 LINEARS = ("576x576", "1536x576", "4096x4096", "11008x4096")  # of SmolLM2-135M and LLaMA-2-7B
 PROJECTION_ROWS = 128

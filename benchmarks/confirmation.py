@@ -22,15 +22,17 @@ from scipy.stats import spearmanr
 from subject import load_subject
 
 from pho_service.cli.terminal import print_table, progress
-from pho_service.jobs.pipeline import pruned_model
-from pho_service.jobs.proxy_rating import rate_by_proxy
+from pho_service.host.versions import versions
+from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pruning.divergence import dense_reference, rate_divergence
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.search.finalists import finalists
 from pho_service.search.request import SearchRequest
-from pho_service.search.search import finalists, run_search
-from pho_service.spec import Objective, Pattern
-from pho_service.versions import versions
+from pho_service.search.search import run_search
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
 from storage.studies import open_storage, open_study
 
 KINDS = ("divergence", "perplexity")

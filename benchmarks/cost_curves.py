@@ -340,7 +340,7 @@ def _plot(series: list[Series], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     figure, panels = pyplot.subplots(
         len(series), 2, figsize=(9, 3.6 * len(series) + 0.8), squeeze=False, layout="constrained"

@@ -57,7 +57,7 @@ def calibrate_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
 
     from pho_service.models.bundle_file import write_bundle
     from pho_service.models.calibration import calibrate
-    from pho_service.spec import CalibrationSettings
+    from pho_service.spec.calibration import CalibrationSettings
 
     model = random_llama(
         conditions.size,
@@ -83,10 +83,10 @@ def search_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
     """Read a bundle and search it, with the study in SQLite, as `pho search` does."""
     import torch
 
-    from pho_service.jobs.search import search_job
     from pho_service.models.bundle_file import read_bundle
+    from pho_service.pipeline.search import search_job
     from pho_service.search.request import SearchRequest
-    from pho_service.spec import Pattern
+    from pho_service.spec.pattern import Pattern
     from storage.studies import open_storage
 
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def _measured(device: Any) -> Iterator[dict[str, Any]]:
     import psutil
     import torch
 
-    from pho_service.memory import peak_memory
+    from pho_service.pruning.memory import peak_memory
 
     on_gpu = device.type == "cuda"
     cost: dict[str, Any] = {

@@ -35,32 +35,30 @@ from machine import card, conditions, software
 from random_llama import random_text
 
 from pho_service.cli.terminal import progress, say, verb
-from pho_service.files import new_file
-from pho_service.job_spec import JobSpec
-from pho_service.jobs.compare import compare_candidates
-from pho_service.jobs.prune import prune_job
-from pho_service.jobs.rating import ReportText
-from pho_service.jobs.search import search_job
+from pho_service.host.files import new_file
 from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
 from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pipeline.compare import compare_candidates
+from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import search_job
 from pho_service.planning.machines import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import layer_score, linear_masks
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
-from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
-from pho_service.spec import (
-    CalibrationSettings,
-    Candidate,
-    Coefficients,
-    Pattern,
-    Steps,
-    comparison_baselines,
-)
+from pho_service.spec.baselines import comparison_baselines
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.job import JobSpec
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Steps
 
 WHOLE = ("llama-2-7b", "llama-3-8b", "llama-3-70b-block", "mixtral-block")
 HALF, GROUPS = Pattern.parse("0.5", "layer"), Pattern.parse("2:4")

@@ -15,8 +15,8 @@ from invariants import Invariants
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random
 
+from pho_service.api.answers import OVER, Job
 from pho_service.client import Client
-from pho_service.documents import OVER, Job
 from pho_service.errors import ServiceError, ServiceUnavailable
 
 PATIENCE_S = 300.0  # for the service to come back

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pho_service.versions import versions
+from pho_service.host.versions import versions
 
 
 def conditions() -> str:

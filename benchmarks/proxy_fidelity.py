@@ -17,6 +17,7 @@ import torch
 from scipy.stats import spearmanr
 
 from pho_service.cli.terminal import print_table, progress, say
+from pho_service.host.versions import versions
 from pho_service.models.builtin import smollm2, write_texts
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import calibration_text, measure
@@ -25,10 +26,12 @@ from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.space import SearchSpace
 from pho_service.search.validation import random_candidates
-from pho_service.spec import WEIGHTINGS, CalibrationSettings, Candidate, Pattern
-from pho_service.versions import versions
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import WEIGHTINGS
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
 
 KERNEL_SIZES = (3, 5, 9, 15)
 

@@ -22,14 +22,16 @@ from kept_results import KeptResults
 from subject import MODELS, Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.jobs.rating import rate_pruned
-from pho_service.jobs.search import search_job
-from pho_service.memory import peak_memory
+from pho_service.host.versions import versions
+from pho_service.pipeline.rating import rate_pruned
+from pho_service.pipeline.search import search_job
+from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.search.presets import Preset
 from pho_service.search.request import SearchRequest
-from pho_service.spec import Candidate, Pattern, comparison_baselines
-from pho_service.versions import versions
+from pho_service.spec.baselines import comparison_baselines
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "owl-wanda", "sparsegpt")

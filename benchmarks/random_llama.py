@@ -13,7 +13,7 @@ from pho_service.models.architecture import prunable_linears
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 VOCABULARY = 32_000
 LONGEST = 4096  # tokens of a window

@@ -30,17 +30,19 @@ from machine import conditions
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.jobs.rating import rate_pruned
-from pho_service.jobs.search import search_job
-from pho_service.memory import peak_memory
+from pho_service.host.versions import versions
 from pho_service.models.devices import pick_device
+from pho_service.pipeline.rating import rate_pruned
+from pho_service.pipeline.search import search_job
 from pho_service.progress import Advance
+from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.search.hill_climb import FIRST_STEP, LAST_STEP
 from pho_service.search.request import SearchRequest
-from pho_service.search.space import parse_bounds
-from pho_service.spec import Objective, Pattern, reference_methods
-from pho_service.versions import versions
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import parse_bounds
 from storage.studies import open_storage
 
 METHODS = ("hill-climb", "cmaes", "tpe", "pho")  # all but the last rate by perplexity

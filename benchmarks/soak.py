@@ -40,9 +40,9 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import func, select, text
 
-from pho_service.documents import OVER
-from pho_service.documents import Job as Answer
-from pho_service.job_spec import JobSpec
+from pho_service.api.answers import OVER
+from pho_service.api.answers import Job as Answer
+from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import Job, JobStore, NoSuchJob
 from storage.keys import KeyStore

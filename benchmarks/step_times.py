@@ -14,6 +14,7 @@ import click
 import torch
 
 from pho_service.cli.terminal import print_table
+from pho_service.host.versions import versions
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.layer_view import LayerView
 from pho_service.pruning.permutation import PermutedLinear, permute_channels, permute_for_error
@@ -25,8 +26,8 @@ from pho_service.pruning.weight_update import (
     obs_update,
     sparsegpt,
 )
-from pho_service.spec import Allocation, Pattern
-from pho_service.versions import versions
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Allocation
 
 
 @click.command()

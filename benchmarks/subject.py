@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import Tensor
 
 from pho_service.cli.terminal import progress
-from pho_service.jobs.bundles import cached_bundle
-from pho_service.jobs.rating import ReportText
 from pho_service.models.builtin import gemma3, smollm2, write_texts
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3}
 

@@ -29,22 +29,24 @@ from machine import conditions
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.configuration import Configuration
-from pho_service.jobs.compare import compare_candidates
-from pho_service.jobs.joint_search import joint_search_job
-from pho_service.jobs.proxy_rating import rate_by_proxy
-from pho_service.jobs.search import search_job
-from pho_service.jobs.transfer import regret
+from pho_service.host.versions import versions
 from pho_service.models.builtin import write_texts
 from pho_service.models.small_model import Training, train_small_model
 from pho_service.models.texts import TextSource
+from pho_service.pipeline.compare import compare_candidates
+from pho_service.pipeline.joint_search import joint_search_job
+from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.search import search_job
+from pho_service.pipeline.transfer import regret
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
 from pho_service.search.search import run_search
 from pho_service.search.warm_start import trials_until
-from pho_service.spec import Objective, Pattern, reference_methods
-from pho_service.versions import versions
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
 
 
 @click.command()

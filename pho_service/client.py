@@ -29,8 +29,7 @@ from tenacity import (
 )
 from tenacity.wait import wait_exponential
 
-from pho_service.configuration import Configuration
-from pho_service.documents import (
+from pho_service.api.answers import (
     OVER,
     ConfigurationMatch,
     ConfigurationMatches,
@@ -45,8 +44,9 @@ from pho_service.documents import (
     WorkerList,
 )
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
-from pho_service.library_file import LibraryFile, TransferFile, parse_library_file
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
+from pho_service.library.files import LibraryFile, TransferFile, parse_library_file
+from pho_service.spec.configuration import Configuration
 
 _OUTAGE_S = 300.0  # that waiting for a job bears
 _PATIENCE_S = 120.0  # with a service that is asked too often

@@ -23,7 +23,7 @@ a programmer stays ``TypeError`` or ``ValueError``.
 from collections.abc import Mapping
 from typing import Any
 
-from pho_service.plain import bounded
+from pho_service.host.plain import bounded
 
 
 class PhoError(Exception):
@@ -32,7 +32,7 @@ class PhoError(Exception):
 
     Args:
         message: What files and others say in it is shown without control characters, and no
-            message is longer than :data:`~pho_service.plain.MOST_CHARACTERS`.
+            message is longer than :data:`~pho_service.host.plain.MOST_CHARACTERS`.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -16,13 +16,13 @@ import uvicorn
 from optuna.trial import create_trial
 from sqlalchemy import select
 
+from pho_service.api.answers import Job
 from pho_service.api.app import create_app
 from pho_service.client import Client
-from pho_service.configuration import Configuration
-from pho_service.documents import Job
 from pho_service.errors import PhoError, ServiceError, ServiceUnavailable
-from pho_service.job_spec import JobSpec
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import Claim, JobStore, NewStage
 from storage.keys import KeyStore

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pho_service.settings import Settings
+from pho_service.host.settings import Settings
 
 DOCKER = Path(__file__).parents[1] / "docker"
 IMAGES = ("api", "worker")

@@ -22,23 +22,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pho_service.configuration import (
+from pho_service.errors import PhoError
+from pho_service.library.files import read_library_file
+from pho_service.models import bundle_file, mask_file
+from pho_service.models.bundle_file import read_bundle, write_bundle
+from pho_service.models.gguf_header import gguf_read_once
+from pho_service.models.mask_file import LayerMask, read_masks, write_masks
+from pho_service.pipeline.check import read_recipe
+from pho_service.pruning.bundle import LayerSample, ProxyBundle
+from pho_service.pruning.second_moments import InputStatistics
+from pho_service.spec.configuration import (
     CoefficientsDocument,
     Configuration,
     read_configuration,
     write_configuration,
 )
-from pho_service.errors import PhoError
-from pho_service.job_spec import JobSpec
-from pho_service.jobs.check import read_recipe
-from pho_service.library_file import read_library_file
-from pho_service.models import bundle_file, mask_file
-from pho_service.models.bundle_file import read_bundle, write_bundle
-from pho_service.models.gguf_header import gguf_read_once
-from pho_service.models.mask_file import LayerMask, read_masks, write_masks
-from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.second_moments import InputStatistics
-from pho_service.transfer_spec import TransferRequest
+from pho_service.spec.job import JobSpec
+from pho_service.spec.transfer import TransferRequest
 
 MEMORY_BYTES = 256 * 2**20  # that all examples together may take beside what the tests have
 PROFILE = "fuzz" if settings.get_current_profile_name() == "fuzz" else "suite"
@@ -419,8 +419,8 @@ def test_declared_sizes(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from pho_service.errors import PhoError
-from pho_service.jobs.check import read_recipe
-from pho_service.configuration import read_configuration
+from pho_service.pipeline.check import read_recipe
+from pho_service.spec.configuration import read_configuration
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.loading import load_model
 from pho_service.models.mask_file import read_masks

@@ -6,10 +6,11 @@ import sys
 import pytest
 
 LIGHT = (
-    "pho_service.spec", "pho_service.configuration", "pho_service.settings", "pho_service.files",
-    "pho_service.search.samplers", "pho_service.search.search", "pho_service.search.space",
-    "pho_service.search.validation", "pho_service.job_spec", "pho_service.client",
-    "pho_service.api.app", "pho_service.serving", "pho_service.report.page",
+    "pho_service.spec.candidate", "pho_service.spec.configuration", "pho_service.host.settings",
+    "pho_service.host.files", "pho_service.library.ranking", "pho_service.library.files",
+    "pho_service.search.samplers", "pho_service.search.search", "pho_service.spec.space",
+    "pho_service.search.validation", "pho_service.spec.job", "pho_service.client",
+    "pho_service.api.app", "pho_service.api.serving", "pho_service.report.page",
     "storage.studies", "storage.jobs", "storage.embedded",
 )  # fmt: skip
 
@@ -33,7 +34,8 @@ def test_no_torch(module: str) -> None:
 def test_bundle_needs_no_transformers() -> None:
     """To search a bundle neither models nor data sets are loaded, which takes seconds."""
     code = (
-        "import pho_service.jobs.search, pho_service.models.bundle_file, pho_service.models.devices"
+        "import pho_service.pipeline.search, pho_service.models.bundle_file, "
+        "pho_service.models.devices"
     )
 
     assert not loaded_by(code) & {"transformers", "datasets"}

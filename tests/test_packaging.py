@@ -108,8 +108,8 @@ def test_all_is_both(extras: dict[str, dict[str, Requirement]]) -> None:
 def test_base_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
     """Remote verbs, client, configuration, library and search need no extra."""
     code = """
-import pho_service.client, pho_service.configuration, pho_service.library_file
-import pho_service.search.search, pho_service.search.validation, pho_service.settings
+import pho_service.client, pho_service.spec.configuration, pho_service.library.files
+import pho_service.search.search, pho_service.search.validation, pho_service.host.settings
 from pho_service.cli import main
 main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=False)
 """
@@ -121,7 +121,7 @@ main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=F
 def test_api_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
     """The front end is imported without anything that only the extra worker brings."""
     missing = modules(extras["worker"]) - modules(extras["api"])
-    result = run_without(missing, "import pho_service.serving, storage.embedded")
+    result = run_without(missing, "import pho_service.api.serving, storage.embedded")
 
     assert result.returncode == 0, result.stderr
 

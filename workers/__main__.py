@@ -10,10 +10,10 @@ import warnings
 import click
 
 from pho_service.errors import InvalidInput, PhoError
-from pho_service.extras import missing_extra
-from pho_service.logs import adopt_loggers, configure_logs
-from pho_service.settings import read_settings
-from pho_service.tracing import configure_tracing
+from pho_service.host.extras import missing_extra
+from pho_service.host.logs import adopt_loggers, configure_logs
+from pho_service.host.settings import read_settings
+from pho_service.host.tracing import configure_tracing
 from storage.states import StageKind
 from storage.studies import StorageError
 

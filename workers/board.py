@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from pho_service.configuration import Configuration
-from pho_service.job_spec import JobSpec
+from pho_service.search.plan import RatedCandidate
 from pho_service.search.result import CHOSEN
-from pho_service.search.search import RatedCandidate
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

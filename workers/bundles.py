@@ -16,15 +16,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pho_service.errors import BundleError, InvalidInput, OutputError
-from pho_service.files import new_file
-from pho_service.jobs.bundles import bundle_path, cached_bundle, kept_bundle
+from pho_service.host.files import new_file
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.sums_file import read_sums, write_sums
+from pho_service.pipeline.bundles import bundle_path, cached_bundle, kept_bundle
 from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.sums import Sums
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 logger = logging.getLogger(__name__)
 

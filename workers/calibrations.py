@@ -9,10 +9,10 @@ import logging
 import time
 from typing import Any
 
-from pho_service.job_spec import JobSpec
 from pho_service.models.calibration import CalibrationText, cut, measure_shard
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec import SHARDS
+from pho_service.spec.calibration import SHARDS
+from pho_service.spec.job import JobSpec
 from storage.jobs import Claim, JobStore, NewStage
 from storage.states import StageKind, StageState
 from workers.inputs import Inputs

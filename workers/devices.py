@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from pho_service.errors import InvalidInput
-from pho_service.faults import first_words
+from pho_service.host.faults import first_words
 from pho_service.models.devices import gpus, pick_device
 
 logger = logging.getLogger(__name__)

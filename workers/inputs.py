@@ -10,16 +10,16 @@ from typing import Generic, TypeVar
 
 import torch
 
-from pho_service.access import Access, check_data_file
 from pho_service.errors import BundleError, ChangedInput, TextError
-from pho_service.job_fields import CalibrationSpec, ConfirmSpec
-from pho_service.job_spec import JobSpec
-from pho_service.jobs.rating import ReportText
+from pho_service.host.access import Access, check_data_file
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
+from pho_service.spec.job import JobSpec
 from workers.bundles import BundleStore
 from workers.seal import Seal
 

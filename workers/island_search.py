@@ -10,9 +10,10 @@ import optuna
 from optuna.storages import RDBStorage
 
 from pho_service.errors import PhoError
-from pho_service.job_spec import JobSpec
-from pho_service.search.search import Evaluate, Outcome, SearchPlan, run_search
-from pho_service.spec import Candidate
+from pho_service.search.plan import Evaluate, Outcome, SearchPlan
+from pho_service.search.search import run_search
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.job import JobSpec
 from storage.jobs import Claim, JobStore
 from workers.watch import HandBack, Watch
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pho_service.errors import ChangedInput
-from pho_service.jobs.rating import ReportText, windows_key
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.weights_hash import SCHEME
+from pho_service.pipeline.rating import ReportText, windows_key
 from storage.jobs import Job
 from storage.states import StageKind
 

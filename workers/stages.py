@@ -12,31 +12,34 @@ from typing import Any
 import optuna
 from torch import Tensor
 
-from pho_service.configuration import Confirmation
 from pho_service.errors import ChangedInput, NumericalError
-from pho_service.faults import faults_told
-from pho_service.job_spec import JobSpec
-from pho_service.jobs.joint_search import joint_provenance, rate_jointly, with_each_model
-from pho_service.jobs.rating import Comparison, comparing_pays, rate_pruned
-from pho_service.jobs.search import compared_with_cold, objective_function
-from pho_service.jobs.validate import rate_by_all_proxies
+from pho_service.host.faults import faults_told
+from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
+from pho_service.pipeline.rating import Comparison, comparing_pays, rate_pruned
+from pho_service.pipeline.search import compared_with_cold, objective_function
+from pho_service.pipeline.validate import rate_by_all_proxies
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.report.layers import layer_cells
-from pho_service.search.result import describe_study, mark_chosen, search_result
-from pho_service.search.search import (
+from pho_service.search.finalists import (
     Divergences,
-    Evaluate,
-    RatedCandidate,
     best_by_divergence,
     finalists,
     measure_once,
-    ranked,
     united,
 )
+from pho_service.search.plan import Evaluate, RatedCandidate
+from pho_service.search.result import describe_study, mark_chosen, search_result
+from pho_service.search.search import ranked
 from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
 from pho_service.search.warm_start import Saving
-from pho_service.spec import Candidate, Coefficients, Objective, Scope, Steps
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.configuration import Confirmation
+from pho_service.spec.job import JobSpec
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Scope
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Steps
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
 from storage.states import StageKind

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pho_service.errors import ChangedInput, DeviceLost, PhoError
-from pho_service.faults import faults_told
-from pho_service.jobs.rating import ReportText
-from pho_service.jobs.transfer import Target, Transfer, own_search, transfer_job
+from pho_service.host.faults import faults_told
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.transfer import Target, Transfer, own_search, transfer_job
 from pho_service.search.request import SearchRequest
-from pho_service.transfer_spec import TransferSpec
+from pho_service.spec.transfer import TransferSpec
 from storage.jobs import Claim, Job, JobStore
 from storage.states import StageKind
 from workers.inputs import Inputs

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from pho_service.configuration import Configuration
-from pho_service.job_fields import WarmPoint
-from pho_service.job_spec import JobSpec
-from pho_service.library import Entry, ModelFacts, Wanted, rank
-from pho_service.library_file import stored_file
+from pho_service.library.files import stored_file
+from pho_service.library.ranking import Entry, ModelFacts, Wanted, rank
 from pho_service.search.warm_start import Saving
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.fields import WarmPoint
+from pho_service.spec.job import JobSpec
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import Job

@@ -35,12 +35,12 @@ from tenacity import (
 )
 from tenacity.wait import wait_exponential
 
-from pho_service.access import Access
 from pho_service.errors import DeviceLost, OutOfMemory, PhoError
-from pho_service.faults import let_go_of_memory
-from pho_service.logs import about
-from pho_service.settings import Settings
-from pho_service.tracing import span
+from pho_service.host.access import Access
+from pho_service.host.faults import let_go_of_memory
+from pho_service.host.logs import about
+from pho_service.host.settings import Settings
+from pho_service.host.tracing import span
 from storage.database import Database
 from storage.jobs import Claim, JobStore, LostClaim
 from storage.locks import taking_turns

@@ -75,7 +75,7 @@ def http() -> str:
 def openapi_document() -> dict[str, Any]:
     """What the service answers at ``/openapi.json``; no database is asked for it."""
     from pho_service.api.app import create_app
-    from pho_service.settings import Settings
+    from pho_service.host.settings import Settings
     from storage.database import Database
 
     database = Database("postgresql://localhost/pho")

@@ -22,6 +22,7 @@ from pho_service.api import (
     report,
     transfers,
 )
+from pho_service.api.answers import Problem
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
 from pho_service.api.pages import Pages, SafeHeaders
@@ -29,8 +30,7 @@ from pho_service.api.requests import RequestLog
 from pho_service.api.schema import without_null
 from pho_service.api.service import Service
 from pho_service.api.upkeep import keep_up
-from pho_service.documents import Problem
-from pho_service.settings import Settings
+from pho_service.host.settings import Settings
 from storage.database import Database
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from pho_service.api.answers import OVER, Job
 from pho_service.api.describe import describe, failure, is_transfer, study_names
-from pho_service.configuration import Configuration
-from pho_service.documents import OVER, Job
-from pho_service.library import measured_gain, transferred_gain
-from pho_service.library_file import TransferTarget
+from pho_service.library.files import TransferTarget
+from pho_service.library.ranking import measured_gain, transferred_gain
+from pho_service.spec.configuration import Configuration
 from storage import jobs as stored
 from storage.states import VERBS, StageKind
 

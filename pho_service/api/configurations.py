@@ -10,15 +10,15 @@ from uuid import UUID
 from fastapi import APIRouter, Body, Query, Response
 from pydantic import Field
 
+from pho_service.api.answers import ConfigurationMatch, ConfigurationMatches
 from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
 from pho_service.api.schema import PATTERN, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.documents import ConfigurationMatch, ConfigurationMatches
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.job_fields import FieldError
-from pho_service.library import FACTS_VERSION, Entry, Match, Wanted, rank
-from pho_service.library_file import LibraryFile, parse_library_file, stored_file
-from pho_service.spec import Scope
+from pho_service.library.files import LibraryFile, parse_library_file, stored_file
+from pho_service.library.ranking import FACTS_VERSION, Entry, Match, Wanted, rank
+from pho_service.spec.fields import FieldError
+from pho_service.spec.pattern import Scope
 from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts
 
 router = APIRouter(prefix="/v1/configurations", tags=["configurations"])

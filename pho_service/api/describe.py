@@ -4,8 +4,8 @@ Jobs as the API shows them.
 
 from typing import Any
 
+from pho_service.api.answers import Best, Job, JobError, Progress, ProxyQuality
 from pho_service.api.problems import Conflict
-from pho_service.documents import Best, Job, JobError, Progress, ProxyQuality
 from storage import jobs as stored
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from pho_service.api.problems import field_problem
-from pho_service.job_fields import CalibrationSpec, FieldError
-from pho_service.job_spec import JobSpec
-from pho_service.spec import PRESETS
+from pho_service.spec.fields import CalibrationSpec, FieldError
+from pho_service.spec.job import JobSpec
+from pho_service.spec.presets import PRESETS
 
 # What can be typed, in the order of the page; ``more`` takes the other fields of a job as JSON.
 LABELS = {

@@ -18,14 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from pho_service.api import form, jobs
+from pho_service.api.answers import State
 from pho_service.api.cards import Card, card, span
 from pho_service.api.describe import study_names
 from pho_service.api.operations import workers
 from pho_service.api.pages import draw
 from pho_service.api.problems import TOO_MANY_JOBS, wrong_parameter
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.documents import State
-from pho_service.job_fields import FieldError
+from pho_service.spec.fields import FieldError
 from storage.jobs import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
 from storage.studies import study_ids
 

@@ -16,20 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
+from pho_service.api.answers import Job, JobPage, State, Trial, TrialPage
 from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
 from pho_service.api.schema import EVENT, PAGE_TOKEN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
-from pho_service.documents import (
-    Job,
-    JobPage,
-    State,
-    Trial,
-    TrialPage,
-)
-from pho_service.job_fields import MAX_TRIALS
-from pho_service.job_spec import JobSpec
+from pho_service.spec.fields import MAX_TRIALS
+from pho_service.spec.job import JobSpec
 from storage import jobs as stored
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone, open_storage, study_name

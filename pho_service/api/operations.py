@@ -9,9 +9,9 @@ from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.problems import documented, problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.documents import Health, Worker, WorkerList
 from storage.jobs import NoSuchJob
 from storage.states import JobState, StageKind, StageState
 

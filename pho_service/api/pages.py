@@ -13,7 +13,7 @@ from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pho_service.html import policy_hash, template_environment
+from pho_service.report.html import policy_hash, template_environment
 
 _PATHS = re.compile(r"/|/new|/jobs/.*")
 _SAFE = {

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
+from pho_service.api.answers import PlanAnswer
 from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, ServiceParam
-from pho_service.documents import PlanAnswer
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.job_fields import FieldError
-from pho_service.job_spec import JobSpec
 from pho_service.planning.config_files import read_config
 from pho_service.planning.machines import named_machine
 from pho_service.planning.plan import plan_job
+from pho_service.spec.fields import FieldError
+from pho_service.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
 

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
-from pho_service.documents import Problem
-from pho_service.job_fields import FieldError
-from pho_service.job_spec import JobSpec
-from pho_service.logs import request_id
+from pho_service.api.answers import Problem
+from pho_service.host.logs import request_id
+from pho_service.spec.fields import FieldError
+from pho_service.spec.job import JobSpec
 from storage.configurations import NoSuchConfiguration
 from storage.jobs import (
     IdempotencyKeyReused,

@@ -12,14 +12,14 @@ from optuna.trial import FrozenTrial
 from pho_service.api.describe import failure, is_transfer, islands, study_names
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.configuration import Configuration
-from pho_service.job_spec import JobSpec
 from pho_service.report import words
 from pho_service.report.data import Report, StageTime
 from pho_service.report.layers import LayerCell
 from pho_service.report.page import content_security_policy, render
 from pho_service.report.study import MeasuredTrials, importances, trials_of, with_measurements
-from pho_service.transfer_spec import TransferSpec
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
+from pho_service.spec.transfer import TransferSpec
 from storage import jobs as stored
 from storage.states import StageKind, StageState
 from storage.trials import read_trials

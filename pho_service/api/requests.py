@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pho_service.api.guard import OPEN
 from pho_service.api.pages import as_page, is_page
 from pho_service.api.problems import problem
-from pho_service.logs import about
-from pho_service.tracing import request_span
+from pho_service.host.logs import about
+from pho_service.host.tracing import request_span
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ A document that is valid by these is not refused for its form.
 from collections.abc import Mapping
 from typing import Any
 
-from pho_service.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
-from pho_service.library_file import TRANSFER_VERSION, TransferFile
+from pho_service.library.files import TRANSFER_VERSION, TransferFile
+from pho_service.spec.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
 
 _GROUPS = 64
 # A share with at most 15 decimals, which no rounding makes 0 or 1; N of M with 1 <= N < M <= 64.

@@ -8,11 +8,11 @@ from uuid import UUID
 
 from fastapi import Depends, Request
 
-from pho_service.access import Access
 from pho_service.api.heavy import Heavy
 from pho_service.api.probe import Probe
-from pho_service.job_size import JobLimits
-from pho_service.settings import Settings
+from pho_service.host.access import Access
+from pho_service.host.settings import Settings
+from pho_service.spec.limits import JobLimits
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore

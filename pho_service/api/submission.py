@@ -4,9 +4,9 @@ How a document becomes a job: with the stages that it begins with.
 
 from uuid import UUID
 
-from pho_service.job_spec import JobSpec
-from pho_service.settings import Settings
-from pho_service.transfer_spec import TransferSpec
+from pho_service.host.settings import Settings
+from pho_service.spec.job import JobSpec
+from pho_service.spec.transfer import TransferSpec
 from storage.jobs import Job, JobStore, NewStage
 from storage.states import StageKind
 

@@ -7,14 +7,14 @@ from uuid import UUID
 
 from fastapi import APIRouter, Response
 
+from pho_service.api.answers import Job
 from pho_service.api.describe import configuration_of, describe, is_transfer
 from pho_service.api.jobs import IdempotencyKey
 from pho_service.api.problems import Conflict, documented
 from pho_service.api.service import CallerParam, ServiceParam
 from pho_service.api.submission import enter
-from pho_service.documents import Job
-from pho_service.library_file import TransferFile, TransferTarget
-from pho_service.transfer_spec import TransferRequest, TransferSpec
+from pho_service.library.files import TransferFile, TransferTarget
+from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.states import StageKind
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])

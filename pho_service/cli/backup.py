@@ -32,7 +32,7 @@ def backup(file: Path, **options: Any) -> None:
       pho backup --out monday.dump
       pho backup --out monday.dump --database-url postgresql://pho:secret@db.example/pho
     """
-    from pho_service.files import check_file, new_file
+    from pho_service.host.files import check_file, new_file
     from storage.backup import back_up
 
     check_file(file)
@@ -75,9 +75,9 @@ def restore(file: Path, **options: Any) -> None:
 @contextmanager
 def _opened(options: dict[str, Any]) -> "Iterator[Database]":
     """The database of a service as it is, whether one runs on it or not."""
+    from pho_service.api.serving import any_database_url
     from pho_service.errors import StudyError
-    from pho_service.serving import any_database_url
-    from pho_service.settings import read_settings
+    from pho_service.host.settings import read_settings
     from storage.database import Database
     from storage.studies import StorageError
 

@@ -23,12 +23,12 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
-from pho_service.spec import Pattern
+from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
-    from pho_service.jobs.compare import ComparisonRow
-    from pho_service.jobs.rating import ReportText
     from pho_service.models.loading import LanguageModel
+    from pho_service.pipeline.compare import ComparisonRow
+    from pho_service.pipeline.rating import ReportText
 
 
 @click.command()
@@ -77,8 +77,8 @@ def compare(
       pho compare HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
           --report-text other.txt --config config.json
     """
-    from pho_service.configuration import read_configuration
-    from pho_service.jobs.compare import compare_job
+    from pho_service.pipeline.compare import compare_job
+    from pho_service.spec.configuration import read_configuration
 
     at_least(1, report_windows=report_windows)
     parsed = Pattern.parse(pattern, scope)
@@ -115,7 +115,7 @@ def comparison_document(
     rows: "Sequence[ComparisonRow]", report: "ReportText", model: "LanguageModel", pattern: str
 ) -> dict[str, Any]:
     """A comparison with all that its numbers depend on."""
-    from pho_service.versions import versions
+    from pho_service.host.versions import versions
 
     return {
         "pattern": pattern,

@@ -14,7 +14,7 @@ from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 
 if TYPE_CHECKING:
-    from pho_service.library_file import LibraryFile
+    from pho_service.library.files import LibraryFile
 
 
 @click.group(invoke_without_command=True)
@@ -51,7 +51,7 @@ def configurations(
     """
     if context.invoked_subcommand is not None:
         return
-    from pho_service.library import Wanted
+    from pho_service.library.ranking import Wanted
 
     at_least(1, limit=limit, parameters=parameters)
     found = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)
@@ -119,7 +119,7 @@ def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None
 
 def _read(path: Path) -> "dict[str, LibraryFile]":
     """What a file holds, or all files below a folder, by their names."""
-    from pho_service.library_file import read_folder, read_library_file
+    from pho_service.library.files import read_folder, read_library_file
 
     if not path.is_dir():
         return {str(path): read_library_file(path)}
@@ -147,7 +147,7 @@ def export_files(ids: tuple[str, ...], out: str, url: str | None, as_json: bool)
     Example:
       pho configurations export --out shared
     """
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

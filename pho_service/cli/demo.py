@@ -15,7 +15,8 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.search import describe
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec import PRESETS, Pattern
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import PRESETS
 
 CONTEXT_LENGTH = 512
 
@@ -61,15 +62,15 @@ def demo(
       pho demo --out demo
       pho demo --out demo24 --pattern 2:4 --preset best
     """
-    from pho_service.configuration import write_configuration
-    from pho_service.jobs.bundles import bundle_path, cached_bundle
-    from pho_service.jobs.compare import compare_job
-    from pho_service.jobs.search import search_job
     from pho_service.models.builtin import smollm2, write_texts
     from pho_service.models.calibration import calibration_text
-    from pho_service.search.presets import Preset
+    from pho_service.pipeline.bundles import bundle_path, cached_bundle
+    from pho_service.pipeline.compare import compare_job
+    from pho_service.pipeline.search import search_job
     from pho_service.search.request import SearchRequest
-    from pho_service.spec import CalibrationSettings
+    from pho_service.spec.calibration import CalibrationSettings
+    from pho_service.spec.configuration import write_configuration
+    from pho_service.spec.presets import Preset
 
     folder = Path(out).expanduser()
     widest = "layer" if preset in ("crepe-plus", "best") else "global"

@@ -7,7 +7,7 @@ import click
 
 from pho_service.cli.options import json_option
 from pho_service.cli.terminal import print_json, progress, verb
-from pho_service.files import new_file, new_folder
+from pho_service.host.files import new_file, new_folder
 
 
 @click.command()

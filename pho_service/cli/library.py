@@ -11,8 +11,8 @@ from pho_service.cli.terminal import say
 from pho_service.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from pho_service.configuration import Configuration
-    from pho_service.library import Wanted
+    from pho_service.library.ranking import Wanted
+    from pho_service.spec.configuration import Configuration
 
 library_option = click.option(
     "--library",
@@ -54,8 +54,8 @@ def matches(
     """
     if library is None or _is_url(library):
         return _of_service(library, wanted, limit)
-    from pho_service.library import Entry, rank
-    from pho_service.library_file import read_folder
+    from pho_service.library.files import read_folder
+    from pho_service.library.ranking import Entry, rank
 
     files, others = read_folder(Path(library))
     for other in others:
@@ -130,7 +130,7 @@ def _fitting(
 
 def wanted_for(model: Mapping[str, Any], pattern: str, scope: str | None) -> "Wanted":
     """What to look for, for a model that says its family and size of itself."""
-    from pho_service.library import ModelFacts, Wanted
+    from pho_service.library.ranking import ModelFacts, Wanted
 
     facts = ModelFacts.of(model)
     return Wanted.parse(pattern, scope, facts.family, facts.parameters)
@@ -152,7 +152,7 @@ def _of_service(url: str | None, wanted: "Wanted", limit: int) -> list[dict[str,
 
 
 def _configuration(library: str | None, entry_id: str) -> "Configuration":
-    from pho_service.library_file import read_library_file
+    from pho_service.library.files import read_library_file
 
     if library is not None and not _is_url(library):
         return read_library_file(Path(library) / entry_id).configuration

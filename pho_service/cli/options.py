@@ -11,11 +11,11 @@ import click
 
 from pho_service.cli.terminal import progress, say, working
 from pho_service.errors import InvalidInput
-from pho_service.spec import (
+from pho_service.spec.presets import PRESETS
+from pho_service.spec.steps import (
     ALLOCATION_UNITS,
     ALLOCATIONS,
     PERMUTATIONS,
-    PRESETS,
     REPRUNINGS,
     UPDATES,
     Allocation,
@@ -24,12 +24,12 @@ from pho_service.spec import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pho_service.jobs.rating import ReportText
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import TextSource
+    from pho_service.pipeline.rating import ReportText
     from pho_service.pruning.bundle import ProxyBundle
-    from pho_service.spec import CalibrationSettings
+    from pho_service.spec.calibration import CalibrationSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -250,7 +250,7 @@ def file_source(path: str) -> "TextSource":
 
 def calibration_settings(options: dict[str, Any]) -> "CalibrationSettings":
     """The settings among ``options``, taken out of them."""
-    from pho_service.spec import CalibrationSettings
+    from pho_service.spec.calibration import CalibrationSettings
 
     sizes = options.pop("kernel_sizes")
     try:
@@ -327,8 +327,8 @@ def open_bundle(
     model: "LanguageModel", text: "CalibrationText", settings: "CalibrationSettings"
 ) -> "ProxyBundle":
     """Calibrate, or take the bundle from the cache."""
-    from pho_service.jobs.bundles import cached_bundle
-    from pho_service.settings import Settings
+    from pho_service.host.settings import Settings
+    from pho_service.pipeline.bundles import cached_bundle
 
     return cached_bundle(model, text, settings, Settings().cache_dir, progress)
 
@@ -343,8 +343,8 @@ def report_text(
     unlike: "Tensor | None" = None,
 ) -> "ReportText":
     """A text, cut for perplexity; without what overlaps with the windows ``unlike``."""
-    from pho_service.jobs.rating import ReportText
     from pho_service.models.texts import read_windows
+    from pho_service.pipeline.rating import ReportText
 
     with working(f"Reading {source}"):
         windows, record = read_windows(
@@ -370,7 +370,7 @@ def confirm_text(
 
     None of them overlaps with the calibration's. None, with a sentence, if there are none.
     """
-    from pho_service.jobs.rating import ReportText
+    from pho_service.pipeline.rating import ReportText
 
     if path is not None:
         return report_text(
@@ -396,7 +396,7 @@ def at_least(least: int, **values: int | None) -> None:
 
 def out_file(path: str) -> Path:
     """A file to write, checked before any long work."""
-    from pho_service.files import check_file
+    from pho_service.host.files import check_file
 
     check_file(Path(path))
     return Path(path)

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.api.answers import PlanAnswer
 from pho_service.cli.options import json_option, parse_bytes
 from pho_service.cli.remote import open_client
 from pho_service.cli.submit import job_document, job_options
 from pho_service.cli.terminal import print_json, print_table, verb
-from pho_service.documents import PlanAnswer
 from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
     """The plan, made in this process."""
     from pydantic import ValidationError
 
-    from pho_service.job_spec import JobSpec
     from pho_service.planning.config_files import read_config
     from pho_service.planning.machines import named_machine
     from pho_service.planning.plan import plan_job
+    from pho_service.spec.job import JobSpec
 
     try:
         job = JobSpec.model_validate(spec)

@@ -26,16 +26,16 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
-from pho_service.spec import Pattern
+from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from pho_service.configuration import Configuration
     from pho_service.models.loading import LanguageModel
     from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.spec.configuration import Configuration
 
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
@@ -177,7 +177,7 @@ class _Source:
             ConfigurationError: It judges all of them so.
         """
         from pho_service.errors import BundleError
-        from pho_service.jobs.transfer import no_better_than_ria, proxies_of, proxy_sentence
+        from pho_service.pipeline.transfer import no_better_than_ria, proxies_of, proxy_sentence
 
         for each in found:
             about = f"{each.origin['id']} of the library"
@@ -213,9 +213,9 @@ def _prune(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from pho_service.configuration import read_configuration
-    from pho_service.files import check_free
-    from pho_service.jobs.prune import prune_job
+    from pho_service.host.files import check_free
+    from pho_service.pipeline.prune import prune_job
+    from pho_service.spec.configuration import read_configuration
 
     check_free(folder)
     found = None
@@ -318,7 +318,7 @@ def _inputs(
 def _check(folder: Path, original: str | None, as_json: bool, options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
-    from pho_service.jobs.check import check_folder, read_recipe
+    from pho_service.pipeline.check import check_folder, read_recipe
 
     loaded = None
     if original is not None:

@@ -10,9 +10,9 @@ from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import ServiceError
 
 if TYPE_CHECKING:
+    from pho_service.api.answers import Job
     from pho_service.client import Client
-    from pho_service.documents import Job
-    from pho_service.library_file import TransferFile
+    from pho_service.library.files import TransferFile
 
 url_option = click.option(
     "--url", help="Of the service.  [default: PHO_API_URL, else http://127.0.0.1:8000]"
@@ -130,7 +130,7 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
     Example:
       pho best d5aed9d3-7b7c-40f9-9896-b5f528363229 --out config.json
     """
-    from pho_service.configuration import write_configuration
+    from pho_service.spec.configuration import write_configuration
 
     with open_client(url) as client:
         configuration = client.best(job_id)
@@ -280,7 +280,7 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
 def say_transfer(job: "Job", measured: "TransferFile") -> None:
     """What a transfer has measured so far, and what must be said of it."""
     from pho_service.cli.transfer import show_transfer
-    from pho_service.configuration import Configuration
+    from pho_service.spec.configuration import Configuration
 
     done = job.progress
     tell(f"models       {done.models_done} of {done.models}")

@@ -13,7 +13,7 @@ from pho_service.errors import InvalidInput, StudyError
 if TYPE_CHECKING:
     import optuna
 
-    from pho_service.library_file import LibraryFile
+    from pho_service.library.files import LibraryFile
     from pho_service.report.data import Report
 
 
@@ -43,7 +43,7 @@ def report(
       pho report d5aed9d3-7b7c-40f9-9896-b5f528363229 --out report.html
       pho report "SmolLM2-135M 0.5 global" --study sqlite:///study.db --config config.json
     """
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     path = out_file(out)
     if config is not None and study is None:
@@ -74,7 +74,7 @@ def _check_id(name: str) -> None:
 
 
 def _of_study(name: str, url: str, config: str | None) -> str:
-    from pho_service.library_file import read_library_file
+    from pho_service.library.files import read_library_file
     from pho_service.report.page import render
     from storage.studies import StorageError, open_storage
 

@@ -29,7 +29,9 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.spec import OBJECTIVES, OVER, SAMPLERS, WEIGHTINGS, Objective, Pattern
+from pho_service.spec.objective import OBJECTIVES, OVER, WEIGHTINGS, Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from pho_service.search.request import SearchRequest
@@ -159,10 +161,10 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.library_file import read_library_file
-    from pho_service.search.presets import Preset
+    from pho_service.library.files import read_library_file
     from pho_service.search.request import SearchRequest
-    from pho_service.search.space import parse_bounds
+    from pho_service.spec.presets import Preset
+    from pho_service.spec.space import parse_bounds
 
     path = out_file(out)
     at_least(1, confirm_windows=confirm_windows)
@@ -234,9 +236,9 @@ def _from_bundle(
     confirm_path: str | None,
     options: dict[str, Any],
 ) -> "SearchResult":
-    from pho_service.jobs.search import search_job
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
+    from pho_service.pipeline.search import search_job
 
     if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
         raise InvalidInput(
@@ -259,7 +261,7 @@ def _from_model(
     confirm_windows: int,
     options: dict[str, Any],
 ) -> "SearchResult":
-    from pho_service.jobs.search import search_job
+    from pho_service.pipeline.search import search_job
 
     model = open_model(name, options)
     text = read_calibration_text(model, source, settings)
@@ -284,9 +286,9 @@ def _from_several(
     confirm_path: str | None,
     options: dict[str, Any],
 ) -> "SearchResult":
-    from pho_service.jobs.joint_search import joint_search_job
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
+    from pho_service.pipeline.joint_search import joint_search_job
 
     if confirm_path is not None:
         raise InvalidInput(
@@ -315,7 +317,7 @@ def _from_several(
 
 
 def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:
-    from pho_service.configuration import write_configuration
+    from pho_service.spec.configuration import write_configuration
 
     write_configuration(result.configuration, path)
     for warning in result.warnings:

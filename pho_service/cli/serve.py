@@ -79,9 +79,9 @@ def serve(**options: Any) -> None:
     import logging
 
     from pho_service.errors import StudyError
-    from pho_service.logs import adopt_loggers, configure_logs
-    from pho_service.settings import read_settings
-    from pho_service.tracing import configure_tracing
+    from pho_service.host.logs import adopt_loggers, configure_logs
+    from pho_service.host.settings import read_settings
+    from pho_service.host.tracing import configure_tracing
     from storage.studies import StorageError
 
     settings = read_settings(**options)
@@ -92,7 +92,7 @@ def serve(**options: Any) -> None:
     adopt_loggers(quiet, logging.WARNING)
     if settings.traces:
         configure_tracing("pho-api")
-    from pho_service.serving import serve as run
+    from pho_service.api.serving import serve as run
 
     adopt_loggers(quiet, logging.WARNING)
 
@@ -217,9 +217,9 @@ def revoke_key(prefix: str, **options: Any) -> None:
 def _key_store(options: dict[str, Any]) -> Any:
     from contextlib import contextmanager
 
+    from pho_service.api.serving import open_database
     from pho_service.errors import StudyError
-    from pho_service.serving import open_database
-    from pho_service.settings import read_settings
+    from pho_service.host.settings import read_settings
     from storage.keys import KeyStore
     from storage.studies import StorageError
 

@@ -9,17 +9,10 @@ from pho_service.cli.options import all_options, json_option, parse_bytes
 from pho_service.cli.remote import end, open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput
-from pho_service.spec import (
-    ALLOCATIONS,
-    OBJECTIVES,
-    OVER,
-    PERMUTATIONS,
-    PRESETS,
-    REPRUNINGS,
-    SAMPLERS,
-    UPDATES,
-    WEIGHTINGS,
-)
+from pho_service.spec.objective import OBJECTIVES, OVER, WEIGHTINGS
+from pho_service.spec.presets import PRESETS
+from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.steps import ALLOCATIONS, PERMUTATIONS, REPRUNINGS, UPDATES
 
 # The fields of a job's document, for whoever makes one.
 job_options = all_options(
@@ -180,7 +173,7 @@ _PLACES = {
 
 def _merge(spec: dict[str, Any], options: dict[str, Any]) -> None:
     """Put the options that were given into the document."""
-    from pho_service.search.space import parse_bounds
+    from pho_service.spec.space import parse_bounds
 
     no_confirm, bounds = options.pop("no_confirm"), parse_bounds(options.pop("bounds"))
     for name, value in options.items():

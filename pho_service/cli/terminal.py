@@ -13,9 +13,9 @@ from typing import Any, NoReturn, ParamSpec
 import click
 
 from pho_service.errors import InvalidInput, PhoError
-from pho_service.extras import missing_extra
-from pho_service.faults import faults_told
-from pho_service.plain import plain, plain_line
+from pho_service.host.extras import missing_extra
+from pho_service.host.faults import faults_told
+from pho_service.host.plain import plain, plain_line
 from pho_service.progress import Advance
 
 P = ParamSpec("P")

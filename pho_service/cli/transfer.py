@@ -30,8 +30,8 @@ from pho_service.cli.terminal import print_json, print_table, progress, say, ver
 from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from pho_service.configuration import Configuration
-    from pho_service.jobs.transfer import Transfer
+    from pho_service.pipeline.transfer import Transfer
+    from pho_service.spec.configuration import Configuration
 
 METHODS = ("wanda", "ria", "transferred", "own")
 _COLOURS = {
@@ -117,16 +117,16 @@ def transfer(
       pho transfer config.json HuggingFaceTB/SmolLM2-360M google/gemma-3-270m \\
           --text book.txt --report-text other.txt --search
     """
-    from pho_service.configuration import read_configuration
-    from pho_service.jobs.transfer import (
+    from pho_service.models.bundle_file import read_bundle
+    from pho_service.models.devices import pick_device
+    from pho_service.pipeline.transfer import (
         Target,
         check_configuration,
         own_search,
         transfer_job,
         transfer_key,
     )
-    from pho_service.models.bundle_file import read_bundle
-    from pho_service.models.devices import pick_device
+    from pho_service.spec.configuration import read_configuration
 
     path = out_file(out)
     picture = None if plot is None else out_file(plot)
@@ -211,9 +211,9 @@ class _Document:
         Raises:
             OutputError: It is something else, or of another configuration.
         """
-        from pho_service.configuration import TRANSFER_FORMAT
         from pho_service.errors import OutputError
-        from pho_service.library_file import TRANSFER_VERSION
+        from pho_service.library.files import TRANSFER_VERSION
+        from pho_service.spec.configuration import TRANSFER_FORMAT
 
         kind = {"format": TRANSFER_FORMAT, "version": TRANSFER_VERSION}
         written = configuration.model_dump(mode="json")
@@ -241,7 +241,7 @@ class _Document:
 
     def add(self, transfer: "Transfer") -> dict[str, Any]:
         """Keep a target's numbers, in the file at once."""
-        from pho_service.files import new_file
+        from pho_service.host.files import new_file
 
         record = transfer.to_dict()
         self.values["targets"].append(record)
@@ -296,7 +296,7 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     records = [record for record in records if "error" not in record]
     if not records:

@@ -55,7 +55,7 @@ def transfer_job(
       pho transfer-job d5aed9d3-7b7c-40f9-9896-b5f528363229 org/other \\
           --report-text texts/report.jsonl --search --watch
     """
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     at_least(1, report_windows=options["report_windows"], trials=options["trials"])
     path, picture = (None if name is None else out_file(name) for name in (out, plot))

@@ -23,10 +23,11 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.spec import Objective, Pattern
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
-    from pho_service.jobs.validate import Validation
+    from pho_service.pipeline.validate import Validation
 
 
 @click.command()
@@ -77,8 +78,8 @@ def validate(
           --candidates 40 --plot proxy.png
     """
     from pho_service.errors import InvalidInput, TextError
-    from pho_service.jobs.validate import validate_job
-    from pho_service.search.space import parse_bounds
+    from pho_service.pipeline.validate import validate_job
+    from pho_service.spec.space import parse_bounds
 
     if count < 8:
         raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
@@ -175,7 +176,7 @@ def plot_validation(result: "Validation", path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from pho_service.files import new_file
+    from pho_service.host.files import new_file
 
     figure, panels = pyplot.subplots(
         1, len(result.proxies), figsize=(3.4 * len(result.proxies), 3.6), sharey=True,

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pho_service.errors import ModelError
-from pho_service.memory import free_memory
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import mapped_copy, scratch_folder
 from pho_service.progress import Advance
 from pho_service.pruning.copies import arrived, to_device, to_main_memory
+from pho_service.pruning.memory import free_memory
 from pho_service.pruning.passes import forward_replaced, frozen, run_backward
 from pho_service.pruning.perplexity import Perplexity, rate_perplexity
 from pho_service.pruning.second_moments import add_gram_, mirrored_

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from pho_service.errors import ModelError, OutputError
-from pho_service.files import new_file
-from pho_service.settings import Settings
+from pho_service.host.files import new_file
+from pho_service.host.settings import Settings
 
 PARTS = ("calibration", "confirmation", "report")
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, OutOfMemory
-from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
+from pho_service.host.faults import first_words, let_go_of_memory, ran_out_of_memory
+from pho_service.host.versions import versions
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
 from pho_service.models.calibration_memory import plan_calibration, would_fit
@@ -29,8 +30,7 @@ from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Collector, Statistics, gather
 from pho_service.pruning.sums import Sums, shard_seed
-from pho_service.spec import CalibrationSettings
-from pho_service.versions import versions
+from pho_service.spec.calibration import CalibrationSettings
 
 T = TypeVar("T")
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from pho_service.errors import InvalidInput
-from pho_service.memory import available_memory, format_bytes, free_memory, memory_in_use
 from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
 from pho_service.planning.calibration_run import CalibrationPlan, choose_run
 from pho_service.planning.footprint import Footprint
 from pho_service.planning.stage_memory import Place
-from pho_service.spec import CalibrationSettings
+from pho_service.pruning.memory import available_memory, format_bytes, free_memory, memory_in_use
+from pho_service.spec.calibration import CalibrationSettings
 
 USED = 0.9  # of what is free; the rest is lost between blocks of torch's allocator
 

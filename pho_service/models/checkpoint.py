@@ -23,10 +23,10 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from pho_service.access import is_path
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.faults import device_is_lost, ran_out_of_memory
-from pho_service.model_folder import NAMING_FILES, check_model_folder, check_names
+from pho_service.host.access import is_path
+from pho_service.host.faults import device_is_lost, ran_out_of_memory
+from pho_service.host.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.gguf_header import gguf_read_once
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.memory import format_bytes, free_memory
 from pho_service.models.devices import gpus
+from pho_service.pruning.memory import format_bytes, free_memory
 
 DEVICE_MAPS = ("auto",)
 USED = 0.9  # of what is free on a card; the rest is lost between blocks of torch's allocator

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pho_service.files import new_folder
+from pho_service.host.files import new_folder
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, PackedMask, write_masks

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pho_service.errors import OutputError
-from pho_service.memory import format_bytes
+from pho_service.host.settings import Settings
 from pho_service.models.bundle_file import os_errors
-from pho_service.settings import Settings
+from pho_service.pruning.memory import format_bytes
 
 
 def scratch_folder(needed: int) -> Path:

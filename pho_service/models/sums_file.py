@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pho_service.errors import BundleError
-from pho_service.files import new_file
+from pho_service.host.files import new_file
 from pho_service.models.bundle_file import os_errors
 from pho_service.pruning.sums import Sums
 

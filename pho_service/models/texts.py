@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from pho_service.access import is_path
-from pho_service.configuration import shown
-from pho_service.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
 from pho_service.errors import InvalidInput, TextError
+from pho_service.host.access import is_path
+from pho_service.host.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
+from pho_service.host.settings import read_settings
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
 from pho_service.models.text_files import (
@@ -34,8 +34,8 @@ from pho_service.models.text_files import (
     unpacked,
 )
 from pho_service.pruning.perplexity import cut_windows
-from pho_service.settings import read_settings
-from pho_service.spec import C4_DATASET, C4_FILE
+from pho_service.spec.calibration import C4_DATASET, C4_FILE
+from pho_service.spec.configuration import shown
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
 SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol

@@ -13,7 +13,7 @@ from pho_service.planning.stage_memory import (
     block_inputs,
     calibration_peak,
 )
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 AT_ONCE = 8192  # tokens that a GPU runs at once, if they fit
 BATCHED = 0.75  # of a card, for more windows than one at once: so its other users matter little

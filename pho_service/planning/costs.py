@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pho_service.planning.layouts import LinearShape
 from pho_service.planning.machines import Machine
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
-from pho_service.spec import CalibrationSettings, Pattern, Steps
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
 
 FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core

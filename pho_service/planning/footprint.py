@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pho_service.planning.layouts import LinearShape
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 FLOAT = 4  # bytes: norms, sums and scores are float32, whatever the weights are
 MARGIN = 1.15  # on what passes keep, for what differs between families

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pho_service.errors import InvalidInput
-from pho_service.job_spec import JobSpec
 from pho_service.planning.calibration_run import CalibrationPlan, choose_run
 from pho_service.planning.costs import Work, stage_seconds
 from pho_service.planning.footprint import Footprint, shapes_footprint
@@ -23,6 +22,7 @@ from pho_service.planning.stage_memory import (
     states_fit,
     windows_at_once,
 )
+from pho_service.spec.job import JobSpec
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from pho_service.planning.footprint import FLOAT, Footprint
-from pho_service.spec import CalibrationSettings, Steps
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.steps import Steps
 
 LIBRARIES = 96 * 2**20  # what the matrix library keeps for itself, on either device
 ROOT = 32  # bytes of a Gram matrix's element while its root is taken, in float64

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pho_service.pruning.layer_view import DIGIT_BITS, LinearSize, View, Views
-from pho_service.spec import Allocation, Pattern
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Allocation
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 GRID_POINTS = 12  # sparsities on an error curve

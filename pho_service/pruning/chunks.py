@@ -2,7 +2,7 @@
 
 import torch
 
-from pho_service.memory import free_memory
+from pho_service.pruning.memory import free_memory
 
 GPU_CHUNK = 1 << 28  # values: all rows of a linear of 4,096 x 16,384 where 4 are held for a weight
 BYTES = 64  # of a GPU's free memory for each value; all temporaries of a chunk take 10 to 50

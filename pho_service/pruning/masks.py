@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pho_service.memory import free_memory
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.layer_view import LayerView
+from pho_service.pruning.memory import free_memory
 from pho_service.pruning.permutation import permute_channels, permuted_mask
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec import Candidate, Coefficients, Pattern, Scope
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.score import Coefficients
 
 
 def plain_score(gradient_exponent: float) -> Coefficients:

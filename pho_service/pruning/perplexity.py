@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.errors import NumericalError, OutOfMemory, TextError
-from pho_service.faults import first_words, let_go_of_memory, ran_out_of_memory
-from pho_service.memory import free_memory
+from pho_service.host.faults import first_words, let_go_of_memory, ran_out_of_memory
 from pho_service.planning.footprint import FLOAT
 from pho_service.planning.stage_memory import MOST, ROOM, windows_at_once
+from pho_service.pruning.memory import free_memory
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from pho_service.pruning.selection import count_below, keep_highest, nm_mask, th
 from pho_service.pruning.stacked_view import StackedView
 from pho_service.pruning.stacks import Stack, stack_bundle
 from pho_service.pruning.threads import in_threads
-from pho_service.spec import Candidate, Pattern, Scope
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern, Scope
 
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")

@@ -15,7 +15,7 @@ from torch import Tensor
 from pho_service.errors import BundleError
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.scores import TINY, importance
-from pho_service.spec import Coefficients
+from pho_service.spec.score import Coefficients
 
 
 @dataclass(frozen=True, kw_only=True)

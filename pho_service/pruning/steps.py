@@ -20,7 +20,8 @@ from pho_service.pruning.weight_update import (
     obs_update,
     sparsegpt,
 )
-from pho_service.spec import Pattern, Steps
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
 
 _CG_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 % more
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pho_service.configuration import Configuration
-from pho_service.library import Gain
+from pho_service.library.ranking import Gain
 from pho_service.report.layers import LayerCell
+from pho_service.spec.configuration import Configuration
 
 Subject = Literal["search", "transfer", "study"]
 

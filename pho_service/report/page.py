@@ -11,10 +11,10 @@ from pathlib import PurePath
 from jinja2 import Template
 from markupsafe import Markup
 
-from pho_service.html import policy_hash, template_environment
 from pho_service.report import charts, tables
 from pho_service.report.charts import Chart
 from pho_service.report.data import Report
+from pho_service.report.html import policy_hash, template_environment
 from pho_service.report.study import ENOUGH
 from pho_service.report.tables import Table
 

@@ -10,8 +10,8 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.configuration import Configuration
 from pho_service.report.data import ReportTrial
+from pho_service.spec.configuration import Configuration
 
 ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pho_service.configuration import Configuration
 from pho_service.report.data import Report, ReportTrial, StageTime, gain_over
+from pho_service.spec.configuration import Configuration
 
 MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")
 METHODS = ("wanda", "ria", "transferred", "own")

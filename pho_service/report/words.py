@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from pho_service.job_fields import CalibrationSpec, ConfirmSpec
-from pho_service.job_spec import JobSpec, island_seed
-from pho_service.transfer_spec import TransferSpec
+from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
+from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.transfer import TransferSpec
 
 
 def search_in_words(spec: JobSpec) -> dict[str, str]:

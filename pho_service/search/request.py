@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.search import SearchPlan
-from pho_service.search.space import SearchSpace
-from pho_service.spec import Candidate, Objective, Pattern, Steps
+from pho_service.search.plan import SearchPlan
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 from storage.studies import StorageError, check_url
 
 

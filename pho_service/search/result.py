@@ -9,17 +9,18 @@ from typing import Any
 
 import optuna
 
-from pho_service.configuration import (
+from pho_service.host.versions import versions
+from pho_service.search.finalists import Divergences
+from pho_service.search.plan import RatedCandidate, SearchPlan
+from pho_service.search.request import SearchRequest
+from pho_service.search.warm_start import Saving
+from pho_service.spec.configuration import (
     CoefficientsDocument,
     Configuration,
     Confirmation,
     Rating,
     StepsDocument,
 )
-from pho_service.search.request import SearchRequest
-from pho_service.search.search import Divergences, RatedCandidate, SearchPlan
-from pho_service.search.warm_start import Saving
-from pho_service.versions import versions
 
 CHOSEN = "chosen"  # user attribute of a study
 CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pho_service.errors import InvalidInput
 from pho_service.search.distributions import ascending, from_unit, listed, searchable, to_unit
 from pho_service.search.hill_climb import HillClimbSampler
-from pho_service.search.space import RIA
-from pho_service.spec import SAMPLERS
+from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.space import RIA
 
 POPULATION = SAMPLERS["cmaes"]  # small populations win at budgets of 100 to 400 trials
 

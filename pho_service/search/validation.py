@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from pho_service.search.space import SearchSpace
-from pho_service.spec import Candidate, Pattern, Steps
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 
 RESAMPLES = 2000
 BATCH = 2**22  # pairs of candidates that are looked at together: some 100 MiB

@@ -8,7 +8,8 @@ from typing import Any
 
 import optuna
 
-from pho_service.search.search import Evaluate, RatedCandidate, SearchPlan, run_search
+from pho_service.search.plan import Evaluate, RatedCandidate, SearchPlan
+from pho_service.search.search import run_search
 
 
 @dataclass(frozen=True, kw_only=True)

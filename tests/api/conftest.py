@@ -14,8 +14,8 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import select
 
 from pho_service.api.app import create_app
-from pho_service.configuration import Configuration
-from pho_service.settings import Settings, read_settings
+from pho_service.host.settings import Settings, read_settings
+from pho_service.spec.configuration import Configuration
 from storage.database import Database
 from storage.jobs import Claim, JobStore, NewStage
 from storage.keys import KeyStore

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.configuration import Configuration
+from pho_service.spec.configuration import Configuration
 from storage.keys import KeyStore
 
 Refusal = Callable[..., dict[str, Any]]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.job_fields import CalibrationSpec
-from pho_service.job_spec import JobSpec
+from pho_service.spec.fields import CalibrationSpec
+from pho_service.spec.job import JobSpec
 
 Refusal = Callable[..., dict[str, Any]]
 

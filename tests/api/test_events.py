@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.configuration import Configuration
+from pho_service.spec.configuration import Configuration
 from storage.jobs import NewStage
 from storage.states import JobState, StageKind
 

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pho_service.api import front
 from pho_service.api.app import create_app
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.states import JobState, StageKind

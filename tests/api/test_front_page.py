@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api import front
-from pho_service.job_spec import JobSpec
+from pho_service.spec.job import JobSpec
 from storage.keys import KeyStore
 from storage.states import JobState, StageKind
 

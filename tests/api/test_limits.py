@@ -15,11 +15,11 @@ from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from pho_service.api.guard import BodyLimit, KeyGuard, Rate, StreamLimit, host_of
+from pho_service.api.protocol import BoundedProtocol, Connections
 from pho_service.api.service import Caller
 from pho_service.errors import InvalidInput
-from pho_service.job_size import JobLimits
-from pho_service.protocol import BoundedProtocol, Connections
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
+from pho_service.spec.limits import JobLimits
 from storage.jobs import TooManyTrials
 from storage.keys import KeyStore
 from storage.states import JobState

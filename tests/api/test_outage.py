@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api.app import create_app
-from pho_service.settings import Settings
+from pho_service.host.settings import Settings
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.api.app import create_app
 from pho_service.api.requests import RequestLog
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
 from storage.database import Database
 from storage.keys import KeyStore
 

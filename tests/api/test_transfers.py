@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.configuration import Configuration
-from pho_service.library_file import parse_library_file
+from pho_service.library.files import parse_library_file
+from pho_service.spec.configuration import Configuration
 from storage.keys import KeyStore
 from storage.states import JobState, StageKind
 

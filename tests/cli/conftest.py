@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 
 from pho_service.api.app import create_app
 from pho_service.cli import main
+from pho_service.host.settings import read_settings
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.settings import read_settings
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 from storage.database import Database
 
 Pho = Callable[..., Result]

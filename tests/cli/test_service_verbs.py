@@ -18,8 +18,8 @@ from sqlalchemy import select
 
 from pho_service.cli import main
 from pho_service.client import Client
-from pho_service.configuration import Configuration, write_configuration
-from pho_service.job_spec import JobSpec
+from pho_service.spec.configuration import Configuration, write_configuration
+from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import Claim, JobStore, NewStage
 from storage.keys import KeyStore

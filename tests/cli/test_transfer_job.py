@@ -10,7 +10,7 @@ from click.testing import Result
 from sqlalchemy import select
 
 from pho_service.client import Client
-from pho_service.configuration import Configuration
+from pho_service.spec.configuration import Configuration
 from storage.database import Database
 from storage.jobs import Claim, JobStore, NewStage
 from storage.states import StageKind

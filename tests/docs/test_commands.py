@@ -13,9 +13,9 @@ from click.exceptions import Exit
 
 from pho_service.api.app import create_app
 from pho_service.cli import main
-from pho_service.job_spec import JobSpec
-from pho_service.settings import Settings
-from pho_service.transfer_spec import TransferRequest
+from pho_service.host.settings import Settings
+from pho_service.spec.job import JobSpec
+from pho_service.spec.transfer import TransferRequest
 from storage.database import Database
 
 ROOT = Path(__file__).parents[2]

@@ -59,7 +59,7 @@ def test_command_reference(site: Path) -> None:
 
 def test_http_reference(site: Path) -> None:
     """Every operation and every field of a job is in the reference."""
-    from pho_service.job_spec import JobSpec
+    from pho_service.spec.job import JobSpec
 
     page = (site / "reference" / "http.html").read_text()
 

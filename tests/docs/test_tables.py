@@ -8,7 +8,8 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from pho_service.configuration import (
+from pho_service.host.settings import Settings
+from pho_service.spec.configuration import (
     AllocationDocument,
     CoefficientsDocument,
     Configuration,
@@ -16,8 +17,7 @@ from pho_service.configuration import (
     Rating,
     StepsDocument,
 )
-from pho_service.job_spec import JobSpec
-from pho_service.settings import Settings
+from pho_service.spec.job import JobSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -15,13 +15,13 @@ from pretended_cards import Card
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, OutOfMemory, OutputError
-from pho_service.memory import available_memory, free_memory, memory_in_use
 from pho_service.models.calibration import calibrate, calibration_text, measure
 from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.planning.stage_memory import CalibrationRun, Peak
-from pho_service.spec import CalibrationSettings
+from pho_service.pruning.memory import available_memory, free_memory, memory_in_use
+from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
 WINDOW = 448  # tokens, of the larger model
@@ -199,7 +199,7 @@ def test_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
 ) -> None:
     """Of a container's memory, what its files' pages take can be had."""
-    monkeypatch.setattr("pho_service.memory.CGROUP", tmp_path)
+    monkeypatch.setattr("pho_service.pruning.memory.CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 250\nfile 600\n")
@@ -211,12 +211,12 @@ SCRIPT = """
 import json, sys
 from dataclasses import replace
 import torch
-from pho_service.memory import memory_in_use, peak_memory
+from pho_service.pruning.memory import memory_in_use, peak_memory
 from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.calibration_memory import plan_calibration
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextRecord
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 folder, share, window = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 model = load_model(folder, device="cpu")

@@ -48,7 +48,9 @@ from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.passes import frozen, recomputed, run_backward
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
 
 VOCABULARY = 96
 COMMON = {

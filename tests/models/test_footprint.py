@@ -18,7 +18,8 @@ from pho_service.planning.stage_memory import (
     pruning_peak,
     saving_peak,
 )
-from pho_service.spec import CalibrationSettings, Steps
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.steps import Steps
 
 GPU = Place(on_gpu=True)
 STREAMED = Place(on_gpu=True, stream=True)

@@ -15,7 +15,7 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.overlap import apart
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)

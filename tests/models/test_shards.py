@@ -24,7 +24,7 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.sums_file import read_sums, write_sums
 from pho_service.models.texts import TextSource
 from pho_service.pruning.statistics import Collector, Statistics, collect_statistics, gather
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(
     samples=13, context_length=24, projection_rows=16, fisher_samples=5, kernel_sizes=(3,)
@@ -34,7 +34,7 @@ SETTINGS = CalibrationSettings(
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the smallest calibration."""
-    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_same_statistics(
 ) -> None:
     """They are the statistics of the whole text, but for rounding and the projection's signs."""
     cut_up = measure(model, text, SETTINGS)
-    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 10**9)
+    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 10**9)
     whole = measure(model, text, SETTINGS)
 
     assert cut_up.input_of == whole.input_of
@@ -195,7 +195,7 @@ def test_key(model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.M
     """Bundles that were cut and those that were not have different names."""
     source = TextSource(path=str(texts["calibration"]))
     cut_up = calibration_text(model, source, SETTINGS).bundle_key
-    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 10**9)
+    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 10**9)
 
     assert calibration_text(model, source, SETTINGS).bundle_key != cut_up
 

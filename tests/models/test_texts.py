@@ -13,7 +13,7 @@ from pho_service.errors import InvalidInput, TextError
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_documents, read_windows, sample_windows
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 DOCUMENTS = ["the first text", "a second text", "the last text"]
 

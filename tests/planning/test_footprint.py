@@ -22,7 +22,7 @@ from pho_service.planning.footprint import HEAD_TOKENS, shapes_footprint
 from pho_service.planning.shapes import model_shapes
 from pho_service.planning.stage_memory import LOGITS_AT_ONCE
 from pho_service.pruning import passes, perplexity
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=8, context_length=512)
 CONFIGS: dict[str, PreTrainedConfig] = {

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.job_spec import JobSpec
 from pho_service.planning.machines import CARDS, Machine, named_machine
 from pho_service.planning.plan import Plan, plan_job
+from pho_service.spec.job import JobSpec
 
 GIB = 2**30
 H100 = CARDS["H100"]

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pho_service.jobs.rating import ReportText
 from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

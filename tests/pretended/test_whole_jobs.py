@@ -14,18 +14,19 @@ from pretended_machine import Cards
 from pretended_subjects import SETTINGS, Subject, unchanged
 
 from pho_service.cli import main
-from pho_service.configuration import Configuration
-from pho_service.jobs.check import check_folder
-from pho_service.jobs.compare import compare_job
-from pho_service.jobs.joint_search import joint_search_job
-from pho_service.jobs.prune import prune_job
-from pho_service.jobs.search import search_job
-from pho_service.jobs.transfer import Target, transfer_job
-from pho_service.jobs.validate import validate_job
-from pho_service.search.presets import Preset
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.joint_search import joint_search_job
+from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.search import search_job
+from pho_service.pipeline.transfer import Target, transfer_job
+from pho_service.pipeline.validate import validate_job
 from pho_service.search.request import SearchRequest
 from pho_service.search.result import SearchResult
-from pho_service.spec import Objective, Pattern
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset
 
 Path_ = Callable[[str], None]
 SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -44,7 +45,7 @@ LONG = ("perplexity", "crepe-plus", "best", "best at 2:4")  # each finalist is p
 
 @pytest.fixture(params=["llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2"])
 def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
-    """Each kind of model; tests/jobs/test_two_gpus.py takes the one on two cards."""
+    """Each kind of model; tests/pipeline/test_two_gpus.py takes the one on two cards."""
     return subject_of(request.param)
 
 
@@ -209,7 +210,7 @@ def test_prune_and_check(
 ) -> None:
     """A model is pruned for good and saved, and what was saved passes its check."""
     # The sparse matrices of a card's own kernels are what no pretended card has.
-    monkeypatch.setattr("pho_service.jobs.check._check_semi_structured", lambda *_: None)
+    monkeypatch.setattr("pho_service.pipeline.check._check_semi_structured", lambda *_: None)
     spoiled = replace(subject)  # it is left pruned
     out = tmp_path / "out"
     done = prune_job(

@@ -18,28 +18,28 @@ from pretended_machine import Cards
 from pretended_subjects import COMMON, CONFIGS, SETTINGS, Subject, unchanged
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pho_service.jobs.pipeline import pruned_model
-from pho_service.jobs.rating import rate_pruned
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate, measure
 from pho_service.models.calibration_memory import plan_calibration
+from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.rating import rate_pruned
 from pho_service.planning.calibration_run import CalibrationPlan
 from pho_service.pruning.divergence import dense_reference, rate_divergence
 from pho_service.pruning.permutation import permute_for_error
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec import (
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import (
     ALLOCATION_UNITS,
     ALLOCATIONS,
     PERMUTATIONS,
     REPRUNINGS,
     UPDATES,
     Allocation,
-    Candidate,
-    Coefficients,
-    Pattern,
     Steps,
 )
 

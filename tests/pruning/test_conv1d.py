@@ -10,7 +10,9 @@ from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
 
 Linears = dict[str, PrunableLinear]
 

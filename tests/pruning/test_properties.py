@@ -33,7 +33,9 @@ from pho_service.pruning.selection import (
     threshold_of,
 )
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec import Candidate, Coefficients, Pattern
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
 
 PROFILE = "fuzz" if settings.get_current_profile_name() == "fuzz" else "suite"
 drawn = settings.get_profile(PROFILE)

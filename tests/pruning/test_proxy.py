@@ -19,7 +19,10 @@ from pho_service.pruning.statistics import (
     Statistics,
     collect_statistics,
 )
-from pho_service.spec import Allocation, Candidate, Coefficients, Pattern, Steps
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
 
 Linears = dict[str, PrunableLinear]
 

@@ -17,7 +17,8 @@ from pho_service.pruning.scores import (
     sampled_window_mean,
     window_mean,
 )
-from pho_service.spec import Coefficients, Pattern, Scope
+from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.score import Coefficients
 
 OUT, IN = 20, 32
 RIA = Coefficients(row=1, column=1, neighbourhood=0, activation_exponent=0.5, normalisation="sum")

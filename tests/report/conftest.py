@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pho_service.configuration import Configuration
 from pho_service.report.data import Report, ReportTrial, StageTime
 from pho_service.report.layers import LayerCell
 from pho_service.report.page import render
+from pho_service.spec.configuration import Configuration
 
 CONFIGURATION = Configuration.model_validate(
     {

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pho_service.configuration import Rating
 from pho_service.report.data import ReportTrial
 from pho_service.report.layers import LayerCell
+from pho_service.spec.configuration import Rating
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 SEARCH = ["asked", "result", "history", "confirmed", "layers", "transfer", "timings", "reproduce"]

@@ -14,18 +14,13 @@ import pytest
 from cmaes import CatCMAwM
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.search import (
-    Outcome,
-    RatedCandidate,
-    SearchPlan,
-    best_by_divergence,
-    confirm,
-    finalists,
-    measure_once,
-    run_search,
-)
-from pho_service.search.space import SearchSpace
-from pho_service.spec import Candidate, Pattern, Steps
+from pho_service.search.finalists import best_by_divergence, confirm, finalists, measure_once
+from pho_service.search.plan import Outcome, RatedCandidate, SearchPlan
+from pho_service.search.search import run_search
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 from storage.studies import open_storage, open_study
 
 PATTERN = Pattern.parse("0.5", "layer")

@@ -9,19 +9,18 @@ import optuna
 import pytest
 
 from pho_service.errors import InvalidInput
+from pho_service.search.plan import Outcome, SearchPlan
 from pho_service.search.request import SearchRequest
 from pho_service.search.samplers import CmaSampler
-from pho_service.search.search import Outcome, SearchPlan, ranked, run_search
-from pho_service.search.space import SearchSpace
+from pho_service.search.search import ranked, run_search
 from pho_service.search.warm_start import measure_saving, trials_until
-from pho_service.spec import (
-    Candidate,
-    Coefficients,
-    Objective,
-    Pattern,
-    Steps,
-    reference_methods,
-)
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 
 PATTERN = Pattern.parse("0.5", "layer")
 SPACE = SearchSpace()

@@ -23,20 +23,20 @@ import pytest
 import torch
 from sqlalchemy import select, text, update
 
-from pho_service.access import Access
 from pho_service.api.submission import enter
 from pho_service.errors import PhoError
-from pho_service.job_spec import JobSpec
-from pho_service.jobs.bundles import cached_bundle
-from pho_service.jobs.rating import ReportText, rate_pruned
-from pho_service.jobs.search import search_job
-from pho_service.jobs.validate import rate_by_all_proxies
+from pho_service.host.access import Access
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.search import search_job
+from pho_service.pipeline.validate import rate_by_all_proxies
 from pho_service.search.validation import qualities, random_candidates
-from pho_service.spec import SAMPLERS
-from pho_service.transfer_spec import TransferSpec
+from pho_service.spec.job import JobSpec
+from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.transfer import TransferSpec
 from storage.database import Database
 from storage.jobs import Job, JobStore
 from storage.states import JobState, StageKind, StageState

@@ -19,7 +19,7 @@ from pho_service.models.texts import TextSource
 from pho_service.progress import silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.sums import Sums
-from pho_service.spec import CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 from workers.bundles import BundleStore
 
 SETTINGS = CalibrationSettings(
@@ -170,7 +170,7 @@ def test_two_at_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def sums(source: Source, monkeypatch: pytest.MonkeyPatch) -> Sums:
     """What the second of six shards gives."""
-    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
     return measure_shard(source.model, source.text, SETTINGS, 1)
 
 

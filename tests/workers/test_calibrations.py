@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from pho_service.jobs.bundles import bundle_path, cached_bundle
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
+from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from storage.states import JobState, StageKind, StageState
 
-SHARED = "import pho_service.spec; pho_service.spec.SHARDED_FROM = 1\n"
+SHARED = "import pho_service.spec; pho_service.spec.calibration.SHARDED_FROM = 1\n"
 
 # Each call of a function writes a line; none ends before two jobs need the bundle.
 NOTED = """
@@ -59,7 +59,7 @@ module.measure_shard = measure
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch, spec_of: Any) -> Any:
     """A job whose calibration is cut into six shards, here too."""
-    monkeypatch.setattr("pho_service.spec.SHARDED_FROM", 1)
+    monkeypatch.setattr("pho_service.spec.calibration.SHARDED_FROM", 1)
     return spec_of(calibration={"seed": 7}, trials=10)
 
 
@@ -136,7 +136,7 @@ def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
     ("before", "module", "function"),
     [
         (SHARED, "workers.calibrations", "measure_shard"),
-        ("", "pho_service.jobs.bundles", "calibrate"),
+        ("", "pho_service.pipeline.bundles", "calibrate"),
     ],
     ids=["in shards", "whole"],
 )

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save, save_file
 from sqlalchemy import select
 
 from pho_service.errors import ChangedInput
-from pho_service.jobs.rating import rate_pruned
 from pho_service.models.loading import load_model
 from pho_service.models.overlap import apart
-from pho_service.transfer_spec import TransferRequest, TransferSpec
+from pho_service.pipeline.rating import rate_pruned
+from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.jobs import LostClaim
 from storage.states import JobState, StageKind
 from storage.tables import stages

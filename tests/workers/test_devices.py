@@ -11,10 +11,10 @@ import pytest
 import torch
 from pretended_machine import Cards
 
-from pho_service.access import Access
 from pho_service.errors import DeviceLost, InvalidInput
-from pho_service.faults import faults_told
-from pho_service.job_spec import JobSpec
+from pho_service.host.access import Access
+from pho_service.host.faults import faults_told
+from pho_service.spec.job import JobSpec
 from workers.bundles import BundleStore
 from workers.devices import take_device
 from workers.inputs import Inputs

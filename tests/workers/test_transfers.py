@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from pho_service.configuration import Configuration
-from pho_service.jobs.bundles import cached_bundle
-from pho_service.jobs.joint_search import joint_search_job
-from pho_service.jobs.rating import ReportText
-from pho_service.jobs.transfer import Target, own_search, transfer_job
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.transfer_spec import TransferRequest, TransferSpec
+from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.joint_search import joint_search_job
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.transfer import Target, own_search, transfer_job
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.configurations import ConfigurationStore
 from storage.states import JobState, StageKind
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api.app import create_app
-from pho_service.settings import read_settings
+from pho_service.host.settings import read_settings
 from storage.backup import restore
 from storage.database import Database
 

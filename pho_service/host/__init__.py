@@ -1,0 +1,1 @@
+"""What this machine gives and allows: settings, access, logs, memory, files."""

@@ -1,0 +1,1 @@
+"""The library: configurations that were found before, and which of them fit a model."""

@@ -1,0 +1,426 @@
+"""
+Which configuration of a library is likely to be good on a model, and why.
+
+A library is the store of a service, or a folder of files; what is here is the same for both.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pho_service.library.files import LibraryFile, TransferTarget
+from pho_service.spec.configuration import Configuration, Rating
+from pho_service.spec.pattern import Pattern, Scope
+
+# How much of a gain is expected to be left on a model of another kind. Judgement, not measured:
+# they only order what was not measured on the asked family.
+RELATED_FAMILY = 0.95  # gemma2 and gemma3_text
+OTHER_FAMILY = 0.85
+UNKNOWN = 0.85
+PER_DOUBLING = 0.98  # of the number of parameters, up or down
+
+# Files come from others: what is beyond these is no measurement, and must not stop a ranking.
+MOST_PARAMETERS = 10**15
+_LARGEST = sys.float_info.max
+_MOST_NATS = 700.0  # e to this is still a number
+
+FACTS_VERSION = 1  # of what is remembered of an entry; another one is read anew
+_LONGEST = 200  # letters of a name in it
+_MOST_MODELS = 64
+
+MeasuredBy = Literal["perplexity", "divergence", "proxy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """
+    What ranking needs to know of a model.
+
+    Attributes:
+        family: Its ``model_type``; None where an older PHO did not write it down.
+        parameters: How many it has.
+    """
+
+    name: str
+    family: str | None = None
+    parameters: int | None = None
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """Of the key ``model`` of a configuration; what is no such value counts as unknown."""
+        family, parameters = document.get("family"), document.get("parameters")
+        if not isinstance(parameters, int) or isinstance(parameters, bool):
+            parameters = None
+        return cls(
+            name=Path(str(document.get("name") or "unknown")).name or "unknown",
+            family=family if isinstance(family, str) and family else None,
+            parameters=parameters if 0 < (parameters or 0) <= MOST_PARAMETERS else None,
+        )
+
+    def shortened(self) -> dict[str, Any]:
+        """As JSON values, with the beginning of what is long."""
+        family = None if self.family is None else self.family[:_LONGEST]
+        return {"name": self.name[:_LONGEST], "family": family, "parameters": self.parameters}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """
+    How much better than RIA, in the widest scope of the pattern.
+
+    Attributes:
+        value: By perplexity or divergence: nats a token below RIA, that is, the logarithm of how
+            many times RIA's perplexity is as high. By a proxy: the share of RIA's that is saved.
+        by: What was measured.
+    """
+
+    value: float
+    by: MeasuredBy
+
+    def __str__(self) -> str:
+        share = abs(self.share)
+        direction = "below" if self.value > 0 else "above"
+        what = {
+            "perplexity": "perplexity",
+            "divergence": "perplexity, as its divergence from the dense model tells",
+            "proxy": "proxy; RIA's perplexity was not measured",
+        }[self.by]
+        return f"{share:.1%} {direction} RIA's {what}" if share else f"RIA's {what}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"share": self.share, "by": self.by}
+
+    @property
+    def share(self) -> float:
+        """Of RIA's perplexity, or proxy, that is saved."""
+        return self.value if self.by == "proxy" else 1 - math.exp(min(-self.value, _MOST_NATS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a configuration was worth on a model that it was not found on."""
+
+    model: ModelFacts
+    gain: Gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """
+    A configuration of a library.
+
+    Attributes:
+        id: In its library: a file's name, or a number of the service.
+        models: That it was found on; several if they were searched jointly.
+        gain: On them; None where RIA was not measured beside it.
+        measured: On other models.
+    """
+
+    id: str
+    method: str
+    pattern: Pattern
+    models: tuple[ModelFacts, ...]
+    gain: Gain | None
+    measured: tuple[Measured, ...] = ()
+
+    @classmethod
+    def of(cls, entry_id: str, file: LibraryFile) -> Self:
+        """What a configuration and its transfers say of themselves."""
+        configuration = file.configuration
+        several = configuration.model.get("models")
+        models = [m for m in several if isinstance(m, Mapping)] if isinstance(several, list) else []
+        measured = ((target.model, transferred_gain(target)) for target in file.targets)
+        return cls(
+            id=entry_id,
+            method=configuration.method,
+            pattern=configuration.candidate().pattern,
+            models=tuple(ModelFacts.of(model) for model in models or [configuration.model]),
+            gain=measured_gain(configuration),
+            measured=tuple(
+                Measured(model=ModelFacts.of(model), gain=gain)
+                for model, gain in measured
+                if gain is not None
+            ),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """
+        The fields but the id as JSON values that :meth:`of_facts` reads, and no more of each than
+        a ranking shows: what others wrote may be long.
+        """
+        return {
+            "version": FACTS_VERSION,
+            "method": self.method[:_LONGEST],
+            "pattern": str(self.pattern),
+            "scope": self.pattern.scope.value,
+            "models": [model.shortened() for model in self.models[:_MOST_MODELS]],
+            "gain": None if self.gain is None else asdict(self.gain),
+            "measured": [
+                {"model": m.model.shortened(), "gain": asdict(m.gain)}
+                for m in self.measured[:_MOST_MODELS]
+            ],
+        }
+
+    @classmethod
+    def of_facts(cls, entry_id: str, facts: Mapping[str, Any]) -> Self:
+        """What :meth:`facts` has given."""
+        return cls(
+            id=entry_id,
+            method=facts["method"],
+            pattern=Pattern.parse(facts["pattern"], facts["scope"]),
+            models=tuple(ModelFacts(**model) for model in facts["models"]),
+            gain=None if facts["gain"] is None else Gain(**facts["gain"]),
+            measured=tuple(
+                Measured(model=ModelFacts(**m["model"]), gain=Gain(**m["gain"]))
+                for m in facts["measured"]
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields but the id as JSON values."""
+        return {
+            "method": self.method,
+            "pattern": str(self.pattern),
+            "scope": self.pattern.scope.value,
+            "models": [asdict(model) for model in self.models],
+            "gain": None if self.gain is None else self.gain.to_dict(),
+            "measured": [
+                {"model": asdict(m.model), "gain": m.gain.to_dict()} for m in self.measured
+            ],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """
+    What a configuration is looked for; None is any.
+
+    Attributes:
+        pattern: With its scope, if ``scope_matters`` and ``scope`` is None.
+        scope: Where weights compete, of any pattern; one that the pattern never has fits nothing.
+        scope_matters: Whether another scope is another thing.
+        family: A ``model_type``, or the beginning of one: gemma.
+        parameters: Of the model.
+    """
+
+    pattern: Pattern | None = None
+    scope: Scope | None = None
+    scope_matters: bool = False
+    family: str | None = None
+    parameters: int | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        pattern: str | None = None,
+        scope: str | None = None,
+        family: str | None = None,
+        parameters: int | None = None,
+    ) -> Self:
+        """
+        Of what a user says.
+
+        Raises:
+            InvalidInput: There is no such pattern, no such scope, or the pattern never has it.
+        """
+        asked = None if scope is None else Pattern.parse("0.5", scope).scope
+        return cls(
+            pattern=None if pattern is None else Pattern.parse(pattern, scope),
+            scope=asked,
+            scope_matters=scope is not None,
+            family=family,
+            parameters=parameters,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """
+    An entry, and why it stands where it stands.
+
+    Attributes:
+        fits: It is of the asked pattern and scope, so that it can be used as it is.
+        expected: Gain over RIA on the asked model, as a share; None where nothing is known.
+        reasons: Sentences without a full stop.
+    """
+
+    entry: Entry
+    fits: bool
+    expected: float | None
+    reasons: tuple[str, ...]
+
+
+def rank(entries: Sequence[Entry], wanted: Wanted) -> list[Match]:
+    """
+    Entries in the order in which they are worth trying.
+
+    First comes the pattern, and the scope if it is asked for: coefficients of another one are of
+    little use. Then what is better than RIA by perplexity (or by divergence, which is in the same
+    unit), then by the proxy alone, then what nothing is known of, then what is no better. Within
+    each, by the gain that is expected on the asked model: what was measured on its family, or else
+    what was measured where it was found, less something for each difference.
+    """
+    matches = [(_order(entry, wanted), _match(entry, wanted)) for entry in entries]
+    return [match for _, match in sorted(matches, key=lambda pair: pair[0])]
+
+
+def measured_gain(configuration: Configuration) -> Gain | None:
+    """How much better than RIA a configuration was where it was found."""
+    baselines = [b for b in configuration.baselines if b.method.startswith("ria")]
+    relative = configuration.objective.get("relative_to_ria")
+    if isinstance(relative, Mapping) and relative:
+        values = [v for v in map(_number, relative.values()) if v is not None]
+        mean = sum(v / len(values) for v in values)
+        return Gain(value=1 - mean, by="proxy") if values else None
+    if not baselines:
+        return None
+    ria = baselines[-1]  # of the widest scope
+    mine = _own_rating(configuration)
+    perplexities = {"ria": ria.perplexity, "transferred": mine.perplexity}
+    if configuration.confirmation is not None:
+        perplexities["transferred"] = configuration.confirmation.perplexity
+    by_perplexity = _gain(perplexities, "perplexity")
+    if by_perplexity is not None:
+        return by_perplexity
+    if ria.divergence is not None and mine.divergence is not None:
+        return Gain(value=ria.divergence - mine.divergence, by="divergence")
+    minimised = configuration.objective.get("direction", "minimize") == "minimize"
+    return _gain({"ria": ria.proxy, "transferred": mine.proxy}, "proxy") if minimised else None
+
+
+def transferred_gain(target: TransferTarget) -> Gain | None:
+    """How much better than RIA a configuration was on a model that it was taken to."""
+    return _gain(target.perplexities, "perplexity") or _gain(target.proxies, "proxy")
+
+
+def _own_rating(configuration: Configuration) -> Rating:
+    """What was measured of the configuration itself: it is the first that was confirmed."""
+    if configuration.candidates and configuration.confirmation is not None:
+        return configuration.candidates[0]
+    proxy = _number(configuration.objective.get("value"))
+    return Rating(method=configuration.method, trial=0, proxy=proxy)
+
+
+def _number(value: Any) -> float | None:
+    """A JSON value as a finite number; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= _LARGEST else None
+
+
+def _gain(values: Mapping[str, float | None], by: MeasuredBy) -> Gain | None:
+    ria, mine = values.get("ria"), values.get("transferred")
+    if ria is None or mine is None or ria <= 0 or mine <= 0:
+        return None
+    if by == "proxy":
+        return Gain(value=1 - min(mine / ria, _LARGEST), by=by)
+    return Gain(value=math.log(ria) - math.log(mine), by=by)
+
+
+def _order(entry: Entry, wanted: Wanted) -> tuple[float, bool, int, float, str]:
+    gain, share = _expected(entry, wanted)
+    if gain is None:
+        group = 2
+    elif gain.value <= 0:
+        group = 3
+    else:
+        group = 1 if gain.by == "proxy" else 0
+    other_scope = wanted.scope_matters and not _same_scope(entry, wanted)
+    return _distance(entry, wanted), other_scope, group, -(share or 0.0), entry.id
+
+
+def _match(entry: Entry, wanted: Wanted) -> Match:
+    _, share = _expected(entry, wanted)
+    fits = _distance(entry, wanted) == 0 and (
+        not wanted.scope_matters or _same_scope(entry, wanted)
+    )
+    return Match(entry=entry, fits=fits, expected=share, reasons=tuple(_reasons(entry, wanted)))
+
+
+def _distance(entry: Entry, wanted: Wanted) -> float:
+    """0 for the asked pattern; ratios and N:M are further from each other than any of a kind."""
+    if wanted.pattern is None or str(entry.pattern) == str(wanted.pattern):
+        return 0.0
+    other_kind = bool(entry.pattern.group) != bool(wanted.pattern.group)
+    return 1e-6 + other_kind + abs(entry.pattern.sparsity - wanted.pattern.sparsity)
+
+
+def _same_scope(entry: Entry, wanted: Wanted) -> bool:
+    asked = _asked_scope(wanted)
+    return asked is None or entry.pattern.scope is asked
+
+
+def _asked_scope(wanted: Wanted) -> Scope | None:
+    return wanted.scope or (wanted.pattern.scope if wanted.pattern else None)
+
+
+def _expected(entry: Entry, wanted: Wanted) -> tuple[Gain | None, float | None]:
+    """The measurement that counts for the asked model, and the gain that it makes likely there."""
+    there = [m.gain for m in entry.measured if _kinship(m.model.family, wanted.family) == 1]
+    if wanted.family is not None and there:
+        worst = min(there, key=lambda gain: (gain.by == "proxy", gain.share))
+        return worst, worst.share
+    if entry.gain is None:
+        return None, None
+    left = max((_left(model, wanted) for model in entry.models), default=UNKNOWN)
+    share = entry.gain.share
+    return entry.gain, share * left if share > 0 else share
+
+
+def _left(model: ModelFacts, wanted: Wanted) -> float:
+    """The share of a gain on ``model`` that is expected to be left on the asked one."""
+    kinship = 1.0 if wanted.family is None else _kinship(model.family, wanted.family)
+    if wanted.parameters is None:
+        return kinship
+    if model.parameters is None:
+        return kinship * UNKNOWN
+    doublings = abs(math.log2(model.parameters) - math.log2(wanted.parameters))
+    return float(kinship * PER_DOUBLING**doublings)
+
+
+def _kinship(family: str | None, wanted: str | None) -> float:
+    if wanted is None or family is None:
+        return UNKNOWN
+    if family.startswith(wanted) or family == wanted.removesuffix("_text"):
+        return 1.0
+    return RELATED_FAMILY if _stem(family) == _stem(wanted) else OTHER_FAMILY
+
+
+def _stem(family: str) -> str:
+    """The letters that a family's name begins with: gemma of gemma3_text."""
+    found = re.match(r"[a-z]+", family.lower())
+    return found.group() if found else family
+
+
+def _reasons(entry: Entry, wanted: Wanted) -> Iterable[str]:
+    mine = f"pattern {entry.pattern}, scope {entry.pattern.scope.value}"
+    if wanted.pattern is not None and _distance(entry, wanted) > 0:
+        yield f"{mine}, but {wanted.pattern} is asked for: search anew, beginning with it or not"
+    elif wanted.scope_matters and not _same_scope(entry, wanted):
+        yield f"{mine}, but scope {_asked_scope(wanted)} is asked"
+    else:
+        yield mine
+    for model in entry.models:
+        yield _model_reason(model, wanted)
+    found = " + ".join(model.name for model in entry.models)
+    yield f"where it was found, {entry.gain or 'RIA was not measured beside it'} ({found})"
+    for measured in entry.measured:
+        yield f"on {measured.model.name}, {measured.gain}"
+    if entry.method != "crepe":
+        yield f"it is the baseline {entry.method}: the search found nothing better"
+
+
+def _model_reason(model: ModelFacts, wanted: Wanted) -> str:
+    size = f"{model.parameters / 1e6:.0f} M parameters" if model.parameters else "unknown size"
+    said = f"found on {model.name}, {model.family or 'unknown family'}, {size}"
+    if wanted.family is None:
+        return said
+    if model.family is None:
+        return f"{said}; asked for is {wanted.family}"
+    kin = {1.0: "the family", RELATED_FAMILY: "a family related to the one"}
+    return f"{said}: {kin.get(_kinship(model.family, wanted.family), 'not the family')} asked for"

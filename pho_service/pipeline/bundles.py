@@ -1,0 +1,78 @@
+"""
+Bundles made once and kept: the second job on a model starts at once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pho_service.errors import BundleError, OutputError
+from pho_service.models.bundle_file import read_bundle, write_bundle
+from pho_service.models.calibration import CalibrationText, calibrate
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.sums import Sums
+from pho_service.spec.calibration import CalibrationSettings
+
+
+def bundle_path(cache_dir: Path, key: str) -> Path:
+    """Where the bundle with this key is kept."""
+    return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
+
+
+def kept_bundle(cache_dir: Path, key: str) -> ProxyBundle:
+    """
+    Return the bundle that is kept under a key.
+
+    Raises:
+        BundleError: It is not there, or damaged, or another one has its name.
+    """
+    path = bundle_path(cache_dir, key)
+    bundle = read_bundle(path)
+    if bundle.key != key:
+        raise BundleError(
+            f"the bundle {path.name} is another one, {bundle.key[:12]}: somebody has renamed or "
+            "replaced it. Delete the file; it is made again."
+        )
+    return bundle
+
+
+def cached_bundle(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    cache_dir: Path,
+    progress: Progress = silent,
+    known: Callable[[int], Sums | None] = lambda _: None,
+) -> ProxyBundle:
+    """
+    Calibrate, or take the bundle of an earlier calibration with the same inputs.
+
+    The file's name is the hash of weights, windows, settings and versions, so
+    a bundle in the cache is never stale.
+
+    Args:
+        model, text, settings, progress, known: As of :func:`measure`.
+        cache_dir: Where bundles are kept.
+
+    Raises:
+        ModelError, NumericalError: From the calibration.
+        ChangedInput: The model's file was written into meanwhile.
+        OutputError: The cache cannot be written.
+    """
+    path = bundle_path(cache_dir, text.bundle_key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {path.parent} cannot be made: {error.strerror}. Set PHO_CACHE_DIR."
+        ) from error
+    if path.is_file():
+        try:
+            return kept_bundle(cache_dir, text.bundle_key)
+        except BundleError:
+            path.unlink()  # a damaged copy: what was stored is made again
+    bundle = calibrate(model, text, settings, progress, known)
+    model.check_unchanged()
+    write_bundle(bundle, path)
+    return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

@@ -1,0 +1,196 @@
+"""
+A candidate applied to a model: score, allocation, permutation, re-pruning, weight update.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.models.blockwise import (
+    changed_blocks,
+    dense_afterwards,
+    measure_perplexity,
+    walk,
+)
+from pho_service.models.loading import LanguageModel
+from pho_service.progress import Advance
+from pho_service.pruning.masks import LinearMask, layer_score, linear_masks, pruned
+from pho_service.pruning.perplexity import Perplexity
+from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.pruning.steps import ScoredLinear, finish
+from pho_service.spec.candidate import Candidate
+
+
+def prune_model(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    calibration: Tensor | None,
+    advance: Advance = lambda _: None,
+    kept: Callable[[str, LinearMask], None] = lambda _name, _mask: None,
+) -> dict[str, float]:
+    """
+    Prune a model in place, and give the share that each linear has lost.
+
+    A candidate whose steps need a text is applied block by block: each block sees the
+    calibration windows as the pruned blocks before it leave them. Scores and allocation always
+    come from the dense model's statistics.
+
+    Args:
+        model: Dense; it is left pruned.
+        statistics: Of the dense model.
+        candidate: What to remove, and how.
+        calibration: (windows, tokens), int64; only needed by steps that see a text.
+        advance: Called with 1 after each linear.
+        kept: Called with the name of each linear and its mask, as soon as it is pruned: all masks
+            together take a byte a weight, so they are not given back.
+
+    Raises:
+        InvalidInput: The steps need a text, and there is none; or the pattern
+            does not fit the model.
+        NumericalError: A score is NaN, or a second moment cannot be inverted.
+    """
+    if candidate.steps.needs_text:
+        masks = _block_by_block(model, statistics, candidate, _given(calibration, candidate))
+    elif model.stream:
+        masks = _streamed_by_score(model, statistics, candidate)
+    else:
+        masks = _by_score(model, statistics, candidate)
+    shares = {}
+    for name, mask in masks:
+        kept(name, mask)
+        shares[name] = _share(mask)
+        advance(1)
+    return shares
+
+
+def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
+    if calibration is None:
+        steps = candidate.steps
+        raise InvalidInput(
+            f"permutation {steps.permutation!r}, repruning {steps.repruning!r} and update "
+            f"{steps.update!r} need a calibration text, not only its statistics. Give --text."
+        )
+    return calibration
+
+
+def _by_score(
+    model: LanguageModel, statistics: Statistics, candidate: Candidate
+) -> Iterator[tuple[str, LinearMask]]:
+    masks = linear_masks(model.linears, statistics, candidate)
+    yield from _zeroed(model.linears, masks)
+
+
+def _streamed_by_score(
+    model: LanguageModel, statistics: Statistics, candidate: Candidate
+) -> Iterator[tuple[str, LinearMask]]:
+    masks = linear_masks(model.linears, statistics, candidate)
+    for linears in changed_blocks(model):
+        yield from _zeroed(linears, masks)
+
+
+def _zeroed(
+    linears: Mapping[str, PrunableLinear], masks: Iterator[tuple[str, LinearMask]]
+) -> Iterator[tuple[str, LinearMask]]:
+    """Apply as many masks as there are linears: those of a block come together."""
+    for name, mask in islice(masks, len(linears)):
+        linears[name].weight.masked_fill_(~mask.keep, 0)
+        yield name, mask
+
+
+def _block_by_block(
+    model: LanguageModel, statistics: Statistics, candidate: Candidate, windows: Tensor
+) -> Iterator[tuple[str, LinearMask]]:
+    masks = linear_masks(model.linears, statistics, candidate)
+    for block in walk(model, windows):
+        moments, input_of = block.moments()
+        readers: dict[int, list[ScoredLinear]] = {}
+        for name, mask in islice(masks, len(block.linears)):  # an input is of one block
+            linear = block.linears[name]
+            readers.setdefault(input_of[name], []).append(
+                ScoredLinear(
+                    name=name,
+                    weight=linear.weight.float(),
+                    score=layer_score(block.linears, statistics, name, candidate.coefficients)
+                    if candidate.steps.permutation == "error"
+                    else None,
+                    fisher=statistics.fisher[name].to(linear.weight.device),
+                    mask=mask,
+                )
+            )
+        for index, linears in readers.items():
+            for name, mask, weight in finish(
+                linears, moments[index], candidate.pattern, candidate.steps
+            ):
+                block.linears[name].weight.copy_(weight)
+                yield name, mask
+
+
+@contextmanager
+def pruned_model(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    calibration: Tensor | None,
+    advance: Advance = lambda _: None,
+) -> Iterator[Mapping[str, float]]:
+    """
+    A model pruned with a candidate, and dense again afterwards.
+
+    Args:
+        model, statistics, candidate, calibration, advance: As for :func:`prune_model`.
+
+    Yields:
+        The achieved sparsity of each linear.
+    """
+    if not (candidate.steps.needs_text or model.stream):
+        masks = linear_masks(model.linears, statistics, candidate)
+        with pruned(model.linears, ((name, mask.keep) for name, mask in masks)) as sparsity:
+            advance(len(sparsity))
+            yield sparsity
+        return
+    with dense_afterwards(model):
+        yield prune_model(model, statistics, candidate, calibration, advance)
+
+
+def rate_streamed(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    windows: Tensor,
+    advance: Advance = lambda _: None,
+) -> tuple[Perplexity, Mapping[str, float]]:
+    """
+    Prune and measure a streamed model in one pass: each block is pruned, run, and forgotten.
+
+    Nothing is written, and no calibration text is run.
+
+    Args:
+        model: Dense, and streamed; it stays so.
+        statistics: Of it.
+        candidate: Its steps need no text.
+        windows: (windows, context_length), int64, to measure on.
+        advance: Called with 1 after each of them.
+
+    Returns:
+        The perplexity, and the achieved sparsity of each linear.
+
+    Raises:
+        InvalidInput, NumericalError: As :func:`prune_model`.
+        ModelError: The model cannot be run block by block.
+    """
+    masks = linear_masks(model.linears, statistics, candidate)
+    sparsity: dict[str, float] = {}
+
+    def prune(linears: Mapping[str, PrunableLinear]) -> None:
+        sparsity.update((name, _share(mask)) for name, mask in _zeroed(linears, masks))
+
+    return measure_perplexity(model, windows, change=prune, advance=advance), sparsity
+
+
+def _share(mask: LinearMask) -> float:
+    """Of its weights that are removed."""
+    return 1 - int(mask.keep.count_nonzero()) / mask.keep.numel()

@@ -1,0 +1,159 @@
+"""
+Prune a model for good and save it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pho_service.host.versions import versions
+from pho_service.models.loading import LanguageModel
+from pho_service.models.mask_file import LayerMask, PackedMask
+from pho_service.models.saving import save_pruned
+from pho_service.models.weights_hash import sha256_each
+from pho_service.pipeline.pipeline import prune_model
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.folding import fold_order
+from pho_service.pruning.masks import LinearMask, model_sparsity
+from pho_service.spec.configuration import Configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """
+    Attributes:
+        sparsity: Over all prunable weights.
+        layers: Sparsity of each linear.
+    """
+
+    sparsity: float
+    layers: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """
+    A linear's mask, packed once: all of them are held until they are written.
+
+    Attributes:
+        group_keep: N of N:M.
+        sparsity: Share removed.
+    """
+
+    mask: PackedMask
+    group_keep: int
+    sparsity: float
+
+    @classmethod
+    def of(cls, mask: LinearMask) -> "_Kept":
+        return cls(
+            mask=PackedMask.of(LayerMask(keep=mask.keep, order=mask.order)),
+            group_keep=mask.group_keep,
+            sparsity=1 - int(mask.keep.count_nonzero()) / mask.keep.numel(),
+        )
+
+    def taken(self, keep: Tensor, order: Tensor | None) -> "_Kept":
+        """The same weights with their channels in another order."""
+        return replace(self, mask=PackedMask.of(LayerMask(keep=keep, order=order)))
+
+
+def prune_job(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    configuration: Configuration,
+    folder: Path,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    calibration: Tensor | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """
+    Prune with a configuration, and write a Hugging Face folder with masks and recipe.
+
+    Input channels that were permuted for N:M, and can be renumbered with the
+    linears that write them, are: then the groups hold in the saved order.
+
+    Args:
+        model: Dense; it is left pruned, in its stored dtype.
+        bundle: Of this model, for its activation norms and Fisher weights.
+        configuration: What to remove, and how.
+        folder: New or empty. ``pruning.json`` in it has the recipe,
+            ``pruning/masks.safetensors`` the masks.
+        origin: Where the configuration was found, for the recipe; None where the user had it.
+        calibration: Windows for steps that need a text.
+        progress: Is told of each linear.
+
+    Raises:
+        BundleError: The bundle is of another model.
+        InvalidInput: The pattern does not fit the model, or a text is missing.
+        OutputError: The folder is in use, or cannot be written.
+    """
+    bundle.check_model(model.linears)
+    dense = model.to_dict()  # before its weights change
+    candidate = configuration.candidate()
+    kept: dict[str, _Kept] = {}
+
+    def keep(name: str, mask: LinearMask) -> None:
+        kept[name] = _Kept.of(mask)
+
+    with progress("Pruning", len(model.linears)) as advance:
+        prune_model(model, bundle.statistics(), candidate, calibration, advance, keep)
+    folded = _fold(model, kept)
+    model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
+    layers = {name: kept[name].sparsity for name in model.linears}
+    weights = sha256_each(linear.weight for linear in model.linears.values())
+    sparsity = model_sparsity(model.linears, layers)
+    recipe = {
+        "format": "pho-pruning",
+        "version": 2,
+        "configuration": configuration.model_dump(mode="json"),
+        **({} if origin is None else {"origin": dict(origin)}),
+        "model": dense,
+        "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
+        "updated": candidate.steps.update != "none",
+        "folded": folded,
+        "sparsity": sparsity,
+        "layers": {
+            name: {
+                "sparsity": layers[name],
+                "weights_sha256": sha256,
+                "keep": kept[name].group_keep if candidate.pattern.group else None,
+                "group": candidate.pattern.group or None,
+            }
+            for name, sha256 in zip(model.linears, weights, strict=True)
+        },
+        "versions": versions("torch", "transformers"),
+    }
+    save_pruned(model, folder, ((name, kept[name].mask) for name in model.linears), recipe)
+    return Pruned(sparsity=sparsity, layers=layers)
+
+
+def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
+    """
+    Renumber hidden channels where that is exact; masks and orders follow.
+
+    A streamed model's weights are on disk already and stay in their order.
+
+    Returns:
+        What was folded, for the recipe.
+    """
+    folded: list[dict[str, Any]] = []
+    if model.stream:
+        return folded
+    for name, reader in model.linears.items():
+        order = kept[name].mask.order
+        if order is None:
+            continue
+        writers = fold_order(model.model, reader, model.linears, order)
+        if not writers:
+            continue
+        kept[name] = kept[name].taken(kept[name].mask.keep[:, order], None)
+        for writer in writers:
+            mask = kept[writer].mask
+            kept[writer] = kept[writer].taken(mask.keep[order], mask.order)
+        folded.append({"reader": name, "writers": writers, "order": order.tolist()})
+    return folded

@@ -1,0 +1,314 @@
+"""
+Take a configuration to other models: what it is worth there, and what their own best would be.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pho_service.errors import ConfigurationError, InvalidInput
+from pho_service.host.versions import versions
+from pho_service.pipeline.proxy_rating import mask_proxy
+from pho_service.pipeline.search import search_job
+from pho_service.progress import Progress, silent
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.search.request import SearchRequest
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+
+if TYPE_CHECKING:
+    from pho_service.models.loading import LanguageModel
+    from pho_service.pipeline.rating import ReportText
+
+MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """
+    A model that a configuration is taken to.
+
+    Attributes:
+        name: For messages.
+        bundle: Of it.
+        model: Dense; None: only proxies are known.
+        report: What perplexities are measured on, with a model; nothing may have been chosen on it.
+        calibration: Windows that the bundle was made of, for steps that need a text.
+        confirm: What the target's own best is confirmed on.
+    """
+
+    name: str
+    bundle: ProxyBundle
+    model: "LanguageModel | None" = None
+    report: "ReportText | None" = None
+    calibration: Tensor | None = None
+    confirm: "ReportText | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """
+    What a configuration is worth on a target.
+
+    Attributes:
+        target: Its name.
+        key: Names everything that the numbers depend on.
+        perplexities: On the report text, by method: ``dense``, ``wanda``, ``ria``,
+            ``transferred``, and ``own``, if it was searched for; empty without a model.
+        proxies: By the same methods but ``dense``, lower is better; None where no proxy knows
+            what happens to the mask.
+        own: The target's own best.
+        model: Name, revision, hash of the weights, dtype.
+        report: The text, if perplexities were measured.
+    """
+
+    target: str
+    key: str
+    perplexities: dict[str, float]
+    proxies: dict[str, float | None]
+    own: Configuration | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """By how much RIA's perplexity is above the transferred configuration's."""
+        return _difference(self.perplexities, "ria", "transferred")
+
+    @property
+    def regret(self) -> float | None:
+        """The share of the own best's gain over RIA that the transferred one loses; see below."""
+        return regret(self.perplexities)
+
+    @property
+    def proxy_regret(self) -> float | None:
+        """The same by the proxy."""
+        return regret(self.proxies)
+
+    def warnings(self) -> list[str]:
+        """Plain sentences where the configuration does not hold on the target."""
+        found = []
+        way_out = f"Search there: pho search {self.target}"
+        for what, values in (("perplexity", self.perplexities), ("proxy", self.proxies)):
+            if no_better_than_ria(values):
+                found.append(
+                    f"{self.target}: the {what} of the transferred configuration, "
+                    f"{values['transferred']:.6g}, is no better than RIA's, {values['ria']:.6g}: "
+                    f"it does not transfer. {way_out}"
+                )
+        lost = self.regret if self.perplexities else self.proxy_regret
+        if not found and lost is not None and lost > MUCH:
+            found.append(
+                f"{self.target}: {lost:.0%} of what the model's own best gains over RIA is lost. "
+                "Use its own."
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and what follows from them as JSON values."""
+        return {
+            "target": self.target,
+            "key": self.key,
+            "model": self.model,
+            "perplexities": self.perplexities,
+            "proxies": self.proxies,
+            "gain": self.gain,
+            "regret": self.regret,
+            "proxy_regret": self.proxy_regret,
+            "own": None if self.own is None else self.own.model_dump(mode="json"),
+            "report": self.report,
+            "warnings": self.warnings(),
+        }
+
+
+def regret(values: Mapping[str, float | None]) -> float | None:
+    """
+    The share of the own best's gain over RIA that the transferred configuration loses.
+
+    0: as good as the own best. 1: as good as RIA. Below 0: better than the own best. None where
+    the own best is not known, or gains nothing.
+    """
+    possible = _difference(values, "ria", "own")
+    lost = _difference(values, "transferred", "own")
+    return None if possible is None or lost is None or possible <= 0 else lost / possible
+
+
+def _difference(values: Mapping[str, float | None], above: str, below: str) -> float | None:
+    high, low = values.get(above), values.get(below)
+    return None if high is None or low is None else high - low
+
+
+def check_configuration(
+    name: str, configuration: Configuration, pattern: str | None, scope: str | None
+) -> None:
+    """
+    Refuse a configuration of another pattern or scope than is asked for; None is any.
+
+    Raises:
+        ConfigurationError: It is of another one.
+        InvalidInput: There is no such pattern or scope.
+    """
+    mine = configuration.candidate().pattern
+    asked = Pattern.parse(str(mine) if pattern is None else pattern, scope)
+    if str(asked) != str(mine) or (scope is not None and asked.scope is not mine.scope):
+        raise ConfigurationError(
+            f"{name} is for {mine} in scope {mine.scope.value}, but {asked} in scope "
+            f"{asked.scope.value} is asked for, and the best coefficients differ from pattern to "
+            f"pattern. Take it for its own, or find another: `pho search MODEL --pattern {asked}`."
+        )
+
+
+def own_search(
+    configuration: Configuration, *, trials: int, seed: int, finalists: int, study_url: str
+) -> SearchRequest:
+    """
+    How a model's own best is searched for: in the pattern, steps and space of a configuration.
+
+    Raises:
+        ConfigurationError: Its search space is none.
+        InvalidInput, StudyError: A value breaks a rule.
+    """
+    candidate = configuration.candidate()
+    bounds = configuration.search.get("space", {})
+    try:
+        SearchSpace(**{name: tuple(values) for name, values in bounds.items()})
+    except (AttributeError, TypeError, InvalidInput) as error:
+        raise ConfigurationError(
+            f"the configuration's search.space is no search space: {error}. Take search out of the "
+            "file: then the usual space is searched."
+        ) from error
+    return SearchRequest(
+        pattern=candidate.pattern,
+        bounds={name: tuple(values) for name, values in bounds.items() if name != "kernel_sizes"},
+        steps=candidate.steps,
+        trials=trials,
+        seed=seed,
+        study_url=study_url,
+        finalists=finalists,
+    )
+
+
+def transfer_key(target: Target, configuration: Configuration, search: SearchRequest | None) -> str:
+    """Names everything that the numbers of a transfer depend on."""
+    candidate = configuration.candidate()
+    own = None
+    if search is not None:
+        own = [
+            search.sampler, search.trials, search.seed, search.finalists, search.objective.label,
+            search.plan(target.bundle.kernel_sizes).space.to_dict(),
+            None if target.confirm is None else target.confirm.key,
+        ]  # fmt: skip
+    identity = [
+        candidate.coefficients.to_dict(), candidate.steps.to_dict(), str(candidate.pattern),
+        candidate.pattern.scope.value, target.bundle.key,
+        None if target.report is None else target.report.key, own,
+        versions("torch", "transformers"),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def proxies_of(
+    bundle: ProxyBundle, configuration: Configuration, device: str = "cpu"
+) -> dict[str, float | None]:
+    """
+    What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
+
+    Raises:
+        BundleError: The bundle lacks what the configuration needs.
+        InvalidInput: N:M does not divide an input width.
+    """
+    candidate = configuration.candidate()
+    for layer in bundle.layers:
+        candidate.pattern.check_width(layer.in_features, layer.name)
+    evaluator = ProxyEvaluator(bundle, device)
+    candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
+    return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
+
+
+def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
+    """Whether a transferred configuration is judged so; not where one of the two is not known."""
+    ria, mine = values.get("ria"), values.get("transferred")
+    return ria is not None and mine is not None and mine >= ria
+
+
+def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
+    """What proxies say of a configuration on the model ``name``."""
+    warnings = Transfer(target=name, key="", perplexities={}, proxies={**proxies}).warnings()
+    if warnings:
+        return f"Note: {warnings[0]}"
+    ria, mine = proxies["ria"], proxies["transferred"]
+    if ria is None or mine is None:
+        return f"Note: no proxy knows what the steps do to the masks of {name}: measure it."
+    return f"By the proxy it holds on {name}: {mine:.6g}, {1 - mine / ria:.1%} below RIA's."
+
+
+def transfer_job(
+    target: Target,
+    configuration: Configuration,
+    *,
+    search: SearchRequest | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Transfer:
+    """
+    Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
+
+    Args:
+        target: The model.
+        configuration: Found elsewhere.
+        search: How the target's own best is searched for; None leaves it out.
+        device: For the proxy.
+        progress: Is told of each long step.
+
+    Raises:
+        BundleError: The bundle is of another model, or lacks what the configuration needs.
+        InvalidInput: N:M does not divide an input width.
+    """
+    candidate = configuration.candidate()
+    candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
+    proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
+    own = None
+    if search is not None:
+        own = search_job(
+            search,
+            target.bundle,
+            model=target.model,
+            confirm_text=target.confirm,
+            calibration=target.calibration,
+            device=device,
+            progress=progress,
+        ).configuration
+        candidates["own"] = own.candidate()
+        evaluator = ProxyEvaluator(target.bundle, device)
+        proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
+    perplexities = {}
+    if target.model is not None and target.report is not None:
+        from pho_service.pipeline.compare import compare_candidates  # loads transformers
+
+        rows = compare_candidates(
+            target.model,
+            target.bundle,
+            target.report,
+            list(candidates.items()),
+            calibration=target.calibration,
+            device=device,
+            progress=progress,
+        )
+        perplexities = {row.method: row.perplexity for row in rows}
+    return Transfer(
+        target=target.name,
+        key=transfer_key(target, configuration, search),
+        perplexities=perplexities,
+        proxies=proxies,
+        own=own,
+        model=target.bundle.provenance.get("model", {}),
+        report=None if target.report is None else target.report.measured_on(),
+    )

@@ -1,0 +1,103 @@
+"""
+A search in plain values: its plan, what a rating gives, and a candidate that was rated.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.baselines import search_baselines
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.seed import check_seed
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """
+    What rating one candidate gave.
+
+    Attributes:
+        value: The objective, finite; None if the rating failed.
+        attributes: JSON values to record with the trial.
+        failure: Why it failed.
+    """
+
+    value: float | None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+
+Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """
+    A search, complete but for the function that rates.
+
+    Attributes:
+        pattern: What is pruned.
+        space: The box; fitted to the pattern.
+        steps: What every candidate goes through; method and spread of its allocation are those
+            of the space.
+        sampler: A name of :data:`pho_service.spec.samplers.SAMPLERS`.
+        trials: How many, baselines included; the hill climb may end before.
+        seed: Of the sampler.
+        direction: Whether low or high values are good.
+        fisher: Whether the plain second-order score is among the baselines.
+        warm_start: Points of the space that were found elsewhere: the trials after the baselines.
+            The sampler begins around the best of them.
+    """
+
+    pattern: Pattern
+    space: SearchSpace
+    steps: Steps = field(default_factory=Steps)
+    sampler: str = "cmaes"
+    trials: int = 200
+    seed: int = 0
+    direction: Direction = "minimize"
+    fisher: bool = True
+    warm_start: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.steps.check_pattern(self.pattern)
+        for method in self.space.allocations:
+            allocation = replace(self.steps.allocation, method=method)
+            replace(self.steps, allocation=allocation).check_pattern(self.pattern)
+        if self.sampler not in SAMPLERS:
+            raise InvalidInput(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        first = len(self.baselines()) + len(self.warm_start)
+        if self.trials < first:
+            warm = " and what the search starts from" if self.warm_start else ""
+            raise InvalidInput(
+                f"trials={self.trials} is too few: the first {first} are the baselines{warm}. Give "
+                "more, 200 say."
+            )
+        check_seed(self.seed)
+
+    def baselines(self) -> list[Candidate]:
+        """The first trials."""
+        return search_baselines(
+            self.pattern,
+            kernel_size=self.space.kernel_sizes[0],
+            fisher=self.fisher,
+            steps=self.steps,
+            allocations=self.space.allocations,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedCandidate:
+    """A finished trial."""
+
+    number: int
+    candidate: Candidate
+    params: dict[str, Any]
+    value: float

@@ -1,0 +1,290 @@
+"""
+config.json: a pruning that was found, with everything that is needed to trust or repeat it.
+
+Format version 2; version 1, which had no ``steps``, is read too.
+``docs/configuration.md`` describes every key. The file has
+no times in it, so that the same search writes the same bytes.
+"""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+
+from pho_service.errors import ConfigurationError, InvalidInput
+from pho_service.host.files import new_file
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import (
+    Allocation,
+    AllocationMethod,
+    AllocationUnit,
+    Permutation,
+    Repruning,
+    Steps,
+    Update,
+)
+
+FORMAT = "pho-configuration"
+TRANSFER_FORMAT = "pho-transfer"  # pho_service.library.files reads it whole
+VERSION = 2
+READABLE = (1, 2)
+MAX_BYTES = 2**20
+DEPTH = 100  # of lists and objects in each other; a search writes fewer than ten
+_SHOWN = 5  # faults of a file that are told
+
+
+class _Strict(BaseModel):
+    """No unknown keys, no infinities, no coercion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class CoefficientsDocument(_Strict):
+    """The score; the same names as :class:`pho_service.spec.score.Coefficients`."""
+
+    row: float
+    column: float
+    neighbourhood: float
+    kernel_size: int
+    activation_exponent: float
+    gradient_exponent: float = 0.0
+    normalisation: Literal["mean", "sum", "none"] = "mean"
+
+
+class AllocationDocument(_Strict):
+    """How much each linear loses; the same names as :class:`pho_service.spec.steps.Allocation`."""
+
+    method: AllocationMethod = "uniform"
+    unit: AllocationUnit = "linear"
+    spread: float = Field(0.2, ge=0, le=1)
+    outlier_ratio: float = Field(5.0, ge=1, le=1e6)
+
+
+class StepsDocument(_Strict):
+    """What happens beside the score; the same names as :class:`pho_service.spec.steps.Steps`."""
+
+    allocation: AllocationDocument = AllocationDocument()
+    permutation: Permutation = "none"
+    repruning: Repruning = "none"
+    update: Update = "none"
+
+    def steps(self) -> Steps:
+        """
+        In the form that a pruning takes.
+
+        Raises:
+            InvalidInput: Two steps contradict each other.
+        """
+        values = self.model_dump()
+        return Steps(**{**values, "allocation": Allocation(**values["allocation"])})
+
+
+class Rating(_Strict):
+    """What was measured of one candidate of the search."""
+
+    method: str
+    trial: int
+    proxy: float | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
+
+
+class Confirmation(_Strict):
+    """
+    How the winner was chosen: perplexity on a text that the search did not see.
+
+    Attributes:
+        divergence_tokens: How many of the tokens all finalists were compared with the dense model
+            on before; None where all of them got a perplexity at once.
+    """
+
+    perplexity: float
+    tokens: int
+    context_length: int
+    text: dict[str, Any]
+    divergence_tokens: int | None = None
+
+
+class Configuration(_Strict):
+    """
+    The whole file.
+
+    Attributes:
+        method: ``crepe``, or the baseline that nothing found was better than.
+        coefficients: The score.
+        steps: What happens beside the score.
+        pattern: A ratio or N:M, as text.
+        scope: Where weights compete.
+        objective: What the search minimised or maximised, and the winner's value.
+        confirmation: None if no perplexity was measured.
+        candidates: Everything that was confirmed, best first: by perplexity, then what was only
+            compared with the dense model, by divergence.
+        baselines: The published methods in the same pattern.
+        border: Coefficients that lie on the border of the search space.
+        search: Sampler, trials, seed, space, study.
+        model: Name, revision, hash of the weights, dtype.
+        calibration: Text, hash, settings, seeds and versions of the bundle.
+        versions: Of the packages that searched.
+    """
+
+    format: Literal["pho-configuration"] = "pho-configuration"
+    version: int = VERSION
+    method: str
+    coefficients: CoefficientsDocument
+    steps: StepsDocument = StepsDocument()
+    pattern: str
+    scope: Literal["row", "layer", "global"]
+    objective: dict[str, Any] = Field(default_factory=dict)
+    confirmation: Confirmation | None = None
+    candidates: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
+    baselines: Annotated[list[Rating], FailFast()] = Field(default_factory=list)
+    border: Annotated[list[str], FailFast()] = Field(default_factory=list)
+    search: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_a_pruning(self) -> Self:
+        self.candidate()
+        return self
+
+    def candidate(self) -> Candidate:
+        """
+        What to prune with.
+
+        Raises:
+            InvalidInput: A coefficient or the pattern breaks a rule.
+        """
+        return Candidate(
+            method=self.method,
+            coefficients=Coefficients(**self.coefficients.model_dump()),
+            pattern=Pattern.parse(self.pattern, self.scope),
+            steps=self.steps.steps(),
+        )
+
+
+def write_configuration(configuration: Configuration, path: Path) -> None:
+    """
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with new_file(path) as partial:
+        text = json.dumps(configuration.model_dump(mode="json"), indent=2)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def read_configuration(path: Path) -> Configuration:
+    """
+    Read and check a configuration file; of a transfer's file, the configuration in it.
+
+    Raises:
+        ConfigurationError: Not there, not JSON, another format or version, or
+            a value that breaks a rule; names the key.
+    """
+    document = read_document(path)
+    if isinstance(document, dict) and document.get("format") == TRANSFER_FORMAT:
+        document = document.get("configuration")
+    return parse_configuration(document, str(path))
+
+
+def read_document(path: Path) -> Any:
+    """
+    What a small JSON file holds.
+
+    Raises:
+        ConfigurationError: Not there, too large, or not JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # a pipe or a device does not say how long it is
+        if len(content) > MAX_BYTES:
+            raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no configuration.")
+        return json.loads(content.decode())
+    except OSError as error:
+        raise ConfigurationError(
+            f"the configuration {path} cannot be read: {error.strerror}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}.") from error
+
+
+def parse_configuration(document: Any, name: str) -> Configuration:
+    """
+    Check a configuration.
+
+    Args:
+        document: JSON values.
+        name: For messages.
+
+    Raises:
+        ConfigurationError: Another format or version, or a value that breaks a rule; names the key.
+    """
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ConfigurationError(
+            f"{name} is no configuration of PHO: its format is not {FORMAT!r}. "
+            "`pho search` writes one with --out."
+        )
+    if document.get("version") not in READABLE:
+        raise ConfigurationError(
+            f"{name} has format version {shown(document.get('version'))}, but this PHO reads "
+            f"versions {READABLE[0]} to {VERSION}. Install the PHO that wrote it, or search again."
+        )
+    try:
+        found = Configuration.model_validate(document)
+    except ValidationError as error:
+        raise ConfigurationError(f"{name} breaks the format: {reasons(error)}.") from error
+    except InvalidInput as error:
+        raise ConfigurationError(f"{name} breaks the format: {error}") from error
+    check_values(document, name)
+    return found
+
+
+def reasons(error: ValidationError) -> str:
+    """The first faults of a document, each with its place, and how many more there are."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    told = [
+        f"{shown('.'.join(map(str, fault['loc'])) or 'file')}: {fault['msg'].rstrip('.')}"
+        for fault in faults[:_SHOWN]
+    ]
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return "; ".join(told + more)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value of a document for a message: not long, and with nothing that cannot be printed."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    text = value if len(value) <= most else f"{value[:most]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def check_values(document: Any, name: str) -> None:
+    """
+    Raises:
+        ConfigurationError: The document holds what Python's JSON reader takes, but no JSON has, no
+            database, or no serializer.
+    """
+    _check_value(document, name, DEPTH)
+    try:
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{name} holds what JSON has not: {shown(str(error))}. Write numbers and whole "
+            "characters."
+        ) from error
+
+
+def _check_value(value: Any, name: str, depth: int) -> None:
+    if isinstance(value, str) and "\x00" in value:
+        raise ConfigurationError(f"{name} holds the character U+0000 in a text. Take it out.")
+    if not isinstance(value, (dict, list)):
+        return
+    if depth == 0:
+        raise ConfigurationError(f"{name} is more than {DEPTH} lists and objects deep.")
+    for each in [*value, *value.values()] if isinstance(value, dict) else value:
+        _check_value(each, name, depth - 1)

@@ -1,0 +1,318 @@
+"""
+The document that a job is submitted as, checked field by field.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pho_service.host.access import Access
+from pho_service.search.plan import SearchPlan
+from pho_service.search.request import SearchRequest
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.fields import (
+    MAX_TRIALS,
+    CalibrationSpec,
+    ConfirmSpec,
+    Document,
+    Name,
+    ObjectiveSpec,
+    SearchSpaceSpec,
+    Seed,
+    StepsSpec,
+    ValidationSpec,
+    WarmStartSpec,
+    check_field,
+    check_models,
+    printable,
+)
+from pho_service.spec.limits import JobLimits
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset, PresetName
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
+
+
+class JobSpec(Document):
+    """A search job. All but ``model`` and ``pattern`` have defaults."""
+
+    model: Name = Field(description="Hub id, model folder or .gguf file.")
+    more_models: list[Name] = Field(
+        [], max_length=31, description="Others that the same configuration shall be good for."
+    )
+    pattern: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)] = Field(
+        description="Share of weights to remove (0.5), or N kept of M (2:4)."
+    )
+    scope: Literal["row", "layer", "global"] | None = Field(
+        None, description="Where weights compete; layer by default, row for N:M."
+    )
+    preset: PresetName = Field(
+        "score",
+        description="What is searched, and what candidates go through; steps and search_space "
+        "say more.",
+    )
+    steps: StepsSpec = StepsSpec()
+    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)] | None = (
+        Field(None, description="Of its study; the model and the pattern by default.")
+    )
+    revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    stream: bool = Field(
+        False, description="Leave the weights on disk, one block at a time on the device."
+    )
+    calibration: CalibrationSpec = CalibrationSpec()
+    confirm: ConfirmSpec | None = Field(
+        ConfirmSpec(), description="null: the best by the objective alone."
+    )
+    validation: ValidationSpec | None = Field(
+        None, description="As `pho validate` does; on the text that confirms."
+    )
+    objective: ObjectiveSpec = ObjectiveSpec()
+    warm_start: WarmStartSpec | None = Field(
+        None, description="Begin with what the library has for similar models; {} is enough."
+    )
+    sampler: Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"] = "cmaes"
+    search_space: SearchSpaceSpec = SearchSpaceSpec()
+    trials: int = Field(
+        200,
+        ge=1,
+        le=MAX_TRIALS,
+        description="Of each island, with baselines; a hill climb may end before.",
+    )
+    islands: int = Field(1, ge=1, le=64, description="Searches with seeds of their own.")
+    seed: Seed = 0
+    priority: int = Field(0, ge=-100, le=100, description="Higher goes first.")
+    timeout_s: float | None = Field(
+        None, gt=0, le=1e7, description="Of each island's search; then the best so far counts."
+    )
+    max_failed_trials: int = Field(
+        20, ge=0, le=MAX_TRIALS, description="With more of them the job fails."
+    )
+    max_attempts: int = Field(3, ge=1, le=20, description="Of each stage, before the job fails.")
+
+    @field_validator("more_models")
+    @classmethod
+    def _each_model_once(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        names = [info.data.get("model"), *value]
+        twice = [name for name in value if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice")
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _of_one_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("more_models"):
+            raise ValueError("a revision is of one model: leave it out where there are several")
+        return value
+
+    @field_validator("confirm")
+    @classmethod
+    def _of_one_text(cls, value: ConfirmSpec | None, info: ValidationInfo) -> ConfirmSpec | None:
+        if value is not None and info.data.get("more_models"):
+            raise ValueError(
+                "several models are searched by the proxy alone: leave it out, and measure the "
+                "result on each of them with :transfer"
+            )
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, value: str) -> str:
+        Pattern.parse(value)
+        return value
+
+    @field_validator("scope")
+    @classmethod
+    def _fits_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and "pattern" in info.data:
+            Pattern.parse(info.data["pattern"], value)
+        return value
+
+    @field_validator("objective", "validation")
+    @classmethod
+    def _can_be_measured(cls, value: Any, info: ValidationInfo) -> Any:
+        needed = isinstance(value, ValidationSpec) or (
+            isinstance(value, ObjectiveSpec) and value.name == "perplexity"
+        )
+        if needed and info.data.get("confirm", 0) is None:
+            raise ValueError("perplexities need a text: confirm must not be null")
+        if isinstance(value, ObjectiveSpec):
+            several = bool(info.data.get("more_models"))
+            if value.over is not None and not several:
+                raise ValueError(f"over={value.over} is for several models: give more_models")
+            value.objective(several=several)  # raises with the rule
+        return value
+
+    @field_validator("search_space")
+    @classmethod
+    def _was_calibrated(cls, value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceSpec:
+        calibration = info.data.get("calibration")
+        missing = set(value.kernel_sizes or ()) - set(
+            calibration.kernel_sizes if calibration else ()
+        )
+        if calibration is not None and missing:
+            raise ValueError(
+                f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
+                f"{', '.join(map(str, calibration.kernel_sizes))}"
+            )
+        return value
+
+    @field_validator("trials")
+    @classmethod
+    def _more_than_baselines(cls, value: int, info: ValidationInfo) -> int:
+        needed = {"pattern", "scope", "preset", "steps", "calibration", "search_space"}
+        if needed <= info.data.keys():
+            given = info.data
+            pattern = Pattern.parse(given["pattern"], given["scope"])
+            preset = _preset(given["preset"], pattern, given["steps"], given["search_space"])
+            request = SearchRequest(
+                pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
+            )
+            request.plan(tuple(given["calibration"].kernel_sizes))
+        return value
+
+    @field_validator("islands")
+    @classmethod
+    def _differ(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("sampler") == "hill-climb":
+            raise ValueError(
+                "a hill climb draws nothing at random, so all islands would be the same: give 1"
+            )
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_confirmed(cls, values: Any) -> Any:
+        """Several models are not confirmed: there is no text that all of them are measured on."""
+        if isinstance(values, dict) and values.get("more_models"):
+            return {"confirm": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        self.plan(0)
+        return self
+
+    @property
+    def models(self) -> list[str]:
+        """All of them."""
+        return [self.model, *self.more_models]
+
+    def of_model(self, number: int) -> "JobSpec":
+        """The same with one of the models alone, for what is done with each."""
+        return self.model_copy(update={"model": self.models[number], "more_models": []})
+
+    def pruning(self) -> Pattern:
+        """What is pruned."""
+        return Pattern.parse(self.pattern, self.scope)
+
+    def request(self, island: int) -> SearchRequest:
+        """In the form that a search takes. The first island has the seed of the job."""
+        preset = _preset(self.preset, self.pruning(), self.steps, self.search_space)
+        return SearchRequest(
+            pattern=self.pruning(),
+            objective=self.objective.objective(several=bool(self.more_models)),
+            bounds=preset.bounds,
+            steps=preset.steps,
+            sampler=self.sampler,
+            trials=self.trials,
+            seed=island_seed(self.seed, island),
+            finalists=self.confirm.candidates if self.confirm else 1,
+            warm_start=self._warm_points(preset.steps),
+            compare_cold=self.warm_start is not None and self.warm_start.compare_cold,
+        )
+
+    def _warm_points(self, steps: Steps) -> tuple[Candidate, ...]:
+        found = (self.warm_start.found if self.warm_start else None) or []
+        return tuple(
+            Candidate(
+                method="crepe",
+                coefficients=Coefficients(**point.coefficients.model_dump()),
+                pattern=self.pruning(),
+                steps=replace(steps, allocation=Allocation(**point.allocation.model_dump())),
+            )
+            for point in found
+        )
+
+    def plan(self, island: int) -> SearchPlan:
+        """Of one island."""
+        return self.request(island).plan(tuple(self.calibration.kernel_sizes))
+
+    @property
+    def title(self) -> str:
+        """What the job is called before its id."""
+        names = " + ".join(name.rstrip("/").rpartition("/")[2] or name for name in self.models)
+        return self.name or f"{names[:200]} {self.pattern} {self.pruning().scope.value}"
+
+    @property
+    def calibration_key(self) -> str:
+        """The same for jobs that may share a bundle: they calibrate one after the other."""
+        calibration = self.calibration.model_dump(exclude={"memory_bytes"})
+        document = [self.model, self.revision, self.dtype, self.stream, calibration]
+        return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+    def check_access(self, access: Access) -> None:
+        """
+        Raises:
+            FieldError: The model or a text is not allowed here; names the field.
+        """
+        more = {f"more_models/{number}": name for number, name in enumerate(self.more_models)}
+        check_models({"model": self.model, **more}, access)
+        self.calibration.check_access(access)
+        if self.confirm is not None and self.confirm.text is not None:
+            check_field("confirm/text", access.text, self.confirm.text)
+
+    def placed(self, access: Access) -> "JobSpec":
+        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
+        changes = {
+            "model": access.placed_model(self.model),
+            "more_models": [access.placed_model(name) for name in self.more_models],
+            "calibration": self.calibration.placed(access),
+        }
+        return self.model_copy(update=changes)
+
+    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
+        """
+        Count what the job asks for: trials, and tokens of the calibrations and of every candidate
+        that gets a perplexity. Baselines and the dense model are not counted.
+
+        Args:
+            limits: Of the service.
+            more_trials: Of an extension, for each island.
+
+        Raises:
+            FieldError: It is too much; names the field and the limit.
+        """
+        trials = self.trials + more_trials
+        limits.check_trials("/trials", trials, self.islands, "islands")
+        tokens = self.calibration.tokens * len(self.models)
+        limits.check_tokens("/calibration/samples", tokens)
+        if self.confirm is not None:
+            measured = self.confirm.candidates
+            measured += self.validation.candidates if self.validation else 0
+            measured += trials * self.islands if self.objective.name == "perplexity" else 0
+            tokens += measured * self.confirm.windows * self.calibration.context_length
+            limits.check_tokens("/confirm/windows", tokens)
+
+
+def _preset(name: str, pattern: Pattern, steps: StepsSpec, space: SearchSpaceSpec) -> Preset:
+    """The preset of a job, with its steps and bounds."""
+    return Preset.of(name, pattern).changed(steps.given(), space.bounds())
+
+
+def island_seed(seed: int, island: int) -> int:
+    """The seed of an island: the job's own for the first, and far from it for the others."""
+    if island == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed} {island}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")

@@ -1,0 +1,76 @@
+"""
+The importance score of a weight: the coefficients of its parts.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pho_service.errors import InvalidInput
+
+Normalisation = Literal["mean", "sum", "none"]
+NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """
+    One importance score: how much each part of it counts.
+
+    With A = |W|, x the activation norm and g the Fisher row weight:
+
+        R = row * A/mean_row(A) + column * A/mean_col(A)
+            + neighbourhood * A/mean_kxk(A)
+        score = R * x**activation_exponent * g**gradient_exponent
+
+    A common factor of the three coefficients changes nothing.
+
+    Attributes:
+        row: Weight of the magnitude relative to its output row, >= 0.
+        column: Relative to its input channel, >= 0.
+        neighbourhood: Relative to the k x k window around it, >= 0.
+        kernel_size: k, odd and at least 3.
+        activation_exponent: 0 ignores the activations, 1 is Wanda's choice.
+        gradient_exponent: 0 is CRePE as published, 0.5 the second-order choice.
+            It cancels within one output row.
+        normalisation: ``mean`` as above; ``sum`` divides the row and column
+            terms by sums, as RIA does; ``none`` leaves R = A.
+    """
+
+    row: float
+    column: float
+    neighbourhood: float
+    kernel_size: int = 3
+    activation_exponent: float = 0.5
+    gradient_exponent: float = 0.0
+    normalisation: Normalisation = "mean"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "row", "column", "neighbourhood", "activation_exponent", "gradient_exponent",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise InvalidInput(f"coefficient {name}={value!r} is not a number.")
+            if not 0 <= value <= 1e30:
+                raise InvalidInput(
+                    f"coefficient {name}={value} is not allowed: it must lie between 0 and 1e30."
+                )
+        if self.row + self.column + self.neighbourhood <= 0:
+            raise InvalidInput(
+                "the coefficients row, column and neighbourhood are all zero, so every weight "
+                "would score 0. At least one must be positive."
+            )
+        k = self.kernel_size
+        if not isinstance(k, int) or isinstance(k, bool) or not 3 <= k < 1000 or k % 2 == 0:
+            raise InvalidInput(
+                f"kernel_size={k!r} is not an odd whole number from 3 to 999: the window must "
+                "have a middle."
+            )
+        if self.normalisation not in NORMALISATIONS:
+            raise InvalidInput(
+                f"normalisation={self.normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)

@@ -1,0 +1,249 @@
+"""
+What a search may choose: a point on the simplex of the coefficients, the rest of the score,
+and how the sparsity is spread over the linears.
+
+A common factor of the coefficients changes no mask, so two shares describe
+all three: how much the neighbourhood counts, and how the remainder is split
+between row and column.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.baselines import BASELINES
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import ALLOCATIONS, Allocation, Steps
+
+Bounds = tuple[float, float]
+
+# RIA's coefficients as a point of a search space, but for its sums instead of means: where a
+# hill climb begins, with the first of the kernel sizes.
+RIA: dict[str, Any] = {
+    "neighbourhood_share": 0.0, "row_share": 0.5, "activation_exponent": 0.5,
+    "gradient_exponent": 0.0, "allocation": "uniform", "allocation_spread": Allocation().spread,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """
+    The box of a search. A bound whose two ends are equal fixes the value.
+
+    Attributes:
+        neighbourhood_share: The neighbourhood's part of the three coefficients.
+        row_share: The row's part of what the neighbourhood leaves.
+        activation_exponent: 0.5 is RIA's choice, 1 Wanda's.
+        gradient_exponent: 0.5 is the second-order choice. Cancels in scope row.
+        kernel_sizes: Odd sizes, ascending; those that the bundle has.
+        allocations: Methods of :class:`pho_service.spec.steps.Allocation`.
+        allocation_spread: Of the methods that are not ``uniform``.
+    """
+
+    neighbourhood_share: Bounds = (0.0, 1.0)
+    row_share: Bounds = (0.0, 1.0)
+    activation_exponent: Bounds = (0.0, 1.5)
+    gradient_exponent: Bounds = (0.0, 1.0)
+    kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
+    allocations: tuple[str, ...] = ("uniform",)
+    allocation_spread: Bounds = (0.2, 0.2)
+
+    def __post_init__(self) -> None:
+        for name, highest in _HIGHEST.items():
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= highest:
+                raise InvalidInput(
+                    f"search space {name}={low:g}:{high:g} is not allowed: "
+                    f"0 <= low <= high <= {highest:g} must hold."
+                )
+        if not self.kernel_sizes:
+            raise InvalidInput("search space kernel_sizes is empty. Give at least one odd size.")
+        for k in self.kernel_sizes:
+            Coefficients(row=1, column=1, neighbourhood=1, kernel_size=k)  # raises if k is no size
+        if not self.allocations:
+            raise InvalidInput("search space allocations is empty. Give at least uniform.")
+        for method in self.allocations:
+            Allocation(method=method)  # raises if it is none
+
+    def fitted(self, pattern: Pattern) -> Self:
+        """The box without what has no effect in ``pattern``: g cancels within a row."""
+        fitted = self
+        if pattern.scope is Scope.ROW:
+            fitted = replace(fitted, gradient_exponent=(0.0, 0.0))
+        if self.allocations == ("uniform",):
+            low = self.allocation_spread[0]
+            fitted = replace(fitted, allocation_spread=(low, low))
+        return fitted
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's form of the box, fixed values included."""
+        space: dict[str, BaseDistribution] = {
+            name: FloatDistribution(*getattr(self, name)) for name in _HIGHEST
+        }
+        space["kernel_size"] = CategoricalDistribution(self.kernel_sizes)
+        space["allocation"] = CategoricalDistribution(self.allocations)
+        return space
+
+    def recorded_distributions(self) -> dict[str, BaseDistribution]:
+        """
+        The widest form of the box, in which every trial of a study is recorded.
+
+        Baselines lie outside of a narrow box; ``method`` tells them apart.
+        """
+        space: dict[str, BaseDistribution] = {
+            name: FloatDistribution(0.0, highest) for name, highest in _HIGHEST.items()
+        }
+        space["kernel_size"] = CategoricalDistribution(self.kernel_sizes)
+        space["allocation"] = CategoricalDistribution(ALLOCATIONS)
+        space["method"] = CategoricalDistribution(("crepe", *BASELINES))
+        return space
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bounds as JSON values."""
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    def candidate(self, params: Mapping[str, Any], pattern: Pattern, steps: Steps) -> Candidate:
+        """
+        The candidate that ``params``, drawn from :meth:`distributions`, stand for.
+
+        ``steps`` says all that is not searched.
+        """
+        neighbourhood, row = params["neighbourhood_share"], params["row_share"]
+        coefficients = Coefficients(
+            row=(1 - neighbourhood) * row,
+            column=(1 - neighbourhood) * (1 - row),
+            neighbourhood=neighbourhood,
+            kernel_size=params["kernel_size"],
+            activation_exponent=params["activation_exponent"],
+            gradient_exponent=params["gradient_exponent"],
+        )
+        allocation = replace(
+            steps.allocation, method=params["allocation"], spread=params["allocation_spread"]
+        )
+        return Candidate(
+            method="crepe",
+            coefficients=coefficients,
+            pattern=pattern,
+            steps=replace(steps, allocation=allocation),
+        )
+
+    def params(self, candidate: Candidate) -> dict[str, Any]:
+        """
+        The point of :meth:`recorded_distributions` for a candidate, baselines included.
+        """
+        c = candidate.coefficients
+        total = c.row + c.column + c.neighbourhood
+        rest = c.row + c.column
+        return {
+            "neighbourhood_share": c.neighbourhood / total,
+            "row_share": c.row / rest if rest else 0.5,
+            "activation_exponent": c.activation_exponent,
+            "gradient_exponent": c.gradient_exponent,
+            "kernel_size": c.kernel_size,
+            "allocation": candidate.steps.allocation.method,
+            "allocation_spread": candidate.steps.allocation.spread,
+            "method": candidate.method,
+        }
+
+    def nearest(self, candidate: Candidate) -> dict[str, Any]:
+        """The point of :meth:`distributions` that is nearest to a candidate found elsewhere."""
+        params = self.params(candidate)
+        del params["method"]
+        for name in _HIGHEST:
+            low, high = getattr(self, name)
+            params[name] = min(max(params[name], low), high)
+        size = params["kernel_size"]
+        params["kernel_size"] = min(self.kernel_sizes, key=lambda k: (abs(k - size), k))
+        if params["allocation"] not in self.allocations:
+            params["allocation"] = self.allocations[0]
+        return params
+
+    def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        ``params`` without what changes no mask beside the others.
+
+        No neighbourhood, no window; nothing but the neighbourhood, nothing to split between row
+        and column; no allocation but a uniform one, no spread.
+        """
+        without = {
+            "kernel_size": params["neighbourhood_share"] == 0,
+            "row_share": params["neighbourhood_share"] == 1,
+            "allocation_spread": params["allocation"] == "uniform",
+        }
+        return {name: value for name, value in params.items() if not without.get(name)}
+
+    def on_border(self, params: Mapping[str, Any]) -> list[str]:
+        """
+        Which values lie within 2 % of an end of their range, or at an extreme kernel size.
+
+        A fixed value has no border.
+        """
+        names = []
+        for name in _HIGHEST:
+            low, high = getattr(self, name)
+            margin = 0.02 * (high - low)
+            if name == "allocation_spread" and params["allocation"] == "uniform":
+                continue  # it had no effect
+            if margin and not low + margin <= params[name] <= high - margin:
+                names.append(name)
+        ends = (self.kernel_sizes[0], self.kernel_sizes[-1])
+        if len(self.kernel_sizes) > 1 and params["kernel_size"] in ends:
+            names.append("kernel_size")
+        return names
+
+
+def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
+    """
+    Read ``name=low:high``, ``name=value``, ``kernel_sizes=3,5`` or ``allocations=uniform,fisher``.
+
+    Returns:
+        Fields of a space.
+
+    Raises:
+        InvalidInput: Unknown name, or no number.
+    """
+    bounds: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in (*_HIGHEST, *_LISTS):
+            raise InvalidInput(
+                f"search space {text!r}: {name!r} is not one of {', '.join((*_HIGHEST, *_LISTS))}."
+            )
+        try:
+            if name == "kernel_sizes":
+                bounds[name] = tuple(sorted({int(k) for k in value.split(",")}))
+            elif name == "allocations":
+                bounds[name] = tuple(m for m in ALLOCATIONS if m in _known(value.split(",")))
+            else:
+                low, _, high = value.partition(":")
+                bounds[name] = (float(low), float(high or low))
+        except ValueError:
+            example = _LISTS.get(name, "0.2:0.8")
+            raise InvalidInput(
+                f"search space {text!r} is not understood. Write {name}={example}."
+            ) from None
+    return bounds
+
+
+def _known(methods: Sequence[str]) -> Sequence[str]:
+    if not set(methods) <= set(ALLOCATIONS):
+        raise ValueError(methods)
+    return methods
+
+
+# Fields that list their values, with an example.
+_LISTS = {"kernel_sizes": "3,5,9", "allocations": "uniform,owl,fisher,curves"}
+
+# The highest value that a bound may have, by name.
+_HIGHEST = {
+    "neighbourhood_share": 1.0,
+    "row_share": 1.0,
+    "activation_exponent": 4.0,
+    "gradient_exponent": 2.0,
+    "allocation_spread": 1.0,
+}

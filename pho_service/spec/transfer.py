@@ -1,0 +1,193 @@
+"""
+What is asked of the transfer of a job's configuration to other models, checked field by field.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from pho_service.host.access import Access
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.fields import (
+    MAX_TRIALS,
+    CalibrationSpec,
+    ConfirmSpec,
+    Document,
+    Name,
+    Seed,
+    check_field,
+    check_models,
+    printable,
+)
+from pho_service.spec.job import JobSpec
+from pho_service.spec.limits import JobLimits
+
+MOST_WINDOWS = 100_000  # of a text
+
+
+class ReportSpec(Document):
+    """What perplexities are measured on. Nothing may have been chosen on it."""
+
+    text: Name = Field(description="A .txt, .jsonl or .parquet file.")
+    windows: int | None = Field(None, ge=1, le=MOST_WINDOWS, description="Only the first.")
+
+
+class OwnSearchSpec(Document):
+    """The search for each target's own best, in the configuration's space and steps."""
+
+    trials: int = Field(200, ge=1, le=MAX_TRIALS)
+    seed: Seed = 0
+    confirm: ConfirmSpec = ConfirmSpec()
+
+
+class TransferRequest(Document):
+    """The body of ``:transfer``. All but ``models`` have defaults."""
+
+    models: list[Name] = Field(
+        min_length=1, max_length=64, description="Hub ids, model folders or .gguf files."
+    )
+    report: ReportSpec | None = Field(
+        None, description="null: only proxies are compared; models are calibrated in any case."
+    )
+    search: OwnSearchSpec | None = Field(
+        None, description="Find the own best of each model, too; {} is enough."
+    )
+    calibration: CalibrationSpec | None = Field(None, description="null: the job's own.")
+    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)] | None = (
+        Field(None, description="By default that of the configuration's model, and the pattern.")
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    stream: bool = Field(
+        False, description="Leave the weights on disk, one block at a time on the device."
+    )
+    priority: int = Field(0, ge=-100, le=100, description="Higher goes first.")
+    max_attempts: int = Field(3, ge=1, le=20, description="Of each model, before the job fails.")
+
+    @field_validator("models")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        twice = [name for name in value if value.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice")
+        return value
+
+    def check_access(self, access: Access) -> None:
+        """
+        Raises:
+            FieldError: A model or a text is not allowed here; names the field.
+        """
+        check_models({f"models/{i}": name for i, name in enumerate(self.models)}, access)
+        if self.calibration is not None:
+            self.calibration.check_access(access)
+        if self.report is not None:
+            check_field("report/text", access.text, self.report.text)
+        if self.search is not None and self.search.confirm.text is not None:
+            check_field("search/confirm/text", access.text, self.search.confirm.text)
+
+    def placed(self, access: Access) -> "TransferRequest":
+        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
+        changes = {
+            "models": [access.placed_model(name) for name in self.models],
+            "calibration": self.calibration and self.calibration.placed(access),
+        }
+        return self.model_copy(update=changes)
+
+
+class TransferSpec(TransferRequest):
+    """
+    A transfer as it is stored: the same, with everything that it depends on.
+
+    Attributes:
+        kind: Tells it from a search.
+        source: Of the configuration: the job that found it.
+        configuration: What is taken elsewhere.
+        calibration: Of the targets.
+    """
+
+    kind: Literal["transfer"] = "transfer"
+    source: str
+    configuration: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.calibration is None:
+            raise ValueError("a stored transfer has its calibration")
+        self.found()
+        return self
+
+    @classmethod
+    def of(
+        cls, request: TransferRequest, source: str, found: dict[str, Any], spec: dict[str, Any]
+    ) -> Self:
+        """
+        Put together what is asked and what it is asked of.
+
+        Args:
+            request: What is asked.
+            source: Id of the job.
+            found: Its configuration.
+            spec: Its document, for the calibration.
+        """
+        calibration = request.calibration or CalibrationSpec.model_validate(spec["calibration"])
+        size = int(found["coefficients"]["kernel_size"])
+        sizes = sorted({*calibration.kernel_sizes, size})
+        return cls(
+            **{
+                **request.model_dump(),
+                "calibration": {**calibration.model_dump(), "kernel_sizes": sizes},
+                "source": source,
+                "configuration": found,
+            }
+        )
+
+    def check_size(self, limits: JobLimits) -> None:
+        """
+        Count what the transfer asks for, as :meth:`JobSpec.check_size` does. A report on a whole
+        text is not counted: how long that is, the workers see.
+
+        Raises:
+            FieldError: It is too much; names the field and the limit.
+        """
+        calibration = self.calibration
+        assert calibration is not None  # the document says so
+        each, measured = calibration.tokens, 1
+        if self.search is not None:
+            limits.check_trials("/search/trials", self.search.trials, len(self.models), "models")
+            confirm = self.search.confirm
+            each += confirm.candidates * confirm.windows * calibration.context_length
+            measured += 1
+        if self.report is not None and self.report.windows is not None:
+            each += measured * self.report.windows * calibration.context_length
+        limits.check_tokens("/models", each * len(self.models))
+
+    def found(self) -> Configuration:
+        """What is taken elsewhere."""
+        return Configuration.model_validate(self.configuration)
+
+    @property
+    def title(self) -> str:
+        """What the job is called before its id."""
+        model = str(self.configuration["model"].get("name", "a model")).rpartition("/")[2]
+        pattern = self.configuration["pattern"]
+        return self.name or f"transfer of {model[:180]} {pattern} {self.configuration['scope']}"
+
+    def target(self, number: int) -> JobSpec:
+        """How a model and its texts are read, as those of a search."""
+        search = self.search or OwnSearchSpec()
+        calibration = self.calibration
+        assert calibration is not None  # the document says so
+        return JobSpec(
+            model=self.models[number],
+            pattern=self.found().pattern,
+            dtype=self.dtype,
+            stream=self.stream,
+            calibration=calibration,
+            confirm=search.confirm,
+        )
+
+    @property
+    def report_windows(self) -> ConfirmSpec | None:
+        """The report text in the form of one to confirm on; None without."""
+        if self.report is None:
+            return None
+        return ConfirmSpec(text=self.report.text, windows=self.report.windows or MOST_WINDOWS)

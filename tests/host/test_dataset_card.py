@@ -1,0 +1,92 @@
+"""Cards of data sets, and where they try to lead."""
+
+from pathlib import Path
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.host.access import Access
+from pho_service.host.dataset_card import MOST_BYTES, check_card, check_cards
+from pho_service.host.settings import Settings
+
+
+def card(data_files: str) -> bytes:
+    """A README with these files, in YAML."""
+    return (
+        "---\nlicense: mit\nconfigs:\n- config_name: default\n"
+        f"  data_files: {data_files}\n---\n\n# A data set\n"
+    ).encode()
+
+
+@pytest.mark.parametrize(
+    "data_files",
+    [
+        "train.jsonl", "data/*.parquet", '["a.jsonl", "b.jsonl"]', "a..b.jsonl",
+        "\n  - split: train\n    path: en/*.json.gz\n  - split: test\n    path: [t.json]",
+        '{"train": "a.jsonl", "test": ["b.jsonl"]}',
+    ],
+)  # fmt: skip
+def test_inside(data_files: str) -> None:
+    """Files of the data set may be named in every form that `datasets` knows."""
+    check_card("README.md", card(data_files), "data set 'd'")
+
+
+@pytest.mark.parametrize(
+    "data_files",
+    [
+        "/etc/passwd", "~/x", "../x.csv", "a/../../x", "'..'", '"\\x2e\\x2e/x"', "C:\\x",
+        "http://127.0.0.1/latest/x.json", "s3://bucket/x", "zip://x::a.zip", '["a", "/b"]',
+        "\n  - split: train\n    path: [a.json, ../b.json]", '{"train": {"path": "file:///x"}}',
+        "!!str ../x", "|\n    ../x",
+    ],
+)  # fmt: skip
+def test_leads_out(data_files: str) -> None:
+    """Absolute paths, '..' and URLs are refused, wherever in data_files they stand."""
+    with pytest.raises(InvalidInput, match=r"data set 'd': its README.md names the files"):
+        check_card("README.md", card(data_files), "data set 'd'")
+
+
+def test_other_keys() -> None:
+    """data_dir is checked as well, in the other card too; what is not about files is not."""
+    with pytest.raises(InvalidInput, match=r"its \.huggingface\.yaml names"):
+        check_card(".huggingface.yaml", b"configs: [{data_dir: ../x}]", "d")
+    check_card("README.md", b"---\nhomepage: https://example.org\n---\n", "d")
+    check_card("README.md", b"# No YAML\n\n---\nconfigs: [{data_files: ../x}]\n---\n", "d")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"configs: [", "cannot be read: while parsing"),
+        (b"a: &a [x]\nconfigs: [*a]", "cannot be read: it has an alias"),
+        (b"configs: " + b"[" * 60, "lists and mappings deep"),
+        (b"configs: " + b"[" * 200_000, "cannot be read"),
+        (b"a: b\n" * MOST_BYTES, "is longer than"),
+    ],
+)
+def test_odd_yaml(content: bytes, message: str) -> None:
+    """What is no YAML, or more than it seems to be, is refused in words."""
+    with pytest.raises(InvalidInput, match=message):
+        check_card(".huggingface.yaml", content[: MOST_BYTES + 1], "d")
+
+
+def test_long_card(tmp_path: Path) -> None:
+    """A README may be long, but not its YAML."""
+    (tmp_path / "README.md").write_bytes(card("a.jsonl") + b"words\n" * MOST_BYTES)
+    check_cards(tmp_path, "d")
+    (tmp_path / "README.md").write_bytes(b"---\n" + b"a: b\n" * MOST_BYTES)
+
+    with pytest.raises(InvalidInput, match="is longer than"):
+        check_cards(tmp_path, "d")
+
+
+def test_at_submission(tmp_path: Path) -> None:
+    """Such a data set is refused at the door, before anything of it is opened."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "README.md").write_bytes(card("../secret.csv"))
+    access = Access.of(Settings(text_roots=(tmp_path,)))
+
+    with pytest.raises(InvalidInput, match=r"names the files '\.\./secret\.csv'"):
+        access.dataset("d")
+    (tmp_path / "d" / "README.md").write_bytes(card("a.csv"))
+    assert access.dataset("d") == str(tmp_path / "d")

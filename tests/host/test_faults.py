@@ -1,0 +1,63 @@
+"""What goes wrong with the machine is told in words, and by what it asks for."""
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from pho_service.errors import DeviceLost, InvalidInput, ModelError, OutOfMemory, PhoError
+from pho_service.host.faults import faults_told
+
+CUDA = (
+    "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in "
+    "https://docs.nvidia.com for more information.\nCUDA kernel errors might be asynchronously "
+    "reported at some other API call, so the stacktrace below might be incorrect."
+)
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 1.06 GiB is free. If reserved but unallocated memory is large try setting "
+    "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError(FULL), OutOfMemory, "79.11 GiB of which 1.06 GiB is free. Use a"),
+        (RuntimeError("CUDA error: out of memory"), OutOfMemory, "memory ran out: CUDA error"),
+        (MemoryError(), OutOfMemory, "memory ran out. Use a smaller model"),
+        (torch.AcceleratorError(CUDA), DeviceLost, "illegal memory access was encountered. A new"),
+        (RuntimeError(CUDA), DeviceLost, "the GPU failed: CUDA error"),
+    ],
+)
+def test_told(error: Exception, kind: type[PhoError], words: str) -> None:
+    """Each kind has its own error; advice to programmers is left out."""
+    with pytest.raises(kind) as told, faults_told():
+        raise error
+
+    assert words in str(told.value)
+    assert "PYTORCH_ALLOC_CONF" not in str(told.value)
+    assert "stacktrace" not in str(told.value)
+
+
+def test_more_than_there_is() -> None:
+    """What torch really raises on a CPU, as RuntimeError, is memory that ran out."""
+    with pytest.raises(OutOfMemory, match="allocate 4000000000000000 bytes"), faults_told():
+        torch.empty(10**15)
+
+
+def test_panic() -> None:
+    """A panic of tokenizers is an error of the model, though it is no Exception in Python."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("((a+)+)+z"), "isolated")
+
+    with pytest.raises(ModelError, match=r"panic.*retry-limit.*tokenizer\.json"), faults_told():
+        tokenizer.encode("a" * 100)
+
+
+@pytest.mark.parametrize("error", [InvalidInput("x"), ValueError("x"), KeyboardInterrupt()])
+def test_everything_else(error: BaseException) -> None:
+    """What is no fault of the machine goes on as it is."""
+    with pytest.raises(type(error)) as raised, faults_told():
+        raise error
+
+    assert raised.value is error

@@ -1,0 +1,165 @@
+"""Logs: the fields of each line, and what never is in one."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from pho_service.host.logs import (
+    LogFormat,
+    about,
+    adopt_loggers,
+    configure_logs,
+    redact,
+    request_id,
+)
+
+Written = Callable[[], str]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LogFormat], Written]]:
+    """Configures logs; what is written since. Everything is as before afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = io.StringIO()
+
+    def configure(log_format: LogFormat) -> Written:
+        monkeypatch.setattr("sys.stderr", stream)
+        root.handlers.clear()
+        configure_logs(log_format)
+        return stream.getvalue
+
+    yield configure
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("talkative").setLevel(logging.NOTSET)
+
+
+def test_json(logged: Any) -> None:
+    """A line is one JSON object with time, level, logger, process, message and what was given."""
+    written = logged("json")
+    logging.getLogger("pho.x").info("é %s\nb", "a", extra={"layer": "q"})
+    line = json.loads(written())
+
+    assert written().count("\n") == 1
+    assert line.pop("time").endswith("+00:00")
+    assert line.pop("process") > 0
+    assert line == {"level": "INFO", "logger": "pho.x", "message": "é a\nb", "layer": "q"}
+
+
+def test_exception(logged: Any) -> None:
+    """So is one with a traceback."""
+    written = logged("json")
+    try:
+        int("no number")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+
+    assert json.loads(written())["exception"].endswith("base 10: 'no number'")
+
+
+def test_text(logged: Any) -> None:
+    """For people: time, level, process, logger, message."""
+    written = logged("text")
+    with about(job="j"):
+        logging.getLogger("x").warning("hello")
+
+    assert written().endswith("x: hello\n")
+    assert " WARNING [" in written()
+
+
+def test_about(logged: Any) -> None:
+    """Fields of a block are in all of its lines, those of inner blocks beside, and none after."""
+    written = logged("json")
+    log = logging.getLogger("x")
+    with about(job="j", attempt=1):
+        with about(attempt=2):
+            log.info("inner")
+            thread = Thread(target=copy_context().run, args=(log.info, "thread"))
+            thread.start()
+            thread.join()
+        log.info("outer", extra={"job": "other"})
+    log.info("after")
+    inner, thread_line, outer, after = map(json.loads, written().splitlines())
+
+    assert (inner["job"], inner["attempt"]) == ("j", 2)
+    assert (thread_line["job"], thread_line["attempt"]) == ("j", 2)
+    assert (outer["job"], outer["attempt"]) == ("other", 1)
+    assert "job" not in after
+
+
+def test_request_id() -> None:
+    """Is known while a request is answered."""
+    with about(request="r"):
+        assert request_id() == "r"
+    assert request_id() is None
+
+
+def test_levels(logged: Any) -> None:
+    """Libraries that say too much, and in their own way, are heard as we are when it matters."""
+    written = logged("json")
+    own = logging.getLogger("talkative")
+    own.addHandler(logging.StreamHandler())
+    own.propagate = False
+    adopt_loggers(["talkative"], logging.WARNING)
+    logging.getLogger("talkative.part").info("chatter")
+    logging.getLogger("talkative.part").warning("trouble")
+
+    assert [json.loads(line)["message"] for line in written().splitlines()] == ["trouble"]
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("at postgresql://pho:s3cr:et/x@db/pho?a=b", "at postgresql://pho:***@db/pho?a=b"),
+        ("at http://127.0.0.1:8000/v1/jobs", "at http://127.0.0.1:8000/v1/jobs"),
+        ("host=db password=s3cret user=pho", "host=db password=*** user=pho"),
+        ("{'password': 's3cret'}", "{'password': '***'}"),
+        ("Authorization: Bearer s3cret-token", "Authorization: Bearer ***"),
+        ("Basic cGhvOnMzY3JldA==", "Basic ***"),
+        ("key pho_abcdefghijklmnopqrstuvwx", "key pho_***"),
+        ("key pho_abcdef", "key pho_abcdef"),
+        ("token hf_abcdefghijklmnopqrst", "token hf_***"),
+        ("password authentication failed for user", "password authentication failed for user"),
+    ],
+)  # fmt: skip
+def test_redact(text: str, without: str) -> None:
+    """Passwords, keys and tokens are starred out, and nothing else."""
+    assert redact(text) == without
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_secrets(logged: Any, log_format: LogFormat) -> None:
+    """Neither in messages and their fields nor in tracebacks, whoever wrote them."""
+    written = logged(log_format)
+    url = "postgresql://pho:planted@db/pho"
+    try:
+        int(url)
+    except ValueError:
+        logging.getLogger("x").exception("at %s", url, extra={"database": url})
+
+    assert "planted" not in written()
+    assert written().count("pho:***@db/pho") == (3 if log_format == "json" else 2)
+
+
+def test_no_forged_lines(logged: Any) -> None:
+    """A message is one line, whatever it holds; the lines of a traceback are set in."""
+    written = logged("text")
+    logging.getLogger("x").warning("column %s", "a\x1b[31m\nINFO fake")
+    try:
+        int("\x1b[0m\nERROR fake")
+    except ValueError as error:
+        logging.getLogger("x").error("failed", exc_info=error)  # noqa: TRY400 - with its traceback
+    first, second, *more = written().splitlines()
+
+    assert first.endswith(r"column a\x1b[31m\nINFO fake")
+    assert second.endswith("x: failed")
+    assert more
+    assert all(line.startswith("    ") for line in more)
+    assert "\x1b" not in written()

@@ -1,0 +1,105 @@
+"""A model's files name files beside them, and nothing else is ever opened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.host.model_folder import MAX_BYTES, check_model_folder, is_plain
+
+OUTSIDE = [
+    "../secret/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "",
+    "..\\secret\\model.safetensors", "C:\\model.safetensors", "C:model.safetensors",
+    "https://example.org/model.safetensors", "file:model.safetensors", "a\x00b", "a\nb", "a" * 256,
+]  # fmt: skip
+
+
+def written(folder: Path, name: str, document: Any) -> Path:
+    """The folder, with one more JSON file."""
+    (folder / name).write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_index(tmp_path: Path, name: str) -> None:
+    """A name in an index that is more than a file's name is refused, with file, name and rule."""
+    weight_map = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": name}
+    written(tmp_path, "model.safetensors.index.json", {"weight_map": weight_map})
+
+    with pytest.raises(
+        InvalidInput, match=r"model\.safetensors\.index\.json names .*lie in the"
+    ) as e:
+        check_model_folder(tmp_path)
+    assert "weight_map of lm_head.weight" in str(e.value)
+    assert str(tmp_path) not in str(e.value)
+    assert str(e.value).isprintable()
+    assert len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"tokenizer_file": "/home/other/tokenizer.json"},
+        {"vocab_file": "../vocab.json"},
+        {"merges_file": "..\\merges.txt"},
+        {"vocab": "/etc/vocab.json"},
+        {"init_inputs": ["/etc/vocab.json", "merges.txt"]},
+        {"fast_tokenizer_files": ["tokenizer.json", "../../x/tokenizer.4.0.json"]},
+    ],
+)
+def test_tokenizer(tmp_path: Path, document: dict[str, Any]) -> None:
+    """A tokenizer's configuration may not name a path, in whichever argument."""
+    (key,) = document
+    written(tmp_path, "tokenizer_config.json", document)
+
+    with pytest.raises(InvalidInput, match=rf"tokenizer_config\.json names .*\({key}\)"):
+        check_model_folder(tmp_path)
+
+
+def test_weights_of_a_config(tmp_path: Path) -> None:
+    """``transformers_weights`` would lead to an index elsewhere."""
+    written(tmp_path, "config.json", {"transformers_weights": "sub/a.safetensors.index.json"})
+
+    with pytest.raises(InvalidInput, match=r"config\.json names .*transformers_weights"):
+        check_model_folder(tmp_path)
+
+
+def test_as_they_are_published(tmp_path: Path) -> None:
+    """What models on the hub have in these files passes."""
+    shards = {f"layer.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    written(tmp_path, "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
+    written(tmp_path, "config.json", {"_name_or_path": "org/name", "model_type": "llama"})
+    written(
+        tmp_path,
+        "tokenizer_config.json",
+        {
+            "name_or_path": "/home/author/model", "special_tokens_map_file": "/home/author/s.json",
+            "tokenizer_file": None, "vocab_file": "vocab.json", "chat_template": "a/b{% c %}",
+            "fast_tokenizer_files": ["tokenizer.json"], "init_inputs": [], "merges": [["a", "b"]],
+        },
+    )  # fmt: skip
+    check_model_folder(tmp_path)
+
+    assert is_plain("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}', b"\xff"]
+)
+def test_no_index(tmp_path: Path, content: bytes) -> None:
+    """What cannot be read is refused, since a loader may read it otherwise."""
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json (is not|has no)"):
+        check_model_folder(tmp_path)
+
+
+def test_too_large(tmp_path: Path) -> None:
+    """A file that is too large is not read to its end."""
+    with (tmp_path / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+
+    with pytest.raises(ModelError, match="larger than 64 MiB"):
+        check_model_folder(tmp_path)

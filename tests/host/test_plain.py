@@ -1,0 +1,34 @@
+"""What others wrote, as it is shown."""
+
+import pytest
+
+from pho_service.errors import ServiceError, TextError
+from pho_service.host.plain import MOST_CHARACTERS, bounded, plain, plain_line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "line"),
+    [
+        ("a text, Über ✓", "a text, Über ✓", "a text, Über ✓"),
+        ("a\nb", "a\nb", "a\\nb"),
+        ("\x1b[31mred\x00\r", "\\x1b[31mred\\x00\\r", "\\x1b[31mred\\x00\\r"),
+        ("\u202eabc\ud800", "\\u202eabc\\ud800", "\\u202eabc\\ud800"),
+    ],
+)
+def test_plain(text: str, shown: str, line: str) -> None:
+    """Control characters, turned writing and half characters are told, not done."""
+    assert plain(text) == shown
+    assert plain_line(text) == line
+    plain(text).encode()
+
+
+def test_messages_are_bounded() -> None:
+    """An error's message is some lines at most, without its middle, and can be printed."""
+    long = "begin" + "x" * 10**6 + "end"
+    for error in (TextError(long), ServiceError(long, code="x")):
+        assert len(str(error)) < MOST_CHARACTERS + 100
+        assert str(error).startswith("begin")
+        assert str(error).endswith("end")
+        assert "996008 characters" in str(error)
+    assert str(TextError("\x1b[2J")) == "\\x1b[2J"
+    assert bounded("short") == "short"

@@ -1,0 +1,72 @@
+"""Settings that come from files instead of the environment."""
+
+from pathlib import Path
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.host.settings import read_settings
+
+URL = "postgresql://pho@database/pho"
+
+
+@pytest.fixture
+def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that PHO_DATABASE_PASSWORD_FILE names; it holds ``s3:cr/t`` and a line's end."""
+    file = tmp_path / "password"
+    file.write_text("s3:cr/t\n")
+    monkeypatch.setenv("PHO_DATABASE_PASSWORD_FILE", str(file))
+    monkeypatch.setenv("PHO_DATABASE_URL", URL)
+    return file
+
+
+def database_url() -> str:
+    """The URL that is used, password and all."""
+    url = read_settings().database_url
+    assert url is not None
+    return url.get_secret_value()
+
+
+@pytest.mark.usefixtures("secret")
+def test_password_from_file() -> None:
+    """The password in the file becomes the URL's, escaped, without the line's end."""
+    assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho"
+
+
+@pytest.mark.usefixtures("secret")
+def test_file_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password that the URL has already gives way to the file's."""
+    monkeypatch.setenv("PHO_DATABASE_URL", "postgresql://pho:old@database/pho?sslmode=require")
+
+    assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho?sslmode=require"
+
+
+@pytest.mark.usefixtures("secret")
+def test_password_without_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password for no database is an error that names what is missing."""
+    monkeypatch.delenv("PHO_DATABASE_URL")
+
+    with pytest.raises(InvalidInput, match=r"PHO_DATABASE_URL=None .*PHO_DATABASE_PASSWORD_FILE"):
+        read_settings()
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("\n", "is empty")])
+def test_unusable_file(secret: Path, content: str | None, reason: str) -> None:
+    """A file that is not there, or empty, is an error that names the variable and the file."""
+    secret.unlink()
+    if content is not None:
+        secret.write_text(content)
+
+    with pytest.raises(InvalidInput, match=rf"PHO_DATABASE_PASSWORD_FILE=.*password.*{reason}"):
+        read_settings()
+
+
+@pytest.mark.usefixtures("secret")
+def test_password_stays_hidden() -> None:
+    """Printed settings do not show it."""
+    assert "s3" not in repr(read_settings())
+
+
+def test_no_patterns() -> None:
+    """An empty list of patterns allows nothing, not the empty name."""
+    assert read_settings(hub_models=" ").hub_models == ()

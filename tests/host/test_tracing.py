@@ -1,0 +1,169 @@
+"""Spans for OpenTelemetry: of requests, with their ids in the log; none unless they are wanted."""
+
+import asyncio
+import gzip
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from pho_service.api.app import create_app
+from pho_service.api.requests import RequestLog
+from pho_service.errors import InvalidInput
+from pho_service.host.logs import _add_fields
+from pho_service.host.settings import read_settings
+from pho_service.host.tracing import configure_tracing, span, trace_with
+from storage.database import Database
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    """What would be sent."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace_with(provider.get_tracer("tests"))
+    yield exporter
+    trace_with(None)
+
+
+def test_span(spans: InMemorySpanExporter) -> None:
+    """A block is a span with its attributes, and what goes wrong in it is on it."""
+    with pytest.raises(KeyError), span("search", job="j", attempt=2):
+        raise KeyError("k")
+    (found,) = spans.get_finished_spans()
+
+    assert found.name == "search"
+    assert dict(found.attributes or {}) == {"job": "j", "attempt": 2}
+    assert found.status.status_code.name == "ERROR"
+    assert found.events[0].name == "exception"
+
+
+def test_request(
+    spans: InMemorySpanExporter, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request is a span, and its line in the log names it."""
+    caplog.handler.addFilter(_add_fields)
+    caplog.set_level(logging.INFO, "pho_service.api.requests")
+    with TestClient(create_app(database, read_settings()), "http://localhost") as client:
+        client.get("/v1/jobs?page_size=2", headers={"X-Request-ID": "mine"})
+    (found,) = spans.get_finished_spans()
+    (line,) = [r for r in caplog.records if r.name == "pho_service.api.requests"]
+    ids = found.get_span_context()
+
+    assert found.name == "GET request"
+    assert found.kind is SpanKind.SERVER
+    assert dict(found.attributes or {}) == {
+        "http.request.method": "GET",
+        "url.path": "/v1/jobs",
+        "http.response.status_code": 200,
+        "request": "mine",
+    }
+    assert found.status.status_code is StatusCode.UNSET
+    assert ids is not None
+    assert (line.trace, line.span) == (f"{ids.trace_id:032x}", f"{ids.span_id:016x}")
+
+
+def test_failed_request(spans: InMemorySpanExporter, database: Database) -> None:
+    """One that the server fails at is an error; one that it refuses is none."""
+    app = create_app(database, read_settings())
+    app.add_api_route("/v1/broken", lambda: 1 / 0)
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+        client.get("/v1/broken")
+        client.get("/v1/jobs?page_size=-2")
+    found = {(s.attributes or {})["url.path"]: s for s in spans.get_finished_spans()}
+    statuses = {
+        path: ((s.attributes or {})["http.response.status_code"], s.status.status_code.name)
+        for path, s in found.items()
+    }
+
+    assert statuses == {"/v1/broken": (500, "ERROR"), "/v1/jobs": (422, "UNSET")}
+
+
+def test_unanswered_request(spans: InMemorySpanExporter) -> None:
+    """One whose client left before it was answered has no status."""
+
+    async def leave(*_: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/jobs", "headers": []}
+    asyncio.run(RequestLog(leave)(scope, leave, leave))  # type: ignore[arg-type]
+    (found,) = spans.get_finished_spans()
+
+    assert "http.response.status_code" not in (found.attributes or {})
+
+
+def test_sent(tmp_path: Path) -> None:
+    """A process sends its spans to where OpenTelemetry's variables say, as OTLP over HTTP."""
+    received: list[ExportTraceServiceRequest] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            assert self.path == "/v1/traces"
+            received.append(ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/x-protobuf")
+            self.end_headers()
+
+    code = """
+from pho_service.host.tracing import configure_tracing, request_span, span
+configure_tracing("pho-worker")
+with span("search", job="j", attempt=2):
+    pass
+with request_span("GET", "/v1/jobs", "mine") as answered:
+    answered(503)
+"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{collector.server_port}"
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=240,
+                env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": url},
+            )  # fmt: skip
+        finally:
+            collector.shutdown()
+    ((resource,),) = [request.resource_spans for request in received]
+    ((scope,),) = [resource.scope_spans]
+    named = {a.key: a.value.string_value for a in resource.resource.attributes}
+
+    assert named["service.name"] == "pho-worker"
+    assert [(s.name, s.status.code) for s in scope.spans] == [("search", 0), ("GET request", 2)]
+
+
+def test_not_wanted() -> None:
+    """Nothing of OpenTelemetry's SDK is imported by the service unless it is asked for."""
+    code = """
+import sys
+import pho_service.api.serving, pho_service.host.tracing
+with pho_service.host.tracing.span("x", job="j"):
+    pass
+print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exp"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra is not installed, it is named."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+
+    with pytest.raises(InvalidInput, match=r"pip install 'pho-service\[otel\]'"):
+        configure_tracing("pho-api")

@@ -1,0 +1,43 @@
+"""A model, its bundle and a text, as jobs take them."""
+
+from pathlib import Path
+
+import pytest
+
+from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.rating import ReportText
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.calibration import CalibrationSettings
+
+
+@pytest.fixture
+def model(model_folder: Path) -> LanguageModel:
+    """The tiny model, loaded from its folder."""
+    return load_model(str(model_folder), device="cpu")
+
+
+@pytest.fixture
+def bundle(model: LanguageModel, texts: dict[str, Path]) -> ProxyBundle:
+    """What calibration on 6 windows says of ``model``."""
+    settings = CalibrationSettings(
+        samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
+    )
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    return calibrate(model, text, settings)
+
+
+@pytest.fixture
+def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
+    """Three windows that nothing was chosen on."""
+    windows, record = read_windows(
+        model, TextSource(path=str(texts["report"])), context_length=32, bos="auto", max_windows=3
+    )
+    return ReportText(windows=windows, record=record)
+
+
+@pytest.fixture
+def study_url(tmp_path: Path) -> str:
+    """A fresh database."""
+    return f"sqlite:///{tmp_path / 'study.db'}"

@@ -1,0 +1,233 @@
+"""A candidate applied to a model, block by block where its steps need it."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM
+
+from pho_service.errors import InvalidInput, OutputError
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pipeline.pipeline import prune_model, pruned_model
+from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import LinearMask, model_masks
+from pho_service.pruning.statistics import collect_statistics
+from pho_service.pruning.weight_update import inverse_factor, obs_update
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
+
+CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
+OBS = Candidate(
+    method="crepe", coefficients=CREPE, pattern=Pattern.parse("0.5"), steps=Steps(update="obs")
+)
+
+
+@pytest.fixture
+def calibration(report: ReportText) -> Tensor:
+    """Windows to update weights with."""
+    return report.windows
+
+
+def gram_at(model: LanguageModel, name: str, windows: Tensor) -> Tensor:
+    """E[x x^T] at the input of a linear, by running the whole model."""
+    seen: list[Tensor] = []
+    module = model.linears[name].module
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for window in windows:
+            model.model(input_ids=window[None], use_cache=False)
+    handle.remove()
+    tokens = torch.cat(seen).double()
+    return (tokens.T @ tokens / len(tokens)).float()
+
+
+def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: Tensor) -> None:
+    """A block's weights are updated for the inputs that the pruned blocks before it give."""
+    statistics = bundle.statistics()
+    masks = dict(model_masks(model.linears, statistics, OBS))
+    dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
+    prune_model(model, statistics, OBS, calibration)
+    updated = {name: linear.weight.clone() for name, linear in model.linears.items()}
+    name = "model.layers.1.self_attn.q_proj"
+    for other, linear in model.linears.items():
+        if other.startswith("model.layers.1"):
+            linear.weight.copy_(dense[other])
+    factor = inverse_factor(gram_at(model, name, calibration), layer=name)
+    expected = obs_update(dense[name], masks[name], factor)
+
+    torch.testing.assert_close(updated[name], expected, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(updated[n] == 0, ~masks[n]) for n in masks)
+
+
+STEPS = [
+    ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3))),
+    ("0.5", Steps(allocation=Allocation(method="owl", unit="block"), update="obs")),
+    ("0.5", Steps(allocation=Allocation(method="curves"), repruning="dsnot")),
+    ("0.5", Steps(update="sparsegpt")),
+    ("2:4", Steps(permutation="score")),
+    ("2:4", Steps(permutation="error", repruning="swaps", update="obs")),
+    ("2:4", Steps(allocation=Allocation(method="fisher", spread=0.25), permutation="score")),
+]
+
+
+@pytest.mark.parametrize(("pattern", "steps"), STEPS)
+def test_dense_afterwards(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    calibration: Tensor,
+    report: ReportText,
+    pattern: str,
+    steps: Steps,
+) -> None:
+    """Every pipeline removes the pattern's share of the model, and gives it back dense."""
+    candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    first, sparsity = rate_pruned(
+        model, bundle.statistics(), candidate, report.windows, calibration=calibration
+    )
+    second, _ = rate_pruned(
+        model, bundle.statistics(), candidate, report.windows, calibration=calibration
+    )
+
+    exact = steps.allocation.method == "uniform" or not candidate.pattern.group
+    assert sparsity == pytest.approx(0.5, abs=1e-4 if exact else 0.05)
+    assert first == second
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+
+
+def test_dense_after_an_error(
+    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
+) -> None:
+    """What fails half way leaves no pruned weights behind."""
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pruned_model(model, bundle.statistics(), OBS, calibration, stop),
+    ):
+        pass
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+
+
+def test_in_place_when_called(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """The call alone prunes the model, and says by how much: nothing has to be iterated."""
+    candidate = replace(OBS, pattern=Pattern.parse("0.5"), steps=Steps())
+    shares = prune_model(model, bundle.statistics(), candidate, None)
+    zeros = {name: float((each.weight == 0).float().mean()) for name, each in model.linears.items()}
+
+    assert shares == pytest.approx(zeros)
+    assert sum(zeros.values()) / len(zeros) == pytest.approx(0.5, abs=0.01)
+
+
+def test_without_a_text(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """Steps that need a text say so, with the way out."""
+    with pytest.raises(InvalidInput, match=r"update 'obs' need a calibration text.* Give --text"):
+        prune_model(model, bundle.statistics(), OBS, None)
+
+
+def test_parallel_blocks(model_folder: Path, report: ReportText, tmp_path: Path) -> None:
+    """Where attention and MLP read one input, all of its readers share one channel order."""
+    config = PhiConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    for file in model_folder.glob("token*"):
+        shutil.copy(file, tmp_path / "phi")
+    model = load_model(str(tmp_path / "phi"), device="cpu")
+    windows = report.windows % 256
+    statistics = collect_statistics(
+        model.model, model.linears, windows, fisher_windows=2, projection_rows=0, seed=0
+    )
+    steps = Steps(permutation="score", repruning="swaps", update="least-squares")
+    candidate = replace(OBS, pattern=Pattern.parse("2:4"), steps=steps)
+    orders = {}
+
+    def kept(name: str, mask: LinearMask) -> None:
+        orders[name] = mask.order
+        assert mask.order is not None
+        assert bool((mask.keep[:, mask.order].reshape(-1, 4).sum(dim=1) == 2).all()), name
+        assert torch.equal(model.linears[name].weight != 0, mask.keep), name
+
+    prune_model(model, statistics, candidate, windows, kept=kept)
+    first = "model.layers.0"
+    assert torch.equal(orders[f"{first}.self_attn.q_proj"], orders[f"{first}.mlp.fc1"])
+
+
+SCORED = [
+    ("0.5", Steps()),
+    ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3))),
+    ("2:4", Steps(permutation="score")),
+]
+
+
+@pytest.mark.parametrize(("pattern", "steps"), SCORED)
+def test_streamed_in_one_pass(
+    model_folder: Path,
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    own_cache: Path,
+    pattern: str,
+    steps: Steps,
+) -> None:
+    """Streamed and without text steps, a candidate runs the report once, and writes nothing."""
+    candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
+    expected, share = rate_pruned(model, bundle.statistics(), candidate, report.windows)
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    before = {name: p.data_ptr() for name, p in streamed.model.named_parameters()}
+    runs: list[str] = []
+    for name, linear in streamed.linears.items():
+        if name.endswith("q_proj"):
+            linear.module.register_forward_hook(lambda *_, name=name: runs.append(name))
+    advanced: list[int] = []
+    actual, sparsity = rate_pruned(
+        streamed, bundle.statistics(), candidate, report.windows, advanced.append
+    )
+
+    assert actual.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert sparsity == share
+    assert {name: p.data_ptr() for name, p in streamed.model.named_parameters()} == before
+    assert sum(advanced) == len(report.windows)
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    assert runs == [first] + [first] * 3 + [last] * 3  # one more to see the form of its output
+    assert not own_cache.exists()
+
+
+def test_streamed_by_score(
+    model_folder: Path, model: LanguageModel, bundle: ProxyBundle, own_cache: Path
+) -> None:
+    """A streamed model is pruned for good without a text; its weights are in the user's cache."""
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    candidate = replace(OBS, steps=Steps())
+    masks = {}
+    for each in (model, streamed):
+        masks[each.stream] = dict(prune_model(each, bundle.statistics(), candidate, None))
+
+    assert masks[True].keys() == masks[False].keys()
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(streamed.model.get_parameter(name), parameter)
+    assert not any(p.untyped_storage().resizable() for p in streamed.model.parameters())
+    assert (own_cache / "scratch").is_dir()
+    assert not list((own_cache / "scratch").iterdir())  # the files have no name
+
+
+def test_no_room(model_folder: Path, bundle: ProxyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk without room for the changed weights is refused before anything is run."""
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=70_000))
+
+    with pytest.raises(OutputError, match=r"room for 0 MiB.*PHO_CACHE_DIR"):
+        prune_model(streamed, bundle.statistics(), replace(OBS, steps=Steps()), None)

@@ -1,0 +1,426 @@
+"""The search job: what is asked for, what is found, and what is said of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from torch import Tensor
+
+from pho_service.errors import BundleError, InvalidInput, StudyError
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import search_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import model_masks
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.search.request import SearchRequest
+from pho_service.search.result import chosen_in
+from pho_service.spec.configuration import Configuration, Rating
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.space import parse_bounds
+from pho_service.spec.steps import Steps
+from storage.studies import open_storage
+
+PATTERN = Pattern.parse("0.5", "layer")
+
+
+@pytest.fixture
+def request_of(study_url: str) -> Any:
+    """A small request with some values changed."""
+
+    def build(**changes: Any) -> SearchRequest:
+        return replace(SearchRequest(pattern=PATTERN, trials=14, study_url=study_url), **changes)
+
+    return build
+
+
+def proxies(found: Configuration) -> list[float]:
+    """The values of the baselines."""
+    return [rating.proxy for rating in found.baselines if rating.proxy is not None]
+
+
+@pytest.mark.parametrize("weighting", ["blend", "fisher", "relative", "absolute"])
+def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str) -> None:
+    """The value is the proxy of the configuration's own candidate in the asked weighting."""
+    objective = Objective(weighting=weighting)
+    found = search_job(request_of(objective=objective), bundle).configuration
+    (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
+
+    assert found.objective["name"] == f"activation-reconstruction/{weighting}"
+    value = found.objective["value"]
+    assert value == min([*proxies(found), value])
+    assert value == pytest.approx(outcome.value, rel=1e-6)  # which was rated beside others there
+
+
+def test_gini_is_maximised(bundle: ProxyBundle, request_of: Any) -> None:
+    """Of Gini the highest wins."""
+    found = search_job(request_of(objective=Objective(name="gini")), bundle).configuration
+
+    assert found.objective["direction"] == "maximize"
+    assert found.objective["value"] >= max(proxies(found))
+
+
+def test_perplexity_as_objective(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """Searched by perplexity, the value is the confirmation."""
+    result = search_job(
+        request_of(objective=Objective(name="perplexity"), trials=9),
+        bundle,
+        model=model,
+        confirm_text=report,
+    )
+    found = result.configuration
+
+    assert found.confirmation is not None
+    assert found.confirmation.perplexity == found.objective["value"] <= min(proxies(found))
+    assert not any("Not confirmed" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("sampler", ["hill-climb", "cmaes", "tpe"])
+def test_samplers_on_perplexity(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+    sampler: str,
+) -> None:
+    """Every sampler can search by perplexity, and goes on where it was with the same trials."""
+    request = request_of(objective=Objective(name="perplexity"), sampler=sampler, trials=14)
+    search_job(replace(request, trials=10), bundle, model=model, confirm_text=report)
+    found = search_job(request, bundle, model=model, confirm_text=report).configuration
+    elsewhere = replace(request, study_url=study_url.replace("study.db", "other.db"))
+    again = search_job(elsewhere, bundle, model=model, confirm_text=report).configuration
+
+    assert found == again
+    assert found.search["sampler"] == sampler
+
+
+def test_climb_ends_by_itself(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """It begins at RIA's coefficients, rates no point twice, and says after how many it ended."""
+    objective = Objective(name="perplexity")
+    request = request_of(objective=objective, sampler="hill-climb", trials=300)
+    result = search_job(request, bundle, model=model, confirm_text=report)
+    with open_storage(study_url) as storage:
+        trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
+    climb = [t for t in trials if t.params["method"] == "crepe"]
+    c = climb[0].user_attrs["coefficients"]
+    search = result.configuration.search
+
+    assert (c["row"], c["column"], c["neighbourhood"]) == (0.5, 0.5, 0.0)
+    assert (c["activation_exponent"], c["gradient_exponent"], c["kernel_size"]) == (0.5, 0.0, 3)
+    assert len({str(t.params) for t in climb}) == len(climb)
+    assert (search["trials"], search["finished"]) == (300, len(trials))
+    assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
+
+
+def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any) -> None:
+    """A bundle alone has no perplexity."""
+    with pytest.raises(InvalidInput, match="needs the model and a text"):
+        search_job(request_of(objective=Objective(name="perplexity")), bundle)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("1:4", None)]
+)
+def test_pattern_is_kept(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, pattern: str, scope: str | None
+) -> None:
+    """Whatever wins removes what was asked for, and is counted in no wider scope."""
+    asked = Pattern.parse(pattern, scope)
+    found = search_job(request_of(pattern=asked), bundle).configuration.candidate()
+    masks = dict(model_masks(model.linears, bundle.statistics(), found))
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+
+    assert found.pattern.scope.width <= asked.scope.width
+    assert removed == asked.removed(total)
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_gradient_only_where_it_counts(bundle: ProxyBundle, request_of: Any, scope: str) -> None:
+    """In scope row the gradient exponent is fixed at 0, elsewhere it is searched."""
+    found = search_job(request_of(pattern=Pattern.parse("0.5", scope)), bundle).configuration
+
+    assert found.search["space"]["gradient_exponent"] == [0.0, 0.0 if scope == "row" else 1.0]
+    assert ("fisher" in {r.method for r in found.baselines}) is (scope != "row")
+
+
+def test_border_is_flagged(bundle: ProxyBundle, request_of: Any) -> None:
+    """A best value on the border is named in the result and in a warning."""
+    bounds = ("activation_exponent=3.9:4", "gradient_exponent=0", "kernel_sizes=3")
+    result = search_job(
+        request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
+    )
+    exponent = result.configuration.coefficients.activation_exponent
+
+    assert result.configuration.method == "crepe"
+    assert exponent > 3.998
+    assert "activation_exponent" in result.configuration.border
+    assert any("activation_exponent lies on the border" in w for w in result.warnings)
+
+
+def test_narrow_bounds_hold(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+    """Every candidate but the baselines lies in the asked box."""
+    bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
+    search_job(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
+    with open_storage(study_url) as storage:
+        (summary,) = optuna.get_all_study_summaries(storage)
+        trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
+    found = [t.params for t in trials if t.params["method"] == "crepe"]
+
+    assert len(found) == 22 - 6
+    assert all(0.6 <= p["activation_exponent"] <= 0.7 for p in found)
+    assert all(p["row_share"] == pytest.approx(0.25) for p in found)
+    assert all(p["kernel_size"] == 5 for p in found)
+
+
+def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any) -> None:
+    """A kernel size that the bundle lacks is refused."""
+    with pytest.raises(InvalidInput, match="9 is not in the bundle, which has 3, 5"):
+        search_job(request_of(bounds={"kernel_sizes": (3, 9)}), bundle)
+
+
+def test_width_and_groups(bundle: ProxyBundle, request_of: Any) -> None:
+    """A width that M does not divide is refused before a study is made, and the layer named."""
+    with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+: in_features=32 .* M=5"):
+        search_job(request_of(pattern=Pattern.parse("2:5")), bundle)
+
+
+def test_other_model(bundle: ProxyBundle, request_of: Any, model: LanguageModel) -> None:
+    """A bundle of other weights is refused."""
+    for linear in model.linears.values():
+        linear.weight.mul_(2)
+
+    with pytest.raises(BundleError, match="of another model: the weights of"):
+        search_job(request_of(), bundle, model=model)
+
+
+def test_studies_do_not_mix(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+    """Another seed, sampler, pattern, scope, objective or space is another study in one file."""
+    requests = [
+        request_of(),
+        request_of(seed=1),
+        request_of(sampler="random"),
+        request_of(pattern=Pattern.parse("0.6", "layer")),
+        request_of(pattern=Pattern.parse("0.5", "row")),
+        request_of(objective=Objective(weighting="fisher")),
+        request_of(bounds={"row_share": (0.5, 0.5)}),
+    ]
+    names = [search_job(r, bundle).study_name for r in requests]
+    with open_storage(study_url) as storage:
+        kept = {s.study_name: s.n_trials for s in optuna.get_all_study_summaries(storage)}
+
+    assert kept == dict.fromkeys(names, 14)
+    assert len(set(names)) == len(requests)
+
+
+def test_longer_search_is_the_same_study(bundle: ProxyBundle, request_of: Any) -> None:
+    """More trials go on with the study of fewer, and never end worse."""
+    short, long = (search_job(request_of(trials=n), bundle) for n in (10, 30))
+
+    assert short.study_name == long.study_name
+    assert long.configuration.objective["value"] <= short.configuration.objective["value"]
+
+
+def test_confirmed_stays_a_finalist(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """What a shorter search confirmed on the same text still counts, however good the rest is."""
+    asked = {"finalists": 1, "study_url": study_url}
+    short = search_job(request_of(trials=8, **asked), bundle, model=model, confirm_text=report)
+    with open_storage(study_url) as storage:
+        study = optuna.load_study(study_name=short.study_name, storage=storage)
+        measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": report.key}
+        study.set_user_attr("perplexity:6", measured)  # as if it had been that good
+        study.set_user_attr("perplexity:7", {**measured, "perplexity": 1.0, "text_sha256": "b"})
+    long = search_job(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
+    own = search_job(
+        request_of(trials=40, **{**asked, "study_url": f"{study_url}2"}),
+        bundle,
+        model=model,
+        confirm_text=report,
+    ).configuration
+
+    assert 6 not in {each.trial for each in own.candidates}
+    assert long.trial == 6
+    assert long.configuration.confirmation is not None
+    assert long.configuration.confirmation.perplexity == 1.5
+    assert {each.trial for each in own.candidates} < {
+        c.trial for c in long.configuration.candidates
+    }
+
+
+def test_chosen_is_marked(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+) -> None:
+    """The study says which trial the result is, whether it was confirmed or not."""
+    marks = []
+    for options in ({}, {"model": model, "confirm_text": report}):
+        found = search_job(request_of(), bundle, **options)
+        with open_storage(study_url) as storage:
+            study = optuna.load_study(study_name=found.study_name, storage=storage)
+            marks.append((study.user_attrs["chosen"], chosen_in(study), found))
+
+    for mark, trial, found in marks:
+        confirmation = found.configuration.confirmation
+        assert mark == {
+            "study": found.study_name,
+            "trial": found.trial,
+            "method": found.configuration.method,
+            "objective": found.configuration.objective["value"],
+            "perplexity": confirmation and confirmation.perplexity,
+        }
+        assert trial == found.trial
+
+
+def test_confirmation_is_kept(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """A search that is asked again measures no perplexity again."""
+    first = search_job(request_of(), bundle, model=model, confirm_text=report)
+    calls: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    second = search_job(request_of(), bundle, model=model, confirm_text=report)
+
+    assert calls == []
+    assert second.configuration == first.configuration
+
+
+def test_few_perplexities(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """All finalists are compared with the dense model; the three nearest get a perplexity."""
+    found = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
+    nearest = sorted(found.candidates, key=divergence)
+    baseline = next(c for c in nearest if c.method != "crepe")
+    rated = [c for c in found.candidates if c.perplexity is not None]
+
+    assert {b.trial for b in found.baselines} <= {c.trial for c in found.candidates}
+    assert {c.trial for c in rated} == {*(c.trial for c in nearest[:3]), baseline.trial}
+    assert found.candidates[: len(rated)] == sorted(rated, key=lambda c: c.perplexity or 0)
+    assert found.candidates[len(rated) :] == [c for c in nearest if c not in rated]
+    assert found.confirmation is not None
+    assert found.confirmation.divergence_tokens == 31
+    assert found.confirmation.perplexity == rated[0].perplexity
+
+
+def divergence(rating: Rating) -> float:
+    """Of a candidate that was compared with the dense model."""
+    assert rating.divergence is not None
+    return rating.divergence
+
+
+def test_interrupted_comparison(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+) -> None:
+    """Interrupted while finalists are compared, a search compares the others and ends the same."""
+    calls: list[int] = []
+
+    def stop(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # the dense model, then two finalists of a window each
+            raise KeyboardInterrupt
+
+    hook = model.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        search_job(request_of(), bundle, model=model, confirm_text=report)
+    hook.remove()
+    again: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: again.append(1))
+    resumed = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
+    other = request_of(study_url=f"{study_url}2")
+    whole = search_job(other, bundle, model=model, confirm_text=report).configuration
+    rated = sum(c.perplexity is not None for c in whole.candidates)
+
+    assert resumed == whole
+    assert len(again) == 1 + len(whole.candidates) - 2 + rated * 3 + (
+        1 + len(whole.candidates) + rated * 3
+    )
+
+
+@pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
+def test_not_compared_where_pruning_costs(
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    model_folder: Path,
+    report: ReportText,
+    windows: Tensor,
+    why: str,
+) -> None:
+    """Where a text runs through the model for each candidate, each is pruned once, and rated."""
+    steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
+    if why == "the model is streamed":
+        model = load_model(str(model_folder), device="cpu", stream=True)
+    found = search_job(
+        request_of(steps=steps, trials=9, finalists=2),
+        bundle,
+        model=model,
+        confirm_text=report,
+        calibration=windows % 30,
+    ).configuration
+
+    assert found.confirmation is not None
+    assert found.confirmation.divergence_tokens is None
+    assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
+
+
+def test_study_says_what_it_is(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+    """A study carries its pattern, scope, objective, space, sampler, seed and calibration."""
+    result = search_job(request_of(seed=5), bundle)
+    with open_storage(study_url) as storage:
+        study = optuna.load_study(study_name=result.study_name, storage=storage)
+        attributes, trial = study.user_attrs, study.trials[-1]
+
+    assert (attributes["pattern"], attributes["scope"]) == ("0.5", "layer")
+    assert attributes["objective"] == "activation-reconstruction/blend"
+    assert (attributes["sampler"], attributes["seed"]) == ("cmaes", 5)
+    assert attributes["calibration"]["key"] == bundle.provenance["key"]
+    assert set(trial.user_attrs["error_by_kind"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert trial.user_attrs["seconds"] >= 0
+
+
+def test_description_survives_a_kill(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+    """Killed while it is being described, a study is described to the end the next time."""
+    name = search_job(request_of(), bundle).study_name
+    with open_storage(study_url) as storage:
+        optuna.delete_study(study_name=name, storage=storage)
+        optuna.create_study(study_name=name, storage=storage).set_user_attr("pattern", "0.5")
+    search_job(request_of(), bundle)
+    with open_storage(study_url) as storage:
+        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+
+    assert {"scope", "objective", "space", "sampler", "seed", "calibration"} <= set(attributes)
+
+
+def test_nothing_can_be_rated(bundle: ProxyBundle, request_of: Any) -> None:
+    """Weights beyond float32 fail every trial, and the layer is named."""
+    broken = replace(bundle.layers[3], rows=bundle.layers[3].rows * 1e30)
+    layers = [*bundle.layers[:3], broken, *bundle.layers[4:]]
+
+    with pytest.raises(StudyError, match=rf"every trial .* failed\. The first: {broken.name}"):
+        search_job(request_of(), replace(bundle, layers=layers))
+
+
+def test_baseline_wins(bundle: ProxyBundle, request_of: Any) -> None:
+    """If nothing beats a baseline, the baseline is the result, in its own scope, and it says so."""
+    result = search_job(request_of(trials=6), bundle)
+
+    assert result.configuration.method != "crepe"
+    assert any("better than the baseline" in warning for warning in result.warnings)
+    assert result.configuration.border == []
+    assert Scope(result.configuration.scope).width <= PATTERN.scope.width

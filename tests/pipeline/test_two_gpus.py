@@ -1,0 +1,139 @@
+"""A model on two GPUs is calibrated, measured and pruned as on one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_machine import Cards
+from safetensors.torch import load_file
+
+from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.texts import TextSource
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.prune import prune_job
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.validate import validate_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.configuration import (
+    AllocationDocument,
+    CoefficientsDocument,
+    Configuration,
+    StepsDocument,
+)
+from pho_service.spec.pattern import Pattern
+
+COEFFICIENTS = CoefficientsDocument(
+    row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5
+)
+SETTINGS = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
+
+
+@pytest.fixture
+def two_cards(model_folder: Path, texts: dict[str, Path], pretended_gpus: Cards) -> Cards:
+    """Two cards, after model and texts were stored."""
+    assert model_folder.is_dir()
+    assert texts
+    return pretended_gpus
+
+
+@pytest.fixture
+def model(model_folder: Path, two_cards: Cards) -> LanguageModel:
+    """The tiny model on the first card."""
+    assert len(two_cards) == 2
+    return load_model(str(model_folder), device="cuda:0")
+
+
+@pytest.fixture
+def spread(model_folder: Path, two_cards: Cards) -> LanguageModel:
+    """The tiny model, a block on each card."""
+    assert len(two_cards) == 2
+    model = load_model(str(model_folder), device_map="auto")
+    assert len({linear.weight.device for linear in model.linears.values()}) == 2
+    return model
+
+
+def bundle_of(model: LanguageModel, texts: dict[str, Path], rows: int) -> ProxyBundle:
+    """What a calibration says of a model."""
+    settings = CalibrationSettings(**SETTINGS, projection_rows=rows)  # type: ignore[arg-type]
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    return calibrate(model, text, settings)
+
+
+@pytest.mark.parametrize("projection_rows", [0, 16])
+def test_calibrated(
+    spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], projection_rows: int
+) -> None:
+    """The bundle is that of one card."""
+    expected, found = (bundle_of(m, texts, projection_rows) for m in (model, spread))
+
+    for a, b in zip(expected.layers, found.layers, strict=True):
+        assert torch.equal(a.rows, b.rows)
+    a, b = expected.statistics(), found.statistics()
+    for name in model.linears:
+        torch.testing.assert_close(b.activation_norm(name), a.activation_norm(name))
+        torch.testing.assert_close(b.fisher[name], a.fisher[name])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scope", "steps"),
+    [
+        ("0.5", "global", {}),
+        ("0.5", "layer", {"allocation": AllocationDocument(method="fisher"), "update": "obs"}),
+        ("2:4", "row", {"permutation": "score", "repruning": "swaps", "update": "least-squares"}),
+    ],
+)
+def test_pruned(
+    spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], tmp_path: Path,
+    pattern: str, scope: str, steps: dict[str, Any],
+) -> None:  # fmt: skip
+    """Masks, orders and weights are those of one card, and pass their check."""
+    bundle = bundle_of(model, texts, 16)
+    configuration = Configuration(
+        method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
+        steps=StepsDocument(**steps),
+    )  # fmt: skip
+    settings = CalibrationSettings(**SETTINGS)  # type: ignore[arg-type]
+    text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
+    results = []
+    for each, out in ((model, tmp_path / "one"), (spread, tmp_path / "two")):
+        prune_job(each, bundle, configuration, out, calibration=text.calibration)
+        recipe = json.loads((out / "pruning.json").read_text())
+        masks = [layer["mask_sha256"] for layer in recipe["layers"].values()]
+        results.append((masks, recipe["folded"], load_file(out / "model.safetensors")))
+    (masks, folded, weights), (others, refolded, spread_weights) = results
+
+    assert (masks, folded) == (others, refolded)
+    for name, weight in weights.items():
+        torch.testing.assert_close(spread_weights[name], weight)
+    assert all(check.passed for check in check_folder(tmp_path / "two", original=None))
+
+
+def test_compared_and_validated(
+    spread: LanguageModel, model: LanguageModel, report: ReportText, texts: dict[str, Path]
+) -> None:
+    """So are perplexities and ratings by the proxies, and the model is dense afterwards."""
+    bundle, before = bundle_of(model, texts, 16), spread.weights_sha256
+    validations = [
+        validate_job(each, bundle, report, Pattern.parse("2:4"), count=8, seed=0, device="cuda:0")
+        for each in (model, spread)
+    ]
+    rows = [
+        compare_job(
+            each, bundle, report, Pattern.parse("0.5"), [],
+            calibration=report.windows, device="cuda:0",
+        )
+        for each in (model, spread)
+    ]  # fmt: skip
+    del spread.__dict__["weights_sha256"]
+
+    assert validations[0].perplexity == pytest.approx(validations[1].perplexity, rel=1e-5)
+    assert [row.method for row in rows[0]] == [row.method for row in rows[1]]
+    for one, two in zip(*rows, strict=True):
+        assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
+        assert (two.memory_bytes or 0) > 0
+    assert spread.weights_sha256 == before

@@ -1,0 +1,185 @@
+"""config.json: what is written is read, and nonsense is refused by key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pho_service.errors import ConfigurationError, OutputError
+from pho_service.spec.configuration import (
+    CoefficientsDocument,
+    Configuration,
+    read_configuration,
+    write_configuration,
+)
+from pho_service.spec.pattern import Scope
+
+GOOD = Configuration(
+    method="crepe",
+    coefficients=CoefficientsDocument(
+        row=0.2, column=0.5, neighbourhood=0.3, kernel_size=9, activation_exponent=0.1 + 0.2
+    ),
+    pattern="0.5",
+    scope="global",
+)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """A good document with changes; dots lead into it."""
+    document = GOOD.model_dump(mode="json")
+    for key, value in changes.items():
+        target = document
+        *path, last = key.split("__")
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return document
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """Everything comes back, numbers to the bit."""
+    write_configuration(GOOD, tmp_path / "c.json")
+
+    assert read_configuration(tmp_path / "c.json") == GOOD
+
+
+def test_of_a_transfer(tmp_path: Path) -> None:
+    """The file of a transfer is read as the configuration that it is of."""
+    path = tmp_path / "transfer.json"
+    transfer = {"format": "pho-transfer", "version": 1, "source": "x", "configuration": changed(),
+                "targets": []}  # fmt: skip
+    path.write_text(json.dumps(transfer))
+
+    assert read_configuration(path) == Configuration.model_validate(changed())
+
+
+def test_candidate() -> None:
+    """A configuration gives the candidate to prune with."""
+    candidate = GOOD.candidate()
+
+    assert candidate.pattern.scope is Scope.GLOBAL
+    assert candidate.coefficients.kernel_size == 9
+    assert candidate.coefficients.gradient_exponent == 0
+
+
+def test_nm(tmp_path: Path) -> None:
+    """An N:M configuration is counted in rows."""
+    (tmp_path / "c.json").write_text(json.dumps(changed(pattern="2:4", scope="row")))
+
+    assert read_configuration(tmp_path / "c.json").candidate().pattern.group == 4
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    """The documented minimum is enough."""
+    keys = ("format", "version", "method", "coefficients", "pattern", "scope")
+    document = {key: changed()[key] for key in keys}
+    (tmp_path / "c.json").write_text(json.dumps(document))
+
+    assert read_configuration(tmp_path / "c.json").candidate() == GOOD.candidate()
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (changed(speed=1), "speed: Extra inputs"),
+        (changed(version=3), "format version 3, but this PHO reads versions 1 to 2"),
+        (changed(format="other"), "is no configuration of PHO"),
+        ([], "is no configuration of PHO"),
+        (changed(coefficients__row=-1.0), "row=-1.0 is not allowed"),
+        (changed(coefficients__row="0.2"), r"coefficients\.row"),
+        (changed(coefficients__kernel_size=4), "kernel_size=4 is not an odd"),
+        (changed(coefficients__row=0.0, coefficients__column=0.0, coefficients__neighbourhood=0.0),
+         "are all zero"),
+        (changed(coefficients__row=float("nan")), r"coefficients\.row"),
+        (changed(coefficients__normalisation="max"), r"coefficients\.normalisation"),
+        (changed(pattern="5:4"), "keeps N=5 of M=4"),
+        (changed(pattern="2:4", scope="global"), "scope 'global' has no meaning for it"),
+        (changed(pattern="1.5"), "sparsity 1.5 is not between 0 and 1"),
+        (changed(scope="block"), "scope"),
+    ],
+)  # fmt: skip
+def test_refused(tmp_path: Path, document: Any, message: str) -> None:
+    """What breaks a rule is refused, and the message names it."""
+    (tmp_path / "c.json").write_text(json.dumps(document))
+
+    with pytest.raises(ConfigurationError, match=message):
+        read_configuration(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\x00"])
+def test_not_json(tmp_path: Path, content: str) -> None:
+    """A file that is not JSON is refused."""
+    (tmp_path / "c.json").write_text(content)
+
+    with pytest.raises(ConfigurationError, match="is not JSON"):
+        read_configuration(tmp_path / "c.json")
+
+
+def test_huge(tmp_path: Path) -> None:
+    """A huge file is refused before it is read."""
+    (tmp_path / "c.json").write_text(" " * (2**20 + 1))
+
+    with pytest.raises(ConfigurationError, match="larger than"):
+        read_configuration(tmp_path / "c.json")
+
+
+def test_missing(tmp_path: Path) -> None:
+    """A file that is not there is named."""
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read_configuration(tmp_path / "c.json")
+
+
+def test_failed_write_leaves_the_old(tmp_path: Path) -> None:
+    """Where a configuration cannot be written, what was there stays."""
+    folder = tmp_path / "c.json"
+    folder.mkdir()
+
+    with pytest.raises(OutputError, match="is a folder"):
+        write_configuration(GOOD, folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1e999", "what JSON has not"),
+        ("NaN", "what JSON has not"),
+        ('"\\ud800"', "what JSON has not"),
+        ('"\\u0000"', r"U\+0000"),
+        ("[" * 200 + "]" * 200, "lists and objects deep"),
+    ],
+)
+def test_odd_values(tmp_path: Path, value: str, message: str) -> None:
+    """What could not be written again is refused where anything may stand, too."""
+    text = json.dumps(changed(search={"x": "here"}))
+    (tmp_path / "c.json").write_text(text.replace('"here"', value))
+
+    with pytest.raises(ConfigurationError, match=rf"c\.json .*{message}"):
+        read_configuration(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        changed(candidates=[1] * 300_000),
+        changed(version="3" * 1_000_000),
+        {**changed(), **{f"key {i}": 1 for i in range(50_000)}},
+        changed(**{"x" * 1_000_000: 1}),
+    ],
+    ids=["candidates", "version", "unknown keys", "long key"],
+)
+def test_many_faults(tmp_path: Path, document: Any) -> None:
+    """However much is wrong, the message is short."""
+    (tmp_path / "c.json").write_text(json.dumps(document))
+
+    with pytest.raises(ConfigurationError, match=r"c\.json") as raised:
+        read_configuration(tmp_path / "c.json")
+
+    assert len(str(raised.value)) < 2000
+
+
+def test_endless() -> None:
+    """What never ends, and has no size, is read no further than a configuration may be long."""
+    with pytest.raises(ConfigurationError, match="larger than 1048576 bytes"):
+        read_configuration(Path("/dev/zero"))

@@ -1,0 +1,415 @@
+"""The document of a job: its defaults, what it refuses and where, and what it stands for."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pho_service.host.access import Access
+from pho_service.host.settings import Settings
+from pho_service.spec.fields import FieldError
+from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SAMPLERS
+
+
+def spec_of(**changes: Any) -> JobSpec:
+    """A job with some fields given."""
+    return JobSpec.model_validate({"model": "org/name", "pattern": "0.5", **changes})
+
+
+def test_defaults() -> None:
+    """All but the model and the pattern have the defaults of the issue and of `pho search`."""
+    spec = spec_of()
+
+    assert (spec.calibration.samples, spec.calibration.context_length) == (128, 2048)
+    assert spec.confirm is not None
+    assert (spec.confirm.text, spec.confirm.candidates) == (None, 5)
+    assert Objective(**spec.objective.model_dump()) == Objective()
+    assert spec.pruning() == Pattern.parse("0.5")
+    assert (spec.sampler, spec.trials, spec.islands, spec.seed) == ("cmaes", 200, 1, 0)
+    assert (spec.priority, spec.timeout_s) == (0, None)
+
+
+def test_text_is_c4_by_default() -> None:
+    """Without a text or a data set the calibration is on C4, and the document says so."""
+    assert spec_of().calibration.dataset == "allenai/c4"
+    assert spec_of().calibration.data_file is not None
+    assert spec_of(calibration={"text": "a.txt"}).calibration.dataset is None
+    assert spec_of(calibration={"dataset": "x/y"}).calibration.data_file is None
+
+
+SCORE = {
+    "row": 0.25, "column": 0.5, "neighbourhood": 0.25, "kernel_size": 5, "activation_exponent": 0.9,
+}  # fmt: skip
+
+
+def test_several_models() -> None:
+    """Several models are searched by the proxy alone, and each is calibrated by itself."""
+    spec = spec_of(more_models=["org/two", "org/three"])
+
+    assert spec.models == ["org/name", "org/two", "org/three"]
+    assert spec.confirm is None
+    assert spec.request(0).objective.over == "mean"
+    assert spec_of(more_models=["b"], objective={"over": "worst"}).request(0).objective.over == (
+        "worst"
+    )
+    assert spec.of_model(2).model == "org/three"
+    assert spec.of_model(2).calibration_key != spec.of_model(1).calibration_key
+    assert JobSpec.model_validate(spec.model_dump()) == spec
+
+
+def test_warm_start() -> None:
+    """What a search begins with is in its document, and in its plan."""
+    spec = spec_of(warm_start={"found": [{"coefficients": SCORE}]})
+    (point,) = spec.plan(0).warm_start
+
+    assert point["kernel_size"] == 5
+    assert point["neighbourhood_share"] == pytest.approx(0.25)
+    assert point["row_share"] == pytest.approx(1 / 3)
+    assert spec_of(warm_start={}).plan(0).warm_start == ()
+    assert JobSpec.model_validate(spec.model_dump()) == spec
+
+
+WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
+    ({"more_models": ["org/name"]}, ("more_models",)),
+    ({"more_models": ["b", "b"]}, ("more_models",)),
+    ({"more_models": ["b"] * 32}, ("more_models",)),
+    ({"more_models": ["a\0"]}, ("more_models", 0)),
+    ({"more_models": ["b"], "revision": "main"}, ("revision",)),
+    ({"more_models": ["b"], "confirm": {}}, ("confirm",)),
+    ({"more_models": ["b"], "validation": {}}, ("validation",)),
+    ({"more_models": ["b"], "objective": {"name": "gini"}}, ("objective",)),
+    ({"objective": {"over": "mean"}}, ("objective",)),
+    ({"warm_start": True}, ("warm_start",)),
+    ({"warm_start": {"count": 0}}, ("warm_start", "count")),
+    ({"warm_start": {"found": [{}]}}, ("warm_start", "found", 0, "coefficients")),
+    ({"warm_start": {"compare_cold": True}, "objective": {"name": "perplexity"}}, ()),
+    ({"warm_start": {"found": [{"coefficients": {**SCORE, "row": -1.0}}]}}, ()),
+    ({"warm_start": {"found": [{"coefficients": SCORE}]}, "trials": 6}, ()),
+    ({"model": ""}, ("model",)),
+    ({"model": 1}, ("model",)),
+    ({"model": None}, ("model",)),
+    ({"model": "a\0"}, ("model",)),
+    ({"model": "\ud800"}, ("model",)),
+    ({"model": "m" * 513}, ("model",)),
+    ({"pattern": 0.5}, ("pattern",)),
+    ({"pattern": "1"}, ("pattern",)),
+    ({"pattern": "nan"}, ("pattern",)),
+    ({"pattern": "4:4"}, ("pattern",)),
+    ({"pattern": "2:65"}, ("pattern",)),
+    ({"scope": "model"}, ("scope",)),
+    ({"pattern": "2:4", "scope": "layer"}, ("scope",)),
+    ({"name": "a\n"}, ("name",)),
+    ({"name": "n" * 101}, ("name",)),
+    ({"revision": ""}, ("revision",)),
+    ({"dtype": "int8"}, ("dtype",)),
+    ({"calibration": None}, ("calibration",)),
+    ({"calibration": "file.txt"}, ("calibration",)),
+    ({"calibration": {"text": "a", "dataset": "b"}}, ("calibration", "dataset")),
+    ({"calibration": {"data_file": "a"}}, ("calibration", "data_file")),
+    ({"calibration": {"text": "a", "data_file": "b"}}, ("calibration", "data_file")),
+    ({"calibration": {"text": "a\x7f"}}, ("calibration", "text")),
+    ({"calibration": {"samples": 0}}, ("calibration", "samples")),
+    ({"calibration": {"samples": "8"}}, ("calibration", "samples")),
+    ({"calibration": {"samples": True}}, ("calibration", "samples")),
+    ({"calibration": {"samples": 8.5}}, ("calibration", "samples")),
+    ({"calibration": {"context_length": 7}}, ("calibration", "context_length")),
+    ({"calibration": {"samples": 4, "fisher_samples": 5}}, ("calibration", "fisher_samples")),
+    ({"calibration": {"rows_per_layer": -1}}, ("calibration", "rows_per_layer")),
+    ({"calibration": {"projection_rows": -1}}, ("calibration", "projection_rows")),
+    ({"calibration": {"kernel_sizes": []}}, ("calibration", "kernel_sizes")),
+    ({"calibration": {"kernel_sizes": [4]}}, ("calibration", "kernel_sizes")),
+    ({"calibration": {"kernel_sizes": [3, 1]}}, ("calibration", "kernel_sizes", 1)),
+    ({"calibration": {"bos": "yes"}}, ("calibration", "bos")),
+    ({"calibration": {"seed": 2**32}}, ("calibration", "seed")),
+    ({"calibration": {"sampels": 8}}, ("calibration", "sampels")),
+    ({"confirm": False}, ("confirm",)),
+    ({"confirm": {"text": ""}}, ("confirm", "text")),
+    ({"confirm": {"candidates": 0}}, ("confirm", "candidates")),
+    ({"confirm": {"windows": 0}}, ("confirm", "windows")),
+    ({"validation": {"candidates": 7}}, ("validation", "candidates")),
+    ({"validation": {}, "confirm": None}, ("validation",)),
+    ({"objective": "gini"}, ("objective",)),
+    ({"objective": {"name": "loss"}}, ("objective", "name")),
+    ({"objective": {"weighting": "x"}}, ("objective", "weighting")),
+    ({"objective": {"name": "perplexity"}, "confirm": None}, ("objective",)),
+    ({"sampler": "nsga"}, ("sampler",)),
+    ({"search_space": {"row_share": [0.5]}}, ("search_space", "row_share")),
+    ({"search_space": {"row_share": [0.5, 0.4]}}, ("search_space", "row_share")),
+    ({"search_space": {"neighbourhood_share": [0, 1.1]}}, ("search_space", "neighbourhood_share")),
+    ({"search_space": {"activation_exponent": [0, 5]}}, ("search_space", "activation_exponent")),
+    ({"search_space": {"gradient_exponent": [-1, 1]}}, ("search_space", "gradient_exponent")),
+    ({"search_space": {"kernel_sizes": [8]}}, ("search_space", "kernel_sizes")),
+    ({"search_space": {"kernel_sizes": [7]}}, ("search_space",)),  # was not calibrated
+    ({"search_space": {"kernels": [3]}}, ("search_space", "kernels")),
+    ({"trials": 0}, ("trials",)),
+    ({"trials": 5}, ("trials",)),  # the baselines are 6
+    ({"trials": 10_001}, ("trials",)),
+    ({"trials": "200"}, ("trials",)),
+    ({"islands": 0}, ("islands",)),
+    ({"islands": 65}, ("islands",)),
+    ({"sampler": "hill-climb", "islands": 2}, ("islands",)),  # they would be the same
+    ({"seed": -1}, ("seed",)),
+    ({"seed": 2**32}, ("seed",)),
+    ({"priority": 101}, ("priority",)),
+    ({"timeout_s": 0}, ("timeout_s",)),
+    ({"timeout_s": float("inf")}, ("timeout_s",)),
+    ({"timeout_s": "60"}, ("timeout_s",)),
+    ({"max_failed_trials": -1}, ("max_failed_trials",)),
+    ({"max_attempts": 0}, ("max_attempts",)),
+    ({"trails": 200}, ("trails",)),
+]
+
+
+@pytest.mark.parametrize(("changes", "place"), WRONG)
+def test_wrong_fields(changes: dict[str, Any], place: tuple[str | int, ...]) -> None:
+    """Each wrong or unknown field is reported at its own place, and nothing else is."""
+    with pytest.raises(ValidationError) as caught:
+        spec_of(**changes)
+
+    assert [error["loc"] for error in caught.value.errors()] == [place]
+
+
+@pytest.mark.parametrize("field", ["model", "pattern"])
+def test_missing_fields(field: str) -> None:
+    """A job must say which model, and how much of it goes."""
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate({k: "0.5" for k in ("model", "pattern") if k != field})
+
+    assert [error["loc"] for error in caught.value.errors()] == [(field,)]
+
+
+def test_all_wrong_fields_at_once() -> None:
+    """Whoever makes three mistakes hears of three."""
+    with pytest.raises(ValidationError) as caught:
+        spec_of(pattern="x", calibration={"samples": 0}, seed=-1)
+
+    places = {error["loc"] for error in caught.value.errors()}
+    assert places == {("pattern",), ("calibration", "samples"), ("seed",)}
+
+
+@pytest.mark.parametrize("text", ["0.1234567", "0.9999999", "0.333333333333"])
+def test_digits_of_a_pattern(text: str) -> None:
+    """A pattern written down is the pattern that was asked for, to its last digit."""
+    pattern = spec_of(pattern=text).pruning()
+
+    assert Pattern.parse(str(pattern)) == pattern
+
+
+def test_islands() -> None:
+    """The first island is the search with the job's seed; the others have seeds of their own."""
+    seeds = [spec_of(seed=3, islands=64).plan(island).seed for island in range(64)]
+
+    assert seeds[0] == 3
+    assert len(set(seeds)) == 64
+    assert seeds[1] == island_seed(3, 1) != island_seed(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({}, "name 0.5 layer"),
+        ({"model": "/models/tiny/", "pattern": "2:4"}, "tiny 2:4 row"),
+        ({"model": "///"}, "/// 0.5 layer"),
+        ({"name": "mine"}, "mine"),
+    ],
+)
+def test_title(changes: dict[str, Any], title: str) -> None:
+    """A job is called after its model and pattern, unless it says how."""
+    assert spec_of(**changes).title == title
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1}, {"trials": 9}, {"pattern": "2:4"}, {"confirm": None}, {"priority": 1},
+        {"calibration": {"memory_bytes": 2**30}},
+    ],
+)  # fmt: skip
+def test_same_bundle(changes: dict[str, Any]) -> None:
+    """Jobs that differ in the search alone may share a bundle."""
+    assert spec_of(**changes).calibration_key == spec_of().calibration_key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "a"}, {"revision": "b"}, {"dtype": "float32"}, {"calibration": {"samples": 9}}],
+)
+def test_other_bundle(changes: dict[str, Any]) -> None:
+    """Jobs that differ in the model or the calibration may not."""
+    assert spec_of(**changes).calibration_key != spec_of().calibration_key
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"model": "../x"}, "/model"),
+        ({"model": "m" * 300}, "/model"),
+        ({"calibration": {"text": "/etc/passwd"}}, "/calibration/text"),
+        ({"calibration": {"dataset": "x/y"}}, "/calibration/dataset"),
+        ({"calibration": {"dataset": "a/b", "data_file": "x::y"}}, "/calibration/data_file"),
+        ({"confirm": {"text": "../x"}}, "/confirm/text"),
+    ],
+)
+def test_access(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
+    """A model or text that is not allowed here is named by its JSON pointer."""
+    roots = (tmp_path,)
+    settings = Settings(model_roots=roots, text_roots=roots, hub_datasets=("a/*", "allenai/*"))
+    access = Access.of(settings)
+
+    with pytest.raises(FieldError) as caught:
+        spec_of(**changes).check_access(access)
+    assert caught.value.pointer == pointer
+
+
+def test_each_model_once(tmp_path: Path) -> None:
+    """A model in other letters is the same model."""
+    (tmp_path / "m").mkdir()
+    access = Access.of(Settings(model_roots=(tmp_path,)))
+
+    with pytest.raises(FieldError, match=r"'\./m' is the same model as 'm'") as caught:
+        spec_of(model="m", more_models=["org/x", "./m"], confirm=None).check_access(access)
+    assert caught.value.pointer == "/more_models/1"
+
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.sampled_from(
+    ["org/name", "m.gguf", "/a/b", "x"]
+)
+whole = st.integers(0, 300)
+sizes = st.lists(st.integers(1, 12).map(lambda k: 2 * k + 1), min_size=1, max_size=4)
+bounds = st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted)
+
+
+def _some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+documents = st.fixed_dictionaries(
+    {"model": names, "pattern": st.sampled_from(["0.5", "2:4", "7:8", ".3", "1e-3", "0.12345678"])},
+    optional={
+        "scope": st.sampled_from([None, "row", "layer", "global"]),
+        "name": st.none() | names,
+        "calibration": _some(
+            text=names, samples=whole, fisher_samples=st.none() | whole, context_length=whole,
+            rows_per_layer=whole, projection_rows=whole, kernel_sizes=sizes, seed=whole,
+            field=names, memory_bytes=st.none() | whole,
+        ),
+        "confirm": st.none() | _some(text=st.none() | names, candidates=whole, windows=whole),
+        "validation": st.none() | _some(candidates=whole, seed=whole),
+        "objective": _some(
+            name=st.sampled_from(["activation-reconstruction", "gini", "perplexity"]),
+            weighting=st.sampled_from(["blend", "fisher", "relative", "absolute"]),
+        ),
+        "sampler": st.sampled_from(sorted(SAMPLERS)),
+        "search_space": _some(
+            neighbourhood_share=bounds, row_share=bounds, activation_exponent=bounds,
+            gradient_exponent=bounds, kernel_sizes=sizes,
+        ),
+        "trials": whole,
+        "islands": st.integers(0, 70),
+        "seed": st.integers(-1, 2**32),
+        "priority": st.integers(-101, 101),
+        "timeout_s": st.none() | st.floats() | whole,
+        "max_failed_trials": whole,
+        "max_attempts": st.integers(0, 21),
+    },
+)  # fmt: skip
+
+
+def accepted(document: dict[str, Any]) -> JobSpec:
+    """The job, if the document is one."""
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError:
+        assume(False)
+        raise
+
+
+@examples(max_examples=150, deadline=None, derandomize=True)
+@given(documents)
+def test_round_trip(document: dict[str, Any]) -> None:
+    """An accepted document comes out of JSON, and so out of the database, as it went in."""
+    spec = accepted(document)
+    stored = json.loads(json.dumps(spec.model_dump(), allow_nan=False))
+
+    assert JobSpec.model_validate(stored) == spec
+    assert JobSpec.model_validate(stored).model_dump() == stored
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@examples(max_examples=150, deadline=None, derandomize=True)
+@given(documents)
+def test_accepted_can_be_searched(document: dict[str, Any]) -> None:
+    """An accepted document gives a plan for each island, and a name that a study can have."""
+    spec = accepted(document)
+    plans = [spec.plan(island) for island in range(spec.islands)]
+
+    assert {plan.trials for plan in plans} == {spec.trials}
+    assert all(len(plan.baselines()) <= spec.trials for plan in plans)
+    assert all(plan.pattern == spec.pruning() for plan in plans)
+    assert set(plans[0].space.kernel_sizes) <= set(spec.calibration.settings().kernel_sizes)
+    assert 0 < len(spec.title) <= 512
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@examples(max_examples=150, deadline=None, derandomize=True)
+@given(documents, st.sampled_from(sorted(JobSpec.model_fields)), json_values)
+def test_anything_is_refused_in_order(document: dict[str, Any], field: str, value: Any) -> None:
+    """Whatever JSON a field holds, the document is taken or refused by a ValidationError."""
+    with suppress(ValidationError):
+        JobSpec.model_validate({**document, field: value})
+
+
+def test_preset_and_steps() -> None:
+    """A preset's steps stay where nothing else is said, also after the way through a database."""
+    spec = JobSpec.model_validate(
+        {"model": "m", "pattern": "4:8", "preset": "best", "steps": {"repruning": "dsnot"}}
+    )
+    stored = JobSpec.model_validate(spec.model_dump(mode="json"))
+    steps = stored.plan(0).steps
+
+    assert (steps.permutation, steps.repruning, steps.update) == ("score", "dsnot", "least-squares")
+    assert stored.plan(0) == spec.plan(0)
+
+
+def test_allocation_of_a_job() -> None:
+    """An allocation that is named is the only one searched, with its own spread."""
+    steps = {"allocation": {"method": "owl", "unit": "block", "spread": 0.1}}
+    spec = JobSpec.model_validate(
+        {"model": "m", "pattern": "0.5", "preset": "best", "steps": steps}
+    )
+    plan = JobSpec.model_validate(spec.model_dump(mode="json")).plan(0)
+
+    assert plan.space.allocations == ("owl",)
+    assert plan.space.allocation_spread == (0.1, 0.1)
+    assert plan.steps.allocation.unit == "block"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": {"permutation": "score"}}, "changes nothing at 0.5"),
+        ({"steps": {"update": "adam"}}, "'none', 'obs'"),
+        ({"scope": "global", "steps": {"allocation": {"method": "owl"}}}, "both say how much"),
+        ({"preset": "worst"}, "'score', 'crepe'"),
+        ({"search_space": {"allocations": ["fair"]}}, "'uniform', 'owl'"),
+    ],
+)
+def test_steps_refused(changes: dict[str, Any], message: str) -> None:
+    """A step without a meaning is refused when the job is submitted."""
+    with pytest.raises(ValidationError, match=message):
+        JobSpec.model_validate({"model": "m", "pattern": "0.5", **changes})

@@ -1,0 +1,62 @@
+"""Searches with a name."""
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.search.request import SearchRequest
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import PRESETS, Preset
+from pho_service.spec.steps import Allocation, Steps
+
+LAYER, TWO_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.5 row", "0.5 global", "2:4", "4:8"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_search(name: str, pattern: str) -> None:
+    """Every preset can be searched in every pattern and scope."""
+    parsed = Pattern.parse(*pattern.split())
+    preset = Preset.of(name, parsed)
+    plan = SearchRequest(pattern=parsed, steps=preset.steps, bounds=preset.bounds).plan((3, 5))
+
+    assert plan.pattern == parsed
+
+
+def test_published() -> None:
+    """`crepe` is the score as published: no gradient exponent, nothing beside the score."""
+    preset = Preset.of("crepe", LAYER)
+
+    assert preset.bounds == {"gradient_exponent": (0.0, 0.0)}
+    assert preset.steps == Steps()
+
+
+@pytest.mark.parametrize("pattern", [LAYER, TWO_FOUR])
+def test_kept_weights(pattern: Pattern) -> None:
+    """`crepe-plus` leaves kept weights alone, `best` does not."""
+    assert Preset.of("crepe-plus", pattern).steps.update == "none"
+    assert Preset.of("best", pattern).steps.update != "none"
+
+
+def test_changed() -> None:
+    """What a user says replaces what the preset says, field by field."""
+    preset = Preset.of("best", LAYER).changed({"update": "none"}, {"row_share": (0.1, 0.2)})
+
+    assert preset.steps.update == "none"
+    assert preset.bounds["allocation_spread"] == (0.05, 0.4)
+    assert preset.bounds["row_share"] == (0.1, 0.2)
+
+
+def test_changed_allocation() -> None:
+    """An allocation that a user names is the only one that is searched."""
+    owl = Allocation(method="owl", spread=0.1)
+    preset = Preset.of("best", LAYER).changed({"allocation": owl}, {})
+    plan = SearchRequest(pattern=LAYER, steps=preset.steps, bounds=preset.bounds).plan((3,))
+
+    assert plan.space.allocations == ("owl",)
+    assert plan.space.allocation_spread == (0.1, 0.1)
+
+
+def test_unknown() -> None:
+    """Another name is refused with those that exist."""
+    with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
+        Preset.of("worst", LAYER)

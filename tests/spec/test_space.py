@@ -1,0 +1,136 @@
+"""The search space: a box over a simplex, its bounds and its border."""
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.baselines import search_baselines
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.space import SearchSpace, parse_bounds
+from pho_service.spec.steps import Allocation, Steps
+
+PATTERN = Pattern.parse("0.5", "layer")
+PARAMS = {
+    "neighbourhood_share": 0.25, "row_share": 0.4, "activation_exponent": 0.7,
+    "gradient_exponent": 0.3, "kernel_size": 9, "allocation": "owl", "allocation_spread": 0.1,
+}  # fmt: skip
+
+
+def test_simplex() -> None:
+    """The two shares give three coefficients that add up to 1."""
+    c = SearchSpace().candidate(PARAMS, PATTERN, Steps()).coefficients
+
+    assert (c.row, c.column, c.neighbourhood) == pytest.approx((0.3, 0.45, 0.25))
+    assert (c.kernel_size, c.activation_exponent, c.gradient_exponent) == (9, 0.7, 0.3)
+
+
+def test_round_trip() -> None:
+    """A candidate gives back the point that it was made from."""
+    space = SearchSpace()
+
+    assert space.params(space.candidate(PARAMS, PATTERN, Steps())) == pytest.approx(
+        {**PARAMS, "method": "crepe"}
+    )
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+def test_baselines_fit_the_record(scope: str) -> None:
+    """Every baseline is a point of the recorded distributions."""
+    space = SearchSpace(kernel_sizes=(5, 9))
+    distributions = space.recorded_distributions()
+    pattern = Pattern.parse("0.5", scope)
+    for candidate in search_baselines(pattern, kernel_size=5, fisher=True):
+        params = space.params(candidate)
+
+        assert params.keys() == distributions.keys()
+        assert all(
+            distributions[k]._contains(distributions[k].to_internal_repr(v))
+            for k, v in params.items()
+        )
+
+
+def test_row_scope_has_no_gradient() -> None:
+    """Within a row the Fisher weight cancels, so it is not searched."""
+    assert SearchSpace().fitted(Pattern.parse("2:4")).gradient_exponent == (0.0, 0.0)
+    assert SearchSpace().fitted(PATTERN).gradient_exponent == (0.0, 1.0)
+
+
+def test_bounds() -> None:
+    """Bounds are read from text; one value fixes it."""
+    space = SearchSpace(
+        **parse_bounds(["activation_exponent=0.2:0.9", "gradient_exponent=0.5", "kernel_sizes=9,3"])
+    )
+
+    assert space.activation_exponent == (0.2, 0.9)
+    assert space.gradient_exponent == (0.5, 0.5)
+    assert space.kernel_sizes == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speed=1:2", "'speed' is not one of neighbourhood_share"),
+        ("row_share", "not understood"),
+        ("row_share=a:b", "not understood"),
+        ("row_share=0.5:1.5", "0 <= low <= high <= 1 must hold"),
+        ("row_share=0.9:0.1", "must hold"),
+        ("activation_exponent=-1:1", "must hold"),
+        ("activation_exponent=nan:1", "must hold"),
+        ("kernel_sizes=4", "kernel_size=4 is not an odd whole number"),
+        ("kernel_sizes=", "not understood"),
+        ("allocations=fair", "not understood"),
+        ("allocations=", "not understood"),
+        ("allocation_spread=0.1:2", "0 <= low <= high <= 1 must hold"),
+    ],
+)
+def test_bad_bounds(text: str, message: str) -> None:
+    """What breaks a rule is named, with the rule."""
+    with pytest.raises(InvalidInput, match=message):
+        SearchSpace(**parse_bounds([text]))
+
+
+def test_border() -> None:
+    """Values at the ends of their ranges are named; a fixed value has no border."""
+    space = SearchSpace(gradient_exponent=(0.0, 0.0))
+    at_ends = {**PARAMS, "activation_exponent": 1.49, "gradient_exponent": 0.0, "kernel_size": 15}
+
+    assert space.on_border({**PARAMS, "gradient_exponent": 0.0}) == []
+    assert space.on_border(at_ends) == ["activation_exponent", "kernel_size"]
+
+
+def test_allocation() -> None:
+    """Method and spread of the allocation are the point's, all other steps are the search's."""
+    steps = Steps(allocation=Allocation(unit="block"), repruning="swaps")
+    given = SearchSpace().candidate(PARAMS, PATTERN, steps).steps
+
+    assert given == Steps(
+        allocation=Allocation(method="owl", unit="block", spread=0.1), repruning="swaps"
+    )
+
+
+def test_spread_of_uniform() -> None:
+    """Where no allocation is searched, its spread has no effect and no border."""
+    space = SearchSpace(allocation_spread=(0.1, 0.3)).fitted(PATTERN)
+    both = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.1, 0.3))
+
+    assert space.allocation_spread == (0.1, 0.1)
+    assert both.fitted(PATTERN) == both
+    assert both.on_border({**PARAMS, "allocation": "uniform", "allocation_spread": 0.3}) == []
+    assert both.on_border({**PARAMS, "allocation": "fisher", "allocation_spread": 0.3}) == [
+        "allocation_spread"
+    ]
+
+
+def test_allocations_are_read_in_one_order() -> None:
+    """However they are listed, so that the same search has the same name."""
+    assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}
+
+
+def test_baselines_are_never_wider() -> None:
+    """In scope row nothing that is counted over a layer may win."""
+    methods = {
+        c.method for c in search_baselines(Pattern.parse("0.5", "row"), kernel_size=3, fisher=True)
+    }
+
+    assert methods == {"magnitude", "wanda", "ria-row", "crepe-equal"}
+    assert Coefficients(row=1, column=0, neighbourhood=0).kernel_size == 3

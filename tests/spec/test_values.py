@@ -1,0 +1,376 @@
+"""Patterns, coefficients and baselines as plain values."""
+
+import json
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.baselines import BASELINES, comparison_baselines, search_baselines
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
+
+PATTERNS = [
+    Pattern.parse("0.5", "row"), Pattern.parse("0.5", "layer"), Pattern.parse("0.5", "global"),
+    Pattern.parse("2:4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "scope", "expected"),
+    [
+        ("0.5", None, Pattern(sparsity=0.5, scope=Scope.LAYER)),
+        (".25", "row", Pattern(sparsity=0.25, scope=Scope.ROW)),
+        ("7e-1", "global", Pattern(sparsity=0.7, scope=Scope.GLOBAL)),
+        ("2:4", None, Pattern(sparsity=0.5, scope=Scope.ROW, keep=2, group=4)),
+        ("1:4", "row", Pattern(sparsity=0.75, scope=Scope.ROW, keep=1, group=4)),
+        ("63:64", None, Pattern(sparsity=1 / 64, scope=Scope.ROW, keep=63, group=64)),
+    ],
+)
+def test_parse(text: str, scope: str | None, expected: Pattern) -> None:
+    """A ratio is the share removed, by default per layer; N:M keeps N of M, always per row."""
+    assert Pattern.parse(text, scope) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0", "1", "1.5", "-0.1", "inf", "nan", "abc", "", "50%", "0,5",
+        "5:4", "4:4", "0:4", "-1:4", "1:65", "a:b", "2:", ":4", "2:4:8", "2.0:4",
+    ],
+)  # fmt: skip
+def test_parse_refuses(text: str) -> None:
+    """Anything but a share in (0, 1) or N:M with 1 <= N < M <= 64 is refused."""
+    with pytest.raises(InvalidInput):
+        Pattern.parse(text)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_parse_refuses_scope_of_groups(scope: str) -> None:
+    """N:M counts inside groups, so no wider scope is accepted for it."""
+    with pytest.raises(InvalidInput, match="scope"):
+        Pattern.parse("2:4", scope)
+
+
+@pytest.mark.parametrize("text", ["0.5", "2:4"])
+def test_parse_refuses_unknown_scope(text: str) -> None:
+    """An unknown scope is refused, and the message lists the known ones."""
+    with pytest.raises(InvalidInput, match="row, layer, global"):
+        Pattern.parse(text, "model")
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.29", "2:4", "1:4"])
+def test_pattern_text(text: str) -> None:
+    """A pattern's text is what it was parsed from."""
+    assert str(Pattern.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "count", "expected"),
+    [
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.1, 10, 1),
+        (0.7, 10, 7),
+        (0.5, 7, 3),
+        (0.999, 10, 9),
+        (0.5, 0, 0),
+        (1e-05, 100_000, 1),
+        (0.6, 7_000_000_005, 4_200_000_003),
+    ],
+)
+def test_removed(sparsity: float, count: int, expected: int) -> None:
+    """The decimal digits of the sparsity count, and the product is rounded down."""
+    assert Pattern(sparsity=sparsity).removed(count) == expected
+
+
+@pytest.mark.parametrize("hundredths", range(1, 100))
+def test_removed_hundredths(hundredths: int) -> None:
+    """h hundredths of 1000 are exactly 10 h, whatever the binary value of the ratio."""
+    assert Pattern.parse(f"0.{hundredths:02}").removed(1000) == 10 * hundredths
+
+
+@pytest.mark.parametrize("text", ["1:4", "2:4", "3:4", "4:8", "63:64"])
+def test_removed_of_groups(text: str) -> None:
+    """N:M removes exactly M - N of M."""
+    keep, group = map(int, text.split(":"))
+
+    assert Pattern.parse(text).removed(30 * group) == 30 * (group - keep)
+
+
+def test_removed_of_any_groups() -> None:
+    """N:M removes exactly M - N of M, also where N/M has no finite decimal form."""
+    wrong = [
+        f"{keep}:{group}"
+        for group in range(2, 65)
+        for keep in range(1, group)
+        if Pattern.parse(f"{keep}:{group}").removed(30 * group) != 30 * (group - keep)
+    ]
+
+    assert wrong == []
+
+
+def test_scope_width() -> None:
+    """Scopes widen from row over layer to global."""
+    assert [Scope(name).width for name in ("row", "layer", "global")] == [0, 1, 2]
+
+
+def test_within() -> None:
+    """A ratio can be counted in another scope; N:M stays what it is."""
+    assert Pattern.parse("0.3", "row").within(Scope.GLOBAL) == Pattern.parse("0.3", "global")
+    assert Pattern.parse("2:4").within(Scope.GLOBAL) == Pattern.parse("2:4")
+
+
+def test_check_width() -> None:
+    """A width that M does not divide is refused, with the layer's name; a ratio takes any."""
+    Pattern.parse("2:4").check_width(8, "up_proj")
+    Pattern.parse("0.5").check_width(7, "up_proj")
+
+    with pytest.raises(InvalidInput, match=r"up_proj: in_features=6 is not a multiple of M=4"):
+        Pattern.parse("2:4").check_width(6, "up_proj")
+
+
+NUMBERS = ["row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"]
+
+
+@pytest.mark.parametrize("value", [-0.1, -1, math.nan, math.inf, True, False, "1", None])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_coefficients_refuse(name: str, value: object) -> None:
+    """A coefficient that is negative, not finite or not a number is refused by name."""
+    fields = {"row": 1, "column": 1, "neighbourhood": 1, name: value}
+
+    with pytest.raises(InvalidInput, match=name):
+        Coefficients(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalisation", ["mean", "sum", "none"])
+def test_coefficients_refuse_all_zero(normalisation: str) -> None:
+    """At least one of row, column and neighbourhood must be positive."""
+    with pytest.raises(InvalidInput, match="all zero"):
+        Coefficients(
+            row=0, column=0.0, neighbourhood=0,
+            normalisation=normalisation,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["row", "column", "neighbourhood"])
+def test_coefficients_one_is_enough(name: str) -> None:
+    """Any one of the three coefficients alone makes a score."""
+    fields = {"row": 0.0, "column": 0.0, "neighbourhood": 0.0, name: 1e-3}
+
+    assert getattr(Coefficients(**fields), name) == 1e-3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel_size", [4, 1, 0, -3, 3.0, True, "3"])
+def test_coefficients_refuse_kernel(kernel_size: object) -> None:
+    """The kernel size must be an odd whole number of at least 3."""
+    with pytest.raises(InvalidInput, match="kernel_size"):
+        Coefficients(
+            row=1, column=1, neighbourhood=1,
+            kernel_size=kernel_size,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_coefficients_refuse_normalisation() -> None:
+    """An unknown normalisation is refused, and the message lists the known ones."""
+    with pytest.raises(InvalidInput, match="mean, sum, none"):
+        Coefficients(
+            row=1, column=1, neighbourhood=1,
+            normalisation="max",  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_coefficients_round_trip() -> None:
+    """Coefficients survive JSON."""
+    coefficients = Coefficients(
+        row=0.1, column=1 / 3, neighbourhood=2, kernel_size=5, activation_exponent=0.7,
+        gradient_exponent=0.5, normalisation="sum",
+    )  # fmt: skip
+
+    assert Coefficients(**json.loads(json.dumps(coefficients.to_dict()))) == coefficients
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_comparison_baselines(pattern: Pattern) -> None:
+    """Comparisons show the same methods in the same order, in every pattern."""
+    names = [candidate.method for candidate in comparison_baselines(pattern)]
+
+    assert names == [
+        "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda", "sparsegpt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=lambda p: p.scope)
+def test_comparison_scopes(pattern: Pattern) -> None:
+    """Published methods keep their own scope at the user's ratio; CRePE takes the user's."""
+    patterns = [candidate.pattern for candidate in comparison_baselines(pattern)]
+
+    assert [p.scope for p in patterns] == [
+        "layer", "row", "row", "layer", pattern.scope, "row", "layer",
+    ]  # fmt: skip
+    assert {p.sparsity for p in patterns} == {pattern.sparsity}
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_search_baselines_not_wider(pattern: Pattern, *, fisher: bool) -> None:
+    """No baseline of a search counts in a wider scope, or by another ratio, than asked for."""
+    baselines = search_baselines(pattern, kernel_size=5, fisher=fisher)
+
+    assert all(b.pattern.scope.width <= pattern.scope.width for b in baselines)
+    assert {(b.pattern.sparsity, b.pattern.group) for b in baselines} == {
+        (pattern.sparsity, pattern.group)
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (PATTERNS[0], ["magnitude", "wanda", "ria-row", "crepe-equal"]),
+        (PATTERNS[1], ["magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher"]),
+        (PATTERNS[2], ["magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher"]),
+        (PATTERNS[3], ["magnitude", "wanda", "ria-row", "crepe-equal"]),
+    ],
+    ids=["row", "layer", "global", "2:4"],
+)
+def test_search_baselines(pattern: Pattern, names: list[str]) -> None:
+    """Baselines that become equal in a narrow scope are listed once; Fisher needs a wider one."""
+    baselines = search_baselines(pattern, kernel_size=5, fisher=True)
+
+    assert [b.method for b in baselines] == names
+    assert len({(b.coefficients, b.pattern) for b in baselines}) == len(baselines)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_search_baselines_without_fisher(pattern: Pattern) -> None:
+    """Without Fisher weights no baseline uses them."""
+    baselines = search_baselines(pattern, kernel_size=3, fisher=False)
+
+    assert all(b.coefficients.gradient_exponent == 0 for b in baselines)
+
+
+def test_search_baselines_kernel_size() -> None:
+    """All baselines of a search carry its kernel size, so its bundle can rate each of them."""
+    baselines = search_baselines(PATTERNS[1], kernel_size=7, fisher=True)
+
+    assert {b.coefficients.kernel_size for b in baselines} == {7}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_baseline_names(pattern: Pattern) -> None:
+    """Every baseline's name is among the listed ones, ``crepe`` is not."""
+    candidates = search_baselines(pattern, kernel_size=3, fisher=True)
+
+    assert {candidate.method for candidate in candidates} <= set(BASELINES)
+    assert "crepe" not in BASELINES
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({}, "activation-reconstruction/blend"),
+        ({"weighting": "fisher"}, "activation-reconstruction/fisher"),
+        ({"name": "gini"}, "gini"),
+        ({"name": "perplexity"}, "perplexity"),
+    ],
+)
+def test_objective_label(fields: dict[str, str], label: str) -> None:
+    """An objective's label names its weighting only where the weighting counts."""
+    assert Objective(**fields).label == label
+
+
+@pytest.mark.parametrize("fields", [{"name": "loss"}, {"weighting": "loss"}])
+def test_objective_refuses(fields: dict[str, str]) -> None:
+    """An unknown objective or weighting is refused with its value."""
+    with pytest.raises(InvalidInput, match="'loss' is not one of"):
+        Objective(**fields)
+
+
+def test_sparsity_of_groups() -> None:
+    """The sparsity of N:M is 1 - N/M, to the nearest float."""
+    assert Pattern.parse("1:3").sparsity == float(Fraction(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "fair"}, "allocation 'fair' is not one of uniform, owl"),
+        ({"unit": "row"}, "allocation unit 'row' is not one of linear, block"),
+        ({"spread": 1.5}, r"allocation spread=1\.5 is not in 0\.\.1"),
+        ({"spread": float("nan")}, "allocation spread=nan is not in"),
+        ({"spread": True}, "allocation spread=True is not in"),
+        ({"outlier_ratio": 0.5}, r"allocation outlier_ratio=0\.5 is not in"),
+    ],
+)
+def test_allocation_refuses(fields: dict[str, Any], message: str) -> None:
+    """A bad value of an allocation is named with its rule."""
+    with pytest.raises(InvalidInput, match=message):
+        Allocation(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern", "message"),
+    [
+        ({"permutation": "score"}, Pattern.parse("0.5"), "permutation 'score' changes nothing"),
+        ({"allocation": Allocation(method="owl")}, PATTERNS[2], "allocation 'owl' and scope"),
+    ],
+)
+def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message: str) -> None:
+    """A step that has no meaning in a pattern is refused with the way out."""
+    coefficients = Coefficients(row=1, column=1, neighbourhood=1)
+
+    with pytest.raises(InvalidInput, match=message):
+        Candidate(method="x", coefficients=coefficients, pattern=pattern, steps=Steps(**fields))
+
+
+def test_steps_that_contradict_each_other() -> None:
+    """SparseGPT chooses its mask itself, so there is nothing to re-prune."""
+    with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
+        Steps(repruning="swaps", update="sparsegpt")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"permutation": "best"}, {"repruning": "all"}, {"update": "adam"}]
+)
+def test_steps_refuse(fields: dict[str, str]) -> None:
+    """An unknown step is refused with those that exist."""
+    ((name, value),) = fields.items()
+
+    with pytest.raises(InvalidInput, match=f"{name} '{value}' is not one of none"):
+        Steps(**fields)
+
+
+def test_steps_round_trip() -> None:
+    """Steps survive JSON; what is left out has its default."""
+    steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs")
+
+    assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
+    assert Steps.from_dict({}) == Steps()
+
+
+def test_baselines_go_through_the_steps() -> None:
+    """In a search with further steps the baselines take them too, with one sparsity everywhere."""
+    steps = Steps(allocation=Allocation(method="fisher"), update="obs")
+    baselines = search_baselines(
+        PATTERNS[1], kernel_size=3, fisher=True, steps=steps, allocations=("fisher",)
+    )
+
+    assert {b.steps.update for b in baselines} == {"obs"}
+    assert {b.method: b.steps.allocation.method for b in baselines if "fisher" in b.method} == {
+        "fisher": "uniform", "fisher-bounded": "fisher",
+    }  # fmt: skip
+
+
+def test_steps_in_words() -> None:
+    """Steps say what they do in one line; the spread only where it has an effect."""
+    steps = Steps(allocation=Allocation(method="owl", spread=0.1), update="obs")
+
+    assert str(steps) == (
+        "allocation owl within 0.100, permutation none, re-pruning none, update obs"
+    )
+    assert "within" not in str(Steps())
