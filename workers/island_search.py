@@ -4,7 +4,6 @@ The search of one island: watched, counted, and ended by the limits of its job.
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
@@ -28,7 +27,7 @@ class TrialsFailed(PhoError):
 
     def __init__(self, message: str, *, candidate: Candidate) -> None:
         super().__init__(message)
-        self.candidate = written(candidate)
+        self.candidate = candidate.to_dict()
 
 
 class _TimeIsUp(Exception):
@@ -116,13 +115,3 @@ class IslandSearch:
         )
         if not state.may_work:
             raise HandBack
-
-
-def written(candidate: Candidate) -> dict[str, Any]:
-    """A candidate of a job as JSON values."""
-    return {
-        "method": candidate.method,
-        "coefficients": candidate.coefficients.to_dict(),
-        "scope": candidate.pattern.scope.value,
-        "steps": candidate.steps.to_dict(),
-    }

@@ -37,8 +37,6 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Confirmation
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Scope
-from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
 from storage.database import Database
 from storage.jobs import Claim, Job, JobStore, NewStage
@@ -47,7 +45,7 @@ from storage.studies import open_storage, open_study, study_name
 from workers.board import confirmed_plot, error_plot, show_result, show_search
 from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
-from workers.island_search import IslandSearch, written
+from workers.island_search import IslandSearch
 from workers.seal import Seal
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
@@ -242,19 +240,14 @@ class Stages:
                         fence=lambda: self.store.fence(claim, storage),
                     )
                 except NumericalError as error:
-                    failed = written(rated.candidate)
+                    failed = rated.candidate.to_dict()
                     raise NumericalError(str(error), layer=error.layer, candidate=failed) from error
         self._check_again(spec, seal)
         return Divergences(by_number=divergences, tokens=compare.tokens)
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
-        written = (claim.stage.params or {})["candidate"]
-        candidate = Candidate(
-            method=written["method"],
-            coefficients=Coefficients(**written["coefficients"]),
-            pattern=spec.pruning().within(Scope(written["scope"])),
-            steps=Steps.from_dict(written.get("steps", {})),
-        )
+        given = (claim.stage.params or {})["candidate"]
+        candidate = Candidate.from_dict(given, spec.pruning())
         seal = Seal.of_job(claim.job, 0)
         model = self.inputs.model(spec, seal)
         text = self.inputs.confirmation_text(spec, seal)
@@ -480,7 +473,7 @@ def _random(spec: JobSpec) -> list[Candidate]:
 
 def _measurement(number: int, candidate: Candidate) -> NewStage:
     """A stage that measures the perplexity of a candidate."""
-    params = {"candidate": written(candidate)}
+    params = {"candidate": candidate.to_dict()}
     return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
 
 

@@ -23,9 +23,7 @@ from pho_service.errors import StudyError
 from pho_service.search.plan import Evaluate, Outcome, RatedCandidate, SearchPlan
 from pho_service.search.samplers import CmaSampler, is_exhausted, make_sampler
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Scope
 from pho_service.spec.samplers import SAMPLERS
-from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
 
 logger = logging.getLogger(__name__)
@@ -166,10 +164,9 @@ class _Recorder:
 
     def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
         """Whether a recorded trial is a candidate's, but for rounding."""
-        known = trial.user_attrs
-        return _alike(known.get("coefficients"), candidate.coefficients.to_dict()) and _alike(
-            known.get("steps", Steps().to_dict()), candidate.steps.to_dict()
-        )
+        known = {"steps": Steps().to_dict(), **trial.user_attrs}  # older versions wrote no steps
+        asked = candidate.to_dict()
+        return all(_alike(known.get(part), asked[part]) for part in ("coefficients", "steps"))
 
     def _other(self, trial: FrozenTrial) -> StudyError:
         return StudyError(
@@ -179,13 +176,7 @@ class _Recorder:
         )
 
     def _trial(self, candidate: Candidate, outcome: Outcome) -> FrozenTrial:
-        attributes = {
-            "method": candidate.method,
-            "scope": candidate.pattern.scope.value,
-            "coefficients": candidate.coefficients.to_dict(),
-            "steps": candidate.steps.to_dict(),
-            **outcome.attributes,
-        }
+        attributes = {**candidate.to_dict(), **outcome.attributes}
         if outcome.failure:
             attributes["failure"] = outcome.failure
         return create_trial(
@@ -217,12 +208,7 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
     rated = [
         RatedCandidate(
             number=t.number,
-            candidate=Candidate(
-                method=t.user_attrs["method"],
-                coefficients=Coefficients(**t.user_attrs["coefficients"]),
-                pattern=plan.pattern.within(Scope(t.user_attrs["scope"])),
-                steps=Steps.from_dict(t.user_attrs.get("steps", {})),
-            ),
+            candidate=Candidate.from_dict(t.user_attrs, plan.pattern),
             params=t.params,
             value=t.value,
         )

@@ -353,6 +353,16 @@ def test_steps_round_trip() -> None:
     assert Steps.from_dict({}) == Steps()
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
+def test_candidates_round_trip(pattern: Pattern) -> None:
+    """Candidates survive JSON and keep their own scopes; those of older versions had no steps."""
+    for candidate in comparison_baselines(pattern):
+        stored = json.loads(json.dumps({**candidate.to_dict(), "seconds": 0.5}))
+        assert Candidate.from_dict(stored, pattern) == candidate
+        del stored["steps"]
+        assert Candidate.from_dict(stored, pattern).steps == Steps()
+
+
 def test_baselines_go_through_the_steps() -> None:
     """In a search with further steps the baselines take them too, with one sparsity everywhere."""
     steps = Steps(allocation=Allocation(method="fisher"), update="obs")
