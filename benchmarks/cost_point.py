@@ -84,7 +84,7 @@ def search_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
     import torch
 
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.pipeline.search import search_job
+    from pho_service.pipeline.search import opened_study, search_job
     from pho_service.search.request import SearchRequest
     from pho_service.spec.pattern import Pattern
     from storage.studies import open_storage
@@ -96,10 +96,12 @@ def search_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
             pattern=Pattern.parse(PATTERN, SCOPE),
             trials=conditions.trials,
             seed=conditions.seed,
-            study_url=f"sqlite:///{Path(folder) / 'study.db'}",
         )
+        url = f"sqlite:///{Path(folder) / 'study.db'}"
         with _measured(torch.device(conditions.device)) as cost:
-            search_job(request, read_bundle(bundle), device=conditions.device)
+            read = read_bundle(bundle)
+            with opened_study(url, request, read) as study:
+                search_job(request, read, study=study, device=conditions.device)
     return {**cost, "bundle_bytes": bundle.stat().st_size}
 
 

@@ -44,7 +44,7 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.search import search_job
+from pho_service.pipeline.search import opened_study, search_job
 from pho_service.planning.machines import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.pruning.bundle import ProxyBundle
@@ -232,24 +232,20 @@ class _Job:
 
     def _searched(self, model: LanguageModel, bundle: ProxyBundle) -> None:
         """Trials alone, and the same search gone on with to its confirmation."""
-        request = SearchRequest(
-            pattern=HALF,
-            trials=self.trials,
-            seed=self.settings.seed,
-            study_url=f"sqlite:///{self.folder / 'study.db'}",
-        )
+        request = SearchRequest(pattern=HALF, trials=self.trials, seed=self.settings.seed)
         on = str(self.device)
-        self._part(
-            f"{self.trials} trials",
-            lambda: search_job(request, bundle, device=on, progress=progress),
-        )
-        self._part(
-            "confirm",
-            lambda: search_job(
-                request, bundle, model=model, confirm_text=self.report,
-                calibration=self.text.calibration, device=on, progress=progress,
-            ),
-        )  # fmt: skip
+        with opened_study(f"sqlite:///{self.folder / 'study.db'}", request, bundle) as study:
+            self._part(
+                f"{self.trials} trials",
+                lambda: search_job(request, bundle, study=study, device=on, progress=progress),
+            )
+            self._part(
+                "confirm",
+                lambda: search_job(
+                    request, bundle, study=study, model=model, confirm_text=self.report,
+                    calibration=self.text.calibration, device=on, progress=progress,
+                ),
+            )  # fmt: skip
 
     def _steps(self, model: LanguageModel, bundle: ProxyBundle) -> None:
         """Every step on the linears of the first block."""
@@ -313,7 +309,6 @@ class _Job:
             steps=Preset.of("best", GROUPS).steps,
             trials=16,
             seed=self.settings.seed,
-            study_url=f"sqlite:///{self.folder / 'study-2-4.db'}",
         )
         found = search_job(request, bundle, device=str(self.device), progress=progress)
         prune_job(

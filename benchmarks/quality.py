@@ -105,18 +105,18 @@ def _fill(
             say(f"{name} {pattern} {method}")
             started = time.perf_counter()
             with peak_memory(subject.model.device) as peak:
-                cell = _measure(subject, Pattern.parse(pattern), method, Path(folder), options)
+                cell = _measure(subject, Pattern.parse(pattern), method, options)
             cell["seconds"] = round(time.perf_counter() - started, 1)
             cell["memory_bytes"] = peak()
             kept.keep(_key(name, pattern, method, options), cell)
 
 
 def _measure(
-    subject: Subject, pattern: Pattern, method: str, folder: Path, options: dict[str, Any]
+    subject: Subject, pattern: Pattern, method: str, options: dict[str, Any]
 ) -> dict[str, Any]:
     """One cell: the perplexity on the report text, and what was pruned with."""
     if method in PRESETS:
-        candidate, found = _searched(subject, pattern, method, folder, options)
+        candidate, found = _searched(subject, pattern, method, options)
     else:
         (candidate,) = (c for c in comparison_baselines(pattern) if c.method == method)
         found = {}
@@ -131,7 +131,7 @@ def _measure(
 
 
 def _searched(
-    subject: Subject, pattern: Pattern, method: str, folder: Path, options: dict[str, Any]
+    subject: Subject, pattern: Pattern, method: str, options: dict[str, Any]
 ) -> tuple[Candidate, dict[str, Any]]:
     """What a preset's search finds, confirmed on the confirmation text."""
     preset = Preset.of(method, pattern)
@@ -141,7 +141,6 @@ def _searched(
         bounds=preset.bounds,
         trials=options["trials"],
         seed=options["seed"],
-        study_url=f"sqlite:///{folder / 'study.db'}",
         finalists=options["finalists"],
     )
     # Confirming alone takes the whole pipeline as often as there are finalists.

@@ -33,7 +33,7 @@ from pho_service.cli.terminal import print_table, progress, say
 from pho_service.host.versions import versions
 from pho_service.models.devices import pick_device
 from pho_service.pipeline.rating import rate_pruned
-from pho_service.pipeline.search import search_job
+from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Advance
 from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
@@ -181,8 +181,8 @@ def main(
             seed=seed,
             calibrating=metered(calibration),
         )
-        asked = replace(asked, study_url=f"sqlite:///{Path(folder) / 'study.db'}")
-        runs = [search(m, asked, subject, sizes) for m in methods or ("hill-climb", "pho")]
+        url = f"sqlite:///{Path(folder) / 'study.db'}"
+        runs = [search(m, asked, subject, sizes, url) for m in methods or ("hill-climb", "pho")]
     document = {
         "conditions": {
             "model": model,
@@ -211,7 +211,9 @@ def main(
         Path(json_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def search(method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[str, int]) -> Run:
+def search(
+    method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[str, int], url: str
+) -> Run:
     """Search, as `pho search` does, and measure on the report text what was found."""
     say(method)
     request = replace(asked, trials=sizes["trials"], finalists=sizes["finalists"])
@@ -228,17 +230,21 @@ def search(method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[s
             yield advance
 
     whole = Cost()
-    with metered(whole, memory=False):
+    with (
+        metered(whole, memory=False),
+        opened_study(url, request, subject.bundle, subject.confirmation) as study,
+    ):
         result = search_job(
             request,
             subject.bundle,
+            study=study,
             model=subject.model,
             confirm_text=subject.confirmation,
             calibration=subject.calibration,
             device=str(subject.model.device),
             progress=watched,
         )
-    with open_storage(request.study_url) as storage:
+    with open_storage(url) as storage:
         trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
     found = result.configuration
     assert found.confirmation is not None

@@ -34,7 +34,6 @@ from pho_service.models.builtin import write_texts
 from pho_service.models.small_model import Training, train_small_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import compare_candidates
-from pho_service.pipeline.joint_search import joint_search_job
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import regret
@@ -117,12 +116,7 @@ def main(
             document["conditions"]["third_model"] = about_third(training, subject)
         for text in patterns:
             pattern = Pattern.parse(text, None if ":" in text else scope)
-            request = SearchRequest(
-                pattern=pattern,
-                trials=trials,
-                seed=seed,
-                study_url=f"sqlite:///{Path(folder) / 'study.db'}",
-            )
+            request = SearchRequest(pattern=pattern, trials=trials, seed=seed)
             own = {name: find(name, subject, request) for name, subject in subjects.items()}
             joint = find_jointly(subjects, request)
             for name, subject in subjects.items():
@@ -184,7 +178,7 @@ def find_jointly(subjects: Mapping[str, Subject], request: SearchRequest) -> Con
     bundles = {name: subject.bundle for name, subject in subjects.items()}
     asked = replace(request, objective=Objective(over="mean"))
     device = str(next(iter(subjects.values())).model.device)
-    return joint_search_job(asked, bundles, device=device, progress=progress).configuration
+    return search_job(asked, bundles, device=device, progress=progress).configuration
 
 
 def measure(

@@ -191,6 +191,17 @@ def written_on(storage: RDBStorage, connection: Connection) -> Iterator[None]:
         sessions.configure(bind=storage.engine, join_transaction_mode="conditional_savepoint")
 
 
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Without Optuna's line on each study that is made; its verbosity is the caller's after."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
 def open_study(
     storage: RDBStorage, name: str, *, direction: Literal["minimize", "maximize"]
 ) -> optuna.Study:
@@ -202,9 +213,10 @@ def open_study(
         name: Unique in the storage.
         direction: Whether low or high values are good.
     """
-    return optuna.create_study(
-        storage=storage, study_name=name, direction=direction, load_if_exists=True
-    )
+    with quiet_optuna():
+        return optuna.create_study(
+            storage=storage, study_name=name, direction=direction, load_if_exists=True
+        )
 
 
 def study_name(job_name: str, island: int) -> str:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pho_service.errors import ChangedInput, NumericalError
 from pho_service.host.faults import faults_told
-from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
+from pho_service.pipeline.joint_search import with_each_model
 from pho_service.pipeline.rating import Comparison, comparing_pays, rate_pruned
-from pho_service.pipeline.search import compared_with_cold, objective_function
+from pho_service.pipeline.search import compared_with_cold, objective_function, origin_of
 from pho_service.pipeline.validate import rate_by_all_proxies
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -167,15 +167,14 @@ class Stages:
         objective = spec.request(island).objective
         device = str(self.inputs.device)
         bundles = self._bundles(job, spec, watch)
-        if spec.more_models:
-            evaluators = {name: ProxyEvaluator(each, device) for name, each in bundles.items()}
-            return rate_jointly(evaluators, spec.pruning(), objective)
         model = text = calibration = None
         if objective.name == "perplexity":
             seal = Seal.of_job(job, 0)
             model, text = self.inputs.model(spec, seal), self.inputs.confirmation_text(spec, seal)
             calibration = self._calibration(spec, seal, spec.plan(island).steps)
-        return objective_function(objective, bundles[spec.model], model, text, device, calibration)
+        return objective_function(
+            objective, spec.pruning(), bundles, model, text, device, calibration
+        )
 
     def _confirm(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         watch.look()
@@ -499,5 +498,4 @@ def _provenances(job: Job) -> list[dict[str, Any]]:
 
 def _provenance(job: Job) -> dict[str, Any]:
     """The same of all models together."""
-    provenances = _provenances(job)
-    return provenances[0] if len(provenances) == 1 else joint_provenance(provenances)
+    return origin_of(_provenances(job))

@@ -3,10 +3,8 @@ The stages of a transfer: each measures a configuration on one model.
 """
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pho_service.errors import ChangedInput, DeviceLost, PhoError
@@ -37,8 +35,8 @@ def transfer_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) 
     spec = TransferSpec.model_validate(claim.job.spec)
     name = spec.models[claim.stage.number]
     try:
-        with faults_told(), tempfile.TemporaryDirectory(prefix="pho-") as folder:
-            result = _transfer(spec, inputs, claim.stage.number, watch, Path(folder)).to_dict()
+        with faults_told():
+            result = _transfer(spec, inputs, claim.stage.number, watch).to_dict()
         store.transferred(
             claim,
             result,
@@ -81,9 +79,7 @@ def _report_sha256(result: Mapping[str, Any]) -> str | None:
     return sha256
 
 
-def _transfer(
-    spec: TransferSpec, inputs: Inputs, number: int, watch: Watch, folder: Path
-) -> Transfer:
+def _transfer(spec: TransferSpec, inputs: Inputs, number: int, watch: Watch) -> Transfer:
     target = spec.target(number)
     if spec.search is None:
         target = target.model_copy(update={"confirm": None})  # nothing is confirmed
@@ -101,7 +97,7 @@ def _transfer(
             report=_report(spec, inputs, number, seal),
         ),
         found,
-        search=_own_search(spec, folder),
+        search=_own_search(spec),
         device=str(inputs.device),
         progress=watch.progress,
     )
@@ -114,7 +110,7 @@ def _report(spec: TransferSpec, inputs: Inputs, number: int, seal: Seal) -> Repo
     return None if report is None else inputs.report_text(spec.target(number), report, seal)
 
 
-def _own_search(spec: TransferSpec, folder: Path) -> SearchRequest | None:
+def _own_search(spec: TransferSpec) -> SearchRequest | None:
     """How the model's own best is searched for; its study is not kept."""
     if spec.search is None:
         return None
@@ -123,5 +119,4 @@ def _own_search(spec: TransferSpec, folder: Path) -> SearchRequest | None:
         trials=spec.search.trials,
         seed=spec.search.seed,
         finalists=spec.search.confirm.candidates,
-        study_url=f"sqlite:///{folder / 'study.db'}",
     )

@@ -66,7 +66,7 @@ def demo(
     from pho_service.models.calibration import calibration_text
     from pho_service.pipeline.bundles import bundle_path, cached_bundle
     from pho_service.pipeline.compare import compare_job
-    from pho_service.pipeline.search import search_job
+    from pho_service.pipeline.search import check_study_url, opened_study, search_job
     from pho_service.search.request import SearchRequest
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.configuration import write_configuration
@@ -84,10 +84,10 @@ def demo(
         bounds=asked.bounds,
         trials=trials,
         seed=seed,
-        study_url=study,
     )
     settings = CalibrationSettings(samples=32, context_length=CONTEXT_LENGTH, fisher_samples=8)
     request.plan(settings.kernel_sizes)
+    check_study_url(study)
     gguf = smollm2()
     model = open_model(str(gguf), {"revision": None, "device": "auto", "dtype": "auto"})
     device = str(model.device)
@@ -101,15 +101,17 @@ def demo(
         max_windows=16,
     )
     bundle = cached_bundle(model, text, settings, folder / "cache", progress)
-    result = search_job(
-        request,
-        bundle,
-        model=model,
-        confirm_text=confirming,
-        calibration=text.calibration,
-        device=device,
-        progress=progress,
-    )
+    with opened_study(study, request, bundle, confirming) as record:
+        result = search_job(
+            request,
+            bundle,
+            study=record,
+            model=model,
+            confirm_text=confirming,
+            calibration=text.calibration,
+            device=device,
+            progress=progress,
+        )
     config = folder / "config.json"
     write_configuration(result.configuration, config)
     rows = compare_job(

@@ -162,6 +162,7 @@ def search(
           --text book.txt --trials 200 --study sqlite:///study.db
     """
     from pho_service.library.files import read_library_file
+    from pho_service.pipeline.search import check_study_url
     from pho_service.search.request import SearchRequest
     from pho_service.spec.presets import Preset
     from pho_service.spec.space import parse_bounds
@@ -182,7 +183,6 @@ def search(
         sampler=sampler,
         trials=trials,
         seed=seed,
-        study_url=study,
         finalists=finalists,
         warm_start=tuple(
             read_library_file(Path(path)).configuration.candidate()
@@ -191,6 +191,7 @@ def search(
         ),
         compare_cold=compare_cold,
     )
+    check_study_url(study)
     if compare_cold and not warm_paths:
         raise InvalidInput("--compare-cold compares with a warm start: give --warm-start, too.")
     libraries = tuple(path for path in warm_paths if is_library(path))
@@ -199,14 +200,22 @@ def search(
     if over is not None and len(models) == 1:
         raise InvalidInput(f"--over {over} is for several models, but {model} is the only one.")
     if len(models) > 1:
-        result = _from_several(request, libraries, models, settings, confirm_path, options)
+        result = _from_several(request, libraries, models, settings, study, confirm_path, options)
     elif is_bundle(model):
-        result = _from_bundle(request, libraries, model, confirm_path, options)
+        result = _from_bundle(request, libraries, model, study, confirm_path, options)
     else:
         request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
         source = text_source(options)
         result = _from_model(
-            request, libraries, model, source, settings, confirm_path, confirm_windows, options
+            request,
+            libraries,
+            model,
+            source,
+            settings,
+            study,
+            confirm_path,
+            confirm_windows,
+            options,
         )
     _finish(result, path, study, as_json)
 
@@ -233,12 +242,13 @@ def _from_bundle(
     request: "SearchRequest",
     libraries: tuple[str, ...],
     name: str,
+    study: str,
     confirm_path: str | None,
     options: dict[str, Any],
 ) -> "SearchResult":
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
-    from pho_service.pipeline.search import search_job
+    from pho_service.pipeline.search import opened_study, search_job
 
     if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
         raise InvalidInput(
@@ -248,7 +258,8 @@ def _from_bundle(
     device = str(pick_device(options["device"]))
     bundle = read_bundle(Path(name))
     request = _warmed(request, libraries, bundle.provenance.get("model", {}))
-    return search_job(request, bundle, device=device, progress=progress)
+    with opened_study(study, request, bundle) as record:
+        return search_job(request, bundle, study=record, device=device, progress=progress)
 
 
 def _from_model(
@@ -257,25 +268,29 @@ def _from_model(
     name: str,
     source: Any,
     settings: Any,
+    study: str,
     confirm_path: str | None,
     confirm_windows: int,
     options: dict[str, Any],
 ) -> "SearchResult":
-    from pho_service.pipeline.search import search_job
+    from pho_service.pipeline.search import opened_study, search_job
 
     model = open_model(name, options)
     text = read_calibration_text(model, source, settings)
     confirming = confirm_text(model, text, confirm_path, settings, confirm_windows)
     bundle = open_bundle(model, text, settings)
-    return search_job(
-        _warmed(request, libraries, model.to_dict()),
-        bundle,
-        model=model,
-        confirm_text=confirming,
-        calibration=text.calibration,
-        device=str(model.device),
-        progress=progress,
-    )
+    request = _warmed(request, libraries, model.to_dict())
+    with opened_study(study, request, bundle, confirming) as record:
+        return search_job(
+            request,
+            bundle,
+            study=record,
+            model=model,
+            confirm_text=confirming,
+            calibration=text.calibration,
+            device=str(model.device),
+            progress=progress,
+        )
 
 
 def _from_several(
@@ -283,12 +298,13 @@ def _from_several(
     libraries: tuple[str, ...],
     names: tuple[str, ...],
     settings: Any,
+    study: str,
     confirm_path: str | None,
     options: dict[str, Any],
 ) -> "SearchResult":
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
-    from pho_service.pipeline.joint_search import joint_search_job
+    from pho_service.pipeline.search import opened_study, search_job
 
     if confirm_path is not None:
         raise InvalidInput(
@@ -313,7 +329,8 @@ def _from_several(
         bundles[name] = open_bundle(model, text, settings)
         del model  # two may not fit
     request = _warmed(request, libraries, {})
-    return joint_search_job(request, bundles, device=device, progress=progress)
+    with opened_study(study, request, bundles) as record:
+        return search_job(request, bundles, study=record, device=device, progress=progress)
 
 
 def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:

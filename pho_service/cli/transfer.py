@@ -119,6 +119,7 @@ def transfer(
     """
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
+    from pho_service.pipeline.search import check_study_url
     from pho_service.pipeline.transfer import (
         Target,
         check_configuration,
@@ -139,7 +140,8 @@ def transfer(
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if search:
-        request = own_search(found, trials=trials, seed=seed, finalists=finalists, study_url=study)
+        request = own_search(found, trials=trials, seed=seed, finalists=finalists)
+        check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and report_path is None:
         raise InvalidInput(
@@ -178,7 +180,9 @@ def transfer(
                 ),
             )
         return document.known(transfer_key(target, found, request)) or document.add(
-            transfer_job(target, found, search=request, device=device, progress=progress)
+            transfer_job(
+                target, found, search=request, study_url=study, device=device, progress=progress
+            )
         )
 
     for name in models:

@@ -1,5 +1,5 @@
 """
-One search over several models: a configuration that is good on all of them.
+What makes a search over several models one: a candidate's value on all of them, and their origin.
 """
 
 import hashlib
@@ -9,90 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pho_service.errors import BundleError, InvalidInput, NumericalError
+from pho_service.errors import NumericalError
 from pho_service.pipeline.proxy_rating import proxy_value, rate_by_proxy
-from pho_service.pipeline.search import check_study, compared_with_cold, opened_study, study_name
-from pho_service.progress import Progress, silent
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.plan import Evaluate, Outcome
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import (
-    SearchResult,
-    describe_study,
-    mark_chosen,
-    search_result,
-)
-from pho_service.search.search import run_search
+from pho_service.search.result import SearchResult
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-
-
-def joint_search_job(
-    request: SearchRequest,
-    bundles: Mapping[str, ProxyBundle],
-    *,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> SearchResult:
-    """
-    Search on several bundles at once. Goes on with an interrupted search.
-
-    A candidate's value is the mean, or the worst, over the models of its proxy
-    relative to RIA's on the same model: below 1 it is better than RIA.
-
-    Args:
-        request: What is asked; its objective says how the models count.
-        bundles: By a name for messages.
-        device: For the proxies.
-        progress: Is told of the search.
-
-    Raises:
-        BundleError: The bundles have no kernel size in common.
-        InvalidInput: The request breaks a rule, or N:M does not divide a width.
-        NumericalError: RIA has no value on a bundle.
-        StudyError: The study holds another search's trials, or cannot be opened.
-    """
-    first, *others = (set(bundle.kernel_sizes) for bundle in bundles.values())
-    common = tuple(sorted(first.intersection(*others)))
-    if not common:
-        raise BundleError(
-            f"the bundles {', '.join(bundles)} have no kernel size in common. Calibrate them with "
-            "the same --kernel-sizes."
-        )
-    if request.objective.over is None:
-        raise InvalidInput("a search over several models needs to be told how they count: over.")
-    plan = request.plan(common)
-    for bundle in bundles.values():
-        for layer in bundle.layers:
-            plan.pattern.check_width(layer.in_features, layer.name)
-    provenance = joint_provenance([bundle.origin for bundle in bundles.values()])
-    name = study_name(request, plan, provenance)
-    evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
-    with opened_study(request.study_url, name, plan) as study:
-        check_study(study, [*bundles.values()])
-        describe_study(study, request, plan, provenance)
-        with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-            evaluate = rate_jointly(evaluators, plan.pattern, request.objective)
-            rated = run_search(study, plan, evaluate, advance)
-        saving = compared_with_cold(request, plan, rated, evaluate, progress)
-        attributes = {t.number: t.user_attrs for t in study.get_trials(deepcopy=False)}
-        done = sum(number < plan.trials for number in attributes)
-        result = search_result(
-            request,
-            plan,
-            provenance,
-            name,
-            rated,
-            [],
-            None,
-            ended_after=done if done < plan.trials else None,
-            saving=saving,
-        )
-        mark_chosen(study, result.configuration, name, result.trial)
-    return with_each_model(result, attributes[rated[0].number]["relative_to_ria"])
 
 
 def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> SearchResult:

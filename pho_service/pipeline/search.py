@@ -1,10 +1,10 @@
 """
-The main job: search a bundle, confirm the winner by perplexity, give a configuration.
+The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, StudyError
+from pho_service.errors import BundleError, InvalidInput, StudyError
+from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
@@ -26,102 +27,236 @@ from pho_service.search.result import (
     mark_chosen,
     search_result,
 )
-from pho_service.search.search import run_search
+from pho_service.search.search import Callback, run_search
 from pho_service.search.warm_start import Saving, measure_saving
 from pho_service.spec.configuration import Confirmation
 from pho_service.spec.objective import Objective
-from storage.studies import StorageError, open_storage, open_study
+from pho_service.spec.pattern import Pattern
+from storage.studies import StorageError, check_url, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.rating import ReportText
+
+Bundles = ProxyBundle | Mapping[str, ProxyBundle]  # of one model; or of several, by their names
 
 _ROWS = "bundle_rows_sha256"  # user attribute of a study
 
 
 def search_job(
     request: SearchRequest,
-    bundle: ProxyBundle,
+    bundles: Bundles,
     *,
+    study: optuna.Study | None = None,
     model: "LanguageModel | None" = None,
     confirm_text: "ReportText | None" = None,
     calibration: Tensor | None = None,
     device: str = "cpu",
+    callbacks: Sequence[Callback] = (),
     progress: Progress = silent,
 ) -> SearchResult:
     """
-    Search, confirm, and say what was found. Goes on with an interrupted search.
+    Search, confirm, and say what was found. Goes on with a search that the study holds a part of.
+
+    On several bundles, a candidate's value is the mean, or the worst, over the models of its
+    proxy relative to RIA's on the same model: below 1 it is better than RIA. Nothing is confirmed
+    then.
 
     Args:
-        request: What is asked.
-        bundle: To search on.
+        request: What is asked; for several bundles its objective says how they count.
+        bundles: One to search on, or several by a name for messages.
+        study: The record: :func:`opened_study` opens one in a database. None: a new one in memory.
         model: The bundle's model; needed for perplexities.
         confirm_text: For perplexities; not the calibration windows. Without
             it, or without the model, the best by the objective is not confirmed.
         calibration: Windows that the bundle was made of, for steps that need a text.
-        device: For the proxy.
+        device: For the proxies.
+        callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
         progress: Is told of each long step.
 
     Raises:
-        InvalidInput: The request breaks a rule, or asks for perplexity without a model.
-        BundleError: The bundle is of another model.
-        StudyError: The study holds the trials of another search or of another bundle, or cannot
-            be opened.
+        InvalidInput: The request breaks a rule, asks for perplexity without a model, or N:M does
+            not divide a width; a model is given beside several bundles.
+        BundleError: The bundle is of another model; several have no kernel size in common.
+        NumericalError: RIA has no value on one of several bundles.
+        StudyError: The study holds the trials of another search or of another bundle.
     """
-    plan = request.plan(bundle.kernel_sizes)
-    for layer in bundle.layers:
-        plan.pattern.check_width(layer.in_features, layer.name)
+    named = by_name(bundles)
+    plan = search_plan(request, named)
     if model is not None:
-        bundle.check_model(model.linears)
+        only_one(named, "a model").check_model(model.linears)
     evaluate = objective_function(
-        request.objective, bundle, model, confirm_text, device, calibration
+        request.objective, plan.pattern, named, model, confirm_text, device, calibration
     )
-    rated_on = confirm_text.key if confirm_text and request.objective.name == "perplexity" else ""
-    name = study_name(request, plan, bundle.origin, rated_on)
-    with opened_study(request.study_url, name, plan) as study:
-        check_study(study, [bundle])
-        describe_study(study, request, plan, bundle.origin)
-        with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-            rated = run_search(study, plan, evaluate, advance)
-        saving = compared_with_cold(request, plan, rated, evaluate, progress)
-        done = sum(t.number < plan.trials for t in study.get_trials(deepcopy=False))
-        divergences = Divergences()
-        if request.objective.name == "perplexity":
-            measured = [(r.value, r) for r in rated]
-        elif model is not None and confirm_text is not None:
-            from pho_service.pipeline.confirmation import confirm_finalists  # loads transformers
+    origin = origin_of([bundle.origin for bundle in named.values()])
+    if study is None:
+        with quiet_optuna():
+            name = study_name(request, plan, origin, rated_on(request, confirm_text))
+            study = optuna.create_study(study_name=name, direction=plan.direction)
+    check_study(study, named.values())
+    describe_study(study, request, plan, origin)
+    with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
+        rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
+    saving = compared_with_cold(request, plan, rated, evaluate, progress)
+    trials = {t.number: t for t in study.get_trials(deepcopy=False) if t.number < plan.trials}
+    divergences = Divergences()
+    if request.objective.name == "perplexity":
+        measured = [(r.value, r) for r in rated]
+    elif model is not None and confirm_text is not None:
+        from pho_service.pipeline.confirmation import confirm_finalists  # loads transformers
 
-            measured, divergences = confirm_finalists(
-                study,
-                rated,
-                request.finalists,
-                bundle,
-                model,
-                confirm_text,
-                calibration,
-                progress,
-            )
-        else:
-            measured = []
-        confirmation = None
-        if measured and confirm_text is not None:
-            confirmation = Confirmation(
-                perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
-            )
-        result = search_result(
-            request,
-            plan,
-            bundle.origin,
-            name,
+        measured, divergences = confirm_finalists(
+            study,
             rated,
-            measured,
-            confirmation,
-            divergences,
-            ended_after=done if done < plan.trials else None,
-            saving=saving,
+            request.finalists,
+            only_one(named, "a model"),
+            model,
+            confirm_text,
+            calibration,
+            progress,
         )
-        mark_chosen(study, result.configuration, name, result.trial)
-    return result
+    else:
+        measured = []
+    confirmation = None
+    if measured and confirm_text is not None:
+        confirmation = Confirmation(
+            perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
+        )
+    result = search_result(
+        request,
+        plan,
+        origin,
+        study.study_name,
+        rated,
+        measured,
+        confirmation,
+        divergences,
+        ended_after=len(trials) if len(trials) < plan.trials else None,
+        saving=saving,
+    )
+    mark_chosen(study, result.configuration, study.study_name, result.trial)
+    if request.objective.over is None:
+        return result
+    return with_each_model(result, trials[rated[0].number].user_attrs["relative_to_ria"])
+
+
+@contextmanager
+def opened_study(
+    url: str,
+    request: SearchRequest,
+    bundles: Bundles,
+    confirm_text: "ReportText | None" = None,
+) -> Iterator[optuna.Study]:
+    """
+    Open the study of a search in a database, with what the storage says turned into ours.
+
+    Its name says what is searched: the same request on the same bundles finds it again.
+
+    Args:
+        url: Of the database: ``sqlite:///study.db``.
+        request: As for :func:`search_job`.
+        bundles: The same.
+        confirm_text: The same.
+
+    Raises:
+        InvalidInput, BundleError: As for :func:`search_job`.
+        StudyError: It cannot be opened, or fails in the ``with`` block.
+    """
+    named = by_name(bundles)
+    plan = search_plan(request, named)
+    origin = origin_of([bundle.origin for bundle in named.values()])
+    name = study_name(request, plan, origin, rated_on(request, confirm_text))
+    try:
+        with open_storage(url) as storage:
+            yield open_study(storage, name, direction=plan.direction)
+    except StorageError as error:
+        raise StudyError(f"--study {url}: {error}") from error
+
+
+def check_study_url(url: str) -> None:
+    """
+    See before any long work that a study may be kept at ``url``.
+
+    Raises:
+        StudyError: It is not the URL of a database, or one that keeps nothing.
+    """
+    try:
+        check_url(url)
+    except StorageError as error:
+        raise StudyError(f"--study {url}: {error}") from error
+
+
+def by_name(bundles: Bundles) -> Mapping[str, ProxyBundle]:
+    """The bundles by the names of their models."""
+    if isinstance(bundles, Mapping):
+        return bundles
+    return {str(bundles.provenance.get("model", {}).get("name", "model")): bundles}
+
+
+def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> SearchPlan:
+    """
+    The plan of a search on bundles, in the kernel sizes that all of them have.
+
+    Raises:
+        InvalidInput: The request breaks a rule, does not say how several bundles count or says
+            how one does, or N:M does not divide a width.
+        BundleError: The bundles have no kernel size in common.
+    """
+    first, *others = (set(bundle.kernel_sizes) for bundle in bundles.values())
+    common = tuple(sorted(first.intersection(*others)))
+    if not common:
+        raise BundleError(
+            f"the bundles {', '.join(bundles)} have no kernel size in common. Calibrate them with "
+            "the same --kernel-sizes."
+        )
+    if len(bundles) > 1 and request.objective.over is None:
+        raise InvalidInput("a search over several models needs to be told how they count: over.")
+    plan = request.plan(common)
+    for bundle in bundles.values():
+        for layer in bundle.layers:
+            plan.pattern.check_width(layer.in_features, layer.name)
+    return plan
+
+
+def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:
+    """
+    The bundle of the only model.
+
+    Raises:
+        InvalidInput: There are several.
+    """
+    if len(bundles) > 1:
+        raise InvalidInput(
+            f"{what} is given for a search on the bundles of {len(bundles)} models, "
+            f"{', '.join(bundles)}. Leave it out, or search on one of them."
+        )
+    return next(iter(bundles.values()))
+
+
+def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where what is searched comes from: the provenance of one bundle, or of all together."""
+    return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
+
+
+def rated_on(request: SearchRequest, text: "ReportText | None") -> str:
+    """
+    Hash of the text that candidates are rated on; empty if a proxy rates them.
+
+    Raises:
+        InvalidInput: They are rated by perplexity, and there is no text.
+    """
+    if request.objective.name != "perplexity":
+        return ""
+    if text is None:
+        raise _needs_text()
+    return text.key
+
+
+def _needs_text() -> InvalidInput:
+    return InvalidInput(
+        "the objective perplexity needs the model and a text to measure it on: give a model "
+        "instead of a bundle, and --confirm-text."
+    )
 
 
 def compared_with_cold(
@@ -140,25 +275,28 @@ def compared_with_cold(
 
 def objective_function(
     objective: Objective,
-    bundle: ProxyBundle,
+    pattern: Pattern,
+    bundles: Mapping[str, ProxyBundle],
     model: "LanguageModel | None",
     text: "ReportText | None",
     device: str,
     calibration: Tensor | None = None,
 ) -> Evaluate:
     """
-    What a search rates candidates by.
+    What a search rates candidates by: a proxy on one or several bundles, or perplexity.
 
     Raises:
         InvalidInput: The objective is perplexity, and the model or the text is missing.
+        NumericalError: RIA has no value on one of several bundles, or one of 0.
     """
+    if objective.over is not None:
+        evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
+        return rate_jointly(evaluators, pattern, objective)
+    bundle = only_one(bundles, f"the objective {objective.name}")
     if objective.name != "perplexity":
         return rate_by_proxy(ProxyEvaluator(bundle, device), objective)
     if model is None or text is None:
-        raise InvalidInput(
-            "the objective perplexity needs the model and a text to measure it on: give a model "
-            "instead of a bundle, and --confirm-text."
-        )
+        raise _needs_text()
     from pho_service.pipeline.rating import rate_by_perplexity  # loads transformers
 
     return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)
@@ -189,7 +327,7 @@ def study_name(
     return f"{model_name} {plan.pattern} {plan.pattern.scope.value} {plan.sampler} {digest}"
 
 
-def check_study(study: optuna.Study, bundles: Sequence[ProxyBundle]) -> None:
+def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
     """
     See that a study is of these bundles and no others, and note it in a new one.
 
@@ -199,29 +337,14 @@ def check_study(study: optuna.Study, bundles: Sequence[ProxyBundle]) -> None:
     Raises:
         StudyError: Its trials are of a bundle with other weights.
     """
-    rows = [bundle.rows_sha256 for bundle in bundles]
+    found = [*bundles]
+    rows = [bundle.rows_sha256 for bundle in found]
     known = study.user_attrs.get(_ROWS)
     if known is None:  # new, or of an older version
         study.set_user_attr(_ROWS, rows)
     elif known != rows:
         raise StudyError(
             f"study {study.study_name!r} is of a bundle with other weights under the same key, "
-            f"{', '.join(bundle.key for bundle in bundles)}. Give each bundle's provenance a key "
+            f"{', '.join(bundle.key for bundle in found)}. Give each bundle's provenance a key "
             "of its own, or none, which names it by its contents; or use another --study."
         )
-
-
-@contextmanager
-def opened_study(url: str, name: str, plan: SearchPlan) -> Iterator[optuna.Study]:
-    """
-    The study, with what its storage says turned into ours.
-
-    Raises:
-        StudyError: It cannot be opened.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with open_storage(url) as storage:
-            yield open_study(storage, name, direction=plan.direction)
-    except StorageError as error:
-        raise StudyError(f"--study {url}: {error}") from error

@@ -5,6 +5,7 @@ Take a configuration to other models: what it is worth there, and what their own
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.versions import versions
 from pho_service.pipeline.proxy_rating import mask_proxy
-from pho_service.pipeline.search import search_job
+from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -167,14 +168,14 @@ def check_configuration(
 
 
 def own_search(
-    configuration: Configuration, *, trials: int, seed: int, finalists: int, study_url: str
+    configuration: Configuration, *, trials: int, seed: int, finalists: int
 ) -> SearchRequest:
     """
     How a model's own best is searched for: in the pattern, steps and space of a configuration.
 
     Raises:
         ConfigurationError: Its search space is none.
-        InvalidInput, StudyError: A value breaks a rule.
+        InvalidInput: A value breaks a rule.
     """
     candidate = configuration.candidate()
     bounds = configuration.search.get("space", {})
@@ -191,7 +192,6 @@ def own_search(
         steps=candidate.steps,
         trials=trials,
         seed=seed,
-        study_url=study_url,
         finalists=finalists,
     )
 
@@ -201,9 +201,10 @@ def transfer_key(target: Target, configuration: Configuration, search: SearchReq
     candidate = configuration.candidate()
     own = None
     if search is not None:
+        plan = search.plan(target.bundle.kernel_sizes)
         own = [
-            search.sampler, search.trials, search.seed, search.finalists, search.objective.label,
-            search.plan(target.bundle.kernel_sizes).space.to_dict(),
+            plan.sampler_name, plan.trials, plan.seed, search.finalists, search.objective.label,
+            plan.space.to_dict(),
             None if target.confirm is None else target.confirm.key,
         ]  # fmt: skip
     identity = [
@@ -255,6 +256,7 @@ def transfer_job(
     configuration: Configuration,
     *,
     search: SearchRequest | None = None,
+    study_url: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Transfer:
@@ -265,27 +267,36 @@ def transfer_job(
         target: The model.
         configuration: Found elsewhere.
         search: How the target's own best is searched for; None leaves it out.
+        study_url: The database that keeps the study of that search; None keeps it in memory.
         device: For the proxy.
         progress: Is told of each long step.
 
     Raises:
         BundleError: The bundle is of another model, or lacks what the configuration needs.
         InvalidInput: N:M does not divide an input width.
+        StudyError: The study cannot be opened, or holds the trials of another search.
     """
     candidate = configuration.candidate()
     candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
     proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
     own = None
     if search is not None:
-        own = search_job(
-            search,
-            target.bundle,
-            model=target.model,
-            confirm_text=target.confirm,
-            calibration=target.calibration,
-            device=device,
-            progress=progress,
-        ).configuration
+        opened = (
+            nullcontext()
+            if study_url is None
+            else opened_study(study_url, search, target.bundle, target.confirm)
+        )
+        with opened as study:
+            own = search_job(
+                search,
+                target.bundle,
+                study=study,
+                model=target.model,
+                confirm_text=target.confirm,
+                calibration=target.calibration,
+                device=device,
+                progress=progress,
+            ).configuration
         candidates["own"] = own.candidate()
         evaluator = ProxyEvaluator(target.bundle, device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.report.data import ReportTrial
 from pho_service.spec.configuration import Configuration
+from storage.studies import quiet_optuna
 
 ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
 
@@ -125,8 +126,8 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
     ]
     if not searched:
         return {}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize" if maximised else "minimize")
+    with quiet_optuna():
+        study = optuna.create_study(direction="maximize" if maximised else "minimize")
     study.add_trials(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

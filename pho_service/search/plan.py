@@ -4,7 +4,7 @@ A search in plain values: its plan, what a rating gives, and a candidate that wa
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import search_baselines
@@ -14,6 +14,9 @@ from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.seed import check_seed
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
 
 Direction = Literal["minimize", "maximize"]
 
@@ -47,9 +50,11 @@ class SearchPlan:
         space: The box; fitted to the pattern.
         steps: What every candidate goes through; method and spread of its allocation are those
             of the space.
-        sampler: A name of :data:`pho_service.spec.samplers.SAMPLERS`.
+        sampler: A name of :data:`pho_service.spec.samplers.SAMPLERS`, or a sampler of Optuna. That
+            is used as it is, seed and state included, and recorded by the name of its class: with
+            the study alone nobody can repeat the search.
         trials: How many, baselines included; the hill climb may end before.
-        seed: Of the sampler.
+        seed: Of a sampler that is given by its name.
         direction: Whether low or high values are good.
         fisher: Whether the plain second-order score is among the baselines.
         warm_start: Points of the space that were found elsewhere: the trials after the baselines.
@@ -59,7 +64,7 @@ class SearchPlan:
     pattern: Pattern
     space: SearchSpace
     steps: Steps = field(default_factory=Steps)
-    sampler: str = "cmaes"
+    sampler: "str | BaseSampler" = "cmaes"
     trials: int = 200
     seed: int = 0
     direction: Direction = "minimize"
@@ -71,8 +76,7 @@ class SearchPlan:
         for method in self.space.allocations:
             allocation = replace(self.steps.allocation, method=method)
             replace(self.steps, allocation=allocation).check_pattern(self.pattern)
-        if self.sampler not in SAMPLERS:
-            raise InvalidInput(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}.")
+        check_sampler(self.sampler)
         first = len(self.baselines()) + len(self.warm_start)
         if self.trials < first:
             warm = " and what the search starts from" if self.warm_start else ""
@@ -81,6 +85,16 @@ class SearchPlan:
                 "more, 200 say."
             )
         check_seed(self.seed)
+
+    @property
+    def sampler_name(self) -> str:
+        """The name of the sampler; of an object, that of its class."""
+        return self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__
+
+    @property
+    def generation(self) -> int:
+        """How many candidates the sampler gives before it is told their values."""
+        return SAMPLERS[self.sampler] if isinstance(self.sampler, str) else 1
 
     def baselines(self) -> list[Candidate]:
         """The first trials."""
@@ -91,6 +105,23 @@ class SearchPlan:
             steps=self.steps,
             allocations=self.space.allocations,
         )
+
+
+def check_sampler(sampler: object) -> None:
+    """
+    Raises:
+        InvalidInput: A sampler is neither a known name nor one of Optuna's objects.
+    """
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return
+    if not isinstance(sampler, str):
+        from optuna.samplers import BaseSampler  # a name needs no Optuna
+
+        if isinstance(sampler, BaseSampler):
+            return
+    raise InvalidInput(
+        f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}, nor a sampler of Optuna."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

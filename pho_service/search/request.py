@@ -4,16 +4,18 @@ What a user asks a search for.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pho_service.errors import InvalidInput, StudyError
+from pho_service.errors import InvalidInput
 from pho_service.search.plan import SearchPlan
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
-from storage.studies import StorageError, check_url
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,10 @@ class SearchRequest:
         bounds: Fields of the search space that differ from its defaults.
         steps: What every candidate goes through beside the score. Its allocation is the only one
             of the search unless ``bounds`` name ``allocations``.
-        sampler: Where candidates come from.
+        sampler: Where candidates come from: a name, or a sampler of Optuna; see
+            :class:`~pho_service.search.plan.SearchPlan`.
         trials: How many, baselines included; the hill climb may end before.
         seed: Of the sampler.
-        study_url: The database of the study.
         finalists: How many found candidates are looked at again, beside the baselines.
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.
@@ -41,10 +43,9 @@ class SearchRequest:
     objective: Objective = field(default_factory=Objective)
     bounds: Mapping[str, Any] = field(default_factory=dict)
     steps: Steps = field(default_factory=Steps)
-    sampler: str = "cmaes"
+    sampler: "str | BaseSampler" = "cmaes"
     trials: int = 200
     seed: int = 0
-    study_url: str = "sqlite:///study.db"
     finalists: int = 5
     warm_start: tuple[Candidate, ...] = ()
     compare_cold: bool = False
@@ -57,10 +58,12 @@ class SearchRequest:
                 "what a warm start saves is measured by a second search, which takes hours by "
                 "perplexity. Leave --compare-cold out, or search by a proxy."
             )
-        try:
-            check_url(self.study_url)
-        except StorageError as error:
-            raise StudyError(f"--study {self.study_url}: {error}") from error
+        if self.compare_cold and not isinstance(self.sampler, str):
+            raise InvalidInput(
+                "what a warm start saves is measured by a second search with the same sampler, "
+                f"but {type(self.sampler).__name__} keeps what it learnt in the first. Give the "
+                "sampler by its name, or leave compare_cold out."
+            )
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
         """

@@ -53,7 +53,7 @@ def describe_study(
         "objective": request.objective.label,
         "space": plan.space.to_dict(),
         "steps": plan.steps.to_dict(),
-        "sampler": plan.sampler,
+        "sampler": plan.sampler_name,
         "seed": plan.seed,
         "calibration": dict(provenance),
     }.items():
@@ -161,7 +161,7 @@ def search_result(
         ],
         border=border,
         search={
-            "sampler": plan.sampler,
+            "sampler": plan.sampler_name,
             "trials": plan.trials,
             "seed": plan.seed,
             "space": plan.space.to_dict(),

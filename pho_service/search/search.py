@@ -13,6 +13,8 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
+from itertools import accumulate
 from typing import Any
 
 import optuna
@@ -23,11 +25,12 @@ from pho_service.errors import StudyError
 from pho_service.search.plan import Evaluate, Outcome, RatedCandidate, SearchPlan
 from pho_service.search.samplers import CmaSampler, is_exhausted, make_sampler
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.steps import Steps
+from storage.studies import quiet_optuna
 
 logger = logging.getLogger(__name__)
 
+Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 _ROUNDING = 1e-4  # of a coefficient: a Gaussian process's candidates have differed by 4e-6
 
@@ -39,11 +42,13 @@ def run_search(
     advance: Callable[[int], None] = lambda _: None,
     *,
     fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    callbacks: Sequence[Callback] = (),
 ) -> list[RatedCandidate]:
     """
     Bring a study to ``plan.trials`` trials and give them, best first.
 
-    It has fewer if the sampler ends by itself, as the hill climb does.
+    It has fewer if the sampler ends by itself, as the hill climb does, or if a callback calls
+    ``study.stop()``.
 
     Args:
         study: The record; may hold some of the trials already.
@@ -51,10 +56,12 @@ def run_search(
         evaluate: Rates candidates; called with a generation at a time.
         advance: Called with the number of trials that became finished.
         fence: Entered around every write of a generation; may refuse by raising.
+        callbacks: As Optuna's: each is called with the study and a frozen trial after the trial
+            was recorded; not for those that were there already.
 
     Raises:
-        StudyError: The study holds other trials than this plan gives, or
-            nothing but failed ones.
+        StudyError: The study is for values of the other direction, holds other trials than this
+            plan gives, or nothing but failed ones.
     """
     recorded = [t for t in study.get_trials(deepcopy=False) if t.number < plan.trials]
     unfinished = [t.number for t in recorded if not t.state.is_finished()]
@@ -63,7 +70,14 @@ def run_search(
             f"trial {unfinished[0]} of study {study.study_name!r} is not finished, and PHO only "
             "records finished ones: another program writes to this study. Use another --study."
         )
-    recorder = _Recorder(study, plan, recorded, fence)
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != [plan.direction]:
+        raise StudyError(
+            f"study {study.study_name!r} is to {' and '.join(directions)} its values, and this "
+            f"search is to {plan.direction} one. Use another study, with "
+            f"direction={plan.direction!r}."
+        )
+    recorder = _Recorder(study, plan, recorded, fence, callbacks)
     recorder.finish(plan.baselines(), evaluate, advance)
     space = plan.space.distributions()
     found = recorder.finish(
@@ -74,20 +88,27 @@ def run_search(
     warm = [(v, p) for v, p in zip(found, plan.warm_start, strict=True) if v is not None]
     better = min if plan.direction == "minimize" else max
     start = better(warm, key=lambda pair: pair[0])[1] if warm else None
-    sampler = make_sampler(
-        plan.sampler,
-        seed=plan.seed,
-        search_space=space,
-        start=start,
-        effective=plan.space.effective,
-    )
-    memory = optuna.create_study(direction=plan.direction, sampler=sampler)
+    sampler = plan.sampler
+    if isinstance(sampler, str):
+        sampler = make_sampler(
+            sampler,
+            seed=plan.seed,
+            search_space=space,
+            start=start,
+            effective=plan.space.effective,
+        )
+    with quiet_optuna():
+        memory = optuna.create_study(direction=plan.direction, sampler=sampler)
     for known, params in warm:
         memory.add_trial(create_trial(value=known, params=dict(params), distributions=space))
+    if not isinstance(plan.sampler, str):  # nobody knows what it would have drawn
+        memory.add_trials([_told(trial, plan, study) for trial in recorder.skip(advance)])
     first = recorder.done  # what a sampler draws before it is told anything is the same everywhere
-    while recorder.done < plan.trials and not is_exhausted(sampler, memory):
+    while (
+        recorder.done < plan.trials and not recorder.stopped and not is_exhausted(sampler, memory)
+    ):
         # Always a whole generation, so that a longer search begins as a shorter one did.
-        asked = [memory.ask(space) for _ in range(SAMPLERS[plan.sampler])]
+        asked = [memory.ask(space) for _ in range(plan.generation)]
         wanted = asked[: plan.trials - recorder.done]
         outcomes = recorder.finish(
             [plan.space.candidate(trial.params, plan.pattern, plan.steps) for trial in wanted],
@@ -112,6 +133,45 @@ def _adopting(
     return lambda i, params: sampler.adopt(asked[i].number, params)
 
 
+def _told(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTrial:
+    """
+    A recorded trial as a sampler is told of it: a point of the space that is searched.
+
+    Raises:
+        StudyError: It is not in this space.
+    """
+    known = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
+    point = None
+    if all(known.values()):
+        point = plan.space.nearest(Candidate.from_dict(trial.user_attrs, plan.pattern))
+        mine = plan.space.candidate(point, plan.pattern, plan.steps).to_dict()
+    if point is None or not _alike(known, {name: mine[name] for name in known}):
+        raise StudyError(
+            f"trial {trial.number} of study {study.study_name!r} is not in the space that this "
+            "search is to be in, or has other steps. Use another study."
+        )
+    return create_trial(
+        state=trial.state, value=trial.value, params=point, distributions=plan.space.distributions()
+    )
+
+
+def _spans(
+    began: datetime, ended: datetime, outcomes: Sequence[Outcome]
+) -> list[tuple[datetime, datetime]]:
+    """
+    When each candidate of a generation was rated: one after the other.
+
+    Each takes the share of the time that its outcome's ``seconds`` say; the same where one of
+    them does not say.
+    """
+    seconds = [float(outcome.attributes.get("seconds", 0.0)) for outcome in outcomes]
+    if not all(seconds):
+        seconds = [1.0] * len(outcomes)
+    whole = ended - began
+    ends = [began + whole * (until / sum(seconds)) for until in accumulate(seconds)]
+    return list(zip([began, *ends[:-1]], ends, strict=True))
+
+
 class _Recorder:
     """Walks along the trials of a study, replaying those that are there, adding the rest."""
 
@@ -121,12 +181,22 @@ class _Recorder:
         plan: SearchPlan,
         recorded: Sequence[FrozenTrial],
         fence: Callable[[], AbstractContextManager[None]],
+        callbacks: Sequence[Callback],
     ) -> None:
         self.fence = fence
+        self.callbacks = callbacks
+        self.stopped = False
         self.study = study
         self.plan = plan
         self.recorded = recorded
         self.done = 0
+
+    def skip(self, advance: Callable[[int], None]) -> list[FrozenTrial]:
+        """The recorded trials that are left, without a look at what they are."""
+        rest = [*self.recorded[self.done :]]
+        self.done += len(rest)
+        advance(len(rest))
+        return rest
 
     def finish(
         self,
@@ -153,14 +223,33 @@ class _Recorder:
         values = [trial.value if trial.state is TrialState.COMPLETE else None for trial in known]
         fresh = candidates[len(known) :]
         if fresh:
+            began = datetime.now()  # as Optuna's times are
             outcomes = evaluate(fresh)
-            trials = [self._trial(c, o) for c, o in zip(fresh, outcomes, strict=True)]
+            spans = _spans(began, datetime.now(), outcomes)
+            trials = [self._trial(*each) for each in zip(fresh, outcomes, spans, strict=True)]
             with self.fence():
                 self.study.add_trials(trials)
+            self._call(len(trials))
             values += [outcome.value for outcome in outcomes]
         self.done += len(candidates)
         advance(len(candidates))
         return values
+
+    def _call(self, count: int) -> None:
+        """Call the callbacks with the last ``count`` trials; one of them may stop the search."""
+        if not self.callbacks:
+            return
+        trials = self.study.get_trials()[-count:]
+        loop = self.study._thread_local  # where Optuna keeps whether Study.stop may be called
+        self.study._stop_flag = False
+        loop.in_optimize_loop = True
+        try:
+            for trial in trials:
+                for callback in self.callbacks:
+                    callback(self.study, trial)
+        finally:
+            loop.in_optimize_loop = False
+        self.stopped = self.stopped or self.study._stop_flag
 
     def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
         """Whether a recorded trial is a candidate's, but for rounding."""
@@ -175,17 +264,21 @@ class _Recorder:
             "or of a sampler, or by two searches at once. Use another --study."
         )
 
-    def _trial(self, candidate: Candidate, outcome: Outcome) -> FrozenTrial:
+    def _trial(
+        self, candidate: Candidate, outcome: Outcome, span: tuple[datetime, datetime]
+    ) -> FrozenTrial:
         attributes = {**candidate.to_dict(), **outcome.attributes}
         if outcome.failure:
             attributes["failure"] = outcome.failure
-        return create_trial(
+        trial = create_trial(
             state=TrialState.FAIL if outcome.value is None else TrialState.COMPLETE,
             value=outcome.value,
             params=self.plan.space.params(candidate),
             distributions=self.plan.space.recorded_distributions(),
             user_attrs=attributes,
         )
+        trial.datetime_start, trial.datetime_complete = span
+        return trial
 
 
 def _alike(known: Any, asked: Any) -> bool:

@@ -10,6 +10,7 @@ import optuna
 
 from pho_service.search.plan import Evaluate, RatedCandidate, SearchPlan
 from pho_service.search.search import run_search
+from storage.studies import quiet_optuna
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ def measure_saving(
         evaluate: What it was rated by.
         advance: Called with the number of trials that became finished.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction=plan.direction)
+    with quiet_optuna():
+        study = optuna.create_study(direction=plan.direction)
     cold = run_search(study, replace(plan, warm_start=()), evaluate, advance)
     best = cold[0].value
     return Saving(

@@ -1,6 +1,8 @@
 """A model, its bundle and a text, as jobs take them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +10,10 @@ from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import opened_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.request import SearchRequest
+from pho_service.search.result import SearchResult
 from pho_service.spec.calibration import CalibrationSettings
 
 
@@ -35,6 +40,19 @@ def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
         model, TextSource(path=str(texts["report"])), context_length=32, bos="auto", max_windows=3
     )
     return ReportText(windows=windows, record=record)
+
+
+@pytest.fixture
+def searched(study_url: str) -> Callable[..., SearchResult]:
+    """Searches with the study in a database, as `pho search` does."""
+
+    def search(
+        request: SearchRequest, bundles: Any, *, url: str = study_url, **options: Any
+    ) -> SearchResult:
+        with opened_study(url, request, bundles, options.get("confirm_text")) as study:
+            return search_job(request, bundles, study=study, **options)
+
+    return search
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.bundles import bundle_path, cached_bundle
-from pho_service.pipeline.joint_search import joint_search_job
-from pho_service.pipeline.search import search_job
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import collect_statistics
@@ -45,24 +43,24 @@ def by_hand(tiny_llama: LlamaForCausalLM, windows: Tensor) -> Any:
 
 
 @pytest.fixture
-def request_here(study_url: str) -> SearchRequest:
+def request_here() -> SearchRequest:
     """A short search."""
-    return SearchRequest(pattern=Pattern.parse("0.5"), trials=8, study_url=study_url)
+    return SearchRequest(pattern=Pattern.parse("0.5"), trials=8)
 
 
-def test_named_by_its_contents(by_hand: Any, request_here: SearchRequest) -> None:
+def test_named_by_its_contents(by_hand: Any, request_here: SearchRequest, searched: Any) -> None:
     """Bundles without a key have studies of their own: no model gets another one's result."""
     first, second = by_hand(), by_hand(factor=3.0)
-    of_first, of_second = (search_job(request_here, bundle) for bundle in (first, second))
+    of_first, of_second = (searched(request_here, bundle) for bundle in (first, second))
 
     assert of_first.study_name != of_second.study_name
     assert of_first.configuration.objective != of_second.configuration.objective
     assert of_first.configuration.calibration["key"] == first.key
 
 
-def test_found_again(by_hand: Any, request_here: SearchRequest) -> None:
+def test_found_again(by_hand: Any, request_here: SearchRequest, searched: Any) -> None:
     """The same bundle, made again, finds its study."""
-    first, again = (search_job(request_here, by_hand()) for _ in range(2))
+    first, again = (searched(request_here, by_hand()) for _ in range(2))
 
     assert first == again
 
@@ -82,15 +80,17 @@ def test_everything_counts(by_hand: Any) -> None:
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_same_key_for_two_models(by_hand: Any, request_here: SearchRequest, joint: bool) -> None:
+def test_same_key_for_two_models(
+    by_hand: Any, request_here: SearchRequest, joint: bool, searched: Any
+) -> None:
     """Two models whose bundles were given one key by hand do not share a study either."""
     first, second = (by_hand(factor, provenance={"key": "mine"}) for factor in (1.0, 3.0))
 
     def search(bundle: ProxyBundle) -> Any:
         if not joint:
-            return search_job(request_here, bundle)
+            return searched(request_here, bundle)
         request = replace(request_here, objective=Objective(over="mean"))
-        return joint_search_job(request, {"a": bundle, "b": replace(bundle)})
+        return searched(request, {"a": bundle, "b": replace(bundle)})
 
     search(first)
 
@@ -98,24 +98,26 @@ def test_same_key_for_two_models(by_hand: Any, request_here: SearchRequest, join
         search(second)
 
 
-def test_study_of_the_last_version(by_hand: Any, request_here: SearchRequest) -> None:
+def test_study_of_the_last_version(
+    by_hand: Any, request_here: SearchRequest, searched: Any, study_url: str
+) -> None:
     """A study that does not say of which weights it is goes on, and says so from now on."""
     import optuna
 
     from storage.studies import open_storage
 
     bundle = by_hand(provenance={"key": "mine"})
-    found = search_job(request_here, bundle)
-    with open_storage(request_here.study_url) as storage:
+    found = searched(request_here, bundle)
+    with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=found.study_name, storage=storage)
         marks = study.user_attrs
         study_id = study._study_id
         storage.set_study_user_attr(study_id, "bundle_rows_sha256", None)
 
     assert marks["bundle_rows_sha256"] == [bundle.rows_sha256]
-    assert search_job(request_here, bundle) == found
+    assert searched(request_here, bundle) == found
     with pytest.raises(StudyError):
-        search_job(request_here, by_hand(3.0, provenance={"key": "mine"}))
+        searched(request_here, by_hand(3.0, provenance={"key": "mine"}))
 
 
 def test_written_into_while_it_is_calibrated(

@@ -9,8 +9,6 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.joint_search import joint_search_job
-from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.search.request import SearchRequest
 from pho_service.spec.calibration import CalibrationSettings
@@ -31,9 +29,9 @@ def with_dense(bundle: ProxyBundle, perplexity: float | None) -> ProxyBundle:
 
 
 @pytest.fixture
-def asked(study_url: str) -> SearchRequest:
+def asked() -> SearchRequest:
     """The shortest search."""
-    return SearchRequest(pattern=Pattern.parse("0.5"), trials=6, study_url=study_url)
+    return SearchRequest(pattern=Pattern.parse("0.5"), trials=6)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -53,23 +51,23 @@ def test_measured(model: LanguageModel, texts: dict[str, Any], stream: bool) -> 
     ("perplexity", "warned"), [(256.0, True), (130.0, True), (120.0, False), (None, False)]
 )
 def test_warning(
-    bundle: ProxyBundle, asked: SearchRequest, perplexity: float | None, warned: bool
+    bundle: ProxyBundle, asked: SearchRequest, perplexity: float | None, warned: bool, searched: Any
 ) -> None:
     """From half the vocabulary's size on, the search says that nothing can be told apart."""
-    found = search_job(asked, with_dense(bundle, perplexity)).warnings
+    found = searched(asked, with_dense(bundle, perplexity)).warnings
     said = [warning for warning in found if "no better than chance" in warning]
 
     assert len(said) == warned
     assert all(f"{perplexity:.5g}" in each and "has 256" in each for each in said)
 
 
-def test_several(bundle: ProxyBundle, asked: SearchRequest) -> None:
+def test_several(bundle: ProxyBundle, asked: SearchRequest, searched: Any) -> None:
     """Of several models, those that predict nothing are named."""
     bundles = {
         name: replace(each, provenance={**each.provenance, "model": {"name": name}})
         for name, each in (("good", with_dense(bundle, 9.0)), ("bad", with_dense(bundle, 250.0)))
     }
     request = replace(asked, objective=Objective(over="mean"))
-    (said,) = [w for w in joint_search_job(request, bundles).warnings if "than chance" in w]
+    (said,) = [w for w in searched(request, bundles).warnings if "than chance" in w]
 
     assert said.startswith("The dense model bad predicts")

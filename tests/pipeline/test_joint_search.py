@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError
-from pho_service.pipeline.joint_search import joint_search_job, rate_jointly
+from pho_service.pipeline.joint_search import rate_jointly
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
@@ -38,13 +38,11 @@ def bundles(bundle: ProxyBundle, other: ProxyBundle) -> dict[str, ProxyBundle]:
 
 
 @pytest.fixture
-def request_of(study_url: str) -> Any:
+def request_of() -> Any:
     """A small request with an objective."""
 
     def build(objective: Objective, **changes: Any) -> SearchRequest:
-        request = SearchRequest(
-            pattern=PATTERN, objective=objective, trials=22, study_url=study_url
-        )
+        request = SearchRequest(pattern=PATTERN, objective=objective, trials=22)
         return replace(request, **changes)
 
     return build
@@ -52,10 +50,14 @@ def request_of(study_url: str) -> Any:
 
 @pytest.mark.parametrize(("objective", "joined"), [(MEAN, lambda a, b: (a + b) / 2), (WORST, max)])
 def test_value(
-    bundles: dict[str, ProxyBundle], request_of: Any, objective: Objective, joined: Any
+    bundles: dict[str, ProxyBundle],
+    request_of: Any,
+    objective: Objective,
+    joined: Any,
+    searched: Any,
 ) -> None:
     """A candidate counts by its proxy relative to RIA's, on each model; the lowest wins."""
-    found = joint_search_job(request_of(objective), bundles).configuration
+    found = searched(request_of(objective), bundles).configuration
     ria = reference_methods(PATTERN)["ria"]
     relative = []
     for bundle in bundles.values():
@@ -69,9 +71,9 @@ def test_value(
     assert next(b.proxy for b in found.baselines if b.method == "ria-layer") == 1
 
 
-def test_what_is_kept(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
+def test_what_is_kept(bundles: dict[str, ProxyBundle], request_of: Any, searched: Any) -> None:
     """The configuration names both models and both calibrations, and says what to do next."""
-    result = joint_search_job(request_of(MEAN), bundles)
+    result = searched(request_of(MEAN), bundles)
     found = result.configuration
 
     assert [m["name"] for m in found.model["models"]][1] == "folder/other"
@@ -82,17 +84,17 @@ def test_what_is_kept(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
     assert any("each of the models with `pho transfer`" in each for each in result.warnings)
 
 
-def test_again(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
+def test_again(bundles: dict[str, ProxyBundle], request_of: Any, searched: Any) -> None:
     """A joint search that is asked again, or longer, goes on with its study."""
-    first = joint_search_job(request_of(MEAN), bundles)
+    first = searched(request_of(MEAN), bundles)
 
-    assert joint_search_job(request_of(MEAN), bundles) == first
-    longer = joint_search_job(request_of(MEAN, trials=30), bundles)
+    assert searched(request_of(MEAN), bundles) == first
+    longer = searched(request_of(MEAN, trials=30), bundles)
     assert longer.study_name == first.study_name
     assert longer.configuration.objective["value"] <= first.configuration.objective["value"]
 
 
-def test_worse_than_ria(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
+def test_worse_than_ria(bundles: dict[str, ProxyBundle], request_of: Any, searched: Any) -> None:
     """Where the result is worse than RIA on a model, a sentence names the model."""
     bounds = {"activation_exponent": (1.5, 1.5), "gradient_exponent": (1.0, 1.0)}
     asked = request_of(MEAN, bounds=bounds)
@@ -104,7 +106,7 @@ def test_worse_than_ria(bundles: dict[str, ProxyBundle], request_of: Any) -> Non
          "gradient_exponent": 1.0, "kernel_size": 3, "allocation": "uniform",
          "allocation_spread": 0.2}, PATTERN, asked.steps)])  # fmt: skip
     worse = [name for name, value in outcome.attributes["relative_to_ria"].items() if value >= 1]
-    result = joint_search_job(asked, bundles)
+    result = searched(asked, bundles)
     named = [
         name for name, v in result.configuration.objective["relative_to_ria"].items() if v >= 1
     ]
@@ -136,13 +138,15 @@ def test_no_scale(bundles: dict[str, ProxyBundle]) -> None:
         rate_jointly(evaluators, PATTERN, MEAN)
 
 
-def test_no_kernel_size_in_common(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
+def test_no_kernel_size_in_common(
+    bundles: dict[str, ProxyBundle], request_of: Any, searched: Any
+) -> None:
     """Bundles that share no kernel size are refused, with the way out."""
     layers = [replace(la, window_means={9: la.window_means[3]}) for la in bundles["two"].layers]
     apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
 
     with pytest.raises(BundleError, match=r"one, two have no kernel size in common. Calibrate"):
-        joint_search_job(request_of(MEAN), apart)
+        searched(request_of(MEAN), apart)
 
 
 @pytest.mark.parametrize("name", ["gini", "perplexity"])
@@ -152,10 +156,10 @@ def test_no_common_scale(name: str) -> None:
         Objective(name=name, over="mean")
 
 
-def test_not_told_how(bundles: dict[str, ProxyBundle], request_of: Any) -> None:
+def test_not_told_how(bundles: dict[str, ProxyBundle], request_of: Any, searched: Any) -> None:
     """How the models count has to be said."""
     with pytest.raises(InvalidInput, match="how they count"):
-        joint_search_job(request_of(Objective()), bundles)
+        searched(request_of(Objective()), bundles)
 
 
 def test_unknown_way() -> None:

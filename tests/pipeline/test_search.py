@@ -12,7 +12,6 @@ from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -29,11 +28,11 @@ PATTERN = Pattern.parse("0.5", "layer")
 
 
 @pytest.fixture
-def request_of(study_url: str) -> Any:
+def request_of() -> Any:
     """A small request with some values changed."""
 
     def build(**changes: Any) -> SearchRequest:
-        return replace(SearchRequest(pattern=PATTERN, trials=14, study_url=study_url), **changes)
+        return replace(SearchRequest(pattern=PATTERN, trials=14), **changes)
 
     return build
 
@@ -44,10 +43,10 @@ def proxies(found: Configuration) -> list[float]:
 
 
 @pytest.mark.parametrize("weighting", ["blend", "fisher", "relative", "absolute"])
-def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str) -> None:
+def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, searched: Any) -> None:
     """The value is the proxy of the configuration's own candidate in the asked weighting."""
     objective = Objective(weighting=weighting)
-    found = search_job(request_of(objective=objective), bundle).configuration
+    found = searched(request_of(objective=objective), bundle).configuration
     (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
 
     assert found.objective["name"] == f"activation-reconstruction/{weighting}"
@@ -56,19 +55,19 @@ def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str) -> Non
     assert value == pytest.approx(outcome.value, rel=1e-6)  # which was rated beside others there
 
 
-def test_gini_is_maximised(bundle: ProxyBundle, request_of: Any) -> None:
+def test_gini_is_maximised(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """Of Gini the highest wins."""
-    found = search_job(request_of(objective=Objective(name="gini")), bundle).configuration
+    found = searched(request_of(objective=Objective(name="gini")), bundle).configuration
 
     assert found.objective["direction"] == "maximize"
     assert found.objective["value"] >= max(proxies(found))
 
 
 def test_perplexity_as_objective(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
 ) -> None:
     """Searched by perplexity, the value is the confirmation."""
-    result = search_job(
+    result = searched(
         request_of(objective=Objective(name="perplexity"), trials=9),
         bundle,
         model=model,
@@ -89,25 +88,36 @@ def test_samplers_on_perplexity(
     report: ReportText,
     study_url: str,
     sampler: str,
+    searched: Any,
 ) -> None:
     """Every sampler can search by perplexity, and goes on where it was with the same trials."""
     request = request_of(objective=Objective(name="perplexity"), sampler=sampler, trials=14)
-    search_job(replace(request, trials=10), bundle, model=model, confirm_text=report)
-    found = search_job(request, bundle, model=model, confirm_text=report).configuration
-    elsewhere = replace(request, study_url=study_url.replace("study.db", "other.db"))
-    again = search_job(elsewhere, bundle, model=model, confirm_text=report).configuration
+    searched(replace(request, trials=10), bundle, model=model, confirm_text=report)
+    found = searched(request, bundle, model=model, confirm_text=report).configuration
+    again = searched(
+        request,
+        bundle,
+        url=study_url.replace("study.db", "other.db"),
+        model=model,
+        confirm_text=report,
+    ).configuration
 
     assert found == again
     assert found.search["sampler"] == sampler
 
 
 def test_climb_ends_by_itself(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+    searched: Any,
 ) -> None:
     """It begins at RIA's coefficients, rates no point twice, and says after how many it ended."""
     objective = Objective(name="perplexity")
     request = request_of(objective=objective, sampler="hill-climb", trials=300)
-    result = search_job(request, bundle, model=model, confirm_text=report)
+    result = searched(request, bundle, model=model, confirm_text=report)
     with open_storage(study_url) as storage:
         trials = optuna.load_study(study_name=result.study_name, storage=storage).trials
     climb = [t for t in trials if t.params["method"] == "crepe"]
@@ -121,21 +131,26 @@ def test_climb_ends_by_itself(
     assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
 
 
-def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any) -> None:
+def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """A bundle alone has no perplexity."""
     with pytest.raises(InvalidInput, match="needs the model and a text"):
-        search_job(request_of(objective=Objective(name="perplexity")), bundle)
+        searched(request_of(objective=Objective(name="perplexity")), bundle)
 
 
 @pytest.mark.parametrize(
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("1:4", None)]
 )
 def test_pattern_is_kept(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, pattern: str, scope: str | None
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    pattern: str,
+    scope: str | None,
+    searched: Any,
 ) -> None:
     """Whatever wins removes what was asked for, and is counted in no wider scope."""
     asked = Pattern.parse(pattern, scope)
-    found = search_job(request_of(pattern=asked), bundle).configuration.candidate()
+    found = searched(request_of(pattern=asked), bundle).configuration.candidate()
     masks = dict(model_masks(model.linears, bundle.statistics(), found))
     removed = sum(int((~mask).sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
@@ -145,18 +160,20 @@ def test_pattern_is_kept(
 
 
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_gradient_only_where_it_counts(bundle: ProxyBundle, request_of: Any, scope: str) -> None:
+def test_gradient_only_where_it_counts(
+    bundle: ProxyBundle, request_of: Any, scope: str, searched: Any
+) -> None:
     """In scope row the gradient exponent is fixed at 0, elsewhere it is searched."""
-    found = search_job(request_of(pattern=Pattern.parse("0.5", scope)), bundle).configuration
+    found = searched(request_of(pattern=Pattern.parse("0.5", scope)), bundle).configuration
 
     assert found.search["space"]["gradient_exponent"] == [0.0, 0.0 if scope == "row" else 1.0]
     assert ("fisher" in {r.method for r in found.baselines}) is (scope != "row")
 
 
-def test_border_is_flagged(bundle: ProxyBundle, request_of: Any) -> None:
+def test_border_is_flagged(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """A best value on the border is named in the result and in a warning."""
     bounds = ("activation_exponent=3.9:4", "gradient_exponent=0", "kernel_sizes=3")
-    result = search_job(
+    result = searched(
         request_of(bounds=parse_bounds(bounds), objective=Objective(name="gini"), trials=60), bundle
     )
     exponent = result.configuration.coefficients.activation_exponent
@@ -167,10 +184,12 @@ def test_border_is_flagged(bundle: ProxyBundle, request_of: Any) -> None:
     assert any("activation_exponent lies on the border" in w for w in result.warnings)
 
 
-def test_narrow_bounds_hold(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+def test_narrow_bounds_hold(
+    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+) -> None:
     """Every candidate but the baselines lies in the asked box."""
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
-    search_job(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
+    searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
     with open_storage(study_url) as storage:
         (summary,) = optuna.get_all_study_summaries(storage)
         trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
@@ -182,28 +201,32 @@ def test_narrow_bounds_hold(bundle: ProxyBundle, request_of: Any, study_url: str
     assert all(p["kernel_size"] == 5 for p in found)
 
 
-def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any) -> None:
+def test_kernel_size_without_means(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """A kernel size that the bundle lacks is refused."""
     with pytest.raises(InvalidInput, match="9 is not in the bundle, which has 3, 5"):
-        search_job(request_of(bounds={"kernel_sizes": (3, 9)}), bundle)
+        searched(request_of(bounds={"kernel_sizes": (3, 9)}), bundle)
 
 
-def test_width_and_groups(bundle: ProxyBundle, request_of: Any) -> None:
+def test_width_and_groups(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """A width that M does not divide is refused before a study is made, and the layer named."""
     with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+: in_features=32 .* M=5"):
-        search_job(request_of(pattern=Pattern.parse("2:5")), bundle)
+        searched(request_of(pattern=Pattern.parse("2:5")), bundle)
 
 
-def test_other_model(bundle: ProxyBundle, request_of: Any, model: LanguageModel) -> None:
+def test_other_model(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, searched: Any
+) -> None:
     """A bundle of other weights is refused."""
     for linear in model.linears.values():
         linear.weight.mul_(2)
 
     with pytest.raises(BundleError, match="of another model: the weights of"):
-        search_job(request_of(), bundle, model=model)
+        searched(request_of(), bundle, model=model)
 
 
-def test_studies_do_not_mix(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+def test_studies_do_not_mix(
+    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+) -> None:
     """Another seed, sampler, pattern, scope, objective or space is another study in one file."""
     requests = [
         request_of(),
@@ -214,7 +237,7 @@ def test_studies_do_not_mix(bundle: ProxyBundle, request_of: Any, study_url: str
         request_of(objective=Objective(weighting="fisher")),
         request_of(bounds={"row_share": (0.5, 0.5)}),
     ]
-    names = [search_job(r, bundle).study_name for r in requests]
+    names = [searched(r, bundle).study_name for r in requests]
     with open_storage(study_url) as storage:
         kept = {s.study_name: s.n_trials for s in optuna.get_all_study_summaries(storage)}
 
@@ -222,29 +245,37 @@ def test_studies_do_not_mix(bundle: ProxyBundle, request_of: Any, study_url: str
     assert len(set(names)) == len(requests)
 
 
-def test_longer_search_is_the_same_study(bundle: ProxyBundle, request_of: Any) -> None:
+def test_longer_search_is_the_same_study(
+    bundle: ProxyBundle, request_of: Any, searched: Any
+) -> None:
     """More trials go on with the study of fewer, and never end worse."""
-    short, long = (search_job(request_of(trials=n), bundle) for n in (10, 30))
+    short, long = (searched(request_of(trials=n), bundle) for n in (10, 30))
 
     assert short.study_name == long.study_name
     assert long.configuration.objective["value"] <= short.configuration.objective["value"]
 
 
 def test_confirmed_stays_a_finalist(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+    searched: Any,
 ) -> None:
     """What a shorter search confirmed on the same text still counts, however good the rest is."""
-    asked = {"finalists": 1, "study_url": study_url}
-    short = search_job(request_of(trials=8, **asked), bundle, model=model, confirm_text=report)
+    asked = {"finalists": 1}
+    short = searched(request_of(trials=8, **asked), bundle, model=model, confirm_text=report)
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=short.study_name, storage=storage)
         measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": report.key}
         study.set_user_attr("perplexity:6", measured)  # as if it had been that good
         study.set_user_attr("perplexity:7", {**measured, "perplexity": 1.0, "text_sha256": "b"})
-    long = search_job(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
-    own = search_job(
-        request_of(trials=40, **{**asked, "study_url": f"{study_url}2"}),
+    long = searched(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
+    own = searched(
+        request_of(trials=40, **asked),
         bundle,
+        url=f"{study_url}2",
         model=model,
         confirm_text=report,
     ).configuration
@@ -259,12 +290,17 @@ def test_confirmed_stays_a_finalist(
 
 
 def test_chosen_is_marked(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, study_url: str
+    bundle: ProxyBundle,
+    request_of: Any,
+    model: LanguageModel,
+    report: ReportText,
+    study_url: str,
+    searched: Any,
 ) -> None:
     """The study says which trial the result is, whether it was confirmed or not."""
     marks = []
     for options in ({}, {"model": model, "confirm_text": report}):
-        found = search_job(request_of(), bundle, **options)
+        found = searched(request_of(), bundle, **options)
         with open_storage(study_url) as storage:
             study = optuna.load_study(study_name=found.study_name, storage=storage)
             marks.append((study.user_attrs["chosen"], chosen_in(study), found))
@@ -282,23 +318,23 @@ def test_chosen_is_marked(
 
 
 def test_confirmation_is_kept(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
 ) -> None:
     """A search that is asked again measures no perplexity again."""
-    first = search_job(request_of(), bundle, model=model, confirm_text=report)
+    first = searched(request_of(), bundle, model=model, confirm_text=report)
     calls: list[int] = []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    second = search_job(request_of(), bundle, model=model, confirm_text=report)
+    second = searched(request_of(), bundle, model=model, confirm_text=report)
 
     assert calls == []
     assert second.configuration == first.configuration
 
 
 def test_few_perplexities(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
 ) -> None:
     """All finalists are compared with the dense model; the three nearest get a perplexity."""
-    found = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
+    found = searched(request_of(), bundle, model=model, confirm_text=report).configuration
     nearest = sorted(found.candidates, key=divergence)
     baseline = next(c for c in nearest if c.method != "crepe")
     rated = [c for c in found.candidates if c.perplexity is not None]
@@ -324,6 +360,7 @@ def test_interrupted_comparison(
     model: LanguageModel,
     report: ReportText,
     study_url: str,
+    searched: Any,
 ) -> None:
     """Interrupted while finalists are compared, a search compares the others and ends the same."""
     calls: list[int] = []
@@ -335,13 +372,14 @@ def test_interrupted_comparison(
 
     hook = model.model.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        search_job(request_of(), bundle, model=model, confirm_text=report)
+        searched(request_of(), bundle, model=model, confirm_text=report)
     hook.remove()
     again: list[int] = []
     model.model.register_forward_pre_hook(lambda *_: again.append(1))
-    resumed = search_job(request_of(), bundle, model=model, confirm_text=report).configuration
-    other = request_of(study_url=f"{study_url}2")
-    whole = search_job(other, bundle, model=model, confirm_text=report).configuration
+    resumed = searched(request_of(), bundle, model=model, confirm_text=report).configuration
+    whole = searched(
+        request_of(), bundle, url=f"{study_url}2", model=model, confirm_text=report
+    ).configuration
     rated = sum(c.perplexity is not None for c in whole.candidates)
 
     assert resumed == whole
@@ -359,12 +397,13 @@ def test_not_compared_where_pruning_costs(
     report: ReportText,
     windows: Tensor,
     why: str,
+    searched: Any,
 ) -> None:
     """Where a text runs through the model for each candidate, each is pruned once, and rated."""
     steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
     if why == "the model is streamed":
         model = load_model(str(model_folder), device="cpu", stream=True)
-    found = search_job(
+    found = searched(
         request_of(steps=steps, trials=9, finalists=2),
         bundle,
         model=model,
@@ -377,9 +416,11 @@ def test_not_compared_where_pruning_costs(
     assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
 
 
-def test_study_says_what_it_is(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+def test_study_says_what_it_is(
+    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+) -> None:
     """A study carries its pattern, scope, objective, space, sampler, seed and calibration."""
-    result = search_job(request_of(seed=5), bundle)
+    result = searched(request_of(seed=5), bundle)
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=result.study_name, storage=storage)
         attributes, trial = study.user_attrs, study.trials[-1]
@@ -394,31 +435,33 @@ def test_study_says_what_it_is(bundle: ProxyBundle, request_of: Any, study_url: 
     assert trial.user_attrs["seconds"] >= 0
 
 
-def test_description_survives_a_kill(bundle: ProxyBundle, request_of: Any, study_url: str) -> None:
+def test_description_survives_a_kill(
+    bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
+) -> None:
     """Killed while it is being described, a study is described to the end the next time."""
-    name = search_job(request_of(), bundle).study_name
+    name = searched(request_of(), bundle).study_name
     with open_storage(study_url) as storage:
         optuna.delete_study(study_name=name, storage=storage)
         optuna.create_study(study_name=name, storage=storage).set_user_attr("pattern", "0.5")
-    search_job(request_of(), bundle)
+    searched(request_of(), bundle)
     with open_storage(study_url) as storage:
         attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
 
     assert {"scope", "objective", "space", "sampler", "seed", "calibration"} <= set(attributes)
 
 
-def test_nothing_can_be_rated(bundle: ProxyBundle, request_of: Any) -> None:
+def test_nothing_can_be_rated(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """Weights beyond float32 fail every trial, and the layer is named."""
     broken = replace(bundle.layers[3], rows=bundle.layers[3].rows * 1e30)
     layers = [*bundle.layers[:3], broken, *bundle.layers[4:]]
 
     with pytest.raises(StudyError, match=rf"every trial .* failed\. The first: {broken.name}"):
-        search_job(request_of(), replace(bundle, layers=layers))
+        searched(request_of(), replace(bundle, layers=layers))
 
 
-def test_baseline_wins(bundle: ProxyBundle, request_of: Any) -> None:
+def test_baseline_wins(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     """If nothing beats a baseline, the baseline is the result, in its own scope, and it says so."""
-    result = search_job(request_of(trials=6), bundle)
+    result = searched(request_of(trials=6), bundle)
 
     assert result.configuration.method != "crepe"
     assert any("better than the baseline" in warning for warning in result.warnings)

@@ -46,9 +46,9 @@ BAD = GOOD.model_copy(
 
 
 @pytest.fixture
-def request_of_own(study_url: str) -> SearchRequest:
+def request_of_own() -> SearchRequest:
     """A small search for a target's own best."""
-    return own_search(GOOD, trials=14, seed=0, finalists=2, study_url=study_url)
+    return own_search(GOOD, trials=14, seed=0, finalists=2)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_own_search() -> None:
             },
         }
     )  # fmt: skip
-    request = own_search(configuration, trials=20, seed=3, finalists=2, study_url="sqlite:///s.db")
+    request = own_search(configuration, trials=20, seed=3, finalists=2)
     space = request.plan((3, 9)).space
 
     assert space.row_share == (0.2, 0.4)
@@ -224,4 +224,4 @@ def test_nonsense_space(space: object) -> None:
     configuration = GOOD.model_copy(update={"search": {"space": space}})
 
     with pytest.raises(ConfigurationError, match=r"search\.space is no search space.*Take search"):
-        own_search(configuration, trials=20, seed=0, finalists=2, study_url="sqlite:///s.db")
+        own_search(configuration, trials=20, seed=0, finalists=2)

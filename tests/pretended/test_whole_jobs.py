@@ -16,7 +16,6 @@ from pretended_subjects import SETTINGS, Subject, unchanged
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
-from pho_service.pipeline.joint_search import joint_search_job
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, transfer_job
@@ -61,7 +60,6 @@ def search(subject: Subject, how: str, folder: Path) -> SearchResult:
         objective=given.get("objective", Objective()),
         trials=9 if how not in LONG else 8,
         finalists=1,
-        study_url=f"sqlite:///{folder / 'study.db'}",
     )
     with unchanged(subject.model):
         return search_job(
@@ -166,7 +164,6 @@ def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
         pattern=Pattern.parse("0.5"),
         trials=8,
         finalists=1,
-        study_url=f"sqlite:///{tmp_path / 'study.db'}",
     )
     done = transfer_job(
         target,
@@ -189,10 +186,9 @@ def test_joint_search(
         pattern=Pattern.parse("0.5", "global" if over == "mean" else "layer"),
         objective=Objective(over=over),
         trials=9,
-        study_url=f"sqlite:///{tmp_path / 'study.db'}",
     )
     bundles = {subject.name: subject.bundle for subject in subjects}
-    found = joint_search_job(request, bundles, device="cuda")
+    found = search_job(request, bundles, device="cuda")
 
     assert set(found.configuration.objective["relative_to_ria"]) == set(bundles)
     path(f"joint search, {over}")

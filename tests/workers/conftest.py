@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -531,20 +531,22 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
             max_windows=spec.confirm.windows,
         )
         report = ReportText(windows=windows, record=record)
-    url = f"sqlite:///{folder / 'study.db'}"
     bundle = cached_bundle(model, calibration, settings, folder)
-    request = replace(spec.request(0), study_url=url)
+    plan = spec.plan(0)
+    study = optuna.create_study(direction=plan.direction)
     result = search_job(
-        request, bundle, model=model, confirm_text=report, calibration=calibration.calibration
+        spec.request(0),
+        bundle,
+        study=study,
+        model=model,
+        confirm_text=report,
+        calibration=calibration.calibration,
     )
-    with open_storage(url) as storage:
-        study = optuna.load_study(study_name=result.study_name, storage=storage)
-        trials = trials_of(study)
     configuration = result.configuration.model_dump(mode="json")
     del configuration["search"]["study"]
     ranks = {}
     if spec.validation is not None and report is not None:
-        plan, asked = spec.plan(0), spec.validation
+        asked = spec.validation
         candidates = random_candidates(
             plan.space, plan.pattern, count=asked.candidates, seed=asked.seed
         )
@@ -555,7 +557,7 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
         proxies = rate_by_all_proxies(bundle, candidates, device="cpu")
         judged = qualities(proxies, perplexities, seed=asked.seed)
         ranks = {name: quality.spearman for name, quality in judged.items()}
-    return Undisturbed(configuration=configuration, trials=trials, ranks=ranks)
+    return Undisturbed(configuration=configuration, trials=trials_of(study), ranks=ranks)
 
 
 @pytest.fixture

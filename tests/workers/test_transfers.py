@@ -1,7 +1,6 @@
 """Transfers, joint searches and warm starts, done by workers."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
-from pho_service.pipeline.joint_search import joint_search_job
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, own_search, transfer_job
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.transfer import TransferRequest, TransferSpec
@@ -87,7 +86,6 @@ def alone(spec: TransferSpec, folder: Path) -> dict[str, Any]:
         trials=spec.search.trials,
         seed=spec.search.seed,
         finalists=spec.search.confirm.candidates,
-        study_url=f"sqlite:///{folder / 'own.db'}",
     )
     return transfer_job(
         Target(
@@ -201,8 +199,7 @@ def test_joint(crew: Any, spec_of: Any, found: Any, other: Path, tmp_path: Path)
         model = load_model(name, device="cpu")
         text = calibration_text(model, TextSource(path=mine.calibration.text), settings)
         bundles[name] = cached_bundle(model, text, settings, tmp_path)
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    expected = joint_search_job(replace(spec.request(0), study_url=url), bundles)
+    expected = search_job(spec.request(0), bundles)
     configuration = expected.configuration.model_dump(mode="json")
     del configuration["search"]["study"]
 
