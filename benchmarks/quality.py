@@ -156,8 +156,8 @@ def _searched(
     found = result.configuration
     return found.candidate(), {
         "found": found.method,
-        "coefficients": found.coefficients.model_dump(),
-        "steps": found.steps.model_dump(),
+        "coefficients": found.coefficients.to_dict(),
+        "steps": found.steps.to_dict(),
         "confirmed": found.confirmation.perplexity if found.confirmation else None,
     }
 

@@ -267,7 +267,7 @@ def search(
         confirmed=sum(c.perplexity is not None for c in found.candidates) if method == "pho" else 0,
         chosen=found.confirmation.perplexity,
         report=report.perplexity,
-        found={"method": found.method, **found.coefficients.model_dump()},
+        found={"method": found.method, **found.coefficients.to_dict()},
     )
 
 

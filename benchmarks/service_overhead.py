@@ -72,7 +72,7 @@ def main(trials: int, rounds: int, tiny: bool) -> None:
                 ratio = served / searched
                 print(f"| {seed} | {served:.1f} | {searched:.1f} | {ratio:.2f} |", flush=True)
                 found = json.loads((folder / "c.json").read_text())
-                assert found["coefficients"] == client.best(done.id).coefficients.model_dump()
+                assert found["coefficients"] == client.best(done.id).coefficients.to_dict()
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_all_jobs(client: Client, store: JobStore) -> None:
     """A listing goes over all pages, in the order of the service, with a filter or without."""
     ids = [
         store.submit(
-            JobSpec.model_validate(SPEC).model_dump(),
+            JobSpec.model_validate(SPEC).model_dump(mode="json"),
             name="n",
             first=NewStage(kind=StageKind.CALIBRATE),
             trials=200,

@@ -31,13 +31,9 @@ from pho_service.models.mask_file import LayerMask, read_masks, write_masks
 from pho_service.pipeline.check import read_recipe
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.second_moments import InputStatistics
-from pho_service.spec.configuration import (
-    CoefficientsDocument,
-    Configuration,
-    read_configuration,
-    write_configuration,
-)
+from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
 from pho_service.spec.job import JobSpec
+from pho_service.spec.score import Coefficients
 from pho_service.spec.transfer import TransferRequest
 
 MEMORY_BYTES = 256 * 2**20  # that all examples together may take beside what the tests have
@@ -139,7 +135,7 @@ class Format:
 
 CONFIGURATION = Configuration(
     method="crepe",
-    coefficients=CoefficientsDocument(
+    coefficients=Coefficients(
         row=0.2, column=0.5, neighbourhood=0.3, kernel_size=9, activation_exponent=0.3
     ),
     pattern="2:4",

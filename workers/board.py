@@ -72,7 +72,7 @@ def _found(configuration: Configuration, study: optuna.Study) -> list[str]:
         f"exponents {c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} "
         "(gradient)",
         "",
-        f"Steps: {configuration.steps.steps()}",
+        f"Steps: {configuration.steps}",
         "",
         f"{configuration.objective['name']}: {configuration.objective['value']:.6g}",
     ]

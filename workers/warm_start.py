@@ -49,7 +49,7 @@ def warmed(
     ]
     logger.info("warm start", extra={"job": str(job.id), "found": len(found)})
     warm = spec.warm_start.model_copy(update={"found": found})
-    return spec.model_copy(update={"warm_start": warm}).model_dump()
+    return spec.model_copy(update={"warm_start": warm}).model_dump(mode="json")
 
 
 def started(spec: JobSpec, configuration: Configuration) -> list[str]:

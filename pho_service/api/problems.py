@@ -2,8 +2,8 @@
 Every error as ``application/problem+json`` (RFC 9457).
 """
 
+import dataclasses
 import logging
-import types
 import typing
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -262,9 +262,11 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     """
     source, *path = error["loc"]
     detail = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed = _fields_at(body, path[:-1]) if source == "body" else []
         detail = "unknown field" + (f"; known are {', '.join(allowed)}" if allowed else "")
+    if error["type"] == "tuple_type":
+        detail = "Input should be a valid list"  # as JSON calls it
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
         detail = f"the body is not JSON: {reason} at character {path[0] if path else 0}"
@@ -280,19 +282,19 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     return {"parameter": str(path[0]) if path else str(source), "detail": detail}
 
 
-def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
-    """The fields of the model at ``path`` below ``model``; none if there is no model."""
+def _fields_at(document: type, path: list[Any]) -> list[str]:
+    """The fields of the part at ``path`` of a document; none if there is no such part."""
     for part in path:
-        field = model.model_fields.get(str(part))
-        options = typing.get_args(field.annotation) if field else ()
-        if (
-            field
-            and isinstance(field.annotation, type)
-            and not isinstance(field.annotation, types.GenericAlias)
-        ):
-            options = (field.annotation,)
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not models:
+        annotation = _fields(document).get(str(part))
+        parts = [each for each in (annotation, *typing.get_args(annotation)) if _fields(each)]
+        if not parts:
             return []
-        model = models[0]
-    return list(model.model_fields)
+        document = parts[0]
+    return list(_fields(document))
+
+
+def _fields(document: Any) -> dict[str, Any]:
+    """The types of the fields of a document or of a dataclass in it; none of anything else."""
+    if dataclasses.is_dataclass(document) and not hasattr(document, "model_fields"):
+        return typing.get_type_hints(document)
+    return {name: field.annotation for name, field in getattr(document, "model_fields", {}).items()}

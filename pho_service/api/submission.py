@@ -41,8 +41,8 @@ def enter(
         "max_finished": settings.max_finished_jobs,
     }  # fmt: skip
     job, _ = store.submit(
-        spec.model_dump(),
-        asked=None if asked is None else asked.model_dump(),
+        spec.model_dump(mode="json"),
+        asked=None if asked is None else asked.model_dump(mode="json"),
         name=spec.title,
         first=first,
         more=more,

@@ -29,7 +29,15 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.spec.objective import OBJECTIVES, OVER, WEIGHTINGS, Objective
+from pho_service.spec.objective import (
+    OBJECTIVES,
+    OVER,
+    WEIGHTINGS,
+    Objective,
+    ObjectiveName,
+    Over,
+    Weighting,
+)
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SAMPLERS
 
@@ -126,12 +134,12 @@ def search(
     models: tuple[str, ...],
     pattern: str,
     scope: str | None,
-    over: str | None,
+    over: Over | None,
     trials: int,
     seed: int,
     sampler: str,
-    objective: str,
-    weighting: str,
+    objective: ObjectiveName,
+    weighting: Weighting,
     preset: str,
     bounds: tuple[str, ...],
     study: str,
@@ -361,7 +369,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         f"coefficients row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
         f"{c.neighbourhood:.4f}, kernel {c.kernel_size}",
         f"exponents    activation {c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
-        f"steps        {found.steps.steps()}",
+        f"steps        {found.steps}",
         f"objective    {found.objective['name']} {found.objective['value']:.6g}",
     ]
     for name, value in found.objective.get("relative_to_ria", {}).items():

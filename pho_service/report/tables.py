@@ -59,7 +59,7 @@ def coefficients_table(configuration: Configuration) -> Table:
             ("activation exponent", f"{c.activation_exponent:.4f}"),
             ("gradient exponent", f"{c.gradient_exponent:.4f}"),
             ("normalisation", c.normalisation),
-            ("steps", str(configuration.steps.steps())),
+            ("steps", str(configuration.steps)),
         ],
     )
 

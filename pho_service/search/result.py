@@ -14,13 +14,7 @@ from pho_service.search.finalists import Divergences
 from pho_service.search.plan import RatedCandidate, SearchPlan
 from pho_service.search.request import SearchRequest
 from pho_service.search.warm_start import Saving
-from pho_service.spec.configuration import (
-    CoefficientsDocument,
-    Configuration,
-    Confirmation,
-    Rating,
-    StepsDocument,
-)
+from pho_service.spec.configuration import Configuration, Confirmation, Rating
 
 CHOSEN = "chosen"  # user attribute of a study
 CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning
@@ -143,8 +137,8 @@ def search_result(
 
     configuration = Configuration(
         method=best.candidate.method,
-        coefficients=CoefficientsDocument.model_validate(best.candidate.coefficients.to_dict()),
-        steps=StepsDocument.model_validate(best.candidate.steps.to_dict()),
+        coefficients=best.candidate.coefficients,
+        steps=best.candidate.steps,
         pattern=str(plan.pattern),
         scope=best.candidate.pattern.scope.value,
         objective={

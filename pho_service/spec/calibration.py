@@ -2,11 +2,18 @@
 How a model is calibrated.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, Strict
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.seed import check_seed
+from pho_service.spec.document import STRICT, Flag, Whole
+from pho_service.spec.score import KERNEL_SIZES
+from pho_service.spec.seed import Seed, check_seed
+
+Bos = Literal["auto", "always", "never"]
 
 # What a model is calibrated on if nothing is said: the literature's choice.
 C4_DATASET = "allenai/c4"
@@ -15,38 +22,89 @@ SHARDS = 8  # parts of a calibration
 SHARDED_FROM = 2**17  # tokens: half of the default's
 
 
+def odd_sizes(value: Sequence[int]) -> tuple[int, ...]:
+    """Return kernel sizes in order, each once. Raise ValueError if one of them is even."""
+    for size in value:
+        if size % 2 == 0:
+            raise ValueError(f"{size} is even, but a window must have a middle: give odd sizes")
+    return tuple(sorted(set(value)))
+
+
+KernelSizes = Annotated[
+    tuple[Annotated[Whole, Field(ge=3, le=999)], ...],
+    Strict(False),  # JSON has lists alone
+    Field(min_length=1, max_length=20),
+    AfterValidator(odd_sizes),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """
     How a model is calibrated. The defaults are the literature's 128 x 2048 tokens.
 
-    Attributes:
-        samples: Windows of text for the forward pass.
-        context_length: Tokens of a window.
-        fisher_samples: Windows that are run backward too; None is a quarter of
-            ``samples``.
-        rows_per_layer: Output rows of each linear that the bundle keeps; 0 keeps all.
-        projection_rows: Rows of the random projection of the activations; 0
-            keeps the full Gram matrix.
-        kernel_sizes: Windows that candidates may use, odd.
-        bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
-        seed: Of the text sample, the row sample and the projection.
-        mixed_precision: Matrix products of a float32 model are in bfloat16, all sums in float32.
-        memory_bytes: What the model's device may have in use at the peak, the model included.
-            None is a GPU's free memory, and no limit on a CPU. Results depend on it by their
-            rounding at most, so bundles of different limits are one.
+    Results depend on ``memory_bytes`` by their rounding at most, so bundles of different limits
+    are one.
     """
 
-    samples: int = 128
-    context_length: int = 2048
-    fisher_samples: int | None = None
-    rows_per_layer: int = 16
-    projection_rows: int = 128
-    kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
-    bos: str = "auto"
-    seed: int = 0
-    mixed_precision: bool = False
-    memory_bytes: int | None = None
+    __pydantic_config__ = STRICT
+
+    samples: Annotated[
+        Whole, Field(ge=1, le=100_000, description="Number of calibration windows.")
+    ] = 128
+    context_length: Annotated[
+        Whole, Field(ge=8, le=1_000_000, description="Tokens of a window.")
+    ] = 2048
+    fisher_samples: Annotated[
+        Whole | None,
+        Field(
+            ge=1,
+            le=100_000,
+            description="Windows that are run backward, too; a quarter of samples by default.",
+        ),
+    ] = None
+    rows_per_layer: Annotated[
+        Whole,
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="Output rows of each linear that the bundle keeps; 0 keeps all.",
+        ),
+    ] = 16
+    projection_rows: Annotated[
+        Whole,
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="Rows of the random projection of the activations; 0 keeps the full Gram "
+            "matrix.",
+        ),
+    ] = 128
+    kernel_sizes: Annotated[
+        KernelSizes, Field(description="Sizes of the windows that candidates may use, odd.")
+    ] = KERNEL_SIZES
+    bos: Annotated[
+        Bos, Field(description="Whether windows begin with BOS; auto: as the tokenizer does.")
+    ] = "auto"
+    seed: Annotated[
+        Seed, Field(description="Seed of the text sample, the row sample and the projection.")
+    ] = 0
+    mixed_precision: Annotated[
+        Flag,
+        Field(
+            description="Whether matrix products of a float32 model are in bfloat16; all sums are "
+            "in float32."
+        ),
+    ] = False
+    memory_bytes: Annotated[
+        Whole | None,
+        Field(
+            ge=1,
+            le=2**50,
+            description="Memory of the model's device that may be in use at the peak, the model "
+            "included; by default a GPU's free memory, and no limit on a CPU.",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.memory_bytes is not None and self.memory_bytes < 1:

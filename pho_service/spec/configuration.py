@@ -11,22 +11,15 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.files import new_file
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.document import Document
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import (
-    Allocation,
-    AllocationMethod,
-    AllocationUnit,
-    Permutation,
-    Repruning,
-    Steps,
-    Update,
-)
+from pho_service.spec.steps import Steps
 
 FORMAT = "pho-configuration"
 TRANSFER_FORMAT = "pho-transfer"  # pho_service.library.files reads it whole
@@ -37,53 +30,7 @@ DEPTH = 100  # of lists and objects in each other; a search writes fewer than te
 _SHOWN = 5  # faults of a file that are told
 
 
-class _Strict(BaseModel):
-    """No unknown keys, no infinities, no coercion of text to numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class CoefficientsDocument(_Strict):
-    """The score; the same names as :class:`pho_service.spec.score.Coefficients`."""
-
-    row: float
-    column: float
-    neighbourhood: float
-    kernel_size: int
-    activation_exponent: float
-    gradient_exponent: float = 0.0
-    normalisation: Literal["mean", "sum", "none"] = "mean"
-
-
-class AllocationDocument(_Strict):
-    """How much each linear loses; the same names as :class:`pho_service.spec.steps.Allocation`."""
-
-    method: AllocationMethod = "uniform"
-    unit: AllocationUnit = "linear"
-    spread: float = Field(0.2, ge=0, le=1)
-    outlier_ratio: float = Field(5.0, ge=1, le=1e6)
-
-
-class StepsDocument(_Strict):
-    """What happens beside the score; the same names as :class:`pho_service.spec.steps.Steps`."""
-
-    allocation: AllocationDocument = AllocationDocument()
-    permutation: Permutation = "none"
-    repruning: Repruning = "none"
-    update: Update = "none"
-
-    def steps(self) -> Steps:
-        """
-        In the form that a pruning takes.
-
-        Raises:
-            InvalidInput: Two steps contradict each other.
-        """
-        values = self.model_dump()
-        return Steps(**{**values, "allocation": Allocation(**values["allocation"])})
-
-
-class Rating(_Strict):
+class Rating(Document):
     """What was measured of one candidate of the search."""
 
     method: str
@@ -93,7 +40,7 @@ class Rating(_Strict):
     divergence: float | None = None
 
 
-class Confirmation(_Strict):
+class Confirmation(Document):
     """
     How the winner was chosen: perplexity on a text that the search did not see.
 
@@ -109,7 +56,7 @@ class Confirmation(_Strict):
     divergence_tokens: int | None = None
 
 
-class Configuration(_Strict):
+class Configuration(Document):
     """
     The whole file.
 
@@ -134,8 +81,8 @@ class Configuration(_Strict):
     format: Literal["pho-configuration"] = "pho-configuration"
     version: int = VERSION
     method: str
-    coefficients: CoefficientsDocument
-    steps: StepsDocument = StepsDocument()
+    coefficients: Coefficients
+    steps: Steps = Steps()
     pattern: str
     scope: Literal["row", "layer", "global"]
     objective: dict[str, Any] = Field(default_factory=dict)
@@ -162,9 +109,9 @@ class Configuration(_Strict):
         """
         return Candidate(
             method=self.method,
-            coefficients=Coefficients(**self.coefficients.model_dump()),
+            coefficients=self.coefficients,
             pattern=Pattern.parse(self.pattern, self.scope),
-            steps=self.steps.steps(),
+            steps=self.steps,
         )
 
 

@@ -7,39 +7,32 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.host.access import Access
 from pho_service.search.plan import SearchPlan
 from pho_service.search.request import SearchRequest
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.document import Document, Name, Title, printable
 from pho_service.spec.fields import (
     MAX_TRIALS,
     CalibrationSpec,
     ConfirmSpec,
-    Document,
-    Name,
-    ObjectiveSpec,
-    SearchSpaceSpec,
-    Seed,
-    StepsSpec,
     ValidationSpec,
     WarmStartSpec,
     check_field,
     check_models,
-    printable,
 )
 from pho_service.spec.limits import JobLimits
+from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset, PresetName
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.samplers import Sampler
+from pho_service.spec.seed import Seed
+from pho_service.spec.space import SearchSpaceSpec
+from pho_service.spec.steps import Steps, StepsSpec
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class JobSpec(Document):
@@ -47,7 +40,9 @@ class JobSpec(Document):
 
     model: Name = Field(description="Hub id, model folder or .gguf file.")
     more_models: list[Name] = Field(
-        [], max_length=31, description="Others that the same configuration shall be good for."
+        [],
+        max_length=31,
+        description="Other models that the same configuration shall be good for.",
     )
     pattern: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)] = Field(
         description="Share of weights to remove (0.5), or N kept of M (2:4)."
@@ -61,43 +56,58 @@ class JobSpec(Document):
         "say more.",
     )
     steps: StepsSpec = StepsSpec()
-    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)] | None = (
-        Field(None, description="Of its study; the model and the pattern by default.")
+    name: Title | None = Field(
+        None, description="Name of the job's study; the model and the pattern by default."
     )
     revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = Field("auto", description="Data type that the weights are loaded in.")
     stream: bool = Field(
-        False, description="Leave the weights on disk, one block at a time on the device."
+        False,
+        description="Whether to leave the weights on disk, one block at a time on the device.",
     )
     calibration: CalibrationSpec = CalibrationSpec()
     confirm: ConfirmSpec | None = Field(
-        ConfirmSpec(), description="null: the best by the objective alone."
+        ConfirmSpec(),
+        description="How the best candidates are confirmed; null takes the best by the objective "
+        "alone.",
     )
     validation: ValidationSpec | None = Field(
-        None, description="As `pho validate` does; on the text that confirms."
+        None,
+        description="Rating of random candidates by each proxy and by perplexity on the text that "
+        "confirms, as `pho validate` does it.",
     )
-    objective: ObjectiveSpec = ObjectiveSpec()
+    objective: Objective = Objective()
     warm_start: WarmStartSpec | None = Field(
-        None, description="Begin with what the library has for similar models; {} is enough."
+        None,
+        description="Start from what the library has for similar models; {} is enough.",
     )
-    sampler: Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"] = "cmaes"
+    sampler: Sampler = Field("cmaes", description="Sampler that candidates come from.")
     search_space: SearchSpaceSpec = SearchSpaceSpec()
     trials: int = Field(
         200,
         ge=1,
         le=MAX_TRIALS,
-        description="Of each island, with baselines; a hill climb may end before.",
+        description="Number of trials of each island, baselines included; a hill climb may end "
+        "before.",
     )
-    islands: int = Field(1, ge=1, le=64, description="Searches with seeds of their own.")
-    seed: Seed = 0
-    priority: int = Field(0, ge=-100, le=100, description="Higher goes first.")
+    islands: int = Field(
+        1, ge=1, le=64, description="Number of searches, each with a seed of its own."
+    )
+    seed: Seed = Field(0, description="Seed of the sampler.")
+    priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
     timeout_s: float | None = Field(
-        None, gt=0, le=1e7, description="Of each island's search; then the best so far counts."
+        None,
+        gt=0,
+        le=1e7,
+        description="Time limit in seconds for each island's search; the best result so far is "
+        "used then.",
     )
     max_failed_trials: int = Field(
-        20, ge=0, le=MAX_TRIALS, description="With more of them the job fails."
+        20, ge=0, le=MAX_TRIALS, description="Number of failed trials above which the job fails."
     )
-    max_attempts: int = Field(3, ge=1, le=20, description="Of each stage, before the job fails.")
+    max_attempts: int = Field(
+        3, ge=1, le=20, description="Number of attempts at each stage before the job fails."
+    )
 
     @field_validator("more_models")
     @classmethod
@@ -142,15 +152,15 @@ class JobSpec(Document):
     @classmethod
     def _can_be_measured(cls, value: Any, info: ValidationInfo) -> Any:
         needed = isinstance(value, ValidationSpec) or (
-            isinstance(value, ObjectiveSpec) and value.name == "perplexity"
+            isinstance(value, Objective) and value.name == "perplexity"
         )
         if needed and info.data.get("confirm", 0) is None:
             raise ValueError("perplexities need a text: confirm must not be null")
-        if isinstance(value, ObjectiveSpec):
-            several = bool(info.data.get("more_models"))
-            if value.over is not None and not several:
+        if isinstance(value, Objective):
+            more = info.data.get("more_models") or []
+            if value.over is not None and not more:
                 raise ValueError(f"over={value.over} is for several models: give more_models")
-            value.objective(several=several)  # raises with the rule
+            value.over_models(1 + len(more))  # raises with the rule
         return value
 
     @field_validator("search_space")
@@ -221,7 +231,7 @@ class JobSpec(Document):
         preset = _preset(self.preset, self.pruning(), self.steps, self.search_space)
         return SearchRequest(
             pattern=self.pruning(),
-            objective=self.objective.objective(several=bool(self.more_models)),
+            objective=self.objective.over_models(len(self.models)),
             bounds=preset.bounds,
             steps=preset.steps,
             sampler=self.sampler,
@@ -237,9 +247,9 @@ class JobSpec(Document):
         return tuple(
             Candidate(
                 method="crepe",
-                coefficients=Coefficients(**point.coefficients.model_dump()),
+                coefficients=point.coefficients,
                 pattern=self.pruning(),
-                steps=replace(steps, allocation=Allocation(**point.allocation.model_dump())),
+                steps=replace(steps, allocation=point.allocation),
             )
             for point in found
         )

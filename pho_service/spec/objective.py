@@ -2,32 +2,44 @@
 What a search rates candidates by.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import STRICT
 
-OBJECTIVES = ("activation-reconstruction", "gini", "perplexity")
-WEIGHTINGS = ("blend", "fisher", "relative", "absolute")
-OVER = ("mean", "worst")  # how several models count in one search
+ObjectiveName = Literal["activation-reconstruction", "gini", "perplexity"]
+Weighting = Literal["blend", "fisher", "relative", "absolute"]
+Over = Literal["mean", "worst"]
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+OVER: tuple[Over, ...] = get_args(Over)  # how several models count in one search
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
     What a search rates candidates by.
-
-    Attributes:
-        name: ``activation-reconstruction`` (the default), ``gini`` or ``perplexity``.
-        weighting: How the errors of layers and rows are added up; only
-            for activation reconstruction.
-        over: How several models count, each relative to what RIA has on it: their ``mean``, or
-            the ``worst``; only for activation reconstruction. None: there is one model.
     """
 
-    name: str = "activation-reconstruction"
-    weighting: str = "blend"
-    over: str | None = None
+    __pydantic_config__ = STRICT
+
+    name: Annotated[ObjectiveName, Field(description="Measure that candidates are rated by.")] = (
+        "activation-reconstruction"
+    )
+    weighting: Annotated[
+        Weighting,
+        Field(description="How activation reconstruction adds up the errors of layers and rows."),
+    ] = "blend"
+    over: Annotated[
+        Over | None,
+        Field(
+            description="How several models count, each relative to what RIA has on it: their "
+            "mean, which is the default for several, or the worst. null with one model."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -43,6 +55,15 @@ class Objective:
             raise InvalidInput(
                 f"weighting {self.weighting!r} is not one of {', '.join(WEIGHTINGS)}."
             )
+
+    def over_models(self, count: int) -> Self:
+        """
+        The objective of a search on so many models.
+
+        Raises:
+            InvalidInput: It has no common scale for several.
+        """
+        return self if count == 1 or self.over is not None else replace(self, over="mean")
 
     @property
     def label(self) -> str:

@@ -3,12 +3,16 @@ The importance score of a weight: the coefficients of its parts.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import STRICT, Number, Whole
 
+KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from
 Normalisation = Literal["mean", "sum", "none"]
-NORMALISATIONS: tuple[Normalisation, ...] = ("mean", "sum", "none")
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +27,38 @@ class Coefficients:
         score = R * x**activation_exponent * g**gradient_exponent
 
     A common factor of the three coefficients changes nothing.
-
-    Attributes:
-        row: Weight of the magnitude relative to its output row, >= 0.
-        column: Relative to its input channel, >= 0.
-        neighbourhood: Relative to the k x k window around it, >= 0.
-        kernel_size: k, odd and at least 3.
-        activation_exponent: 0 ignores the activations, 1 is Wanda's choice.
-        gradient_exponent: 0 is CRePE as published, 0.5 the second-order choice.
-            It cancels within one output row.
-        normalisation: ``mean`` as above; ``sum`` divides the row and column
-            terms by sums, as RIA does; ``none`` leaves R = A.
     """
 
-    row: float
-    column: float
-    neighbourhood: float
-    kernel_size: int = 3
-    activation_exponent: float = 0.5
-    gradient_exponent: float = 0.0
-    normalisation: Normalisation = "mean"
+    __pydantic_config__ = STRICT
+
+    row: Annotated[
+        Number, Field(description="Weight of the magnitude relative to its output row, >= 0.")
+    ]
+    column: Annotated[
+        Number, Field(description="Weight of the magnitude relative to its input channel, >= 0.")
+    ]
+    neighbourhood: Annotated[
+        Number,
+        Field(description="Weight of the magnitude relative to the k x k window around it, >= 0."),
+    ]
+    kernel_size: Annotated[Whole, Field(description="k, odd, 3 to 999.")] = 3
+    activation_exponent: Annotated[
+        Number, Field(description="0 ignores the activations, 1 is Wanda's choice.")
+    ] = 0.5
+    gradient_exponent: Annotated[
+        Number,
+        Field(
+            description="0 is CRePE as published, 0.5 the second-order choice. It cancels within "
+            "one output row."
+        ),
+    ] = 0.0
+    normalisation: Annotated[
+        Normalisation,
+        Field(
+            description="mean as in the formula; sum divides the row and column terms by sums, as "
+            "RIA does; none leaves R = A."
+        ),
+    ] = "mean"
 
     def __post_init__(self) -> None:
         for name in (

@@ -9,18 +9,22 @@ between row and column.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from pydantic import Field, ValidationInfo, field_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import BASELINES
+from pho_service.spec.calibration import KernelSizes
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.document import Document
 from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import ALLOCATIONS, Allocation, Steps
+from pho_service.spec.score import KERNEL_SIZES, Coefficients
+from pho_service.spec.steps import ALLOCATIONS, Allocation, AllocationMethod, Steps
 
 Bounds = tuple[float, float]
+GivenBounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 # RIA's coefficients as a point of a search space, but for its sums instead of means: where a
 # hill climb begins, with the first of the kernel sizes.
@@ -28,6 +32,18 @@ RIA: dict[str, Any] = {
     "neighbourhood_share": 0.0, "row_share": 0.5, "activation_exponent": 0.5,
     "gradient_exponent": 0.0, "allocation": "uniform", "allocation_spread": Allocation().spread,
 }  # fmt: skip
+
+# Fields that list their values, with an example.
+_LISTS = {"kernel_sizes": "3,5,9", "allocations": "uniform,owl,fisher,curves"}
+
+# The highest value that a bound may have, by name.
+_HIGHEST = {
+    "neighbourhood_share": 1.0,
+    "row_share": 1.0,
+    "activation_exponent": 4.0,
+    "gradient_exponent": 2.0,
+    "allocation_spread": 1.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +55,18 @@ class SearchSpace:
         neighbourhood_share: The neighbourhood's part of the three coefficients.
         row_share: The row's part of what the neighbourhood leaves.
         activation_exponent: 0.5 is RIA's choice, 1 Wanda's.
-        gradient_exponent: 0.5 is the second-order choice. Cancels in scope row.
+        gradient_exponent: 0.5 is the second-order choice. It cancels in scope row.
         kernel_sizes: Odd sizes, ascending; those that the bundle has.
         allocations: Methods of :class:`pho_service.spec.steps.Allocation`.
-        allocation_spread: Of the methods that are not ``uniform``.
+        allocation_spread: The spread of the methods that are not ``uniform``.
     """
 
     neighbourhood_share: Bounds = (0.0, 1.0)
     row_share: Bounds = (0.0, 1.0)
     activation_exponent: Bounds = (0.0, 1.5)
     gradient_exponent: Bounds = (0.0, 1.0)
-    kernel_sizes: tuple[int, ...] = (3, 5, 9, 15)
-    allocations: tuple[str, ...] = ("uniform",)
+    kernel_sizes: tuple[int, ...] = KERNEL_SIZES
+    allocations: tuple[AllocationMethod, ...] = ("uniform",)
     allocation_spread: Bounds = (0.2, 0.2)
 
     def __post_init__(self) -> None:
@@ -197,6 +213,52 @@ class SearchSpace:
         return names
 
 
+class SearchSpaceSpec(Document):
+    """Bounds [low, high] of what is searched; equal ones fix a value, null is the preset's."""
+
+    neighbourhood_share: GivenBounds | None = Field(
+        None, description="The neighbourhood's part of the three coefficients, within [0, 1]."
+    )
+    row_share: GivenBounds | None = Field(
+        None, description="The row's part of what the neighbourhood leaves, within [0, 1]."
+    )
+    activation_exponent: GivenBounds | None = Field(
+        None, description="Exponent of the activations, within [0, 4]."
+    )
+    gradient_exponent: GivenBounds | None = Field(
+        None, description="Exponent of the gradients, within [0, 2]."
+    )
+    kernel_sizes: KernelSizes | None = Field(
+        None, description="Sizes of the neighbourhood, odd; all that were calibrated by default."
+    )
+    allocations: list[AllocationMethod] | None = Field(
+        None,
+        min_length=1,
+        max_length=4,
+        description="Methods of allocation, instead of steps.allocation.method.",
+    )
+    allocation_spread: GivenBounds | None = Field(
+        None, description="Spread of the allocation, within [0, 1]."
+    )
+
+    @field_validator(*_HIGHEST)
+    @classmethod
+    def _in_range(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is not None:
+            bounds: dict[str, Any] = {str(info.field_name): tuple(value)}
+            SearchSpace(**bounds)  # raises with the rule
+        return value
+
+    @field_validator("allocations")
+    @classmethod
+    def _each_once(cls, value: list[AllocationMethod] | None) -> list[AllocationMethod] | None:
+        return value and [method for method in ALLOCATIONS if method in value]
+
+    def bounds(self) -> dict[str, Any]:
+        """The fields of a search space that were given."""
+        return {name: tuple(values) for name, values in self if values is not None}
+
+
 def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
     """
     Read ``name=low:high``, ``name=value``, ``kernel_sizes=3,5`` or ``allocations=uniform,fisher``.
@@ -234,16 +296,3 @@ def _known(methods: Sequence[str]) -> Sequence[str]:
     if not set(methods) <= set(ALLOCATIONS):
         raise ValueError(methods)
     return methods
-
-
-# Fields that list their values, with an example.
-_LISTS = {"kernel_sizes": "3,5,9", "allocations": "uniform,owl,fisher,curves"}
-
-# The highest value that a bound may have, by name.
-_HIGHEST = {
-    "neighbourhood_share": 1.0,
-    "row_share": 1.0,
-    "activation_exponent": 4.0,
-    "gradient_exponent": 2.0,
-    "allocation_spread": 1.0,
-}

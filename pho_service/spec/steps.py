@@ -4,9 +4,12 @@ What a pruning does beside the score: allocation, permutation, re-pruning, weigh
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import Field
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import STRICT, Document, Number
 from pho_service.spec.pattern import Pattern, Scope
 
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -19,6 +22,21 @@ ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
 REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
+
+_ALLOCATION = "How the sparsity is spread over the linears."
+_PERMUTATION = (
+    "Order of the input channels before N:M groups are cut: none; score keeps the most score; "
+    "error gives the least error of the outputs."
+)
+_REPRUNING = (
+    "Improvement of the finished mask: none; dsnot; swaps, each of which lowers the error of its "
+    "row."
+)
+_UPDATE = (
+    "Change of the weights that stay: none; obs, column by column as SparseGPT, given the mask; "
+    "least-squares, on from there towards the least error that the mask allows; sparsegpt, which "
+    "chooses the mask itself, so that the score has no say."
+)
 
 
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -33,24 +51,41 @@ class Allocation:
 
     Whatever the method, the model as a whole has the sparsity of the pattern.
 
-    Attributes:
-        method: ``uniform``: the same everywhere. ``owl``: less where many
-            scores are far above the mean. ``fisher``: one threshold on
-            A * x * sqrt(g) for the whole model. ``curves``: where the
-            Fisher-weighted error of every linear rises equally steeply.
-        unit: What shares one sparsity: a ``linear``, or a whole ``block``.
-        spread: Every sparsity lies within the pattern's plus and minus this.
-        outlier_ratio: Of ``owl``: a score above this many times the mean of its block is an
-            outlier.
-
     Source:
         Yin et al. 2024, arXiv:2310.05175 (OWL: M = outlier_ratio, lambda = spread).
     """
 
-    method: str = "uniform"
-    unit: str = "linear"
-    spread: float = 0.2
-    outlier_ratio: float = 5.0
+    __pydantic_config__ = STRICT
+
+    method: Annotated[
+        AllocationMethod,
+        Field(
+            description="uniform: the same sparsity everywhere. owl: less where many scores are "
+            "far above the mean. fisher: one threshold on A * x * sqrt(g) for the whole model. "
+            "curves: where the Fisher-weighted error of every linear rises equally steeply."
+        ),
+    ] = "uniform"
+    unit: Annotated[
+        AllocationUnit,
+        Field(description="What shares one sparsity: a linear, or a whole block."),
+    ] = "linear"
+    spread: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=1,
+            description="Every sparsity lies within the pattern's plus and minus this.",
+        ),
+    ] = 0.2
+    outlier_ratio: Annotated[
+        Number,
+        Field(
+            ge=1,
+            le=1e6,
+            description="For owl: a score above this many times the mean of its block is an "
+            "outlier.",
+        ),
+    ] = 5.0
 
     def __post_init__(self) -> None:
         _one_of("allocation", self.method, ALLOCATIONS)
@@ -67,23 +102,14 @@ class Allocation:
 class Steps:
     """
     What a pruning does beside the score.
-
-    Attributes:
-        allocation: How much each linear loses.
-        permutation: Of the input channels before N:M groups are cut: ``none``,
-            ``score`` (most score is kept), or ``error`` (the least error of the outputs).
-        repruning: Of a finished mask: ``none``, ``dsnot``, or ``swaps`` (each
-            lowers the error of its row).
-        update: Of the weights that stay: ``none``; ``obs`` (column by column, as
-            SparseGPT, given the mask); ``least-squares`` (on from there towards the least error
-            that the mask allows); ``sparsegpt`` (which chooses the mask itself: the score has no
-            say).
     """
 
-    allocation: Allocation = Allocation()
-    permutation: str = "none"
-    repruning: str = "none"
-    update: str = "none"
+    __pydantic_config__ = STRICT
+
+    allocation: Annotated[Allocation, Field(description=_ALLOCATION)] = Allocation()
+    permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
+    repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
+    update: Annotated[Update, Field(description=_UPDATE)] = "none"
 
     def __post_init__(self) -> None:
         _one_of("permutation", self.permutation, PERMUTATIONS)
@@ -140,3 +166,18 @@ class Steps:
                 f"allocation {self.allocation.method!r} and scope 'global' both say how much each "
                 "linear loses. Take scope layer or row."
             )
+
+
+class StepsSpec(Document):
+    """What candidates go through beside the score. What is null is the preset's."""
+
+    allocation: Allocation | None = Field(
+        None, description=f"{_ALLOCATION} Its method is the only one that is searched then."
+    )
+    permutation: Permutation | None = Field(None, description=_PERMUTATION)
+    repruning: Repruning | None = Field(None, description=_REPRUNING)
+    update: Update | None = Field(None, description=_UPDATE)
+
+    def given(self) -> dict[str, Any]:
+        """The fields of :class:`Steps` that are not the preset's."""
+        return {name: value for name, value in self if value is not None}

@@ -2,25 +2,23 @@
 What is asked of the transfer of a job's configuration to other models, checked field by field.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pho_service.host.access import Access
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import Document, Name, Title
 from pho_service.spec.fields import (
     MAX_TRIALS,
     CalibrationSpec,
     ConfirmSpec,
-    Document,
-    Name,
-    Seed,
     check_field,
     check_models,
-    printable,
 )
-from pho_service.spec.job import JobSpec
+from pho_service.spec.job import Dtype, JobSpec
 from pho_service.spec.limits import JobLimits
+from pho_service.spec.seed import Seed
 
 MOST_WINDOWS = 100_000  # of a text
 
@@ -28,15 +26,22 @@ MOST_WINDOWS = 100_000  # of a text
 class ReportSpec(Document):
     """What perplexities are measured on. Nothing may have been chosen on it."""
 
-    text: Name = Field(description="A .txt, .jsonl or .parquet file.")
-    windows: int | None = Field(None, ge=1, le=MOST_WINDOWS, description="Only the first.")
+    text: Name = Field(description="Text file to measure on: .txt, .jsonl or .parquet.")
+    windows: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_WINDOWS,
+        description="Number of windows, the first of the text; all of them by default.",
+    )
 
 
 class OwnSearchSpec(Document):
     """The search for each target's own best, in the configuration's space and steps."""
 
-    trials: int = Field(200, ge=1, le=MAX_TRIALS)
-    seed: Seed = 0
+    trials: int = Field(
+        200, ge=1, le=MAX_TRIALS, description="Number of trials on each model, baselines included."
+    )
+    seed: Seed = Field(0, description="Seed of the sampler.")
     confirm: ConfirmSpec = ConfirmSpec()
 
 
@@ -44,24 +49,34 @@ class TransferRequest(Document):
     """The body of ``:transfer``. All but ``models`` have defaults."""
 
     models: list[Name] = Field(
-        min_length=1, max_length=64, description="Hub ids, model folders or .gguf files."
+        min_length=1,
+        max_length=64,
+        description="Models to measure on: hub ids, model folders or .gguf files.",
     )
     report: ReportSpec | None = Field(
-        None, description="null: only proxies are compared; models are calibrated in any case."
+        None,
+        description="What perplexities are measured on; null compares proxies alone. Models are "
+        "calibrated in any case.",
     )
     search: OwnSearchSpec | None = Field(
-        None, description="Find the own best of each model, too; {} is enough."
+        None,
+        description="How the own best of each model is searched for, too; {} is enough.",
     )
-    calibration: CalibrationSpec | None = Field(None, description="null: the job's own.")
-    name: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)] | None = (
-        Field(None, description="By default that of the configuration's model, and the pattern.")
+    calibration: CalibrationSpec | None = Field(
+        None, description="How the models are calibrated; null: as the job's own was."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    name: Title | None = Field(
+        None, description="Name of the job; the configuration's model and pattern by default."
+    )
+    dtype: Dtype = Field("auto", description="Data type that the weights are loaded in.")
     stream: bool = Field(
-        False, description="Leave the weights on disk, one block at a time on the device."
+        False,
+        description="Whether to leave the weights on disk, one block at a time on the device.",
     )
-    priority: int = Field(0, ge=-100, le=100, description="Higher goes first.")
-    max_attempts: int = Field(3, ge=1, le=20, description="Of each model, before the job fails.")
+    priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
+    max_attempts: int = Field(
+        3, ge=1, le=20, description="Number of attempts at each model before the job fails."
+    )
 
     @field_validator("models")
     @classmethod

@@ -207,7 +207,7 @@ class Hand:
 
     def record(self, job: dict[str, Any], count: int, *, island: int = 0, failed: int = -1) -> None:
         """Put trials into a job's study; number ``failed`` failed, number n has the value n/10."""
-        coefficients = CONFIGURATION.coefficients.model_dump()
+        coefficients = CONFIGURATION.coefficients.to_dict()
         with open_storage(self.store.database.studies_url) as storage:
             study = open_study(storage, study_name(job["name"], island), direction="minimize")
             study.add_trials(

@@ -427,7 +427,7 @@ def test_trial(client: TestClient, submit: Submit, hand: Any, configuration: Con
     assert complete == {
         "island": 0, "number": 1, "state": "complete", "method": "crepe", "value": 0.1,
         "perplexity": None, "scope": "layer",
-        "coefficients": configuration.coefficients.model_dump(), "failure": None, "seconds": 0.5,
+        "coefficients": configuration.coefficients.to_dict(), "failure": None, "seconds": 0.5,
     }  # fmt: skip
     assert (failed["state"], failed["value"], failed["failure"]) == (
         "failed", None, "NaN in layer 3",

@@ -1,6 +1,7 @@
 """Tables of the documentation name what the code has, no less and no more."""
 
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -9,15 +10,10 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from pho_service.host.settings import Settings
-from pho_service.spec.configuration import (
-    AllocationDocument,
-    CoefficientsDocument,
-    Configuration,
-    Confirmation,
-    Rating,
-    StepsDocument,
-)
+from pho_service.spec.configuration import Configuration, Confirmation, Rating
 from pho_service.spec.job import JobSpec
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -54,8 +50,8 @@ def test_settings() -> None:
     for variables, default, *_ in rows("service.md", "Settings"):
         names = named(variables)
         documented += names
-        fields = [Settings.model_fields.get(n.removeprefix("PHO_").lower()) for n in names]
-        values = [shown(f.default) for f in fields if f is not None and f.default is not None]
+        known = [Settings.model_fields.get(n.removeprefix("PHO_").lower()) for n in names]
+        values = [shown(f.default) for f in known if f is not None and f.default is not None]
         expected = ", ".join(dict.fromkeys(values))
         if default.replace("`", "") != expected:
             wrong[variables] = (default, expected)
@@ -64,11 +60,20 @@ def test_settings() -> None:
     assert not wrong, "default in the table, default in the code"
 
 
-def parts(annotation: Any) -> list[type[BaseModel]]:
+def keys(document: type) -> list[str]:
+    """The keys of a document, or of a dataclass in one."""
+    if issubclass(document, BaseModel):
+        return list(document.model_fields)
+    return [field.name for field in fields(document)]
+
+
+def parts(annotation: Any) -> list[type]:
     """The documents in a type."""
     if get_origin(annotation) in (Union, UnionType, list):
         return [part for argument in get_args(annotation) for part in parts(argument)]
-    is_document = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    is_document = isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or is_dataclass(annotation)
+    )
     return [annotation] if is_document else []
 
 
@@ -83,19 +88,23 @@ def test_job_fields() -> None:
 @pytest.mark.parametrize("field", JobSpec.model_fields)
 def test_parts_of_job_fields(field: str) -> None:
     """Each field of a part of a job is named in the part's row."""
-    fields = {name for part in parts(JobSpec.model_fields[field].annotation) for name in
-              part.model_fields}  # fmt: skip
+    inside = parts(JobSpec.model_fields[field].annotation)
     said = " ".join(JOB_ROWS[field][2:])
 
-    assert not {name for name in fields if f"`{name}`" not in said and f'"{name}"' not in said}
+    assert not {
+        name
+        for part in inside
+        for name in keys(part)
+        if f"`{name}`" not in said and f'"{name}"' not in said
+    }
 
 
 @pytest.mark.parametrize(
     "document",
-    [Configuration, CoefficientsDocument, StepsDocument, AllocationDocument, Confirmation, Rating],
+    [Configuration, Coefficients, Steps, Allocation, Confirmation, Rating],
 )
-def test_configuration_keys(document: type[BaseModel]) -> None:
+def test_configuration_keys(document: type) -> None:
     """Each key of config.json is named on its page."""
     text = (DOCS / "configuration.md").read_text()
 
-    assert not {k for k in document.model_fields if f"`{k}`" not in text and f'"{k}"' not in text}
+    assert not {k for k in keys(document) if f"`{k}`" not in text and f'"{k}"' not in text}

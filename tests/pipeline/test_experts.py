@@ -27,19 +27,21 @@ from pho_service.models.texts import TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.configuration import CoefficientsDocument, Configuration, StepsDocument
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Steps
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3,)
 )
 CONFIGURATION = Configuration(
     method="crepe",
-    coefficients=CoefficientsDocument(
+    coefficients=Coefficients(
         row=0.5, column=0.5, neighbourhood=0.2, kernel_size=3, activation_exponent=0.5
     ),
     pattern="2:4",
     scope="row",
-    steps=StepsDocument(permutation="score"),
+    steps=Steps(permutation="score"),
 )
 
 
@@ -112,7 +114,7 @@ def test_streamed(
     """A streamed mixture has the bundle, the hash and the pruned weights of a loaded one."""
     folder = saved(family, model_folder, tmp_path / family)
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
-    steps = StepsDocument(update=update)  # type: ignore[arg-type]  # one of them
+    steps = Steps(update=update)  # type: ignore[arg-type]  # one of them
     configuration = CONFIGURATION.model_copy(update={"steps": steps})
     bundles, hashes, pruned = [], [], []
     for stream in (False, True):

@@ -27,13 +27,13 @@ from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.configuration import CoefficientsDocument, Configuration
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 
 CONFIGURATION = Configuration(
     method="crepe",
-    coefficients=CoefficientsDocument(
+    coefficients=Coefficients(
         row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5
     ),
     pattern="0.5",
@@ -145,7 +145,7 @@ def test_compare_without_window_means(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
     """A configuration whose kernel size the bundle lacks has a perplexity but no proxy."""
-    document = CONFIGURATION.coefficients.model_copy(update={"kernel_size": 7})
+    document = replace(CONFIGURATION.coefficients, kernel_size=7)
     other = CONFIGURATION.model_copy(update={"coefficients": document})
     rows = compare_job(model, bundle, report, Pattern.parse("0.5", "layer"), [("seven", other)])
 
@@ -242,7 +242,7 @@ def test_prune_by_scores_that_are_no_numbers(
     model: LanguageModel, bundle: ProxyBundle, tmp_path: Path
 ) -> None:
     """A score beyond float32 names the layer, and no folder is written."""
-    document = CONFIGURATION.coefficients.model_copy(update={"activation_exponent": 300.0})
+    document = replace(CONFIGURATION.coefficients, activation_exponent=300.0)
     wild = CONFIGURATION.model_copy(update={"coefficients": document})
 
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.\S+: a score is NaN or infinite"):

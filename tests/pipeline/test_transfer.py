@@ -21,13 +21,14 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import CoefficientsDocument, Configuration, StepsDocument
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Allocation, Steps
 
 GOOD = Configuration(
     method="crepe",
-    coefficients=CoefficientsDocument(
+    coefficients=Coefficients(
         row=0.1, column=0.8, neighbourhood=0.1, kernel_size=3, activation_exponent=0.9,
         gradient_exponent=0.4,
     ),
@@ -37,7 +38,7 @@ GOOD = Configuration(
 # The less a channel is used, the more its weights matter: nonsense, but no error.
 BAD = GOOD.model_copy(
     update={
-        "coefficients": CoefficientsDocument(
+        "coefficients": Coefficients(
             row=0, column=1, neighbourhood=0, kernel_size=3, activation_exponent=0,
             gradient_exponent=4.0,
         )
@@ -153,7 +154,7 @@ def test_steps_that_need_a_text(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText, windows: Tensor
 ) -> None:
     """The configuration's steps are taken along."""
-    steps = StepsDocument(repruning="swaps")
+    steps = Steps(repruning="swaps")
     configuration = GOOD.model_copy(update={"steps": steps})
     target = Target(name="m", bundle=bundle, model=model, report=report, calibration=windows % 30)
     plain, swapped = (transfer_job(target, each) for each in (GOOD, configuration))
@@ -164,7 +165,7 @@ def test_steps_that_need_a_text(
 
 def test_missing_kernel_size(bundle: ProxyBundle) -> None:
     """A bundle without the configuration's kernel size is refused, with the way out."""
-    coefficients = GOOD.coefficients.model_copy(update={"kernel_size": 9})
+    coefficients = replace(GOOD.coefficients, kernel_size=9)
     configuration = GOOD.model_copy(update={"coefficients": coefficients})
 
     with pytest.raises(BundleError, match=r"kernel size 9, only for 3, 5. Calibrate again"):
@@ -199,7 +200,7 @@ def test_own_search() -> None:
     steps = Steps(allocation=Allocation(method="fisher", spread=0.1))
     configuration = GOOD.model_copy(
         update={
-            "steps": StepsDocument.model_validate(steps.to_dict()),
+            "steps": steps,
             "search": {
                 "space": {
                     "row_share": [0.2, 0.4], "kernel_sizes": [3, 5], "allocations": ["fisher"],

@@ -19,15 +19,12 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.validate import validate_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.configuration import (
-    AllocationDocument,
-    CoefficientsDocument,
-    Configuration,
-    StepsDocument,
-)
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Allocation, Steps
 
-COEFFICIENTS = CoefficientsDocument(
+COEFFICIENTS = Coefficients(
     row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5
 )
 SETTINGS = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
@@ -83,7 +80,7 @@ def test_calibrated(
     ("pattern", "scope", "steps"),
     [
         ("0.5", "global", {}),
-        ("0.5", "layer", {"allocation": AllocationDocument(method="fisher"), "update": "obs"}),
+        ("0.5", "layer", {"allocation": Allocation(method="fisher"), "update": "obs"}),
         ("2:4", "row", {"permutation": "score", "repruning": "swaps", "update": "least-squares"}),
     ],
 )
@@ -95,7 +92,7 @@ def test_pruned(
     bundle = bundle_of(model, texts, 16)
     configuration = Configuration(
         method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
-        steps=StepsDocument(**steps),
+        steps=Steps(**steps),
     )  # fmt: skip
     settings = CalibrationSettings(**SETTINGS)  # type: ignore[arg-type]
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)

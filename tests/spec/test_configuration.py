@@ -7,17 +7,13 @@ from typing import Any
 import pytest
 
 from pho_service.errors import ConfigurationError, OutputError
-from pho_service.spec.configuration import (
-    CoefficientsDocument,
-    Configuration,
-    read_configuration,
-    write_configuration,
-)
+from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
 from pho_service.spec.pattern import Scope
+from pho_service.spec.score import Coefficients
 
 GOOD = Configuration(
     method="crepe",
-    coefficients=CoefficientsDocument(
+    coefficients=Coefficients(
         row=0.2, column=0.5, neighbourhood=0.3, kernel_size=9, activation_exponent=0.1 + 0.2
     ),
     pattern="0.5",

@@ -1,0 +1,35 @@
+"""
+The base of all documents, and the types of the values in them.
+
+A part of a document is a frozen dataclass of its own, which pydantic reads and writes as it is:
+the same value is asked for in Python, sent to the service, stored and run. ``STRICT`` makes such a
+part as strict as a document, with :data:`Number`, :data:`Whole` and :data:`Flag` for its values.
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+# Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
+# written as one.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
+
+
+def printable(value: str) -> str:
+    """Return the text if it has nothing in it that cannot be printed; for names of all kinds."""
+    if not value.isprintable():  # nor NUL or half characters, which no database takes
+        raise ValueError("control characters and unpaired surrogates are not allowed")
+    return value
+
+
+Number = Annotated[float, Strict()]
+Whole = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Name = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(printable)]
+Title = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)]
+
+
+class Document(BaseModel):
+    """No unknown keys, no infinities, no coercion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
