@@ -1,1 +1,68 @@
-"""PHO: finds pruning coefficients for large language models by a fast proxy."""
+"""
+PHO: finds pruning coefficients for large language models by a fast proxy.
+
+The names here are the Python API; each is loaded when it is first used, so that
+`import pho_service` loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pho_service.client import Client as Client
+    from pho_service.errors import PhoError as PhoError
+    from pho_service.interface.bundle import calibrate as calibrate
+    from pho_service.interface.measured import compare as compare
+    from pho_service.interface.measured import evaluate as evaluate
+    from pho_service.interface.pruned import prune as prune
+    from pho_service.interface.pruned import save as save
+    from pho_service.models.bundle_file import read_bundle as read_bundle
+    from pho_service.models.loading import load_model as load_model
+    from pho_service.spec.configuration import Configuration as Configuration
+    from pho_service.spec.configuration import read_configuration as read_configuration
+    from pho_service.spec.configuration import write_configuration as write_configuration
+    from pho_service.spec.pattern import Pattern as Pattern
+
+_HOME = {
+    "Client": "client",
+    "Configuration": "spec.configuration",
+    "Pattern": "spec.pattern",
+    "PhoError": "errors",
+    "calibrate": "interface.bundle",
+    "compare": "interface.measured",
+    "evaluate": "interface.measured",
+    "load_model": "models.loading",
+    "prune": "interface.pruned",
+    "read_bundle": "models.bundle_file",
+    "read_configuration": "spec.configuration",
+    "save": "interface.pruned",
+    "write_configuration": "spec.configuration",
+}
+
+__all__ = [
+    "Client",
+    "Configuration",
+    "Pattern",
+    "PhoError",
+    "calibrate",
+    "compare",
+    "evaluate",
+    "load_model",
+    "prune",
+    "read_bundle",
+    "read_configuration",
+    "save",
+    "write_configuration",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,3 +14,30 @@ def silent(title: str, steps: int) -> Iterator[Advance]:
     """Tell nobody."""
     del title, steps
     yield lambda _: None
+
+
+@contextmanager
+def bar(title: str, steps: int) -> Iterator[Advance]:
+    """Show a bar with the time left, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(title, total=steps)
+        yield lambda count: shown.advance(task, count)
+
+
+def bars(wanted: bool) -> Progress:
+    """Give bars, or silence."""
+    return bar if wanted else silent

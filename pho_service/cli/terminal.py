@@ -16,9 +16,11 @@ from pho_service.errors import InvalidInput, PhoError
 from pho_service.host.extras import missing_extra
 from pho_service.host.faults import faults_told
 from pho_service.host.plain import plain, plain_line
-from pho_service.progress import Advance
+from pho_service.progress import bar
 
 P = ParamSpec("P")
+
+progress = bar  # of verbs: always shown, on stderr
 
 
 def verb(function: Callable[P, None]) -> Callable[P, None]:
@@ -71,28 +73,6 @@ def tell(text: str) -> None:
 def print_json(document: object) -> None:
     """The result, for a machine."""
     click.echo(json.dumps(document, indent=2))
-
-
-@contextmanager
-def progress(title: str, steps: int) -> Iterator[Advance]:
-    """A bar with the time left, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(title, total=steps)
-        yield lambda count: bars.advance(task, count)
 
 
 @contextmanager

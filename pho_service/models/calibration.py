@@ -24,7 +24,7 @@ from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
 from pho_service.models.scratch import scratch_folder
-from pho_service.models.texts import TextRecord, TextSource, record_to_dict, sample_windows
+from pho_service.models.texts import Text, TextRecord, record_to_dict, sample_windows
 from pho_service.planning.stage_memory import CalibrationRun, block_inputs
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
@@ -70,7 +70,7 @@ class CalibrationText:
 
 
 def calibration_text(
-    model: LanguageModel, source: TextSource, settings: CalibrationSettings
+    model: LanguageModel, source: Text, settings: CalibrationSettings
 ) -> CalibrationText:
     """
     Read and sample the text for a calibration.
@@ -78,14 +78,7 @@ def calibration_text(
     Raises:
         TextError: Not readable, empty, or shorter than one window.
     """
-    windows, record = sample_windows(
-        model,
-        source,
-        count=settings.samples + HELD_OUT,
-        context_length=settings.context_length,
-        bos=settings.bos,
-        seed=settings.seed,
-    )
+    windows, record = drawn_windows(model, source, settings)
     calibration = windows[: settings.samples]
     shards = settings.shards(stream=model.stream)
     identity = [
@@ -105,6 +98,28 @@ def calibration_text(
         beside=windows[settings.samples :],
         record=record,
         bundle_key=digest.hexdigest(),
+    )
+
+
+def drawn_windows(
+    model: LanguageModel, source: Text, settings: CalibrationSettings
+) -> tuple[Tensor, TextRecord]:
+    """
+    Draw the windows of a calibration, and after them those that are held out.
+
+    Returns:
+        (up to samples + 16, context_length), int64, and the text.
+
+    Raises:
+        TextError: Not readable, empty, or shorter than one window.
+    """
+    return sample_windows(
+        model,
+        source,
+        count=settings.samples + HELD_OUT,
+        context_length=settings.context_length,
+        bos=settings.bos,
+        seed=settings.seed,
     )
 
 

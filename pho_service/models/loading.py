@@ -37,6 +37,7 @@ class LanguageModel:
     Attributes:
         name: As the user gave it.
         revision: Commit hash on the hub, or None for local files.
+        tokenizer: Its own; None where only tokens are given, never text.
         stored_dtype: Of the weights on disk, to save them as they came.
         linears: What can be pruned, by name, in the model's order.
         streamed_to: Where a streamed model computes, block by block; None for
@@ -142,16 +143,28 @@ class LanguageModel:
         Raises:
             ModelError: A token that the model has no embedding for.
         """
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = self._required_tokenizer()(text, add_special_tokens=False, verbose=False).input_ids
         tokens = torch.tensor(ids, dtype=torch.int64)
-        embedding: Any = self.model.get_input_embeddings()
-        known = embedding.weight.shape[0]
-        if len(tokens) and int(tokens.max()) >= known:
+        if len(tokens) and int(tokens.max()) >= self.vocabulary:
             raise ModelError(
                 f"{self.name}: the tokenizer gave token {int(tokens.max())}, but the model's "
-                f"vocabulary has {known}: the tokenizer is of another model."
+                f"vocabulary has {self.vocabulary}: the tokenizer is of another model."
             )
         return tokens
+
+    def _required_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InvalidInput(
+                f"a text is given to {self.name}, but no tokenizer. Give its tokenizer, or token "
+                "windows as a tensor."
+            )
+        return self.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding for."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     def check_context(self, context_length: int) -> None:
         """Raise InvalidInput if windows are longer than the model can read."""
@@ -173,14 +186,15 @@ class LanguageModel:
         Raises:
             InvalidInput: ``always``, and the tokenizer has no BOS.
         """
-        token = self.tokenizer.bos_token_id
         if bos == "never":
             return []
+        tokenizer = self._required_tokenizer()
+        token = tokenizer.bos_token_id
         if bos == "always":
             if token is None:
                 raise InvalidInput(f"{self.name} has no BOS token. Use --bos auto or never.")
             return [token]
-        adds_it = token is not None and self.tokenizer("a").input_ids[:1] == [token]
+        adds_it = token is not None and tokenizer("a").input_ids[:1] == [token]
         return [token] if adds_it else []
 
 
@@ -248,7 +262,7 @@ def load_model(
         _check_mapped(name, model, dtype)
     model.eval()
     linears = prunable_linears(model)
-    _check_weights(linears)
+    check_weights(linears)
     logger.info("model loaded", extra={"model": name, "device": str(target)})
     return LanguageModel(
         name=name,
@@ -315,7 +329,8 @@ def _not_mapped(name: str, weights: str) -> InvalidInput:
     )
 
 
-def _check_weights(linears: dict[str, PrunableLinear]) -> None:
+def check_weights(linears: dict[str, PrunableLinear]) -> None:
+    """Raise NumericalError if a weight is NaN or infinite; names its linear."""
     for name, linear in linears.items():
         weight = linear.weight
         # A sum is 13 times faster to check, and it overflows only near the end of float32.

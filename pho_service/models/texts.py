@@ -1,5 +1,5 @@
 """
-Texts for calibration, confirmation and reports: a local file, or a data set by name.
+Texts for calibration, confirmation and reports: a file, a data set by name, or what is in memory.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pho_service.errors import InvalidInput, TextError
 from pho_service.host.access import is_path
 from pho_service.host.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
 from pho_service.host.settings import read_settings
+from pho_service.models.given_texts import GivenText, GivenWindows
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
 from pho_service.models.text_files import (
@@ -66,6 +67,8 @@ class TextSource:
         return " ".join(filter(None, (self.dataset, self.data_file, self.split)))
 
 
+Text = TextSource | GivenText | GivenWindows
+
 C4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
 
 
@@ -86,7 +89,7 @@ class TextRecord:
 
 
 def read_documents(
-    source: TextSource, limits: TextLimits | None = None, *, whole: bool = True
+    source: TextSource | GivenText, limits: TextLimits | None = None, *, whole: bool = True
 ) -> Iterator[str]:
     """
     Give the documents of a text, one by one, empty ones left out.
@@ -102,8 +105,7 @@ def read_documents(
         InvalidInput: The card of the data set names files elsewhere.
     """
     budget = Budget(limits or TextLimits.of(read_settings()), whole=whole)
-    rows = _read_file if source.path is not None else _read_dataset
-    for document in rows(source, budget):
+    for document in _rows(source, budget):
         if not document.strip():
             continue
         try:
@@ -112,6 +114,18 @@ def read_documents(
             raise TextError(
                 f"the text {source} has a document that is not Unicode text: {error.reason}."
             ) from error
+        yield document
+
+
+def _rows(source: TextSource | GivenText, budget: Budget) -> Iterator[str]:
+    if isinstance(source, TextSource):
+        read = _read_file if source.path is not None else _read_dataset
+        yield from read(source, budget)
+        return
+    for document in source.documents:
+        size = len(document.encode(errors="replace"))
+        budget.check_document(size, f"a document of {source}")
+        budget.take(size, str(source))
         yield document
 
 
@@ -236,7 +250,7 @@ def _unreadable(source: TextSource, reason: str) -> TextError:
 
 def read_windows(
     model: LanguageModel,
-    source: TextSource,
+    source: Text,
     *,
     context_length: int,
     bos: str,
@@ -261,11 +275,15 @@ def read_windows(
         TextError: Not readable, empty, shorter than one window, or nothing of it is left.
     """
     model.check_context(context_length)
-    documents = list(read_documents(source))
-    _require_text(documents, source)
-    text = SEPARATOR.join(documents)
-    prefix = model.window_prefix(bos)
-    windows = cut_windows(model.tokenize(text), context_length, prefix)
+    if isinstance(source, GivenWindows):
+        windows, record = _given(model, source, context_length)
+    else:
+        documents = list(read_documents(source))
+        _require_text(documents, source)
+        text = SEPARATOR.join(documents)
+        prefix = model.window_prefix(bos)
+        windows = cut_windows(model.tokenize(text), context_length, prefix)
+        record = _record(source, documents)
     if unlike is not None:
         windows = apart(windows, unlike, max_windows)
         if len(windows) == 0:
@@ -274,12 +292,12 @@ def read_windows(
                 "has not seen: it is the same text, or shares its documents. Give another one, or "
                 "calibrate on fewer windows."
             )
-    return windows[:max_windows], _record(source, documents)
+    return windows[:max_windows], record
 
 
 def sample_windows(
     model: LanguageModel,
-    source: TextSource,
+    source: Text,
     *,
     count: int,
     context_length: int,
@@ -288,6 +306,8 @@ def sample_windows(
 ) -> tuple[Tensor, TextRecord]:
     """
     Draw windows that do not overlap from a text, at random, without replacement.
+
+    Windows that are given as tokens are taken in their order.
 
     Documents of the first 20,000 (fewer if they are longer than ``PHO_MAX_TEXT_BYTES`` together)
     are shuffled and joined until they hold enough tokens, so short documents are used as well as
@@ -308,6 +328,9 @@ def sample_windows(
         TextError: Not readable, empty, or shorter than one window.
     """
     model.check_context(context_length)
+    if isinstance(source, GivenWindows):
+        windows, record = _given(model, source, context_length)
+        return windows[:count], record
     documents = _pool(source)
     _require_text(documents, source)
     random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret
@@ -330,7 +353,15 @@ def sample_windows(
     return windows[order[:count]], _record(source, used)
 
 
-def _pool(source: TextSource) -> list[str]:
+def _given(
+    model: LanguageModel, source: GivenWindows, context_length: int
+) -> tuple[Tensor, TextRecord]:
+    windows = source.windows(context_length, model.vocabulary)
+    record = TextRecord(source=str(source), sha256=source.sha256, documents=len(windows))
+    return windows, record
+
+
+def _pool(source: TextSource | GivenText) -> list[str]:
     """The documents that a sample is drawn from: the first, as many as may be read."""
     documents: list[str] = []
     try:
@@ -342,12 +373,12 @@ def _pool(source: TextSource) -> list[str]:
     return documents
 
 
-def _require_text(documents: list[str], source: TextSource) -> None:
+def _require_text(documents: list[str], source: TextSource | GivenText) -> None:
     if not documents:
         raise TextError(f"the text {source} is empty. Give one with words in it.")
 
 
-def _record(source: TextSource, documents: list[str]) -> TextRecord:
+def _record(source: TextSource | GivenText, documents: list[str]) -> TextRecord:
     digest = hashlib.sha256(SEPARATOR.join(documents).encode()).hexdigest()
     return TextRecord(source=str(source), sha256=digest, documents=len(documents))
 

@@ -84,7 +84,7 @@ def compare_job(
             for c in comparison_baselines(pattern)
             if calibration is not None or not c.steps.needs_text
         ),
-        *((name, _fitting(name, configuration, pattern)) for name, configuration in configurations),
+        *((name, fitting(name, configuration, pattern)) for name, configuration in configurations),
     ]
     return compare_candidates(
         model,
@@ -158,7 +158,13 @@ def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
         return None
 
 
-def _fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:
+def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:
+    """
+    The candidate of a configuration that is to be compared in a pattern.
+
+    Raises:
+        ConfigurationError: It is for another pattern.
+    """
     candidate = configuration.candidate()
     if str(candidate.pattern) != str(pattern):
         raise ConfigurationError(

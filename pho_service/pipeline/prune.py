@@ -25,13 +25,19 @@ from pho_service.spec.configuration import Configuration
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
     """
+    What was done to a model.
+
     Attributes:
         sparsity: Over all prunable weights.
-        layers: Sparsity of each linear.
+        layers: Sparsity of each linear, in the model's order.
+        masks: What each linear keeps, one bit a weight.
+        recipe: JSON values: what ``pruning.json`` says of it.
     """
 
     sparsity: float
     layers: dict[str, float]
+    masks: dict[str, PackedMask]
+    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +80,41 @@ def prune_job(
     """
     Prune with a configuration, and write a Hugging Face folder with masks and recipe.
 
+    Args:
+        model, bundle, configuration, origin, calibration, progress: As of :func:`prune_in_place`.
+        folder: New or empty. ``pruning.json`` in it has the recipe,
+            ``pruning/masks.safetensors`` the masks.
+
+    Raises:
+        BundleError, InvalidInput: As :func:`prune_in_place`.
+        OutputError: The folder is in use, or cannot be written.
+    """
+    pruned = prune_in_place(
+        model, bundle, configuration, origin=origin, calibration=calibration, progress=progress
+    )
+    save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
+    return pruned
+
+
+def prune_in_place(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    configuration: Configuration,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    calibration: Tensor | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """
+    Prune a model with a configuration for good; nothing is written.
+
     Input channels that were permuted for N:M, and can be renumbered with the
-    linears that write them, are: then the groups hold in the saved order.
+    linears that write them, are: then the groups hold in the order of the model.
 
     Args:
         model: Dense; it is left pruned, in its stored dtype.
         bundle: Of this model, for its activation norms and Fisher weights.
         configuration: What to remove, and how.
-        folder: New or empty. ``pruning.json`` in it has the recipe,
-            ``pruning/masks.safetensors`` the masks.
         origin: Where the configuration was found, for the recipe; None where the user had it.
         calibration: Windows for steps that need a text.
         progress: Is told of each linear.
@@ -90,7 +122,6 @@ def prune_job(
     Raises:
         BundleError: The bundle is of another model.
         InvalidInput: The pattern does not fit the model, or a text is missing.
-        OutputError: The folder is in use, or cannot be written.
     """
     bundle.check_model(model.linears)
     dense = model.to_dict()  # before its weights change
@@ -128,8 +159,8 @@ def prune_job(
         },
         "versions": versions("torch", "transformers"),
     }
-    save_pruned(model, folder, ((name, kept[name].mask) for name in model.linears), recipe)
-    return Pruned(sparsity=sparsity, layers=layers)
+    masks = {name: kept[name].mask for name in model.linears}
+    return Pruned(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe)
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:

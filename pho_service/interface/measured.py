@@ -1,0 +1,282 @@
+"""
+`pho.evaluate` and `pho.compare`: perplexities of a model, dense and pruned.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.host.versions import versions
+from pho_service.interface.bundle import calibrate
+from pho_service.interface.models import (
+    Choice,
+    Model,
+    check_dense,
+    check_family,
+    check_prefix,
+    chosen,
+    opened,
+    opened_bundle,
+    parsed,
+    proxy_device,
+)
+from pho_service.interface.tables import Shown, Table, number
+from pho_service.interface.texts import (
+    calibration_windows,
+    length_of,
+    measured_text,
+    settings_of,
+)
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.pipeline.compare import ComparisonRow, compare_job, fitting
+from pho_service.progress import bars
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.calibration import Bos, CalibrationSettings
+from pho_service.spec.pattern import Pattern
+
+if TYPE_CHECKING:
+    from pho_service.interface.texts import Texts
+
+_DEFAULT = CalibrationSettings()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation(Shown):
+    """
+    The perplexity of a model on a text, and all that the number depends on.
+
+    Attributes:
+        perplexity: exp of the mean loss over predicted tokens.
+        tokens: Predicted tokens: every window predicts all but its first.
+        windows: How many were measured.
+        context_length: Tokens of a window.
+        bos: Whether BOS was put before every window.
+        text: Where the text is from.
+        text_sha256: Hash of the text; of windows that were given, of their tokens.
+        model: Name, family, number of parameters, revision, hash of the weights, dtype.
+        device: Where it was measured.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    context_length: int
+    bos: bool
+    text: str
+    text_sha256: str
+    model: dict[str, Any]
+    device: str
+
+    def _shown(self) -> Table:
+        return Table(
+            ("perplexity", f"{self.perplexity:.4f}"),
+            [
+                ("tokens", f"{self.tokens} in {self.windows} windows of {self.context_length}"),
+                ("BOS", "with" if self.bos else "without"),
+                ("text", f"{self.text}, sha256 {self.text_sha256[:12]}"),
+                ("model", f"{self.model['name']}, {self.model['dtype']} on {self.device}"),
+            ],
+            numbers=False,
+        )
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Any,
+    texts: "Texts",
+    *,
+    context_length: int | None = None,
+    max_windows: int | None = None,
+    bos: Bos = _DEFAULT.bos,
+    progress: bool = False,
+) -> Evaluation:
+    """
+    Measure the perplexity of a model on a text, as `pho evaluate` does.
+
+    The text is joined, tokenised once and cut into windows that do not overlap; the tail is
+    dropped.
+
+    Args:
+        model, tokenizer, texts: As of ``pho.calibrate``.
+        context_length: Tokens of a window; None is 2048, or the length of windows that are given.
+        max_windows: Only the first so many; None takes all.
+        bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
+        progress: Show a bar on stderr.
+
+    Raises:
+        InvalidInput, ModelError, TextError: As of ``pho.calibrate``.
+        NumericalError: A loss is NaN or infinite.
+    """
+    loaded = opened(model, tokenizer)
+    text = measured_text(
+        loaded,
+        texts,
+        context_length=length_of(texts, context_length, _DEFAULT.context_length),
+        bos=bos,
+        max_windows=max_windows,
+    )
+    with bars(progress)("Measuring perplexity", len(text.windows)) as advance:
+        result = measure_perplexity(loaded, text.windows, advance=advance)
+    return Evaluation(
+        perplexity=result.perplexity,
+        tokens=result.tokens,
+        windows=result.windows,
+        context_length=text.windows.shape[1],
+        bos=not isinstance(texts, Tensor) and bool(loaded.window_prefix(bos)),
+        text=text.record.source,
+        text_sha256=text.record.sha256,
+        model=loaded.to_dict(),
+        device=str(loaded.device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Shown):
+    """
+    Perplexities of one model on one text: dense, the published methods, and what was found.
+
+    Attributes:
+        pattern: Of all rows.
+        rows: As `pho compare` prints them; ``pandas.DataFrame(comparison.rows)`` takes them.
+        report: The text that they were measured on.
+        model: Name, family, number of parameters, revision, hash of the weights, dtype.
+        device: Where it was measured.
+        versions: Of the packages that measured.
+    """
+
+    pattern: str
+    rows: Sequence[ComparisonRow]
+    report: dict[str, Any]
+    model: dict[str, Any]
+    device: str
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON values that `pho compare --json` prints."""
+        return asdict(self)
+
+    def _shown(self) -> Table:
+        return Table(
+            ("method", "scope", "perplexity", "sparsity", "proxy", "seconds"),
+            [
+                (
+                    row.method,
+                    row.scope,
+                    f"{row.perplexity:.3f}",
+                    f"{row.sparsity:.4%}",
+                    number(row.proxy, ".4g"),
+                    f"{row.seconds:.1f}",
+                )
+                for row in self.rows
+            ],
+            title=f"{Path(self.model['name']).name} at {self.pattern}",
+            notes=(
+                f"{self.report['windows']} windows of {self.report['context_length']} tokens of "
+                f"{self.report['source']} (sha256 {self.report['sha256'][:12]}), "
+                f"{self.model['dtype']} on {self.device}",
+            ),
+        )
+
+
+def compare(
+    model: Model,
+    tokenizer: Any,
+    pattern: str | Pattern,
+    *,
+    report: "Texts",
+    texts: "Texts | None" = None,
+    bundle: ProxyBundle | str | Path | None = None,
+    configurations: Mapping[str, Choice] | None = None,
+    scope: str | None = None,
+    samples: int = _DEFAULT.samples,
+    context_length: int | None = None,
+    seed: int = _DEFAULT.seed,
+    report_windows: int | None = None,
+    other_family: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """
+    Measure a model on one text: dense, pruned by the published methods, and as was found.
+
+    The model is left dense.
+
+    Args:
+        model, tokenizer: As of ``pho.calibrate``.
+        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        report: The text that perplexities are measured on; nothing may have been chosen on it.
+        texts: The text to calibrate on; not needed with a bundle that ``pho.calibrate`` gave.
+        bundle: Of the model, instead of calibrating anew: its windows, and those of ``report``,
+            are cut as its settings say.
+        configurations: What else to compare, by name: what ``pho.search`` found, configurations,
+            paths of config.json files.
+        scope: Of CRePE with equal coefficients: ``row``, ``layer`` or ``global``.
+        samples, context_length, seed: Of the calibration where there is no bundle, see
+            ``pho.calibrate``; for more settings, calibrate first.
+        report_windows: Only the first windows of ``report``; None takes all.
+        other_family: Compare configurations that were found on another family of models.
+        progress: Show a bar on stderr.
+
+    Raises:
+        ConfigurationError: A configuration is for another pattern, or of another family of models.
+        InvalidInput: Neither a text nor a bundle is given; or as of ``pho.calibrate``.
+        ModelError: The model has been pruned since it was calibrated.
+        BundleError: The bundle is of another model.
+        TextError: A text cannot be read, or does not fill one window.
+    """
+    asked = parsed(pattern, scope)
+    named = [(name, chosen(each)) for name, each in (configurations or {}).items()]
+    for name, each in named:
+        fitting(name, each, asked)
+    if bundle is None and texts is None:
+        raise InvalidInput(
+            "there is nothing to calibrate on. Give texts, or the bundle that pho.calibrate gave."
+        )
+    known = None if bundle is None else opened_bundle(bundle)
+    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
+    for name, each in named:
+        check_family(each, loaded, name, other_family=other_family)
+    if known is None:
+        assert texts is not None
+        known = calibrate(
+            loaded, None, texts, samples=samples, context_length=context_length, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        texts = None
+    else:
+        check_dense(loaded, known)
+        check_prefix(loaded, known)
+    windows = calibration_windows(loaded, known, texts)
+    settings = settings_of(known)
+    text = measured_text(
+        loaded,
+        report,
+        context_length=settings.context_length,
+        bos=settings.bos,
+        max_windows=report_windows,
+    )
+    rows = compare_job(
+        loaded,
+        known,
+        text,
+        asked,
+        named,
+        calibration=windows,
+        device=proxy_device(loaded),
+        progress=bars(progress),
+    )
+    return Comparison(
+        pattern=str(asked),
+        rows=rows,
+        report={
+            **text.to_dict(),
+            "context_length": text.windows.shape[1],
+            "tokens": text.windows.shape[0] * (text.windows.shape[1] - 1),
+        },
+        model=loaded.to_dict(),
+        device=str(loaded.device),
+        versions=versions("torch", "transformers"),
+    )

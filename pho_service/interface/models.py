@@ -1,0 +1,196 @@
+"""
+What the functions of the API take for a model and for what was found on one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pho_service.errors import BundleError, ConfigurationError, InvalidInput, ModelError
+from pho_service.models.bundle_file import read_bundle
+from pho_service.models.given_model import given_model
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.result import SearchResult
+from pho_service.spec.configuration import Configuration, parse_configuration, read_configuration
+from pho_service.spec.pattern import Pattern
+
+Model = PreTrainedModel | LanguageModel | str | Path
+# What a pruning is done with: what was found, in any of its forms.
+Choice = SearchResult | Configuration | dict[str, Any] | str | Path
+
+_PRUNED = 0.01  # share of the sampled weights that are zero in the model and not in its bundle
+
+
+def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
+    """
+    Take a model in memory as it is, or load one by its name.
+
+    Args:
+        model: A model of transformers, on any device; what ``load_model`` gave; or the name of
+            one: a folder, a hub id, a .gguf file.
+        tokenizer: Of the model; None takes what lies beside a model that is loaded by name.
+
+    Raises:
+        InvalidInput, ModelError, NumericalError: As of ``given_model`` and ``load_model``.
+    """
+    if isinstance(model, PreTrainedModel):
+        return given_model(model, tokenizer)
+    if isinstance(model, LanguageModel):
+        kept = model.tokenizer if tokenizer is None else tokenizer
+        # What it was may have changed since; a streamed one's weights are in its files.
+        known = model if model.stream else given_model(model.model, kept)
+        return LanguageModel(
+            name=model.name,
+            revision=model.revision,
+            model=model.model,
+            tokenizer=kept,
+            stored_dtype=model.stored_dtype,
+            linears=known.linears,
+            streamed_to=model.streamed_to,
+        )
+    if not isinstance(model, (str, Path)):
+        raise InvalidInput(
+            f"model is a {type(model).__name__}, not a model of transformers. Give a "
+            "PreTrainedModel (of a compiled or wrapped one the model inside), or its name."
+        )
+    loaded = load_model(str(model))
+    return loaded if tokenizer is None else opened(loaded, tokenizer)
+
+
+def proxy_device(model: LanguageModel | None) -> str:
+    """Where candidates are rated for a model: on its GPU if it has one."""
+    device = torch.device("cpu") if model is None else model.device
+    return str(device) if device.type == "cuda" else "cpu"
+
+
+def opened_bundle(bundle: ProxyBundle | str | Path) -> ProxyBundle:
+    """
+    Take a bundle as it is, or read one from a file of `pho calibrate`.
+
+    Raises:
+        BundleError: The file is not a bundle.
+        InvalidInput: Something else is given.
+    """
+    if isinstance(bundle, (str, Path)):
+        return read_bundle(Path(bundle).expanduser())
+    if not isinstance(bundle, ProxyBundle):
+        raise InvalidInput(
+            f"bundle is a {type(bundle).__name__}, not a bundle. Give what pho.calibrate returns, "
+            "or the path of a file of `pho calibrate`."
+        )
+    return bundle
+
+
+def check_dense(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """
+    See that a bundle was made of a model as it is.
+
+    Raises:
+        ModelError: The model has been pruned since.
+        BundleError: The bundle is of another model.
+    """
+    try:
+        bundle.check_model(model.linears)
+    except BundleError as error:
+        if _zeros(model, bundle) > _PRUNED:
+            raise ModelError(
+                f"the model {model.name} has been pruned already: {_zeros(model, bundle):.1%} of "
+                "the weights that are in its bundle are zero now. Load it again, dense; or "
+                "calibrate the pruned one to prune it further."
+            ) from error
+        raise
+
+
+def _zeros(model: LanguageModel, bundle: ProxyBundle) -> float:
+    """Share of a bundle's sampled weights that are zero in the model alone."""
+    gone = total = 0
+    for layer in bundle.layers:
+        linear = model.linears.get(layer.name)
+        if linear is None or linear.weight.shape != (layer.out_features, layer.in_features):
+            return 0.0
+        now = linear.weight[layer.row_index.to(linear.weight.device)].cpu()
+        gone += int(((now == 0) & (layer.rows != 0)).sum())
+        total += layer.rows.numel()
+    return gone / total
+
+
+def check_prefix(model: LanguageModel, bundle: ProxyBundle) -> None:
+    """
+    See that a tokenizer begins windows as that of the calibration did.
+
+    Raises:
+        ModelError: It does not: it is of another model.
+    """
+    prefix = bundle.provenance.get("prefix")
+    if model.tokenizer is None or prefix is None:
+        return
+    begins = model.window_prefix(bundle.provenance.get("settings", {}).get("bos", "auto"))
+    if begins != prefix:
+        raise ModelError(
+            f"the tokenizer begins windows with the tokens {begins}, but that of the calibration "
+            f"with {prefix}: it is of another model, or was changed. Give the one that the bundle "
+            "was made with."
+        )
+
+
+def chosen(choice: Choice) -> Configuration:
+    """
+    Take a configuration in any of its forms.
+
+    Args:
+        choice: What ``pho.search`` found, a configuration (of ``pho.configuration``, or
+            of a service's client), its JSON values, or the path of a config.json.
+
+    Raises:
+        ConfigurationError: It is broken, or of another format version.
+        InvalidInput: Something else is given.
+    """
+    found = choice.configuration if isinstance(choice, SearchResult) else choice
+    if isinstance(found, Configuration):
+        return found
+    if isinstance(found, (str, Path)):
+        return read_configuration(Path(found).expanduser())
+    if isinstance(found, dict):
+        return parse_configuration(found, "the configuration")
+    raise InvalidInput(
+        f"a {type(choice).__name__} is given for a configuration. Give what pho.search or "
+        "pho.configuration returns, or the path of a config.json."
+    )
+
+
+def parsed(pattern: str | float | Pattern, scope: str | None) -> Pattern:
+    """
+    Take a pattern in any of its forms: ``"2:4"``, ``"0.5"``, 0.5, or parsed already.
+
+    Raises:
+        InvalidInput: It is none, or a scope is given beside a parsed one.
+    """
+    if not isinstance(pattern, Pattern):
+        return Pattern.parse(str(pattern), scope)
+    if scope is not None:
+        raise InvalidInput(
+            f"scope {scope!r} is given beside a pattern that has one, {pattern.scope.value!r}. "
+            "Leave it out."
+        )
+    return pattern
+
+
+def check_family(
+    configuration: Configuration, model: LanguageModel, name: str, *, other_family: bool
+) -> None:
+    """
+    Raises:
+        ConfigurationError: A configuration was found on another family of models.
+    """
+    found_on = configuration.model
+    families = [each.get("family") for each in found_on.get("models", [found_on])]
+    known = [family for family in families if family]
+    if known and model.family not in known and not other_family:
+        raise ConfigurationError(
+            f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
+            f"family {model.family}, where it may be no better than a baseline. Search on this "
+            "model; or give other_family=True, and compare it with the baselines."
+        )

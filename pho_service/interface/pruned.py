@@ -1,0 +1,182 @@
+"""
+`pho.prune` and `pho.save`: a model pruned in memory, and written as a folder.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.host.files import check_free
+from pho_service.interface.models import (
+    Choice,
+    Model,
+    check_dense,
+    check_family,
+    check_prefix,
+    chosen,
+    opened,
+    opened_bundle,
+)
+from pho_service.interface.tables import Shown, Table
+from pho_service.interface.texts import calibration_windows
+from pho_service.models.architecture import decoder_blocks
+from pho_service.models.loading import LanguageModel
+from pho_service.models.saving import save_pruned
+from pho_service.models.weights_hash import sha256_each
+from pho_service.pipeline import prune as pipeline
+from pho_service.progress import bars
+from pho_service.pruning.bundle import ProxyBundle
+
+if TYPE_CHECKING:
+    from pho_service.interface.texts import Texts
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Pruned(Shown, pipeline.Pruned):
+    """
+    What a pruning did.
+
+    Attributes:
+        model: The pruned model: the one that was given, or the one that was loaded by its name.
+        tokenizer: Its own, if it is known.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any = None
+
+    def _shown(self) -> Table:
+        kinds: dict[str, list[float]] = {}
+        for name, sparsity in self.layers.items():
+            kinds.setdefault(name.rpartition(".")[2], []).append(sparsity)
+        configuration = self.recipe["configuration"]
+        return Table(
+            ("linears", "number", "mean sparsity", "lowest", "highest"),
+            [
+                (kind, len(each), f"{sum(each) / len(each):.2%}", f"{min(each):.2%}",
+                 f"{max(each):.2%}")
+                for kind, each in kinds.items()
+            ],
+            title=f"{self.recipe['model']['name']} pruned by {configuration['method']} at "
+            f"{configuration['pattern']}: {self.sparsity:.4%} of the weights removed",
+        )  # fmt: skip
+
+
+def prune(
+    model: Model,
+    configuration: Choice,
+    bundle: ProxyBundle | str | Path,
+    *,
+    texts: "Texts | None" = None,
+    tokenizer: Any = None,
+    other_family: bool = False,
+    progress: bool = False,
+) -> Pruned:
+    """
+    Prune a model in place: weights that are removed become exact zeros.
+
+    If anything goes wrong, also in the middle, the model is left dense. For that a copy of its
+    blocks is held in main memory meanwhile.
+
+    Args:
+        model: In memory and dense; or its name, which is loaded: see ``model`` of the result.
+        configuration: What ``pho.search`` found, a configuration, or the path of a config.json.
+        bundle: Of this model: what ``pho.calibrate`` gave, or the path of its file.
+        texts: The calibration's text, for configurations that update weights, re-prune or permute
+            by error; not needed with the bundle that ``pho.calibrate`` gave.
+        tokenizer: That of the model, for ``texts``; not needed with such a bundle either.
+        other_family: Prune with a configuration that was found on another family of models.
+        progress: Show a bar on stderr.
+
+    Raises:
+        ModelError: The model has been pruned already, or the tokenizer is of another model.
+        BundleError: The bundle is of another model.
+        ConfigurationError: The configuration is broken, or of another family of models.
+        InvalidInput: The pattern does not fit the model, or a text is missing; or the model is in
+            training mode, has hooks or adapters, or is quantised.
+        NumericalError: A score is NaN, or a second moment cannot be inverted.
+    """
+    found = chosen(configuration)
+    taken = opened_bundle(bundle)
+    loaded = opened(model, tokenizer or getattr(taken, "tokenizer", None))
+    check_family(found, loaded, "the configuration", other_family=other_family)
+    check_dense(loaded, taken)
+    pattern = found.candidate().pattern
+    for name, linear in loaded.linears.items():
+        pattern.check_width(linear.weight.shape[1], name)
+    if texts is not None:
+        check_prefix(loaded, taken)
+    windows = calibration_windows(loaded, taken, texts)
+    with _dense_if_it_fails(loaded):
+        done = pipeline.prune_in_place(
+            loaded, taken, found, calibration=windows, progress=bars(progress)
+        )
+    parts = {part.name: getattr(done, part.name) for part in fields(done)}
+    return Pruned(**parts, model=loaded.model, tokenizer=loaded.tokenizer)
+
+
+@contextmanager
+def _dense_if_it_fails(model: LanguageModel) -> Iterator[None]:
+    """Put the weights of all blocks back if anything is raised inside."""
+    parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
+    dense = [p.data if model.stream else p.data.to("cpu", copy=True) for p in parameters]
+    try:
+        yield
+    except BaseException:
+        for parameter, data in zip(parameters, dense, strict=True):
+            if model.stream:
+                parameter.data = data
+            else:
+                parameter.data.copy_(data)
+        raise
+
+
+def save(
+    model: PreTrainedModel, tokenizer: Any, pruned: pipeline.Pruned, folder: str | Path
+) -> None:
+    """
+    Write a pruned model as `pho prune` writes it: a Hugging Face folder with masks and recipe.
+
+    Args:
+        model: That was pruned, and not changed since.
+        tokenizer: Its own.
+        pruned: What :func:`prune` gave.
+        folder: New or empty.
+
+    Raises:
+        InvalidInput: There is no tokenizer, or ``model`` is not in memory.
+        ModelError: Its weights are not those that the pruning left.
+        OutputError: The folder is in use, or cannot be written.
+    """
+    path = Path(folder)
+    check_free(path)
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidInput(
+            f"model is a {type(model).__name__}, but the pruned model in memory is saved: the one "
+            "that was given to pho.prune, or the `model` of its result."
+        )
+    if tokenizer is None:
+        raise InvalidInput(
+            "no tokenizer is given, and the folder would be of no use without. Give the model's "
+            "own."
+        )
+    loaded = opened(model, tokenizer)
+    layers = pruned.recipe["layers"]
+    if list(loaded.linears) != list(layers):
+        raise ModelError(
+            f"the model {loaded.name} has other linears than the one that was pruned, "
+            f"{pruned.recipe['model']['name']}. Give the model that pho.prune was given."
+        )
+    weights = sha256_each(linear.weight for linear in loaded.linears.values())
+    for (name, layer), sha256 in zip(layers.items(), weights, strict=True):
+        if sha256 != layer["weights_sha256"]:
+            raise ModelError(
+                f"the weights of {name} are not those that the pruning left, so the recipe would "
+                "not be true. Save a model right after it was pruned; one that was trained or "
+                "cast since is saved with its own save_pretrained."
+            )
+    save_pruned(loaded, path, pruned.masks.items(), pruned.recipe)

@@ -1,0 +1,80 @@
+"""A model in memory, its tokenizer, and texts as strings."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+import pho_service as pho
+from pho_service.spec.configuration import Configuration, parse_configuration
+from pho_service.spec.steps import Steps
+
+SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
+
+
+@pytest.fixture
+def sentences(texts: dict[str, Path]) -> dict[str, list[str]]:
+    """The documents of ``texts``, in memory."""
+    return {
+        name: [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for name, path in texts.items()
+    }
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path) -> Any:
+    """That of ``tiny_llama``."""
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def bundle(tiny_llama: PreTrainedModel, tokenizer: Any, texts: dict[str, Path]) -> Any:
+    """Of ``tiny_llama``."""
+    return pho.calibrate(tiny_llama, tokenizer, texts["calibration"], **SMALL)
+
+
+@pytest.fixture
+def weights(tiny_llama: PreTrainedModel) -> Callable[[], bool]:
+    """Whether ``tiny_llama`` still has the weights that it began with."""
+    before = copy.deepcopy(tiny_llama.state_dict())
+
+    def same() -> bool:
+        now = tiny_llama.state_dict()
+        return all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+    return same
+
+
+@pytest.fixture
+def with_steps() -> Callable[[Steps], Configuration]:
+    """A configuration at 50 %, with these steps beside the score."""
+
+    def make(steps: Steps) -> Configuration:
+        return parse_configuration(
+            {
+                "format": "pho-configuration",
+                "version": 2,
+                "method": "crepe",
+                "coefficients": {
+                    "row": 0.3, "column": 0.3, "neighbourhood": 0.4, "kernel_size": 3,
+                    "activation_exponent": 0.6,
+                },
+                "steps": steps.to_dict(),
+                "pattern": "0.5",
+                "scope": "layer",
+            },
+            "the test",
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def configuration(with_steps: Callable[[Steps], Configuration]) -> Configuration:
+    """A configuration at 50 %, the score alone."""
+    return with_steps(Steps())

@@ -1,0 +1,173 @@
+"""What the API takes for models and texts, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import pho_service as pho
+from pho_service.errors import BundleError, InvalidInput, ModelError, NumericalError, TextError
+
+SMALL = {"samples": 6, "context_length": 32, "rows_per_layer": 4, "kernel_sizes": (3, 5)}
+
+
+def test_texts_are_the_same(
+    tiny_llama: PreTrainedModel,
+    tokenizer: Any,
+    bundle: Any,
+    texts: dict[str, Path],
+    sentences: dict[str, list[str]],
+) -> None:
+    """A path, a list of strings and data sets of the same documents give the same bundle."""
+    documents = sentences["calibration"]
+    rows = datasets.Dataset.from_dict({"text": documents, "other": documents})
+    for given in (str(texts["calibration"]), documents, rows, rows.to_iterable_dataset()):
+        made = pho.calibrate(tiny_llama, tokenizer, given, **SMALL)
+
+        assert made.key == bundle.key
+        assert made.contents_sha256 == bundle.contents_sha256
+
+
+def test_models_are_the_same(
+    bundle: Any, model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder gives the bundle of the model in memory, with or without a tokenizer of its own."""
+    made = pho.calibrate(model_folder, None, texts["calibration"], **SMALL)
+    opened = pho.load_model(str(model_folder), device="cpu")
+    again = pho.calibrate(opened, None, texts["calibration"], **SMALL)
+    again.write(tmp_path / "bundle.safetensors")
+
+    assert made.key == again.key == bundle.key
+    assert pho.read_bundle(tmp_path / "bundle.safetensors").contents_sha256 == made.contents_sha256
+    assert made.provenance["model"]["name"] == str(model_folder)
+    assert bundle.provenance["model"]["name"] == "LlamaForCausalLM"
+
+
+def test_windows(tiny_llama: PreTrainedModel, windows: Tensor) -> None:
+    """Token windows need no tokenizer, have their own length, and are taken in their order."""
+    bundle = pho.calibrate(tiny_llama, None, windows, samples=4, rows_per_layer=4)
+    measured = pho.evaluate(tiny_llama, None, windows)
+
+    assert torch.equal(bundle.text.calibration, windows[:4])
+    assert torch.equal(bundle.text.beside, windows[4:])
+    assert (measured.windows, measured.context_length, measured.tokens) == (6, 24, 6 * 23)
+    assert not measured.bos
+
+
+def test_model_stays(tiny_llama: PreTrainedModel, weights: Callable[[], bool], bundle: Any) -> None:
+    """Calibration changes no weight, leaves no gradient and no hook, and keeps what needs one."""
+    assert bundle
+    assert weights()
+    assert all(p.grad is None and p.requires_grad for p in tiny_llama.parameters())
+    assert not any(m._forward_hooks or m.training for m in tiny_llama.modules())
+
+
+def spoil(model: PreTrainedModel, how: str) -> None:
+    """Make a model one that cannot be taken as it is."""
+    mlp = model.model.layers[0].mlp
+    if how == "in training":
+        model.model.layers[1].train()
+    elif how == "hooked":
+        mlp.register_forward_hook(lambda *_: None)
+    elif how == "quantised":
+        model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    elif how == "of bytes":
+        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.to(torch.int8), requires_grad=False)
+    elif how == "parametrised":
+        nn.utils.parametrizations.weight_norm(mlp.up_proj)
+        model.eval()
+    elif how == "adapted":
+        model._hf_peft_config_loaded = True
+    elif how == "offloaded":
+        mlp.to("meta")
+    elif how == "damaged":
+        mlp.up_proj.weight.data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("in training", InvalidInput, r"training mode \(model.layers.1\).*model.eval"),
+        ("hooked", InvalidInput, r"hooks \(model.layers.0.mlp\)"),
+        ("quantised", InvalidInput, "quantised already"),
+        ("of bytes", InvalidInput, "up_proj, of torch.int8"),
+        ("parametrised", InvalidInput, r"parametrised weights \(model.layers.0.mlp.up_proj\)"),
+        ("adapted", InvalidInput, "adapters.*merge_and_unload"),
+        ("offloaded", InvalidInput, "device meta"),
+        ("damaged", NumericalError, "NaN or infinite"),
+    ],
+)
+def test_bad_models(
+    tiny_llama: PreTrainedModel, windows: Tensor, how: str, kind: type[Exception], said: str
+) -> None:
+    """A model that cannot be taken as it is, is refused by name, with the way out."""
+    spoil(tiny_llama, how)
+
+    with pytest.raises(kind, match=said):
+        pho.evaluate(tiny_llama, None, windows)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [(nn.Linear(2, 2), "a Linear, not a model"), (3, "an int|a int")]
+)
+def test_no_models(windows: Tensor, model: Any, said: str) -> None:
+    """What is not a model of transformers, or its name, is refused."""
+    with pytest.raises(InvalidInput, match=said):
+        pho.evaluate(model, None, windows)
+
+
+def test_bad_texts(tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor) -> None:
+    """Each text that cannot be taken is refused, and says what it is."""
+
+    def calibrate(texts: Any, **settings: Any) -> None:
+        pho.calibrate(tiny_llama, tokenizer, texts, **settings)
+
+    with pytest.raises(TextError, match="do not fill one window of 64"):
+        calibrate(["the model"], context_length=64)
+    with pytest.raises(TextError, match="a text in memory is empty"):
+        calibrate([])
+    with pytest.raises(TextError, match=r"no column 'text', only words.*rename_column"):
+        calibrate(datasets.Dataset.from_dict({"words": ["a"]}))
+    with pytest.raises(TextError, match="holds a int"):
+        calibrate(datasets.Dataset.from_dict({"text": [1]}))
+    with pytest.raises(InvalidInput, match="texts is a list, which is not a text"):
+        calibrate([1, 2])
+    with pytest.raises(InvalidInput, match=r"windows are \(windows, context_length\)"):
+        calibrate(windows[0])
+    with pytest.raises(TextError, match="at least one of 8"):
+        calibrate(windows[:, :4])
+    with pytest.raises(InvalidInput, match="have 24 tokens each, but context_length=32"):
+        calibrate(windows, context_length=32)
+    with pytest.raises(InvalidInput, match="Put BOS into them"):
+        calibrate(windows, bos="always")
+
+
+def test_other_tokenizer(
+    tiny_llama: PreTrainedModel, tokenizer: Any, windows: Tensor, bos_folder: Path, bundle: Any
+) -> None:
+    """A tokenizer of tokens that the model does not know, or that begins otherwise, is refused."""
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_layer=1, n_head=1, n_embd=16)).eval()
+    with pytest.raises(ModelError, match="tokenizer is of another model"):
+        pho.evaluate(small, tokenizer, ["a model prune study rank value"], context_length=8)
+    with pytest.raises(TextError, match=r"not in 0..19.*another model"):
+        pho.evaluate(small, None, windows)
+    with pytest.raises(InvalidInput, match="tokenizer is a str, not a tokenizer"):
+        pho.evaluate(tiny_llama, "gpt2", windows)
+    with pytest.raises(InvalidInput, match="but no tokenizer"):
+        pho.evaluate(tiny_llama, None, ["a model"], context_length=8)
+    other = pho.load_model(str(bos_folder), device="cpu").tokenizer
+    with pytest.raises(ModelError, match=r"begins windows with the tokens \[1\], but.*\[\]"):
+        pho.compare(tiny_llama, other, "0.5", bundle=bundle, report=windows)
+
+
+def test_bad_bundle(tiny_llama: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    """What is not a bundle is refused."""
+    with pytest.raises(InvalidInput, match="bundle is a dict, not a bundle"):
+        pho.compare(tiny_llama, None, "0.5", bundle={}, report=windows)
+    with pytest.raises(BundleError, match="does not exist"):
+        pho.compare(tiny_llama, None, "0.5", bundle=tmp_path / "no.safetensors", report=windows)

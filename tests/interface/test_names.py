@@ -1,0 +1,45 @@
+"""The public names: what `import pho_service` offers, and what it loads."""
+
+import subprocess
+import sys
+
+import pytest
+
+import pho_service as pho
+
+NAMES = {
+    "Client", "Configuration", "Pattern", "PhoError", "calibrate", "compare", "evaluate",
+    "load_model", "prune", "read_bundle", "read_configuration", "save", "write_configuration",
+}  # fmt: skip
+
+
+def test_all() -> None:
+    """These names are public, each is there, and each says what it is."""
+    assert set(pho.__all__) == NAMES
+    assert [*pho.__all__] == sorted(pho.__all__)
+    assert set(dir(pho)) >= NAMES
+    assert all(getattr(pho, name).__doc__ for name in NAMES)
+
+
+def test_import_is_light() -> None:
+    """To import the package loads nothing that takes time; a name loads what it needs."""
+    code = """
+import sys
+import pho_service as pho
+light = {m.partition(".")[0] for m in sys.modules}
+pho.Pattern, pho.Configuration, pho.Client
+lighter = {m.partition(".")[0] for m in sys.modules}
+print(*(light & {"torch", "transformers", "optuna", "numpy", "pydantic", "httpx"}), "|")
+print(*(lighter & {"torch", "transformers", "datasets"}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert result.stdout.split() == ["|"]
+
+
+def test_unknown_name() -> None:
+    """A name that is not there is an AttributeError, as of any module."""
+    with pytest.raises(AttributeError, match="has no attribute 'calibrat'"):
+        getattr(pho, "calibrat")  # noqa: B009 - a name that is not there

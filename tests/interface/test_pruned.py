@@ -1,0 +1,184 @@
+"""Models pruned in memory: in place, whole or not at all, and saved as `pho prune` does."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import pho_service as pho
+from pho_service.cli import main
+from pho_service.errors import (
+    BundleError,
+    ConfigurationError,
+    InvalidInput,
+    ModelError,
+    NumericalError,
+    OutputError,
+)
+from pho_service.pipeline import prune as pipeline
+from pho_service.spec.steps import Steps
+
+
+@pytest.mark.parametrize("steps", [Steps(), Steps(repruning="swaps", update="least-squares")])
+def test_as_pho_prune(
+    model_folder: Path,
+    texts: dict[str, Path],
+    with_steps: Callable[[Steps], pho.Configuration],
+    steps: Steps,
+    tmp_path: Path,
+) -> None:
+    """The folder that is saved of a model in memory has the bytes that `pho prune` writes."""
+    path = tmp_path / "config.json"
+    pho.write_configuration(with_steps(steps), path)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    bundle = pho.calibrate(
+        model, tokenizer, texts["calibration"], samples=6, context_length=32, rows_per_layer=4
+    )
+    pruned = pho.prune(model, path, bundle)
+    pho.save(model, tokenizer, pruned, tmp_path / "mine")
+    result = CliRunner().invoke(
+        main,
+        [str(word) for word in (
+            "prune", model_folder, "--config", path, "--out", tmp_path / "theirs",
+            "--text", texts["calibration"], "--samples", 6, "--context-length", 32,
+            "--rows-per-layer", 4, "--device", "cpu",
+        )],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    written = [p.relative_to(tmp_path / "mine") for p in (tmp_path / "mine").rglob("*.*")]
+
+    assert Path("pruning/masks.safetensors") in written
+    assert all(
+        (tmp_path / "mine" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+        for name in written
+        if (tmp_path / "mine" / name).is_file()
+    )
+
+
+def test_in_place(
+    tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
+) -> None:
+    """The model that was given has the zeros; masks, layers and sparsity say where."""
+    pruned = pho.prune(tiny_llama, configuration, bundle)
+    up = "model.layers.0.mlp.up_proj"
+    weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+
+    assert pruned.model is tiny_llama
+    assert pruned.sparsity == pytest.approx(0.5)
+    assert torch.equal(pruned.masks[up].keep, weight != 0)
+    assert pruned.masks[up].bits.dtype is torch.uint8
+    assert pruned.layers[up] == float((weight == 0).float().mean())
+    assert not weights()
+    assert "up_proj" in repr(pruned)
+
+
+def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any) -> None:
+    """A folder is loaded, pruned and given back; the text is cut with its own tokenizer."""
+    bundle = pho.calibrate(model_folder, None, texts["calibration"], samples=6, context_length=32)
+    pruned = pho.prune(model_folder, configuration, bundle)
+
+    assert pruned.tokenizer is not None
+    assert pruned.model.model.layers[0].mlp.up_proj.weight.count_nonzero() < 64 * 32
+
+
+def test_twice(tiny_llama: Any, bundle: Any, configuration: Any) -> None:
+    """A second pruning of one model is refused by name, and changes nothing."""
+    pho.prune(tiny_llama, configuration, bundle)
+    once = copy.deepcopy(tiny_llama.state_dict())
+    with pytest.raises(ModelError, match=r"has been pruned already: 4\d\.\d%"):
+        pho.prune(tiny_llama, configuration, bundle)
+
+    assert all(torch.equal(once[name], tensor) for name, tensor in tiny_llama.state_dict().items())
+
+
+def test_bundle_from_a_file(
+    tiny_llama: Any, tokenizer: Any, bundle: Any, texts: dict[str, Path],
+    with_steps: Callable[[Steps], pho.Configuration], weights: Callable[[], bool], tmp_path: Path,
+) -> None:  # fmt: skip
+    """A bundle from a file has no windows: a configuration that needs a text asks for it."""
+    bundle.write(tmp_path / "b.safetensors")
+    updating = with_steps(Steps(update="obs"))
+    with pytest.raises(InvalidInput, match="need a calibration text"):
+        pho.prune(tiny_llama, updating, tmp_path / "b.safetensors")
+    with pytest.raises(InvalidInput, match="but no tokenizer"):
+        pho.prune(tiny_llama, updating, tmp_path / "b.safetensors", texts=texts["calibration"])
+    assert weights()
+    other = copy.deepcopy(tiny_llama)
+    pho.prune(
+        tiny_llama, updating, str(tmp_path / "b.safetensors"), texts=texts["calibration"],
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    pho.prune(other, updating, bundle)
+
+    assert all(
+        torch.equal(other.state_dict()[name], tensor)
+        for name, tensor in tiny_llama.state_dict().items()
+    )
+
+
+def test_failure_leaves_it_dense(
+    tiny_llama: Any,
+    bundle: Any,
+    configuration: Any,
+    weights: Callable[[], bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes wrong in the middle leaves no weight changed."""
+
+    def breaks(*_: object) -> None:
+        assert not weights()
+        raise NumericalError("too late")
+
+    monkeypatch.setattr(pipeline, "_fold", breaks)
+    with pytest.raises(NumericalError, match="too late"):
+        pho.prune(tiny_llama, configuration, bundle)
+
+    assert weights()
+
+
+def test_refused(
+    tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
+) -> None:
+    """Another family, another model, an N:M that does not fit: named, and nothing is changed."""
+    elsewhere = configuration.model_copy(update={"model": {"family": "gpt2"}})
+    with pytest.raises(ConfigurationError, match=r"found on gpt2, but .* of the family llama"):
+        pho.prune(tiny_llama, elsewhere, bundle)
+    odd = configuration.model_copy(update={"pattern": "1:3", "scope": "row"})
+    with pytest.raises(InvalidInput, match="not a multiple of M=3"):
+        pho.prune(tiny_llama, odd, bundle)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=1, n_head=1, n_embd=16)).eval()
+    with pytest.raises(BundleError, match="of another model"):
+        pho.prune(gpt2, configuration, bundle)
+    assert weights()
+
+    assert pho.prune(tiny_llama, elsewhere, bundle, other_family=True).sparsity > 0.49
+
+
+def test_bad_saves(tiny_llama: Any, tokenizer: Any, bundle: Any, configuration: Any,
+                   tmp_path: Path) -> None:  # fmt: skip
+    """Only the model that was pruned is saved, as it was left, into a folder of its own."""
+    dense = copy.deepcopy(tiny_llama)
+    pruned = pho.prune(tiny_llama, configuration, bundle)
+    folder = tmp_path / "out"
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=1, n_head=1, n_embd=16)).eval()
+    for model, given, kind, said in (
+        (dense, tokenizer, ModelError, "q_proj are not those that the pruning left"),
+        (gpt2, tokenizer, ModelError, "other linears"),
+        (tiny_llama, None, InvalidInput, "no tokenizer"),
+        ("folder", tokenizer, InvalidInput, "model is a str"),
+    ):
+        with pytest.raises(kind, match=said):
+            pho.save(model, given, pruned, folder)
+        assert not folder.exists()
+    pho.save(tiny_llama, tokenizer, pruned, folder)
+    with pytest.raises(OutputError, match="in use"):
+        pho.save(tiny_llama, tokenizer, pruned, folder)
+
+    assert json.loads((folder / "pruning.json").read_text())["sparsity"] == pruned.sparsity
