@@ -9,7 +9,7 @@ from pathlib import Path
 
 from local_service import write_text, write_tiny_model
 
-from storage.jobs import Job
+from storage.records import Job
 from storage.states import StageKind
 
 MODEL, TEXT = "changing", "changing.txt"

@@ -44,8 +44,9 @@ from pho_service.api.answers import OVER
 from pho_service.api.answers import Job as Answer
 from pho_service.spec.job import JobSpec
 from storage.database import Database
-from storage.jobs import Job, JobStore, NoSuchJob
+from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import Job, NoSuchJob
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
 from storage.tables import configurations, stages

@@ -5,6 +5,9 @@ Documents are JSON and not JSONB where the order of their keys must be kept: a
 configuration comes out as it went in, byte for byte.
 """
 
+from enum import StrEnum
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -20,11 +23,14 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     Uuid,
     func,
     text,
 )
+
+from storage.states import JobState, StageKind, StageState
 
 SCHEMA = "pho"
 READER = "pho_reader"  # the role that reads studies, and nothing else
@@ -38,6 +44,22 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     },
 )
+
+
+class _Word(TypeDecorator[StrEnum]):
+    """A member of an enumeration, stored as its text."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_result_value(self, value: str | None, dialect: Any) -> StrEnum | None:  # noqa: ARG002
+        """The member; None for NULL."""
+        return None if value is None else self.words(value)
+
 
 _utc = DateTime(timezone=True)
 _now = func.now()
@@ -62,8 +84,8 @@ jobs = Table(
     Column("owner_id", Uuid, ForeignKey("pho.keys.id")),  # null: submitted without a key
     Column("name", Text, nullable=False),  # also of its studies
     Column("spec", JSON, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("stage", Text),
+    Column("state", _Word(JobState), nullable=False),
+    Column("stage", _Word(StageKind)),
     Column("priority", Integer, nullable=False),
     Column("trials", Integer, nullable=False),  # of each island; grows when a job is extended
     Column("max_attempts", Integer, nullable=False),  # of each stage
@@ -100,9 +122,9 @@ stages = Table(
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("job_id", Uuid, ForeignKey("pho.jobs.id", ondelete="CASCADE"), nullable=False),
-    Column("kind", Text, nullable=False),
+    Column("kind", _Word(StageKind), nullable=False),
     Column("number", Integer, nullable=False),  # island of a search, trial of a perplexity
-    Column("state", Text, nullable=False),
+    Column("state", _Word(StageState), nullable=False),
     Column("attempt", Integer, nullable=False, server_default="0"),  # fences every write
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("queue_id", BigInteger),  # the only queue entry that may run it

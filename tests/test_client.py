@@ -24,8 +24,9 @@ from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from storage.database import Database
-from storage.jobs import Claim, JobStore, NewStage
+from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage
 from storage.tables import stages

@@ -13,7 +13,8 @@ from pho_service.models.calibration import CalibrationText, cut, measure_shard
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
-from storage.jobs import Claim, JobStore, NewStage
+from storage.jobs import JobStore
+from storage.records import Claim, NewStage
 from storage.states import StageKind, StageState
 from workers.inputs import Inputs
 from workers.seal import Seal

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from storage.jobs import Claim, JobStore, LostClaim
+from storage.jobs import JobStore
+from storage.records import Claim, LostClaim
 from storage.studies import StorageError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from pho_service.search.plan import Evaluate, Outcome, SearchPlan
 from pho_service.search.search import run_search
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
-from storage.jobs import Claim, JobStore
+from storage.jobs import JobStore
+from storage.records import Claim
 from workers.watch import HandBack, Watch
 
 

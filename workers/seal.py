@@ -11,7 +11,7 @@ from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.weights_hash import SCHEME
 from pho_service.pipeline.rating import ReportText, windows_key
-from storage.jobs import Job
+from storage.records import Job
 from storage.states import StageKind
 
 

@@ -39,7 +39,8 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.steps import Steps
 from storage.database import Database
-from storage.jobs import Claim, Job, JobStore, NewStage
+from storage.jobs import JobStore
+from storage.records import Claim, Job, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage, open_study, study_name
 from workers.board import confirmed_plot, error_plot, show_result, show_search

@@ -13,7 +13,8 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.transfer import Target, Transfer, own_search, transfer_job
 from pho_service.search.request import SearchRequest
 from pho_service.spec.transfer import TransferSpec
-from storage.jobs import Claim, Job, JobStore
+from storage.jobs import JobStore
+from storage.records import Claim, Job
 from storage.states import StageKind
 from workers.inputs import Inputs
 from workers.seal import Seal

@@ -14,7 +14,7 @@ from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
 from storage.configurations import ConfigurationStore
 from storage.database import Database
-from storage.jobs import Job
+from storage.records import Job
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pho_service.progress import Advance
-from storage.jobs import Claim, JobStore
+from storage.jobs import JobStore
+from storage.records import Claim
 from storage.studies import DatabaseGone
 
 logger = logging.getLogger(__name__)

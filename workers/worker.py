@@ -42,9 +42,10 @@ from pho_service.host.logs import about
 from pho_service.host.settings import Settings
 from pho_service.host.tracing import span
 from storage.database import Database
-from storage.jobs import Claim, JobStore, LostClaim
+from storage.jobs import JobStore
 from storage.locks import taking_turns
 from storage.queue import TASK
+from storage.records import Claim, LostClaim
 from storage.states import StageKind
 from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore

@@ -11,7 +11,7 @@ from pho_service.api.describe import describe, failure, is_transfer, study_names
 from pho_service.library.files import TransferTarget
 from pho_service.library.ranking import measured_gain, transferred_gain
 from pho_service.spec.configuration import Configuration
-from storage import jobs as stored
+from storage import records as stored
 from storage.states import VERBS, StageKind
 
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that

@@ -6,7 +6,7 @@ from typing import Any
 
 from pho_service.api.answers import Best, Job, JobError, Progress, ProxyQuality
 from pho_service.api.problems import Conflict
-from storage import jobs as stored
+from storage import records as stored
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
 

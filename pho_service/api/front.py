@@ -26,7 +26,7 @@ from pho_service.api.pages import draw
 from pho_service.api.problems import TOO_MANY_JOBS, wrong_parameter
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
-from storage.jobs import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
+from storage.records import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
 from storage.studies import study_ids
 
 router = APIRouter(include_in_schema=False)

@@ -24,7 +24,7 @@ from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.spec.fields import MAX_TRIALS
 from pho_service.spec.job import JobSpec
-from storage import jobs as stored
+from storage import records as stored
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone, open_storage, study_name
 from storage.trials import read_trials

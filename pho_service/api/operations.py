@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from pho_service.api.answers import Health, Worker, WorkerList
 from pho_service.api.problems import documented, problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from storage.jobs import NoSuchJob
+from storage.records import NoSuchJob
 from storage.states import JobState, StageKind, StageState
 
 router = APIRouter(tags=["operations"])

@@ -21,7 +21,7 @@ from pho_service.host.logs import request_id
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 from storage.configurations import NoSuchConfiguration
-from storage.jobs import (
+from storage.records import (
     IdempotencyKeyReused,
     NoSuchJob,
     StateConflict,

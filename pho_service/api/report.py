@@ -20,7 +20,7 @@ from pho_service.report.study import MeasuredTrials, importances, trials_of, wit
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import TransferSpec
-from storage import jobs as stored
+from storage import records as stored
 from storage.states import StageKind, StageState
 from storage.trials import read_trials
 

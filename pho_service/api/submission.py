@@ -7,7 +7,8 @@ from uuid import UUID
 from pho_service.host.settings import Settings
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import TransferSpec
-from storage.jobs import Job, JobStore, NewStage
+from storage.jobs import JobStore
+from storage.records import Job, NewStage
 from storage.states import StageKind
 
 

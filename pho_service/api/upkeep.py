@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.jobs import forget
 from pho_service.api.service import Service
-from storage.jobs import NoSuchJob, StateConflict
+from storage.records import NoSuchJob, StateConflict
 from storage.studies import StorageError
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from pho_service.api.app import create_app
 from pho_service.host.settings import Settings, read_settings
 from pho_service.spec.configuration import Configuration
 from storage.database import Database
-from storage.jobs import Claim, JobStore, NewStage
+from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import Claim, NewStage
 from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import stages

@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
-from storage.jobs import NewStage
+from storage.records import NewStage
 from storage.states import JobState, StageKind
 
 Submit = Callable[..., dict[str, Any]]

@@ -20,8 +20,8 @@ from pho_service.api.service import Caller
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
 from pho_service.spec.limits import JobLimits
-from storage.jobs import TooManyTrials
 from storage.keys import KeyStore
+from storage.records import TooManyTrials
 from storage.states import JobState
 
 Refusal = Callable[..., dict[str, Any]]

@@ -21,8 +21,9 @@ from pho_service.client import Client
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.job import JobSpec
 from storage.database import Database
-from storage.jobs import Claim, JobStore, NewStage
+from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.tables import stages
 

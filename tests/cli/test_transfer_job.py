@@ -12,7 +12,8 @@ from sqlalchemy import select
 from pho_service.client import Client
 from pho_service.spec.configuration import Configuration
 from storage.database import Database
-from storage.jobs import Claim, JobStore, NewStage
+from storage.jobs import JobStore
+from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.tables import stages
 

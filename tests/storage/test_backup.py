@@ -11,8 +11,9 @@ from sqlalchemy import text
 from storage.backup import back_up, restore
 from storage.configurations import ConfigurationStore
 from storage.database import SCHEMAS, Database
-from storage.jobs import JobStore, NewStage
+from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import NewStage
 from storage.states import StageKind
 from storage.studies import StorageError, open_storage, open_study
 

@@ -16,8 +16,9 @@ import pytest
 import storage.database
 from storage.database import Database, DatabaseGone
 from storage.embedded import embedded_postgresql, running_url
-from storage.jobs import JobStore, NewStage
+from storage.jobs import JobStore
 from storage.postmaster import Postmaster
+from storage.records import NewStage
 from storage.states import StageKind
 from storage.studies import StorageError, open_storage
 
@@ -519,7 +520,7 @@ def run(code: str) -> subprocess.Popen[str]:
         "import sys, time\nfrom pathlib import Path\n"
         "from storage.database import Database\n"
         "from storage.embedded import embedded_postgresql\n"
-        "from storage.jobs import JobStore, NewStage\n"
+        "from storage.jobs import JobStore\nfrom storage.records import NewStage\n"
         "from storage.states import StageKind\n"
         "def submit(database):\n"
         "    first = NewStage(kind=StageKind.CALIBRATE)\n"

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, delete, event, func, select, text, update
 
-import storage.jobs
+import storage.rows
 from storage.database import Database, DatabaseGone
-from storage.jobs import (
+from storage.jobs import JobStore
+from storage.keys import KeyStore
+from storage.queue import enqueue
+from storage.records import (
     Claim,
     IdempotencyKeyReused,
     Job,
-    JobStore,
     LostClaim,
     NewStage,
     NoSuchJob,
@@ -25,8 +27,6 @@ from storage.jobs import (
     TooManyJobs,
     TooManyTrials,
 )
-from storage.keys import KeyStore
-from storage.queue import enqueue
 from storage.states import JobState, StageKind, StageState
 from storage.tables import events, jobs, keys, stages, workers
 
@@ -343,7 +343,7 @@ class TestSubmit:
                 counted.wait(1)
             return enqueue(*args, **kwargs)
 
-        monkeypatch.setattr(storage.jobs, "enqueue", enqueue_after_both)
+        monkeypatch.setattr(storage.rows, "enqueue", enqueue_after_both)
         answers = together(*[lambda: submit_any(store, max_unfinished=1)] * 2)
 
         assert [type(a) for a in answers].count(TooManyJobs) == 1
@@ -361,7 +361,7 @@ class TestSubmit:
             raise RuntimeError("broken")
 
         before = everything(store)
-        monkeypatch.setattr(storage.jobs, "enqueue", broken)
+        monkeypatch.setattr(storage.rows, "enqueue", broken)
         with pytest.raises(RuntimeError, match="broken"):
             submit(store)
 
@@ -378,7 +378,7 @@ class TestSubmit:
             return number
 
         before = everything(store)
-        monkeypatch.setattr(storage.jobs, "enqueue", cut)
+        monkeypatch.setattr(storage.rows, "enqueue", cut)
         with pytest.raises(DatabaseGone):
             submit(store)
 
@@ -394,7 +394,7 @@ class TestSubmit:
             return number
 
         before = everything(store)
-        monkeypatch.setattr(storage.jobs, "enqueue", look)
+        monkeypatch.setattr(storage.rows, "enqueue", look)
         submit(store)
 
         assert seen == [before]

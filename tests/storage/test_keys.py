@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import delete, select, update
 
 from storage.database import Database
-from storage.jobs import JobStore, NewStage
+from storage.jobs import JobStore
 from storage.keys import KeyStore, NoSuchKey
+from storage.records import NewStage
 from storage.states import StageKind
 from storage.tables import jobs, keys
 

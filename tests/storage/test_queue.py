@@ -13,8 +13,9 @@ from sqlalchemy import delete, func, select, text
 from sqlalchemy.engine import URL, make_url
 
 from storage.database import Database
-from storage.jobs import Claim, JobStore, LostClaim, NewStage, StateConflict
+from storage.jobs import JobStore
 from storage.queue import TASK, enqueue
+from storage.records import Claim, LostClaim, NewStage, StateConflict
 from storage.states import JobState, StageKind, StageState
 from storage.studies import StorageError
 from storage.tables import jobs

@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import select, update
 
 from storage.database import Database
-from storage.jobs import JobStore, NewStage, StateConflict
+from storage.jobs import JobStore
+from storage.records import NewStage, StateConflict
 from storage.states import VERBS, JobState, StageKind, StageState, settled
 from storage.tables import events, jobs, stages
 

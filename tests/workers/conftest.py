@@ -38,7 +38,8 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.transfer import TransferSpec
 from storage.database import Database
-from storage.jobs import Job, JobStore
+from storage.jobs import JobStore
+from storage.records import Job
 from storage.states import JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers

@@ -17,7 +17,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.overlap import apart
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.spec.transfer import TransferRequest, TransferSpec
-from storage.jobs import LostClaim
+from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.tables import stages
 from workers import stages as stages_module

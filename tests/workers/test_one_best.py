@@ -11,7 +11,7 @@ from pho_service.report.data import Report
 from pho_service.report.study import trials_of
 from pho_service.search.result import chosen_in
 from pho_service.spec.configuration import Configuration
-from storage.jobs import Job
+from storage.records import Job
 from storage.states import StageKind
 from storage.studies import open_storage, study_name
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from storage.jobs import LostClaim
+from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone
 from workers.watch import HandBack, Watch

@@ -1,0 +1,508 @@
+"""
+The workers' half of the store of jobs: taking stages, and storing what they gave.
+
+Each method is one transaction; :mod:`storage.jobs` says in which order rows are locked.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+
+from storage.configurations import keep, keep_transfer
+from storage.database import Database
+from storage.queue import take_out
+from storage.records import Claim, Job, LostClaim, NewStage, NoSuchJob
+from storage.rows import (
+    add_event,
+    add_stages,
+    check_claim,
+    enqueue_stage,
+    find_job,
+    interval,
+    lock_stage,
+    set_state,
+    settle,
+    update_stage,
+)
+from storage.states import JobState, StageKind, StageState
+from storage.studies import written_on
+from storage.tables import jobs, stages, workers
+
+_LONGEST_MESSAGE = 5000  # characters of an error; those of libraries may hold whole files
+
+
+class ClaimStore:
+    """
+    The stages of a database, as a worker sees them.
+
+    Args:
+        database: Migrated.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def claim(self, stage_id: int, queue_id: int, worker_id: uuid.UUID) -> Claim | None:
+        """
+        Take a stage that the queue gave out.
+
+        Returns:
+            The right to work on it; None if there is nothing to do: the job
+            may not work now, or another entry of the queue stands for the stage.
+        """
+        with self.database.transaction() as connection:
+            row = connection.execute(select(stages.c.job_id).where(stages.c.id == stage_id)).first()
+            if row is None:
+                return None
+            try:
+                job = find_job(connection, row.job_id, lock=True)
+            except NoSuchJob:  # deleted since
+                return None
+            stage = lock_stage(connection, stage_id)
+            if stage is None or stage.queue_id != queue_id:
+                return None
+            if stage.state not in (StageState.WAITING, StageState.RUNNING):
+                return None
+            failures = stage.failures + (stage.state is StageState.RUNNING)  # its worker died
+            if not job.state.may_work:
+                _put_down(connection, job, stage_id, failures)
+                return None
+            if failures >= job.max_attempts:
+                error = {
+                    "type": "WorkerLost",
+                    "message": f"{failures} workers died while they worked on it: killed, out of "
+                    "memory, or cut off from the database. Give them more memory, then resume.",
+                    "stage": stage.kind,
+                }
+                update_stage(connection, stage_id, state=StageState.FAILED, failures=failures)
+                set_state(connection, job, JobState.FAILED, error=error)
+                return None
+            update_stage(
+                connection,
+                stage_id,
+                state=StageState.RUNNING,
+                attempt=stage.attempt + 1,
+                failures=failures,
+                worker_id=worker_id,
+                started_at=func.coalesce(stages.c.started_at, func.now()),
+            )
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job.id)
+                .values(stage=stage.kind, started_at=func.coalesce(jobs.c.started_at, func.now()))
+            )
+            if job.stage is not stage.kind:
+                add_event(connection, job.id, "stage", {"stage": stage.kind})
+            set_state(connection, job, JobState.RUNNING)
+            job = find_job(connection, job.id)
+            (taken,) = (s for s in job.stages if s.id == stage_id)
+            return Claim(job=job, stage=taken)
+
+    def give_again(self, queue_id: int, *, alive_s: float) -> bool:
+        """
+        Put the stage of a dead worker's entry into the queue anew.
+
+        The old entry stands for nothing then: if the worker was only frozen,
+        what it does to its entry when it wakes harms nobody.
+
+        Args:
+            queue_id: The entry.
+            alive_s: A worker that reported in so many seconds lives, and keeps its stage: it was
+                cut off from the queue, and works on.
+
+        Returns:
+            Whether the old entry stands for nothing.
+        """
+        with self.database.transaction() as connection:
+            mine = stages.c.queue_id == queue_id
+            row = connection.execute(select(stages.c.id, stages.c.job_id).where(mine)).first()
+            if row is None:
+                return True
+            try:
+                job = find_job(connection, row.job_id, lock=True)
+            except NoSuchJob:
+                return True
+            stage = lock_stage(connection, row.id)
+            if (
+                stage is None
+                or stage.queue_id != queue_id
+                or stage.state not in (StageState.WAITING, StageState.RUNNING)
+            ):
+                return True
+            if stage.state is StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
+                return False
+            if job.state.may_work:
+                lock = (stage.params or {})["lock"]
+                enqueue_stage(connection, job, stage.id, stage.kind, lock)
+            else:
+                failures = stage.failures + (stage.state is StageState.RUNNING)
+                _put_down(connection, job, stage.id, failures)
+            return True
+
+    @contextmanager
+    def fence(self, claim: Claim, storage: RDBStorage | None = None) -> Iterator[None]:
+        """
+        Hold off everybody else from a stage while its worker writes.
+
+        What Optuna writes meanwhile is in one transaction with the check of the
+        claim: whole or not at all, and never by a worker that has lost its stage,
+        even one that was frozen or cut off in the midst of it.
+
+        Args:
+            claim: Of the stage.
+            storage: That Optuna writes to.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            check_claim(connection, claim)
+            with nullcontext() if storage is None else written_on(storage, connection):
+                yield
+
+    def watch(self, claim: Claim) -> JobState:
+        """
+        The state of the job now.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        query = (
+            select(jobs.c.state)
+            .join(stages, stages.c.job_id == jobs.c.id)
+            .where(stages.c.id == claim.stage.id, stages.c.attempt == claim.attempt)
+        )
+        with self.database.transaction() as connection:
+            state: JobState | None = connection.execute(query).scalar()
+        if state is None:
+            raise LostClaim
+        return state
+
+    def progress(
+        self, claim: Claim, *, done: int, elapsed_s: float, best_value: float | None
+    ) -> JobState:
+        """
+        Note how far a stage is, and give the state of the job.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            update_stage(
+                connection,
+                claim.stage.id,
+                done=done,
+                elapsed_s=elapsed_s,
+                best_value=best_value,
+            )
+            data = {
+                "stage": claim.stage.kind,
+                "number": claim.stage.number,
+                "done": done,
+                "best_value": best_value,
+            }
+            add_event(connection, job.id, "progress", data)
+            return job.state
+
+    def complete(
+        self,
+        claim: Claim,
+        result: Mapping[str, Any],
+        *,
+        add: Sequence[NewStage] = (),
+        then: Sequence[NewStage] = (),
+        trials: int | None = None,
+        spec: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """
+        Store what a stage gave, and make the stages that follow.
+
+        Args:
+            claim: Of the stage.
+            result: What it gave, as JSON values.
+            add: Stages that follow at once; those that exist already stay as they are.
+            then: Stages that follow if nothing of the job is left to do.
+            trials: That a search has brought its study to.
+            spec: The job's document from now on, if nothing of the job is left to do.
+
+        Returns:
+            False, and nothing is stored, if the job was extended beyond ``trials``.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            if trials is not None and trials < job.trials:
+                return False
+            _finish_stage(connection, claim, result)
+            add_stages(connection, job, add)
+            if not _has_unfinished(connection, job.id):
+                add_stages(connection, job, then)
+                if spec is not None:
+                    connection.execute(
+                        update(jobs).where(jobs.c.id == job.id).values(spec=dict(spec))
+                    )
+            settle(connection, job)
+            return True
+
+    def share(
+        self,
+        claim: Claim,
+        parts: Sequence[NewStage] = (),
+        *,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Put a stage down until its parts are done; then it is given out again.
+
+        Args:
+            claim: Of the stage.
+            parts: Stages of its kind, with its number as ``part_of`` in their ``params``; those
+                that exist already stay as they are.
+            params: What to keep with the stage itself, besides.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            if params is not None:
+                kept = {**(claim.stage.params or {}), **params}
+                update_stage(connection, claim.stage.id, params=kept)
+            add_stages(connection, job, parts)
+            _put_down(connection, job, claim.stage.id, claim.stage.failures)
+            _give_out_whole(connection, job.id, claim.stage.kind, claim.stage.number)
+
+    def complete_part(self, claim: Claim, result: Mapping[str, Any]) -> None:
+        """
+        Store what a part of a stage gave; after the last one, the stage itself is given out.
+
+        Raises:
+            LostClaim: The part is another worker's.
+        """
+        whole = claim.stage.part_of
+        assert whole is not None
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            _finish_stage(connection, claim, result)
+            settle(connection, job)
+            done = _give_out_whole(connection, job.id, claim.stage.kind, whole)
+            data = {"stage": claim.stage.kind, "number": whole, "done": done, "best_value": None}
+            add_event(connection, job.id, "progress", data)
+
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        best: Mapping[str, Any],
+        warnings: Sequence[str],
+        result: Mapping[str, Any],
+    ) -> None:
+        """
+        Store the configuration that a job was for, in the library too, and what else its last
+        stage gave. A job that was cancelled meanwhile is cancelled, without a configuration.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            _finish_stage(connection, claim, result)
+            if job.state is JobState.CANCELLING:
+                settle(connection, job)
+                return
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job.id)
+                .values(best=dict(best), warnings=[*warnings])
+            )
+            keep(connection, best, owner_id=job.owner_id, job_id=job.id)
+            set_state(connection, job, JobState.SUCCEEDED)
+
+    def transferred(
+        self,
+        claim: Claim,
+        result: Mapping[str, Any],
+        *,
+        configuration: Mapping[str, Any],
+        own: Mapping[str, Any] | None,
+        check: Callable[[Job], None] = lambda _: None,
+    ) -> None:
+        """
+        Store what a configuration was worth on a model, in the library too; the last one ends
+        the job, as cancelled if it was cancelled meanwhile.
+
+        Args:
+            claim: Of the stage.
+            result: What was measured; with an ``error``, nothing was.
+            configuration: What was transferred.
+            own: The model's own best, if it was searched for.
+            check: Called with the job, which nobody else can change meanwhile, before anything is
+                stored; may refuse by raising.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            check(job)
+            _finish_stage(connection, claim, result)
+            data = {"stage": claim.stage.kind, "number": claim.stage.number, "done": 1}
+            add_event(connection, job.id, "progress", {**data, "best_value": None})
+            if "error" not in result:
+                kept = {name: value for name, value in result.items() if name != "own"}
+                keep_transfer(connection, configuration, kept, owner_id=job.owner_id)
+            if own is not None:
+                keep(connection, own, owner_id=job.owner_id, job_id=job.id)
+            if job.state is JobState.CANCELLING or _has_unfinished(connection, job.id):
+                settle(connection, job)
+            else:
+                set_state(connection, job, JobState.SUCCEEDED)
+
+    def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
+        """
+        Note that an attempt failed.
+
+        Args:
+            claim: Of the stage.
+            error: ``type``, ``message`` and what else is known.
+            retry: Whether another attempt may help.
+
+        Returns:
+            Whether the queue should give the stage out again. Otherwise the job
+            has failed, and keeps the error.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            failures = claim.stage.failures + 1
+            message = str(error.get("message"))[:_LONGEST_MESSAGE]
+            described = {
+                **error, "message": message, "stage": claim.stage.kind, "attempts": failures,
+            }  # fmt: skip
+            if retry and failures < job.max_attempts:
+                add_event(connection, job.id, "retry", described)
+                _put_down(connection, job, claim.stage.id, failures)
+                return job.state.may_work
+            update_stage(
+                connection, claim.stage.id, state=StageState.FAILED, failures=failures,
+                worker_id=None,
+            )  # fmt: skip
+            if job.state.may_work:
+                set_state(connection, job, JobState.FAILED, error=described)
+            else:
+                connection.execute(update(jobs).where(jobs.c.id == job.id).values(error=described))
+                settle(connection, job)
+            return False
+
+    def hand_back(self, claim: Claim) -> bool:
+        """
+        Put a stage down unfinished.
+
+        Returns:
+            Whether the queue should give it out again: the job may still work.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            _put_down(connection, job, claim.stage.id, claim.stage.failures)
+            return job.state.may_work
+
+    def give_up(self, claim: Claim) -> None:
+        """
+        Put a stage down for a worker that cannot stop to work on it, and so ends.
+
+        Its entry is taken out of the queue, and a new one put in if the job may still work.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            row = lock_stage(connection, claim.stage.id)
+            assert row is not None  # the claim holds
+            if row.queue_id is not None:
+                take_out(connection, row.queue_id)
+            _put_down(connection, job, claim.stage.id, claim.stage.failures)
+            if job.state.may_work:
+                lock = (claim.stage.params or {})["lock"]
+                enqueue_stage(connection, job, claim.stage.id, claim.stage.kind, lock)
+
+    def enter_worker(
+        self, worker_id: uuid.UUID, *, name: str, device: str, kinds: Sequence[StageKind]
+    ) -> None:
+        """Note that a worker is there, or is there still."""
+        values = {"id": worker_id, "name": name, "device": device, "stages": [*kinds]}
+        with self.database.transaction() as connection:
+            connection.execute(
+                pg_insert(workers)
+                .values(values)
+                .on_conflict_do_update(
+                    index_elements=[workers.c.id], set_={"heartbeat_at": func.now()}
+                )
+            )
+            connection.execute(
+                delete(workers).where(workers.c.heartbeat_at < func.now() - interval(24 * 3600))
+            )
+
+    def remove_worker(self, worker_id: uuid.UUID) -> None:
+        """Note that a worker has gone in order."""
+        with self.database.transaction() as connection:
+            connection.execute(delete(workers).where(workers.c.id == worker_id))
+
+
+def _claimed(connection: Connection, claim: Claim) -> Job:
+    """The job, locked, if the claim still holds."""
+    try:
+        job = find_job(connection, claim.job.id, lock=True)
+    except NoSuchJob:
+        raise LostClaim from None
+    check_claim(connection, claim)
+    return job
+
+
+def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, number: int) -> int:
+    """Put a stage into the queue whose parts are all done; how many are."""
+    job = find_job(connection, job_id)
+    parts = job.parts(kind, number)
+    done = sum(part.state is StageState.DONE for part in parts)
+    (whole,) = (s for s in job.of_kind(kind) if s.number == number)
+    if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
+        enqueue_stage(connection, job, whole.id, kind, (whole.params or {})["lock"])
+    return done
+
+
+def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:
+    """Whether a worker did in the last seconds."""
+    recent = workers.c.heartbeat_at > func.now() - interval(alive_s)
+    found = connection.execute(select(workers.c.id).where(workers.c.id == worker_id, recent))
+    return found.first() is not None
+
+
+def _put_down(connection: Connection, job: Job, stage_id: int, failures: int) -> None:
+    """Nobody works on the stage now; the queue may give it out again."""
+    update_stage(connection, stage_id, state=StageState.WAITING, failures=failures, worker_id=None)
+    settle(connection, job)
+
+
+def _finish_stage(connection: Connection, claim: Claim, result: Mapping[str, Any]) -> None:
+    update_stage(
+        connection, claim.stage.id, state=StageState.DONE, result=dict(result), worker_id=None,
+        finished_at=func.now(),
+    )  # fmt: skip
+
+
+def _has_unfinished(connection: Connection, job_id: uuid.UUID) -> bool:
+    mine = select(stages.c.id).where(stages.c.job_id == job_id)
+    return connection.execute(mine.where(stages.c.state != StageState.DONE)).first() is not None

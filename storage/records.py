@@ -1,0 +1,194 @@
+"""
+What the stores of jobs give and refuse: a job, its stages, a claim, and the errors.
+"""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from storage.states import JobState, StageKind, StageState
+
+
+class NoSuchJob(LookupError):
+    """No job has this id, or it belongs to another key."""
+
+
+class StateConflict(Exception):
+    """A job is in a state in which this cannot be done."""
+
+    def __init__(self, verb: str, state: JobState, reason: str = "") -> None:
+        super().__init__(f"a job that is {state} cannot be {_PAST[verb]}. {reason}".strip())
+        self.state = state
+
+
+class IdempotencyKeyReused(Exception):
+    """An idempotency key came with another document than the first time."""
+
+
+class TooManyJobs(Exception):
+    """
+    An owner has as many jobs as are allowed.
+
+    Attributes:
+        which: Those that are not over, those of them that go before others, or all that are over.
+    """
+
+    def __init__(self, which: Literal["unfinished", "urgent", "finished"]) -> None:
+        super().__init__(which)
+        self.which = which
+
+
+class TooManyTrials(Exception):
+    """An extension is beyond what a job may have."""
+
+
+class LostClaim(Exception):
+    """A stage was given to another worker meanwhile, or its job was deleted."""
+
+
+_PAST = {
+    "cancel": "cancelled", "pause": "paused", "resume": "resumed", "extend": "extended",
+    "delete": "deleted",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """
+    A piece of a job that one worker does.
+
+    Attributes:
+        number: Island of a search, trial of a perplexity, else 0.
+        attempt: How often it was begun; only the latest attempt may write.
+        failures: Attempts that failed or whose worker died.
+        params: What to do.
+        done: Finished trials.
+        elapsed_s: Seconds of work, of all attempts, up to the last progress.
+        best_value: Of the objective, so far.
+        result: What it gave.
+    """
+
+    id: int
+    job_id: uuid.UUID
+    kind: StageKind
+    number: int
+    state: StageState
+    attempt: int
+    failures: int
+    worker_id: uuid.UUID | None
+    params: dict[str, Any] | None
+    done: int
+    elapsed_s: float
+    best_value: float | None
+    result: dict[str, Any] | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def part_of(self) -> int | None:
+        """The number of the stage of this kind that this one is a part of, if it is one."""
+        return (self.params or {}).get("part_of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """
+    A search that somebody asked for.
+
+    Attributes:
+        number: Counts up; newer jobs have higher ones.
+        owner_id: The key that it was submitted with.
+        name: Of its studies, too.
+        spec: The document, as it was submitted, with the defaults.
+        stage: What is being done, or was done last.
+        trials: Of each island.
+        max_attempts: Of each stage.
+        error: Why it failed: type, message, stage and what else is known.
+        best: The configuration.
+        stages: In the order in which they were made.
+    """
+
+    id: uuid.UUID
+    number: int
+    owner_id: uuid.UUID | None
+    name: str
+    spec: dict[str, Any]
+    state: JobState
+    stage: StageKind | None
+    priority: int
+    trials: int
+    max_attempts: int
+    error: dict[str, Any] | None
+    best: dict[str, Any] | None
+    warnings: list[str] | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    stages: list[Stage]
+
+    def of_kind(self, kind: StageKind) -> list[Stage]:
+        """The stages of one kind, without their parts, by number."""
+        return self._sorted(s for s in self.stages if s.kind is kind and s.part_of is None)
+
+    def parts(self, kind: StageKind, number: int | None = None) -> list[Stage]:
+        """The parts of the stage of a kind with this number, or of all of the kind, by number."""
+        parts = (s for s in self.stages if s.kind is kind and s.part_of is not None)
+        return self._sorted(s for s in parts if number in (None, s.part_of))
+
+    @staticmethod
+    def _sorted(found: Iterable[Stage]) -> list[Stage]:
+        return sorted(found, key=lambda stage: stage.number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewStage:
+    """
+    A stage to be made.
+
+    Attributes:
+        lock: Stages with the same lock run one after the other, of all jobs.
+    """
+
+    kind: StageKind
+    number: int = 0
+    params: Mapping[str, Any] | None = None
+    lock: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A worker's right to work on a stage, until somebody else gets it."""
+
+    job: Job
+    stage: Stage
+
+    @property
+    def attempt(self) -> int:
+        """The fencing token of every write."""
+        return self.stage.attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to a job. Ids count up."""
+
+    id: int
+    kind: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRecord:
+    """A worker that reported lately, and what it is doing."""
+
+    id: uuid.UUID
+    name: str
+    device: str
+    stages: list[str]
+    started_at: datetime
+    heartbeat_at: datetime
+    job_id: uuid.UUID | None
+    stage: StageKind | None
