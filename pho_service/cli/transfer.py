@@ -1,7 +1,6 @@
 """`pho transfer`."""
 
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from pho_service.cli.options import (
     report_text,
     text_source,
 )
+from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import InvalidInput
 
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from pho_service.spec.configuration import Configuration
 
 METHODS = ("wanda", "ria", "transferred", "own")
-_COLOURS = {
-    "dense": "tab:gray", "wanda": "tab:orange", "ria": "tab:red", "transferred": "tab:blue",
-    "own": "tab:green",
-}  # fmt: skip
 
 
 @click.command()
@@ -76,7 +72,7 @@ _COLOURS = {
 )
 @click.option("--finalists", type=int, default=5, show_default=True, help="As in `pho search`.")
 @click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
-@click.option("--plot", type=click.Path(), help="A picture of it, as PNG.")
+@click.option("--plot", type=click.Path(), help="Draw it on this HTML page.")
 @calibration_options
 @calibration_seed_option
 @model_options
@@ -130,7 +126,7 @@ def transfer(
     from pho_service.spec.configuration import read_configuration
 
     path = out_file(out)
-    picture = None if plot is None else out_file(plot)
+    picture = None if plot is None else plot_file(plot)
     at_least(1, report_windows=report_windows, confirm_windows=confirm_windows)
     found = read_configuration(Path(configuration))
     check_configuration(configuration, found, pattern, scope)
@@ -291,36 +287,3 @@ def _yes(values: dict[str, float | None]) -> str | None:
     if ria is None or mine is None:
         return None
     return "yes" if mine < ria else "NO"
-
-
-def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """One panel a model: a bar for each method, of perplexities or else of proxies."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from pho_service.host.files import new_file
-
-    records = [record for record in records if "error" not in record]
-    if not records:
-        raise InvalidInput("there is nothing to plot: no model could be measured.")
-    figure, panels = pyplot.subplots(
-        1, len(records), figsize=(3.6 * len(records) + 0.6, 3.8), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for panel, record in zip(panels[0], records, strict=True):
-        values = record["perplexities"] or record["proxies"]
-        known = {name: value for name, value in values.items() if value is not None}
-        bars = panel.bar(
-            list(known), list(known.values()), color=[_COLOURS[name] for name in known]
-        )
-        panel.bar_label(bars, fmt="{:.4g}", fontsize=8)
-        panel.set_title(Path(record["target"]).name)
-        panel.set_ylabel("perplexity" if record["perplexities"] else "proxy")
-        panel.tick_params(axis="x", rotation=30)
-        panel.margins(y=0.12)
-    figure.suptitle(textwrap.fill(title, 40 * len(records)), fontsize=10)
-    with new_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)

@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from pho_service.cli.options import at_least, json_option, out_file
+from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.remote import end, open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
-from pho_service.cli.transfer import plot_transfer
 from pho_service.errors import InvalidInput
 
 
@@ -28,7 +28,7 @@ from pho_service.errors import InvalidInput
 @click.option("--idempotency-key", help="The same key twice makes one job.")
 @click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
 @click.option("--out", help="Write what is measured to this file; implies --watch.")
-@click.option("--plot", help="A picture of it, as PNG; implies --watch.")
+@click.option("--plot", help="Draw it on this HTML page; implies --watch.")
 @url_option
 @json_option
 @verb
@@ -58,7 +58,8 @@ def transfer_job(
     from pho_service.host.files import new_file
 
     at_least(1, report_windows=options["report_windows"], trials=options["trials"])
-    path, picture = (None if name is None else out_file(name) for name in (out, plot))
+    path = None if out is None else out_file(out)
+    picture = None if plot is None else plot_file(plot)
     if not models and path is None and picture is None:
         raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
     with open_client(url) as client:

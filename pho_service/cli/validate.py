@@ -16,12 +16,12 @@ from pho_service.cli.options import (
     model_options,
     open_bundle,
     open_model,
-    out_file,
     pattern_options,
     read_calibration_text,
     space_option,
     text_source,
 )
+from pho_service.cli.plots import plot_file, plot_validation
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--confirm-windows", type=int, default=16, show_default=True, help="Windows of that text."
 )
-@click.option("--plot", type=click.Path(), help="Write a scatter plot to this PNG.")
+@click.option("--plot", type=click.Path(), help="Write scatter plots to this HTML page.")
 @calibration_options
 @calibration_seed_option
 @model_options
@@ -75,7 +75,7 @@ def validate(
     \b
     Example:
       pho validate HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
-          --candidates 40 --plot proxy.png
+          --candidates 40 --plot proxy.html
     """
     from pho_service.errors import InvalidInput, TextError
     from pho_service.pipeline.validate import validate_job
@@ -85,7 +85,7 @@ def validate(
         raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
     at_least(1, confirm_windows=confirm_windows)
     at_least(0, seed=seed)
-    plot_path = out_file(plot) if plot else None
+    plot_path = plot_file(plot) if plot else None
     parsed = Pattern.parse(pattern, scope)
     box = parse_bounds(bounds)
     settings = calibration_settings(options)
@@ -167,31 +167,3 @@ def _show(result: "Validation", title: str) -> None:
         caption=f"{len(result.candidates)} random candidates, perplexity "
         f"{min(result.perplexity):.2f} to {max(result.perplexity):.2f}",
     )
-
-
-def plot_validation(result: "Validation", path: Path, title: str) -> None:
-    """One panel a proxy: its value against perplexity, both on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from pho_service.host.files import new_file
-
-    figure, panels = pyplot.subplots(
-        1, len(result.proxies), figsize=(3.4 * len(result.proxies), 3.6), sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for panel, (name, values) in zip(panels, result.proxies.items(), strict=True):
-        panel.scatter(values, result.perplexity, s=14)
-        panel.set_yscale("log")
-        if name != "gini":
-            panel.set_xscale("log")
-        panel.set_title(f"{name.rpartition('/')[2]}: {result.qualities[name].spearman:+.2f}")
-        panel.set_xlabel("proxy")
-        panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("perplexity")
-    figure.suptitle(f"{title}: {len(result.candidates)} candidates, Spearman above each panel")
-    with new_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pho_service.report.data import Report, ReportTrial
 from pho_service.report.layers import LayerCell
+from pho_service.search.validation import ProxyQuality
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -227,6 +228,48 @@ def transfer_chart(
         f"{'model' if len(rows) == 1 else 'models'}; lower is better. The table has the numbers.",
         figure=_json(figure, x="", y=what),
     )
+
+
+def validation_charts(
+    proxies: Mapping[str, Sequence[float]],
+    perplexities: Sequence[float],
+    qualities: Mapping[str, ProxyQuality],
+) -> list[Chart]:
+    """
+    Each proxy against perplexity, and how well it ranks in words.
+
+    Args:
+        proxies: The values of the candidates, by proxy.
+        perplexities: Of the same candidates.
+        qualities: By proxy.
+    """
+    import plotly.graph_objects as go
+
+    charts = []
+    for number, (name, values) in enumerate(proxies.items()):
+        quality = qualities[name]
+        low, high = quality.spearman_interval
+        figure = go.Figure()
+        figure.add_scatter(
+            x=[*values],
+            y=[*perplexities],
+            mode="markers",
+            marker={"color": BLUE, "size": 7},
+            hovertemplate="proxy %{x:.6g}, perplexity %{y:.5g}<extra></extra>",
+        )
+        document = _json(figure, x="proxy", y="perplexity", log_y=True)
+        if min(values) > 0 and name != "gini":  # Gini is a share
+            document["layout"]["xaxis"] |= {"type": "log", "tickformat": "~g"}
+        charts.append(
+            Chart(
+                id=f"proxy-{number}",
+                title=name,
+                text=f"Spearman {quality.spearman:+.2f} (95 %: {low:+.2f} to {high:+.2f}), Kendall "
+                f"{quality.kendall:+.2f}, regret of the top {quality.top_k} {quality.regret:.1%}.",
+                figure=document,
+            )
+        )
+    return charts
 
 
 def timings_chart(seconds: Mapping[str, float]) -> Chart | None:

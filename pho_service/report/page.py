@@ -3,10 +3,11 @@ The page: sections of sentences, tables and charts, in one file that asks the ne
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import PurePath
+from typing import Any
 
 from jinja2 import Template
 from markupsafe import Markup
@@ -48,10 +49,29 @@ class Section:
 
 
 def render(report: Report) -> str:
-    """The whole page as HTML."""
+    """The whole page of a report as HTML."""
+    what = f"{report.subject}, {report.state}" if report.state else "study of a search"
+    lead = f"{what.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
+    return page(report.title, _sections(report), lead=lead, error=report.error)
+
+
+def page(
+    title: str, sections: Sequence[Section], *, lead: str = "", error: str | None = None
+) -> str:
+    """
+    Sections as one page of HTML.
+
+    Args:
+        title: A heading; in the browser's tab, too.
+        sections: In their order.
+        lead: A sentence below the heading.
+        error: Why there is no more.
+    """
     return _template().render(
-        report=report,
-        sections=_sections(report),
+        title=title,
+        lead=lead,
+        error=error,
+        sections=sections,
         policy=content_security_policy(),
         plotly=Markup(_plotly()),  # noqa: S704 - a library's own file
         draw=Markup(DRAW),  # noqa: S704 - ours
@@ -92,7 +112,7 @@ def _sections(report: Report) -> list[Section]:
     parts = [asked, _result(report)]
     if report.subject != "transfer":
         parts += [_history(report), _confirmed(report), _layers(report)]
-    return [*parts, _transfer(report), _timings(report), _reproduction(report)]
+    return [*parts, _transfers(report), _timings(report), _reproduction(report)]
 
 
 def _result(report: Report) -> Section:
@@ -215,25 +235,37 @@ def _layers(report: Report) -> Section:
     return Section(id="layers", title="Layers", texts=texts, charts=shown)
 
 
-def _transfer(report: Report) -> Section:
+def transfer_section(transfers: Sequence[Mapping[str, Any]]) -> Section:
+    """What a configuration was worth on other models: the targets of a transfer's file."""
     found: list[Table] = []
     drawn: list[Chart] = []
     for what in tables.MEASURES:
-        table = tables.transfer_table(report.transfers, what)
-        chart = charts.transfer_chart(tables.transfer_rows(report.transfers, what), what)
+        table = tables.transfer_table(transfers, what)
+        chart = charts.transfer_chart(tables.transfer_rows(transfers, what), what)
         found += [] if table is None else [table]
         drawn += [] if chart is None else [chart]
-    texts = tables.failed_transfers(report.transfers)
-    if not report.transfers:
-        texts = {
-            "search": "There is no configuration yet that could be measured on other models."
-            if report.configuration is None
-            else "This configuration was not measured on other models: `pho transfer-job` does it.",
-            "transfer": "Nothing is measured yet.",
-            "study": "Nothing is known of other models: `pho transfer` measures it, and its "
-            "transfer.json can be given as --config.",
-        }[report.subject].splitlines()
-    return Section(id="transfer", title="On other models", texts=texts, tables=found, charts=drawn)
+    return Section(
+        id="transfer",
+        title="On other models",
+        texts=tables.failed_transfers(transfers),
+        tables=found,
+        charts=drawn,
+    )
+
+
+def _transfers(report: Report) -> Section:
+    section = transfer_section(report.transfers)
+    if report.transfers:
+        return section
+    missing = {
+        "search": "There is no configuration yet that could be measured on other models."
+        if report.configuration is None
+        else "This configuration was not measured on other models: `pho transfer-job` does it.",
+        "transfer": "Nothing is measured yet.",
+        "study": "Nothing is known of other models: `pho transfer` measures it, and its "
+        "transfer.json can be given as --config.",
+    }[report.subject]
+    return replace(section, texts=[missing])
 
 
 def _timings(report: Report) -> Section:

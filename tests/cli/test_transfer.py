@@ -54,7 +54,7 @@ def test_models(
     """Each model has its perplexities and its own best; what is printed is what is kept."""
     words = [
         "transfer", configuration, model_folder, bos_folder, *texts_of, "--search", "--trials", 14,
-        "--finalists", 2, "--plot", "t.png",
+        "--finalists", 2, "--plot", "t.html",
     ]  # fmt: skip
     document = done(pho(*words, "--json"))
 
@@ -64,7 +64,10 @@ def test_models(
         assert set(target["perplexities"]) == {"dense", "wanda", "ria", "transferred", "own"}
         assert target["own"]["pattern"] == "0.5"
         assert target["model"]["weights_sha256"]
-    assert Path("t.png").read_bytes().startswith(b"\x89PNG")
+    drawn = Path("t.html").read_text()
+    for name in ("dense", "wanda", "ria", "transferred", "own best"):
+        assert f'"name": "{name}"' in drawn
+    assert "By perplexity, on each model" in drawn
 
 
 def test_again(

@@ -1,6 +1,7 @@
 """Every verb, as a user calls it, on a model that runs in milliseconds."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,8 @@ def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
 
 
 def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    """Each proxy comes with its correlations and intervals, and the plot is a picture."""
-    plot = tmp_path / "plot.png"
+    """Each proxy comes with its correlations and intervals, and is drawn on the page."""
+    plot = tmp_path / "plot.html"
     document = done(
         "validate", model_folder, "--pattern", "0.5", "--candidates", 9, *CALIBRATION,
         "--text", texts["calibration"], "--plot", plot, "--confirm-windows", 2,
@@ -247,7 +248,10 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
     }
     assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
     assert len(document["candidates"]) == 9
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    drawn = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', plot.read_text())
+    assert len(drawn) == len(proxies)
+    for chart in map(json.loads, drawn):
+        assert chart["data"][0]["y"] == [c["perplexity"] for c in document["candidates"]]
 
 
 def test_tables(model_folder: Path, texts: dict[str, Path], search_arguments: list[object]) -> None:
