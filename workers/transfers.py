@@ -117,7 +117,6 @@ def _own_search(spec: TransferSpec) -> SearchRequest | None:
         return None
     return own_search(
         spec.found(),
-        trials=spec.search.trials,
-        seed=spec.search.seed,
+        spec.search,
         finalists=spec.search.confirm.candidates,
     )

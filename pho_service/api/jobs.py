@@ -22,8 +22,8 @@ from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wr
 from pho_service.api.schema import EVENT, PAGE_TOKEN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
-from pho_service.spec.fields import MAX_TRIALS
 from pho_service.spec.job import JobSpec
+from pho_service.spec.samplers import MAX_TRIALS
 from storage import records as stored
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone, open_storage, study_name

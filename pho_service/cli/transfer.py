@@ -124,6 +124,7 @@ def transfer(
         transfer_key,
     )
     from pho_service.spec.configuration import read_configuration
+    from pho_service.spec.samplers import SearchOptions
 
     path = out_file(out)
     picture = None if plot is None else plot_file(plot)
@@ -136,7 +137,7 @@ def transfer(
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if search:
-        request = own_search(found, trials=trials, seed=seed, finalists=finalists)
+        request = own_search(found, SearchOptions(trials=trials, seed=seed), finalists=finalists)
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and report_path is None:

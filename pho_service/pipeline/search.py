@@ -316,11 +316,12 @@ def study_name(
         provenance: Of the bundle.
         rated_on: Hash of the text, if candidates are rated by perplexity.
     """
+    options = plan.identity()
     identity = [
         provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
         request.objective.label, plan.space.to_dict(),
-        plan.sampler, plan.seed, plan.fisher, rated_on, plan.steps.to_dict(),
-        *([list(plan.warm_start)] if plan.warm_start else []),
+        plan.sampler, options.pop("seed"), plan.fisher, rated_on, plan.steps.to_dict(),
+        *([list(plan.warm_start)] if plan.warm_start else []), *([options] if options else []),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
     model_name = Path(provenance.get("model", {}).get("name", "model")).name

@@ -23,6 +23,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -168,10 +169,15 @@ def check_configuration(
 
 
 def own_search(
-    configuration: Configuration, *, trials: int, seed: int, finalists: int
+    configuration: Configuration, options: SearchOptions, *, finalists: int
 ) -> SearchRequest:
     """
     How a model's own best is searched for: in the pattern, steps and space of a configuration.
+
+    Args:
+        configuration: What is taken elsewhere.
+        options: Of the search.
+        finalists: How many found candidates are looked at again, beside the baselines.
 
     Raises:
         ConfigurationError: Its search space is none.
@@ -190,9 +196,8 @@ def own_search(
         pattern=candidate.pattern,
         bounds={name: tuple(values) for name, values in bounds.items() if name != "kernel_sizes"},
         steps=candidate.steps,
-        trials=trials,
-        seed=seed,
         finalists=finalists,
+        **options_of(options),
     )
 
 
@@ -203,7 +208,8 @@ def transfer_key(target: Target, configuration: Configuration, search: SearchReq
     if search is not None:
         plan = search.plan(target.bundle.kernel_sizes)
         own = [
-            plan.sampler_name, plan.trials, plan.seed, search.finalists, search.objective.label,
+            plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
+            search.objective.label,
             plan.space.to_dict(),
             None if target.confirm is None else target.confirm.key,
         ]  # fmt: skip

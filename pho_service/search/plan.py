@@ -10,7 +10,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import search_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.samplers import SAMPLERS, SearchOptions
 from pho_service.spec.seed import check_seed
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -41,7 +41,7 @@ Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchPlan:
+class SearchPlan(SearchOptions):
     """
     A search, complete but for the function that rates.
 
@@ -53,8 +53,6 @@ class SearchPlan:
         sampler: A name of :data:`pho_service.spec.samplers.SAMPLERS`, or a sampler of Optuna. That
             is used as it is, seed and state included, and recorded by the name of its class: with
             the study alone nobody can repeat the search.
-        trials: How many, baselines included; the hill climb may end before.
-        seed: Of a sampler that is given by its name.
         direction: Whether low or high values are good.
         fisher: Whether the plain second-order score is among the baselines.
         warm_start: Points of the space that were found elsewhere: the trials after the baselines.
@@ -65,8 +63,6 @@ class SearchPlan:
     space: SearchSpace
     steps: Steps = field(default_factory=Steps)
     sampler: "str | BaseSampler" = "cmaes"
-    trials: int = 200
-    seed: int = 0
     direction: Direction = "minimize"
     fisher: bool = True
     warm_start: tuple[Mapping[str, Any], ...] = ()

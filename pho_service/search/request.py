@@ -11,6 +11,7 @@ from pho_service.search.plan import SearchPlan
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest:
+class SearchRequest(SearchOptions):
     """
     What a user asks a search for, besides the model and the texts.
 
@@ -31,8 +32,6 @@ class SearchRequest:
             of the search unless ``bounds`` name ``allocations``.
         sampler: Where candidates come from: a name, or a sampler of Optuna; see
             :class:`~pho_service.search.plan.SearchPlan`.
-        trials: How many, baselines included; the hill climb may end before.
-        seed: Of the sampler.
         finalists: How many found candidates are looked at again, beside the baselines.
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.
@@ -44,8 +43,6 @@ class SearchRequest:
     bounds: Mapping[str, Any] = field(default_factory=dict)
     steps: Steps = field(default_factory=Steps)
     sampler: "str | BaseSampler" = "cmaes"
-    trials: int = 200
-    seed: int = 0
     finalists: int = 5
     warm_start: tuple[Candidate, ...] = ()
     compare_cold: bool = False
@@ -90,8 +87,7 @@ class SearchRequest:
             space=space.fitted(self.pattern),
             steps=self.steps,
             sampler=self.sampler,
-            trials=self.trials,
-            seed=self.seed,
+            **options_of(self),
             direction=self.objective.direction,
             fisher=space.gradient_exponent[1] > 0,
             warm_start=self._warm(space.fitted(self.pattern)),

@@ -48,7 +48,7 @@ def describe_study(
         "space": plan.space.to_dict(),
         "steps": plan.steps.to_dict(),
         "sampler": plan.sampler_name,
-        "seed": plan.seed,
+        **plan.identity(),
         "calibration": dict(provenance),
     }.items():
         if key not in known:
@@ -157,7 +157,7 @@ def search_result(
         search={
             "sampler": plan.sampler_name,
             "trials": plan.trials,
-            "seed": plan.seed,
+            **plan.identity(),
             "space": plan.space.to_dict(),
             "study": name,
             **({} if ended_after is None else {"finished": ended_after}),

@@ -16,8 +16,6 @@ from pho_service.spec.score import Coefficients
 from pho_service.spec.seed import Seed
 from pho_service.spec.steps import Allocation
 
-MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
-
 
 class FieldError(ValueError):
     """

@@ -15,7 +15,6 @@ from pho_service.search.request import SearchRequest
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document, Name, Title, printable
 from pho_service.spec.fields import (
-    MAX_TRIALS,
     CalibrationSpec,
     ConfirmSpec,
     ValidationSpec,
@@ -27,7 +26,7 @@ from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset, PresetName
-from pho_service.spec.samplers import Sampler
+from pho_service.spec.samplers import MAX_TRIALS, Sampler, SearchOptions, options_of
 from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps, StepsSpec
@@ -84,7 +83,7 @@ class JobSpec(Document):
     sampler: Sampler = Field("cmaes", description="Sampler that candidates come from.")
     search_space: SearchSpaceSpec = SearchSpaceSpec()
     trials: int = Field(
-        200,
+        SearchOptions.trials,
         ge=1,
         le=MAX_TRIALS,
         description="Number of trials of each island, baselines included; a hill climb may end "
@@ -235,8 +234,7 @@ class JobSpec(Document):
             bounds=preset.bounds,
             steps=preset.steps,
             sampler=self.sampler,
-            trials=self.trials,
-            seed=island_seed(self.seed, island),
+            **{**options_of(self), "seed": island_seed(self.seed, island)},
             finalists=self.confirm.candidates if self.confirm else 1,
             warm_start=self._warm_points(preset.steps),
             compare_cold=self.warm_start is not None and self.warm_start.compare_cold,

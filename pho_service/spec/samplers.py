@@ -1,8 +1,14 @@
 """
-The samplers that a search can take its candidates from.
+The samplers that a search can take its candidates from, and what else every search is told.
 """
 
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from pho_service.spec.document import STRICT, Whole
+from pho_service.spec.seed import Seed
 
 Sampler = Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"]
 
@@ -11,3 +17,45 @@ SAMPLERS: dict[str, int] = {
     **dict.fromkeys(get_args(Sampler), 1),
     **{"cmaes": 8, "random": 8, "qmc": 8},
 }
+MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """
+    The options of a search that are plain values, from the document to the plan.
+
+    A new one is in requests, plans, transfers, studies and config.json by being here, and in jobs
+    by a field of the same name.
+    """
+
+    __pydantic_config__ = STRICT
+
+    trials: Annotated[
+        Whole,
+        Field(
+            ge=1,
+            le=MAX_TRIALS,
+            description="Number of trials, baselines included; a hill climb may end before.",
+        ),
+    ] = 200
+    seed: Annotated[Seed, Field(description="Seed of the sampler.")] = 0
+
+    def identity(self) -> dict[str, Any]:
+        """
+        Return what makes it another search: the seed, and what differs from its default.
+
+        The number of trials does not: a longer search goes on with a shorter one.
+        """
+        values = options_of(self)
+        defaults = {each.name: each.default for each in fields(SearchOptions)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name == "seed" or (name != "trials" and value != defaults[name])
+        }
+
+
+def options_of(source: object) -> dict[str, Any]:
+    """Return the :class:`SearchOptions` of a document, a request or a plan by their names."""
+    return {each.name: getattr(source, each.name) for each in fields(SearchOptions)}

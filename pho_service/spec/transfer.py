@@ -9,16 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from pho_service.host.access import Access
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import Document, Name, Title
-from pho_service.spec.fields import (
-    MAX_TRIALS,
-    CalibrationSpec,
-    ConfirmSpec,
-    check_field,
-    check_models,
-)
+from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, check_field, check_models
 from pho_service.spec.job import Dtype, JobSpec
 from pho_service.spec.limits import JobLimits
-from pho_service.spec.seed import Seed
+from pho_service.spec.samplers import SearchOptions
 
 MOST_WINDOWS = 100_000  # of a text
 
@@ -35,13 +29,9 @@ class ReportSpec(Document):
     )
 
 
-class OwnSearchSpec(Document):
+class OwnSearchSpec(Document, SearchOptions):
     """The search for each target's own best, in the configuration's space and steps."""
 
-    trials: int = Field(
-        200, ge=1, le=MAX_TRIALS, description="Number of trials on each model, baselines included."
-    )
-    seed: Seed = Field(0, description="Seed of the sampler.")
     confirm: ConfirmSpec = ConfirmSpec()
 
 

@@ -23,6 +23,7 @@ from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Allocation, Steps
 
@@ -49,7 +50,7 @@ BAD = GOOD.model_copy(
 @pytest.fixture
 def request_of_own() -> SearchRequest:
     """A small search for a target's own best."""
-    return own_search(GOOD, trials=14, seed=0, finalists=2)
+    return own_search(GOOD, SearchOptions(trials=14), finalists=2)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_own_search() -> None:
             },
         }
     )  # fmt: skip
-    request = own_search(configuration, trials=20, seed=3, finalists=2)
+    request = own_search(configuration, SearchOptions(trials=20, seed=3), finalists=2)
     space = request.plan((3, 9)).space
 
     assert space.row_share == (0.2, 0.4)
@@ -225,4 +226,4 @@ def test_nonsense_space(space: object) -> None:
     configuration = GOOD.model_copy(update={"search": {"space": space}})
 
     with pytest.raises(ConfigurationError, match=r"search\.space is no search space.*Take search"):
-        own_search(configuration, trials=20, seed=0, finalists=2)
+        own_search(configuration, SearchOptions(trials=20), finalists=2)

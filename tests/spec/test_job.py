@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pho_service.host.access import Access
 from pho_service.host.settings import Settings
@@ -17,7 +17,7 @@ from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec, island_seed
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.samplers import SAMPLERS, SearchOptions, options_of
 
 
 def spec_of(**changes: Any) -> JobSpec:
@@ -36,6 +36,23 @@ def test_defaults() -> None:
     assert spec.pruning() == Pattern.parse("0.5")
     assert (spec.sampler, spec.trials, spec.islands, spec.seed) == ("cmaes", 200, 1, 0)
     assert (spec.priority, spec.timeout_s) == (0, None)
+
+
+def test_search_options() -> None:
+    """Each option of every search is a field of a job with the same default and bounds."""
+    request = spec_of(trials=31, seed=7).request(0)
+
+    assert options_of(spec_of()) == options_of(SearchOptions())
+    assert options_of(request) == options_of(request.plan((3,))) == {"trials": 31, "seed": 7}
+    for name, known in TypeAdapter(SearchOptions).json_schema()["properties"].items():
+        asked = JobSpec.model_json_schema()["properties"][name]
+        assert {**known, "description": ""} == {**asked, "description": ""}
+
+
+def test_identity_of_options() -> None:
+    """A longer search is the same search, one with another seed is not."""
+    assert SearchOptions(trials=31).identity() == SearchOptions().identity() == {"seed": 0}
+    assert SearchOptions(seed=1).identity() == {"seed": 1}
 
 
 def test_text_is_c4_by_default() -> None:

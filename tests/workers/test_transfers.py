@@ -83,8 +83,7 @@ def alone(spec: TransferSpec, folder: Path) -> dict[str, Any]:
     found = Configuration.model_validate(spec.configuration)
     search = spec.search and own_search(
         found,
-        trials=spec.search.trials,
-        seed=spec.search.seed,
+        spec.search,
         finalists=spec.search.confirm.candidates,
     )
     return transfer_job(
