@@ -1,14 +1,12 @@
 """`pho calibrate`."""
 
-from typing import Any
-
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    calibration_options,
-    calibration_settings,
+    ModelOptions,
+    device_options,
     json_option,
-    model_options,
     open_model,
     out_file,
     read_calibration_text,
@@ -17,22 +15,19 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, progress, verb
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=("calibration", "revision", "dtype", "stream"),
+    names={"calibration/seed": "--seed"},
+)
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(), help="The bundle: a .safetensors file.")
-@calibration_options
-@click.option(
-    "--seed",
-    "calibration_seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Of the text and row samples.",
-)
-@model_options
+@device_options
 @json_option
 @verb
-def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:
+def calibrate(
+    model: str, given: Given, out: str, device: str, device_map: str | None, as_json: bool
+) -> None:
     """
     Run MODEL once over a text and write its proxy bundle.
 
@@ -51,9 +46,9 @@ def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:
     path = out_file(out)
     if path.suffix != ".safetensors":
         raise InvalidInput(f"--out {out} must end in .safetensors: a bundle is such a file.")
-    settings = calibration_settings(options)
-    source = text_source(options)
-    loaded = open_model(model, options)
+    calibration = given.calibration()
+    settings, source = calibration.settings(), text_source(calibration)
+    loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
     bundle = make_bundle(loaded, text, settings, progress)
     write_bundle(bundle, path)

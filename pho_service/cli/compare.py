@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
+    ModelOptions,
     at_least,
-    calibration_options,
-    calibration_seed_option,
-    calibration_settings,
+    device_options,
     file_source,
     json_option,
-    model_options,
     open_bundle,
     open_model,
-    pattern_options,
     read_calibration_text,
     report_text,
     text_source,
@@ -31,9 +29,12 @@ if TYPE_CHECKING:
     from pho_service.pipeline.rating import ReportText
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=("pattern", "scope", "calibration", "revision", "dtype", "stream"),
+    required=("pattern",),
+)
 @click.argument("model")
-@pattern_options
 @click.option(
     "--report-text",
     "report_path",
@@ -49,20 +50,18 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="A configuration to compare; may be given several times.",
 )
-@calibration_options
-@calibration_seed_option
-@model_options
+@device_options
 @json_option
 @verb
 def compare(
     model: str,
-    pattern: str,
-    scope: str | None,
+    given: Given,
     report_path: str,
     report_windows: int | None,
     config_paths: tuple[str, ...],
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Print a table of perplexities: dense, the published methods, configurations.
@@ -81,11 +80,11 @@ def compare(
     from pho_service.spec.configuration import read_configuration
 
     at_least(1, report_windows=report_windows)
-    parsed = Pattern.parse(pattern, scope)
+    parsed = Pattern.parse(given("pattern"), given("scope"))
     configurations = [(path, read_configuration(Path(path))) for path in config_paths]
-    settings = calibration_settings(options)
-    source = text_source(options)
-    loaded = open_model(model, options)
+    calibration = given.calibration()
+    settings, source = calibration.settings(), text_source(calibration)
+    loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
     report = report_text(
         loaded,

@@ -7,6 +7,7 @@ import click
 
 from pho_service.cli.compare import comparison_document, show_comparison
 from pho_service.cli.options import (
+    ModelOptions,
     confirm_text,
     file_source,
     json_option,
@@ -89,7 +90,7 @@ def demo(
     request.plan(settings.kernel_sizes)
     check_study_url(study)
     gguf = smollm2()
-    model = open_model(str(gguf), {"revision": None, "device": "auto", "dtype": "auto"})
+    model = open_model(str(gguf), ModelOptions())
     device = str(model.device)
     text = calibration_text(model, file_source(str(texts["calibration"])), settings)
     confirming = confirm_text(model, text, str(texts["confirmation"]), settings, max_windows=8)

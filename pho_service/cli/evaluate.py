@@ -1,40 +1,39 @@
 """`pho evaluate`."""
 
-from typing import Any
-
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
+    ModelOptions,
     at_least,
-    bos_option,
+    device_options,
     json_option,
-    model_options,
     open_model,
     report_text,
-    text_options,
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, verb
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=(
+        *(f"calibration/{field}" for field in ("text", "dataset", "data_file", "split", "field")),
+        "calibration/context_length", "calibration/bos", "revision", "dtype", "stream",
+    ),
+)  # fmt: skip
 @click.argument("model")
-@text_options
-@click.option(
-    "--context-length", type=int, default=2048, show_default=True, help="Tokens of a window."
-)
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
-@bos_option
-@model_options
+@device_options
 @json_option
 @verb
 def evaluate(
     model: str,
-    context_length: int,
+    given: Given,
     max_windows: int | None,
-    bos: str,
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Print the perplexity of MODEL on a text.
@@ -49,12 +48,16 @@ def evaluate(
     """
     from pho_service.models.blockwise import measure_perplexity
 
-    at_least(8, context_length=context_length)
     at_least(1, max_windows=max_windows)
-    source = text_source(options)
-    loaded = open_model(model, options)
+    how = given.calibration()
+    source = text_source(how)
+    loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = report_text(
-        loaded, source, context_length=context_length, bos=bos, max_windows=max_windows
+        loaded,
+        source,
+        context_length=how.context_length,
+        bos=how.bos,
+        max_windows=max_windows,
     )
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
@@ -62,8 +65,8 @@ def evaluate(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "windows": result.windows,
-        "context_length": context_length,
-        "bos": bool(loaded.window_prefix(bos)),
+        "context_length": how.context_length,
+        "bos": bool(loaded.window_prefix(how.bos)),
         "text": text.record.source,
         "text_sha256": text.record.sha256,
         "model": loaded.to_dict(),
@@ -74,7 +77,7 @@ def evaluate(
         return
     click.echo(
         f"perplexity {result.perplexity:.4f}\n"
-        f"tokens     {result.tokens} in {result.windows} windows of {context_length}, "
+        f"tokens     {result.tokens} in {result.windows} windows of {how.context_length}, "
         f"{'with' if document['bos'] else 'without'} BOS\n"
         f"text       {text.record.source}\n"
         f"sha256     {text.record.sha256}"

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.api.answers import PlanAnswer
-from pho_service.cli.options import json_option, parse_bytes
+from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.options import json_option
 from pho_service.cli.remote import open_client
-from pho_service.cli.submit import job_document, job_options
+from pho_service.cli.sizes import parse_bytes
+from pho_service.cli.submit import job_document
 from pho_service.cli.terminal import print_json, print_table, verb
-from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
     from pho_service.planning.machines import Machine
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-@click.command()
+@click.command(cls=DocumentCommand, fields=("",))
 @click.argument("models", metavar="[MODEL]", nargs=-1)
 @click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
 @click.option(
@@ -25,19 +26,18 @@ GIB = 2**30
 )
 @click.option("--device-memory", help="Of that card, if it is another: 80GiB.")
 @click.option("--main-memory", help="Of the machine around it: 128GiB.")
-@job_options
 @click.option("--url", help="Ask this service, which knows its models, instead of this machine.")
 @json_option
 @verb
 def plan(
     models: tuple[str, ...],
+    given: Given,
     job_file: str | None,
     card: str | None,
     device_memory: str | None,
     main_memory: str | None,
     url: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Say what a search on MODEL would take: memory, disk and time, before anything is read.
@@ -52,9 +52,7 @@ def plan(
       pho plan meta-llama/Llama-2-7b-hf --pattern 2:4 --preset best --card H100
       pho plan org/model --pattern 0.5 --device-memory 24GiB
     """
-    if not options["pattern"] and not job_file:
-        options["pattern"] = "0.5"
-    spec = job_document(models, job_file, options)
+    spec = job_document(models, job_file, given, pattern=None if job_file else "0.5")
     sizes = {
         "device_memory": device_memory and parse_bytes(device_memory, "--device-memory"),
         "main_memory": main_memory and parse_bytes(main_memory, "--main-memory"),
@@ -75,19 +73,12 @@ def plan(
 
 def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> PlanAnswer:
     """The plan, made in this process."""
-    from pydantic import ValidationError
-
     from pho_service.planning.config_files import read_config
     from pho_service.planning.machines import named_machine
     from pho_service.planning.plan import plan_job
     from pho_service.spec.job import JobSpec
 
-    try:
-        job = JobSpec.model_validate(spec)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the document"
-        raise InvalidInput(f"{place}: {first['msg']}") from error
+    job = JobSpec.model_validate(spec)
     machine = named_machine(card) if card else _this_machine()
     machine = machine.resized(memory.get("device_memory"), memory.get("main_memory"))
     config = read_config(job.model, revision=job.revision)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
     Found,
     best_of_library,
@@ -14,11 +15,9 @@ from pho_service.cli.library import (
     wanted_for,
 )
 from pho_service.cli.options import (
-    calibration_options,
-    calibration_seed_option,
-    calibration_settings,
+    ModelOptions,
+    device_options,
     json_option,
-    model_options,
     open_bundle,
     open_model,
     read_calibration_text,
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.configuration import Configuration
+    from pho_service.spec.fields import CalibrationSpec
 
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
-@click.command()
+@click.command(cls=DocumentCommand, fields=("calibration", "revision", "dtype", "stream"))
 @click.argument("model", required=False)
 @click.option("--config", "config_path", type=click.Path(), help="A configuration.")
 @click.option(
@@ -74,13 +74,12 @@ TRIED = 5  # configurations of a library that are rated by the proxy, the most p
     type=click.Path(),
     help="Check a pruned folder instead; with MODEL, the dense original, also what stayed.",
 )
-@calibration_options
-@calibration_seed_option
-@model_options
+@device_options
 @json_option
 @verb
 def prune(
     model: str | None,
+    given: Given,
     config_path: str | None,
     from_library: bool,
     library: str | None,
@@ -90,8 +89,9 @@ def prune(
     out: str | None,
     bundle_path: str | None,
     check_path: str | None,
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Prune MODEL with a configuration and save it as a Hugging Face folder.
@@ -119,12 +119,13 @@ def prune(
     asked = {
         "--library": library, "--pattern": pattern, "--scope": scope, "--force": force or None,
     }  # fmt: skip
+    options = ModelOptions.of(given, device, device_map)
     if check_path:
         others = {**chosen, **asked, "--out": out, "--bundle": bundle_path}
-        given = [name for name, value in others.items() if value is not None]
-        if given:
+        too_many = [name for name, value in others.items() if value is not None]
+        if too_many:
             raise InvalidInput(
-                f"--check takes a folder and prunes nothing: leave {', '.join(given)} out."
+                f"--check takes a folder and prunes nothing: leave {', '.join(too_many)} out."
             )
         _check(Path(check_path), model, as_json, options)
         return
@@ -136,15 +137,36 @@ def prune(
     if from_library and pattern is None:
         raise InvalidInput("--from-library needs a --pattern: 0.5 or 2:4, say.")
     if not from_library and any(value is not None for value in asked.values()):
-        given = [name for name, value in asked.items() if value is not None]
+        too_many = [name for name, value in asked.items() if value is not None]
         raise InvalidInput(
-            f"{', '.join(given)}: for --from-library alone; a configuration has its pattern and "
+            f"{', '.join(too_many)}: for --from-library alone; a configuration has its pattern and "
             "scope. Leave it out."
         )
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
     source = _Source(config=config_path, library=library, pattern=pattern, scope=scope, force=force)
-    _prune(model, source, Path(out), bundle_path, as_json, options)
+    statistics = _Statistics(
+        bundle=bundle_path,
+        calibration=given.calibration(),
+        named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
+    )
+    _prune(model, source, Path(out), statistics, as_json, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Statistics:
+    """
+    Where the statistics come from.
+
+    Attributes:
+        bundle: A file, if they are there already.
+        calibration: How they are made if not, or the windows that steps need.
+        named: Whether a text was named, and is not the default.
+    """
+
+    bundle: str | None
+    calibration: "CalibrationSpec"
+    named: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +231,9 @@ def _prune(
     name: str,
     source: _Source,
     folder: Path,
-    bundle_path: str | None,
+    statistics: _Statistics,
     as_json: bool,
-    options: dict[str, Any],
+    options: ModelOptions,
 ) -> None:
     from pho_service.host.files import check_free
     from pho_service.pipeline.prune import prune_job
@@ -222,14 +244,14 @@ def _prune(
     if source.config is None:
         check_library(source.library, str(source.pattern), source.scope)
         model = open_model(name, options)
-        promising = _prunable(source.of_library(model), bundle_path, options)
+        promising = _prunable(source.of_library(model), statistics)
         configurations = [each.configuration for each in promising]
-        loaded, bundle, calibration = _inputs(name, model, bundle_path, configurations, options)
+        loaded, bundle, calibration = _inputs(name, model, statistics, configurations, options)
         found = source.chosen(promising, loaded, bundle)
         configuration = found.configuration
     else:
         configuration = read_configuration(Path(source.config))
-        loaded, bundle, calibration = _inputs(name, None, bundle_path, [configuration], options)
+        loaded, bundle, calibration = _inputs(name, None, statistics, [configuration], options)
         key = configuration.calibration.get("key")
         if key and key != bundle.key:
             say(
@@ -258,11 +280,9 @@ def _prune(
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
 
 
-def _prunable(
-    found: "list[Found]", bundle_path: str | None, options: dict[str, Any]
-) -> "list[Found]":
+def _prunable(found: "list[Found]", statistics: _Statistics) -> "list[Found]":
     """Without those that need a text where there is none, unless all do."""
-    if bundle_path is None or options["text"] is not None or options["dataset"] is not None:
+    if statistics.bundle is None or statistics.named:
         return found
     without = [f for f in found if not f.configuration.candidate().steps.needs_text]
     return without or found
@@ -271,9 +291,9 @@ def _prunable(
 def _inputs(
     name: str,
     model: "LanguageModel | None",
-    bundle_path: str | None,
+    statistics: _Statistics,
     configurations: "Sequence[Configuration]",
-    options: dict[str, Any],
+    options: ModelOptions,
 ) -> "tuple[LanguageModel, ProxyBundle, Tensor | None]":
     """
     The model, its statistics, and the calibration windows if there is a text.
@@ -281,49 +301,49 @@ def _inputs(
     Args:
         name: Of the model.
         model: If it is loaded already.
-        bundle_path: Of its statistics, if they are there already.
+        statistics: Where they come from.
         configurations: One of them will be pruned with; a library's are rated by the proxy, so a
             new bundle must have their kernel sizes.
-        options: Of the verb.
+        options: How the model is loaded.
     """
     from pho_service.models.bundle_file import read_bundle
 
-    settings = calibration_settings(options)
+    settings = statistics.calibration.settings()
     if model is not None:
         sizes = {each.coefficients.kernel_size for each in configurations}
         missing = sorted(sizes - {*settings.kernel_sizes})
         settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
     needs_text = any(each.candidate().steps.needs_text for each in configurations)
-    named = options["text"] is not None or options["dataset"] is not None
-    if bundle_path is None:
-        source = text_source(options)
+    named = statistics.named
+    if statistics.bundle is None:
+        source = text_source(statistics.calibration)
         loaded = model or open_model(name, options)
         text = read_calibration_text(loaded, source, settings)
         return loaded, open_bundle(loaded, text, settings), text.calibration
-    if named and not (needs_text or options["stream"]):  # streamed ones needed it once
+    if named and not (needs_text or options.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:
         raise InvalidInput(
             "a bundle is not enough to permute by error, re-prune or update weights. Give the "
             "calibration text too: --text with the --samples and --context-length of the search."
         )
-    bundle = read_bundle(Path(bundle_path))
+    bundle = read_bundle(Path(statistics.bundle))
     if not named:
         return model or open_model(name, options), bundle, None
-    source = text_source(options)
+    source = text_source(statistics.calibration)
     loaded = model or open_model(name, options)
     return loaded, bundle, read_calibration_text(loaded, source, settings).calibration
 
 
-def _check(folder: Path, original: str | None, as_json: bool, options: dict[str, Any]) -> None:
+def _check(folder: Path, original: str | None, as_json: bool, options: ModelOptions) -> None:
     from dataclasses import asdict
 
     from pho_service.pipeline.check import check_folder, read_recipe
 
     loaded = None
     if original is not None:
-        if options["dtype"] == "auto":  # the hash of the original's weights depends on it
-            options["dtype"] = read_recipe(folder).model.dtype
+        if options.dtype == "auto":  # the hash of the original's weights depends on it
+            options = replace(options, dtype=read_recipe(folder).model.dtype)
         loaded = open_model(original, options)
     checks = check_folder(folder, original=loaded, progress=progress)
     if as_json:

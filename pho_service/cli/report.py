@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.document import search_command
 from pho_service.cli.options import json_option, out_file
 from pho_service.cli.remote import open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
@@ -152,7 +153,9 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         importance=importances([recorded], maximised=maximised),
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
         recorded=(min(times), max(times)) if times else None,
-        commands=words.study_commands(known, _shown(url), len(recorded)),
+        commands=[
+            search_command(words.study_document(known, len(recorded)), "--study", _shown(url))
+        ],
         versions=calibration.get("versions", {})
         if configuration is None
         else configuration.versions,

@@ -1,92 +1,49 @@
 """`pho search`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.library import best_of_library, is_library, wanted_for
+from pho_service.cli import warm_start
+from pho_service.cli.document import OF_A_SERVICE, DocumentCommand, Given
 from pho_service.cli.options import (
-    at_least,
-    calibration_options,
-    calibration_seed_option,
-    calibration_settings,
+    ModelOptions,
     confirm_text,
-    given_steps,
+    device_options,
     is_bundle,
     json_option,
-    model_options,
     open_bundle,
     open_model,
     out_file,
-    pattern_options,
     read_calibration_text,
-    space_option,
-    steps_options,
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.spec.objective import (
-    OBJECTIVES,
-    OVER,
-    WEIGHTINGS,
-    Objective,
-    ObjectiveName,
-    Over,
-    Weighting,
-)
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from pho_service.search.request import SearchRequest
+    from torch import Tensor
+
+    from pho_service.models.loading import LanguageModel
+    from pho_service.pipeline.rating import ReportText
+    from pho_service.pipeline.search import Bundles
+    from pho_service.pruning.bundle import ProxyBundle
     from pho_service.search.result import SearchResult
+    from pho_service.spec.job import JobSpec
 
-WARM = 3  # configurations of a library that a search begins with
+
+DOCUMENT = "document"  # user attribute of a study: the job that was asked for
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=("", *(f"-{path}" for path in OF_A_SERVICE)),
+    required=("pattern",),
+)
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@pattern_options
-@click.option(
-    "--over",
-    type=click.Choice(OVER),
-    help="How several models count, each relative to RIA on it.  [default: mean]",
-)
-@click.option(
-    "--trials",
-    type=int,
-    default=200,
-    show_default=True,
-    help="Baselines included; a hill climb may end before.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
-@click.option(
-    "--sampler",
-    type=click.Choice(list(SAMPLERS)),
-    default="cmaes",
-    show_default=True,
-    help="Where candidates come from; hill-climb, with --objective perplexity, is what a search "
-    "without a proxy would do.",
-)
-@click.option(
-    "--objective",
-    type=click.Choice(OBJECTIVES),
-    default="activation-reconstruction",
-    show_default=True,
-)
-@click.option(
-    "--weighting",
-    type=click.Choice(WEIGHTINGS),
-    default="blend",
-    show_default=True,
-    help="How activation reconstruction adds up the errors of rows and layers.",
-)
-@steps_options
-@space_option
 @click.option(
     "--study",
     default="sqlite:///study.db",
@@ -94,63 +51,17 @@ WARM = 3  # configurations of a library that a search begins with
     help="Database of the Optuna study; an interrupted search goes on from it.",
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
-@click.option(
-    "--confirm-text",
-    "confirm_path",
-    type=click.Path(),
-    help="Text for the final perplexities.  [default: windows of --text that calibration left]",
-)
-@click.option(
-    "--confirm-windows", type=int, default=16, show_default=True, help="Windows of that text."
-)
-@click.option(
-    "--finalists",
-    type=int,
-    default=5,
-    show_default=True,
-    help="Found candidates that are compared with the dense model, beside the baselines; the three "
-    "nearest and the nearest baseline get a perplexity. If a step needs a text: that many get one.",
-)
-@click.option(
-    "--warm-start",
-    "warm_paths",
-    multiple=True,
-    type=click.Path(),
-    help="A configuration that was found elsewhere, in the same pattern and scope; or a library, "
-    "that is, a folder of them or the URL of a service, for the three most promising. They are "
-    "rated first, and the sampler begins around the best; may be given several times.",
-)
-@click.option(
-    "--compare-cold",
-    is_flag=True,
-    help="Search without the warm start, too, and say how many trials it saved.",
-)
-@calibration_options
-@calibration_seed_option
-@model_options
+@device_options
 @json_option
 @verb
 def search(
     models: tuple[str, ...],
-    pattern: str,
-    scope: str | None,
-    over: Over | None,
-    trials: int,
-    seed: int,
-    sampler: str,
-    objective: ObjectiveName,
-    weighting: Weighting,
-    preset: str,
-    bounds: tuple[str, ...],
+    given: Given,
     study: str,
     out: str,
-    confirm_path: str | None,
-    confirm_windows: int,
-    finalists: int,
-    warm_paths: tuple[str, ...],
-    compare_cold: bool,
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Find the best coefficients for a model, and confirm them by perplexity.
@@ -169,176 +80,124 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.library.files import read_library_file
-    from pho_service.pipeline.search import check_study_url
-    from pho_service.search.request import SearchRequest
-    from pho_service.spec.presets import Preset
-    from pho_service.spec.space import parse_bounds
+    from pho_service.pipeline.search import check_study_url, opened_study, search_job
 
     path = out_file(out)
-    at_least(1, confirm_windows=confirm_windows)
-    parsed = Pattern.parse(pattern, scope)
-    asked = Preset.of(preset, parsed).changed(given_steps(options), parse_bounds(bounds))
-    request = SearchRequest(
-        pattern=parsed,
-        objective=Objective(
-            name=objective,
-            weighting=weighting,
-            over=over or "mean" if len(models) > 1 else None,
-        ),
-        bounds=asked.bounds,
-        steps=asked.steps,
-        sampler=sampler,
-        trials=trials,
-        seed=seed,
-        finalists=finalists,
-        warm_start=tuple(
-            read_library_file(Path(path)).configuration.candidate()
-            for path in warm_paths
-            if not is_library(path)
-        ),
-        compare_cold=compare_cold,
-    )
     check_study_url(study)
-    if compare_cold and not warm_paths:
-        raise InvalidInput("--compare-cold compares with a warm start: give --warm-start, too.")
-    libraries = tuple(path for path in warm_paths if is_library(path))
-    settings = calibration_settings(options)
-    model = models[0]
-    if over is not None and len(models) == 1:
-        raise InvalidInput(f"--over {over} is for several models, but {model} is the only one.")
-    if len(models) > 1:
-        result = _from_several(request, libraries, models, settings, study, confirm_path, options)
-    elif is_bundle(model):
-        result = _from_bundle(request, libraries, model, study, confirm_path, options)
-    else:
-        request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
-        source = text_source(options)
-        result = _from_model(
+    bundles = _bundles(models, given)
+    spec = _asked(models, given, bundles)
+    request = replace(spec.request(0), warm_start=tuple(warm_start.of_files(given, spec)))
+    subject = _subject(spec, given, bundles, ModelOptions.of(given, device, device_map))
+    found = warm_start.of_libraries(given, request.pattern, subject.about)
+    request = replace(request, warm_start=(*request.warm_start, *found))
+    with opened_study(study, request, subject.bundles, subject.confirm) as record:
+        document = spec.model_dump(mode="json")
+        if record.user_attrs.get(DOCUMENT) != document:
+            record.set_user_attr(DOCUMENT, document)
+        result = search_job(
             request,
-            libraries,
-            model,
-            source,
-            settings,
-            study,
-            confirm_path,
-            confirm_windows,
-            options,
+            subject.bundles,
+            study=record,
+            model=subject.model,
+            confirm_text=subject.confirm,
+            calibration=subject.calibration,
+            device=subject.device,
+            progress=progress,
         )
     _finish(result, path, study, as_json)
 
 
-def _warmed(
-    request: "SearchRequest", libraries: tuple[str, ...], model: Mapping[str, Any]
-) -> "SearchRequest":
-    """A request that also begins with what libraries have for a model of this description."""
-    pattern = request.pattern
-    scope = None if pattern.group else pattern.scope.value
-    found = []
-    for library in libraries:
-        try:
-            found += best_of_library(library, wanted_for(model, str(pattern), scope), WARM)
-        except ConfigurationError as error:
-            say(f"Note: nothing to start from: {error}")
-    for each in found:
-        say(f"Starting from {each.origin['id']}: {'; '.join(each.origin['reasons'])}.")
-    points = tuple(each.configuration.candidate() for each in found)
-    return replace(request, warm_start=(*request.warm_start, *points))
-
-
-def _from_bundle(
-    request: "SearchRequest",
-    libraries: tuple[str, ...],
-    name: str,
-    study: str,
-    confirm_path: str | None,
-    options: dict[str, Any],
-) -> "SearchResult":
-    from pho_service.models.bundle_file import read_bundle
-    from pho_service.models.devices import pick_device
-    from pho_service.pipeline.search import opened_study, search_job
-
-    if any(v is not None for v in (confirm_path, options["text"], options["dataset"])):
+def _bundles(models: tuple[str, ...], given: Given) -> "dict[str, ProxyBundle]":
+    """Those of the models that are bundles."""
+    names = [name for name in models if is_bundle(name)]
+    if not names:
+        return {}
+    if len(models) == 1 and {"calibration/text", "calibration/dataset", "confirm/text"} & {
+        *given.said
+    }:
         raise InvalidInput(
-            f"{name} is a bundle: it needs no text, and no perplexity can be measured without "
+            f"{names[0]} is a bundle: it needs no text, and no perplexity can be measured without "
             "the model. Leave the text out, or give the model instead of the bundle."
         )
-    device = str(pick_device(options["device"]))
-    bundle = read_bundle(Path(name))
-    request = _warmed(request, libraries, bundle.provenance.get("model", {}))
-    with opened_study(study, request, bundle) as record:
-        return search_job(request, bundle, study=record, device=device, progress=progress)
-
-
-def _from_model(
-    request: "SearchRequest",
-    libraries: tuple[str, ...],
-    name: str,
-    source: Any,
-    settings: Any,
-    study: str,
-    confirm_path: str | None,
-    confirm_windows: int,
-    options: dict[str, Any],
-) -> "SearchResult":
-    from pho_service.pipeline.search import opened_study, search_job
-
-    model = open_model(name, options)
-    text = read_calibration_text(model, source, settings)
-    confirming = confirm_text(model, text, confirm_path, settings, confirm_windows)
-    bundle = open_bundle(model, text, settings)
-    request = _warmed(request, libraries, model.to_dict())
-    with opened_study(study, request, bundle, confirming) as record:
-        return search_job(
-            request,
-            bundle,
-            study=record,
-            model=model,
-            confirm_text=confirming,
-            calibration=text.calibration,
-            device=str(model.device),
-            progress=progress,
-        )
-
-
-def _from_several(
-    request: "SearchRequest",
-    libraries: tuple[str, ...],
-    names: tuple[str, ...],
-    settings: Any,
-    study: str,
-    confirm_path: str | None,
-    options: dict[str, Any],
-) -> "SearchResult":
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.models.devices import pick_device
-    from pho_service.pipeline.search import opened_study, search_job
 
-    if confirm_path is not None:
-        raise InvalidInput(
-            "--confirm-text is for one model. Leave it out, and measure the result on each model "
-            "with `pho transfer`."
-        )
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InvalidInput(f"{twice[0]} is given twice. Give each model once.")
-    device = str(pick_device(options["device"]))
-    whole = [name for name in names if not is_bundle(name)]
-    if whole:
-        request.plan(settings.kernel_sizes)  # refuses what is wrong before any long work
-        source = text_source(options)
-    bundles = {}
-    for name in names:
-        if is_bundle(name):
-            bundles[name] = read_bundle(Path(name))
-            continue
-        model = open_model(name, dict(options))
+    return {name: read_bundle(Path(name)) for name in names}
+
+
+def _asked(
+    models: tuple[str, ...], given: Given, bundles: "Mapping[str, ProxyBundle]"
+) -> "JobSpec":
+    """The document that `pho submit` would send, with the kernel sizes that bundles have."""
+    document = given.document({"model": models[0], "more_models": [*models[1:]]})
+    if bundles:
+        sizes = [{*bundle.kernel_sizes} for bundle in bundles.values()]
+        if len(bundles) < len(models):
+            sizes.append({*given.calibration().kernel_sizes})
+        common = sorted(set.intersection(*sizes))
+        if common:  # if not, the search says of which bundles
+            document.setdefault("calibration", {})["kernel_sizes"] = common
+    return given.job(document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """
+    What a search works on.
+
+    Attributes:
+        bundles: Of the model, or of several by their names.
+        about: The model, as it describes itself; of several nothing.
+        device: For the proxies.
+        model: If there is one, to measure perplexities.
+        confirm: The text to measure them on.
+        calibration: The windows that the bundle was made of.
+    """
+
+    bundles: "Bundles"
+    about: Mapping[str, Any]
+    device: str
+    model: "LanguageModel | None" = None
+    confirm: "ReportText | None" = None
+    calibration: "Tensor | None" = None
+
+
+def _subject(
+    spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", options: ModelOptions
+) -> _Subject:
+    """The models of a search, loaded and calibrated where they are no bundles."""
+    from pho_service.models.devices import pick_device
+
+    if spec.models == [*bundles]:
+        device = str(pick_device(options.device))
+        if spec.more_models:
+            return _Subject(bundles=bundles, about={}, device=device)
+        bundle = bundles[spec.model]
+        return _Subject(bundles=bundle, about=bundle.provenance.get("model", {}), device=device)
+    source, settings = text_source(spec.calibration), given.calibration().settings()
+    if not spec.more_models:
+        model = open_model(spec.model, options)
         text = read_calibration_text(model, source, settings)
-        bundles[name] = open_bundle(model, text, settings)
-        del model  # two may not fit
-    request = _warmed(request, libraries, {})
-    with opened_study(study, request, bundles) as record:
-        return search_job(request, bundles, study=record, device=device, progress=progress)
+        confirm = None
+        if spec.confirm is not None:
+            windows = spec.confirm.windows
+            confirm = confirm_text(model, text, spec.confirm.text, settings, windows)
+        return _Subject(
+            bundles=open_bundle(model, text, settings),
+            about=model.to_dict(),
+            device=str(model.device),
+            model=model,
+            confirm=confirm,
+            calibration=text.calibration,
+        )
+    found = {**bundles}
+    for name in spec.models:
+        if name not in bundles:
+            model = open_model(name, options)
+            text = read_calibration_text(model, source, settings)
+            found[name] = open_bundle(model, text, settings)
+            del model  # two may not fit
+    in_order = {name: found[name] for name in spec.models}
+    return _Subject(bundles=in_order, about={}, device=str(pick_device(options.device)))
 
 
 def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
+    ModelOptions,
     at_least,
-    calibration_options,
-    calibration_seed_option,
-    calibration_settings,
     confirm_text,
+    device_options,
     file_source,
     is_bundle,
     json_option,
-    model_options,
     open_bundle,
     open_model,
     out_file,
@@ -36,7 +35,13 @@ if TYPE_CHECKING:
 METHODS = ("wanda", "ria", "transferred", "own")
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=(
+        "calibration", "confirm/text", "confirm/windows", "confirm/candidates", "trials", "seed",
+        "revision", "dtype", "stream",
+    ),
+)  # fmt: skip
 @click.argument("configuration")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--pattern", help="Refuse a configuration of another pattern.")
@@ -53,49 +58,32 @@ METHODS = ("wanda", "ria", "transferred", "own")
 )
 @click.option("--report-windows", type=int, help="Only the first N windows of that text.")
 @click.option("--search", is_flag=True, help="Find the own best of each model, too.")
-@click.option("--trials", type=int, default=200, show_default=True, help="Of those searches.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of their sampler.")
 @click.option(
     "--study",
     default="sqlite:///study.db",
     show_default=True,
     help="Database of their studies; an interrupted search goes on from it.",
 )
-@click.option(
-    "--confirm-text",
-    "confirm_path",
-    type=click.Path(),
-    help="Text that they confirm on.  [default: windows of --text that calibration left]",
-)
-@click.option(
-    "--confirm-windows", type=int, default=16, show_default=True, help="Windows of that text."
-)
-@click.option("--finalists", type=int, default=5, show_default=True, help="As in `pho search`.")
 @click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
 @click.option("--plot", type=click.Path(), help="Draw it on this HTML page.")
-@calibration_options
-@calibration_seed_option
-@model_options
+@device_options
 @json_option
 @verb
 def transfer(
     configuration: str,
     models: tuple[str, ...],
+    given: Given,
     pattern: str | None,
     scope: str | None,
     report_path: str | None,
     report_windows: int | None,
     search: bool,
-    trials: int,
-    seed: int,
     study: str,
-    confirm_path: str | None,
-    confirm_windows: int,
-    finalists: int,
     out: str,
     plot: str | None,
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Measure what CONFIGURATION is worth on other models.
@@ -128,16 +116,20 @@ def transfer(
 
     path = out_file(out)
     picture = None if plot is None else plot_file(plot)
+    confirm_windows = given("confirm/windows")
     at_least(1, report_windows=report_windows, confirm_windows=confirm_windows)
     found = read_configuration(Path(configuration))
     check_configuration(configuration, found, pattern, scope)
-    settings = calibration_settings(options)
+    calibration = given.calibration()
+    settings = calibration.settings()
+    options = ModelOptions.of(given, device, device_map)
     if found.coefficients.kernel_size not in settings.kernel_sizes:
         sizes = (*settings.kernel_sizes, found.coefficients.kernel_size)
         settings = replace(settings, kernel_sizes=sizes)
     request = None
     if search:
-        request = own_search(found, SearchOptions(trials=trials, seed=seed), finalists=finalists)
+        asked = SearchOptions(trials=given("trials"), seed=given("seed"))
+        request = own_search(found, asked, finalists=given("confirm/candidates"))
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
     if whole and report_path is None:
@@ -146,22 +138,24 @@ def transfer(
             "Give --report-text, or a bundle instead of the model: then only proxies are compared."
         )
     if whole:
-        source = text_source(options)
+        source = text_source(calibration)
     document = _Document.open(path, configuration, found)
     shown = []
 
     def measured(name: str) -> dict[str, Any]:
         """Of one model, which is let go before the next is loaded: two may not fit."""
         if is_bundle(name):
-            device = str(pick_device(options["device"]))
+            device = str(pick_device(options.device))
             target = Target(name=name, bundle=read_bundle(Path(name)))
         else:
-            model = open_model(name, dict(options))
+            model = open_model(name, options)
             device = str(model.device)
             text = read_calibration_text(model, source, settings)
             confirm = None
             if request is not None:
-                confirm = confirm_text(model, text, confirm_path, settings, confirm_windows)
+                confirm = confirm_text(
+                    model, text, given("confirm/text"), settings, confirm_windows
+                )
             target = Target(
                 name=name,
                 model=model,

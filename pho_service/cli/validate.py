@@ -2,67 +2,50 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    at_least,
-    calibration_options,
-    calibration_seed_option,
-    calibration_settings,
+    ModelOptions,
     confirm_text,
+    device_options,
     json_option,
-    model_options,
     open_bundle,
     open_model,
-    pattern_options,
     read_calibration_text,
-    space_option,
     text_source,
 )
 from pho_service.cli.plots import plot_file, plot_validation
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
     from pho_service.pipeline.validate import Validation
 
 
-@click.command()
+@click.command(
+    cls=DocumentCommand,
+    fields=(
+        "pattern", "scope", "search_space", "validation", "confirm/text", "confirm/windows",
+        "calibration", "revision", "dtype", "stream",
+    ),
+    names={"validation/candidates": "--candidates", "validation/seed": "--seed"},
+    required=("pattern",),
+)  # fmt: skip
 @click.argument("model")
-@pattern_options
-@click.option("--candidates", "count", type=int, default=40, show_default=True, help="At least 8.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the candidates.")
-@space_option
-@click.option(
-    "--confirm-text",
-    "confirm_path",
-    type=click.Path(),
-    help="Text for the perplexities.  [default: windows of --text that calibration left]",
-)
-@click.option(
-    "--confirm-windows", type=int, default=16, show_default=True, help="Windows of that text."
-)
 @click.option("--plot", type=click.Path(), help="Write scatter plots to this HTML page.")
-@calibration_options
-@calibration_seed_option
-@model_options
+@device_options
 @json_option
 @verb
 def validate(
     model: str,
-    pattern: str,
-    scope: str | None,
-    count: int,
-    seed: int,
-    bounds: tuple[str, ...],
-    confirm_path: str | None,
-    confirm_windows: int,
+    given: Given,
     plot: str | None,
+    device: str,
+    device_map: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Measure how well the proxies rank candidates on MODEL.
@@ -77,22 +60,18 @@ def validate(
       pho validate HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
           --candidates 40 --plot proxy.html
     """
-    from pho_service.errors import InvalidInput, TextError
+    from pho_service.errors import TextError
     from pho_service.pipeline.validate import validate_job
-    from pho_service.spec.space import parse_bounds
 
-    if count < 8:
-        raise InvalidInput(f"--candidates {count} is too few to rank. Give at least 8.")
-    at_least(1, confirm_windows=confirm_windows)
-    at_least(0, seed=seed)
     plot_path = plot_file(plot) if plot else None
-    parsed = Pattern.parse(pattern, scope)
-    box = parse_bounds(bounds)
-    settings = calibration_settings(options)
-    source = text_source(options)
-    loaded = open_model(model, options)
+    spec = given.job(given.document({"model": model, "validation": {}}))
+    confirm, validation, parsed = spec.confirm, spec.validation, spec.pruning()
+    assert confirm is not None  # the document says so
+    assert validation is not None
+    settings, source = spec.calibration.settings(), text_source(spec.calibration)
+    loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
-    rating_text = confirm_text(loaded, text, confirm_path, settings, confirm_windows)
+    rating_text = confirm_text(loaded, text, confirm.text, settings, confirm.windows)
     if rating_text is None:
         raise TextError("there is no text to measure perplexity on. Give --confirm-text.")
     bundle = open_bundle(loaded, text, settings)
@@ -101,9 +80,9 @@ def validate(
         bundle,
         rating_text,
         parsed,
-        bounds=box,
-        count=count,
-        seed=seed,
+        bounds=spec.search_space.bounds(),
+        count=validation.candidates,
+        seed=validation.seed,
         calibration=text.calibration,
         device=str(loaded.device),
         progress=progress,
@@ -127,7 +106,7 @@ def validate(
                 ],
                 "text": rating_text.to_dict(),
                 "model": loaded.to_dict(),
-                "seed": seed,
+                "seed": validation.seed,
                 "calibration": bundle.provenance,
                 "warning": _warning(result),
             }

@@ -108,38 +108,49 @@ def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in asked.items() if value}
 
 
-def study_commands(known: Mapping[str, Any], url: str, trials: int) -> list[str]:
+def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
     """
-    The search of a study, with all that the study says of it.
+    The document of the search whose study this is.
 
     Args:
-        known: Its user attributes.
-        url: Of its database, without a password.
+        known: The study's user attributes. Those of older versions have no document: what they
+            say of the search is put together, all but how it was confirmed.
         trials: That it has.
     """
+    if isinstance(known.get("document"), dict):
+        return dict(known["document"])
     provenance = _dict(known.get("calibration"))
-    pattern, text = str(known.get("pattern")), _dict(provenance.get("text")).get("source")
+    pattern = str(known.get("pattern"))
     name, _, weighting = str(known.get("objective", "")).partition("/")
     weighting, over, _ = (*weighting.split(", "), "", "")[:3]
-    words = ["pho", "search", *_models(provenance)]
-    words += ["--pattern", pattern]
-    words += [] if ":" in pattern else ["--scope", str(known.get("scope"))]
-    words += ["--objective", name] if name else []
-    words += ["--weighting", weighting] if weighting else []
-    words += ["--over", over.split()[0]] if over else []
-    words += ["--sampler", str(known.get("sampler")), "--seed", str(known.get("seed"))]
-    words += ["--trials", str(trials)]
-    steps = _dict(known.get("steps"))
-    for step in ("permutation", "repruning", "update"):
-        words += [f"--{step}", str(steps[step])] if steps.get(step, "none") != "none" else []
-    for bound, values in _dict(known.get("space")).items():
-        joined = ("," if bound in ("kernel_sizes", "allocations") else ":").join(map(str, values))
-        words += ["--space", f"{bound}={joined}"]
-    words += ["--text", str(text)] if text else []
-    return [
-        "# and the options of the calibration and the confirmation, which are in the tables",
-        shlex.join([*words, "--study", url]),
-    ]
+    objective = {"name": name, "weighting": weighting, "over": over.partition(" ")[0]}
+    model, *others = _models(provenance)
+    settings, text = _dict(provenance.get("settings")), _dict(provenance.get("text"))
+    return {
+        "model": model,
+        "more_models": others,
+        "pattern": pattern,
+        "scope": None if ":" in pattern else known.get("scope"),
+        "objective": {field: value for field, value in objective.items() if value},
+        "steps": _dict(known.get("steps")),
+        "search_space": _dict(known.get("space")),
+        "sampler": known.get("sampler"),
+        "seed": known.get("seed"),
+        "trials": trials,
+        "calibration": {**settings, **_source(str(text.get("source", "")))},
+        **({"confirm": None} if others else {}),
+    }
+
+
+def _source(text: str) -> dict[str, Any]:
+    """The fields of a text, from what it is called; nothing if it is not known."""
+    if text.endswith((".txt", ".jsonl", ".parquet")):
+        return {"text": text, "dataset": None, "data_file": None}
+    parts = text.split(" ")  # a data set, a file of it or none, a split
+    if len(parts) not in (2, 3):
+        return {}
+    file = parts[1] if len(parts) > 2 else None
+    return {"dataset": parts[0], "data_file": file, "split": parts[-1]}
 
 
 def _models(provenance: Mapping[str, Any]) -> list[str]:

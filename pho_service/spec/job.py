@@ -52,7 +52,9 @@ class JobSpec(Document):
     preset: PresetName = Field(
         "score",
         description="What is searched, and what candidates go through; steps and search_space "
-        "say more.",
+        "say more. score: the score alone. crepe: as published, without a gradient exponent. "
+        "crepe-plus: the best that leaves kept weights untouched. best: kept weights are updated, "
+        "too.",
     )
     steps: StepsSpec = StepsSpec()
     name: Title | None = Field(

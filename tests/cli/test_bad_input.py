@@ -36,14 +36,17 @@ def search(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> list[o
         (["--pattern", "5:4"], "keeps N=5 of M=4"),
         (["--pattern", "half"], "neither a number nor N:M"),
         (["--pattern", "2:4", "--scope", "layer"], "scope 'layer' has no meaning"),
-        (["--pattern", "0.5", "--kernel-sizes", "4"], "not odd whole numbers"),
+        (["--pattern", "0.5", "--kernel-sizes", "4"], "--kernel-sizes 4: 4 is even"),
         (["--pattern", "0.5", "--kernel-sizes", "x"], "not numbers"),
         (["--pattern", "0.5", "--space", "row_share=2:3"], "row_share=2:3 is not allowed"),
         (["--pattern", "0.5", "--trials", "2"], "trials=2 is too few"),
-        (["--pattern", "0.5", "--samples", "0"], "samples=0 is below 1"),
+        (["--pattern", "0.5", "--samples", "0"], "--samples 0 is below 1"),
         (["--pattern", "0.5", "--calibration-memory", "much"], "'much' is not a size"),
         (["--pattern", "0.5", "--calibration-memory", "1e999GB"], "is not a size"),
-        (["--pattern", "0.5", "--calibration-memory", "0.1"], "memory_bytes=0 is below 1"),
+        (
+            ["--pattern", "0.5", "--calibration-memory", "0.1"],
+            "--calibration-memory 0.1 is below 1",
+        ),
         (["--pattern", "0.5", "--calibration-memory", "1.5MiB"], "but may take 2 MiB"),
         (["--pattern", "0.5", "--device", "cuda:77"], "does not exist"),
         (["--pattern", "0.5", "--sampler", "luck"], "'luck' is not one of"),
@@ -71,7 +74,7 @@ def test_text_and_dataset(search: list[object]) -> None:
     code, error = pho(*search, "--pattern", "0.5", "--dataset", "x")
 
     assert code == 2
-    assert "--text and --dataset are both given" in error
+    assert "--dataset x: text and dataset are both given; give one of them" in error
 
 
 def test_no_model(search: list[object]) -> None:

@@ -135,7 +135,10 @@ def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
         (("--pattern", "0.5", "--scope", "global", "--allocation", "owl"), "both say how much"),
         (("--pattern", "2:4", "--repruning", "swaps", "--update", "sparsegpt"), "no mask to start"),
         (("--pattern", "0.5", "--space", "allocations=fair"), "is not understood"),
-        (("--pattern", "0.5", "--allocation", "owl", "--allocation-spread", 3), "spread=3"),
+        (
+            ("--pattern", "0.5", "--allocation", "owl", "--allocation-spread", 3),
+            "spread 3.0 is above 1",
+        ),
     ],
 )
 def test_refused(pho: Pho, bundle_file: Path, words: tuple[object, ...], message: str) -> None:

@@ -86,10 +86,16 @@ def test_command_of_a_study(pho: Pho, searched: str) -> None:
     (command,) = re.findall(r"pho search (.*?) </pre>|pho search (.*)", visible("report.html"))
     words = next(filter(None, command)).split(" How ")[0].split()
     parent = click.Context(main, **main.context_settings)
-    options = search.make_context("search", words[: words.index(URL) + 1], parent=parent).params
+    given = search.make_context("search", words[: words.index(URL) + 1], parent=parent).params[
+        "given"
+    ]
+    document = given.document({"model": words[0]})
+    stored = optuna.load_study(study_name=searched, storage=URL).user_attrs["document"]
 
-    assert (options["pattern"], options["scope"], options["trials"]) == ("0.5", "layer", 12)
-    assert (options["objective"], options["weighting"]) == ("activation-reconstruction", "blend")
+    assert given.job(document).model_dump(mode="json") == stored
+    assert (stored["pattern"], stored["trials"], stored["calibration"]["kernel_sizes"]) == (
+        "0.5", 12, [3, 5],
+    )  # fmt: skip
 
 
 def test_same_page(pho: Pho, searched: str) -> None:

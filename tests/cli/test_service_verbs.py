@@ -276,8 +276,8 @@ def test_options_where_there_is_no_place(remote: Pho, client: Client) -> None:
 BAD_SUBMITS = [
     ((), "no model is given. Give MODEL"),
     (("org/name",), "no pattern is given. Give --pattern"),
-    (("org/name", "--pattern", "half"), "/pattern: pattern 'half' is neither"),
-    (("org/name", "--pattern", "0.5", "--trials", "0"), "/trials"),
+    (("org/name", "--pattern", "half"), "--pattern half: pattern 'half' is neither"),
+    (("org/name", "--pattern", "0.5", "--trials", "0"), "--trials 0 is below 1"),
     (("org/name", "--pattern", "0.5", "--timeout", "nan"), ""),
     (("org/name", "--pattern", "0.5", "--timeout", "inf"), ""),
     (("org/name", "--pattern", "0.5", "--space", "row_share=x"), "row_share"),

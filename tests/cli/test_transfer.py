@@ -235,9 +235,9 @@ def test_warm_from_library(
     ("words", "code", "message"),
     [
         ("{bundle} --compare-cold", 2, "give --warm-start, too"),
-        ("{bundle} --over mean", 2, "--over mean is for several models"),
+        ("{bundle} --over mean", 2, "--over mean: over=mean is for several models"),
         ("{bundle} {bundle}", 2, "is given twice"),
-        ("{bundle} {model} --confirm-text {config}", 2, "--confirm-text is for one model"),
+        ("{bundle} {model} --confirm-text x", 2, "--confirm-text x: several models"),
         ("{bundle} {model} --objective gini", 2, "gini has no common scale"),
         ("{bundle} --scope row --warm-start {config}", 2, "is for 0.5 in scope layer"),
         ("{bundle} --trials 6 --warm-start {config}", 2, "the first 7 are the baselines and what"),
