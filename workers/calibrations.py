@@ -104,7 +104,8 @@ def calibrate_part(
     key, shard = str(params["key"]), int(params["shard"])
     made = False
     bundles = inputs.bundles
-    there = bundles.has(key) or bundles.sums(key, shard) is not None
+    # In this order: sums are removed as soon as the bundle that they became is there.
+    there = bundles.sums(key, shard) is not None or bundles.has(key)
     if not there and params["device"] == inputs.device.type:
         seal = Seal(**params["inputs"])
         text = inputs.calibration_text(spec, seal)
