@@ -117,8 +117,7 @@ class Stages:
             return
         bundle, seal = found
         self._check_again(mine, seal)
-        for layer in bundle.layers:
-            spec.pruning().check_width(layer.in_features, layer.name)
+        bundle.choose(spec.plan(0).steps.linears, spec.pruning())
         self.store.complete(
             claim,
             {
@@ -174,7 +173,7 @@ class Stages:
             model, text = self.inputs.model(spec, seal), self.inputs.confirmation_text(spec, seal)
             calibration = self._calibration(spec, seal, spec.plan(island).steps)
         return objective_function(
-            objective, spec.pruning(), bundles, model, text, device, calibration
+            objective, spec.plan(island), bundles, model, text, device, calibration
         )
 
     def _confirm(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
@@ -467,7 +466,11 @@ def _random(spec: JobSpec) -> list[Candidate]:
         return []
     plan = spec.plan(0)
     return random_candidates(
-        plan.space, plan.pattern, count=spec.validation.candidates, seed=spec.validation.seed
+        plan.space,
+        plan.pattern,
+        count=spec.validation.candidates,
+        seed=spec.validation.seed,
+        linears=plan.steps.linears,
     )
 
 

@@ -137,6 +137,7 @@ class Recipe(_Document):
 
     Attributes:
         updated: Weights that stayed were changed.
+        dense: Linears that were left out, with the hash of each one's weight. They have no masks.
     """
 
     format: Literal["pho-pruning"]
@@ -147,6 +148,7 @@ class Recipe(_Document):
     folded: Annotated[list[Folded], FailFast()]
     sparsity: float = Field(ge=0, le=1)
     layers: dict[str, LayerRecord] = Field(min_length=1)
+    dense: dict[str, str] = Field(default_factory=dict)
     calibration: dict[str, Any]
     versions: dict[str, str]
 
@@ -214,11 +216,12 @@ def check_folder(
     masks = read_masks(folder / MASKS)
     model = load_model(str(folder), device="cpu", dtype=_saved_dtype(folder))
     recipe_check = _check(
-        "recipe", _recipe_problems(recipe, model.linears), f"complete, {len(recipe.layers)} linears"
+        "recipe", _recipe_problems(recipe, model.linears), f"complete, {_linears(recipe)}"
     )
     if not recipe_check.passed:
         return [recipe_check]
-    problems = _mask_problems(masks, model.linears)
+    pruned = {name: each for name, each in model.linears.items() if name in recipe.layers}
+    problems = _mask_problems(masks, pruned)
     if problems:
         return [recipe_check, _check("masks", problems, "")]
     return [recipe_check, *_check_weights(recipe, masks, model, original, progress)]
@@ -279,10 +282,17 @@ def _saved_dtype(folder: Path) -> str:
     return dtype if dtype in DTYPES else "auto"
 
 
+def _linears(recipe: Recipe) -> str:
+    dense = f", {len(recipe.dense)} of them dense" if recipe.dense else ""
+    return f"{len(recipe.layers) + len(recipe.dense)} linears{dense}"
+
+
 def _recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> list[str]:
     """What of a recipe cannot be true of a model with these linears."""
-    problems = [f"{name} is not in it" for name in linears if name not in recipe.layers]
-    problems += [f"the model has no {name}" for name in recipe.layers if name not in linears]
+    said = [*recipe.layers, *recipe.dense]
+    problems = [f"{name} is not in it" for name in linears if name not in {*said}]
+    problems += [f"the model has no {name}" for name in said if name not in linears]
+    problems += [f"{name} is both pruned and dense" for name in recipe.dense.keys() & recipe.layers]
     if ":" in recipe.configuration.pattern:
         problems += [
             f"{name} has no groups, but the pattern is {recipe.configuration.pattern}"
@@ -311,7 +321,7 @@ def _mask_problems(masks: MaskFile, linears: Mapping[str, PrunableLinear]) -> li
     problems = [f"{name} has no mask" for name in linears if name not in masks.shapes]
     for name, shape in masks.shapes.items():
         if name not in linears:
-            problems.append(f"{name} has a mask, but is no linear of the model")
+            problems.append(f"{name} has a mask, but is not a pruned linear of the model")
         elif shape != tuple(linears[name].weight.shape):
             problems.append(
                 f"{name} has the shape {tuple(linears[name].weight.shape)}, its mask {shape}"
@@ -378,16 +388,26 @@ def _check_weights(
                     changed = (weight != expected.to(weight.dtype)) & mask.keep
                     report.add("kept weights", name, _some(changed, "kept weights were changed"))
             advance(1)
+    for name, sha256 in recipe.dense.items():
+        weight = model.linears[name].weight.to("cpu", model.stored_dtype)
+        if weight_sha256(weight) != sha256:
+            report.add("weight hashes", name, "the weight is not the one that was saved")
+        if compared is not None:
+            expected = _taken(compared.linears[name].weight.cpu(), rows.get(name), None)
+            changed = weight != expected.to(weight.dtype)
+            report.add("dense linears", name, _some(changed, "weights were changed"))
     checks = [*_own_checks(report, recipe), origin]
+    dense = ["dense linears"] if recipe.dense else []
     if original is None or not origin.passed:
         reason = "no original model was given" if original is None else "it is another model"
         checks += [
             Check(name=name, passed=True, detail=f"{_NOT_CHECKED}{reason}")
-            for name in ("kept weights", "other parameters")
+            for name in ("kept weights", *dense, "other parameters")
         ]
     else:
         checks += [
             report.check("kept weights", _kept_detail(recipe)),
+            *(report.check(name, f"{len(recipe.dense)} as in the original") for name in dense),
             _check_others(model, original, rows),
         ]
     return [*checks, _semi_structured_check(report)]
@@ -467,7 +487,9 @@ def _own_checks(report: _Report, recipe: Recipe) -> list[Check]:
         report.check("zeros", zeros + some),
         report.check("sparsity", f"{total:.4%} of {report.weights:,} weights" + some),
         report.check("groups", groups + some),
-        report.check("weight hashes", f"{len(recipe.layers)} weights as recorded"),
+        report.check(
+            "weight hashes", f"{len(recipe.layers) + len(recipe.dense)} weights as recorded"
+        ),
     ]
 
 

@@ -20,6 +20,7 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 
@@ -31,7 +32,7 @@ class ComparisonRow:
         method: ``dense``, a baseline, or a configuration's name.
         scope: Where weights competed; None for dense.
         perplexity: On the report text.
-        sparsity: Achieved, over all prunable weights.
+        sparsity: Achieved, over the weights of all linears that are pruned.
         proxy: The objective's value; None for dense, for SparseGPT, whose
             mask no bundle knows, and where the bundle lacks a kernel size.
         seconds: To prune and to measure.
@@ -55,6 +56,7 @@ def compare_job(
     pattern: Pattern,
     configurations: Sequence[tuple[str, Configuration]],
     *,
+    linears: Linears | None = None,
     calibration: Tensor | None = None,
     objective: Objective | None = None,
     device: str = "cpu",
@@ -69,22 +71,32 @@ def compare_job(
         report: Not the text that anything was chosen on.
         pattern: Of all rows.
         configurations: (name, configuration) pairs, in the pattern of the comparison.
+        linears: What the baselines prune; None is what the configurations prune.
         calibration: Windows for methods that need a text; without them SparseGPT is left out.
         objective: Whose proxy value is shown; activation reconstruction by default.
         device: For the proxy.
         progress: Is told of each row.
 
     Raises:
-        ConfigurationError: A configuration is for another pattern.
+        ConfigurationError: A configuration is for another pattern, or for other linears.
         BundleError: The bundle is of another model.
     """
+    found = [(name, fitting(name, each, pattern)) for name, each in configurations]
+    if linears is None:
+        linears = found[0][1].steps.linears if found else Linears()
+    for name, candidate in found:
+        if candidate.steps.linears != linears:
+            raise ConfigurationError(
+                f"{name} prunes {candidate.steps.linears or 'all linears'}, but the comparison is "
+                f"of {linears or 'all linears'}. Compare what prunes the same."
+            )
     candidates = [
         *(
             (c.method, c)
-            for c in comparison_baselines(pattern)
+            for c in comparison_baselines(pattern, linears)
             if calibration is not None or not c.steps.needs_text
         ),
-        *((name, fitting(name, configuration, pattern)) for name, configuration in configurations),
+        *found,
     ]
     return compare_candidates(
         model,

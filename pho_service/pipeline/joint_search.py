@@ -16,6 +16,7 @@ from pho_service.search.plan import Evaluate, Outcome
 from pho_service.search.result import SearchResult
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 
@@ -37,15 +38,24 @@ def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> Sear
 
 
 def rate_jointly(
-    evaluators: Mapping[str, ProxyEvaluator], pattern: Pattern, objective: Objective
+    evaluators: Mapping[str, ProxyEvaluator],
+    pattern: Pattern,
+    objective: Objective,
+    linears: Linears = Linears(),
 ) -> Evaluate:
     """
     A function for a search over several models.
 
+    Args:
+        evaluators: By name of the model.
+        pattern: Of the search.
+        objective: How the models count.
+        linears: What RIA prunes, as every candidate does.
+
     Raises:
         NumericalError: RIA has no value on one of them, or one of 0.
     """
-    ria = reference_methods(pattern)["ria"]
+    ria = reference_methods(pattern, linears)["ria"]
     references = {}
     for name, evaluator in evaluators.items():
         (rating,) = evaluator.evaluate([ria])

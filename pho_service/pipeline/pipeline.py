@@ -4,6 +4,7 @@ A candidate applied to a model: score, allocation, permutation, re-pruning, weig
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def prune_model(
     kept: Callable[[str, LinearMask], None] = lambda _name, _mask: None,
 ) -> dict[str, float]:
     """
-    Prune a model in place, and give the share that each linear has lost.
+    Prune a model in place, and give the share that each pruned linear has lost.
 
     A candidate whose steps need a text is applied block by block: each block sees the
     calibration windows as the pruned blocks before it leave them. Scores and allocation always
@@ -44,13 +45,13 @@ def prune_model(
         statistics: Of the dense model.
         candidate: What to remove, and how.
         calibration: (windows, tokens), int64; only needed by steps that see a text.
-        advance: Called with 1 after each linear.
-        kept: Called with the name of each linear and its mask, as soon as it is pruned: all masks
-            together take a byte a weight, so they are not given back.
+        advance: Called with 1 after each pruned linear.
+        kept: Called with the name of each pruned linear and its mask, as soon as it is pruned: all
+            masks together take a byte a weight, so they are not given back.
 
     Raises:
-        InvalidInput: The steps need a text, and there is none; or the pattern
-            does not fit the model.
+        InvalidInput: The steps need a text, and there is none; or the pattern, or what is
+            said of single linears, does not fit the model.
         NumericalError: A score is NaN, or a second moment cannot be inverted.
     """
     if candidate.steps.needs_text:
@@ -80,23 +81,29 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
 def _by_score(
     model: LanguageModel, statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
-    masks = linear_masks(model.linears, statistics, candidate)
-    yield from _zeroed(model.linears, masks)
+    yield from _zeroed(model.linears, linear_masks(model.linears, statistics, candidate))
 
 
 def _streamed_by_score(
     model: LanguageModel, statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
     masks = linear_masks(model.linears, statistics, candidate)
+    names = _pruned_names(model, candidate)
     for linears in changed_blocks(model):
-        yield from _zeroed(linears, masks)
+        yield from _zeroed(linears, masks, len(names & linears.keys()))
+
+
+def _pruned_names(model: LanguageModel, candidate: Candidate) -> frozenset[str]:
+    return candidate.steps.linears.choose(list(model.linears), candidate.pattern).names
 
 
 def _zeroed(
-    linears: Mapping[str, PrunableLinear], masks: Iterator[tuple[str, LinearMask]]
+    linears: Mapping[str, PrunableLinear],
+    masks: Iterator[tuple[str, LinearMask]],
+    count: int | None = None,
 ) -> Iterator[tuple[str, LinearMask]]:
-    """Apply as many masks as there are linears: those of a block come together."""
-    for name, mask in islice(masks, len(linears)):
+    """Apply the next ``count`` masks, or all: those of a block come together."""
+    for name, mask in islice(masks, count):
         linears[name].weight.masked_fill_(~mask.keep, 0)
         yield name, mask
 
@@ -105,10 +112,15 @@ def _block_by_block(
     model: LanguageModel, statistics: Statistics, candidate: Candidate, windows: Tensor
 ) -> Iterator[tuple[str, LinearMask]]:
     masks = linear_masks(model.linears, statistics, candidate)
-    for block in walk(model, windows):
+    names = _pruned_names(model, candidate)
+    for whole in walk(model, windows):
+        here = {name: each for name, each in whole.linears.items() if name in names}
+        if not here:
+            continue
+        block = replace(whole, linears=here)
         moments, input_of = block.moments()
         readers: dict[int, list[ScoredLinear]] = {}
-        for name, mask in islice(masks, len(block.linears)):  # an input is of one block
+        for name, mask in islice(masks, len(here)):  # an input is of one block
             linear = block.linears[name]
             readers.setdefault(input_of[name], []).append(
                 ScoredLinear(
@@ -144,7 +156,7 @@ def pruned_model(
         model, statistics, candidate, calibration, advance: As for :func:`prune_model`.
 
     Yields:
-        The achieved sparsity of each linear.
+        The achieved sparsity of each pruned linear.
     """
     if not (candidate.steps.needs_text or model.stream):
         masks = linear_masks(model.linears, statistics, candidate)
@@ -176,17 +188,19 @@ def rate_streamed(
         advance: Called with 1 after each of them.
 
     Returns:
-        The perplexity, and the achieved sparsity of each linear.
+        The perplexity, and the achieved sparsity of each pruned linear.
 
     Raises:
         InvalidInput, NumericalError: As :func:`prune_model`.
         ModelError: The model cannot be run block by block.
     """
     masks = linear_masks(model.linears, statistics, candidate)
+    names = _pruned_names(model, candidate)
     sparsity: dict[str, float] = {}
 
     def prune(linears: Mapping[str, PrunableLinear]) -> None:
-        sparsity.update((name, _share(mask)) for name, mask in _zeroed(linears, masks))
+        zeroed = _zeroed(linears, masks, len(names & linears.keys()))
+        sparsity.update((name, _share(mask)) for name, mask in zeroed)
 
     return measure_perplexity(model, windows, change=prune, advance=advance), sparsity
 

@@ -28,9 +28,9 @@ class Pruned:
     What was done to a model.
 
     Attributes:
-        sparsity: Over all prunable weights.
-        layers: Sparsity of each linear, in the model's order.
-        masks: What each linear keeps, one bit a weight.
+        sparsity: Over the weights of all linears that are pruned.
+        layers: Sparsity of each of them, in the model's order.
+        masks: What each of them keeps, one bit a weight.
         recipe: JSON values: what ``pruning.json`` says of it.
     """
 
@@ -121,7 +121,8 @@ def prune_in_place(
 
     Raises:
         BundleError: The bundle is of another model.
-        InvalidInput: The pattern does not fit the model, or a text is missing.
+        InvalidInput: The pattern, or what is said of single linears, does not fit the model; or a
+            text is missing.
     """
     bundle.check_model(model.linears)
     dense = model.to_dict()  # before its weights change
@@ -131,12 +132,15 @@ def prune_in_place(
     def keep(name: str, mask: LinearMask) -> None:
         kept[name] = _Kept.of(mask)
 
-    with progress("Pruning", len(model.linears)) as advance:
+    chosen = bundle.choose(candidate.steps.linears, candidate.pattern)
+    with progress("Pruning", len(chosen.names)) as advance:
         prune_model(model, bundle.statistics(), candidate, calibration, advance, keep)
     folded = _fold(model, kept)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
-    layers = {name: kept[name].sparsity for name in model.linears}
-    weights = sha256_each(linear.weight for linear in model.linears.values())
+    hashes = sha256_each(linear.weight for linear in model.linears.values())
+    weights = dict(zip(model.linears, hashes, strict=True))
+    layers = {name: kept[name].sparsity for name in model.linears if name in kept}
+    dense_linears = {name: sha256 for name, sha256 in weights.items() if name not in kept}
     sparsity = model_sparsity(model.linears, layers)
     recipe = {
         "format": "pho-pruning",
@@ -151,15 +155,16 @@ def prune_in_place(
         "layers": {
             name: {
                 "sparsity": layers[name],
-                "weights_sha256": sha256,
+                "weights_sha256": weights[name],
                 "keep": kept[name].group_keep if candidate.pattern.group else None,
                 "group": candidate.pattern.group or None,
             }
-            for name, sha256 in zip(model.linears, weights, strict=True)
+            for name in layers
         },
+        **({"dense": dense_linears} if dense_linears else {}),
         "versions": versions("torch", "transformers"),
     }
-    masks = {name: kept[name].mask for name in model.linears}
+    masks = {name: kept[name].mask for name in layers}
     return Pruned(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe)
 
 
@@ -176,14 +181,14 @@ def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
     if model.stream:
         return folded
     for name, reader in model.linears.items():
-        order = kept[name].mask.order
+        order = kept[name].mask.order if name in kept else None
         if order is None:
             continue
         writers = fold_order(model.model, reader, model.linears, order)
         if not writers:
             continue
         kept[name] = kept[name].taken(kept[name].mask.keep[:, order], None)
-        for writer in writers:
+        for writer in kept.keys() & writers:
             mask = kept[writer].mask
             kept[writer] = kept[writer].taken(mask.keep[order], mask.order)
         folded.append({"reader": name, "writers": writers, "order": order.tolist()})

@@ -88,7 +88,7 @@ def rate_pruned(
         InvalidInput: They need one, and there is none.
 
     Returns:
-        The perplexity, and the achieved sparsity over all prunable weights.
+        The perplexity, and the achieved sparsity over the linears that are pruned.
     """
     if model.stream and not candidate.steps.needs_text:
         result, shares = rate_streamed(model, statistics, candidate, windows, advance)

@@ -31,7 +31,6 @@ from pho_service.search.search import Callback, run_search
 from pho_service.search.warm_start import Saving, measure_saving
 from pho_service.spec.configuration import Confirmation
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
 from storage.studies import StorageError, check_url, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def search_job(
     if model is not None:
         only_one(named, "a model").check_model(model.linears)
     evaluate = objective_function(
-        request.objective, plan.pattern, named, model, confirm_text, device, calibration
+        request.objective, plan, named, model, confirm_text, device, calibration
     )
     origin = origin_of([bundle.origin for bundle in named.values()])
     if study is None:
@@ -199,7 +198,7 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
 
     Raises:
         InvalidInput: The request breaks a rule, does not say how several bundles count or says
-            how one does, or N:M does not divide a width.
+            how one does, or N:M or what is said of linears does not fit a model.
         BundleError: The bundles have no kernel size in common.
     """
     first, *others = (set(bundle.kernel_sizes) for bundle in bundles.values())
@@ -213,8 +212,7 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
         raise InvalidInput("a search over several models needs to be told how they count: over.")
     plan = request.plan(common)
     for bundle in bundles.values():
-        for layer in bundle.layers:
-            plan.pattern.check_width(layer.in_features, layer.name)
+        bundle.choose(plan.steps.linears, plan.pattern)
     return plan
 
 
@@ -275,7 +273,7 @@ def compared_with_cold(
 
 def objective_function(
     objective: Objective,
-    pattern: Pattern,
+    plan: SearchPlan,
     bundles: Mapping[str, ProxyBundle],
     model: "LanguageModel | None",
     text: "ReportText | None",
@@ -291,7 +289,7 @@ def objective_function(
     """
     if objective.over is not None:
         evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
-        return rate_jointly(evaluators, pattern, objective)
+        return rate_jointly(evaluators, plan.pattern, objective, plan.steps.linears)
     bundle = only_one(bundles, f"the objective {objective.name}")
     if objective.name != "perplexity":
         return rate_by_proxy(ProxyEvaluator(bundle, device), objective)

@@ -233,10 +233,12 @@ def proxies_of(
         InvalidInput: N:M does not divide an input width.
     """
     candidate = configuration.candidate()
-    for layer in bundle.layers:
-        candidate.pattern.check_width(layer.in_features, layer.name)
+    bundle.choose(candidate.steps.linears, candidate.pattern)
     evaluator = ProxyEvaluator(bundle, device)
-    candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
+    candidates = {
+        **reference_methods(candidate.pattern, candidate.steps.linears),
+        "transferred": candidate,
+    }
     return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
 
 
@@ -283,7 +285,10 @@ def transfer_job(
         StudyError: The study cannot be opened, or holds the trials of another search.
     """
     candidate = configuration.candidate()
-    candidates = {**reference_methods(candidate.pattern), "transferred": candidate}
+    candidates = {
+        **reference_methods(candidate.pattern, candidate.steps.linears),
+        "transferred": candidate,
+    }
     proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
     own = None
     if search is not None:

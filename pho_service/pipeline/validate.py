@@ -16,6 +16,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.validation import ProxyQuality, qualities, random_candidates
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
@@ -70,6 +71,7 @@ def validate_job(
     text: ReportText,
     pattern: Pattern,
     *,
+    linears: Linears = Linears(),
     bounds: Mapping[str, Any] | None = None,
     count: int = 40,
     seed: int = 0,
@@ -85,6 +87,7 @@ def validate_job(
         bundle: Of this model.
         text: For the perplexities; not the calibration windows.
         pattern: What is pruned.
+        linears: Where.
         bounds: Fields of the search space that differ from its defaults.
         count: Candidates, at least 8.
         seed: Of the candidates and of the bootstrap.
@@ -93,12 +96,12 @@ def validate_job(
         progress: Is told of each candidate.
 
     Raises:
-        InvalidInput: A bound breaks a rule.
+        InvalidInput: A bound breaks a rule, or what is said of linears does not fit the model.
         BundleError: The bundle is of another model.
     """
     bundle.check_model(model.linears)
     space = SearchSpace(**{"kernel_sizes": bundle.kernel_sizes, **(bounds or {})}).fitted(pattern)
-    candidates = random_candidates(space, pattern, count=count, seed=seed)
+    candidates = random_candidates(space, pattern, count=count, seed=seed, linears=linears)
     with progress("Rating by the proxies", count) as advance:
         proxies = rate_by_all_proxies(bundle, candidates, device=device, advance=advance)
     perplexity = []

@@ -21,6 +21,8 @@ from pho_service.errors import BundleError
 from pho_service.pruning.scores import sampled_window_mean
 from pho_service.pruning.second_moments import InputStatistics
 from pho_service.pruning.statistics import PrunableLinear, Statistics
+from pho_service.spec.linears import Chosen, Linears
+from pho_service.spec.pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,25 @@ class ProxyBundle:
             input_of={layer.name: layer.input_index for layer in self.layers},
             fisher={layer.name: layer.fisher for layer in self.layers},
         )
+
+    def choose(self, linears: Linears, pattern: Pattern) -> Chosen:
+        """
+        Find out which linears are pruned, and whether the pattern fits them.
+
+        Args:
+            linears: What is said of single linears.
+            pattern: Of all others.
+
+        Raises:
+            InvalidInput: What is said does not fit the model, which is named; or N:M does not
+                divide an input width.
+        """
+        name = self.provenance.get("model", {}).get("name", "the model")
+        chosen = linears.choose([layer.name for layer in self.layers], pattern, model=name)
+        for layer in self.layers:
+            if layer.name in chosen.names:
+                pattern.check_width(layer.in_features, layer.name)
+        return chosen
 
     def check_model(self, linears: Mapping[str, PrunableLinear]) -> None:
         """

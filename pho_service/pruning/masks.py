@@ -92,7 +92,7 @@ def linear_masks(
     linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
     """
-    Give what goes of one linear after the other, by score, allocation and permutation.
+    Give what goes of one pruned linear after the other, by score, allocation and permutation.
 
     Linears that read one input come together, and their scores are held at a
     time. In scope ``global``, and with an allocation, all linears are gone
@@ -100,13 +100,17 @@ def linear_masks(
     comes later: see :func:`pho_service.pruning.steps.finish`.
 
     Raises:
-        InvalidInput: N:M does not divide an input width.
+        InvalidInput: N:M does not divide an input width, or what the candidate says of linears
+            does not fit the model.
         NumericalError: A score is NaN or infinite; names the layer.
     """
-    for name, linear in linears.items():
+    chosen = candidate.steps.linears.choose(list(linears), candidate.pattern)
+    meant = {name: linear for name, linear in linears.items() if name in chosen.names}
+    for name, linear in meant.items():
         candidate.pattern.check_width(linear.weight.shape[1], name)
-    shares = linear_shares(linears, statistics, candidate)
-    return _linear_masks(linears, statistics, candidate, shares)
+    together = {name: linears[name] for name in chosen.shared}
+    shares = linear_shares(together, statistics, candidate) if together else {}
+    return _linear_masks(meant, statistics, candidate, shares, chosen.own)
 
 
 def _linear_masks(
@@ -114,6 +118,7 @@ def _linear_masks(
     statistics: Statistics,
     candidate: Candidate,
     shares: Mapping[str, int],
+    own: Mapping[str, Pattern],
 ) -> Iterator[tuple[str, LinearMask]]:
     for names in readers(linears, statistics):
         scores = {
@@ -125,7 +130,8 @@ def _linear_masks(
             kept = candidate.pattern.keep
             order = permute_channels(together, keep=kept, group=candidate.pattern.group)
         for name in names:
-            yield name, mask_of(scores.pop(name), candidate.pattern, shares.get(name), order)
+            pattern = own.get(name, candidate.pattern)
+            yield name, mask_of(scores.pop(name), pattern, shares.get(name), order)
 
 
 def readers(
@@ -159,6 +165,8 @@ def linear_shares(
 ) -> dict[str, int]:
     """
     What an allocation, or scope ``global``, gives each linear; empty if the pattern says it.
+
+    All of ``linears`` take part.
 
     Returns:
         Weights to remove by name of the linear; for N:M the N of each.
@@ -340,6 +348,12 @@ def _restore_(weight: Tensor, dense: Tensor) -> None:
 
 
 def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str, float]) -> float:
-    """The share of all prunable weights that is gone."""
-    sizes = {name: linear.weight.numel() for name, linear in linears.items()}
+    """
+    The share that is gone of the weights of all linears that are pruned.
+
+    Args:
+        linears: Of the model; there may be more.
+        sparsity: Of each linear that is pruned.
+    """
+    sizes = {name: each.weight.numel() for name, each in linears.items() if name in sparsity}
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())

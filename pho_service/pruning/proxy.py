@@ -7,34 +7,21 @@ updates need all rows of a linear, so candidates are compared as they are
 before those steps.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from threading import local
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
-from pho_service.pruning.allocation import allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.layer_view import LayerView, LinearSize, View
-from pho_service.pruning.masks import over_rows, share_ties
-from pho_service.pruning.scores import TINY, gini
-from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
-from pho_service.pruning.stacked_view import StackedView
-from pho_service.pruning.stacks import Stack, stack_bundle
-from pho_service.pruning.threads import in_threads
+from pho_service.pruning.layer_errors import BATCH, LayerErrors, require_finite
+from pho_service.pruning.scores import TINY
+from pho_service.pruning.stacks import Stack
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
-
-Piece = TypeVar("Piece")
-Done = TypeVar("Done")
-
-BATCH = 8  # candidates that are rated at once: a generation of the default sampler
-CACHED = 1 << 21  # scores of a batch in a stack, 8 MiB for each thread, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +57,8 @@ class ProxyEvaluator:
     Rates candidates on one bundle, in memory, on one device; in one thread at a time.
 
     Candidates of one pattern are rated up to eight at a time, which changes
-    nothing in their ratings: nothing is added up over candidates.
+    nothing in their ratings: nothing is added up over candidates. Linears that a candidate
+    leaves out do not count in its rating.
 
     Args:
         bundle: What to rate on. On the CPU it shares memory with the evaluator.
@@ -87,17 +75,14 @@ class ProxyEvaluator:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.bundle = bundle
-        on = torch.device(device)
-        values = CACHED // BATCH if on.type == "cpu" else None
-        self.stacks = stack_bundle(bundle, on, dtype, values=values)
-        # Overwritten by every candidate: memory asked for anew costs more than what is done in it.
-        self._memory = local()
-        self._positions = torch.cat([stack.positions for stack in self.stacks])
-        views = self._views(on)
-        # A search often asks for an allocation that it has asked for before.
-        self._allocate = lru_cache(maxsize=256)(
-            lambda pattern, allocation: allocate(lambda: views, pattern, allocation)
-        )
+        self._device, self._dtype = torch.device(device), dtype
+        self._known: dict[tuple[str, ...], LayerErrors] = {}
+        self._chosen = lru_cache(maxsize=256)(bundle.choose)
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """All linears of the bundle as they are rated."""
+        return self._errors([layer.name for layer in self.bundle.layers]).stacks
 
     def evaluate(
         self, candidates: Sequence[Candidate], *, with_gini: bool = False
@@ -111,213 +96,113 @@ class ProxyEvaluator:
 
         Raises:
             BundleError: A kernel size that the bundle has no window means for.
-            InvalidInput: N:M does not divide an input width.
+            InvalidInput: N:M does not divide an input width, or what a candidate says of linears
+                does not fit the model.
             NumericalError: A rating is NaN or infinite; names the layer.
         """
         ratings = []
-        for _, alike in groupby(
-            candidates, key=lambda c: (c.pattern, c.steps.allocation.method == "uniform")
-        ):
+        for _, alike in groupby(candidates, key=_kind):
             together = list(alike)
             for start in range(0, len(together), BATCH):
-                sums = self._sums(together[start : start + BATCH], with_gini)
-                ratings += [self._summary(each, with_gini) for each in sums]
+                layers, sums = self._sums(together[start : start + BATCH], with_gini)
+                ratings += [_summary(layers, each, with_gini) for each in sums]
         return ratings
 
     def layer_errors(self, candidate: Candidate) -> dict[str, float]:
         """
-        The error of each linear relative to the energy of its output, by name.
+        The error of each linear relative to the energy of its output, by name; 0 if it stays dense.
 
         Raises:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
-        (sums,) = self._sums([candidate], with_gini=False)
-        return dict(
-            zip((la.name for la in self.bundle.layers), self._relative(sums.absolute), strict=True)
+        layers, (sums,) = self._sums([candidate], with_gini=False)
+        errors = zip(
+            (layer.name for layer in layers), _relative(layers, sums.absolute), strict=True
         )
+        return {**dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0), **dict(errors)}
 
     def layer_sparsities(self, candidate: Candidate) -> dict[str, float]:
         """
-        The share of its weights that each linear loses, by name.
+        The share of its weights that each linear loses, by name; 0 if it stays dense.
 
         In scope ``global`` and with an allocation it is that of the sampled rows, which the whole
         linear comes near; otherwise it is exact.
 
         Raises:
+            InvalidInput: What the candidate says of linears does not fit the model.
             NumericalError: A score is NaN or infinite; names the layer.
         """
-        pattern = candidate.pattern
-        lost = self._shares(candidate)
-        found = {}
-        for number, layer in enumerate(self.bundle.layers):
-            if pattern.group:
-                kept = pattern.keep if lost is None else int(lost[number])
-                found[layer.name] = 1 - kept / pattern.group
-            elif lost is not None:
-                found[layer.name] = int(lost[number]) / layer.rows.numel()
-            else:
-                rows = 1 if pattern.scope is Scope.ROW else layer.out_features
-                found[layer.name] = pattern.removed(rows * layer.in_features) / (
-                    rows * layer.in_features
-                )
-        return found
+        chosen = self._chosen(candidate.steps.linears, candidate.pattern)
+        lost = self._errors(chosen.shared).shares(candidate) if chosen.shared else None
+        shares = {} if lost is None else dict(zip(chosen.shared, lost.tolist(), strict=True))
+        return {
+            layer.name: _sparsity(
+                layer, chosen.own.get(layer.name, candidate.pattern), shares.get(layer.name)
+            )
+            if layer.name in chosen.names
+            else 0.0
+            for layer in self.bundle.layers
+        }
 
-    def _sums(self, candidates: Sequence[Candidate], with_gini: bool) -> list["_Sums"]:
-        """What each of up to eight candidates does to the layers; they are of one pattern."""
-        lost = self._each(self._shares, candidates)
-        found = self._by_position(
-            self._each(lambda stack: self._rate(stack, candidates, lost, with_gini), self.stacks)
-        )  # (layers, C, 5)
-        sums = [_Sums(*values.T) for values in found.unbind(dim=1)]
-        for each in sums:
-            self._require_finite(each.highest, "a score of a candidate")
-        return sums
+    def _sums(
+        self, candidates: Sequence[Candidate], with_gini: bool
+    ) -> tuple[list[LayerSample], list["_Sums"]]:
+        """The linears that are pruned, and what each of up to eight candidates does to them."""
+        first = candidates[0]
+        chosen = self._chosen(first.steps.linears, first.pattern)
+        layers: list[LayerSample] = []
+        found: list[Tensor] = []
+        if chosen.shared:
+            errors = self._errors(chosen.shared)
+            layers += errors.bundle.layers
+            found.append(errors.sums(candidates, errors.each_shares(candidates), with_gini))
+        if chosen.own:
+            errors = self._errors(tuple(chosen.own))
+            layers += errors.bundle.layers
+            lost = errors.own_shares(list(chosen.own.values()))
+            found.append(errors.sums(candidates, [lost] * len(candidates), with_gini))
+        return layers, [_Sums(*values.T) for values in torch.cat(found).unbind(dim=1)]
 
-    def _rate(
-        self,
-        stack: Stack,
-        candidates: Sequence[Candidate],
-        lost: Sequence[Tensor | None],
-        with_gini: bool,
-    ) -> Tensor:
-        """(I * L, C, 5), float64: what :class:`_Sums` has of each linear of a stack."""
-        pattern = candidates[0].pattern
-        pattern.check_width(stack.rows.shape[-1], stack.first)
-        inputs, *shape = stack.rows.shape
-        count = len(candidates) * stack.rows.numel()
-        score = self._scores()[:count].view(inputs, len(candidates), *shape)  # (I, C, L, R, n)
-        stack.importance([candidate.coefficients for candidate in candidates], out=score)
-        shares = [
-            removed[stack.positions].view(inputs, -1) for removed in lost if removed is not None
-        ]  # (I, L) each; none if the pattern says it all
-        keep = _keep(score, pattern, torch.stack(shares, dim=1) if shares else None)
-        highest = score.amax(dim=(3, 4))  # NaN if any score is
-        inequality = torch.zeros_like(highest)
-        if with_gini:
-            inequality = gini((score * keep).flatten(start_dim=3))
-        error = stack.row_errors(keep, out=score)  # (I, C, L, R)
-        loss = error * stack.fisher[:, None]
-        blend = loss * (error / stack.row_energy[:, None]).sqrt()
-        scale = stack.weights_per_value.view(inputs, 1, -1)
-        sums = [rows.sum(dim=3) * scale for rows in (loss, error, blend)]
-        found = torch.stack([highest, inequality, *sums], dim=-1)  # (I, C, L, 5)
-        return found.transpose(1, 2).flatten(0, 1)
+    def _errors(self, names: Sequence[str]) -> LayerErrors:
+        """What rates some linears of the bundle, in its order."""
+        key = tuple(names)
+        if key not in self._known:
+            wanted = set(key)
+            places = [i for i, layer in enumerate(self.bundle.layers) if layer.name in wanted]
+            part = self.bundle
+            if len(places) < len(part.layers):
+                part = replace(part, layers=[part.layers[place] for place in places])
+            self._known[key] = LayerErrors(part, self._device, self._dtype)
+            for place, layer in zip(places, part.layers, strict=True):
+                self.bundle.layers[place] = layer  # a view of the stack's, so it is held once
+        return self._known[key]
 
-    def _views(self, device: torch.device) -> list[View]:
-        """What allocations look at: one linear after the other on a CPU, all at once on a GPU."""
-        layers = self.bundle.layers
-        if device.type == "cpu":
-            return [_view(self.bundle, layer) for layer in layers]
-        return [StackedView([_size(layer) for layer in layers], self.stacks)]
 
-    def _each(self, work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
-        """Do independent pieces of work; on a CPU side by side."""
-        if self.stacks[0].rows.device.type == "cpu":
-            return in_threads(work, pieces)
-        return [work(piece) for piece in pieces]
+def _kind(candidate: Candidate) -> tuple[Pattern, bool, Linears]:
+    """What candidates that are rated together have in common."""
+    steps = candidate.steps
+    return candidate.pattern, steps.allocation.method == "uniform", steps.linears
 
-    def _scores(self) -> Tensor:
-        """Memory for the scores of a batch in the largest stack, of this thread."""
-        if not hasattr(self._memory, "scores"):
-            most = BATCH * max(stack.rows.numel() for stack in self.stacks)
-            self._memory.scores = torch.empty(most, device=self.stacks[0].rows.device)
-        scores: Tensor = self._memory.scores
-        return scores
 
-    def _plain(self) -> list[Tensor]:
-        """Memory for plain scores of all linears, which scope ``global`` needs, of this thread."""
-        if not hasattr(self._memory, "plain"):
-            self._memory.plain = [torch.empty_like(stack.rows) for stack in self.stacks]
-        plain: list[Tensor] = self._memory.plain
-        return plain
+def _sparsity(layer: LayerSample, pattern: Pattern, lost: int | None) -> float:
+    """The share of a linear that is removed: by its pattern, or what an allocation takes."""
+    if pattern.group:
+        return 1 - (pattern.keep if lost is None else lost) / pattern.group
+    if lost is not None:
+        return lost / layer.rows.numel()
+    weights = layer.in_features * (1 if pattern.scope is Scope.ROW else layer.out_features)
+    return pattern.removed(weights) / weights
 
-    def _by_position(self, values: Sequence[Tensor]) -> Tensor:
-        """What stacks have of each linear, (I * L, ...), in the order of the bundle, on the CPU."""
-        found = torch.cat(list(values)).cpu()
-        ordered = torch.empty_like(found)
-        ordered[self._positions] = found
-        return ordered
 
-    def _require_finite(self, values: Tensor, what: str) -> None:
-        finite = torch.isfinite(values)
-        if not bool(finite.all()):
-            name = self.bundle.layers[int((~finite).nonzero()[0])].name
-            raise NumericalError(f"{name}: {what} is NaN or infinite.", layer=name)
-
-    def _relative(self, absolute: Tensor) -> list[float]:
-        energy = torch.tensor([layer.output_energy for layer in self.bundle.layers])
-        values: list[float] = (absolute / energy.clamp_min(TINY)).tolist()
-        return values
-
-    def _shares(self, candidate: Candidate) -> Tensor | None:
-        """
-        What each layer of the bundle loses, if the pattern does not say it already.
-
-        Returns:
-            (layers,), int64: sampled weights to remove; for N:M the N of each layer.
-        """
-        pattern, allocation = candidate.pattern, candidate.steps.allocation
-        if pattern.scope is Scope.GLOBAL:
-            return self._global(candidate)
-        if allocation.method == "uniform":
-            return None
-        shares = self._allocate(pattern, allocation)
-        if pattern.group:
-            return torch.tensor([shares[layer.name] for layer in self.bundle.layers])
-        return torch.tensor(
-            [
-                round(shares[layer.name] * len(layer.rows) / layer.out_features)
-                for layer in self.bundle.layers
-            ]
-        )
-
-    def _global(self, candidate: Candidate) -> Tensor:
-        """What each layer loses under one threshold on the plain score."""
-        exponent = candidate.coefficients.gradient_exponent
-        scores = [
-            stack.plain_importance(exponent, out=memory).flatten(0, 1).flatten(1)
-            for stack, memory in zip(self.stacks, self._plain(), strict=True)
-        ]  # (I * L, R * n) each
-        weights = [stack.weights_per_value for stack in self.stacks]
-        highest = self._by_position([score.amax(dim=1) for score in scores])
-        self._require_finite(highest, "a score of a candidate")
-        total = candidate.pattern.removed(self.bundle.weights)
-        threshold = threshold_of(lambda: zip(scores, weights, strict=True), total)
-        below, tied = zip(*(count_below(score, threshold) for score in scores), strict=True)
-        removed = share_ties(
-            self._by_position(below).tolist(),
-            self._by_position(tied).tolist(),
-            self._by_position(weights).tolist(),
-            total,
-        )
-        return torch.tensor(removed)
-
-    def _summary(self, sums: "_Sums", with_gini: bool) -> ProxyRating:
-        layers = self.bundle.layers
-        fisher, absolute, blend = sums.fisher, sums.absolute, sums.blend
-        highest = torch.stack([fisher, absolute, blend]).amax(dim=0)
-        self._require_finite(highest, "the proxy's error of a candidate")
-        relative = self._relative(absolute)
-        by_kind: dict[str, list[float]] = {}
-        for layer, value in zip(layers, relative, strict=True):
-            by_kind.setdefault(layer.kind, []).append(value)
-        mean_gini = None
-        if with_gini:
-            sizes = torch.tensor([float(la.out_features * la.in_features) for la in layers])
-            mean_gini = float((sums.gini * sizes).sum() / sizes.sum())
-        return ProxyRating(
-            fisher=float(fisher.double().sum()),
-            relative=float(torch.tensor(relative).double().sum()),
-            absolute=float(absolute.double().sum()),
-            blend=float(blend.double().sum()),
-            gini=mean_gini,
-            error_by_kind={kind: sum(v) / len(v) for kind, v in by_kind.items()},
-        )
+def _relative(layers: Sequence[LayerSample], absolute: Tensor) -> list[float]:
+    energy = torch.tensor([layer.output_energy for layer in layers])
+    values: list[float] = (absolute / energy.clamp_min(TINY)).tolist()
+    return values
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a candidate does to each layer, in the order of the bundle: each (layers,)."""
+    """What a candidate does to each layer, in the order of the linears: each (layers,)."""
 
     highest: Tensor  # score
     gini: Tensor
@@ -326,46 +211,23 @@ class _Sums:
     blend: Tensor
 
 
-def _size(layer: LayerSample) -> LinearSize:
-    return LinearSize(
-        name=layer.name,
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        rows=len(layer.rows),
+def _summary(layers: Sequence[LayerSample], sums: "_Sums", with_gini: bool) -> ProxyRating:
+    fisher, absolute, blend = sums.fisher, sums.absolute, sums.blend
+    highest = torch.stack([fisher, absolute, blend]).amax(dim=0)
+    require_finite(layers, highest, "the proxy's error of a candidate")
+    relative = _relative(layers, absolute)
+    by_kind: dict[str, list[float]] = {}
+    for layer, value in zip(layers, relative, strict=True):
+        by_kind.setdefault(layer.kind, []).append(value)
+    mean_gini = None
+    if with_gini:
+        sizes = torch.tensor([float(la.out_features * la.in_features) for la in layers])
+        mean_gini = float((sums.gini * sizes).sum() / sizes.sum())
+    return ProxyRating(
+        fisher=float(fisher.double().sum()),
+        relative=float(torch.tensor(relative).double().sum()),
+        absolute=float(absolute.double().sum()),
+        blend=float(blend.double().sum()),
+        gini=mean_gini,
+        error_by_kind={kind: sum(v) / len(v) for kind, v in by_kind.items()},
     )
-
-
-def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
-    entry = bundle.inputs[layer.input_index]
-    return LayerView(
-        name=layer.name,
-        out_features=layer.out_features,
-        rows=layer.rows,
-        activation_norm=entry.activation_norm,
-        fisher=layer.fisher[layer.row_index],
-        root=entry.root,
-    )
-
-
-def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
-    """
-    Mark what stays.
-
-    Args:
-        score: (I, C, L, R, n), contiguous.
-        pattern: Of all candidates.
-        shares: (I, C, L), int64, on the CPU: what each linear loses, or its N of N:M, if not the
-            pattern's.
-    """
-    rows, n = score.shape[3:]
-    if pattern.group:
-        kept = pattern.keep if shares is None else shares[..., None]
-        return nm_mask(score, keep=kept, group=pattern.group)
-    removed: int | Tensor
-    if pattern.scope is Scope.ROW:
-        lines = score.view(-1, n)
-        removed = pattern.removed(n) if shares is None else over_rows(shares.flatten(), rows)
-    else:
-        lines = score.view(-1, rows * n)
-        removed = pattern.removed(rows * n) if shares is None else shares.flatten()
-    return keep_highest(lines, removed).view(score.shape)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -50,7 +51,12 @@ class ProxyQuality:
 
 
 def random_candidates(
-    space: SearchSpace, pattern: Pattern, *, count: int, seed: int
+    space: SearchSpace,
+    pattern: Pattern,
+    *,
+    count: int,
+    seed: int,
+    linears: Linears = Linears(),
 ) -> list[Candidate]:
     """Draw candidates evenly over a search space; score and allocation, no further steps."""
     generator = random.Random(seed)  # noqa: S311 - a sample, not a secret
@@ -67,7 +73,7 @@ def random_candidates(
         if space.allocations != ("uniform",):
             params["allocation"] = generator.choice(space.allocations)
             params["allocation_spread"] = generator.uniform(*space.allocation_spread)
-        candidates.append(space.candidate(params, pattern, Steps()))
+        candidates.append(space.candidate(params, pattern, Steps(linears=linears)))
     return candidates
 
 

@@ -5,6 +5,7 @@ The published methods that a search and a comparison measure themselves by.
 from dataclasses import replace
 
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Allocation, Steps
@@ -44,9 +45,13 @@ def score_baselines(pattern: Pattern) -> list[Candidate]:
     ]
 
 
-def comparison_baselines(pattern: Pattern) -> list[Candidate]:
+def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list[Candidate]:
     """
     The published methods that every comparison shows: scores, OWL with Wanda, SparseGPT.
+
+    Args:
+        pattern: Of all of them.
+        linears: What each of them prunes.
 
     Source:
         As :func:`score_baselines`; Yin et al. 2024, arXiv:2310.05175 (OWL, with its
@@ -64,7 +69,10 @@ def comparison_baselines(pattern: Pattern) -> list[Candidate]:
     owl_wanda = Candidate(
         method="owl-wanda", coefficients=_WANDA, pattern=pattern.within(Scope.ROW), steps=owl
     )
-    return [*score_baselines(pattern), owl_wanda, sparsegpt]
+    return [
+        replace(each, steps=replace(each.steps, linears=linears))
+        for each in (*score_baselines(pattern), owl_wanda, sparsegpt)
+    ]
 
 
 def search_baselines(
@@ -109,9 +117,10 @@ def search_baselines(
     return found
 
 
-def reference_methods(pattern: Pattern) -> dict[str, Candidate]:
+def reference_methods(pattern: Pattern, linears: Linears = Linears()) -> dict[str, Candidate]:
     """``wanda``, and ``ria`` in the widest scope of a pattern: what results are measured by."""
-    baselines = search_baselines(pattern, kernel_size=3, fisher=False)
+    steps = Steps(linears=linears)
+    baselines = search_baselines(pattern, kernel_size=3, fisher=False, steps=steps)
     return {
         name: next(c for c in reversed(baselines) if c.method.startswith(name))
         for name in ("wanda", "ria")

@@ -1,5 +1,5 @@
 """
-What a pruning does beside the score: allocation, permutation, re-pruning, weight update.
+What a pruning does beside the score: which linears, allocation, permutation, re-pruning, update.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, Document, Number
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -23,6 +24,7 @@ PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
 REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
 
+_LINEARS = "Which linears are pruned, and which have a sparsity of their own."
 _ALLOCATION = "How the sparsity is spread over the linears."
 _PERMUTATION = (
     "Order of the input channels before N:M groups are cut: none; score keeps the most score; "
@@ -106,6 +108,9 @@ class Steps:
 
     __pydantic_config__ = STRICT
 
+    linears: Annotated[
+        Linears, Field(description=_LINEARS, exclude_if=lambda linears: not linears)
+    ] = Linears()
     allocation: Annotated[Allocation, Field(description=_ALLOCATION)] = Allocation()
     permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
     repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
@@ -128,8 +133,10 @@ class Steps:
         return self.permutation == "error" or self.repruning != "none" or self.update != "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values; ``linears`` only where it says something."""
+        values = asdict(self)
+        del values["linears"]
+        return {**values, **({"linears": self.linears.to_dict()} if self.linears else {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -139,7 +146,11 @@ class Steps:
         Raises:
             InvalidInput: A value breaks a rule.
         """
-        return cls(**{**values, "allocation": Allocation(**values.get("allocation", {}))})
+        parts = {
+            "linears": Linears.from_dict(values.get("linears", {})),
+            "allocation": Allocation(**values.get("allocation", {})),
+        }
+        return cls(**{**values, **parts})
 
     def __str__(self) -> str:
         """All steps in one line, for people."""
@@ -149,6 +160,7 @@ class Steps:
         return (
             f"allocation {self.allocation.method}{spread}, permutation {self.permutation}, "
             f"re-pruning {self.repruning}, update {self.update}"
+            + (f"; {self.linears}" if self.linears else "")
         )
 
     def check_pattern(self, pattern: Pattern) -> None:
@@ -156,6 +168,7 @@ class Steps:
         Raises:
             InvalidInput: A step has no meaning in ``pattern``.
         """
+        self.linears.check_pattern(pattern)
         if self.permutation != "none" and not pattern.group:
             raise InvalidInput(
                 f"permutation {self.permutation!r} changes nothing at {pattern}: the order of "
@@ -171,6 +184,7 @@ class Steps:
 class StepsSpec(Document):
     """What candidates go through beside the score. What is null is the preset's."""
 
+    linears: Linears | None = Field(None, description=_LINEARS)
     allocation: Allocation | None = Field(
         None, description=f"{_ALLOCATION} Its method is the only one that is searched then."
     )

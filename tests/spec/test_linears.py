@@ -1,0 +1,141 @@
+"""Which linears are pruned: names, globs and regular expressions, and sparsities by hand."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.linears import Linears
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
+
+NAMES = [
+    f"model.layers.{block}.{kind}"
+    for block in (0, 1, 10)
+    for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+]
+HALF = Pattern.parse("0.5", "global")
+
+
+def pruned(**fields: Any) -> list[str]:
+    """The names that are pruned, without their path."""
+    chosen = Linears(**fields).choose(NAMES, HALF)
+    return [name.removeprefix("model.layers.") for name in NAMES if name in chosen.names]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["model.layers.1.mlp.down_proj"], ["1.mlp.down_proj"]),
+        (["*.layers.1.*"], ["1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.down_proj"]),
+        (["*.0.*.[qk]_proj"], ["0.self_attn.q_proj", "0.self_attn.k_proj"]),
+        (["re:.*\\.1\\d\\.mlp\\..*", "*.0.mlp.*"], ["0.mlp.down_proj", "10.mlp.down_proj"]),
+    ],
+    ids=["name", "glob", "set", "regular expression"],
+)
+def test_a_pattern_matches_whole_names(patterns: list[str], names: list[str]) -> None:
+    """A name, a glob and a regular expression choose the linears that they match in full."""
+    assert pruned(targets=patterns) == names
+    assert sorted(pruned(ignore=patterns) + names) == sorted(pruned())
+
+
+def test_ignore_wins() -> None:
+    """A target that is ignored stays dense, and has no sparsity by hand either."""
+    linears = Linears(
+        targets=["*.0.*", "*.1.*"], ignore="*.[qk]_proj", sparsities={"*_proj": 0.25, "*.0.x": 0.1}
+    )
+
+    with pytest.raises(InvalidInput, match="matches none of the 2 pruned linears of the model"):
+        linears.choose(NAMES, HALF)
+    chosen = Linears(targets=["*.0.*"], ignore="*.[qk]_proj", sparsities={"*": 0.25}).choose(
+        NAMES, HALF
+    )
+    assert chosen.shared == ()
+    assert chosen.own == {"model.layers.0.mlp.down_proj": Pattern.parse("0.25", "global")}
+
+
+def test_sparsities_by_hand() -> None:
+    """They are shares for a ratio, and another N of the same M for N:M."""
+    by_share = Linears(sparsities={"*.down_proj": 0.3}).choose(NAMES, HALF)
+    by_groups = Linears(sparsities={"*.down_proj": "3:4"}).choose(NAMES, Pattern.parse("2:4"))
+
+    assert set(by_share.own.values()) == {Pattern.parse("0.3", "global")}
+    assert set(by_groups.own.values()) == {Pattern.parse("3:4")}
+    assert list(by_share.own) == [name for name in NAMES if name not in by_share.shared]
+
+
+@pytest.mark.parametrize(
+    ("fields", "near"),
+    [
+        ({"targets": ["q_proj"]}, r"targets: 'q_proj' matches none of the 9 .*Near: \*\.q_proj"),
+        ({"ignore": ["*.lm_head"]}, r"ignore: '\*\.lm_head' matches none .* some/model\. Near: "),
+        ({"ignore": ["model.layers.2.mlp.down_proj"]}, r"Near: model\.layers\.[01]\.mlp\.down_p"),
+        ({"targets": ["re:layers"]}, "'re:layers' matches none"),
+        ({"sparsities": {"*.dwn_proj": 0.3}}, r"sparsities: .* Near: \*\.down_proj"),
+    ],
+)
+def test_a_pattern_must_match(fields: dict[str, Any], near: str) -> None:
+    """One that matches nothing is refused with the model, how many linears it has, near names."""
+    with pytest.raises(InvalidInput, match=near):
+        Linears(**fields).choose(NAMES, HALF, model="some/model")
+
+
+def test_contradictions() -> None:
+    """Two sparsities for a linear, and nothing left to prune, are refused."""
+    twice = Linears(sparsities={"*.0.*": 0.3, "*.down_proj": 0.4})
+
+    with pytest.raises(InvalidInput, match=r"model.layers.0.mlp.down_proj has two .*'\*\.0\.\*'"):
+        twice.choose(NAMES, HALF)
+    with pytest.raises(InvalidInput, match="leave none of the 9 linears of the model to prune"):
+        Linears(ignore="*").choose(NAMES, HALF)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"targets": [""]}, "targets has '', which is not the name of a linear"),
+        ({"ignore": ["a\nb"]}, r"ignore has 'a\\nb', which is not"),
+        ({"ignore": ["x" * 513]}, "513 characters.*512 are the most"),
+        ({"targets": ["a"] * 257}, "257 patterns, and 256 are the most"),
+        ({"targets": ["re:(a"]}, r"'re:\(a', which is not a regular expression"),
+        ({"sparsities": {"a": 1.5}}, "a=1.5: sparsity 1.5 is not between 0 and 1.*ignore it"),
+        ({"sparsities": {"a": 0}}, "a=0: sparsity 0 is not between 0 and 1.*ignore it"),
+        ({"sparsities": {"a": True}}, "a=True is not a sparsity"),
+        ({"sparsities": {"a": "much"}}, "'much' is neither a number nor N:M"),
+    ],
+)
+def test_what_is_no_choice(fields: dict[str, Any], rule: str) -> None:
+    """What no model could satisfy is refused at once, with the field, the value and the rule."""
+    with pytest.raises(InvalidInput, match=rule):
+        Linears(**fields)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "rule"),
+    [("0.5", "3:4", "a share to remove"), ("2:4", 0.3, "N:4"), ("2:4", "4:8", "N:4")],
+)
+def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str) -> None:
+    """A share is for ratios, N:M for the same M: steps say so before any model is known."""
+    steps = Steps(linears=Linears(sparsities={"*.down_proj": value}))
+
+    with pytest.raises(InvalidInput, match=f"does not fit the pattern {pattern}. Give {rule}"):
+        steps.check_pattern(Pattern.parse(pattern))
+
+
+def test_a_slow_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regular expression that would take years ends with a message after its time."""
+    monkeypatch.setattr("pho_service.spec.linears.SECONDS", 0.05)
+
+    with pytest.raises(InvalidInput, match=r"takes more than 0.05 s on 9 names"):
+        Linears(ignore=["re:(?:.|.|..)*(?<=v_proj)"]).choose(NAMES, HALF)
+
+
+def test_as_json() -> None:
+    """What is said is read back; where nothing is said, nothing is written."""
+    linears = Linears(targets=["*.0.*"], ignore="*.k_proj", sparsities={"*.down_proj": 0.3})
+    steps = Steps(linears=linears)
+
+    assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
+    assert "linears" not in Steps().to_dict()
+    assert str(steps).endswith("only *.0.*, without *.k_proj, by hand *.down_proj=0.3")
