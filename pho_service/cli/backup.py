@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--out", "file", required=True, type=click.Path(path_type=Path), help="A new file.")
 @service_options
 @verb
-def backup(file: Path, **options: Any) -> None:
+def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Write all jobs, studies, keys and the library of a service to one file.
 
@@ -38,7 +38,7 @@ def backup(file: Path, **options: Any) -> None:
     check_file(file)
     if file.expanduser().exists():
         raise OutputError(f"{file} exists, and is not overwritten. Give the name of a new file.")
-    with _opened(options) as database, new_file(file) as partial:
+    with _opened(database_url, data_dir) as database, new_file(file) as partial:
         partial.touch(mode=0o600)  # hashes of keys are in it
         back_up(database, partial)
     say(f"Wrote {file}. Bundles are not in it: a job whose bundle is lost makes it again.")
@@ -48,7 +48,7 @@ def backup(file: Path, **options: Any) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @service_options
 @verb
-def restore(file: Path, **options: Any) -> None:
+def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
     """
     Fill an empty database with what `pho backup` wrote to FILE.
 
@@ -66,14 +66,14 @@ def restore(file: Path, **options: Any) -> None:
 
     if not file.expanduser().is_file():
         raise InvalidInput(f"{file} is no file. Give one that `pho backup` wrote.")
-    with _opened(options) as database:
+    with _opened(database_url, data_dir) as database:
         run(database, file.expanduser())
         found = sum(JobStore(database).counts()[0].values())
     say(f"Restored {found} jobs. `pho serve` goes on with those that are not over.")
 
 
 @contextmanager
-def _opened(options: dict[str, Any]) -> "Iterator[Database]":
+def _opened(database_url: str | None, data_dir: str | None) -> "Iterator[Database]":
     """The database of a service as it is, whether one runs on it or not."""
     from pho_service.api.serving import any_database_url
     from pho_service.errors import StudyError
@@ -82,7 +82,8 @@ def _opened(options: dict[str, Any]) -> "Iterator[Database]":
     from storage.studies import StorageError
 
     try:
-        with any_database_url(read_settings(**options)) as url:
+        settings = read_settings(database_url=database_url, data_dir=data_dir)
+        with any_database_url(settings) as url:
             database = Database(url)
             try:
                 yield database

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.document import search_command
+from pho_service.cli.fields import search_command
 from pho_service.cli.options import json_option, out_file
 from pho_service.cli.remote import open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput, StudyError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import optuna
 
     from pho_service.library.files import LibraryFile
@@ -153,13 +155,20 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         importance=importances([recorded], maximised=maximised),
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
         recorded=(min(times), max(times)) if times else None,
-        commands=[
-            search_command(words.study_document(known, len(recorded)), "--study", _shown(url))
-        ],
+        commands=[_again(known, len(recorded), url)],
         versions=calibration.get("versions", {})
         if configuration is None
         else configuration.versions,
     )
+
+
+def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
+    """The `pho search` whose study has these user attributes."""
+    from pho_service.cli.search import WARM
+    from pho_service.report.words import study_document
+
+    warm = [word for name in known.get(WARM, []) for word in ("--warm-start", name)]
+    return search_command(study_document(known, trials), *warm, "--study", _shown(url))
 
 
 def _shown(url: str) -> str:

