@@ -22,6 +22,7 @@ _NAMES = {
     "steps/allocation/unit": ("--allocation-unit",),
     "steps/allocation/spread": ("--allocation-spread",),
     "steps/allocation/outlier_ratio": ("--allocation-outlier-ratio",),
+    "steps/linears/sparsities": ("--sparsity",),
     "search_space": ("--space",),
     "calibration/seed": ("--calibration-seed",),
     "calibration/memory_bytes": ("--calibration-memory",),
@@ -35,6 +36,17 @@ _NAMES = {
     "warm_start/found": ("--warm-start",),
     "warm_start/count": ("--warm-start-count",),
     "timeout_s": ("--timeout",),
+}
+
+# Defaults that are not values of the field.
+_DEFAULTS = {
+    "steps/allocation/method": "the preset's",
+    "steps/permutation": "the preset's",
+    "steps/repruning": "the preset's",
+    "steps/update": "the preset's",
+    "confirm": None,
+    "search_space": None,
+    "validation/candidates": None,
 }
 
 # Fields without an option, and why.
@@ -124,16 +136,18 @@ class Field:
         many = self.kind in ("bounds", "points", "strings", "object")
         types = {"integer": click.INT, "number": click.FLOAT}
         choices = self.schema.get("enum")
-        shown = self.default not in (None, [], {}) and not flag and self.kind != "bounds"
+        default = _DEFAULTS.get(self.path, self.schema.get("default", self.default))
         about = _ABOUT.get(self.path, self.schema.get("description", ""))
-        if shown:
-            listed = isinstance(self.default, list)
-            about += f"  [default: {_joined(self.default) if listed else self.default}]"
+        if self.kind in ("strings", "object"):
+            about = f"{about.rstrip('.')}; may be given several times."
+        if default is not False and default not in (None, [], {}):
+            about += f"  [default: {_joined(default) if isinstance(default, list) else default}]"
         optional = {"is_flag": False, "flag_value": ""} if self.kind == "points" else {}
         return click.Option(
             [self.parameter(names[0]), *names],
             type=None if flag else click.Choice(choices) if choices else types.get(self.kind),
             multiple=many,
+            metavar="NAME=VALUE" if self.kind in ("bounds", "object") else None,
             help=about.strip(),
             required=required,
             hidden=hidden,

@@ -62,7 +62,11 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 
 def test_every_field() -> None:
     """Each field of a job's document has an option, or a reason why not; and no other has one."""
-    parts = {"validation": {}, "warm_start": {}, "steps": {"allocation": {}}}
+    parts = {
+        "validation": {},
+        "warm_start": {},
+        "steps": {"allocation": {}, "linears": {"ignore": ["q"]}},
+    }
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
 
     assert paths - {*WITHOUT} == {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
@@ -97,7 +101,9 @@ def test_sections(verb: str) -> None:
 WHOLE = {
     "model": "./my model", "pattern": "0.6", "scope": "row", "preset": "best",
     "steps": {"allocation": {"method": "owl", "unit": "block", "spread": 0.3, "outlier_ratio": 4.0},
-              "permutation": "none", "repruning": "dsnot", "update": "obs"},
+              "permutation": "none", "repruning": "dsnot", "update": "obs",
+              "linears": {"targets": ["*.q_proj", "re:.*[kv]_proj"], "ignore": ["a b"],
+                          "sparsities": {"*.0.q_proj": 0.3, "re:.*=x": 0.5}}},
     "revision": "v1", "dtype": "bfloat16", "stream": True,
     "calibration": {"dataset": "org/texts", "data_file": "a/b.parquet", "split": "all",
                     "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,

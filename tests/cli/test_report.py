@@ -99,7 +99,8 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     """The command on the page searches the same again: it makes the document that was asked for."""
     result = pho(
         "search", bundle_file, "--pattern", "0.5", "--trials", 12, "--allocation", "owl",
-        "--allocation-unit", "block", "--allocation-outlier-ratio", 4, "--json",
+        "--allocation-unit", "block", "--allocation-outlier-ratio", 4,
+        "--ignore", "*.down_proj", "--json",
     )  # fmt: skip
     name = json.loads(result.stdout)["study"]["name"]
     study = optuna.load_study(study_name=name, storage=URL)
@@ -110,6 +111,7 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
 
     assert spec.model_dump(mode="json") == asked
     assert asked["steps"]["allocation"]["outlier_ratio"] == 4
+    assert plan.steps.linears.ignore == ("*.down_proj",)
     assert asked["calibration"]["kernel_sizes"] == [3, 5]  # the bundle's
 
     study.set_user_attr("document", None)  # as older versions, which kept what was searched alone
