@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from pho_service.client import Client as Client
     from pho_service.errors import PhoError as PhoError
     from pho_service.interface.bundle import calibrate as calibrate
+    from pho_service.interface.found import search as search
     from pho_service.interface.measured import compare as compare
     from pho_service.interface.measured import evaluate as evaluate
+    from pho_service.interface.objective import configuration as configuration
+    from pho_service.interface.objective import objective as objective
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
     from pho_service.models.bundle_file import read_bundle as read_bundle
@@ -30,8 +33,10 @@ _HOME = {
     "PhoError": "errors",
     "calibrate": "interface.bundle",
     "compare": "interface.measured",
+    "configuration": "interface.objective",
     "evaluate": "interface.measured",
     "load_model": "models.loading",
+    "objective": "interface.objective",
     "prune": "interface.pruned",
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
@@ -46,17 +51,22 @@ __all__ = [
     "PhoError",
     "calibrate",
     "compare",
+    "configuration",
     "evaluate",
     "load_model",
+    "objective",
     "prune",
     "read_bundle",
     "read_configuration",
     "save",
+    "search",
     "write_configuration",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":  # a package has the name, too, and is called in the function's place
+        return import_module(f"{__name__}.search")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

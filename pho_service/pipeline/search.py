@@ -89,9 +89,7 @@ def search_job(
     )
     origin = origin_of([bundle.origin for bundle in named.values()])
     if study is None:
-        with quiet_optuna():
-            name = study_name(request, plan, origin, rated_on(request, confirm_text))
-            study = optuna.create_study(study_name=name, direction=plan.direction)
+        study = memory_study(request, bundles, confirm_text)
     check_study(study, named.values())
     describe_study(study, request, plan, origin)
     with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
@@ -161,15 +159,36 @@ def opened_study(
         InvalidInput, BundleError: As for :func:`search_job`.
         StudyError: It cannot be opened, or fails in the ``with`` block.
     """
-    named = by_name(bundles)
-    plan = search_plan(request, named)
-    origin = origin_of([bundle.origin for bundle in named.values()])
-    name = study_name(request, plan, origin, rated_on(request, confirm_text))
+    name = name_of_study(request, bundles, confirm_text)
     try:
         with open_storage(url) as storage:
-            yield open_study(storage, name, direction=plan.direction)
+            yield open_study(storage, name, direction=request.objective.direction)
     except StorageError as error:
         raise StudyError(f"--study {url}: {error}") from error
+
+
+def memory_study(
+    request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None" = None
+) -> optuna.Study:
+    """
+    Make a new study in memory, with the name that :func:`opened_study` would give it.
+
+    Raises:
+        InvalidInput, BundleError: As for :func:`search_job`.
+    """
+    name = name_of_study(request, bundles, confirm_text)
+    with quiet_optuna():
+        return optuna.create_study(study_name=name, direction=request.objective.direction)
+
+
+def name_of_study(
+    request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None"
+) -> str:
+    """What a study of a search is called; for the arguments see :func:`search_job`."""
+    named = by_name(bundles)
+    origin = origin_of([bundle.origin for bundle in named.values()])
+    plan = search_plan(request, named)
+    return study_name(request, plan, origin, rated_on(request, confirm_text))
 
 
 def check_study_url(url: str) -> None:

@@ -2,6 +2,7 @@
 What a search found, as a configuration and in plain sentences.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class SearchResult:
 def describe_study(
     study: optuna.Study, request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any]
 ) -> None:
-    """Keep in the study what it is a record of."""
+    """Keep in the study what it is a record of, and what its values are called."""
     known = study.user_attrs
     for key, value in {
         "pattern": str(plan.pattern),
@@ -53,6 +54,10 @@ def describe_study(
     }.items():
         if key not in known:
             study.set_user_attr(key, value)
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([request.objective.label])
 
 
 def mark_chosen(

@@ -1,0 +1,157 @@
+"""
+What a search is asked for in Python, as the request that the command line makes of its options.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.interface.models import Choice, chosen, opened_bundle, parsed
+from pho_service.pipeline.search import Bundles, by_name, origin_of
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.request import SearchRequest
+from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Allocation, Steps
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+_SPACE = tuple(field.name for field in fields(SearchSpace))
+_STEPS = tuple(field.name for field in fields(Steps))
+
+Given = ProxyBundle | str | Path  # a bundle, or its file
+
+
+def given_bundles(bundle: Given | Mapping[str, Given]) -> Bundles:
+    """One bundle, or several by the names of their models, each in memory or from its file."""
+    if isinstance(bundle, Mapping):
+        return {name: opened_bundle(each) for name, each in bundle.items()}
+    return opened_bundle(bundle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The fields of a search that are the same for `pho.search` and `pho.objective`."""
+
+    pattern: str | float | Pattern
+    scope: str | None
+    preset: str
+    objective: ObjectiveName
+    weighting: Weighting
+    over: Over | None
+    space: Mapping[str, Any] | None
+    steps: Mapping[str, Any] | None
+
+    def request(
+        self,
+        *,
+        bundles: int = 1,
+        sampler: "str | BaseSampler" = "cmaes",
+        trials: int = 200,
+        seed: int = 0,
+        finalists: int = 5,
+        warm_start: Sequence[Choice] = (),
+        compare_cold: bool = False,
+    ) -> SearchRequest:
+        """
+        The request, complete.
+
+        Raises:
+            InvalidInput: A name that is not known, or a value that breaks a rule.
+        """
+        pattern = parsed(self.pattern, self.scope)
+        preset = Preset.of(self.preset, pattern).changed(self._steps(), self._bounds())
+        asked = Objective(name=self.objective, weighting=self.weighting, over=self.over)
+        return SearchRequest(
+            pattern=pattern,
+            objective=asked.over_models(bundles),
+            bounds=preset.bounds,
+            steps=preset.steps,
+            sampler=sampler,
+            trials=trials,
+            seed=seed,
+            finalists=finalists,
+            warm_start=tuple(chosen(each).candidate() for each in warm_start),
+            compare_cold=compare_cold,
+        )
+
+    def _steps(self) -> dict[str, Any]:
+        steps = dict(self.steps or {})
+        _check_names("steps", steps, _STEPS)
+        if isinstance(steps.get("allocation"), str):
+            steps["allocation"] = Allocation(method=steps["allocation"])
+        return steps
+
+    def _bounds(self) -> dict[str, Any]:
+        space = dict(self.space or {})
+        _check_names("space", space, _SPACE)
+        return {
+            name: (float(value), float(value))
+            if isinstance(value, (int, float))
+            else tuple(sorted(value))
+            if name == "kernel_sizes"
+            else tuple(value)
+            for name, value in space.items()
+        }
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidInput(f"{what}: {name!r} is not one of {', '.join(known)}.")
+
+
+def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequest) -> None:
+    """
+    See before anything is written that a study is new, or of this search on these bundles.
+
+    Raises:
+        StudyError: It is of something else.
+    """
+    known = study.user_attrs
+    if "pattern" not in known:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(
+                f"study {study.study_name!r} holds trials that were not made by PHO. Give a new "
+                "study."
+            )
+        return
+    for what, mine in (
+        ("pattern", str(request.pattern)),
+        ("scope", request.pattern.scope.value),
+        ("objective", request.objective.label),
+    ):
+        if known.get(what) != mine:
+            raise StudyError(
+                f"study {study.study_name!r} is of another search: its {what} is "
+                f"{known.get(what)}, and this is {mine}. Give another study."
+            )
+    check_bundle_of(study, bundles)
+
+
+def check_bundle_of(study: optuna.Study, bundles: Bundles) -> None:
+    """
+    Raises:
+        StudyError: A study says that it is of another bundle.
+    """
+    named = by_name(bundles)
+    key = origin_of([bundle.origin for bundle in named.values()]).get("key")
+    known = study.user_attrs.get("calibration", {}).get("key")
+    if known is not None and known != key:
+        raise StudyError(
+            f"study {study.study_name!r} is of another bundle, {known[:12]}, and this one is "
+            f"{str(key)[:12]}: another model, or calibrated on another text or with other "
+            "settings. Give the bundle of the study, or another study."
+        )
+
+
+def plain_bundle(bundle: ProxyBundle) -> ProxyBundle:
+    """The bundle alone, without what is kept beside it in memory."""
+    return ProxyBundle(layers=bundle.layers, inputs=bundle.inputs, provenance=bundle.provenance)

@@ -1,0 +1,351 @@
+"""
+`pho.search`: what a search found, with its study and a table.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.interface.asked import Asked, Given, check_study_is_of, given_bundles
+from pho_service.interface.models import (
+    Choice,
+    Model,
+    check_dense,
+    check_prefix,
+    opened,
+    proxy_device,
+)
+from pho_service.interface.tables import Shown, Table, number
+from pho_service.interface.texts import calibration_windows, measured_text, settings_of
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.search import (
+    Bundles,
+    check_study_url,
+    memory_study,
+    only_one,
+    opened_study,
+    search_job,
+)
+from pho_service.progress import Progress, bars
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.request import SearchRequest
+from pho_service.search.result import SearchResult
+from pho_service.search.search import Callback
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import Configuration, write_configuration
+from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
+from pho_service.spec.pattern import Pattern
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+    from pho_service.interface.texts import Texts
+
+_ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
+_OBJECTIVE = Objective()
+CONFIRM_WINDOWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRow:
+    """
+    A line of the table of a search; all perplexities are of one text.
+
+    Attributes:
+        method: ``dense``, ``wanda``, ``ria``, or a finalist's method.
+        trial: Number of the finalist's trial; None for the others.
+        perplexity: None where it was not measured.
+        divergence: Mean Kullback-Leibler divergence from the dense model, in nats; None where it
+            was not measured.
+        proxy: The objective's value; None where the study has none.
+    """
+
+    method: str
+    trial: int | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
+    proxy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Found(Shown, SearchResult):
+    """
+    What a search found.
+
+    Attributes:
+        study: The record of the search.
+        table: Dense, Wanda, RIA and the finalists; ``pandas.DataFrame(found.table)`` takes it.
+    """
+
+    study: optuna.Study
+    table: Sequence[FoundRow]
+
+    def write(self, path: str | Path) -> None:
+        """
+        Write the config.json that `pho search` writes.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        write_configuration(self.configuration, Path(path))
+
+    def _shown(self) -> Table:
+        found = self.configuration
+        c = found.coefficients
+        confirmation = found.confirmation
+        return Table(
+            ("method", "trial", "perplexity", "divergence", "proxy"),
+            [
+                (
+                    row.method,
+                    row.trial,
+                    number(row.perplexity, ".3f"),
+                    number(row.divergence, ".4g"),
+                    number(row.proxy, ".6g"),
+                )
+                for row in self.table
+            ],
+            title=f"{found.method} at {found.pattern} in scope {found.scope}, trial {self.trial} "
+            f"of study {self.study_name!r}",
+            notes=(
+                f"coefficients: row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
+                f"{c.neighbourhood:.4f}, kernel {c.kernel_size}; exponents: activation "
+                f"{c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
+                f"steps: {found.steps}",
+                f"objective: {found.objective['name']} {found.objective['value']:.6g}",
+                *(
+                    []
+                    if confirmation is None
+                    else [
+                        f"perplexities: {confirmation.tokens} tokens of "
+                        f"{confirmation.text['source']}"
+                    ]
+                ),
+                *(f"Note: {warning}" for warning in self.warnings),
+            ),
+        )
+
+
+def search(
+    bundle: Given | Mapping[str, Given],
+    pattern: str | float | Pattern,
+    *,
+    model: Model | None = None,
+    tokenizer: Any = None,
+    confirm: "Texts | None" = None,
+    texts: "Texts | None" = None,
+    scope: str | None = None,
+    preset: str = "score",
+    objective: ObjectiveName = _OBJECTIVE.name,
+    weighting: Weighting = _OBJECTIVE.weighting,
+    over: Over | None = None,
+    space: Mapping[str, Any] | None = None,
+    steps: Mapping[str, Any] | None = None,
+    sampler: "str | BaseSampler" = _ASKED.sampler,
+    trials: int = _ASKED.trials,
+    seed: int = _ASKED.seed,
+    finalists: int = _ASKED.finalists,
+    confirm_windows: int = CONFIRM_WINDOWS,
+    warm_start: Sequence[Choice] = (),
+    compare_cold: bool = _ASKED.compare_cold,
+    study: optuna.Study | str | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
+) -> Found:
+    """
+    Find the best coefficients for a model, and confirm them by perplexity.
+
+    The model is left dense. The same bundle, texts, options and seed give the configuration of
+    `pho search`, byte for byte. Beside the finalists the dense model, Wanda and RIA are measured,
+    for the table.
+
+    Args:
+        bundle: What ``pho.calibrate`` gave, or the path of its file; several by the names of
+            their models for coefficients that are good on all of them.
+        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
+        tokenizer: Its own; not needed with a bundle that ``pho.calibrate`` gave.
+        confirm: Text for the final perplexities. Without it, windows of the calibration's text
+            are used that were held out.
+        texts: The calibration's text, for steps that run it through the model; not needed with a
+            bundle that ``pho.calibrate`` gave.
+        scope: Where weights compete: ``row``, ``layer`` or ``global``; None is ``layer``, and
+            ``row`` for N:M.
+        preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
+        objective: ``activation-reconstruction``, ``gini`` or ``perplexity``.
+        weighting: How activation reconstruction adds up the errors: ``blend``, ``fisher``,
+            ``relative`` or ``absolute``.
+        over: How several models count: ``mean`` or ``worst``.
+        space: Bounds of the search by name, ``{"row_share": (0.2, 0.8), "kernel_sizes": (3, 5)}``;
+            one number fixes a value.
+        steps: What every candidate goes through, where it is not the preset's:
+            ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...}``.
+        sampler: A name (``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp``, ``hill-climb``), or a
+            sampler of Optuna.
+        trials: How many, baselines included.
+        seed: Of a sampler that is given by its name.
+        finalists: How many found candidates are looked at again, beside the baselines.
+        confirm_windows: Windows of the text for the final perplexities.
+        warm_start: What was found elsewhere in the same pattern and scope: rated first.
+        compare_cold: Whether the same search is run without the warm start, too.
+        study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
+            one in memory.
+        callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
+        progress: Show bars on stderr.
+
+    Raises:
+        InvalidInput: An option breaks a rule, or a text is given without the model.
+        ModelError: The model has been pruned already, or the tokenizer is of another model.
+        BundleError: The bundle is of another model.
+        TextError: A text cannot be read, or does not fill one window.
+        StudyError: The study is of another search or of another bundle, or cannot be opened.
+    """
+    bundles = given_bundles(bundle)
+    count = len(bundles) if isinstance(bundles, Mapping) else 1
+    asked = Asked(
+        pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
+        over=over, space=space, steps=steps,
+    )  # fmt: skip
+    request = asked.request(
+        bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,
+        warm_start=warm_start, compare_cold=compare_cold,
+    )  # fmt: skip
+    if isinstance(study, str):
+        check_study_url(study)
+    elif study is not None:
+        check_study_is_of(study, bundles, request)
+    measured = None
+    if model is not None:
+        measured = _Measured.of(
+            only_one(bundles, "a model") if isinstance(bundles, Mapping) else bundles,
+            model, tokenizer, confirm, texts, confirm_windows,
+        )  # fmt: skip
+    elif confirm is not None or texts is not None:
+        raise InvalidInput(
+            "a text is given, but no perplexity can be measured without the model. Give model=, "
+            "too, or leave the text out."
+        )
+    return _searched(request, bundles, study, measured, callbacks, bars(progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What finalists are measured with."""
+
+    model: LanguageModel
+    bundle: ProxyBundle
+    text: ReportText | None
+    calibration: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        bundle: ProxyBundle,
+        model: Model,
+        tokenizer: Any,
+        confirm: "Texts | None",
+        texts: "Texts | None",
+        windows: int,
+    ) -> "_Measured":
+        loaded = opened(model, tokenizer or getattr(bundle, "tokenizer", None))
+        check_dense(loaded, bundle)
+        check_prefix(loaded, bundle)
+        calibration = calibration_windows(loaded, bundle, texts)
+        text = None
+        if confirm is not None:
+            settings = settings_of(bundle)
+            text = measured_text(
+                loaded,
+                confirm,
+                context_length=settings.context_length,
+                bos=settings.bos,
+                max_windows=windows,
+                unlike=calibration,
+            )
+        else:
+            known = getattr(bundle, "text", None)
+            if known is not None and len(known.held_out):
+                text = ReportText(windows=known.held_out[:windows], record=known.record)
+        return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
+
+    def perplexities(self, pattern: Pattern, progress: Progress) -> list[FoundRow]:
+        """The dense model, Wanda and RIA on the text; none where there is no text."""
+        if self.text is None:
+            return []
+        windows = self.text.windows
+        methods = reference_methods(pattern)
+        steps = (1 + len(methods)) * len(windows)
+        with progress("Measuring the dense model, Wanda and RIA", steps) as advance:
+            dense = measure_perplexity(self.model, windows, advance=advance)
+            rows = [FoundRow(method="dense", perplexity=dense.perplexity)]
+            for name, candidate in methods.items():
+                rating, _ = rate_pruned(
+                    self.model, self.bundle.statistics(), candidate, windows, advance
+                )
+                rows.append(FoundRow(method=name, perplexity=rating.perplexity))
+        return rows
+
+
+def _searched(
+    request: SearchRequest,
+    bundles: Bundles,
+    study: optuna.Study | str | None,
+    measured: _Measured | None,
+    callbacks: Sequence[Callback],
+    progress: Progress,
+) -> Found:
+    text = measured.text if measured else None
+    model = measured.model if measured else None
+    record: AbstractContextManager[optuna.Study]
+    if isinstance(study, str):
+        record = opened_study(study, request, bundles, text)
+    else:
+        record = nullcontext(study or memory_study(request, bundles, text))
+    with record as kept:
+        result = search_job(
+            request,
+            bundles,
+            study=kept,
+            model=model,
+            confirm_text=text,
+            calibration=measured.calibration if measured else None,
+            device=proxy_device(model),
+            callbacks=callbacks,
+            progress=progress,
+        )
+    references = measured.perplexities(request.pattern, progress) if measured else []
+    parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
+    table = _table(result.configuration, references, result.trial)
+    return Found(**parts, study=kept, table=table)
+
+
+def _table(found: Configuration, references: list[FoundRow], trial: int) -> list[FoundRow]:
+    """The references, and every finalist; where nothing was measured, the baselines instead."""
+    ratings = found.candidates
+    if not ratings:
+        best = [FoundRow(method=found.method, trial=trial, proxy=found.objective["value"])]
+        baselines = [each for each in found.baselines if each.trial != trial]
+    else:
+        best, baselines = [], []
+    return [
+        *references,
+        *(
+            FoundRow(
+                method=each.method,
+                trial=each.trial,
+                perplexity=each.perplexity,
+                divergence=each.divergence,
+                proxy=each.proxy,
+            )
+            for each in [*baselines, *ratings]
+        ),
+        *best,
+    ]

@@ -1,0 +1,207 @@
+"""Searches from Python: what the command line finds, on any study, with any sampler of Optuna."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import pho_service as pho
+from pho_service.cli import main
+from pho_service.errors import BundleError, InvalidInput, ModelError, StudyError
+from pho_service.search.request import SearchRequest
+from pho_service.spec.calibration import CalibrationSettings
+
+
+def test_options_are_complete() -> None:
+    """Every field of a calibration and of a search is a parameter, with the same default."""
+    for function, fields, elsewhere in (
+        (pho.calibrate, CalibrationSettings(), {"context_length"}),
+        (
+            inspect.unwrap(pho.search),
+            SearchRequest(pattern=pho.Pattern.parse("0.5")),
+            {"pattern", "objective", "bounds", "steps", "warm_start"},
+        ),
+    ):
+        parameters = inspect.signature(function).parameters
+        names = [name for name in fields.__dataclass_fields__ if name not in elsewhere]
+
+        assert len(names) >= 5
+        assert {name: parameters[name].default for name in names} == {
+            name: getattr(fields, name) for name in names
+        }
+
+
+@pytest.mark.parametrize("more", [{"preset": "best"}, {"objective": "gini", "sampler": "tpe"}])
+def test_as_pho_search(
+    model_folder: Path, texts: dict[str, Path], tmp_path: Path, more: dict[str, str]
+) -> None:
+    """The same seeds, model folder and texts give the bytes of the command line's config.json."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    bundle = pho.calibrate(
+        model, tokenizer, texts["calibration"], samples=6, context_length=32, kernel_sizes=(3, 5)
+    )
+    found = pho.search(
+        bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, **more
+    )
+    found.write(tmp_path / "mine.json")
+    result = CliRunner().invoke(
+        main,
+        [str(word) for word in (
+            "search", model_folder, "--pattern", "2:4", "--text", texts["calibration"],
+            "--samples", 6, "--context-length", 32, "--kernel-sizes", "3,5", "--trials", 12,
+            "--seed", 3, "--confirm-text", texts["confirmation"], "--device", "cpu",
+            "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "theirs.json",
+            *(part for name, value in more.items() for part in (f"--{name}", value)),
+        )],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+
+    assert (tmp_path / "mine.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
+    assert pho.read_configuration(tmp_path / "mine.json") == found.configuration
+
+
+def test_table(
+    tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool]
+) -> None:
+    """Dense, Wanda, RIA and the finalists are measured on one text; the model is left dense."""
+    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12, confirm=texts["confirmation"])
+    methods = [row.method for row in found.table]
+    dense = pho.evaluate(
+        tiny_llama, bundle.tokenizer, texts["confirmation"], context_length=32, max_windows=16
+    )
+
+    assert weights()
+    assert methods[:3] == ["dense", "wanda", "ria"]
+    assert found.table[0].perplexity == dense.perplexity
+    assert found.configuration.confirmation is not None
+    assert found.configuration.confirmation.text["source"] == str(texts["confirmation"])
+    assert found.table[3].trial == found.trial
+    assert found.table[3].perplexity == found.configuration.confirmation.perplexity
+    assert "| dense |" in found._repr_markdown_()
+    assert "<td>wanda</td>" in found._repr_html_()
+    assert f"{dense.perplexity:.3f}" in repr(found)
+
+
+def test_held_out(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+    """Without a text to confirm on, windows of the calibration's are used that it left."""
+    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12).configuration
+
+    assert found.confirmation is not None
+    assert found.confirmation.tokens == len(bundle.text.held_out[:16]) * 31
+
+
+def test_from_a_bundle(bundle: Any, tmp_path: Path) -> None:
+    """A bundle's file is enough; baselines and the best are shown, and a warning."""
+    bundle.write(tmp_path / "b.safetensors")
+    found = pho.search(tmp_path / "b.safetensors", 0.5, trials=12, space={"row_share": 0.5})
+    same = pho.search(bundle, "0.5", trials=12, space={"row_share": (0.5, 0.5)})
+
+    assert found.configuration == same.configuration
+    assert found.configuration.search["space"]["row_share"] == [0.5, 0.5]
+    assert any("Not confirmed" in warning for warning in found.warnings)
+    assert "wanda" in [row.method for row in found.table]
+    assert found.study.metric_names == ["activation-reconstruction/blend"]
+
+
+def test_several(bundle: Any) -> None:
+    """Bundles by name are searched together; the result says what it is worth on each."""
+    found = pho.search({"one": bundle, "two": bundle}, "0.5", trials=12, over="worst")
+
+    assert [*found.configuration.objective["relative_to_ria"]] == ["one", "two"]
+
+
+def test_studies(bundle: Any, tmp_path: Path) -> None:
+    """A URL and a study are gone on with; callbacks see new trials; samplers are Optuna's."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    seen: list[int] = []
+    short = pho.search(bundle, "0.5", trials=12, study=url).study.trials
+    long = pho.search(
+        bundle, "0.5", trials=15, study=url, callbacks=[lambda _, trial: seen.append(trial.number)]
+    )
+    assert seen == [12, 13, 14]
+    assert short == long.study.trials[:12]
+    mine = optuna.create_study(study_name="mine")
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    found = pho.search(bundle, "0.5", trials=12, study=mine, sampler=sampler)
+
+    assert found.study is mine
+    assert len(mine.trials) == 12
+    assert found.configuration.search["sampler"] == "RandomSampler"
+    assert all(t.duration is not None and t.duration.total_seconds() > 0 for t in mine.trials)
+
+
+def test_optuna_studies(bundle: Any, tmp_path: Path) -> None:
+    """Optuna's own command reads the database."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    found = pho.search(bundle, "0.5", trials=12, study=url)
+    command = [sys.executable, "-c", "import sys; from optuna.cli import main; sys.exit(main())"]
+    result = subprocess.run(
+        [*command, "studies", "--storage", url], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert found.study_name in result.stdout
+
+
+def test_refused(
+    tiny_llama: PreTrainedModel, bundle: Any, sentences: dict[str, list[str]], configuration: Any
+) -> None:
+    """Options, texts and models that do not fit are named."""
+    for kind, said, options in (
+        (InvalidInput, "space: 'rows' is not one of neighbourhood_share", {"space": {"rows": 1}}),
+        (
+            InvalidInput,
+            "steps: 'prune' is not one of linears, allocation",
+            {"steps": {"prune": "all"}},
+        ),
+        (InvalidInput, "preset 'worst' is not one of", {"preset": "worst"}),
+        (InvalidInput, "sampler 'best' is not one of", {"sampler": "best"}),
+        (InvalidInput, "Give model=", {"confirm": sentences["report"]}),
+        (InvalidInput, "start from is for 0.5 in scope layer", {"warm_start": [configuration]}),
+        (StudyError, "not a database URL", {"study": "study.db"}),
+    ):
+        with pytest.raises(kind, match=said):
+            pho.search(bundle, "2:4", trials=20, **options)
+    tiny_llama.model.layers[0].mlp.up_proj.weight.data += 1
+    with pytest.raises(BundleError, match="of another model"):
+        pho.search(bundle, "0.5", model=tiny_llama)
+
+
+def test_pruned_model(tiny_llama: PreTrainedModel, bundle: Any, configuration: Any) -> None:
+    """A model that was pruned since is not searched on."""
+    pho.prune(tiny_llama, configuration, bundle)
+
+    with pytest.raises(ModelError, match="has been pruned already"):
+        pho.search(bundle, "0.5", model=tiny_llama)
+
+
+def test_other_studies(
+    tiny_llama: PreTrainedModel, tokenizer: Any, bundle: Any, texts: dict[str, Path]
+) -> None:
+    """A study of another search, of another bundle or of something else is named, and stays."""
+    study = pho.search(bundle, "0.5", trials=12).study
+    other = pho.calibrate(
+        tiny_llama, tokenizer, texts["report"], samples=4, context_length=32, kernel_sizes=(3, 5)
+    )
+    foreign = optuna.create_study()
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    for on, pattern, kept, said in (
+        (bundle, "2:4", study, "its pattern is 0.5, and this is 2:4"),
+        (bundle, pho.Pattern.parse("0.5", "row"), study, "its scope is layer, and this is row"),
+        (other, "0.5", study, "is of another bundle"),
+        (bundle, "0.5", foreign, "not made by PHO"),
+    ):
+        before = (kept.user_attrs, len(kept.trials))
+        with pytest.raises(StudyError, match=said):
+            pho.search(on, pattern, study=kept)
+        assert (kept.user_attrs, len(kept.trials)) == before
+    with pytest.raises(StudyError, match="direction='maximize'"):
+        pho.search(bundle, "0.5", objective="gini", study=optuna.create_study())
