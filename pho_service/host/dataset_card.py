@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.configuration import shown
+from pho_service.host.plain import shown
 
 CARDS = ("README.md", ".huggingface.yaml")  # that `datasets` reads
 MOST_BYTES = 256 * 1024  # of a card's YAML; Wikipedia's 300 languages have 60 KB

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.spec.configuration import shown
+from pho_service.host.plain import shown
 
 MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
 # Files of a folder that name others, beside its *.index.json.

@@ -2,6 +2,8 @@
 Texts that others wrote, as they may be shown: in logs, on terminals, in messages.
 """
 
+import reprlib
+
 MOST_CHARACTERS = 4000  # of a message: some dozen lines
 
 
@@ -24,3 +26,11 @@ def bounded(text: str) -> str:
         left_out = len(text) - 2 * half
         text = f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
     return plain(text)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value of a document for a message: not long, and with nothing that cannot be printed."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    text = value if len(value) <= most else f"{value[:most]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from pho_service.errors import BundleError
 from pho_service.host.files import new_file
+from pho_service.host.plain import shown
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.second_moments import InputStatistics
-from pho_service.spec.configuration import shown
 
 FORMAT = "pho-bundle"
 VERSION = 1

@@ -26,9 +26,9 @@ from torch.nn.functional import pad
 
 from pho_service.errors import ModelError
 from pho_service.host.files import new_file
+from pho_service.host.plain import shown
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.weights_hash import sha256_each
-from pho_service.spec.configuration import shown
 
 FORMAT = "pho-masks"
 VERSION = 1

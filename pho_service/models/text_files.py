@@ -14,8 +14,8 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
 from pho_service.errors import TextError
+from pho_service.host.plain import shown
 from pho_service.host.settings import Settings
-from pho_service.spec.configuration import shown
 
 _NAMES_SHOWN = 10  # columns, in a message
 _BATCH = 64  # rows of a parquet file, whose texts are looked at one by one

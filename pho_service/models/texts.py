@@ -17,6 +17,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, TextError
 from pho_service.host.access import is_path
 from pho_service.host.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
+from pho_service.host.plain import shown
 from pho_service.host.settings import read_settings
 from pho_service.models.given_texts import GivenText, GivenWindows
 from pho_service.models.loading import LanguageModel
@@ -36,7 +37,6 @@ from pho_service.models.text_files import (
 )
 from pho_service.pruning.perplexity import cut_windows
 from pho_service.spec.calibration import C4_DATASET, C4_FILE
-from pho_service.spec.configuration import shown
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
 SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol

@@ -7,7 +7,6 @@ no times in it, so that the same search writes the same bytes.
 """
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +14,7 @@ from pydantic import FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.files import new_file
+from pho_service.host.plain import shown as shown
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document
 from pho_service.spec.pattern import Pattern
@@ -200,14 +200,6 @@ def reasons(error: ValidationError) -> str:
     ]
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
     return "; ".join(told + more)
-
-
-def shown(value: object, most: int = 100) -> str:
-    """A value of a document for a message: not long, and with nothing that cannot be printed."""
-    if not isinstance(value, str):
-        return reprlib.repr(value)
-    text = value if len(value) <= most else f"{value[:most]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def check_values(document: Any, name: str) -> None:
