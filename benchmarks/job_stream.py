@@ -15,9 +15,10 @@ from invariants import Invariants
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random
 
-from pho_service.api.answers import OVER, Job
+from pho_service.api.answers import Job
 from pho_service.client import Client
 from pho_service.errors import ServiceError, ServiceUnavailable
+from storage.states import JobState
 
 PATIENCE_S = 300.0  # for the service to come back
 MORE = 10  # trials of an extension
@@ -135,6 +136,11 @@ class Sent:
     deleted: Said = "no"
     extended: Said = "no"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens to it by itself, as far as was seen."""
+        return JobState(self.state).is_over
+
 
 @dataclass(kw_only=True)
 class Person:
@@ -223,7 +229,11 @@ class Person:
         while time.monotonic() < deadline:
             self.refresh()
             # A deletion that nobody answered may not have been done: then it is to be resumed.
-            left = [s for s in self.jobs.values() if s.deleted != "yes" and s.state not in OVER]
+            left = [
+                s
+                for s in self.jobs.values()
+                if s.deleted != "yes" and not JobState(s.state).is_over
+            ]
             if not left:
                 return
             for sent in left:
@@ -280,7 +290,7 @@ class Person:
         return self._chance.choice(found) if found else None
 
     def _submit(self) -> None:
-        if sum(s.state not in OVER for s in self._there()) < UNFINISHED:
+        if sum(not s.is_over for s in self._there()) < UNFINISHED:
             self.submit(self._chance.choice([*self.documents]))
         else:
             self.refresh()

@@ -40,7 +40,6 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import func, select, text
 
-from pho_service.api.answers import OVER
 from pho_service.api.answers import Job as Answer
 from pho_service.spec.job import JobSpec
 from storage.database import Database
@@ -280,7 +279,7 @@ class Soak:
     def _check_end(self, person: Person, sent: Sent, job: Answer) -> str:
         """Check how a job ended, and say it."""
         check = self.invariants.check
-        check("every accepted job ends", job.state in OVER, f"{sent}, {job.state}")
+        check("every accepted job ends", job.state.is_over, f"{sent}, {job.state}")
         if sent.cancelled == "yes":
             check("a cancelled job is cancelled", job.state == "cancelled", f"{sent}, {job.state}")
         elif sent.cancelled == "no":
@@ -496,7 +495,7 @@ def _check_events(check: Any, store: JobStore, job: Job, runs: int) -> None:
     while page := store.events(job.id, after=history[-1].id if history else 0):
         history += page
     states = [event.data["state"] for event in history if event.kind == "state"]
-    follow = all(b == "queued" for a, b in pairwise(states) if a in OVER)
+    follow = all(b == "queued" for a, b in pairwise(states) if JobState(a).is_over)
     check("only a resume or an extension follows an end", follow, f"{job.id}: {states}")
     often = states.count("succeeded")
     check("a job succeeds once, and once more if it is extended", often <= runs, str(states))

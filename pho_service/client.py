@@ -30,14 +30,12 @@ from tenacity import (
 from tenacity.wait import wait_exponential
 
 from pho_service.api.answers import (
-    OVER,
     ConfigurationMatch,
     ConfigurationMatches,
     Job,
     JobPage,
     PlanAnswer,
     Problem,
-    State,
     Trial,
     TrialPage,
     Worker,
@@ -139,7 +137,7 @@ class Client:
         """A job with its progress."""
         return _read(Job, self._request("GET", f"/jobs/{_id(job_id)}"))
 
-    def jobs(self, states: Sequence[State] = ()) -> Iterator[Job]:
+    def jobs(self, states: Sequence[str] = ()) -> Iterator[Job]:
         """All jobs, newest first, page by page."""
         params: dict[str, Any] = {"state": [*states]}
         while True:
@@ -361,7 +359,7 @@ class Client:
                         confirmation, completed=done.perplexities_done, total=done.perplexities,
                         visible=True,
                     )  # fmt: skip
-                if job.state in OVER:
+                if job.state.is_over:
                     return job
                 if timeout_s is not None and time.monotonic() - began > timeout_s:
                     raise TimeoutError(f"job {job_id} is {job.state} after {timeout_s:g} s.")

@@ -31,12 +31,13 @@ from pho_service.search.finalists import (
 from pho_service.search.plan import Evaluate, RatedCandidate
 from pho_service.search.result import describe_study, mark_chosen, search_result
 from pho_service.search.search import ranked
-from pho_service.search.validation import ProxyQuality, qualities, random_candidates, verdict
+from pho_service.search.validation import qualities, random_candidates, verdict
 from pho_service.search.warm_start import Saving
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Confirmation
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
+from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.steps import Steps
 from storage.database import Database
 from storage.jobs import JobStore

@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-State = Literal[
-    "queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"
-]
-StageName = Literal["transfer", "calibrate", "search", "confirm", "perplexity", "finish"]
-OVER: tuple[State, ...] = ("cancelled", "succeeded", "failed")
+from pho_service.library.ranking import MeasuredBy, ModelFacts
+from pho_service.spec.quality import ProxyQuality
+from storage.states import JobState, StageKind
 
 
 class _Answer(BaseModel):
@@ -22,20 +20,28 @@ class _Answer(BaseModel):
 class Progress(_Answer):
     """How far a job is."""
 
-    trials_done: int = Field(description="Of all islands.")
-    trials: int = Field(description="Of all islands.")
+    trials_done: int = Field(description="Number of finished trials of all islands.")
+    trials: int = Field(description="Number of trials asked of all islands.")
     best_value: float | None = Field(
         description="Best objective so far; once there is a configuration, its own."
     )
     perplexities_done: int
-    perplexities: int = Field(description="Known once the search is over.")
-    shards_done: int = Field(0, description="Of the calibrations, summed up already or not.")
-    shards: int = Field(0, description="That large calibrations are shared out in; 0 for none.")
-    models_done: int = Field(0, description="Of a transfer: measured, or found impossible.")
-    models: int = Field(0, description="Of a transfer.")
+    perplexities: int = Field(
+        description="Number of perplexities to measure, known once the search is over."
+    )
+    shards_done: int = Field(
+        0, description="Number of finished parts of calibrations, summed up already or not."
+    )
+    shards: int = Field(
+        0, description="Number of parts that large calibrations are shared out in; 0 for none."
+    )
+    models_done: int = Field(
+        0, description="Number of a transfer's models that were measured, or found impossible."
+    )
+    models: int = Field(0, description="Number of a transfer's models.")
     seconds_left: float | None = Field(
-        description="Of the search or of the perplexities, at the present pace; a hill climb may "
-        "end before."
+        description="Seconds that the search or the perplexities still take at the present pace; a "
+        "hill climb may end before."
     )
 
 
@@ -44,10 +50,12 @@ class JobError(_Answer):
 
     type: str
     message: str
-    stage: StageName
+    stage: StageKind
     attempts: int | None = None
     layer: str | None = None
-    candidate: dict[str, Any] | None = Field(None, description="Method, coefficients, scope.")
+    candidate: dict[str, Any] | None = Field(
+        None, description="Candidate that failed: method, coefficients, scope and steps."
+    )
 
 
 class Best(_Answer):
@@ -58,31 +66,22 @@ class Best(_Answer):
     perplexity: float | None
 
 
-class ProxyQuality(_Answer):
-    """How well a proxy ranks, against perplexity; intervals are 95 %."""
-
-    spearman: float
-    spearman_interval: tuple[float, float]
-    spearman_better_half: float
-    kendall: float
-    kendall_interval: tuple[float, float]
-    regret: float = Field(description="Of the best among the proxy's top k.")
-    regret_interval: tuple[float, float]
-    top_k: int
-
-
 class Job(_Answer):
     """A search, or a transfer of what a search has found."""
 
     id: uuid.UUID
     kind: Literal["search", "transfer"] = "search"
-    name: str = Field(description="Also of its study; more islands have it with a number.")
-    state: State
-    stage: StageName | None = Field(description="What is being done, or was done last.")
+    name: str = Field(
+        description="Name of the job and of its study; more islands have it with a number."
+    )
+    state: JobState
+    stage: StageKind | None = Field(description="What is being done, or was done last.")
     priority: int
     progress: Progress
     best: Best | None
-    validation: dict[str, ProxyQuality] | None = Field(description="By proxy, if asked for.")
+    validation: dict[str, ProxyQuality] | None = Field(
+        description="Quality of each proxy, by its name, if asked for."
+    )
     error: JobError | None
     warnings: list[str]
     created_at: datetime
@@ -105,8 +104,8 @@ class Trial(_Answer):
     number: int
     state: Literal["complete", "failed"]
     method: str = Field(description="crepe, or the baseline that it is.")
-    value: float | None = Field(description="Of the objective.")
-    perplexity: float | None = Field(description="If it was confirmed.")
+    value: float | None = Field(description="Value of the objective.")
+    perplexity: float | None = Field(description="Perplexity, if it was confirmed.")
     scope: str
     coefficients: dict[str, Any]
     failure: str | None
@@ -126,9 +125,9 @@ class Worker(_Answer):
     id: uuid.UUID
     name: str
     device: str
-    stages: list[StageName]
-    job_id: uuid.UUID | None = Field(description="What it is working on.")
-    stage: StageName | None
+    stages: list[StageKind]
+    job_id: uuid.UUID | None = Field(description="Job that it is working on.")
+    stage: StageKind | None
     started_at: datetime
     heartbeat_at: datetime
 
@@ -139,19 +138,11 @@ class WorkerList(_Answer):
     workers: list[Worker]
 
 
-class ModelFacts(_Answer):
-    """A model, as far as a library knows it."""
-
-    name: str
-    family: str | None = Field(description="model_type; null: an older PHO did not write it down.")
-    parameters: int | None
-
-
 class Gain(_Answer):
     """How much better than RIA a configuration was."""
 
-    share: float = Field(description="Of RIA's perplexity, or proxy, that is saved.")
-    by: Literal["perplexity", "divergence", "proxy"] = Field(
+    share: float = Field(description="Share of RIA's perplexity, or proxy, that is saved.")
+    by: MeasuredBy = Field(
         description="divergence: perplexity as the divergence from the dense model tells."
     )
 
@@ -167,16 +158,18 @@ class ConfigurationMatch(_Answer):
     """A configuration of the library, and why it stands where it stands."""
 
     id: uuid.UUID
-    job_id: uuid.UUID | None = Field(description="That found it; null: it was imported.")
+    job_id: uuid.UUID | None = Field(description="Job that found it; null: it was imported.")
     created_at: datetime
     method: str
     pattern: str
     scope: str
-    models: list[ModelFacts] = Field(description="That it was found on.")
-    gain: Gain | None = Field(description="On them; null: RIA was not measured beside it.")
-    measured: list[MeasuredElsewhere] = Field(description="On other models.")
-    fits: bool = Field(description="It is of the asked pattern and scope.")
-    expected_gain: float | None = Field(description="Share, on the asked model; for the order.")
+    models: list[ModelFacts] = Field(description="Models that it was found on.")
+    gain: Gain | None = Field(description="Gain on them; null: RIA was not measured beside it.")
+    measured: list[MeasuredElsewhere] = Field(description="Gains on other models.")
+    fits: bool = Field(description="Whether it is of the asked pattern and scope.")
+    expected_gain: float | None = Field(
+        description="Expected share on the asked model, for the order."
+    )
     reasons: list[str]
 
 
@@ -184,22 +177,24 @@ class ConfigurationMatches(_Answer):
     """Configurations, the most promising first."""
 
     configurations: list[ConfigurationMatch]
-    considered: int = Field(description="How many the library has to choose from.")
+    considered: int = Field(
+        description="Number of configurations that the library has to choose from."
+    )
 
 
 class MemoryPeak(_Answer):
     """Bytes at a peak."""
 
-    device: int = Field(description="Of the GPU; 0 on a CPU.")
-    host: int = Field(description="Of main memory, without pages of mapped files.")
-    disk: int = Field(description="In files that are written, temporary ones included.")
+    device: int = Field(description="Bytes of the GPU's memory; 0 on a CPU.")
+    host: int = Field(description="Bytes of main memory, without pages of mapped files.")
+    disk: int = Field(description="Bytes of files that are written, temporary ones included.")
 
 
 class PlannedStage(_Answer):
     """What a stage of a job takes."""
 
     title: str
-    seconds: tuple[float, float] = Field(description="At least and at most.")
+    seconds: tuple[float, float] = Field(description="Seconds, at least and at most.")
     peak: MemoryPeak
 
 
@@ -208,10 +203,10 @@ class PlannedModel(_Answer):
 
     family: str
     parameters: int
-    prunable: int = Field(description="Weights that can be pruned.")
-    dtype: str = Field(description="That it would be loaded in.")
+    prunable: int = Field(description="Number of weights that can be pruned.")
+    dtype: str = Field(description="Data type that it would be loaded in.")
     weights_bytes: int
-    context_length: int | None = Field(description="The longest window that it reads.")
+    context_length: int | None = Field(description="Tokens of the longest window that it reads.")
 
 
 class PlannedMachine(_Answer):
@@ -219,7 +214,7 @@ class PlannedMachine(_Answer):
 
     name: str
     gpu: bool
-    memory_bytes: int = Field(description="Of the card; of a CPU the main memory.")
+    memory_bytes: int = Field(description="Memory of the card; on a CPU the main memory.")
     main_bytes: int = Field(description="Main memory.")
     measured: bool = Field(description="Whether its rates were measured; else from data sheets.")
 
@@ -230,13 +225,13 @@ class PlanAnswer(_Answer):
     model: PlannedModel
     machine: PlannedMachine
     fits: bool
-    obstacles: list[str] = Field(description="Why it does not fit.")
+    obstacles: list[str] = Field(description="Reasons why it does not fit.")
     ways_out: list[str] = Field(description="What would make it fit; each was tried.")
     stream: bool
-    windows_at_once: int = Field(description="Windows of the calibration that run at once.")
+    windows_at_once: int = Field(description="Number of calibration windows that run at once.")
     recompute: bool = Field(description="Whether its blocks run twice to save memory.")
-    peak: MemoryPeak = Field(description="Of all stages; the disk is their sum.")
-    seconds: tuple[float, float] = Field(description="Of all stages, at least and at most.")
+    peak: MemoryPeak = Field(description="Peak of all stages; the disk is their sum.")
+    seconds: tuple[float, float] = Field(description="Seconds of all stages, at least and at most.")
     stages: list[PlannedStage]
 
 
@@ -244,7 +239,9 @@ class FieldProblem(_Answer):
     """One thing that is wrong with a request."""
 
     pointer: str | None = Field(None, description="JSON pointer into the body.")
-    parameter: str | None = Field(None, description="Of the query, the path or the headers.")
+    parameter: str | None = Field(
+        None, description="Parameter of the query, the path or the headers."
+    )
     detail: str
 
 
@@ -255,9 +252,11 @@ class Problem(_Answer):
     title: str
     status: int
     detail: str
-    code: str = Field(description="Stable, for programs.")
-    request_id: str | None = Field(None, description="As X-Request-ID, and in the log.")
-    state: State | None = Field(None, description="Of the job, in a conflict.")
+    code: str = Field(description="Stable name of the problem, for programs.")
+    request_id: str | None = Field(
+        None, description="Id of the request, as in X-Request-ID and in the log."
+    )
+    state: JobState | None = Field(None, description="State of the job, in a conflict.")
     errors: list[FieldProblem] | None = None
 
 

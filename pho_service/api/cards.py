@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pho_service.api.answers import OVER, Job
+from pho_service.api.answers import Job
 from pho_service.api.describe import describe, failure, is_transfer, study_names
 from pho_service.library.files import TransferTarget
 from pho_service.library.ranking import measured_gain, transferred_gain
 from pho_service.spec.configuration import Configuration
 from storage import records as stored
-from storage.states import VERBS, StageKind
+from storage.states import VERBS, JobState, StageKind
 
 _ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
 _MOST_LINES = 4  # of the models of a transfer, and of warnings; the report has all
@@ -61,7 +61,7 @@ class Card:
     @property
     def moves(self) -> bool:
         """Whether it may be another one soon, by itself."""
-        return self.job.state not in (*OVER, "paused")
+        return not (self.job.state.is_over or self.job.state is JobState.PAUSED)
 
 
 def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:

@@ -4,11 +4,16 @@ Jobs as the API shows them.
 
 from typing import Any
 
-from pho_service.api.answers import Best, Job, JobError, Progress, ProxyQuality
+from pydantic import TypeAdapter
+
+from pho_service.api.answers import Best, Job, JobError, Progress
 from pho_service.api.problems import Conflict
+from pho_service.spec.quality import ProxyQuality
 from storage import records as stored
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
+
+_QUALITIES = TypeAdapter(dict[str, ProxyQuality])  # by proxy
 
 
 def describe(job: stored.Job) -> Job:
@@ -25,8 +30,8 @@ def describe(job: stored.Job) -> Job:
         id=job.id,
         kind="transfer" if is_transfer(job) else "search",
         name=job.name,
-        state=job.state.value,
-        stage=None if job.stage is None else job.stage.value,
+        state=job.state,
+        stage=job.stage,
         priority=job.priority,
         progress=_progress(job),
         best=best,
@@ -106,7 +111,7 @@ def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
     for stage in job.of_kind(StageKind.FINISH):
         found = (stage.result or {}).get("validation")
         if found is not None:
-            return {name: ProxyQuality.model_validate(q) for name, q in found.items()}
+            return _QUALITIES.validate_python(found)
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
 
@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from pho_service.api import form, jobs
-from pho_service.api.answers import State
 from pho_service.api.cards import Card, card, span
 from pho_service.api.describe import study_names
 from pho_service.api.operations import workers
@@ -27,20 +26,21 @@ from pho_service.api.problems import TOO_MANY_JOBS, wrong_parameter
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
 from storage.records import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
+from storage.states import JobState
 from storage.studies import study_ids
 
 router = APIRouter(include_in_schema=False)
 
 PAGE_SIZE = 20
 REFRESH_S = 10
-FILTERS: dict[str, tuple[State, ...]] = {
+FILTERS: dict[str, tuple[JobState, ...]] = {
     "all": (),
-    "queued": ("queued",),
-    "running": ("running", "pausing", "cancelling"),
-    "paused": ("paused",),
-    "succeeded": ("succeeded",),
-    "failed": ("failed",),
-    "cancelled": ("cancelled",),
+    "queued": (JobState.QUEUED,),
+    "running": (JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING),
+    "paused": (JobState.PAUSED,),
+    "succeeded": (JobState.SUCCEEDED,),
+    "failed": (JobState.FAILED,),
+    "cancelled": (JobState.CANCELLED,),
 }
 _MOST_FIELDS = 20  # of a form
 
@@ -68,8 +68,8 @@ class View:
         """
         states = tuple(value for name, value in query if name == "state")
         for state in states:
-            if state not in get_args(State):
-                raise wrong_parameter("state", f"must be one of {', '.join(get_args(State))}")
+            if state not in [*JobState]:
+                raise wrong_parameter("state", f"must be one of {', '.join(JobState)}")
         found = dict(query)
         return cls(
             states=states,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from pho_service.api.answers import Job, JobPage, State, Trial, TrialPage
+from pho_service.api.answers import Job, JobPage, Trial, TrialPage
 from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
 from pho_service.api.schema import EVENT, PAGE_TOKEN
@@ -102,7 +102,7 @@ def take(
 def list_jobs(
     service: ServiceParam,
     caller: CallerParam,
-    state: Annotated[list[State] | None, Query(description="Only jobs in these states.")] = None,
+    state: Annotated[list[JobState] | None, Query(description="Only jobs in these states.")] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from pho_service.library.files import LibraryFile, TransferTarget
 from pho_service.spec.configuration import Configuration, Rating
@@ -38,16 +40,15 @@ MeasuredBy = Literal["perplexity", "divergence", "proxy"]
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """
-    What ranking needs to know of a model.
-
-    Attributes:
-        family: Its ``model_type``; None where an older PHO did not write it down.
-        parameters: How many it has.
+    A model, as far as a library knows it.
     """
 
     name: str
-    family: str | None = None
-    parameters: int | None = None
+    family: Annotated[
+        str | None,
+        Field(description="model_type; null where an older PHO did not write it down."),
+    ] = None
+    parameters: Annotated[int | None, Field(description="Number of parameters.")] = None
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pho_service.report.data import Report, ReportTrial
 from pho_service.report.layers import LayerCell
-from pho_service.search.validation import ProxyQuality
+from pho_service.spec.quality import ProxyQuality
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -4,7 +4,6 @@ How far can a proxy be trusted? Rank correlation and regret against perplexity, 
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,40 +13,13 @@ from scipy import stats
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.quality import Interval, ProxyQuality
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 
 RESAMPLES = 2000
 BATCH = 2**22  # pairs of candidates that are looked at together: some 100 MiB
-Interval = tuple[float, float]
 Values = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyQuality:
-    """
-    How well low (or high) values of a proxy go with low perplexity.
-
-    Attributes:
-        spearman: Rank correlation with perplexity, -1 to 1; 1 is perfect for
-            a proxy to be minimised, -1 for Gini.
-        spearman_better_half: The same among the half with the lower perplexity.
-        kendall: Kendall's tau-b.
-        regret: Relative excess of the best perplexity among the proxy's top k
-            over the best of all: 0 if the best candidate is in the top k.
-        top_k: k.
-        spearman_interval, kendall_interval, regret_interval: 95 %, bootstrap
-            over candidates.
-    """
-
-    spearman: float
-    spearman_interval: Interval
-    spearman_better_half: float
-    kendall: float
-    kendall_interval: Interval
-    regret: float
-    regret_interval: Interval
-    top_k: int
 
 
 def random_candidates(

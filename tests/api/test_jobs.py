@@ -13,8 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration, write_configuration
-from pho_service.spec.fields import MAX_TRIALS
 from pho_service.spec.job import JobSpec
+from pho_service.spec.samplers import MAX_TRIALS
 from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
 
