@@ -14,6 +14,7 @@ from pho_service.interface.models import Choice, chosen, opened_bundle, parsed
 from pho_service.pipeline.search import Bundles, by_name, origin_of
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.search.request import SearchRequest
+from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
@@ -48,6 +49,9 @@ class Asked:
     over: Over | None
     space: Mapping[str, Any] | None
     steps: Mapping[str, Any] | None
+    targets: str | Sequence[str] = ()
+    ignore: str | Sequence[str] = ()
+    sparsities: Mapping[str, float | str] | None = None
 
     def request(
         self,
@@ -87,6 +91,12 @@ class Asked:
         _check_names("steps", steps, _STEPS)
         if isinstance(steps.get("allocation"), str):
             steps["allocation"] = Allocation(method=steps["allocation"])
+        if self.targets or self.ignore or self.sparsities:
+            steps["linears"] = Linears(
+                targets=_several(self.targets),
+                ignore=_several(self.ignore),
+                sparsities=dict(self.sparsities or {}),
+            )
         return steps
 
     def _bounds(self) -> dict[str, Any]:
@@ -100,6 +110,10 @@ class Asked:
             else tuple(value)
             for name, value in space.items()
         }
+
+
+def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

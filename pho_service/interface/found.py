@@ -149,6 +149,9 @@ def search(
     over: Over | None = None,
     space: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    sparsities: Mapping[str, float | str] | None = None,
     sampler: "str | BaseSampler" = _ASKED.sampler,
     trials: int = _ASKED.trials,
     seed: int = _ASKED.seed,
@@ -188,6 +191,11 @@ def search(
             one number fixes a value.
         steps: What every candidate goes through, where it is not the preset's:
             ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...}``.
+        targets: Linears to prune, all by default: names, globs (``*.down_proj``), or regular
+            expressions after ``re:``.
+        ignore: Linears that stay dense, in the same form; they come before ``targets``.
+        sparsities: Linears with a sparsity of their own, by the same patterns:
+            ``{"*.layers.0.*": 0.3}``; for N:M the N to keep of the same M.
         sampler: A name (``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp``, ``hill-climb``), or a
             sampler of Optuna.
         trials: How many, baselines included.
@@ -212,7 +220,7 @@ def search(
     count = len(bundles) if isinstance(bundles, Mapping) else 1
     asked = Asked(
         pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=over, space=space, steps=steps,
+        over=over, space=space, steps=steps, targets=targets, ignore=ignore, sparsities=sparsities,
     )  # fmt: skip
     request = asked.request(
         bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,

@@ -4,7 +4,7 @@
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +141,9 @@ def objective(
     weighting: Weighting = _OBJECTIVE.weighting,
     space: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    sparsities: Mapping[str, float | str] | None = None,
     device: str = "cpu",
 ) -> ProxyObjective:
     """
@@ -151,7 +154,8 @@ def objective(
 
     Args:
         bundle: What ``pho.calibrate`` gave, or the path of its file.
-        pattern, scope, preset, weighting, space, steps: As of ``pho.search``.
+        pattern, scope, preset, weighting, space, steps, targets, ignore, sparsities: As of
+            ``pho.search``.
         objective: ``activation-reconstruction``, or ``gini``, for which the study is to be created
             with ``direction="maximize"``.
         device: Where candidates are rated.
@@ -167,7 +171,7 @@ def objective(
         )
     asked = Asked(
         pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=None, space=space, steps=steps,
+        over=None, space=space, steps=steps, targets=targets, ignore=ignore, sparsities=sparsities,
     )  # fmt: skip
     return ProxyObjective(opened_bundle(bundle), asked.request(), device)
 

@@ -58,6 +58,19 @@ def test_configuration_of_a_search(
     assert best.search == {**found.configuration.search}
 
 
+def test_linears(bundle: Any) -> None:
+    """Which linears are pruned is said as for a search; a name that nothing has is named."""
+    said = {"ignore": "*.layers.0.*", "sparsities": {"re:.*[qk]_proj": 0.3}}
+    found = pho.search(bundle, "0.5", trials=12, **said)
+    study = optuna.create_study()
+    study.optimize(pho.objective(bundle, "0.5", **said), n_trials=1)
+
+    assert found.configuration.steps.linears == pho.configuration(study, bundle).steps.linears
+    assert found.configuration.steps.linears.ignore == ("*.layers.0.*",)
+    with pytest.raises(InvalidInput, match=r"layers\.9.*matches none"):
+        pho.search(bundle, "0.5", trials=12, ignore="model.layers.9.mlp.up_proj")
+
+
 def test_refused(bundle: Any) -> None:
     """Perplexity, the wrong direction, another bundle's study and a foreign one are named."""
     with pytest.raises(InvalidInput, match="needs a model"):

@@ -1,0 +1,60 @@
+"""The page on the Python API: its blocks are run as they stand, on a model in memory."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from transformers import AutoTokenizer, PreTrainedModel
+
+import pho_service as pho
+
+PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+
+# The block of ```py loads a model and texts from the hub: whoever runs the tests has neither.
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def given(
+    tiny_llama: PreTrainedModel, model_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> dict[str, Any]:
+    """What a reader brings: a model, its tokenizer, long texts, a sampler and a storage."""
+    tiny_llama.save_pretrained(tmp_path / "here" / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.save_pretrained(tmp_path / "here" / "dense")
+    lines = {name: path.read_text().replace('{"text": "', "").replace('"}', "").splitlines()
+             for name, path in texts.items()}  # fmt: skip
+    return {
+        "model": tiny_llama,
+        "tokenizer": tokenizer,
+        "texts": [f"{a} {b}" for a in lines["calibration"][:5] for b in lines["calibration"]],
+        "other_texts": [f"{a} {b}" for a in lines["confirmation"][:2] for b in lines["report"]],
+        "report_texts": [f"{a} {b}" for a in lines["report"][:2] for b in lines["confirmation"]],
+        "my_sampler": optuna.samplers.TPESampler(seed=0),
+        "my_storage": optuna.storages.InMemoryStorage(),
+    }
+
+
+def test_blocks(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block runs, one after the other; each result is what the page says."""
+    monkeypatch.chdir(tmp_path / "here")
+    for block in BLOCKS:
+        exec(compile(block, "docs/python.md", "exec"), given)  # noqa: S102 - our own page
+
+    assert len(BLOCKS) >= 6
+    assert pho.read_configuration(Path("config.json")) == given["found"].configuration
+    assert given["pruned"].sparsity == pytest.approx(0.5)
+    assert Path("folder/pruning.json").is_file()
+    assert len(given["study"].trials) == 200
+    assert given["best"].objective["value"] == given["study"].best_value
+    assert given["some"].configuration.steps.linears
+
+
+def test_names() -> None:
+    """Every `pho.` on the page is a public name."""
+    names = set(re.findall(r"\bpho\.(\w+)", PAGE))
+
+    assert names <= {*pho.__all__}
+    assert {"calibrate", "search", "prune", "save", "evaluate", "compare", "objective"} <= names
