@@ -15,8 +15,9 @@ from optuna.distributions import distribution_to_json
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, delete, event, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -217,6 +218,36 @@ def open_study(
         return optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True
         )
+
+
+def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
+    """
+    Keep a user attribute of a trial that has ended, which Optuna's own methods refuse.
+
+    In databases and in memory; of another storage this process alone sees it.
+
+    Args:
+        study: Of the trial.
+        number: Of the trial.
+        key: Name of the attribute; another value of it is replaced.
+        value: A JSON value.
+    """
+    storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
+    if isinstance(storage, RDBStorage):
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        with _create_scoped_session(storage.scoped_session) as session:
+            session.execute(
+                delete(models.TrialUserAttributeModel).filter_by(trial_id=trial_id, key=key)
+            )
+            session.add(
+                models.TrialUserAttributeModel(
+                    trial_id=trial_id, key=key, value_json=json.dumps(value)
+                )
+            )
+    if storage is not study._storage or not isinstance(storage, RDBStorage):
+        for trial in study.get_trials(deepcopy=False):  # those that memory holds
+            if trial.number == number:
+                trial.set_user_attr(key, value)
 
 
 def study_name(job_name: str, island: int) -> str:

@@ -4,12 +4,16 @@ What optuna-dashboard shows of a job: a note, and two plots.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.report.layers import layer_cells
 from pho_service.search.plan import RatedCandidate
 from pho_service.search.result import CHOSEN
+from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 
@@ -26,7 +30,6 @@ def show_result(
     study: optuna.Study,
     spec: JobSpec,
     configuration: Configuration,
-    measured: Sequence[tuple[float, RatedCandidate]],
     plots: Mapping[str, "go.Figure | None"],
 ) -> None:
     """
@@ -36,15 +39,8 @@ def show_result(
         study: Of one island, with the mark of :func:`~pho_service.search.result.mark_chosen`.
         spec: Of the job.
         configuration: Of the job.
-        measured: (perplexity, candidate) of this island.
         plots: By their ids.
     """
-    for perplexity, rated in measured:
-        number = rated.number // spec.islands
-        study.set_user_attr(
-            f"perplexity:{number}",
-            {"method": rated.candidate.method, "perplexity": perplexity},
-        )
     _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration, study)]))
     for name, figure in plots.items():
         if figure is not None:
@@ -134,6 +130,32 @@ def confirmed_plot(
         yaxis={"title": "perplexity", "type": "log"},
     )
     return figure
+
+
+def of_layers(
+    bundles: Mapping[str, ProxyBundle], candidate: Candidate, device: str
+) -> tuple[dict[str, "go.Figure | None"], dict[str, list[list[Any]]]]:
+    """
+    What a candidate does to each linear, by the proxy.
+
+    Args:
+        bundles: Of each model, by its name.
+        candidate: What is pruned with.
+        device: For the proxy.
+
+    Returns:
+        A plot of the errors of each model, by its id; and the cells of each model's linears.
+    """
+    plots: dict[str, go.Figure | None] = {}
+    layers = {}
+    for number, (name, bundle) in enumerate(bundles.items()):
+        evaluator = ProxyEvaluator(bundle, device)
+        errors = evaluator.layer_errors(candidate)
+        of_model = name if len(bundles) > 1 else ""
+        plots[f"errors-{number}" if number else "errors"] = error_plot(errors, of_model)
+        cells = layer_cells(errors, evaluator.layer_sparsities(candidate))
+        layers[name] = [cell.to_list() for cell in cells]
+    return plots, layers
 
 
 def error_plot(errors: Mapping[str, float], model: str = "") -> "go.Figure":

@@ -17,6 +17,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed
 from pho_service.progress import Advance
+from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.divergence import DenseReference, dense_reference, rate_divergence
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import Perplexity
@@ -98,6 +99,75 @@ def rate_pruned(
     ) as sparsity:
         result = measure_perplexity(model, windows, advance=advance)
     return result, model_sparsity(model.linears, sparsity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """
+    A dense model with all that it takes to prune it with a candidate and to measure the result.
+
+    Attributes:
+        model: Dense; it is given back dense.
+        bundle: Of the model.
+        text: To measure on.
+        calibration: Windows for candidates whose steps need a text.
+    """
+
+    model: LanguageModel
+    bundle: ProxyBundle
+    text: ReportText
+    calibration: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """
+    What was measured of a candidate.
+
+    Attributes:
+        perplexity: Of the pruned model.
+        sparsity: The share removed of all prunable weights.
+        seconds: What pruning and measuring took.
+        measured_on: The fields of a confirmation that say what on.
+        text_sha256: Hash of the windows.
+    """
+
+    perplexity: float
+    sparsity: float
+    seconds: float
+    measured_on: dict[str, Any]
+    text_sha256: str
+
+
+def measure(subject: Subject, candidate: Candidate, advance: Advance = lambda _: None) -> Measured:
+    """
+    Prune with a candidate, measure the perplexity, and put the weights back.
+
+    Args:
+        subject: What is pruned, and measured on.
+        candidate: What to prune with.
+        advance: Called with 1 after each window, and with 0 while the model is pruned.
+
+    Raises:
+        InvalidInput: The candidate's steps need a text, and the subject has none.
+        NumericalError: A score or a logit is NaN or infinite.
+    """
+    started = time.monotonic()
+    rating, sparsity = rate_pruned(
+        subject.model,
+        subject.bundle.statistics(),
+        candidate,
+        subject.text.windows,
+        advance,
+        calibration=subject.calibration,
+    )
+    return Measured(
+        perplexity=rating.perplexity,
+        sparsity=sparsity,
+        seconds=round(time.monotonic() - started, 3),
+        measured_on=subject.text.measured_on(),
+        text_sha256=subject.text.key,
+    )
 
 
 def comparing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
@@ -187,7 +257,8 @@ def rate_by_perplexity(
         except NumericalError as error:
             return Outcome(value=None, failure=str(error))
         seconds = round(time.perf_counter() - started, 4)
-        return Outcome(value=result.perplexity, attributes={"seconds": seconds})
+        found = {"perplexity": result.perplexity, "seconds": seconds}
+        return Outcome(value=result.perplexity, attributes=found)
 
     def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
         return [rate(candidate) for candidate in candidates]

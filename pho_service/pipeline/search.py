@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.finalists import Divergences
+from pho_service.search.finalists import Measurements
+from pho_service.search.islands import Islands
 from pho_service.search.plan import Evaluate, RatedCandidate, SearchPlan
 from pho_service.search.request import SearchRequest
 from pho_service.search.result import (
@@ -95,46 +97,87 @@ def search_job(
     with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
         rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
     saving = compared_with_cold(request, plan, rated, evaluate, progress)
-    trials = {t.number: t for t in study.get_trials(deepcopy=False) if t.number < plan.trials}
-    divergences = Divergences()
-    if request.objective.name == "perplexity":
-        measured = [(r.value, r) for r in rated]
+    islands = Islands([study], [plan])
+    measurements = Measurements()
+    if request.objective.name == "perplexity" and confirm_text is not None:
+        measurements = of_objective(rated, confirm_text.measured_on())
     elif model is not None and confirm_text is not None:
         from pho_service.pipeline.confirmation import confirm_finalists  # loads transformers
+        from pho_service.pipeline.rating import Subject
 
-        measured, divergences = confirm_finalists(
-            study,
-            rated,
-            request.finalists,
-            only_one(named, "a model"),
-            model,
-            confirm_text,
-            calibration,
-            progress,
+        subject = Subject(
+            model=model,
+            bundle=only_one(named, "a model"),
+            text=confirm_text,
+            calibration=calibration,
         )
-    else:
-        measured = []
+        measurements = confirm_finalists(islands, rated, request.finalists, subject, progress)
+    result = finish(request, islands, origin, rated, measurements, saving=saving)
+    mark_chosen(study, result.configuration, result.study_name, result.trial)
+    return result
+
+
+def of_objective(rated: Sequence[RatedCandidate], measured_on: Mapping[str, Any]) -> Measurements:
+    """Of a search by perplexity: every value is a measurement."""
+    return Measurements(perplexities={r.number: r.value for r in rated}, measured_on=measured_on)
+
+
+def finish(
+    request: SearchRequest,
+    islands: Islands,
+    origin: Mapping[str, Any],
+    rated: Sequence[RatedCandidate],
+    measurements: Measurements,
+    *,
+    saving: Saving | None = None,
+    out_of_time: bool = False,
+) -> SearchResult:
+    """
+    Choose the best of all that was found, and write down how.
+
+    Args:
+        request: What was asked, of the first island.
+        islands: The studies.
+        origin: Where what was searched comes from, see :func:`origin_of`.
+        rated: Every finished trial, best first by the objective.
+        measurements: Of the finalists.
+        saving: What the warm start was worth, if that was measured.
+        out_of_time: Whether the search ended because its time was used up.
+
+    Returns:
+        The result, with the study that the best is in, and its number there.
+    """
+    measured = measurements.best_first(rated)
+    divergences = measurements.divergences
     confirmation = None
-    if measured and confirm_text is not None:
-        confirmation = Confirmation(
-            perplexity=measured[0][0], **confirm_text.measured_on(divergences.tokens)
-        )
+    if measured:
+        on = {**(measurements.measured_on or {}), "divergence_tokens": divergences.tokens}
+        confirmation = Confirmation(perplexity=measured[0][0], **on)
+    best = measured[0][1] if measured else rated[0]
+    study, number = islands.place(best.number)
+    finished = islands.finished
     result = search_result(
         request,
-        plan,
+        islands.plan,
         origin,
         study.study_name,
-        rated,
+        [*rated],
         measured,
         confirmation,
         divergences,
-        ended_after=len(trials) if len(trials) < plan.trials else None,
+        ended_after=finished if finished < islands.asked and not out_of_time else None,
         saving=saving,
     )
-    mark_chosen(study, result.configuration, study.study_name, result.trial)
-    if request.objective.over is None:
-        return result
-    return with_each_model(result, trials[rated[0].number].user_attrs["relative_to_ria"])
+    if request.objective.over is not None:
+        relative = islands.attributes(rated[0].number)["relative_to_ria"]
+        result = with_each_model(result, relative)
+    if len(islands.studies) > 1:
+        of = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
+        search = {**result.configuration.search, **of}
+        result = replace(
+            result, configuration=result.configuration.model_copy(update={"search": search})
+        )
+    return replace(result, trial=number)
 
 
 @contextmanager
@@ -337,7 +380,7 @@ def study_name(
     identity = [
         provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
         request.objective.label, plan.space.to_dict(),
-        plan.sampler, options.pop("seed"), plan.fisher, rated_on, plan.steps.to_dict(),
+        plan.sampler_name, options.pop("seed"), plan.fisher, rated_on, plan.steps.to_dict(),
         *([list(plan.warm_start)] if plan.warm_start else []), *([options] if options else []),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]

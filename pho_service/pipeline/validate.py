@@ -50,6 +50,27 @@ def rate_by_all_proxies(
     }
 
 
+def judge(
+    bundle: ProxyBundle,
+    candidates: Sequence[Candidate],
+    perplexity: Sequence[float],
+    *,
+    seed: int,
+    device: str,
+) -> dict[str, ProxyQuality]:
+    """
+    How well each proxy ranks candidates whose perplexities are known.
+
+    Args:
+        bundle: Of the model.
+        candidates: At least 8.
+        perplexity: Of each.
+        seed: Of the bootstrap.
+        device: For the proxies.
+    """
+    return qualities(rate_by_all_proxies(bundle, candidates, device=device), perplexity, seed=seed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """

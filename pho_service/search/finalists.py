@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import optuna
-
+from pho_service.search.islands import Islands
 from pho_service.search.plan import RatedCandidate
 from pho_service.spec.candidate import Candidate
+from storage.studies import note_trial
+
+What = Literal["divergence", "perplexity"]
 
 CONFIRMED = 3  # finalists that get a perplexity, and the best baseline
 
@@ -67,6 +69,29 @@ class Divergences:
     tokens: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """
+    What was measured of finalists.
+
+    Attributes:
+        perplexities: By number of the trial.
+        measured_on: The fields of a confirmation that say what on; None if nothing was.
+        divergences: Of those that were compared with the dense model.
+    """
+
+    perplexities: Mapping[int, float] = field(default_factory=dict)
+    measured_on: Mapping[str, Any] | None = None
+    divergences: Divergences = field(default_factory=Divergences)
+
+    def best_first(self, rated: Sequence[RatedCandidate]) -> list[tuple[float, RatedCandidate]]:
+        """(perplexity, candidate) of those that have one; equal ones in the order of ``rated``."""
+        measured = [
+            (self.perplexities[r.number], r) for r in rated if r.number in self.perplexities
+        ]
+        return sorted(measured, key=lambda pair: pair[0])
+
+
 def best_by_divergence(
     compared: Sequence[RatedCandidate], divergences: Mapping[int, float], count: int = CONFIRMED
 ) -> list[RatedCandidate]:
@@ -89,28 +114,29 @@ def best_by_divergence(
 
 
 def confirmed_before(
-    study: optuna.Study, rated: Sequence[RatedCandidate], *, text_sha256: str
+    islands: Islands, rated: Sequence[RatedCandidate], *, text_sha256: str
 ) -> list[RatedCandidate]:
     """
-    The candidates whose perplexity on a text a study holds already.
+    The candidates whose perplexity on a text their study holds already.
 
     They stay finalists, so that a longer search never ends with a worse result than the shorter
     one that it extends.
 
     Args:
-        study: The record: see :func:`measure_once`.
+        islands: The record: see :func:`measure_once`.
         rated: Trials of it.
         text_sha256: Of the text and the way it is cut.
 
     Returns:
         In the order of ``rated``.
     """
-    kept = study.user_attrs
-    return [
-        candidate
-        for candidate in rated
-        if kept.get(f"perplexity:{candidate.number}", {}).get("text_sha256") == text_sha256
-    ]
+    kept = [study.user_attrs for study in islands.studies]
+
+    def of(number: int) -> Any:
+        _, there = islands.place(number)
+        return kept[islands.of_island(number)].get(f"perplexity:{there}", {}).get("text_sha256")
+
+    return [candidate for candidate in rated if of(candidate.number) == text_sha256]
 
 
 def united(
@@ -122,68 +148,86 @@ def united(
 
 
 def measure_once(
-    study: optuna.Study,
-    what: Literal["divergence", "perplexity"],
-    number: int,
-    candidate: Candidate,
+    islands: Islands,
+    what: What,
+    rated: RatedCandidate,
     measure: Callable[[Candidate], float],
     *,
     text_sha256: str,
     fence: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """
-    What a study holds of a finalist, measured and kept at once if it is not there.
+    What the study of a finalist holds of it, measured and kept at once if it is not there.
 
     Args:
-        study: The record. Its user attribute ``{what}:{number}`` holds the
+        islands: The record. The user attribute ``{what}:{number}`` of a study holds the
             value and the text's hash; one of another text is measured again.
         what: Is measured.
-        number: Of the trial in this study.
-        candidate: Of it.
+        rated: The finalist.
         measure: Prunes with a candidate and measures.
         text_sha256: Of the text and the way it is cut.
         fence: Entered around the write; may refuse by raising.
     """
-    key = f"{what}:{number}"
-    stored = study.user_attrs.get(key)
+    study, number = islands.place(rated.number)
+    stored = study.user_attrs.get(f"{what}:{number}")
     if stored is None or stored.get("text_sha256") != text_sha256:
-        stored = {
-            "method": candidate.method,
-            what: measure(candidate),
-            "text_sha256": text_sha256,
-        }
+        value = measure(rated.candidate)
         with fence():
-            study.set_user_attr(key, stored)
+            keep(islands, what, rated, value, text_sha256=text_sha256)
+        return value
     return float(stored[what])
 
 
 def confirm(
-    study: optuna.Study,
+    islands: Islands,
     rated: Sequence[RatedCandidate],
     perplexity: Callable[[Candidate], float],
     *,
     text_sha256: str,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[tuple[float, RatedCandidate]]:
+) -> dict[int, float]:
     """
-    Measure the perplexity of finalists; each is kept in the study at once.
+    Measure the perplexity of finalists; each is kept in its study at once.
 
     Args:
-        study: The record: see :func:`measure_once`.
+        islands: The record: see :func:`measure_once`.
         rated: The finalists.
         perplexity: Prunes with a candidate and measures.
         text_sha256: Of the text and the way it is cut.
         advance: Called with 1 after each finalist.
 
     Returns:
-        (perplexity, candidate), best first; equal ones in the order of ``rated``.
+        Perplexities by the number of the trial.
     """
-    measured = []
-    for rating in rated:
-        value = measure_once(
-            study, "perplexity", rating.number, rating.candidate, perplexity,
-            text_sha256=text_sha256,
-        )  # fmt: skip
-        measured.append((value, rating))
+    measured = {}
+    for each in rated:
+        measured[each.number] = measure_once(
+            islands, "perplexity", each, perplexity, text_sha256=text_sha256
+        )
         advance(1)
-    return sorted(measured, key=lambda pair: pair[0])
+    return measured
+
+
+def keep(
+    islands: Islands,
+    what: What,
+    rated: RatedCandidate,
+    value: float,
+    *,
+    text_sha256: str | None = None,
+) -> None:
+    """
+    Keep what was measured of a finalist: in its study, as the record, and on its trial, to be read.
+
+    Args:
+        islands: The record.
+        what: Was measured.
+        rated: The finalist.
+        value: Of it.
+        text_sha256: Of the text and the way it is cut; without it the record is not gone on with.
+    """
+    study, number = islands.place(rated.number)
+    of_text = {} if text_sha256 is None else {"text_sha256": text_sha256}
+    document = {"method": rated.candidate.method, what: value, **of_text}
+    note_trial(study, number, what, value)
+    study.set_user_attr(f"{what}:{number}", document)  # last: with it nothing is measured again

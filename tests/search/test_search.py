@@ -14,7 +14,14 @@ import pytest
 from cmaes import CatCMAwM
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.finalists import best_by_divergence, confirm, finalists, measure_once
+from pho_service.search.finalists import (
+    Measurements,
+    best_by_divergence,
+    confirm,
+    finalists,
+    measure_once,
+)
+from pho_service.search.islands import Islands
 from pho_service.search.plan import Outcome, RatedCandidate, SearchPlan
 from pho_service.search.search import run_search
 from pho_service.spec.candidate import Candidate
@@ -336,10 +343,12 @@ def test_confirmed_once(url: str) -> None:
 
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
+        islands = Islands([study], [PLAN])
         with pytest.raises(KeyboardInterrupt):
-            confirm(study, rated, perplexity, text_sha256="a")
+            confirm(islands, rated, perplexity, text_sha256="a")
         calls: Iterator[float] = iter([5.0, 7.0])
-        result = confirm(study, rated, lambda _: next(calls), text_sha256="a")
+        measured_again = confirm(islands, rated, lambda _: next(calls), text_sha256="a")
+        result = Measurements(perplexities=measured_again).best_first(rated)
 
     assert [p for p, _ in result] == sorted(p for p, _ in result)
     assert [p for p, _ in result][:2] == [5.0, 7.0]
@@ -351,10 +360,11 @@ def test_other_text_is_measured_again(url: str) -> None:
     rated = search(url, PLAN)[:2]
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
-        confirm(study, rated, lambda _: 10.0, text_sha256="a")
-        again = confirm(study, rated, lambda _: 20.0, text_sha256="b")
+        islands = Islands([study], [PLAN])
+        confirm(islands, rated, lambda _: 10.0, text_sha256="a")
+        again = confirm(islands, rated, lambda _: 20.0, text_sha256="b")
 
-    assert [p for p, _ in again] == [20.0, 20.0]
+    assert [*again.values()] == [20.0, 20.0]
 
 
 def test_best_by_divergence(url: str) -> None:
@@ -375,7 +385,7 @@ def test_best_by_divergence(url: str) -> None:
 
 def test_measured_once(url: str) -> None:
     """A divergence is kept beside the perplexity, inside of the fence, for one text alone."""
-    candidate = PLAN.baselines()[0]
+    rated = next(each for each in search(url, PLAN) if each.number == 7)
     inside = []
 
     @contextmanager
@@ -386,7 +396,7 @@ def test_measured_once(url: str) -> None:
 
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
-        measure = partial(measure_once, study, "divergence", 7, candidate, fence=fence)
+        measure = partial(measure_once, Islands([study], [PLAN]), "divergence", rated, fence=fence)
         values = [
             measure(lambda _: 0.5, text_sha256="a"),
             measure(lambda _: 0.6, text_sha256="a"),

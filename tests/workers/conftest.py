@@ -440,14 +440,15 @@ def _has_stopped(process: int) -> bool:
 
 
 def trials_of(study: optuna.Study) -> Trials:
-    """All of a study's trials, but for how long they took."""
+    """All of a study's trials, but for how long they took and what was measured later."""
+    later = {"seconds", "divergence", "perplexity"}
     return [
         (
             trial.number,
             trial.state,
             trial.value,
             trial.params,
-            {k: v for k, v in trial.user_attrs.items() if k != "seconds"},
+            {k: v for k, v in trial.user_attrs.items() if k not in later},
         )
         for trial in study.get_trials()
     ]

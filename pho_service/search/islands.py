@@ -1,0 +1,81 @@
+"""
+The studies of one search: one of the command line's, several of a job with islands.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+from pho_service.search.plan import RatedCandidate, SearchPlan
+from pho_service.search.search import ranked
+
+
+@dataclass(frozen=True)
+class Islands:
+    """
+    The studies of one search, whose trials have numbers of their own among all of them.
+
+    Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
+
+    Attributes:
+        studies: Of each island.
+        plans: Of each island; they differ in their seeds.
+    """
+
+    studies: Sequence[optuna.Study]
+    plans: Sequence[SearchPlan]
+
+    @property
+    def plan(self) -> SearchPlan:
+        """The plan of the first, whose seed is the one that was asked for."""
+        return self.plans[0]
+
+    def ranked(self) -> list[RatedCandidate]:
+        """
+        The finished trials of all islands, best first; equal values by number.
+
+        The baselines are the same in each island: only those of the first count.
+
+        Raises:
+            StudyError: All trials of an island failed.
+        """
+        rated = [
+            replace(each, number=each.number * len(self.studies) + island)
+            for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
+            for each in ranked(study, plan)
+            if island == 0 or each.candidate.method == "crepe"
+        ]
+        sign = 1 if self.plan.direction == "minimize" else -1
+        return sorted(rated, key=lambda r: (sign * r.value, r.number))
+
+    def place(self, number: int) -> tuple[optuna.Study, int]:
+        """The study that a trial is in, and its number there."""
+        there, island = divmod(number, len(self.studies))
+        return self.studies[island], there
+
+    def of_island(self, number: int) -> int:
+        """The island that a trial is in, from 0."""
+        return number % len(self.studies)
+
+    def attributes(self, number: int) -> Mapping[str, Any]:
+        """The user attributes of a trial."""
+        study, there = self.place(number)
+        (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == there)
+        attributes: Mapping[str, Any] = trial.user_attrs
+        return attributes
+
+    @property
+    def finished(self) -> int:
+        """How many trials were rated, the baselines in each island."""
+        return sum(
+            trial.number < plan.trials
+            for study, plan in zip(self.studies, self.plans, strict=True)
+            for trial in study.get_trials(deepcopy=False)
+        )
+
+    @property
+    def asked(self) -> int:
+        """How many trials the plans ask for."""
+        return sum(plan.trials for plan in self.plans)

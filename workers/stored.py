@@ -1,0 +1,113 @@
+"""
+What the stages of a job have stored, in the form that the next stage takes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pho_service.errors import ChangedInput
+from pho_service.pipeline.search import origin_of
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.search.finalists import Divergences, Measurements
+from pho_service.search.plan import RatedCandidate
+from pho_service.search.validation import random_candidates
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.job import JobSpec
+from storage.records import Job, NewStage
+from storage.states import StageKind
+
+VALIDATION = 10_000_000  # perplexities of a validation have numbers from here, trials below
+
+
+def provenances(job: Job) -> list[dict[str, Any]]:
+    """What the calibration of each model wrote down."""
+    return [(stage.result or {})["provenance"] for stage in job.of_kind(StageKind.CALIBRATE)]
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """The same of all models together."""
+    return origin_of(provenances(job))
+
+
+def remade(job: Job, bundles: Mapping[str, ProxyBundle]) -> list[str]:
+    """What to know of a job whose bundle was lost when PHO was upgraded in the middle of it."""
+    keys = [str(each["key"]) for each in provenances(job)]
+    if keys == [bundle.key for bundle in bundles.values()]:
+        return []
+    return [
+        "the bundle that an older PHO had made was lost, and this one made it again of the same "
+        "weights and text: trials before and after differ by how the bundles were made. Submit "
+        "the job anew for a search on one bundle."
+    ]
+
+
+def measurement(number: int, candidate: Candidate) -> NewStage:
+    """A stage that measures the perplexity of a candidate."""
+    params = {"candidate": candidate.to_dict()}
+    return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
+
+
+def measured_before(job: Job) -> set[int]:
+    """The trials that have a perplexity from before the job was extended: they stay finalists."""
+    return {number for number in _perplexities(job) if number < VALIDATION}
+
+
+def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
+    """
+    What was measured of the finalists of a search by a proxy.
+
+    Raises:
+        ChangedInput: Perplexities are of several texts or weights, which an older version did
+            not prevent.
+    """
+    (planned,) = (stage.result or {} for stage in job.of_kind(StageKind.CONFIRM))
+    stages = _perplexities(job)
+    _check_alike(stages)
+    chosen = set(planned.get("finalists", ()))
+    perplexities = {
+        r.number: float(stages[r.number]["perplexity"]) for r in rated if r.number in chosen
+    }
+    best = min(perplexities, key=perplexities.__getitem__, default=None)
+    return Measurements(
+        perplexities=perplexities,
+        measured_on=None if best is None else stages[best]["measured_on"],
+        divergences=Divergences(
+            by_number={int(n): float(d) for n, d in planned.get("divergences", {}).items()},
+            tokens=planned.get("divergence_tokens"),
+        ),
+    )
+
+
+def validated(spec: JobSpec) -> list[Candidate]:
+    """The random candidates of a validation; none if it was not asked for."""
+    if spec.validation is None:
+        return []
+    plan = spec.plan(0)
+    return random_candidates(
+        plan.space,
+        plan.pattern,
+        count=spec.validation.candidates,
+        seed=spec.validation.seed,
+        linears=plan.steps.linears,
+    )
+
+
+def validation_perplexities(job: Job, spec: JobSpec) -> list[float]:
+    """Those of the random candidates, in their order."""
+    measured = _perplexities(job)
+    return [float(measured[VALIDATION + i]["perplexity"]) for i, _ in enumerate(validated(spec))]
+
+
+def _perplexities(job: Job) -> dict[int, dict[str, Any]]:
+    """What was measured, by the number of the stage: of a trial, or of a random candidate."""
+    return {s.number: s.result for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
+
+
+def _check_alike(stages: Mapping[int, Mapping[str, Any]]) -> None:
+    for what, key in (("texts", "text_sha256"), ("weights", "weights_sha256")):
+        found = {stage[key] for stage in stages.values() if stage.get(key) is not None}
+        if len(found) > 1:
+            raise ChangedInput(
+                f"the perplexities of this job were measured on {len(found)} different {what}: a "
+                "file changed meanwhile. They cannot be compared. Submit the job anew."
+            )
