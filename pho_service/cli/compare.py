@@ -21,6 +21,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=DocumentCommand,
-    fields=("pattern", "scope", "calibration", "revision", "dtype", "stream"),
+    fields=("pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream"),
     required=("pattern",),
 )
 @click.argument("model")
@@ -69,7 +70,8 @@ def compare(
     All rows share the statistics, the text and the pattern. Magnitude competes
     within layers, Wanda within rows, RIA is shown both ways, CRePE with equal
     coefficients takes --scope, a configuration its own. OWL gives each block a
-    sparsity of its own; SparseGPT updates the weights that stay.
+    sparsity of its own; SparseGPT updates the weights that stay. All prune the
+    linears that the configurations prune, or that are named by options.
 
     \b
     Example:
@@ -81,6 +83,7 @@ def compare(
 
     at_least(1, report_windows=report_windows)
     parsed = Pattern.parse(given("pattern"), given("scope"))
+    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
     configurations = [(path, read_configuration(Path(path))) for path in config_paths]
     calibration = given.calibration()
     settings, source = calibration.settings(), text_source(calibration)
@@ -100,6 +103,7 @@ def compare(
         report,
         parsed,
         configurations,
+        linears=linears,
         calibration=text.calibration,
         device=str(loaded.device),
         progress=progress,

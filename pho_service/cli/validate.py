@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @click.command(
     cls=DocumentCommand,
     fields=(
-        "pattern", "scope", "search_space", "validation", "confirm/text", "confirm/windows",
-        "calibration", "revision", "dtype", "stream",
+        "pattern", "scope", "steps/linears", "search_space", "validation", "confirm/text",
+        "confirm/windows", "calibration", "revision", "dtype", "stream",
     ),
     names={"validation/candidates": "--candidates", "validation/seed": "--seed"},
     required=("pattern",),
@@ -80,6 +80,7 @@ def validate(
         bundle,
         rating_text,
         parsed,
+        linears=spec.request(0).steps.linears,
         bounds=spec.search_space.bounds(),
         count=validation.candidates,
         seed=validation.seed,

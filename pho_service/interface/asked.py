@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 _SPACE = tuple(field.name for field in fields(SearchSpace))
 _STEPS = tuple(field.name for field in fields(Steps))
 
+Patterns = str | Sequence[str]  # of the names of linears
+Sparsities = Mapping[str, float | str]
 Given = ProxyBundle | str | Path  # a bundle, or its file
+
+
+def given_linears(targets: Patterns, ignore: Patterns, sparsities: Sparsities | None) -> Linears:
+    """Which linears are pruned; one pattern may stand for a list of one."""
+    return Linears(
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        sparsities=dict(sparsities or {}),
+    )
 
 
 def given_bundles(bundle: Given | Mapping[str, Given]) -> Bundles:
@@ -49,9 +60,7 @@ class Asked:
     over: Over | None
     space: Mapping[str, Any] | None
     steps: Mapping[str, Any] | None
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    sparsities: Mapping[str, float | str] | None = None
+    linears: Linears
 
     def request(
         self,
@@ -91,12 +100,15 @@ class Asked:
         _check_names("steps", steps, _STEPS)
         if isinstance(steps.get("allocation"), str):
             steps["allocation"] = Allocation(method=steps["allocation"])
-        if self.targets or self.ignore or self.sparsities:
-            steps["linears"] = Linears(
-                targets=_several(self.targets),
-                ignore=_several(self.ignore),
-                sparsities=dict(self.sparsities or {}),
-            )
+        if self.linears:
+            if "linears" in steps:
+                raise InvalidInput(
+                    "steps has linears, and targets, ignore or sparsities are given too. Give one "
+                    "of them."
+                )
+            steps["linears"] = self.linears
+        if isinstance(steps.get("linears"), Mapping):
+            steps["linears"] = Linears.from_dict(steps["linears"])
         return steps
 
     def _bounds(self) -> dict[str, Any]:
@@ -110,10 +122,6 @@ class Asked:
             else tuple(value)
             for name, value in space.items()
         }
-
-
-def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -147,6 +155,12 @@ def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequ
                 f"study {study.study_name!r} is of another search: its {what} is "
                 f"{known.get(what)}, and this is {mine}. Give another study."
             )
+    theirs, ours = known.get("steps", {}).get("linears"), request.steps.to_dict().get("linears")
+    if theirs != ours:
+        raise StudyError(
+            f"study {study.study_name!r} is of another search: its linears are "
+            f"{theirs or 'all'}, and these are {ours or 'all'}. Give another study."
+        )
     check_bundle_of(study, bundles)
 
 

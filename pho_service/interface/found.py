@@ -12,7 +12,15 @@ import optuna
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.asked import Asked, Given, check_study_is_of, given_bundles
+from pho_service.interface.asked import (
+    Asked,
+    Given,
+    Patterns,
+    Sparsities,
+    check_study_is_of,
+    given_bundles,
+    given_linears,
+)
 from pho_service.interface.models import (
     Choice,
     Model,
@@ -149,9 +157,9 @@ def search(
     over: Over | None = None,
     space: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
-    targets: str | Sequence[str] = (),
-    ignore: str | Sequence[str] = (),
-    sparsities: Mapping[str, float | str] | None = None,
+    targets: Patterns = (),
+    ignore: Patterns = (),
+    sparsities: Sparsities | None = None,
     sampler: "str | BaseSampler" = _ASKED.sampler,
     trials: int = _ASKED.trials,
     seed: int = _ASKED.seed,
@@ -210,7 +218,8 @@ def search(
         progress: Show bars on stderr.
 
     Raises:
-        InvalidInput: An option breaks a rule, or a text is given without the model.
+        InvalidInput: An option breaks a rule, a pattern matches no linear, or a text is given
+            without the model.
         ModelError: The model has been pruned already, or the tokenizer is of another model.
         BundleError: The bundle is of another model.
         TextError: A text cannot be read, or does not fill one window.
@@ -220,7 +229,7 @@ def search(
     count = len(bundles) if isinstance(bundles, Mapping) else 1
     asked = Asked(
         pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=over, space=space, steps=steps, targets=targets, ignore=ignore, sparsities=sparsities,
+        over=over, space=space, steps=steps, linears=given_linears(targets, ignore, sparsities),
     )  # fmt: skip
     request = asked.request(
         bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,
@@ -284,12 +293,12 @@ class _Measured:
                 text = ReportText(windows=known.held_out[:windows], record=known.record)
         return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
 
-    def perplexities(self, pattern: Pattern, progress: Progress) -> list[FoundRow]:
+    def perplexities(self, request: SearchRequest, progress: Progress) -> list[FoundRow]:
         """The dense model, Wanda and RIA on the text; none where there is no text."""
         if self.text is None:
             return []
         windows = self.text.windows
-        methods = reference_methods(pattern)
+        methods = reference_methods(request.pattern, request.steps.linears)
         steps = (1 + len(methods)) * len(windows)
         with progress("Measuring the dense model, Wanda and RIA", steps) as advance:
             dense = measure_perplexity(self.model, windows, advance=advance)
@@ -329,7 +338,7 @@ def _searched(
             callbacks=callbacks,
             progress=progress,
         )
-    references = measured.perplexities(request.pattern, progress) if measured else []
+    references = measured.perplexities(request, progress) if measured else []
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, references, result.trial)
     return Found(**parts, study=kept, table=table)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
+from pho_service.interface.asked import Patterns, Sparsities, given_linears
 from pho_service.interface.bundle import calibrate
 from pho_service.interface.models import (
     Choice,
@@ -192,6 +193,9 @@ def compare(
     bundle: ProxyBundle | str | Path | None = None,
     configurations: Mapping[str, Choice] | None = None,
     scope: str | None = None,
+    targets: Patterns = (),
+    ignore: Patterns = (),
+    sparsities: Sparsities | None = None,
     samples: int = _DEFAULT.samples,
     context_length: int | None = None,
     seed: int = _DEFAULT.seed,
@@ -214,6 +218,8 @@ def compare(
         configurations: What else to compare, by name: what ``pho.search`` found, configurations,
             paths of config.json files.
         scope: Of CRePE with equal coefficients: ``row``, ``layer`` or ``global``.
+        targets, ignore, sparsities: Which linears the published methods prune, as of
+            ``pho.search``; by default those of the configurations, which must agree.
         samples, context_length, seed: Of the calibration where there is no bundle, see
             ``pho.calibrate``; for more settings, calibrate first.
         report_windows: Only the first windows of ``report``; None takes all.
@@ -221,7 +227,8 @@ def compare(
         progress: Show a bar on stderr.
 
     Raises:
-        ConfigurationError: A configuration is for another pattern, or of another family of models.
+        ConfigurationError: A configuration is for another pattern or other linears, or of another
+            family of models.
         InvalidInput: Neither a text nor a bundle is given; or as of ``pho.calibrate``.
         ModelError: The model has been pruned since it was calibrated.
         BundleError: The bundle is of another model.
@@ -264,6 +271,7 @@ def compare(
         text,
         asked,
         named,
+        linears=given_linears(targets, ignore, sparsities) or None,
         calibration=windows,
         device=proxy_device(loaded),
         progress=bars(progress),

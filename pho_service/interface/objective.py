@@ -4,7 +4,7 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,11 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.interface.asked import (
     Asked,
     Given,
+    Patterns,
+    Sparsities,
     check_bundle_of,
     check_study_is_of,
+    given_linears,
     plain_bundle,
 )
 from pho_service.interface.models import opened_bundle
@@ -141,9 +144,9 @@ def objective(
     weighting: Weighting = _OBJECTIVE.weighting,
     space: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
-    targets: str | Sequence[str] = (),
-    ignore: str | Sequence[str] = (),
-    sparsities: Mapping[str, float | str] | None = None,
+    targets: Patterns = (),
+    ignore: Patterns = (),
+    sparsities: Sparsities | None = None,
     device: str = "cpu",
 ) -> ProxyObjective:
     """
@@ -171,7 +174,7 @@ def objective(
         )
     asked = Asked(
         pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=None, space=space, steps=steps, targets=targets, ignore=ignore, sparsities=sparsities,
+        over=None, space=space, steps=steps, linears=given_linears(targets, ignore, sparsities),
     )  # fmt: skip
     return ProxyObjective(opened_bundle(bundle), asked.request(), device)
 

@@ -219,6 +219,17 @@ def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_pat
     assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
 
 
+def test_compare_some(model_folder: Path, texts: dict[str, Path]) -> None:
+    """Every method prunes the linears that the options choose, and no others count."""
+    rows = done(
+        "compare", model_folder, "--pattern", "0.5", *CALIBRATION, "--text", texts["calibration"],
+        "--report-text", texts["report"], "--ignore", "*.o_proj", "--sparsity", "*.down_proj=0.25",
+    )["rows"]  # fmt: skip
+
+    by_hand = (6144 * 0.5 + 2048 * 0.25) / 8192  # of a block
+    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([by_hand] * 7, abs=1e-4)
+
+
 def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
     """At 2:4 every method removes half of each group; RIA has one scope there."""
     rows = done(

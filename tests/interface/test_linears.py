@@ -1,0 +1,50 @@
+"""Which linears, from Python: the same keywords for a search, an objective and a comparison."""
+
+from typing import Any
+
+import optuna
+import pytest
+from transformers import PreTrainedModel
+
+import pho_service as pho
+from pho_service.errors import ConfigurationError, InvalidInput, StudyError
+
+SOME = {"ignore": "*.o_proj", "sparsities": {"*.down_proj": 0.25}}
+
+
+def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+    """What a search leaves out is left out of its table, an objective, a comparison, a pruning."""
+    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12, finalists=1, **SOME)
+    study = optuna.create_study()
+    study.optimize(pho.objective(bundle, "0.5", **SOME), n_trials=1)
+    compared = pho.compare(
+        tiny_llama, bundle.tokenizer, "0.5", bundle=bundle, report=bundle.text.held_out,
+        configurations={"found": found},
+    )  # fmt: skip
+    wanda = {row.method: row.perplexity for row in compared.rows}["wanda"]
+    pruned = pho.prune(tiny_llama, found, bundle)
+    modules = dict(tiny_llama.named_modules())
+
+    assert {row.method: row.perplexity for row in found.table}["wanda"] == pytest.approx(wanda)
+    assert pho.configuration(study, bundle).steps == found.configuration.steps
+    assert {row.sparsity for row in compared.rows if row.scope == "layer"} == {pruned.sparsity}
+    assert not any(name.endswith("o_proj") for name in pruned.layers)
+    assert float((modules["model.layers.0.mlp.down_proj"].weight == 0).float().mean()) == 0.25
+    assert bool(modules["model.layers.0.self_attn.o_proj"].weight.all())
+
+
+def test_refused(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+    """A pattern that matches nothing, one thing said twice, and two choices at once are refused."""
+    found = pho.search(bundle, "0.5", trials=12, **SOME)
+
+    with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 linears"):
+        pho.search(bundle, "0.5", trials=12, targets=["*.fc1"])
+    with pytest.raises(InvalidInput, match="Give one of them"):
+        pho.search(bundle, "0.5", steps={"linears": {"ignore": ["*.o_proj"]}}, targets="*.q_proj")
+    with pytest.raises(StudyError, match=r"its linears are .*o_proj.*, and these are all"):
+        pho.search(bundle, "0.5", trials=12, study=found.study)
+    with pytest.raises(ConfigurationError, match=r"found prunes without \*\.o_proj.* of only"):
+        pho.compare(
+            tiny_llama, bundle.tokenizer, "0.5", bundle=bundle, report=bundle.text.held_out,
+            targets="*.q_proj", configurations={"found": found},
+        )  # fmt: skip
