@@ -86,7 +86,7 @@ def os_errors() -> Iterator[None]:
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
-def read_bundle(path: Path) -> ProxyBundle:
+def read_bundle(path: str | Path) -> ProxyBundle:
     """
     Read and check a bundle.
 
@@ -94,6 +94,7 @@ def read_bundle(path: Path) -> ProxyBundle:
         BundleError: Not there, truncated, no bundle, another format version,
             or tensors that contradict the header.
     """
+    path = Path(path)
     if not path.is_file():
         raise BundleError(f"the bundle {path} does not exist. {_WAY_OUT}")
     try:

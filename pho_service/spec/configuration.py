@@ -115,17 +115,17 @@ class Configuration(Document):
         )
 
 
-def write_configuration(configuration: Configuration, path: Path) -> None:
+def write_configuration(configuration: Configuration, path: str | Path) -> None:
     """
     Raises:
         OutputError: The file cannot be written.
     """
-    with new_file(path) as partial:
+    with new_file(Path(path)) as partial:
         text = json.dumps(configuration.model_dump(mode="json"), indent=2)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def read_configuration(path: Path) -> Configuration:
+def read_configuration(path: str | Path) -> Configuration:
     """
     Read and check a configuration file; of a transfer's file, the configuration in it.
 
@@ -133,7 +133,7 @@ def read_configuration(path: Path) -> Configuration:
         ConfigurationError: Not there, not JSON, another format or version, or
             a value that breaks a rule; names the key.
     """
-    document = read_document(path)
+    document = read_document(Path(path))
     if isinstance(document, dict) and document.get("format") == TRANSFER_FORMAT:
         document = document.get("configuration")
     return parse_configuration(document, str(path))

@@ -38,6 +38,7 @@ def test_round_trip(tmp_path: Path) -> None:
     write_configuration(GOOD, tmp_path / "c.json")
 
     assert read_configuration(tmp_path / "c.json") == GOOD
+    assert read_configuration(str(tmp_path / "c.json")) == GOOD
 
 
 def test_of_a_transfer(tmp_path: Path) -> None:
