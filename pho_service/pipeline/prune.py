@@ -149,7 +149,7 @@ def prune_in_place(
         **({} if origin is None else {"origin": dict(origin)}),
         "model": dense,
         "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
-        "updated": candidate.steps.update != "none",
+        "updated": candidate.steps.changes_weights,
         "folded": folded,
         "sparsity": sparsity,
         "layers": {

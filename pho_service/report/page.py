@@ -218,7 +218,7 @@ def _layers(report: Report) -> Section:
     if report.configuration is not None:
         asked = report.configuration.steps
         estimated = report.configuration.scope == "global" or asked.allocation.method != "uniform"
-        steps = ", ".join({asked.repruning, asked.update, asked.permutation} - {"none"})
+        steps = ", ".join(asked.beside_mask)
     texts = [
         "Errors are estimated from the rows of each linear that the calibration sampled.",
         "So are sparsities, for in this scope or allocation each linear gets its own; all together "

@@ -132,6 +132,16 @@ class Steps:
         """Whether more than a bundle is needed: the second moments of all inputs, in full."""
         return self.permutation == "error" or self.repruning != "none" or self.update != "none"
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights that stay have other values afterwards."""
+        return self.update != "none"
+
+    @property
+    def beside_mask(self) -> list[str]:
+        """The names of the steps that come after the score and the allocation."""
+        return [step for step in (self.permutation, self.repruning, self.update) if step != "none"]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; ``linears`` only where it says something."""
         values = asdict(self)
