@@ -16,9 +16,12 @@ from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, transfer_job
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.search.request import SearchRequest
+from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
+from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Allocation, Steps
@@ -143,3 +146,14 @@ def test_transferred(request_of_some: SearchRequest, bundle: ProxyBundle) -> Non
     assert transfer.proxies["transferred"] == found.objective["value"]
     with pytest.raises(InvalidInput, match=r"'\*\.o_proj' matches none of the 14 .* other/model"):
         transfer_job(Target(name="other", bundle=other), found)
+
+
+def test_over_models(request_of_some: SearchRequest, bundle: ProxyBundle) -> None:
+    """Over several models RIA, which all is relative to, prunes what the candidates prune."""
+    joint = replace(request_of_some, objective=Objective(over="mean"))
+    found = search_job(joint, {"one": bundle, "two": bundle}).configuration
+    linears = found.candidate().steps.linears
+    ria = reference_methods(Pattern.parse("2:4"), linears)["ria"]
+    mine, its = ProxyEvaluator(bundle).evaluate([found.candidate(), ria])
+
+    assert found.objective["value"] == pytest.approx(mine.blend / its.blend)
