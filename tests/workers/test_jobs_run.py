@@ -122,6 +122,19 @@ def test_layers(crew: Any, spec_of: Any) -> None:
     assert len({sparsity for _, _, _, sparsity in cells}) > 3
 
 
+def test_some_linears(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+    """A job that leaves linears dense finds what `pho search` finds, and shows which they are."""
+    linears = {"ignore": ["*.o_proj"], "sparsities": {"*.down_proj": 0.25}}
+    spec = spec_of(steps={"linears": linears}, trials=10, confirm=None)
+    job = crew.done(spec)
+    (stage,) = job.of_kind(StageKind.FINISH)
+    shares = {kind: share for _, kind, _, share in stage.result["layers"][spec.model]}
+
+    assert found(job) == undisturbed(spec).configuration
+    assert job.best["steps"]["linears"] == {"targets": [], **linears}
+    assert (shares["self_attn.o_proj"], shares["mlp.down_proj"]) == (0, 0.25)
+
+
 def test_islands(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     """Each island is the search with its own seed; the best of all of them wins."""
     job = crew.done(spec_of(islands=3, confirm=None))
