@@ -51,6 +51,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
+from storage.studies import note_in_trial
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -338,6 +339,10 @@ def _searched(
             callbacks=callbacks,
             progress=progress,
         )
+        for rating in result.configuration.candidates:  # what was measured belongs to the trials
+            for what in ("perplexity", "divergence"):
+                if getattr(rating, what) is not None:
+                    note_in_trial(kept, rating.trial, what, getattr(rating, what))
     references = measured.perplexities(request, progress) if measured else []
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, references, result.trial)

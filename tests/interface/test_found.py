@@ -90,6 +90,25 @@ def test_table(
     assert f"{dense.perplexity:.3f}" in repr(found)
 
 
+def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:
+    """Perplexity and divergence stand at the trials, in memory and for whoever reads the study."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    kept = pho.search(bundle, "0.5", model=tiny_llama, trials=12, study=url)
+    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12)
+    read = optuna.load_study(study_name=kept.study_name, storage=url)
+    expected = {row.trial: (row.perplexity, row.divergence) for row in found.table[3:]}
+
+    assert len(expected) >= 4
+    for study in (kept.study, found.study, read):
+        assert {
+            trial.number: (trial.user_attrs.get("perplexity"), trial.user_attrs["divergence"])
+            for trial in study.trials
+            if "divergence" in trial.user_attrs
+        } == expected
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        study._storage.set_trial_user_attr(study.trials[0]._trial_id, "other", 1)
+
+
 def test_held_out(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     """Without a text to confirm on, windows of the calibration's are used that it left."""
     found = pho.search(bundle, "0.5", model=tiny_llama, trials=12).configuration
