@@ -16,10 +16,12 @@ import torch
 from pho_service.cli.terminal import print_table
 from pho_service.host.versions import versions
 from pho_service.pruning.allocation import allocate
+from pho_service.pruning.dsnot import dsnot_refine
+from pho_service.pruning.error_permutation import PermutedLinear, permute_for_error
 from pho_service.pruning.layer_view import LayerView
-from pho_service.pruning.permutation import PermutedLinear, permute_channels, permute_for_error
-from pho_service.pruning.repruning import dsnot_refine, swap_refine
+from pho_service.pruning.permutation import permute_channels
 from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.swaps import swap_refine
 from pho_service.pruning.weight_update import (
     inverse_factor,
     least_squares_update,

@@ -28,7 +28,7 @@ from pho_service.models import bundle_file, mask_file
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.mask_file import LayerMask, read_masks, write_masks
-from pho_service.pipeline.check import read_recipe
+from pho_service.models.recipe_file import read_recipe
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.second_moments import InputStatistics
 from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
@@ -415,7 +415,7 @@ def test_declared_sizes(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from pho_service.errors import PhoError
-from pho_service.pipeline.check import read_recipe
+from pho_service.models.recipe_file import read_recipe
 from pho_service.spec.configuration import read_configuration
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.loading import load_model

@@ -338,7 +338,8 @@ def _inputs(
 def _check(folder: Path, original: str | None, as_json: bool, options: ModelOptions) -> None:
     from dataclasses import asdict
 
-    from pho_service.pipeline.check import check_folder, read_recipe
+    from pho_service.models.recipe_file import read_recipe
+    from pho_service.pipeline.check import check_folder
 
     loaded = None
     if original is not None:

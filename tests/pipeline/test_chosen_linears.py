@@ -8,7 +8,8 @@ import torch
 
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.pipeline.check import check_folder, read_recipe
+from pho_service.models.recipe_file import read_recipe
+from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job

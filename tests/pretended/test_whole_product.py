@@ -27,7 +27,7 @@ from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.planning.calibration_run import CalibrationPlan
 from pho_service.pruning.divergence import dense_reference, rate_divergence
-from pho_service.pruning.permutation import permute_for_error
+from pho_service.pruning.error_permutation import permute_for_error
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec.candidate import Candidate

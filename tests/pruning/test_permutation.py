@@ -8,14 +8,16 @@ import torch
 from pretended_cards import Card
 from torch import Tensor
 
-from pho_service.pruning import assignment, permutation
-from pho_service.pruning.permutation import (
+from pho_service.pruning import assignment, error_permutation
+from pho_service.pruning.error_permutation import (
     PermutedLinear,
+    permute_for_error,
+    reconstruction_error,
+)
+from pho_service.pruning.permutation import (
     moved_scores,
     permute_channels,
-    permute_for_error,
     permuted_mask,
-    reconstruction_error,
     retained_score,
 )
 from pho_service.pruning.selection import nm_mask
@@ -312,7 +314,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of groups are rated the same one by one as all together."""
     linear, gram = random_linear(40, 64, seed=16), random_gram(64)
     whole = permute_for_error([linear], gram, keep=2, group=4)
-    monkeypatch.setattr(permutation, "_CHUNK", 1)
+    monkeypatch.setattr(error_permutation, "_CHUNK", 1)
 
     assert torch.equal(permute_for_error([linear], gram, keep=2, group=4), whole)
 

@@ -14,11 +14,7 @@ from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import BATCH, ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
-from pho_service.pruning.statistics import (
-    PrunableLinear,
-    Statistics,
-    collect_statistics,
-)
+from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients

@@ -7,8 +7,10 @@ import torch
 from pretended_cards import Card
 from torch import Tensor
 
-from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
+from pho_service.pruning.dsnot import dsnot_refine
+from pho_service.pruning.repruning import row_errors
 from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.swaps import swap_refine
 
 GROUPS = pytest.mark.parametrize("group", [0, 2, 4, 8])
 
