@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from pho_service.cli.compare import comparison_document, show_comparison
+from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
     confirm_text,
@@ -13,16 +14,15 @@ from pho_service.cli.options import (
     json_option,
     open_model,
     report_text,
+    text_source,
 )
-from pho_service.cli.search import describe
+from pho_service.cli.search import DOCUMENT, describe
 from pho_service.cli.terminal import print_json, progress, say, verb
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS
 
 CONTEXT_LENGTH = 512
 
 
-@click.command()
+@click.command(cls=DocumentCommand, fields=("preset", "trials", "seed"))
 @click.option("--out", default="demo", show_default=True, help="Folder for all results.")
 @click.option("--pattern", default="0.5", show_default=True, help="0.5, 2:4 and so on.")
 @click.option(
@@ -31,24 +31,13 @@ CONTEXT_LENGTH = 512
     help="Where weights compete.  [default: global, with --preset crepe-plus or best layer; row "
     "for N:M]",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(PRESETS),
-    default="score",
-    show_default=True,
-    help="score, crepe, crepe-plus or best, as for `pho search`.",
-)
-@click.option("--trials", type=int, default=200, show_default=True, help="Of the search.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @json_option
 @verb
 def demo(
+    given: Given,
     out: str,
     pattern: str,
     scope: str | None,
-    preset: str,
-    trials: int,
-    seed: int,
     as_json: bool,
 ) -> None:
     """
@@ -68,41 +57,41 @@ def demo(
     from pho_service.pipeline.bundles import bundle_path, cached_bundle
     from pho_service.pipeline.compare import compare_job
     from pho_service.pipeline.search import check_study_url, opened_study, search_job
-    from pho_service.search.request import SearchRequest
-    from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.configuration import write_configuration
-    from pho_service.spec.presets import Preset
 
     folder = Path(out).expanduser()
-    widest = "layer" if preset in ("crepe-plus", "best") else "global"
-    parsed = Pattern.parse(pattern, scope or (None if ":" in pattern else widest))
-    asked = Preset.of(preset, parsed)
-    texts = write_texts(folder / "texts")
-    study = f"sqlite:///{folder / 'study.db'}"
-    request = SearchRequest(
-        pattern=parsed,
-        steps=asked.steps,
-        bounds=asked.bounds,
-        trials=trials,
-        seed=seed,
-    )
-    settings = CalibrationSettings(samples=32, context_length=CONTEXT_LENGTH, fisher_samples=8)
-    request.plan(settings.kernel_sizes)
-    check_study_url(study)
     gguf = smollm2()
-    model = open_model(str(gguf), ModelOptions())
+    widest = "layer" if given("preset") in ("crepe-plus", "best") else "global"
+    calibration = {"samples": 32, "context_length": CONTEXT_LENGTH, "fisher_samples": 8}
+    asked = given.document(
+        {
+            "model": str(gguf),
+            "pattern": pattern,
+            "scope": scope or (None if ":" in pattern else widest),
+        }
+    )
+    given.job(asked)  # refuses what is wrong before anything is written
+    texts = {name: str(path) for name, path in write_texts(folder / "texts").items()}
+    asked["calibration"] = {**calibration, "text": texts["calibration"]}
+    asked["confirm"] = {"text": texts["confirmation"], "windows": 8}
+    spec = given.job(asked)
+    request, parsed, settings = spec.request(0), spec.pruning(), spec.calibration.settings()
+    study = f"sqlite:///{folder / 'study.db'}"
+    check_study_url(study)
+    model = open_model(spec.model, ModelOptions())
     device = str(model.device)
-    text = calibration_text(model, file_source(str(texts["calibration"])), settings)
-    confirming = confirm_text(model, text, str(texts["confirmation"]), settings, max_windows=8)
+    text = calibration_text(model, text_source(spec.calibration), settings)
+    confirming = confirm_text(model, text, texts["confirmation"], settings, max_windows=8)
     report = report_text(
         model,
-        file_source(str(texts["report"])),
+        file_source(texts["report"]),
         context_length=CONTEXT_LENGTH,
         bos=settings.bos,
         max_windows=16,
     )
     bundle = cached_bundle(model, text, settings, folder / "cache", progress)
     with opened_study(study, request, bundle, confirming) as record:
+        record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
         result = search_job(
             request,
             bundle,
@@ -129,7 +118,7 @@ def demo(
     again = ""
     if result.configuration.candidate().steps.needs_text:
         again = (
-            f"--text {shlex.quote(str(texts['calibration']))} --samples {settings.samples} "
+            f"--text {shlex.quote(texts['calibration'])} --samples {settings.samples} "
             f"--context-length {settings.context_length} "
         )
     kept = bundle_path(folder / "cache", text.bundle_key)
