@@ -15,7 +15,7 @@ from sqlalchemy import select
 from pho_service.errors import ChangedInput
 from pho_service.models.loading import load_model
 from pho_service.models.overlap import apart
-from pho_service.pipeline.rating import rate_pruned
+from pho_service.pipeline.rating import measure
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.records import LostClaim
 from storage.states import JobState, StageKind
@@ -127,10 +127,10 @@ def test_model_changed_while_it_is_measured(
 
     def measured(*args: Any, **options: Any) -> Any:
         written_into(hand.folder / "model")
-        return rate_pruned(*args, **options)
+        return measure(*args, **options)
 
     job = hand.until(hand.submit(small(stream=stream)), StageKind.PERPLEXITY)
-    monkeypatch.setattr(stages_module, "rate_pruned", measured)
+    monkeypatch.setattr(stages_module, "measure", measured)
 
     with pytest.raises(ChangedInput):
         hand.step(job)

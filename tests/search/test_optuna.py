@@ -1,0 +1,213 @@
+"""What an Optuna user finds natural: samplers, callbacks, names, times, Optuna's commands."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import optuna.cli
+import pytest
+from optuna.samplers import RandomSampler, TPESampler
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.search.finalists import keep
+from pho_service.search.islands import Islands
+from pho_service.search.plan import Outcome, SearchPlan
+from pho_service.search.request import SearchRequest
+from pho_service.search.result import describe_study
+from pho_service.search.search import run_search
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+from storage.studies import open_storage, open_study
+
+PATTERN = Pattern.parse("0.5", "layer")
+PLAN = SearchPlan(
+    pattern=PATTERN, space=SearchSpace(kernel_sizes=(3, 5)).fitted(PATTERN), trials=24
+)
+
+
+def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+    """A smooth stand-in for a rating."""
+    return [
+        Outcome(value=1 + (c.coefficients.row - 0.2) ** 2 + c.coefficients.gradient_exponent)
+        for c in candidates
+    ]
+
+
+def quietly_made(**options: Any) -> optuna.Study:
+    """A study of the caller's own."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(**options)
+
+
+def values(study: optuna.Study) -> list[float]:
+    """Of all trials."""
+    return [float(trial.value or 0) for trial in study.trials]
+
+
+def test_sampler_of_optuna() -> None:
+    """A sampler of Optuna is used with its own seed, and named by its class."""
+    first, again, other = (
+        quietly_made(study_name=name, direction="minimize") for name in ("a", "b", "c")
+    )
+    for study, seed in ((first, 1), (again, 1), (other, 2)):
+        run_search(study, replace(PLAN, sampler=RandomSampler(seed=seed)), evaluate)
+
+    assert replace(PLAN, sampler=RandomSampler()).sampler_name == "RandomSampler"
+    assert len(first.trials) == PLAN.trials
+    assert values(first) == values(again) != values(other)
+
+
+def test_sampler_of_optuna_goes_on() -> None:
+    """What a study holds is told to another sampler; points outside of its space are refused."""
+    study = quietly_made(direction="minimize")
+    run_search(study, replace(PLAN, trials=20), evaluate)
+    before = values(study)
+    sampler = TPESampler(seed=0, n_startup_trials=1)
+    run_search(study, replace(PLAN, sampler=sampler), evaluate)
+
+    assert values(study)[:20] == before
+    assert len(study.trials) == PLAN.trials
+    narrow = replace(PLAN.space, row_share=(0.0, 0.01))
+    with pytest.raises(StudyError, match="not in the space"):
+        run_search(study, replace(PLAN, space=narrow, sampler=sampler), evaluate)
+
+
+@pytest.mark.parametrize("sampler", ["grid", 3])
+def test_no_sampler(sampler: Any) -> None:
+    """A sampler is a name that is known, or an object of Optuna."""
+    with pytest.raises(InvalidInput, match=r"is not one of cmaes, .* nor a sampler of Optuna"):
+        replace(PLAN, sampler=sampler)
+
+
+def test_no_second_search_with_a_sampler() -> None:
+    """A sampler that has learnt cannot show what a warm start saves."""
+    with pytest.raises(InvalidInput, match="RandomSampler keeps what it learnt"):
+        SearchRequest(pattern=PATTERN, sampler=RandomSampler(), compare_cold=True)
+
+
+def test_callbacks() -> None:
+    """Each new trial is shown once, recorded already; `study.stop()` ends the search."""
+    study = quietly_made(direction="minimize")
+    run_search(study, replace(PLAN, trials=10), evaluate)
+    seen = []
+
+    def callback(shown: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        assert shown.trials[trial.number].value == trial.value
+        seen.append(trial.number)
+        if trial.number == 13:
+            shown.stop()
+
+    run_search(study, replace(PLAN, trials=40), evaluate, callbacks=[callback])
+
+    assert seen == list(range(10, len(study.trials)))
+    assert 14 <= len(study.trials) < 40
+    with pytest.raises(RuntimeError, match=r"Study\.stop"):
+        study.stop()  # as everywhere else outside of a callback
+
+
+def test_other_direction() -> None:
+    """A study for high values is not one for low values."""
+    with pytest.raises(StudyError, match="is to maximize its values, and this search is to mini"):
+        run_search(quietly_made(direction="maximize"), PLAN, evaluate)
+
+
+def test_durations() -> None:
+    """A trial lasts as long as its rating: as its outcome says, the others the same time each."""
+
+    def slow(candidates: Sequence[Candidate]) -> list[Outcome]:
+        time.sleep(0.002 * len(candidates))
+        return [
+            replace(outcome, attributes={"seconds": 0.001 * (1 + 2 * (i == 0))})
+            for i, outcome in enumerate(evaluate(candidates))
+        ]
+
+    study = quietly_made(direction="minimize")
+    run_search(study, replace(PLAN, trials=PLAN.trials), slow)
+    trials = study.trials
+    starts = [trial.datetime_start for trial in trials]
+    first, second = (trial.duration or timedelta() for trial in trials[:2])
+
+    assert starts == sorted(starts)
+    assert first.total_seconds() == pytest.approx(3 * second.total_seconds(), abs=1e-5)
+    assert sum(t.duration.total_seconds() for t in trials if t.duration) >= 0.002 * len(trials)
+
+
+def test_times_do_not_count() -> None:
+    """A study whose times are others is gone on with as it would have been."""
+    whole, copy = (quietly_made(direction="minimize") for _ in range(2))
+    run_search(whole, PLAN, evaluate)
+    for trial in whole.trials[:15]:
+        trial.datetime_start = trial.datetime_complete
+        copy.add_trial(trial)
+    run_search(copy, PLAN, evaluate)
+
+    assert values(copy) == values(whole)
+
+
+def test_verbosity_is_kept(tmp_path: Path) -> None:
+    """Optuna says as much after a search as before."""
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        with open_storage(f"sqlite:///{tmp_path / 's.db'}") as storage:
+            run_search(open_study(storage, "s", direction="minimize"), PLAN, evaluate)
+
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.mark.parametrize("where", ["ours", "memory", "cached"])
+def test_measured_on_the_trial(tmp_path: Path, where: str) -> None:
+    """What is measured of a finalist is an attribute of its trial, wherever the study is."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with open_storage(url) as storage:
+        study = (
+            open_study(storage, "s", direction="minimize")
+            if where == "ours"
+            else quietly_made(direction="minimize", storage=url if where == "cached" else None)
+        )
+        rated = run_search(study, PLAN, evaluate)
+        islands = Islands([study], [PLAN])
+        for perplexity in (30.0, 20.0):
+            keep(islands, "perplexity", rated[0], perplexity, text_sha256="a")
+        keep(islands, "divergence", rated[1], 0.25, text_sha256="a")
+        trials = study.trials
+        if where == "cached":
+            trials = optuna.load_study(study_name=study.study_name, storage=url).trials
+
+    noted = {t.number: t.user_attrs.get("perplexity") for t in trials}
+    assert noted == {t.number: 20.0 if t.number == rated[0].number else None for t in trials}
+    assert trials[rated[1].number].user_attrs["divergence"] == 0.25
+    assert study.trials[rated[0].number].user_attrs["perplexity"] == 20.0
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # its own command
+def test_commands_of_optuna(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`optuna studies` and `optuna trials` read the study, with the name of what was optimised."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    request = SearchRequest(pattern=PATTERN, trials=8)
+    with open_storage(url) as storage:
+        study = open_study(storage, "mine", direction="minimize")
+        describe_study(study, request, PLAN, {"key": "k"})
+        run_search(study, replace(PLAN, trials=8), evaluate)
+
+    def optuna_says(*arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["optuna", *arguments, "--storage", url, "-f", "json"])
+        assert optuna.cli.main() == 0
+        return json.loads(capsys.readouterr().out)
+
+    (shown,) = optuna_says("studies")
+    trials = optuna_says("trials", "--study-name", "mine")
+
+    assert shown["name"] == "mine"
+    assert len(trials) == 8
+    assert "activation-reconstruction/blend" in str(trials[0])
