@@ -229,8 +229,8 @@ def _warnings(
     if ended_after is not None:
         warnings.append(
             f"The search ended by itself after {ended_after} of {plan.trials} trials: the sampler "
-            f"{plan.sampler} knows no step that improves its best. More trials change nothing; "
-            "another sampler or another --space may."
+            f"{plan.sampler_name} knows no step that improves its best. More trials change "
+            "nothing; another sampler or another --space may."
         )
     if not confirmed:
         warnings.append(

@@ -132,7 +132,7 @@ class JobSpec(Document):
         if value is not None and info.data.get("more_models"):
             raise ValueError(
                 "several models are searched by the proxy alone: leave it out, and measure the "
-                "result on each of them with :transfer"
+                "result on each of them afterwards, with `pho transfer` or :transfer"
             )
         return value
 
@@ -174,7 +174,8 @@ class JobSpec(Document):
         if calibration is not None and missing:
             raise ValueError(
                 f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
-                f"{', '.join(map(str, calibration.kernel_sizes))}"
+                f"{', '.join(map(str, calibration.kernel_sizes))}. Calibrate with it "
+                "(--kernel-sizes)"
             )
         return value
 
