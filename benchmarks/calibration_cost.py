@@ -32,10 +32,10 @@ from pho_service.pruning.passes import frozen, run_backward, run_decoder
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.second_moments import SecondMoment, mirrored_, square_root
 from pho_service.pruning.statistics import collect_statistics
-from pho_service.search.validation import random_candidates
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import random_candidates
 
 LINEARS = ("576x576", "1536x576", "4096x4096", "11008x4096")  # of SmolLM2-135M and LLaMA-2-7B
 PROJECTION_ROWS = 128

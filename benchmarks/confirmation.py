@@ -28,11 +28,11 @@ from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pruning.divergence import dense_reference, rate_divergence
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.finalists import finalists
-from pho_service.search.request import SearchRequest
-from pho_service.search.search import run_search
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.finalists import finalists
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.search import run_search
 from storage.studies import open_storage, open_study
 
 KINDS = ("divergence", "perplexity")

@@ -85,8 +85,8 @@ def search_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
 
     from pho_service.models.bundle_file import read_bundle
     from pho_service.pipeline.search import opened_study, search_job
-    from pho_service.search.request import SearchRequest
     from pho_service.spec.pattern import Pattern
+    from pho_service.tuning.request import SearchRequest
     from storage.studies import open_storage
 
     with tempfile.TemporaryDirectory() as folder:

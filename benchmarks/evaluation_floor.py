@@ -32,10 +32,10 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import BATCH, ProxyEvaluator
 from pho_service.pruning.selection import keep_highest, plain_keep_highest
 from pho_service.pruning.stacks import Stack
-from pho_service.search.validation import random_candidates
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import random_candidates
 
 PATTERNS = (("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("2:4", None))
 BANDWIDTH_BYTES = 1 << 28  # read at once, more than any cache holds

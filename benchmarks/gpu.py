@@ -50,7 +50,6 @@ from pho_service.planning.plan import Plan, plan_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import layer_score, linear_masks
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
-from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.candidate import Candidate
@@ -59,6 +58,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
+from pho_service.tuning.request import SearchRequest
 
 WHOLE = ("llama-2-7b", "llama-3-8b", "llama-3-70b-block", "mixtral-block")
 HALF, GROUPS = Pattern.parse("0.5", "layer"), Pattern.parse("2:4")

@@ -16,10 +16,10 @@ from pho_service.pruning.masks import model_masks
 from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear
-from pho_service.search.validation import random_candidates
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import random_candidates
 
 T = TypeVar("T")
 PATTERNS = (("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("2:4", None))

@@ -26,12 +26,12 @@ from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.validation import random_candidates
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import random_candidates
 
 KERNEL_SIZES = (3, 5, 9, 15)
 

@@ -27,11 +27,11 @@ from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
+from pho_service.tuning.request import SearchRequest
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "owl-wanda", "sparsegpt")

@@ -37,12 +37,12 @@ from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Advance
 from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
-from pho_service.search.hill_climb import FIRST_STEP, LAST_STEP
-from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import parse_bounds
+from pho_service.tuning.hill_climb import FIRST_STEP, LAST_STEP
+from pho_service.tuning.request import SearchRequest
 from storage.studies import open_storage
 
 METHODS = ("hill-climb", "cmaes", "tpe", "pho")  # all but the last rate by perplexity

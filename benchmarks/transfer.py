@@ -39,13 +39,13 @@ from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import regret
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.request import SearchRequest
-from pho_service.search.search import run_search
-from pho_service.search.warm_start import trials_until
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.search import run_search
+from pho_service.tuning.warm_start import trials_until
 
 
 @click.command()

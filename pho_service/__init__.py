@@ -41,6 +41,7 @@ _HOME = {
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
     "save": "interface.pruned",
+    "search": "interface.found",
     "write_configuration": "spec.configuration",
 }
 
@@ -65,8 +66,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":  # a package has the name, too, and is called in the function's place
-        return import_module(f"{__name__}.search")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -8,8 +8,8 @@ import pytest
 LIGHT = (
     "pho_service.spec.candidate", "pho_service.spec.configuration", "pho_service.host.settings",
     "pho_service.host.files", "pho_service.library.ranking", "pho_service.library.files",
-    "pho_service.search.samplers", "pho_service.search.search", "pho_service.spec.space",
-    "pho_service.search.validation", "pho_service.spec.job", "pho_service.client",
+    "pho_service.tuning.samplers", "pho_service.tuning.search", "pho_service.spec.space",
+    "pho_service.tuning.validation", "pho_service.spec.job", "pho_service.client",
     "pho_service.api.app", "pho_service.api.serving", "pho_service.report.page",
     "storage.studies", "storage.jobs", "storage.embedded",
 )  # fmt: skip

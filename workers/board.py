@@ -11,11 +11,11 @@ import optuna
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.report.layers import layer_cells
-from pho_service.search.plan import RatedCandidate
-from pho_service.search.result import CHOSEN
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
+from pho_service.tuning.plan import RatedCandidate
+from pho_service.tuning.result import CHOSEN
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,7 +36,7 @@ def show_result(
     Write on a study what was found, and which trial it is.
 
     Args:
-        study: Of one island, with the mark of :func:`~pho_service.search.result.mark_chosen`.
+        study: Of one island, with the mark of :func:`~pho_service.tuning.result.mark_chosen`.
         spec: Of the job.
         configuration: Of the job.
         plots: By their ids.

@@ -9,10 +9,10 @@ import optuna
 from optuna.storages import RDBStorage
 
 from pho_service.errors import PhoError
-from pho_service.search.plan import Evaluate, Outcome, SearchPlan
-from pho_service.search.search import run_search
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
+from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
+from pho_service.tuning.search import run_search
 from storage.jobs import JobStore
 from storage.records import Claim
 from workers.watch import HandBack, Watch

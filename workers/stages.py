@@ -24,17 +24,17 @@ from pho_service.pipeline.search import (
 )
 from pho_service.pipeline.validate import judge
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.finalists import Divergences, Measurements, keep
-from pho_service.search.islands import Islands
-from pho_service.search.plan import Evaluate, RatedCandidate
-from pho_service.search.result import describe_study, mark_chosen
-from pho_service.search.search import ranked
-from pho_service.search.validation import verdict
-from pho_service.search.warm_start import Saving
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.steps import Steps
+from pho_service.tuning.finalists import Divergences, Measurements, keep
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import Evaluate, RatedCandidate
+from pho_service.tuning.result import describe_study, mark_chosen
+from pho_service.tuning.search import ranked
+from pho_service.tuning.validation import verdict
+from pho_service.tuning.warm_start import Saving
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.records import Claim, Job, NewStage

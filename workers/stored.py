@@ -8,11 +8,11 @@ from typing import Any
 from pho_service.errors import ChangedInput
 from pho_service.pipeline.search import origin_of
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.finalists import Divergences, Measurements
-from pho_service.search.plan import RatedCandidate
-from pho_service.search.validation import random_candidates
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
+from pho_service.tuning.finalists import Divergences, Measurements
+from pho_service.tuning.plan import RatedCandidate
+from pho_service.tuning.validation import random_candidates
 from storage.records import Job, NewStage
 from storage.states import StageKind
 

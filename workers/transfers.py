@@ -11,8 +11,8 @@ from pho_service.errors import ChangedInput, DeviceLost, PhoError
 from pho_service.host.faults import faults_told
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.transfer import Target, Transfer, own_search, transfer_job
-from pho_service.search.request import SearchRequest
 from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.request import SearchRequest
 from storage.jobs import JobStore
 from storage.records import Claim, Job
 from storage.states import StageKind

@@ -8,10 +8,10 @@ from typing import Any
 
 from pho_service.library.files import stored_file
 from pho_service.library.ranking import Entry, ModelFacts, Wanted, rank
-from pho_service.search.warm_start import Saving
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
+from pho_service.tuning.warm_start import Saving
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.records import Job

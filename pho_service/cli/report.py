@@ -127,7 +127,7 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         trials_of,
         with_measurements,
     )
-    from pho_service.search.result import chosen_in
+    from pho_service.tuning.result import chosen_in
 
     known, recorded = study.user_attrs, study.get_trials(deepcopy=False)
     if "pattern" not in known:

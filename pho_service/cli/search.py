@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pho_service.pipeline.rating import ReportText
     from pho_service.pipeline.search import Bundles
     from pho_service.pruning.bundle import ProxyBundle
-    from pho_service.search.result import SearchResult
     from pho_service.spec.job import JobSpec
+    from pho_service.tuning.result import SearchResult
 
 
 # User attributes of a study: the job that was asked for, and the names that it begins with.
@@ -256,7 +256,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
 
 def _started(result: "SearchResult") -> list[str]:
     """What a warm start was worth."""
-    from pho_service.search.warm_start import Saving
+    from pho_service.tuning.warm_start import Saving
 
     points = result.configuration.search.get("warm_start", [])
     known = [point for point in points if point["value"] is not None]

@@ -120,7 +120,7 @@ def validate(
 
 
 def _warning(result: "Validation") -> str | None:
-    from pho_service.search.validation import verdict
+    from pho_service.tuning.validation import verdict
 
     name = Objective().label
     return verdict(name, result.qualities[name])

@@ -13,13 +13,13 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.interface.models import Choice, chosen, opened_bundle, parsed
 from pho_service.pipeline.search import Bundles, by_name, origin_of
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.request import SearchRequest
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Allocation, Steps
+from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

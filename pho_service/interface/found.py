@@ -44,13 +44,13 @@ from pho_service.pipeline.search import (
 )
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import SearchResult
-from pho_service.search.search import Callback
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
+from pho_service.tuning.search import Callback
 from storage.studies import note_in_trial
 
 if TYPE_CHECKING:

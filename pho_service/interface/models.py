@@ -13,9 +13,9 @@ from pho_service.models.bundle_file import read_bundle
 from pho_service.models.given_model import given_model
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.result import SearchResult
 from pho_service.spec.configuration import Configuration, parse_configuration, read_configuration
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.result import SearchResult
 
 Model = PreTrainedModel | LanguageModel | str | Path
 # What a pruning is done with: what was found, in any of its forms.

@@ -27,16 +27,16 @@ from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.search import check_study, search_plan
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.plan import Evaluate, SearchPlan
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import chosen_in, describe_study, search_result
-from pho_service.search.search import ranked
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import OBJECTIVES, WEIGHTINGS, Objective, ObjectiveName, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+from pho_service.tuning.plan import Evaluate, SearchPlan
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import chosen_in, describe_study, search_result
+from pho_service.tuning.search import ranked
 
 _OBJECTIVE = Objective()
 

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pho_service.errors import NumericalError
 from pho_service.pipeline.rating import Comparison, Subject, comparing_pays, measure
 from pho_service.progress import Progress
-from pho_service.search.finalists import (
+from pho_service.spec.candidate import Candidate
+from pho_service.tuning.finalists import (
     Divergences,
     Measurements,
     best_by_divergence,
@@ -18,9 +19,8 @@ from pho_service.search.finalists import (
     measure_once,
     united,
 )
-from pho_service.search.islands import Islands
-from pho_service.search.plan import RatedCandidate
-from pho_service.spec.candidate import Candidate
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import RatedCandidate
 
 
 def confirm_finalists(
@@ -40,7 +40,7 @@ def confirm_finalists(
         islands: The record; what it holds is not measured again.
         rated: Every finished trial, best first by the objective.
         count: How many found candidates are finalists, see
-            :func:`~pho_service.search.finalists.finalists`.
+            :func:`~pho_service.tuning.finalists.finalists`.
         subject: What is pruned and measured.
         progress: Is told of both steps.
     """

@@ -12,13 +12,13 @@ from typing import Any
 from pho_service.errors import NumericalError
 from pho_service.pipeline.proxy_rating import proxy_value, rate_by_proxy
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.plan import Evaluate, Outcome
-from pho_service.search.result import SearchResult
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.plan import Evaluate, Outcome
+from pho_service.tuning.result import SearchResult
 
 
 def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> SearchResult:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pho_service.errors import NumericalError
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
-from pho_service.search.plan import Evaluate, Outcome
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
+from pho_service.tuning.plan import Evaluate, Outcome
 
 
 def proxy_value(rating: ProxyRating, objective: Objective) -> float:

@@ -22,8 +22,8 @@ from pho_service.pruning.divergence import DenseReference, dense_reference, rate
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.statistics import Statistics
-from pho_service.search.plan import Evaluate, Outcome
 from pho_service.spec.candidate import Candidate
+from pho_service.tuning.plan import Evaluate, Outcome
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
 

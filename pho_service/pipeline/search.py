@@ -19,20 +19,20 @@ from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.finalists import Measurements
-from pho_service.search.islands import Islands
-from pho_service.search.plan import Evaluate, RatedCandidate, SearchPlan
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import (
+from pho_service.spec.configuration import Confirmation
+from pho_service.spec.objective import Objective
+from pho_service.tuning.finalists import Measurements
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import (
     SearchResult,
     describe_study,
     mark_chosen,
     search_result,
 )
-from pho_service.search.search import Callback, run_search
-from pho_service.search.warm_start import Saving, measure_saving
-from pho_service.spec.configuration import Confirmation
-from pho_service.spec.objective import Objective
+from pho_service.tuning.search import Callback, run_search
+from pho_service.tuning.warm_start import Saving, measure_saving
 from storage.studies import StorageError, check_url, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:

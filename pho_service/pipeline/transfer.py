@@ -18,13 +18,13 @@ from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.request import SearchRequest
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel

@@ -14,13 +14,13 @@ from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.validation import qualities, random_candidates
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import qualities, random_candidates
 
 PROXIES = {
     **{

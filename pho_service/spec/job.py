@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.host.access import Access
-from pho_service.search.plan import SearchPlan
-from pho_service.search.request import SearchRequest
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document, Name, Title, printable
 from pho_service.spec.fields import (
@@ -30,6 +28,8 @@ from pho_service.spec.samplers import MAX_TRIALS, Sampler, SearchOptions, option
 from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps, StepsSpec
+from pho_service.tuning.plan import SearchPlan
+from pho_service.tuning.request import SearchRequest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import BundleError, InvalidInput, ModelError, StudyError
-from pho_service.search.request import SearchRequest
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.tuning.request import SearchRequest
 
 
 def test_options_are_complete() -> None:

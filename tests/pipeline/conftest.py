@@ -12,9 +12,9 @@ from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import SearchResult
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import collect_statistics
-from pho_service.search.request import SearchRequest
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.request import SearchRequest
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.search.request import SearchRequest
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.request import SearchRequest
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)

@@ -15,13 +15,13 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import chosen_in
 from pho_service.spec.configuration import Configuration, Rating
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import parse_bounds
 from pho_service.spec.steps import Steps
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import chosen_in
 from storage.studies import open_storage
 
 PATTERN = Pattern.parse("0.5", "layer")

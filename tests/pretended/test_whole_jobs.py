@@ -20,12 +20,12 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, transfer_job
 from pho_service.pipeline.validate import validate_job
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import SearchResult
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
 
 Path_ = Callable[[str], None]
 SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -33,10 +33,10 @@ from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.validate import rate_by_all_proxies
-from pho_service.search.validation import qualities, random_candidates
 from pho_service.spec.job import JobSpec
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.records import Job

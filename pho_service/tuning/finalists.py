@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pho_service.search.islands import Islands
-from pho_service.search.plan import RatedCandidate
 from pho_service.spec.candidate import Candidate
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import RatedCandidate
 from storage.studies import note_trial
 
 What = Literal["divergence", "perplexity"]

@@ -15,15 +15,15 @@ import pytest
 from optuna.samplers import RandomSampler, TPESampler
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.finalists import keep
-from pho_service.search.islands import Islands
-from pho_service.search.plan import Outcome, SearchPlan
-from pho_service.search.request import SearchRequest
-from pho_service.search.result import describe_study
-from pho_service.search.search import run_search
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.finalists import keep
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import Outcome, SearchPlan
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import describe_study
+from pho_service.tuning.search import run_search
 from storage.studies import open_storage, open_study
 
 PATTERN = Pattern.parse("0.5", "layer")

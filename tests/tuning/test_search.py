@@ -14,20 +14,20 @@ import pytest
 from cmaes import CatCMAwM
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.search.finalists import (
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
+from pho_service.tuning.finalists import (
     Measurements,
     best_by_divergence,
     confirm,
     finalists,
     measure_once,
 )
-from pho_service.search.islands import Islands
-from pho_service.search.plan import Outcome, RatedCandidate, SearchPlan
-from pho_service.search.search import run_search
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
+from pho_service.tuning.islands import Islands
+from pho_service.tuning.plan import Outcome, RatedCandidate, SearchPlan
+from pho_service.tuning.search import run_search
 from storage.studies import open_storage, open_study
 
 PATTERN = Pattern.parse("0.5", "layer")

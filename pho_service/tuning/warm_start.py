@@ -8,8 +8,8 @@ from typing import Any
 
 import optuna
 
-from pho_service.search.plan import Evaluate, RatedCandidate, SearchPlan
-from pho_service.search.search import run_search
+from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
+from pho_service.tuning.search import run_search
 from storage.studies import quiet_optuna
 
 

@@ -9,11 +9,6 @@ import optuna
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.search.plan import Outcome, SearchPlan
-from pho_service.search.request import SearchRequest
-from pho_service.search.samplers import CmaSampler
-from pho_service.search.search import ranked, run_search
-from pho_service.search.warm_start import measure_saving, trials_until
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
@@ -21,6 +16,11 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+from pho_service.tuning.plan import Outcome, SearchPlan
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.samplers import CmaSampler
+from pho_service.tuning.search import ranked, run_search
+from pho_service.tuning.warm_start import measure_saving, trials_until
 
 PATTERN = Pattern.parse("0.5", "layer")
 SPACE = SearchSpace()

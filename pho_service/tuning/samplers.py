@@ -15,10 +15,10 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 from pho_service.errors import InvalidInput
-from pho_service.search.distributions import ascending, from_unit, listed, searchable, to_unit
-from pho_service.search.hill_climb import HillClimbSampler
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import RIA
+from pho_service.tuning.distributions import ascending, from_unit, listed, searchable, to_unit
+from pho_service.tuning.hill_climb import HillClimbSampler
 
 POPULATION = SAMPLERS["cmaes"]  # small populations win at budgets of 100 to 400 trials
 

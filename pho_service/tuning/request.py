@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pho_service.errors import InvalidInput
-from pho_service.search.plan import SearchPlan
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+from pho_service.tuning.plan import SearchPlan
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -31,7 +31,7 @@ class SearchRequest(SearchOptions):
         steps: What every candidate goes through beside the score. Its allocation is the only one
             of the search unless ``bounds`` name ``allocations``.
         sampler: Where candidates come from: a name, or a sampler of Optuna; see
-            :class:`~pho_service.search.plan.SearchPlan`.
+            :class:`~pho_service.tuning.plan.SearchPlan`.
         finalists: How many found candidates are looked at again, beside the baselines.
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.

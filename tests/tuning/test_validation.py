@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pho_service.search.validation import proxy_quality, random_candidates, verdict
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.tuning.validation import proxy_quality, random_candidates, verdict
 
 PERPLEXITY = [10.0, 11.0, 12.0, 14.0, 17.0, 21.0, 26.0, 32.0, 40.0, 50.0, 61.0, 73.0]
 

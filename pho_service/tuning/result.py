@@ -11,11 +11,11 @@ from typing import Any
 import optuna
 
 from pho_service.host.versions import versions
-from pho_service.search.finalists import Divergences
-from pho_service.search.plan import RatedCandidate, SearchPlan
-from pho_service.search.request import SearchRequest
-from pho_service.search.warm_start import Saving
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.tuning.finalists import Divergences
+from pho_service.tuning.plan import RatedCandidate, SearchPlan
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.warm_start import Saving
 
 CHOSEN = "chosen"  # user attribute of a study
 CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning

@@ -15,7 +15,7 @@ from optuna.testing.pytest_samplers import (
 )
 
 from pho_service.errors import InvalidInput
-from pho_service.search.samplers import POPULATION, CmaSampler, make_sampler
+from pho_service.tuning.samplers import POPULATION, CmaSampler, make_sampler
 
 SPACE = {
     "a": FloatDistribution(-1, 1),

@@ -8,8 +8,8 @@ from typing import Any
 
 import optuna
 
-from pho_service.search.plan import RatedCandidate, SearchPlan
-from pho_service.search.search import ranked
+from pho_service.tuning.plan import RatedCandidate, SearchPlan
+from pho_service.tuning.search import ranked
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
-from pho_service.search.distributions import fixed, from_unit, listed, searchable, to_unit
+from pho_service.tuning.distributions import fixed, from_unit, listed, searchable, to_unit
 
 # Parts of a range. Fractions, so that a step back leads exactly to where the climb came from.
 FIRST_STEP = Fraction(1, 4)
