@@ -118,7 +118,7 @@ def search_result(
         measured: (perplexity, candidate), best first; empty if nothing was measured.
         confirmation: How the winner was measured.
         divergences: From the dense model, of all that was compared with it.
-        ended_after: So many trials, if the sampler ended by itself before the last.
+        ended_after: So many trials, if the sampler or a callback ended it before the last.
         saving: What the warm start was worth, if that was measured.
     """
     best = measured[0][1] if measured else rated[0]
@@ -226,7 +226,12 @@ def _warnings(
     confirmed: bool,
     several: bool,
 ) -> list[str]:
-    if ended_after is not None:
+    if ended_after is not None and plan.sampler_name != "hill-climb":
+        warnings.append(
+            f"The search was stopped after {ended_after} of {plan.trials} trials: its result is "
+            "the best of these. Searched again on the same study, it goes on."
+        )
+    elif ended_after is not None:
         warnings.append(
             f"The search ended by itself after {ended_after} of {plan.trials} trials: the sampler "
             f"{plan.sampler_name} knows no step that improves its best. More trials change "

@@ -6,12 +6,14 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -129,6 +131,20 @@ def test_climb_ends_by_itself(
     assert len({str(t.params) for t in climb}) == len(climb)
     assert (search["trials"], search["finished"]) == (300, len(trials))
     assert any(f"ended by itself after {len(trials)} of 300" in w for w in result.warnings)
+
+
+def test_stopped_by_a_callback(bundle: ProxyBundle, request_of: Any) -> None:
+    """What a stopped search says is not that its sampler knows nothing better."""
+
+    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.number == 11:
+            study.stop()
+
+    result = search_job(request_of(trials=30), bundle, callbacks=[stop])
+
+    assert result.configuration.search["finished"] < 30
+    assert any("was stopped after" in w for w in result.warnings)
+    assert not any("ended by itself" in w for w in result.warnings)
 
 
 def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
