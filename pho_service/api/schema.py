@@ -9,6 +9,7 @@ from typing import Any
 
 from pho_service.library.files import TRANSFER_VERSION, TransferFile
 from pho_service.spec.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
+from pho_service.spec.linears import LONGEST, MOST
 
 _GROUPS = 64
 # A share with at most 15 decimals, which no rounding makes 0 or 1; N of M with 1 <= N < M <= 64.
@@ -17,6 +18,9 @@ KEPT = "|".join(
     f"{keep}:({'|'.join(map(str, range(keep + 1, _GROUPS + 1)))})" for keep in range(1, _GROUPS)
 )
 PATTERN = f"^({SHARE}|{KEPT})$"
+# A name of a linear or a glob; or a regular expression, of the parts that most are made of.
+_PART = r"([A-Za-z0-9_. -]|\\[.dw]|\[[A-Za-z0-9_]+\]|\([A-Za-z0-9_|]*\))"
+LINEAR = rf"^([ -9;-~]+|re:({_PART}[*+?]?)+)$"
 PAGE_TOKEN = r"^[0-9]{1,18}$"  # noqa: S105 - of a page
 
 _LARGEST = 1e30
@@ -69,7 +73,12 @@ def _configuration() -> dict[str, Any]:
     ]
     # N:M is kept within rows, and alone has channels to permute; SparseGPT chooses its own masks.
     ratio = {"pattern": {"pattern": f"^({SHARE})$"}, "steps": _steps(permutation=["none"])}
-    kept = {"pattern": {"pattern": f"^({KEPT})$"}, "scope": {"const": "row"}}
+    kept = {
+        "pattern": {"pattern": f"^({KEPT})$"},
+        "scope": {"const": "row"},
+        "steps": {"properties": {"linears": {"properties": {"sparsities": {"maxProperties": 0}}}}},
+    }
+    _describe_linears(fields["steps"]["properties"]["linears"]["properties"])
     schema["allOf"] = [
         {"anyOf": [{"properties": ratio}, {"properties": kept}]},
         {
@@ -86,6 +95,22 @@ def _configuration() -> dict[str, Any]:
         },
     ]
     return schema
+
+
+def _describe_linears(fields: dict[str, Any]) -> None:
+    """
+    Say which patterns are taken, and which sparsities by hand.
+
+    For N:M those are N of the same M, which JSON Schema cannot say: here, there are none.
+    """
+    for name in ("targets", "ignore"):
+        fields[name]["items"] |= {"pattern": LINEAR, "maxLength": LONGEST}
+        fields[name]["maxItems"] = MOST
+    fields["sparsities"] |= {
+        "propertyNames": {"pattern": LINEAR, "maxLength": LONGEST},
+        "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        "maxProperties": MOST,
+    }
 
 
 def _uniform() -> dict[str, Any]:
