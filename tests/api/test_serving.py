@@ -463,6 +463,7 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     _, secret = KeyStore(database).create("laptop", sees_all=False)
     place.environment |= {
         "PHO_LOG_FORMAT": "json", "PHO_DATABASE_URL": url, "HF_TOKEN": "hf_plantedplantedplanted",
+        "HF_HUB_OFFLINE": "1",  # a hub that does not answer is waited for
     }  # fmt: skip
     served = place.serve("--workers", 1)
     with Client(served.client.url, secret) as client:
