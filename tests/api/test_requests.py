@@ -65,7 +65,7 @@ def test_line(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     with TestClient(create_app(database, read_settings())) as client:
         client.get("/v1/jobs?page_size=3", headers={"Authorization": f"Bearer {secret}"})
         client.get("/healthz")
-    line, probe = caplog.records
+    line, probe = (record for record in caplog.records if record.name == ACCESS)
 
     assert line.getMessage() == "GET /v1/jobs 200"
     assert (line.method, line.path, line.status) == ("GET", "/v1/jobs", 200)
