@@ -1,6 +1,7 @@
 """What an Optuna user finds natural: samplers, callbacks, names, times, Optuna's commands."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import optuna.cli
 import pytest
 from optuna.samplers import RandomSampler, TPESampler
 
@@ -188,10 +188,7 @@ def test_measured_on_the_trial(tmp_path: Path, where: str) -> None:
     assert study.trials[rated[0].number].user_attrs["perplexity"] == 20.0
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # its own command
-def test_commands_of_optuna(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_of_optuna(tmp_path: Path) -> None:
     """`optuna studies` and `optuna trials` read the study, with the name of what was optimised."""
     url = f"sqlite:///{tmp_path / 's.db'}"
     request = SearchRequest(pattern=PATTERN, trials=8)
@@ -201,9 +198,14 @@ def test_commands_of_optuna(
         run_search(study, replace(PLAN, trials=8), evaluate)
 
     def optuna_says(*arguments: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["optuna", *arguments, "--storage", url, "-f", "json"])
-        assert optuna.cli.main() == 0
-        return json.loads(capsys.readouterr().out)
+        # A process of its own: Optuna's program takes the root logger for itself.
+        program = [
+            sys.executable,
+            "-c",
+            "import sys; from optuna.cli import main; sys.exit(main())",
+        ]
+        command = [*program, *arguments, "--storage", url, "-f", "json"]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
     (shown,) = optuna_says("studies")
     trials = optuna_says("trials", "--study-name", "mine")
