@@ -42,14 +42,15 @@ from pho_service.models.calibration import calibrate
 from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.compare import compare_candidates
+from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.planning.machines import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import layer_score, linear_masks
-from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
+from pho_service.pruning.masks import linear_masks
+from pho_service.pruning.steps import InputMoments
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.candidate import Candidate
@@ -335,23 +336,9 @@ def _finish(
     input_of: dict[str, int],
 ) -> None:
     """All linears of a block through a candidate's steps; nothing of the block changes."""
-    readers: dict[int, list[ScoredLinear]] = {}
-    for name, mask in linear_masks(block.linears, known, candidate):
-        linear = block.linears[name]
-        readers.setdefault(input_of[name], []).append(
-            ScoredLinear(
-                name=name,
-                weight=linear.weight.float(),
-                score=layer_score(block.linears, known, name, candidate.coefficients)
-                if candidate.steps.permutation == "error"
-                else None,
-                fisher=known.fisher[name].to(linear.weight.device),
-                mask=mask,
-            )
-        )
-    for index, linears in readers.items():
-        for _ in finish(linears, moments[index], candidate.pattern, candidate.steps):
-            pass
+    masks = linear_masks(block.linears, known, candidate)
+    for _ in finished_block(block.linears, known, candidate, masks, moments, input_of):
+        pass
 
 
 if __name__ == "__main__":

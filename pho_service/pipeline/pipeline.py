@@ -2,7 +2,7 @@
 A candidate applied to a model: score, allocation, permutation, re-pruning, weight update.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -21,7 +21,7 @@ from pho_service.progress import Advance
 from pho_service.pruning.masks import LinearMask, layer_score, linear_masks, pruned
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.pruning.steps import ScoredLinear, finish
+from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.spec.candidate import Candidate
 
 
@@ -119,26 +119,52 @@ def _block_by_block(
             continue
         block = replace(whole, linears=here)
         moments, input_of = block.moments()
-        readers: dict[int, list[ScoredLinear]] = {}
-        for name, mask in islice(masks, len(here)):  # an input is of one block
-            linear = block.linears[name]
-            readers.setdefault(input_of[name], []).append(
-                ScoredLinear(
-                    name=name,
-                    weight=linear.weight.float(),
-                    score=layer_score(block.linears, statistics, name, candidate.coefficients)
-                    if candidate.steps.permutation == "error"
-                    else None,
-                    fisher=statistics.fisher[name].to(linear.weight.device),
-                    mask=mask,
-                )
+        of_block = islice(masks, len(here))  # an input is of one block
+        for name, mask, weight in finished_block(
+            block.linears, statistics, candidate, of_block, moments, input_of
+        ):
+            block.linears[name].weight.copy_(weight)
+            yield name, mask
+
+
+def finished_block(
+    linears: Mapping[str, PrunableLinear],
+    statistics: Statistics,
+    candidate: Candidate,
+    masks: Iterable[tuple[str, LinearMask]],
+    moments: Sequence[InputMoments],
+    input_of: Mapping[str, int],
+) -> Iterator[tuple[str, LinearMask, Tensor]]:
+    """
+    Take the linears of a block through a candidate's steps, those of one input together.
+
+    Args:
+        linears: Of the block; they are not changed.
+        statistics: Of the dense model.
+        candidate: Its steps.
+        masks: By score, of each linear.
+        moments: Second moments of the inputs of the block.
+        input_of: Which of them each linear reads.
+
+    Yields:
+        Name, final mask and new weight, (out_features, in_features), float32, of each linear.
+    """
+    readers: dict[int, list[ScoredLinear]] = {}
+    for name, mask in masks:
+        linear = linears[name]
+        readers.setdefault(input_of[name], []).append(
+            ScoredLinear(
+                name=name,
+                weight=linear.weight.float(),
+                score=layer_score(linears, statistics, name, candidate.coefficients)
+                if candidate.steps.permutation == "error"
+                else None,
+                fisher=statistics.fisher[name].to(linear.weight.device),
+                mask=mask,
             )
-        for index, linears in readers.items():
-            for name, mask, weight in finish(
-                linears, moments[index], candidate.pattern, candidate.steps
-            ):
-                block.linears[name].weight.copy_(weight)
-                yield name, mask
+        )
+    for index, of_input in readers.items():
+        yield from finish(of_input, moments[index], candidate.pattern, candidate.steps)
 
 
 @contextmanager
