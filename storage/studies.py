@@ -13,7 +13,7 @@ from typing import Any, Literal
 import optuna
 from optuna.distributions import distribution_to_json
 from optuna.exceptions import StorageInternalError
-from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial
@@ -190,33 +190,6 @@ def written_on(storage: RDBStorage, connection: Connection) -> Iterator[None]:
     finally:
         sessions.remove()
         sessions.configure(bind=storage.engine, join_transaction_mode="conditional_savepoint")
-
-
-def note_in_trial(study: optuna.Study, number: int, name: str, value: Any) -> None:
-    """
-    Give a trial that is finished a user attribute, which Optuna refuses.
-
-    What is measured of a few trials at the end of a search belongs to them. Storages that are
-    neither in memory nor in a database are left as they are.
-
-    Args:
-        study: The record.
-        number: Of the trial; nothing is done where the study has none.
-        name: Of the attribute.
-        value: JSON value.
-    """
-    storage: Any = study._storage
-    kept: Any = getattr(storage, "_backend", storage)  # without what Optuna remembers of it
-    trials = study.get_trials(deepcopy=False)
-    if not isinstance(kept, (RDBStorage, InMemoryStorage)) or number >= len(trials):
-        return
-    kept.check_trial_is_updatable = lambda *_: None  # type: ignore[method-assign]  # of this alone
-    try:
-        kept.set_trial_user_attr(trials[number]._trial_id, name, value)
-    finally:
-        del kept.check_trial_is_updatable
-    if kept is not storage:  # which remembers finished trials for good
-        trials[number].user_attrs[name] = value
 
 
 @contextmanager

@@ -51,7 +51,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Callback
-from storage.studies import note_in_trial
+from storage.studies import note_trial
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -339,14 +339,25 @@ def _searched(
             callbacks=callbacks,
             progress=progress,
         )
-        for rating in result.configuration.candidates:  # what was measured belongs to the trials
-            for what in ("perplexity", "divergence"):
-                if getattr(rating, what) is not None:
-                    note_in_trial(kept, rating.trial, what, getattr(rating, what))
+        _note_ratings(kept, result.configuration)
     references = measured.perplexities(request, progress) if measured else []
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
     table = _table(result.configuration, references, result.trial)
     return Found(**parts, study=kept, table=table)
+
+
+def _note_ratings(study: optuna.Study, found: Configuration) -> None:
+    """
+    Give the trials what was measured of them, where it does not stand there.
+
+    That is so where perplexity is the objective, and in studies of an older version.
+    """
+    trials = study.get_trials(deepcopy=False)
+    for rating in found.candidates:
+        for what in ("perplexity", "divergence"):
+            value = getattr(rating, what)
+            if value is not None and trials[rating.trial].user_attrs.get(what) != value:
+                note_trial(study, rating.trial, what, value)
 
 
 def _table(found: Configuration, references: list[FoundRow], trial: int) -> list[FoundRow]:

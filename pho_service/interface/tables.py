@@ -3,6 +3,7 @@ Tables that read well in a terminal and in a notebook.
 """
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +69,12 @@ class Table:
         return [["" if cell is None else str(cell) for cell in row] for row in self.rows]
 
 
-class Shown:
+class Shown(ABC):
     """Something with a table, shown as one in terminals and notebooks."""
 
+    @abstractmethod
     def _shown(self) -> Table:
-        raise NotImplementedError
+        """The table."""
 
     def __repr__(self) -> str:
         return str(self._shown())
