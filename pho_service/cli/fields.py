@@ -40,6 +40,7 @@ _NAMES = {
 
 # Defaults that are not values of the field.
 _DEFAULTS = {
+    "steps/statistics": "the preset's",
     "steps/allocation/method": "the preset's",
     "steps/permutation": "the preset's",
     "steps/repruning": "the preset's",

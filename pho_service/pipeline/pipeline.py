@@ -18,7 +18,14 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Advance
-from pho_service.pruning.masks import LinearMask, layer_score, linear_masks, pruned
+from pho_service.pruning.masks import (
+    LinearMask,
+    layer_score,
+    linear_losses,
+    linear_masks,
+    masks_of,
+    pruned,
+)
 from pho_service.pruning.perplexity import Perplexity
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
@@ -37,8 +44,8 @@ def prune_model(
     Prune a model in place, and give the share that each pruned linear has lost.
 
     A candidate whose steps need a text is applied block by block: each block sees the
-    calibration windows as the pruned blocks before it leave them. Scores and allocation always
-    come from the dense model's statistics.
+    calibration windows as the pruned blocks before it leave them. The allocation always comes from
+    the dense model's statistics, and so do the scores, unless the steps say ``sequential``.
 
     Args:
         model: Dense; it is left pruned.
@@ -72,8 +79,9 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
     if calibration is None:
         steps = candidate.steps
         raise InvalidInput(
-            f"permutation {steps.permutation!r}, repruning {steps.repruning!r} and update "
-            f"{steps.update!r} need a calibration text, not only its statistics. Give --text."
+            f"statistics {steps.statistics!r}, permutation {steps.permutation!r}, repruning "
+            f"{steps.repruning!r} and update {steps.update!r} need a calibration text, not only "
+            "its statistics. Give --text."
         )
     return calibration
 
@@ -111,20 +119,38 @@ def _zeroed(
 def _block_by_block(
     model: LanguageModel, statistics: Statistics, candidate: Candidate, windows: Tensor
 ) -> Iterator[tuple[str, LinearMask]]:
-    masks = linear_masks(model.linears, statistics, candidate)
-    names = _pruned_names(model, candidate)
+    losses = linear_losses(model.linears, statistics, candidate)
     for whole in walk(model, windows):
-        here = {name: each for name, each in whole.linears.items() if name in names}
+        here = {name: each for name, each in whole.linears.items() if name in losses.names}
         if not here:
             continue
         block = replace(whole, linears=here)
         moments, input_of = block.moments()
-        of_block = islice(masks, len(here))  # an input is of one block
-        for name, mask, weight in finished_block(
-            block.linears, statistics, candidate, of_block, moments, input_of
-        ):
+        known = statistics
+        if candidate.steps.statistics == "sequential":
+            known = with_norms(statistics, moments, input_of)
+        masks = masks_of(here, known, candidate, losses)
+        for name, mask, weight in finished_block(here, known, candidate, masks, moments, input_of):
             block.linears[name].weight.copy_(weight)
             yield name, mask
+
+
+def with_norms(
+    statistics: Statistics, moments: Sequence[InputMoments], input_of: Mapping[str, int]
+) -> Statistics:
+    """The statistics of a block's linears with the activation norms that its inputs now have."""
+    readers = {index: name for name, index in input_of.items()}
+    return Statistics(
+        inputs=[
+            replace(
+                statistics.inputs[statistics.input_of[readers[index]]],
+                activation_norm=each.activation_norm,
+            )
+            for index, each in enumerate(moments)
+        ],
+        input_of=dict(input_of),
+        fisher=statistics.fisher,
+    )
 
 
 def finished_block(
@@ -140,7 +166,7 @@ def finished_block(
 
     Args:
         linears: Of the block; they are not changed.
-        statistics: Of the dense model.
+        statistics: For the scores, where a step looks at them again.
         candidate: Its steps.
         masks: By score, of each linear.
         moments: Second moments of the inputs of the block.

@@ -104,22 +104,60 @@ def linear_masks(
             does not fit the model.
         NumericalError: A score is NaN or infinite; names the layer.
     """
+    losses = linear_losses(linears, statistics, candidate)
+    meant = {name: linear for name, linear in linears.items() if name in losses.names}
+    return masks_of(meant, statistics, candidate, losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """
+    What a candidate says of each linear of a model before any mask is made.
+
+    Attributes:
+        names: Of the linears that are pruned.
+        shares: As of :func:`linear_shares`.
+        own: Patterns of linears that have one of their own.
+    """
+
+    names: frozenset[str]
+    shares: Mapping[str, int]
+    own: Mapping[str, Pattern]
+
+
+def linear_losses(
+    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
+) -> Losses:
+    """
+    Decide which linears of a model are pruned, and how much each of them loses.
+
+    Raises:
+        InvalidInput, NumericalError: As :func:`linear_masks`.
+    """
     chosen = candidate.steps.linears.choose(list(linears), candidate.pattern)
-    meant = {name: linear for name, linear in linears.items() if name in chosen.names}
-    for name, linear in meant.items():
-        candidate.pattern.check_width(linear.weight.shape[1], name)
+    for name, linear in linears.items():
+        if name in chosen.names:
+            candidate.pattern.check_width(linear.weight.shape[1], name)
     together = {name: linears[name] for name in chosen.shared}
     shares = linear_shares(together, statistics, candidate) if together else {}
-    return _linear_masks(meant, statistics, candidate, shares, chosen.own)
+    return Losses(names=chosen.names, shares=shares, own=chosen.own)
 
 
-def _linear_masks(
+def masks_of(
     linears: Mapping[str, PrunableLinear],
     statistics: Statistics,
     candidate: Candidate,
-    shares: Mapping[str, int],
-    own: Mapping[str, Pattern],
+    losses: Losses,
 ) -> Iterator[tuple[str, LinearMask]]:
+    """
+    Give the masks of linears, those that read one input together.
+
+    Args:
+        linears: All are pruned; they may be some of a model, such as those of a block.
+        statistics: For their scores.
+        candidate: The score, the pattern and the permutation.
+        losses: Of the whole model.
+    """
     for names in readers(linears, statistics):
         scores = {
             name: layer_score(linears, statistics, name, candidate.coefficients) for name in names
@@ -130,8 +168,8 @@ def _linear_masks(
             kept = candidate.pattern.keep
             order = permute_channels(together, keep=kept, group=candidate.pattern.group)
         for name in names:
-            pattern = own.get(name, candidate.pattern)
-            yield name, mask_of(scores.pop(name), pattern, shares.get(name), order)
+            pattern = losses.own.get(name, candidate.pattern)
+            yield name, mask_of(scores.pop(name), pattern, losses.shares.get(name), order)
 
 
 def readers(

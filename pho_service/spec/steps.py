@@ -13,11 +13,13 @@ from pho_service.spec.document import STRICT, Document, Number
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 
+NormSource = Literal["dense", "sequential"]
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
 AllocationUnit = Literal["linear", "block"]
 Permutation = Literal["none", "score", "error"]
 Repruning = Literal["none", "dsnot", "swaps"]
 Update = Literal["none", "obs", "least-squares", "sparsegpt"]
+NORM_SOURCES: tuple[NormSource, ...] = get_args(NormSource)
 ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
 ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
@@ -25,6 +27,10 @@ REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
 
 _LINEARS = "Which linears are pruned, and which have a sparsity of their own."
+_STATISTICS = (
+    "Model that the activation norms of a score come from: dense; sequential, where the blocks "
+    "before are pruned already, as in the code of Wanda and RIA, which needs the calibration text."
+)
 _ALLOCATION = "How the sparsity is spread over the linears."
 _PERMUTATION = (
     "Order of the input channels before N:M groups are cut: none; score keeps the most score; "
@@ -111,12 +117,17 @@ class Steps:
     linears: Annotated[
         Linears, Field(description=_LINEARS, exclude_if=lambda linears: not linears)
     ] = Linears()
+    statistics: Annotated[
+        NormSource,
+        Field(description=_STATISTICS, exclude_if=lambda statistics: statistics == "dense"),
+    ] = "dense"
     allocation: Annotated[Allocation, Field(description=_ALLOCATION)] = Allocation()
     permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
     repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
     update: Annotated[Update, Field(description=_UPDATE)] = "none"
 
     def __post_init__(self) -> None:
+        _one_of("statistics", self.statistics, NORM_SOURCES)
         _one_of("permutation", self.permutation, PERMUTATIONS)
         _one_of("repruning", self.repruning, REPRUNINGS)
         _one_of("update", self.update, UPDATES)
@@ -130,7 +141,12 @@ class Steps:
     @property
     def needs_text(self) -> bool:
         """Whether more than a bundle is needed: the second moments of all inputs, in full."""
-        return self.permutation == "error" or self.repruning != "none" or self.update != "none"
+        return (
+            self.statistics != "dense"
+            or self.permutation == "error"
+            or self.repruning != "none"
+            or self.update != "none"
+        )
 
     @property
     def changes_weights(self) -> bool:
@@ -143,9 +159,11 @@ class Steps:
         return [step for step in (self.permutation, self.repruning, self.update) if step != "none"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``linears`` only where it says something."""
+        """The fields as JSON values; ``linears``, ``statistics`` only where they say something."""
         values = asdict(self)
         del values["linears"]
+        if self.statistics == "dense":
+            del values["statistics"]
         return {**values, **({"linears": self.linears.to_dict()} if self.linears else {})}
 
     @classmethod
@@ -170,6 +188,7 @@ class Steps:
         return (
             f"allocation {self.allocation.method}{spread}, permutation {self.permutation}, "
             f"re-pruning {self.repruning}, update {self.update}"
+            + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
         )
 
@@ -195,6 +214,7 @@ class StepsSpec(Document):
     """What candidates go through beside the score. What is null is the preset's."""
 
     linears: Linears | None = Field(None, description=_LINEARS)
+    statistics: NormSource | None = Field(None, description=_STATISTICS)
     allocation: Allocation | None = Field(
         None, description=f"{_ALLOCATION} Its method is the only one that is searched then."
     )

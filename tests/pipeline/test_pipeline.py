@@ -66,7 +66,42 @@ def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: 
     assert all(torch.equal(updated[n] == 0, ~masks[n]) for n in masks)
 
 
+def test_sequential_statistics(
+    model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
+) -> None:
+    """Wanda with sequential statistics is the published loop: norms, then masks, block by block."""
+    wanda = replace(
+        OBS,
+        coefficients=Coefficients(
+            row=1, column=0, neighbourhood=0, activation_exponent=1, normalisation="none"
+        ),
+        pattern=Pattern.parse("0.5", "row"),
+        steps=Steps(statistics="sequential"),
+    )
+    dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
+    one_shot = dict(model_masks(model.linears, bundle.statistics(), wanda))
+    prune_model(model, bundle.statistics(), wanda, calibration)
+    ours = {name: linear.weight == 0 for name, linear in model.linears.items()}
+    for name, weight in dense.items():
+        model.linears[name].weight.copy_(weight)
+    expected = {}
+    for block in ("model.layers.0.", "model.layers.1."):
+        for name in [n for n in dense if n.startswith(block)]:
+            squares = gram_at(model, name, calibration).diagonal()
+            score = dense[name].double().abs() * squares.double().sqrt()
+            lowest = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+            expected[name] = torch.zeros_like(score, dtype=torch.bool).scatter(1, lowest, True)
+        for name in [n for n in dense if n.startswith(block)]:
+            model.linears[name].weight.masked_fill_(expected[name], 0)
+
+    assert list(expected) == list(ours)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert any(not torch.equal(~one_shot[name], ours[name]) for name in ours)
+
+
 STEPS = [
+    ("0.5", Steps(statistics="sequential")),
+    ("2:4", Steps(statistics="sequential", permutation="score")),
     ("0.5", Steps(allocation=Allocation(method="fisher", spread=0.3))),
     ("0.5", Steps(allocation=Allocation(method="owl", unit="block"), update="obs")),
     ("0.5", Steps(allocation=Allocation(method="curves"), repruning="dsnot")),

@@ -351,6 +351,8 @@ def test_steps_round_trip() -> None:
 
     assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
     assert Steps.from_dict({}) == Steps()
+    assert "statistics" not in steps.to_dict()
+    assert Steps.from_dict(Steps(statistics="sequential").to_dict()).needs_text
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
