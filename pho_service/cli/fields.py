@@ -22,6 +22,8 @@ _NAMES = {
     "steps/allocation/unit": ("--allocation-unit",),
     "steps/allocation/spread": ("--allocation-spread",),
     "steps/allocation/outlier_ratio": ("--allocation-outlier-ratio",),
+    "steps/allocation/offsets": ("--allocation-offset",),
+    "steps/allocation/depth": ("--allocation-depth",),
     "steps/linears/sparsities": ("--sparsity",),
     "search_space": ("--space",),
     "calibration/seed": ("--calibration-seed",),
@@ -165,12 +167,13 @@ class Field:
             return None
         if self.kind == "bounds":
             return {bound: list(values) for bound, values in parse_bounds(said).items()}
-        if self.kind == "integers":
+        if self.kind in ("integers", "numbers"):
+            read, example = (int, "3,5,9") if self.kind == "integers" else (float, "0.2,-0.1")
             try:
-                return [int(number) for number in said.split(",")]
+                return [read(number) for number in said.split(",")]
             except ValueError:
                 raise InvalidInput(
-                    f"{name} {said!r} are not numbers with commas between: 3,5,9."
+                    f"{name} {said!r} are not numbers with commas between: {example}."
                 ) from None
         if self.kind == "object":
             pairs = [each.rpartition("=") for each in said]

@@ -198,7 +198,7 @@ class _Costs:
     def pruning(self) -> float:
         """One candidate's masks, and its weights where a step changes them."""
         steps, machine = self.work.steps, self.machine
-        moved = SCORED * (1 + 3 * (steps.allocation.method != "uniform"))
+        moved = SCORED * (1 + 3 * (not steps.allocation.is_even))
         seconds = self.shapes.prunable * moved / machine.bandwidth
         if steps.permutation != "none":
             orders = 2 if steps.permutation == "error" else 1

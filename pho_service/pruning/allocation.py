@@ -18,35 +18,24 @@ import torch
 from torch import Tensor
 
 from pho_service.pruning.layer_view import DIGIT_BITS, LinearSize, View, Views
+from pho_service.pruning.offsets import (
+    allowed_keeps,
+    between,
+    block_of,
+    bounds,
+    numbered,
+    offset,
+    shifted,
+)
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Allocation
 
-MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 GRID_POINTS = 12  # sparsities on an error curve
 
 _SHIFTS = (22, 11, 0)  # of the lowest bits of a score's three digits
 _ROUNDING = 1e-3  # weights; sums of fractional weights in float64 are surer than this
-_BISECTIONS = 100
 
 T = TypeVar("T")
-
-
-def block_of(name: str) -> str:
-    """
-    Name the block of a linear: of ``model.layers.3.mlp.up_proj`` it is ``model.layers.3``.
-
-    Args:
-        name: Of the linear, with dots.
-
-    Returns:
-        The name up to and including its first purely numeric component. A
-        name without one is a block of its own.
-    """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: i + 1])
-    return name
 
 
 def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str, int]:
@@ -87,16 +76,22 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
         without weights, so that the model misses its sparsity if units differ in size,
         and does not clip). ``fisher`` and ``curves`` are ours.
     """
-    low, high = _bounds(pattern, allocation.spread)
-    if allocation.method == "uniform" or low == high:
+    low, high = bounds(pattern, allocation.spread)
+    if allocation.is_even or low == high:
         model, _ = _scan(views, pattern, "linear", lambda _: [])
         return _uniform(model, pattern)
-    if allocation.method == "owl":
+    if allocation.method == "uniform":
+        model, _ = _scan(views, pattern, allocation.unit, lambda _: [])
+        wanted = model.sizes * pattern.sparsity
+    elif allocation.method == "owl":
         model, wanted = _owl(views, pattern, allocation)
     elif allocation.method == "fisher":
         model, wanted = _fisher(views, pattern, allocation)
     else:
         model, wanted = _curves(views, pattern, allocation)
+    if allocation.offsets or allocation.depth:
+        firsts = [model.names[members[0]] for members in model.members]
+        (wanted,) = offset(firsts, model.sizes, wanted / model.sizes, [allocation], pattern)
     if pattern.group:
         return _whole_groups(model, wanted, pattern, allocation.spread)
     sparsity = (wanted / model.sizes).tolist()
@@ -154,12 +149,6 @@ def _added_up(values: Sequence[float], group_of: list[int], groups: int) -> Tens
     return sums.index_add_(0, torch.tensor(group_of), torch.tensor(values, dtype=torch.float64))
 
 
-def _numbered(labels: list[str]) -> list[int]:
-    """Equal labels get equal numbers, counted from 0 in the order of first sight."""
-    seen: dict[str, int] = {}
-    return [seen.setdefault(label, len(seen)) for label in labels]
-
-
 def _scan(
     views: Views, pattern: Pattern, unit: str, measure: Callable[[View], list[T]]
 ) -> tuple[_Model, list[T]]:
@@ -175,7 +164,7 @@ def _scan(
     sizes = [linear.weights for linear in linears]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{len(names)} linears of {len(set(names))} names: nothing to allocate to")
-    unit_of = _numbered(names if unit == "linear" else [block_of(name) for name in names])
+    unit_of = numbered(names if unit == "linear" else [block_of(name) for name in names])
     members: list[list[int]] = [[] for _ in range(max(unit_of) + 1)]
     for i, number in enumerate(unit_of):
         members[number].append(i)
@@ -188,21 +177,6 @@ def _scan(
         sizes=_added_up(sizes, unit_of, len(members)),
     )
     return model, measured
-
-
-def _bounds(pattern: Pattern, spread: float) -> tuple[float, float]:
-    """The least and the greatest sparsity of a unit; the pattern's own lies between them."""
-    if pattern.group:
-        kept = _allowed_keeps(pattern, spread)
-        return 1 - kept[-1] / pattern.group, 1 - kept[0] / pattern.group
-    s = pattern.sparsity
-    return max(0.0, s - spread), max(s, min(MAX_SPARSITY, s + spread))
-
-
-def _allowed_keeps(pattern: Pattern, spread: float) -> list[int]:
-    """Every N within the spread, ascending; never 0 or M, which no mask can have."""
-    slack = pattern.group * (spread + 1e-9)
-    return [n for n in range(1, pattern.group) if abs(n - pattern.keep) <= slack]
 
 
 def _target(model: _Model, pattern: Pattern) -> float:
@@ -220,7 +194,7 @@ def _uniform(model: _Model, pattern: Pattern) -> dict[str, int]:
 
 def _whole_groups(model: _Model, wanted: Tensor, pattern: Pattern, spread: float) -> dict[str, int]:
     """Round what each unit should lose to N kept of M; the rule is in :func:`allocate`."""
-    allowed = _allowed_keeps(pattern, spread)
+    allowed = allowed_keeps(pattern, spread)
     sizes = [int(size) for size in model.sizes.tolist()]
     ideal = (pattern.group * (1 - wanted / model.sizes)).tolist()
     keeps = [max(floor(keep), allowed[0]) for keep in ideal]  # 1.9999... may stand for 2
@@ -234,17 +208,10 @@ def _whole_groups(model: _Model, wanted: Tensor, pattern: Pattern, spread: float
     return {name: keeps[unit] for name, unit in zip(model.names, model.unit_of, strict=True)}
 
 
-def _between(lower: Tensor, upper: Tensor, target: float) -> Tensor:
-    """On the straight line from ``lower`` to ``upper``, the point that adds up to ``target``."""
-    gap = float((upper - lower).sum())
-    share = (target - float(lower.sum())) / gap if gap > 0 else 0.0
-    return lower + min(max(share, 0.0), 1.0) * (upper - lower)
-
-
 def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
     """What each unit should lose, (units,), float64: less where many scores are outliers."""
     model, sums = _scan(views, pattern, allocation.unit, lambda view: view.wanda_sums())
-    blocks = _numbered([block_of(name) for name in model.names])
+    blocks = numbered([block_of(name) for name in model.names])
     count = max(blocks) + 1
     weighted = [value * w for value, w in zip(sums, model.weights_per_value, strict=True)]
     mean = _added_up(weighted, blocks, count) / _added_up(model.linear_sizes, blocks, count)
@@ -255,29 +222,22 @@ def _owl(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model
     ]
     above = [count * w for count, w in zip(counts, model.weights_per_value, strict=True)]
     outliers = model.by_unit(above) / model.sizes  # D of each unit
-    low, high = _bounds(pattern, allocation.spread)
+    low, high = bounds(pattern, allocation.spread)
     kept_more = 2 * allocation.spread * _from_0_to_1(outliers)
     target = _target(model, pattern)
-    return model, _shifted(-kept_more, model.sizes, low, high, target)
+
+    def lost(shift: Tensor) -> Tensor:
+        return (shift - kept_more).clamp(low, high) * model.sizes
+
+    reach = float(kept_more.max()) + high
+    least, most = (torch.tensor([shift], dtype=torch.float64) for shift in (low, reach))
+    return model, shifted(lost, least, most, target)
 
 
 def _from_0_to_1(values: Tensor) -> Tensor:
     """Move and stretch, so that the least is 0 and the greatest 1; equal values become 0."""
     width = values.max() - values.min()
     return (values - values.min()) / width if width > 0 else torch.zeros_like(values)
-
-
-def _shifted(sparsity: Tensor, sizes: Tensor, low: float, high: float, target: float) -> Tensor:
-    """Add one constant to all sparsities, so that clipped to the bounds they remove ``target``."""
-    less, more = low - float(sparsity.max()), high - float(sparsity.min())
-    for _ in range(_BISECTIONS):
-        middle = (less + more) / 2
-        if float((sizes * (sparsity + middle).clamp(low, high)).sum()) < target:
-            less = middle
-        else:
-            more = middle
-    lower, upper = ((sparsity + shift).clamp(low, high) * sizes for shift in (less, more))
-    return _between(lower, upper, target)
 
 
 def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
@@ -293,7 +253,7 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     model, counts = _scan(
         views, pattern, allocation.unit, lambda view: view.digit_counts(_SHIFTS[0], prefix=0)
     )
-    low, high = (bound * model.sizes for bound in _bounds(pattern, allocation.spread))
+    low, high = (bound * model.sizes for bound in bounds(pattern, allocation.spread))
     target = _target(model, pattern)
     below, prefix = torch.zeros_like(model.sizes), 0
     for shift in _SHIFTS:
@@ -301,7 +261,7 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
             counts = [each for view in views() for each in view.digit_counts(shift, prefix)]
         digit, below, equal = _digit(model, counts, below, low, high, target)
         prefix = (prefix << DIGIT_BITS) | digit
-    return model, _between(below.clamp(low, high), (below + equal).clamp(low, high), target)
+    return model, between(below.clamp(low, high), (below + equal).clamp(low, high), target)
 
 
 def _digit(
@@ -341,9 +301,9 @@ def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     Among convex curves this is where the sum of the errors is least. Of N:M
     the curve's points are the errors at each allowed N.
     """
-    low, high = _bounds(pattern, allocation.spread)
+    low, high = bounds(pattern, allocation.spread)
     if pattern.group:
-        kept = reversed(_allowed_keeps(pattern, allocation.spread))
+        kept = reversed(allowed_keeps(pattern, allocation.spread))
         grid = [1 - n / pattern.group for n in kept]
     else:
         grid = torch.linspace(low, high, GRID_POINTS, dtype=torch.float64).tolist()
@@ -392,4 +352,4 @@ def _filled(slopes: Tensor, widths: Tensor, start: Tensor, target: float) -> Ten
     multiplier = order.values[last]  # of Lagrange
     lower = start + (widths * (slopes < multiplier)).sum(dim=1)
     upper = start + (widths * (slopes <= multiplier)).sum(dim=1)
-    return _between(lower, upper, target)
+    return between(lower, upper, target)

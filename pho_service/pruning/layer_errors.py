@@ -158,7 +158,7 @@ class LayerErrors:
         pattern, allocation = candidate.pattern, candidate.steps.allocation
         if pattern.scope is Scope.GLOBAL:
             return self._global(candidate)
-        if allocation.method == "uniform":
+        if allocation.is_even:
             return None
         shares = self._allocate(pattern, allocation)
         if pattern.group:

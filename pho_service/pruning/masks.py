@@ -213,7 +213,7 @@ def linear_shares(
     if pattern.scope is Scope.GLOBAL:
         plain = plain_score(candidate.coefficients.gradient_exponent)
         return _shares(lambda name: layer_score(linears, statistics, name, plain), linears, pattern)
-    if allocation.method == "uniform":
+    if allocation.is_even:
         return {}
 
     def views() -> Iterator[LayerView]:

@@ -181,7 +181,7 @@ class ProxyEvaluator:
 def _kind(candidate: Candidate) -> tuple[Pattern, bool, Linears]:
     """What candidates that are rated together have in common."""
     steps = candidate.steps
-    return candidate.pattern, steps.allocation.method == "uniform", steps.linears
+    return candidate.pattern, steps.allocation.is_even, steps.linears
 
 
 def _sparsity(layer: LayerSample, pattern: Pattern, lost: int | None) -> float:

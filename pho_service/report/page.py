@@ -217,7 +217,7 @@ def _layers(report: Report) -> Section:
     estimated, steps = False, "none"
     if report.configuration is not None:
         asked = report.configuration.steps
-        estimated = report.configuration.scope == "global" or asked.allocation.method != "uniform"
+        estimated = report.configuration.scope == "global" or not asked.allocation.is_even
         steps = ", ".join(asked.beside_mask)
     texts = [
         "Errors are estimated from the rows of each linear that the calibration sampled.",

@@ -3,7 +3,8 @@ What a pruning does beside the score: which linears, allocation, permutation, re
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
@@ -25,6 +26,8 @@ ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
 REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
+MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
+MOST_DEPTHS = 2  # numbers of a curve over depth
 
 _LINEARS = "Which linears are pruned, and which have a sparsity of their own."
 _STATISTICS = (
@@ -94,6 +97,25 @@ class Allocation:
             "outlier.",
         ),
     ] = 5.0
+    offsets: Annotated[
+        dict[str, Number],
+        Field(
+            description="Added to the log-odds of the share that linears keep, by the last part "
+            "of their names (q_proj): above 0 they keep more. Kinds that a model does not have "
+            "are ignored.",
+            exclude_if=lambda offsets: not offsets,
+        ),
+    ] = field(default_factory=dict, hash=False)
+    depth: Annotated[
+        tuple[Number, ...],
+        Field(
+            max_length=MOST_DEPTHS,
+            description="Added to the same log-odds over the depth of the model: a slope, which "
+            "keeps more in late blocks if it is above 0, and a curvature, which keeps more in the "
+            "first and last ones.",
+            exclude_if=lambda depth: not depth,
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         _one_of("allocation", self.method, ALLOCATIONS)
@@ -104,6 +126,50 @@ class Allocation:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 raise InvalidInput(f"allocation {name}={value!r} is not in {low:g}..{high:g}.")
+        object.__setattr__(self, "offsets", dict(self.offsets))
+        object.__setattr__(self, "depth", tuple(self.depth))
+        self._check_shifts()
+
+    def _check_shifts(self) -> None:
+        if len(self.depth) > MOST_DEPTHS:
+            raise InvalidInput(
+                f"allocation depth has {len(self.depth)} numbers, and {MOST_DEPTHS} are the most: "
+                "a slope and a curvature."
+            )
+        named = {f"offset {kind}": value for kind, value in self.offsets.items()}
+        for name, value in {
+            **named,
+            **{f"depth[{i}]": v for i, v in enumerate(self.depth)},
+        }.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not isfinite(value) or abs(value) > MOST_SHIFT:
+                raise InvalidInput(
+                    f"allocation {name}={value!r} is not in -{MOST_SHIFT:g}..{MOST_SHIFT:g}."
+                )
+        if self.offsets and self.unit == "block":
+            raise InvalidInput(
+                "allocation offsets tell the linears of a block apart, but unit 'block' gives them "
+                "one sparsity. Take unit 'linear', or leave the offsets out."
+            )
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all linears lose the same share."""
+        return self.method == "uniform" and not self.offsets and not self.depth
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; ``offsets`` and ``depth`` only where they say something."""
+        values = asdict(self)
+        shifts = {"offsets": values.pop("offsets"), "depth": [*values.pop("depth")]}
+        return {**values, **{name: value for name, value in shifts.items() if value}}
+
+    def __str__(self) -> str:
+        """In a few words, for people."""
+        spread = "" if self.is_even else f" within {self.spread:.3f}"
+        offsets = [f"{kind} {value:+.2f}" for kind, value in self.offsets.items()]
+        depth = ["depth " + " ".join(f"{value:+.2f}" for value in self.depth)] if self.depth else []
+        shifts = f" ({', '.join([*offsets, *depth])})" if offsets or depth else ""
+        return f"{self.method}{spread}{shifts}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +230,7 @@ class Steps:
         del values["linears"]
         if self.statistics == "dense":
             del values["statistics"]
+        values["allocation"] = self.allocation.to_dict()
         return {**values, **({"linears": self.linears.to_dict()} if self.linears else {})}
 
     @classmethod
@@ -182,11 +249,8 @@ class Steps:
 
     def __str__(self) -> str:
         """All steps in one line, for people."""
-        spread = (
-            "" if self.allocation.method == "uniform" else f" within {self.allocation.spread:.3f}"
-        )
         return (
-            f"allocation {self.allocation.method}{spread}, permutation {self.permutation}, "
+            f"allocation {self.allocation}, permutation {self.permutation}, "
             f"re-pruning {self.repruning}, update {self.update}"
             + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
@@ -203,7 +267,7 @@ class Steps:
                 f"permutation {self.permutation!r} changes nothing at {pattern}: the order of "
                 "channels only matters to N:M. Leave it out."
             )
-        if self.allocation.method != "uniform" and pattern.scope is Scope.GLOBAL:
+        if not self.allocation.is_even and pattern.scope is Scope.GLOBAL:
             raise InvalidInput(
                 f"allocation {self.allocation.method!r} and scope 'global' both say how much each "
                 "linear loses. Take scope layer or row."

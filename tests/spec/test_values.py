@@ -305,6 +305,11 @@ def test_sparsity_of_groups() -> None:
         ({"spread": float("nan")}, "allocation spread=nan is not in"),
         ({"spread": True}, "allocation spread=True is not in"),
         ({"outlier_ratio": 0.5}, r"allocation outlier_ratio=0\.5 is not in"),
+        ({"offsets": {"q_proj": 11.0}}, r"allocation offset q_proj=11\.0 is not in -10\.\.10"),
+        ({"offsets": {"q_proj": float("nan")}}, "allocation offset q_proj=nan is not in"),
+        ({"offsets": {"q_proj": 1.0}, "unit": "block"}, "unit 'block' gives them one sparsity"),
+        ({"depth": (0.1, 0.2, 0.3)}, "allocation depth has 3 numbers, and 2 are the most"),
+        ({"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
     ],
 )
 def test_allocation_refuses(fields: dict[str, Any], message: str) -> None:
