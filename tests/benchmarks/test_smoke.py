@@ -80,21 +80,38 @@ def test_assignments(benchmark: Benchmark) -> None:
     assert len(table["exponent"]) > 1
 
 
-def test_quality(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
-    """A row for each method; a second run measures nothing anew."""
-    kept = tmp_path / "kept.jsonl"
+def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path]) -> None:
+    """
+    A mean over the seeds for each method on both texts; a second run measures nothing anew.
+
+    A ratio is the mean of the ratios of cells with the same seed, with their standard deviation.
+    """
+    kept = Path("kept.jsonl")
     words = (
-        "quality", "--model", model_folder, "--pattern", "0.5", "--pattern", "2:4",
-        "--method", "wanda", "--method", "crepe", "--samples", 4, "--trials", 9,
-        "--finalists", 1, "--confirm-windows", 1, "--report-windows", 1, "--out", kept,
+        "quality", "--model", model_folder, "--pattern", "0.5", "--method", "wanda", "--method",
+        "crepe", "--seeds", "0,1", "--samples", 4, "--trials", 9, "--finalists", 1,
+        "--confirm-windows", 1, "--report-windows", 1, "--other", texts["report"],
+        "--other-windows", 1, "--cache", "cache", "--out", kept,
     )  # fmt: skip
     table = benchmark(*words)
     before = kept.read_text()
+    cells = {(c["method"], c.get("seed")): c for c in map(json.loads, before.splitlines())}
 
-    assert table["method"] == ["0.5", "2:4"]
-    assert all(cell.endswith("GiB") for cell in table["wanda"] + table["crepe"])
-    assert len(before.splitlines()) == 5  # the dense model, and two methods at two patterns
-    assert benchmark(*words) == table
+    assert all(cell.endswith("GiB") for cell in table["Wanda"] + table["`crepe`"])
+    assert cells.keys() == {
+        ("dense", None),
+        *((method, seed) for method in ("calibration", "wanda", "crepe") for seed in (0, 1)),
+    }
+    assert all(len(c["perplexity"]) == 2 for (m, _), c in cells.items() if m != "calibration")
+    crepe, wanda = (
+        [cells[method, seed]["perplexity"][str(texts["report"])] for seed in (0, 1)]
+        for method in ("crepe", "wanda")
+    )
+    first, second = (100 * (own / other - 1) for own, other in zip(crepe, wanda, strict=True))
+    expected = f"{(first + second) / 2:+.1f} ± {abs(first - second) / 2**0.5:.1f} % (2)"
+    assert table["`crepe` : Wanda"] == [expected]
+    printed = benchmark(*words, "--markdown")
+    assert printed["Wanda"] == table["Wanda"]
     assert kept.read_text() == before
 
 

