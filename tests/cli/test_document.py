@@ -55,7 +55,8 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
     found: set[str] = set()
     for name, value in document.items():
         path = f"{above}{name}"
-        deeper = isinstance(value, dict) and value and path != "search_space"
+        whole = path in ("search_space", "steps/allocation/offsets")
+        deeper = isinstance(value, dict) and value and not whole
         found |= leaves(value, f"{path}/") if deeper else {path}
     return found
 
@@ -65,7 +66,10 @@ def test_every_field() -> None:
     parts = {
         "validation": {},
         "warm_start": {},
-        "steps": {"allocation": {}, "linears": {"ignore": ["q"]}},
+        "steps": {
+            "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
+            "linears": {"ignore": ["q"]},
+        },
     }
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
 
@@ -128,6 +132,12 @@ WHOLE = {
         {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
         {"model": "m", "pattern": "2:4", "steps": {"permutation": "error", "update": "sparsegpt"}},
         {**MINE, "steps": {"allocation": {"method": "uniform"}}},
+        {
+            **MINE,
+            "steps": {
+                "allocation": {"offsets": {"q_proj": -0.5, "k_proj": 1.0}, "depth": [-0.5, 0.25]}
+            },
+        },
     ],
 )
 def test_again(document: dict[str, Any]) -> None:
