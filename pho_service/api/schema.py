@@ -10,6 +10,7 @@ from typing import Any
 from pho_service.library.files import TRANSFER_VERSION, TransferFile
 from pho_service.spec.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
 from pho_service.spec.linears import LONGEST, MOST
+from pho_service.spec.steps import CHOOSING, UPDATES
 
 _GROUPS = 64
 # A share with at most 15 decimals, which no rounding makes 0 or 1; N of M with 1 <= N < M <= 64.
@@ -71,7 +72,8 @@ def _configuration() -> dict[str, Any]:
         {"properties": {name: {"exclusiveMinimum": 0}}}
         for name in ("row", "column", "neighbourhood")
     ]
-    # N:M is kept within rows, and alone has channels to permute; SparseGPT chooses its own masks.
+    given: list[str] = [update for update in UPDATES if update not in CHOOSING]
+    # N:M is kept within rows, and alone has channels to permute; some updates choose masks.
     ratio = {"pattern": {"pattern": f"^({SHARE})$"}, "steps": _steps(permutation=["none"])}
     kept = {
         "pattern": {"pattern": f"^({KEPT})$"},
@@ -90,7 +92,13 @@ def _configuration() -> dict[str, Any]:
         {
             "anyOf": [
                 {"properties": {"steps": _steps(repruning=["none"])}},
-                {"properties": {"steps": _steps(update=["none", "obs", "least-squares"])}},
+                {"properties": {"steps": _steps(update=given)}},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"steps": _steps(repruning=["none", "dsnot", "swaps"])}},
+                {"properties": {"steps": _steps(update=["obs", "least-squares"])}},
             ]
         },
     ]

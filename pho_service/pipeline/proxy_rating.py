@@ -23,12 +23,12 @@ def mask_proxy(
     evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
 ) -> float | None:
     """
-    A candidate's value, or None for SparseGPT, whose mask no bundle knows.
+    A candidate's value, or None if its update chooses the mask, which no bundle knows.
 
     Raises:
         BundleError: The bundle lacks what the candidate needs.
     """
-    if candidate.steps.update == "sparsegpt":
+    if candidate.steps.chooses_mask:
         return None
     (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
     return proxy_value(rating, objective)

@@ -28,6 +28,11 @@ UPDATED = 700.0  # the same for OBS
 OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 CG_STEPS = 10
+REFINE_STEPS, REFINE_INVERSES = 48, 12  # of re-pruning by ADMM
+ADMM_STEPS = 20
+ALPS_STEPS, ALPS_INVERSES = 60, 20  # about, until a mask settles
+SPECTRUM_FLOPS = 25.0  # times the cube of a width, for eigenvectors in float64
+CHOSEN = 100.0  # bytes that an iteration of ADMM moves for a weight: its mask is chosen anew
 GAINED = 100.0  # bytes moved for a row, a channel and a group that it may go to, all sweeps
 GAINED_ROWS = 1024  # that a permutation looks at
 ASSIGNED_S = 1.6e-4  # of a core of the host for a group: matching the best pairs, all sweeps
@@ -212,25 +217,48 @@ class _Costs:
             seconds += self.shapes.prunable * SWAPPED / machine.bandwidth
         if steps.repruning == "dsnot":
             seconds += self.shapes.prunable * REFINED / machine.bandwidth
-        if steps.update != "none":
+        if steps.repruning == "admm":
+            seconds += self.iterations(REFINE_STEPS)
+            seconds += REFINE_INVERSES * self.cubes() / machine.float_products
+        if steps.update == "admm":
+            seconds += self.iterations(ADMM_STEPS) + self.cubes() / machine.float_products
+        elif steps.update == "alps":
+            seconds += self.iterations(ALPS_STEPS) + CG_STEPS * self.products_of_weights()
+            flops = SPECTRUM_FLOPS + 2 * ALPS_INVERSES
+            seconds += 2 * flops * self.cubes() / machine.float_products  # in float64
+        elif steps.update == "least-squares" and steps.repruning == "admm":
+            seconds += CG_STEPS * self.products_of_weights()
+        elif steps.update != "none":
             seconds += self.updates()
         return seconds
+
+    def cubes(self) -> float:
+        """The cubes of the widths of all inputs, added up."""
+        return sum(i.count * i.in_features**3 for i in self.inputs())
+
+    def products_of_weights(self) -> float:
+        """Each linear's weights times its second moments, once."""
+        flops = sum(
+            2 * li.count * li.out_features * li.in_features**2
+            for block in self.shapes.blocks
+            for li in block
+        )
+        return flops / self.machine.float_products
+
+    def iterations(self, number: int) -> float:
+        """Of ADMM over all linears: a product each, and a mask."""
+        chosen = self.shapes.prunable * CHOSEN / self.machine.bandwidth
+        return number * (self.products_of_weights() + chosen)
 
     def updates(self) -> float:
         """Inverses of the second moments, and what is done with them."""
         machine = self.machine
-        cubes = sum(i.count * i.in_features**3 for i in self.inputs())
         columns = sum(li.count * li.in_features for block in self.shapes.blocks for li in block)
-        seconds = INVERSE_FLOPS * cubes * 2 / machine.float_products
+        seconds = INVERSE_FLOPS * self.cubes() * 2 / machine.float_products
         seconds += columns * OBS_LAUNCHES * machine.launch_s
         seconds += self.shapes.prunable * UPDATED / machine.bandwidth
         if self.work.steps.update == "least-squares":
-            flops = sum(
-                2 * li.count * li.out_features * li.in_features**2
-                for block in self.shapes.blocks
-                for li in block
-            )
-            seconds += CG_STEPS * flops / machine.float_products
+            seconds += CG_STEPS * self.products_of_weights()
         return seconds
 
     def assignments(self) -> float:

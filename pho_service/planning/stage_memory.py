@@ -20,9 +20,11 @@ STEPS = {
     "none": 1,
     "score": 4, "error": 8,
     "swaps": 14, "dsnot": 8,
-    "obs": 4, "least-squares": 11, "sparsegpt": 4,
+    "obs": 4, "least-squares": 11, "sparsegpt": 4, "admm": 8, "alps": 11,
 }  # fmt: skip
+REFINED = 3  # of the same for each linear of an input, which re-pruning by ADMM holds together
 INVERSE = 7  # of a Gram matrix's size in float32
+SPECTRUM = 14  # the same for eigenvectors, in float64
 SHARD = 2 * 10**9  # bytes of a file of weights, which is put together in main memory
 MASK = 1 / 8  # bytes of a mask's element where it is packed
 MOST = 16  # windows at once for a perplexity, where a GPU has room for them
@@ -252,8 +254,12 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
         scores = FLOAT * block.prunable if steps.permutation == "error" else 0
         factor = max(STEPS[step] for step in (steps.permutation, steps.repruning, steps.update))
         working = FLOAT * factor * block.largest
+        if steps.repruning == "admm":
+            working += FLOAT * REFINED * min(block.prunable, 3 * block.largest)
         if steps.update != "none":
-            working = max(working + FLOAT * widest**2, INVERSE * FLOAT * widest**2)
+            inverse = SPECTRUM if steps.update == "alps" else INVERSE
+            held = {"alps": 6, "admm": 2}.get(steps.update, 1)
+            working = max(working + held * FLOAT * widest**2, inverse * FLOAT * widest**2)
         most = max(most, grams + block.prunable + max(scoring, copies + scores + working))
     return most
 

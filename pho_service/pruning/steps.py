@@ -7,13 +7,24 @@ bundle has only as a projection.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
+from pho_service.pruning.admm import (
+    PUBLISHED_DAMPING,
+    PUBLISHED_PENALTY,
+    Masked,
+    admm,
+    admm_refine,
+)
+from pho_service.pruning.alps import Spectrum, alps
 from pho_service.pruning.dsnot import dsnot_refine
 from pho_service.pruning.error_permutation import PermutedLinear, permute_for_error
 from pho_service.pruning.masks import LinearMask, mask_of
+from pho_service.pruning.normalised import DAMPING, Normalised
 from pho_service.pruning.scores import TINY
+from pho_service.pruning.support import Support
 from pho_service.pruning.swaps import swap_refine
 from pho_service.pruning.weight_update import (
     inverse_factor,
@@ -21,7 +32,7 @@ from pho_service.pruning.weight_update import (
     obs_update,
     sparsegpt,
 )
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.steps import Steps
 
 _CG_STEPS = 10  # of conjugate gradients from OBS on; 20 lowered the error by 1 % more
@@ -86,22 +97,29 @@ def finish(
         linears = _permuted(linears, moments, pattern)
     order = linears[0].mask.order  # one for all that read the input
     ordered = moments if order is None else _reordered(moments, order)
-    factor = None
-    if steps.update != "none":
-        factor = inverse_factor(ordered.gram, layer=linears[0].name)
+    solver = _Solver(ordered, steps, linears[0].name)
+    found = solver.refined([_masked(linear, order, pattern) for linear in linears])
     for linear in linears:
-        weight = _columns(linear.weight, order)
-        keep = _columns(linear.mask.keep, order)
-        keep = _repruned(weight, keep, ordered, pattern, steps)
-        if steps.update == "none":
-            changed = weight * keep
+        masked = _masked(linear, order, pattern)
+        if found:
+            start, keep = found.pop(0)
         else:
-            assert factor is not None
-            keep, changed = _updated(
-                weight, keep, factor, ordered.gram, linear.mask.group_keep, pattern, steps
-            )
+            start, keep = None, _repruned(masked.weight, masked.keep, ordered, pattern, steps)
+        keep, changed = solver.updated(replace(masked, keep=keep), start)
         mask = replace(linear.mask, keep=_natural(keep, order))
         yield linear.name, mask, _natural(changed, order)
+
+
+def _masked(linear: ScoredLinear, order: Tensor | None, pattern: Pattern) -> Masked:
+    """A linear in the channel order of its groups, with what its mask may change."""
+    keep = _columns(linear.mask.keep, order)
+    by_row = pattern.scope is Scope.ROW
+    return Masked(
+        weight=_columns(linear.weight, order),
+        keep=keep,
+        support=Support.of(keep, by_row=by_row, keep=linear.mask.group_keep, group=pattern.group),
+        importance=None if by_row else linear.fisher,
+    )
 
 
 def _permuted(
@@ -144,26 +162,68 @@ def _repruned(
     return keep
 
 
-def _updated(
-    weight: Tensor,
-    keep: Tensor,
-    factor: Tensor,
-    gram: Tensor,
-    group_keep: int,
-    pattern: Pattern,
-    steps: Steps,
-) -> tuple[Tensor, Tensor]:
-    """Final mask and weights."""
-    if steps.update in ("obs", "least-squares"):
-        changed = obs_update(weight, keep, factor)
-        if steps.update == "least-squares":
-            changed = least_squares_update(weight, keep, gram, start=changed, steps=_CG_STEPS)
-        return keep, changed
-    if pattern.group:
-        changed, keep = sparsegpt(weight, factor, keep=group_keep, group=pattern.group)
-    else:
-        changed, keep = sparsegpt(weight, factor, removed=int((~keep).sum()))
-    return keep, changed
+class _Solver:
+    """
+    What a step needs of an input's second moments, made once for the linears that read it.
+
+    Attributes:
+        gram: (in_features, in_features), float32.
+    """
+
+    def __init__(self, moments: InputMoments, steps: Steps, layer: str) -> None:
+        self.gram, self._steps, self._layer = moments.gram, steps, layer
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return inverse_factor(self.gram, layer=self._layer)
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        return Spectrum.of(self.gram, layer=self._layer)
+
+    @cached_property
+    def _published(self) -> tuple[Normalised, Tensor]:
+        moments = Normalised.of(self.gram, damping=0, layer=self._layer)
+        penalty = PUBLISHED_DAMPING + PUBLISHED_PENALTY
+        return moments, moments.inverse(penalty, layer=self._layer)
+
+    def refined(self, linears: list[Masked]) -> list[tuple[Tensor, Tensor]]:
+        """Weights and masks by re-pruning ``admm``, which looks at all linears together."""
+        if self._steps.repruning != "admm":
+            return []
+        moments = Normalised.of(self.gram, damping=DAMPING, layer=self._layer)
+        return admm_refine(linears, moments, layer=self._layer)
+
+    def updated(self, linear: Masked, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        Final mask and weights.
+
+        Args:
+            linear: With the mask as re-pruning left it.
+            start: Weights that came with that mask.
+        """
+        weight, keep, support = linear.weight, linear.keep, linear.support
+        update = self._steps.update
+        if update == "none":
+            return keep, weight * keep
+        if update == "sparsegpt":
+            removed = int(support.removed.sum())  # 0 with a group
+            changed, keep = sparsegpt(
+                weight, self._factor, removed=removed, keep=support.keep, group=support.group
+            )
+            return keep, changed
+        if update == "admm":
+            changed, keep = admm(weight, *self._published, support)
+            return keep, changed
+        if update == "alps":
+            start, keep = alps(weight, self._spectrum, support)
+        elif update == "obs" or start is None:
+            start = obs_update(weight, keep, self._factor)
+        if update == "obs":
+            return keep, start
+        return keep, least_squares_update(
+            weight, keep, self.gram, start=start, damping=DAMPING, steps=_CG_STEPS
+        )
 
 
 def _reordered(moments: InputMoments, order: Tensor) -> InputMoments:

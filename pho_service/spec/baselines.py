@@ -47,7 +47,7 @@ def score_baselines(pattern: Pattern) -> list[Candidate]:
 
 def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list[Candidate]:
     """
-    The published methods that every comparison shows: scores, OWL with Wanda, SparseGPT.
+    The published methods that every comparison shows: scores, OWL, DSnoT, and those that update.
 
     Args:
         pattern: Of all of them.
@@ -56,22 +56,26 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
     Source:
         As :func:`score_baselines`; Yin et al. 2024, arXiv:2310.05175 (OWL, with its
         lambda of 0.08 and one sparsity a block; for N:M it mixes N of M over the blocks);
-        Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT).
+        Zhang et al. 2023, arXiv:2310.08915 (DSnoT on Wanda's masks);
+        Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT);
+        Boza 2024, arXiv:2401.02938 (ADMM); Meng et al. 2024, arXiv:2406.07831 (ALPS).
     """
     spread = max(0.08, 1 / pattern.group) if pattern.group else 0.08  # N moves by one at least
-    owl = Steps(allocation=Allocation(method="owl", unit="block", spread=spread))
-    sparsegpt = Candidate(
-        method="sparsegpt",
-        coefficients=_WANDA,
-        pattern=pattern.within(Scope.LAYER),
-        steps=Steps(update="sparsegpt"),
-    )
-    owl_wanda = Candidate(
-        method="owl-wanda", coefficients=_WANDA, pattern=pattern.within(Scope.ROW), steps=owl
-    )
+    owl = Allocation(method="owl", unit="block", spread=spread)
+    with_wanda = [
+        Candidate(method=method, coefficients=_WANDA, pattern=pattern.within(scope), steps=steps)
+        for method, scope, steps in (
+            ("owl-wanda", Scope.ROW, Steps(allocation=owl)),
+            ("dsnot", Scope.ROW, Steps(repruning="dsnot")),
+            ("sparsegpt", Scope.LAYER, Steps(update="sparsegpt")),
+            ("owl-sparsegpt", Scope.LAYER, Steps(allocation=owl, update="sparsegpt")),
+            ("admm", Scope.LAYER, Steps(update="admm")),
+            ("alps", Scope.LAYER, Steps(update="alps")),
+        )
+    ]
     return [
         replace(each, steps=replace(each.steps, linears=linears))
-        for each in (*score_baselines(pattern), owl_wanda, sparsegpt)
+        for each in (*score_baselines(pattern), *with_wanda)
     ]
 
 

@@ -18,14 +18,15 @@ NormSource = Literal["dense", "sequential"]
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
 AllocationUnit = Literal["linear", "block"]
 Permutation = Literal["none", "score", "error"]
-Repruning = Literal["none", "dsnot", "swaps"]
-Update = Literal["none", "obs", "least-squares", "sparsegpt"]
+Repruning = Literal["none", "dsnot", "swaps", "admm"]
+Update = Literal["none", "obs", "least-squares", "sparsegpt", "admm", "alps"]
 NORM_SOURCES: tuple[NormSource, ...] = get_args(NormSource)
 ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
 ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
 REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
+CHOOSING: tuple[Update, ...] = ("sparsegpt", "admm", "alps")  # the mask too
 MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
 MOST_DEPTHS = 2  # numbers of a curve over depth
 
@@ -41,12 +42,13 @@ _PERMUTATION = (
 )
 _REPRUNING = (
     "Improvement of the finished mask: none; dsnot; swaps, each of which lowers the error of its "
-    "row."
+    "row; admm, which looks for the mask whose kept weights, changed by the update, make the least "
+    "error."
 )
 _UPDATE = (
     "Change of the weights that stay: none; obs, column by column as SparseGPT, given the mask; "
-    "least-squares, on from there towards the least error that the mask allows; sparsegpt, which "
-    "chooses the mask itself, so that the score has no say."
+    "least-squares, on from there towards the least error that the mask allows; sparsegpt, admm "
+    "and alps, as published, which choose the mask themselves, so that the score has no say."
 )
 
 
@@ -197,11 +199,16 @@ class Steps:
         _one_of("permutation", self.permutation, PERMUTATIONS)
         _one_of("repruning", self.repruning, REPRUNINGS)
         _one_of("update", self.update, UPDATES)
-        if self.update == "sparsegpt" and self.repruning != "none":
+        if self.chooses_mask and self.repruning != "none":
             raise InvalidInput(
-                f"repruning {self.repruning!r} has no mask to start from with update 'sparsegpt', "
-                "which chooses the mask and the weights together. Take update 'least-squares', or "
-                "repruning 'none'."
+                f"repruning {self.repruning!r} has no mask to start from with update "
+                f"{self.update!r}, which chooses the mask and the weights together. Take update "
+                "'least-squares', or repruning 'none'."
+            )
+        if self.repruning == "admm" and self.update == "none":
+            raise InvalidInput(
+                "repruning 'admm' finds a mask for weights that are changed after it, and update "
+                "is 'none'. Take update 'least-squares', or repruning 'swaps'."
             )
 
     @property
@@ -213,6 +220,11 @@ class Steps:
             or self.repruning != "none"
             or self.update != "none"
         )
+
+    @property
+    def chooses_mask(self) -> bool:
+        """Whether the update chooses what is removed, so that a score has no say."""
+        return self.update in CHOOSING
 
     @property
     def changes_weights(self) -> bool:

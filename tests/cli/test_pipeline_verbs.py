@@ -93,7 +93,7 @@ def test_steps_by_hand(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> 
 
 
 def test_compare(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """A comparison shows OWL and SparseGPT beside the scores, each with seconds and memory."""
+    """A comparison shows the published methods, each with seconds and memory."""
     rows = answer(
         pho("compare", model_folder, "--pattern", "0.5", *SMALL, "--text", texts["calibration"],
             "--report-text", texts["report"], "--report-windows", 2, "--json")
@@ -101,7 +101,7 @@ def test_compare(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
 
     assert [row["method"] for row in rows] == [
         "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda",
-        "sparsegpt",
+        "dsnot", "sparsegpt", "owl-sparsegpt", "admm", "alps",
     ]  # fmt: skip
     assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-3) for row in rows[1:])
     assert all(row["memory_bytes"] > 2**20 and row["seconds"] > 0 for row in rows)

@@ -212,10 +212,10 @@ def test_compare(search_arguments: list[object], texts: dict[str, Path], tmp_pat
 
     assert [r["method"] for r in rows] == [
         "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda",
-        "sparsegpt", str(config),
+        "dsnot", "sparsegpt", "owl-sparsegpt", "admm", "alps", str(config),
     ]  # fmt: skip
     assert rows[0]["sparsity"] == 0
-    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * 8)
+    assert [r["sparsity"] for r in rows[1:]] == pytest.approx([0.5] * 12)
     assert all(r["perplexity"] > 1 and r["seconds"] > 0 for r in rows)
 
 

@@ -77,7 +77,7 @@ def test_compare_on_a_bundle(
     found = pho.compare(tiny_llama, None, "2:4", bundle=bundle, report=texts["report"])
 
     assert weights()
-    assert [row.method for row in found.rows][-1] == "sparsegpt"  # which needs the windows
+    assert [row.method for row in found.rows][-1] == "alps"  # which needs the windows
     assert found.report["context_length"] == 32
 
 

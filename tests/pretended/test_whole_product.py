@@ -36,6 +36,7 @@ from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import (
     ALLOCATION_UNITS,
     ALLOCATIONS,
+    CHOOSING,
     PERMUTATIONS,
     REPRUNINGS,
     UPDATES,
@@ -53,7 +54,11 @@ PATTERNS = [
     Pattern.parse(text, scope)
     for text, scope in (("0.5", "row"), ("0.5", "layer"), ("0.6", "global"), ("2:4", "row"))
 ]
-AFTERWARDS = [(r, u) for r, u in product(REPRUNINGS, UPDATES) if (u != "sparsegpt" or r == "none")]
+AFTERWARDS = [
+    (r, u)
+    for r, u in product(REPRUNINGS, UPDATES)
+    if (u not in CHOOSING or r == "none") and (r, u) != ("admm", "none")
+]
 
 
 @pytest.fixture(params=SUBJECTS)

@@ -13,7 +13,7 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Allocation, Steps, Update
 
 PATTERNS = [
     Pattern.parse("0.5", "row"), Pattern.parse("0.5", "layer"), Pattern.parse("0.5", "global"),
@@ -201,7 +201,8 @@ def test_comparison_baselines(pattern: Pattern) -> None:
     names = [candidate.method for candidate in comparison_baselines(pattern)]
 
     assert names == [
-        "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda", "sparsegpt",
+        "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda", "dsnot",
+        "sparsegpt", "owl-sparsegpt", "admm", "alps",
     ]  # fmt: skip
 
 
@@ -211,7 +212,8 @@ def test_comparison_scopes(pattern: Pattern) -> None:
     patterns = [candidate.pattern for candidate in comparison_baselines(pattern)]
 
     assert [p.scope for p in patterns] == [
-        "layer", "row", "row", "layer", pattern.scope, "row", "layer",
+        "layer", "row", "row", "layer", pattern.scope, "row", "row", "layer", "layer", "layer",
+        "layer",
     ]  # fmt: skip
     assert {p.sparsity for p in patterns} == {pattern.sparsity}
 
@@ -333,10 +335,13 @@ def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message
         Candidate(method="x", coefficients=coefficients, pattern=pattern, steps=Steps(**fields))
 
 
-def test_steps_that_contradict_each_other() -> None:
-    """SparseGPT chooses its mask itself, so there is nothing to re-prune."""
+@pytest.mark.parametrize("update", ["sparsegpt", "admm", "alps"])
+def test_steps_that_contradict_each_other(update: Update) -> None:
+    """An update that chooses its mask has none to re-prune; one by ADMM needs an update."""
     with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
-        Steps(repruning="swaps", update="sparsegpt")
+        Steps(repruning="swaps", update=update)
+    with pytest.raises(InvalidInput, match="Take update 'least-squares', or repruning 'swaps'"):
+        Steps(repruning="admm")
 
 
 @pytest.mark.parametrize(
