@@ -23,6 +23,7 @@ from pho_service.pipeline.search import (
     of_objective,
 )
 from pho_service.pipeline.validate import judge
+from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
@@ -31,7 +32,7 @@ from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import Divergences, Measurements, keep
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
-from pho_service.tuning.result import describe_study, mark_chosen
+from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
 from pho_service.tuning.validation import verdict
 from pho_service.tuning.warm_start import Saving
@@ -250,6 +251,8 @@ class Stages:
                 saving=None if saving is None else Saving(**saving),
                 out_of_time=out_of_time,
             )
+            if spec.request(0).steps.reconstruction.wanted:
+                result = self._rebuilt(claim, spec, watch, result, islands.studies[0], storage)
             configuration = result.configuration
             if out_of_time:
                 limit = {"timeout_s": spec.timeout_s, "finished": islands.finished}
@@ -281,6 +284,32 @@ class Stages:
         self.store.succeed(
             claim, best=configuration.model_dump(mode="json"), warnings=warnings, result=more
         )
+
+    def _rebuilt(
+        self,
+        claim: Claim,
+        spec: JobSpec,
+        watch: Watch,
+        result: SearchResult,
+        study: optuna.Study,
+        storage: RDBStorage,
+    ) -> SearchResult:
+        """The result with the reconstruction that is asked for, if it makes it better."""
+        steps, subject = spec.request(0).steps, None
+        if spec.confirm is not None:
+            bundle = self._bundle(claim.job, spec, watch)
+            subject = self._subject(claim.job, spec, steps, bundle)
+        found = reconstruct_winner(
+            result,
+            steps.reconstruction,
+            study,
+            subject,
+            watch.progress,
+            lambda: self.store.fence(claim, storage),
+        )
+        if subject is not None:
+            self._check_again(spec, Seal.of_job(claim.job, 0))
+        return found
 
     def _measurements(
         self, job: Job, spec: JobSpec, rated: Sequence[RatedCandidate]

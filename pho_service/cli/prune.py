@@ -237,6 +237,7 @@ def _prune(
 ) -> None:
     from pho_service.host.files import check_free
     from pho_service.pipeline.prune import prune_job
+    from pho_service.pruning.reconstruction import summary
     from pho_service.spec.configuration import read_configuration
 
     check_free(folder)
@@ -274,10 +275,13 @@ def _prune(
                 "sparsity": result.sparsity,
                 "layers": result.layers,
                 "origin": found.origin if found else None,
+                **({"blocks": result.recipe["blocks"]} if result.blocks else {}),
             }
         )
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
+    if result.blocks:
+        click.echo(f"{summary(result.blocks)}.")
 
 
 def _prunable(found: "list[Found]", statistics: _Statistics) -> "list[Found]":

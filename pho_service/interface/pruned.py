@@ -31,6 +31,7 @@ from pho_service.models.weights_hash import sha256_each
 from pho_service.pipeline import prune as pipeline
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.reconstruction import summary
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -54,6 +55,7 @@ class Pruned(Shown, pipeline.Pruned):
         for name, sparsity in self.layers.items():
             kinds.setdefault(name.rpartition(".")[2], []).append(sparsity)
         configuration = self.recipe["configuration"]
+        trained = f"; {summary(self.blocks)}" if self.blocks else ""
         return Table(
             ("linears", "number", "mean sparsity", "lowest", "highest"),
             [
@@ -62,7 +64,7 @@ class Pruned(Shown, pipeline.Pruned):
                 for kind, each in kinds.items()
             ],
             title=f"{self.recipe['model']['name']} pruned by {configuration['method']} at "
-            f"{configuration['pattern']}: {self.sparsity:.4%} of the weights removed",
+            f"{configuration['pattern']}: {self.sparsity:.4%} of the weights removed{trained}",
         )  # fmt: skip
 
 

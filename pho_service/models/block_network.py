@@ -33,11 +33,16 @@ class BlockNetwork:
     """
 
     def __init__(
-        self, model: LanguageModel, windows: Tensor, on_device: bool | None = None
+        self,
+        model: LanguageModel,
+        windows: Tensor,
+        on_device: bool | None = None,
+        *,
+        streams: int = 1,
     ) -> None:
         self.model = model
         self.windows = windows
-        self._stays = _states_fit(model, windows) if on_device is None else on_device
+        self._stays = _states_fit(model, windows, streams) if on_device is None else on_device
         self.blocks = decoder_blocks(model.model)
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = [[] for _ in self.blocks]
@@ -109,6 +114,13 @@ class BlockNetwork:
             self.hidden[window] = self._kept(self.run(index, window))
             end_of_window()
             advance(1)
+        self._settle()
+
+    def replace_(self, index: int, states: list[Tensor]) -> None:
+        """Replace other inputs of a block, one for each window, by its outputs for them."""
+        for window, hidden in enumerate(states):
+            with torch.no_grad():
+                states[window] = self._kept(self.run(index, window, hidden))
         self._settle()
 
     def loss_gradients(self, count: int) -> list[Tensor]:
@@ -201,12 +213,19 @@ def _gradient(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def _states_fit(model: LanguageModel, windows: Tensor) -> bool:
-    """Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice."""
+def _states_fit(model: LanguageModel, windows: Tensor, streams: int) -> bool:
+    """
+    Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice.
+
+    Args:
+        model: For its devices.
+        windows: (windows, tokens).
+        streams: How many hidden states there are of each window.
+    """
     if model.device.type != "cuda":
         return True
     embedding: Any = model.model.get_input_embeddings()
-    size = windows.numel() * embedding.weight.shape[1] * model.dtype.itemsize
+    size = streams * windows.numel() * embedding.weight.shape[1] * model.dtype.itemsize
     return bool(size <= min(map(free_memory, model.devices)) // 4)
 
 

@@ -10,9 +10,9 @@ No family is known by name. What comes before and after the blocks is the
 model's own forward, run while its blocks hand on what they get.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,14 +50,23 @@ class Block:
         inputs: (1, tokens, hidden) for each window: what the blocks before it give. On a GPU
             where they fit, else in main memory.
         run: The output of the block, as it now is, for the window of a number:
-            (1, tokens, hidden), on the device.
+            (1, tokens, hidden), on the device. With another input after the number, its output
+            for that, and gradients go through it.
+        replace_: Replaces other inputs, one for each window, by the outputs for them.
     """
 
     name: str
     module: nn.Module
     linears: dict[str, PrunableLinear]
     inputs: list[Tensor]
-    run: Callable[[int], Tensor]
+    run: Callable[..., Tensor]
+    replace_: Callable[[list[Tensor]], None]
+
+    def only(self, names: Collection[str]) -> "Block":
+        """The same with these of its linears."""
+        return replace(
+            self, linears={name: each for name, each in self.linears.items() if name in names}
+        )
 
     def moments(self) -> tuple[list[InputMoments], dict[str, int]]:
         """
@@ -124,6 +133,7 @@ def walk(
     windows: Tensor,
     *,
     store: Path | None = None,
+    streams: int = 1,
     advance: Advance = lambda _: None,
 ) -> Iterator[Block]:
     """
@@ -140,13 +150,15 @@ def walk(
         store: Folder for the changed weights of a streamed model, on a disk with
             room for all of them; None is that of the user's cache. Its files have no name: they
             go when the model goes, however the process ends.
+        streams: How many hidden states of each window the loop's body keeps where ``inputs`` are,
+            those counted.
         advance: Called with 1 for each window of each block.
 
     Raises:
         ModelError: The model does more than calling its blocks one by one.
         OutputError: Changed weights cannot be written, or there is no room for them.
     """
-    network = BlockNetwork(model, windows)
+    network = BlockNetwork(model, windows, streams=streams)
     store = store or _store_of(model)
     for index, (name, module) in enumerate(network.blocks):
         with network.on_device(module, copy=True) as home:
@@ -156,6 +168,7 @@ def walk(
                 linears=_linears_of(model, name),
                 inputs=network.hidden,
                 run=partial(network.run, index),
+                replace_=partial(network.replace_, index),
             )
             if index < len(network.blocks) - 1:
                 network.step(index, advance)

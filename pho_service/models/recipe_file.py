@@ -97,6 +97,23 @@ class ModelRecord(_Document):
     dtype: str
 
 
+class BlockRecord(_Document):
+    """
+    What the recipe says of a block's reconstruction.
+
+    Attributes:
+        before: Held-out error, relative to the energy of the dense block's output.
+        after: The same of the weights that were saved.
+        passes: That were made over the calibration windows.
+        kept: Whether the trained weights were taken.
+    """
+
+    before: float | None
+    after: float | None
+    passes: int = Field(ge=0)
+    kept: bool
+
+
 class PatternRecord(_Document):
     """What of the configuration is looked at."""
 
@@ -110,6 +127,7 @@ class Recipe(_Document):
     Attributes:
         updated: Weights that stayed were changed.
         dense: Linears that were left out, with the hash of each one's weight. They have no masks.
+        blocks: What the reconstruction of each block came to, if there was one.
     """
 
     format: Literal["pho-pruning"]
@@ -121,6 +139,7 @@ class Recipe(_Document):
     sparsity: float = Field(ge=0, le=1)
     layers: dict[str, LayerRecord] = Field(min_length=1)
     dense: dict[str, str] = Field(default_factory=dict)
+    blocks: dict[str, BlockRecord] = Field(default_factory=dict)
     calibration: dict[str, Any]
     versions: dict[str, str]
 

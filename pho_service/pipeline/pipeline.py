@@ -1,22 +1,24 @@
 """
-A candidate applied to a model: score, allocation, permutation, re-pruning, weight update.
+A candidate applied to a model: score, allocation, permutation, re-pruning, update, reconstruction.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.models.blockwise import (
+    Block,
     changed_blocks,
     dense_afterwards,
     measure_perplexity,
     walk,
 )
+from pho_service.models.kept_blocks import KeptBlock, KeptBlocks
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.reconstruction import Rebuilding
 from pho_service.progress import Advance
 from pho_service.pruning.masks import (
     LinearMask,
@@ -27,6 +29,7 @@ from pho_service.pruning.masks import (
     pruned,
 )
 from pho_service.pruning.perplexity import Perplexity
+from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.spec.candidate import Candidate
@@ -39,6 +42,9 @@ def prune_model(
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
     kept: Callable[[str, LinearMask], None] = lambda _name, _mask: None,
+    *,
+    done: KeptBlocks | None = None,
+    rebuilt: Callable[[str, Reconstructed], None] = lambda _name, _result: None,
 ) -> dict[str, float]:
     """
     Prune a model in place, and give the share that each pruned linear has lost.
@@ -52,17 +58,24 @@ def prune_model(
         statistics: Of the dense model.
         candidate: What to remove, and how.
         calibration: (windows, tokens), int64; only needed by steps that see a text.
-        advance: Called with 1 after each pruned linear.
+        advance: Called with 1 after each pruned linear, and with 0 while a block is trained.
         kept: Called with the name of each pruned linear and its mask, as soon as it is pruned: all
             masks together take a byte a weight, so they are not given back.
+        done: Blocks that are trained already: they are taken from there, and others put there.
+        rebuilt: Called with the name of each block that is trained, and what it came to.
 
     Raises:
-        InvalidInput: The steps need a text, and there is none; or the pattern, or what is
-            said of single linears, does not fit the model.
+        InvalidInput: The steps need a text, and there is none, or too little of it; or the
+            pattern, or what is said of single linears, does not fit the model.
         NumericalError: A score is NaN, or a second moment cannot be inverted.
+        OutputError: A block cannot be kept.
     """
     if candidate.steps.needs_text:
-        masks = _block_by_block(model, statistics, candidate, _given(calibration, candidate))
+        windows = _given(calibration, candidate)
+        if candidate.steps.reconstruction.wanted:
+            masks = _rebuilt(model, statistics, candidate, windows, done, rebuilt, advance)
+        else:
+            masks = _block_by_block(model, statistics, candidate, windows)
     elif model.stream:
         masks = _streamed_by_score(model, statistics, candidate)
     else:
@@ -121,18 +134,57 @@ def _block_by_block(
 ) -> Iterator[tuple[str, LinearMask]]:
     losses = linear_losses(model.linears, statistics, candidate)
     for whole in walk(model, windows):
-        here = {name: each for name, each in whole.linears.items() if name in losses.names}
-        if not here:
+        block = whole.only(losses.names)
+        if block.linears:
+            yield from _pruned_block(block, statistics, candidate, losses)
+
+
+def _rebuilt(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    windows: Tensor,
+    done: KeptBlocks | None,
+    rebuilt: Callable[[str, Reconstructed], None],
+    advance: Advance,
+) -> Iterator[tuple[str, LinearMask]]:
+    """As :func:`_block_by_block`, and each block is trained before the next is pruned."""
+    rebuilding = Rebuilding(candidate.steps.reconstruction, len(windows))
+    losses = linear_losses(model.linears, statistics, candidate)
+    for whole in walk(model, windows, streams=2):
+        rebuilding.before(whole)
+        advance(0)
+        block = whole.only(losses.names)
+        if not block.linears:
             continue
-        block = replace(whole, linears=here)
-        moments, input_of = block.moments()
-        known = statistics
-        if candidate.steps.statistics == "sequential":
-            known = with_norms(statistics, moments, input_of)
-        masks = masks_of(here, known, candidate, losses)
-        for name, mask, weight in finished_block(here, known, candidate, masks, moments, input_of):
-            block.linears[name].weight.copy_(weight)
-            yield name, mask
+        found = done.read(block.name) if done else None
+        if found is None:
+            masks = dict(_pruned_block(block, statistics, candidate, losses))
+            keeps = {name: mask.keep for name, mask in masks.items()}
+            result = rebuilding.after(block, keeps, advance)
+            if done:
+                done.keep(block.name, KeptBlock.of(block.linears, masks, result.to_dict()))
+        else:
+            masks = dict(found.put_into(block.linears))
+            result = Reconstructed(**found.record)
+        rebuilt(block.name, result)
+        yield from masks.items()
+
+
+def _pruned_block(
+    block: Block, statistics: Statistics, candidate: Candidate, losses: LinearLosses
+) -> Iterator[tuple[str, LinearMask]]:
+    """Take the linears of a block through all steps; gives the name and the mask of each."""
+    moments, input_of = block.moments()
+    known = statistics
+    if candidate.steps.statistics == "sequential":
+        known = with_norms(statistics, moments, input_of)
+    masks = masks_of(block.linears, known, candidate, losses)
+    for name, mask, weight in finished_block(
+        block.linears, known, candidate, masks, moments, input_of
+    ):
+        block.linears[name].weight.copy_(weight)
+        yield name, mask
 
 
 def with_norms(

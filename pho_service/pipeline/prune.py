@@ -2,23 +2,28 @@
 Prune a model for good and save it.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pho_service.host.versions import versions
+from pho_service.models.kept_blocks import KeptBlocks
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
 from pho_service.models.weights_hash import sha256_each
 from pho_service.pipeline.pipeline import prune_model
+from pho_service.pipeline.rating import windows_key
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.folding import fold_order
 from pho_service.pruning.masks import LinearMask, model_sparsity
+from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
 
 
@@ -29,6 +34,7 @@ class Pruned:
 
     Attributes:
         sparsity: Over the weights of all linears that are pruned.
+        blocks: What the training of each block came to, if there was one.
         layers: Sparsity of each of them, in the model's order.
         masks: What each of them keeps, one bit a weight.
         recipe: JSON values: what ``pruning.json`` says of it.
@@ -38,6 +44,7 @@ class Pruned:
     layers: dict[str, float]
     masks: dict[str, PackedMask]
     recipe: dict[str, Any]
+    blocks: dict[str, Reconstructed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +90,44 @@ def prune_job(
     Args:
         model, bundle, configuration, origin, calibration, progress: As of :func:`prune_in_place`.
         folder: New or empty. ``pruning.json`` in it has the recipe,
-            ``pruning/masks.safetensors`` the masks.
+            ``pruning/masks.safetensors`` the masks. Blocks that a reconstruction has trained are
+            beside it, in ``.NAME.blocks``, until it is whole: killed, it goes on from there.
 
     Raises:
         BundleError, InvalidInput: As :func:`prune_in_place`.
         OutputError: The folder is in use, or cannot be written.
     """
+    done = None
+    if configuration.steps.reconstruction.wanted and calibration is not None:
+        done = KeptBlocks(
+            folder=folder.expanduser().resolve().with_name(f".{folder.name}.blocks"),
+            key=_identity(model, bundle, configuration, calibration),
+        )
     pruned = prune_in_place(
-        model, bundle, configuration, origin=origin, calibration=calibration, progress=progress
+        model,
+        bundle,
+        configuration,
+        origin=origin,
+        calibration=calibration,
+        done=done,
+        progress=progress,
     )
     save_pruned(model, folder, pruned.masks.items(), pruned.recipe)
+    if done:
+        done.remove()
     return pruned
+
+
+def _identity(
+    model: LanguageModel, bundle: ProxyBundle, configuration: Configuration, calibration: Tensor
+) -> str:
+    """Hash of all that the weights of a pruned block follow from."""
+    candidate = configuration.candidate()
+    parts = [
+        model.to_dict(), str(model.device.type), str(candidate.pattern), candidate.to_dict(),
+        bundle.contents_sha256, windows_key(calibration), versions("torch", "transformers"),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def prune_in_place(
@@ -103,10 +137,11 @@ def prune_in_place(
     *,
     origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
+    done: KeptBlocks | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """
-    Prune a model with a configuration for good; nothing is written.
+    Prune a model with a configuration for good; no model is written.
 
     Input channels that were permuted for N:M, and can be renumbered with the
     linears that write them, are: then the groups hold in the order of the model.
@@ -117,6 +152,8 @@ def prune_in_place(
         configuration: What to remove, and how.
         origin: Where the configuration was found, for the recipe; None where the user had it.
         calibration: Windows for steps that need a text.
+        done: Where the blocks that a reconstruction has trained are kept meanwhile; those that are
+            there are not trained again.
         progress: Is told of each linear.
 
     Raises:
@@ -128,13 +165,24 @@ def prune_in_place(
     dense = model.to_dict()  # before its weights change
     candidate = configuration.candidate()
     kept: dict[str, _Kept] = {}
+    blocks: dict[str, Reconstructed] = {}
 
     def keep(name: str, mask: LinearMask) -> None:
         kept[name] = _Kept.of(mask)
 
     chosen = bundle.choose(candidate.steps.linears, candidate.pattern)
-    with progress("Pruning", len(chosen.names)) as advance:
-        prune_model(model, bundle.statistics(), candidate, calibration, advance, keep)
+    title = "Pruning and training" if candidate.steps.reconstruction.wanted else "Pruning"
+    with progress(title, len(chosen.names)) as advance:
+        prune_model(
+            model,
+            bundle.statistics(),
+            candidate,
+            calibration,
+            advance,
+            keep,
+            done=done,
+            rebuilt=blocks.__setitem__,
+        )
     folded = _fold(model, kept)
     model.model.to(model.stored_dtype)  # type: ignore[arg-type]  # as in loading.py
     hashes = sha256_each(linear.weight for linear in model.linears.values())
@@ -162,10 +210,11 @@ def prune_in_place(
             for name in layers
         },
         **({"dense": dense_linears} if dense_linears else {}),
+        **({"blocks": {name: b.to_dict() for name, b in blocks.items()}} if blocks else {}),
         "versions": versions("torch", "transformers"),
     }
     masks = {name: kept[name].mask for name in layers}
-    return Pruned(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe)
+    return Pruned(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe, blocks=blocks)
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:

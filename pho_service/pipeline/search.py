@@ -99,20 +99,24 @@ def search_job(
     saving = compared_with_cold(request, plan, rated, evaluate, progress)
     islands = Islands([study], [plan])
     measurements = Measurements()
+    subject = None
+    if model is not None and confirm_text is not None:
+        from pho_service.pipeline.rating import Subject  # loads transformers
+
+        bundle = only_one(named, "a model")
+        subject = Subject(model=model, bundle=bundle, text=confirm_text, calibration=calibration)
     if request.objective.name == "perplexity" and confirm_text is not None:
         measurements = of_objective(rated, confirm_text.measured_on())
-    elif model is not None and confirm_text is not None:
-        from pho_service.pipeline.confirmation import confirm_finalists  # loads transformers
-        from pho_service.pipeline.rating import Subject
+    elif subject is not None:
+        from pho_service.pipeline.confirmation import confirm_finalists
 
-        subject = Subject(
-            model=model,
-            bundle=only_one(named, "a model"),
-            text=confirm_text,
-            calibration=calibration,
-        )
         measurements = confirm_finalists(islands, rated, request.finalists, subject, progress)
     result = finish(request, islands, origin, rated, measurements, saving=saving)
+    if request.steps.reconstruction.wanted:
+        from pho_service.pipeline.winner import reconstruct_winner
+
+        settings = request.steps.reconstruction
+        result = reconstruct_winner(result, settings, study, subject, progress)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
     return result
 

@@ -47,6 +47,8 @@ class Confirmation(Document):
     Attributes:
         divergence_tokens: How many of the tokens all finalists were compared with the dense model
             on before; None where all of them got a perplexity at once.
+        before_reconstruction: The perplexity of the winner before its blocks were trained; None
+            where they were not.
     """
 
     perplexity: float
@@ -54,6 +56,7 @@ class Confirmation(Document):
     context_length: int
     text: dict[str, Any]
     divergence_tokens: int | None = None
+    before_reconstruction: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Configuration(Document):

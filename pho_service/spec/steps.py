@@ -1,9 +1,10 @@
 """
-What a pruning does beside the score: which linears, allocation, permutation, re-pruning, update.
+What a pruning does beside the score: linears, allocation, permutation, re-pruning, update,
+reconstruction.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -13,6 +14,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, Document, Number
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
 
 NormSource = Literal["dense", "sequential"]
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -193,6 +195,10 @@ class Steps:
     permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
     repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
     update: Annotated[Update, Field(description=_UPDATE)] = "none"
+    reconstruction: Annotated[
+        Reconstruction,
+        Field(description=RECONSTRUCTION, exclude_if=lambda given: not given.wanted),
+    ] = Reconstruction()
 
     def __post_init__(self) -> None:
         _one_of("statistics", self.statistics, NORM_SOURCES)
@@ -219,6 +225,7 @@ class Steps:
             or self.permutation == "error"
             or self.repruning != "none"
             or self.update != "none"
+            or self.reconstruction.wanted
         )
 
     @property
@@ -229,21 +236,31 @@ class Steps:
     @property
     def changes_weights(self) -> bool:
         """Whether weights that stay have other values afterwards."""
-        return self.update != "none"
+        return self.update != "none" or self.reconstruction.wanted
 
     @property
     def beside_mask(self) -> list[str]:
         """The names of the steps that come after the score and the allocation."""
-        return [step for step in (self.permutation, self.repruning, self.update) if step != "none"]
+        steps = [step for step in (self.permutation, self.repruning, self.update) if step != "none"]
+        return [*steps, *(["reconstruction"] if self.reconstruction.wanted else [])]
+
+    @property
+    def before_reconstruction(self) -> Self:
+        """The same without the reconstruction, which only the winner of a search goes through."""
+        return replace(self, reconstruction=Reconstruction())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``linears``, ``statistics`` only where they say something."""
+        """The fields as JSON; those that older versions had not, only where they say something."""
         values = asdict(self)
-        del values["linears"]
+        del values["linears"], values["reconstruction"]
         if self.statistics == "dense":
             del values["statistics"]
         values["allocation"] = self.allocation.to_dict()
-        return {**values, **({"linears": self.linears.to_dict()} if self.linears else {})}
+        if self.linears:
+            values["linears"] = self.linears.to_dict()
+        if self.reconstruction.wanted:
+            values["reconstruction"] = asdict(self.reconstruction)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -256,6 +273,7 @@ class Steps:
         parts = {
             "linears": Linears.from_dict(values.get("linears", {})),
             "allocation": Allocation(**values.get("allocation", {})),
+            "reconstruction": Reconstruction(**values.get("reconstruction", {})),
         }
         return cls(**{**values, **parts})
 
@@ -264,6 +282,7 @@ class Steps:
         return (
             f"allocation {self.allocation}, permutation {self.permutation}, "
             f"re-pruning {self.repruning}, update {self.update}"
+            + (f", {self.reconstruction}" if self.reconstruction.wanted else "")
             + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
         )
@@ -297,6 +316,7 @@ class StepsSpec(Document):
     permutation: Permutation | None = Field(None, description=_PERMUTATION)
     repruning: Repruning | None = Field(None, description=_REPRUNING)
     update: Update | None = Field(None, description=_UPDATE)
+    reconstruction: Reconstruction | None = Field(None, description=RECONSTRUCTION)
 
     def given(self) -> dict[str, Any]:
         """The fields of :class:`Steps` that are not the preset's."""

@@ -29,7 +29,8 @@ class SearchRequest(SearchOptions):
         objective: What candidates are rated by.
         bounds: Fields of the search space that differ from its defaults.
         steps: What every candidate goes through beside the score. Its allocation is the only one
-            of the search unless ``bounds`` name ``allocations``.
+            of the search unless ``bounds`` name ``allocations``; its reconstruction is only for
+            the winner.
         sampler: Where candidates come from: a name, or a sampler of Optuna; see
             :class:`~pho_service.tuning.plan.SearchPlan`.
         finalists: How many found candidates are looked at again, beside the baselines.
@@ -85,7 +86,7 @@ class SearchRequest(SearchOptions):
         return SearchPlan(
             pattern=self.pattern,
             space=space.fitted(self.pattern),
-            steps=self.steps,
+            steps=self.steps.before_reconstruction,
             sampler=self.sampler,
             **options_of(self),
             direction=self.objective.direction,

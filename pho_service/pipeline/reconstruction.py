@@ -1,0 +1,106 @@
+"""
+Block reconstruction of a whole model: the dense stream beside the pruned one, and what is trained.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pho_service.models.blockwise import Block
+from pho_service.progress import Advance
+from pho_service.pruning.reconstruction import (
+    Reconstructed,
+    Trainable,
+    check_windows,
+    reconstruct,
+)
+from pho_service.pruning.statistics import PrunableLinear
+from pho_service.spec.reconstruction import Reconstruction
+
+
+class Rebuilding:
+    """
+    Trains the blocks of a model one after the other, each after it was pruned.
+
+    Args:
+        settings: How.
+        windows: How many calibration windows there are.
+
+    Raises:
+        InvalidInput: Too few windows.
+    """
+
+    def __init__(self, settings: Reconstruction, windows: int) -> None:
+        check_windows(windows)
+        self._settings = settings
+        self._dense: list[Tensor] = []  # what the dense model has after the block, of each window
+
+    def before(self, block: Block) -> None:
+        """See what a block gives while it is dense. Each block's turn comes once."""
+        self._dense = self._dense or [*block.inputs]
+        block.replace_(self._dense)
+
+    def after(
+        self, block: Block, masks: Mapping[str, Tensor], advance: Advance = lambda _: None
+    ) -> Reconstructed:
+        """
+        Train a block that is pruned.
+
+        Args:
+            block: Its linears are changed in place.
+            masks: What each pruned linear keeps, (out_features, in_features), bool, by name. Other
+                linears stay as they are.
+            advance: Called with 0 after each step.
+        """
+
+        def run(window: int) -> Tensor:
+            output: Tensor = block.run(window, block.inputs[window])
+            return output
+
+        weights = trainables(block.module, block.linears, masks)
+        return reconstruct(weights, run, self._dense, self._settings, advance=advance)
+
+
+def trainables(
+    module: nn.Module, linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
+) -> list[Trainable]:
+    """
+    Find the parameters that hold linears' weights, and which of their elements may change.
+
+    All experts of a mixture may share one parameter; of GPT-2's it is transposed.
+
+    Args:
+        module: That the parameters are of.
+        linears: By name.
+        masks: Of the linears that are trained: (out_features, in_features), bool, True = kept.
+
+    Returns:
+        One for each parameter, in the module's order.
+    """
+    keeps: dict[str, Tensor] = {}
+    parameters = dict(module.named_parameters())
+    for name, mask in masks.items():
+        weight = linears[name].weight
+        held = next(key for key, parameter in parameters.items() if _holds(parameter, weight))
+        parameter = parameters[held]
+        if held not in keeps:
+            keeps[held] = torch.zeros_like(
+                parameter, dtype=torch.bool, memory_format=torch.contiguous_format
+            )
+        place = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        keeps[held].as_strided(weight.shape, weight.stride(), place).copy_(mask)
+    return [
+        Trainable(parameter=parameter, keep=keeps[key])
+        for key, parameter in parameters.items()
+        if key in keeps
+    ]
+
+
+def _holds(parameter: nn.Parameter, weight: Tensor) -> bool:
+    """Whether a weight is a part of a contiguous parameter's memory."""
+    first = weight.data_ptr() - parameter.data_ptr()
+    return (
+        parameter.device == weight.device
+        and 0 <= first < parameter.numel() * parameter.element_size()
+    )

@@ -1,0 +1,94 @@
+"""
+The winner of a search, reconstructed: it takes minutes, so no other finalist is.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import optuna
+
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pipeline.rating import Subject
+from pho_service.progress import Progress
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.reconstruction import Reconstruction
+from pho_service.tuning.result import SearchResult
+
+_KEPT = "reconstructed"  # user attribute of a study: the last that was measured
+
+
+def reconstruct_winner(
+    result: SearchResult,
+    settings: Reconstruction,
+    study: optuna.Study,
+    subject: Subject | None,
+    progress: Progress,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> SearchResult:
+    """
+    Add a reconstruction to what a search found, if it makes it better.
+
+    Args:
+        result: Found without one.
+        settings: Of the reconstruction.
+        study: The record; what it holds is not measured again.
+        subject: What was confirmed, with a calibration text. None: nothing can be measured, and
+            the reconstruction is added as it was asked for.
+        progress: Is told of each linear that is pruned and trained.
+        fence: Entered around each write; may refuse by raising.
+
+    Returns:
+        The result with the reconstruction among its steps; its perplexity is that of the
+        reconstructed model, beside the one before. Where that is no better, the result as it was,
+        with a warning.
+    """
+    configuration = result.configuration
+    steps = replace(configuration.steps, reconstruction=settings)
+    rebuilt = configuration.model_copy(update={"steps": steps})
+    confirmation = configuration.confirmation
+    if subject is None or confirmation is None:
+        return replace(result, configuration=rebuilt)
+    before = confirmation.perplexity
+    after = _measured_once(study, subject, rebuilt.candidate(), progress, fence)
+    if not after < before:
+        warning = (
+            f"The reconstruction was left out: with it the perplexity is {after:.5g}, without it "
+            f"{before:.5g}. A lower --reconstruction-rate or more --samples may change that."
+        )
+        return replace(result, warnings=[*result.warnings, warning])
+    told = confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before})
+    return replace(result, configuration=rebuilt.model_copy(update={"confirmation": told}))
+
+
+def _measured_once(
+    study: optuna.Study,
+    subject: Subject,
+    candidate: Candidate,
+    progress: Progress,
+    fence: Callable[[], AbstractContextManager[None]],
+) -> float:
+    """The perplexity that the study holds; measured and kept at once if it is not there."""
+    about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
+    stored = study.user_attrs.get(_KEPT, {})
+    if {key: stored.get(key) for key in about} == about:
+        return float(stored["perplexity"])
+    perplexity = _measure(subject, candidate, progress)
+    with fence():
+        study.set_user_attr(_KEPT, {**about, "perplexity": perplexity})
+    return perplexity
+
+
+def _measure(subject: Subject, candidate: Candidate, progress: Progress) -> float:
+    chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
+    with (
+        progress("Reconstructing the best", len(chosen.names)) as advance,
+        pruned_model(
+            subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
+        ),
+    ):
+        measured = measure_perplexity(
+            subject.model, subject.text.windows, advance=lambda _: advance(0)
+        )
+    return measured.perplexity

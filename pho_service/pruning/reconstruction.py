@@ -1,0 +1,226 @@
+"""
+Block reconstruction: train the kept weights of a pruned block towards what the dense block gave.
+
+The block reads what the pruned blocks before it give, and is to give what the dense model has at
+that place, so it also makes up for what the blocks before it lost.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pho_service.errors import InvalidInput
+from pho_service.progress import Advance
+from pho_service.pruning.scores import TINY
+from pho_service.spec.reconstruction import Reconstruction
+
+HELD_OUT = 8  # every so many windows one is held out, and at least one
+_PATIENCE = 2  # passes without a better held-out error, before the training ends
+_NAMED = 4  # blocks that a sentence names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """
+    A parameter of a block, and which of its weights may change.
+
+    Attributes:
+        parameter: Any shape, floating point. Changed in place.
+        keep: Of the same shape, bool. What is False stays as it is, to the bit.
+    """
+
+    parameter: nn.Parameter
+    keep: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstructed:
+    """
+    What the training of one block came to.
+
+    Attributes:
+        before: Squared error of its output over the energy of the dense one's, on the held-out
+            windows. None if it is NaN or infinite.
+        after: The same with the weights that the block was left with.
+        passes: Passes that were made.
+        kept: Whether the trained weights were taken; else the block has those from before.
+    """
+
+    before: float | None
+    after: float | None
+    passes: int
+    kept: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def check_windows(count: int) -> None:
+    """
+    Raises:
+        InvalidInput: There are too few windows to train on some and hold out others.
+    """
+    if count < 2:
+        raise InvalidInput(
+            f"a reconstruction trains on some calibration windows and holds out at least one, but "
+            f"there is only {count}. Give 2 --samples or more, or leave --reconstruction out."
+        )
+
+
+def reconstruct(
+    weights: Sequence[Trainable],
+    run: Callable[[int], Tensor],
+    targets: Sequence[Tensor],
+    settings: Reconstruction,
+    *,
+    advance: Advance = lambda _: None,
+) -> Reconstructed:
+    """
+    Train the kept weights of a block, and leave those with the least held-out error.
+
+    Adam on the squared error of one window a step, in an order drawn from the seed. The learning
+    rate falls linearly to 0 over all passes. After each pass the held-out windows are measured;
+    the training ends early where their error has not fallen for two passes.
+
+    Args:
+        weights: What is trained; all else that the block has stays as it is.
+        run: The block's output for the window of a number, with gradients for the weights.
+        targets: What it should be, for each window: the shape of the output, any floating dtype.
+        settings: Passes, rate and seed.
+        advance: Called with 0 after each window.
+
+    Returns:
+        What it came to. The held-out error is never higher than before: where nothing is better,
+        or an error is no number, the weights are those from before.
+
+    Raises:
+        InvalidInput: Fewer than two windows.
+
+    Source:
+        BRECQ, Li et al. 2021, arXiv:2102.05426, trains the rounding of one block after the other
+        on their outputs. Here it is the weights that a mask keeps, and the inputs are those that
+        the pruned blocks before give.
+    """
+    check_windows(len(targets))
+    training, held_out = split(len(targets))
+    with _Fit(weights, run, targets, settings).ready() as fit:
+        best = before = fit.error_of(held_out)
+        weights_then, passes, since = fit.copies(), 0, 0
+        kept = False
+        generator = torch.Generator().manual_seed(settings.seed)
+        while math.isfinite(before) and passes < settings.passes and since < _PATIENCE:
+            for place, index in enumerate(torch.randperm(len(training), generator=generator)):
+                done = (passes + place / len(training)) / settings.passes
+                fit.step(training[int(index)], settings.learning_rate * (1 - done))
+                advance(0)
+            passes += 1
+            error = fit.error_of(held_out)
+            since += 1
+            if error < best:  # never of a NaN
+                best, weights_then, since, kept = error, fit.copies(), 0, True
+        fit.restore(weights_then)
+    return Reconstructed(before=_number(before), after=_number(best), passes=passes, kept=kept)
+
+
+def split(count: int) -> tuple[list[int], list[int]]:
+    """The numbers of the windows to train on and of those to hold out, spread over all."""
+    step = min(HELD_OUT, count)
+    held_out = range(step - 1, count, step)
+    return [window for window in range(count) if window not in held_out], [*held_out]
+
+
+def summary(blocks: Mapping[str, Reconstructed]) -> str:
+    """What the training of a model's blocks came to, in a sentence; at least one block."""
+    better = [each for each in blocks.values() if each.kept and each.before and each.after]
+    left = [name for name, each in blocks.items() if not each.kept]
+    sentence = f"{len(blocks) - len(left)} of {len(blocks)} blocks reconstructed"
+    if better:
+        ratio = sum(math.log(e.after / e.before) for e in better if e.after and e.before)
+        sentence += f", held-out error {math.expm1(ratio / len(better)):+.1%} on average"
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        sentence += f"; no better, so left as they were: {', '.join(left[:_NAMED])}{more}"
+    return sentence
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class _Fit:
+    """
+    Weights on their way: exact ones in float32, which Adam changes, and the model's own.
+
+    Of a model in 16 bits the steps are smaller than its weights can tell.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Trainable],
+        run: Callable[[int], Tensor],
+        targets: Sequence[Tensor],
+        settings: Reconstruction,
+    ) -> None:
+        self.weights = weights
+        self.run = run
+        self.targets = targets
+        self.parameters = [each.parameter for each in weights]
+        self.exact = [each.parameter.detach().float() for each in weights]
+        self.adam = torch.optim.Adam(self.exact, lr=settings.learning_rate)
+        self.energy = max(
+            TINY, float(sum(t.float().square().mean() for t in targets)) / len(targets)
+        )
+
+    @contextmanager
+    def ready(self) -> Iterator["_Fit"]:
+        """Inside, the weights have gradients."""
+        asked = [parameter.requires_grad for parameter in self.parameters]
+        try:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            yield self
+        finally:
+            for parameter, flag in zip(self.parameters, asked, strict=True):
+                parameter.requires_grad_(flag)
+
+    def _error(self, window: int) -> Tensor:
+        """Mean squared error of the output over the mean energy of all targets."""
+        output = self.run(window).float()
+        target = self.targets[window].to(output.device).float()
+        return (output - target).square().mean() / self.energy
+
+    def error_of(self, windows: Sequence[int]) -> float:
+        """The mean over windows, with the weights of now."""
+        with torch.no_grad():
+            return float(torch.stack([self._error(window) for window in windows]).mean())
+
+    def step(self, window: int, rate: float) -> None:
+        """One step of Adam towards the target of a window."""
+        gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
+        for exact, gradient, each in zip(self.exact, gradients, self.weights, strict=True):
+            # Experts that no token of the window reached have none.
+            exact.grad = None if gradient is None else gradient.float().mul_(each.keep)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        self._write()
+
+    def copies(self) -> list[Tensor]:
+        """Of the exact weights, as they are now."""
+        return [exact.clone() for exact in self.exact]
+
+    def restore(self, copies: Sequence[Tensor]) -> None:
+        """Take weights from before."""
+        for exact, then in zip(self.exact, copies, strict=True):
+            exact.copy_(then)
+        self._write()
+
+    def _write(self) -> None:
+        """Into the model; what is not in 16 bits is the model's own tensor."""
+        for parameter, exact in zip(self.parameters, self.exact, strict=True):
+            parameter.detach().copy_(exact)

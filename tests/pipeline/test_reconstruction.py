@@ -1,0 +1,151 @@
+"""Blocks that are trained after they are pruned."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.models.kept_blocks import KeptBlocks
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pipeline.pipeline import prune_model
+from pho_service.pipeline.rating import ReportText
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import LinearMask
+from pho_service.pruning.reconstruction import Reconstructed
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.reconstruction import Reconstruction
+from pho_service.spec.score import Coefficients
+from pho_service.spec.steps import Steps
+
+TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-3)
+CANDIDATE = Candidate(
+    method="crepe",
+    coefficients=Coefficients(row=1, column=1, neighbourhood=0, kernel_size=3),
+    pattern=Pattern.parse("2:4"),
+    steps=Steps(permutation="score", update="obs", reconstruction=TRAINED),
+)
+
+
+class Run:
+    """A model pruned and trained, with what was told of it."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        bundle: ProxyBundle,
+        windows: Tensor,
+        *,
+        candidate: Candidate = CANDIDATE,
+        done: KeptBlocks | None = None,
+        heard: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.masks: dict[str, LinearMask] = {}
+        self.blocks: dict[str, Reconstructed] = {}
+        prune_model(
+            model, bundle.statistics(), candidate, windows, heard, self.masks.__setitem__,
+            done=done, rebuilt=self.blocks.__setitem__,
+        )  # fmt: skip
+        self.weights = {name: each.weight.clone() for name, each in model.linears.items()}
+
+
+def same(first: Run, second: Run) -> bool:
+    """Whether two runs gave the same bits."""
+    return first.blocks == second.blocks and all(
+        torch.equal(weight, second.weights[name])
+        and torch.equal(first.masks[name].keep, second.masks[name].keep)
+        for name, weight in first.weights.items()
+    )
+
+
+@pytest.fixture
+def windows(report: ReportText) -> Tensor:
+    """Calibration windows; one of them is held out."""
+    return report.windows
+
+
+def test_blocks_are_trained(
+    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor
+) -> None:
+    """Held-out error falls or stays, zeros are exact, and N:M holds in the cut order."""
+    before = replace(CANDIDATE, steps=CANDIDATE.steps.before_reconstruction)
+    untrained = Run(load_model(str(model_folder), device="cpu"), bundle, windows, candidate=before)
+    run = Run(model, bundle, windows)
+    results = run.blocks.values()
+
+    assert [*run.blocks] == ["model.layers.0", "model.layers.1"]
+    assert all(r.before and r.after and r.after <= r.before for r in results)
+    assert any(r.kept for r in results)
+    assert all(r.kept == (r.after < r.before) for r in results if r.before and r.after)
+    first = "model.layers.0.mlp.down_proj"
+    assert torch.equal(run.masks[first].keep, untrained.masks[first].keep)
+    trained = not torch.equal(run.weights[first], untrained.weights[first])
+    assert trained == run.blocks["model.layers.0"].kept
+    for name, mask in run.masks.items():
+        assert torch.equal(run.weights[name] != 0, mask.keep)
+
+
+def test_resumed(
+    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor, tmp_path: Path
+) -> None:
+    """A run that is killed in the second block goes on there, and ends with the same bytes."""
+    done = KeptBlocks(folder=tmp_path / "blocks", key="a")
+    killed = load_model(str(model_folder), device="cpu")
+    heard = 0
+
+    def kill(_count: int) -> None:
+        nonlocal heard
+        heard += 1
+        if (tmp_path / "blocks" / "model.layers.0.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(killed, bundle, windows, done=done, heard=kill)
+    steps = []
+    resumed = Run(
+        load_model(str(model_folder), device="cpu"), bundle, windows, done=done, heard=steps.append
+    )
+    whole = Run(model, bundle, windows)
+
+    assert same(resumed, whole)
+    assert steps.count(0) < heard + 2  # only the second block was trained
+    assert KeptBlocks(folder=done.folder, key="b").read("model.layers.0") is None
+    (done.folder / "model.layers.1.safetensors").write_bytes(b"torn")
+    assert done.read("model.layers.1") is None
+
+
+def test_streamed_as_whole(
+    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor
+) -> None:
+    """A streamed model ends with the same weights; another seed gives other ones."""
+    streamed = load_model(str(model_folder), device="cpu", stream=True)
+    other = replace(TRAINED, seed=1)
+    seeded = replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=other))
+    first = Run(model, bundle, windows)
+
+    assert same(Run(streamed, bundle, windows), first)
+    again = load_model(str(model_folder), device="cpu")
+    assert not same(Run(again, bundle, windows, candidate=seeded), first)
+
+
+def test_dense_linears_stay(model: LanguageModel, bundle: ProxyBundle, windows: Tensor) -> None:
+    """What is left dense is not trained: norms, and linears that are ignored."""
+    dense = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    left = replace(CANDIDATE.steps, linears=Linears(ignore=("*.q_proj", "model.layers.0.*")))
+    run = Run(model, bundle, windows, candidate=replace(CANDIDATE, steps=left))
+    changed = {n for n, p in model.model.named_parameters() if not torch.equal(p, dense[n])}
+
+    assert [*run.blocks] == ["model.layers.1"]
+    assert changed == {f"{name}.weight" for name in run.masks}
+    assert len(run.masks) == 6
+
+
+def test_too_few_windows(model: LanguageModel, bundle: ProxyBundle, windows: Tensor) -> None:
+    """One window cannot be trained on and held out."""
+    with pytest.raises(InvalidInput, match=r"only 1\. Give 2 --samples or more"):
+        Run(model, bundle, windows[:1])
