@@ -239,6 +239,9 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
             f"perplexity   {found.confirmation.perplexity:.4f} on "
             f"{found.confirmation.tokens} tokens of {found.confirmation.text['source']}"
         )
+        before = found.confirmation.before_reconstruction
+        if before is not None:
+            lines.append(f"             {before:.4f} before the reconstruction of its blocks")
         tokens = found.confirmation.divergence_tokens
         if tokens is not None:
             rated = sum(c.perplexity is not None for c in found.candidates)

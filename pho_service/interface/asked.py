@@ -17,6 +17,7 @@ from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
+from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Allocation, Steps
 from pho_service.tuning.request import SearchRequest
@@ -100,6 +101,8 @@ class Asked:
         _check_names("steps", steps, _STEPS)
         if isinstance(steps.get("allocation"), str):
             steps["allocation"] = Allocation(method=steps["allocation"])
+        if isinstance(steps.get("reconstruction"), str):
+            steps["reconstruction"] = Reconstruction(method=steps["reconstruction"])
         if self.linears:
             if "linears" in steps:
                 raise InvalidInput(

@@ -22,6 +22,7 @@ from pho_service.pipeline.reconstruction import Rebuilding
 from pho_service.progress import Advance
 from pho_service.pruning.masks import (
     LinearMask,
+    Losses,
     layer_score,
     linear_losses,
     linear_masks,
@@ -172,7 +173,7 @@ def _rebuilt(
 
 
 def _pruned_block(
-    block: Block, statistics: Statistics, candidate: Candidate, losses: LinearLosses
+    block: Block, statistics: Statistics, candidate: Candidate, losses: Losses
 ) -> Iterator[tuple[str, LinearMask]]:
     """Take the linears of a block through all steps; gives the name and the mask of each."""
     moments, input_of = block.moments()

@@ -135,10 +135,13 @@ def _result(report: Report) -> Section:
         )
     if report.configuration is not None and report.configuration.confirmation is not None:
         how = report.configuration.confirmation
+        before = how.before_reconstruction
+        rebuilt = "" if before is None else f" Before its blocks were reconstructed: {before:.5g}."
         texts.insert(
             0,
             f"Confirmed by perplexity, {how.perplexity:.5g} on {how.tokens} tokens of "
-            f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}.",
+            f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}."
+            f"{rebuilt}",
         )
     results = tables.results_table(report)
     if results is None:

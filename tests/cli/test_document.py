@@ -69,6 +69,7 @@ def test_every_field() -> None:
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
             "linears": {"ignore": ["q"]},
+            "reconstruction": {"method": "block"},
         },
     }
     paths = leaves(JobSpec.model_validate({**MINE, **parts}).model_dump(mode="json"))
@@ -106,6 +107,7 @@ WHOLE = {
     "model": "./my model", "pattern": "0.6", "scope": "row", "preset": "best",
     "steps": {"allocation": {"method": "owl", "unit": "block", "spread": 0.3, "outlier_ratio": 4.0},
               "permutation": "none", "repruning": "dsnot", "update": "obs",
+              "reconstruction": {"method": "block", "passes": 2, "learning_rate": 0.5, "seed": 9},
               "linears": {"targets": ["*.q_proj", "re:.*[kv]_proj"], "ignore": ["a b"],
                           "sparsities": {"*.0.q_proj": 0.3, "re:.*=x": 0.5}}},
     "revision": "v1", "dtype": "bfloat16", "stream": True,
