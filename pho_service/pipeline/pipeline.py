@@ -4,6 +4,7 @@ A candidate applied to a model: score, allocation, permutation, re-pruning, upda
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 from torch import Tensor
