@@ -38,7 +38,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 def hints() -> dict[str, str]:
     """What is said beside the fields."""
-    others = [n for n in JobSpec.model_fields if n not in (*_OWN_FIELDS, "calibration")]
+    shown = (*_OWN_FIELDS, "calibration", "preset_meaning")
+    others = [name for name in JobSpec.model_fields if name not in shown]
     calibration = CalibrationSpec.model_fields
     return {
         "model": str(JobSpec.model_fields["model"].description),

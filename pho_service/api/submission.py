@@ -27,7 +27,7 @@ def enter(
 
     Args:
         store: Of the jobs.
-        spec: The document to be stored.
+        spec: The document to be stored; that of a search with what its preset means now.
         asked: The document as it came, if that is another one: by it the key is recognised.
         owner_id, idempotency_key: As :meth:`JobStore.submit`.
         settings: Of the service, for how many jobs an owner may have.
@@ -41,9 +41,10 @@ def enter(
         "max_urgent": settings.max_urgent_jobs,
         "max_finished": settings.max_finished_jobs,
     }  # fmt: skip
+    settled = spec.settled() if isinstance(spec, JobSpec) else spec
     job, _ = store.submit(
-        spec.model_dump(mode="json"),
-        asked=None if asked is None else asked.model_dump(mode="json"),
+        settled.model_dump(mode="json"),
+        asked=(asked or spec).model_dump(mode="json"),
         name=spec.title,
         first=first,
         more=more,

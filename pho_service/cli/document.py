@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import GROUPS, WITHOUT, Field, document_fields, within
+from pho_service.cli.fields import GROUPS, Field, document_fields, within
 from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Given:
             said = self.said[given[0]]
             words = said if isinstance(said, tuple) else () if said is True else (said,)
             return " ".join((self.names[given[0]], *map(str, words))) + ": "
-        if path.partition("/")[0] in WITHOUT:
+        if path.partition("/")[0] in ("model", "more_models"):
             return "MODEL: "
         return "" if named or not path else f"/{path} {_short(value)}: "
 

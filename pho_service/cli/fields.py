@@ -58,7 +58,11 @@ _DEFAULTS = {
 }
 
 # Fields without an option, and why.
-WITHOUT = {"model": "the argument MODEL", "more_models": "further arguments MODEL"}
+WITHOUT = {
+    "model": "the argument MODEL",
+    "more_models": "further arguments MODEL",
+    "preset_meaning": "written down when a job is stored",
+}
 
 # Fields that only a service has a use for, and why `pho search` has not.
 OF_A_SERVICE = {

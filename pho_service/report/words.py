@@ -8,6 +8,8 @@ from typing import Any
 
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
+from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 from pho_service.spec.transfer import TransferSpec
 
 
@@ -118,7 +120,7 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
         trials: That it has.
     """
     if isinstance(known.get("document"), dict):
-        return dict(known["document"])
+        return _as_it_was(known["document"], known)
     provenance = _dict(known.get("calibration"))
     pattern = str(known.get("pattern"))
     name, _, weighting = str(known.get("objective", "")).partition("/")
@@ -140,6 +142,18 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
         "calibration": {**settings, **_source(str(text.get("source", "")))},
         **({"confirm": None} if others else {}),
     }
+
+
+def _as_it_was(document: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's document; with all steps and bounds of then if its preset has changed since."""
+    then = {"steps": _dict(known.get("steps")), "search_space": _dict(known.get("space"))}
+    try:
+        plan = JobSpec.model_validate(document).plan(0)
+        space = SearchSpace(**{name: tuple(each) for name, each in then["search_space"].items()})
+        same = (plan.steps, plan.space) == (Steps.from_dict(then["steps"]), space)
+    except (ValueError, TypeError):  # others may have written it
+        same = True
+    return document if same else {**document, "preset": "score", **then}
 
 
 def _source(text: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The document that a job is submitted as, checked field by field.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from pho_service.spec.fields import (
 from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset, PresetName
+from pho_service.spec.presets import Preset, PresetMeaning, PresetName
 from pho_service.spec.samplers import MAX_TRIALS, Sampler, SearchOptions, options_of
 from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
@@ -55,6 +56,12 @@ class JobSpec(Document):
         "say more. score: the score alone. crepe: as published, without a gradient exponent. "
         "crepe-plus: the best that leaves kept weights untouched. best: kept weights are updated, "
         "too.",
+    )
+    preset_meaning: PresetMeaning | None = Field(
+        None,
+        exclude_if=lambda meaning: meaning is None,
+        description="What the preset meant when the job was submitted, so that the job keeps its "
+        "meaning in later versions. The service writes it down; leave it out in a new job.",
     )
     steps: StepsSpec = StepsSpec()
     name: Title | None = Field(
@@ -149,6 +156,22 @@ class JobSpec(Document):
             Pattern.parse(info.data["pattern"], value)
         return value
 
+    @field_validator("preset_meaning")
+    @classmethod
+    def _of_this_preset(
+        cls, value: PresetMeaning | None, info: ValidationInfo
+    ) -> PresetMeaning | None:
+        given = info.data
+        if value is not None and {"pattern", "scope", "preset"} <= given.keys():
+            pattern = Pattern.parse(given["pattern"], given["scope"])
+            mine = PresetMeaning.words(given["preset"], given["pattern"], pattern)
+            if value.of != mine:
+                raise ValueError(
+                    f"preset_meaning is that of {value.of}, but the job is for {mine}: leave it "
+                    "out, for what the preset means now"
+                )
+        return value
+
     @field_validator("objective", "validation")
     @classmethod
     def _can_be_measured(cls, value: Any, info: ValidationInfo) -> Any:
@@ -182,11 +205,13 @@ class JobSpec(Document):
     @field_validator("trials")
     @classmethod
     def _more_than_baselines(cls, value: int, info: ValidationInfo) -> int:
-        needed = {"pattern", "scope", "preset", "steps", "calibration", "search_space"}
+        needed = {
+            "pattern", "scope", "preset", "preset_meaning", "steps", "calibration", "search_space",
+        }  # fmt: skip
         if needed <= info.data.keys():
             given = info.data
             pattern = Pattern.parse(given["pattern"], given["scope"])
-            preset = _preset(given["preset"], pattern, given["steps"], given["search_space"])
+            preset = _preset(given, pattern)
             request = SearchRequest(
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
@@ -230,7 +255,7 @@ class JobSpec(Document):
 
     def request(self, island: int) -> SearchRequest:
         """In the form that a search takes. The first island has the seed of the job."""
-        preset = _preset(self.preset, self.pruning(), self.steps, self.search_space)
+        preset = _preset(dict(self), self.pruning())
         return SearchRequest(
             pattern=self.pruning(),
             objective=self.objective.over_models(len(self.models)),
@@ -292,6 +317,13 @@ class JobSpec(Document):
         }
         return self.model_copy(update=changes)
 
+    def settled(self) -> "JobSpec":
+        """The same with what its preset means now written down, unless it says what it meant."""
+        if self.preset_meaning is not None:
+            return self
+        meaning = PresetMeaning.now(self.preset, self.pattern, self.pruning())
+        return self.model_copy(update={"preset_meaning": meaning})
+
     def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
         """
         Count what the job asks for: trials, and tokens of the calibrations and of every candidate
@@ -316,9 +348,11 @@ class JobSpec(Document):
             limits.check_tokens("/confirm/windows", tokens)
 
 
-def _preset(name: str, pattern: Pattern, steps: StepsSpec, space: SearchSpaceSpec) -> Preset:
-    """The preset of a job, with its steps and bounds."""
-    return Preset.of(name, pattern).changed(steps.given(), space.bounds())
+def _preset(given: Mapping[str, Any], pattern: Pattern) -> Preset:
+    """The preset of a job with these fields, with its steps and bounds."""
+    meaning = given["preset_meaning"]
+    preset = Preset.of(given["preset"], pattern) if meaning is None else meaning.preset()
+    return preset.changed(given["steps"].given(), given["search_space"].bounds())
 
 
 def island_seed(seed: int, island: int) -> int:

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
+from pydantic import Field
+
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import Document, Title
 from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Allocation, Steps
 
 PresetName = Literal["score", "crepe", "crepe-plus", "best"]
@@ -78,3 +82,45 @@ class Preset:
             steps=Steps(allocation=Allocation(method="fisher"), repruning="swaps"),
             bounds={"allocation_spread": (0.05, 0.4)},
         )
+
+
+class PresetMeaning(Document):
+    """
+    What a preset meant when a job was submitted: presets may change from version to version.
+
+    A step or a bound that a later version adds is left out here, and so has the default that
+    changes nothing.
+    """
+
+    of: Title = Field(description="The preset, the pattern and the scope, in words.")
+    steps: Steps = Field(Steps(), description="What every candidate goes through.")
+    search_space: SearchSpaceSpec = Field(
+        SearchSpaceSpec(), description="Bounds that differ from those of every search."
+    )
+
+    @classmethod
+    def now(cls, name: str, text: str, pattern: Pattern) -> Self:
+        """
+        What a preset means in this version.
+
+        Args:
+            name: Of the preset.
+            text: The pattern, as it is written in the job.
+            pattern: The same with its scope.
+        """
+        preset = Preset.of(name, pattern)
+        bounds = {bound: [*values] for bound, values in preset.bounds.items()}
+        return cls(
+            of=cls.words(name, text, pattern),
+            steps=preset.steps,
+            search_space=SearchSpaceSpec(**bounds),
+        )
+
+    @staticmethod
+    def words(name: str, text: str, pattern: Pattern) -> str:
+        """What the meaning is of; for the arguments see :meth:`now`."""
+        return f"{name} at {text}, scope {pattern.scope.value}"
+
+    def preset(self) -> Preset:
+        """The preset of then."""
+        return Preset(steps=self.steps, bounds=self.search_space.bounds())

@@ -485,7 +485,7 @@ def test_submission(client: TestClient) -> None:
 
     assert answer.status_code == 303
     assert answer.headers["location"] == f"/#job-{job['id']}"
-    assert job["spec"] == JobSpec.model_validate(document).model_dump(mode="json")
+    assert job["spec"] == JobSpec.model_validate(document).settled().model_dump(mode="json")
 
 
 def test_only_what_is_needed(client: TestClient) -> None:

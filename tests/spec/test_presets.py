@@ -3,6 +3,7 @@
 import pytest
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import PRESETS, Preset
 from pho_service.spec.steps import Allocation, Steps
@@ -60,3 +61,30 @@ def test_unknown() -> None:
     """Another name is refused with those that exist."""
     with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
         Preset.of("worst", LAYER)
+
+
+def test_meaning_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stored job goes by what its preset meant; a new document by what it means now."""
+    document = {"model": "org/name", "pattern": "0.5", "preset": "best"}
+    spec = JobSpec.model_validate(document)
+    stored = spec.settled().model_dump(mode="json")
+    further = {**stored, "steps": {"update": "obs"}, "search_space": {"row_share": [0, 1]}}
+    then = spec.plan(0)
+    changed = Preset(steps=Steps(repruning="dsnot"), bounds={"row_share": (0.5, 0.5)})
+    monkeypatch.setattr(Preset, "of", lambda *_: changed)
+    again = JobSpec.model_validate(stored)
+
+    assert "preset_meaning" not in spec.model_dump(mode="json")  # as it was asked, its hash too
+    assert again.plan(0) == then
+    assert again.settled() is again
+    assert JobSpec.model_validate(further).plan(0).steps.update == "obs"
+    assert JobSpec.model_validate(document).plan(0).steps.repruning == "dsnot"
+
+
+def test_meaning_of_another() -> None:
+    """What a preset meant at one pattern is not taken for another: the message says what to do."""
+    stored = JobSpec(model="org/name", pattern="0.5", preset="best").settled()
+    document = {**stored.model_dump(mode="json"), "pattern": "2:4"}
+
+    with pytest.raises(ValueError, match=r"of best at 0.5, scope layer, .* best at 2:4.*leave it"):
+        JobSpec.model_validate(document)

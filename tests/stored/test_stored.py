@@ -32,14 +32,16 @@ INTERRUPTED = ("stopped", "unmeasured")
 NUMBERS = ("optuna", "cmaes", "numpy", "scipy")  # whose versions decide on the numbers of a search
 PATIENCE_S = 120.0
 
-# The packages' versions are in results, and in the keys of bundles: those of then.
+# The packages' versions are in results, and in the keys of bundles: those of then. What a preset
+# means now is not asked: a stored job has what it meant then.
 AS_THEN = f"""
 import importlib.metadata, platform
 now, then = importlib.metadata.version, {STORED["versions"]!r}
 importlib.metadata.version = lambda name: then.get(name) or now(name)
 platform.python_version = lambda: then["python"]
 """
-WORKER = f"{AS_THEN}\nfrom workers.__main__ import main; main(prog_name='pho worker')"
+NO_PRESETS = "from pho_service.spec.presets import Preset; Preset.of = None"
+WORKER = f"{AS_THEN}\n{NO_PRESETS}\nfrom workers.__main__ import main; main(prog_name='pho worker')"
 
 
 @pytest.fixture
