@@ -80,19 +80,15 @@ def main(
     torch.set_num_threads(1)
     inputs = _inputs(model, block, samples=samples, context_length=context_length, seed=seed)
     columns = {
-        f"{pattern} {scope}": _column(inputs, Pattern.parse(pattern, scope))
-        for pattern in patterns
-        for scope in scopes
-        if scope == scopes[0] or ":" not in pattern
+        f"{pattern}" if pattern.group else f"{pattern} {pattern.scope}": _column(inputs, pattern)
+        for text in patterns
+        for pattern in dict.fromkeys(Pattern.parse(text).within(Scope(s)) for s in scopes)
     }
     names = (*METHODS, ROW_WEIGHTS, PERMUTED)
     print_table(
         f"{Path(model).name}: error of the outputs of a block against ALPS's, and CPU seconds",
         ("method", *columns),
-        [
-            (row, *(column.get(row, "") for column in columns.values()))
-            for row in (*METHODS, ROW_WEIGHTS, PERMUTED)
-        ],
+        [(name, *(column.get(name, "-") for column in columns.values())) for name in names],
         caption=f"geometric mean over {len(inputs.linears)} linears of one block, all at the "
         f"pattern's sparsity, on the inputs of the dense model in {samples} calibration windows "
         f"of {context_length} tokens; ALPS in the same scope; seed {seed}, 1 thread; "

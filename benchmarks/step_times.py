@@ -12,15 +12,20 @@ from collections.abc import Callable
 
 import click
 import torch
+from torch import Tensor
 
 from pho_service.cli.terminal import print_table
 from pho_service.host.versions import versions
+from pho_service.pruning.admm import PUBLISHED_DAMPING, PUBLISHED_PENALTY, Masked, admm, admm_refine
 from pho_service.pruning.allocation import allocate
+from pho_service.pruning.alps import Spectrum, alps
 from pho_service.pruning.dsnot import dsnot_refine
 from pho_service.pruning.error_permutation import PermutedLinear, permute_for_error
 from pho_service.pruning.layer_view import LayerView
+from pho_service.pruning.normalised import DAMPING, Normalised
 from pho_service.pruning.permutation import permute_channels
 from pho_service.pruning.selection import keep_highest, nm_mask
+from pho_service.pruning.support import Support
 from pho_service.pruning.swaps import swap_refine
 from pho_service.pruning.weight_update import (
     inverse_factor,
@@ -68,6 +73,8 @@ def _times(width: int, seed: int) -> dict[str, float]:
         fisher=fisher, root=torch.linalg.cholesky(gram.double() + torch.eye(width)).T.float(),
     )  # fmt: skip
     mean = inputs.mean(dim=0)
+    support = Support.of(mask)
+    masked = Masked(weight=weight, keep=mask, support=support)
     linear = PermutedLinear(weight=weight, score=score, fisher=fisher)
     steps: dict[str, Callable[[], object]] = {
         **{
@@ -83,6 +90,9 @@ def _times(width: int, seed: int) -> dict[str, float]:
         ),
         "re-pruning swaps": lambda: swap_refine(weight, mask, gram),
         "re-pruning swaps, 2:4": lambda: swap_refine(weight, groups, gram, group=4),
+        "re-pruning admm": lambda: admm_refine(
+            [masked], Normalised.of(gram, damping=DAMPING, layer="random"), layer="random"
+        ),
         "inverse": lambda: inverse_factor(gram, layer="random"),
         "update obs": lambda: obs_update(weight, mask, factor),
         "least squares on top": lambda: least_squares_update(
@@ -90,8 +100,16 @@ def _times(width: int, seed: int) -> dict[str, float]:
         ),
         "update sparsegpt": lambda: sparsegpt(weight, factor, removed=width * width // 2),
         "update sparsegpt, 2:4": lambda: sparsegpt(weight, factor, keep=2, group=4),
+        "update admm": lambda: _admm(weight, gram, support),
+        "update alps": lambda: alps(weight, Spectrum.of(gram, layer="random"), support),
     }
     return {name: _seconds(step) / (width * width / 1e6) for name, step in steps.items()}
+
+
+def _admm(weight: Tensor, gram: Tensor, support: Support) -> None:
+    moments = Normalised.of(gram, damping=0, layer="random")
+    inverse = moments.inverse(PUBLISHED_DAMPING + PUBLISHED_PENALTY, layer="random")
+    admm(weight, moments, inverse, support)
 
 
 def _seconds(step: Callable[[], object]) -> float:

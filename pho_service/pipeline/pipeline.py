@@ -19,6 +19,7 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.kept_blocks import KeptBlock, KeptBlocks
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.few_tokens import few_tokens, warn_once
 from pho_service.pipeline.reconstruction import Rebuilding
 from pho_service.progress import Advance
 from pho_service.pruning.masks import (
@@ -74,6 +75,8 @@ def prune_model(
     """
     if candidate.steps.needs_text:
         windows = _given(calibration, candidate)
+        if few := few_tokens(model.linears, candidate, windows):
+            warn_once(few)
         if candidate.steps.reconstruction.wanted:
             masks = _rebuilt(model, statistics, candidate, windows, done, rebuilt, advance)
         else:

@@ -17,6 +17,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
 from pho_service.models.weights_hash import sha256_each
+from pho_service.pipeline.few_tokens import few_tokens
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.rating import windows_key
 from pho_service.progress import Progress, silent
@@ -162,6 +163,7 @@ def prune_in_place(
             text is missing.
     """
     bundle.check_model(model.linears)
+    few = few_tokens(model.linears, configuration.candidate(), calibration)
     dense = model.to_dict()  # before its weights change
     candidate = configuration.candidate()
     kept: dict[str, _Kept] = {}
@@ -198,6 +200,7 @@ def prune_in_place(
         "model": dense,
         "calibration": {k: v for k, v in bundle.provenance.items() if k != "model"},
         "updated": candidate.steps.changes_weights,
+        **({} if few is None else {"few_tokens": few}),
         "folded": folded,
         "sparsity": sparsity,
         "layers": {

@@ -78,7 +78,8 @@ def alps(weight: Tensor, spectrum: Spectrum, support: Support) -> tuple[Tensor, 
         Meng et al. 2024, arXiv:2406.07831, algorithm 1, with the schedule and the
         constants of their code; algorithm 2 is
         :func:`~pho_service.pruning.weight_update.least_squares_update`, whose
-        preconditioner is their normalisation. Ties fall to the lower index.
+        preconditioner is their normalisation. Ties fall to the
+        lower index, and the weights of inputs that are always 0 are removed first.
     """
     dense = spectrum.input.scaled(weight)
     target = dense @ spectrum.input.gram  # (out_features, in_features)

@@ -36,8 +36,9 @@ class Normalised:
         Of a Gram matrix, which is left as it is.
 
         Args:
-            gram: (in_features, in_features), float32, symmetric: E[x x^T]. One of
-                zeros counts as the identity.
+            gram: (in_features, in_features), float32, symmetric: E[x x^T]. An input
+                that is always 0 stands alone and is scaled to almost 0, so its
+                weights are the first to go. A matrix of zeros counts as the identity.
             damping: Share of the mean diagonal that is added to the diagonal, >= 0.
             layer: Name of the linear, for the message of an error.
 
@@ -53,7 +54,7 @@ class Normalised:
         diagonal = gram.diagonal()
         added = damping * diagonal.mean()
         alone = torch.where(diagonal.mean() > 0, _DEAD * diagonal.mean(), 1)
-        damped = torch.where(diagonal + added > 0, diagonal + added, alone)
+        damped = torch.where(diagonal > 0, diagonal + added, alone)
         scale = damped.sqrt()
         normalised = gram / scale / scale[:, None]
         normalised.diagonal().fill_(1)

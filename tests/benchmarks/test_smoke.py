@@ -62,10 +62,25 @@ def test_step_times(benchmark: Benchmark) -> None:
     for step in (
         "allocation owl", "allocation fisher", "allocation curves", "permutation score",
         "permutation error", "re-pruning dsnot", "re-pruning swaps", "re-pruning swaps, 2:4",
-        "inverse", "update obs", "least squares on top", "update sparsegpt",
+        "re-pruning admm", "update admm", "update alps", "inverse", "update obs",
+        "least squares on top", "update sparsegpt",
         "update sparsegpt, 2:4",
     ):  # fmt: skip
         assert all(seconds >= 0 for seconds in numbers(table[step]))
+
+
+def test_mask_errors(benchmark: Benchmark, model_folder: Path) -> None:
+    """A row for each method, whose error is compared with that of ALPS; rows may be weighted."""
+    table = benchmark(
+        "mask_errors", "--model", model_folder, "--pattern", "0.5", "--pattern", "2:4",
+        "--scope", "layer", "--samples", 2, "--context-length", 16,
+    )  # fmt: skip
+
+    assert table["method"] == ["0.5 layer", "2:4"]
+    assert all(cell.startswith("+0.0% ") for cell in table["alps"])
+    assert table["admm, least squares"] != table["sparsegpt"]
+    assert table["the same with row weights"][0]
+    assert table["the same, permuted"][0] == "-"
 
 
 def test_assignments(benchmark: Benchmark) -> None:

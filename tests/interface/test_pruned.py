@@ -79,6 +79,29 @@ def test_in_place(
     assert "up_proj" in repr(pruned)
 
 
+def test_few_tokens(
+    tiny_llama: Any,
+    tokenizer: Any,
+    texts: dict[str, Path],
+    with_steps: Callable[[Steps], pho.Configuration],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fewer tokens than inputs are said once, with the number that would do, and in the recipe."""
+    said: list[str] = []
+    monkeypatch.setattr("pho_service.pipeline.few_tokens.logger.warning", said.append)
+    bundle = pho.calibrate(
+        tiny_llama, tokenizer, texts["calibration"], samples=2, context_length=11
+    )
+    steps = Steps(repruning="admm", update="least-squares")
+    other = copy.deepcopy(tiny_llama)
+    recipes = [pho.prune(model, with_steps(steps), bundle).recipe for model in (tiny_llama, other)]
+
+    assert len(said) == 1
+    assert "22 tokens, fewer than the 64 inputs of model.layers.0.mlp.down_proj" in said[0]
+    assert said[0].endswith("Take 6 windows of 11 tokens or more (--samples 6).")
+    assert [recipe["few_tokens"] for recipe in recipes] == said * 2
+
+
 def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any) -> None:
     """A folder is loaded, pruned and given back; the text is cut with its own tokenizer."""
     bundle = pho.calibrate(model_folder, None, texts["calibration"], samples=6, context_length=32)

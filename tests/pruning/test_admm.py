@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pho_service.errors import NumericalError
 from pho_service.pruning.admm import (
     PUBLISHED_DAMPING,
     PUBLISHED_PENALTY,
@@ -17,6 +18,7 @@ from pho_service.pruning.admm import (
 from pho_service.pruning.alps import Spectrum, alps
 from pho_service.pruning.normalised import Normalised
 from pho_service.pruning.support import Support
+from pho_service.pruning.weight_update import least_squares_update, output_error
 
 ROWS, WIDTH = 6, 24
 Choose = Callable[[Tensor, float], Tensor]
@@ -198,3 +200,97 @@ def test_refine(kind: str) -> None:
     for seed, each, of_rows in zip((1, 2), found, (rows, torch.ones(ROWS)), strict=True):
         expected = plain_refine(weight_of(seed), gram, keep, of_rows, plain_choice(kind))
         check_equal(each, expected)
+
+
+def refined(
+    kind: str, gram: Tensor, keep: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What re-pruning gives for one linear."""
+    linear = Masked(
+        weight=weight_of(), keep=keep, support=support_of(kind, keep), importance=importance
+    )
+    (found,) = admm_refine([linear], Normalised.of(gram, damping=0.01, layer="q"), layer="q")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_falls(kind: str) -> None:
+    """From a mask of Wanda's to ADMM's the error falls, and further with each step after it."""
+    weight, gram = weight_of(), gram_of()
+    before = support_of(kind).choose(weight.abs() * gram.diagonal().sqrt())
+
+    start, keep = refined(kind, gram, before)
+
+    errors = [
+        float(output_error(weight, least_squares_update(weight, mask, gram, **how), gram).sum())
+        for mask, how in (
+            (before, {"start": weight, "steps": 30}),
+            (keep, {"start": start, "steps": 0}),
+            (keep, {"start": start, "steps": 2}),
+            (keep, {"start": start, "steps": 30}),
+        )
+    ]
+    assert errors[3] < 0.95 * errors[0]
+    assert errors[1] >= errors[2] >= errors[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_and_repeats(kind: str) -> None:
+    """As many weights stay as before, in every row or group; a second run has the same bits."""
+    keep = plain_choice(kind)(weight_of(5).abs(), 1)
+    if kind == "row":  # an allocation's remainder: the first rows lose one more
+        keep[:2] &= torch.arange(WIDTH) != keep[:2].int().argmax(dim=1, keepdim=True)
+
+    importance = torch.arange(ROWS) / 2.0  # the first row counts for nothing
+
+    first, second = (refined(kind, gram_of(), keep, importance) for _ in range(2))
+
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert bool(first[0].isfinite().all())
+    assert int(first[1].sum()) == int(keep.sum())
+    if kind == "row":
+        assert torch.equal(first[1].sum(dim=1), keep.sum(dim=1))
+    if kind == "2:4":
+        assert bool((first[1].reshape(-1, 4).sum(dim=1) == 2).all())
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 200])
+@pytest.mark.parametrize("method", ["admm", "alps", "refine"])
+def test_singular(method: str, tokens: int) -> None:
+    """Fewer tokens than inputs, and inputs that are always 0, whose weights are the first to go."""
+    dead = 0 if tokens < 200 else 8
+    gram = gram_of(tokens=tokens or 1, dead=dead) * (tokens > 0)
+    support = support_of("row")
+
+    if method == "alps":
+        weight, keep = alps(weight_of(), Spectrum.of(gram, layer="q"), support)
+    elif method == "admm":
+        moments = Normalised.of(gram, damping=0, layer="q")
+        weight, keep = admm(weight_of(), moments, moments.inverse(1.1, layer="q"), support)
+    else:
+        weight, keep = refined("row", gram, support.choose(weight_of().abs()))
+
+    assert bool(weight.isfinite().all())
+    assert bool((keep.sum(dim=1) == WIDTH // 2).all())
+    assert not bool(keep[:, :dead].any())
+
+
+def test_not_finite() -> None:
+    """NaN in the second moments is an error that names the layer and the way out."""
+    gram = gram_of()
+    gram[3, 3] = torch.nan
+
+    with pytest.raises(NumericalError, match=r"mlp: .* NaN or infinite.* float32"):
+        Normalised.of(gram, damping=0.01, layer="mlp")
+
+
+def test_float64() -> None:
+    """A matrix that float32 cannot factor is factored in float64; one that is not positive, not."""
+    moments = Normalised(gram=torch.tensor([[1.0, 1.0], [1.0, 1.0]]), scale=torch.ones(2))
+
+    inverse = moments.inverse(1e-9, layer="mlp")
+
+    assert bool(inverse.isfinite().all())
+    with pytest.raises(NumericalError, match=r"mlp: .* penalty of -0.5"):
+        moments.inverse(-0.5, layer="mlp")
