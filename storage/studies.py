@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Engine, delete, event, text
+from sqlalchemy import Connection, Engine, delete, event, select, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -218,6 +218,30 @@ def open_study(
         return optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True
         )
+
+
+def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
+    """
+    The names of the other studies of a study's database with the same user attribute, oldest first.
+
+    Args:
+        study: Of a database; of another storage there are none.
+        key: Name of the attribute.
+        value: Of it.
+    """
+    storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
+    if not isinstance(storage, RDBStorage):
+        return []
+    alike = models.StudyUserAttributeModel
+    query = (
+        select(models.StudyModel.study_name)
+        .join(alike, alike.study_id == models.StudyModel.study_id)
+        .where(alike.key == key, alike.value_json == json.dumps(value))
+        .where(models.StudyModel.study_id != study._study_id)
+        .order_by(models.StudyModel.study_id)
+    )
+    with _create_scoped_session(storage.scoped_session) as session:
+        return [*session.execute(query).scalars()]
 
 
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage
 
 from pho_service.host.faults import faults_told
 from pho_service.pipeline.confirmation import compare_finalists
+from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.rating import Subject, measure
 from pho_service.pipeline.search import (
     compared_with_cold,
@@ -143,7 +144,10 @@ class Stages:
         with open_storage(self._database.studies_url) as storage:
             name = study_name(claim.job.name, island)
             study = open_study(storage, name, direction=spec.plan(island).direction)
-            describe_study(study, spec.request(island), spec.plan(island), provenance(claim.job))
+            origin, plan = provenance(claim.job), spec.plan(island)
+            describe_study(study, spec.request(island), plan, origin)
+            known = KnownRatings(study, spec.request(island), plan, [str(origin["key"])])
+            rate = known.before(rate)
             show_search(study, spec)
             while True:
                 search.run(storage, study, spec.plan(island), rate)
@@ -161,6 +165,7 @@ class Stages:
                     {
                         "trials": search.done,
                         "out_of_time": search.out_of_time,
+                        **({"rated_before": known.taken} if known.taken else {}),
                         **({} if saving is None else {"saving": saving.to_dict()}),
                     },
                     then=[NewStage(kind=StageKind.CONFIRM)],

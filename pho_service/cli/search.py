@@ -213,6 +213,7 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
                 "configuration": result.configuration.model_dump(mode="json"),
                 "out": str(path),
                 "study": {"url": study, "name": result.study_name},
+                "rated_before": result.rated_before,
                 "warnings": result.warnings,
             }
         )
@@ -249,6 +250,11 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
                 f"confirmed    the best of {rated} perplexities; finalists and baselines got one "
                 f"that are near to the dense model on {tokens} tokens"
             )
+    if result.rated_before:
+        lines.append(
+            f"ratings      {result.rated_before} were taken from a study that rated the same "
+            "candidates"
+        )
     lines += _started(result)
     lines += [
         f"written      {path}",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
+from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
@@ -94,6 +95,9 @@ def search_job(
         study = memory_study(request, bundles, confirm_text)
     check_study(study, named.values())
     describe_study(study, request, plan, origin)
+    rows = [bundle.rows_sha256 for bundle in named.values()]
+    known = KnownRatings(study, request, plan, [str(origin.get("key", "")), *rows])
+    evaluate = known.before(evaluate)
     with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
         rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
     saving = compared_with_cold(request, plan, rated, evaluate, progress)
@@ -118,7 +122,7 @@ def search_job(
         settings = request.steps.reconstruction
         result = reconstruct_winner(result, settings, study, subject, progress)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
-    return result
+    return replace(result, rated_before=known.taken)
 
 
 def of_objective(rated: Sequence[RatedCandidate], measured_on: Mapping[str, Any]) -> Measurements:

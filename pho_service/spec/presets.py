@@ -113,7 +113,7 @@ class PresetMeaning(Document):
         return cls(
             of=cls.words(name, text, pattern),
             steps=preset.steps,
-            search_space=SearchSpaceSpec(**bounds),
+            search_space=SearchSpaceSpec.model_validate(bounds),
         )
 
     @staticmethod

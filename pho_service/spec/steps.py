@@ -234,6 +234,11 @@ class Steps:
         return self.update in CHOOSING
 
     @property
+    def rated(self) -> Self:
+        """The part that a proxy rates: which linears are pruned, and how much each loses."""
+        return type(self)(linears=self.linears, allocation=self.allocation)
+
+    @property
     def changes_weights(self) -> bool:
         """Whether weights that stay have other values afterwards."""
         return self.update != "none" or self.reconstruction.wanted

@@ -29,12 +29,14 @@ class SearchResult:
         study_name: In the request's database.
         trial: The number of the best in it.
         warnings: Plain sentences that a user must read.
+        rated_before: How many ratings were taken from other studies.
     """
 
     configuration: Configuration
     study_name: str
     trial: int
     warnings: list[str]
+    rated_before: int = 0
 
 
 def describe_study(
