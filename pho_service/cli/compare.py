@@ -1,9 +1,9 @@
 """`pho compare`."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,7 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
     at_least,
+    confirm_text,
     device_options,
     file_source,
     json_option,
@@ -21,20 +22,29 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
+from pho_service.errors import InvalidInput
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import PRESETS
+from pho_service.spec.seed import SEEDS
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.compare import ComparisonRow
-    from pho_service.pipeline.rating import ReportText
+    from pho_service.pipeline.repeated import Calibrated, Compared
+    from pho_service.spec.fields import CalibrationSpec
+    from pho_service.spec.job import JobSpec
+
+_OF_SEARCHES = ("trials", "confirm/text", "confirm/windows", "confirm/candidates")
 
 
 @click.command(
     cls=DocumentCommand,
-    fields=("pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream"),
+    fields=(
+        "pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream",
+        *_OF_SEARCHES,
+    ),
     required=("pattern",),
-)
+)  # fmt: skip
 @click.argument("model")
 @click.option(
     "--report-text",
@@ -51,6 +61,35 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="A configuration to compare; may be given several times.",
 )
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    help="A published method to show; may be given several times; all shows every one.  "
+    "[default: those that take minutes]",
+)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice(PRESETS),
+    help="Search with this preset, and show what is found; may be given several times.",
+)
+@click.option(
+    "--ablation",
+    is_flag=True,
+    help="Show configurations step by step: the score alone, then with each step more.",
+)
+@click.option(
+    "--seeds",
+    help="Repeat all with these seeds of calibration and search, and show means and standard "
+    "deviations: 0,1,2.",
+)
+@click.option(
+    "--other-family",
+    is_flag=True,
+    help="Compare configurations that were found on another family of models, too.",
+)
 @device_options
 @json_option
 @verb
@@ -60,6 +99,11 @@ def compare(
     report_path: str,
     report_windows: int | None,
     config_paths: tuple[str, ...],
+    methods: tuple[str, ...],
+    presets: tuple[str, ...],
+    ablation: bool,
+    seeds: str | None,
+    other_family: bool,
     device: str,
     device_map: str | None,
     as_json: bool,
@@ -67,28 +111,47 @@ def compare(
     """
     Print a table of perplexities: dense, the published methods, configurations.
 
-    All rows share the statistics, the text and the pattern. Magnitude competes
+    All rows share the calibration windows, the text and the pattern. Magnitude competes
     within layers, Wanda within rows, RIA is shown both ways, CRePE with equal
     coefficients takes --scope, a configuration its own. OWL gives each block a
     sparsity of its own; SparseGPT updates the weights that stay. All prune the
     linears that the configurations prune, or that are named by options.
 
+    A name that ends in -sequential takes a score's activation norms from the
+    pruned blocks before, as Wanda and RIA are published; at N:M one that ends in
+    -permuted cuts the groups in the channel order that keeps the most score.
+
     \b
     Example:
       pho compare HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
           --report-text other.txt --config config.json
+      pho compare HuggingFaceTB/SmolLM2-135M --pattern 2:4 --text book.txt \\
+          --confirm-text second.txt --report-text other.txt --seeds 0,1,2 \\
+          --method wanda-permuted --method sparsegpt-permuted --preset best
     """
-    from pho_service.pipeline.compare import compare_job
+    from pho_service.pipeline.compare import check_family, common_linears
+    from pho_service.pipeline.repeated import ComparisonRequest, compare_over_seeds
     from pho_service.spec.configuration import read_configuration
 
     at_least(1, report_windows=report_windows)
-    parsed = Pattern.parse(given("pattern"), given("scope"))
-    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
-    configurations = [(path, read_configuration(Path(path))) for path in config_paths]
-    calibration = given.calibration()
-    settings, source = calibration.settings(), text_source(calibration)
+    named = [(path, read_configuration(Path(path))) for path in config_paths]
+    pattern = Pattern.parse(given("pattern"), given("scope"))
+    asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
+    linears = common_linears(named, pattern, asked)
+    searches = _searches(model, given, presets, linears)
+    request = ComparisonRequest(
+        pattern=pattern,
+        configurations=named,
+        methods=methods or None,
+        searches={name: each.request(0) for name, each in searches.items()},
+        linears=linears,
+        ablation=ablation,
+    )
+    calibration, drawn = given.calibration(), _seeds(seeds, given)
+    settings = calibration.settings()
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
-    text = read_calibration_text(loaded, source, settings)
+    for path, configuration in named:
+        check_family(configuration, loaded, path, other_family=other_family)
     report = report_text(
         loaded,
         file_source(report_path),
@@ -96,64 +159,85 @@ def compare(
         bos=settings.bos,
         max_windows=report_windows,
     )
-    bundle = open_bundle(loaded, text, settings)
-    rows = compare_job(
+    search = next(iter(searches.values()), None)  # all are confirmed on the same text
+    compared = compare_over_seeds(
         loaded,
-        bundle,
         report,
-        parsed,
-        configurations,
-        linears=linears,
-        calibration=text.calibration,
+        request,
+        {seed: _calibration(loaded, calibration, seed, search) for seed in drawn},
         device=str(loaded.device),
         progress=progress,
     )
     if as_json:
-        print_json(comparison_document(rows, report, loaded, str(parsed)))
+        print_json(compared.to_dict())
         return
-    show_comparison(rows, report, loaded, str(parsed))
+    show_comparison(compared)
 
 
-def comparison_document(
-    rows: "Sequence[ComparisonRow]", report: "ReportText", model: "LanguageModel", pattern: str
-) -> dict[str, Any]:
-    """A comparison with all that its numbers depend on."""
-    from pho_service.host.versions import versions
-
+def _searches(
+    model: str, given: Given, presets: Sequence[str], linears: Linears
+) -> "dict[str, JobSpec]":
+    """The document of each preset's search, as `pho submit` would send it."""
+    options = [given.names[path] for path in _OF_SEARCHES if path in given.said]
+    if options and not presets:
+        raise InvalidInput(
+            f"{', '.join(options)}: for --preset alone, which searches. Leave it out, or give a "
+            "--preset."
+        )
     return {
-        "pattern": pattern,
-        "rows": [asdict(row) for row in rows],
-        "report": {
-            **report.to_dict(),
-            "context_length": report.windows.shape[1],
-            "tokens": report.windows.shape[0] * (report.windows.shape[1] - 1),
-        },
-        "model": model.to_dict(),
-        "device": str(model.device),
-        "versions": versions("torch", "transformers"),
+        name: given.job(
+            given.document(
+                {
+                    "model": model,
+                    "preset": name,
+                    **({"steps": {"linears": linears.to_dict()}} if linears else {}),
+                }
+            )
+        )
+        for name in dict.fromkeys(presets)
     }
 
 
-def show_comparison(
-    rows: "Sequence[ComparisonRow]", report: "ReportText", model: "LanguageModel", pattern: str
-) -> None:
+def _seeds(seeds: str | None, given: Given) -> list[int]:
+    """Of the calibrations, each once."""
+    if seeds is None:
+        return [given("calibration/seed")]
+    if "calibration/seed" in given.said:
+        raise InvalidInput(
+            f"--seeds and {given.names['calibration/seed']} both say how the calibration is drawn. "
+            "Give one of them."
+        )
+    words = [word.strip() for word in seeds.split(",")]
+    if not all(word.isdecimal() and int(word) < SEEDS for word in words):
+        raise InvalidInput(
+            f"--seeds {seeds!r} are not whole numbers from 0 to {SEEDS - 1} with commas between: "
+            "0,1,2."
+        )
+    found = [int(word) for word in words]
+    if len({*found}) < len(found):
+        raise InvalidInput(f"--seeds {seeds!r}: one is given twice, which counts it twice.")
+    return found
+
+
+def _calibration(
+    model: "LanguageModel", spec: "CalibrationSpec", seed: int, search: "JobSpec | None"
+) -> "Callable[[], Calibrated]":
+    """What calibrates on the windows of a seed, when its turn comes."""
+    from pho_service.pipeline.repeated import Calibrated
+
+    def calibrate() -> Calibrated:
+        settings = replace(spec.settings(), seed=seed)
+        text = read_calibration_text(model, text_source(spec), settings)
+        confirm = None
+        if search is not None and search.confirm is not None:
+            windows = search.confirm.windows
+            confirm = confirm_text(model, text, search.confirm.text, settings, windows)
+        bundle = open_bundle(model, text, settings)
+        return Calibrated(bundle=bundle, calibration=text.calibration, confirm=confirm)
+
+    return calibrate
+
+
+def show_comparison(compared: "Compared") -> None:
     """The table, with its conditions under it."""
-    windows, context_length = report.windows.shape
-    print_table(
-        f"{Path(model.name).name} at {pattern}",
-        ("method", "scope", "perplexity", "sparsity", "proxy", "seconds", "peak memory"),
-        [
-            (
-                row.method,
-                row.scope,
-                f"{row.perplexity:.3f}",
-                f"{row.sparsity:.4%}",
-                None if row.proxy is None else f"{row.proxy:.4g}",
-                f"{row.seconds:.1f}",
-                None if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f} GiB",
-            )
-            for row in rows
-        ],
-        caption=f"{windows} windows of {context_length} tokens of {report.record.source} "
-        f"(sha256 {report.record.sha256[:12]}), {model.to_dict()['dtype']} on {model.device}",
-    )
+    print_table(compared.title, compared.columns, compared.cells, caption=compared.caption)

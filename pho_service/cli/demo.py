@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from pho_service.cli.compare import comparison_document, show_comparison
+from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
@@ -55,7 +55,7 @@ def demo(
     from pho_service.models.builtin import smollm2, write_texts
     from pho_service.models.calibration import calibration_text
     from pho_service.pipeline.bundles import bundle_path, cached_bundle
-    from pho_service.pipeline.compare import compare_job
+    from pho_service.pipeline.repeated import Calibrated, ComparisonRequest, compare_over_seeds
     from pho_service.pipeline.search import check_study_url, opened_study, search_job
     from pho_service.spec.configuration import write_configuration
 
@@ -104,17 +104,21 @@ def demo(
         )
     config = folder / "config.json"
     write_configuration(result.configuration, config)
-    rows = compare_job(
-        model, bundle, report, parsed, [("found", result.configuration)],
-        calibration=text.calibration, device=device, progress=progress,
-    )  # fmt: skip
+    compared = compare_over_seeds(
+        model,
+        report,
+        ComparisonRequest(pattern=parsed, configurations=[("found", result.configuration)]),
+        {settings.seed: lambda: Calibrated(bundle=bundle, calibration=text.calibration)},
+        device=device,
+        progress=progress,
+    )
     for warning in result.warnings:
         say(f"Note: {warning}")
     if as_json:
-        print_json(comparison_document(rows, report, model, str(parsed)))
+        print_json(compared.to_dict())
         return
     click.echo(describe(result, config, study))
-    show_comparison(rows, report, model, str(parsed))
+    show_comparison(compared)
     again = ""
     if result.configuration.candidate().steps.needs_text:
         again = (

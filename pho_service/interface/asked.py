@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 _SPACE = tuple(field.name for field in fields(SearchSpace))
+_OBJECTIVE = Objective()
 _STEPS = tuple(field.name for field in fields(Steps))
 
 Patterns = str | Sequence[str]  # of the names of linears
@@ -125,6 +126,22 @@ class Asked:
             else tuple(value)
             for name, value in space.items()
         }
+
+
+def preset_request(
+    preset: str, pattern: Pattern, linears: Linears, *, trials: int, finalists: int
+) -> SearchRequest:
+    """
+    The request of a preset's search, with the defaults for all else.
+
+    Raises:
+        InvalidInput: The preset is not known, or a number breaks a rule.
+    """
+    asked = Asked(
+        pattern=pattern, scope=None, preset=preset, objective=_OBJECTIVE.name,
+        weighting=_OBJECTIVE.weighting, over=None, space=None, steps=None, linears=linears,
+    )  # fmt: skip
+    return asked.request(trials=trials, finalists=finalists)
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from pho_service.interface.models import (
     proxy_device,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, measured_text, settings_of
+from pho_service.interface.texts import calibration_windows, confirmation_text
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import ReportText, rate_pruned
@@ -277,21 +277,7 @@ class _Measured:
         check_dense(loaded, bundle)
         check_prefix(loaded, bundle)
         calibration = calibration_windows(loaded, bundle, texts)
-        text = None
-        if confirm is not None:
-            settings = settings_of(bundle)
-            text = measured_text(
-                loaded,
-                confirm,
-                context_length=settings.context_length,
-                bos=settings.bos,
-                max_windows=windows,
-                unlike=calibration,
-            )
-        else:
-            known = getattr(bundle, "text", None)
-            if known is not None and len(known.held_out):
-                text = ReportText(windows=known.held_out[:windows], record=known.record)
+        text = confirmation_text(loaded, bundle, confirm, calibration, windows)
         return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
 
     def perplexities(self, request: SearchRequest, progress: Progress) -> list[FoundRow]:

@@ -3,21 +3,20 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.host.versions import versions
-from pho_service.interface.asked import Patterns, Sparsities, given_linears
+from pho_service.interface.asked import Patterns, Sparsities, given_linears, preset_request
 from pho_service.interface.bundle import calibrate
 from pho_service.interface.models import (
     Choice,
     Model,
     check_dense,
-    check_family,
     check_prefix,
     chosen,
     opened,
@@ -25,19 +24,28 @@ from pho_service.interface.models import (
     parsed,
     proxy_device,
 )
-from pho_service.interface.tables import Shown, Table, number
+from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
     calibration_windows,
+    confirmation_text,
     length_of,
     measured_text,
     settings_of,
 )
 from pho_service.models.blockwise import measure_perplexity
-from pho_service.pipeline.compare import ComparisonRow, compare_job, fitting
+from pho_service.pipeline.compare import check_family, common_linears
+from pho_service.pipeline.repeated import (
+    Calibrated,
+    Compared,
+    ComparisonRequest,
+    compare_over_seeds,
+)
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import Bos, CalibrationSettings
+from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -136,51 +144,16 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison(Shown):
+class Comparison(Shown, Compared):
     """
     Perplexities of one model on one text: dense, the published methods, and what was found.
 
-    Attributes:
-        pattern: Of all rows.
-        rows: As `pho compare` prints them; ``pandas.DataFrame(comparison.rows)`` takes them.
-        report: The text that they were measured on.
-        model: Name, family, number of parameters, revision, hash of the weights, dtype.
-        device: Where it was measured.
-        versions: Of the packages that measured.
+    ``pandas.DataFrame(comparison.rows)`` takes its rows; ``comparison.configurations[seed][name]``
+    is what a search found.
     """
 
-    pattern: str
-    rows: Sequence[ComparisonRow]
-    report: dict[str, Any]
-    model: dict[str, Any]
-    device: str
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON values that `pho compare --json` prints."""
-        return asdict(self)
-
     def _shown(self) -> Table:
-        return Table(
-            ("method", "scope", "perplexity", "sparsity", "proxy", "seconds"),
-            [
-                (
-                    row.method,
-                    row.scope,
-                    f"{row.perplexity:.3f}",
-                    f"{row.sparsity:.4%}",
-                    number(row.proxy, ".4g"),
-                    f"{row.seconds:.1f}",
-                )
-                for row in self.rows
-            ],
-            title=f"{Path(self.model['name']).name} at {self.pattern}",
-            notes=(
-                f"{self.report['windows']} windows of {self.report['context_length']} tokens of "
-                f"{self.report['source']} (sha256 {self.report['sha256'][:12]}), "
-                f"{self.model['dtype']} on {self.device}",
-            ),
-        )
+        return Table(self.columns, self.cells, title=self.title, notes=(self.caption,))
 
 
 def compare(
@@ -192,6 +165,11 @@ def compare(
     texts: "Texts | None" = None,
     bundle: ProxyBundle | str | Path | None = None,
     configurations: Mapping[str, Choice] | None = None,
+    methods: Sequence[str] | None = None,
+    presets: Sequence[str] = (),
+    confirm: "Texts | None" = None,
+    ablation: bool = False,
+    seeds: Sequence[int] = (),
     scope: str | None = None,
     targets: Patterns = (),
     ignore: Patterns = (),
@@ -199,6 +177,9 @@ def compare(
     samples: int = _DEFAULT.samples,
     context_length: int | None = None,
     seed: int = _DEFAULT.seed,
+    trials: int = SearchOptions.trials,
+    finalists: int = ConfirmSpec().candidates,
+    confirm_windows: int = ConfirmSpec().windows,
     report_windows: int | None = None,
     other_family: bool = False,
     progress: bool = False,
@@ -217,11 +198,20 @@ def compare(
             are cut as its settings say.
         configurations: What else to compare, by name: what ``pho.search`` found, configurations,
             paths of config.json files.
-        scope: Of CRePE with equal coefficients: ``row``, ``layer`` or ``global``.
-        targets, ignore, sparsities: Which linears the published methods prune, as of
+        methods: Names of published methods, such as ``("wanda-permuted", "sparsegpt")``; None
+            shows those that take minutes, ``["all"]`` every one.
+        presets: Search with these, and show what is found.
+        confirm: Text that the searches are confirmed on; without it, windows of the calibration's
+            text are used that were held out.
+        ablation: Show configurations step by step: the score alone, then with each step more.
+        seeds: Repeat all with these seeds of calibration and search, and give means and standard
+            deviations; () is ``seed`` alone.
+        scope: Of CRePE with equal coefficients, and of searches: ``row``, ``layer`` or ``global``.
+        targets, ignore, sparsities: Which linears the published methods and searches prune, as of
             ``pho.search``; by default those of the configurations, which must agree.
         samples, context_length, seed: Of the calibration where there is no bundle, see
             ``pho.calibrate``; for more settings, calibrate first.
+        trials, finalists, confirm_windows: Of the searches, as of ``pho.search``.
         report_windows: Only the first windows of ``report``; None takes all.
         other_family: Compare configurations that were found on another family of models.
         progress: Show a bar on stderr.
@@ -229,62 +219,81 @@ def compare(
     Raises:
         ConfigurationError: A configuration is for another pattern or other linears, or of another
             family of models.
-        InvalidInput: Neither a text nor a bundle is given; or as of ``pho.calibrate``.
+        InvalidInput: A method or preset is not known; seeds are given beside a bundle; a search
+            has no text of its own to confirm on; neither a text nor a bundle is given; or as of
+            ``pho.calibrate``.
         ModelError: The model has been pruned since it was calibrated.
         BundleError: The bundle is of another model.
         TextError: A text cannot be read, or does not fill one window.
     """
     asked = parsed(pattern, scope)
     named = [(name, chosen(each)) for name, each in (configurations or {}).items()]
+    linears = common_linears(named, asked, given_linears(targets, ignore, sparsities) or None)
+    request = ComparisonRequest(
+        pattern=asked,
+        configurations=named,
+        methods=methods,
+        searches={
+            name: preset_request(name, asked, linears, trials=trials, finalists=finalists)
+            for name in presets
+        },
+        linears=linears,
+        ablation=ablation,
+    )
+    known = _known_bundle(texts, bundle, seeds)
+    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
     for name, each in named:
-        fitting(name, each, asked)
+        check_family(each, loaded, name, other_family=other_family)
+    if known is not None:
+        check_dense(loaded, known)
+        check_prefix(loaded, known)
+
+    def calibrated(drawn: int) -> Calibrated:
+        made, given = known, texts
+        if made is None:
+            assert texts is not None
+            made, given = calibrate(
+                loaded, None, texts, samples=samples, context_length=context_length, seed=drawn,
+                progress=progress,
+            ), None  # fmt: skip
+        windows = calibration_windows(loaded, made, given)
+        text = None
+        if presets:
+            text = confirmation_text(loaded, made, confirm, windows, confirm_windows)
+        return Calibrated(bundle=made, calibration=windows, confirm=text)
+
+    if known is None:
+        assert texts is not None
+        length = length_of(texts, context_length, _DEFAULT.context_length)
+        bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        numbers = [*seeds] or [seed]
+    else:
+        settings = settings_of(known)
+        length, bos, numbers = settings.context_length, settings.bos, [settings.seed]
+    found = compare_over_seeds(
+        loaded,
+        measured_text(loaded, report, context_length=length, bos=bos, max_windows=report_windows),
+        request,
+        {number: partial(calibrated, number) for number in numbers},
+        device=proxy_device(loaded),
+        progress=bars(progress),
+    )
+    return Comparison(**{part.name: getattr(found, part.name) for part in fields(found)})
+
+
+def _known_bundle(
+    texts: "Texts | None", bundle: ProxyBundle | str | Path | None, seeds: Sequence[int]
+) -> ProxyBundle | None:
+    """The bundle, if there is one."""
     if bundle is None and texts is None:
         raise InvalidInput(
             "there is nothing to calibrate on. Give texts, or the bundle that pho.calibrate gave."
         )
-    known = None if bundle is None else opened_bundle(bundle)
-    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
-    for name, each in named:
-        check_family(each, loaded, name, other_family=other_family)
-    if known is None:
-        assert texts is not None
-        known = calibrate(
-            loaded, None, texts, samples=samples, context_length=context_length, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        texts = None
-    else:
-        check_dense(loaded, known)
-        check_prefix(loaded, known)
-    windows = calibration_windows(loaded, known, texts)
-    settings = settings_of(known)
-    text = measured_text(
-        loaded,
-        report,
-        context_length=settings.context_length,
-        bos=settings.bos,
-        max_windows=report_windows,
-    )
-    rows = compare_job(
-        loaded,
-        known,
-        text,
-        asked,
-        named,
-        linears=given_linears(targets, ignore, sparsities) or None,
-        calibration=windows,
-        device=proxy_device(loaded),
-        progress=bars(progress),
-    )
-    return Comparison(
-        pattern=str(asked),
-        rows=rows,
-        report={
-            **text.to_dict(),
-            "context_length": text.windows.shape[1],
-            "tokens": text.windows.shape[0] * (text.windows.shape[1] - 1),
-        },
-        model=loaded.to_dict(),
-        device=str(loaded.device),
-        versions=versions("torch", "transformers"),
-    )
+    if bundle is not None and seeds:
+        raise InvalidInput(
+            "each seed draws windows of its own, but a bundle has its windows already. Give texts "
+            "instead of the bundle, or leave seeds out."
+        )
+    if len({*seeds}) < len(seeds):
+        raise InvalidInput(f"seeds={[*seeds]}: one is given twice, which counts it twice.")
+    return None if bundle is None else opened_bundle(bundle)

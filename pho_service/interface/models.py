@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pho_service.errors import BundleError, ConfigurationError, InvalidInput, ModelError
+from pho_service.errors import BundleError, InvalidInput, ModelError
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.given_model import given_model
 from pho_service.models.loading import LanguageModel, load_model
@@ -176,21 +176,3 @@ def parsed(pattern: str | float | Pattern, scope: str | None) -> Pattern:
             "Leave it out."
         )
     return pattern
-
-
-def check_family(
-    configuration: Configuration, model: LanguageModel, name: str, *, other_family: bool
-) -> None:
-    """
-    Raises:
-        ConfigurationError: A configuration was found on another family of models.
-    """
-    found_on = configuration.model
-    families = [each.get("family") for each in found_on.get("models", [found_on])]
-    known = [family for family in families if family]
-    if known and model.family not in known and not other_family:
-        raise ConfigurationError(
-            f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
-            f"family {model.family}, where it may be no better than a baseline. Search on this "
-            "model; or give other_family=True, and compare it with the baselines."
-        )

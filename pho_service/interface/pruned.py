@@ -16,7 +16,6 @@ from pho_service.interface.models import (
     Choice,
     Model,
     check_dense,
-    check_family,
     check_prefix,
     chosen,
     opened,
@@ -29,6 +28,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.models.saving import save_pruned
 from pho_service.models.weights_hash import sha256_each
 from pho_service.pipeline import prune as pipeline
+from pho_service.pipeline.compare import check_family
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.reconstruction import summary

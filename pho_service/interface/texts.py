@@ -150,6 +150,42 @@ def settings_of(bundle: ProxyBundle) -> CalibrationSettings:
     return CalibrationSettings(**{**stored, "kernel_sizes": tuple(stored["kernel_sizes"])})
 
 
+def confirmation_text(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    texts: "Texts | None",
+    calibration: Tensor | None,
+    max_windows: int,
+) -> ReportText | None:
+    """
+    The windows that finalists are measured on.
+
+    Args:
+        model: Of the bundle.
+        bundle: Windows are cut as its settings say.
+        texts: None takes windows that the calibration of a bundle in memory held out.
+        calibration: Windows that none may overlap with.
+        max_windows: Only the first so many.
+
+    Returns:
+        None if there are none.
+    """
+    if texts is not None:
+        settings = settings_of(bundle)
+        return measured_text(
+            model,
+            texts,
+            context_length=settings.context_length,
+            bos=settings.bos,
+            max_windows=max_windows,
+            unlike=calibration,
+        )
+    known = getattr(bundle, "text", None)
+    if known is None or not len(known.held_out):
+        return None
+    return ReportText(windows=known.held_out[:max_windows], record=known.record)
+
+
 def calibration_windows(
     model: LanguageModel, bundle: ProxyBundle, texts: "Texts | None"
 ) -> Tensor | None:

@@ -3,21 +3,25 @@ The table that every claim rests on: dense, the published methods, and what was 
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from pho_service.errors import BundleError, ConfigurationError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.rating import ReportText, rate_pruned
-from pho_service.progress import Progress, silent
+from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.baselines import comparison_baselines
+from pho_service.pruning.statistics import Statistics
+from pho_service.spec.ablation import step_by_step
+from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
@@ -31,13 +35,16 @@ class ComparisonRow:
     Attributes:
         method: ``dense``, a baseline, or a configuration's name.
         scope: Where weights competed; None for dense.
-        perplexity: On the report text.
+        perplexity: On the report text; over several calibrations, the mean.
         sparsity: Achieved, over the weights of all linears that are pruned.
         proxy: The objective's value; None for dense, for SparseGPT, whose
             mask no bundle knows, and where the bundle lacks a kernel size.
-        seconds: To prune and to measure.
+        seconds: To prune and to measure, and to search where the row was searched.
         memory_bytes: Most memory in use meanwhile, the model included; None
             where the system does not tell.
+        deviation: Standard deviation of the perplexity over the calibrations; None for one alone.
+        calibrations: How many the row is the mean of.
+        extra: What else was measured of the pruned model, by name.
     """
 
     method: str
@@ -47,6 +54,13 @@ class ComparisonRow:
     proxy: float | None
     seconds: float
     memory_bytes: int | None
+    deviation: float | None = None
+    calibrations: int = 1
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+# Measures more of a model that is pruned, as numbers by name: columns of the table.
+Also = Callable[[LanguageModel], Mapping[str, float]]
 
 
 def compare_job(
@@ -56,9 +70,13 @@ def compare_job(
     pattern: Pattern,
     configurations: Sequence[tuple[str, Configuration]],
     *,
+    methods: Sequence[str] | None = None,
+    ablation: bool = False,
     linears: Linears | None = None,
     calibration: Tensor | None = None,
     objective: Objective | None = None,
+    also: Also | None = None,
+    dense: ComparisonRow | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[ComparisonRow]:
@@ -71,30 +89,32 @@ def compare_job(
         report: Not the text that anything was chosen on.
         pattern: Of all rows.
         configurations: (name, configuration) pairs, in the pattern of the comparison.
+        methods: Names of baselines; None is those that are shown by default.
+        ablation: Each configuration has a row for the score alone, and one for each step more.
         linears: What the baselines prune; None is what the configurations prune.
-        calibration: Windows for methods that need a text; without them SparseGPT is left out.
+        calibration: Windows for methods that need a text; without them such baselines are left
+            out, unless they are named.
         objective: Whose proxy value is shown; activation reconstruction by default.
+        also: What else is measured of each pruned model.
+        dense: The row of the dense model, if it is known already.
         device: For the proxy.
         progress: Is told of each row.
 
     Raises:
         ConfigurationError: A configuration is for another pattern, or for other linears.
+        InvalidInput: A method is not known, or needs a text where there is none.
         BundleError: The bundle is of another model.
     """
-    found = [(name, fitting(name, each, pattern)) for name, each in configurations]
-    if linears is None:
-        linears = found[0][1].steps.linears if found else Linears()
-    for name, candidate in found:
-        if candidate.steps.linears != linears:
-            raise ConfigurationError(
-                f"{name} prunes {candidate.steps.linears or 'all linears'}, but the comparison is "
-                f"of {linears or 'all linears'}. Compare what prunes the same."
-            )
+    linears = common_linears(configurations, pattern, linears)
+    shown = shown_baselines(methods, pattern, linears)
+    found = [(name, each.candidate()) for name, each in configurations]
+    if ablation:
+        found = [row for name, candidate in found for row in step_by_step(name, candidate)]
     candidates = [
         *(
             (c.method, c)
-            for c in comparison_baselines(pattern, linears)
-            if calibration is not None or not c.steps.needs_text
+            for c in shown
+            if methods is not None or calibration is not None or not c.steps.needs_text
         ),
         *found,
     ]
@@ -105,6 +125,8 @@ def compare_job(
         candidates,
         calibration=calibration,
         objective=objective,
+        also=also,
+        dense=dense,
         device=device,
         progress=progress,
     )
@@ -118,6 +140,8 @@ def compare_candidates(
     *,
     calibration: Tensor | None = None,
     objective: Objective | None = None,
+    also: Also | None = None,
+    dense: ComparisonRow | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[ComparisonRow]:
@@ -132,35 +156,66 @@ def compare_candidates(
     evaluator = ProxyEvaluator(bundle, device)
     statistics = bundle.statistics()
     objective = objective or Objective()
-    with progress("Measuring perplexities", (len(candidates) + 1) * len(report.windows)) as advance:
-        started = time.perf_counter()
-        with peak_memory(*model.devices) as peak:
-            dense = measure_perplexity(model, report.windows, advance=advance)
-        rows = [
-            ComparisonRow(
-                method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
-                seconds=time.perf_counter() - started, memory_bytes=peak(),
-            )
-        ]  # fmt: skip
+    total = len(candidates) + (dense is None)
+    with progress("Measuring perplexities", total * len(report.windows)) as advance:
+        rows = [dense or _dense_row(model, report, also, advance)]
         for name, candidate in candidates:
             started = time.perf_counter()
             with peak_memory(*model.devices) as peak:
-                result, sparsity = rate_pruned(
-                    model, statistics, candidate, report.windows, advance, calibration=calibration
+                perplexity, sparsity, extra = _measured(
+                    model, statistics, candidate, report, calibration, also, advance
                 )
             seconds = time.perf_counter() - started
             rows.append(
                 ComparisonRow(
                     method=name,
                     scope=candidate.pattern.scope.value,
-                    perplexity=result.perplexity,
+                    perplexity=perplexity,
                     sparsity=sparsity,
                     proxy=_proxy(evaluator, candidate, objective),
                     seconds=seconds,
                     memory_bytes=peak(),
+                    extra=extra,
                 )
             )
     return rows
+
+
+def _dense_row(
+    model: LanguageModel, report: ReportText, also: Also | None, advance: Advance
+) -> ComparisonRow:
+    started = time.perf_counter()
+    with peak_memory(*model.devices) as peak:
+        dense = measure_perplexity(model, report.windows, advance=advance)
+        extra = also(model) if also else {}
+    return ComparisonRow(
+        method="dense", scope=None, perplexity=dense.perplexity, sparsity=0.0, proxy=None,
+        seconds=time.perf_counter() - started, memory_bytes=peak(), extra=extra,
+    )  # fmt: skip
+
+
+def _measured(
+    model: LanguageModel,
+    statistics: Statistics,
+    candidate: Candidate,
+    report: ReportText,
+    calibration: Tensor | None,
+    also: Also | None,
+    advance: Advance,
+) -> tuple[float, float, Mapping[str, float]]:
+    """Perplexity, sparsity, and what else is measured of the model pruned with a candidate."""
+    if also is None:
+        result, sparsity = rate_pruned(
+            model, statistics, candidate, report.windows, advance, calibration=calibration
+        )
+        return result.perplexity, sparsity, {}
+
+    def pruned(_: int) -> None:
+        advance(0)
+
+    with pruned_model(model, statistics, candidate, calibration, pruned) as shares:
+        perplexity = measure_perplexity(model, report.windows, advance=advance).perplexity
+        return perplexity, model_sparsity(model.linears, shares), also(model)
 
 
 def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective) -> float | None:
@@ -168,6 +223,32 @@ def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
         return mask_proxy(evaluator, candidate, objective)
     except BundleError:  # no window means for a configuration's kernel size
         return None
+
+
+def common_linears(
+    configurations: Sequence[tuple[str, Configuration]], pattern: Pattern, linears: Linears | None
+) -> Linears:
+    """
+    The linears that all rows of a comparison prune.
+
+    Args:
+        configurations: (name, configuration) pairs.
+        pattern: Of the comparison.
+        linears: What was asked for; None is what the configurations prune.
+
+    Raises:
+        ConfigurationError: A configuration is for another pattern, or for other linears.
+    """
+    found = [(name, fitting(name, each, pattern)) for name, each in configurations]
+    if linears is None:
+        linears = found[0][1].steps.linears if found else Linears()
+    for name, candidate in found:
+        if candidate.steps.linears != linears:
+            raise ConfigurationError(
+                f"{name} prunes {candidate.steps.linears or 'all linears'}, but the comparison is "
+                f"of {linears or 'all linears'}. Compare what prunes the same."
+            )
+    return linears
 
 
 def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:
@@ -184,3 +265,21 @@ def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candid
             f"Compare it with --pattern {candidate.pattern}."
         )
     return candidate
+
+
+def check_family(
+    configuration: Configuration, model: LanguageModel, name: str, *, other_family: bool
+) -> None:
+    """
+    Raises:
+        ConfigurationError: A configuration was found on another family of models.
+    """
+    found_on = configuration.model
+    families = [each.get("family") for each in found_on.get("models", [found_on])]
+    known = [family for family in families if family]
+    if known and model.family not in known and not other_family:
+        raise ConfigurationError(
+            f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
+            f"family {model.family}, where it may be no better than a baseline. Search on this "
+            "model; or give --other-family (other_family=True), and compare it with the baselines."
+        )

@@ -2,8 +2,11 @@
 The published methods that a search and a comparison measure themselves by.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
+from pho_service.errors import InvalidInput
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
@@ -20,6 +23,17 @@ _FISHER = replace(_WANDA, gradient_exponent=0.5)
 BASELINES = (
     "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher", "fisher-bounded",
 )  # fmt: skip
+
+
+ALL = "all"  # stands for the name of every method
+SEQUENTIAL, PERMUTED = "-sequential", "-permuted"
+# Shown only where they are named: variants of what is there, or methods that take much longer.
+_DEAR = ("dsnot", "admm", "alps", "owl-sparsegpt")
+_AS_PUBLISHED = ("wanda", "ria-row", "ria-layer")  # with norms from the pruned blocks before
+OWL_AT_NM = (
+    "OWL has no row at N:M: its code removes N of M nearly everywhere and less in the last blocks "
+    "(46.7 % of SmolLM2 at 2:4), so its sparsity is not that of the other rows."
+)
 
 
 def score_baselines(pattern: Pattern) -> list[Candidate]:
@@ -47,7 +61,7 @@ def score_baselines(pattern: Pattern) -> list[Candidate]:
 
 def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list[Candidate]:
     """
-    The published methods that every comparison shows: scores, OWL, DSnoT, and those that update.
+    The published methods: scores, OWL (not at N:M), DSnoT, and those that update weights.
 
     Args:
         pattern: Of all of them.
@@ -55,18 +69,17 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
 
     Source:
         As :func:`score_baselines`; Yin et al. 2024, arXiv:2310.05175 (OWL, with its
-        lambda of 0.08 and one sparsity a block; for N:M it mixes N of M over the blocks);
-        Zhang et al. 2023, arXiv:2310.08915 (DSnoT on Wanda's masks);
+        lambda of 0.08 and one sparsity a block);
+        Zhang et al. 2023, arXiv:2310.08915 (DSnoT on Wanda's masks, of sequential norms);
         Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT);
         Boza 2024, arXiv:2401.02938 (ADMM); Meng et al. 2024, arXiv:2406.07831 (ALPS).
     """
-    spread = max(0.08, 1 / pattern.group) if pattern.group else 0.08  # N moves by one at least
-    owl = Allocation(method="owl", unit="block", spread=spread)
+    owl = Allocation(method="owl", unit="block", spread=0.08)
     with_wanda = [
         Candidate(method=method, coefficients=_WANDA, pattern=pattern.within(scope), steps=steps)
         for method, scope, steps in (
             ("owl-wanda", Scope.ROW, Steps(allocation=owl)),
-            ("dsnot", Scope.ROW, Steps(repruning="dsnot")),
+            ("dsnot", Scope.ROW, Steps(statistics="sequential", repruning="dsnot")),
             ("sparsegpt", Scope.LAYER, Steps(update="sparsegpt")),
             ("owl-sparsegpt", Scope.LAYER, Steps(allocation=owl, update="sparsegpt")),
             ("admm", Scope.LAYER, Steps(update="admm")),
@@ -76,7 +89,97 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
     return [
         replace(each, steps=replace(each.steps, linears=linears))
         for each in (*score_baselines(pattern), *with_wanda)
+        if not (pattern.group and each.method.startswith("owl"))
     ]
+
+
+def named_baselines(pattern: Pattern, linears: Linears = Linears()) -> dict[str, Candidate]:
+    """
+    All methods that a comparison can show, and a model be pruned with, by their names.
+
+    Beside each method of :func:`comparison_baselines` stand its variants: ``-sequential`` takes
+    the activation norms of its score from the pruned blocks before, ``-permuted`` cuts the groups
+    of N:M in the channel order that keeps the most score.
+    """
+    found: dict[str, Candidate] = {}
+    for plain in comparison_baselines(pattern, linears):
+        variants = [plain]
+        if plain.coefficients.activation_exponent and not plain.steps.needs_text:
+            variants.append(_variant(plain, SEQUENTIAL, statistics="sequential"))
+        if pattern.group:
+            variants += [_variant(each, PERMUTED, permutation="score") for each in variants]
+        found.update((each.method, each) for each in variants)
+    return found
+
+
+def _variant(candidate: Candidate, ending: str, **steps: str) -> Candidate:
+    changed = replace(candidate.steps, **steps)  # type: ignore[arg-type]
+    return replace(candidate, method=candidate.method + ending, steps=changed)
+
+
+def shown_baselines(
+    names: Sequence[str] | None, pattern: Pattern, linears: Linears = Linears()
+) -> list[Candidate]:
+    """
+    The rows of a comparison that are not the user's own.
+
+    Args:
+        names: Of :func:`named_baselines`; ``all`` takes every one. None takes those that are shown
+            by default: without the ones that take long, and with sequential statistics where the
+            authors' code has them (Wanda, RIA).
+        pattern: Of all of them.
+        linears: What each of them prunes.
+
+    Raises:
+        InvalidInput: A name is not known, or has no meaning in the pattern.
+    """
+    known = named_baselines(pattern, linears)
+    if names is None:
+        return [each for name, each in known.items() if _shown(name, pattern)]
+    if ALL in names:
+        return list(known.values())
+    return [baseline(name, pattern, linears) for name in dict.fromkeys(names)]
+
+
+def _shown(name: str, pattern: Pattern) -> bool:
+    plain = name.removesuffix(PERMUTED)
+    if plain.endswith(SEQUENTIAL):
+        plain = plain.removesuffix(SEQUENTIAL)
+        if plain not in _AS_PUBLISHED:
+            return False
+    # Groups of N:M are the same in both scopes of RIA.
+    return plain not in _DEAR and not (pattern.group and plain == "ria-layer")
+
+
+def baseline(name: str, pattern: Pattern, linears: Linears = Linears()) -> Candidate:
+    """
+    A published method by its name.
+
+    Raises:
+        InvalidInput: There is none of that name, or not in this pattern.
+    """
+    known = named_baselines(pattern, linears)
+    if name in known:
+        return known[name]
+    if pattern.group and name.startswith("owl"):
+        raise InvalidInput(f"method {name!r} at {pattern}: {OWL_AT_NM} Leave it out.")
+    plain = name.removesuffix(PERMUTED)
+    if name.endswith(PERMUTED) and not pattern.group and plain in known:
+        raise InvalidInput(
+            f"method {name!r} at {pattern}: the order of channels only matters to N:M. Take "
+            f"{plain!r}."
+        )
+    plain = plain.removesuffix(SEQUENTIAL)
+    if plain in known:
+        raise InvalidInput(
+            f"method {name!r}: {plain} reads no activation norms, or has them from the pruned "
+            f"blocks before in any case. Take {plain!r}."
+        )
+    near = get_close_matches(name, [*known], 3, cutoff=0.5)
+    raise InvalidInput(
+        f"method {name!r} is not one of those at {pattern}: {', '.join(known)}."
+        + (f" Near: {', '.join(near)}." if near else "")
+    )
 
 
 def search_baselines(

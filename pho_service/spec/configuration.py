@@ -103,6 +103,17 @@ class Configuration(Document):
         self.candidate()
         return self
 
+    @classmethod
+    def of(cls, candidate: Candidate) -> Self:
+        """What prunes with a candidate that no search found."""
+        return cls(
+            method=candidate.method,
+            coefficients=candidate.coefficients,
+            steps=candidate.steps,
+            pattern=str(candidate.pattern),
+            scope=candidate.pattern.scope.value,
+        )
+
     def candidate(self) -> Candidate:
         """
         What to prune with.

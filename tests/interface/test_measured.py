@@ -52,19 +52,26 @@ def test_compare(
     found = pho.compare(
         model, tokenizer, "0.5", texts=texts["calibration"], report=texts["report"],
         configurations={"c.json": model_folder.parent / "c.json"}, samples=6, context_length=32,
+        methods=["wanda", "sparsegpt"], presets=["crepe"], seeds=[0, 1], trials=9, finalists=1,
+        confirm_windows=2,
     )  # fmt: skip
     document = printed(
         "compare", model_folder, "--pattern", "0.5", "--text", texts["calibration"], "--samples", 6,
         "--report-text", texts["report"], "--config", model_folder.parent / "c.json",
-        "--context-length", 32, "--device", "cpu",
+        "--context-length", 32, "--device", "cpu", "--method", "wanda", "--method", "sparsegpt",
+        "--preset", "crepe", "--seeds", "0,1", "--trials", 9, "--finalists", 1,
+        "--confirm-windows", 2,
     )  # fmt: skip
     mine = json.loads(json.dumps(found.to_dict()))
-    for rows in (mine["rows"], document["rows"]):
-        rows[-1]["method"] = "c.json"  # the verb calls it by its whole path
-        for row in rows:
-            del row["seconds"], row["memory_bytes"]
+    for each in (mine, document):
+        for rows in (each["rows"], *each["seeds"].values()):
+            rows[3]["method"] = "c.json"  # the verb calls it by its whole path
+            for row in rows:
+                del row["seconds"], row["memory_bytes"]
 
     assert mine == document
+    assert [row.method for row in found.rows] == ["dense", "wanda", "sparsegpt", "c.json", "crepe"]
+    assert mine["seeds"]["0"][1]["perplexity"] != mine["seeds"]["1"][1]["perplexity"]
     assert before == found.model
     assert "<td>wanda</td>" in found._repr_html_()
     assert len(repr(found).splitlines()) == len(found.rows) + 4
@@ -77,7 +84,7 @@ def test_compare_on_a_bundle(
     found = pho.compare(tiny_llama, None, "2:4", bundle=bundle, report=texts["report"])
 
     assert weights()
-    assert [row.method for row in found.rows][-1] == "alps"  # which needs the windows
+    assert [row.method for row in found.rows][-1] == "sparsegpt-permuted"  # which needs windows
     assert found.report["context_length"] == 32
 
 

@@ -197,13 +197,14 @@ def test_coefficients_round_trip() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
 def test_comparison_baselines(pattern: Pattern) -> None:
-    """Comparisons show the same methods in the same order, in every pattern."""
+    """Comparisons know the same methods in every pattern, but for OWL, which has ratios alone."""
     names = [candidate.method for candidate in comparison_baselines(pattern)]
-
-    assert names == [
+    every = [
         "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda", "dsnot",
         "sparsegpt", "owl-sparsegpt", "admm", "alps",
     ]  # fmt: skip
+
+    assert names == [n for n in every if not (pattern.group and n.startswith("owl"))]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=lambda p: p.scope)

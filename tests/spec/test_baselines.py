@@ -1,0 +1,81 @@
+"""Published methods by name, and configurations taken apart."""
+
+from dataclasses import replace
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.ablation import step_by_step
+from pho_service.spec.baselines import named_baselines, shown_baselines
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.linears import Linears
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import Steps
+
+HALF = Pattern.parse("0.5", "row")
+NM = Pattern.parse("2:4")
+
+
+def test_shown_baselines() -> None:
+    """By default Wanda and RIA are shown as published, too; at N:M each method also permuted."""
+    half = [each.method for each in shown_baselines(None, HALF)]
+    nm = shown_baselines(None, NM)
+    plain = [each.method for each in nm if each.steps.permutation == "none"]
+
+    assert half == [
+        "magnitude", "wanda", "wanda-sequential", "ria-row", "ria-row-sequential", "ria-layer",
+        "ria-layer-sequential", "crepe-equal", "owl-wanda", "sparsegpt",
+    ]  # fmt: skip
+    assert plain == [
+        "magnitude", "wanda", "wanda-sequential", "ria-row", "ria-row-sequential", "crepe-equal",
+        "sparsegpt",
+    ]  # fmt: skip
+    assert {each.method for each in nm} == {*plain, *(f"{name}-permuted" for name in plain)}
+
+
+def test_named_baselines() -> None:
+    """A name says which steps a method takes; ``all`` stands for every one."""
+    linears = Linears(ignore=("*.o_proj",))
+    (one, two) = shown_baselines(
+        ["ria-row-sequential-permuted", "sparsegpt", "sparsegpt"], NM, linears
+    )
+    every = shown_baselines(["all"], NM)
+
+    assert one.steps == Steps(linears=linears, statistics="sequential", permutation="score")
+    assert two.steps == Steps(linears=linears, update="sparsegpt")
+    assert [each.method for each in every] == [*named_baselines(NM)]
+    assert Configuration.of(one).candidate() == one
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "message"),
+    [
+        ("wnada", "0.5", r"method 'wnada' is not one of those at 0\.5: .*Near: wanda"),
+        ("owl-wanda", "2:4", r"OWL has no row at N:M"),
+        ("wanda-permuted", "0.5", r"order of channels only matters to N:M\. Take 'wanda'"),
+        ("sparsegpt-sequential", "0.5", r"in any case\. Take 'sparsegpt'"),
+    ],
+)
+def test_no_such_baseline(name: str, pattern: str, message: str) -> None:
+    """A method that is not there is refused with what is near, or with why it is not there."""
+    with pytest.raises(InvalidInput, match=message):
+        shown_baselines([name], Pattern.parse(pattern))
+
+
+def test_step_by_step() -> None:
+    """An ablation adds one step after the other, and ends with the candidate itself."""
+    steps = Steps(
+        linears=Linears(ignore=("*.o_proj",)),
+        permutation="score",
+        repruning="swaps",
+        update="least-squares",
+    )
+    whole = replace(named_baselines(NM)["wanda"], steps=steps)
+    rows = step_by_step("mine", whole)
+
+    assert [name for name, _ in rows] == [
+        "mine: score", "mine: + permutation score", "mine: + re-pruning swaps",
+        "mine: + update least-squares",
+    ]  # fmt: skip
+    assert rows[0][1].steps == Steps(linears=steps.linears)
+    assert rows[-1][1] == whole
