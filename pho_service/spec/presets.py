@@ -109,7 +109,7 @@ class PresetMeaning(Document):
             pattern: The same with its scope.
         """
         preset = Preset.of(name, pattern)
-        bounds = {bound: [*values] for bound, values in preset.bounds.items()}
+        bounds: dict[str, Any] = {bound: [*values] for bound, values in preset.bounds.items()}
         return cls(
             of=cls.words(name, text, pattern),
             steps=preset.steps,
