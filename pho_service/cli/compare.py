@@ -25,7 +25,6 @@ from pho_service.cli.terminal import print_json, print_table, progress, verb
 from pho_service.errors import InvalidInput
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS
 from pho_service.spec.seed import SEEDS
 
 if TYPE_CHECKING:
@@ -72,8 +71,8 @@ _OF_SEARCHES = ("trials", "confirm/text", "confirm/windows", "confirm/candidates
     "--preset",
     "presets",
     multiple=True,
-    type=click.Choice(PRESETS),
-    help="Search with this preset, and show what is found; may be given several times.",
+    help="Search with this preset of `pho search`, and show what is found; may be given several "
+    "times.",
 )
 @click.option(
     "--ablation",
@@ -178,6 +177,11 @@ def _searches(
     model: str, given: Given, presets: Sequence[str], linears: Linears
 ) -> "dict[str, JobSpec]":
     """The document of each preset's search, as `pho submit` would send it."""
+    from pho_service.spec.presets import PRESETS
+
+    unknown = [name for name in presets if name not in PRESETS]
+    if unknown:
+        raise InvalidInput(f"--preset {unknown[0]!r} is not one of {', '.join(PRESETS)}.")
     options = [given.names[path] for path in _OF_SEARCHES if path in given.said]
     if options and not presets:
         raise InvalidInput(
