@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage
 
 from pho_service.host.faults import faults_told
 from pho_service.pipeline.confirmation import compare_finalists
+from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.rating import Subject, measure
 from pho_service.pipeline.search import (
@@ -30,6 +31,7 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.steps import Steps
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences, Measurements, keep
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
@@ -191,14 +193,17 @@ class Stages:
         job = claim.job
         chosen: list[RatedCandidate] = []
         compared = Divergences()
+        correction = self._correction(claim, spec, watch)
         if spec.confirm is not None and spec.objective.name != "perplexity":
             with self._islands(job, spec) as (storage, islands):
-                rated = islands.ranked()
+                before = measured_before(job)
+                rated = [*islands.ranked(), *islands.corrections()]
+                corrected = islands.corrected(correction)
                 chosen, compared = compare_finalists(
                     islands,
                     rated,
                     spec.confirm.candidates,
-                    [r for r in rated if r.number in measured_before(job)],
+                    [r for r in rated if r.number in before or r in corrected],
                     lambda: self._subject(
                         job, spec, islands.plan.steps, self._bundle(job, spec, watch)
                     ),
@@ -215,6 +220,7 @@ class Stages:
                 "finalists": [rated.number for rated in chosen],
                 "divergences": {str(number): d for number, d in compared.by_number.items()},
                 "divergence_tokens": compared.tokens,
+                **({} if correction is None else {"correction": correction.to_dict()}),
             },
             add=[
                 *(measurement(rated.number, rated.candidate) for rated in chosen),
@@ -222,6 +228,25 @@ class Stages:
             ],
             then=[NewStage(kind=StageKind.FINISH)],
         )
+
+    def _correction(self, claim: Claim, spec: JobSpec, watch: Watch) -> Correction | None:
+        """What corrections of the best by the proxy come to; None if none are asked for."""
+        if not spec.corrections:
+            return None
+        seal = Seal.of_job(claim.job, 0)
+        with self._islands(claim.job, spec) as (storage, islands):
+            return correct_best(
+                islands,
+                islands.ranked(),
+                spec.objective,
+                self.inputs.model(spec, seal),
+                self._bundle(claim.job, spec, watch),
+                self.inputs.calibration_text(spec, seal).calibration,
+                device=str(self.inputs.device),
+                progress=watch.progress,
+                look=watch.look,
+                fence=lambda: self.store.fence(claim, storage),
+            )
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         given = (claim.stage.params or {})["candidate"]
@@ -246,13 +271,15 @@ class Stages:
         saving = searches[0].get("saving")  # of the first island
         with self._islands(job, spec) as (storage, islands):
             rated = islands.ranked()
-            found = self._measurements(job, spec, rated)
+            found = self._measurements(job, spec, [*rated, *islands.corrections()])
+            correction = self._corrected(job)
             result = finish(
                 spec.request(0),
                 islands,
                 provenance(job),
                 rated,
                 found,
+                correction=correction,
                 saving=None if saving is None else Saving(**saving),
                 out_of_time=out_of_time,
             )
@@ -264,7 +291,7 @@ class Stages:
                 search = {**configuration.search, **limit}
                 configuration = configuration.model_copy(update={"search": search})
             plots, layers = of_layers(bundles, configuration.candidate(), str(self.inputs.device))
-            measured = found.best_first(rated)
+            measured = found.best_first([*rated, *islands.corrections()])
             for island, study in enumerate(islands.studies):
                 here = [(p, r) for p, r in measured if islands.of_island(r.number) == island]
                 confirmed = {"confirmed": confirmed_plot(configuration, here)}
@@ -315,6 +342,11 @@ class Stages:
         if subject is not None:
             self._check_again(spec, Seal.of_job(claim.job, 0))
         return found
+
+    def _corrected(self, job: Job) -> Correction | None:
+        (confirmed,) = job.of_kind(StageKind.CONFIRM)
+        correction = (confirmed.result or {}).get("correction")
+        return None if correction is None else Correction.from_dict(correction)
 
     def _measurements(
         self, job: Job, spec: JobSpec, rated: Sequence[RatedCandidate]

@@ -80,7 +80,8 @@ GROUPS = {
     "Method": ("pattern", "scope", "preset", "steps", "search_space"),
     "Text": ("calibration", "confirm", "validation"),
     "Search": (
-        "objective", "warm_start", "sampler", "trials", "islands", "seed", "timeout_s",
+        "objective", "warm_start", "sampler", "trials", "corrections", "islands", "seed",
+        "timeout_s",
         "max_failed_trials",
     ),
     "Machine": (),

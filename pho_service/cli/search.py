@@ -223,6 +223,8 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
 
 def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
+    from pho_service.tuning.correction import Correction
+
     found = result.configuration
     c = found.coefficients
     lines = [
@@ -255,6 +257,8 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
             f"ratings      {result.rated_before} were taken from a study that rated the same "
             "candidates"
         )
+    if "correction" in found.search:
+        lines.append(f"correction   {Correction.from_dict(found.search['correction'])}")
     lines += _started(result)
     lines += [
         f"written      {path}",

@@ -74,6 +74,7 @@ class Asked:
         finalists: int = 5,
         warm_start: Sequence[Choice] = (),
         compare_cold: bool = False,
+        corrections: int = 0,
     ) -> SearchRequest:
         """
         The request, complete.
@@ -95,6 +96,7 @@ class Asked:
             finalists=finalists,
             warm_start=tuple(chosen(each).candidate() for each in warm_start),
             compare_cold=compare_cold,
+            corrections=corrections,
         )
 
     def _steps(self) -> dict[str, Any]:
@@ -102,6 +104,8 @@ class Asked:
         _check_names("steps", steps, _STEPS)
         if isinstance(steps.get("allocation"), str):
             steps["allocation"] = Allocation(method=steps["allocation"])
+        if isinstance(steps.get("allocation"), Mapping):
+            steps["allocation"] = Allocation(**steps["allocation"])
         if isinstance(steps.get("reconstruction"), str):
             steps["reconstruction"] = Reconstruction(method=steps["reconstruction"])
         if self.linears:

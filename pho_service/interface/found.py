@@ -165,6 +165,7 @@ def search(
     trials: int = _ASKED.trials,
     seed: int = _ASKED.seed,
     finalists: int = _ASKED.finalists,
+    corrections: int = _ASKED.corrections,
     confirm_windows: int = CONFIRM_WINDOWS,
     warm_start: Sequence[Choice] = (),
     compare_cold: bool = _ASKED.compare_cold,
@@ -210,6 +211,8 @@ def search(
         trials: How many, baselines included.
         seed: Of a sampler that is given by its name.
         finalists: How many found candidates are looked at again, beside the baselines.
+        corrections: How many allocations are compared with the dense model, on calibration
+            windows, to correct the best one where the proxy is wrong; needs the model.
         confirm_windows: Windows of the text for the final perplexities.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
         compare_cold: Whether the same search is run without the warm start, too.
@@ -234,7 +237,7 @@ def search(
     )  # fmt: skip
     request = asked.request(
         bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,
-        warm_start=warm_start, compare_cold=compare_cold,
+        warm_start=warm_start, compare_cold=compare_cold, corrections=corrections,
     )  # fmt: skip
     if isinstance(study, str):
         check_study_url(study)

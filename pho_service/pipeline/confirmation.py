@@ -29,6 +29,7 @@ def confirm_finalists(
     count: int,
     subject: Subject,
     progress: Progress,
+    corrected: Sequence[RatedCandidate] = (),
 ) -> Measurements:
     """
     Compare finalists with the dense model where that pays, then measure the few best.
@@ -43,9 +44,12 @@ def confirm_finalists(
             :func:`~pho_service.tuning.finalists.finalists`.
         subject: What is pruned and measured.
         progress: Is told of both steps.
+        corrected: Candidates beside those of the search that are measured, too.
     """
     text = subject.text
-    before = confirmed_before(islands, rated, text_sha256=text.key)
+    rated = [*rated, *corrected]
+    known = confirmed_before(islands, rated, text_sha256=text.key)
+    before = united(rated, known, corrected)
     chosen, divergences = compare_finalists(
         islands,
         rated,

@@ -10,16 +10,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import optuna
 
 from pho_service.spec.candidate import Candidate
+from pho_service.tuning.finalists import What
 from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
 from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.search import CORRECTS
 from storage.studies import marked_alike
 
 _MARK = "ratings_sha256"  # user attribute of a study: what the values of its trials depend on
-_MEASURED = ("perplexity", "divergence")  # what a finalist's trial has, too
+_MEASURED = get_args(What)  # what a finalist's trial may have, too
 _STUDIES = 3  # most that are read, the newest first
 
 
@@ -73,6 +76,8 @@ class KnownRatings:
         for trial in other.get_trials(deepcopy=False):
             if trial.value is None or not {"method", "coefficients"} <= trial.user_attrs.keys():
                 continue
+            if CORRECTS in trial.user_attrs:
+                continue  # not of a search
             candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
             own = {*candidate.to_dict(), *_MEASURED}
             attributes = {n: value for n, value in trial.user_attrs.items() if n not in own}

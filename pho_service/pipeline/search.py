@@ -22,6 +22,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Confirmation
 from pho_service.spec.objective import Objective
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
@@ -87,6 +88,11 @@ def search_job(
     plan = search_plan(request, named)
     if model is not None:
         only_one(named, "a model").check_model(model.linears)
+    if plan.corrections and (model is None or calibration is None):
+        raise InvalidInput(
+            f"corrections={plan.corrections} compares pruned models with the dense one on "
+            "calibration windows: give the model instead of a bundle, and its text."
+        )
     evaluate = objective_function(
         request.objective, plan, named, model, confirm_text, device, calibration
     )
@@ -102,6 +108,20 @@ def search_job(
         rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
     saving = compared_with_cold(request, plan, rated, evaluate, progress)
     islands = Islands([study], [plan])
+    correction = None
+    if plan.corrections and model is not None and calibration is not None:
+        from pho_service.pipeline.correction import correct_best  # loads transformers
+
+        correction = correct_best(
+            islands,
+            rated,
+            request.objective,
+            model,
+            only_one(named, "a model"),
+            calibration,
+            device=device,
+            progress=progress,
+        )
     measurements = Measurements()
     subject = None
     if model is not None and confirm_text is not None:
@@ -114,8 +134,12 @@ def search_job(
     elif subject is not None:
         from pho_service.pipeline.confirmation import confirm_finalists
 
-        measurements = confirm_finalists(islands, rated, request.finalists, subject, progress)
-    result = finish(request, islands, origin, rated, measurements, saving=saving)
+        measurements = confirm_finalists(
+            islands, rated, request.finalists, subject, progress, islands.corrected(correction)
+        )
+    result = finish(
+        request, islands, origin, rated, measurements, correction=correction, saving=saving
+    )
     if request.steps.reconstruction.wanted:
         from pho_service.pipeline.winner import reconstruct_winner
 
@@ -137,6 +161,7 @@ def finish(
     rated: Sequence[RatedCandidate],
     measurements: Measurements,
     *,
+    correction: Correction | None = None,
     saving: Saving | None = None,
     out_of_time: bool = False,
 ) -> SearchResult:
@@ -149,12 +174,15 @@ def finish(
         origin: Where what was searched comes from, see :func:`origin_of`.
         rated: Every finished trial, best first by the objective.
         measurements: Of the finalists.
+        correction: What corrections of the best came to, if there were any. Without perplexities
+            the nearest to the dense model is the result.
         saving: What the warm start was worth, if that was measured.
         out_of_time: Whether the search ended because its time was used up.
 
     Returns:
         The result, with the study that the best is in, and its number there.
     """
+    rated = [*islands.corrected(correction), *rated]
     measured = measurements.best_first(rated)
     divergences = measurements.divergences
     confirmation = None
@@ -175,6 +203,7 @@ def finish(
         divergences,
         ended_after=finished if finished < islands.asked and not out_of_time else None,
         saving=saving,
+        correction=correction,
     )
     if request.objective.over is not None:
         relative = islands.attributes(rated[0].number)["relative_to_ria"]

@@ -210,7 +210,7 @@ def transfer_key(target: Target, configuration: Configuration, search: SearchReq
         own = [
             plan.sampler_name, plan.trials, *plan.identity().values(), search.finalists,
             search.objective.label,
-            plan.space.to_dict(),
+            plan.space.to_dict(), *([plan.corrections] if plan.corrections else []),
             None if target.confirm is None else target.confirm.key,
         ]  # fmt: skip
     identity = [

@@ -12,7 +12,7 @@ from pho_service.spec.steps import Allocation
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 
-_BISECTIONS = 100
+_BISECTIONS = 64
 _SATURATED = 40.0  # log-odds of 1 in float64
 
 
@@ -63,7 +63,7 @@ def offset(
         (A, units), float64, weights.
     """
     low, high = bounds(pattern, allocations[0].spread)
-    kept_more = torch.stack([_kept_more(names, allocation) for allocation in allocations])
+    kept_more = _kept_more(names, allocations)
     odds = sparsity.clamp(1 - MAX_SPARSITY, MAX_SPARSITY).logit() - kept_more  # (A, units)
     target = float(sizes.sum()) * pattern.sparsity
 
@@ -74,16 +74,16 @@ def offset(
     return shifted(lost, -reach, reach, target)
 
 
-def _kept_more(names: Sequence[str], allocation: Allocation) -> Tensor:
-    """(units,), float64: what an allocation adds to the log-odds of the share that is kept."""
+def _kept_more(names: Sequence[str], allocations: Sequence[Allocation]) -> Tensor:
+    """(A, units), float64: what allocations add to the log-odds of the share that is kept."""
+    kinds = [kind_of(name) for name in names]
     blocks = torch.tensor(numbered([block_of(name) for name in names]), dtype=torch.float64)
     depth = blocks / blocks.max().clamp_min(1) * 2 - 1  # -1 .. 1
-    found = torch.tensor(
-        [allocation.offsets.get(kind_of(name), 0.0) for name in names], dtype=torch.float64
-    )
-    for legendre, height in zip((depth, (3 * depth**2 - 1) / 2), allocation.depth, strict=False):
-        found += height * legendre
-    return found
+    legendre = torch.stack([depth, (3 * depth**2 - 1) / 2])
+    heights = [[*each.depth, 0.0, 0.0][: len(legendre)] for each in allocations]
+    curves = torch.tensor(heights, dtype=torch.float64) @ legendre
+    offsets = [[each.offsets.get(kind, 0.0) for kind in kinds] for each in allocations]
+    return torch.tensor(offsets, dtype=torch.float64) + curves
 
 
 def shifted(lost: Callable[[Tensor], Tensor], less: Tensor, more: Tensor, target: float) -> Tensor:

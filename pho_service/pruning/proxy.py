@@ -21,6 +21,7 @@ from pho_service.pruning.scores import TINY
 from pho_service.pruning.stacks import Stack
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
+from pho_service.spec.objective import Weighting
 from pho_service.spec.pattern import Pattern, Scope
 
 
@@ -120,6 +121,21 @@ class ProxyEvaluator:
             (layer.name for layer in layers), _relative(layers, sums.absolute), strict=True
         )
         return {**dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0), **dict(errors)}
+
+    def layer_losses(self, candidate: Candidate, weighting: Weighting) -> dict[str, float]:
+        """
+        What each pruned linear adds to a rating of this name, by its name.
+
+        Raises:
+            BundleError, InvalidInput: As :meth:`evaluate`.
+        """
+        layers, (sums,) = self._sums([candidate], with_gini=False)
+        values = (
+            _relative(layers, sums.absolute)
+            if weighting == "relative"
+            else getattr(sums, weighting).tolist()
+        )
+        return {layer.name: value for layer, value in zip(layers, values, strict=True)}
 
     def layer_sparsities(self, candidate: Candidate) -> dict[str, float]:
         """

@@ -25,7 +25,14 @@ from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset, PresetMeaning, PresetName
-from pho_service.spec.samplers import MAX_TRIALS, Sampler, SearchOptions, options_of
+from pho_service.spec.samplers import (
+    MAX_CORRECTIONS,
+    MAX_TRIALS,
+    Sampler,
+    SearchOptions,
+    corrected_windows,
+    options_of,
+)
 from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps, StepsSpec
@@ -102,6 +109,14 @@ class JobSpec(Document):
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."
     )
     seed: Seed = Field(0, description="Seed of the sampler.")
+    corrections: int = Field(
+        SearchOptions.corrections,
+        ge=0,
+        le=MAX_CORRECTIONS,
+        description="Number of allocations that are compared with the dense model on calibration "
+        "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
+        "as it is.",
+    )
     priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
     timeout_s: float | None = Field(
         None,
@@ -235,6 +250,16 @@ class JobSpec(Document):
             return {"confirm": None, **values}
         return values
 
+    @field_validator("corrections")
+    @classmethod
+    def _in_memory(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("stream"):
+            raise ValueError(
+                "a streamed model is read anew for each correction, which takes as long as a "
+                "calibration: give 0, or do not stream"
+            )
+        return value
+
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         self.plan(0)
@@ -346,6 +371,9 @@ class JobSpec(Document):
             measured += trials * self.islands if self.objective.name == "perplexity" else 0
             tokens += measured * self.confirm.windows * self.calibration.context_length
             limits.check_tokens("/confirm/windows", tokens)
+        length = self.calibration.context_length
+        tokens += self.corrections * corrected_windows(length) * length
+        limits.check_tokens("/corrections", tokens)
 
 
 def _preset(given: Mapping[str, Any], pattern: Pattern) -> Preset:

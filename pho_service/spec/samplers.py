@@ -18,6 +18,9 @@ SAMPLERS: dict[str, int] = {
     **{"cmaes": 8, "random": 8, "qmc": 8},
 }
 MAX_TRIALS = 10_000  # of an island; the dashboard draws every trial
+MAX_CORRECTIONS = 1_000  # each takes as long as the model takes for some windows
+_LENGTHS = ("trials", "corrections")
+CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are compared with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +43,34 @@ class SearchOptions:
         ),
     ] = 200
     seed: Annotated[Seed, Field(description="Seed of the sampler.")] = 0
+    corrections: Annotated[
+        Whole,
+        Field(
+            ge=0,
+            le=MAX_CORRECTIONS,
+            description="Number of allocations that are compared with the dense model, to correct "
+            "the proxy's best one where the proxy is wrong; 0 leaves it as it is.",
+        ),
+    ] = 0
 
     def identity(self) -> dict[str, Any]:
         """
         Return what makes it another search: the seed, and what differs from its default.
 
-        The number of trials does not: a longer search goes on with a shorter one.
+        The numbers of trials and of corrections do not: a longer search goes on with a shorter one.
         """
         values = options_of(self)
         defaults = {each.name: each.default for each in fields(SearchOptions)}
         return {
             name: value
             for name, value in values.items()
-            if name == "seed" or (name != "trials" and value != defaults[name])
+            if name == "seed" or (name not in _LENGTHS and value != defaults[name])
         }
+
+
+def corrected_windows(context_length: int) -> int:
+    """How many calibration windows pruned models are compared with the dense one on, at most."""
+    return max(1, CORRECTED_TOKENS // context_length)
 
 
 def options_of(source: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
 from storage.studies import note_trial
 
-What = Literal["divergence", "perplexity"]
+What = Literal["divergence", "perplexity", "calibration_divergence"]
 
 CONFIRMED = 3  # finalists that get a perplexity, and the best baseline
 

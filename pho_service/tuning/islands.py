@@ -8,8 +8,9 @@ from typing import Any
 
 import optuna
 
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
-from pho_service.tuning.search import ranked
+from pho_service.tuning.search import CORRECTS, ranked, rated_trials, searched
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,21 @@ class Islands:
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(rated, key=lambda r: (sign * r.value, r.number))
 
+    def corrected(self, correction: Correction | None) -> list[RatedCandidate]:
+        """The candidate that a correction found; none if it found none."""
+        number = None if correction is None else correction.trial
+        return [each for each in self.corrections() if each.number == number]
+
+    def corrections(self) -> list[RatedCandidate]:
+        """The corrected candidates of all islands, by island and number."""
+        return [
+            replace(each, number=each.number * len(self.studies) + island)
+            for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
+            for each in rated_trials(
+                [t for t in study.get_trials(deepcopy=False) if CORRECTS in t.user_attrs], plan
+            )
+        ]
+
     def place(self, number: int) -> tuple[optuna.Study, int]:
         """The study that a trial is in, and its number there."""
         there, island = divmod(number, len(self.studies))
@@ -70,9 +86,7 @@ class Islands:
     def finished(self) -> int:
         """How many trials were rated, the baselines in each island."""
         return sum(
-            trial.number < plan.trials
-            for study, plan in zip(self.studies, self.plans, strict=True)
-            for trial in study.get_trials(deepcopy=False)
+            len(searched(study, plan)) for study, plan in zip(self.studies, self.plans, strict=True)
         )
 
     @property

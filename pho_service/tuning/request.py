@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pho_service.errors import InvalidInput
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -51,6 +51,7 @@ class SearchRequest(SearchOptions):
     def __post_init__(self) -> None:
         if self.finalists < 1:
             raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        self._check_corrections()
         if self.compare_cold and self.objective.name == "perplexity":
             raise InvalidInput(
                 "what a warm start saves is measured by a second search, which takes hours by "
@@ -61,6 +62,22 @@ class SearchRequest(SearchOptions):
                 "what a warm start saves is measured by a second search with the same sampler, "
                 f"but {type(self.sampler).__name__} keeps what it learnt in the first. Give the "
                 "sampler by its name, or leave compare_cold out."
+            )
+
+    def _check_corrections(self) -> None:
+        if not self.corrections:
+            return
+        pattern = self.pattern
+        if pattern.group or pattern.scope is Scope.GLOBAL:
+            raise InvalidInput(
+                f"corrections={self.corrections} is for allocations of a ratio in scope layer or "
+                f"row: at {pattern} in scope {pattern.scope.value} nothing is shared out among the "
+                "linears that could be corrected. Give corrections=0."
+            )
+        if self.objective.name != "activation-reconstruction" or self.objective.over is not None:
+            raise InvalidInput(
+                f"corrections={self.corrections} is for activation reconstruction on one model, "
+                f"and the objective is {self.objective.label}. Give corrections=0."
             )
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
@@ -77,6 +94,11 @@ class SearchRequest(SearchOptions):
             "allocation_spread": (allocation.spread, allocation.spread),
         }
         space = SearchSpace(**{**given, **self.bounds})
+        if self.corrections and space.allocation_spread[1] == 0:
+            raise InvalidInput(
+                f"corrections={self.corrections} has nothing to correct: with an allocation "
+                "spread of 0 all linears lose the same share. Give corrections=0, or a spread."
+            )
         missing = sorted(set(space.kernel_sizes) - set(kernel_sizes))
         if missing:
             raise InvalidInput(

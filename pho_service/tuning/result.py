@@ -12,6 +12,7 @@ import optuna
 
 from pho_service.host.versions import versions
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
@@ -107,6 +108,7 @@ def search_result(
     *,
     ended_after: int | None = None,
     saving: Saving | None = None,
+    correction: Correction | None = None,
 ) -> SearchResult:
     """
     Choose the winner and write down how it was found.
@@ -122,6 +124,7 @@ def search_result(
         divergences: From the dense model, of all that was compared with it.
         ended_after: So many trials, if the sampler or a callback ended it before the last.
         saving: What the warm start was worth, if that was measured.
+        correction: What corrections of the best came to, if there were any.
     """
     best = measured[0][1] if measured else rated[0]
     by_number = {candidate.number: perplexity for perplexity, candidate in measured}
@@ -170,6 +173,7 @@ def search_result(
             **({} if ended_after is None else {"finished": ended_after}),
             **({"warm_start": _started(rated, plan)} if plan.warm_start else {}),
             **({} if saving is None else {"saving": saving.to_dict()}),
+            **({} if correction is None else {"correction": correction.to_dict()}),
         },
         model=provenance.get("model", {}),
         calibration={k: v for k, v in provenance.items() if k != "model"},

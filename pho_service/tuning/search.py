@@ -30,6 +30,8 @@ from storage.studies import quiet_optuna
 
 logger = logging.getLogger(__name__)
 
+CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
+
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 _ROUNDING = 1e-4  # of a coefficient: a Gaussian process's candidates have differed by 4e-6
@@ -63,7 +65,7 @@ def run_search(
         StudyError: The study is for values of the other direction, holds other trials than this
             plan gives, or nothing but failed ones.
     """
-    recorded = [t for t in study.get_trials(deepcopy=False) if t.number < plan.trials]
+    recorded = searched(study, plan)
     unfinished = [t.number for t in recorded if not t.state.is_finished()]
     if unfinished:
         raise StudyError(
@@ -226,7 +228,10 @@ class _Recorder:
             began = datetime.now()  # as Optuna's times are
             outcomes = evaluate(fresh)
             spans = _spans(began, datetime.now(), outcomes)
-            trials = [self._trial(*each) for each in zip(fresh, outcomes, spans, strict=True)]
+            trials = [
+                finished_trial(self.plan, *each)
+                for each in zip(fresh, outcomes, spans, strict=True)
+            ]
             with self.fence():
                 self.study.add_trials(trials)
             self._call(len(trials))
@@ -264,21 +269,23 @@ class _Recorder:
             "or of a sampler, or by two searches at once. Use another --study."
         )
 
-    def _trial(
-        self, candidate: Candidate, outcome: Outcome, span: tuple[datetime, datetime]
-    ) -> FrozenTrial:
-        attributes = {**candidate.to_dict(), **outcome.attributes}
-        if outcome.failure:
-            attributes["failure"] = outcome.failure
-        trial = create_trial(
-            state=TrialState.FAIL if outcome.value is None else TrialState.COMPLETE,
-            value=outcome.value,
-            params=self.plan.space.params(candidate),
-            distributions=self.plan.space.recorded_distributions(),
-            user_attrs=attributes,
-        )
-        trial.datetime_start, trial.datetime_complete = span
-        return trial
+
+def finished_trial(
+    plan: SearchPlan, candidate: Candidate, outcome: Outcome, span: tuple[datetime, datetime]
+) -> FrozenTrial:
+    """The trial of a candidate that was rated, with when that began and ended."""
+    attributes = {**candidate.to_dict(), **outcome.attributes}
+    if outcome.failure:
+        attributes["failure"] = outcome.failure
+    trial = create_trial(
+        state=TrialState.FAIL if outcome.value is None else TrialState.COMPLETE,
+        value=outcome.value,
+        params=plan.space.params(candidate),
+        distributions=plan.space.recorded_distributions(),
+        user_attrs=attributes,
+    )
+    trial.datetime_start, trial.datetime_complete = span
+    return trial
 
 
 def _alike(known: Any, asked: Any) -> bool:
@@ -290,15 +297,15 @@ def _alike(known: Any, asked: Any) -> bool:
     return bool(known == asked)
 
 
-def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
-    """
-    The finished trials of a search, best first; equal values by number.
+def searched(study: optuna.Study, plan: SearchPlan) -> list[FrozenTrial]:
+    """The trials of the search itself, by number: corrections are trials of the study, too."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if CORRECTS not in t.user_attrs][: plan.trials]
 
-    Raises:
-        StudyError: All failed.
-    """
-    trials = [t for t in study.get_trials(deepcopy=False) if t.number < plan.trials]
-    rated = [
+
+def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedCandidate]:
+    """Those of some trials that have not failed."""
+    return [
         RatedCandidate(
             number=t.number,
             candidate=Candidate.from_dict(t.user_attrs, plan.pattern),
@@ -308,6 +315,17 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
         for t in trials
         if t.state is TrialState.COMPLETE and t.value is not None
     ]
+
+
+def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
+    """
+    The finished trials of a search, best first; equal values by number.
+
+    Raises:
+        StudyError: All failed.
+    """
+    trials = searched(study, plan)
+    rated = rated_trials(trials, plan)
     if not rated:
         cause = trials[0].user_attrs.get("failure", "unknown") if trials else "no trials"
         raise StudyError(f"every trial of study {study.study_name!r} failed. The first: {cause}")

@@ -58,7 +58,7 @@ def bundles(crew: Any) -> dict[str, int]:
             id="hill-climb-to-its-end",
         ),
         pytest.param({"pattern": "2:4", "seed": 3}, id="2:4"),
-        pytest.param({"preset": "best"}, id="best"),
+        pytest.param({"preset": "best", "corrections": 3}, id="best-corrected"),
         pytest.param(
             {
                 "preset": "crepe-plus",
