@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pho_service.client import Client as Client
     from pho_service.errors import PhoError as PhoError
+    from pho_service.interface.baseline import baseline as baseline
     from pho_service.interface.bundle import calibrate as calibrate
     from pho_service.interface.found import search as search
     from pho_service.interface.measured import compare as compare
@@ -31,6 +32,7 @@ _HOME = {
     "Configuration": "spec.configuration",
     "Pattern": "spec.pattern",
     "PhoError": "errors",
+    "baseline": "interface.baseline",
     "calibrate": "interface.bundle",
     "compare": "interface.measured",
     "configuration": "interface.objective",
@@ -50,6 +52,7 @@ __all__ = [
     "Configuration",
     "Pattern",
     "PhoError",
+    "baseline",
     "calibrate",
     "compare",
     "configuration",

@@ -25,10 +25,11 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import ConfigurationError, InvalidInput, ModelError
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,20 +41,28 @@ if TYPE_CHECKING:
 TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
-@click.command(cls=DocumentCommand, fields=("calibration", "revision", "dtype", "stream"))
+@click.command(
+    cls=DocumentCommand, fields=("steps/linears", "calibration", "revision", "dtype", "stream")
+)
 @click.argument("model", required=False)
 @click.option("--config", "config_path", type=click.Path(), help="A configuration.")
+@click.option(
+    "--method",
+    help="A published method instead, by its name in `pho compare`, for --pattern: wanda, "
+    "sparsegpt.",
+)
 @click.option(
     "--from-library",
     is_flag=True,
     help="Take the most promising configuration of a library for --pattern instead.",
 )
 @library_option
-@click.option("--pattern", help="With --from-library: 0.5 or 2:4.")
+@click.option("--pattern", help="With --method and --from-library: 0.5 or 2:4.")
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="With --from-library.  [default: any]",
+    help="With --from-library, any by default; with --method for those that have none of their "
+    "own.",
 )
 @click.option(
     "--force",
@@ -81,6 +90,7 @@ def prune(
     model: str | None,
     given: Given,
     config_path: str | None,
+    method: str | None,
     from_library: bool,
     library: str | None,
     pattern: str | None,
@@ -101,6 +111,9 @@ def prune(
     the hashes of each layer. Zeros alone make nothing smaller or faster: that
     needs a runtime that skips them. --check compares a folder with its recipe.
 
+    --method prunes with a published method, such as Wanda, in the same way; the
+    recipe says which. --targets, --ignore and --sparsity choose its linears.
+
     --from-library searches nothing: it takes what was found on other models
     (`pho configurations` shows it), and notes in pruning.json where it came
     from. What the proxy judges no better than RIA on MODEL is left out, and
@@ -111,14 +124,18 @@ def prune(
     Example:
       pho prune HuggingFaceTB/SmolLM2-135M --config config.json \\
           --text book.txt --out pruned
+      pho prune HuggingFaceTB/SmolLM2-135M --method wanda-permuted \\
+          --pattern 2:4 --text book.txt --out wanda24
       pho prune HuggingFaceTB/SmolLM2-360M --from-library --pattern 2:4 \\
           --text book.txt --out pruned
       pho prune HuggingFaceTB/SmolLM2-135M --check pruned
     """
-    chosen = {"--config": config_path, "--from-library": from_library or None}
-    asked = {
-        "--library": library, "--pattern": pattern, "--scope": scope, "--force": force or None,
+    chosen = {
+        "--config": config_path, "--method": method, "--from-library": from_library or None,
     }  # fmt: skip
+    named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
+    of_library = {"--library": library, "--force": force or None}
+    asked = {**of_library, "--pattern": pattern, "--scope": scope, **named}
     options = ModelOptions.of(given, device, device_map)
     if check_path:
         others = {**chosen, **asked, "--out": out, "--bundle": bundle_path}
@@ -131,26 +148,62 @@ def prune(
         return
     if not (model and out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
-            "MODEL, --out, and one of --config and --from-library are needed to prune; --check "
-            "FOLDER to check a folder."
+            "MODEL, --out, and one of --config, --method and --from-library are needed to prune; "
+            "--check FOLDER to check a folder."
         )
-    if from_library and pattern is None:
-        raise InvalidInput("--from-library needs a --pattern: 0.5 or 2:4, say.")
-    if not from_library and any(value is not None for value in asked.values()):
-        too_many = [name for name, value in asked.items() if value is not None]
-        raise InvalidInput(
-            f"{', '.join(too_many)}: for --from-library alone; a configuration has its pattern and "
-            "scope. Leave it out."
-        )
+    if config_path is None and pattern is None:
+        which = "--method" if method else "--from-library"
+        raise InvalidInput(f"{which} needs a --pattern: 0.5 or 2:4, say.")
+    _refuse(config_path, method, asked=asked, of_library=of_library, named=named)
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
-    source = _Source(config=config_path, library=library, pattern=pattern, scope=scope, force=force)
+    source = _Source(
+        configuration=_given(config_path, method, pattern, scope, given),
+        library=library,
+        pattern=pattern,
+        scope=scope,
+        force=force,
+    )
     statistics = _Statistics(
         bundle=bundle_path,
         calibration=given.calibration(),
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
     _prune(model, source, Path(out), statistics, as_json, options)
+
+
+def _refuse(
+    config: str | None,
+    method: str | None,
+    *,
+    asked: "Mapping[str, object]",
+    of_library: "Mapping[str, object]",
+    named: "Mapping[str, object]",
+) -> None:
+    """See that no option is given that is for another source of the configuration."""
+    if config is not None:
+        foreign, reason = asked, "a configuration has its pattern, scope and linears"
+    elif method is not None:
+        foreign, reason = of_library, "for --from-library alone"
+    else:
+        foreign, reason = named, "for --method; what is in a library says which linears it prunes"
+    too_many = [name for name, value in foreign.items() if value is not None]
+    if too_many:
+        raise InvalidInput(f"{', '.join(too_many)}: {reason}. Leave it out.")
+
+
+def _given(
+    path: str | None, method: str | None, pattern: str | None, scope: str | None, given: Given
+) -> "Configuration | None":
+    """What a file or a method's name says; None if a library shall be asked."""
+    from pho_service.spec.configuration import published, read_configuration
+
+    if path is not None:
+        return read_configuration(Path(path))
+    if method is None:
+        return None
+    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {}))
+    return published(method, str(pattern), scope, linears)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +224,9 @@ class _Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """Where the configuration comes from: a file, or else a library."""
+    """Where the configuration comes from: it is given, or else chosen from a library."""
 
-    config: str | None
+    configuration: "Configuration | None"
     library: str | None
     pattern: str | None
     scope: str | None
@@ -238,11 +291,10 @@ def _prune(
     from pho_service.host.files import check_free
     from pho_service.pipeline.prune import prune_job
     from pho_service.pruning.reconstruction import summary
-    from pho_service.spec.configuration import read_configuration
 
     check_free(folder)
     found = None
-    if source.config is None:
+    if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
         model = open_model(name, options)
         promising = _prunable(source.of_library(model), statistics)
@@ -251,7 +303,7 @@ def _prune(
         found = source.chosen(promising, loaded, bundle)
         configuration = found.configuration
     else:
-        configuration = read_configuration(Path(source.config))
+        configuration = source.configuration
         loaded, bundle, calibration = _inputs(name, None, statistics, [configuration], options)
         key = configuration.calibration.get("key")
         if key and key != bundle.key:

@@ -15,8 +15,10 @@ from pydantic import FailFast, Field, ValidationError, model_validator
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.files import new_file
 from pho_service.host.plain import shown as shown
+from pho_service.spec.baselines import baseline
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
@@ -127,6 +129,31 @@ class Configuration(Document):
             pattern=Pattern.parse(self.pattern, self.scope),
             steps=self.steps,
         )
+
+
+def published(
+    method: str, pattern: str | Pattern, scope: str | None = None, linears: Linears = Linears()
+) -> Configuration:
+    """
+    What prunes as a published method does.
+
+    Args:
+        method: Its name in a comparison: see :func:`pho_service.spec.baselines.baseline`.
+        pattern: What is removed.
+        scope: None is the method's own; CRePE with equal coefficients takes any.
+        linears: What is pruned.
+
+    Raises:
+        InvalidInput: The method is not known, or has another scope; or the pattern is none.
+    """
+    asked = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, scope)
+    candidate = baseline(method, asked, linears)
+    own = candidate.pattern.scope.value
+    if scope is not None and own != scope:
+        raise InvalidInput(
+            f"{method} counts in scope {own}, but scope {scope!r} is given. Leave it out."
+        )
+    return Configuration.of(candidate)
 
 
 def write_configuration(configuration: Configuration, path: str | Path) -> None:

@@ -100,11 +100,35 @@ def test_compare(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
     )["rows"]  # fmt: skip
 
     assert [row["method"] for row in rows] == [
-        "dense", "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "owl-wanda",
-        "dsnot", "sparsegpt", "owl-sparsegpt", "admm", "alps",
+        "dense", "magnitude", "wanda", "wanda-sequential", "ria-row", "ria-row-sequential",
+        "ria-layer", "ria-layer-sequential", "crepe-equal", "owl-wanda", "sparsegpt",
     ]  # fmt: skip
     assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-3) for row in rows[1:])
     assert all(row["memory_bytes"] > 2**20 and row["seconds"] > 0 for row in rows)
+
+
+def test_prune_by_a_method(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+    """A published method is pruned with and saved by its name, and is what the table shows."""
+    calibration = (*SMALL, "--text", texts["calibration"], "--ignore", "*.layers.0.*")
+    method = "sparsegpt-permuted"
+    pruned = pho("prune", model_folder, "--method", method, "--pattern", "2:4", *calibration,
+                 "--out", "out")  # fmt: skip
+    recipe = json.loads(Path("out/pruning.json").read_text())
+    checked = pho("prune", model_folder, "--check", "out", "--json")
+    rated = answer(
+        pho("evaluate", "out", "--text", texts["report"], "--context-length", 32, "--max-windows",
+            2, "--json")
+    )  # fmt: skip
+    rows = answer(
+        pho("compare", model_folder, "--pattern", "2:4", *calibration, "--method", method,
+            "--report-text", texts["report"], "--report-windows", 2, "--json")
+    )["rows"]  # fmt: skip
+
+    assert pruned.exit_code == 0, pruned.stderr
+    assert recipe["configuration"]["method"] == method
+    assert all(checks(checked).values())
+    assert [row["method"] for row in rows] == ["dense", method]
+    assert rated["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
 
 
 def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
@@ -166,7 +190,41 @@ def test_bundle_is_not_enough(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "MODEL, --out, and one of --config and --from-library are needed"),
+        (("--seeds", "0,x"), "--seeds '0,x' are not whole numbers"),
+        (("--seeds", "1,1"), "one is given twice"),
+        (("--seeds", "1", "--calibration-seed", 2), "both say how the calibration is drawn"),
+        (("--trials", 9), "--trials: for --preset alone"),
+        (("--preset", "bst"), "--preset 'bst' is not one of"),
+        (("--method", "owl-wanda"), "OWL has no row at N:M"),
+        (("--ablation",), "takes configurations apart"),
+    ],
+    ids=["no-number", "twice", "two-seeds", "no-search", "no-preset", "owl", "nothing-to-ablate"],
+)
+def test_comparison_refused(pho: Pho, words: tuple[object, ...], message: str) -> None:
+    """What cannot be compared is said before a model is read."""
+    result = pho("compare", "nowhere", "--pattern", "2:4", "--report-text", "r.txt", *words)
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "MODEL, --out, and one of --config, --method and --from-library are needed"),
+        (("m", "--out", "o", "--method", "wanda"), "--method needs a --pattern"),
+        (
+            ("m", "--out", "o", "--method", "wnada", "--pattern", "0.5"),
+            "method 'wnada' is not one of those at 0.5",
+        ),
+        (
+            ("m", "--out", "o", "--method", "wanda", "--pattern", "0.5", "--scope", "layer"),
+            "wanda counts in scope row, but scope 'layer' is given",
+        ),
+        (
+            ("m", "--out", "o", "--config", "c.json", "--ignore", "*.o_proj"),
+            "--ignore: a configuration has its pattern, scope and linears",
+        ),
         (("--check", "out", "--out", "other"), "--check takes a folder and prunes nothing"),
         (("--check", "nothing"), "nothing"),
     ],

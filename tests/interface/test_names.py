@@ -8,9 +8,9 @@ import pytest
 import pho_service as pho
 
 NAMES = {
-    "Client", "Configuration", "Pattern", "PhoError", "calibrate", "compare", "configuration",
-    "evaluate", "load_model", "objective", "prune", "read_bundle", "read_configuration", "save",
-    "search", "write_configuration",
+    "Client", "Configuration", "Pattern", "PhoError", "baseline", "calibrate", "compare",
+    "configuration", "evaluate", "load_model", "objective", "prune", "read_bundle",
+    "read_configuration", "save", "search", "write_configuration",
 }  # fmt: skip
 
 

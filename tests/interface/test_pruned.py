@@ -102,6 +102,18 @@ def test_few_tokens(
     assert [recipe["few_tokens"] for recipe in recipes] == said * 2
 
 
+def test_published_method(tiny_llama: Any, bundle: Any, weights: Callable[[], bool]) -> None:
+    """A published method is a configuration like any other, and the recipe has its name."""
+    wanda = pho.baseline("wanda-permuted", "2:4", ignore="*.layers.0.*")
+    pruned = pho.prune(tiny_llama, wanda, bundle)
+
+    assert not weights()
+    assert pruned.recipe["configuration"]["method"] == "wanda-permuted"
+    assert {name.split(".")[2] for name in pruned.layers} == {"1"}
+    with pytest.raises(InvalidInput, match=r"crepe.* is not one of those at 0\.5"):
+        pho.baseline("crepe", 0.5)
+
+
 def test_by_name(model_folder: Path, texts: dict[str, Path], configuration: Any) -> None:
     """A folder is loaded, pruned and given back; the text is cut with its own tokenizer."""
     bundle = pho.calibrate(model_folder, None, texts["calibration"], samples=6, context_length=32)
