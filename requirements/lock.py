@@ -30,7 +30,7 @@ def main(words: list[str]) -> None:
     if words == ["torch"]:
         print(torch())
         return
-    everything = ["--extra=all", "--extra=dev", "--extra=docs", "--extra=otel"]
+    everything = ["--extra=all", "--extra=dev", "--extra=docs", "--extra=otel", "--extra=eval"]
     _lock("dev.txt", "Everything: what `make install` and the tests take.", PROJECT, everything)
     _lock("api.txt", "The image of the API.", PROJECT, ["--extra=api", "--extra=otel"])
     _lock("worker.txt", "The image of a worker.", PROJECT, ["--extra=worker", "--extra=otel"])

@@ -1,10 +1,14 @@
 """`pho evaluate`."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
+    all_options,
     at_least,
     device_options,
     json_option,
@@ -12,7 +16,35 @@ from pho_service.cli.options import (
     report_text,
     text_source,
 )
-from pho_service.cli.terminal import print_json, progress, verb
+from pho_service.cli.terminal import print_json, print_table, progress, verb, working
+from pho_service.errors import InvalidInput
+from pho_service.spec.tasks import USUAL_TASKS, mean_accuracy, task_names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pho_service.models.loading import LanguageModel
+    from pho_service.models.task_files import LoadedTasks
+    from pho_service.spec.fields import CalibrationSpec
+    from pho_service.spec.tasks import TaskScore
+
+_TEXT = ("calibration/text", "calibration/dataset")
+
+task_options = all_options(
+    click.option(
+        "--tasks",
+        metavar="NAME,NAME",
+        help="Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
+        f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
+    ),
+    click.option(
+        "--tasks-dir",
+        type=click.Path(path_type=Path),
+        help="Folder with task files of one's own, which come before the harness's. What they name "
+        "as !function is run.",
+    ),
+    click.option("--limit", type=int, help="Only the first N examples of each task."),
+)
 
 
 @click.command(
@@ -24,6 +56,7 @@ from pho_service.cli.terminal import print_json, progress, verb
 )  # fmt: skip
 @click.argument("model")
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
+@task_options
 @device_options
 @json_option
 @verb
@@ -31,27 +64,76 @@ def evaluate(
     model: str,
     given: Given,
     max_windows: int | None,
+    tasks: str | None,
+    tasks_dir: Path | None,
+    limit: int | None,
     device: str,
     device_map: str | None,
     as_json: bool,
 ) -> None:
     """
-    Print the perplexity of MODEL on a text.
+    Print the perplexity of MODEL on a text, or what it scores in zero-shot tasks.
 
     MODEL is a hub id, a local folder or a .gguf file. The text is joined,
     tokenised once and cut into windows that do not overlap; the tail is
     dropped. tokens counts the predicted ones, all but the first of a window.
+    With --tasks, a perplexity is measured only if a text is given, too.
 
     \b
-    Example:
+    Examples:
       pho evaluate pruned --text report.txt --context-length 512
+      pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
-    from pho_service.models.blockwise import measure_perplexity
-
-    at_least(1, max_windows=max_windows)
+    at_least(1, max_windows=max_windows, limit=limit)
+    loaded_tasks = load_asked_tasks(tasks, tasks_dir, limit)
     how = given.calibration()
     source = text_source(how)
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
+    document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
+    if loaded_tasks is None or any(field in given.said for field in _TEXT):
+        document = {**_perplexity(loaded, how, source, max_windows), **document}
+    scores: Sequence[TaskScore] = ()
+    if loaded_tasks is not None:
+        from pho_service.pipeline.tasks import measure_tasks, tasks_document
+
+        scores = measure_tasks(loaded, loaded_tasks, bos=how.bos, limit=limit, progress=progress)
+        document |= tasks_document(loaded, scores, bos=how.bos, limit=limit)
+    if as_json:
+        print_json(document)
+        return
+    if "perplexity" in document:
+        _show_perplexity(document)
+    if scores:
+        _show_scores(document, scores)
+
+
+def load_asked_tasks(
+    tasks: str | None, folder: Path | None, limit: int | None
+) -> "LoadedTasks | None":
+    """
+    The tasks of --tasks, found before a model is opened; None if none are asked for.
+
+    Raises:
+        InvalidInput: Options of tasks are given, but no task.
+    """
+    if tasks is None:
+        for name, value in (("--tasks-dir", folder), ("--limit", limit)):
+            if value is not None:
+                raise InvalidInput(f"{name} {value} is of tasks, but none is named. Add --tasks.")
+        return None
+    names = task_names(tasks)
+    with working("Reading tasks"):
+        from pho_service.models.task_files import load_tasks
+
+        return load_tasks(names, folder)
+
+
+def _perplexity(
+    loaded: "LanguageModel", how: "CalibrationSpec", source: Any, max_windows: int | None
+) -> dict[str, Any]:
+    """The perplexity, with all that it depends on."""
+    from pho_service.models.blockwise import measure_perplexity
+
     text = report_text(
         loaded,
         source,
@@ -61,7 +143,7 @@ def evaluate(
     )
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
-    document = {
+    return {
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "windows": result.windows,
@@ -69,16 +151,32 @@ def evaluate(
         "bos": bool(loaded.window_prefix(how.bos)),
         "text": text.record.source,
         "text_sha256": text.record.sha256,
-        "model": loaded.to_dict(),
-        "device": str(loaded.device),
     }
-    if as_json:
-        print_json(document)
-        return
+
+
+def _show_perplexity(document: dict[str, Any]) -> None:
     click.echo(
-        f"perplexity {result.perplexity:.4f}\n"
-        f"tokens     {result.tokens} in {result.windows} windows of {how.context_length}, "
-        f"{'with' if document['bos'] else 'without'} BOS\n"
-        f"text       {text.record.source}\n"
-        f"sha256     {text.record.sha256}"
+        f"perplexity {document['perplexity']:.4f}\n"
+        f"tokens     {document['tokens']} in {document['windows']} windows of "
+        f"{document['context_length']}, {'with' if document['bos'] else 'without'} BOS\n"
+        f"text       {document['text']}\n"
+        f"sha256     {document['text_sha256']}"
+    )
+
+
+def _show_scores(document: dict[str, Any], scores: "Sequence[TaskScore]") -> None:
+    mean = mean_accuracy(scores)
+    used = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    print_table(
+        f"{Path(document['model']['name']).name}: zero-shot tasks",
+        ("task", "metric", "score", "examples", "shots", "version"),
+        [
+            *(
+                (score.task, score.metric, score.shown, score.examples, score.shots, score.version)
+                for score in scores
+            ),
+            *([("mean", "acc", f"{mean * 100:.2f}", "", "", "")] if mean is not None else []),
+        ],
+        caption=f"{'with' if document['bos'] else 'without'} BOS; accuracies in percent, ± "
+        f"standard error; {document['model']['dtype']} on {document['device']}; {used}",
     )

@@ -56,7 +56,8 @@ def _fail(message: str, *, code: int) -> NoReturn:
 def _quieten() -> None:
     """Other people's warnings and progress bars are not for our users."""
     warnings.simplefilter("ignore")
-    for name in ("transformers", "datasets", "huggingface_hub", "optuna", "accelerate"):
+    loud = ("transformers", "datasets", "huggingface_hub", "optuna", "accelerate", "lm_eval")
+    for name in loud:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -5,7 +5,7 @@ What to install when a package is missing that only some parts of PHO need.
 import re
 from importlib.metadata import requires
 
-_EXTRAS = ("worker", "api")  # what both bring is missed first where a model is to be run
+_EXTRAS = ("worker", "api", "eval")  # what both bring is missed first where a model is to be run
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
