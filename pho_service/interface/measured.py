@@ -33,6 +33,8 @@ from pho_service.interface.texts import (
     settings_of,
 )
 from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel
+from pho_service.models.task_files import load_tasks
 from pho_service.pipeline.compare import check_family, common_linears
 from pho_service.pipeline.repeated import (
     Calibrated,
@@ -40,12 +42,14 @@ from pho_service.pipeline.repeated import (
     ComparisonRequest,
     compare_over_seeds,
 )
-from pho_service.progress import bars
+from pho_service.pipeline.tasks import measure_tasks
+from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions
+from pho_service.spec.tasks import TaskScore, mean_accuracy, task_names
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -56,71 +60,129 @@ _DEFAULT = CalibrationSettings()
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Shown):
     """
-    The perplexity of a model on a text, and all that the number depends on.
+    The perplexity of a model on a text, what it scores in tasks, and all that this depends on.
 
     Attributes:
-        perplexity: exp of the mean loss over predicted tokens.
+        perplexity: exp of the mean loss over predicted tokens; like all that is of the text,
+            None if tasks alone were measured.
         tokens: Predicted tokens: every window predicts all but its first.
         windows: How many were measured.
         context_length: Tokens of a window.
-        bos: Whether BOS was put before every window.
+        bos: Whether BOS was put before every window, and every question.
         text: Where the text is from.
         text_sha256: Hash of the text; of windows that were given, of their tokens.
         model: Name, family, number of parameters, revision, hash of the weights, dtype.
         device: Where it was measured.
+        tasks: A score for each task and metric; ``pandas.DataFrame(evaluation.tasks)`` takes them.
     """
 
-    perplexity: float
-    tokens: int
-    windows: int
-    context_length: int
+    perplexity: float | None
+    tokens: int | None
+    windows: int | None
+    context_length: int | None
     bos: bool
-    text: str
-    text_sha256: str
+    text: str | None
+    text_sha256: str | None
     model: dict[str, Any]
     device: str
+    tasks: Sequence[TaskScore] = ()
 
     def _shown(self) -> Table:
+        where = f"{self.model['name']}, {self.model['dtype']} on {self.device}"
+        if self.tasks:
+            return self._scores(where)
         return Table(
             ("perplexity", f"{self.perplexity:.4f}"),
             [
                 ("tokens", f"{self.tokens} in {self.windows} windows of {self.context_length}"),
                 ("BOS", "with" if self.bos else "without"),
-                ("text", f"{self.text}, sha256 {self.text_sha256[:12]}"),
-                ("model", f"{self.model['name']}, {self.model['dtype']} on {self.device}"),
+                ("text", f"{self.text}, sha256 {(self.text_sha256 or '')[:12]}"),
+                ("model", where),
             ],
             numbers=False,
+        )
+
+    def _scores(self, where: str) -> Table:
+        mean = mean_accuracy(self.tasks)
+        return Table(
+            ("task", "metric", "score", "examples"),
+            [
+                *((each.task, each.metric, each.shown, each.examples) for each in self.tasks),
+                *([("mean", "acc", f"{mean * 100:.2f}", None)] if mean is not None else []),
+            ],
+            title="" if self.perplexity is None else f"perplexity {self.perplexity:.4f}",
+            notes=(f"accuracies in percent, ± standard error; {where}",),
         )
 
 
 def evaluate(
     model: Model,
     tokenizer: Any,
-    texts: "Texts",
+    texts: "Texts | None" = None,
     *,
+    tasks: str | Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
     context_length: int | None = None,
     max_windows: int | None = None,
     bos: Bos = _DEFAULT.bos,
     progress: bool = False,
 ) -> Evaluation:
     """
-    Measure the perplexity of a model on a text, as `pho evaluate` does.
+    Measure the perplexity of a model on a text, or its zero-shot tasks, as `pho evaluate` does.
 
     The text is joined, tokenised once and cut into windows that do not overlap; the tail is
     dropped.
 
     Args:
-        model, tokenizer, texts: As of ``pho.calibrate``.
+        model, tokenizer, texts: As of ``pho.calibrate``; no text is needed if there are tasks.
+        tasks: Names in lm-evaluation-harness, which comes with the extra ``eval``.
+        tasks_dir: Folder with task files of one's own. What they name as ``!function`` is run.
+        limit: Only the first so many examples of each task; None takes all.
         context_length: Tokens of a window; None is 2048, or the length of windows that are given.
         max_windows: Only the first so many; None takes all.
-        bos: Whether windows start with BOS: ``auto``, ``always``, ``never``.
+        bos: Whether windows and questions start with BOS: ``auto``, ``always``, ``never``.
         progress: Show a bar on stderr.
 
     Raises:
-        InvalidInput, ModelError, TextError: As of ``pho.calibrate``.
+        InvalidInput, ModelError, TextError: As of ``pho.calibrate``; there is neither a text nor a
+            task, or a task is not known or cannot be read.
+        ModuleNotFoundError: The extra ``eval`` is not installed.
         NumericalError: A loss is NaN or infinite.
     """
+    if texts is None and not tasks:
+        raise InvalidInput("there is nothing to measure. Give texts, tasks, or both.")
+    loaded_tasks = None
+    if tasks:
+        loaded_tasks = load_tasks(task_names(tasks), Path(tasks_dir) if tasks_dir else None)
     loaded = opened(model, tokenizer)
+    measured: dict[str, Any] = dict.fromkeys(
+        ("perplexity", "tokens", "windows", "context_length", "text", "text_sha256")
+    )
+    given = isinstance(texts, Tensor)
+    if texts is not None:
+        measured = _perplexity(loaded, texts, context_length, bos, max_windows, bars(progress))
+    scores: Sequence[TaskScore] = ()
+    if loaded_tasks is not None:
+        scores = measure_tasks(loaded, loaded_tasks, bos=bos, limit=limit, progress=bars(progress))
+    return Evaluation(
+        **measured,
+        bos=not (given and not scores) and bool(loaded.window_prefix(bos)),
+        model=loaded.to_dict(),
+        device=str(loaded.device),
+        tasks=tuple(scores),
+    )
+
+
+def _perplexity(
+    loaded: LanguageModel,
+    texts: "Texts",
+    context_length: int | None,
+    bos: Bos,
+    max_windows: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What an evaluation says of a text."""
     text = measured_text(
         loaded,
         texts,
@@ -128,19 +190,16 @@ def evaluate(
         bos=bos,
         max_windows=max_windows,
     )
-    with bars(progress)("Measuring perplexity", len(text.windows)) as advance:
+    with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
-    return Evaluation(
-        perplexity=result.perplexity,
-        tokens=result.tokens,
-        windows=result.windows,
-        context_length=text.windows.shape[1],
-        bos=not isinstance(texts, Tensor) and bool(loaded.window_prefix(bos)),
-        text=text.record.source,
-        text_sha256=text.record.sha256,
-        model=loaded.to_dict(),
-        device=str(loaded.device),
-    )
+    return {
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "context_length": text.windows.shape[1],
+        "text": text.record.source,
+        "text_sha256": text.record.sha256,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -213,7 +213,7 @@ def _hub_or_cache(manager: Any, names: Sequence[str]) -> Iterator[None]:
     if not wanted or not _hub_is_away():
         yield
         return
-    logger.warning("the hub is away: data sets of tasks are looked for in the cache alone")
+    logger.info("the hub is away: data sets of tasks are looked for in the cache alone")
     import datasets
     import huggingface_hub
 
@@ -229,14 +229,14 @@ def _hub_or_cache(manager: Any, names: Sequence[str]) -> Iterator[None]:
 
 
 def _hub_is_away() -> bool:
-    """Whether the hub answers nothing; it is asked once, where its libraries retry for minutes."""
+    """Whether nothing may be asked of the hub, or it does not answer; its libraries would retry."""
+    import datasets
     import httpx
-    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False  # its libraries know already
+    if datasets.config.HF_HUB_OFFLINE:  # HF_HUB_OFFLINE, or HF_DATASETS_OFFLINE
+        return True
     try:
-        httpx.head(constants.ENDPOINT, timeout=_PATIENCE_S)
+        httpx.head(datasets.config.HF_ENDPOINT, timeout=_PATIENCE_S)
     except httpx.HTTPError:
         return True
     return False

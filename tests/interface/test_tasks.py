@@ -1,0 +1,235 @@
+"""Zero-shot tasks whose right answers are known by construction, dense and pruned."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import pho_service as pho
+from pho_service.cli import main
+from pho_service.errors import InvalidInput, TextError
+from pho_service.interface.models import opened
+from pho_service.models import task_files
+from pho_service.models.task_files import load_tasks
+from pho_service.pipeline.tasks import TaskModel, measure_tasks
+from pho_service.progress import silent
+
+pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
+
+QUESTIONS = {
+    "the model": ["prune a small weight", "keep"],
+    "search the best row": ["first", "last", "the sum of norm"],
+    "find a token": ["in the text", "window", "slow study"],
+    "the score mean": ["value", "rank value of a layer"],
+    "remove large": ["input", "output error", "error"],
+    "a fast study": ["find", "keep the row"],
+    "last text": ["the window", "sum", "mean"],
+    "study a norm": ["large", "small"],
+}
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``datasets`` makes of the examples stays in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    yield
+    if not bars:
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Write:
+    """Writes a task with these right answers beside its data, which are named relatively."""
+
+    def write(answers: list[int], **more: Any) -> Path:
+        folder = tmp_path / "tasks" / "inner"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"question": question, "choices": choices, "answer": answer}
+            for (question, choices), answer in zip(QUESTIONS.items(), answers, strict=True)
+        ]
+        (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {
+            "task": "words",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "metadata": {"version": 3.0},
+            **more,
+        }
+        (folder / "words.yaml").write_text(yaml.safe_dump(task))
+        return folder.parent
+
+    return write
+
+
+def plain(model: PreTrainedModel, tokenizer: Any, bos: bool) -> list[list[float]]:
+    """The log-likelihood of each answer, token after token, in float64."""
+    exact = AutoModelForCausalLM.from_config(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    found = []
+    for question, choices in QUESTIONS.items():
+        found.append([])
+        for choice in choices:
+            start = [1] if bos else []
+            start += tokenizer(question, add_special_tokens=False).input_ids
+            log = 0.0
+            for token in tokenizer(choice, add_special_tokens=False).input_ids:
+                with torch.no_grad():
+                    logits = exact(torch.tensor([start])).logits[0, -1]
+                log += float(logits.log_softmax(dim=-1)[token])
+                start.append(token)
+            found[-1].append(log)
+    return found
+
+
+def best(logs: list[list[float]], *, by_length: bool = False) -> list[int]:
+    """The answers that these likelihoods choose."""
+    chosen = []
+    for likelihoods, choices in zip(logs, QUESTIONS.values(), strict=True):
+        lengths = [len(choice) if by_length else 1 for choice in choices]
+        rated = [log / length for log, length in zip(likelihoods, lengths, strict=True)]
+        chosen.append(rated.index(max(rated)))
+    return chosen
+
+
+def share(chosen: list[int], right: list[int]) -> float:
+    """Of right answers."""
+    return sum(a == b for a, b in zip(chosen, right, strict=True)) / len(right)
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["without BOS", "with BOS"])
+def test_scores(
+    tiny_llama: PreTrainedModel, bos: bool, request: pytest.FixtureRequest, task_folder: Write,
+    texts: dict[str, Path], configuration: pho.Configuration,
+) -> None:  # fmt: skip
+    """Dense and pruned score what a plain loop over log-likelihoods says, BOS where it belongs."""
+    folder = request.getfixturevalue("bos_folder" if bos else "model_folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logs = plain(tiny_llama, tokenizer, bos)
+    right = best(logs)
+    right[-2:] = [1 - min(answer, 1) for answer in right[-2:]]  # the last two it has wrong
+    tasks = load_tasks(["words"], task_folder(right))
+    requests = [
+        type("Request", (), {"args": (question, f" {choice}")})
+        for question, choices in QUESTIONS.items()
+        for choice in choices
+    ]
+    model = opened(tiny_llama, tokenizer)
+    rated = TaskModel(model, "auto", silent).loglikelihood(requests)
+    dense = measure_tasks(model, tasks)
+    bundle = pho.calibrate(
+        tiny_llama, tokenizer, texts["calibration"], samples=6, context_length=32, kernel_sizes=(3,)
+    )
+    pho.prune(tiny_llama, configuration, bundle)
+    pruned = measure_tasks(opened(tiny_llama, tokenizer), tasks)
+    again = plain(tiny_llama, tokenizer, bos)
+
+    flat = [log for likelihoods in logs for log in likelihoods]
+    assert [log for log, _ in rated] == pytest.approx(flat, abs=1e-5)
+    assert [(each.metric, each.examples, each.version) for each in dense] == [
+        ("acc", 8, "3.0"), ("acc_norm", 8, "3.0"),
+    ]  # fmt: skip
+    assert dense[0].value == 0.75
+    assert dense[0].stderr == pytest.approx((0.75 * 0.25 / 7) ** 0.5)
+    assert dense[1].value == share(best(logs, by_length=True), right)
+    assert again != logs
+    assert pruned[0].value == share(best(again), right)
+    assert pruned[1].value == share(best(again, by_length=True), right)
+
+
+def test_verb(model_folder: Path, texts: dict[str, Path], task_folder: Write) -> None:
+    """`pho evaluate --tasks` prints what the API says; a streamed model scores the same."""
+    folder = task_folder([0] * len(QUESTIONS))
+
+    def printed(*words: object) -> Any:
+        given = ["evaluate", model_folder, "--tasks", "words", "--tasks-dir", folder, *words]
+        result = CliRunner().invoke(main, [*map(str, given), "--device", "cpu"])
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
+    found = pho.evaluate(
+        model, AutoTokenizer.from_pretrained(model_folder), texts["report"], tasks="words",
+        tasks_dir=folder, limit=4, context_length=32, max_windows=2,
+    )  # fmt: skip
+    document = json.loads(
+        printed(
+            "--limit", 4, "--text", texts["report"], "--context-length", 32, "--max-windows", 2,
+            "--json",
+        )
+    )  # fmt: skip
+    streamed = json.loads(printed("--limit", 4, "--stream", "--json"))
+
+    assert [vars(score) for score in found.tasks] == document["tasks"] == streamed["tasks"]
+    assert found.perplexity == document["perplexity"]
+    assert "perplexity" not in streamed
+    assert document["tasks"][0]["examples"] == document["limit"] == 4
+    assert document["versions"].keys() >= {"lm-eval"}
+    assert "acc_norm" in repr(found)
+    assert "± " in printed()
+
+
+def test_long_and_rolling(
+    tiny_llama: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that is too long loses its beginning; a long text is cut, each token rated once."""
+    monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", 4)
+    model = TaskModel(opened(tiny_llama, tokenizer), "auto", silent)
+
+    def asked(*args: str) -> list[Any]:
+        return [type("Request", (), {"args": args})]
+
+    ((long, _),) = model.loglikelihood(asked("the a model weight row column", " layer score"))
+    ((short, _),) = model.loglikelihood(asked("weight row column", " layer score"))
+    (whole,) = model.loglikelihood_rolling(asked("the a model weight row column"))
+    ((begin, _),) = model.loglikelihood(asked("", "the a model weight"))
+    ((end, _),) = model.loglikelihood(asked("a model weight", " row column"))
+
+    assert long == short
+    assert whole == pytest.approx(begin + end, abs=1e-5)
+
+
+def test_refused(
+    task_folder: Write, monkeypatch: pytest.MonkeyPatch, tiny_llama: PreTrainedModel
+) -> None:
+    """What is not there, wants the network or a text that is written: in words, at once."""
+    folder = task_folder([0] * len(QUESTIONS))
+    monkeypatch.setattr(task_files, "_own_folder", lambda: folder)  # the harness has 14,000 files
+
+    def refused(names: str, **more: Any) -> str:
+        task_folder([0] * len(QUESTIONS), **more)
+        with pytest.raises((InvalidInput, TextError)) as told:
+            pho.evaluate(tiny_llama, None, tasks=names, tasks_dir=folder)
+        return str(told.value)
+
+    monkeypatch.setattr(task_files, "_hub_is_away", lambda: True)
+    assert "Did you mean words?" in refused("word")
+    assert "needs generated text" in refused("words", output_type="generate_until")
+    files = {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}
+    assert "words cannot be read: Unable to find" in refused("words", **files)
+    away = refused("words", dataset_path="org/name", dataset_kwargs={})
+    assert "cannot be read: Couldn't reach 'org/name'" in away
+    assert "--tasks-dir" in away
+    assert "cannot be loaded" in refused("words", doc_to_text="{{ question ")
+    assert "words is named twice" in refused("words,words")
+    with pytest.raises(InvalidInput, match="nothing to measure"):
+        pho.evaluate(tiny_llama, None)
+    with pytest.raises(InvalidInput, match=r"folder for tasks .* does not exist"):
+        pho.evaluate(tiny_llama, None, tasks="words", tasks_dir="gone")
