@@ -58,7 +58,8 @@ def tables(
         kept: What was measured.
         conditions: Under which.
         name: Of the model.
-        patterns, methods, seeds: Columns, rows, and what is averaged over.
+        patterns, methods, seeds: Columns, rows without those that nothing was measured of, and
+            what is averaged over.
     """
     cells: Cells = {}
     for pattern in patterns:
@@ -66,18 +67,17 @@ def tables(
             places = {seed: conditions.cell(name, seed, pattern, method) for seed in seeds}
             found = {seed: kept.find(place) for seed, place in places.items()}
             cells[pattern, method] = {seed: cell for seed, cell in found.items() if cell}
+    methods = [method for method in methods if any(cells[p, method] for p in patterns)]
     dense = (kept.find(conditions.dense(name)) or {}).get("perplexity", {})
     model = MODEL_TITLES.get(name, Path(name).name)
     header = ("method", *patterns)
     shown: Tables = []
     for text in ("docs", conditions.other):
-        same = text == conditions.source
         title = f"{model}, {TITLES.get(text, Path(text).name)}"
         rows = _by_method(cells, methods, patterns, lambda cell, t=text: cell["perplexity"][t])
         first = [("dense", *[f"{dense[text]:.2f}"] * len(patterns))] if text in dense else []
         ratios = _ratios(cells, methods, patterns, text)
-        caption = _caption(conditions, same)
-        shown.append((title, [header, *first, *rows, *ratios], caption))
+        shown.append((title, [header, *first, *rows, *ratios], _caption(conditions, text)))
     return [*shown, _costs(kept, conditions, name, cells, header, methods, seeds)]
 
 
@@ -132,13 +132,14 @@ def _costs(
 ) -> tuple[str, Rows, str]:
     rows = [(_title(m), *(_cost([*cells[p, m].values()]) for p in header[1:])) for m in methods]
     found = [kept.find(conditions.calibration(name, seed)) for seed in seeds]
-    calibration = _cost([each for each in found if each])
+    calibration = [each for each in found if each]
+    once = f" once, {_cost(calibration)}" if calibration else ""
     model = MODEL_TITLES.get(name, Path(name).name)
     return (
         f"{model}, seconds and peak memory",
         [header, *rows],
-        "Means of the seeds: search, confirmation and pruning, without loading, measuring and "
-        f"the calibration, which takes {calibration}. {_machine()}.",
+        "Means of the seeds: search, confirmation and pruning, without loading, measuring, and "
+        f"calibrating{once}. {_machine()}.",
     )
 
 
@@ -167,16 +168,17 @@ def _percent(pattern: str) -> str:
     return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
 
 
-def _caption(conditions: Conditions, same: bool) -> str:
+def _caption(conditions: Conditions, text: str) -> str:
     c = conditions
-    confirmed = "" if c.confirm_steps else " of searches whose steps need no text"
+    windows = c.report_windows if text == "docs" else c.other_windows
+    domain = "the same" if text == c.source else "another"
+    confirmed = "" if c.confirm_steps else " where no step needs a text"
     return (
-        "Perplexity: mean ± standard deviation over calibrations (how many). Windows of "
-        f"{CONTEXT_LENGTH} tokens: {c.report_windows} of the documentation's report part, "
-        f"{c.other_windows} of the other text; calibrated on {c.samples} of "
-        f"{TITLES[c.source]}, so this text is of {'the same' if same else 'another'} domain. "
-        f"{c.trials} trials, {c.finalists} finalists{confirmed} confirmed on "
-        f"{c.confirm_windows}; {c.dtype}. {_machine()}."
+        "Perplexity: mean ± standard deviation over calibrations (how many). "
+        f"{windows} windows of {CONTEXT_LENGTH} tokens; calibrated on {c.samples} of "
+        f"{TITLES[c.source]}, which is {domain} domain; searches of {c.trials} trials, "
+        f"{c.finalists} finalists confirmed on {c.confirm_windows} windows{confirmed}; {c.dtype}. "
+        f"{_machine()}."
     )
 
 
