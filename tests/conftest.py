@@ -40,6 +40,20 @@ settings.register_profile("suite", max_examples=60, deadline=None, derandomize=T
 settings.register_profile("fuzz", max_examples=300, deadline=None, database=None)
 
 
+# What takes longest comes first, so that no process is left alone with one of them at the end;
+# `make test` keeps this order.
+SLOWEST = (
+    "test_images", "api/test_serving", "docs/test_tutorial", "api/test_openapi",
+    "docs/test_notebook", "stored/test_stored", "workers/test_kills", "workers/test_jobs_run",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the files of ``SLOWEST`` to the front, in that order."""
+    places = {f"tests/{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
 @contextmanager
 def _limited_disk(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
