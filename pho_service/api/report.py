@@ -20,6 +20,7 @@ from pho_service.report.study import MeasuredTrials, importances, trials_of, wit
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.plan import CORRECTS
 from storage import records as stored
 from storage.states import StageKind, StageState
 from storage.trials import read_trials
@@ -120,7 +121,7 @@ def _studies(service: Service, job: stored.Job) -> list[list[FrozenTrial]]:
     found: list[list[FrozenTrial]] = []
     for name in study_names(job):
         with service.database.transaction() as connection:
-            found.append(read_trials(connection, name, attributes=["method"]))
+            found.append(read_trials(connection, name, attributes=["method", CORRECTS]))
         if sum(map(len, found)) >= MOST_TRIALS:
             break
     return found

@@ -33,6 +33,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import chosen_in, describe_study, search_result
@@ -212,7 +213,7 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     plan = request.plan(taken.kernel_sizes)
     plan = replace(plan, trials=max([plan.trials, *(t.number + 1 for t in trials)]))
-    rated = ranked(study, plan)
+    rated = [*ranked(study, plan), *Islands([study], [plan]).corrections()]
     chosen = chosen_in(study)
     rated.sort(key=lambda each: each.number != chosen)  # stable: the best first otherwise
     result = search_result(request, plan, taken.origin, study.study_name, rated, [], None)

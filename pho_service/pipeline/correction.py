@@ -35,8 +35,8 @@ from pho_service.spec.steps import MOST_DEPTHS, MOST_SHIFT, Allocation, Steps
 from pho_service.tuning.correction import Array, Correction, Measured, next_point
 from pho_service.tuning.finalists import measure_once
 from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import Evaluate, Outcome, RatedCandidate
-from pho_service.tuning.search import CORRECTS, finished_trial
+from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, RatedCandidate
+from pho_service.tuning.search import finished_trial
 
 DIVERGENCE: Final = "calibration_divergence"  # user attribute of a trial
 _TEXT = "calibration_sha256"  # user attribute of a correction: of the windows
@@ -179,8 +179,7 @@ class _Divergence:
             NumericalError: A score or a logit is NaN or infinite.
         """
         reference = self._reference
-        steps = Steps(linears=candidate.steps.linears, allocation=candidate.steps.allocation)
-        masked = replace(candidate, steps=steps)
+        masked = replace(candidate, steps=candidate.steps.rated)
         with pruned_model(self._model, self._statistics, masked, None, advance=self._advance):
             return rate_divergence(self._model.model, reference, advance=self._advance)
 

@@ -16,9 +16,8 @@ import optuna
 
 from pho_service.spec.candidate import Candidate
 from pho_service.tuning.finalists import What
-from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
+from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, SearchPlan
 from pho_service.tuning.request import SearchRequest
-from pho_service.tuning.search import CORRECTS
 from storage.studies import marked_alike
 
 _MARK = "ratings_sha256"  # user attribute of a study: what the values of its trials depend on

@@ -12,6 +12,7 @@ from pho_service.planning.machines import Machine
 from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import corrected_windows
 from pho_service.spec.steps import Steps
 
 FLOAT = 4  # bytes of statistics and scores
@@ -55,6 +56,7 @@ class Work:
         dtype: That the model computes in.
         stream: Whether its weights stay on disk.
         batch: Windows that are run at once.
+        corrections: Allocations that are compared with the dense model.
     """
 
     calibration: CalibrationSettings
@@ -66,6 +68,7 @@ class Work:
     dtype: str
     stream: bool
     batch: int = 1
+    corrections: int = 0
 
     @property
     def fisher_samples(self) -> int:
@@ -97,6 +100,8 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
         "calibrate": costs.calibration(),
         f"search, {work.trials} trials": costs.search(),
     }
+    if work.corrections:
+        stages[f"correct, {work.corrections} allocations"] = costs.correction()
     if work.finalists:
         stages["confirm by perplexity"] = costs.confirmation()
     stages["prune"] = costs.pruning() + costs.streaming(0 if work.steps.needs_text else 1)
@@ -189,6 +194,12 @@ class _Costs:
         curves = 8.0 if self.work.steps.allocation.method == "curves" else 1.0
         return self.work.trials * (TRIAL_S + curves * rating / self.machine.bandwidth)
 
+    def correction(self) -> float:
+        """Masks by score and the divergence from the dense model, for each allocation."""
+        context = self.work.calibration.context_length
+        compared = self.forward(corrected_windows(context) * context, context, head=True)
+        return (1 + self.work.corrections) * (compared + self.masks())
+
     def confirmation(self) -> float:
         """Divergences first where they pay, then perplexities."""
         context = self.work.calibration.context_length
@@ -200,11 +211,15 @@ class _Costs:
         candidates = self.work.finalists + BASELINES
         return candidates * (compared + self.pruning()) + MEASURED * (measured + self.pruning())
 
+    def masks(self) -> float:
+        """One candidate's, by its score alone."""
+        moved = SCORED * (1 + 3 * (not self.work.steps.allocation.is_even))
+        return self.shapes.prunable * moved / self.machine.bandwidth
+
     def pruning(self) -> float:
         """One candidate's masks, and its weights where a step changes them."""
         steps, machine = self.work.steps, self.machine
-        moved = SCORED * (1 + 3 * (not steps.allocation.is_even))
-        seconds = self.shapes.prunable * moved / machine.bandwidth
+        seconds = self.masks()
         if steps.permutation != "none":
             orders = 2 if steps.permutation == "error" else 1
             seconds += orders * self.assignments()

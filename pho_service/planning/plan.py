@@ -145,6 +145,7 @@ def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan
         windows=spec.confirm.windows if spec.confirm else 0,
         dtype=_dtype(spec, shapes, machine),
         stream=spec.stream,
+        corrections=spec.corrections,
     )
     for width in {linear.in_features for block in shapes.blocks for linear in block}:
         work.pattern.check_width(width, spec.model)
@@ -222,6 +223,9 @@ def _peaks(
         "prune": pruning,
         "save": saving_peak(footprint, place, stored_itemsize=stored_itemsize),
     }
+    if work.corrections:
+        rated = replace(work, steps=work.steps.rated, windows=1)
+        peaks["correct"] = _confirmation(footprint, place, rated, card)
     if work.finalists:
         peaks["confirm by perplexity"] = _confirmation(footprint, place, work, card)
     return peaks

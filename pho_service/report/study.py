@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.report.data import ReportTrial
 from pho_service.spec.configuration import Configuration
+from pho_service.tuning.plan import CORRECTS
 from storage.studies import quiet_optuna
 
 ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
@@ -116,6 +117,7 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
         for trials in islands
         for trial in trials
         if trial.state is TrialState.COMPLETE and trial.user_attrs.get("method") == "crepe"
+        if CORRECTS not in trial.user_attrs  # whose offsets are no parameters
     ]
     if len(found) < ENOUGH:
         return {}

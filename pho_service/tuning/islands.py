@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 
 from pho_service.tuning.correction import Correction
-from pho_service.tuning.plan import RatedCandidate, SearchPlan
-from pho_service.tuning.search import CORRECTS, ranked, rated_trials, searched
+from pho_service.tuning.plan import CORRECTS, RatedCandidate, SearchPlan
+from pho_service.tuning.search import ranked, rated_trials, searched
 
 
 @dataclass(frozen=True)

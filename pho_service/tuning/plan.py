@@ -18,6 +18,8 @@ from pho_service.spec.steps import Steps
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
+CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
+
 Direction = Literal["minimize", "maximize"]
 
 

@@ -244,8 +244,9 @@ def _warnings(
             "nothing; another sampler or another --space may."
         )
     if not confirmed:
+        by = "the divergence" if "correction" in configuration.search else "the proxy"
         warnings.append(
-            "Not confirmed: no perplexity was measured, so this is the best by the proxy alone. "
+            f"Not confirmed: no perplexity was measured, so this is the best by {by} alone. "
             + (
                 "Measure it on each of the models with `pho transfer`."
                 if several

@@ -24,13 +24,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pho_service.errors import StudyError
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.steps import Steps
-from pho_service.tuning.plan import Evaluate, Outcome, RatedCandidate, SearchPlan
+from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, RatedCandidate, SearchPlan
 from pho_service.tuning.samplers import CmaSampler, is_exhausted, make_sampler
 from storage.studies import quiet_optuna
 
 logger = logging.getLogger(__name__)
-
-CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 

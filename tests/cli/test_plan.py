@@ -16,13 +16,14 @@ def test_here(pho: Pho, model_folder: Path) -> None:
     """Each stage has a range of seconds and its peaks; nothing but the configuration is read."""
     for weights in model_folder.glob("*.safetensors"):
         weights.unlink()
-    found = json.loads(pho("plan", model_folder, *FEW, "--card", "H100", "--json").stdout)
+    asked = (*FEW, "--corrections", 9, "--card", "H100", "--json")
+    found = json.loads(pho("plan", model_folder, *asked).stdout)
 
     assert found["fits"]
     assert found["model"]["prunable"] == 18_432
     assert [stage["title"] for stage in found["stages"]] == [
         "read the model", "hash the weights", "calibrate", "search, 200 trials",
-        "confirm by perplexity", "prune", "save",
+        "correct, 9 allocations", "confirm by perplexity", "prune", "save",
     ]  # fmt: skip
     assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
 

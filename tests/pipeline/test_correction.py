@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
+from pho_service.interface.objective import configuration
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
@@ -95,11 +96,13 @@ def test_search_goes_on(bundle: ProxyBundle, options: Any) -> None:
 
 
 def test_without_perplexities(bundle: ProxyBundle, options: Any) -> None:
-    """Where nothing is confirmed, the nearest to the dense model is the result."""
-    result = search_job(REQUEST, bundle, **{**options, "confirm_text": None})
+    """Without a text the nearest to the dense model is the result, and its study says so."""
+    study = study_of()
+    result = search_job(REQUEST, bundle, study=study, **{**options, "confirm_text": None})
 
     correction = result.configuration.search["correction"]
     assert result.trial == (correction["trial"] or correction["corrects"])
+    assert configuration(study, bundle).steps == result.configuration.steps
 
 
 @pytest.mark.parametrize(

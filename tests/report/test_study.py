@@ -71,10 +71,12 @@ def test_importances(sign: int) -> None:
 
 
 def test_too_few() -> None:
-    """Of fewer candidates than optuna asks for nothing is told; baselines are none."""
-    baselines = [frozen(n, 1.0, "ria-row") for n in range(60)]
+    """Of fewer candidates than optuna asks for nothing is told; baselines, corrections are none."""
+    others = [frozen(n, 1.0, "ria-row") for n in range(60)]
+    for correction in (corrections := candidates(60)):
+        correction.set_user_attr("corrects", 3)
 
-    assert importances([[*candidates(ENOUGH - 1), *baselines]], maximised=False) == {}
+    assert importances([[*candidates(ENOUGH - 1), *others, *corrections]], maximised=False) == {}
 
 
 def test_nothing_searched() -> None:

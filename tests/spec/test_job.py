@@ -43,7 +43,14 @@ def test_search_options() -> None:
     request = spec_of(trials=31, seed=7).request(0)
 
     assert options_of(spec_of()) == options_of(SearchOptions())
-    assert options_of(request) == options_of(request.plan((3,))) == {"trials": 31, "seed": 7}
+    assert (
+        options_of(request)
+        == options_of(request.plan((3,)))
+        == {
+            **{"trials": 31, "seed": 7},
+            "corrections": 0,
+        }
+    )
     for name, known in TypeAdapter(SearchOptions).json_schema()["properties"].items():
         asked = JobSpec.model_json_schema()["properties"][name]
         assert {**known, "description": ""} == {**asked, "description": ""}
