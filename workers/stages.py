@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from pho_service.host.faults import faults_told
-from pho_service.pipeline.confirmation import compare_finalists
+from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.rating import Subject, measure
@@ -32,9 +32,10 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Correction
-from pho_service.tuning.finalists import Divergences, Measurements, keep
+from pho_service.tuning.finalists import Measurements, keep, kept_losses
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
+from pho_service.tuning.race import Losses
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
 from pho_service.tuning.validation import verdict
@@ -191,39 +192,40 @@ class Stages:
     def _confirm(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         watch.look()
         job = claim.job
-        chosen: list[RatedCandidate] = []
-        compared = Divergences()
+        chosen = Chosen(finalists=[], evaluations=0.0)
         correction = self._correction(claim, spec, watch)
         if spec.confirm is not None and spec.objective.name != "perplexity":
             with self._islands(job, spec) as (storage, islands):
                 before = measured_before(job)
                 rated = [*islands.ranked(), *islands.corrections()]
-                corrected = islands.corrected(correction)
-                chosen, compared = compare_finalists(
+                chosen = choose_finalists(
                     islands,
                     rated,
                     spec.confirm.candidates,
-                    [r for r in rated if r.number in before or r in corrected],
+                    [r for r in rated if r.number in before],
                     lambda: self._subject(
                         job, spec, islands.plan.steps, self._bundle(job, spec, watch)
                     ),
                     stream=spec.stream,
                     progress=watch.progress,
+                    entered=islands.corrected(correction),
                     look=watch.look,
                     fence=lambda: self.store.fence(claim, storage),
                 )
+        compared = chosen.divergences
         if compared.by_number:
             self._check_again(spec, Seal.of_job(job, 0))
         self.store.complete(
             claim,
             {
-                "finalists": [rated.number for rated in chosen],
+                "finalists": [rated.number for rated in chosen.finalists],
                 "divergences": {str(number): d for number, d in compared.by_number.items()},
                 "divergence_tokens": compared.tokens,
                 **({} if correction is None else {"correction": correction.to_dict()}),
+                "evaluations": chosen.evaluations,
             },
             add=[
-                *(measurement(rated.number, rated.candidate) for rated in chosen),
+                *(measurement(rated.number, rated.candidate) for rated in chosen.finalists),
                 *(measurement(VALIDATION + i, c) for i, c in enumerate(validated(spec))),
             ],
             then=[NewStage(kind=StageKind.FINISH)],
@@ -253,8 +255,9 @@ class Stages:
         candidate = Candidate.from_dict(given, spec.pruning())
         bundle = self._bundle(claim.job, spec, watch)
         subject = self._subject(claim.job, spec, candidate.steps, bundle)
+        known = self._raced(claim.job, spec, claim.stage.number, subject.text.key)
         with watch.progress("Measuring", len(subject.text.windows)) as advance:
-            measured = measure(subject, candidate, advance)
+            measured = measure(subject, candidate, advance, known=known)
         seal = Seal.of_job(claim.job, 0)
         self._check_again(spec, seal)
         self.store.complete(
@@ -262,6 +265,13 @@ class Stages:
             {**asdict(measured), "weights_sha256": seal.weights_sha256},
             then=[NewStage(kind=StageKind.FINISH)],
         )
+
+    def _raced(self, job: Job, spec: JobSpec, number: int, text_sha256: str) -> Losses:
+        """What a race has measured of a finalist: those windows are not run again."""
+        if number >= VALIDATION:
+            return {}
+        with self._islands(job, spec) as (_, islands):
+            return kept_losses(islands, number, text_sha256=text_sha256)
 
     def _finish(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         job = claim.job

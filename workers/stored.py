@@ -75,6 +75,7 @@ def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
             by_number={int(n): float(d) for n, d in planned.get("divergences", {}).items()},
             tokens=planned.get("divergence_tokens"),
         ),
+        evaluations=planned.get("evaluations"),
     )
 
 

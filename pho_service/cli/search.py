@@ -246,11 +246,11 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         if before is not None:
             lines.append(f"             {before:.4f} before the reconstruction of its blocks")
         tokens = found.confirmation.divergence_tokens
-        if tokens is not None:
-            rated = sum(c.perplexity is not None for c in found.candidates)
+        evaluations = found.confirmation.evaluations
+        if tokens is not None and evaluations is not None:
             lines.append(
-                f"confirmed    the best of {rated} perplexities; finalists and baselines got one "
-                f"that are near to the dense model on {tokens} tokens"
+                f"confirmed    the best of {len(found.candidates)} finalists and baselines, which "
+                f"took as long as {evaluations:.1f} perplexities of that text"
             )
     if result.rated_before:
         lines.append(

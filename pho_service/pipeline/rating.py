@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pho_service.errors import NumericalError
@@ -18,12 +20,23 @@ from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.divergence import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.divergence import (
+    DenseReference,
+    dense_reference,
+    window_divergence,
+)
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.perplexity import Perplexity
+from pho_service.pruning.perplexity import (
+    Perplexity,
+    block_losses,
+    perplexity_of,
+    require_finite_loss,
+    window_logits,
+)
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.candidate import Candidate
 from pho_service.tuning.plan import Evaluate, Outcome
+from pho_service.tuning.race import Losses
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
 
@@ -139,7 +152,13 @@ class Measured:
     text_sha256: str
 
 
-def measure(subject: Subject, candidate: Candidate, advance: Advance = lambda _: None) -> Measured:
+def measure(
+    subject: Subject,
+    candidate: Candidate,
+    advance: Advance = lambda _: None,
+    *,
+    known: Losses = MappingProxyType({}),
+) -> Measured:
     """
     Prune with a candidate, measure the perplexity, and put the weights back.
 
@@ -147,20 +166,29 @@ def measure(subject: Subject, candidate: Candidate, advance: Advance = lambda _:
         subject: What is pruned, and measured on.
         candidate: What to prune with.
         advance: Called with 1 after each window, and with 0 while the model is pruned.
+        known: Losses of windows that were measured before; those are not run again.
 
     Raises:
         InvalidInput: The candidate's steps need a text, and the subject has none.
         NumericalError: A score or a logit is NaN or infinite.
     """
     started = time.monotonic()
-    rating, sparsity = rate_pruned(
-        subject.model,
-        subject.bundle.statistics(),
-        candidate,
-        subject.text.windows,
-        advance,
-        calibration=subject.calibration,
-    )
+    windows = subject.text.windows
+    if known:
+        rest = [number for number in range(len(windows)) if number not in known]
+        glance = Glances(subject, advance)(candidate, rest)
+        losses = {**known, **glance.losses}
+        ordered = [losses[number] for number in range(len(windows))]
+        rating, sparsity = perplexity_of(ordered, windows.shape[1] - 1), glance.sparsity
+    else:
+        rating, sparsity = rate_pruned(
+            subject.model,
+            subject.bundle.statistics(),
+            candidate,
+            windows,
+            advance,
+            calibration=subject.calibration,
+        )
     return Measured(
         perplexity=rating.perplexity,
         sparsity=sparsity,
@@ -170,9 +198,9 @@ def measure(subject: Subject, candidate: Candidate, advance: Advance = lambda _:
     )
 
 
-def comparing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
+def racing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
     """
-    Whether finalists are compared with the dense model before a few of them get a perplexity.
+    Whether finalists are measured a few windows at a time, and the worst of them left out early.
 
     Not where pruning is what costs, because a text runs through the model for each candidate; nor
     with a streamed model, which is read anew for each, whatever is measured.
@@ -180,69 +208,98 @@ def comparing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
     return not stream and not any(candidate.steps.needs_text for candidate in candidates)
 
 
-def compared_windows(windows: Tensor) -> Tensor:
+def compared_count(windows: Tensor) -> int:
     """
-    The windows of a text that finalists are compared with the dense model on.
+    How many windows of a text finalists are compared with the dense model on.
 
-    Its beginning: about 512 tokens, at most a quarter of the windows, at least one.
+    About 512 tokens, at most a quarter of the windows, at least one.
     """
     wanted = COMPARED_TOKENS // windows.shape[1]
-    return windows[: max(1, min(wanted, len(windows) // 4))]
+    return max(1, min(wanted, len(windows) // 4))
 
 
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Glance:
     """
-    Compares candidates with the dense model; called with one, it gives its divergence in nats.
+    What some windows of a text tell of a candidate.
 
-    What the dense model predicts is measured before the first candidate, once.
+    Attributes:
+        losses: Of each window, by its number; see
+            :func:`~pho_service.pruning.perplexity.window_losses`.
+        divergence: From the dense model on these windows, in nats a token; None if it was not
+            asked for.
+        sparsity: The share removed of all prunable weights.
+    """
+
+    losses: dict[int, list[float]]
+    divergence: float | None
+    sparsity: float
+
+
+class Glances:
+    """
+    Prunes with candidates and measures them on some windows of a text at a time.
+
+    What the dense model predicts on the windows that candidates are compared with it on is measured
+    before the first of them, once.
 
     Args:
-        model: Dense, not streamed; it is given back dense each time.
-        statistics: Of it.
-        text: For the perplexities; the windows are :func:`compared_windows` of it.
-        advance: Called with 0 after each window, and when the model is pruned.
+        subject: What is pruned, not streamed; it is dense again after each glance.
+        advance: Called with 1 after each window, and with 0 while the model is pruned.
+        compared: Numbers of the windows that a glance compares with the dense model.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        statistics: Statistics,
-        text: ReportText,
-        advance: Advance = lambda _: None,
+        self, subject: Subject, advance: Advance = lambda _: None, compared: Sequence[int] = ()
     ) -> None:
-        self._model = model
-        self._statistics = statistics
-        self._windows = compared_windows(text.windows)
+        self._subject = subject
         self._advance = advance
-
-    @property
-    def key(self) -> str:
-        """Hash of the windows."""
-        return windows_key(self._windows)
-
-    @property
-    def tokens(self) -> int:
-        """How many predictions are compared."""
-        return self._windows.shape[0] * (self._windows.shape[1] - 1)
+        self._compared = list(compared)
 
     @cached_property
     def _reference(self) -> DenseReference:
-        return dense_reference(self._model.model, self._windows)
+        windows = self._subject.text.windows[self._compared]
+        return dense_reference(self._subject.model.model, windows)
 
-    def __call__(self, candidate: Candidate) -> float:
+    def __call__(self, candidate: Candidate, numbers: Sequence[int]) -> Glance:
         """
-        Prune with a candidate whose steps need no text, compare, and put the weights back.
+        Prune with a candidate, measure, and put the weights back.
+
+        Args:
+            candidate: What to prune with.
+            numbers: Of the windows. If they begin with those that are compared, the glance has a
+                divergence.
 
         Raises:
             NumericalError: A score or a logit is NaN or infinite.
         """
-        reference = self._reference
-
-        def advance(_: int) -> None:
-            self._advance(0)
-
-        with pruned_model(self._model, self._statistics, candidate, None, advance=advance):
-            return rate_divergence(self._model.model, reference, advance=advance)
+        compares = bool(self._compared) and list(numbers[: len(self._compared)]) == self._compared
+        reference = self._reference if compares else None  # of the dense model: first
+        subject, losses, divergence = self._subject, {}, 0.0
+        with (
+            pruned_model(
+                subject.model,
+                subject.bundle.statistics(),
+                candidate,
+                subject.calibration,
+                advance=lambda _: self._advance(0),
+            ) as shares,
+            torch.inference_mode(),
+        ):
+            windows = subject.text.windows[list(numbers)]
+            for place, logits in enumerate(window_logits(subject.model.model, windows)):
+                losses[numbers[place]] = block_losses(logits, windows[place])
+                require_finite_loss(sum(losses[numbers[place]]))
+                if reference is not None and place < len(self._compared):
+                    divergence += window_divergence(logits, reference, place)
+                self._advance(1)
+        return Glance(
+            losses=losses,
+            divergence=None
+            if reference is None
+            else require_finite_loss(divergence / reference.predictions),
+            sparsity=model_sparsity(subject.model.linears, shares),
+        )
 
 
 def rate_by_perplexity(

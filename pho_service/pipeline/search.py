@@ -187,7 +187,11 @@ def finish(
     divergences = measurements.divergences
     confirmation = None
     if measured:
-        on = {**(measurements.measured_on or {}), "divergence_tokens": divergences.tokens}
+        on = {
+            **(measurements.measured_on or {}),
+            "divergence_tokens": divergences.tokens,
+            "evaluations": measurements.evaluations,
+        }
         confirmation = Confirmation(perplexity=measured[0][0], **on)
     best = measured[0][1] if measured else rated[0]
     study, number = islands.place(best.number)

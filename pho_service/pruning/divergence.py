@@ -38,6 +38,11 @@ class DenseReference:
     tokens: Tensor
     log_probabilities: Tensor
 
+    @property
+    def predictions(self) -> int:
+        """Number of predicted tokens in all windows."""
+        return self.tokens[..., 0].numel()
+
 
 def dense_reference(
     model: nn.Module, windows: Tensor, *, top_k: int = TOP_K, most: int = MOST
@@ -105,15 +110,29 @@ def rate_divergence(
     Source:
         Kullback & Leibler 1951; log-sum inequality: Cover & Thomas 2006, theorem 2.7.1.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     with torch.inference_mode():
         for number, logits in enumerate(window_logits(model, reference.windows, most=most)):
-            tokens = reference.tokens[number].to(logits.device)
-            dense = reference.log_probabilities[number].to(logits.device)
-            for rows, logs in log_probabilities(logits[:-1]):
-                total += _divergence(dense[rows], logs.gather(1, tokens[rows])).sum().cpu()
+            total += window_divergence(logits, reference, number)
             advance(1)
-    return require_finite_loss(float(total) / reference.tokens[..., 0].numel())
+    return require_finite_loss(total / reference.predictions)
+
+
+def window_divergence(logits: Tensor, reference: DenseReference, number: int) -> float:
+    """
+    The divergence that :func:`rate_divergence` gives, summed over the tokens of one window.
+
+    Args:
+        logits: (context_length, vocabulary), any floating dtype, of the window.
+        reference: Of the dense model.
+        number: Which of its windows.
+    """
+    tokens = reference.tokens[number].to(logits.device)
+    dense = reference.log_probabilities[number].to(logits.device)
+    return sum(
+        float(_divergence(dense[rows], logs.gather(1, tokens[rows])).sum())
+        for rows, logs in log_probabilities(logits[:-1])
+    )
 
 
 def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:

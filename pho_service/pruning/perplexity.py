@@ -5,7 +5,7 @@ Perplexity over windows of one length: the protocol of the pruning literature.
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from pho_service.pruning.memory import free_memory
 logger = logging.getLogger(__name__)
 
 CHUNK = 2**21  # log-probabilities that are computed at a time: 8 MiB, which caches hold
+BLOCK = 64  # tokens whose losses are added up before they are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,38 @@ def log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, logits[rows].log_softmax(dim=-1, dtype=torch.float32)
 
 
+def window_losses(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Iterator[list[float]]:
+    """
+    Measure a causal language model's loss on one window after the other.
+
+    Args:
+        model: In evaluation mode.
+        windows: (windows, context_length), int64.
+        most: Windows that may be run at once: see :func:`window_logits`.
+
+    Yields:
+        Of each window, the loss summed over each run of :data:`BLOCK` predicted tokens, in nats;
+        the last run may be shorter. Not necessarily finite.
+    """
+    with torch.inference_mode():
+        for window, logits in zip(windows, window_logits(model, windows, most=most), strict=True):
+            yield block_losses(logits, window)
+
+
+def block_losses(logits: Tensor, window: Tensor) -> list[float]:
+    """
+    The losses that :func:`window_losses` gives of a window.
+
+    Args:
+        logits: (context_length, vocabulary), any floating dtype.
+        window: (context_length,), int64.
+    """
+    following = window[1:, None].to(logits.device)  # (context_length - 1, 1)
+    losses = [-logs.gather(1, following[rows]) for rows, logs in log_probabilities(logits[:-1])]
+    blocks = torch.cat(losses)[:, 0].double().split(BLOCK)
+    return [float(total) for total in torch.stack([block.sum() for block in blocks]).cpu()]
+
+
 def rate_perplexity(
     model: nn.Module,
     windows: Tensor,
@@ -183,18 +216,27 @@ def rate_perplexity(
         windows, mean negative log-likelihood, exp. All windows have the same
         length, so the mean over windows is the mean over tokens.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.inference_mode():
-        for window, logits in zip(windows, window_logits(model, windows, most=most), strict=True):
-            following = window[1:, None].to(logits.device)  # (context_length - 1, 1)
-            loss = torch.zeros((), device=logits.device)
-            for rows, logs in log_probabilities(logits[:-1]):
-                loss -= logs.gather(1, following[rows]).sum()
-            total += loss.double().cpu()
-            advance(1)
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
-    mean = require_finite_loss(float(total) / predicted)
-    return Perplexity(perplexity=math.exp(min(mean, 700.0)), tokens=predicted, windows=len(windows))
+    losses = []
+    for blocks in window_losses(model, windows, most=most):
+        losses.append(blocks)
+        advance(1)
+    return perplexity_of(losses, windows.shape[1] - 1)
+
+
+def perplexity_of(losses: Sequence[Sequence[float]], predicted: int) -> Perplexity:
+    """
+    The perplexity that losses of windows make.
+
+    Args:
+        losses: What :func:`window_losses` gave of each window, in the order of the text.
+        predicted: Tokens that each window predicts.
+
+    Raises:
+        NumericalError: A loss is NaN or infinite.
+    """
+    tokens = len(losses) * predicted
+    mean = require_finite_loss(sum(sum(blocks) for blocks in losses) / tokens)
+    return Perplexity(perplexity=math.exp(min(mean, 700.0)), tokens=tokens, windows=len(losses))
 
 
 def require_finite_loss(mean: float) -> float:

@@ -51,6 +51,8 @@ class Confirmation(Document):
             on before; None where all of them got a perplexity at once.
         before_reconstruction: The perplexity of the winner before its blocks were trained; None
             where they were not.
+        evaluations: What choosing the winner took, in perplexities of this text: windows that were
+            run, over all finalists and the dense model, by the windows of the text.
     """
 
     perplexity: float
@@ -59,6 +61,7 @@ class Confirmation(Document):
     text: dict[str, Any]
     divergence_tokens: int | None = None
     before_reconstruction: float | None = Field(None, exclude_if=lambda value: value is None)
+    evaluations: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Configuration(Document):

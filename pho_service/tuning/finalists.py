@@ -5,16 +5,16 @@ Which candidates of a search are looked at again, and what was measured of them,
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from pho_service.spec.candidate import Candidate
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
+from pho_service.tuning.race import Losses
 from storage.studies import note_trial
 
 What = Literal["divergence", "perplexity", "calibration_divergence"]
-
-CONFIRMED = 3  # finalists that get a perplexity, and the best baseline
 
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
@@ -78,11 +78,14 @@ class Measurements:
         perplexities: By number of the trial.
         measured_on: The fields of a confirmation that say what on; None if nothing was.
         divergences: Of those that were compared with the dense model.
+        evaluations: What all of it took, in perplexities of the whole text; None if it was not
+            counted.
     """
 
     perplexities: Mapping[int, float] = field(default_factory=dict)
     measured_on: Mapping[str, Any] | None = None
     divergences: Divergences = field(default_factory=Divergences)
+    evaluations: float | None = None
 
     def best_first(self, rated: Sequence[RatedCandidate]) -> list[tuple[float, RatedCandidate]]:
         """(perplexity, candidate) of those that have one; equal ones in the order of ``rated``."""
@@ -90,27 +93,6 @@ class Measurements:
             (self.perplexities[r.number], r) for r in rated if r.number in self.perplexities
         ]
         return sorted(measured, key=lambda pair: pair[0])
-
-
-def best_by_divergence(
-    compared: Sequence[RatedCandidate], divergences: Mapping[int, float], count: int = CONFIRMED
-) -> list[RatedCandidate]:
-    """
-    The finalists that deserve a perplexity: the best ``count``, and the best baseline.
-
-    Args:
-        compared: Finalists, in any order.
-        divergences: From the dense model, by the number of the trial.
-        count: How many, the baseline not counted if it is none of them.
-
-    Returns:
-        In the order of ``compared``.
-    """
-    by_divergence = sorted(compared, key=lambda c: divergences[c.number])
-    chosen = by_divergence[:count]
-    chosen += [c for c in by_divergence if c.candidate.method != "crepe"][:1]
-    numbers = {c.number for c in chosen}
-    return [c for c in compared if c.number in numbers]
 
 
 def confirmed_before(
@@ -168,20 +150,51 @@ def measure_once(
         text_sha256: Of the text and the way it is cut.
         fence: Entered around the write; may refuse by raising.
     """
-    study, number = islands.place(rated.number)
-    stored = study.user_attrs.get(f"{what}:{number}")
-    if stored is None or stored.get("text_sha256") != text_sha256:
+    value = kept_value(islands, what, rated, text_sha256=text_sha256)
+    if value is None:
         value = measure(rated.candidate)
         with fence():
             keep(islands, what, rated, value, text_sha256=text_sha256)
-        return value
-    return float(stored[what])
+    return value
+
+
+def kept_losses(islands: Islands, number: int, *, text_sha256: str) -> Losses:
+    """
+    The losses of a finalist on single windows of a text, as far as its study holds them.
+
+    Args:
+        islands: The record. The user attribute ``losses:{number}`` of a study holds them and
+            the text's hash.
+        number: Of the finalist's trial.
+        text_sha256: Of the text and the way it is cut.
+    """
+    study, there = islands.place(number)
+    stored = study.user_attrs.get(f"losses:{there}") or {}
+    if stored.get("text_sha256") != text_sha256:
+        return {}
+    return {int(window): blocks for window, blocks in stored["losses"].items()}
+
+
+def keep_losses(islands: Islands, number: int, losses: Losses, *, text_sha256: str) -> None:
+    """Keep in its study what :func:`kept_losses` gives of a finalist."""
+    study, there = islands.place(number)
+    by_window = {str(window): list(blocks) for window, blocks in losses.items()}
+    study.set_user_attr(f"losses:{there}", {"text_sha256": text_sha256, "losses": by_window})
+
+
+def kept_value(
+    islands: Islands, what: What, rated: RatedCandidate, *, text_sha256: str
+) -> float | None:
+    """What the study of a finalist holds of it, see :func:`measure_once`; None if nothing."""
+    study, number = islands.place(rated.number)
+    stored = study.user_attrs.get(f"{what}:{number}") or {}
+    return float(stored[what]) if stored.get("text_sha256") == text_sha256 else None
 
 
 def confirm(
     islands: Islands,
     rated: Sequence[RatedCandidate],
-    perplexity: Callable[[Candidate], float],
+    perplexity: Callable[[RatedCandidate], float],
     *,
     text_sha256: str,
     advance: Callable[[int], None] = lambda _: None,
@@ -202,10 +215,15 @@ def confirm(
     measured = {}
     for each in rated:
         measured[each.number] = measure_once(
-            islands, "perplexity", each, perplexity, text_sha256=text_sha256
+            islands, "perplexity", each, partial(_of, each, perplexity), text_sha256=text_sha256
         )
         advance(1)
     return measured
+
+
+def _of(rated: RatedCandidate, measure: Callable[[RatedCandidate], float], _: Candidate) -> float:
+    """What is measured of a finalist that is more than its candidate."""
+    return measure(rated)
 
 
 def keep(

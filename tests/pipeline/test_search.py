@@ -17,7 +17,7 @@ from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.configuration import Configuration, Rating
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import parse_bounds
@@ -346,66 +346,8 @@ def test_confirmation_is_kept(
     assert second.configuration == first.configuration
 
 
-def test_few_perplexities(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
-) -> None:
-    """All finalists are compared with the dense model; the three nearest get a perplexity."""
-    found = searched(request_of(), bundle, model=model, confirm_text=report).configuration
-    nearest = sorted(found.candidates, key=divergence)
-    baseline = next(c for c in nearest if c.method != "crepe")
-    rated = [c for c in found.candidates if c.perplexity is not None]
-
-    assert {b.trial for b in found.baselines} <= {c.trial for c in found.candidates}
-    assert {c.trial for c in rated} == {*(c.trial for c in nearest[:3]), baseline.trial}
-    assert found.candidates[: len(rated)] == sorted(rated, key=lambda c: c.perplexity or 0)
-    assert found.candidates[len(rated) :] == [c for c in nearest if c not in rated]
-    assert found.confirmation is not None
-    assert found.confirmation.divergence_tokens == 31
-    assert found.confirmation.perplexity == rated[0].perplexity
-
-
-def divergence(rating: Rating) -> float:
-    """Of a candidate that was compared with the dense model."""
-    assert rating.divergence is not None
-    return rating.divergence
-
-
-def test_interrupted_comparison(
-    bundle: ProxyBundle,
-    request_of: Any,
-    model: LanguageModel,
-    report: ReportText,
-    study_url: str,
-    searched: Any,
-) -> None:
-    """Interrupted while finalists are compared, a search compares the others and ends the same."""
-    calls: list[int] = []
-
-    def stop(*_: object) -> None:
-        calls.append(1)
-        if len(calls) == 4:  # the dense model, then two finalists of a window each
-            raise KeyboardInterrupt
-
-    hook = model.model.register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        searched(request_of(), bundle, model=model, confirm_text=report)
-    hook.remove()
-    again: list[int] = []
-    model.model.register_forward_pre_hook(lambda *_: again.append(1))
-    resumed = searched(request_of(), bundle, model=model, confirm_text=report).configuration
-    whole = searched(
-        request_of(), bundle, url=f"{study_url}2", model=model, confirm_text=report
-    ).configuration
-    rated = sum(c.perplexity is not None for c in whole.candidates)
-
-    assert resumed == whole
-    assert len(again) == 1 + len(whole.candidates) - 2 + rated * 3 + (
-        1 + len(whole.candidates) + rated * 3
-    )
-
-
 @pytest.mark.parametrize("why", ["a step needs a text", "the model is streamed"])
-def test_not_compared_where_pruning_costs(
+def test_no_race_where_pruning_costs(
     bundle: ProxyBundle,
     request_of: Any,
     model: LanguageModel,
@@ -429,6 +371,7 @@ def test_not_compared_where_pruning_costs(
 
     assert found.confirmation is not None
     assert found.confirmation.divergence_tokens is None
+    assert found.confirmation.evaluations == len(found.candidates)
     assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
 
 

@@ -20,7 +20,6 @@ from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import (
     Measurements,
-    best_by_divergence,
     confirm,
     finalists,
     measure_once,
@@ -335,11 +334,11 @@ def test_confirmed_once(url: str) -> None:
     rated = search(url, PLAN)[:4]
     measured: list[int] = []
 
-    def perplexity(candidate: Candidate) -> float:
+    def perplexity(each: RatedCandidate) -> float:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(1)
-        return 30 - loss(candidate)
+        return 30 - loss(each.candidate)
 
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
@@ -365,22 +364,6 @@ def test_other_text_is_measured_again(url: str) -> None:
         again = confirm(islands, rated, lambda _: 20.0, text_sha256="b")
 
     assert [*again.values()] == [20.0, 20.0]
-
-
-def test_best_by_divergence(url: str) -> None:
-    """The three nearest to the dense model are confirmed, and the nearest baseline."""
-    compared = finalists(search(url, PLAN), 4)
-    found = [c.number for c in compared if c.candidate.method == "crepe"]
-    baselines = [c.number for c in compared if c.candidate.method != "crepe"]
-    near = {number: float(i) for i, number in enumerate([*found, *baselines])}
-    mixed = {number: float(i) for i, number in enumerate([*baselines[:1], *found, *baselines[1:]])}
-
-    chosen = best_by_divergence(compared, near)
-    others = best_by_divergence(compared, mixed)
-
-    assert {c.number for c in chosen} == {*found[:3], baselines[0]}
-    assert {c.number for c in others} == {*found[:2], baselines[0]}
-    assert [c.value for c in chosen] == sorted(c.value for c in chosen)
 
 
 def test_measured_once(url: str) -> None:

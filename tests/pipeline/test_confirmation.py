@@ -1,0 +1,163 @@
+"""Finalists race over the windows of a text, and the winner is measured on all of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pho_service.errors import NumericalError
+from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
+from pho_service.pipeline.search import search_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.pattern import Pattern
+from pho_service.tuning import race
+from pho_service.tuning.request import SearchRequest
+
+WINDOWS = 12
+
+
+@pytest.fixture
+def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
+    """Windows enough for several looks."""
+    windows, record = read_windows(
+        model,
+        TextSource(path=str(texts["report"])),
+        context_length=40,
+        bos="auto",
+        max_windows=WINDOWS,
+    )
+    return ReportText(windows=windows, record=record)
+
+
+@pytest.fixture
+def request_of() -> Any:
+    """A small request with some values changed."""
+
+    def build(**changes: Any) -> SearchRequest:
+        return replace(SearchRequest(pattern=Pattern.parse("0.5", "layer"), trials=14), **changes)
+
+    return build
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates of a random model are all alike: one that is behind is dropped by a whim."""
+    monkeypatch.setattr(race, "ERROR_RATE", 20.0)
+
+
+@pytest.fixture
+def runs(model: LanguageModel) -> list[int]:
+    """How many windows the model has run, call by call."""
+    found: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _module, _args, given: found.append(len(given["input_ids"])), with_kwargs=True
+    )
+    return found
+
+
+@pytest.mark.usefixtures("eager")
+def test_race(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
+    runs: list[int],
+) -> None:  # fmt: skip
+    """The winner has its perplexity of the whole text, and what that took is counted."""
+    request = request_of(finalists=3)
+    found = search_job(request, bundle, model=model, confirm_text=report).configuration
+    spent = sum(runs)
+    confirmed = found.confirmation
+    rated = [each for each in found.candidates if each.perplexity is not None]
+    alone, _ = rate_pruned(model, bundle.statistics(), found.candidate(), report.windows)
+
+    assert confirmed is not None
+    assert confirmed.perplexity == rated[0].perplexity == alone.perplexity
+    assert confirmed.evaluations == spent / WINDOWS
+    assert spent < len(found.candidates) * WINDOWS
+    assert 1 <= len(rated) < len(found.candidates)
+    assert {b.trial for b in found.baselines} < {c.trial for c in found.candidates}
+    assert all(each.divergence is not None for each in found.candidates)
+    assert confirmed.divergence_tokens == 3 * 39
+
+
+@pytest.mark.usefixtures("eager")
+def test_interrupted(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
+    runs: list[int], searched: Any, study_url: str,
+) -> None:  # fmt: skip
+    """Interrupted anywhere in the race, a search goes on and ends with the same bytes."""
+    options = {"model": model, "confirm_text": report}
+    whole = searched(request_of(finalists=2), bundle, **options).configuration
+    windows = sum(runs)
+    runs.clear()
+
+    def stop(*_: object) -> None:
+        if len(runs) in (8, 21):  # in the first look, and after it
+            runs.append(0)
+            raise KeyboardInterrupt
+
+    hook = model.model.register_forward_pre_hook(stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            searched(request_of(finalists=2), bundle, url=f"{study_url}2", **options)
+    resumed = searched(
+        request_of(finalists=2), bundle, url=f"{study_url}2", **options
+    ).configuration
+    hook.remove()
+
+    assert resumed == whole
+    assert sum(runs) < windows + 2 * (3 + 3)  # what the race has measured is not measured again
+
+
+def test_seed_orders_windows(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """Another seed looks at other windows first; the same one at the same."""
+    rated = [
+        search_job(
+            request_of(seed=seed, trials=9), bundle, model=model, confirm_text=report
+        ).configuration.candidates
+        for seed in (0, 0, 1)
+    ]
+    wanda = [next(c.divergence for c in each if c.method == "wanda") for each in rated]
+
+    assert rated[0] == rated[1]
+    assert wanda[0] != wanda[2]
+
+
+def test_infinite_loss(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
+) -> None:
+    """A window whose loss is NaN ends the search, and the error says of which candidate."""
+    seen: list[int] = []
+
+    def spoil(_module: object, _args: object, output: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 5:  # windows of the dense model, then of the first finalist
+            output.logits[:] = float("nan")
+        return output
+
+    model.model.register_forward_hook(spoil)
+    with pytest.raises(NumericalError, match="NaN or infinite") as told:
+        search_job(request_of(finalists=2), bundle, model=model, confirm_text=report)
+
+    assert told.value.candidate is not None
+    assert {"method", "coefficients"} <= told.value.candidate.keys()
+
+
+def test_measured_on_the_rest(
+    bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText,
+    runs: list[int],
+) -> None:  # fmt: skip
+    """Windows that are known are not run again, and count in the order of the text."""
+    found = search_job(request_of(), bundle).configuration
+    subject = Subject(model=model, bundle=bundle, text=report)
+    whole = measure(subject, found.candidate())
+    losses = {number: [float(number), 2.0] for number in range(WINDOWS - 1)}
+    runs.clear()
+    part = measure(subject, found.candidate(), known=losses)
+
+    assert sum(runs) == 1
+    assert part.perplexity != whole.perplexity
+    assert replace(part, perplexity=whole.perplexity, seconds=whole.seconds) == whole

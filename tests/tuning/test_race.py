@@ -1,0 +1,105 @@
+"""A race over windows finds the best of all, and measures fewer windows than there are."""
+
+import numpy as np
+import pytest
+
+from pho_service.tuning.race import (
+    Losses,
+    is_behind,
+    race_level,
+    race_looks,
+    race_order,
+    still_racing,
+)
+
+WINDOWS, BLOCKS = 16, 8
+MEANS = (3.0, 3.005, 3.02, 3.03, 3.05, 3.08, 3.1, 3.15, 3.2, 3.3, 3.5, 4.0)  # nats a token
+
+
+def finalists(seed: int) -> dict[int, Losses]:
+    """Losses of known means: windows and blocks differ by far more than finalists do."""
+    rng = np.random.default_rng(seed)
+    text = rng.normal(0, 0.5, (WINDOWS, 1)) + rng.normal(0, 0.3, (WINDOWS, BLOCKS))
+    return {
+        number: dict(enumerate((64 * (mean + text + own)).tolist()))
+        for number, mean in enumerate(MEANS)
+        if (own := rng.normal(0, 0.02, (WINDOWS, BLOCKS))) is not None
+    }
+
+
+def run(losses: dict[int, Losses], seed: int) -> tuple[list[int], float]:
+    """Who is left before all windows are seen, and evaluations spent."""
+    order, looks = race_order(WINDOWS, seed), race_looks(WINDOWS, 1)
+    left, seen = [*losses], dict.fromkeys(losses, WINDOWS)
+    for windows in looks[:-1]:
+        before, left = left, still_racing(
+            {number: losses[number] for number in left}, order[:windows],
+            windows=WINDOWS, level=race_level(len(losses), len(looks)),
+        )  # fmt: skip
+        seen.update(dict.fromkeys(set(before) - set(left), windows))
+    return left, sum(seen.values()) / WINDOWS
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_stays(seed: int) -> None:
+    """The best on the whole text is never dropped, and most others are, early."""
+    losses = finalists(seed)
+    best = min(losses, key=lambda number: np.sum([*losses[number].values()]))
+    left, spent = run(losses, seed)
+
+    assert best in left
+    assert len(left) <= 3
+    assert spent < 4.5
+
+
+def test_equal_losses() -> None:
+    """Of candidates that prune alike the first one goes on, and no other is needed."""
+    same = finalists(0)[0]
+
+    assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS, level=0.01) == [5]
+
+
+def test_constant_difference() -> None:
+    """Who is behind by the same on every block is behind."""
+    assert is_behind(np.full(8, 0.25), 1, windows=16, level=1e-6)
+    assert not is_behind(np.full(8, -0.25), 1, windows=16, level=1e-6)
+
+
+def test_one_block() -> None:
+    """A single number says nothing of chance."""
+    assert not is_behind(np.array([100.0]), 1, windows=16, level=0.5)
+
+
+def test_windows_have_subjects() -> None:
+    """Blocks that agree inside of windows and differ between them count as windows do."""
+    alike = np.repeat([1.0, -0.5, 1.2, -0.6], 8)
+    mixed = np.tile([1.0, -0.5, 1.2, -0.6], 8)
+
+    assert not is_behind(alike, 4, windows=1000, level=0.05)
+    assert is_behind(mixed, 4, windows=1000, level=0.05)
+
+
+def test_chance_of_an_error() -> None:
+    """One of two equal finalists is dropped no more often than the level says."""
+    rng = np.random.default_rng(0)
+    dropped = sum(is_behind(rng.normal(size=16), 2, windows=1000, level=0.05) for _ in range(4000))
+
+    assert 0.02 < dropped / 4000 < 0.055
+
+
+def test_order() -> None:
+    """The order of windows is that of the seed, each window once."""
+    assert sorted(race_order(16, 3)) == [*range(16)]
+    assert race_order(16, 3) == race_order(16, 3) != race_order(16, 4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "first", "looks"),
+    [(16, 1, [1, 2, 3, 4, 6, 9, 13, 16]), (3, 1, [1, 2, 3]), (1, 1, [1]), (64, 4, [4, 6, 9])],
+)
+def test_looks(windows: int, first: int, looks: list[int]) -> None:
+    """Looks come after ever more windows, the last after all."""
+    found = race_looks(windows, first)
+
+    assert found[: len(looks)] == looks
+    assert found[-1] == windows
