@@ -69,6 +69,13 @@ class Cost:
     cpu_s: float = 0.0
     memory_bytes: int | None = None
 
+    def add_(self, other: "Cost") -> None:
+        """Add what comes after it: times add up, and the higher peak counts."""
+        self.wall_s += other.wall_s
+        self.cpu_s += other.cpu_s
+        peaks = [peak for peak in (self.memory_bytes, other.memory_bytes) if peak is not None]
+        self.memory_bytes = max(peaks, default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -81,7 +88,7 @@ class Run:
         baselines_s: Seconds of rating the baselines.
         search, confirmation: The two parts of it.
         whole: Both, and all between them; no memory.
-        confirmed: How many candidates got a perplexity after the search.
+        confirmed: What the confirmation took, in perplexities of its text.
         chosen: Perplexity of what was found on the confirmation text.
         report: The same on the report text.
         found: Method and coefficients.
@@ -94,7 +101,7 @@ class Run:
     search: Cost
     confirmation: Cost
     whole: Cost
-    confirmed: int
+    confirmed: float
     chosen: float
     report: float
     found: dict[str, Any]
@@ -225,9 +232,10 @@ def search(
 
     @contextmanager
     def watched(title: str, steps: int) -> Iterator[Advance]:
-        part = parts["search" if title.startswith("Searching") else "confirmation"]
-        with metered(part), progress(title, steps) as advance:
+        part, here = parts["search" if title.startswith("Searching") else "confirmation"], Cost()
+        with metered(here), progress(title, steps) as advance:
             yield advance
+        part.add_(here)
 
     whole = Cost()
     with (
@@ -264,7 +272,7 @@ def search(
         ),
         **parts,
         whole=whole,
-        confirmed=sum(c.perplexity is not None for c in found.candidates) if method == "pho" else 0,
+        confirmed=found.confirmation.evaluations or 0.0,
         chosen=found.confirmation.perplexity,
         report=report.perplexity,
         found={"method": found.method, **found.coefficients.to_dict()},
@@ -313,7 +321,7 @@ def show(document: Mapping[str, Any], calibration: Cost, runs: Sequence[Run]) ->
                 f"{run.evaluations} of {run.trials}",
                 f"{run.evaluation_s:.4g}",
                 f"{run.search.wall_s:.1f}",
-                f"{run.confirmation.wall_s:.1f} ({run.confirmed})",
+                f"{run.confirmation.wall_s:.1f} ({run.confirmed:.1f})",
                 f"{calibration.wall_s:.1f}",
                 f"{calibration.wall_s + run.whole.wall_s:.1f}",
                 f"{calibration.cpu_s + run.whole.cpu_s:.1f}",
@@ -322,7 +330,7 @@ def show(document: Mapping[str, Any], calibration: Cost, runs: Sequence[Run]) ->
             for run in runs
         ],
         caption="Evaluations with the baselines, of the most that were allowed: fewer, where a "
-        "climb ended by itself. Confirmation: (perplexities). The peak holds the model and is "
+        "climb ended by itself. Confirmation: (in evaluations). The peak holds the model and is "
         "that of calibration, search and confirmation.",
     )  # fmt: skip
     print_table(

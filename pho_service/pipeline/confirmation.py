@@ -32,7 +32,6 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.race import (
     Losses,
-    race_level,
     race_looks,
     race_order,
     still_racing,
@@ -190,7 +189,6 @@ class _Race:
     def run(self, advance: Advance) -> list[RatedCandidate]:
         """Those that cannot be told from the best before all windows are seen."""
         looks = race_looks(self.windows, len(self.compared))
-        level = race_level(len(self.pool), len(looks))
         glances = Glances(self.subject, lambda _: advance(0), self.compared)
         left = [*self.pool]
         for windows in looks[:-1]:
@@ -198,7 +196,7 @@ class _Race:
                 break
             seen = self.order[:windows]
             losses = {each.number: self._measured(each, seen, glances, advance) for each in left}
-            numbers = still_racing(losses, seen, windows=self.windows, level=level)
+            numbers = still_racing(losses, seen, windows=self.windows)
             advance((len(left) - len(numbers)) * (self.windows - windows))  # not to be run
             left = [each for each in left if each.number in numbers]
         return left

@@ -3,8 +3,10 @@ Rate candidates by what the pruned model predicts: slow, and the truth.
 """
 
 import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.models.mask_file import pack, unpack
 from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed
 from pho_service.progress import Advance
@@ -25,7 +28,7 @@ from pho_service.pruning.divergence import (
     dense_reference,
     window_divergence,
 )
-from pho_service.pruning.masks import model_sparsity
+from pho_service.pruning.masks import linear_masks, model_sparsity, pruned
 from pho_service.pruning.perplexity import (
     Perplexity,
     block_losses,
@@ -255,6 +258,8 @@ class Glances:
         self._subject = subject
         self._advance = advance
         self._compared = list(compared)
+        self._glances: Counter[str] = Counter()  # by candidate
+        self._packed: dict[str, dict[str, Tensor]] = {}  # masks of those that come again and again
 
     @cached_property
     def _reference(self) -> DenseReference:
@@ -271,21 +276,19 @@ class Glances:
                 divergence.
 
         Raises:
+            InvalidInput: The candidate's steps need a text.
             NumericalError: A score or a logit is NaN or infinite.
         """
+        if candidate.steps.needs_text:
+            raise InvalidInput("a candidate whose steps need a text is measured as a whole.")
         compares = bool(self._compared) and list(numbers[: len(self._compared)]) == self._compared
         reference = self._reference if compares else None  # of the dense model: first
         subject, losses, divergence = self._subject, {}, 0.0
         with (
-            pruned_model(
-                subject.model,
-                subject.bundle.statistics(),
-                candidate,
-                subject.calibration,
-                advance=lambda _: self._advance(0),
-            ) as shares,
+            pruned(subject.model.linears, self._masks(candidate)) as shares,
             torch.inference_mode(),
         ):
+            self._advance(0)
             windows = subject.text.windows[list(numbers)]
             for place, logits in enumerate(window_logits(subject.model.model, windows)):
                 losses[numbers[place]] = block_losses(logits, windows[place])
@@ -300,6 +303,28 @@ class Glances:
             else require_finite_loss(divergence / reference.predictions),
             sparsity=model_sparsity(subject.model.linears, shares),
         )
+
+    def _masks(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
+        """
+        The masks of a candidate; from the third glance on they are unpacked, not computed anew.
+
+        Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
+        """
+        key = json.dumps(candidate.to_dict(), sort_keys=True)
+        self._glances[key] += 1
+        linears, packed = self._subject.model.linears, self._packed.get(key)
+        if packed is not None:
+            for name, bits in packed.items():
+                weight = linears[name].weight
+                yield name, unpack(bits, tuple(weight.shape)).to(weight.device)
+            return
+        packed = {}
+        for name, mask in linear_masks(linears, self._subject.bundle.statistics(), candidate):
+            if self._glances[key] > 1:
+                packed[name] = pack(mask.keep)
+            yield name, mask.keep
+        if packed:
+            self._packed[key] = packed
 
 
 def rate_by_perplexity(

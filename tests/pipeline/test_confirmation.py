@@ -1,6 +1,7 @@
 """Finalists race over the windows of a text, and the winner is measured on all of it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from pho_service.errors import NumericalError
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline import confirmation
 from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning import race
+from pho_service.tuning.race import still_racing
 from pho_service.tuning.request import SearchRequest
 
 WINDOWS = 12
@@ -45,7 +47,7 @@ def request_of() -> Any:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates of a random model are all alike: one that is behind is dropped by a whim."""
-    monkeypatch.setattr(race, "ERROR_RATE", 20.0)
+    monkeypatch.setattr(confirmation, "still_racing", partial(still_racing, level=0.4))
 
 
 @pytest.fixture

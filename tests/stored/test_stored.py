@@ -86,6 +86,19 @@ def _kinds(value: Any) -> Any:
     return type(value).__name__
 
 
+def searched(text: str) -> str:
+    """A configuration without what its finalists decided."""
+    found = json.loads(text)
+    chosen = ("method", "coefficients", "confirmation", "candidates", "baselines", "border")
+    kept = {key: value for key, value in found.items() if key not in chosen}
+    return json.dumps({**kept, "objective": found["objective"]["name"]})
+
+
+def perplexity(text: str) -> float:
+    """That a configuration was confirmed by."""
+    return float(json.loads(text)["confirmation"]["perplexity"])
+
+
 @pytest.fixture
 def restored(empty_database: Database) -> Database:
     """A database with the backup, brought to this version."""
@@ -140,8 +153,10 @@ def test_jobs(ask: Any) -> None:
             assert ask(f"{path}/best").text == (DATA / f"{name}.json").read_text()
 
 
-def test_interrupted(restored: Database, ask: Any, folder: Path, seen: Any, tmp_path: Path) -> None:
-    """A worker ends what was begun, with the configuration that the last version got."""
+def test_interrupted(
+    restored: Database, ask: Any, folder: Path, seen: Any, tmp_path: Path, same_numbers: bool
+) -> None:
+    """A worker ends what was begun, as well as the last version did."""
     bundles = folder / "data" / "artifacts" / "bundles"
     bundles.mkdir(parents=True)
     key = json.loads((DATA / "finished.json").read_text())["calibration"]["key"]
@@ -177,7 +192,12 @@ def test_interrupted(restored: Database, ask: Any, folder: Path, seen: Any, tmp_
 
         assert 0 < len(before) <= len(now)
         assert now[: len(before)] == before
-        assert seen(ask(f"{path}/best").text) == seen((DATA / f"{name}.json").read_text())
+        found = ask(f"{path}/best").text
+        expected = (DATA / f"{name}.json").read_text()
+        if name == "stopped":  # in its search: its finalists race now
+            assert perplexity(found) <= perplexity(expected) or not same_numbers
+            found, expected = searched(found), searched(expected)
+        assert seen(found) == seen(expected)
     assert len(JOBS["stopped"]["trials"][0]) < 80
 
 
@@ -203,8 +223,8 @@ def trials(study: optuna.Study) -> list[tuple[Any, ...]]:
     return [(t.number, t.state, t.value, t.params, t.user_attrs) for t in study.get_trials()]
 
 
-def test_search(writer: Any, pho: Any, folder: Path, seen: Any) -> None:
-    """`pho search` goes on with its study, and ends with what the last version ended with."""
+def test_search(writer: Any, pho: Any, folder: Path, seen: Any, same_numbers: bool) -> None:
+    """`pho search` goes on with its study, and ends as well as the last version ended."""
     with open_storage("sqlite:///study.db") as storage:
         (summary,) = optuna.get_all_study_summaries(storage)
         study = optuna.load_study(study_name=summary.study_name, storage=storage)
@@ -219,7 +239,9 @@ def test_search(writer: Any, pho: Any, folder: Path, seen: Any) -> None:
     assert one.study_name == summary.study_name
     assert (len(before), len(after)) == (20, 30)
     assert [values[:3] for values in after[:20]] == [values[:3] for values in before]
-    assert seen((folder / "longer.json").read_text()) == seen((DATA / "longer.json").read_text())
+    found, expected = (path.read_text() for path in (folder / "longer.json", DATA / "longer.json"))
+    assert seen(searched(found)) == seen(searched(expected))
+    assert perplexity(found) <= perplexity(expected) or not same_numbers
 
 
 def test_prune(writer: Any, pho: Any, folder: Path, seen: Any, same_numbers: bool) -> None:

@@ -6,7 +6,6 @@ import pytest
 from pho_service.tuning.race import (
     Losses,
     is_behind,
-    race_level,
     race_looks,
     race_order,
     still_racing,
@@ -34,7 +33,7 @@ def run(losses: dict[int, Losses], seed: int) -> tuple[list[int], float]:
     for windows in looks[:-1]:
         before, left = left, still_racing(
             {number: losses[number] for number in left}, order[:windows],
-            windows=WINDOWS, level=race_level(len(losses), len(looks)),
+            windows=WINDOWS,
         )  # fmt: skip
         seen.update(dict.fromkeys(set(before) - set(left), windows))
     return left, sum(seen.values()) / WINDOWS
@@ -56,7 +55,7 @@ def test_equal_losses() -> None:
     """Of candidates that prune alike the first one goes on, and no other is needed."""
     same = finalists(0)[0]
 
-    assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS, level=0.01) == [5]
+    assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS) == [5]
 
 
 def test_constant_difference() -> None:
@@ -95,7 +94,12 @@ def test_order() -> None:
 
 @pytest.mark.parametrize(
     ("windows", "first", "looks"),
-    [(16, 1, [1, 2, 3, 4, 6, 9, 13, 16]), (3, 1, [1, 2, 3]), (1, 1, [1]), (64, 4, [4, 6, 9])],
+    [
+        (16, 1, [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 16]),
+        (3, 1, [1, 2, 3]),
+        (1, 1, [1]),
+        (64, 4, [4, 5, 6, 7, 8, 10]),
+    ],
 )
 def test_looks(windows: int, first: int, looks: list[int]) -> None:
     """Looks come after ever more windows, the last after all."""
