@@ -19,7 +19,8 @@ FLOAT = 4  # bytes of statistics and scores
 HASHED = 1.2e9  # bytes/s of SHA-256 on a core
 BASELINES = 6  # that a search begins with and confirms beside what it finds
 COMPARED_TOKENS = 512  # that finalists are compared with the dense model on
-MEASURED = 4  # finalists, the best baseline among them, that get a perplexity after that
+MEASURED = 3  # perplexities that the race of finalists takes after its first look
+LOOKS = 12  # at which those that are left are pruned once more
 READINGS = 4.0  # of its bundle that the rating of a candidate costs, on a CPU
 TRIAL_S = 0.006  # writing a trial to its study
 SCORED = 60.0  # bytes that scoring and selecting a weight moves
@@ -201,7 +202,7 @@ class _Costs:
         return (1 + self.work.corrections) * (compared + self.masks())
 
     def confirmation(self) -> float:
-        """Divergences first where they pay, then perplexities."""
+        """A race where it pays, else perplexities."""
         context = self.work.calibration.context_length
         measured = self.forward(self.work.windows * context, context, head=True)
         measured += self.streaming(1)
@@ -209,7 +210,8 @@ class _Costs:
             return self.work.finalists * (measured + self.pruning())
         compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)
         candidates = self.work.finalists + BASELINES
-        return candidates * (compared + self.pruning()) + MEASURED * (measured + self.pruning())
+        raced = MEASURED * measured + LOOKS * self.pruning()
+        return candidates * (compared + self.pruning()) + raced
 
     def masks(self) -> float:
         """One candidate's, by its score alone."""
