@@ -35,7 +35,6 @@ from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements, keep, kept_losses
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
-from pho_service.tuning.race import Losses
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
 from pho_service.tuning.validation import verdict
@@ -255,7 +254,8 @@ class Stages:
         candidate = Candidate.from_dict(given, spec.pruning())
         bundle = self._bundle(claim.job, spec, watch)
         subject = self._subject(claim.job, spec, candidate.steps, bundle)
-        known = self._raced(claim.job, spec, claim.stage.number, subject.text.key)
+        with self._islands(claim.job, spec) as (_, islands):  # what a race has measured
+            known = kept_losses(islands, claim.stage.number, text_sha256=subject.text.key)
         with watch.progress("Measuring", len(subject.text.windows)) as advance:
             measured = measure(subject, candidate, advance, known=known)
         seal = Seal.of_job(claim.job, 0)
@@ -265,13 +265,6 @@ class Stages:
             {**asdict(measured), "weights_sha256": seal.weights_sha256},
             then=[NewStage(kind=StageKind.FINISH)],
         )
-
-    def _raced(self, job: Job, spec: JobSpec, number: int, text_sha256: str) -> Losses:
-        """What a race has measured of a finalist: those windows are not run again."""
-        if number >= VALIDATION:
-            return {}
-        with self._islands(job, spec) as (_, islands):
-            return kept_losses(islands, number, text_sha256=text_sha256)
 
     def _finish(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         job = claim.job
