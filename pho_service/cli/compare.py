@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.evaluate import load_asked_tasks, task_options
 from pho_service.cli.options import (
     ModelOptions,
     at_least,
@@ -89,6 +90,7 @@ _OF_SEARCHES = ("trials", "confirm/text", "confirm/windows", "confirm/candidates
     is_flag=True,
     help="Compare configurations that were found on another family of models, too.",
 )
+@task_options
 @device_options
 @json_option
 @verb
@@ -103,6 +105,9 @@ def compare(
     ablation: bool,
     seeds: str | None,
     other_family: bool,
+    tasks: str | None,
+    tasks_dir: Path | None,
+    limit: int | None,
     device: str,
     device_map: str | None,
     as_json: bool,
@@ -130,9 +135,10 @@ def compare(
     """
     from pho_service.pipeline.compare import check_family, common_linears
     from pho_service.pipeline.repeated import ComparisonRequest, compare_over_seeds
+    from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 
-    at_least(1, report_windows=report_windows)
+    at_least(1, report_windows=report_windows, limit=limit)
     named = [(path, read_configuration(Path(path))) for path in config_paths]
     pattern = Pattern.parse(given("pattern"), given("scope"))
     asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
@@ -147,6 +153,7 @@ def compare(
         ablation=ablation,
     )
     calibration, drawn = given.calibration(), _seeds(seeds, given)
+    loaded_tasks = load_asked_tasks(tasks, tasks_dir, limit)
     settings = calibration.settings()
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     for path, configuration in named:
@@ -164,6 +171,7 @@ def compare(
         report,
         request,
         {seed: _calibration(loaded, calibration, seed, search) for seed in drawn},
+        also=also_tasks(loaded_tasks, bos=settings.bos, limit=limit),
         device=str(loaded.device),
         progress=progress,
     )
@@ -243,5 +251,22 @@ def _calibration(
 
 
 def show_comparison(compared: "Compared") -> None:
-    """The table, with its conditions under it."""
-    print_table(compared.title, compared.columns, compared.cells, caption=compared.caption)
+    """The table, with its conditions under it; what else was measured has one of its own."""
+    more = slice(3, len(compared.columns) - 4)
+
+    def without(row: list[str | None]) -> list[str | None]:
+        return row[: more.start] + row[more.stop :]
+
+    print_table(
+        compared.title,
+        [*compared.columns[: more.start], *compared.columns[more.stop :]],
+        [without(row) for row in compared.cells],
+        caption=compared.caption,
+    )
+    if compared.columns[more]:
+        print_table(
+            f"{compared.title}: tasks",
+            ("method", *compared.columns[more]),
+            [(row[0], *row[more]) for row in compared.cells],
+            caption="Share of right answers, ± standard error over the questions.",
+        )

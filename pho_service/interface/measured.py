@@ -34,7 +34,7 @@ from pho_service.interface.texts import (
 )
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.task_files import load_tasks
+from pho_service.models.task_files import LoadedTasks, load_tasks
 from pho_service.pipeline.compare import check_family, common_linears
 from pho_service.pipeline.repeated import (
     Calibrated,
@@ -42,7 +42,7 @@ from pho_service.pipeline.repeated import (
     ComparisonRequest,
     compare_over_seeds,
 )
-from pho_service.pipeline.tasks import measure_tasks
+from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import Bos, CalibrationSettings
@@ -152,9 +152,7 @@ def evaluate(
     """
     if texts is None and not tasks:
         raise InvalidInput("there is nothing to measure. Give texts, tasks, or both.")
-    loaded_tasks = None
-    if tasks:
-        loaded_tasks = load_tasks(task_names(tasks), Path(tasks_dir) if tasks_dir else None)
+    loaded_tasks = _tasks(tasks, tasks_dir)
     loaded = opened(model, tokenizer)
     measured: dict[str, Any] = dict.fromkeys(
         ("perplexity", "tokens", "windows", "context_length", "text", "text_sha256")
@@ -172,6 +170,13 @@ def evaluate(
         device=str(loaded.device),
         tasks=tuple(scores),
     )
+
+
+def _tasks(tasks: str | Sequence[str], folder: str | Path | None) -> LoadedTasks | None:
+    """Those that are asked for, before a model is opened."""
+    if not tasks:
+        return None
+    return load_tasks(task_names(tasks), Path(folder).expanduser() if folder else None)
 
 
 def _perplexity(
@@ -240,6 +245,9 @@ def compare(
     finalists: int = ConfirmSpec().candidates,
     confirm_windows: int = ConfirmSpec().windows,
     report_windows: int | None = None,
+    tasks: str | Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
     other_family: bool = False,
     progress: bool = False,
 ) -> Comparison:
@@ -272,6 +280,8 @@ def compare(
             ``pho.calibrate``; for more settings, calibrate first.
         trials, finalists, confirm_windows: Of the searches, as of ``pho.search``.
         report_windows: Only the first windows of ``report``; None takes all.
+        tasks, tasks_dir, limit: What each model scores in zero-shot tasks, too, as of
+            ``pho.evaluate``.
         other_family: Compare configurations that were found on another family of models.
         progress: Show a bar on stderr.
 
@@ -299,6 +309,7 @@ def compare(
         linears=linears,
         ablation=ablation,
     )
+    loaded_tasks = _tasks(tasks, tasks_dir)
     known = _known_bundle(texts, bundle, seeds)
     loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
     for name, each in named:
@@ -334,6 +345,7 @@ def compare(
         measured_text(loaded, report, context_length=length, bos=bos, max_windows=report_windows),
         request,
         {number: partial(calibrated, number) for number in numbers},
+        also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=limit),
         device=proxy_device(loaded),
         progress=bars(progress),
     )

@@ -59,6 +59,8 @@ class ComparisonRow:
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
+STDERR = " stderr"  # ends the name of a number's standard error, which stands in its column
+
 # Measures more of a model that is pruned, as numbers by name: columns of the table.
 Also = Callable[[LanguageModel], Mapping[str, float]]
 

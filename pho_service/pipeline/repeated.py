@@ -14,7 +14,7 @@ from torch import Tensor
 from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.compare import Also, ComparisonRow, common_linears, compare_job
+from pho_service.pipeline.compare import STDERR, Also, ComparisonRow, common_linears, compare_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.progress import Progress, silent
@@ -127,7 +127,8 @@ class Compared:
     @property
     def columns(self) -> list[str]:
         """The headings of the table."""
-        extra = dict.fromkeys(name for row in self.rows for name in row.extra)
+        names = (name for row in self.rows for name in row.extra if not name.endswith(STDERR))
+        extra = dict.fromkeys(names)
         measured = ("method", "scope", "perplexity", *extra)
         return [*measured, "sparsity", "proxy", "seconds", "peak memory"]
 
@@ -141,7 +142,7 @@ class Compared:
                 row.scope,
                 f"{row.perplexity:.3f}"
                 + ("" if row.deviation is None else f" ± {row.deviation:.3f}"),
-                *(f"{row.extra[name]:.4f}" if name in row.extra else None for name in extra),
+                *(_extra(row, name) for name in extra),
                 f"{row.sparsity:.4%}",
                 None if row.proxy is None else f"{row.proxy:.4g}",
                 f"{row.seconds:.1f}",
@@ -165,6 +166,14 @@ class Compared:
             f"{self.report['source']} (sha256 {self.report['sha256'][:12]}), "
             f"{self.model['dtype']} on {self.device}{of_all}{owl}"
         )
+
+
+def _extra(row: ComparisonRow, name: str) -> str | None:
+    """What else was measured, with its standard error where it has one."""
+    if name not in row.extra:
+        return None
+    error = row.extra.get(name + STDERR)
+    return f"{row.extra[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def compare_over_seeds(

@@ -18,6 +18,7 @@ from pho_service.host.versions import versions
 from pho_service.models.likelihoods import Continuation, Likelihood, rate_continuations
 from pho_service.models.loading import LanguageModel
 from pho_service.models.task_files import LoadedTasks
+from pho_service.pipeline.compare import STDERR, Also
 from pho_service.progress import Progress, silent
 from pho_service.spec.tasks import TaskScore, mean_accuracy
 
@@ -177,6 +178,29 @@ class TaskModel:
         tokenizer = self._model.tokenizer
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         return int(next((token for token in known if token is not None), 0))
+
+
+def also_tasks(tasks: LoadedTasks | None, *, bos: str, limit: int | None) -> Also | None:
+    """What a comparison measures of each model beside its perplexity; None without tasks."""
+    if tasks is None:
+        return None
+
+    def measure(model: LanguageModel) -> dict[str, float]:
+        return as_extra(measure_tasks(model, tasks, bos=bos, limit=limit))
+
+    return measure
+
+
+def as_extra(scores: Sequence[TaskScore]) -> dict[str, float]:
+    """Scores as the further columns of a comparison, with their standard errors beside them."""
+    found = {}
+    for score in scores:
+        name = f"{score.task} {score.metric}"
+        found[name] = score.value
+        if score.stderr is not None:
+            found[name + STDERR] = score.stderr
+    mean = mean_accuracy(scores)
+    return found if mean is None else {**found, "mean acc": mean}
 
 
 def tasks_document(

@@ -183,7 +183,33 @@ def test_verb(model_folder: Path, texts: dict[str, Path], task_folder: Write) ->
     assert document["tasks"][0]["examples"] == document["limit"] == 4
     assert document["versions"].keys() >= {"lm-eval"}
     assert "acc_norm" in repr(found)
-    assert "± " in printed()
+
+
+def test_compare(model_folder: Path, texts: dict[str, Path], task_folder: Write) -> None:
+    """`pho compare --tasks` has what each pruned model scores, as the API says it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    folder = task_folder(best(plain(model, tokenizer, bos=False)))
+    found = pho.compare(
+        model, tokenizer, "0.5", texts=texts["calibration"], report=texts["report"], samples=6,
+        context_length=32, methods=["wanda"], tasks="words", tasks_dir=folder,
+    )  # fmt: skip
+    words = [
+        "compare", model_folder, "--pattern", "0.5", "--text", texts["calibration"], "--samples", 6,
+        "--report-text", texts["report"], "--context-length", 32, "--method", "wanda",
+        "--device", "cpu", "--tasks", "words", "--tasks-dir", folder,
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [*map(str, words)])
+    dense, wanda = found.rows
+
+    assert dense.extra["words acc"] == 1
+    assert dense.extra["words acc stderr"] == 0
+    assert wanda.extra["words acc"] < 1
+    assert result.exit_code == 0, result.stderr
+    for row in found.rows:
+        shown = f"{row.extra['words acc']:.4f} ± {row.extra['words acc stderr']:.4f}"
+        assert shown in result.stdout
+        assert shown in repr(found)
 
 
 def test_long_and_rolling(
