@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ def own_search(
     """
     How a model's own best is searched for: in the pattern, steps and space of a configuration.
 
+    Offsets that a correction found on the configuration's own model are left out.
+
     Args:
         configuration: What is taken elsewhere.
         options: Of the search.
@@ -195,10 +198,18 @@ def own_search(
     return SearchRequest(
         pattern=candidate.pattern,
         bounds={name: tuple(values) for name, values in bounds.items() if name != "kernel_sizes"},
-        steps=candidate.steps,
+        steps=_uncorrected(configuration),
         finalists=finalists,
         **options_of(options),
     )
+
+
+def _uncorrected(configuration: Configuration) -> Steps:
+    """The steps without offsets that were found on the configuration's own model."""
+    steps = configuration.steps
+    if "correction" not in configuration.search:
+        return steps
+    return replace(steps, allocation=replace(steps.allocation, offsets={}, depth=()))
 
 
 def transfer_key(target: Target, configuration: Configuration, search: SearchRequest | None) -> str:

@@ -220,6 +220,20 @@ def test_own_search() -> None:
     assert request.steps.allocation.method == "fisher"
 
 
+@pytest.mark.parametrize("corrected", [True, False])
+def test_own_search_is_uncorrected(corrected: bool) -> None:
+    """Offsets that a correction found are of its model; those that were asked for are kept."""
+    allocation = Allocation(method="fisher", offsets={"q_proj": 0.5}, depth=(0.1, 0.0))
+    search = {"correction": {}} if corrected else {}
+    configuration = GOOD.model_copy(
+        update={"steps": Steps(allocation=allocation), "search": search}
+    )
+
+    found = own_search(configuration, SearchOptions(), finalists=2).steps.allocation
+
+    assert found == (Allocation(method="fisher") if corrected else allocation)
+
+
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
 def test_nonsense_space(space: object) -> None:
     """A search space that somebody wrote by hand is refused if it is none."""

@@ -184,6 +184,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"islands": 0}, ("islands",)),
     ({"islands": 65}, ("islands",)),
     ({"sampler": "hill-climb", "islands": 2}, ("islands",)),  # they would be the same
+    ({"corrections": 1001}, ("corrections",)),
+    ({"corrections": 1, "stream": True}, ("corrections",)),  # read anew for each
     ({"seed": -1}, ("seed",)),
     ({"seed": 2**32}, ("seed",)),
     ({"priority": 101}, ("priority",)),
