@@ -29,7 +29,7 @@ from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
-from pho_service.spec.objective import Objective
+from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements, keep, kept_losses
@@ -37,7 +37,7 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
-from pho_service.tuning.validation import verdict
+from pho_service.tuning.validation import finalists_wanted
 from pho_service.tuning.warm_start import Saving
 from storage.database import Database
 from storage.jobs import JobStore
@@ -50,7 +50,9 @@ from workers.inputs import Inputs
 from workers.island_search import IslandSearch
 from workers.seal import Seal
 from workers.stored import (
-    VALIDATION,
+    after_perplexity,
+    after_search,
+    doubts,
     measured_before,
     measurement,
     measurements,
@@ -170,7 +172,7 @@ class Stages:
                         **({"rated_before": known.taken} if known.taken else {}),
                         **({} if saving is None else {"saving": saving.to_dict()}),
                     },
-                    then=[NewStage(kind=StageKind.CONFIRM)],
+                    then=after_search(claim.job, spec),
                     trials=None if search.out_of_time else spec.trials,
                 ):
                     return
@@ -193,14 +195,20 @@ class Stages:
         job = claim.job
         chosen = Chosen(finalists=[], evaluations=0.0)
         correction = self._correction(claim, spec, watch)
+        doubt = None
         if spec.confirm is not None and spec.objective.name != "perplexity":
+            wanted = spec.confirm.candidates
+            if spec.validation is not None:
+                name = spec.request(0).objective.label
+                judged = self._judged(job, spec, self._bundle(job, spec, watch))
+                wanted, doubt = finalists_wanted(wanted, name, judged[name])
             with self._islands(job, spec) as (storage, islands):
                 before = measured_before(job)
                 rated = [*islands.ranked(), *islands.corrections()]
                 chosen = choose_finalists(
                     islands,
                     rated,
-                    spec.confirm.candidates,
+                    wanted,
                     [r for r in rated if r.number in before],
                     lambda: self._subject(
                         job, spec, islands.plan.steps, self._bundle(job, spec, watch)
@@ -222,11 +230,9 @@ class Stages:
                 "divergence_tokens": compared.tokens,
                 **({} if correction is None else {"correction": correction.to_dict()}),
                 "evaluations": chosen.evaluations,
+                **({"doubt": doubt} if doubt else {}),
             },
-            add=[
-                *(measurement(rated.number, rated.candidate) for rated in chosen.finalists),
-                *(measurement(VALIDATION + i, c) for i, c in enumerate(validated(spec))),
-            ],
+            add=[measurement(rated.number, rated.candidate) for rated in chosen.finalists],
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
@@ -263,7 +269,7 @@ class Stages:
         self.store.complete(
             claim,
             {**asdict(measured), "weights_sha256": seal.weights_sha256},
-            then=[NewStage(kind=StageKind.FINISH)],
+            then=after_perplexity(claim.job),
         )
 
     def _finish(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
@@ -306,18 +312,22 @@ class Stages:
         warnings = [*result.warnings, *started(spec, configuration), *remade(job, bundles)]
         more: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
-            judged = judge(
-                bundles[spec.model],
-                validated(spec),
-                validation_perplexities(job, spec),
-                seed=spec.validation.seed,
-                device=str(self.inputs.device),
-            )
+            judged = self._judged(job, spec, bundles[spec.model])
             more["validation"] = {name: asdict(quality) for name, quality in judged.items()}
-            doubt = verdict(Objective().label, judged[Objective().label])
-            warnings = [*warnings, *([doubt] if doubt else [])]
+            warnings += doubts(job, spec, judged)
         self.store.succeed(
             claim, best=configuration.model_dump(mode="json"), warnings=warnings, result=more
+        )
+
+    def _judged(self, job: Job, spec: JobSpec, bundle: ProxyBundle) -> dict[str, ProxyQuality]:
+        """How well each proxy ranks the random candidates of the validation."""
+        assert spec.validation is not None
+        return judge(
+            bundle,
+            validated(spec),
+            validation_perplexities(job, spec),
+            seed=spec.validation.seed,
+            device=str(self.inputs.device),
         )
 
     def _rebuilt(

@@ -10,9 +10,10 @@ from pho_service.pipeline.search import origin_of
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
+from pho_service.spec.quality import ProxyQuality
 from pho_service.tuning.finalists import Divergences, Measurements
 from pho_service.tuning.plan import RatedCandidate
-from pho_service.tuning.validation import random_candidates
+from pho_service.tuning.validation import planned_candidates, verdict
 from storage.records import Job, NewStage
 from storage.states import StageKind
 
@@ -83,14 +84,34 @@ def validated(spec: JobSpec) -> list[Candidate]:
     """The random candidates of a validation; none if it was not asked for."""
     if spec.validation is None:
         return []
-    plan = spec.plan(0)
-    return random_candidates(
-        plan.space,
-        plan.pattern,
-        count=spec.validation.candidates,
-        seed=spec.validation.seed,
-        linears=plan.steps.linears,
-    )
+    return planned_candidates(spec.plan(0), spec.validation)
+
+
+def after_search(job: Job, spec: JobSpec) -> list[NewStage]:
+    """The stages after the searches: the validation's that have no result yet, or the next."""
+    measured = _perplexities(job)
+    missing = [
+        measurement(VALIDATION + i, candidate)
+        for i, candidate in enumerate(validated(spec))
+        if VALIDATION + i not in measured
+    ]
+    return missing or [NewStage(kind=StageKind.CONFIRM)]
+
+
+def after_perplexity(job: Job) -> list[NewStage]:
+    """The stage after the last perplexity: of the finalists, or of a validation before them."""
+    confirmed = job.of_kind(StageKind.CONFIRM)
+    return [NewStage(kind=StageKind.FINISH if confirmed else StageKind.CONFIRM)]
+
+
+def doubts(job: Job, spec: JobSpec, judged: Mapping[str, ProxyQuality]) -> list[str]:
+    """What to know of a proxy that does not rank, in a sentence; nothing if it ranks."""
+    name = spec.request(0).objective.label
+    if name not in judged:  # searched by perplexity
+        return []
+    (planned,) = (stage.result or {} for stage in job.of_kind(StageKind.CONFIRM))
+    doubt = planned.get("doubt") or verdict(name, judged[name])  # older versions kept none
+    return [doubt] if doubt else []
 
 
 def validation_perplexities(job: Job, spec: JobSpec) -> list[float]:

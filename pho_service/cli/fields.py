@@ -72,7 +72,6 @@ OF_A_SERVICE = {
     "max_attempts": "of a service's queue",
     "max_failed_trials": "`pho search` goes on past failed trials",
     "timeout_s": "an interrupted search goes on with the same command",
-    "validation": "`pho validate` does it",
 }
 
 # The sections of --help; what is not named here is of the last.

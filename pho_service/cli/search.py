@@ -1,7 +1,7 @@
 """`pho search`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +214,8 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
                 "out": str(path),
                 "study": {"url": study, "name": result.study_name},
                 "rated_before": result.rated_before,
+                "validation": result.validation
+                and {name: asdict(quality) for name, quality in result.validation.items()},
                 "warnings": result.warnings,
             }
         )
@@ -252,6 +254,13 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
                 f"confirmed    the best of {len(found.candidates)} finalists and baselines, which "
                 f"took as long as {evaluations:.1f} perplexities of that text"
             )
+    if result.validation is not None:
+        quality = result.validation[found.objective["name"]]
+        low, high = quality.spearman_interval
+        lines.append(
+            f"proxy        rank correlation with perplexity {quality.spearman:+.2f} "
+            f"({low:+.2f} to {high:+.2f})"
+        )
     if result.rated_before:
         lines.append(
             f"ratings      {result.rated_before} were taken from a study that rated the same "

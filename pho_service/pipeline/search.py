@@ -34,6 +34,7 @@ from pho_service.tuning.result import (
     search_result,
 )
 from pho_service.tuning.search import Callback, run_search
+from pho_service.tuning.validation import finalists_wanted
 from pho_service.tuning.warm_start import Saving, measure_saving
 from storage.studies import StorageError, check_url, open_storage, open_study, quiet_optuna
 
@@ -86,6 +87,11 @@ def search_job(
     """
     named = by_name(bundles)
     plan = search_plan(request, named)
+    if request.validation is not None and (model is None or confirm_text is None):
+        raise InvalidInput(
+            "the proxy is validated by perplexities, which need the model and a text: give a model "
+            "instead of a bundle, and --confirm-text; or leave --validate out."
+        )
     if model is not None:
         only_one(named, "a model").check_model(model.linears)
     if plan.corrections and (model is None or calibration is None):
@@ -123,7 +129,7 @@ def search_job(
             progress=progress,
         )
     measurements = Measurements()
-    subject = None
+    subject = doubt = qualities = None
     if model is not None and confirm_text is not None:
         from pho_service.pipeline.rating import Subject  # loads transformers
 
@@ -134,8 +140,17 @@ def search_job(
     elif subject is not None:
         from pho_service.pipeline.confirmation import confirm_finalists
 
+        count = request.finalists
+        if request.validation is not None:
+            from pho_service.pipeline.validate import validate_search
+
+            qualities = validate_search(
+                subject, study, plan, request.validation, device=device, progress=progress
+            )
+            name = request.objective.label
+            count, doubt = finalists_wanted(count, name, qualities[name])
         measurements = confirm_finalists(
-            islands, rated, request.finalists, subject, progress, islands.corrected(correction)
+            islands, rated, count, subject, progress, islands.corrected(correction)
         )
     result = finish(
         request, islands, origin, rated, measurements, correction=correction, saving=saving
@@ -146,7 +161,12 @@ def search_job(
         settings = request.steps.reconstruction
         result = reconstruct_winner(result, settings, study, subject, progress)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
-    return replace(result, rated_before=known.taken)
+    return replace(
+        result,
+        rated_before=known.taken,
+        validation=qualities,
+        warnings=[*result.warnings, *([doubt] if doubt else [])],
+    )
 
 
 def of_objective(rated: Sequence[RatedCandidate], measured_on: Mapping[str, Any]) -> Measurements:

@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 from torch import Tensor
 
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.proxy_rating import proxy_value
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
 from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.space import SearchSpace
-from pho_service.tuning.validation import qualities, random_candidates
+from pho_service.tuning.plan import SearchPlan
+from pho_service.tuning.validation import planned_candidates, qualities, random_candidates
 
 PROXIES = {
     **{
@@ -69,6 +72,41 @@ def judge(
         device: For the proxies.
     """
     return qualities(rate_by_all_proxies(bundle, candidates, device=device), perplexity, seed=seed)
+
+
+def validate_search(
+    subject: Subject,
+    study: optuna.Study,
+    plan: SearchPlan,
+    asked: ValidationSpec,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, ProxyQuality]:
+    """
+    How well each proxy ranks random candidates of a search, measured on its confirmation text.
+
+    Args:
+        subject: What is pruned and measured.
+        study: The record: each perplexity is kept in it at once, and not measured again.
+        plan: Of the search.
+        asked: How many candidates, and their seed.
+        device: For the proxies.
+        progress: Is told of each candidate.
+    """
+    candidates = planned_candidates(plan, asked)
+    perplexity = []
+    with progress("Validating the proxy by perplexity", len(candidates)) as advance:
+        for number, candidate in enumerate(candidates):
+            key = f"validation:{asked.seed}:{number}"
+            known = study.user_attrs.get(key, {})
+            if known.get("text_sha256") != subject.text.key:
+                value = measure(subject, candidate).perplexity
+                known = {"perplexity": value, "text_sha256": subject.text.key}
+                study.set_user_attr(key, known)
+            perplexity.append(float(known["perplexity"]))
+            advance(1)
+    return judge(subject.bundle, candidates, perplexity, seed=asked.seed, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

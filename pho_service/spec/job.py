@@ -25,6 +25,7 @@ from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset, PresetMeaning, PresetName
+from pho_service.spec.quality import WIDER
 from pho_service.spec.samplers import (
     MAX_CORRECTIONS,
     MAX_TRIALS,
@@ -89,7 +90,8 @@ class JobSpec(Document):
     validation: ValidationSpec | None = Field(
         None,
         description="Rating of random candidates by each proxy and by perplexity on the text that "
-        "confirms, as `pho validate` does it.",
+        "confirms, as `pho validate` does it. Where the search's own proxy does not rank, four "
+        "times as many finalists are confirmed.",
     )
     objective: Objective = Objective()
     warm_start: WarmStartSpec | None = Field(
@@ -291,6 +293,7 @@ class JobSpec(Document):
             finalists=self.confirm.candidates if self.confirm else 1,
             warm_start=self._warm_points(preset.steps),
             compare_cold=self.warm_start is not None and self.warm_start.compare_cold,
+            validation=self.validation,
         )
 
     def _warm_points(self, steps: Steps) -> tuple[Candidate, ...]:
@@ -367,7 +370,8 @@ class JobSpec(Document):
         limits.check_tokens("/calibration/samples", tokens)
         if self.confirm is not None:
             measured = self.confirm.candidates
-            measured += self.validation.candidates if self.validation else 0
+            if self.validation is not None:
+                measured = WIDER * measured + self.validation.candidates
             measured += trials * self.islands if self.objective.name == "perplexity" else 0
             tokens += measured * self.confirm.windows * self.calibration.context_length
             limits.check_tokens("/confirm/windows", tokens)

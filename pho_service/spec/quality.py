@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+WIDER = 4  # times as many finalists are confirmed where the proxy does not rank
+
 Interval = tuple[float, float]
 
 

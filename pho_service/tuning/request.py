@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.samplers import SearchOptions, options_of
@@ -37,6 +38,8 @@ class SearchRequest(SearchOptions):
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.
         compare_cold: Whether the same search is run without it, too, to say what it saved.
+        validation: How the proxy is validated before the confirmation, which looks at more
+            finalists if it does not rank; None leaves that out.
     """
 
     pattern: Pattern
@@ -47,6 +50,7 @@ class SearchRequest(SearchOptions):
     finalists: int = 5
     warm_start: tuple[Candidate, ...] = ()
     compare_cold: bool = False
+    validation: ValidationSpec | None = None
 
     def __post_init__(self) -> None:
         if self.finalists < 1:

@@ -12,6 +12,7 @@ import optuna
 
 from pho_service.host.versions import versions
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.spec.quality import ProxyQuality
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
@@ -31,6 +32,7 @@ class SearchResult:
         trial: The number of the best in it.
         warnings: Plain sentences that a user must read.
         rated_before: How many ratings were taken from other studies.
+        validation: How well each proxy ranks, by name, if that was asked for.
     """
 
     configuration: Configuration
@@ -38,6 +40,7 @@ class SearchResult:
     trial: int
     warnings: list[str]
     rated_before: int = 0
+    validation: Mapping[str, ProxyQuality] | None = None
 
 
 def describe_study(

@@ -11,11 +11,13 @@ import numpy.typing as npt
 from scipy import stats
 
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.quality import Interval, ProxyQuality
+from pho_service.spec.quality import WIDER, Interval, ProxyQuality
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
+from pho_service.tuning.plan import SearchPlan
 
 RESAMPLES = 2000
 BATCH = 2**22  # pairs of candidates that are looked at together: some 100 MiB
@@ -47,6 +49,17 @@ def random_candidates(
             params["allocation_spread"] = generator.uniform(*space.allocation_spread)
         candidates.append(space.candidate(params, pattern, Steps(linears=linears)))
     return candidates
+
+
+def planned_candidates(plan: SearchPlan, asked: ValidationSpec) -> list[Candidate]:
+    """The random candidates that a search's proxy is validated on: of its space and its linears."""
+    return random_candidates(
+        plan.space,
+        plan.pattern,
+        count=asked.candidates,
+        seed=asked.seed,
+        linears=plan.steps.linears,
+    )
 
 
 def proxy_quality(
@@ -122,6 +135,22 @@ def verdict(name: str, quality: ProxyQuality) -> str | None:
         f"The proxy {name} does not rank candidates on this model: its rank correlation with "
         f"perplexity is {quality.spearman:+.2f}, so what it finds is little better than chance."
     )
+
+
+def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int, str | None]:
+    """
+    How many finalists are confirmed; and why, if they are more than were asked for.
+
+    Args:
+        count: That were asked for.
+        name: Of the proxy that candidates were rated by.
+        quality: Of it, on random candidates of the same space.
+    """
+    doubt = verdict(name, quality)
+    if doubt is None:
+        return count, None
+    more = WIDER * count
+    return more, f"{doubt} So the best {more} by it are finalists instead of {count}."
 
 
 def qualities(

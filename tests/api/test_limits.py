@@ -57,7 +57,7 @@ def limited(shared_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> TestC
         (
             {"confirm": {"candidates": 1, "windows": 2}, "validation": {"candidates": 45}},
             "/confirm/windows",
-            "10200",
+            "10800",
         ),
         (
             {"confirm": {"candidates": 1, "windows": 1}, "objective": {"name": "perplexity"},

@@ -1,0 +1,84 @@
+"""A search that validates its proxy, and confirms more finalists where it does not rank."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pho_service.errors import InvalidInput
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline import validate
+from pho_service.pipeline.rating import ReportText
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.quality import WIDER, ProxyQuality
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.validation import finalists_wanted
+
+REQUEST = SearchRequest(
+    pattern=Pattern.parse("0.5"), trials=20, finalists=1, validation=ValidationSpec(candidates=8)
+)
+BLEND = "activation-reconstruction/blend"
+
+
+def quality(spearman: float) -> ProxyQuality:
+    """Of a proxy with this rank correlation."""
+    return ProxyQuality(
+        spearman=spearman, spearman_interval=(spearman, spearman), spearman_better_half=spearman,
+        kendall=spearman, kendall_interval=(spearman, spearman), regret=0.0,
+        regret_interval=(0.0, 0.0), top_k=2,
+    )  # fmt: skip
+
+
+def test_how_many() -> None:
+    """A proxy that ranks is trusted; one that does not is told, with how many are finalists."""
+    count, doubt = finalists_wanted(5, BLEND, quality(0.1))
+
+    assert finalists_wanted(5, BLEND, quality(0.9)) == (5, None)
+    assert finalists_wanted(5, "gini", quality(-0.9)) == (5, None)
+    assert count == 5 * WIDER
+    assert doubt is not None
+    assert "does not rank" in doubt
+    assert "20 by it are finalists instead of 5" in doubt
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What was measured for the validation, call by call; and nobody believes the proxy."""
+    calls: list[int] = []
+    original = validate.measure
+
+    def measure(*given: Any) -> Any:
+        calls.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(validate, "measure", measure)
+    monkeypatch.setattr(validate, "judge", lambda *_, **__: {BLEND: quality(0.2)})
+    return calls
+
+
+def test_confirmation_takes_over(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText, searched: Any, measured: Any
+) -> None:
+    """More finalists are looked at, the result says why, and what is measured is kept."""
+    options = {"model": model, "confirm_text": report}
+    plain = searched(replace(REQUEST, validation=None), bundle, **options)
+    wide = searched(REQUEST, bundle, **options)
+    again = searched(REQUEST, bundle, **options)
+
+    def compared(result: Any) -> int:
+        return sum(each.divergence is not None for each in result.configuration.candidates)
+
+    assert len(measured) == 8
+    assert compared(wide) > compared(plain)
+    assert any("4 by it are finalists instead of 1" in warning for warning in wide.warnings)
+    assert again.configuration == wide.configuration
+    assert plain.validation is None
+    assert wide.validation == {BLEND: quality(0.2)}
+
+
+def test_without_a_model(bundle: ProxyBundle, searched: Any) -> None:
+    """From a bundle alone nothing can be validated, and the message says what to do."""
+    with pytest.raises(InvalidInput, match=r"give a model instead of a bundle.*--validate"):
+        searched(REQUEST, bundle)
