@@ -102,7 +102,7 @@ class BlockRecord(_Document):
     What the recipe says of a block's reconstruction.
 
     Attributes:
-        before: Held-out error, relative to the energy of the dense block's output.
+        before: Squared error over energy, a token, on windows that were not trained on.
         after: The same of the weights that were saved.
         passes: That were made over the calibration windows.
         kept: Whether the trained weights were taken.

@@ -28,6 +28,7 @@ SWAPPED = 15e3  # the same for exact swaps, in some fifty rounds
 REFINED = 1.2e3  # the same for DSnoT
 UPDATED = 700.0  # the same for OBS
 OBS_LAUNCHES = 0.6  # a column, sixteen of them solved for at once
+TRAINED = 60.0  # bytes that a step of Adam moves for a weight, its mask included
 INVERSE_FLOPS = 4.0  # times the cube of a width, in float64
 CG_STEPS = 10
 REFINE_STEPS, REFINE_INVERSES = 48, 12  # of re-pruning by ADMM
@@ -105,7 +106,8 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
         stages[f"correct, {work.corrections} allocations"] = costs.correction()
     if work.finalists:
         stages["confirm by perplexity"] = costs.confirmation()
-    stages["prune"] = costs.pruning() + costs.streaming(0 if work.steps.needs_text else 1)
+    stages["prune"] = costs.pruning(work.steps) + costs.reconstruction()
+    stages["prune"] += costs.streaming(0 if work.steps.needs_text else 1)
     stages["save"] = costs.saving()
     return stages
 
@@ -206,21 +208,36 @@ class _Costs:
         context = self.work.calibration.context_length
         measured = self.forward(self.work.windows * context, context, head=True)
         measured += self.streaming(1)
-        if self.work.steps.needs_text or self.work.stream:
-            return self.work.finalists * (measured + self.pruning())
+        steps = self.work.steps.before_reconstruction
+        pruned, winner = self.pruning(steps), 0.0
+        if self.work.steps.reconstruction.wanted:
+            winner = self.pruning(self.work.steps) + self.reconstruction() + measured
+        if steps.needs_text or self.work.stream:
+            return self.work.finalists * (measured + pruned) + winner
         compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)
         candidates = self.work.finalists + BASELINES
-        raced = MEASURED * measured + LOOKS * self.pruning()
-        return candidates * (compared + self.pruning()) + raced
+        raced = MEASURED * measured + LOOKS * pruned
+        return candidates * (compared + pruned) + raced + winner
 
     def masks(self) -> float:
         """One candidate's, by its score alone."""
         moved = SCORED * (1 + 3 * (not self.work.steps.allocation.is_even))
         return self.shapes.prunable * moved / self.machine.bandwidth
 
-    def pruning(self) -> float:
-        """One candidate's masks, and its weights where a step changes them."""
-        steps, machine = self.work.steps, self.machine
+    def reconstruction(self) -> float:
+        """The dense model's stream, and the passes that train; nothing where none is asked for."""
+        settings = self.work.steps.reconstruction
+        if not settings.wanted:
+            return 0.0
+        context, windows = self.work.calibration.context_length, self.work.calibration.samples
+        passes = 2 + 3 * settings.passes  # a backward pass is two forward ones
+        moved = settings.passes * windows * TRAINED * self.shapes.prunable
+        forward = self.forward(self.work.tokens, context, head=False)
+        return passes * forward + moved / self.machine.bandwidth
+
+    def pruning(self, steps: Steps) -> float:
+        """One candidate's masks, and its weights where a step before a reconstruction does."""
+        machine = self.machine
         seconds = self.masks()
         if steps.permutation != "none":
             orders = 2 if steps.permutation == "error" else 1

@@ -210,10 +210,11 @@ def _peaks(
     loaded = Peak.at(place, device=block if work.stream else footprint.weights, host=0)
     bundle = footprint.bundle(settings)
     searching = Place(on_gpu=place.on_gpu)
+    streams = 1 + work.steps.reconstruction.wanted
     pruning = pruning_peak(
         footprint, place, work.steps,
         windows=settings.samples, tokens=settings.context_length, keep_dense=False,
-        states_on_device=_stay(footprint, place, settings.samples, work, card),
+        states_on_device=_stay(footprint, place, streams * settings.samples, work, card),
     )  # fmt: skip
     peaks = {
         "read the model": loaded,
@@ -235,10 +236,11 @@ def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | No
     """Of a candidate that is pruned, measured and made dense again."""
     settings = work.calibration
     if work.steps.needs_text:
+        streams = 1 + work.steps.reconstruction.wanted
         return pruning_peak(
             footprint, place, work.steps,
             windows=settings.samples, tokens=settings.context_length, keep_dense=True,
-            states_on_device=_stay(footprint, place, settings.samples, work, card),
+            states_on_device=_stay(footprint, place, streams * settings.samples, work, card),
         )  # fmt: skip
     most = 1
     if card is not None and not place.stream:

@@ -23,6 +23,7 @@ STEPS = {
     "obs": 4, "least-squares": 11, "sparsegpt": 4, "admm": 8, "alps": 11,
 }  # fmt: skip
 REFINED = 3  # of the same for each linear of an input, which re-pruning by ADMM holds together
+TRAINED = 21  # bytes of a weight while its block is trained: gradient, Adam, best so far, mask
 INVERSE = 7  # of a Gram matrix's size in float32
 SPECTRUM = 14  # the same for eigenvectors, in float64
 SHARD = 2 * 10**9  # bytes of a file of weights, which is put together in main memory
@@ -229,6 +230,9 @@ def pruning_peak(
     if steps.needs_text:
         work = _text_steps(footprint, steps, scoring) + footprint.forward(tokens, 1)
         states = footprint.states(windows, tokens)
+        if steps.reconstruction.wanted:
+            work = max(work, _training(footprint, tokens))
+            states *= 2  # the dense model's, too
         if states_on_device:
             work += states
         else:
@@ -240,7 +244,16 @@ def pruning_peak(
         host += block  # on its way to the disk
     if place.stream and place.on_gpu:
         there = max(there, footprint.outside)
+    if steps.reconstruction.wanted and not keep_dense:
+        disk += (footprint.itemsize + 1) * footprint.prunable  # finished blocks, until it is saved
     return Peak.at(place, device=there + work, host=host, disk=disk)
+
+
+def _training(footprint: Footprint, tokens: int) -> int:
+    """Bytes of a reconstruction, in the block where it takes most."""
+    exact = 0 if footprint.itemsize == FLOAT else FLOAT + footprint.itemsize
+    weights = (TRAINED + exact) * max(block.prunable for block in footprint.blocks)
+    return weights + footprint.block_backward(tokens)
 
 
 def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:

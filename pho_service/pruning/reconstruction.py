@@ -21,6 +21,7 @@ from pho_service.spec.reconstruction import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
 _PATIENCE = 2  # passes without a better held-out error, before the training ends
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
 _NAMED = 4  # blocks that a sentence names
 
 
@@ -44,8 +45,8 @@ class Reconstructed:
     What the training of one block came to.
 
     Attributes:
-        before: Squared error of its output over the energy of the dense one's, on the held-out
-            windows. None if it is NaN or infinite.
+        before: Mean over the tokens of the held-out windows of its output's squared error over the
+            dense output's energy. None if it is NaN or infinite.
         after: The same with the weights that the block was left with.
         passes: Passes that were made.
         kept: Whether the trained weights were taken; else the block has those from before.
@@ -84,14 +85,16 @@ def reconstruct(
     """
     Train the kept weights of a block, and leave those with the least held-out error.
 
-    Adam on the squared error of one window a step, in an order drawn from the seed. The learning
+    The error is the mean over tokens of the output's squared error over the dense output's energy,
+    as the next block's norm sees it: without that division the few tokens with massive activations
+    would be all that counts. Adam takes one window a step, in an order drawn from the seed; its
     rate falls linearly to 0 over all passes. After each pass the held-out windows are measured;
     the training ends early where their error has not fallen for two passes.
 
     Args:
         weights: What is trained; all else that the block has stays as it is.
         run: The block's output for the window of a number, with gradients for the weights.
-        targets: What it should be, for each window: the shape of the output, any floating dtype.
+        targets: What it should be, for each window: (..., tokens, hidden), as the output.
         settings: Passes, rate and seed.
         advance: Called with 0 after each window.
 
@@ -109,7 +112,7 @@ def reconstruct(
     """
     check_windows(len(targets))
     training, held_out = split(len(targets))
-    with _Fit(weights, run, targets, settings).ready() as fit:
+    with _Fit(weights, run, targets).ready() as fit:
         best = before = fit.error_of(held_out)
         weights_then, passes, since = fit.copies(), 0, 0
         kept = False
@@ -165,17 +168,15 @@ class _Fit:
         weights: Sequence[Trainable],
         run: Callable[[int], Tensor],
         targets: Sequence[Tensor],
-        settings: Reconstruction,
     ) -> None:
         self.weights = weights
         self.run = run
         self.targets = targets
         self.parameters = [each.parameter for each in weights]
         self.exact = [each.parameter.detach().float() for each in weights]
-        self.adam = torch.optim.Adam(self.exact, lr=settings.learning_rate)
-        self.energy = max(
-            TINY, float(sum(t.float().square().mean() for t in targets)) / len(targets)
-        )
+        self.mean = [torch.zeros_like(exact) for exact in self.exact]  # of the gradients
+        self.square = [torch.zeros_like(exact) for exact in self.exact]  # of their squares
+        self.steps = 0
 
     @contextmanager
     def ready(self) -> Iterator["_Fit"]:
@@ -190,10 +191,11 @@ class _Fit:
                 parameter.requires_grad_(flag)
 
     def _error(self, window: int) -> Tensor:
-        """Mean squared error of the output over the mean energy of all targets."""
+        """Mean over the tokens of the output's squared error over the target's energy."""
         output = self.run(window).float()
         target = self.targets[window].to(output.device).float()
-        return (output - target).square().mean() / self.energy
+        energy = target.square().sum(dim=-1).clamp_min(TINY)  # (..., tokens)
+        return ((output - target).square().sum(dim=-1) / energy).mean()
 
     def error_of(self, windows: Sequence[int]) -> float:
         """The mean over windows, with the weights of now."""
@@ -203,12 +205,20 @@ class _Fit:
     def step(self, window: int, rate: float) -> None:
         """One step of Adam towards the target of a window."""
         gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
-        for exact, gradient, each in zip(self.exact, gradients, self.weights, strict=True):
-            # Experts that no token of the window reached have none.
-            exact.grad = None if gradient is None else gradient.float().mul_(each.keep)
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
+        self.steps += 1
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:  # experts that no token of the window reached have none
+                self._adam(index, gradient.float().mul_(self.weights[index].keep), rate)
         self._write()
+
+    def _adam(self, index: int, gradient: Tensor, rate: float) -> None:
+        """Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, for one parameter."""
+        mean, square = self.mean[index], self.square[index]
+        first, second = _BETAS
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = (square / (1 - second**self.steps)).sqrt_().add_(_EPSILON)
+        self.exact[index].addcdiv_(mean, root, value=-rate / (1 - first**self.steps))
 
     def copies(self) -> list[Tensor]:
         """Of the exact weights, as they are now."""

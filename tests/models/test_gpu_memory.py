@@ -29,6 +29,7 @@ from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
 
@@ -187,7 +188,8 @@ def test_waits_of_a_streamed_calibration(
 
 
 SCORED = [("0.5", Steps()), ("2:4", Steps(permutation="score"))]
-UPDATED = [("0.5", Steps(update="obs"))]
+TRAINED = Steps(reconstruction=Reconstruction(method="block", passes=1))
+UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
 
 
 @pytest.mark.parametrize(

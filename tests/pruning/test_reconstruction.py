@@ -1,0 +1,122 @@
+"""The training of one pruned block, on a linear that stands for it."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pho_service.pruning.reconstruction import Reconstructed, Trainable, reconstruct, split, summary
+from pho_service.spec.reconstruction import Reconstruction
+
+SETTINGS = Reconstruction(method="block", passes=3, learning_rate=0.05)
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Nine windows of five tokens."""
+    return torch.randn(9, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def keep() -> Tensor:
+    """Half of the weights."""
+    return torch.rand(6, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+def pruned(keep: Tensor) -> tuple[Tensor, nn.Parameter]:
+    """A dense weight, and what a mask leaves of it."""
+    dense = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    return dense, nn.Parameter(dense * keep)
+
+
+def trained(
+    parameter: nn.Parameter, keep: Tensor, inputs: Tensor, targets: Tensor
+) -> Reconstructed:
+    """Train a linear."""
+    return reconstruct(
+        [Trainable(parameter=parameter, keep=keep)],
+        lambda window: inputs[window] @ parameter.T,
+        [*targets],
+        SETTINGS,
+    )
+
+
+def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """The same in float64, gradient and Adam written out; the best weight and its error."""
+    weight, keep, inputs, targets = (t.double() for t in (weight, keep, inputs, targets))
+    training, held_out = split(len(inputs))
+
+    def error(window: int) -> float:
+        difference = inputs[window] @ weight.T - targets[window]
+        return float((difference.square().sum(1) / targets[window].square().sum(1)).mean())
+
+    mean, square, step = torch.zeros_like(weight), torch.zeros_like(weight), 0
+    best = weight, sum(map(error, held_out)) / len(held_out)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for index in torch.randperm(len(training), generator=generator).tolist():
+            x, y = inputs[training[index]], targets[training[index]]
+            gradient = torch.zeros_like(weight)
+            for token in range(5):
+                difference = weight @ x[token] - y[token]
+                gradient += 2 * torch.outer(difference, x[token]) / y[token].square().sum() / 5
+            gradient *= keep
+            rate, step = 0.05 * (1 - step / (3 * len(training))), step + 1
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient**2
+            root = (square / (1 - 0.999**step)).sqrt() + 1e-8
+            weight = weight - rate * mean / (1 - 0.9**step) / root
+        found = sum(map(error, held_out)) / len(held_out)
+        best = min(best, (weight, found), key=lambda pair: pair[1])
+    return best
+
+
+def test_against_plain_loops(inputs: Tensor, keep: Tensor) -> None:
+    """Steps, rates, order and the choice of the best pass are those of a plain float64 loop."""
+    dense, parameter = pruned(keep)
+    targets = inputs @ dense.T
+    expected, error = plain(parameter.detach(), keep, inputs, targets)
+    result = trained(parameter, keep, inputs, targets)
+
+    torch.testing.assert_close(parameter.detach(), expected.float(), rtol=1e-4, atol=1e-5)
+    assert result.after == pytest.approx(error, rel=1e-4)
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after < result.before
+    assert result.kept
+    assert torch.equal(parameter.detach() != 0, keep)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_number(inputs: Tensor, keep: Tensor, bad: float) -> None:
+    """A block whose error is no number keeps its weights, and says so."""
+    dense, parameter = pruned(keep)
+    before = parameter.detach().clone()
+    targets = inputs @ dense.T
+    targets[0, 0, 0] = bad  # of a window that is trained on
+    result = trained(parameter, keep, inputs, targets)
+
+    assert torch.equal(parameter.detach(), before)
+    assert not result.kept
+    assert result.before == result.after
+    assert summary({"h.0": result}) == (
+        "0 of 1 blocks reconstructed; no better, so left as they were: h.0"
+    )
+
+
+def test_nothing_to_gain(inputs: Tensor, keep: Tensor) -> None:
+    """Weights that are right already stay, and the training ends early."""
+    _, parameter = pruned(keep)
+    before = parameter.detach().clone()
+    result = trained(parameter, keep, inputs, inputs @ before.T)
+
+    assert torch.equal(parameter.detach(), before)
+    assert (result.kept, result.passes, result.after) == (False, 2, 0)
+
+
+def test_split() -> None:
+    """Every eighth window is held out; of few, the last."""
+    assert split(16) == ([*range(7), *range(8, 15)], [7, 15])
+    assert split(3) == ([0, 1], [2])
+    assert split(2) == ([0], [1])
