@@ -38,11 +38,11 @@ class Reconstruction:
     passes: Annotated[
         Whole,
         Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
-    ] = 4
+    ] = 2
     learning_rate: Annotated[
         Number,
         Field(gt=0, le=1, description="Of Adam, in the first step; it falls to 0."),
-    ] = 3e-4
+    ] = 1e-3
     seed: Annotated[Seed, Field(description="Seed of the order of the windows.")] = 0
 
     def __post_init__(self) -> None:
