@@ -89,6 +89,7 @@ def _configuration() -> dict[str, Any]:
                 {"properties": {"steps": {"properties": {"allocation": _uniform()}}}},
             ]
         },
+        {"properties": {"steps": {"properties": {"reconstruction": _trained_or_empty()}}}},
         {
             "anyOf": [
                 {"properties": {"steps": _steps(repruning=["none"])}},
@@ -123,6 +124,21 @@ def _describe_linears(fields: dict[str, Any]) -> None:
 
 def _uniform() -> dict[str, Any]:
     return {"properties": {"method": {"const": "uniform"}}}
+
+
+def _trained_or_empty() -> dict[str, Any]:
+    """How nothing is trained says nothing."""
+    return {
+        "anyOf": [
+            {"properties": {"method": {"const": "block"}}, "required": ["method"]},
+            {
+                "properties": {"method": {"const": "none"}},
+                "maxProperties": 1,
+                "required": ["method"],
+            },
+            {"maxProperties": 0},
+        ]
+    }
 
 
 def _steps(**allowed: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ CONTEXT_LENGTH = 512
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="Where weights compete.  [default: global, with --preset crepe-plus or best layer; row "
+    help="Where weights compete.  [default: global with --preset score or crepe, else layer; row "
     "for N:M]",
 )
 @json_option
@@ -61,7 +61,7 @@ def demo(
 
     folder = Path(out).expanduser()
     gguf = smollm2()
-    widest = "layer" if given("preset") in ("crepe-plus", "best") else "global"
+    widest = "global" if given("preset") in ("score", "crepe") else "layer"
     calibration = {"samples": 32, "context_length": CONTEXT_LENGTH, "fisher_samples": 8}
     asked = given.document(
         {

@@ -192,7 +192,8 @@ def search(
             bundle that ``pho.calibrate`` gave.
         scope: Where weights compete: ``row``, ``layer`` or ``global``; None is ``layer``, and
             ``row`` for N:M.
-        preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
+        preset: ``score``, ``crepe``, ``crepe-plus``, ``best`` or
+            ``best-reconstructed``.
         objective: ``activation-reconstruction``, ``gini`` or ``perplexity``.
         weighting: How activation reconstruction adds up the errors: ``blend``, ``fisher``,
             ``relative`` or ``absolute``.
@@ -200,7 +201,8 @@ def search(
         space: Bounds of the search by name, ``{"row_share": (0.2, 0.8), "kernel_sizes": (3, 5)}``;
             one number fixes a value.
         steps: What every candidate goes through, where it is not the preset's:
-            ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...}``.
+            ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...,
+            "reconstruction": "block"}``.
         targets: Linears to prune, all by default: names, globs (``*.down_proj``), or regular
             expressions after ``re:``.
         ignore: Linears that stay dense, in the same form; they come before ``targets``.

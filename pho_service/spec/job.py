@@ -63,7 +63,7 @@ class JobSpec(Document):
         description="What is searched, and what candidates go through; steps and search_space "
         "say more. score: the score alone. crepe: as published, without a gradient exponent. "
         "crepe-plus: the best that leaves kept weights untouched. best: kept weights are updated, "
-        "too.",
+        "too. best-reconstructed: and each block of the winner is trained.",
     )
     preset_meaning: PresetMeaning | None = Field(
         None,

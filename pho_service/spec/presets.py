@@ -11,10 +11,11 @@ from pydantic import Field
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import Document, Title
 from pho_service.spec.pattern import Pattern, Scope
+from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Allocation, Steps
 
-PresetName = Literal["score", "crepe", "crepe-plus", "best"]
+PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
 
@@ -38,7 +39,8 @@ class Preset:
             name: ``score``: the score with its gradient exponent, nothing else.
                 ``crepe``: as published: no gradient exponent. ``crepe-plus``:
                 the best that leaves kept weights untouched. ``best``: kept
-                weights are updated too.
+                weights are updated too. ``best-reconstructed``: and the winner's
+                blocks are trained.
             pattern: What is pruned. Allocation is for scopes row and layer;
                 permutation for N:M.
 
@@ -54,7 +56,11 @@ class Preset:
         plus = cls._plus(pattern)
         if name == "crepe-plus":
             return plus
-        return replace(plus, steps=replace(plus.steps, update="least-squares"))
+        best = replace(plus, steps=replace(plus.steps, update="least-squares"))
+        if name == "best":
+            return best
+        trained = Reconstruction(method="block")
+        return replace(best, steps=replace(best.steps, reconstruction=trained))
 
     def changed(self, given: Mapping[str, Any], bounds: Mapping[str, Any]) -> Self:
         """

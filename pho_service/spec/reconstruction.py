@@ -5,14 +5,22 @@ Block reconstruction: what the kept weights of a block are trained with, after i
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, Number, Whole
-from pho_service.spec.seed import Seed, check_seed
+from pho_service.spec.seed import SEEDS, check_seed
 
 ReconstructionMethod = Literal["none", "block"]
 RECONSTRUCTIONS: tuple[ReconstructionMethod, ...] = get_args(ReconstructionMethod)
+
+
+def _whole(value: object) -> object:
+    """An integer for a number like 3.0, which JSON does not tell from 3; all else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Count = Annotated[Whole, BeforeValidator(_whole)]
 
 RECONSTRUCTION = "Training of the kept weights, block by block; only the winner of a search has it."
 
@@ -36,14 +44,16 @@ class Reconstruction:
         ),
     ] = "none"
     passes: Annotated[
-        Whole,
+        _Count,
         Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
     ] = 2
     learning_rate: Annotated[
         Number,
         Field(gt=0, le=1, description="Of Adam, in the first step; it falls to 0."),
     ] = 1e-3
-    seed: Annotated[Seed, Field(description="Seed of the order of the windows.")] = 0
+    seed: Annotated[
+        _Count, Field(ge=0, lt=SEEDS, description="Seed of the order of the windows.")
+    ] = 0
 
     def __post_init__(self) -> None:
         if self.method not in RECONSTRUCTIONS:

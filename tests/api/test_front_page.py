@@ -542,7 +542,7 @@ def test_foreign_token(client: TestClient) -> None:
         ("model", "/etc/model", "does not lie below"),
         ("model", "a\tb", "control characters"),
         ("pattern", "3:2", "pattern '3:2'"),
-        ("preset", "worst", "Input should be 'score', 'crepe', 'crepe-plus' or 'best'"),
+        ("preset", "worst", "Input should be 'score', 'crepe', 'crepe-plus', 'best' or"),
         ("calibration", "-not-a-hub-id-", "is neither a hub id"),
         ("trials", "many", "Input should be a valid integer"),
         ("trials", "0", "greater than or equal to 1"),
