@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from pho_service.errors import InvalidInput
 from pho_service.models.kept_blocks import KeptBlocks
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pipeline import winner
 from pho_service.pipeline.pipeline import prune_model
-from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.rating import ReportText, Subject
+from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.reconstruction import Reconstructed
@@ -22,6 +25,8 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
 
 TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-3)
 CANDIDATE = Candidate(
@@ -149,3 +154,52 @@ def test_too_few_windows(model: LanguageModel, bundle: ProxyBundle, windows: Ten
     """One window cannot be trained on and held out."""
     with pytest.raises(InvalidInput, match=r"only 1\. Give 2 --samples or more"):
         Run(model, bundle, windows[:1])
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_winner(
+    searched: Callable[..., SearchResult],
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    report: ReportText,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+) -> None:
+    """Only the winner is trained, once in a study, and only a better perplexity is taken."""
+    measured: list[Candidate] = []
+
+    def measure(_subject: Subject, candidate: Candidate, _progress: Progress) -> float:
+        measured.append(candidate)
+        return factor * without.confirmation.perplexity
+
+    monkeypatch.setattr(winner, "_measure", measure)
+    texts = {"model": model, "confirm_text": report, "calibration": report.windows}
+    request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
+    without: Any = searched(request, bundle, **texts).configuration
+    asked = replace(request, steps=Steps(reconstruction=TRAINED))
+    first, second = (searched(asked, bundle, **texts) for _ in range(2))
+    found = first.configuration
+
+    assert second.configuration == found
+    assert [each.steps.reconstruction for each in measured] == [TRAINED]
+    assert found.candidates == without.candidates
+    if factor < 1:
+        assert found.steps == Steps(reconstruction=TRAINED)
+        assert found.confirmation == without.confirmation.model_copy(
+            update={
+                "perplexity": factor * without.confirmation.perplexity,
+                "before_reconstruction": without.confirmation.perplexity,
+            }
+        )
+    else:
+        assert (found.steps, found.confirmation) == (without.steps, without.confirmation)
+        assert "The reconstruction was left out" in first.warnings[-1]
+
+
+def test_winner_unconfirmed(searched: Callable[..., SearchResult], bundle: ProxyBundle) -> None:
+    """Without a text to confirm on, the reconstruction is added as asked for."""
+    request = SearchRequest(
+        pattern=Pattern.parse("0.5"), trials=10, steps=Steps(reconstruction=TRAINED)
+    )
+
+    assert searched(request, bundle).configuration.steps.reconstruction == TRAINED
