@@ -59,6 +59,7 @@ def bundles(crew: Any) -> dict[str, int]:
         ),
         pytest.param({"pattern": "2:4", "seed": 3}, id="2:4"),
         pytest.param({"preset": "best", "corrections": 3}, id="best-corrected"),
+        pytest.param({"preset": "best-reconstructed", "trials": 10}, id="best-reconstructed"),
         pytest.param(
             {
                 "preset": "crepe-plus",
