@@ -9,10 +9,8 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
     Found,
-    best_of_library,
     check_library,
     library_option,
-    wanted_for,
 )
 from pho_service.cli.options import (
     ModelOptions,
@@ -23,9 +21,9 @@ from pho_service.cli.options import (
     read_calibration_text,
     text_source,
 )
+from pho_service.cli.prune_source import Source, given_configuration
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.errors import ConfigurationError, InvalidInput, ModelError
-from pho_service.spec.linears import Linears
+from pho_service.errors import InvalidInput, ModelError
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.fields import CalibrationSpec
-
-TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
 
 
 @click.command(
@@ -157,8 +153,8 @@ def prune(
     _refuse(config_path, method, asked=asked, of_library=of_library, named=named)
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
-    source = _Source(
-        configuration=_given(config_path, method, pattern, scope, given),
+    source = Source(
+        configuration=given_configuration(config_path, method, pattern, scope, given),
         library=library,
         pattern=pattern,
         scope=scope,
@@ -192,20 +188,6 @@ def _refuse(
         raise InvalidInput(f"{', '.join(too_many)}: {reason}. Leave it out.")
 
 
-def _given(
-    path: str | None, method: str | None, pattern: str | None, scope: str | None, given: Given
-) -> "Configuration | None":
-    """What a file or a method's name says; None if a library shall be asked."""
-    from pho_service.spec.configuration import published, read_configuration
-
-    if path is not None:
-        return read_configuration(Path(path))
-    if method is None:
-        return None
-    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {}))
-    return published(method, str(pattern), scope, linears)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
     """
@@ -222,67 +204,9 @@ class _Statistics:
     named: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Where the configuration comes from: it is given, or else chosen from a library."""
-
-    configuration: "Configuration | None"
-    library: str | None
-    pattern: str | None
-    scope: str | None
-
-    force: bool
-
-    def of_library(self, model: "LanguageModel") -> "list[Found]":
-        """The most promising configurations for a model, the best first."""
-        wanted = wanted_for(
-            {"name": model.name, "family": model.family, "parameters": model.parameters},
-            str(self.pattern),
-            self.scope,
-        )
-        return best_of_library(self.library, wanted, 1 if self.force else TRIED)
-
-    def chosen(
-        self, found: "Sequence[Found]", model: "LanguageModel", bundle: "ProxyBundle"
-    ) -> "Found":
-        """
-        The first that the proxy does not judge worse than RIA.
-
-        Raises:
-            ConfigurationError: It judges all of them so.
-        """
-        from pho_service.errors import BundleError
-        from pho_service.pipeline.transfer import no_better_than_ria, proxies_of, proxy_sentence
-
-        for each in found:
-            about = f"{each.origin['id']} of the library"
-            try:
-                proxies = proxies_of(bundle, each.configuration, str(model.device))
-            except BundleError as error:
-                sentence = f"Note: whether it holds on {model.name} is not known: {error}"
-            else:
-                if no_better_than_ria(proxies) and not self.force:
-                    say(
-                        f"Leaving {about} out: its proxy on {model.name}, "
-                        f"{proxies['transferred']:.6g}, is no better than RIA's, "
-                        f"{proxies['ria']:.6g}."
-                    )
-                    continue
-                sentence = proxy_sentence(model.name, proxies)
-            say(f"Taking {about}: {'; '.join(each.origin['reasons'])}.")
-            say(sentence)
-            return each
-        raise ConfigurationError(
-            f"none of the library's {len(found)} most promising configurations for {self.pattern} "
-            f"holds on {model.name}: by the proxy each is no better than RIA. Search there: `pho "
-            f"search {model.name} --pattern {self.pattern}`; or take the most promising one in "
-            "spite of that with --force."
-        )
-
-
 def _prune(
     name: str,
-    source: _Source,
+    source: Source,
     folder: Path,
     statistics: _Statistics,
     as_json: bool,
