@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
 
-_OF_SEARCHES = ("trials", "confirm/text", "confirm/windows", "confirm/candidates")
+_OF_SEARCHES = (
+    "trials", "corrections", "confirm/text", "confirm/windows", "confirm/candidates",
+)  # fmt: skip
 
 
 @click.command(

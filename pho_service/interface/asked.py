@@ -133,7 +133,13 @@ class Asked:
 
 
 def preset_request(
-    preset: str, pattern: Pattern, linears: Linears, *, trials: int, finalists: int
+    preset: str,
+    pattern: Pattern,
+    linears: Linears,
+    *,
+    trials: int,
+    finalists: int,
+    corrections: int,
 ) -> SearchRequest:
     """
     The request of a preset's search, with the defaults for all else.
@@ -145,7 +151,7 @@ def preset_request(
         pattern=pattern, scope=None, preset=preset, objective=_OBJECTIVE.name,
         weighting=_OBJECTIVE.weighting, over=None, space=None, steps=None, linears=linears,
     )  # fmt: skip
-    return asked.request(trials=trials, finalists=finalists)
+    return asked.request(trials=trials, finalists=finalists, corrections=corrections)
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

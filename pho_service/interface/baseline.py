@@ -18,7 +18,7 @@ def baseline(
     sparsities: Sparsities | None = None,
 ) -> Configuration:
     """
-    Give the configuration that prunes as a published method does, as `pho prune --method`.
+    Give the configuration that prunes as a published method does, as `pho prune --method NAME`.
 
     It is taken wherever one that was found is: ``pho.prune(model, pho.baseline("wanda", "2:4"),
     bundle)``.

@@ -242,6 +242,7 @@ def compare(
     context_length: int | None = None,
     seed: int = _DEFAULT.seed,
     trials: int = SearchOptions.trials,
+    corrections: int = SearchOptions.corrections,
     finalists: int = ConfirmSpec().candidates,
     confirm_windows: int = ConfirmSpec().windows,
     report_windows: int | None = None,
@@ -278,7 +279,7 @@ def compare(
             ``pho.search``; by default those of the configurations, which must agree.
         samples, context_length, seed: Of the calibration where there is no bundle, see
             ``pho.calibrate``; for more settings, calibrate first.
-        trials, finalists, confirm_windows: Of the searches, as of ``pho.search``.
+        trials, corrections, finalists, confirm_windows: Of the searches, as of ``pho.search``.
         report_windows: Only the first windows of ``report``; None takes all.
         tasks, tasks_dir, limit: What each model scores in zero-shot tasks, too, as of
             ``pho.evaluate``.
@@ -303,7 +304,14 @@ def compare(
         configurations=named,
         methods=methods,
         searches={
-            name: preset_request(name, asked, linears, trials=trials, finalists=finalists)
+            name: preset_request(
+                name,
+                asked,
+                linears,
+                trials=trials,
+                finalists=finalists,
+                corrections=corrections,
+            )
             for name in presets
         },
         linears=linears,
