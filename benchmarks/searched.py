@@ -1,0 +1,63 @@
+"""What the search of a preset finds on a benchmark's model."""
+
+from typing import Any
+
+from subject import Subject
+
+from pho_service.cli.terminal import progress
+from pho_service.pipeline.search import search_job
+from pho_service.spec.candidate import Candidate
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import Preset
+from pho_service.tuning.request import SearchRequest
+
+
+def searched(
+    subject: Subject,
+    name: str,
+    pattern: Pattern,
+    *,
+    seed: int,
+    trials: int,
+    finalists: int,
+    confirm_steps: bool,
+) -> tuple[Candidate, dict[str, Any]]:
+    """
+    Search, and confirm the finalists on the confirmation text.
+
+    Args:
+        subject: Calibrated, with a confirmation text.
+        name: Of the preset.
+        pattern: What is pruned.
+        seed, trials, finalists: Of the search.
+        confirm_steps: Confirm candidates whose steps need a text, too. That takes the whole
+            pipeline as often as there are finalists; else their best by the proxy is taken.
+
+    Returns:
+        What was found, and JSON values that say what it is.
+    """
+    preset = Preset.of(name, pattern)
+    request = SearchRequest(
+        pattern=pattern,
+        steps=preset.steps,
+        bounds=preset.bounds,
+        trials=trials,
+        seed=seed,
+        finalists=finalists,
+    )
+    confirm = confirm_steps or not preset.steps.needs_text
+    result = search_job(
+        request,
+        subject.bundle,
+        model=subject.model,
+        confirm_text=subject.confirmation if confirm else None,
+        calibration=subject.calibration,
+        progress=progress,
+    )
+    found = result.configuration
+    return found.candidate(), {
+        "found": found.method,
+        "coefficients": found.coefficients.to_dict(),
+        "steps": found.steps.to_dict(),
+        "confirmed": found.confirmation.perplexity if found.confirmation else None,
+    }
