@@ -247,7 +247,12 @@ def _calibration(
             windows = search.confirm.windows
             confirm = confirm_text(model, text, search.confirm.text, settings, windows)
         bundle = open_bundle(model, text, settings)
-        return Calibrated(bundle=bundle, calibration=text.calibration, confirm=confirm)
+        return Calibrated(
+            bundle=bundle,
+            calibration=text.calibration,
+            confirm=confirm,
+            left=len(text.held_out),
+        )
 
     return calibrate
 

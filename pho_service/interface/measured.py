@@ -338,7 +338,9 @@ def compare(
         text = None
         if presets:
             text = confirmation_text(loaded, made, confirm, windows, confirm_windows)
-        return Calibrated(bundle=made, calibration=windows, confirm=text)
+        drawn_from = getattr(made, "text", None)
+        left = None if drawn_from is None else len(drawn_from.held_out)
+        return Calibrated(bundle=made, calibration=windows, confirm=text, left=left)
 
     if known is None:
         assert texts is not None

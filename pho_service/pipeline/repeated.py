@@ -77,11 +77,13 @@ class Calibrated:
         bundle: Of the model.
         calibration: The windows that it was made of, for methods that need a text.
         confirm: Windows that searches are confirmed on; not the report's.
+        left: How many windows of the text were not drawn; None where that is not known.
     """
 
     bundle: ProxyBundle
     calibration: Tensor | None = None
     confirm: ReportText | None = None
+    left: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,7 @@ def compare_over_seeds(
     for seed, calibrate in calibrations.items():
         given = calibrate()
         _check_texts(request, given, report)
+        _check_draws(given, len(calibrations))
         found = {
             name: _searched(model, given, replace(each, seed=seed), device, progress)
             for name, each in request.searches.items()
@@ -260,6 +263,16 @@ def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportTe
             f"the text that searches are confirmed on, {given.confirm.record.source}, has windows "
             "of the report text: what is chosen on a text must not be reported on it. Give "
             "another --confirm-text."
+        )
+
+
+def _check_draws(given: Calibrated, count: int) -> None:
+    """See that another seed draws other windows."""
+    if count > 1 and given.left == 0 and given.calibration is not None:
+        raise InvalidInput(
+            f"the calibration text fills {len(given.calibration)} windows, and all of them are "
+            "drawn with each seed, so the deviation would say nothing. Give a longer text, or "
+            "fewer windows: --samples."
         )
 
 

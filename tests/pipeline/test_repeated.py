@@ -204,5 +204,8 @@ def test_refused(
         compared(replace(given, confirm=None))
     with pytest.raises(InvalidInput, match="must not be reported on it"):
         compared(replace(given, confirm=report))
+    whole = replace(given, left=0)
+    with pytest.raises(InvalidInput, match="fills 3 windows, and all of them are drawn"):
+        compare_over_seeds(model, report, asked(), {0: lambda: whole, 1: lambda: whole})
     with pytest.raises(ConfigurationError, match=r"b was found on gpt2.*--other-family"):
         check_family(elsewhere, model, "b", other_family=False)

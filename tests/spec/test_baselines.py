@@ -10,6 +10,7 @@ from pho_service.spec.baselines import named_baselines, shown_baselines
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.steps import Steps
 
 HALF = Pattern.parse("0.5", "row")
@@ -69,13 +70,14 @@ def test_step_by_step() -> None:
         permutation="score",
         repruning="swaps",
         update="least-squares",
+        reconstruction=Reconstruction(method="block"),
     )
     whole = replace(named_baselines(NM)["wanda"], steps=steps)
     rows = step_by_step("mine", whole)
 
     assert [name for name, _ in rows] == [
         "mine: score", "mine: + permutation score", "mine: + re-pruning swaps",
-        "mine: + update least-squares",
+        "mine: + update least-squares", "mine: + reconstruction block",
     ]  # fmt: skip
     assert rows[0][1].steps == Steps(linears=steps.linears)
     assert rows[-1][1] == whole
