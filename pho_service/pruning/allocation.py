@@ -74,7 +74,8 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
     Source:
         Yin et al. 2024, arXiv:2310.05175 (OWL: outliers by the block mean; theirs centres
         without weights, so that the model misses its sparsity if units differ in size,
-        and does not clip). ``fisher`` and ``curves`` are ours.
+        and does not clip). ``fisher`` and ``curves`` are ours; LSA (openreview
+        xq3lza5IjN) takes one point of such a curve, the error at 50 %.
     """
     low, high = bounds(pattern, allocation.spread)
     if allocation.is_even or low == high:

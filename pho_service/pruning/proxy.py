@@ -43,6 +43,10 @@ class ProxyRating:
             over layers by number of weights; None if it was not asked for.
             Higher went with lower perplexity in our measurements.
         error_by_kind: Mean relative error of the layers of each kind (q_proj ...).
+
+    Source:
+        MOONSHOT (Afriat et al. 2026, arXiv:2604.13287) minimises a linear's output error and a
+        second-order estimate of the loss together; ``blend`` multiplies the two, to rate only.
     """
 
     fisher: float

@@ -143,7 +143,9 @@ def importance(
     Source:
         RIA: Zhang et al. 2024, eq. 4 (``normalisation="sum"``, 1, 1, 0, a = 0.5).
         Wanda: Sun et al. 2023, eq. 1 (``"none"``, a = 1). The neighbourhood
-        term and the means are our form of CRePE (arXiv:2606.01544).
+        term and the means are our form of CRePE (arXiv:2606.01544). F-WANDA
+        (arXiv:2608.00481) has the Fisher weight of a row decide how many weights
+        the row keeps; here it is a factor of the score.
     """
     if fisher is None:
         if any(c.gradient_exponent for c in coefficients):
