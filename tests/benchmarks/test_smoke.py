@@ -39,6 +39,23 @@ def test_proxy_fidelity(benchmark: Benchmark, model_folder: Path, texts: dict[st
             assert seconds > 0
 
 
+def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
+    """A row for each cell with 8 candidates or more; what was measured is not measured again."""
+    words = (
+        "proxy_ranking", "--model", model_folder, "--cell", "0.7 layer fisher", "--seeds", "1",
+        "--candidates", 8, "--samples", 4, "--windows", 2, "--context-length", 16,
+    )  # fmt: skip
+    results = tmp_path / "proxy-ranking" / "results.jsonl"
+    table = benchmark(*words)
+    kept = results.read_text()
+    low, _, high = table["0.7 layer fisher, 1"][0].partition(" .. ")
+
+    assert float(low) <= float(high)
+    assert len(kept.splitlines()) == 8
+    assert benchmark(*words) == table
+    assert results.read_text() == kept
+
+
 def test_confirmation(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
     """Races are replayed over losses that were measured once."""
     kept = tmp_path / "losses.json"
