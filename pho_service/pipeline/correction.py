@@ -68,7 +68,8 @@ def correct_best(
         objective: What they were rated by.
         model: Dense, not streamed; it is given back dense.
         bundle: Of the model.
-        calibration: (windows, context_length), int64: the first are compared on.
+        calibration: (windows, context_length), int64: the last, which are not those that were run
+            backward, are compared on.
         device: For the proxy.
         progress: Is told of each comparison.
         look: Called before each of them; may refuse by raising.
@@ -147,7 +148,7 @@ class _Divergence:
     Args:
         model: Dense, not streamed; it is given back dense each time.
         statistics: Of it.
-        windows: (windows, context_length), int64: the first are compared on.
+        windows: (windows, context_length), int64: the last are compared on.
         advance: Called after each window, and when the model is pruned.
     """
 
@@ -155,7 +156,7 @@ class _Divergence:
         self, model: LanguageModel, statistics: Statistics, windows: Tensor, advance: Advance
     ) -> None:
         self._model, self._statistics, self._advance = model, statistics, advance
-        self._windows = windows[: corrected_windows(windows.shape[1])]
+        self._windows = windows[-corrected_windows(windows.shape[1]) :]
 
     @property
     def key(self) -> str:
