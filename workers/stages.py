@@ -242,7 +242,7 @@ class Stages:
             return None
         seal = Seal.of_job(claim.job, 0)
         with self._islands(claim.job, spec) as (storage, islands):
-            return correct_best(
+            found = correct_best(
                 islands,
                 islands.ranked(),
                 spec.objective,
@@ -254,6 +254,8 @@ class Stages:
                 look=watch.look,
                 fence=lambda: self.store.fence(claim, storage),
             )
+        self._check_again(spec, seal)
+        return found
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         given = (claim.stage.params or {})["candidate"]

@@ -17,7 +17,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
@@ -26,6 +26,7 @@ from pho_service.progress import Advance, Progress
 from pho_service.pruning.allocation_proxy import AllocationProxy
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.divergence import DenseReference, dense_reference, rate_divergence
+from pho_service.pruning.offsets import bounds
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.candidate import Candidate
@@ -76,10 +77,12 @@ def correct_best(
         fence: Entered around each write; may refuse by raising.
 
     Raises:
+        InvalidInput: All linears have a sparsity by hand, or the best candidate's spread is 0.
         NumericalError: The best candidate gives NaN or infinity. One that is tried and does is a
             failed trial.
     """
     start = rated[0]
+    _check_shared_out(start.candidate, bundle)
     evaluator = ProxyEvaluator(bundle, device)
     numbers = _Numbers(AllocationProxy(evaluator, start.candidate, objective.weighting))
     record = _Record(islands, start, rate_by_proxy(evaluator, objective), fence)
@@ -104,6 +107,17 @@ def correct_best(
                 measured.append(numbers.measured(allocation, trial.user_attrs[DIVERGENCE]))
             advance(1)
     return record.outcome(trials, before, divergence.tokens)
+
+
+def _check_shared_out(candidate: Candidate, bundle: ProxyBundle) -> None:
+    """Raise InvalidInput if no linear may lose more or less than another."""
+    low, high = bounds(candidate.pattern, candidate.steps.allocation.spread)
+    if low == high or not bundle.choose(candidate.steps.linears, candidate.pattern).shared:
+        raise InvalidInput(
+            f"corrections have nothing to correct: the best candidate lets each linear lose "
+            f"{low:g} to {high:g}, and those with a sparsity by hand exactly that. Give "
+            "corrections=0, or leave a linear without a sparsity of its own."
+        )
 
 
 class _Numbers:

@@ -16,6 +16,7 @@ from pho_service.pruning.allocation_proxy import AllocationProxy
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
@@ -126,6 +127,15 @@ def test_needs_the_model(bundle: ProxyBundle) -> None:
     """A bundle alone cannot tell how far a pruned model is from the dense one."""
     with pytest.raises(InvalidInput, match="give the model instead of a bundle"):
         search_job(REQUEST, bundle)
+
+
+def test_nothing_to_correct(bundle: ProxyBundle, options: Any) -> None:
+    """Where each linear has a sparsity by hand there is nothing to move."""
+    steps = replace(REQUEST.steps, linears=Linears(sparsities={"*": 0.5}))
+    with pytest.raises(InvalidInput, match="nothing to correct: the best candidate"):
+        search_job(
+            replace(REQUEST, steps=replace(REQUEST.steps, linears=linears)), bundle, **options
+        )
 
 
 @pytest.mark.parametrize("weighting", ["blend", "relative"])
