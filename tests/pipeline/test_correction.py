@@ -133,9 +133,7 @@ def test_nothing_to_correct(bundle: ProxyBundle, options: Any) -> None:
     """Where each linear has a sparsity by hand there is nothing to move."""
     steps = replace(REQUEST.steps, linears=Linears(sparsities={"*": 0.5}))
     with pytest.raises(InvalidInput, match="nothing to correct: the best candidate"):
-        search_job(
-            replace(REQUEST, steps=replace(REQUEST.steps, linears=linears)), bundle, **options
-        )
+        search_job(replace(REQUEST, steps=steps), bundle, **options)
 
 
 @pytest.mark.parametrize("weighting", ["blend", "relative"])
