@@ -4,37 +4,30 @@ From a model and a text to a proxy bundle.
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, OutOfMemory
-from pho_service.host.faults import first_words, let_go_of_memory, ran_out_of_memory
+from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
-from pho_service.models.calibration_memory import plan_calibration, would_fit
+from pho_service.models.calibration_run import Run, Shard, within_memory
 from pho_service.models.footprint import footprint_of
+from pho_service.models.halves import Agreement, gather_until_alike
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import Text, TextRecord, record_to_dict, sample_windows
-from pho_service.planning.stage_memory import CalibrationRun, block_inputs
-from pho_service.progress import Advance, Progress, silent
+from pho_service.planning.stage_memory import block_inputs
+from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.statistics import Collector, Statistics, gather
+from pho_service.pruning.statistics import Collector, Statistics
 from pho_service.pruning.sums import Sums, shard_seed
 from pho_service.spec.calibration import CalibrationSettings
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
 DENSE_TOKENS = 512  # that tell whether the dense model predicts anything at all
@@ -123,22 +116,6 @@ def drawn_windows(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """
-    Some of a calibration's windows, whose sums are gathered together.
-
-    Attributes:
-        windows: (windows, context_length), int64; those that are run backward too come first.
-        fisher_windows: How many of them are.
-        seed: Of the random projection.
-    """
-
-    windows: Tensor
-    fisher_windows: int
-    seed: int
-
-
 def cut(text: CalibrationText, settings: CalibrationSettings, *, stream: bool) -> list[Shard]:
     """The shards of a calibration, in the order in which their sums are added up."""
     windows = text.calibration
@@ -183,7 +160,7 @@ def measure(
     """
     shards = cut(text, settings, stream=model.stream)
 
-    def run(how: _Run) -> Statistics:
+    def run(how: Run) -> Statistics:
         count = len(text.calibration)
         if model.stream:
             return _measured_blockwise(how, text)
@@ -202,7 +179,55 @@ def measure(
         total.finish_inputs(sequences=count, tokens=text.calibration.numel())
         return total.finish()
 
-    return _within_memory(model, text, settings, progress, run)
+    return within_memory(
+        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
+    )
+
+
+def measure_until_alike(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    progress: Progress = silent,
+) -> tuple[Statistics, list[Agreement]]:
+    """
+    Run the dense model over windows until both halves of them rank candidates alike.
+
+    Returns:
+        The statistics of the windows that were taken, and how alike the halves were after each
+        doubling, see :func:`~pho_service.models.halves.gather_until_alike`.
+
+    Raises:
+        InvalidInput: The model is streamed, or the text has one window only.
+        ModelError, NumericalError, OutOfMemory: As :func:`measure`.
+    """
+    windows = text.calibration
+    if model.stream or len(windows) < 2:
+        what = "a streamed model is run block by block" if model.stream else "the text fills one"
+        raise InvalidInput(
+            f"a calibration that stops early takes windows in doublings, but {what}. Leave "
+            "--calibration-stop out."
+        )
+
+    def run(how: Run) -> tuple[Statistics, list[Agreement]]:
+        with how.progress("Calibrating the dense model", len(windows)) as advance:
+
+            def gathered(part: Tensor, fisher_windows: int, seed: int) -> Collector:
+                return how.gather(
+                    Shard(windows=part, fisher_windows=fisher_windows, seed=seed), advance
+                )
+
+            total, agreements = gather_until_alike(
+                gathered, model.linears, windows, how.fisher_windows, settings
+            )
+            taken = agreements[-1].windows
+            advance(len(windows) - taken)
+        total.finish_inputs(sequences=taken, tokens=taken * windows.shape[1])
+        return total.finish(), agreements
+
+    return within_memory(
+        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
+    )
 
 
 def measure_shard(
@@ -220,48 +245,16 @@ def measure_shard(
     """
     shard = cut(text, settings, stream=model.stream)[number]
 
-    def run(how: _Run) -> Sums:
+    def run(how: Run) -> Sums:
         with how.progress(f"Calibrating, shard {number}", len(shard.windows)) as advance:
             return how.gather(shard, advance).sums()
 
-    return _within_memory(model, text, settings, progress, run)
+    return within_memory(
+        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One try at a calibration."""
-
-    model: LanguageModel
-    settings: CalibrationSettings
-    plan: CalibrationRun
-    fisher_windows: int
-    progress: Progress
-
-    def products(self) -> AbstractContextManager[None]:
-        """Inside, matrix products are in the precision that is asked for."""
-        return torch.autocast(
-            self.model.device.type, dtype=torch.bfloat16, enabled=self.settings.mixed_precision
-        )
-
-    def gather(self, shard: Shard, advance: Advance) -> Collector:
-        """The sums of a shard."""
-        blocks = [block for _, block in decoder_blocks(self.model.model)]
-        with self.products():
-            return gather(
-                self.model.model,
-                self.model.linears,
-                shard.windows,
-                fisher_windows=shard.fisher_windows,
-                projection_rows=self.settings.projection_rows,
-                seed=shard.seed,
-                batch_windows=self.plan.windows,
-                forward_windows=self.plan.forward_windows,
-                recompute=blocks if self.plan.recompute else (),
-                advance=advance,
-            )
-
-
-def _measured_blockwise(how: _Run, text: CalibrationText) -> Statistics:
+def _measured_blockwise(how: Run, text: CalibrationText) -> Statistics:
     model = how.model
     blocks = len(decoder_blocks(model.model))
     steps = blocks * (len(text.calibration) + how.fisher_windows)
@@ -288,47 +281,6 @@ def _fisher_windows(text: CalibrationText, settings: CalibrationSettings) -> int
     return min(asked, len(text.calibration))
 
 
-def _within_memory(
-    model: LanguageModel,
-    text: CalibrationText,
-    settings: CalibrationSettings,
-    progress: Progress,
-    run: Callable[[_Run], T],
-) -> T:
-    """What a run gives, planned to fit; if it does not, tried once more in smaller pieces."""
-    fisher = _fisher_windows(text, settings)
-    if settings.mixed_precision and model.dtype != torch.float32:
-        raise InvalidInput(
-            f"mixed precision is for float32 models, but {model.name} is loaded as "
-            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
-            "out."
-        )
-    plan = plan_calibration(model, settings, windows=len(text.calibration), fisher_windows=fisher)
-    logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
-    how, smaller = plan.run, plan.run.halved()
-    while True:
-        try:
-            return run(
-                _Run(
-                    model=model, settings=settings, plan=how, fisher_windows=fisher,
-                    progress=progress,
-                )
-            )  # fmt: skip
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            if smaller is None:
-                ways = would_fit(model, settings, fisher_windows=fisher)
-                raise OutOfMemory(
-                    f"the calibration of {model.name} on windows of {settings.context_length} "
-                    f"tokens ran out of memory{first_words(error)}. {ways}"
-                ) from error
-        # After the error, which holds on to what was computed.
-        logger.warning("memory ran out: calibrating in smaller pieces", extra=asdict(smaller))
-        how, smaller = smaller, None
-        let_go_of_memory()
-
-
 def calibrate(
     model: LanguageModel,
     text: CalibrationText,
@@ -345,7 +297,11 @@ def calibrate(
     Raises:
         InvalidInput, ModelError, NumericalError: As :func:`measure`.
     """
-    statistics = measure(model, text, settings, progress, known)
+    agreements: list[Agreement] = []
+    if settings.stop == "early":
+        statistics, agreements = measure_until_alike(model, text, settings, progress)
+    else:
+        statistics = measure(model, text, settings, progress, known)
     with progress("Sampling rows", len(model.linears)) as advance:
         return sample_bundle(
             model.linears,
@@ -353,7 +309,10 @@ def calibrate(
             rows_per_layer=settings.rows_per_layer,
             kernel_sizes=tuple(sorted(set(settings.kernel_sizes))),
             seed=settings.seed,
-            provenance=_provenance(model, text, settings, _dense(model, text)),
+            provenance={
+                **_provenance(model, text, settings, _dense(model, text)),
+                **({"halves": [each.to_dict() for each in agreements]} if agreements else {}),
+            },
             advance=advance,
         )
 

@@ -150,6 +150,15 @@ class JobSpec(Document):
             raise ValueError("a revision is of one model: leave it out where there are several")
         return value
 
+    @field_validator("calibration")
+    @classmethod
+    def _whole_where_streamed(cls, value: CalibrationSpec, info: ValidationInfo) -> CalibrationSpec:
+        if value.stop == "early" and info.data.get("stream"):
+            raise ValueError(
+                "a streamed model is run block by block: its calibration cannot stop early"
+            )
+        return value
+
     @field_validator("confirm")
     @classmethod
     def _of_one_text(cls, value: ConfirmSpec | None, info: ValidationInfo) -> ConfirmSpec | None:

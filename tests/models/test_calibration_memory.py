@@ -71,7 +71,9 @@ def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) ->
     model.model.get_input_embeddings().register_forward_pre_hook(look)
     run = CalibrationRun(windows=4, forward_windows=4)
     plan = CalibrationPlan(run=run, peak=Peak(device=0, host=0), fits=True)
-    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", lambda *_, **__: plan)
+    monkeypatch.setattr(
+        "pho_service.models.calibration_run.plan_calibration", lambda *_, **__: plan
+    )
     return given
 
 
@@ -121,7 +123,7 @@ def test_card_without_memory(
         pretended_gpu.fault = None
 
     handle = model.model.get_output_embeddings().register_forward_pre_hook(fill)
-    monkeypatch.setattr("pho_service.models.calibration.let_go_of_memory", empty)
+    monkeypatch.setattr("pho_service.models.calibration_run.let_go_of_memory", empty)
     statistics = measure(model, text, SETTINGS)
 
     assert set(statistics.fisher) == set(model.linears)

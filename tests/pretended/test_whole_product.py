@@ -124,7 +124,7 @@ def test_recompute(subject: Subject, path: Path_, monkeypatch: pytest.MonkeyPatc
         plan = plan_calibration(*args, **kwargs)
         return replace(plan, run=replace(plan.run, windows=1, recompute=True))
 
-    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", frugal)
+    monkeypatch.setattr("pho_service.models.calibration_run.plan_calibration", frugal)
     found = measure(subject.model, subject.text, SETTINGS)
 
     assert_close(found, subject.bundle.statistics(), rtol=1e-2)
