@@ -238,10 +238,11 @@ class _Race:
     def evaluations(self, left: Sequence[RatedCandidate]) -> float:
         """What was run and what is still to be run, in perplexities of the whole text."""
         whole = {each.number for each in left}
-        runs = len(self.compared) + sum(
+        dense = len(self.compared) if self.seen else 0  # none for a text of one window
+        runs = sum(
             self.windows if each.number in whole else self.seen[each.number] for each in self.pool
         )
-        return runs / self.windows
+        return (dense + runs) / self.windows
 
 
 @contextmanager
