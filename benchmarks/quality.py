@@ -35,20 +35,26 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.memory import peak_memory
-from pho_service.spec.baselines import comparison_baselines
+from pho_service.spec.baselines import comparison_baselines, named_baselines
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import PRESETS
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-NOT_BY_DEFAULT = ("crepe-equal", "score")
+NOT_BY_DEFAULT = ("crepe-equal", "score")  # nobody's method; a search that adds little to crepe
 
 
 def _baselines(pattern: str) -> dict[str, Candidate]:
-    return {each.method: each for each in comparison_baselines(Pattern.parse(pattern))}
+    return named_baselines(Pattern.parse(pattern))
 
 
 METHODS = tuple(dict.fromkeys([*(m for p in PATTERNS for m in _baselines(p)), *PRESETS]))
+# As published, beside what our searches do too: norms from the pruned blocks, an order of channels.
+BY_DEFAULT = (
+    *(c.method for c in comparison_baselines(Pattern.parse(PATTERNS[0]))),
+    "wanda-sequential", "wanda-permuted", "sparsegpt-permuted", "admm-permuted", "alps-permuted",
+    *PRESETS,
+)  # fmt: skip
 
 
 def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tuple[int, ...]:
@@ -67,7 +73,7 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
 )
 @click.option(
     "--method", "methods", multiple=True, type=click.Choice(METHODS),
-    help=f"In the order of work.  [default: all but {', '.join(NOT_BY_DEFAULT)}]",
+    help="In the order of work.  [default: the published ones, and the presets]",
 )  # fmt: skip
 @click.option(
     "--seeds", default="0,1,2", show_default=True, callback=_seeds,
@@ -117,7 +123,9 @@ def main(
     kept = KeptResults(Path(out))
     models = models or tuple(MODELS)
     patterns = patterns or PATTERNS
-    methods = methods or tuple(each for each in METHODS if each not in NOT_BY_DEFAULT)
+    methods = methods or tuple(
+        each for each in METHODS if each in BY_DEFAULT and each not in NOT_BY_DEFAULT
+    )
     if measure:
         for name in models:
             places = [(seed, p, m) for seed in seeds for p in patterns for m in methods]

@@ -16,6 +16,7 @@ from quality_conditions import CONTEXT_LENGTH, Conditions
 
 from pho_service.cli.terminal import print_table
 from pho_service.host.versions import versions
+from pho_service.spec.baselines import PERMUTED, SEQUENTIAL
 
 MODEL_TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
 METHOD_TITLES = {
@@ -117,8 +118,10 @@ def _ratios(cells: Cells, methods: Sequence[str], patterns: Sequence[str], text:
 
 def _set_against(method: str) -> tuple[str, ...]:
     if method == "crepe":
-        return ("wanda",)
-    return ("sparsegpt", "admm", "alps") if method.startswith("best") else ()
+        return ("wanda", "wanda-sequential")
+    if not method.startswith("best"):
+        return ()
+    return tuple(name + end for name in ("sparsegpt", "admm", "alps") for end in ("", PERMUTED))
 
 
 def _costs(
@@ -161,6 +164,9 @@ def _spread(values: list[float], form: str = ".2f", unit: str = "") -> str:
 
 
 def _title(method: str) -> str:
+    for ending in (PERMUTED, SEQUENTIAL):
+        if method.endswith(ending):
+            return f"{_title(method.removesuffix(ending))}, {ending.removeprefix('-')}"
     return METHOD_TITLES.get(method, f"`{method}`")
 
 
