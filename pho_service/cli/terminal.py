@@ -102,7 +102,7 @@ def print_table(
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text("" if cell is None else plain_line(str(cell))) for cell in row))
-    console = Console()
+    console = Console(emoji=False)  # which N:M: would become
     if not console.is_terminal:
         console.width = 160  # a pipe has no width of its own
     console.print(table)

@@ -20,7 +20,7 @@ from pho_service.pipeline.search import search_job
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.memory import peak_memory
-from pho_service.spec.baselines import OWL_AT_NM, named_baselines, shown_baselines
+from pho_service.spec.baselines import ALL, OWL_AT_NM, named_baselines, shown_baselines
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
@@ -67,6 +67,11 @@ class ComparisonRequest:
                 "--preset NAME."
             )
 
+    @property
+    def shows_all_at_nm(self) -> bool:
+        """Whether one would look for a row of OWL, which has none at N:M."""
+        return bool(self.pattern.group) and (self.methods is None or ALL in self.methods)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
@@ -98,6 +103,7 @@ class Compared:
         model: Name, family, number of parameters, revision, hash of the weights, dtype.
         device: Where it was measured.
         versions: Of the packages that measured.
+        notes: What the rows do not say, in sentences.
         seeds: The rows of each calibration, by its seed.
         configurations: What the searches of each calibration found, by seed and name.
     """
@@ -108,6 +114,7 @@ class Compared:
     model: dict[str, Any]
     device: str
     versions: dict[str, str]
+    notes: Sequence[str]
     seeds: dict[int, Sequence[ComparisonRow]]
     configurations: dict[int, dict[str, Configuration]]
 
@@ -162,11 +169,11 @@ class Compared:
             if len(self.seeds) > 1
             else ""
         )
-        owl = f". {OWL_AT_NM}" if ":" in self.pattern else ""
         return (
             f"{self.report['windows']} windows of {self.report['context_length']} tokens of "
             f"{self.report['source']} (sha256 {self.report['sha256'][:12]}), "
-            f"{self.model['dtype']} on {self.device}{of_all}{owl}"
+            f"{self.model['dtype']} on {self.device}{of_all}"
+            + "".join(f". {note.removesuffix('.')}" for note in self.notes)
         )
 
 
@@ -244,6 +251,7 @@ def compare_over_seeds(
         model=model.to_dict(),
         device=str(model.device),
         versions=versions("torch", "transformers"),
+        notes=[OWL_AT_NM] if request.shows_all_at_nm else [],
         seeds=seeds,
         configurations=configurations,
     )

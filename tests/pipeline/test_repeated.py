@@ -23,7 +23,7 @@ from pho_service.pipeline.repeated import (
 )
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
-from pho_service.spec.baselines import named_baselines
+from pho_service.spec.baselines import OWL_AT_NM, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
@@ -157,6 +157,20 @@ def test_seeds(
     assert found.configurations[3]["crepe"].search["seed"] == 3
     assert "±" in str(found.cells[2][2])
     assert "seeds 0, 3" in found.caption
+
+
+def test_owl_is_left_out_with_a_sentence(
+    model: LanguageModel, bundle: ProxyBundle, report: ReportText
+) -> None:
+    """At N:M the table says why OWL has no row; not where rows are chosen."""
+
+    def compared(methods: list[str] | None) -> Compared:
+        request = ComparisonRequest(pattern=NM, methods=methods)
+        return compare_over_seeds(model, report, request, {0: lambda: Calibrated(bundle=bundle)})
+
+    assert compared(None).notes == [OWL_AT_NM]
+    assert "OWL has no row at N:M" in compared(None).caption
+    assert compared(["wanda"]).notes == []
 
 
 def test_mean_rows() -> None:
