@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, Document, Number
-from pho_service.spec.linears import Linears
+from pho_service.spec.linears import LONGEST, MOST, Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
 
@@ -57,6 +57,23 @@ _UPDATE = (
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
+
+
+def _check_kind(kind: str) -> None:
+    """Raise InvalidInput if no linear can be of this kind."""
+    if not kind.isprintable() or not 0 < len(kind) <= LONGEST or {*"./* "} & {*kind}:
+        raise InvalidInput(
+            f"allocation offset {kind!r} is not the last part of a linear's name. Give q_proj for "
+            "all linears of that kind, not a full name and not a pattern."
+        )
+
+
+def _check_shift(what: str, value: float) -> None:
+    """Raise InvalidInput if this cannot be added to log-odds."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not isfinite(value) or abs(value) > MOST_SHIFT:
+        rule = f"-{MOST_SHIFT:g}..{MOST_SHIFT:g}"
+        raise InvalidInput(f"allocation {what}={value!r} is not in {rule}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,26 +152,23 @@ class Allocation:
         self._check_shifts()
 
     def _check_shifts(self) -> None:
-        if len(self.depth) > MOST_DEPTHS:
-            raise InvalidInput(
-                f"allocation depth has {len(self.depth)} numbers, and {MOST_DEPTHS} are the most: "
-                "a slope and a curvature."
-            )
-        named = {f"offset {kind}": value for kind, value in self.offsets.items()}
-        for name, value in {
-            **named,
-            **{f"depth[{i}]": v for i, v in enumerate(self.depth)},
-        }.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not isfinite(value) or abs(value) > MOST_SHIFT:
-                raise InvalidInput(
-                    f"allocation {name}={value!r} is not in -{MOST_SHIFT:g}..{MOST_SHIFT:g}."
-                )
         if self.offsets and self.unit == "block":
             raise InvalidInput(
                 "allocation offsets tell the linears of a block apart, but unit 'block' gives them "
                 "one sparsity. Take unit 'linear', or leave the offsets out."
             )
+        for what, count, most in (
+            ("offsets", len(self.offsets), MOST), ("depth", len(self.depth), MOST_DEPTHS),
+        ):  # fmt: skip
+            if count > most:
+                raise InvalidInput(
+                    f"allocation {what} has {count} numbers, and {most} are the most."
+                )
+        for kind, value in self.offsets.items():
+            _check_kind(kind)
+            _check_shift(f"offset {kind}", value)
+        for i, value in enumerate(self.depth):
+            _check_shift(f"depth[{i}]", value)
 
     @property
     def is_even(self) -> bool:

@@ -311,6 +311,8 @@ def test_sparsity_of_groups() -> None:
         ({"offsets": {"q_proj": 11.0}}, r"allocation offset q_proj=11\.0 is not in -10\.\.10"),
         ({"offsets": {"q_proj": float("nan")}}, "allocation offset q_proj=nan is not in"),
         ({"offsets": {"q_proj": 1.0}, "unit": "block"}, "unit 'block' gives them one sparsity"),
+        ({"offsets": {"*.q_proj": 1.0}}, "'\\*.q_proj' is not the last part of a linear's name"),
+        ({"offsets": {"q\x00": 1.0}}, "is not the last part of a linear's name"),
         ({"depth": (0.1, 0.2, 0.3)}, "allocation depth has 3 numbers, and 2 are the most"),
         ({"depth": (True,)}, r"allocation depth\[0\]=True is not in"),
     ],
