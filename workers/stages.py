@@ -18,18 +18,11 @@ from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.rating import Subject, measure
-from pho_service.pipeline.search import (
-    compared_with_cold,
-    finish,
-    objective_function,
-    of_objective,
-)
-from pho_service.pipeline.validate import judge
+from pho_service.pipeline.search import compared_with_cold, finish, objective_function, of_objective
 from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
-from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements, keep, kept_losses
@@ -53,14 +46,13 @@ from workers.stored import (
     after_perplexity,
     after_search,
     doubts,
+    judged,
     measured_before,
     measurement,
     measurements,
     provenance,
     provenances,
     remade,
-    validated,
-    validation_perplexities,
 )
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
@@ -200,8 +192,8 @@ class Stages:
             wanted = spec.confirm.candidates
             if spec.validation is not None:
                 name = spec.request(0).objective.label
-                judged = self._judged(job, spec, self._bundle(job, spec, watch))
-                wanted, doubt = finalists_wanted(wanted, name, judged[name])
+                found = judged(job, spec, self._bundles(job, spec, watch), str(self.inputs.device))
+                wanted, doubt = finalists_wanted(wanted, name, found[name])
             with self._islands(job, spec) as (storage, islands):
                 before = measured_before(job)
                 rated = [*islands.ranked(), *islands.corrections()]
@@ -314,22 +306,11 @@ class Stages:
         warnings = [*result.warnings, *started(spec, configuration), *remade(job, bundles)]
         more: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
-            judged = self._judged(job, spec, bundles[spec.model])
-            more["validation"] = {name: asdict(quality) for name, quality in judged.items()}
-            warnings += doubts(job, spec, judged)
+            ranks = judged(job, spec, bundles, str(self.inputs.device))
+            more["validation"] = {name: asdict(quality) for name, quality in ranks.items()}
+            warnings += doubts(job, spec, ranks)
         self.store.succeed(
             claim, best=configuration.model_dump(mode="json"), warnings=warnings, result=more
-        )
-
-    def _judged(self, job: Job, spec: JobSpec, bundle: ProxyBundle) -> dict[str, ProxyQuality]:
-        """How well each proxy ranks the random candidates of the validation."""
-        assert spec.validation is not None
-        return judge(
-            bundle,
-            validated(spec),
-            validation_perplexities(job, spec),
-            seed=spec.validation.seed,
-            device=str(self.inputs.device),
         )
 
     def _rebuilt(

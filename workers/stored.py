@@ -7,6 +7,7 @@ from typing import Any
 
 from pho_service.errors import ChangedInput
 from pho_service.pipeline.search import origin_of
+from pho_service.pipeline.validate import judge
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
@@ -102,6 +103,21 @@ def after_perplexity(job: Job) -> list[NewStage]:
     """The stage after the last perplexity: of the finalists, or of a validation before them."""
     confirmed = job.of_kind(StageKind.CONFIRM)
     return [NewStage(kind=StageKind.FINISH if confirmed else StageKind.CONFIRM)]
+
+
+def judged(
+    job: Job, spec: JobSpec, bundles: Mapping[str, ProxyBundle], device: str
+) -> dict[str, ProxyQuality]:
+    """How well each proxy ranks the random candidates of the validation; empty without one."""
+    if spec.validation is None:
+        return {}
+    return judge(
+        bundles[spec.model],
+        validated(spec),
+        validation_perplexities(job, spec),
+        seed=spec.validation.seed,
+        device=device,
+    )
 
 
 def doubts(job: Job, spec: JobSpec, judged: Mapping[str, ProxyQuality]) -> list[str]:

@@ -56,7 +56,8 @@ def demo(
     from pho_service.models.calibration import calibration_text
     from pho_service.pipeline.bundles import bundle_path, cached_bundle
     from pho_service.pipeline.repeated import Calibrated, ComparisonRequest, compare_over_seeds
-    from pho_service.pipeline.search import check_study_url, opened_study, search_job
+    from pho_service.pipeline.search import opened_study, search_job
+    from pho_service.pipeline.studies import check_study_url
     from pho_service.spec.configuration import write_configuration
 
     folder = Path(out).expanduser()

@@ -82,7 +82,8 @@ def search(
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
     """
-    from pho_service.pipeline.search import check_study_url, opened_study, search_job
+    from pho_service.pipeline.search import opened_study, search_job
+    from pho_service.pipeline.studies import check_study_url
 
     path = out_file(out)
     check_study_url(study)

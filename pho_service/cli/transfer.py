@@ -103,7 +103,7 @@ def transfer(
     """
     from pho_service.models.bundle_file import read_bundle
     from pho_service.models.devices import pick_device
-    from pho_service.pipeline.search import check_study_url
+    from pho_service.pipeline.studies import check_study_url
     from pho_service.pipeline.transfer import (
         Target,
         check_configuration,

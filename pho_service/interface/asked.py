@@ -13,6 +13,7 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.interface.models import Choice, chosen, opened_bundle, parsed
 from pho_service.pipeline.search import Bundles, by_name, origin_of
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
@@ -41,6 +42,18 @@ def given_linears(targets: Patterns, ignore: Patterns, sparsities: Sparsities | 
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         sparsities=dict(sparsities or {}),
     )
+
+
+def validation_of(candidates: int | None) -> ValidationSpec | None:
+    """How a search's proxy is validated, on so many random candidates; None leaves it out."""
+    if candidates is None:
+        return None
+    if not 8 <= candidates <= 1000:
+        raise InvalidInput(
+            f"validate={candidates} is not in 8..1000: so many random candidates get a perplexity. "
+            "Give 40, say, or leave it out."
+        )
+    return ValidationSpec(candidates=candidates)
 
 
 def given_bundles(bundle: Given | Mapping[str, Given]) -> Bundles:
@@ -75,6 +88,7 @@ class Asked:
         warm_start: Sequence[Choice] = (),
         compare_cold: bool = False,
         corrections: int = 0,
+        validate: int | None = None,
     ) -> SearchRequest:
         """
         The request, complete.
@@ -97,6 +111,7 @@ class Asked:
             warm_start=tuple(chosen(each).candidate() for each in warm_start),
             compare_cold=compare_cold,
             corrections=corrections,
+            validation=validation_of(validate),
         )
 
     def _steps(self) -> dict[str, Any]:

@@ -36,12 +36,12 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import (
     Bundles,
-    check_study_url,
     memory_study,
     only_one,
     opened_study,
     search_job,
 )
+from pho_service.pipeline.studies import check_study_url
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
@@ -166,6 +166,7 @@ def search(
     seed: int = _ASKED.seed,
     finalists: int = _ASKED.finalists,
     corrections: int = _ASKED.corrections,
+    validate: int | None = None,
     confirm_windows: int = CONFIRM_WINDOWS,
     warm_start: Sequence[Choice] = (),
     compare_cold: bool = _ASKED.compare_cold,
@@ -215,6 +216,8 @@ def search(
         finalists: How many found candidates are looked at again, beside the baselines.
         corrections: How many allocations are compared with the dense model, on calibration
             windows, to correct the best one where the proxy is wrong; needs the model.
+        validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
+            the confirmation: where it does not rank, four times as many finalists are looked at.
         confirm_windows: Windows of the text for the final perplexities.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
         compare_cold: Whether the same search is run without the warm start, too.
@@ -240,6 +243,7 @@ def search(
     request = asked.request(
         bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,
         warm_start=warm_start, compare_cold=compare_cold, corrections=corrections,
+        validate=validate,
     )  # fmt: skip
     if isinstance(study, str):
         check_study_url(study)

@@ -24,7 +24,8 @@ from pho_service.interface.asked import (
 )
 from pho_service.interface.models import opened_bundle
 from pho_service.pipeline.proxy_rating import rate_by_proxy
-from pho_service.pipeline.search import check_study, search_plan
+from pho_service.pipeline.search import search_plan
+from pho_service.pipeline.studies import check_study
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration

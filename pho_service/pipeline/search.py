@@ -2,12 +2,9 @@
 The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -17,6 +14,7 @@ from pho_service.errors import BundleError, InvalidInput, StudyError
 from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.studies import check_study, study_name
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
@@ -27,24 +25,16 @@ from pho_service.tuning.finalists import Measurements
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
-from pho_service.tuning.result import (
-    SearchResult,
-    describe_study,
-    mark_chosen,
-    search_result,
-)
+from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, run_search
-from pho_service.tuning.validation import finalists_wanted
 from pho_service.tuning.warm_start import Saving, measure_saving
-from storage.studies import StorageError, check_url, open_storage, open_study, quiet_optuna
+from storage.studies import StorageError, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.rating import ReportText
 
 Bundles = ProxyBundle | Mapping[str, ProxyBundle]  # of one model; or of several, by their names
-
-_ROWS = "bundle_rows_sha256"  # user attribute of a study
 
 
 def search_job(
@@ -142,13 +132,9 @@ def search_job(
 
         count = request.finalists
         if request.validation is not None:
-            from pho_service.pipeline.validate import validate_search
+            from pho_service.pipeline.validate import doubted
 
-            qualities = validate_search(
-                subject, study, plan, request.validation, device=device, progress=progress
-            )
-            name = request.objective.label
-            count, doubt = finalists_wanted(count, name, qualities[name])
+            qualities, count, doubt = doubted(request, plan, study, subject, device, progress)
         measurements = confirm_finalists(
             islands, rated, count, subject, progress, islands.corrected(correction)
         )
@@ -295,19 +281,6 @@ def name_of_study(
     return study_name(request, plan, origin, rated_on(request, confirm_text))
 
 
-def check_study_url(url: str) -> None:
-    """
-    See before any long work that a study may be kept at ``url``.
-
-    Raises:
-        StudyError: It is not the URL of a database, or one that keeps nothing.
-    """
-    try:
-        check_url(url)
-    except StorageError as error:
-        raise StudyError(f"--study {url}: {error}") from error
-
-
 def by_name(bundles: Bundles) -> Mapping[str, ProxyBundle]:
     """The bundles by the names of their models."""
     if isinstance(bundles, Mapping):
@@ -421,52 +394,3 @@ def objective_function(
     from pho_service.pipeline.rating import rate_by_perplexity  # loads transformers
 
     return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)
-
-
-def study_name(
-    request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any], rated_on: str = ""
-) -> str:
-    """
-    Names a study after what it searches, so that the same request finds it again.
-
-    The number of trials is left out: a longer search goes on with a shorter one.
-
-    Args:
-        request: What is asked.
-        plan: Of the search.
-        provenance: Of the bundle.
-        rated_on: Hash of the text, if candidates are rated by perplexity.
-    """
-    options = plan.identity()
-    identity = [
-        provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
-        request.objective.label, plan.space.to_dict(),
-        plan.sampler_name, options.pop("seed"), plan.fisher, rated_on, plan.steps.to_dict(),
-        *([list(plan.warm_start)] if plan.warm_start else []), *([options] if options else []),
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-    model_name = Path(provenance.get("model", {}).get("name", "model")).name
-    return f"{model_name} {plan.pattern} {plan.pattern.scope.value} {plan.sampler} {digest}"
-
-
-def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
-    """
-    See that a study is of these bundles and no others, and note it in a new one.
-
-    The key of a bundle is in the study's name. Who puts bundles together by hand may give two
-    of them the same, so the sampled weights are compared, too.
-
-    Raises:
-        StudyError: Its trials are of a bundle with other weights.
-    """
-    found = [*bundles]
-    rows = [bundle.rows_sha256 for bundle in found]
-    known = study.user_attrs.get(_ROWS)
-    if known is None:  # new, or of an older version
-        study.set_user_attr(_ROWS, rows)
-    elif known != rows:
-        raise StudyError(
-            f"study {study.study_name!r} is of a bundle with other weights under the same key, "
-            f"{', '.join(bundle.key for bundle in found)}. Give each bundle's provenance a key "
-            "of its own, or none, which names it by its contents; or use another --study."
-        )

@@ -23,7 +23,13 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.space import SearchSpace
 from pho_service.tuning.plan import SearchPlan
-from pho_service.tuning.validation import planned_candidates, qualities, random_candidates
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.validation import (
+    finalists_wanted,
+    planned_candidates,
+    qualities,
+    random_candidates,
+)
 
 PROXIES = {
     **{
@@ -107,6 +113,25 @@ def validate_search(
             perplexity.append(float(known["perplexity"]))
             advance(1)
     return judge(subject.bundle, candidates, perplexity, seed=asked.seed, device=device)
+
+
+def doubted(
+    request: SearchRequest,
+    plan: SearchPlan,
+    study: optuna.Study,
+    subject: Subject,
+    device: str,
+    progress: Progress,
+) -> tuple[dict[str, ProxyQuality], int, str | None]:
+    """
+    What :func:`validate_search` found, how many finalists that asks for, and why if they are more.
+    """
+    assert request.validation is not None
+    judged = validate_search(
+        subject, study, plan, request.validation, device=device, progress=progress
+    )
+    name = request.objective.label
+    return judged, *finalists_wanted(request.finalists, name, judged[name])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
+from pho_service.interface.asked import validation_of
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline import validate
 from pho_service.pipeline.rating import ReportText
@@ -76,6 +77,14 @@ def test_confirmation_takes_over(
     assert again.configuration == wide.configuration
     assert plain.validation is None
     assert wide.validation == {BLEND: quality(0.2)}
+
+
+def test_python() -> None:
+    """`pho.search(validate=8)` is the same, and too few are refused with the rule."""
+    assert validation_of(8) == REQUEST.validation
+    assert validation_of(None) is None
+    with pytest.raises(InvalidInput, match=r"validate=7 is not in 8\.\.1000"):
+        validation_of(7)
 
 
 def test_without_a_model(bundle: ProxyBundle, searched: Any) -> None:
