@@ -20,7 +20,7 @@ STEPS = {
     "none": 1,
     "score": 4, "error": 8,
     "swaps": 14, "dsnot": 8,
-    "obs": 4, "least-squares": 11, "sparsegpt": 4, "admm": 8, "alps": 11,
+    "obs": 4, "least-squares": 11, "sparsegpt": 4, "admm": 10, "alps": 12,
 }  # fmt: skip
 REFINED = 3  # of the same for each linear of an input, which re-pruning by ADMM holds together
 TRAINED = 21  # bytes of a weight while its block is trained: gradient, Adam, best so far, mask
