@@ -123,6 +123,8 @@ class Asked:
             steps["allocation"] = Allocation(**steps["allocation"])
         if isinstance(steps.get("reconstruction"), str):
             steps["reconstruction"] = Reconstruction(method=steps["reconstruction"])
+        if isinstance(steps.get("reconstruction"), Mapping):
+            steps["reconstruction"] = Reconstruction(**steps["reconstruction"])
         if self.linears:
             if "linears" in steps:
                 raise InvalidInput(

@@ -363,8 +363,9 @@ class JobSpec(Document):
 
     def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
         """
-        Count what the job asks for: trials, and tokens of the calibrations and of every candidate
-        that gets a perplexity. Baselines and the dense model are not counted.
+        Count what the job asks for: trials, and tokens of the calibrations, of every candidate
+        that gets a perplexity, and of a reconstruction's passes. Baselines and the dense model are
+        not counted.
 
         Args:
             limits: Of the service.
@@ -383,6 +384,8 @@ class JobSpec(Document):
                 measured = WIDER * measured + self.validation.candidates
             measured += trials * self.islands if self.objective.name == "perplexity" else 0
             tokens += measured * self.confirm.windows * self.calibration.context_length
+            trained = self.request(0).steps.reconstruction
+            tokens += trained.passes * self.calibration.tokens if trained.wanted else 0
             limits.check_tokens("/confirm/windows", tokens)
         length = self.calibration.context_length
         tokens += self.corrections * corrected_windows(length) * length

@@ -28,6 +28,7 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
 
@@ -104,17 +105,24 @@ def test_permuted(mixtral_folder: Path, texts: dict[str, Path], tmp_path: Path) 
     assert [check.detail for check in checks if not check.passed] == []
 
 
+TRAINED = Steps(update="obs", reconstruction=Reconstruction(method="block", learning_rate=0.01))
+
+
 @pytest.mark.parametrize(
-    ("family", "update"),
-    [("mixtral", "none"), ("mixtral", "obs"), ("qwen2", "obs"), ("qwen3", "none")],
+    ("family", "steps"),
+    [
+        pytest.param("mixtral", Steps(), id="mixtral"),
+        pytest.param("mixtral", TRAINED, id="mixtral-trained"),
+        pytest.param("qwen2", Steps(update="obs"), id="qwen2-obs"),
+        pytest.param("qwen3", Steps(), id="qwen3"),
+    ],
 )
 def test_streamed(
-    family: str, update: str, model_folder: Path, texts: dict[str, Path], tmp_path: Path
+    family: str, steps: Steps, model_folder: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     """A streamed mixture has the bundle, the hash and the pruned weights of a loaded one."""
     folder = saved(family, model_folder, tmp_path / family)
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
-    steps = Steps(update=update)  # type: ignore[arg-type]  # one of them
     configuration = CONFIGURATION.model_copy(update={"steps": steps})
     bundles, hashes, pruned = [], [], []
     for stream in (False, True):
@@ -133,6 +141,8 @@ def test_streamed(
         assert [check.detail for check in checks if not check.passed] == []
 
     assert hashes[0] == hashes[1]
+    recipe = json.loads((tmp_path / "out-True" / "pruning.json").read_text())
+    assert [b["kept"] for b in recipe.get("blocks", {}).values()] == [True] * 2 * (steps is TRAINED)
     assert set(pruned[0]) == set(pruned[1]) == stored
     whole, streamed = (bundle.statistics() for bundle in bundles)
     for first, second in zip(bundles[0].layers, bundles[1].layers, strict=True):
