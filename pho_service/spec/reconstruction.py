@@ -20,8 +20,6 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_Count = Annotated[Whole, BeforeValidator(_whole)]
-
 RECONSTRUCTION = "Training of the kept weights, block by block; only the winner of a search has it."
 
 
@@ -44,15 +42,18 @@ class Reconstruction:
         ),
     ] = "none"
     passes: Annotated[
-        _Count,
+        Whole,
         Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
+        BeforeValidator(_whole),
     ] = 2
     learning_rate: Annotated[
         Number,
         Field(gt=0, le=1, description="Of Adam, in the first step; it falls to 0."),
     ] = 1e-3
     seed: Annotated[
-        _Count, Field(ge=0, lt=SEEDS, description="Seed of the order of the windows.")
+        Whole,
+        Field(ge=0, lt=SEEDS, description="Seed of the order of the windows."),
+        BeforeValidator(_whole),
     ] = 0
 
     def __post_init__(self) -> None:

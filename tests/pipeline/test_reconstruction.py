@@ -1,6 +1,7 @@
 """Blocks that are trained after they are pruned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from torch import Tensor
 from pho_service.errors import InvalidInput
 from pho_service.models.kept_blocks import KeptBlocks
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.recipe_file import read_recipe
 from pho_service.pipeline import winner
+from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
+from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText, Subject
 from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.reconstruction import Reconstruction
@@ -154,6 +159,45 @@ def test_too_few_windows(model: LanguageModel, bundle: ProxyBundle, windows: Ten
     """One window cannot be trained on and held out."""
     with pytest.raises(InvalidInput, match=r"only 1\. Give 2 --samples or more"):
         Run(model, bundle, windows[:1])
+
+
+def test_pruned_folder(
+    model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor, tmp_path: Path
+) -> None:
+    """`pho prune` keeps finished blocks beside its folder until that is whole, with a record."""
+    configuration = Configuration(
+        method="crepe", coefficients=CANDIDATE.coefficients, steps=CANDIDATE.steps,
+        pattern="2:4", scope="row",
+    )  # fmt: skip
+    blocks = tmp_path / ".out.blocks"
+
+    class Killed(Exception):
+        pass
+
+    @contextmanager
+    def progress(_title: str, _count: int) -> Iterator[Callable[[int], None]]:
+        def advance(_count: int) -> None:
+            if (blocks / "model.layers.0.safetensors").exists():
+                raise Killed
+
+        yield advance
+
+    with pytest.raises(Killed):
+        prune_job(
+            load_model(str(model_folder), device="cpu"), bundle, configuration, tmp_path / "out",
+            calibration=windows, progress=progress,
+        )  # fmt: skip
+    kept = [path.name for path in blocks.iterdir()]
+    pruned = prune_job(model, bundle, configuration, tmp_path / "out", calibration=windows)
+    recipe = read_recipe(tmp_path / "out")
+
+    assert kept == ["model.layers.0.safetensors"]
+    assert not blocks.exists()
+    assert {name: r.model_dump() for name, r in recipe.blocks.items()} == {
+        name: each.to_dict() for name, each in pruned.blocks.items()
+    }
+    original = load_model(str(model_folder), device="cpu")
+    assert all(check.passed for check in check_folder(tmp_path / "out", original=original))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
