@@ -1,6 +1,6 @@
 """`pho validate`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=DocumentCommand,
     fields=(
-        "pattern", "scope", "steps/linears", "search_space", "validation", "confirm/text",
+        "pattern", "scope", "preset", "steps/linears", "search_space", "validation", "confirm/text",
         "confirm/windows", "calibration", "revision", "dtype", "stream",
     ),
     names={"validation/candidates": "--candidates", "validation/seed": "--seed"},
@@ -50,8 +50,8 @@ def validate(
     """
     Measure how well the proxies rank candidates on MODEL.
 
-    Random candidates of the search space are rated by every proxy and by
-    perplexity. Spearman and Kendall are rank correlations; the regret is how
+    Random candidates of the search space, that of --preset, are rated by every
+    proxy and by perplexity. Spearman and Kendall are rank correlations; the regret is how
     much worse than the best of all the best perplexity among the proxy's top
     candidates is. Intervals are 95 %, by bootstrap.
 
@@ -68,6 +68,7 @@ def validate(
     confirm, validation, parsed = spec.confirm, spec.validation, spec.pruning()
     assert confirm is not None  # the document says so
     assert validation is not None
+    space = spec.plan(0).space  # of the preset, with its allocation
     settings, source = spec.calibration.settings(), text_source(spec.calibration)
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
@@ -81,7 +82,7 @@ def validate(
         rating_text,
         parsed,
         linears=spec.request(0).steps.linears,
-        bounds=spec.search_space.bounds(),
+        bounds={field.name: getattr(space, field.name) for field in fields(space)},
         count=validation.candidates,
         seed=validation.seed,
         calibration=text.calibration,
@@ -100,6 +101,7 @@ def validate(
                 "candidates": [
                     {
                         "coefficients": candidate.coefficients.to_dict(),
+                        "allocation": candidate.steps.allocation.to_dict(),
                         "perplexity": result.perplexity[i],
                         "proxies": {name: values[i] for name, values in result.proxies.items()},
                     }

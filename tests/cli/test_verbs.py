@@ -245,11 +245,12 @@ def test_compare_nm(model_folder: Path, texts: dict[str, Path]) -> None:
 
 
 def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    """Each proxy comes with its correlations and intervals, and is drawn on the page."""
+    """Each proxy comes with its correlations and intervals, on the preset's space, and is drawn."""
     plot = tmp_path / "plot.html"
     document = done(
         "validate", model_folder, "--pattern", "0.5", "--candidates", 9, *CALIBRATION,
-        "--text", texts["calibration"], "--plot", plot, "--confirm-windows", 2,
+        "--preset", "crepe-plus", "--text", texts["calibration"], "--plot", plot,
+        "--confirm-windows", 2,
     )  # fmt: skip
     proxies = document["proxies"]
 
@@ -258,7 +259,10 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
         "gini",
     }
     assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])
-    assert len(document["candidates"]) == 9
+    allocations = [candidate["allocation"] for candidate in document["candidates"]]
+    assert len(allocations) == 9
+    assert {each["method"] for each in allocations} == {"fisher"}
+    assert all(0.05 <= each["spread"] <= 0.4 for each in allocations)
     drawn = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', plot.read_text())
     assert len(drawn) == len(proxies)
     for chart in map(json.loads, drawn):
