@@ -58,6 +58,7 @@ def demo(
     from pho_service.pipeline.repeated import Calibrated, ComparisonRequest, compare_over_seeds
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.pipeline.studies import check_study_url
+    from pho_service.spec.baselines import shown_baselines
     from pho_service.spec.configuration import write_configuration
 
     folder = Path(out).expanduser()
@@ -105,10 +106,15 @@ def demo(
         )
     config = folder / "config.json"
     write_configuration(result.configuration, config)
+    quick = [  # without what runs the text anew for each score
+        each.method for each in shown_baselines(None, parsed) if each.steps.statistics == "dense"
+    ]
     compared = compare_over_seeds(
         model,
         report,
-        ComparisonRequest(pattern=parsed, configurations=[("found", result.configuration)]),
+        ComparisonRequest(
+            pattern=parsed, configurations=[("found", result.configuration)], methods=quick
+        ),
         {settings.seed: lambda: Calibrated(bundle=bundle, calibration=text.calibration)},
         device=device,
         progress=progress,
