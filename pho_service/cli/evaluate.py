@@ -122,6 +122,8 @@ def load_asked_tasks(
                 raise InvalidInput(f"{name} {value} is of tasks, but none is named. Add --tasks.")
         return None
     names = task_names(tasks)
+    import lm_eval  # noqa: F401 - without it a sentence says so, and nothing else is shown
+
     with working("Reading tasks"):
         from pho_service.models.task_files import load_tasks
 
