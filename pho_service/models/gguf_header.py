@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import gguf
+import numpy as np
 
 MAX_READS = 2**22  # values of a header, some 400 bytes each in memory; Gemma's has two million
 
@@ -33,6 +34,8 @@ class BoundedReader(gguf.GGUFReader):
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         self._reads += 1
+        if isinstance(self.data, np.memmap):  # which takes several times as long for each slice
+            self.data = self.data.view(np.ndarray)
         values = super()._get(offset, dtype, count, override_order)
         if len(values) < int(count):
             raise ValueError(f"the file ends in what is declared at byte {int(offset)}")

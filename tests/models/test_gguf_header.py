@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from pho_service.errors import ModelError
@@ -30,6 +31,29 @@ def test_once(path: Path) -> None:
         assert gguf.GGUFReader(path).get_field("general.name").contents() == "small"
         first = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is first
+
+
+def test_same(tmp_path: Path) -> None:
+    """Fields and tensors are those that gguf's own reader gives, but no maps of the file."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "bc", ""])
+    writer.add_token_scores([0.5, -1.0, 2.0])
+    writer.add_tensor("x", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = gguf.GGUFReader(path)
+    with gguf_read_once():
+        ours = gguf.GGUFReader(path)
+
+    assert list(ours.fields) == list(theirs.fields)
+    for name, field in ours.fields.items():
+        assert field.contents() == theirs.fields[name].contents()
+    (tensor,) = ours.tensors
+    assert type(tensor.data) is np.ndarray
+    assert np.array_equal(tensor.data, theirs.tensors[0].data)
 
 
 def test_left_alone(path: Path) -> None:
