@@ -116,6 +116,20 @@ def test_more_work_takes_longer(more: dict[str, Any], fields: dict[str, Any]) ->
     assert middle(planned(calibration=more, **fields)) > middle(planned())
 
 
+def test_masks_by_admm() -> None:
+    """A 7B and a streamed 70B fit with any step by ADMM; ALPS, with eigenvectors, takes longest."""
+
+    def steps(repruning: str, update: str, **fields: Any) -> Plan:
+        return planned(steps={"repruning": repruning, "update": update}, **fields)
+
+    refined = steps("admm", "least-squares")
+    published, alps = steps("none", "admm"), steps("none", "alps")
+    streamed = steps("admm", "least-squares", config=LLAMA_70B, stream=True)
+
+    assert all(plan.fits for plan in (refined, published, alps, streamed))
+    assert middle(published) < middle(refined) < middle(alps)
+
+
 def test_a_faster_card_is_faster() -> None:
     """The same job on an H100, an A100 and a 4090."""
     fast, slow, consumer = (middle(planned(machine=CARDS[n])) for n in ("H100", "A100", "4090"))
