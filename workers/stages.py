@@ -30,7 +30,6 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
-from pho_service.tuning.validation import finalists_wanted
 from pho_service.tuning.warm_start import Saving
 from storage.database import Database
 from storage.jobs import JobStore
@@ -48,11 +47,13 @@ from workers.stored import (
     doubts,
     judged,
     measured_before,
-    measurement,
+    measured_finalist,
     measurements,
     provenance,
     provenances,
     remade,
+    unvalidated,
+    wanted_finalists,
 )
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
@@ -189,11 +190,9 @@ class Stages:
         correction = self._correction(claim, spec, watch)
         doubt = None
         if spec.confirm is not None and spec.objective.name != "perplexity":
-            wanted = spec.confirm.candidates
-            if spec.validation is not None:
-                name = spec.request(0).objective.label
-                found = judged(job, spec, self._bundles(job, spec, watch), str(self.inputs.device))
-                wanted, doubt = finalists_wanted(wanted, name, found[name])
+            wanted, doubt = wanted_finalists(
+                job, spec, lambda: self._bundles(job, spec, watch), str(self.inputs.device)
+            )
             with self._islands(job, spec) as (storage, islands):
                 before = measured_before(job)
                 rated = [*islands.ranked(), *islands.corrections()]
@@ -224,7 +223,7 @@ class Stages:
                 "evaluations": chosen.evaluations,
                 **({"doubt": doubt} if doubt else {}),
             },
-            add=[measurement(rated.number, rated.candidate) for rated in chosen.finalists],
+            add=[*map(measured_finalist, chosen.finalists), *unvalidated(job, spec)],
             then=[NewStage(kind=StageKind.FINISH)],
         )
 

@@ -2,7 +2,7 @@
 What the stages of a job have stored, in the form that the next stage takes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pho_service.errors import ChangedInput
@@ -14,7 +14,7 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.quality import ProxyQuality
 from pho_service.tuning.finalists import Divergences, Measurements
 from pho_service.tuning.plan import RatedCandidate
-from pho_service.tuning.validation import planned_candidates, verdict
+from pho_service.tuning.validation import finalists_wanted, planned_candidates, verdict
 from storage.records import Job, NewStage
 from storage.states import StageKind
 
@@ -47,6 +47,11 @@ def measurement(number: int, candidate: Candidate) -> NewStage:
     """A stage that measures the perplexity of a candidate."""
     params = {"candidate": candidate.to_dict()}
     return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
+
+
+def measured_finalist(rated: RatedCandidate) -> NewStage:
+    """A stage that measures the perplexity of a trial."""
+    return measurement(rated.number, rated.candidate)
 
 
 def measured_before(job: Job) -> set[int]:
@@ -88,15 +93,19 @@ def validated(spec: JobSpec) -> list[Candidate]:
     return planned_candidates(spec.plan(0), spec.validation)
 
 
-def after_search(job: Job, spec: JobSpec) -> list[NewStage]:
-    """The stages after the searches: the validation's that have no result yet, or the next."""
+def unvalidated(job: Job, spec: JobSpec) -> list[NewStage]:
+    """The stages of a validation that have no result yet."""
     measured = _perplexities(job)
-    missing = [
+    return [
         measurement(VALIDATION + i, candidate)
         for i, candidate in enumerate(validated(spec))
         if VALIDATION + i not in measured
     ]
-    return missing or [NewStage(kind=StageKind.CONFIRM)]
+
+
+def after_search(job: Job, spec: JobSpec) -> list[NewStage]:
+    """The stages after the searches: of the validation, and then the confirmation."""
+    return unvalidated(job, spec) or [NewStage(kind=StageKind.CONFIRM)]
 
 
 def after_perplexity(job: Job) -> list[NewStage]:
@@ -118,6 +127,21 @@ def judged(
         seed=spec.validation.seed,
         device=device,
     )
+
+
+def wanted_finalists(
+    job: Job, spec: JobSpec, bundles: Callable[[], Mapping[str, ProxyBundle]], device: str
+) -> tuple[int, str | None]:
+    """
+    How many finalists are confirmed; and why, if a validation has found that they must be more.
+
+    Of a job that an older version searched for, the validation is still to come.
+    """
+    count = 0 if spec.confirm is None else spec.confirm.candidates
+    if spec.validation is None or unvalidated(job, spec):
+        return count, None
+    name = spec.request(0).objective.label
+    return finalists_wanted(count, name, judged(job, spec, bundles(), device)[name])
 
 
 def doubts(job: Job, spec: JobSpec, judged: Mapping[str, ProxyQuality]) -> list[str]:
