@@ -80,7 +80,7 @@ def evaluate(
     With --tasks, a perplexity is measured only if a text is given, too.
 
     \b
-    Examples:
+    Example:
       pho evaluate pruned --text report.txt --context-length 512
       pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
