@@ -154,9 +154,7 @@ class JobSpec(Document):
     @classmethod
     def _whole_where_streamed(cls, value: CalibrationSpec, info: ValidationInfo) -> CalibrationSpec:
         if value.stop == "early" and info.data.get("stream"):
-            raise ValueError(
-                "a streamed model is run block by block: its calibration cannot stop early"
-            )
+            raise ValueError("the calibration of a streamed model cannot stop early")
         return value
 
     @field_validator("confirm")

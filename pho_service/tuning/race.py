@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-LEVEL = 0.02  # chance of an error in a single test; see :func:`is_behind` for a whole race
+LEVEL = 0.01  # chance of an error in a single test; see :func:`is_behind` for a whole race
 GROWTH = 1.25  # of the windows seen from one look to the next
 
 Blocks = Sequence[float]  # losses of a window, summed over runs of its tokens
@@ -87,8 +87,8 @@ def is_behind(
     subject in common.
 
     Two finalists that are equal on the whole text are the hardest case. Over all looks of a race
-    one of them is dropped for the other with a chance of about a tenth (simulated: 0.09 on 16
-    windows of 8 blocks, 0.13 on 64 of 32); the better of two that differ, less often.
+    one of them is dropped for the other with a chance of about 5 % (simulated: 0.045 on 16
+    windows of 8 blocks, 0.075 on 64 of 32); the better of two that differ, less often.
 
     Args:
         differences: (seen * blocks of a window,), float64, window by window: a loss minus the

@@ -64,6 +64,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 def test_every_field() -> None:
     """Each field of a job's document has an option, or a reason why not; and no other has one."""
     parts = {
+        "calibration": {"text": "c.txt", "stop": "early"},
         "validation": {},
         "warm_start": {},
         "steps": {
