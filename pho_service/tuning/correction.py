@@ -17,7 +17,7 @@ SLOPE = (1.0, 0.3)  # mean and deviation that are expected of b, see next_point
 LEANING = 0.3  # deviation that is expected of each of w
 MISFIT = 0.02  # deviation of log value that the model leaves unexplained
 WIDTH = 0.3  # deviation of the optimiser's first points ...
-PRICE = 0.01  # ... and what each number of that size costs, as log value: small ones are preferred
+PRICE = 0.03  # ... and what each number of that size costs, as log value: small ones are preferred
 
 _GENERATIONS = 20
 _POPULATION = 12

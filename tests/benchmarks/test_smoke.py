@@ -56,6 +56,18 @@ def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path)
     assert results.read_text() == kept
 
 
+def test_corrections(benchmark: Benchmark, model_folder: Path) -> None:
+    """A row before and one after the corrections, the second no farther from the dense model."""
+    table = benchmark(
+        "corrections", "--model", model_folder, "--pattern", "0.6", "--corrections", 1,
+        "--trials", 8, "--samples", 4, "--context-length", 16, "--report-windows", 2,
+    )  # fmt: skip
+
+    before, after = numbers(table["0.6, 0"]), numbers(table["corrected, 0"])
+    assert 0 < after[0] <= before[0]
+    assert all(perplexity > 1 for perplexity in (*before[1:], *after[1:]))
+
+
 def test_confirmation(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
     """Races are replayed over losses that were measured once."""
     kept = tmp_path / "losses.json"
