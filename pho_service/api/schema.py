@@ -22,6 +22,7 @@ PATTERN = f"^({SHARE}|{KEPT})$"
 # A name of a linear or a glob; or a regular expression, of the parts that most are made of.
 _PART = r"([A-Za-z0-9_. -]|\\[.dw]|\[[A-Za-z0-9_]+\]|\([A-Za-z0-9_|]*\))"
 LINEAR = rf"^([ -9;-~]+|re:({_PART}[*+?]?)+)$"
+KIND = r"^[!-)+-\-0-~]+$"  # the last part of a linear's name
 PAGE_TOKEN = r"^[0-9]{1,18}$"  # noqa: S105 - of a page
 
 _LARGEST = 1e30
@@ -80,13 +81,22 @@ def _configuration() -> dict[str, Any]:
         "scope": {"const": "row"},
         "steps": {"properties": {"linears": {"properties": {"sparsities": {"maxProperties": 0}}}}},
     }
-    _describe_linears(fields["steps"]["properties"]["linears"]["properties"])
+    steps = fields["steps"]["properties"]
+    _describe_linears(steps["linears"]["properties"])
+    kinds = {"pattern": KIND, "maxLength": LONGEST}
+    steps["allocation"]["properties"]["offsets"]["propertyNames"] = kinds
     schema["allOf"] = [
         {"anyOf": [{"properties": ratio}, {"properties": kept}]},
         {
             "anyOf": [
                 {"properties": {"scope": {"enum": ["row", "layer"]}}},
-                {"properties": {"steps": {"properties": {"allocation": _uniform()}}}},
+                {"properties": {"steps": {"properties": {"allocation": _even()}}}},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"steps": {"properties": {"allocation": _by_linear()}}}},
+                {"properties": {"steps": {"properties": {"allocation": _no_offsets()}}}},
             ]
         },
         {"properties": {"steps": {"properties": {"reconstruction": _trained_or_empty()}}}},
@@ -122,8 +132,22 @@ def _describe_linears(fields: dict[str, Any]) -> None:
     }
 
 
-def _uniform() -> dict[str, Any]:
-    return {"properties": {"method": {"const": "uniform"}}}
+def _even() -> dict[str, Any]:
+    return {
+        "properties": {
+            "method": {"const": "uniform"},
+            "offsets": {"maxProperties": 0},
+            "depth": {"maxItems": 0},
+        }
+    }
+
+
+def _by_linear() -> dict[str, Any]:
+    return {"properties": {"unit": {"const": "linear"}}}
+
+
+def _no_offsets() -> dict[str, Any]:
+    return {"properties": {"offsets": {"maxProperties": 0}}}
 
 
 def _trained_or_empty() -> dict[str, Any]:

@@ -35,7 +35,7 @@ class BoundedReader(gguf.GGUFReader):
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         self._reads += 1
         if isinstance(self.data, np.memmap):  # which takes several times as long for each slice
-            self.data = self.data.view(np.ndarray)
+            self.data: Any = self.data.view(np.ndarray)
         values = super()._get(offset, dtype, count, override_order)
         if len(values) < int(count):
             raise ValueError(f"the file ends in what is declared at byte {int(offset)}")

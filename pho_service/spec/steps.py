@@ -31,6 +31,7 @@ UPDATES: tuple[Update, ...] = get_args(Update)
 CHOOSING: tuple[Update, ...] = ("sparsegpt", "admm", "alps")  # the mask too
 MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
 MOST_DEPTHS = 2  # numbers of a curve over depth
+Shift = Annotated[Number, Field(ge=-MOST_SHIFT, le=MOST_SHIFT)]
 
 _LINEARS = "Which linears are pruned, and which have a sparsity of their own."
 _STATISTICS = (
@@ -119,8 +120,9 @@ class Allocation:
         ),
     ] = 5.0
     offsets: Annotated[
-        dict[str, Number],
+        dict[str, Shift],
         Field(
+            max_length=MOST,
             description="Added to the log-odds of the share that linears keep, by the last part "
             "of their names (q_proj): above 0 they keep more. Kinds that a model does not have "
             "are ignored.",
@@ -128,7 +130,7 @@ class Allocation:
         ),
     ] = field(default_factory=dict, hash=False)
     depth: Annotated[
-        tuple[Number, ...],
+        tuple[Shift, ...],
         Field(
             max_length=MOST_DEPTHS,
             description="Added to the same log-odds over the depth of the model: a slope, which "
