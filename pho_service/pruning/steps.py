@@ -118,7 +118,7 @@ def _masked(linear: ScoredLinear, order: Tensor | None, pattern: Pattern) -> Mas
         weight=_columns(linear.weight, order),
         keep=keep,
         support=Support.of(keep, by_row=by_row, keep=linear.mask.group_keep, group=pattern.group),
-        importance=None if by_row else linear.fisher,
+        importance=None if by_row else linear.fisher.sqrt(),  # by them whole, 2 % worse
     )
 
 

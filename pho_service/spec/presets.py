@@ -56,7 +56,7 @@ class Preset:
         plus = cls._plus(pattern)
         if name == "crepe-plus":
             return plus
-        best = replace(plus, steps=replace(plus.steps, update="least-squares"))
+        best = replace(plus, steps=replace(plus.steps, repruning="admm", update="least-squares"))
         if name == "best":
             return best
         trained = Reconstruction(method="block")

@@ -40,9 +40,9 @@ def test_kept_weights(pattern: Pattern) -> None:
 
 def test_changed() -> None:
     """What a user says replaces what the preset says, field by field."""
-    preset = Preset.of("best", LAYER).changed({"update": "none"}, {"row_share": (0.1, 0.2)})
+    preset = Preset.of("best", LAYER).changed({"update": "obs"}, {"row_share": (0.1, 0.2)})
 
-    assert preset.steps.update == "none"
+    assert preset.steps.update == "obs"
     assert preset.bounds["allocation_spread"] == (0.05, 0.4)
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
