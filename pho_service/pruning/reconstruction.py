@@ -21,7 +21,6 @@ from pho_service.spec.reconstruction import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
 _PATIENCE = 2  # passes without a better held-out error, before the training ends
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
 _NAMED = 4  # blocks that a sentence names
 
 
@@ -174,9 +173,7 @@ class _Fit:
         self.targets = targets
         self.parameters = [each.parameter for each in weights]
         self.exact = [each.parameter.detach().float() for each in weights]
-        self.mean = [torch.zeros_like(exact) for exact in self.exact]  # of the gradients
-        self.square = [torch.zeros_like(exact) for exact in self.exact]  # of their squares
-        self.steps = 0
+        self.adam = torch.optim.Adam(self.exact, foreach=False)  # no copies of all at once
 
     @contextmanager
     def ready(self) -> Iterator["_Fit"]:
@@ -205,24 +202,17 @@ class _Fit:
     def step(self, window: int, rate: float) -> None:
         """One step of Adam towards the target of a window."""
         gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
-        self.steps += 1
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:  # experts that no token of the window reached have none
-                self._adam(index, gradient.float().mul_(self.weights[index].keep), rate)
+        for exact, each, gradient in zip(self.exact, self.weights, gradients, strict=True):
+            # experts that no token of the window reached have none
+            exact.grad = None if gradient is None else gradient.float().mul_(each.keep)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad()
         self._write()
-
-    def _adam(self, index: int, gradient: Tensor, rate: float) -> None:
-        """Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, for one parameter."""
-        mean, square = self.mean[index], self.square[index]
-        first, second = _BETAS
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        root = (square / (1 - second**self.steps)).sqrt_().add_(_EPSILON)
-        self.exact[index].addcdiv_(mean, root, value=-rate / (1 - first**self.steps))
 
     def copies(self) -> list[Tensor]:
         """Of the exact weights, as they are now."""
-        return [exact.clone() for exact in self.exact]
+        return [exact.detach().clone() for exact in self.exact]
 
     def restore(self, copies: Sequence[Tensor]) -> None:
         """Take weights from before."""
