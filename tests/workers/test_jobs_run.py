@@ -218,7 +218,7 @@ def test_one_bundle(crew: Any, spec_of: Any) -> None:
     assert first.best["calibration"] == second.best["calibration"]
 
 
-def test_lost_bundle(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
+def test_lost_bundle(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     """A bundle that was lost is made again, the same."""
     before = bundles(crew)
     job = crew.done(spec_of(trials=20, calibration={"seed": 6}))
@@ -228,7 +228,7 @@ def test_lost_bundle(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> N
     job = crew.succeeded(crew.store.ask(job.id, "extend", trials=20))
 
     assert lost in bundles(crew)
-    assert found(job) == undisturbed(spec_of(calibration={"seed": 6})).configuration
+    assert crew.trials(job) == [undisturbed(spec_of(calibration={"seed": 6})).trials]
 
 
 def test_text_is_missing(crew: Any, spec_of: Any, folder: Path) -> None:
