@@ -177,10 +177,12 @@ def _refuse(
     named: "Mapping[str, object]",
 ) -> None:
     """See that no option is given that is for another source of the configuration."""
-    if config is not None:
+    if (config or method) and any(value is not None for value in of_library.values()):
+        foreign, reason = of_library, "for --from-library alone"
+    elif config is not None:
         foreign, reason = asked, "a configuration has its pattern, scope and linears"
     elif method is not None:
-        foreign, reason = of_library, "for --from-library alone"
+        return
     else:
         foreign, reason = named, "for --method; what is in a library says which linears it prunes"
     too_many = [name for name, value in foreign.items() if value is not None]
