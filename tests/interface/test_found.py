@@ -26,7 +26,7 @@ def test_options_are_complete() -> None:
         (
             inspect.unwrap(pho.search),
             SearchRequest(pattern=pho.Pattern.parse("0.5")),
-            {"pattern", "objective", "bounds", "steps", "warm_start"},
+            {"pattern", "objective", "bounds", "steps", "warm_start", "validation"},
         ),
     ):
         parameters = inspect.signature(function).parameters
@@ -178,7 +178,7 @@ def test_refused(
         (InvalidInput, "space: 'rows' is not one of neighbourhood_share", {"space": {"rows": 1}}),
         (
             InvalidInput,
-            "steps: 'prune' is not one of linears, allocation",
+            "steps: 'prune' is not one of linears, statistics, allocation",
             {"steps": {"prune": "all"}},
         ),
         (InvalidInput, "preset 'worst' is not one of", {"preset": "worst"}),
