@@ -115,9 +115,11 @@ def configuration_of(subject: Subject, pattern: str, preset: str) -> Configurati
 
 
 def test_compare(subject: Subject, path: Path_) -> None:
-    """Every baseline, OWL and SparseGPT among them, beside a configuration."""
+    """Baselines of each kind beside a configuration."""
     pattern = "0.5" if "bfloat16" in subject.name else "2:4"
     parsed = Pattern.parse(pattern)
+    own = "wanda-permuted" if parsed.group else "owl-wanda"
+    methods = ["wanda", "wanda-sequential", "ria-layer", own, "sparsegpt"]
     with unchanged(subject.model):
         rows = compare_job(
             subject.model,
@@ -125,11 +127,12 @@ def test_compare(subject: Subject, path: Path_) -> None:
             subject.report(),
             parsed,
             [("mine", configuration_of(subject, pattern, "crepe-plus"))],
+            methods=methods,
             calibration=subject.text.calibration,
             device=subject.device,
         )
 
-    assert {"dense", "wanda", "owl-wanda", "sparsegpt", "mine"} <= {row.method for row in rows}
+    assert [row.method for row in rows] == ["dense", *methods, "mine"]
     assert all(row.memory_bytes for row in rows)
     path(f"{subject.name}: compare, {pattern}")
 
