@@ -423,7 +423,7 @@ class Crew:
     def logs(self) -> str:
         """The last that the workers said."""
         return "\n".join(
-            f"--- {path.name}\n{path.read_text()[-3000:]}"
+            f"--- {path.name}\n{path.read_text()[-9000:]}"
             for path in sorted(self.folder.glob("worker-*.log"))
         )
 
