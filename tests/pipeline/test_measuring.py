@@ -15,9 +15,10 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import (
-    Comparison,
+    Glances,
     ReportText,
-    compared_windows,
+    Subject,
+    compared_count,
     rate_by_perplexity,
     rate_pruned,
 )
@@ -83,13 +84,13 @@ def test_model_that_cannot_be_rated(
     assert same(before, bits(model))
 
 
-def test_comparison(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
-    """A candidate is compared on the beginning of the text, and the model given back dense."""
+def test_glance(model: LanguageModel, bundle: ProxyBundle, report: ReportText) -> None:
+    """A candidate is compared with the dense model, which is given back."""
     before = bits(model)
     candidate = comparison_baselines(Pattern.parse("0.5", "layer"))[1]
     statistics = bundle.statistics()
-    compare = Comparison(model, statistics, report)
-    value = compare(candidate)
+    glances = Glances(Subject(model=model, bundle=bundle, text=report), compared=[0])
+    value = glances(candidate, [0]).divergence
     after = bits(model)
     with torch.no_grad():
         first = report.windows[:1]
@@ -99,7 +100,7 @@ def test_comparison(model: LanguageModel, bundle: ProxyBundle, report: ReportTex
     whole = float((dense.exp() * (dense - other)).sum(dim=-1).mean())
 
     assert same(before, after)
-    assert compare.tokens == 31
+    assert value is not None
     assert 0.3 * whole < value <= whole  # 64 of 256 tokens of a model that knows little
 
 
@@ -107,11 +108,11 @@ def test_comparison(model: LanguageModel, bundle: ProxyBundle, report: ReportTex
     ("windows", "context_length", "compared"),
     [(16, 512, 1), (8, 128, 2), (16, 128, 4), (16, 2048, 1), (3, 32, 1), (1, 32, 1), (400, 32, 16)],
 )
-def test_compared_windows(windows: int, context_length: int, compared: int) -> None:
+def test_compared_count(windows: int, context_length: int, compared: int) -> None:
     """About 512 tokens are compared, at most a quarter of the windows, at least one."""
     text = torch.arange(windows * context_length).view(windows, context_length)
 
-    assert torch.equal(compared_windows(text), text[:compared])
+    assert compared_count(text) == compared
 
 
 def test_text_key(report: ReportText) -> None:
