@@ -15,7 +15,7 @@ demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
 
 test: install check ## everything that must hold
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest
 	@cat .venv/installed
