@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import Collector, Statistics
 from pho_service.pruning.sums import Sums, shard_seed
 from pho_service.spec.calibration import CalibrationSettings
+
+T = TypeVar("T")
 
 ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
 DENSE_TOKENS = 512  # that tell whether the dense model predicts anything at all
@@ -179,9 +181,7 @@ def measure(
         total.finish_inputs(sequences=count, tokens=text.calibration.numel())
         return total.finish()
 
-    return within_memory(
-        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
-    )
+    return _within_memory(model, text, settings, progress, run)
 
 
 def measure_until_alike(
@@ -225,9 +225,7 @@ def measure_until_alike(
         total.finish_inputs(sequences=taken, tokens=taken * windows.shape[1])
         return total.finish(), agreements
 
-    return within_memory(
-        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
-    )
+    return _within_memory(model, text, settings, progress, run)
 
 
 def measure_shard(
@@ -249,9 +247,7 @@ def measure_shard(
         with how.progress(f"Calibrating, shard {number}", len(shard.windows)) as advance:
             return how.gather(shard, advance).sums()
 
-    return within_memory(
-        model, len(text.calibration), _fisher_windows(text, settings), settings, progress, run
-    )
+    return _within_memory(model, text, settings, progress, run)
 
 
 def _measured_blockwise(how: Run, text: CalibrationText) -> Statistics:
@@ -279,6 +275,18 @@ def _measured_blockwise(how: Run, text: CalibrationText) -> Statistics:
 def _fisher_windows(text: CalibrationText, settings: CalibrationSettings) -> int:
     asked = settings.fisher_samples or max(1, settings.samples // 4)
     return min(asked, len(text.calibration))
+
+
+def _within_memory(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    progress: Progress,
+    run: Callable[[Run], T],
+) -> T:
+    """What a run over the windows of a text gives, in pieces that fit."""
+    fisher = _fisher_windows(text, settings)
+    return within_memory(model, len(text.calibration), fisher, settings, progress, run)
 
 
 def calibrate(

@@ -149,11 +149,9 @@ def choose_finalists(
         return Chosen(finalists=pool, evaluations=float(len(pool)))
     race = _Race(islands, pool, subject(), look, fence)
     with progress("Racing finalists", len(pool) * race.windows) as advance:
-        left = race.run(advance)
+        left = united(rated, race.run(advance), before)
     return Chosen(
-        finalists=united(rated, left, before),
-        divergences=race.divergences(),
-        evaluations=race.evaluations(united(rated, left, before)),
+        finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left)
     )
 
 

@@ -91,7 +91,12 @@ def correct_best(
         divergence = _Divergence(model, bundle.statistics(), calibration, lambda _: advance(0))
         look()
         before = measure_once(
-            islands, DIVERGENCE, start, divergence, text_sha256=divergence.key, fence=fence
+            islands,
+            DIVERGENCE,
+            start,
+            lambda rated: divergence(rated.candidate),
+            text_sha256=divergence.key,
+            fence=fence,
         )
         measured = [numbers.measured(start.candidate.steps.allocation, before)]
         trials = record.known(divergence.key)[:count]

@@ -5,10 +5,8 @@ Which candidates of a search are looked at again, and what was measured of them,
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
-from pho_service.spec.candidate import Candidate
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.race import Losses
@@ -133,7 +131,7 @@ def measure_once(
     islands: Islands,
     what: What,
     rated: RatedCandidate,
-    measure: Callable[[Candidate], float],
+    measure: Callable[[RatedCandidate], float],
     *,
     text_sha256: str,
     fence: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -146,13 +144,13 @@ def measure_once(
             value and the text's hash; one of another text is measured again.
         what: Is measured.
         rated: The finalist.
-        measure: Prunes with a candidate and measures.
+        measure: Prunes with the finalist's candidate and measures.
         text_sha256: Of the text and the way it is cut.
         fence: Entered around the write; may refuse by raising.
     """
     value = kept_value(islands, what, rated, text_sha256=text_sha256)
     if value is None:
-        value = measure(rated.candidate)
+        value = measure(rated)
         with fence():
             keep(islands, what, rated, value, text_sha256=text_sha256)
     return value
@@ -215,15 +213,10 @@ def confirm(
     measured = {}
     for each in rated:
         measured[each.number] = measure_once(
-            islands, "perplexity", each, partial(_of, each, perplexity), text_sha256=text_sha256
+            islands, "perplexity", each, perplexity, text_sha256=text_sha256
         )
         advance(1)
     return measured
-
-
-def _of(rated: RatedCandidate, measure: Callable[[RatedCandidate], float], _: Candidate) -> float:
-    """What is measured of a finalist that is more than its candidate."""
-    return measure(rated)
 
 
 def keep(
