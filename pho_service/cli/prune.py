@@ -177,17 +177,15 @@ def _refuse(
     named: "Mapping[str, object]",
 ) -> None:
     """See that no option is given that is for another source of the configuration."""
-    if (config or method) and any(value is not None for value in of_library.values()):
-        foreign, reason = of_library, "for --from-library alone"
-    elif config is not None:
-        foreign, reason = asked, "a configuration has its pattern, scope and linears"
-    elif method is not None:
-        return
-    else:
-        foreign, reason = named, "for --method; what is in a library says which linears it prunes"
-    too_many = [name for name, value in foreign.items() if value is not None]
-    if too_many:
-        raise InvalidInput(f"{', '.join(too_many)}: {reason}. Leave it out.")
+    library = config is None and method is None
+    for refused, foreign, reason in (
+        (not library, of_library, "for --from-library alone"),
+        (config is not None, asked, "a configuration has its pattern, scope and linears"),
+        (library, named, "for --method; what is in a library says which linears it prunes"),
+    ):
+        too_many = [name for name, value in foreign.items() if value is not None]
+        if refused and too_many:
+            raise InvalidInput(f"{', '.join(too_many)}: {reason}. Leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
