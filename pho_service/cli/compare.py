@@ -213,7 +213,7 @@ def _searches(
 
 
 def _seeds(seeds: str | None, given: Given) -> list[int]:
-    """Of the calibrations, each once."""
+    """The seeds of the calibrations, each once."""
     if seeds is None:
         return [given("calibration/seed")]
     if "calibration/seed" in given.said:
