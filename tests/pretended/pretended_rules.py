@@ -84,7 +84,7 @@ def tensors_of(value: Any) -> list[Tensor]:
                 found.append(each)
             elif isinstance(each, (list, tuple)):
                 found += tensors_of(each)
-    elif value and isinstance(value, dict):
+    elif isinstance(value, dict):
         found += tensors_of(list(value.values()))
     return found
 

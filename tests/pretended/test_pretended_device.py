@@ -198,6 +198,16 @@ def test_backward_is_counted(pretended_gpu: Card) -> None:
     assert counts.by_operation["mm"] == 1
 
 
+def test_ranges_for_a_profiler_pass(pretended_gpu: Card) -> None:
+    """Optimizers name theirs by an object of TorchScript, whose truth cannot be asked for."""
+    parameter = nn.Parameter(ones(2))
+    parameter.grad = ones(2)
+    torch.optim.Adam([parameter], lr=0.5).step()
+
+    assert parameter.device == GPU
+    assert parameter.tolist() == pytest.approx([0.5, 0.5])
+
+
 WAITS: dict[str, tuple[Callable[[Tensor], object], list[str]]] = {
     "item": (lambda x: x.sum().item(), ["_local_scalar_dense"]),
     "float": (lambda x: float(x.sum()), ["_local_scalar_dense"]),
