@@ -178,6 +178,7 @@ def settings_of_pip(folder: Path) -> list[str]:
     }  # fmt: skip
     written = configparser.ConfigParser()
     written["global"] = found
+    written["install"] = {"compile": "no"}  # too little of it is imported here
     with (folder / "pip.conf").open("w") as file:
         written.write(file)
     here = [value for value in found.values() if value.startswith("/")]

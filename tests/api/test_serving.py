@@ -36,7 +36,7 @@ from storage.keys import KeyStore
 from storage.postmaster import Postmaster
 
 PATIENCE_S = 240.0
-TRIALS = 600  # of a job that is stopped: long enough to be at it still
+TRIALS = 300  # of a job that is stopped: long enough to be at it still
 _TABLES = text("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 

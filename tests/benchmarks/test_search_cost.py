@@ -1,14 +1,13 @@
 """The benchmark of what searches cost runs from end to end, small."""
 
 import json
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search_cost.py"
 SMALL = [
     "--samples", "4", "--context-length", "16", "--confirm-windows", "2", "--report-windows", "2",
     "--evaluations", "4", "--trials", "9", "--finalists", "1",
@@ -16,14 +15,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the script as a user does."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", str(model), *SMALL, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(model: Path, *options: str) -> str:
+    """What the script prints."""
+    main = import_module("search_cost").main
+    words = ["--model", str(model), *SMALL, *options]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture
@@ -36,11 +34,10 @@ def test_all_rows(model_folder: Path, kept: Path) -> None:
     """Every search that was asked for has a row in each table, and its ratio to PHO."""
     methods = ("hill-climb", "cmaes", "tpe", "pho")
     asked = [word for method in methods for word in ("--method", method)]
-    done = run(model_folder, *asked, "--json", str(kept))
-    assert done.returncode == 0, done.stderr
+    printed = run(model_folder, *asked, "--json", str(kept))
     found: dict[str, Any] = json.loads(kept.read_text())
     runs = {r["method"]: r for r in found["runs"]}
-    firsts = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    firsts = [line.split()[0] for line in printed.splitlines() if line.strip()]
 
     assert {m: firsts.count(m) for m in methods} == dict.fromkeys(methods[:3], 3) | {"pho": 2}
     assert {m: r["evaluations"] for m, r in runs.items()} == {
@@ -49,13 +46,12 @@ def test_all_rows(model_folder: Path, kept: Path) -> None:
     assert {*found["ratios"]} == set(methods[:3])
     assert 1 < runs["pho"]["confirmed"] <= 7.5  # 1 finalist, 6 baselines, and half of the dense
     for name in ("dense", "ria-layer", "wall", "sha256", "kernel_sizes", "torch", "cores"):
-        assert name in done.stdout + kept.read_text()
+        assert name in printed + kept.read_text()
 
 
 def test_ratios(model_folder: Path, kept: Path) -> None:
     """The ratios are those of the seconds; calibration and confirmation are PHO's cost, too."""
-    done = run(model_folder, "--json", str(kept))
-    assert done.returncode == 0, done.stderr
+    run(model_folder, "--json", str(kept))
     found = json.loads(kept.read_text())
     climb, pho = found["runs"]
     calibration = found["calibration"]["wall_s"]

@@ -189,18 +189,28 @@ def test_proxies(subject: Subject, pattern: Pattern, path: Path_) -> None:
 
 
 def combinations() -> list[tuple[str, str, str, str]]:
-    """Of steps, for every way that a model is loaded; where one is as others, a few."""
-    few = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
+    """
+    Of steps, for every way that a model is loaded.
 
-    def alike(name: str, pattern: str) -> bool:
-        doubly = name in ("llama-bfloat16-streamed", "llama-two-cards")
-        return doubly or (name != "llama" and pattern != "2:4 row")
+    All of them on one card, at a ratio by layer and at N:M; a few by row. Where a model is another
+    or lies elsewhere, each step once at N:M; where it is alike in both, a few.
+    """
+    few = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
+    once = few | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
+    alike = ("llama-bfloat16-streamed", "llama-two-cards")
+
+    def wanted(name: str, pattern: str, steps: tuple[str, str]) -> bool:
+        if name == "llama":
+            return steps in few or pattern != "0.5 row"
+        if pattern != "2:4 row":
+            return steps == ("swaps", "obs")
+        return steps in (few if name in alike else once)
 
     return [
-        (name, pattern, repruning, update)
+        (name, pattern, *steps)
         for name, pattern in product(SUBJECTS, ("0.5 row", "0.5 layer", "2:4 row"))
-        for repruning, update in AFTERWARDS
-        if (repruning, update) in few or not alike(name, pattern)
+        for steps in AFTERWARDS
+        if wanted(name, pattern, steps)
     ]
 
 
@@ -218,7 +228,8 @@ def test_steps(
     quick = partial(permute_for_error, sweeps=1, rounds=1)  # of several that are alike
     monkeypatch.setattr("pho_service.pruning.steps.permute_for_error", quick)
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
-    for permutation in PERMUTATIONS if parsed.group else PERMUTATIONS[:1]:
+    permutations = PERMUTATIONS if parsed.group else PERMUTATIONS[:1]
+    for permutation in permutations if name == "llama" else permutations[-1:]:
         steps = Steps(permutation=permutation, repruning=repruning, update=update)
         candidate = Candidate(method="x", coefficients=CREPE, pattern=parsed, steps=steps)
         statistics = subject.bundle.statistics()
