@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pho_service.interface.measured import evaluate as evaluate
     from pho_service.interface.objective import configuration as configuration
     from pho_service.interface.objective import objective as objective
+    from pho_service.interface.packed import load_packed as load_packed
+    from pho_service.interface.packed import pack as pack
+    from pho_service.interface.packed import unpack as unpack
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
     from pho_service.models.bundle_file import read_bundle as read_bundle
@@ -38,12 +41,15 @@ _HOME = {
     "configuration": "interface.objective",
     "evaluate": "interface.measured",
     "load_model": "models.loading",
+    "load_packed": "interface.packed",
     "objective": "interface.objective",
+    "pack": "interface.packed",
     "prune": "interface.pruned",
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
     "save": "interface.pruned",
     "search": "interface.found",
+    "unpack": "interface.packed",
     "write_configuration": "spec.configuration",
 }
 
@@ -58,12 +64,15 @@ __all__ = [
     "configuration",
     "evaluate",
     "load_model",
+    "load_packed",
     "objective",
+    "pack",
     "prune",
     "read_bundle",
     "read_configuration",
     "save",
     "search",
+    "unpack",
     "write_configuration",
 ]
 

@@ -15,6 +15,8 @@ LOCAL_VERBS = {
     "calibrate": ("calibrate", "Run a model once over a text and write its proxy bundle."),
     "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
     "prune": ("prune", "Prune a model with a configuration and save it."),
+    "pack": ("pack", "Make a model folder smaller, without losing a bit."),
+    "unpack": ("pack", "Make the folder again that was packed."),
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),

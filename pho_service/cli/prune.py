@@ -77,7 +77,8 @@ if TYPE_CHECKING:
     "--check",
     "check_path",
     type=click.Path(),
-    help="Check a pruned folder instead; with MODEL, the dense original, also what stayed.",
+    help="Check a pruned folder instead, or a packed one; with MODEL, the dense original, also "
+    "what stayed.",
 )
 @device_options
 @json_option
@@ -318,13 +319,15 @@ def _inputs(
 def _check(folder: Path, original: str | None, as_json: bool, options: ModelOptions) -> None:
     from dataclasses import asdict
 
+    from pho_service.models.packed_file import small_files
     from pho_service.models.recipe_file import read_recipe
     from pho_service.pipeline.check import check_folder
 
     loaded = None
     if original is not None:
         if options.dtype == "auto":  # the hash of the original's weights depends on it
-            options = replace(options, dtype=read_recipe(folder).model.dtype)
+            with small_files(folder) as small:
+                options = replace(options, dtype=read_recipe(small).model.dtype)
         loaded = open_model(original, options)
     checks = check_folder(folder, original=loaded, progress=progress)
     if as_json:

@@ -130,12 +130,12 @@ def _placed(name: str, source: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub id has no more than one slash, and no .gguf."""
+    """Whether a name can only be a path: a hub id has no more than one slash, and no suffix."""
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
         or "\\" in name
-        or name.endswith((".gguf", ".safetensors"))
+        or name.endswith((".gguf", ".safetensors", ".pho"))
     )
 
 

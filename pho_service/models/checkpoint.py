@@ -23,11 +23,13 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from pho_service.errors import InvalidInput, ModelError
+from pho_service.errors import InvalidInput, ModelError, PhoError
 from pho_service.host.access import is_path
 from pho_service.host.faults import device_is_lost, ran_out_of_memory
 from pho_service.host.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.gguf_header import gguf_read_once
+from pho_service.models.packed_file import SUFFIX, is_packed
+from pho_service.models.packed_model import PackedModel
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -41,11 +43,13 @@ class Checkpoint:
         name: As the user gave it.
         source: The same as transformers' arguments.
         is_gguf: Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
+        packed: The packed model that it is, if it is one; ``source`` is then its small files.
     """
 
     name: str
     source: dict[str, str]
     is_gguf: bool = False
+    packed: PackedModel | None = None
 
     @property
     def revision(self) -> str | None:
@@ -109,16 +113,22 @@ class Checkpoint:
         """
         if self.is_gguf:
             extra["quantization_config"] = GgufConfig(dequantize=True)
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        loaded: Any
         with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
-            loaded: Any = reader.from_pretrained(
-                **self.source,
-                **extra,
-                use_safetensors=None if self.is_gguf else True,
-                trust_remote_code=False,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+            if self.packed is not None:
+                loaded = self.packed.read(self.config(), wanted, **extra)
+            else:
+                loaded = reader.from_pretrained(
+                    **self.source,
+                    **extra,
+                    use_safetensors=None if self.is_gguf else True,
+                    trust_remote_code=False,
+                    dtype=wanted,
+                    output_loading_info=True,
+                )
+            tokenizer: Any = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+            tokenizer.packed_model = self.packed  # some save what they find in its folder
         model, info = loaded  # as output_loading_info asks for
         missing = sorted(info["missing_keys"])
         if missing:  # transformers has filled them with random numbers
@@ -132,7 +142,7 @@ class Checkpoint:
 
 def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     """
-    Find a model by hub id, local folder or .gguf file, and check what its files name.
+    Find a model by hub id, local folder, .gguf or packed file, and check what its files name.
 
     Raises:
         InvalidInput: A revision of what is local, or a file that names another outside the folder.
@@ -159,8 +169,12 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
             check_names(beside)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return Checkpoint(name=name, source=source, is_gguf=True)
+    if is_packed(path):
+        packed = PackedModel(path)
+        source = {"pretrained_model_name_or_path": str(packed.folder)}
+        return Checkpoint(name=name, source=source, packed=packed)
     if not path.is_dir():
-        raise ModelError(f"{name} is neither a folder nor a .gguf file.")
+        raise ModelError(f"{name} is neither a folder nor a .gguf or {SUFFIX} file.")
     _check_folder(path)
     check_model_folder(path)
     return Checkpoint(name=name, source={"pretrained_model_name_or_path": str(path)})
@@ -229,7 +243,7 @@ def loading_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises a dozen unrelated types here
-        if ran_out_of_memory(error) or device_is_lost(error):
+        if isinstance(error, PhoError) or ran_out_of_memory(error) or device_is_lost(error):
             raise
         raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
 

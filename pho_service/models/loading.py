@@ -1,5 +1,5 @@
 """
-Open a model by hub id, local folder or .gguf file. Never runs remote code, never unpickles weights.
+Open a model by hub id, folder, .gguf or packed file. Never runs remote code or unpickles weights.
 """
 
 import gc
@@ -211,7 +211,7 @@ def load_model(
     Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name: Hub id, folder with a config and safetensors, or .gguf file.
+        name: Hub id, folder with a config and safetensors, .gguf file, or what `pho pack` wrote.
         revision: Branch, tag or commit; hub ids only.
         device: ``auto`` takes a GPU if torch sees one.
         dtype: ``auto`` is the stored one on a GPU and float32 on the CPU. A
@@ -225,7 +225,7 @@ def load_model(
             weights, or an architecture that cannot be pruned as a whole.
         NumericalError: A weight is NaN or infinite.
         InvalidInput: An unknown device, dtype or device map, or a model that cannot be
-            streamed: GGUF, weights that transformers converts when it reads
+            streamed: GGUF, a packed one, weights that transformers converts when it reads
             them (those of experts in the usual layout are kept apart instead), or
             another dtype than the stored one.
     """
@@ -286,6 +286,11 @@ def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:
         raise InvalidInput(
             f"{checkpoint.name} cannot be streamed: GGUF is dequantised into memory when it is "
             "read. Load it without streaming, or give the safetensors folder that it was made from."
+        )
+    if checkpoint.packed is not None:
+        raise InvalidInput(
+            f"{checkpoint.name} cannot be streamed: its weights are packed. Unpack it with "
+            "`pho unpack`, and give the folder; or load it without streaming."
         )
     config, stored = checkpoint.config(), checkpoint.stored_names()
     with loading_errors(checkpoint.name):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
+from pho_service.models.packed_file import small_files
 from pho_service.models.recipe_file import (
     Folded,
     LayerRecord,
@@ -56,7 +57,7 @@ def check_folder(
     and a recipe or masks of another model end the report: one fault is told once.
 
     Args:
-        folder: As ``pho prune`` writes it.
+        folder: As ``pho prune`` writes it, or as ``pho pack`` has packed that.
         original: The model that was pruned, in the dtype that it was pruned
             in (``read_recipe(folder).model.dtype``). None leaves out whether
             what stayed was left alone.
@@ -72,13 +73,21 @@ def check_folder(
         NumericalError: A weight is NaN or infinite.
     """
     folder = folder.expanduser()
-    document = recipe_document(folder)
+    with small_files(folder, MASKS) as small:
+        return _check_files(folder, small, original, progress)
+
+
+def _check_files(
+    folder: Path, small: Path, original: LanguageModel | None, progress: Progress
+) -> list[Check]:
+    """The same, when the files beside the weights lie in the folder ``small``."""
+    document = recipe_document(small)
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         return [_check("recipe", [reasons(error)], "")]
-    masks = read_masks(folder / MASKS)
-    model = load_model(str(folder), device="cpu", dtype=_saved_dtype(folder))
+    masks = read_masks(small / MASKS)
+    model = load_model(str(folder), device="cpu", dtype=_saved_dtype(small))
     recipe_check = _check(
         "recipe", _recipe_problems(recipe, model.linears), f"complete, {_linears(recipe)}"
     )
