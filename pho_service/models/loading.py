@@ -260,6 +260,7 @@ def load_model(
             model.config.__dict__.pop(leftover, None)
     if stream:
         _check_mapped(name, model, dtype)
+    converted = checkpoint.is_gguf and dtype != "auto"  # what is stored cannot be written again
     model.eval()
     linears = prunable_linears(model)
     check_weights(linears)
@@ -269,7 +270,7 @@ def load_model(
         revision=checkpoint.revision,
         model=model,
         tokenizer=tokenizer,
-        stored_dtype=checkpoint.stored_dtype() or model.dtype,
+        stored_dtype=(None if converted else checkpoint.stored_dtype()) or model.dtype,
         linears=linears,
         streamed_to=target if stream else None,
     )

@@ -109,7 +109,7 @@ def _weight_files(folder: Path, packed: PackedFile) -> list[str]:
 
 
 class _Unread:
-    """What transformers takes for a slice of a file: the tensor is unpacked when it is asked for."""
+    """What transformers takes for a slice of a file: unpacked when it is asked for."""
 
     def __init__(self, packed: PackedFile, stored: StoredTensor) -> None:
         self._packed = packed

@@ -30,8 +30,9 @@ from pho_service.models.packed_file import (
 from pho_service.models.safetensors_layout import Span, read_header, spans_of
 from pho_service.progress import Progress, silent
 
-# Higher levels look for repetitions, which weights do not have, and find exponents less well.
-_LEVEL = 1
+# Weights have no repetitions. With next to no table to look for them in, zstd only gives frequent
+# bytes short codes, which is faster, and makes exponents a tenth smaller than its usual levels do.
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, min_match=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +114,16 @@ def _write_archive(
         for name in others:
             with (folder / name).open("rb") as file, _entry(archive, name, ZIP_DEFLATED) as entry:
                 shutil.copyfileobj(file, entry)
+        contents: dict[str, list[dict[str, str]]] = {}
         with ExitStack() as stack:
-            files = [_Source.of(n, stack.enter_context((folder / n).open("rb"))) for n in weights]
-            places = {place.span.name: place for file in reversed(files) for place in file.places}
-            contents = {}
-            with progress("Packing", sum(len(file.places) for file in files)) as advance:
-                for file in files:
-                    with _entry(archive, f"{file.name}/header", ZIP_DEFLATED) as entry:
-                        entry.write(file.header)
-                    records = contents[file.name] = []
-                    for place in file.places:
+            sources = [_Source.of(n, stack.enter_context((folder / n).open("rb"))) for n in weights]
+            places = {p.span.name: p for source in reversed(sources) for p in source.places}
+            with progress("Packing", sum(len(source.places) for source in sources)) as advance:
+                for source in sources:
+                    with _entry(archive, f"{source.name}/header", ZIP_DEFLATED) as entry:
+                        entry.write(source.header)
+                    records = contents[source.name] = []
+                    for place in source.places:
                         records.append(_write_tensor(archive, place, _like(place.span, places)))
                         advance(1)
         document = {"format": FORMAT, "version": VERSION, "weights": contents}
@@ -225,13 +226,15 @@ def _write_tensor(archive: ZipFile, place: _Place, like: _Place | None) -> dict[
     """Write a tensor's streams; returns what is to be known of it."""
     digest = hashlib.sha256()
     numbers = range(place.layout.streams)
-    compressors = [zstandard.ZstdCompressor(level=_LEVEL).compressobj() for _ in numbers]
+    compressors = [
+        zstandard.ZstdCompressor(compression_params=_PARAMETERS).compressobj() for _ in numbers
+    ]
     streams = [BytesIO() for _ in numbers]  # an archive takes one entry at a time
     known = like.bits() if like else b""
     done = 0
     for data in place.chunks():
         digest.update(data)
-        taken = difference(data, known[done : done + len(data)]) if like else data
+        taken = difference(data, known[done : done + len(data)]).tobytes() if like else data
         done += len(data)
         for part, compressor, stream in zip(
             place.layout.split(taken), compressors, streams, strict=True

@@ -3,7 +3,6 @@ Check a pruned folder against its own recipe and masks, and against the model th
 """
 
 import json
-import warnings
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from pho_service.models.recipe_file import (
     reasons,
     recipe_document,
 )
+from pho_service.pipeline.recipe_problems import mask_problems, recipe_problems
 from pho_service.progress import Progress, silent
-from pho_service.pruning.statistics import PrunableLinear
+from pho_service.pruning.semi_structured import to_semi_structured
 
 TOLERANCE = 1e-6  # of a sparsity: a float32 mean rounds
 _NOT_CHECKED = "not checked: "
@@ -89,12 +89,12 @@ def _check_files(
     masks = read_masks(small / MASKS)
     model = load_model(str(folder), device="cpu", dtype=_saved_dtype(small))
     recipe_check = _check(
-        "recipe", _recipe_problems(recipe, model.linears), f"complete, {_linears(recipe)}"
+        "recipe", recipe_problems(recipe, model.linears), f"complete, {_linears(recipe)}"
     )
     if not recipe_check.passed:
         return [recipe_check]
     pruned = {name: each for name, each in model.linears.items() if name in recipe.layers}
-    problems = _mask_problems(masks, pruned)
+    problems = mask_problems(masks, pruned)
     if problems:
         return [recipe_check, _check("masks", problems, "")]
     return [recipe_check, *_check_weights(recipe, masks, model, original, progress)]
@@ -113,48 +113,6 @@ def _saved_dtype(folder: Path) -> str:
 def _linears(recipe: Recipe) -> str:
     dense = f", {len(recipe.dense)} of them dense" if recipe.dense else ""
     return f"{len(recipe.layers) + len(recipe.dense)} linears{dense}"
-
-
-def _recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> list[str]:
-    """What of a recipe cannot be true of a model with these linears."""
-    said = [*recipe.layers, *recipe.dense]
-    problems = [f"{name} is not in it" for name in linears if name not in {*said}]
-    problems += [f"the model has no {name}" for name in said if name not in linears]
-    problems += [f"{name} is both pruned and dense" for name in recipe.dense.keys() & recipe.layers]
-    if ":" in recipe.configuration.pattern:
-        problems += [
-            f"{name} has no groups, but the pattern is {recipe.configuration.pattern}"
-            for name, record in recipe.layers.items()
-            if record.group is None
-        ]
-    seen: set[tuple[str, int]] = set()
-    for folded in recipe.folded:
-        # What reads the channels has them in dimension 1, what writes them in dimension 0.
-        for name, dim in [(folded.reader, 1), *((writer, 0) for writer in folded.writers)]:
-            if name not in linears:
-                problems.append(f"folded {name} is no linear of the model")
-            elif (name, dim) in seen:
-                problems.append(f"{name} is folded twice")
-            elif sorted(folded.order) != list(range(linears[name].weight.shape[dim])):
-                problems.append(
-                    f"the order folded into {name} is no permutation of its "
-                    f"{linears[name].weight.shape[dim]} channels"
-                )
-            seen.add((name, dim))
-    return problems
-
-
-def _mask_problems(masks: MaskFile, linears: Mapping[str, PrunableLinear]) -> list[str]:
-    """Why masks cannot be those of a model with these linears."""
-    problems = [f"{name} has no mask" for name in linears if name not in masks.shapes]
-    for name, shape in masks.shapes.items():
-        if name not in linears:
-            problems.append(f"{name} has a mask, but is not a pruned linear of the model")
-        elif shape != tuple(linears[name].weight.shape):
-            problems.append(
-                f"{name} has the shape {tuple(linears[name].weight.shape)}, its mask {shape}"
-            )
-    return problems
 
 
 class _Report:
@@ -388,9 +346,7 @@ def _check_semi_structured(report: _Report, name: str, weight: Tensor) -> None:
         weight = weight.bfloat16()  # torch's format for float32 is 1:2
     weight = weight.cuda().contiguous()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is a prototype
-            dense = torch.sparse.to_sparse_semi_structured(weight).to_dense()
+        dense = to_semi_structured(weight).to_dense()
     except RuntimeError as error:  # a shape that the kernels do not take, or no kernels
         report.refused.append(f"{name}: {error}")
     else:
