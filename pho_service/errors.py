@@ -9,6 +9,7 @@ Everything that a user can do wrong, or that the world can do to a user.
     ├── BundleError           a proxy bundle is broken, or belongs to another model
     ├── ConfigurationError    a configuration file is broken, or of another format version
     ├── StudyError            a stored study contradicts the search that wants to go on with it
+    ├── TargetMissed          no sparsity is as good as was asked for
     ├── ChangedInput          a model, a text or a bundle changed while a job was working on it
     ├── OutputError           a result cannot be written
     ├── OutOfMemory           a GPU's memory, or the machine's, was not enough
@@ -74,6 +75,10 @@ class NumericalError(PhoError):
 
 class BundleError(PhoError):
     """A proxy bundle is unreadable, of another format version, or of another model."""
+
+
+class TargetMissed(PhoError):
+    """No sparsity that may be tried is within the target of a search."""
 
 
 class ChangedInput(PhoError):

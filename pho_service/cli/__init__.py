@@ -14,6 +14,7 @@ LOCAL_VERBS = {
     ),
     "calibrate": ("calibrate", "Run a model once over a text and write its proxy bundle."),
     "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
+    "curve": ("curve", "Show how good a model still is at each of several sparsities."),
     "prune": ("prune", "Prune a model with a configuration and save it."),
     "pack": ("pack", "Make a model folder smaller, without losing a bit."),
     "unpack": ("pack", "Make the folder again that was packed."),

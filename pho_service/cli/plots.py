@@ -49,6 +49,13 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
     _write(path, page(title, [transfer_section(records)]))
 
 
+def plot_curve(document: dict[str, Any], path: Path) -> None:
+    """Write a page with perplexity against sparsity, and the table of the points."""
+    from pho_service.report.curve import curve_page
+
+    _write(path, curve_page(document))
+
+
 def _write(path: Path, text: str) -> None:
     from pho_service.host.files import new_file
 

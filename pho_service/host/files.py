@@ -3,6 +3,7 @@ Write files and folders whole or not at all.
 """
 
 import errno
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,17 @@ def new_file(path: Path) -> Iterator[Path]:
         partial = Path(folder) / path.name
         yield partial
         partial.replace(path)
+
+
+def write_json(path: Path, document: object) -> None:
+    """
+    Write JSON values as they are read best.
+
+    Raises:
+        OutputError: As :func:`new_file`.
+    """
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

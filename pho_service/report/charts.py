@@ -86,7 +86,7 @@ def history_chart(report: Report) -> Chart | None:
         f"{first.number}; the first trial had {best[0]:.6g}. "
         + ("Higher" if report.maximised else "Lower")
         + " is better.",
-        figure=_json(
+        figure=as_json(
             figure,
             x="trial",
             y=escape(report.objective),
@@ -119,7 +119,7 @@ def importance_chart(report: Report) -> Chart | None:
         text=f"Most important is the {_words(first)}, with {report.importance[first]:.0%}: how "
         "much each parameter decides whether a candidate is among the best tenth (PED-ANOVA). "
         "The table has all.",
-        figure=_json(figure, x="importance", y="", height=60 + 44 * len(names)),
+        figure=as_json(figure, x="importance", y="", height=60 + 44 * len(names)),
     )
 
 
@@ -155,7 +155,7 @@ def confirmed_chart(report: Report) -> Chart | None:
         title="Proxy against perplexity",
         text=f"{len(measured)} candidates have a perplexity: from {best.perplexity:.5g} "
         f"({_named(best)}) to {worst.perplexity:.5g} ({_named(worst)}).",
-        figure=_json(figure, x=escape(report.objective), y="perplexity"),
+        figure=as_json(figure, x=escape(report.objective), y="perplexity"),
     )
 
 
@@ -226,7 +226,7 @@ def transfer_chart(
         title=f"By {what}, on each model",
         text=f"Bars of the {what} by method, for {len(rows)} "
         f"{'model' if len(rows) == 1 else 'models'}; lower is better. The table has the numbers.",
-        figure=_json(figure, x="", y=what),
+        figure=as_json(figure, x="", y=what),
     )
 
 
@@ -257,7 +257,7 @@ def validation_charts(
             marker={"color": BLUE, "size": 7},
             hovertemplate="proxy %{x:.6g}, perplexity %{y:.5g}<extra></extra>",
         )
-        document = _json(figure, x="proxy", y="perplexity", log_y=True)
+        document = as_json(figure, x="proxy", y="perplexity", log_y=True)
         if min(values) > 0 and name != "gini":  # Gini is a share
             document["layout"]["xaxis"] |= {"type": "log", "tickformat": "~g"}
         charts.append(
@@ -295,7 +295,7 @@ def timings_chart(seconds: Mapping[str, float]) -> Chart | None:
         title="Seconds of work by stage",
         text=f"{sum(seconds.values()):.3g} s in all, most of it in {longest}. The table has the "
         "numbers.",
-        figure=_json(figure, x="seconds", y="", height=60 + 44 * len(names)),
+        figure=as_json(figure, x="seconds", y="", height=60 + 44 * len(names)),
     )
 
 
@@ -332,7 +332,7 @@ def _heat_map(cells: Sequence[LayerCell], what: Literal["error", "sparsity"]) ->
     )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category", nticks=10)
-    return _json(figure, x="block", y="", height=150 + 30 * len(kinds))
+    return as_json(figure, x="block", y="", height=150 + 30 * len(kinds))
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -360,7 +360,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _json(
+def as_json(
     figure: "go.Figure", *, x: str, y: str, height: int = 380, log_y: bool = False
 ) -> dict[str, Any]:
     """A figure in the looks of the page: readable on a phone, nothing that moves when touched."""

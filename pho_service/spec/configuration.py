@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.host.files import new_file
+from pho_service.host.files import write_json
 from pho_service.host.plain import shown as shown
 from pho_service.spec.baselines import baseline
 from pho_service.spec.candidate import Candidate
@@ -164,9 +164,7 @@ def write_configuration(configuration: Configuration, path: str | Path) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    with new_file(Path(path)) as partial:
-        text = json.dumps(configuration.model_dump(mode="json"), indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_json(Path(path), configuration.model_dump(mode="json"))
 
 
 def read_configuration(path: str | Path) -> Configuration:

@@ -1,0 +1,253 @@
+"""`pho curve`."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.options import (
+    ModelOptions,
+    confirm_text,
+    device_options,
+    is_bundle,
+    json_option,
+    open_bundle,
+    open_model,
+    read_calibration_text,
+    text_source,
+)
+from pho_service.cli.terminal import print_json, print_table, progress, say, tell, verb
+from pho_service.errors import InvalidInput, OutputError, TextError
+from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
+from pho_service.spec.pattern import Pattern
+
+if TYPE_CHECKING:
+    from pho_service.pipeline.curve import CurvePoint, CurvePoints
+    from pho_service.pipeline.rating import Subject
+    from pho_service.spec.job import JobSpec
+    from pho_service.tuning.request import SearchRequest
+
+
+@click.command(
+    cls=DocumentCommand,
+    fields=(
+        "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
+        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "trials",
+        "corrections", "seed", "revision", "dtype", "stream",
+    ),
+)  # fmt: skip
+@click.argument("model")
+@click.option(
+    "--patterns",
+    required=True,
+    help="What to search at: shares of weights to remove and N:M, with commas between. The scope "
+    "is of the shares.",
+)
+@click.option(
+    "--study",
+    default="sqlite:///study.db",
+    show_default=True,
+    help="Database of the Optuna studies; an interrupted curve goes on from it.",
+)
+@click.option(
+    "--out",
+    default="curve",
+    show_default=True,
+    type=click.Path(),
+    help="Folder for the plot, the table and the configurations.",
+)
+@device_options
+@json_option
+@verb
+def curve(
+    model: str,
+    given: Given,
+    patterns: str,
+    study: str,
+    out: str,
+    device: str,
+    device_map: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Show how good MODEL still is at each of several sparsities.
+
+    MODEL is calibrated once, and searched at each pattern. The table and the
+    plot have the perplexity of what was found, of Wanda and RIA, and of the
+    dense model, all on the same windows, with what each point took. --out
+    gets the plot (curve.html), the table (curve.json) and the configuration of
+    each point (0.5.json, 2-4.json) for `pho prune`. Two candidates of each
+    pattern are confirmed beside the baselines unless --finalists says more.
+
+    A study of sparsity and objective holds the trials of all points:
+    optuna-dashboard draws its Pareto front. Interrupted and started again with
+    the same options, a curve goes on where it was; the study of a pattern is
+    that of `pho search` with the same options.
+
+    \b
+    Example:
+      pho curve HuggingFaceTB/SmolLM2-135M --text book.txt \\
+          --patterns 0.3,0.4,0.5,0.6,0.7,2:4,4:8
+    """
+    from pho_service.pipeline.curve import curve_document, find_points
+    from pho_service.pipeline.studies import check_study_url
+
+    check_study_url(study)
+    asked = curve_patterns(patterns.split(","), given("scope"))
+    specs = [point_spec(model, given, each) for each in asked]
+    requests = [spec.request(0) for spec in specs]
+    folder = _folder(out)
+    opened = OpenedCurve.of(specs[0], given, requests, ModelOptions.of(given, device, device_map))
+    with opened.points(study, requests) as (points, pareto):
+        found = find_points(points, requests)
+    document = curve_document(
+        found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
+    )
+    _write(folder, document)
+    for warning in _warnings(found):
+        say(f"Note: {warning}")
+    if as_json:
+        print_json({**document, "out": str(folder)})
+        return
+    show_points(found)
+    tell(f"written      {folder}: curve.html, curve.json, and a configuration for each point")
+    tell(f"study        {pareto!r} has the Pareto front; browse it with: optuna-dashboard {study}")
+
+
+def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
+    """The document of one point's search."""
+    scope = {} if pattern.group else {"scope": pattern.scope.value}
+    document = given.document({"model": model, "confirm": {"candidates": CURVE_FINALISTS}})
+    document.pop("scope", None)
+    return given.job({**document, "pattern": str(pattern), **scope})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedCurve:
+    """
+    A model that is loaded and calibrated for several searches.
+
+    Attributes:
+        subject: It, with the text that all is confirmed on.
+        seconds: Of the calibration; None if it was in the cache.
+    """
+
+    subject: "Subject"
+    seconds: float | None
+
+    @classmethod
+    def of(
+        cls,
+        spec: "JobSpec",
+        given: Given,
+        requests: "Sequence[SearchRequest]",
+        options: ModelOptions,
+    ) -> "OpenedCurve":
+        """
+        Load, see that all patterns fit, and calibrate.
+
+        Raises:
+            InvalidInput: The model is a bundle, or a pattern does not fit it.
+            TextError: There is no text to confirm on.
+        """
+        from pho_service.host.settings import Settings
+        from pho_service.pipeline.bundles import bundle_path
+        from pho_service.pipeline.curve import check_patterns
+        from pho_service.pipeline.rating import Subject
+
+        if is_bundle(spec.model):
+            raise InvalidInput(
+                f"{spec.model} is a bundle: each point is measured by perplexity, which needs the "
+                "model. Give the model instead; its calibration is taken from the cache."
+            )
+        assert spec.confirm is not None  # there is no option for that
+        source, settings = text_source(spec.calibration), given.calibration().settings()
+        model = open_model(spec.model, options)
+        check_patterns(model, [each.pattern for each in requests], requests[0].steps.linears)
+        text = read_calibration_text(model, source, settings)
+        confirm = confirm_text(model, text, spec.confirm.text, settings, spec.confirm.windows)
+        if confirm is None:
+            raise TextError("there is no text to confirm on. Give --confirm-text or a longer text.")
+        kept = bundle_path(Settings().cache_dir, text.bundle_key).is_file()
+        started = time.monotonic()
+        bundle = open_bundle(model, text, settings)
+        return cls(
+            subject=Subject(model=model, bundle=bundle, text=confirm, calibration=text.calibration),
+            seconds=None if kept else round(time.monotonic() - started, 3),
+        )
+
+    @contextmanager
+    def points(
+        self, study: str, requests: "Sequence[SearchRequest]"
+    ) -> "Iterator[tuple[CurvePoints, str]]":
+        """What finds the points, and the name of the study that has the trials of all of them."""
+        from pho_service.pipeline.curve import CurvePoints, opened_pareto
+        from pho_service.pipeline.search import opened_study
+
+        subject = self.subject
+        with opened_pareto(study, requests, subject) as pareto:
+            yield (
+                CurvePoints(
+                    subject,
+                    lambda request: opened_study(study, request, subject.bundle, subject.text),
+                    pareto=pareto,
+                    device=str(subject.model.device),
+                    progress=progress,
+                ),
+                pareto.study_name,
+            )
+
+
+def show_points(points: "Sequence[CurvePoint]") -> None:
+    """The table of a curve."""
+    text = points[0].result.configuration.confirmation
+    assert text is not None
+    print_table(
+        f"Perplexity at each sparsity; the dense model has {points[0].dense:.4f}",
+        ("pattern", "scope", "found", "rise", "Wanda", "RIA", "proxy", "trials", "seconds"),
+        [
+            (
+                each.pattern, each.scope, f"{each.perplexity:.4f}", f"{each.rise:+.1%}",
+                f"{each.wanda:.4f}", f"{each.ria:.4f}", f"{each.proxy:.6g}", each.trials,
+                f"{each.seconds:.1f}",
+            )
+            for each in points
+        ],
+        caption=f"{text.tokens} tokens of {text.text['source']}; what was found was chosen on "
+        "them. Seconds without the calibration.",
+    )  # fmt: skip
+
+
+def _warnings(points: "Sequence[CurvePoint]") -> list[str]:
+    """Of all searches, each with its patterns."""
+    by_text: dict[str, list[str]] = {}
+    for each in points:
+        for warning in each.result.warnings:
+            by_text.setdefault(warning, []).append(each.pattern)
+    return [f"({', '.join(patterns)}) {text}" for text, patterns in by_text.items()]
+
+
+def _folder(name: str) -> Path:
+    """The folder for all results, made before any long work."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {name} cannot be made: {error.strerror}.") from error
+    return folder
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    """The plot, the table, and the configuration of each point."""
+    from pho_service.cli.plots import plot_curve
+    from pho_service.host.files import write_json
+
+    write_json(folder / "curve.json", document)
+    plot_curve(document, folder / "curve.html")
+    for point in document["points"]:
+        write_json(folder / f"{point['pattern'].replace(':', '-')}.json", point["configuration"])

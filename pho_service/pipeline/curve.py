@@ -1,0 +1,291 @@
+"""
+One calibration, a search for each pattern: how good a model still is at each sparsity.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+
+from pho_service.errors import StudyError
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.rating import Subject, rate_pruned
+from pho_service.pipeline.search import name_of_study, search_job
+from pho_service.progress import Advance, Progress, silent
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.linears import Linears
+from pho_service.spec.pattern import Pattern
+from pho_service.tuning.pareto import add_point, pareto_name, pareto_study
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
+from storage.studies import StorageError, open_storage
+
+FORMAT = "pho-curve"
+_REFERENCES, _TIME = "references", "curve_time"  # user attributes of a study
+
+# Opens the study of a search, which may hold a part of it already.
+Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """
+    What a model is worth at one sparsity.
+
+    Attributes:
+        pattern: As text.
+        scope: Where weights compete.
+        sparsity: The share of the weights that the pattern removes.
+        perplexity: Of the best that was found, as it was confirmed.
+        dense: Of the dense model, on the same windows.
+        wanda, ria: Of the published methods, on the same windows.
+        proxy: The objective's value of the best.
+        trials: Of its search.
+        seconds: What search, confirmation and published methods took, interruptions left out.
+        result: Of the search.
+    """
+
+    pattern: str
+    scope: str
+    sparsity: float
+    perplexity: float
+    dense: float
+    wanda: float
+    ria: float
+    proxy: float
+    trials: int
+    seconds: float
+    result: SearchResult
+
+    @property
+    def rise(self) -> float:
+        """Of the perplexity over the dense model's, as a share of that."""
+        return self.perplexity / self.dense - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, the configuration among them."""
+        names = (
+            "pattern", "scope", "sparsity", "perplexity", "rise", "dense", "wanda", "ria", "proxy",
+            "trials", "seconds",
+        )  # fmt: skip
+        return {
+            **{name: getattr(self, name) for name in names},
+            "study": self.result.study_name,
+            "configuration": self.result.configuration.model_dump(mode="json"),
+            "warnings": self.result.warnings,
+        }
+
+
+class CurvePoints:
+    """
+    Finds points one after the other; what the studies hold is not done again.
+
+    Args:
+        subject: The model, its bundle, and the text that all perplexities are of.
+        record: Opens the study of a search.
+        pareto: Study of (sparsity, objective) that takes the trials of each point.
+        device: For the proxy.
+        progress: Is told of each long step of each point.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        record: Record,
+        *,
+        pareto: optuna.Study | None = None,
+        device: str = "cpu",
+        progress: Progress = silent,
+    ) -> None:
+        self._subject, self._record, self._pareto = subject, record, pareto
+        self._device, self._progress = device, progress
+        self._dense: float | None = None
+
+    def find(self, request: SearchRequest, title: str) -> CurvePoint:
+        """
+        Search, confirm, and measure the published methods beside.
+
+        Args:
+            request: Of the search, its pattern included.
+            title: Of the point, for whoever is told of the progress.
+
+        Raises:
+            InvalidInput, NumericalError, StudyError: As :func:`search_job`.
+        """
+        subject, progress = self._subject, _titled(self._progress, title)
+        with self._record(request) as study:
+            with _timed(study, request, subject.text.key) as seconds:
+                result = search_job(
+                    request,
+                    subject.bundle,
+                    study=study,
+                    model=subject.model,
+                    confirm_text=subject.text,
+                    calibration=subject.calibration,
+                    device=self._device,
+                    progress=progress,
+                )
+                references = self._references(study, request, progress)
+            if self._pareto is not None:
+                add_point(self._pareto, study, request.pattern.sparsity, str(request.pattern))
+        found = result.configuration
+        assert found.confirmation is not None  # there is a text
+        return CurvePoint(
+            pattern=found.pattern,
+            scope=request.pattern.scope.value,
+            sparsity=request.pattern.sparsity,
+            perplexity=found.confirmation.perplexity,
+            proxy=found.objective["value"],
+            trials=request.trials,
+            seconds=seconds(),
+            result=result,
+            **references,
+        )
+
+    def _references(
+        self, study: optuna.Study, request: SearchRequest, progress: Progress
+    ) -> dict[str, float]:
+        """The perplexities of the dense model, Wanda and RIA, which the study keeps."""
+        subject, key = self._subject, self._subject.text.key
+        kept = study.user_attrs.get(_REFERENCES, {})
+        if kept.get("text_sha256") == key:
+            found = {name: float(kept[name]) for name in ("dense", "wanda", "ria")}
+            self._dense = found["dense"]
+            return found
+        windows = subject.text.windows
+        methods = reference_methods(request.pattern, request.steps.linears)
+        steps = (len(methods) + (self._dense is None)) * len(windows)
+        with progress("Measuring Wanda and RIA", steps) as advance:
+            if self._dense is None:
+                dense = measure_perplexity(subject.model, windows, advance=advance)
+                self._dense = dense.perplexity
+            found = {"dense": self._dense}
+            for name, candidate in methods.items():
+                rating, _ = rate_pruned(
+                    subject.model, subject.bundle.statistics(), candidate, windows, advance
+                )
+                found[name] = rating.perplexity
+        study.set_user_attr(_REFERENCES, {"text_sha256": key, **found})
+        return found
+
+
+def find_points(points: CurvePoints, requests: Sequence[SearchRequest]) -> list[CurvePoint]:
+    """A point for each request, in their order."""
+    count = len(requests)
+    return [
+        points.find(request, f"{request.pattern}, {number} of {count}")
+        for number, request in enumerate(requests, 1)
+    ]
+
+
+@contextmanager
+def opened_pareto(
+    url: str, requests: Sequence[SearchRequest], subject: Subject
+) -> Iterator[optuna.Study]:
+    """
+    Open the study of (sparsity, objective) that takes the trials of some searches.
+
+    Args:
+        url: Of the database of their studies.
+        requests: Of the searches.
+        subject: What is searched.
+
+    Raises:
+        StudyError: It cannot be opened, or fails in the ``with`` block.
+    """
+    try:
+        with open_storage(url) as storage:
+            yield pareto_of(requests, subject, storage)
+    except StorageError as error:
+        raise StudyError(f"--study {url}: {error}") from error
+
+
+def pareto_of(
+    requests: Sequence[SearchRequest], subject: Subject, storage: BaseStorage | None
+) -> optuna.Study:
+    """The same in a storage that is open, or in memory."""
+    names = [name_of_study(each, subject.bundle, subject.text) for each in requests]
+    model = Path(subject.model.name).name
+    objective = requests[0].objective
+    return pareto_study(pareto_name(model, names), objective.direction, objective.label, storage)
+
+
+def curve_document(
+    points: Sequence[CurvePoint],
+    subject: Subject,
+    *,
+    seconds: float | None,
+    study: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    A curve as JSON values.
+
+    Args:
+        points: Of it.
+        subject: What was searched.
+        seconds: Of the calibration; None if there was one already.
+        study: What is said of the study that has the trials of all points.
+    """
+    text = subject.text
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "model": dict(subject.bundle.provenance.get("model", {})),
+        "dense": points[0].dense,
+        "confirmation": {**text.measured_on(), "text_sha256": text.key},
+        "calibration": {"key": subject.bundle.key, "seconds": seconds},
+        "study": dict(study),
+        "points": [each.to_dict() for each in points],
+    }
+
+
+def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: Linears) -> None:
+    """
+    See before any long work that all patterns fit a model.
+
+    Raises:
+        InvalidInput: N:M does not divide an input width, or what is said of single linears does
+            not fit the model; names the linear.
+    """
+    for pattern in patterns:
+        chosen = linears.choose(list(model.linears), pattern, model=model.name)
+        for name in model.linears:
+            if name in chosen.names:
+                pattern.check_width(model.linears[name].weight.shape[1], name)
+
+
+def _titled(progress: Progress, title: str) -> Progress:
+    def told(step: str, steps: int) -> AbstractContextManager[Advance]:
+        return progress(f"[{title}] {step}", steps)
+
+    return told
+
+
+@contextmanager
+def _timed(
+    study: optuna.Study, request: SearchRequest, text_sha256: str
+) -> Iterator[Callable[[], float]]:
+    """
+    Keep in a study what its point takes; what is interrupted adds up.
+
+    Yields:
+        What gives the seconds, at the end.
+    """
+    of = [request.trials, request.finalists, text_sha256]
+    kept: Mapping[str, Any] = study.user_attrs.get(_TIME, {})
+    done = kept.get("done") == of
+    before, started = float(kept.get("seconds", 0.0)), time.monotonic()
+    taken = before
+    try:
+        yield lambda: round(taken, 3)
+        kept = {"done": of}
+    finally:
+        if not done:
+            taken = before + time.monotonic() - started
+            study.set_user_attr(_TIME, {"done": kept.get("done"), "seconds": taken})

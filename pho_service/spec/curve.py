@@ -1,0 +1,112 @@
+"""
+Several sparsities in one question: the patterns of a curve, and a target that is searched for.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pho_service.errors import InvalidInput
+from pho_service.spec.document import Document
+from pho_service.spec.pattern import Pattern
+
+MOST_PATTERNS = 32
+CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further pattern takes
+STEP, LOWEST, HIGHEST = 0.025, 0.05, 0.95  # of a target's sparsities
+
+
+def curve_patterns(asked: Sequence[str | float | Pattern], scope: str | None) -> list[Pattern]:
+    """
+    Read the patterns of a curve, in the order of their sparsity.
+
+    Args:
+        asked: Each as :meth:`Pattern.parse` takes it, or parsed already.
+        scope: Of ratios; None is their default. N:M has only one.
+
+    Raises:
+        InvalidInput: There are none or too many, one is given twice, or one is not a pattern.
+    """
+    found = [
+        each
+        if isinstance(each, Pattern)
+        else Pattern.parse(str(each).strip(), None if ":" in str(each) else scope)
+        for each in asked
+    ]
+    if not 1 <= len(found) <= MOST_PATTERNS:
+        raise InvalidInput(
+            f"{len(found)} patterns are given, but a curve has 1 to {MOST_PATTERNS}. Give some, "
+            "such as 0.3,0.5,0.7,2:4."
+        )
+    names = [str(each) for each in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidInput(f"the pattern {twice[0]} is given twice. Leave one of them out.")
+    return sorted(found, key=lambda each: (each.sparsity, each.group))
+
+
+class Target(Document):
+    """The highest sparsity is wanted whose perplexity is still within so much of dense."""
+
+    perplexity_rise: float = Field(
+        gt=0,
+        le=10,
+        description="Most that the perplexity may rise, as a share of the dense model's: 0.05 is "
+        "5 %.",
+    )
+    step: float = Field(
+        STEP, ge=0.005, le=0.25, description="Distance of the sparsities that may be the answer."
+    )
+    lowest: float = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
+    highest: float = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
+
+    @model_validator(mode="after")
+    def _has_sparsities(self) -> Self:
+        if self.lowest >= self.highest:
+            raise ValueError(
+                f"lowest={self.lowest:g} is not below highest={self.highest:g}: between them the "
+                "answer is searched for"
+            )
+        return self
+
+    @property
+    def sparsities(self) -> list[float]:
+        """All that may be the answer, lowest first."""
+        count = int((self.highest - self.lowest) / self.step + 1e-9) + 1
+        return [round(self.lowest + i * self.step, 6) for i in range(count)]
+
+    def limit(self, dense: float) -> float:
+        """The highest perplexity that is within the target."""
+        return dense * (1 + self.perplexity_rise)
+
+    def __str__(self) -> str:
+        return f"{self.perplexity_rise * 100:g} % of dense"
+
+
+def parse_rise(text: str, name: str) -> float:
+    """
+    Read ``"5%"`` or ``"0.05"``.
+
+    Args:
+        text: A share.
+        name: Of the option, for messages.
+
+    Raises:
+        InvalidInput: It is no number above 0, or 1 and more without a percent sign.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = float("nan")
+    if rest.strip() or not 0 < value <= 10:
+        raise InvalidInput(
+            f"{name} {text!r} is not a rise of the perplexity above 0 % and up to 1000 %. Write "
+            f"{name} 5% for a perplexity that is at most 5 % above the dense model's."
+        )
+    if not percent and value >= 1:
+        raise InvalidInput(
+            f"{name} {text} would be {value * 100:g} %. Write {name} {text}% or {name} "
+            f"{value * 100:g}%, as it is meant."
+        )
+    return value

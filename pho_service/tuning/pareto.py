@@ -1,0 +1,83 @@
+"""
+The trials of a curve as one study of two objectives: sparsity and what a search minimised.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pho_service.tuning.plan import Direction
+from storage.studies import quiet_optuna
+
+_OF = "of_study"  # user attribute of a trial: where it was searched
+_KEPT = ("method", "coefficients", "steps", "perplexity", "divergence")
+
+
+def pareto_name(model: str, studies: Sequence[str]) -> str:
+    """What the study of a curve is called: the same studies give the same one."""
+    digest = hashlib.sha256(json.dumps(sorted(studies)).encode()).hexdigest()[:10]
+    return f"{model} curve of sparsities {digest}"
+
+
+def pareto_study(
+    name: str, direction: Direction, objective: str, storage: BaseStorage | None
+) -> optuna.Study:
+    """
+    Make or open a study of (sparsity, objective), whose Pareto front optuna-dashboard draws.
+
+    Args:
+        name: Of the study.
+        direction: Of the objective; sparsity is maximised.
+        objective: What it is called.
+        storage: Where; None keeps it in memory.
+    """
+    with quiet_optuna(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["maximize", direction],
+            load_if_exists=True,
+        )  # fmt: skip
+        if study.metric_names is None:
+            study.set_metric_names(["sparsity", objective])
+    return study
+
+
+def add_point(pareto: optuna.Study, study: optuna.Study, sparsity: float, pattern: str) -> None:
+    """
+    Add the trials of a search to the study of its curve; those that are there are left out.
+
+    Args:
+        pareto: Of the curve.
+        study: Of the search.
+        sparsity: Of its pattern.
+        pattern: It, as text.
+    """
+    known = {
+        (trial.user_attrs.get(_OF), trial.user_attrs.get("trial"))
+        for trial in pareto.get_trials(deepcopy=False)
+    }
+    pareto.add_trials(
+        [
+            _point(trial, study.study_name, (sparsity, trial.value), pattern)
+            for trial in study.get_trials(deepcopy=False)
+            if trial.value is not None and (study.study_name, trial.number) not in known
+        ]
+    )
+
+
+def _point(
+    trial: FrozenTrial, study: str, values: tuple[float, float], pattern: str
+) -> FrozenTrial:
+    kept = {name: trial.user_attrs[name] for name in _KEPT if name in trial.user_attrs}
+    point = create_trial(
+        state=TrialState.COMPLETE,
+        values=values,
+        user_attrs={"pattern": pattern, _OF: study, "trial": trial.number, **kept},
+    )
+    point.datetime_start, point.datetime_complete = trial.datetime_start, trial.datetime_complete
+    return point
