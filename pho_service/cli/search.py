@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.cli import warm_start
+from pho_service.cli import within as within_target
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.fields import OF_A_SERVICE
 from pho_service.cli.options import (
@@ -23,6 +24,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.rating import ReportText
     from pho_service.pipeline.search import Bundles
+    from pho_service.pipeline.target import TargetFound
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
@@ -43,7 +46,6 @@ DOCUMENT, WARM = "document", "warm_start_names"
 @click.command(
     cls=DocumentCommand,
     fields=("", *(f"-{path}" for path in OF_A_SERVICE)),
-    required=("pattern",),
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
@@ -53,6 +55,7 @@ DOCUMENT, WARM = "document", "warm_start_names"
     help="Database of the Optuna study; an interrupted search goes on from it.",
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
+@target_options
 @device_options
 @json_option
 @verb
@@ -61,6 +64,10 @@ def search(
     given: Given,
     study: str,
     out: str,
+    within: str | None,
+    step: float | None,
+    lowest: float | None,
+    highest: float | None,
     device: str,
     device_map: str | None,
     as_json: bool,
@@ -77,16 +84,29 @@ def search(
     them, by the proxy relative to RIA's; `pho transfer` measures what the
     result is worth on each.
 
+    With --within instead of --pattern it finds the highest sparsity that is
+    still good enough: sparsities are bisected, each is searched and confirmed,
+    and all are shown. The answer and the next sparser one were both measured.
+
     \b
     Example:
       pho search HuggingFaceTB/SmolLM2-135M --pattern 0.5 --scope global \\
           --text book.txt --trials 200 --study sqlite:///study.db
+      pho search HuggingFaceTB/SmolLM2-135M --within 5% --text book.txt
     """
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.pipeline.studies import check_study_url
 
     path = out_file(out)
     check_study_url(study)
+    bounds = {"step": step, "lowest": lowest, "highest": highest}
+    target = within_target.given_target(within, given, bounds)
+    if target is not None:
+        options = ModelOptions.of(given, device, device_map)
+        _finish_target(
+            within_target.search_within(models, given, target, study, options), path, study, as_json
+        )
+        return
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
     request = replace(spec.request(0), warm_start=tuple(warm_start.of_files(given, spec)))
@@ -221,6 +241,20 @@ def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> No
             }
         )
         return
+    click.echo(describe(result, path, study))
+
+
+def _finish_target(found: "TargetFound", path: Path, study: str, as_json: bool) -> None:
+    from pho_service.spec.configuration import write_configuration
+
+    result = found.result
+    write_configuration(result.configuration, path)
+    for warning in result.warnings:
+        say(f"Note: {warning}")
+    if as_json:
+        print_json(within_target.target_document(found, path, study))
+        return
+    within_target.show_target(found)
     click.echo(describe(result, path, study))
 
 

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from click.testing import Result
 
 Pho = Callable[..., Result]
+TARGET = ("--step", 0.25, "--lowest", 0.2, "--highest", 0.95)
 
 
 @pytest.fixture
@@ -108,6 +108,48 @@ def test_bundle_is_refused(pho: Pho) -> None:
     assert "tiny.safetensors is a bundle" in result.stderr
 
 
-def read(path: str) -> Any:
-    """The values of a JSON file."""
-    return json.loads(Path(path).read_text())
+def test_target(pho: Pho, small: list[str]) -> None:
+    """
+    Sparsities are bisected up to the highest, and all are shown; started again, the same is said,
+    and the configuration says how it was found. (A random model gains by pruning.)
+    """
+    run = ("search", *small, "--within", "15%", *TARGET, "--json")
+    first = pho(*run)
+    assert first.exit_code == 0, first.stderr
+    found = json.loads(first.stdout)
+    again = json.loads(pho(*run).stdout)
+    written = json.loads(Path("config.json").read_text())
+    points = [(point["sparsity"], point["perplexity"]) for point in found["points"]]
+    told = written["search"]["target"]
+
+    assert [sparsity for sparsity, _ in points] == [0.7, 0.95]
+    assert found["limit"] == pytest.approx(found["dense"] * 1.15)
+    assert all(perplexity <= found["limit"] for _, perplexity in points)
+    assert written == found["configuration"]
+    assert [(p["sparsity"], p["perplexity"]) for p in told["points"]] == points
+    assert (written["pattern"], told["perplexity_rise"]) == ("0.95", 0.15)
+    assert again == found
+    assert "0.95 is the highest sparsity that was tried" in first.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is neither a pattern nor a target"),
+        (["--pattern", "0.5", "--within", "5%"], "Give one of them"),
+        (["--pattern", "0.5", "--step", "0.1"], "--step is for --within alone"),
+        (["--within", "5"], "would be 500 %"),
+        (["--within", "-1%"], "is not a rise"),
+        (["--within", "much"], "is not a rise"),
+        (["--within", "5%", "--step", "0"], "greater than or equal to 0.005"),
+        (["--within", "5%", "--lowest", "0.9", "--highest", "0.1"], "is not below highest=0.1"),
+        (["--within", "5%", "--no-confirm"], "--no-confirm cannot be used with --within"),
+    ],
+    ids=["neither", "both", "step", "no-percent", "negative", "word", "step-0", "range", "confirm"],
+)
+def test_target_refused(pho: Pho, small: list[str], words: list[str], said: str) -> None:
+    """A target that breaks a rule is refused in words before the model is loaded."""
+    result = pho("search", *small, *words)
+
+    assert result.exit_code == 2
+    assert said in result.stderr

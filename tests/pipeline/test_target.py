@@ -1,0 +1,122 @@
+"""The highest sparsity within a target: bisected, and both sides of the answer measured."""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pho_service.errors import InvalidInput, TargetMissed
+from pho_service.pipeline.curve import CurvePoint, CurvePoints
+from pho_service.pipeline.target import last_inside, target_job
+from pho_service.spec.curve import Target, curve_patterns, parse_rise
+from pho_service.spec.pattern import Pattern
+from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.result import SearchResult
+
+
+@dataclass
+class Formula:
+    """Points of a model whose perplexity is a formula of the sparsity; dense it is 10."""
+
+    bend: float = 0.0
+    asked: list[float] = field(default_factory=list)
+
+    def find(self, request: SearchRequest, title: str) -> CurvePoint:
+        """Without any model."""
+        del title
+        sparsity = request.pattern.sparsity
+        self.asked.append(sparsity)
+        perplexity = 10 * (1 + sparsity**2 + (self.bend if sparsity < 0.3 else 0))
+        found = cast(SearchResult, None)
+        return CurvePoint(
+            pattern=str(request.pattern), scope="layer", sparsity=sparsity, perplexity=perplexity,
+            dense=10.0, wanda=perplexity + 1, ria=perplexity + 1, proxy=0.0, trials=1, seconds=0.0,
+            result=found,
+        )  # fmt: skip
+
+
+def run(formula: Formula, **target: Any) -> Any:
+    """The job on a formula."""
+    asked = Target(**target)
+    return target_job(
+        cast(CurvePoints, formula),
+        asked,
+        lambda sparsity: SearchRequest(pattern=Pattern(sparsity=sparsity)),
+    )
+
+
+def test_answer() -> None:
+    """At 10 * (1 + s^2) a rise of 25 % is reached at 0.5, and the step above was measured."""
+    formula = Formula()
+    found = run(formula, perplexity_rise=0.25)
+
+    assert found.answer.sparsity == 0.5
+    assert found.outside.sparsity == 0.525
+    assert found.outside.perplexity > 12.5 >= found.answer.perplexity
+    assert [each.sparsity for each in found.points] == sorted(formula.asked)
+    assert len(formula.asked) <= 6
+    assert len(found.warnings) == 1
+
+
+def test_highest() -> None:
+    """Where the highest sparsity is inside it is the answer, with a word on what was not tried."""
+    found = run(Formula(), perplexity_rise=0.9, highest=0.8)
+
+    assert (found.answer.sparsity, found.outside) == (0.8, None)
+    assert "0.8 is the highest sparsity that was tried" in found.warnings[1]
+
+
+def test_missed() -> None:
+    """Outside at the lowest sparsity: refused, with the limit and all that was measured."""
+    with pytest.raises(TargetMissed, match=r"at most 10\.01 is wanted.* 0\.1, is above") as refused:
+        run(Formula(), perplexity_rise=0.001, lowest=0.1)
+
+    assert "10.1 at 0.1" in str(refused.value)
+
+
+def test_not_monotone() -> None:
+    """A perplexity that falls with the sparsity is told."""
+    found = run(Formula(bend=0.3), perplexity_rise=0.5)
+
+    assert any("does not rise everywhere" in warning for warning in found.warnings)
+
+
+@settings(settings.get_profile("suite"))
+@given(st.integers(1, 60), st.data())
+def test_bisection(count: int, data: st.DataObject) -> None:
+    """As a plain loop; the answer and the one after it were asked, and few others."""
+    last = data.draw(st.integers(-1, count - 1))
+    asked: list[int] = []
+
+    def inside(number: int) -> bool:
+        asked.append(number)
+        return number <= last
+
+    assert last_inside(count, inside) == (None if last < 0 else last)
+    assert {max(last, 0), min(last + 1, count - 1)} <= {*asked}
+    assert len(asked) <= count.bit_length() + 1
+
+
+def test_sparsities() -> None:
+    """Those of a target begin at the lowest, go up by the step, and stay below the highest."""
+    target = Target(perplexity_rise=0.05, step=0.1, lowest=0.3, highest=0.65)
+
+    assert target.sparsities == [0.3, 0.4, 0.5, 0.6]
+    assert Target(perplexity_rise=0.05).sparsities[::36] == [0.05, 0.95]
+
+
+def test_rise() -> None:
+    """A rise is a percentage or a share."""
+    assert [parse_rise(text, "--within") for text in ("5%", "0.05", " 120 % ")] == [0.05, 0.05, 1.2]
+
+
+def test_patterns() -> None:
+    """Patterns stand by sparsity, N:M after the same ratio, in the scope that is theirs."""
+    found = curve_patterns(["2:4", 0.5, "0.3", Pattern.parse("6:8")], "global")
+
+    assert [str(each) for each in found] == ["6:8", "0.3", "0.5", "2:4"]
+    assert [each.scope for each in found] == ["row", "global", "global", "row"]
+    with pytest.raises(InvalidInput, match="0 patterns are given"):
+        curve_patterns([], None)
