@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pho_service.errors import PhoError as PhoError
     from pho_service.interface.baseline import baseline as baseline
     from pho_service.interface.bundle import calibrate as calibrate
+    from pho_service.interface.curve import curve as curve
+    from pho_service.interface.curve import search_within as search_within
     from pho_service.interface.found import search as search
     from pho_service.interface.measured import compare as compare
     from pho_service.interface.measured import evaluate as evaluate
@@ -39,6 +41,7 @@ _HOME = {
     "calibrate": "interface.bundle",
     "compare": "interface.measured",
     "configuration": "interface.objective",
+    "curve": "interface.curve",
     "evaluate": "interface.measured",
     "load_model": "models.loading",
     "load_packed": "interface.packed",
@@ -49,6 +52,7 @@ _HOME = {
     "read_configuration": "spec.configuration",
     "save": "interface.pruned",
     "search": "interface.found",
+    "search_within": "interface.curve",
     "unpack": "interface.packed",
     "write_configuration": "spec.configuration",
 }
@@ -62,6 +66,7 @@ __all__ = [
     "calibrate",
     "compare",
     "configuration",
+    "curve",
     "evaluate",
     "load_model",
     "load_packed",
@@ -72,6 +77,7 @@ __all__ = [
     "read_configuration",
     "save",
     "search",
+    "search_within",
     "unpack",
     "write_configuration",
 ]

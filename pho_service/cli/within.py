@@ -56,10 +56,6 @@ def given_target(within: str | None, given: Given, bounds: Mapping[str, Any]) ->
     Raises:
         InvalidInput: Neither or both are given, or a value breaks a rule.
     """
-    from pydantic import ValidationError
-
-    from pho_service.spec.configuration import reasons
-
     said = {name: value for name, value in bounds.items() if value is not None}
     if within is None:
         if said:
@@ -77,10 +73,7 @@ def given_target(within: str | None, given: Given, bounds: Mapping[str, Any]) ->
             f"--pattern {given('pattern')} says how sparse the model is to be, and --within "
             f"{within} asks for it. Give one of them."
         )
-    try:
-        return Target(perplexity_rise=parse_rise(within, "--within"), **said)
-    except ValidationError as error:
-        raise InvalidInput(f"--within {within}: {reasons(error)}.") from error
+    return Target.of(perplexity_rise=parse_rise(within, "--within"), **said)
 
 
 def search_within(

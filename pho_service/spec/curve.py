@@ -5,7 +5,7 @@ Several sparsities in one question: the patterns of a curve, and a target that i
 from collections.abc import Sequence
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import Document
@@ -68,6 +68,24 @@ class Target(Document):
                 "answer is searched for"
             )
         return self
+
+    @classmethod
+    def of(cls, **values: float) -> Self:
+        """
+        A target of these fields.
+
+        Raises:
+            InvalidInput: One of them breaks a rule; names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(map(str, each['loc'])) or 'the range'}: "
+                + str(each["msg"]).removeprefix("Value error, ")
+                for each in error.errors()
+            ]
+            raise InvalidInput(f"the target breaks a rule: {'; '.join(faults)}.") from error
 
     @property
     def sparsities(self) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 
 Pho = Callable[..., Result]
-TARGET = ("--step", 0.25, "--lowest", 0.2, "--highest", 0.95)
+TARGET = ("--step", 0.25, "--lowest", 0.45, "--highest", 0.95)
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pho_service as pho
 
 NAMES = {
     "Client", "Configuration", "Pattern", "PhoError", "baseline", "calibrate", "compare",
-    "configuration", "evaluate", "load_model", "load_packed", "objective", "pack", "prune",
-    "read_bundle", "read_configuration", "save", "search", "unpack", "write_configuration",
+    "configuration", "curve", "evaluate", "load_model", "load_packed", "objective", "pack", "prune",
+    "read_bundle", "read_configuration", "save", "search", "search_within", "unpack",
+    "write_configuration",
 }  # fmt: skip
 
 
