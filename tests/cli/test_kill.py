@@ -10,12 +10,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from pho_service.cli import main
 from pho_service.models.bundle_file import write_bundle
 from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 
-TRIALS = 400
+TRIALS = 120
 
 
 @pytest.fixture
@@ -28,11 +30,10 @@ def bundle(linears: dict[str, PrunableLinear], statistics: Statistics, tmp_path:
     return path
 
 
-def command(bundle: Path, folder: Path) -> list[str]:
-    """A search in a process of its own."""
+def words(bundle: Path, folder: Path) -> list[str]:
+    """A search."""
     return [
-        sys.executable, "-c", "from pho_service.cli import main; main()", "search", str(bundle),
-        "--pattern", "0.5", "--trials", str(TRIALS), "--kernel-sizes", "3,5",
+        "search", str(bundle), "--pattern", "0.5", "--trials", str(TRIALS), "--kernel-sizes", "3,5",
         "--study", f"sqlite:///{folder / 'study.db'}", "--out", str(folder / "config.json"),
     ]  # fmt: skip
 
@@ -47,15 +48,21 @@ def recorded(database: Path) -> int:
         return 0
 
 
+def search(bundle: Path, folder: Path) -> None:
+    """Run it to its end, in this process."""
+    result = CliRunner().invoke(main, words(bundle, folder), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
     """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
     killed.mkdir()
-    subprocess.run(command(bundle, undisturbed), check=True, capture_output=True)
+    search(bundle, undisturbed)
     process = subprocess.Popen(
-        command(bundle, killed),
+        [sys.executable, "-c", "from pho_service.cli import main; main()", *words(bundle, killed)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,6 +81,6 @@ def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
     if stop is signal.SIGINT:
         assert process.returncode == 1
         assert "interrupted" in error
-    subprocess.run(command(bundle, killed), check=True, capture_output=True)
+    search(bundle, killed)
     assert recorded(killed / "study.db") == TRIALS
     assert (killed / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
