@@ -214,7 +214,10 @@ def postgresql() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="pho"))  # pytest's own may be too long for a socket
     with embedded_postgresql(folder) as url:
         admin = Database(url)
-        _run_alone(admin, "ALTER SYSTEM SET fsync = off")  # the tests may lose their data
+        # The tests may lose their data, and their databases, of which there are hundreds, are soon
+        # left alone.
+        for setting in ("fsync", "autovacuum"):
+            _run_alone(admin, f"ALTER SYSTEM SET {setting} = off")
         _run_alone(admin, "SELECT pg_reload_conf()")
         _run_alone(admin, "CREATE DATABASE template")
         template = Database(_named(url, "template"))
