@@ -12,10 +12,13 @@ A Python client of the service.
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 import httpx_sse
@@ -30,6 +33,8 @@ from tenacity import (
 from tenacity.wait import wait_exponential
 
 from pho_service.api.answers import (
+    Artifact,
+    ArtifactList,
     ConfigurationMatch,
     ConfigurationMatches,
     Job,
@@ -41,6 +46,7 @@ from pho_service.api.answers import (
     Worker,
     WorkerList,
 )
+from pho_service.download import bar, pull
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
 from pho_service.host.settings import read_settings
 from pho_service.library.files import LibraryFile, TransferFile, parse_library_file
@@ -200,6 +206,55 @@ class Client:
     def resume(self, job_id: uuid.UUID | str) -> Job:
         """Go on with a job that is paused or has failed."""
         return self._verb(job_id, "resume")
+
+    def prune(self, job_id: uuid.UUID | str) -> Job:
+        """Have the pruned model of a search written; asked again, nothing is done twice."""
+        return self._verb(job_id, "prune")
+
+    def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
+        """The files of a job's pruned model."""
+        return _read(ArtifactList, self._request("GET", f"/jobs/{_id(job_id)}/artifacts"))
+
+    def pull(
+        self, job_id: uuid.UUID | str, folder: str | Path, *, show_progress: bool = False
+    ) -> Path:
+        """
+        Download the pruned model of a job, and check every file by its hash.
+
+        A download that was cut goes on, now or when this is called again: what is there already
+        is in ``.NAME.pull`` beside the folder until it is whole.
+
+        Args:
+            job_id: Which.
+            folder: New or empty.
+            show_progress: Draw a bar on stderr.
+
+        Raises:
+            OutputError: The folder is in use, or cannot be written.
+            ServiceError: There is no pruned model, or a file is not what the service says it is.
+        """
+        files = self.artifacts(job_id).files
+        path = f"/jobs/{_id(job_id)}/artifacts"
+        with bar("Downloading", sum(f.bytes for f in files), shown=show_progress) as advance:
+            return pull(files, Path(folder), partial(self._part, path), advance)
+
+    @contextmanager
+    def _part(
+        self, path: str, file: Artifact, first: int
+    ) -> Iterator[tuple[bool, Iterator[bytes]]]:
+        """The bytes of a file from the first that is missing; whether they begin there."""
+        etag = f'"{file.sha256}"'
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={first}-", "If-Range": etag} if first else {}
+        try:
+            url = f"{path}/{quote(file.name)}"
+            with self._http.stream("GET", url, headers=headers) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _refused(answer)
+                yield answer.status_code == 206, answer.iter_raw()
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
 
     def extend(self, job_id: uuid.UUID | str, *, trials: int) -> Job:
         """Give each island of a search more trials."""

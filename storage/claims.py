@@ -304,10 +304,18 @@ class ClaimStore:
         best: Mapping[str, Any],
         warnings: Sequence[str],
         result: Mapping[str, Any],
+        then: Sequence[NewStage] = (),
     ) -> None:
         """
-        Store the configuration that a job was for, in the library too, and what else its last
-        stage gave. A job that was cancelled meanwhile is cancelled, without a configuration.
+        Store the configuration that a job was for, in the library too, and what else the stage
+        gave. A job that was cancelled meanwhile is cancelled, without a configuration.
+
+        Args:
+            claim: Of the stage.
+            best: The configuration.
+            warnings: What must be said of it.
+            result: What else the stage gave.
+            then: Stages that follow; without any, the job has succeeded.
 
         Raises:
             LostClaim: The stage is another worker's.
@@ -324,7 +332,27 @@ class ClaimStore:
                 .values(best=dict(best), warnings=[*warnings])
             )
             keep(connection, best, owner_id=job.owner_id, job_id=job.id)
-            set_state(connection, job, JobState.SUCCEEDED)
+            add_stages(connection, job, then)
+            if then:
+                settle(connection, job)
+            else:
+                set_state(connection, job, JobState.SUCCEEDED)
+
+    def pruned(self, claim: Claim, result: Mapping[str, Any]) -> None:
+        """
+        Store which files the pruned model of a job has. The job has succeeded; if it was cancelled
+        meanwhile, it is cancelled.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = _claimed(connection, claim)
+            _finish_stage(connection, claim, result)
+            if job.state is JobState.CANCELLING:
+                settle(connection, job)
+            else:
+                set_state(connection, job, JobState.SUCCEEDED)
 
     def transferred(
         self,

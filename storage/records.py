@@ -50,7 +50,7 @@ class LostClaim(Exception):
 
 _PAST = {
     "cancel": "cancelled", "pause": "paused", "resume": "resumed", "extend": "extended",
-    "delete": "deleted",
+    "delete": "deleted", "prune": "pruned",
 }  # fmt: skip
 
 
@@ -136,6 +136,11 @@ class Job:
         """The parts of the stage of a kind with this number, or of all of the kind, by number."""
         parts = (s for s in self.stages if s.kind is kind and s.part_of is not None)
         return self._sorted(s for s in parts if number in (None, s.part_of))
+
+    @property
+    def pruning(self) -> Stage | None:
+        """The stage that writes the pruned model, if there is one."""
+        return next(iter(self.of_kind(StageKind.PRUNE)), None)
 
     @staticmethod
     def _sorted(found: Iterable[Stage]) -> list[Stage]:

@@ -46,6 +46,7 @@ class StageKind(StrEnum):
     CONFIRM = "confirm"  # choose the finalists, compare them with the dense model
     PERPLEXITY = "perplexity"  # prune with one candidate and measure
     FINISH = "finish"  # choose the best and write the configuration
+    PRUNE = "prune"  # write the pruned model into the artifact store
 
     @property
     def rank(self) -> int:

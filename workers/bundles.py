@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pho_service.errors import BundleError, InvalidInput, OutputError
+from pho_service.errors import BundleError, OutputError
+from pho_service.host.artifacts import open_store
 from pho_service.host.files import new_file
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
@@ -55,15 +55,7 @@ class BundleStore:
 
     def __init__(self, url: str, cache_dir: Path, turns: Turns = lambda *_: nullcontext()) -> None:
         self._turns = turns
-        try:
-            self._files, root = fsspec.core.url_to_fs(
-                str(Path(url).expanduser()) if "://" not in url else url
-            )
-        except (ImportError, ValueError) as error:
-            raise InvalidInput(
-                f"PHO_ARTIFACTS={url!r} cannot be used: {error}. Give a folder, or the URL of an "
-                "object store whose fsspec package is installed (s3fs, gcsfs)."
-            ) from error
+        self._files, root = open_store(url)
         local = isinstance(self._files, LocalFileSystem)
         self._root = root
         self._remote = None if local else f"{root}/bundles"

@@ -12,6 +12,7 @@ import torch
 
 from pho_service.errors import BundleError, ChangedInput, TextError
 from pho_service.host.access import Access, check_data_file
+from pho_service.host.artifacts import PrunedStore
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
@@ -75,16 +76,24 @@ class Inputs:
     Args:
         access: What jobs may name on this machine.
         bundles: Shared by all workers.
+        pruned: Where pruned models are kept, shared with the API.
         device: Where models run.
         spread: Whether they lie on all GPUs together, of which ``device`` is the first. Streamed
             models and GGUF files need only that.
     """
 
     def __init__(
-        self, access: Access, bundles: BundleStore, device: torch.device, *, spread: bool = False
+        self,
+        access: Access,
+        bundles: BundleStore,
+        pruned: PrunedStore,
+        device: torch.device,
+        *,
+        spread: bool = False,
     ) -> None:
         self.access = access
         self.bundles = bundles
+        self.pruned = pruned
         self.device = device
         self.spread = spread
         self._model: _Last[LanguageModel] = _Last()

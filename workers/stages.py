@@ -40,6 +40,7 @@ from workers.board import confirmed_plot, of_layers, show_result, show_search
 from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch
+from workers.pruning import prune_stage
 from workers.seal import Seal
 from workers.stored import (
     after_perplexity,
@@ -102,6 +103,7 @@ class Stages:
             StageKind.CONFIRM: self._confirm,
             StageKind.PERPLEXITY: self._perplexity,
             StageKind.FINISH: self._finish,
+            StageKind.PRUNE: self._prune,
         }[claim.stage.kind]
         run(claim, JobSpec.model_validate(claim.job.spec), watch)
 
@@ -309,8 +311,16 @@ class Stages:
             more["validation"] = {name: asdict(quality) for name, quality in ranks.items()}
             warnings += doubts(job, spec, ranks)
         self.store.succeed(
-            claim, best=configuration.model_dump(mode="json"), warnings=warnings, result=more
+            claim,
+            best=configuration.model_dump(mode="json"),
+            warnings=warnings,
+            result=more,
+            then=[NewStage(kind=StageKind.PRUNE)] if spec.prune else [],
         )
+
+    def _prune(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
+        bundle = self._bundle(claim.job, spec, watch)
+        prune_stage(self.store, self.inputs, claim, bundle, watch)
 
     def _rebuilt(
         self,

@@ -37,6 +37,7 @@ from tenacity.wait import wait_exponential
 
 from pho_service.errors import DeviceLost, OutOfMemory, PhoError
 from pho_service.host.access import Access
+from pho_service.host.artifacts import PrunedStore, store_url
 from pho_service.host.faults import let_go_of_memory
 from pho_service.host.logs import about
 from pho_service.host.settings import Settings
@@ -126,14 +127,14 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
             own_folder() as folder,
         ):
             access = Access.of(settings)  # before the folder changes
-            artifacts = settings.artifacts or str(settings.data_dir.expanduser() / "artifacts")
             bundles = BundleStore(
-                artifacts,
+                store_url(settings),
                 settings.cache_dir.expanduser().resolve(),
                 functools.partial(taking_turns, database),
             )
+            pruned = PrunedStore.of(settings)
             os.chdir(folder)  # so that no name of a job is by chance a file's here
-            inputs = Inputs(access, bundles, device, spread=options.device == ALL)
+            inputs = Inputs(access, bundles, pruned, device, spread=options.device == ALL)
             worker = _Worker(database, settings, options, inputs)
             try:
                 asyncio.run(worker.run())

@@ -82,12 +82,34 @@ class Job(_Answer):
     validation: dict[str, ProxyQuality] | None = Field(
         description="Quality of each proxy, by its name, if asked for."
     )
+    pruned: Literal["waiting", "done", "removed"] | None = Field(
+        None,
+        description="Whether the pruned model is on its way, there, or deleted; null: not asked "
+        "for.",
+    )
     error: JobError | None
     warnings: list[str]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     spec: dict[str, Any] = Field(description="What was submitted, with the defaults.")
+
+
+class Artifact(_Answer):
+    """A file of a job's pruned model."""
+
+    name: str = Field(description="Path in the model's folder.")
+    bytes: int
+    sha256: str
+    href: str = Field(description="Path of its download.")
+
+
+class ArtifactList(_Answer):
+    """The files of a job's pruned model, by name."""
+
+    job_id: uuid.UUID
+    files: list[Artifact]
+    bytes: int = Field(description="Bytes of all files.")
 
 
 class JobPage(_Answer):

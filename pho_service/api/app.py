@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 
 from pho_service.api import (
+    artifacts,
     configurations,
     front,
     jobs,
@@ -62,7 +63,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    parts = (front, jobs, plan, report, transfers, configurations, operations)
+    parts = (front, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

@@ -83,7 +83,7 @@ def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:
         warnings=_first([*shown.warnings], "warnings"),
         error=failure(job),
         time=_time(shown, now),
-        verbs=[v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state],
+        verbs=_verbs(job),
         deletable=job.state in VERBS["delete"],
         studies=[
             (f"Study, island {island}" if island else "Study", studies[name])
@@ -91,6 +91,15 @@ def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:
             if name in studies
         ],
     )
+
+
+def _verbs(job: stored.Job) -> list[str]:
+    """What has a button, because it changes something."""
+    found = [v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state]
+    prunable = job.state is JobState.SUCCEEDED and not is_transfer(job)
+    if prunable and not job.spec.get("more_models") and describe(job).pruned != "done":
+        found.append("prune")
+    return found
 
 
 def span(seconds: float) -> str:

@@ -2,7 +2,7 @@
 Jobs as the API shows them.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -10,6 +10,7 @@ from pho_service.api.answers import Best, Job, JobError, Progress
 from pho_service.api.problems import Conflict
 from pho_service.spec.quality import ProxyQuality
 from storage import records as stored
+from storage.pruned import REMOVED
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
 
@@ -36,6 +37,7 @@ def describe(job: stored.Job) -> Job:
         progress=_progress(job),
         best=best,
         validation=_validation(job),
+        pruned=_pruned(job),
         error=None if job.error is None else JobError.model_validate(job.error),
         warnings=job.warnings or _warnings(job),
         created_at=job.created_at,
@@ -113,6 +115,14 @@ def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
         if found is not None:
             return _QUALITIES.validate_python(found)
     return None
+
+
+def _pruned(job: stored.Job) -> Literal["waiting", "done", "removed"] | None:
+    if job.pruning is None:
+        return None
+    if job.pruning.result is None:
+        return "waiting"
+    return "removed" if REMOVED in job.pruning.result else "done"
 
 
 def _progress(job: stored.Job) -> Progress:

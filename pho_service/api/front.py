@@ -17,12 +17,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from pho_service.api import form, jobs
+from pho_service.api import artifacts, form, jobs
 from pho_service.api.cards import Card, card, span
 from pho_service.api.describe import study_names
 from pho_service.api.operations import workers
 from pho_service.api.pages import draw
-from pho_service.api.problems import TOO_MANY_JOBS, wrong_parameter
+from pho_service.api.problems import TOO_MANY_JOBS, Conflict, wrong_parameter
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
 from storage.records import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
@@ -149,7 +149,7 @@ def submit(typed: Typed, service: ServiceParam, caller: CallerParam) -> Response
 @router.post("/jobs/{job_id:uuid}/{verb}")
 def ask(
     job_id: UUID,
-    verb: Literal["pause", "resume", "cancel", "delete"],
+    verb: Literal["pause", "resume", "cancel", "prune", "delete"],
     typed: Typed,
     service: ServiceParam,
     caller: CallerParam,
@@ -160,10 +160,13 @@ def ask(
         if verb == "delete":
             jobs.delete(job_id, service, caller)
             return RedirectResponse(f"/{view.query}", 303)
-        service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
+        if verb == "prune":
+            artifacts.asked(service, job_id, visible_to=caller.visible_to)
+        else:
+            service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
     except NoSuchJob:
         return _list(service, caller, view, 404, "This job is not there any more.")
-    except StateConflict as error:
+    except (StateConflict, Conflict) as error:
         told = str(error)
         return _list(service, caller, view, 409, f"{told[:1].upper()}{told[1:].rstrip('.')}.")
     return RedirectResponse(f"/{view.query}#job-{job_id}", 303)
@@ -177,6 +180,13 @@ def confirm_deletion(
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     view = View.of(request.query_params.multi_items())
     return draw("delete.html", caller=caller, card=card(job, {}, datetime.now(UTC)), view=view)
+
+
+@router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
+def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Show the files of a job's pruned model, to be downloaded."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    return draw("files.html", caller=caller, job=job, found=artifacts.listed(job))
 
 
 def _list(

@@ -22,6 +22,7 @@ from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wr
 from pho_service.api.schema import EVENT, PAGE_TOKEN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
+from pho_service.errors import OutputError
 from pho_service.spec.job import JobSpec
 from pho_service.spec.samplers import MAX_TRIALS
 from storage import records as stored
@@ -134,21 +135,28 @@ def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
     "/{job_id:uuid}", status_code=204, response_class=Response, responses=documented(404, 409, 422)
 )
 def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
-    """Delete a job that is over or paused, with its studies. Bundles stay for other jobs."""
+    """
+    Delete a job that is over or paused, with its studies and the files of its pruned model.
+
+    Bundles stay for other jobs.
+    """
     forget(service, job_id, visible_to=caller.visible_to)
 
 
 def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) -> None:
     """
-    Delete a job and its studies.
+    Delete a job, its studies and the files of its pruned model.
 
     Raises:
         NoSuchJob, StateConflict: As :meth:`JobStore.deleting`.
+        OutputError: The artifact store is away; the job stays.
     """
     with (
         service.jobs.deleting(job_id, visible_to=visible_to) as job,
         open_storage(service.database.studies_url) as storage,
     ):
+        if job.pruning is not None:
+            service.pruned.remove(job_id)
         for name in study_names(job):
             try:
                 optuna.delete_study(study_name=name, storage=storage)
@@ -182,11 +190,16 @@ _verb("resume", "Go on with a job that is paused or has failed, from what is sto
     responses=documented(404, 409, 413, 422),
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
-    """Give a search more trials. What was confirmed stays a finalist: no result gets worse."""
+    """
+    Give a search more trials. What was confirmed stays a finalist: no result gets worse.
+
+    The files of its pruned model are deleted; `prune` in its document writes the new one's.
+    """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     check_search(job)
     spec = JobSpec.model_validate(job.spec)
     spec.check_size(service.limits, more_trials=extension.trials)
+    had_files = job.pruning is not None
     job = service.jobs.ask(
         job_id,
         "extend",
@@ -194,6 +207,11 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
         trials=extension.trials,
         max_trials=min(MAX_TRIALS, service.limits.trials // spec.islands),  # at the same time, too
     )
+    if had_files:  # of a model that is not the best any more
+        try:
+            service.pruned.remove(job_id)
+        except OutputError as error:
+            logger.warning("the files of a pruned model stay: %s", error)
     return describe(job)
 
 

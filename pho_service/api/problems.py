@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
 from pho_service.api.answers import Problem
+from pho_service.errors import OutputError
 from pho_service.host.logs import request_id
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
@@ -154,6 +155,11 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(Conflict)
     async def _not_of_this_job(_request: Request, error: Conflict) -> JSONResponse:
         return problem(409, error.code, str(error), state=error.state)
+
+    @app.exception_handler(OutputError)
+    async def _no_store(_request: Request, error: OutputError) -> JSONResponse:
+        logger.warning("the artifact store fails: %s", error)
+        return problem(503, "artifact_store_unavailable", _sentence(str(error)))
 
     @app.exception_handler(StateConflict)
     async def _conflict(_request: Request, error: StateConflict) -> JSONResponse:

@@ -3,6 +3,7 @@ What all operations of the API work with.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 from uuid import UUID
 
@@ -10,7 +11,9 @@ from fastapi import Depends, Request
 
 from pho_service.api.heavy import Heavy
 from pho_service.api.probe import Probe
+from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.access import Access
+from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.spec.limits import JobLimits
 from storage.configurations import ConfigurationStore
@@ -59,6 +62,19 @@ class Service:
         self.limits = JobLimits.of(settings)
         self.probe = Probe(database)
         self.heavy = Heavy()
+
+    @cached_property
+    def pruned(self) -> PrunedStore:
+        """
+        The pruned models, which need no store that can be used until one is asked for.
+
+        Raises:
+            OutputError: The settings name one that cannot be.
+        """
+        try:
+            return PrunedStore.of(self.settings)
+        except InvalidInput as error:
+            raise OutputError(str(error)) from error
 
     def close(self) -> None:
         """Close the connections."""

@@ -37,6 +37,7 @@ SERVICE_VERBS = {
     "show": ("remote", "Show a job with its progress."),
     "watch": ("remote", "Wait for a job, with progress bars."),
     "best": ("remote", "Get the best configuration of a job."),
+    "pull": ("remote", "Download the pruned model of a job, and check it."),
     "transfer-job": (
         "transfer_job", "Measure what a job has found on other models, by the service.",
     ),

@@ -25,7 +25,8 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
 
     The service may go on meanwhile: the file has everything as of one moment.
     It is a custom-format dump of PostgreSQL's pg_dump. Bundles are not in it:
-    a job whose bundle is lost makes it again.
+    a job whose bundle is lost makes it again. Nor are the files of pruned
+    models: copy the folder `pruned` of the artifact store, or prune again.
 
     \b
     Example:
@@ -41,7 +42,10 @@ def backup(file: Path, database_url: str | None, data_dir: str | None) -> None:
     with _opened(database_url, data_dir) as database, new_file(file) as partial:
         partial.touch(mode=0o600)  # hashes of keys are in it
         back_up(database, partial)
-    say(f"Wrote {file}. Bundles are not in it: a job whose bundle is lost makes it again.")
+    say(
+        f"Wrote {file}. Bundles are not in it: a job whose bundle is lost makes it again. Nor are "
+        "the files of pruned models: copy the folder `pruned` of the artifact store, too."
+    )
 
 
 @click.command()

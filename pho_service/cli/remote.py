@@ -143,6 +143,41 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id")
+@click.option("--out", required=True, help="A new or empty folder.")
+@click.option("--prune", is_flag=True, help="Have the job pruned first, if it is not, and wait.")
+@url_option
+@json_option
+@verb
+def pull(job_id: str, out: str, prune: bool, url: str | None, as_json: bool) -> None:
+    """
+    Download the pruned model of a job, and check each file by its SHA-256.
+
+    The service has it if the job was submitted with --prune, or if --prune is
+    given here. A download that was cut goes on with the same command.
+
+    \b
+    Example:
+      pho pull d5aed9d3-7b7c-40f9-9896-b5f528363229 --prune --out pruned
+      pho prune --check pruned
+    """
+    from pho_service.host.files import check_free
+
+    check_free(Path(out))
+    with open_client(url) as client:
+        if prune:
+            job = client.wait(client.prune(job_id).id)
+            if job.state != "succeeded":
+                end(client, job, as_json=False)
+        folder = client.pull(job_id, out, show_progress=True)
+        files = client.artifacts(job_id)
+    if as_json:
+        print_json({"out": str(folder), **files.model_dump(mode="json")})
+        return
+    say(f"{out}: {len(files.files)} files, {files.bytes} bytes; all hashes are right")
+
+
+@click.command()
+@click.argument("job_id")
 @url_option
 @json_option
 @verb
@@ -303,6 +338,10 @@ def _outcome(job: "Job") -> list[str]:
             f"perplexity {_number(job.best.perplexity) or 'not measured'}"
         )
         lines.append(f"configuration: pho best {job.id} --out config.json")
+    if job.pruned == "done":
+        lines.append(f"pruned model:  pho pull {job.id} --out pruned")
+    elif job.pruned == "removed":
+        lines.append(f"pruned model:  deleted by age; pho pull {job.id} --prune --out pruned")
     for name, quality in (job.validation or {}).items():
         lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
     if job.error is not None:

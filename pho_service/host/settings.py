@@ -29,7 +29,8 @@ class Settings(BaseSettings):
         data_dir: Of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
         database_password_file: Holds the password of ``database_url``: a mounted secret.
         database_url: A PostgreSQL to use instead of the embedded one.
-        artifacts: Folder or fsspec URL (s3://, gs://) of the bundles that all workers share.
+        artifacts: Folder or fsspec URL (s3://, gs://) that all workers and the API share: of the
+            bundles, and of pruned models.
         host, port: Where `pho serve` listens.
         workers: How many local workers `pho serve` starts.
         model_roots: Folders that model folders and files of jobs must lie under.
@@ -41,6 +42,8 @@ class Settings(BaseSettings):
         max_finished_jobs: Of one key.
         max_configurations: In the library, of one key that imports more.
         keep_jobs_days: Jobs that have been over for longer are deleted; 0 keeps them.
+        keep_pruned_days: The files of pruned models that are older are deleted; 0 keeps them as
+            long as their job.
         keep_configurations_days: The same for entries of the library, by their age.
         max_body_bytes: Of a request.
         max_trials: Of one job, on all its islands or all its models.
@@ -80,6 +83,7 @@ class Settings(BaseSettings):
     max_finished_jobs: int = Field(default=10_000, ge=1)
     max_configurations: int = Field(default=10_000, ge=1)
     keep_jobs_days: Days = Field(default=0.0, ge=0)
+    keep_pruned_days: Days = Field(default=0.0, ge=0)
     keep_configurations_days: Days = Field(default=0.0, ge=0)
     max_body_bytes: int = Field(default=64 * 1024, ge=1024)
     max_trials: int = Field(default=100_000, ge=1)

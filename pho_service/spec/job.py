@@ -119,6 +119,12 @@ class JobSpec(Document):
         "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
         "as it is.",
     )
+    prune: bool = Field(
+        False,
+        exclude_if=lambda wanted: not wanted,
+        description="Whether the pruned model is written when the search is over, to be fetched "
+        "with `pho pull`.",
+    )
     priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
     timeout_s: float | None = Field(
         None,
@@ -240,6 +246,16 @@ class JobSpec(Document):
                 pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
             )
             request.plan(tuple(given["calibration"].kernel_sizes))
+        return value
+
+    @field_validator("prune")
+    @classmethod
+    def _has_one_model(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("more_models"):
+            raise ValueError(
+                "one model is pruned, and this job searches for several: prune each of them with "
+                "the result, `pho prune MODEL --config`"
+            )
         return value
 
     @field_validator("islands")

@@ -26,6 +26,7 @@ from sqlalchemy import select, text, update
 from pho_service.api.submission import enter
 from pho_service.errors import PhoError
 from pho_service.host.access import Access
+from pho_service.host.artifacts import PrunedStore
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
@@ -596,7 +597,9 @@ class Hand:
             model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
             hub_datasets=(),
         )  # fmt: skip
-        return Inputs(access, BundleStore(str(self.bundles), self.bundles), torch.device("cpu"))
+        place = str(self.bundles)
+        pruned = PrunedStore(place, self.bundles)
+        return Inputs(access, BundleStore(place, self.bundles), pruned, torch.device("cpu"))
 
     def submit(self, spec: JobSpec | TransferSpec) -> Job:
         """As the API does."""

@@ -13,6 +13,7 @@ from pretended_machine import Cards
 
 from pho_service.errors import DeviceLost, InvalidInput
 from pho_service.host.access import Access
+from pho_service.host.artifacts import PrunedStore
 from pho_service.host.faults import faults_told
 from pho_service.spec.job import JobSpec
 from workers.bundles import BundleStore
@@ -161,7 +162,8 @@ def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) 
     root = model_folder.parent
     access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
     bundles = BundleStore(str(root / "bundles"), root / "bundles")
-    inputs = Inputs(access, bundles, pretended_gpus[0].device, spread=True)
+    pruned = PrunedStore(str(root / "bundles"), root / "bundles")
+    inputs = Inputs(access, bundles, pruned, pretended_gpus[0].device, spread=True)
     spec = JobSpec.model_validate({"model": "model", "pattern": "0.5"})
     spread = inputs.model(spec).devices
     streamed = inputs.model(spec.model_copy(update={"stream": True})).devices

@@ -25,9 +25,10 @@ LONG = 600  # trials; long enough to be waited for
 def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Killed in any stage, a worker is replaced by another, which ends with the same result."""
     alone = undisturbed(spec_of(trials=TRIALS))
+    spec = spec_of(trials=TRIALS, prune=kind is StageKind.PRUNE)
     crew.man(2)
     for _ in range(10):  # a short stage may be over before it is seen, on a busy machine
-        job = crew.submit(spec_of(trials=TRIALS))
+        job = crew.submit(spec)
         with suppress(crew.JobIsOver):
             crew.kill(job, kind, done=14 if kind is StageKind.SEARCH else 0)
             break

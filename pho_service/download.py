@@ -1,0 +1,130 @@
+"""
+The download of a pruned model: file by file, going on where it was cut, each checked by its hash.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity.wait import wait_exponential
+
+from pho_service.api.answers import Artifact
+from pho_service.errors import ServiceError, ServiceUnavailable
+from pho_service.host.files import check_free, new_folder
+from pho_service.host.plain import shown
+from pho_service.progress import Advance
+
+# A file from its byte number N on: whether it does begin there, and not with the first.
+Part = Callable[[Artifact, int], AbstractContextManager[tuple[bool, Iterator[bytes]]]]
+
+_CUTS = 6  # of one file in a row; called again, the download goes on all the same
+
+
+def pull(files: Sequence[Artifact], folder: Path, part: Part, advance: Advance) -> Path:
+    """
+    Download files into a folder, which is there when all of them are whole and right.
+
+    Args:
+        files: Which, with their sizes and hashes.
+        folder: New or empty. What is there already lies in ``.NAME.pull`` beside it meanwhile.
+        part: Asks for a file from some byte on.
+        advance: Is told of the bytes.
+
+    Raises:
+        OutputError: The folder is in use, or cannot be written.
+        ServiceError: A file is not what the service says it is, or has a name that leads elsewhere.
+        ServiceUnavailable: The connection was cut, again and again.
+    """
+    check_free(folder)
+    for file in files:
+        _check_name(file.name)
+    path = folder.expanduser().resolve()
+    waiting = path.with_name(f".{path.name}.pull")
+    with new_folder(folder) as whole:
+        waiting.mkdir(exist_ok=True)
+        for file in files:
+            _fetch(file, _place(waiting, file), part, advance)
+        for file in files:
+            (whole / file.name).parent.mkdir(parents=True, exist_ok=True)
+            _place(waiting, file).replace(whole / file.name)
+    shutil.rmtree(waiting, ignore_errors=True)
+    return path
+
+
+def _fetch(file: Artifact, place: Path, part: Part, advance: Advance) -> None:
+    """
+    Download a file, or what is missing of it, and check it.
+
+    Raises:
+        ServiceError, ServiceUnavailable: As :func:`pull`.
+    """
+    advance(place.stat().st_size if place.exists() else 0)
+    retrying = Retrying(
+        retry=retry_if_exception_type(ServiceUnavailable),
+        wait=wait_exponential(multiplier=0.2, max=10),
+        stop=stop_after_attempt(_CUTS),
+        reraise=True,
+    )
+    retrying(partial(_fetch_rest, file, place, part, advance))
+    with place.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if sha256 != file.sha256:
+        place.unlink()
+        raise ServiceError(
+            f"{file.name} was downloaded, and is not what the service says it is: its SHA-256 is "
+            f"{sha256}, not {file.sha256}. It was deleted; run it again. If that does not help, "
+            "the file in the artifact store is damaged: have the job pruned again.",
+            code="wrong_hash",
+        )
+
+
+def _fetch_rest(file: Artifact, place: Path, part: Part, advance: Advance) -> None:
+    here = place.stat().st_size if place.exists() else 0
+    if here < file.bytes or not place.exists():
+        with part(file, here) as (goes_on, chunks):
+            if not goes_on:
+                advance(-here)
+            with place.open("ab" if goes_on else "wb") as out:
+                for chunk in chunks:
+                    out.write(chunk)
+                    advance(len(chunk))
+    if place.stat().st_size < file.bytes:
+        raise ServiceUnavailable(
+            f"the download of {file.name} was cut after {place.stat().st_size} of {file.bytes} "
+            "bytes. Run it again: it goes on from there."
+        )
+
+
+def _place(waiting: Path, file: Artifact) -> Path:
+    """Where a file lies until all are there: another content has another place."""
+    return waiting / f"{file.sha256[:16]}-{file.name.replace('/', '%2F')}"
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise ServiceError(
+            f"the service names a file {shown(name)!r}, which would lead out of the folder. "
+            "Nothing was downloaded."
+        )
+
+
+@contextmanager
+def bar(title: str, total: int, *, shown: bool) -> Iterator[Advance]:
+    """A bar of bytes on stderr, if it is to be shown."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda step: bars.advance(task, step)

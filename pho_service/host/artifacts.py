@@ -1,0 +1,139 @@
+"""
+The artifact store: a folder, or an object store behind an fsspec URL, that the service shares.
+
+Bundles are in it (:mod:`workers.bundles`), and the pruned models of jobs, which the API hands out:
+``pruned/JOB/KEY/`` has the files of one, ``KEY`` naming the configuration that it was pruned with.
+"""
+
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Self, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pho_service.errors import InvalidInput, OutputError
+from pho_service.host.settings import Settings
+
+
+def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """
+    The file system of an artifact store, and its root there.
+
+    Raises:
+        InvalidInput: fsspec does not understand the URL, or lacks a package for it.
+    """
+    try:
+        files, root = fsspec.core.url_to_fs(
+            str(Path(url).expanduser()) if "://" not in url else url
+        )
+    except (ImportError, ValueError) as error:
+        raise InvalidInput(
+            f"PHO_ARTIFACTS={url!r} cannot be used: {error}. Give a folder, or the URL of an "
+            "object store whose fsspec package is installed (s3fs, gcsfs)."
+        ) from error
+    return files, root
+
+
+def store_url(settings: Settings) -> str:
+    """Where a service keeps its artifacts: in its data folder, if nothing else is set."""
+    return settings.artifacts or str(settings.data_dir.expanduser().resolve() / "artifacts")
+
+
+class PrunedStore:
+    """
+    The files of pruned models.
+
+    Args:
+        url: A folder, or what fsspec understands: ``s3://bucket/pho``.
+        cache_dir: Where models are put together if ``url`` is no folder.
+    """
+
+    def __init__(self, url: str, cache_dir: Path) -> None:
+        self._files, self._root = open_store(url)
+        self._is_local = isinstance(self._files, LocalFileSystem)
+        self._cache_dir = cache_dir
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """
+        The one that the settings name.
+
+        Raises:
+            InvalidInput: As :func:`open_store`.
+        """
+        return cls(store_url(settings), settings.cache_dir.expanduser().resolve())
+
+    def workplace(self, job_id: uuid.UUID, key: str) -> Path:
+        """Where a worker puts a model together; after :meth:`keep` it is in the store."""
+        parent = Path(self._of_job(job_id)) if self._is_local else self._cached(job_id)
+        return parent / key
+
+    def keep(self, job_id: uuid.UUID, key: str, names: list[str]) -> None:
+        """
+        Put a model that was put together into the store, and remove all others of its job.
+
+        Args:
+            job_id: Whose.
+            key: Of the model.
+            names: Its files.
+
+        Raises:
+            OutputError: The store is full, or away.
+        """
+        folder = self.workplace(job_id, key)
+        place = f"{self._of_job(job_id)}/{key}"
+        try:
+            if not self._is_local:
+                for name in names:
+                    self._files.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
+                    self._files.put_file(str(folder / name), f"{place}/{name}")
+                shutil.rmtree(self._cached(job_id), ignore_errors=True)
+            for other in self._files.ls(self._of_job(job_id), detail=False):
+                if other.rstrip("/").rpartition("/")[2] != key:
+                    self._files.rm(other, recursive=True)
+        except OSError as error:
+            raise OutputError(
+                f"the pruned model cannot be put into the artifact store {place}: "
+                f"{error.strerror or error}. See that there is room, and that it can be reached; "
+                "then resume the job."
+            ) from error
+
+    def open(self, job_id: uuid.UUID, key: str, name: str) -> BinaryIO:
+        """
+        A file of a model, to be read.
+
+        Raises:
+            OutputError: It is not there, or the store is away.
+        """
+        try:
+            return cast(BinaryIO, self._files.open(f"{self._of_job(job_id)}/{key}/{name}", "rb"))
+        except OSError as error:
+            raise OutputError(
+                f"{name} cannot be read from the artifact store: {error.strerror or error}. "
+                "PHO_ARTIFACTS must name the same store for the API and for all workers."
+            ) from error
+
+    def remove(self, job_id: uuid.UUID) -> None:
+        """
+        Delete all files of a job.
+
+        Raises:
+            OutputError: The store is away.
+        """
+        try:
+            with suppress(FileNotFoundError):
+                self._files.rm(self._of_job(job_id), recursive=True)
+        except OSError as error:
+            raise OutputError(
+                f"the pruned model of job {job_id} cannot be deleted from the artifact store: "
+                f"{error.strerror or error}."
+            ) from error
+
+    def _of_job(self, job_id: uuid.UUID) -> str:
+        return f"{self._root}/pruned/{job_id}"
+
+    def _cached(self, job_id: uuid.UUID) -> Path:
+        return self._cache_dir / "pruned" / str(job_id)

@@ -1,0 +1,310 @@
+"""The pruned model of a job: asked for, listed, downloaded in parts, and deleted in time."""
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from pho_service.api import artifacts
+from pho_service.api.answers import Artifact
+from pho_service.api.upkeep import sweep
+from pho_service.client import Client
+from pho_service.download import pull
+from pho_service.errors import OutputError, ServiceError, ServiceUnavailable
+from storage.states import JobState, StageKind
+
+FILES = {"model.safetensors": bytes(range(256)) * 40, "pruning/masks.safetensors": b"masks"}
+WEIGHTS = FILES["model.safetensors"]
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """The artifact store, a folder."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def client(client_of: Callable[..., TestClient], store: Path) -> TestClient:
+    """A front end with that store, which keeps pruned models for ten days."""
+    return client_of(artifacts=str(store), keep_pruned_days=10.0)
+
+
+@pytest.fixture
+def prune(hand: Any, store: Path) -> Callable[[str], None]:
+    """Do the stage as a worker does."""
+
+    def write(job: str) -> None:
+        claim = hand.take(job, StageKind.PRUNE)
+        described = []
+        for name, content in FILES.items():
+            path = store / "pruned" / job / "key" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            described.append({"name": name, "bytes": len(content), "sha256": sha256})
+        hand.store.pruned(claim, {"key": "key", "files": described})
+
+    return write
+
+
+@pytest.fixture
+def pruned(client: TestClient, submit: Any, hand: Any, prune: Any) -> str:
+    """A job with a pruned model; its path."""
+    job: str = submit()["id"]
+    hand.bring(job, JobState.SUCCEEDED)
+    assert client.post(f"/v1/jobs/{job}:prune").status_code == 202
+    prune(job)
+    return f"/v1/jobs/{job}"
+
+
+def test_asked_twice(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
+    """A second :prune gives the same answer and no second stage, before the files and after."""
+    job = submit()["id"]
+    hand.bring(job, JobState.SUCCEEDED)
+    first = client.post(f"/v1/jobs/{job}:prune").json()
+    second = client.post(f"/v1/jobs/{job}:prune").json()
+    prune(job)
+    third = client.post(f"/v1/jobs/{job}:prune").json()
+
+    assert first == second
+    assert (first["state"], first["pruned"]) == ("queued", "waiting")
+    assert (third["state"], third["pruned"]) == ("succeeded", "done")
+    assert third["best"] is not None
+
+
+def test_too_early_or_too_late(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+    """A job without a result cannot be pruned; the answer says what to do."""
+    for state, told in {
+        JobState.QUEUED: "Wait until it has succeeded",
+        JobState.RUNNING: "Wait until it has succeeded",
+        JobState.PAUSED: "Resume it",
+        JobState.FAILED: "resume it first",
+        JobState.CANCELLED: "Submit it again",
+    }.items():
+        job = submit()["id"]
+        hand.bring(job, state)
+
+        problem = refusal(client.post(f"/v1/jobs/{job}:prune"), 409, "state_conflict")
+        assert problem["state"] == state
+        assert told in problem["detail"]
+        assert client.get(f"/v1/jobs/{job}").json()["state"] == state
+        refusal(client.get(f"/v1/jobs/{job}/artifacts"), 409, "not_pruned")
+
+    asked = {**DOCUMENT, "more_models": ["org/other"], "prune": True}
+    assert "one model is pruned" in refusal(client.post("/v1/jobs", json=asked), 422)["detail"]
+    several = submit(more_models=["org/other"])["id"]
+    refusal(client.post(f"/v1/jobs/{several}:prune"), 409, "several_models")
+
+
+def test_failed_while_pruning(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
+    """A pruning that fails takes nothing away: the configuration stays, and a resume goes on."""
+    job = submit()["id"]
+    hand.bring(job, JobState.SUCCEEDED)
+    client.post(f"/v1/jobs/{job}:prune")
+    error = {"type": "OutputError", "message": "the disk is full."}
+    hand.store.fail(hand.take(job, StageKind.PRUNE), error, retry=False)
+
+    refusal(client.post(f"/v1/jobs/{job}:prune"), 409, "state_conflict")
+    assert client.get(f"/v1/jobs/{job}/best").status_code == 200
+    assert client.post(f"/v1/jobs/{job}:resume").json()["state"] == "queued"
+
+
+def test_list(client: TestClient, pruned: str) -> None:
+    """Each file has its size, its hash and its address."""
+    listed = client.get(f"{pruned}/artifacts").json()
+
+    assert listed["bytes"] == sum(map(len, FILES.values()))
+    for file in listed["files"]:
+        answer = client.get(file["href"])
+        assert answer.content == FILES[file["name"]]
+        assert answer.headers["etag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
+        assert file["sha256"] == answer.headers["etag"].strip('"')
+
+
+def test_ranges(client: TestClient, pruned: str, refusal: Any) -> None:
+    """A range is a part of the file, with its place; what is not one range gives all of it."""
+    path = f"{pruned}/artifacts/model.safetensors"
+    parts = {
+        "bytes=0-9": (0, 10), "bytes=10000-": (10_000, 10_240),
+        "bytes=10000-99999": (10_000, 10_240), "bytes=-40": (10_200, 10_240),
+    }  # fmt: skip
+    for wanted, (first, end) in parts.items():
+        answer = client.get(path, headers={"Range": wanted})
+        assert (answer.status_code, answer.content) == (206, WEIGHTS[first:end])
+        assert answer.headers["content-range"] == f"bytes {first}-{end - 1}/10240"
+    for wanted in ("bytes=9-2", "bytes=0-1,5-6", "lines=1-2", "bytes=-"):
+        answer = client.get(path, headers={"Range": wanted})
+        assert (answer.status_code, answer.content) == (200, WEIGHTS)
+
+    beyond = client.get(path, headers={"Range": "bytes=10240-"})
+    refusal(beyond, 416, "range_not_satisfiable")
+    assert beyond.headers["content-range"] == "bytes */10240"
+
+
+def test_conditions(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
+    """
+    An old ETag gives all of the new file, the present one nothing if it is there already. Without
+    its store, the list is there, and a download says what is missing.
+    """
+    path = f"{pruned}/artifacts/model.safetensors"
+    etag = client.get(path).headers["etag"]
+    old = client.get(path, headers={"Range": "bytes=5-", "If-Range": '"old"'})
+    same = client.get(path, headers={"Range": "bytes=5-", "If-Range": etag})
+    there = client.get(path, headers={"If-None-Match": etag})
+    shutil.rmtree(store)
+
+    assert (old.status_code, old.content) == (200, WEIGHTS)
+    assert (same.status_code, same.content) == (206, WEIGHTS[5:])
+    assert (there.status_code, there.content) == (304, b"")
+    refusal(client.get(f"{pruned}/artifacts/..%2f..%2fsecret"), 404, "no_such_artifact")
+    assert len(client.get(f"{pruned}/artifacts").json()["files"]) == 2
+    told = refusal(client.get(path), 503, "artifact_store_unavailable")["detail"]
+    assert "PHO_ARTIFACTS" in told
+
+
+def test_deleted_with_its_job(
+    client: TestClient, pruned: str, store: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a job are deleted with it; as long as they cannot be, the job stays."""
+    with monkeypatch.context() as broken:
+        broken.setattr("shutil.rmtree", _refuse)
+        refusal(client.delete(pruned), 503, "artifact_store_unavailable")
+    assert client.get(pruned).status_code == 200
+    assert client.delete(pruned).status_code == 204
+
+    assert list((store / "pruned").iterdir()) == []
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_extended(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
+    """The files of a job that searches on are not those of its best any more."""
+    client.post(f"{pruned}:extend", json={"trials": 5})
+
+    assert list((store / "pruned").iterdir()) == []
+    refusal(client.get(f"{pruned}/artifacts"), 409, "not_pruned")
+
+
+def test_retention(
+    client: TestClient, pruned: str, store: Path, hand: Any, prune: Any, refusal: Any
+) -> None:
+    """Files that are too old are deleted, which is said; the job stays, and can be pruned again."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    sweep(service)
+    assert client.get(pruned).json()["pruned"] == "done"
+    with hand.store.database.transaction() as connection:
+        older = "UPDATE pho.stages SET finished_at = finished_at - make_interval(days => 11)"
+        connection.execute(text(older))
+    sweep(service)
+
+    assert list((store / "pruned").iterdir()) == []
+    told = refusal(client.get(f"{pruned}/artifacts"), 409, "pruned_model_removed")
+    assert "UTC" in told["detail"]
+    assert client.post(f"{pruned}:prune").json()["pruned"] == "waiting"
+    prune(pruned.rpartition("/")[2])
+    assert client.get(f"{pruned}/artifacts/model.safetensors").content == WEIGHTS
+
+
+@pytest.fixture
+def pho(client: TestClient) -> Client:
+    """The Python client of the front end."""
+    opened = Client("http://127.0.0.1:8000")
+    opened._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
+    return opened
+
+
+def test_pull(pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that is cut in the middle goes on from there, and ends with the same bytes."""
+    began = []
+
+    def cut(content: Any, first: int, end: int) -> Any:
+        began.append(first)
+        with content:
+            content.seek(first)
+            yield content.read(min(4_000, end - first))
+
+    monkeypatch.setattr("pho_service.api.artifacts._read", cut)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    out = pho.pull(pruned.rpartition("/")[2], tmp_path / "out")
+
+    assert {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*.*")} == FILES
+    assert began == [0, 4_000, 8_000, 0]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out"]
+
+
+def test_pull_goes_on_later(
+    pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that gave up keeps what it has; called again it asks for the rest alone."""
+    job, out = pruned.rpartition("/")[2], tmp_path / "out"
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    with monkeypatch.context() as broken:
+        broken.setattr("pho_service.api.artifacts._read", lambda *_: iter([WEIGHTS[:1]]))
+        with pytest.raises(ServiceUnavailable, match="cut after 6 of 10240 bytes"):
+            pho.pull(job, out)
+    (place,) = (tmp_path / ".out.pull").iterdir()
+    place.write_bytes(WEIGHTS[:7_000])
+    asked = []
+    read = artifacts._read
+    monkeypatch.setattr(
+        "pho_service.api.artifacts._read",
+        lambda content, first, end: asked.append(first) or read(content, first, end),
+    )
+    pho.pull(job, out)
+
+    assert asked == [7_000, 0]
+    assert (out / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_pull_of_damaged_files(pho: Client, pruned: str, store: Path, tmp_path: Path) -> None:
+    """A file with another hash than it should have is named; there is no folder then."""
+    (path,) = store.rglob("model.safetensors")
+    path.write_bytes(WEIGHTS[::-1])
+    with pytest.raises(ServiceError, match=r"model\.safetensors .* its SHA-256 is"):
+        pho.pull(pruned.rpartition("/")[2], tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_pull_into_a_used_folder(pho: Client, pruned: str, store: Path) -> None:
+    """Nothing is overwritten."""
+    with pytest.raises(OutputError, match="is in use"):
+        pho.pull(pruned.rpartition("/")[2], store)
+
+
+def test_pull_of_bad_names(tmp_path: Path) -> None:
+    """A service cannot make the client write elsewhere."""
+    for name in ("../x", "/etc/x", "a/../../x", "a\\x", ""):
+        file = Artifact(name=name, bytes=1, sha256="0" * 64, href="")
+        with pytest.raises(ServiceError, match="would lead out of the folder"):
+            pull([file], tmp_path / "out", Mock(), Mock())
+
+
+def test_pages(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
+    """A button prunes; then a link leads to the files, and says how to fetch them all."""
+    job = submit()["id"]
+    hand.bring(job, JobState.SUCCEEDED)
+    button = f'action="/jobs/{job}/prune"'
+    before = client.get("/").text
+    form = {"view": ""}
+    answer = client.post(f"/jobs/{job}/prune", data=form, headers={"Sec-Fetch-Site": "same-origin"})
+    prune(job)
+    after, files = client.get("/").text, client.get(f"/jobs/{job}/files").text
+
+    assert button in before
+    assert answer.status_code == 200
+    assert button not in after
+    assert f'href="/jobs/{job}/files"' in after
+    assert f"pho pull {job} --out" in files
+    assert all(f"/v1/jobs/{job}/artifacts/{name}" in files for name in FILES)
+    assert client.get(f"/jobs/{uuid.uuid4()}/files").status_code == 404

@@ -1,0 +1,156 @@
+"""The stage that prunes: what `pho prune` writes, in the artifact store, whatever happens to it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from sqlalchemy import delete as sql_delete
+
+from pho_service.errors import OutputError
+from pho_service.host.artifacts import PrunedStore
+from pho_service.models.bundle_file import read_bundle
+from pho_service.models.calibration import calibration_text
+from pho_service.models.loading import load_model
+from pho_service.models.texts import TextSource
+from pho_service.pipeline.bundles import bundle_path
+from pho_service.pipeline.check import check_folder
+from pho_service.pipeline.prune import prune_job
+from pho_service.progress import silent
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
+from storage.pruned import ask_to_prune, note_removed
+from storage.records import LostClaim
+from storage.states import JobState
+from storage.tables import jobs
+from workers.seal import Seal
+
+_begun: list[Any] = []
+
+
+@pytest.fixture
+def job(hand: Any, small: Any) -> Any:
+    """A job that waits to be pruned; its search is done once for all tests of this file."""
+    if not _begun:
+        _begun.append(hand.done(small(confirm=None)))
+    (job,) = _begun
+    if hand.store.get(job.id).state is JobState.SUCCEEDED:
+        note_removed(hand.store.database, job.id, "by another test")
+    return ask_to_prune(hand.store.database, job.id)
+
+
+def folder_of(hand: Any, job: Any) -> Path:
+    """The files of a job, in its store."""
+    (found,) = (hand.bundles / "pruned" / str(job.id)).iterdir()
+    assert isinstance(found, Path)
+    return found
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
+    """`prune` in a document ends the job with the bytes of `pho prune`, and their hashes."""
+    spec = small(prune=True, confirm=None)
+    job = hand.done(spec)
+    _begun.append(job)
+    model = load_model(str(hand.folder / "model"), device="cpu")
+    source = TextSource(path=str(hand.folder / "calibration.jsonl"))
+    text = calibration_text(model, source, spec.calibration.settings())
+    bundle = read_bundle(bundle_path(hand.bundles, text.bundle_key))
+    configuration = Configuration.model_validate(job.best)
+    prune_job(model, bundle, configuration, tmp_path / "local", calibration=text.calibration)
+
+    stored = job.pruning.result["files"]
+    assert {file["name"]: file["sha256"] for file in stored} == sums(tmp_path / "local")
+    assert sums(folder_of(hand, job)) == sums(tmp_path / "local")
+    assert all(check.passed for check in check_folder(folder_of(hand, job), original=None))
+
+
+def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the files were written, a worker's successor prunes nothing a second time."""
+    with monkeypatch.context() as killed:
+        killed.setattr(hand.store, "pruned", _killed)
+        with pytest.raises(SystemExit):
+            hand.step(job)
+    written = sums(folder_of(hand, job))
+    monkeypatch.setattr("workers.pruning.prune_job", _killed)
+    hand.step(job)
+    found = hand.store.get(job.id)
+
+    assert found.state is JobState.SUCCEEDED
+    assert found.best == job.best
+    assert found.pruning.attempt == 2
+    assert {file["name"]: file["sha256"] for file in found.pruning.result["files"]} == written
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise SystemExit
+
+
+def test_full_store(hand: Any, job: Any, limited_disk: Any) -> None:
+    """
+    A full store fails the job in words, and what a killed worker had half written does not stay;
+    with room again the job is resumed and ends. The worker's next model is dense.
+    """
+    left = hand.bundles / "pruned" / str(job.id) / ".pho-left"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    spec = JobSpec.model_validate(job.spec)
+    hand.inputs.calibrate(spec, Seal.of_job(job, 0), silent)  # before the disk is full
+    dense = hand.inputs.model(spec).weights_sha256
+    with limited_disk(20_000), pytest.raises(OutputError, match=r"resume the job|was not written"):
+        hand.step(job)
+    failed = hand.store.get(job.id)
+    hand.store.ask(job.id, "resume")
+    hand.step(job)
+
+    assert (failed.state, failed.error["stage"]) == (JobState.FAILED, "prune")
+    assert failed.best is not None
+    assert hand.store.get(job.id).state is JobState.SUCCEEDED
+    assert (folder_of(hand, job) / "pruning.json").is_file()
+    assert hand.inputs.model(spec).weights_sha256 == dense
+
+
+def test_object_store(hand: Any, job: Any, tmp_path: Path) -> None:
+    """In an object store the files are the same, and nothing stays in the worker's cache."""
+    url = "memory://bucket-of-pruned"
+    hand.inputs.pruned = PrunedStore(url, tmp_path / "cache")
+    hand.step(job)
+    files, root = fsspec.core.url_to_fs(url)
+    result = hand.store.get(job.id).pruning.result
+    found = {
+        file["name"]: hand.inputs.pruned.open(job.id, result["key"], file["name"]).read()
+        for file in result["files"]
+    }
+
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == {
+        file["name"]: file["sha256"] for file in result["files"]
+    }
+    assert not (tmp_path / "cache" / "pruned" / str(job.id)).exists()
+    hand.inputs.pruned.remove(job.id)
+    assert files.find(root) == []
+
+
+def test_deleted_meanwhile(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is deleted while a worker prunes leaves no files."""
+    keep = hand.inputs.pruned.keep
+    _begun.clear()
+
+    def delete(*given: Any) -> None:
+        keep(*given)
+        with hand.store.database.transaction() as connection:
+            connection.execute(sql_delete(jobs).where(jobs.c.id == job.id))
+
+    monkeypatch.setattr(hand.inputs.pruned, "keep", delete)
+    with pytest.raises(LostClaim):
+        hand.step(job)
+
+    assert list((hand.bundles / "pruned").iterdir()) == []

@@ -1,0 +1,113 @@
+"""
+The stage that writes the pruned model of a job into the artifact store.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pho_service.errors import OutputError
+from pho_service.models.saving import RECIPE
+from pho_service.pipeline.prune import prune_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
+from storage.jobs import JobStore
+from storage.records import Claim, Job, LostClaim, NoSuchJob
+from workers.inputs import Inputs
+from workers.seal import Seal
+from workers.watch import Watch
+
+
+def prune_stage(
+    store: JobStore, inputs: Inputs, claim: Claim, bundle: ProxyBundle, watch: Watch
+) -> None:
+    """
+    Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
+
+    What an attempt before has written whole is taken up; so are the blocks that its reconstruction
+    had trained.
+
+    Raises:
+        ChangedInput: The model, or a text, is not the one that the job began with.
+        OutputError: The artifact store is full, or away.
+        LostClaim: Another worker has it, or the job is deleted.
+    """
+    began = time.monotonic()
+    assert claim.job.best is not None  # found before
+    configuration = Configuration.model_validate(claim.job.best)
+    key = configuration_key(claim.job)
+    folder = inputs.pruned.workplace(claim.job.id, key)
+    if not (folder / RECIPE).is_file():
+        _prune(inputs, claim.job, bundle, configuration, folder, watch)
+    files = described(folder, watch)
+    watch.look(now=True)
+    inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
+    try:
+        store.pruned(
+            claim, {"key": key, "files": files, "seconds": round(time.monotonic() - began, 3)}
+        )
+    except LostClaim:
+        _remove_if_deleted(store, inputs, claim.job)
+        raise
+
+
+def configuration_key(job: Job) -> str:
+    """The name of a pruned model: the same for the same configuration of a job."""
+    document = json.dumps(job.best, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def described(folder: Path, watch: Watch) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of each file of a folder, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = []
+    with watch.progress("Hashing the files", len(paths)) as advance:
+        for path in paths:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(folder).as_posix()
+            found.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256})
+            advance(1)
+    return found
+
+
+def _prune(
+    inputs: Inputs,
+    job: Job,
+    bundle: ProxyBundle,
+    configuration: Configuration,
+    folder: Path,
+    watch: Watch,
+) -> None:
+    spec, seal = JobSpec.model_validate(job.spec), Seal.of_job(job, 0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        prune_job(
+            inputs.model(spec, seal),
+            bundle,
+            configuration,
+            folder,
+            calibration=inputs.calibration_text(spec, seal).calibration,
+            progress=watch.progress,
+        )
+    except OSError as error:
+        raise OutputError(
+            f"the artifact store cannot be written: {error.strerror or error}. See that there is "
+            "room, and that it can be reached; then resume the job."
+        ) from error
+    finally:
+        inputs.clear()  # the model is not dense any more
+
+
+def _remove_if_deleted(store: JobStore, inputs: Inputs, job: Job) -> None:
+    """A job that was deleted meanwhile leaves nothing behind."""
+    try:
+        store.get(job.id)
+    except NoSuchJob:
+        inputs.pruned.remove(job.id)
