@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
     from pho_service.models.bundle_file import read_bundle as read_bundle
+    from pho_service.models.hub import push as push
     from pho_service.models.loading import load_model as load_model
     from pho_service.spec.configuration import Configuration as Configuration
     from pho_service.spec.configuration import read_configuration as read_configuration
@@ -48,6 +49,7 @@ _HOME = {
     "objective": "interface.objective",
     "pack": "interface.packed",
     "prune": "interface.pruned",
+    "push": "models.hub",
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
     "save": "interface.pruned",
@@ -73,6 +75,7 @@ __all__ = [
     "objective",
     "pack",
     "prune",
+    "push",
     "read_bundle",
     "read_configuration",
     "save",

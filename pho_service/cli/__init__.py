@@ -18,6 +18,7 @@ LOCAL_VERBS = {
     "prune": ("prune", "Prune a model with a configuration and save it."),
     "pack": ("pack", "Make a model folder smaller, without losing a bit."),
     "unpack": ("pack", "Make the folder again that was packed."),
+    "push": ("push", "Upload a pruned folder to the Hugging Face hub."),
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),

@@ -22,6 +22,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.prune_source import Source, given_configuration
+from pho_service.cli.push import public_option, push_folder
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.spec.pattern import Pattern
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     "better on MODEL.",
 )
 @click.option("--out", type=click.Path(), help="A new or empty folder.")
+@click.option("--push", "repository", help="Upload the folder to the hub, too: org/name.")
+@public_option
 @click.option(
     "--bundle",
     "bundle_path",
@@ -94,6 +97,8 @@ def prune(
     scope: str | None,
     force: bool,
     out: str | None,
+    repository: str | None,
+    public: bool,
     bundle_path: str | None,
     check_path: str | None,
     device: str,
@@ -105,7 +110,8 @@ def prune(
 
     The folder has safetensors with exact zeros, the tokenizer, pruning/masks.safetensors
     with one bit a weight, and pruning.json: the recipe, with the sparsity and
-    the hashes of each layer. Zeros alone make nothing smaller or faster: that
+    the hashes of each layer; and README.md, a card. --push uploads it as `pho
+    push` does. Zeros alone make nothing smaller or faster: that
     needs a runtime that skips them. --check compares a folder with its recipe.
 
     --method prunes with a published method, such as Wanda, in the same way; the
@@ -135,7 +141,7 @@ def prune(
     asked = {**of_library, "--pattern": pattern, "--scope": scope, **named}
     options = ModelOptions.of(given, device, device_map)
     if check_path:
-        others = {**chosen, **asked, "--out": out, "--bundle": bundle_path}
+        others = {**chosen, **asked, "--out": out, "--push": repository, "--bundle": bundle_path}
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
             raise InvalidInput(
@@ -151,6 +157,8 @@ def prune(
     if config_path is None and pattern is None:
         which = "--method" if method else "--from-library"
         raise InvalidInput(f"{which} needs a --pattern: 0.5 or 2:4, say.")
+    if public and repository is None:
+        raise InvalidInput("--public is for --push. Leave it out.")
     _refuse(config_path, method, asked=asked, of_library=of_library, named=named)
     if pattern is not None:
         Pattern.parse(pattern, scope)  # a wrong one is refused before a model is read
@@ -167,6 +175,8 @@ def prune(
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
     _prune(model, source, Path(out), statistics, as_json, options)
+    if repository is not None:
+        push_folder(Path(out), repository, public, as_json=False)
 
 
 def _refuse(

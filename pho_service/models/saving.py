@@ -11,6 +11,7 @@ from pho_service.host.files import new_folder
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, PackedMask, write_masks
+from pho_service.models.model_card import CARD, licence_of, model_card
 
 RECIPE = "pruning.json"
 SHARD = "2GB"  # a file is put together in memory
@@ -23,7 +24,7 @@ def save_pruned(
     recipe: dict[str, Any],
 ) -> None:
     """
-    Write a model whose masks are applied: weights, tokenizer, masks, recipe.
+    Write a model whose masks are applied: weights, tokenizer, masks, recipe, and a card.
 
     The folder is made beside its place and moved there when it is complete.
 
@@ -47,3 +48,5 @@ def save_pruned(
         }
         text = json.dumps({**recipe, "layers": layers}, indent=2) + "\n"
         (partial / RECIPE).write_text(text, encoding="utf-8")
+        card = model_card(recipe, licence_of(model.name, model.revision))
+        (partial / CARD).write_text(card, encoding="utf-8")

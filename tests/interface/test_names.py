@@ -12,6 +12,8 @@ NAMES = {
     "configuration", "curve", "evaluate", "load_model", "load_packed", "objective", "pack", "prune",
     "read_bundle", "read_configuration", "save", "search", "search_within", "unpack",
     "write_configuration",
+    "configuration", "evaluate", "load_model", "objective", "prune", "push",
+    "read_bundle",    "read_configuration", "save", "search", "write_configuration",
 }  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""The card of a pruned folder, and the folder on a hub that listens on this machine."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import HfApi
+
+from pho_service.errors import ConfigurationError, InvalidInput, ServiceError
+from pho_service.models import hub
+from pho_service.models.model_card import licence_of, model_card
+
+RECIPE = Path(__file__).parents[1] / "stored" / "7e0434d" / "pruning.json"
+
+
+@pytest.fixture
+def recipe() -> dict[str, Any]:
+    """What a version before this one wrote."""
+    found: dict[str, Any] = json.loads(RECIPE.read_text())
+    return found
+
+
+def head(card: str) -> dict[str, Any]:
+    """The YAML that the hub reads."""
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def test_card(recipe: dict[str, Any]) -> None:
+    """It has base, method, numbers, text, perplexities, and how to load it."""
+    recipe["model"]["name"] = "org/base"
+    card = model_card(recipe, {"license": "apache-2.0"})
+
+    assert head(card) == {
+        "base_model": "org/base",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["pho", "pruned", "sparse", "sparsity-0.5"],
+    }
+    for said in (
+        "50.00% of the weights of 14 linears", "Method: `crepe`", "Pattern: `0.5`", "row 0.3067",
+        "`text.txt`, 6 samples", "496 tokens in windows of 32", "| this one | 85.42 |",
+        "| wanda, same pattern | 87.10 |", "from_pretrained", "`apache-2.0`",
+    ):  # fmt: skip
+        assert said in card
+
+
+def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
+    """Folders of this machine are not told; what is not known is said."""
+    recipe["model"]["name"] = "/home/me/secret/base"
+    recipe["configuration"]["confirmation"] = None
+    for text in (recipe["calibration"]["text"], recipe["configuration"]["calibration"]["text"]):
+        text["source"] = "/home/me/secret/text.txt"
+    card = model_card(recipe, {})
+
+    assert "secret" not in card
+    assert "base_model" not in head(card)
+    assert head(card)["license"] == "unknown"
+    assert "see the base model" in card
+    assert "not measured" in card
+    assert "`text.txt`" in card
+
+
+def test_licence(tmp_path: Path) -> None:
+    """It is that of the base's card; what is odd there is left out."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\nx\n")
+    found = licence_of(str(tmp_path), None)
+    (tmp_path / "README.md").write_text("---\nlicense: [1, 2]\nlicense_link: 'a b'\n---\nx\n")
+
+    assert found == {"license": "other", "license_name": "gemma"}
+    assert licence_of(str(tmp_path), None) == {}
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert licence_of(str(tmp_path), None) == {}
+    assert licence_of(str(tmp_path / "no.gguf"), None) == {}
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as an upload of small files takes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: list[tuple[str, Any]] = []
+        self.token = "hf_right"  # noqa: S105 - of this test
+        self.files: dict[str, bytes] = {}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        """Take a request as the hub does."""
+        length = int(self.headers.get("Content-Length", 0))
+        lines = [json.loads(line) for line in self.rfile.read(length).splitlines()]
+        path = self.path.partition("?")[0]
+        self.server.asked.append((path, lines))
+        url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            self._answer(401, {"error": "Invalid username or password."})
+        elif path == "/api/repos/create":
+            self._answer(200, {"url": f"{url}/org/pruned", "name": "org/pruned"})
+        elif "/preupload/" in path:
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            self._answer(
+                200, {"files": [{**regular, "path": f["path"]} for f in lines[0]["files"]]}
+            )
+        elif "/commit/" in path:
+            for line in lines:
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+            self._answer(200, {"commitUrl": f"{url}/org/pruned/commit/c", "commitOid": "c" * 40})
+        else:
+            self._answer(200, {})
+
+    def do_GET(self) -> None:
+        """No folder has anything yet."""
+        self._answer(404, {"error": "not found"})
+
+    def _answer(self, status: int, document: Any) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, which `push` talks to."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint=url))
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pruned folder, as far as `push` looks at it."""
+    path = tmp_path / "pruned"
+    (path / "pruning").mkdir(parents=True)
+    (path / "pruning.json").write_bytes(RECIPE.read_bytes())
+    (path / "pruning" / "masks.safetensors").write_bytes(b"masks")
+    return path
+
+
+def test_push(listening: Hub, folder: Path) -> None:
+    """All files are one commit in a repository that is private."""
+    address = hub.push(folder, "org/pruned")
+
+    assert address.endswith("/org/pruned/commit/c")
+    (created,) = (lines[0] for path, lines in listening.asked if path == "/api/repos/create")
+    assert created.get("visibility") == "private", created
+    assert listening.files == {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*.*")
+        if path.is_file()
+    }
+
+
+def test_push_refused(listening: Hub, folder: Path, tmp_path: Path) -> None:
+    """A wrong token, a wrong name and a folder of somebody else are refused in words."""
+    listening.token = "hf_other"  # noqa: S105 - of this test
+    with pytest.raises(ServiceError, match="hf auth login"):
+        hub.push(folder, "org/pruned")
+    for name in ("pruned", "a/b/c", "org/what is this"):
+        with pytest.raises(InvalidInput, match=name):
+            hub.push(folder, name)
+    with pytest.raises(ConfigurationError, match=r"has no pruning\.json"):
+        hub.push(tmp_path, "org/pruned")
+
+
+def test_push_to_nobody(listening: Hub, folder: Path) -> None:
+    """A hub that cannot be reached is told."""
+    listening.server_close()
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        hub.push(folder, "org/pruned")
