@@ -66,6 +66,7 @@ def test_every_field() -> None:
     parts = {
         "calibration": {"text": "c.txt", "stop": "early"},
         "validation": {},
+        "prune": True,
         "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},
