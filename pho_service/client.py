@@ -33,7 +33,6 @@ from tenacity import (
 from tenacity.wait import wait_exponential
 
 from pho_service.api.answers import (
-    Artifact,
     ArtifactList,
     ConfigurationMatch,
     ConfigurationMatches,
@@ -46,8 +45,8 @@ from pho_service.api.answers import (
     Worker,
     WorkerList,
 )
-from pho_service.download import bar, pull
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
+from pho_service.host.download import File, bar, pull
 from pho_service.host.settings import read_settings
 from pho_service.library.files import LibraryFile, TransferFile, parse_library_file
 from pho_service.spec.configuration import Configuration
@@ -239,9 +238,7 @@ class Client:
             return pull(files, Path(folder), partial(self._part, path), advance)
 
     @contextmanager
-    def _part(
-        self, path: str, file: Artifact, first: int
-    ) -> Iterator[tuple[bool, Iterator[bytes]]]:
+    def _part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
         """The bytes of a file from the first that is missing; whether they begin there."""
         etag = f'"{file.sha256}"'
         headers = {"Accept-Encoding": "identity"}

@@ -16,8 +16,8 @@ from pho_service.api import artifacts
 from pho_service.api.answers import Artifact
 from pho_service.api.upkeep import sweep
 from pho_service.client import Client
-from pho_service.download import pull
 from pho_service.errors import OutputError, ServiceError, ServiceUnavailable
+from pho_service.host.download import pull
 from storage.states import JobState, StageKind
 
 FILES = {"model.safetensors": bytes(range(256)) * 40, "pruning/masks.safetensors": b"masks"}

@@ -134,7 +134,7 @@ def test_policy(shared_client: TestClient) -> None:
         (JobState.PAUSED, ["Resume", "Cancel", "Delete"]),
         (JobState.CANCELLING, []),
         (JobState.CANCELLED, ["Delete"]),
-        (JobState.SUCCEEDED, ["Delete"]),
+        (JobState.SUCCEEDED, ["Prune", "Delete"]),
         (JobState.FAILED, ["Resume", "Delete"]),
     ],
 )

@@ -8,23 +8,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential
 
-from pho_service.api.answers import Artifact
 from pho_service.errors import ServiceError, ServiceUnavailable
 from pho_service.host.files import check_free, new_folder
 from pho_service.host.plain import shown
 from pho_service.progress import Advance
 
+
+class File(Protocol):
+    """
+    A file, as the service describes it.
+
+    Attributes:
+        name: Path in its folder.
+        bytes: Its size.
+        sha256: Of its bytes.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 # A file from its byte number N on: whether it does begin there, and not with the first.
-Part = Callable[[Artifact, int], AbstractContextManager[tuple[bool, Iterator[bytes]]]]
+Part = Callable[[File, int], AbstractContextManager[tuple[bool, Iterator[bytes]]]]
 
 _CUTS = 6  # of one file in a row; called again, the download goes on all the same
 
 
-def pull(files: Sequence[Artifact], folder: Path, part: Part, advance: Advance) -> Path:
+def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> Path:
     """
     Download files into a folder, which is there when all of them are whole and right.
 
@@ -55,7 +71,7 @@ def pull(files: Sequence[Artifact], folder: Path, part: Part, advance: Advance) 
     return path
 
 
-def _fetch(file: Artifact, place: Path, part: Part, advance: Advance) -> None:
+def _fetch(file: File, place: Path, part: Part, advance: Advance) -> None:
     """
     Download a file, or what is missing of it, and check it.
 
@@ -82,7 +98,7 @@ def _fetch(file: Artifact, place: Path, part: Part, advance: Advance) -> None:
         )
 
 
-def _fetch_rest(file: Artifact, place: Path, part: Part, advance: Advance) -> None:
+def _fetch_rest(file: File, place: Path, part: Part, advance: Advance) -> None:
     here = place.stat().st_size if place.exists() else 0
     if here < file.bytes or not place.exists():
         with part(file, here) as (goes_on, chunks):
@@ -99,7 +115,7 @@ def _fetch_rest(file: Artifact, place: Path, part: Part, advance: Advance) -> No
         )
 
 
-def _place(waiting: Path, file: Artifact) -> Path:
+def _place(waiting: Path, file: File) -> Path:
     """Where a file lies until all are there: another content has another place."""
     return waiting / f"{file.sha256[:16]}-{file.name.replace('/', '%2F')}"
 
