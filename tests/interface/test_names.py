@@ -10,10 +10,8 @@ import pho_service as pho
 NAMES = {
     "Client", "Configuration", "Pattern", "PhoError", "baseline", "calibrate", "compare",
     "configuration", "curve", "evaluate", "load_model", "load_packed", "objective", "pack", "prune",
-    "read_bundle", "read_configuration", "save", "search", "search_within", "unpack",
+    "push", "read_bundle", "read_configuration", "save", "search", "search_within", "unpack",
     "write_configuration",
-    "configuration", "evaluate", "load_model", "objective", "prune", "push",
-    "read_bundle",    "read_configuration", "save", "search", "write_configuration",
 }  # fmt: skip
 
 
