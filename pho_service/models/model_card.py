@@ -61,9 +61,10 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     name, configuration = str(recipe["model"]["name"]), recipe["configuration"]
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
+    known: dict[str, Any] = {"license": "unknown", **licence}
     head = ModelCardData(
-        **({"base_model": name} if on_hub else {}),
-        **{"license": "unknown", **licence},
+        **known,
+        base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pho", "pruned", "sparse", f"sparsity-{configuration['pattern']}"],
