@@ -336,7 +336,7 @@ class ClaimStore:
             if then:
                 settle(connection, job)
             else:
-                set_state(connection, job, JobState.SUCCEEDED)
+                set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
 
     def pruned(self, claim: Claim, result: Mapping[str, Any]) -> None:
         """
@@ -352,7 +352,7 @@ class ClaimStore:
             if job.state is JobState.CANCELLING:
                 settle(connection, job)
             else:
-                set_state(connection, job, JobState.SUCCEEDED)
+                set_state(connection, job, JobState.SUCCEEDED, told=_good(job.best))
 
     def transferred(
         self,
@@ -488,6 +488,12 @@ class ClaimStore:
         """Note that a worker has gone in order."""
         with self.database.transaction() as connection:
             connection.execute(delete(workers).where(workers.c.id == worker_id))
+
+
+def _good(best: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How good a result is, where that was measured, for those who follow the job."""
+    measured = (best or {}).get("perplexities")
+    return {} if measured is None else {"perplexities": measured}
 
 
 def _claimed(connection: Connection, claim: Claim) -> Job:

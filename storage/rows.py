@@ -110,8 +110,9 @@ def set_state(
     state: JobState,
     *,
     error: Mapping[str, Any] | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a job's state and its event, if it is another one than before."""
+    """Write a job's state and its event, with what is told, if it is another one than before."""
     if state is job.state:
         return
     more = {} if error is None else {"error": dict(error)}
@@ -119,7 +120,7 @@ def set_state(
     connection.execute(
         update(jobs).where(jobs.c.id == job.id).values(state=state, finished_at=finished, **more)
     )
-    add_event(connection, job.id, "state", {"state": state, **more})
+    add_event(connection, job.id, "state", {"state": state, **more, **(told or {})})
 
 
 def settle(connection: Connection, job: Job) -> None:

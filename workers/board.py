@@ -62,7 +62,9 @@ def _found(configuration: Configuration, study: optuna.Study) -> list[str]:
     c = configuration.coefficients
     mark = study.user_attrs[CHOSEN]
     where = "" if mark["study"] == study.study_name else f" of study `{mark['study']}`"
+    good = configuration.perplexities
     lines = [
+        *([] if good is None else [f"**Perplexity** {good}", ""]),
         f"**Best** trial {mark['trial']}{where}, method {configuration.method}: row {c.row:.4f}, "
         f"column {c.column:.4f}, neighbourhood {c.neighbourhood:.4f}, kernel {c.kernel_size}, "
         f"exponents {c.activation_exponent:.4f} (activation) and {c.gradient_exponent:.4f} "

@@ -17,7 +17,8 @@ from pho_service.host.faults import faults_told
 from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.known_ratings import KnownRatings
-from pho_service.pipeline.rating import Subject, measure
+from pho_service.pipeline.rating import Subject
+from pho_service.pipeline.references import with_perplexities
 from pho_service.pipeline.search import compared_with_cold, finish, objective_function, of_objective
 from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.pruning.bundle import ProxyBundle
@@ -25,7 +26,7 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Correction
-from pho_service.tuning.finalists import Measurements, keep, kept_losses
+from pho_service.tuning.finalists import Measurements, keep
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
@@ -40,11 +41,13 @@ from workers.board import confirmed_plot, of_layers, show_result, show_search
 from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch
+from workers.judges import judged_by, measured_stage, raced, unjudged
 from workers.pruning import prune_stage
 from workers.seal import Seal
 from workers.stored import (
     after_perplexity,
     after_search,
+    corrected,
     doubts,
     judged,
     measured_before,
@@ -190,8 +193,12 @@ class Stages:
         job = claim.job
         chosen = Chosen(finalists=[], evaluations=0.0)
         correction = self._correction(claim, spec, watch)
-        doubt = None
-        if spec.confirm is not None and spec.objective.name != "perplexity":
+        doubt, judges = None, []
+        if spec.confirm is not None and spec.objective.name == "perplexity":
+            with self._islands(job, spec) as (_, islands):
+                rated = islands.ranked()
+                judges = unjudged(islands.plan, rated, {r.number for r in rated})
+        elif spec.confirm is not None:
             wanted, doubt = wanted_finalists(
                 job, spec, lambda: self._bundles(job, spec, watch), str(self.inputs.device)
             )
@@ -212,6 +219,7 @@ class Stages:
                     look=watch.look,
                     fence=lambda: self.store.fence(claim, storage),
                 )
+                judges = unjudged(islands.plan, rated, {r.number for r in chosen.finalists})
         compared = chosen.divergences
         if compared.by_number:
             self._check_again(spec, Seal.of_job(job, 0))
@@ -225,7 +233,7 @@ class Stages:
                 "evaluations": chosen.evaluations,
                 **({"doubt": doubt} if doubt else {}),
             },
-            add=[*map(measured_finalist, chosen.finalists), *unvalidated(job, spec)],
+            add=[*map(measured_finalist, chosen.finalists), *unvalidated(job, spec), *judges],
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
@@ -252,18 +260,18 @@ class Stages:
 
     def _perplexity(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         given = (claim.stage.params or {})["candidate"]
-        candidate = Candidate.from_dict(given, spec.pruning())
-        bundle = self._bundle(claim.job, spec, watch)
-        subject = self._subject(claim.job, spec, candidate.steps, bundle)
-        with self._islands(claim.job, spec) as (_, islands):  # what a race has measured
-            known = kept_losses(islands, claim.stage.number, text_sha256=subject.text.key)
+        candidate = given and Candidate.from_dict(given, spec.pruning())
+        steps = candidate.steps if candidate else Steps()
+        subject = self._subject(claim.job, spec, steps, self._bundle(claim.job, spec, watch))
+        with self._islands(claim.job, spec) as (_, islands):
+            known = raced(claim.stage, islands, subject.text.key)
         with watch.progress("Measuring", len(subject.text.windows)) as advance:
-            measured = measure(subject, candidate, advance, known=known)
+            result = measured_stage(subject, candidate, claim.stage.number, advance, known)
         seal = Seal.of_job(claim.job, 0)
         self._check_again(spec, seal)
         self.store.complete(
             claim,
-            {**asdict(measured), "weights_sha256": seal.weights_sha256},
+            {**result, "weights_sha256": seal.weights_sha256},
             then=after_perplexity(claim.job),
         )
 
@@ -276,7 +284,7 @@ class Stages:
         with self._islands(job, spec) as (storage, islands):
             rated = islands.ranked()
             found = self._measurements(job, spec, [*rated, *islands.corrections()])
-            correction = self._corrected(job)
+            correction = corrected(job)
             result = finish(
                 spec.request(0),
                 islands,
@@ -289,6 +297,7 @@ class Stages:
             )
             if spec.request(0).steps.reconstruction.wanted:
                 result = self._rebuilt(claim, spec, watch, result, islands.studies[0], storage)
+            result = with_perplexities(result, judged_by(job, islands.plan, rated, found))
             configuration = result.configuration
             if out_of_time:
                 limit = {"timeout_s": spec.timeout_s, "finished": islands.finished}
@@ -347,11 +356,6 @@ class Stages:
         if subject is not None:
             self._check_again(spec, Seal.of_job(claim.job, 0))
         return found
-
-    def _corrected(self, job: Job) -> Correction | None:
-        (confirmed,) = job.of_kind(StageKind.CONFIRM)
-        correction = (confirmed.result or {}).get("correction")
-        return None if correction is None else Correction.from_dict(correction)
 
     def _measurements(
         self, job: Job, spec: JobSpec, rated: Sequence[RatedCandidate]

@@ -12,13 +12,16 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.quality import ProxyQuality
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences, Measurements
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.validation import finalists_wanted, planned_candidates, verdict
 from storage.records import Job, NewStage
 from storage.states import StageKind
 
-VALIDATION = 10_000_000  # perplexities of a validation have numbers from here, trials below
+# Perplexities of trials have their numbers; those of a validation, and of what a result is judged
+# by, have numbers from here.
+VALIDATION, REFERENCES = 10_000_000, 20_000_000
 
 
 def provenances(job: Job) -> list[dict[str, Any]]:
@@ -43,9 +46,9 @@ def remade(job: Job, bundles: Mapping[str, ProxyBundle]) -> list[str]:
     ]
 
 
-def measurement(number: int, candidate: Candidate) -> NewStage:
-    """A stage that measures the perplexity of a candidate."""
-    params = {"candidate": candidate.to_dict()}
+def measurement(number: int, candidate: Candidate | None, **more: Any) -> NewStage:
+    """A stage that measures the perplexity of a candidate; None is the dense model."""
+    params = {"candidate": candidate and candidate.to_dict(), **more}
     return NewStage(kind=StageKind.PERPLEXITY, number=number, params=params)
 
 
@@ -56,7 +59,7 @@ def measured_finalist(rated: RatedCandidate) -> NewStage:
 
 def measured_before(job: Job) -> set[int]:
     """The trials that have a perplexity from before the job was extended: they stay finalists."""
-    return {number for number in _perplexities(job) if number < VALIDATION}
+    return {number for number in perplexities_of(job) if number < VALIDATION}
 
 
 def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
@@ -68,7 +71,7 @@ def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
             not prevent.
     """
     (planned,) = (stage.result or {} for stage in job.of_kind(StageKind.CONFIRM))
-    stages = _perplexities(job)
+    stages = perplexities_of(job)
     _check_alike(stages)
     chosen = set(planned.get("finalists", ()))
     perplexities = {
@@ -86,6 +89,13 @@ def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
     )
 
 
+def corrected(job: Job) -> Correction | None:
+    """What corrections of the best came to; None if there were none."""
+    (confirmed,) = job.of_kind(StageKind.CONFIRM)
+    correction = (confirmed.result or {}).get("correction")
+    return None if correction is None else Correction.from_dict(correction)
+
+
 def validated(spec: JobSpec) -> list[Candidate]:
     """The random candidates of a validation; none if it was not asked for."""
     if spec.validation is None:
@@ -95,7 +105,7 @@ def validated(spec: JobSpec) -> list[Candidate]:
 
 def unvalidated(job: Job, spec: JobSpec) -> list[NewStage]:
     """The stages of a validation that have no result yet."""
-    measured = _perplexities(job)
+    measured = perplexities_of(job)
     return [
         measurement(VALIDATION + i, candidate)
         for i, candidate in enumerate(validated(spec))
@@ -156,11 +166,11 @@ def doubts(job: Job, spec: JobSpec, judged: Mapping[str, ProxyQuality]) -> list[
 
 def validation_perplexities(job: Job, spec: JobSpec) -> list[float]:
     """Those of the random candidates, in their order."""
-    measured = _perplexities(job)
+    measured = perplexities_of(job)
     return [float(measured[VALIDATION + i]["perplexity"]) for i, _ in enumerate(validated(spec))]
 
 
-def _perplexities(job: Job) -> dict[int, dict[str, Any]]:
+def perplexities_of(job: Job) -> dict[int, dict[str, Any]]:
     """What was measured, by the number of the stage: of a trial, or of a random candidate."""
     return {s.number: s.result for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
 

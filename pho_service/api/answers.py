@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pho_service.library.ranking import MeasuredBy, ModelFacts
+from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.quality import ProxyQuality
 from storage.states import JobState, StageKind
 
@@ -64,6 +65,11 @@ class Best(_Answer):
     method: str
     objective: float | None
     perplexity: float | None
+    perplexities: Perplexities | None = Field(
+        None,
+        description="Perplexities of the dense model, the pruned one, Wanda and RIA on the text "
+        "that confirmed it; null where none was measured, and of older versions.",
+    )
 
 
 class Job(_Answer):
@@ -163,7 +169,9 @@ class WorkerList(_Answer):
 class Gain(_Answer):
     """How much better than RIA a configuration was."""
 
-    share: float = Field(description="Share of RIA's perplexity, or proxy, that is saved.")
+    share: float = Field(
+        description="Share of RIA's perplexity that is saved; by a proxy, of RIA's proxy."
+    )
     by: MeasuredBy = Field(
         description="divergence: perplexity as the divergence from the dense model tells."
     )
@@ -191,6 +199,9 @@ class ConfigurationMatch(_Answer):
     fits: bool = Field(description="Whether it is of the asked pattern and scope.")
     expected_gain: float | None = Field(
         description="Expected share on the asked model, for the order."
+    )
+    expected_by: MeasuredBy | None = Field(
+        None, description="What it is a share of: what the gain that it comes from was measured by."
     )
     reasons: list[str]
 

@@ -142,7 +142,7 @@ def _bars(job: Job) -> list[Bar]:
 
 
 def _found(job: stored.Job, shown: Job) -> list[str]:
-    """Of a search: the best, and how much better than RIA it is."""
+    """Of a search: how good its result is, and what it is."""
     if job.best is None:
         value = shown.progress.best_value
         return [] if value is None else [f"Best objective so far: {value:.4g}."]
@@ -154,7 +154,9 @@ def _found(job: stored.Job, shown: Job) -> list[str]:
         measured.append(f"objective {shown.best.objective:.4g}")
     gain = measured_gain(Configuration.model_validate(job.best))
     measured += [] if gain is None else [str(gain)]
-    return [f"Best: {'; '.join([shown.best.method, *measured])}."]
+    best = f"Best: {'; '.join([shown.best.method, *measured])}."
+    good = shown.best.perplexities
+    return [best] if good is None else [f"Perplexity: {good}.", best]
 
 
 def _transferred(job: stored.Job) -> list[str]:

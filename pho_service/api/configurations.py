@@ -150,6 +150,7 @@ def describe(match: Match, stored: StoredConfiguration | StoredFacts) -> Configu
         created_at=stored.created_at,
         fits=match.fits,
         expected_gain=match.expected,
+        expected_by=match.expected_by,
         reasons=[*match.reasons],
         **match.entry.to_dict(),
     )

@@ -26,6 +26,7 @@ def describe(job: stored.Job) -> Job:
             method=job.best["method"],
             objective=job.best["objective"].get("value"),
             perplexity=confirmation.get("perplexity"),
+            perplexities=job.best.get("perplexities"),
         )
     return Job(
         id=job.id,

@@ -77,7 +77,7 @@ def _of_search(service: Service, job: stored.Job) -> Report:
     measured = {
         stage.number: float(stage.result["perplexity"])
         for stage in job.of_kind(StageKind.PERPLEXITY)
-        if stage.result is not None
+        if stage.result is not None and stage.result["perplexity"] is not None
     }
     compared = {
         int(number): float(value)

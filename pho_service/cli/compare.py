@@ -258,12 +258,13 @@ def _calibration(
 
 
 def show_comparison(compared: "Compared") -> None:
-    """The table, with its conditions under it; what else was measured has one of its own."""
+    """How good it is in a line, and the table; what else was measured has one of its own."""
     more = slice(3, len(compared.columns) - 4)
 
     def without(row: list[str | None]) -> list[str | None]:
         return row[: more.start] + row[more.stop :]
 
+    click.echo(f"Perplexity: {compared.summary}")
     print_table(
         compared.title,
         [*compared.columns[: more.start], *compared.columns[more.stop :]],

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,13 @@ from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 
 if TYPE_CHECKING:
     from pho_service.library.files import LibraryFile
+
+# Headings of what was measured of a configuration; each has a column of its own.
+GAINS = {
+    "perplexity": "gain in perplexity",
+    "divergence": "gain by divergence",
+    "proxy": "gain in the proxy",
+}
 
 
 @click.group(invoke_without_command=True)
@@ -64,9 +72,17 @@ def configurations(
             "configurations import FILE...` those of others."
         )
         return
+    known = [by for by in GAINS if any(any(_gains(match, by)) for match in found)]
     print_table(
         "Configurations, the most promising first",
-        ("id", "found on", "pattern", "scope", "method", "gain over RIA", "expected"),
+        (
+            "id",
+            "found on",
+            "pattern",
+            "scope",
+            "method",
+            *(heading for by in known for heading in (GAINS[by], f"{GAINS[by]}, expected")),
+        ),
         [
             (
                 match["id"],
@@ -74,13 +90,13 @@ def configurations(
                 match["pattern"],
                 match["scope"],
                 match["method"],
-                _gain(match["gain"]),
-                None if match["expected_gain"] is None else f"{match['expected_gain']:.1%}",
+                *(cell for by in known for cell in _gains(match, by)),
             )
             for match in found
         ],
-        caption="Gain: the share of RIA's perplexity that is saved where it was found (~ as the "
-        "divergence tells; * of the proxy alone). Expected: on the model that is asked for.",
+        caption="Gain in perplexity: the share of RIA's that is saved where it was found; by "
+        "divergence: as the divergence from the dense model tells; in the proxy: the share of "
+        "RIA's proxy. Expected: on the model that is asked for.",
     )
     for match in found:
         tell(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
@@ -198,11 +214,12 @@ def delete_entry(configuration_id: str, url: str | None, as_json: bool) -> None:
     say("deleted")
 
 
-def _gain(gain: dict[str, Any] | None) -> str | None:
-    if gain is None:
-        return None
+def _gains(match: Mapping[str, Any], by: str) -> tuple[str | None, str | None]:
+    """Where it was found, and what is expected; None for what was measured otherwise."""
+    gain, expected = match["gain"], match["expected_gain"]
     return (
-        f"{gain['share']:.1%}" + {"perplexity": "", "divergence": " ~", "proxy": " *"}[gain["by"]]
+        None if gain is None or gain["by"] != by else f"{gain['share']:.1%}",
+        None if expected is None or match["expected_by"] != by else f"{expected:.1%}",
     )
 
 

@@ -67,6 +67,7 @@ def matches(
             **match.entry.to_dict(),
             "fits": match.fits,
             "expected_gain": match.expected,
+            "expected_by": match.expected_by,
             "reasons": [*match.reasons],
         }
         for match in rank(entries, wanted)[:limit]

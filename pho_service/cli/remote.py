@@ -49,13 +49,12 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
         print_json([job.model_dump(mode="json") for job in found])
         return
     rows = [
-        [
-            job.id, job.name, job.state, _done(job),
-            _number(job.progress.best_value), _number(job.best.perplexity if job.best else None),
-        ]
+        [job.id, job.name, job.state, _done(job), *_good(job), _number(job.progress.best_value)]
         for job in found
+    ]
+    columns = [
+        "id", "name", "state", "trials", "dense", "perplexity", "rise", "Wanda", "RIA", "objective"
     ]  # fmt: skip
-    columns = ["id", "name", "state", "trials", "best", "perplexity"]
     print_table("Jobs", columns, rows)
 
 
@@ -333,6 +332,8 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
 def _outcome(job: "Job") -> list[str]:
     lines = []
     if job.best is not None:
+        if job.best.perplexities is not None:
+            lines.append(f"perplexity   {job.best.perplexities}")
         lines.append(
             f"best         {job.best.method}, objective {_number(job.best.objective)}, "
             f"perplexity {_number(job.best.perplexity) or 'not measured'}"
@@ -349,6 +350,17 @@ def _outcome(job: "Job") -> list[str]:
         lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")
         lines[-1] += job.error.message
     return [*lines, *(f"note         {warning}" for warning in job.warnings)]
+
+
+def _good(job: "Job") -> list[str | None]:
+    """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
+    if job.best is None or job.best.perplexities is None:
+        return [None, _number(job.best.perplexity if job.best else None), None, None, None]
+    good = job.best.perplexities
+    return [
+        _number(good.dense), _number(good.pruned), f"{good.rise:+.1%}",
+        _number(good.wanda), _number(good.ria),
+    ]  # fmt: skip
 
 
 def _done(job: "Job") -> str:

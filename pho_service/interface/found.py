@@ -31,9 +31,8 @@ from pho_service.interface.models import (
 )
 from pho_service.interface.tables import Shown, Table, number
 from pho_service.interface.texts import calibration_windows, confirmation_text
-from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import (
     Bundles,
     memory_study,
@@ -44,10 +43,10 @@ from pho_service.pipeline.search import (
 from pho_service.pipeline.studies import check_study_url
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexities import REFERENCES, Perplexities
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Callback
@@ -97,6 +96,15 @@ class Found(Shown, SearchResult):
     study: optuna.Study
     table: Sequence[FoundRow]
 
+    @property
+    def perplexities(self) -> Perplexities | None:
+        """
+        How good the result is: ``dense``, ``pruned``, ``wanda``, ``ria`` and the ``rise``.
+
+        None where no perplexity was measured; as text it is one line.
+        """
+        return self.configuration.perplexities
+
     def write(self, path: str | Path) -> None:
         """
         Write the config.json that `pho search` writes.
@@ -122,7 +130,8 @@ class Found(Shown, SearchResult):
                 )
                 for row in self.table
             ],
-            title=f"{found.method} at {found.pattern} in scope {found.scope}, trial {self.trial} "
+            title=("" if found.perplexities is None else f"perplexity: {found.perplexities}\n")
+            + f"{found.method} at {found.pattern} in scope {found.scope}, trial {self.trial} "
             f"of study {self.study_name!r}",
             notes=(
                 f"coefficients: row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
@@ -178,8 +187,8 @@ def search(
     Find the best coefficients for a model, and confirm them by perplexity.
 
     The model is left dense. The same bundle, texts, options and seed give the configuration of
-    `pho search`, byte for byte. Beside the finalists the dense model, Wanda and RIA are measured,
-    for the table.
+    `pho search`, byte for byte. ``found.perplexities`` says how good the result is: beside the
+    finalists the dense model, Wanda and RIA are measured.
 
     Args:
         bundle: What ``pho.calibrate`` gave, or the path of its file; several by the names of
@@ -289,23 +298,6 @@ class _Measured:
         text = confirmation_text(loaded, bundle, confirm, calibration, windows)
         return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
 
-    def perplexities(self, request: SearchRequest, progress: Progress) -> list[FoundRow]:
-        """The dense model, Wanda and RIA on the text; none where there is no text."""
-        if self.text is None:
-            return []
-        windows = self.text.windows
-        methods = reference_methods(request.pattern, request.steps.linears)
-        steps = (1 + len(methods)) * len(windows)
-        with progress("Measuring the dense model, Wanda and RIA", steps) as advance:
-            dense = measure_perplexity(self.model, windows, advance=advance)
-            rows = [FoundRow(method="dense", perplexity=dense.perplexity)]
-            for name, candidate in methods.items():
-                rating, _ = rate_pruned(
-                    self.model, self.bundle.statistics(), candidate, windows, advance
-                )
-                rows.append(FoundRow(method=name, perplexity=rating.perplexity))
-        return rows
-
 
 def _searched(
     request: SearchRequest,
@@ -335,9 +327,8 @@ def _searched(
             progress=progress,
         )
         _note_ratings(kept, result.configuration)
-    references = measured.perplexities(request, progress) if measured else []
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
-    table = _table(result.configuration, references, result.trial)
+    table = _table(result.configuration, result.trial)
     return Found(**parts, study=kept, table=table)
 
 
@@ -355,9 +346,12 @@ def _note_ratings(study: optuna.Study, found: Configuration) -> None:
                 note_trial(study, rating.trial, what, value)
 
 
-def _table(found: Configuration, references: list[FoundRow], trial: int) -> list[FoundRow]:
+def _table(found: Configuration, trial: int) -> list[FoundRow]:
     """The references, and every finalist; where nothing was measured, the baselines instead."""
-    ratings = found.candidates
+    ratings, good = found.candidates, found.perplexities
+    references = [
+        FoundRow(method=name, perplexity=getattr(good, name)) for name in REFERENCES if good
+    ]
     if not ratings:
         best = [FoundRow(method=found.method, trial=trial, proxy=found.objective["value"])]
         baselines = [each for each in found.baselines if each.trial != trial]

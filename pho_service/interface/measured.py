@@ -217,7 +217,9 @@ class Comparison(Shown, Compared):
     """
 
     def _shown(self) -> Table:
-        return Table(self.columns, self.cells, title=self.title, notes=(self.caption,))
+        return Table(
+            self.columns, self.cells, title=f"{self.title}: {self.summary}", notes=(self.caption,)
+        )
 
 
 def compare(

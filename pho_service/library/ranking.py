@@ -247,12 +247,14 @@ class Match:
     Attributes:
         fits: It is of the asked pattern and scope, so that it can be used as it is.
         expected: Gain over RIA on the asked model, as a share; None where nothing is known.
+        expected_by: What it is a share of, as of the gain that it comes from.
         reasons: Sentences without a full stop.
     """
 
     entry: Entry
     fits: bool
     expected: float | None
+    expected_by: MeasuredBy | None
     reasons: tuple[str, ...]
 
 
@@ -278,6 +280,9 @@ def measured_gain(configuration: Configuration) -> Gain | None:
         values = [v for v in map(_number, relative.values()) if v is not None]
         mean = sum(v / len(values) for v in values)
         return Gain(value=1 - mean, by="proxy") if values else None
+    good = configuration.perplexities
+    if good is not None and good.ria is not None:  # RIA as published
+        return _gain({"ria": good.ria, "transferred": good.pruned}, "perplexity")
     if not baselines:
         return None
     ria = baselines[-1]  # of the widest scope
@@ -336,11 +341,17 @@ def _order(entry: Entry, wanted: Wanted) -> tuple[float, bool, int, float, str]:
 
 
 def _match(entry: Entry, wanted: Wanted) -> Match:
-    _, share = _expected(entry, wanted)
+    gain, share = _expected(entry, wanted)
     fits = _distance(entry, wanted) == 0 and (
         not wanted.scope_matters or _same_scope(entry, wanted)
     )
-    return Match(entry=entry, fits=fits, expected=share, reasons=tuple(_reasons(entry, wanted)))
+    return Match(
+        entry=entry,
+        fits=fits,
+        expected=share,
+        expected_by=None if gain is None else gain.by,
+        reasons=tuple(_reasons(entry, wanted)),
+    )
 
 
 def _distance(entry: Entry, wanted: Wanted) -> float:

@@ -157,7 +157,7 @@ class Measured:
 
 def measure(
     subject: Subject,
-    candidate: Candidate,
+    candidate: Candidate | None,
     advance: Advance = lambda _: None,
     *,
     known: Losses = MappingProxyType({}),
@@ -167,7 +167,7 @@ def measure(
 
     Args:
         subject: What is pruned, and measured on.
-        candidate: What to prune with.
+        candidate: What to prune with; None leaves the model dense.
         advance: Called with 1 after each window, and with 0 while the model is pruned.
         known: Losses of windows that were measured before; those are not run again.
 
@@ -177,7 +177,9 @@ def measure(
     """
     started = time.monotonic()
     windows = subject.text.windows
-    if known:
+    if candidate is None:
+        rating, sparsity = measure_perplexity(subject.model, windows, advance=advance), 0.0
+    elif known:
         rest = [number for number in range(len(windows)) if number not in known]
         glance = Glances(subject, advance)(candidate, rest)
         losses = {**known, **glance.losses}

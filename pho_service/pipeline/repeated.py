@@ -24,6 +24,7 @@ from pho_service.spec.baselines import ALL, OWL_AT_NM, named_baselines, shown_ba
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexities import in_words
 from pho_service.tuning.request import SearchRequest
 
 
@@ -132,6 +133,19 @@ class Compared:
     def title(self) -> str:
         """Of the table."""
         return f"{Path(self.model['name']).name} at {self.pattern}"
+
+    @property
+    def summary(self) -> str:
+        """How good what was found is, in a line: dense, found, Wanda and RIA."""
+        means = {row.method: row.perplexity for row in self.rows}
+        known = named_baselines(Pattern.parse(self.pattern))
+        found = {
+            name: value
+            for name, value in means.items()
+            if name != "dense" and name not in known and ": " not in name  # no row of an ablation
+        }
+        ria = means.get("ria-layer", means.get("ria-row"))
+        return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria})
 
     @property
     def columns(self) -> list[str]:

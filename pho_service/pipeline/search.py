@@ -50,11 +50,11 @@ def search_job(
     progress: Progress = silent,
 ) -> SearchResult:
     """
-    Search, confirm, and say what was found. Goes on with a search that the study holds a part of.
+    Search, confirm, and say what was found and how good it is. Goes on with a search that the
+    study holds a part of.
 
     On several bundles, a candidate's value is the mean, or the worst, over the models of its
-    proxy relative to RIA's on the same model: below 1 it is better than RIA. Nothing is confirmed
-    then.
+    proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
 
     Args:
         request: What is asked; for several bundles its objective says how they count.
@@ -97,8 +97,8 @@ def search_job(
         study = memory_study(request, bundles, confirm_text)
     check_study(study, named.values())
     describe_study(study, request, plan, origin)
-    rows = [bundle.rows_sha256 for bundle in named.values()]
-    known = KnownRatings(study, request, plan, [str(origin.get("key", "")), *rows])
+    keys = [str(origin.get("key", "")), *(bundle.rows_sha256 for bundle in named.values())]
+    known = KnownRatings(study, request, plan, keys)
     evaluate = known.before(evaluate)
     with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
         rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
@@ -146,6 +146,11 @@ def search_job(
 
         settings = request.steps.reconstruction
         result = reconstruct_winner(result, settings, study, subject, progress)
+    if subject is not None:
+        from pho_service.pipeline.references import measure_references, with_perplexities
+
+        good = measure_references(islands, rated, measurements, subject, progress)
+        result = with_perplexities(result, good)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
     return replace(
         result,
@@ -216,8 +221,7 @@ def finish(
         correction=correction,
     )
     if request.objective.over is not None:
-        relative = islands.attributes(rated[0].number)["relative_to_ria"]
-        result = with_each_model(result, relative)
+        result = with_each_model(result, islands.attributes(rated[0].number)["relative_to_ria"])
     if len(islands.studies) > 1:
         of = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
         search = {**result.configuration.search, **of}
@@ -293,8 +297,8 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
     The plan of a search on bundles, in the kernel sizes that all of them have.
 
     Raises:
-        InvalidInput: The request breaks a rule, does not say how several bundles count or says
-            how one does, or N:M or what is said of linears does not fit a model.
+        InvalidInput: The request breaks a rule, does not say how several bundles count, or N:M or
+            what is said of linears does not fit a model.
         BundleError: The bundles have no kernel size in common.
     """
     first, *others = (set(bundle.kernel_sizes) for bundle in bundles.values())
@@ -391,6 +395,6 @@ def objective_function(
         return rate_by_proxy(ProxyEvaluator(bundle, device), objective)
     if model is None or text is None:
         raise _needs_text()
-    from pho_service.pipeline.rating import rate_by_perplexity  # loads transformers
+    from pho_service.pipeline.rating import rate_by_perplexity
 
     return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)

@@ -20,6 +20,7 @@ HASHED = 1.2e9  # bytes/s of SHA-256 on a core
 BASELINES = 6  # that a search begins with and confirms beside what it finds
 COMPARED_TOKENS = 512  # that finalists are compared with the dense model on
 MEASURED = 3  # perplexities that the race of finalists takes after its first look
+REFERENCES = 3  # perplexities that a result is judged by: dense, Wanda, RIA
 LOOKS = 12  # at which those that are left are pruned once more
 READINGS = 4.0  # of its bundle that the rating of a candidate costs, on a CPU
 TRIAL_S = 0.006  # writing a trial to its study
@@ -204,7 +205,7 @@ class _Costs:
         return (1 + self.work.corrections) * (compared + self.masks())
 
     def confirmation(self) -> float:
-        """A race where it pays, else perplexities."""
+        """A race where it pays, else perplexities; and what the result is judged by."""
         context = self.work.calibration.context_length
         measured = self.forward(self.work.windows * context, context, head=True)
         measured += self.streaming(1)
@@ -212,6 +213,7 @@ class _Costs:
         pruned, winner = self.pruning(steps), 0.0
         if self.work.steps.reconstruction.wanted:
             winner = self.pruning(self.work.steps) + self.reconstruction() + measured
+        winner += REFERENCES * (measured + self.masks())
         if steps.needs_text or self.work.stream:
             return self.work.finalists * (measured + pruned) + winner
         compared = self.forward(max(COMPARED_TOKENS, context), context, head=True)

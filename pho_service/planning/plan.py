@@ -23,6 +23,7 @@ from pho_service.planning.stage_memory import (
     windows_at_once,
 )
 from pho_service.spec.job import JobSpec
+from pho_service.spec.steps import Steps
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
@@ -237,11 +238,13 @@ def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | No
     settings = work.calibration
     if work.steps.needs_text:
         streams = 1 + work.steps.reconstruction.wanted
-        return pruning_peak(
+        pruned = pruning_peak(
             footprint, place, work.steps,
             windows=settings.samples, tokens=settings.context_length, keep_dense=True,
             states_on_device=_stay(footprint, place, streams * settings.samples, work, card),
         )  # fmt: skip
+        scores = replace(work, steps=Steps(linears=work.steps.linears))  # Wanda and RIA
+        return pruned.with_(_confirmation(footprint, place, scores, card))
     most = 1
     if card is not None and not place.stream:
         logits = settings.context_length * footprint.vocabulary

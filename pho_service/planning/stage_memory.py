@@ -70,6 +70,14 @@ class Peak:
             return cls(device=device + LIBRARIES, host=host, disk=disk)
         return cls(host=device + host + LIBRARIES, disk=disk)
 
+    def with_(self, other: Self) -> Self:
+        """Of one after the other: the most of each."""
+        return type(self)(
+            device=max(self.device, other.device),
+            host=max(self.host, other.host),
+            disk=max(self.disk, other.disk),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRun:

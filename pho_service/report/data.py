@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pho_service.library.ranking import Gain
+from pho_service.library.ranking import Gain, MeasuredBy
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.perplexities import Perplexities
 
 Subject = Literal["search", "transfer", "study"]
 
@@ -146,36 +147,38 @@ class Report:
         known = [trial for trial in self.trials if trial.method.startswith("ria")]
         return known[-1] if known else None
 
-    def gain(self, trial: ReportTrial) -> Gain | None:
-        """How much better than RIA a trial is, by the surest that is known of both."""
+    @property
+    def perplexities(self) -> Perplexities | None:
+        """How good the result is; None where that was not measured."""
+        return None if self.configuration is None else self.configuration.perplexities
+
+    def gain(self, trial: ReportTrial, by: MeasuredBy) -> Gain | None:
+        """How much better than RIA a trial is by one measure; None where it is not known."""
         ria = self.ria
-        if ria is None or trial.number == ria.number:
+        if by == "perplexity":
+            published = None if self.perplexities is None else self.perplexities.ria
+            if published is None and ria is not None:
+                published = ria.perplexity
+            return gain_over(by, published, trial.perplexity)
+        if ria is None or (by == "proxy" and self.maximised):
             return None
-        return gain_over(
-            {"perplexity": ria.perplexity, "divergence": ria.divergence, "proxy": ria.value},
-            {"perplexity": trial.perplexity, "divergence": trial.divergence, "proxy": trial.value},
-            maximised=self.maximised,
-        )
+        values = [(each.divergence, each.value)[by == "proxy"] for each in (ria, trial)]
+        return gain_over(by, *values)
 
 
-def gain_over(
-    ria: Mapping[str, float | None], mine: Mapping[str, float | None], *, maximised: bool = False
-) -> Gain | None:
+def gain_over(by: MeasuredBy, ria: float | None, mine: float | None) -> Gain | None:
     """
-    How much better than RIA something is, by perplexity, else by divergence, else by the proxy.
+    How much better than RIA something is.
 
     Args:
-        ria: What was measured of RIA: ``perplexity``, ``divergence``, ``proxy``.
-        mine: The same of the other.
-        maximised: The proxy is a share of nothing then.
+        by: What was measured.
+        ria: Of RIA.
+        mine: The same of the other; low values are good.
     """
-    first, second = ria.get("perplexity") or 0.0, mine.get("perplexity") or 0.0
-    if first > 0 and second > 0:
-        return Gain(value=math.log(first / second), by="perplexity")
-    near, far = mine.get("divergence"), ria.get("divergence")
-    if near is not None and far is not None:
-        return Gain(value=far - near, by="divergence")
-    first, second = ria.get("proxy") or 0.0, mine.get("proxy") or 0.0
-    if first > 0 and second > 0 and not maximised:
-        return Gain(value=1 - second / first, by="proxy")
-    return None
+    if ria is None or mine is None:
+        return None
+    if by == "divergence":
+        return Gain(value=ria - mine, by=by)
+    if not (ria > 0 and mine > 0):
+        return None
+    return Gain(value=math.log(ria / mine) if by == "perplexity" else 1 - mine / ria, by=by)

@@ -143,6 +143,8 @@ def _result(report: Report) -> Section:
             f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}."
             f"{rebuilt}",
         )
+    if report.perplexities is not None:
+        texts.insert(0, f"Perplexity: {report.perplexities}.")
     results = tables.results_table(report)
     if results is None:
         texts.append("No trial has a value yet: there are neither results nor baselines.")

@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pho_service.library.ranking import MeasuredBy
 from pho_service.report.data import Report, ReportTrial, StageTime, gain_over
 from pho_service.spec.configuration import Configuration
 
 MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")
 METHODS = ("wanda", "ria", "transferred", "own")
+# Headings of the gains over RIA; they are of different things, so each has a column of its own.
+GAINS: dict[MeasuredBy, str] = {
+    "perplexity": "gain in perplexity",
+    "divergence": "gain by divergence",
+    "proxy": "gain in the proxy",
+}
 _KEYS = {"perplexity": "perplexities", "proxy": "proxies"}
 MOST = 20  # measured trials that are shown
 BEST = 5  # rated trials that are shown where nothing was measured
@@ -79,24 +86,38 @@ def results_table(report: Report) -> Table | None:
     mark = "chosen" if report.configuration is not None else "best so far"
     return Table(
         caption="Result and baselines",
-        columns=("candidate", "perplexity", "gain over RIA", "divergence", "objective", "trial"),
+        columns=(
+            "candidate",
+            "perplexity",
+            GAINS["perplexity"],
+            "divergence",
+            GAINS["divergence"],
+            "objective",
+            GAINS["proxy"],
+            "trial",
+        ),
         rows=[
-            (
-                _candidate(trial) + (f" ({mark})" if trial == winner else ""),
-                _number(trial.perplexity),
-                _gain(report, trial),
-                _number(trial.divergence),
-                _number(trial.value) or "failed",
-                str(trial.number),
-            )
-            for trial in rows
+            *_references(report),
+            *(
+                (
+                    _candidate(trial) + (f" ({mark})" if trial == winner else ""),
+                    _number(trial.perplexity),
+                    _gain(report, trial, "perplexity"),
+                    _number(trial.divergence),
+                    _gain(report, trial, "divergence"),
+                    _number(trial.value) or "failed",
+                    _gain(report, trial, "proxy"),
+                    str(trial.number),
+                )
+                for trial in rows
+            ),
         ],
-        marked=0,
+        marked=len(_references(report)),
         note=f"Objective: {report.objective}"
         + (", higher is better. " if report.maximised else ", lower is better. ")
-        + "Divergence: from the dense model, in nats a token. Gain: the share of RIA's "
-        "perplexity that is saved; ~ where only the divergence tells, and “proxy” where "
-        "neither was measured and it is a share of RIA's proxy.",
+        + "Divergence: from the dense model, in nats a token. Gains are over RIA: in perplexity, "
+        "the share of its perplexity that is saved; by divergence, the same as the divergence "
+        "tells; in the proxy, the share of its objective.",
     ).without_empty()
 
 
@@ -135,7 +156,7 @@ def transfer_table(
     shown = [method for method in methods if any(values.get(method) for _, values in rows)]
     table = []
     for (name, values), target in zip(rows, measured, strict=True):
-        gain = gain_over({what: values.get("ria")}, {what: values.get("transferred")})
+        gain = gain_over(what, values.get("ria"), values.get("transferred"))
         regret = target.get("regret" if what == "perplexity" else "proxy_regret")
         table.append(
             (
@@ -150,8 +171,8 @@ def transfer_table(
         columns=(
             "model",
             *({"own": "own best"}.get(method, method) for method in shown),
-            "gain over RIA",
-            "regret",
+            GAINS[what],
+            f"regret in {what}",
         ),
         rows=table,
         note="Regret: the share of the own best's gain over RIA that the transferred configuration "
@@ -216,17 +237,25 @@ def _candidate(trial: ReportTrial) -> str:
     return trial.method if trial.is_baseline else "found"
 
 
-def _gain(report: Report, trial: ReportTrial) -> str:
-    if trial == report.ria:
+def _references(report: Report) -> list[tuple[str, ...]]:
+    """Rows of what the result is judged by: the dense model, Wanda and RIA as published."""
+    good = report.perplexities
+    if good is None:
+        return []
+    theirs = {"dense": good.dense, "Wanda, published": good.wanda, "RIA, published": good.ria}
+    rows: list[tuple[str, ...]] = []
+    for name, perplexity in theirs.items():
+        gain = None if name == "dense" else gain_over("perplexity", good.ria, perplexity)
+        cells = (name, _number(perplexity), "" if gain is None else f"{gain.share:.1%}")
+        rows.append((*cells, "", "", "", "", ""))
+    return rows
+
+
+def _gain(report: Report, trial: ReportTrial, by: MeasuredBy) -> str:
+    gain = report.gain(trial, by)
+    if gain is not None and gain.value == 0 and trial == report.ria:
         return "reference"
-    gain = report.gain(trial)
-    if gain is None:
-        return ""
-    return {
-        "perplexity": f"{gain.share:.1%}",
-        "divergence": f"~ {gain.share:.1%}",
-        "proxy": f"{gain.share:.1%} (proxy)",
-    }[gain.by]
+    return "" if gain is None else f"{gain.share:.1%}"
 
 
 def _number(value: float | None) -> str:

@@ -20,6 +20,7 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
 
@@ -69,6 +70,9 @@ class Configuration(Document):
     The whole file.
 
     Attributes:
+        perplexities: How good the result is: of the dense model, of the result, and of Wanda and
+            RIA, on the text of the confirmation. None if no perplexity was measured, and in files
+            of older versions.
         method: ``crepe``, or the baseline that nothing found was better than.
         coefficients: The score.
         steps: What happens beside the score.
@@ -88,6 +92,7 @@ class Configuration(Document):
 
     format: Literal["pho-configuration"] = "pho-configuration"
     version: int = VERSION
+    perplexities: Perplexities | None = Field(None, exclude_if=lambda value: value is None)
     method: str
     coefficients: Coefficients
     steps: Steps = Steps()

@@ -13,6 +13,7 @@ import pytest
 from pho_service.report.data import ReportTrial
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Rating
+from pho_service.spec.perplexities import Perplexities
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 SEARCH = ["asked", "result", "history", "confirmed", "layers", "transfer", "timings", "reproduce"]
@@ -40,33 +41,49 @@ def test_asked(page_of: Any) -> None:
 
 
 def test_results(page_of: Any) -> None:
-    """The chosen one comes first, then what was measured, then baselines, each with its gain."""
+    """The chosen one comes first, then what was measured, then baselines; no column mixes gains."""
     page = page_of()
 
     assert page.tables["Result and baselines"] == [
-        ["candidate", "perplexity", "gain over RIA", "divergence", "objective", "trial"],
-        ["found (chosen)", "20", "20.0%", "0.5", "0.5", "4"],
-        ["found", "22", "12.0%", "0.625", "0.4", "5"],
-        ["ria-layer", "25", "reference", "1", "1", "2"],
-        ["wanda", "", "~ 22.1%", "0.75", "0.8", "0"],
-        ["found", "", "~ 22.1%", "0.75", "0.6", "6"],
-        ["ria-row", "", "~ 11.8%", "0.875", "0.9", "1"],
-    ]
+        ["candidate", "perplexity", "gain in perplexity", "divergence", "gain by divergence",
+         "objective", "gain in the proxy", "trial"],
+        ["found (chosen)", "20", "20.0%", "0.5", "39.3%", "0.5", "50.0%", "4"],
+        ["found", "22", "12.0%", "0.625", "31.3%", "0.4", "60.0%", "5"],
+        ["ria-layer", "25", "reference", "1", "reference", "1", "reference", "2"],
+        ["wanda", "", "", "0.75", "22.1%", "0.8", "20.0%", "0"],
+        ["found", "", "", "0.75", "22.1%", "0.6", "40.0%", "6"],
+        ["ria-row", "", "", "0.875", "11.8%", "0.9", "10.0%", "1"],
+    ]  # fmt: skip
     assert "Confirmed by perplexity, 20 on 496 tokens of c.txt" in page.text["result"]
     assert "The best lies on the border." in page.text["result"]
     assert ["kernel size", "5"] in page.tables["The configuration"]
 
 
+def test_how_good(page_of: Any, report_of: Any) -> None:
+    """The first sentence says how good the result is; gains are over RIA as published then."""
+    good = Perplexities(dense=16.0, pruned=20.0, wanda=28.0, ria=40.0)
+    found = report_of().configuration.model_copy(update={"perplexities": good})
+    page = page_of(configuration=found)
+    rows = page.tables["Result and baselines"]
+    first = page.text["result"].strip().splitlines()[1]
+
+    assert first == "Perplexity: 16.0 dense, 20.0 pruned (+25 %), Wanda 28.0, RIA 40.0."
+    assert [row[:3] for row in rows[1:5]] == [
+        ["dense", "16", ""], ["Wanda, published", "28", "30.0%"], ["RIA, published", "40", "0.0%"],
+        ["found (chosen)", "20", "50.0%"],
+    ]  # fmt: skip
+
+
 def test_only_the_proxy(page_of: Any, report_of: Any) -> None:
-    """Where nothing was measured the best by the proxy follow, and gains are marked as its own."""
+    """Where nothing was measured the best by the proxy follow, with gains in it alone."""
     trials = [replace(t, perplexity=None, divergence=None) for t in report_of().trials]
     found = report_of().configuration.model_copy(update={"candidates": [], "confirmation": None})
     page = page_of(trials=trials, configuration=found)
 
     assert page.tables["Result and baselines"][:3] == [
-        ["candidate", "gain over RIA", "objective", "trial"],
-        ["found (chosen)", "60.0% (proxy)", "0.4", "5"],
-        ["found", "50.0% (proxy)", "0.5", "4"],
+        ["candidate", "objective", "gain in the proxy", "trial"],
+        ["found (chosen)", "0.4", "60.0%", "5"],
+        ["found", "0.5", "50.0%", "4"],
     ]
     assert "the proxy cannot be compared" in page.text["confirmed"]
 
@@ -78,8 +95,8 @@ def test_maximised(page_of: Any, report_of: Any) -> None:
     page = page_of(objective="gini", maximised=True, trials=trials, configuration=found)
     rows = page.tables["Result and baselines"]
 
-    assert rows[1] == ["ria-layer (chosen)", "reference", "1", "2"]
-    assert rows[2] == ["found", "", "0.6", "6"]
+    assert rows[1] == ["ria-layer (chosen)", "1", "2"]
+    assert rows[2] == ["found", "0.6", "6"]
     assert page.figures["history"]["data"][2]["y"] == [0.8, 0.9, 1.0, 1.0, 1.0, 1.0]
 
 
@@ -186,7 +203,16 @@ def test_transfers(page_of: Any) -> None:
     page = page_of(transfers=[*page_transfers(), {"target": "b", "warnings": ["b: no weights"]}])
 
     assert page.tables["On other models, by perplexity"] == [
-        ["model", "dense", "wanda", "ria", "transferred", "own best", "gain over RIA", "regret"],
+        [
+            "model",
+            "dense",
+            "wanda",
+            "ria",
+            "transferred",
+            "own best",
+            "gain in perplexity",
+            "regret in perplexity",
+        ],
         ["other", "10", "24", "25", "20.5", "20", "18.0%", "10%"],
     ]
     assert page.tables["On other models, by proxy"][1] == ["other", "0.4", "0.5", "0.3", "40.0%"]

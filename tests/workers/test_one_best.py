@@ -14,6 +14,7 @@ from pho_service.tuning.result import chosen_in
 from storage.records import Job
 from storage.states import StageKind
 from storage.studies import open_storage, study_name
+from workers.stored import REFERENCES
 
 
 def studies(hand: Any, job: Job) -> list[optuna.Study]:
@@ -33,7 +34,11 @@ def studies(hand: Any, job: Job) -> list[optuna.Study]:
 
 def measured(job: Job) -> dict[int, float]:
     """The perplexities of a job by trial."""
-    return {s.number: s.result["perplexity"] for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
+    return {
+        s.number: s.result["perplexity"]
+        for s in job.of_kind(StageKind.PERPLEXITY)
+        if s.result and s.number < REFERENCES
+    }
 
 
 def test_extended(hand: Any, small: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 from pho_service.tuning import validation
 from storage.records import NewStage
 from storage.states import JobState, StageKind
-from workers.stored import VALIDATION
+from workers.stored import REFERENCES, VALIDATION
 
 ASKED = {"validation": {"candidates": 8}}
 DOUBT = "The proxy does not rank."
@@ -41,6 +41,6 @@ def test_older_job(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> No
     (finish,) = job.of_kind(StageKind.FINISH)
     numbers = [stage.number for stage in job.of_kind(StageKind.PERPLEXITY)]
 
-    assert sum(number >= VALIDATION for number in numbers) == 8
+    assert sum(VALIDATION <= number < REFERENCES for number in numbers) == 8
     assert any(number < VALIDATION for number in numbers)
     assert "gini" in finish.result["validation"]

@@ -1,0 +1,132 @@
+"""What a result is judged by: dense, Wanda and RIA on the windows that chose it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pho_service.errors import NumericalError
+from pho_service.models.blockwise import measure_perplexity
+from pho_service.models.loading import LanguageModel
+from pho_service.models.texts import TextSource, read_windows
+from pho_service.pipeline import rating, references
+from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.search import memory_study, search_job
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import published
+from pho_service.spec.objective import Objective
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.perplexities import Perplexities, in_words
+from pho_service.spec.steps import Steps
+from pho_service.tuning.request import SearchRequest
+
+WINDOWS = 4
+
+
+@pytest.fixture
+def report(model: LanguageModel, texts: dict[str, Path]) -> ReportText:
+    """Some windows."""
+    source = TextSource(path=str(texts["report"]))
+    windows, record = read_windows(
+        model, source, context_length=40, bos="auto", max_windows=WINDOWS
+    )
+    return ReportText(windows=windows, record=record)
+
+
+@pytest.fixture
+def pruned_with(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods that perplexities are measured of to judge by, in their order."""
+    found: list[str] = []
+
+    def measure(subject: Any, candidate: Any, *args: Any, **more: Any) -> Any:
+        found.append("dense" if candidate is None else candidate.method)
+        return rating.measure(subject, candidate, *args, **more)
+
+    monkeypatch.setattr(references, "measure", measure)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps", "objective", "same"),
+    [
+        pytest.param("0.5", Steps(), "activation-reconstruction", True, id="race"),
+        pytest.param("0.5", Steps(), "perplexity", True, id="by-perplexity"),
+        pytest.param(
+            "2:4", Steps(permutation="score"), "activation-reconstruction", False, id="permuted"
+        ),
+    ],
+)
+def test_judged(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText, pruned_with: list[str],
+    pattern: str, steps: Steps, objective: Any, same: bool,
+) -> None:  # fmt: skip
+    """They are Wanda and RIA as published, whatever the steps; none is measured again."""
+    asked = SearchRequest(
+        pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
+        objective=Objective(name=objective),
+    )  # fmt: skip
+    study = memory_study(asked, bundle, report)
+    options: dict[str, Any] = {"model": model, "confirm_text": report, "study": study}
+    found = search_job(asked, bundle, **options).configuration
+    measured = [*pruned_with]
+    again = search_job(asked, bundle, **options).configuration
+    methods = reference_methods(asked.pattern)
+    alone = {
+        name: rate_pruned(model, bundle.statistics(), each, report.windows)[0].perplexity
+        for name, each in methods.items()
+    }
+    good = found.perplexities
+
+    assert found.confirmation is not None
+    assert good == Perplexities(
+        dense=measure_perplexity(model, report.windows).perplexity,
+        pruned=found.confirmation.perplexity,
+        **alone,
+    )
+    finalists = {b.method for b in found.baselines if b.perplexity is not None}
+    names = ["dense", *(each.method for each in methods.values())]
+    assert measured == [name for name in names if not (same and name in finalists)]
+    assert again == found
+    assert pruned_with == measured  # nothing is measured twice
+
+
+def test_without_a_perplexity(
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A published method whose model gives NaN has none, and the search ends all the same."""
+
+    def measure(subject: Any, candidate: Any, *args: Any, **more: Any) -> Any:
+        if candidate is not None and candidate.method == "wanda":
+            raise NumericalError("the loss is NaN or infinite.")
+        return rating.measure(subject, candidate, *args, **more)
+
+    monkeypatch.setattr(references, "measure", measure)
+    steps = Steps(permutation="score")
+    asked = SearchRequest(pattern=Pattern.parse("2:4"), trials=8, steps=steps, finalists=1)
+    found = search_job(asked, bundle, model=model, confirm_text=report)
+    good = found.configuration.perplexities
+
+    assert good is not None
+    assert good.wanda is None
+    assert "Wanda" not in str(good)
+    assert any("not compared with wanda" in warning for warning in found.warnings)
+
+
+def test_in_words() -> None:
+    """A line of numbers with three digits, and the rise over dense in per cent."""
+    good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
+
+    assert str(good) == "22.6 dense, 27.7 pruned (+23 %), Wanda 39.9, RIA 41.2"
+    assert "22.5 pruned (-0.4 %)" in str(good.model_copy(update={"pruned": 22.5}))
+    assert in_words(5.5, {"a": 12345.6}, {"wanda": 3e7, "ria": None}) == (
+        "5.50 dense, 12,346 a (+224,365 %), Wanda 3e+07"
+    )
+
+
+def test_older_files() -> None:
+    """A configuration without them is read, and written as it was."""
+    old = published("wanda", "0.5")
+
+    assert old.perplexities is None
+    assert "perplexities" not in old.model_dump(mode="json")
