@@ -333,7 +333,7 @@ def _outcome(job: "Job") -> list[str]:
     lines = []
     if job.best is not None:
         if job.best.perplexities is not None:
-            lines.append(f"perplexity   {job.best.perplexities}")
+            lines.append(f"result       {job.best.perplexities} (perplexities)")
         lines.append(
             f"best         {job.best.method}, objective {_number(job.best.objective)}, "
             f"perplexity {_number(job.best.perplexity) or 'not measured'}"

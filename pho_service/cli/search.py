@@ -264,9 +264,9 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
 
     found = result.configuration
     c = found.coefficients
-    good = [] if found.perplexities is None else [f"perplexity   {found.perplexities}"]
+    good = found.perplexities
     lines = [
-        *good,
+        *([] if good is None else [f"result       {good} (perplexities)"]),
         f"method       {found.method}, pattern {found.pattern}, scope {found.scope}",
         f"coefficients row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
         f"{c.neighbourhood:.4f}, kernel {c.kernel_size}",
@@ -278,7 +278,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
         lines.append(f"             {value:.4f} of RIA's on {name}")
     if found.confirmation:
         lines.append(
-            f"measured     {found.confirmation.perplexity:.4f} on "
+            f"perplexity   {found.confirmation.perplexity:.4f} on "
             f"{found.confirmation.tokens} tokens of {found.confirmation.text['source']}"
         )
         before = found.confirmation.before_reconstruction
