@@ -1,29 +1,12 @@
 """What a benchmark ran on, to be printed with its numbers."""
 
-import os
-import platform
-import re
 import shutil
 import subprocess
-from pathlib import Path
 
+from pho_service.host.machine import conditions, machine
 from pho_service.host.versions import versions
 
-
-def conditions() -> str:
-    """The machine, and what else it is doing."""
-    return f"{machine()}, load {os.getloadavg()[0]:.1f}"
-
-
-def machine() -> str:
-    """The processor and its cores."""
-    return f"{_processor()}, {os.cpu_count()} cores"
-
-
-def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)", about.read_text() if about.is_file() else "", re.M)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+__all__ = ["card", "conditions", "machine", "software"]
 
 
 def software(*packages: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pho_service.interface.packed import unpack as unpack
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
+    from pho_service.interface.semi_structured import load_semi_structured as load_semi_structured
     from pho_service.models.bundle_file import read_bundle as read_bundle
     from pho_service.models.hub import push as push
     from pho_service.models.loading import load_model as load_model
@@ -46,6 +47,7 @@ _HOME = {
     "evaluate": "interface.measured",
     "load_model": "models.loading",
     "load_packed": "interface.packed",
+    "load_semi_structured": "interface.semi_structured",
     "objective": "interface.objective",
     "pack": "interface.packed",
     "prune": "interface.pruned",
@@ -72,6 +74,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "load_packed",
+    "load_semi_structured",
     "objective",
     "pack",
     "prune",

@@ -19,6 +19,7 @@ LOCAL_VERBS = {
     "pack": ("pack", "Make a model folder smaller, without losing a bit."),
     "unpack": ("pack", "Make the folder again that was packed."),
     "push": ("push", "Upload a pruned folder to the Hugging Face hub."),
+    "bench": ("bench", "Measure how fast models load, read and write on this machine."),
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
     "compare": ("compare", "Print a table of perplexities: dense, published methods, found."),
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),

@@ -9,8 +9,9 @@ import pho_service as pho
 
 NAMES = {
     "Client", "Configuration", "Pattern", "PhoError", "baseline", "calibrate", "compare",
-    "configuration", "curve", "evaluate", "load_model", "load_packed", "objective", "pack", "prune",
-    "push", "read_bundle", "read_configuration", "save", "search", "search_within", "unpack",
+    "configuration", "curve", "evaluate", "load_model", "load_packed", "load_semi_structured",
+    "objective", "pack", "prune", "push", "read_bundle", "read_configuration", "save", "search",
+    "search_within", "unpack",
     "write_configuration",
 }  # fmt: skip
 

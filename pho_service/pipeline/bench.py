@@ -1,0 +1,238 @@
+"""
+How fast models are on the machine at hand: loading, reading a prompt, and writing.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pho_service.errors import InvalidInput
+from pho_service.host.machine import conditions
+from pho_service.host.versions import versions
+from pho_service.models.devices import pick_device
+from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.packed_file import is_packed
+from pho_service.pipeline.semi_structured import convert_
+from pho_service.progress import Advance, Progress, silent
+
+LOADS = 3  # of each model; the first brings its files into the memory of the system
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """
+    What is run.
+
+    Attributes:
+        batch: Prompts at once.
+        prompt: Tokens of each, drawn at random.
+        new_tokens: Written after the first one, one by one, each the likeliest.
+        rounds: How often everything is measured.
+        seed: Of the tokens.
+    """
+
+    batch: int = 1
+    prompt: int = 512
+    new_tokens: int = 32
+    rounds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """
+    What was measured of one model.
+
+    Attributes:
+        name: As it was given; with ``, 2:4`` where torch's kernels multiply its linears.
+        bytes: Of its files.
+        note: What is to be known of it.
+        load_s: Seconds of each loading.
+        prefill_s: Seconds to read the prompts, up to the first new token, by round.
+        decode_s: Seconds to write the new tokens, by round.
+    """
+
+    name: str
+    bytes: int
+    note: str = ""
+    load_s: list[float] = field(default_factory=list)
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """
+    A measurement.
+
+    Attributes:
+        sides: In the order in which they were given; ratios are to the first.
+        settings: What was run.
+        conditions: Machine, device, dtype and versions, in one line each.
+    """
+
+    sides: list[Side]
+    settings: BenchSettings
+    conditions: list[str]
+
+    def tokens_per_s(self, side: Side) -> tuple[float, float]:
+        """Tokens a second that are read, and that are written: of the median round."""
+        batch = self.settings.batch
+        return (
+            batch * self.settings.prompt / median(side.prefill_s),
+            batch * self.settings.new_tokens / median(side.decode_s),
+        )
+
+    def ratios(self, side: Side) -> tuple[list[float], list[float]]:
+        """How many times as fast as the first, of reading and writing, round by round, sorted."""
+        first = self.sides[0]
+        return (
+            sorted(a / b for a, b in zip(first.prefill_s, side.prefill_s, strict=True)),
+            sorted(a / b for a, b in zip(first.decode_s, side.decode_s, strict=True)),
+        )
+
+
+def bench(
+    models: Sequence[str],
+    settings: BenchSettings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Bench:
+    """
+    Measure models beside each other.
+
+    All of them are in memory at once. Every round runs each of them, in one order and then in the
+    other, so that what else the machine does meets them alike. On a GPU a model with 2:4 linears
+    is measured a second time, with torch's kernels for them.
+
+    Args:
+        models: Folders, packed or not, hub ids or .gguf files.
+        settings: What is run.
+        device: ``auto`` takes a GPU if torch sees one.
+        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
+        progress: Is told of loadings, and of each run of a model.
+
+    Raises:
+        InvalidInput: A model is given twice, or reads fewer tokens than are run.
+        ModelError: A model cannot be loaded.
+    """
+    if len({*models}) < len(models):
+        raise InvalidInput("a model is given twice. Give each once.")
+    where = pick_device(device)
+    loaded: dict[str, LanguageModel] = {}
+    sides: list[Side] = []
+    with progress("Loading", LOADS * len(models)) as advance:
+        seconds = _loads(models, device, dtype, loaded, advance)
+    for name in models:
+        loaded[name].check_context(settings.prompt + settings.new_tokens)
+        sides.append(Side(name=name, bytes=_size(Path(name)), load_s=seconds[name]))
+    if where.type == "cuda":
+        for side in list(sides):
+            sparse = _semi_structured(side, device, dtype)
+            if sparse is not None:
+                loaded[f"{side.name}, 2:4"] = sparse[0]
+                sides.append(sparse[1])
+    with progress("Measuring", (settings.rounds + 1) * len(sides)) as advance:
+        for turn in range(-1, settings.rounds):  # the first one warms up
+            for side in sides if turn % 2 else reversed(sides):
+                prefill, decode = _run(loaded[side.name], settings)
+                if turn >= 0:
+                    side.prefill_s.append(prefill)
+                    side.decode_s.append(decode)
+                advance(1)
+    dtypes = {str(model.dtype).removeprefix("torch.") for model in loaded.values()}
+    return Bench(sides=sides, settings=settings, conditions=_conditions(where, sorted(dtypes)))
+
+
+def _loads(
+    models: Sequence[str],
+    device: str,
+    dtype: str,
+    loaded: dict[str, LanguageModel],
+    advance: Advance,
+) -> dict[str, list[float]]:
+    """Load each model some times, in turn; the last ones stay in ``loaded``."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(LOADS):
+        for name in models:
+            loaded.pop(name, None)
+            begin = time.perf_counter()
+            loaded[name] = load_model(name, device=device, dtype=dtype)
+            # Those of a folder are pages of its files until they are read.
+            for parameter in loaded[name].model.parameters():
+                parameter.detach().sum(dtype=torch.float32).item()
+            seconds[name].append(time.perf_counter() - begin)
+            advance(1)
+    return seconds
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model's files; 0 of one on the hub."""
+    path = path.expanduser()
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _semi_structured(side: Side, device: str, dtype: str) -> tuple[LanguageModel, Side] | None:
+    """The same model on torch's 2:4 kernels, if any of its linears can be."""
+    path = Path(side.name).expanduser()
+    model = load_model(side.name, device=device, dtype=dtype)
+    if model.dtype is torch.float32 or not (path.is_dir() or is_packed(path)):
+        return None
+    done = convert_(model, path)
+    if not done.converted:
+        return None
+    linears = len(done.converted) + len(done.left)
+    note = f"{len(done.converted)} of {linears} linears run as 2:4"
+    return model, Side(name=f"{side.name}, 2:4", bytes=side.bytes, note=note, load_s=side.load_s)
+
+
+def _run(model: LanguageModel, settings: BenchSettings) -> tuple[float, float]:
+    """Seconds to read the prompts, the first token included, and to write the others after it."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.batch, settings.prompt)
+    tokens = torch.randint(model.vocabulary, shape, generator=generator).to(model.device)
+    count = 1 + settings.new_tokens
+    times: list[float] = []
+
+    def tell(_tokens: Tensor, _scores: Tensor, **_more: object) -> Tensor:
+        times.append(_now(model.device))
+        return torch.zeros(settings.batch, dtype=torch.bool, device=model.device)
+
+    begin = _now(model.device)
+    network: Any = model.model
+    network.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        min_new_tokens=count,  # the end of a text is not the end of the measurement
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=[tell],
+    )
+    return times[0] - begin, times[-1] - times[0]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _conditions(device: torch.device, dtypes: Sequence[str]) -> list[str]:
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    used = ", ".join(f"{k} {v}" for k, v in versions("torch", "transformers").items())
+    return [
+        f"{conditions()}{gpu}; {torch.get_num_threads()} threads",
+        f"{', '.join(dtypes)}; {used}",
+    ]
