@@ -10,12 +10,15 @@ LOCK ?= requirements/dev.txt
 # Python compiles what it imports, which is a small part of it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: demo test install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test suite install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in under ten minutes
 	$(BIN)/pho demo --out demo
 
-test: install check ## everything that must hold
+test: install ## everything that must hold
+	$(MAKE) --no-print-directory --jobs 2 check suite
+
+suite: install ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest

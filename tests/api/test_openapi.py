@@ -16,7 +16,7 @@ from storage.states import JobState
 
 # `make fuzz-api` takes more, and others each time.
 LONG = hypothesis.settings.get_current_profile_name() == "fuzz"
-EXAMPLES = 200 if LONG else 20  # of each operation and phase that makes them up
+EXAMPLES = 200 if LONG else 10  # of each operation and phase that makes them up
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance",
