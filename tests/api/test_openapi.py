@@ -127,7 +127,12 @@ def test_operations(
             "phases": {name: {"enabled": name == phase} for name in PHASES},
             "checks": {"enabled": False, **{name: {"enabled": True} for name in CHECKS}},
             "operations": [
-                {"include-name": name, "checks": {"positive_data_acceptance": {"enabled": False}}}
+                {
+                    "include-name": name,
+                    # A plan's document is a job's, and has some thousand corners.
+                    "enabled": (phase, name) != ("coverage", "POST /v1/plan"),
+                    "checks": {"positive_data_acceptance": {"enabled": False}},
+                }
                 for name in FREE
             ],
         }
