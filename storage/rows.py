@@ -7,6 +7,7 @@ Each function works on the connection of the caller's transaction.
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
@@ -15,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from storage.queue import enqueue
 from storage.records import Claim, Job, LostClaim, NewStage, NoSuchJob, Stage
 from storage.states import JobState, StageKind, StageState, settled
-from storage.tables import events, jobs, stages
+from storage.tables import events, jobs, notifications, stages
 
 _JOB = [jobs.c[field.name] for field in fields(Job) if field.name != "stages"]
 _STAGE = [stages.c[field.name] for field in fields(Stage)]
@@ -121,6 +122,27 @@ def set_state(
         update(jobs).where(jobs.c.id == job.id).values(state=state, finished_at=finished, **more)
     )
     add_event(connection, job.id, "state", {"state": state, **more, **(told or {})})
+    if state.is_over and job.spec.get("notify"):
+        _add_notification(connection, job, state, error)
+
+
+def _add_notification(
+    connection: Connection, job: Job, state: JobState, error: Mapping[str, Any] | None
+) -> None:
+    """Store a message that a job has ended, for who asked for it."""
+    document = {
+        "type": "job.ended",
+        "job_id": str(job.id),
+        "name": job.name,
+        "state": state,
+        "error": error and {key: error[key] for key in ("type", "message") if key in error},
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    connection.execute(
+        insert(notifications).values(
+            id=uuid.uuid4(), job_id=job.id, url=job.spec["notify"], document=document
+        )
+    )
 
 
 def settle(connection: Connection, job: Job) -> None:

@@ -170,3 +170,18 @@ configurations = Table(
         unique=True,
     ),
 )
+
+notifications = Table(
+    "notifications",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("job_id", Uuid, nullable=False),  # no foreign key: it is sent of a deleted job, too
+    Column("url", Text, nullable=False),
+    Column("document", JSON, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("due_at", _utc, nullable=False, server_default=_now),
+    Column("ended_at", _utc),  # delivered, or given up
+    Column("error", Text),
+    Column("created_at", _utc, nullable=False, server_default=_now),
+    Index("ix_notifications_due_at", "due_at", postgresql_where=text("ended_at IS NULL")),
+)

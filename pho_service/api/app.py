@@ -26,6 +26,7 @@ from pho_service.api import (
 from pho_service.api.answers import Problem
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
+from pho_service.api.notify import AT_ONCE, keep_telling
 from pho_service.api.pages import Pages, SafeHeaders
 from pho_service.api.requests import RequestLog
 from pho_service.api.schema import without_null
@@ -49,9 +50,11 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        upkeep = asyncio.create_task(keep_up(service))
+        tasks = [keep_up(service), *(keep_telling(service) for _ in range(AT_ONCE))]
+        running = [asyncio.create_task(task) for task in tasks]
         yield
-        upkeep.cancel()
+        for task in running:
+            task.cancel()
         dashboard.close()
         service.close()
 

@@ -23,6 +23,7 @@ from pho_service.api.schema import EVENT, PAGE_TOKEN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.errors import OutputError
+from pho_service.spec.fields import check_field
 from pho_service.spec.job import JobSpec
 from pho_service.spec.samplers import MAX_TRIALS
 from storage import records as stored
@@ -89,6 +90,8 @@ def take(
     """
     spec.check_access(service.access)
     spec.check_size(service.limits)
+    if spec.notify is not None:
+        check_field("notify", service.webhooks.check, spec.notify)
     return enter(
         service.jobs,
         spec.placed(service.access),

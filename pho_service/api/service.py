@@ -15,6 +15,7 @@ from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
+from pho_service.host.webhooks import WebhookRules
 from pho_service.spec.limits import JobLimits
 from storage.configurations import ConfigurationStore
 from storage.database import Database
@@ -60,6 +61,7 @@ class Service:
         self.keys = KeyStore(database)
         self.access = Access.of(settings)
         self.limits = JobLimits.of(settings)
+        self.webhooks = WebhookRules.of(settings)
         self.probe = Probe(database)
         self.heavy = Heavy()
 

@@ -70,6 +70,7 @@ OF_A_SERVICE = {
     "name": "a study of `pho search` is named after what it searches",
     "islands": "one process is one island",
     "priority": "of a service's queue",
+    "notify": "a command is over when it returns",
     "prune": "`pho prune` does it, with what was found",
     "max_attempts": "of a service's queue",
     "max_failed_trials": "`pho search` goes on past failed trials",

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
         max_streams: Of events, open at once for one key, or one host without.
         max_connections_per_host: Open at once, of one host.
         trusted_proxies: Addresses and networks whose ``X-Forwarded-For`` is believed.
+        notify_hosts: Shell patterns of the hosts that webhooks of jobs may go to; none without any.
+        notify_secret: What webhooks are signed with; none are sent without.
+        notify_private: Whether webhooks may go to addresses that are not public.
         heartbeat_s: How often a worker reports.
         stalled_after_s: Without a report for so long, a worker's stage is given to another.
         stop_after_s: How long `pho serve` waits for workers when it stops.
@@ -95,6 +98,9 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=50, ge=1)
     max_connections_per_host: int = Field(default=500, ge=1)
     trusted_proxies: Patterns = ()
+    notify_hosts: Patterns = ()
+    notify_secret: SecretStr | None = None
+    notify_private: bool = False
     heartbeat_s: Seconds = Field(default=10.0, gt=0)
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
     stop_after_s: Seconds = Field(default=60.0, gt=0)
@@ -151,7 +157,7 @@ class Settings(BaseSettings):
             ipaddress.ip_network(name)  # raises with the rule
         return value
 
-    @field_validator("hub_models", "hub_datasets", "trusted_proxies", mode="before")
+    @field_validator("hub_models", "hub_datasets", "trusted_proxies", "notify_hosts", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -125,6 +125,12 @@ class JobSpec(Document):
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
+    notify: Name | None = Field(
+        None,
+        exclude_if=lambda url: url is None,
+        description="URL of a webhook that is called when the job has ended; the service must "
+        "allow its host.",
+    )
     priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
     timeout_s: float | None = Field(
         None,

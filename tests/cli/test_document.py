@@ -67,6 +67,7 @@ def test_every_field() -> None:
         "calibration": {"text": "c.txt", "stop": "early"},
         "validation": {},
         "prune": True,
+        "notify": "https://hooks.example/pho",
         "warm_start": {},
         "steps": {
             "allocation": {"offsets": {"q_proj": 0.5}, "depth": [0.5]},

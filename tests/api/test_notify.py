@@ -1,0 +1,244 @@
+"""Webhooks that tell of the end of a job: the receiver of the docs, and where none may go."""
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from sqlalchemy import select, text
+
+from pho_service.api.notify import tell_next
+from pho_service.errors import InvalidInput
+from pho_service.host.webhooks import NotDelivered, WebhookRules, is_public, send, signature
+from storage.notifications import GIVE_UP_AFTER, take
+from storage.states import JobState
+from storage.tables import notifications
+
+DOCS = Path(__file__).parents[2] / "docs" / "service.md"
+SECRET = "of the tests alone"  # noqa: S105 - of nothing
+RULES = WebhookRules(hosts=("localhost", "127.0.0.1"), secret=SECRET.encode(), private=True)
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The receiver of the docs, which listens; and what it does, as a test changes it."""
+    monkeypatch.setenv("PHO_NOTIFY_SECRET", SECRET)
+    (code,) = re.findall(r"<!-- receiver -->\n```python\n(.*?)```", DOCS.read_text(), re.S)
+    printed: list[Any] = []
+    names = {"__name__": "receiver", "print": lambda said, **_: printed.append(said)}
+    exec(code, names)  # noqa: S102 - the docs'
+    mine: Any = names["Receiver"]
+    found: dict[str, Any] = {"printed": printed, "asked": 0, "before": lambda _: False}
+
+    class Receiver(mine):  # type: ignore[misc]
+        def do_POST(self) -> None:  # noqa: N802 - http.server's
+            found["asked"] += 1
+            if not found["before"](self):
+                super().do_POST()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    found["url"] = f"http://localhost:{server.server_address[1]}/pho"
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def client(client_of: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A front end that may send to this machine; the test says when."""
+    monkeypatch.setattr("pho_service.api.app.AT_ONCE", 0)
+    return client_of(
+        notify_hosts=("localhost",), notify_secret=SecretStr(SECRET), notify_private=True
+    )
+
+
+def answer(status: int) -> Callable[[BaseHTTPRequestHandler], bool]:
+    """What a receiver does that answers so."""
+
+    def act(handler: BaseHTTPRequestHandler) -> bool:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.send_response(status)
+        handler.send_header("Location", "http://localhost:1/")
+        handler.end_headers()
+        return True
+
+    return act
+
+
+def due_now(service: Any) -> Any:
+    """Let no time pass before the next attempt; gives what is stored of each message."""
+    with service.database.transaction() as connection:
+        connection.execute(text("UPDATE pho.notifications SET due_at = now()"))
+        return connection.execute(select(notifications)).all()
+
+
+def test_each_end(client: TestClient, submit: Any, hand: Any, received: Any) -> None:
+    """The receiver of the docs is told of each end once, by a signature that it checks."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    jobs = {}
+    for state in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED):
+        jobs[state.value] = submit(notify=received["url"])["id"]
+        hand.bring(jobs[state.value], state)
+    submit()
+    while tell_next(service):
+        pass
+
+    assert {said["state"]: said["job_id"] for said in received["printed"]} == jobs
+    assert {said["type"] for said in received["printed"]} == {"job.ended"}
+    (failed,) = (said for said in received["printed"] if said["state"] == "failed")
+    assert failed["error"] == {"type": "ModelError", "message": "org/name is not there."}
+    assert received["asked"] == 3
+    assert all(row.ended_at and row.error is None for row in due_now(service))
+
+
+def test_killed_sender(client: TestClient, submit: Any, hand: Any, received: Any) -> None:
+    """A message whose sender died is sent by the next one, with the same id; doubles are told."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    hand.bring(submit(notify=received["url"])["id"], JobState.CANCELLED)
+    taken = take(service.database)
+    assert taken is not None
+    assert not tell_next(service)  # it has it for some time
+    body = json.dumps({"id": str(taken.id), **taken.document}).encode()
+    send(service.webhooks, taken.url, str(taken.id), body)  # and dies before it could note that
+    due_now(service)
+    assert tell_next(service)
+
+    assert received["asked"] == 2
+    assert [said["id"] for said in received["printed"]] == [str(taken.id)]
+
+
+def test_not_delivered(
+    client: TestClient, submit: Any, hand: Any, received: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not taken is tried again, later each time, and given up in the end; no redirect."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    monkeypatch.setattr("pho_service.host.webhooks._AT_ONCE", 1)
+    received["before"] = answer(302)
+    hand.bring(submit(notify=received["url"])["id"], JobState.CANCELLED)
+    assert tell_next(service)
+    assert not tell_next(service)  # not yet
+    for _ in range(GIVE_UP_AFTER - 1):
+        due_now(service)
+        assert tell_next(service)
+    (row,) = due_now(service)
+
+    assert not tell_next(service)
+    assert row.attempts == received["asked"] == GIVE_UP_AFTER
+    assert "answers 302. Redirects are not followed." in row.error
+    assert row.ended_at is not None
+
+
+def test_retried_at_once(received: Any) -> None:
+    """A receiver that stumbles once is asked again within seconds."""
+    statuses = iter([500, 200])
+    received["before"] = lambda handler: answer(next(statuses))(handler)
+    slept: list[float] = []
+    send(RULES, received["url"], "an-id", b"{}", sleep=slept.append)
+
+    assert received["asked"] == 2
+    assert slept == [0.5]
+
+
+def test_refused(client_of: Callable[..., TestClient], refusal: Any) -> None:
+    """A webhook that may not be sent is refused with the job, in words."""
+    nobody = client_of(notify_secret=SecretStr(SECRET))
+    some = client_of(notify_hosts=("hooks.example", "10.*"), notify_secret=SecretStr(SECRET))
+    unsigned = client_of(notify_hosts=("*",))
+    for client, url, told in (
+        (nobody, "https://hooks.example/x", "Allowed hosts are: none"),
+        (unsigned, "https://hooks.example/x", "PHO_NOTIFY_SECRET"),
+        (some, "https://hooks.example.evil/x", "are not allowed here"),
+        (some, "http://10.0.0.1/x", "not a public address"),
+        (some, "ftp://hooks.example/x", "is not a URL that a webhook can go to"),
+        (some, "https://user:word@hooks.example/x", "without user and password"),
+        (some, "https://[::1", "is not a URL"),
+    ):
+        problem = refusal(client.post("/v1/jobs", json={**DOCUMENT, "notify": url}), 422)
+        assert told in problem["detail"]
+        assert problem["errors"][0]["pointer"] == "/notify"
+    taken = some.post("/v1/jobs", json={**DOCUMENT, "notify": "https://HOOKS.example/x"})
+    assert taken.status_code == 202
+
+
+def test_private_addresses(received: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that stands for a private address is not called, also if it did not before."""
+    closed = WebhookRules(hosts=("*",), secret=b"x", private=False)
+    with pytest.raises(InvalidInput, match="not a public address"):
+        send(closed, received["url"], "an-id", b"{}")
+    answers = iter(["127.0.0.1", "10.1.1.1"])
+    resolved: list[str] = []
+
+    def rebinding(host: str, port: int, **_: Any) -> list[Any]:
+        resolved.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    real, connected = socket.getaddrinfo, received["url"].replace("localhost", "other.example")
+    monkeypatch.setattr("pho_service.host.webhooks.socket.getaddrinfo", rebinding)
+    monkeypatch.setattr(
+        "socket.create_connection",
+        lambda address, *_, **__: _connect(real, address),
+    )
+    open_ = WebhookRules(hosts=("other.example",), secret=SECRET.encode(), private=True)
+    send(open_, connected, "an-id", b"{}")
+
+    assert resolved == ["other.example"]  # once: what was checked is what was called
+    assert received["printed"] == [{}]
+    public = ("93.184.215.14", "2606:4700::1111")
+    private = (
+        "127.0.0.1", "10.0.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",  # noqa: S104
+        "224.0.0.1", "::1", "fe80::1", "fc00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1",
+        "2002:a00:1::", "2001:0:a00:1::",
+    )  # fmt: skip
+    assert all(is_public(ip_address(a)) for a in public)
+    assert not any(is_public(ip_address(a)) for a in private)
+
+
+def _connect(getaddrinfo: Any, address: tuple[str, int]) -> socket.socket:
+    """A connection to an address, never to a name."""
+    ip_address(address[0])  # raises for a name
+    ((family, kind, *_, place), *_) = getaddrinfo(*address, type=socket.SOCK_STREAM)
+    opened = socket.socket(family, kind)
+    opened.connect(place)
+    return opened
+
+
+def test_signature() -> None:
+    """It is that of Standard Webhooks, by the example of its specification's libraries."""
+    rules = WebhookRules.of(_settings("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"))
+    body = b'{"test": 2432232314}'
+
+    assert rules.secret is not None
+    assert signature(rules.secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body) == (
+        "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    )
+    with pytest.raises(InvalidInput, match="not base64"):
+        WebhookRules.of(_settings("whsec_?"))
+
+
+def _settings(secret: str) -> Any:
+    from pho_service.host.settings import read_settings
+
+    return read_settings(notify_secret=secret, notify_hosts=("*",))
+
+
+def test_nobody_there() -> None:
+    """A receiver that is not there is told apart from one that may not be called."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(NotDelivered, match="cannot be reached"):
+        send(RULES, f"http://127.0.0.1:{port}/", "an-id", b"{}", sleep=lambda _: None)
