@@ -141,7 +141,7 @@ def send(
     message_id: str,
     body: bytes,
     *,
-    sleep: Callable[[float], object] = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """
     Send a webhook, a few times within seconds if it must be.
