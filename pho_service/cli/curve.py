@@ -205,22 +205,16 @@ class OpenedCurve:
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
     """The table of a curve."""
+    from pho_service.report.curve import curve_table
+
     text = points[0].result.configuration.confirmation
     assert text is not None
-    print_table(
-        f"Perplexity at each sparsity; the dense model has {points[0].dense:.4f}",
-        ("pattern", "scope", "found", "rise", "Wanda", "RIA", "proxy", "trials", "seconds"),
-        [
-            (
-                each.pattern, each.scope, f"{each.perplexity:.4f}", f"{each.rise:+.1%}",
-                f"{each.wanda:.4f}", f"{each.ria:.4f}", f"{each.proxy:.6g}", each.trials,
-                f"{each.seconds:.1f}",
-            )
-            for each in points
-        ],
-        caption=f"{text.tokens} tokens of {text.text['source']}; what was found was chosen on "
-        "them. Seconds without the calibration.",
-    )  # fmt: skip
+    table = curve_table([each.to_dict() for each in points], points[0].dense)
+    caption = (
+        f"{text.tokens} tokens of {text.text['source']}; what was found was chosen on them. "
+        f"{table.note}"
+    )
+    print_table(table.caption, table.columns, table.rows, caption=caption)
 
 
 def _warnings(points: "Sequence[CurvePoint]") -> list[str]:

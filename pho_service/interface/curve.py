@@ -27,7 +27,7 @@ from pho_service.interface.models import (
     opened_bundle,
     proxy_device,
 )
-from pho_service.interface.tables import Shown, Table
+from pho_service.interface.tables import Shown, Table, number
 from pho_service.interface.texts import calibration_windows, confirmation_text
 from pho_service.pipeline.curve import (
     CurvePoint,
@@ -314,7 +314,8 @@ def _table(points: Sequence[CurvePoint]) -> Table:
         [
             (
                 each.pattern, each.scope, f"{each.perplexity:.3f}", f"{each.rise:+.1%}",
-                f"{each.wanda:.3f}", f"{each.ria:.3f}", f"{each.proxy:.6g}", f"{each.seconds:.1f}",
+                number(each.wanda, ".3f"), number(each.ria, ".3f"),
+                f"{each.proxy:.6g}", f"{each.seconds:.1f}",
             )
             for each in points
         ],

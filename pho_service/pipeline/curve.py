@@ -13,12 +13,11 @@ import optuna
 from optuna.storages import BaseStorage
 
 from pho_service.errors import StudyError
-from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.rating import Subject, rate_pruned
+from pho_service.pipeline.rating import Subject
+from pho_service.pipeline.references import keep_dense
 from pho_service.pipeline.search import name_of_study, search_job
 from pho_service.progress import Advance, Progress, silent
-from pho_service.spec.baselines import reference_methods
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.pareto import add_point, pareto_name, pareto_study
@@ -27,7 +26,7 @@ from pho_service.tuning.result import SearchResult
 from storage.studies import StorageError, open_storage
 
 FORMAT = "pho-curve"
-_REFERENCES, _TIME = "references", "curve_time"  # user attributes of a study
+_TIME = "curve_time"  # user attribute of a study
 
 # Opens the study of a search, which may hold a part of it already.
 Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
@@ -44,7 +43,7 @@ class CurvePoint:
         sparsity: The share of the weights that the pattern removes.
         perplexity: Of the best that was found, as it was confirmed.
         dense: Of the dense model, on the same windows.
-        wanda, ria: Of the published methods, on the same windows.
+        wanda, ria: Of the published methods, on the same windows; None where one gives NaN.
         proxy: The objective's value of the best.
         trials: Of its search.
         seconds: What search, confirmation and published methods took, interruptions left out.
@@ -56,8 +55,8 @@ class CurvePoint:
     sparsity: float
     perplexity: float
     dense: float
-    wanda: float
-    ria: float
+    wanda: float | None
+    ria: float | None
     proxy: float
     trials: int
     seconds: float
@@ -120,6 +119,8 @@ class CurvePoints:
         """
         subject, progress = self._subject, _titled(self._progress, title)
         with self._record(request) as study:
+            if self._dense is not None:
+                keep_dense(study, self._dense, subject.text)
             with _timed(study, request, subject.text.key) as seconds:
                 result = search_job(
                     request,
@@ -131,48 +132,24 @@ class CurvePoints:
                     device=self._device,
                     progress=progress,
                 )
-                references = self._references(study, request, progress)
             if self._pareto is not None:
                 add_point(self._pareto, study, request.pattern.sparsity, str(request.pattern))
         found = result.configuration
-        assert found.confirmation is not None  # there is a text
+        assert found.perplexities is not None  # there is a text
+        self._dense = found.perplexities.dense
         return CurvePoint(
             pattern=found.pattern,
             scope=request.pattern.scope.value,
             sparsity=request.pattern.sparsity,
-            perplexity=found.confirmation.perplexity,
+            perplexity=found.perplexities.pruned,
+            dense=found.perplexities.dense,
+            wanda=found.perplexities.wanda,
+            ria=found.perplexities.ria,
             proxy=found.objective["value"],
             trials=request.trials,
             seconds=seconds(),
             result=result,
-            **references,
         )
-
-    def _references(
-        self, study: optuna.Study, request: SearchRequest, progress: Progress
-    ) -> dict[str, float]:
-        """The perplexities of the dense model, Wanda and RIA, which the study keeps."""
-        subject, key = self._subject, self._subject.text.key
-        kept = study.user_attrs.get(_REFERENCES, {})
-        if kept.get("text_sha256") == key:
-            found = {name: float(kept[name]) for name in ("dense", "wanda", "ria")}
-            self._dense = found["dense"]
-            return found
-        windows = subject.text.windows
-        methods = reference_methods(request.pattern, request.steps.linears)
-        steps = (len(methods) + (self._dense is None)) * len(windows)
-        with progress("Measuring Wanda and RIA", steps) as advance:
-            if self._dense is None:
-                dense = measure_perplexity(subject.model, windows, advance=advance)
-                self._dense = dense.perplexity
-            found = {"dense": self._dense}
-            for name, candidate in methods.items():
-                rating, _ = rate_pruned(
-                    subject.model, subject.bundle.statistics(), candidate, windows, advance
-                )
-                found[name] = rating.perplexity
-        study.set_user_attr(_REFERENCES, {"text_sha256": key, **found})
-        return found
 
 
 def find_points(points: CurvePoints, requests: Sequence[SearchRequest]) -> list[CurvePoint]:

@@ -5,8 +5,10 @@ What a result is judged by: the dense model, Wanda and RIA on the windows that c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import optuna
+
 from pho_service.errors import NumericalError
-from pho_service.pipeline.rating import Subject, measure
+from pho_service.pipeline.rating import ReportText, Subject, measure
 from pho_service.progress import Advance, Progress
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
@@ -96,9 +98,19 @@ def measure_references(
     with progress("Measuring what the result is judged by", steps) as advance:
         for each in missing:
             found[each.name] = value = _measured(islands, each, subject, advance)
-            document = {"perplexity": value, "text_sha256": key}
-            study.set_user_attr(f"reference:{each.name}", document)
+            _keep(study, each.name, value, key)
     return found
+
+
+def keep_dense(study: optuna.Study, perplexity: float, text: ReportText) -> None:
+    """Keep in a study what another search has measured of the dense model on the same windows."""
+    _keep(study, "dense", perplexity, text.key)
+
+
+def _keep(study: optuna.Study, name: str, perplexity: float | str, text_sha256: str) -> None:
+    document = {"perplexity": perplexity, "text_sha256": text_sha256}
+    if study.user_attrs.get(f"reference:{name}") != document:
+        study.set_user_attr(f"reference:{name}", document)
 
 
 def measured_as_trials(

@@ -43,12 +43,12 @@ def curve_section(document: Mapping[str, Any]) -> Section:
 def curve_table(points: Points, dense: float) -> Table:
     """A row for each point."""
     return Table(
-        caption=f"The points; the dense model has {dense:.4f}",
+        caption=f"Perplexity at each sparsity; the dense model has {dense:.4f}",
         columns=("pattern", "scope", "found", "rise", "Wanda", "RIA", "proxy", "trials", "seconds"),
         rows=[
             (
                 each["pattern"], each["scope"], f"{each['perplexity']:.4f}", f"{each['rise']:+.1%}",
-                f"{each['wanda']:.4f}", f"{each['ria']:.4f}", f"{each['proxy']:.6g}",
+                _number(each["wanda"]), _number(each["ria"]), f"{each['proxy']:.6g}",
                 str(each["trials"]), f"{each['seconds']:.1f}",
             )
             for each in points
@@ -97,3 +97,8 @@ def curve_chart(points: Points, dense: float) -> Chart:
         f"{last['pattern']}; dense {dense:.5g}. Lower is better. The table has the numbers.",
         figure=as_json(figure, x="share of the weights removed", y="perplexity", log_y=True),
     )
+
+
+def _number(value: float | None) -> str:
+    """A perplexity; nothing where a method has none."""
+    return "" if value is None else f"{value:.4f}"
