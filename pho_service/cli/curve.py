@@ -27,6 +27,8 @@ from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
+    from optuna import Study
+
     from pho_service.pipeline.curve import CurvePoint, CurvePoints
     from pho_service.pipeline.rating import Subject
     from pho_service.spec.job import JobSpec
@@ -103,7 +105,7 @@ def curve(
     requests = [spec.request(0) for spec in specs]
     folder = _folder(out)
     opened = OpenedCurve.of(specs[0], given, requests, ModelOptions.of(given, device, device_map))
-    with opened.points(study, requests) as (points, pareto):
+    with opened.points(study, specs) as (points, pareto):
         found = find_points(points, requests)
     document = curve_document(
         found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
@@ -182,19 +184,32 @@ class OpenedCurve:
         )
 
     @contextmanager
-    def points(
-        self, study: str, requests: "Sequence[SearchRequest]"
-    ) -> "Iterator[tuple[CurvePoints, str]]":
-        """What finds the points, and the name of the study that has the trials of all of them."""
+    def points(self, study: str, specs: "Sequence[JobSpec]") -> "Iterator[tuple[CurvePoints, str]]":
+        """
+        What finds the points, and the name of the study that has the trials of all of them.
+
+        Args:
+            study: URL of the studies' database.
+            specs: The document of each point's search, which its study keeps.
+        """
+        from pho_service.cli.search import DOCUMENT
         from pho_service.pipeline.curve import CurvePoints, opened_pareto
         from pho_service.pipeline.search import opened_study
 
         subject = self.subject
-        with opened_pareto(study, requests, subject) as pareto:
+        documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
+
+        @contextmanager
+        def record(request: "SearchRequest") -> "Iterator[Study]":
+            with opened_study(study, request, subject.bundle, subject.text) as kept:
+                kept.set_user_attr(DOCUMENT, documents[str(request.pattern)])
+                yield kept
+
+        with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:
             yield (
                 CurvePoints(
                     subject,
-                    lambda request: opened_study(study, request, subject.bundle, subject.text),
+                    record,
                     pareto=pareto,
                     device=str(subject.model.device),
                     progress=progress,

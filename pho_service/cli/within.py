@@ -97,7 +97,11 @@ def search_within(
             "--within is of one model's perplexity, and several models are given. Search for each "
             "of them alone."
         )
-    refused = [given.names[path] for path in ("confirm", "warm_start/found") if path in given.said]
+    refused = [
+        given.names[path]
+        for path in given.said
+        if path == "confirm" or path.startswith("warm_start/")
+    ]
     if refused:
         raise InvalidInput(
             f"{', '.join(refused)} cannot be used with --within: each sparsity is confirmed by "
@@ -107,7 +111,7 @@ def search_within(
     requests: dict[float, SearchRequest] = {s: spec.request(0) for s, spec in specs.items()}
     of_all = [*requests.values()]
     opened = OpenedCurve.of(specs[target.sparsities[0]], given, of_all, options)
-    with opened.points(study, of_all) as (points, _):
+    with opened.points(study, [*specs.values()]) as (points, _):
         return target_job(points, target, requests.__getitem__)
 
 
