@@ -89,7 +89,10 @@ def _kinds(value: Any) -> Any:
 def searched(text: str) -> str:
     """A configuration without what its finalists decided."""
     found = json.loads(text)
-    chosen = ("method", "coefficients", "confirmation", "candidates", "baselines", "border")
+    chosen = (
+        "perplexities", "method", "coefficients", "confirmation", "candidates", "baselines",
+        "border",
+    )  # fmt: skip
     kept = {key: value for key, value in found.items() if key not in chosen}
     return json.dumps({**kept, "objective": found["objective"]["name"]})
 
