@@ -14,6 +14,8 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
+from pho_service.spec.perplexities import Perplexities
+
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -119,6 +121,14 @@ def _how_good(configuration: Mapping[str, Any]) -> Iterator[str]:
     where = f"{measured['tokens']:,} tokens in windows of {measured['context_length']}"
     yield f"Perplexity when it was found, on {_text(measured)} ({where}); lower is better:\n"
     yield "| model | perplexity |\n| --- | --- |"
+    beside = configuration.get("perplexities")
+    if beside:  # older configurations have none
+        told = Perplexities.model_validate(beside)
+        yield f"| dense | {told.dense:.2f} |"
+        yield f"| this one | {told.pruned:.2f} ({told.rise:+.0%}) |"
+        for name, value in (("Wanda", told.wanda), ("RIA", told.ria)):
+            yield from [] if value is None else [f"| {name}, same pattern | {value:.2f} |"]
+        return
     yield f"| this one | {measured['perplexity']:.2f} |"
     for rating in configuration.get("baselines") or ():
         if rating.get("perplexity") is not None:

@@ -53,6 +53,19 @@ def test_card(recipe: dict[str, Any]) -> None:
         assert said in card
 
 
+def test_card_beside_dense(recipe: dict[str, Any]) -> None:
+    """Where dense model, Wanda and RIA were measured on the same windows, they stand beside it."""
+    found = {"dense": 80.0, "pruned": 100.0, "wanda": 120.5, "ria": None}
+    recipe["configuration"]["perplexities"] = found
+    card = model_card(recipe, {})
+
+    assert (
+        "| dense | 80.00 |\n| this one | 100.00 (+25%) |\n| Wanda, same pattern | 120.50 |\n"
+        in card
+    )
+    assert "RIA, same" not in card
+
+
 def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
     """Folders of this machine are not told; what is not known is said."""
     recipe["model"]["name"] = "/home/me/secret/base"
