@@ -128,7 +128,7 @@ def test_something_is_found() -> None:
 @pytest.mark.parametrize(
     "wrong",
     ["serch a --pattern 0.5", "search a --patern 0.5", "search a --pattern 0.5 --preset worst",
-     "search a --pattern 0.5 --trials many", "search a", "keys make me"],
+     "search a --pattern 0.5 --trials many", "calibrate a", "keys make me"],
 )  # fmt: skip
 def test_wrong_command(wrong: str) -> None:
     """A verb, an option or a value that does not exist is found, and one that is missing."""
