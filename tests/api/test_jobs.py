@@ -410,6 +410,7 @@ def test_succeeded(client: TestClient, submit: Submit, hand: Any) -> None:
     assert shown["state"] == "succeeded"
     assert shown["best"] == {
         "method": "crepe", "objective": 0.0123456789012345678, "perplexity": 17.25,
+        "perplexities": None,
     }  # fmt: skip
     assert shown["warnings"] == ["the best lies on the border"]
 

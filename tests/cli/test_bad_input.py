@@ -52,7 +52,7 @@ def search(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> list[o
         (["--pattern", "0.5", "--sampler", "luck"], "'luck' is not one of"),
         (["--pattern", "0.5", "--confirm-windows", "0"], "--confirm-windows 0 is below 1"),
         (["--pattern", "2:5"], r"in_features=32 is not a multiple of M=5"),
-        ([], "Missing option '--pattern'"),
+        ([], "there is neither a pattern nor a target"),
     ],
 )
 def test_usage(search: list[object], tmp_path: Path, options: list[str], message: str) -> None:

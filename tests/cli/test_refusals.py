@@ -110,7 +110,7 @@ def test_bad_usage(pho: Pho, places: dict[str, Path], words: str, message: str) 
     [
         ("evaluate none.gguf --text {text}", r"none\.gguf does not exist"),
         ("evaluate {tmp} --text {text}", r"has no config\.json"),
-        ("evaluate {text} --text {text}", r"is neither a folder nor a \.gguf file"),
+        ("evaluate {text} --text {text}", r"is neither a folder nor a \.gguf or \.pho file"),
         (EVALUATE + " --text {empty}", r"empty\.txt is empty"),
         (EVALUATE + " --text {short}", "2 tokens, which do not fill one window of 32"),
         (EVALUATE + " --text none.txt", r"none\.txt does not exist"),
