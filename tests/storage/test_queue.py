@@ -143,7 +143,7 @@ class TestOrder:
         for stage_id, kind in enumerate(StageKind):
             put(database, stage_id, kind)
 
-        assert in_order(database) == [5, 4, 3, 2, 1, 0]
+        assert in_order(database) == [*reversed(range(len(StageKind)))]
 
     @pytest.mark.parametrize(("high", "low"), [(1, 0), (0, -1), (100, 99), (-99, -100)])
     def test_priority_goes_before_kind(self, database: Database, high: int, low: int) -> None:
