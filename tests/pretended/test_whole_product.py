@@ -59,6 +59,7 @@ AFTERWARDS = [
     for r, u in product(REPRUNINGS, UPDATES)
     if (u not in CHOOSING or r == "none") and (r, u) != ("admm", "none")
 ]
+FEW = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
 
 
 @pytest.fixture(params=SUBJECTS)
@@ -195,16 +196,15 @@ def combinations() -> list[tuple[str, str, str, str]]:
     All of them on one card, at a ratio by layer and at N:M; a few by row. Where a model is another
     or lies elsewhere, each step once at N:M; where it is alike in both, a few.
     """
-    few = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
-    once = few | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
+    once = FEW | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
     alike = ("llama-bfloat16-streamed", "llama-two-cards")
 
     def wanted(name: str, pattern: str, steps: tuple[str, str]) -> bool:
         if name == "llama":
-            return steps in few or pattern != "0.5 row"
+            return steps in FEW or pattern != "0.5 row"
         if pattern != "2:4 row":
             return steps == ("swaps", "obs")
-        return steps in (few if name in alike else once)
+        return steps in (FEW if name in alike else once)
 
     return [
         (name, pattern, *steps)
@@ -229,7 +229,8 @@ def test_steps(
     monkeypatch.setattr("pho_service.pruning.steps.permute_for_error", quick)
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())
     permutations = PERMUTATIONS if parsed.group else PERMUTATIONS[:1]
-    for permutation in permutations if name == "llama" else permutations[-1:]:
+    every = name == "llama" and (repruning, update) in FEW
+    for permutation in permutations if every else permutations[-1:]:
         steps = Steps(permutation=permutation, repruning=repruning, update=update)
         candidate = Candidate(method="x", coefficients=CREPE, pattern=parsed, steps=steps)
         statistics = subject.bundle.statistics()

@@ -20,7 +20,6 @@ from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.tables import stages
-from workers import stages as stages_module
 
 COMMITS = ("a" * 40, "b" * 40)
 
@@ -130,7 +129,7 @@ def test_model_changed_while_it_is_measured(
         return measure(*args, **options)
 
     job = hand.until(hand.submit(small(stream=stream)), StageKind.PERPLEXITY)
-    monkeypatch.setattr(stages_module, "measure", measured)
+    monkeypatch.setattr("workers.judges.measure", measured)
 
     with pytest.raises(ChangedInput):
         hand.step(job)
