@@ -49,7 +49,7 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
         print_json([job.model_dump(mode="json") for job in found])
         return
     rows = [
-        [job.id, job.name, job.state, _done(job), *_good(job), _number(job.progress.best_value)]
+        [job.id, job.name, job.state, _done(job), *_good(job), _short(job.progress.best_value)]
         for job in found
     ]
     columns = [
@@ -355,11 +355,11 @@ def _outcome(job: "Job") -> list[str]:
 def _good(job: "Job") -> list[str | None]:
     """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
     if job.best is None or job.best.perplexities is None:
-        return [None, _number(job.best.perplexity if job.best else None), None, None, None]
+        return [None, _short(job.best.perplexity if job.best else None), None, None, None]
     good = job.best.perplexities
     return [
-        _number(good.dense), _number(good.pruned), f"{good.rise:+.1%}",
-        _number(good.wanda), _number(good.ria),
+        _short(good.dense), _short(good.pruned), f"{good.rise:+.1%}",
+        _short(good.wanda), _short(good.ria),
     ]  # fmt: skip
 
 
@@ -372,3 +372,8 @@ def _done(job: "Job") -> str:
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.6g}"
+
+
+def _short(value: float | None) -> str | None:
+    """For a table of many columns."""
+    return None if value is None else f"{value:.4g}"
