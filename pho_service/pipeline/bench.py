@@ -136,7 +136,7 @@ def bench(
         sides.append(Side(name=name, bytes=_size(Path(name)), load_s=seconds[name]))
     if where.type == "cuda":
         for side in list(sides):
-            sparse = _semi_structured(side, device, dtype)
+            sparse = _semi_structured(side, loaded[side.name].dtype, device, dtype)
             if sparse is not None:
                 loaded[f"{side.name}, 2:4"] = sparse[0]
                 sides.append(sparse[1])
@@ -182,12 +182,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _semi_structured(side: Side, device: str, dtype: str) -> tuple[LanguageModel, Side] | None:
+def _semi_structured(
+    side: Side, loaded_as: torch.dtype, device: str, dtype: str
+) -> tuple[LanguageModel, Side] | None:
     """The same model on torch's 2:4 kernels, if any of its linears can be."""
     path = Path(side.name).expanduser()
-    model = load_model(side.name, device=device, dtype=dtype)
-    if model.dtype is torch.float32 or not (path.is_dir() or is_packed(path)):
+    if loaded_as is torch.float32 or not (path.is_dir() or is_packed(path)):
         return None
+    model = load_model(side.name, device=device, dtype=dtype)
     done = convert_(model, path)
     if not done.converted:
         return None
