@@ -49,7 +49,14 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
         print_json([job.model_dump(mode="json") for job in found])
         return
     rows = [
-        [job.id, job.name, job.state, _done(job), *_good(job), _short(job.progress.best_value)]
+        [
+            job.id,
+            job.name,
+            job.state,
+            _done(job),
+            *_good(job),
+            _number(job.progress.best_value, digits=4),
+        ]
         for job in found
     ]
     columns = [
@@ -355,12 +362,12 @@ def _outcome(job: "Job") -> list[str]:
 def _good(job: "Job") -> list[str | None]:
     """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
     if job.best is None or job.best.perplexities is None:
-        return [None, _short(job.best.perplexity if job.best else None), None, None, None]
+        found = job.best.perplexity if job.best else None
+        return [None, _number(found, digits=4), None, None, None]
     good = job.best.perplexities
-    return [
-        _short(good.dense), _short(good.pruned), f"{good.rise:+.1%}",
-        _short(good.wanda), _short(good.ria),
-    ]  # fmt: skip
+    values = (good.dense, good.pruned, good.wanda, good.ria)
+    dense, pruned, wanda, ria = (_number(value, digits=4) for value in values)
+    return [dense, pruned, f"{good.rise:+.1%}", wanda, ria]
 
 
 def _done(job: "Job") -> str:
@@ -370,10 +377,5 @@ def _done(job: "Job") -> str:
     return f"{done.trials_done}/{done.trials}"
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.6g}"
-
-
-def _short(value: float | None) -> str | None:
-    """For a table of many columns."""
-    return None if value is None else f"{value:.4g}"
+def _number(value: float | None, digits: int = 6) -> str | None:
+    return None if value is None else f"{value:.{digits}g}"

@@ -4,6 +4,7 @@ The highest sparsity that is still good enough, by bisection on confirmed points
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pho_service.errors import TargetMissed
 from pho_service.pipeline.curve import CurvePoint, CurvePoints
@@ -60,17 +61,13 @@ class TargetFound:
                 f"{self.answer.pattern} is the highest sparsity that was tried, and it is within "
                 f"{self.target}: a sparser model may be, too."
             )
-        falls = [b for a, b in zip(self.points, self.points[1:], strict=False) if not _rises(a, b)]
+        falls = [b for a, b in pairwise(self.points) if b.perplexity < a.perplexity]
         if falls:
             told.append(
                 f"The perplexity at {falls[0].pattern} is below that of a lower sparsity, so it "
                 "does not rise everywhere: more --confirm-windows or --trials make it surer."
             )
         return told
-
-
-def _rises(a: CurvePoint, b: CurvePoint) -> bool:
-    return b.perplexity >= a.perplexity
 
 
 def target_job(
