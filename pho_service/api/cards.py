@@ -142,7 +142,7 @@ def _bars(job: Job) -> list[Bar]:
 
 
 def _found(job: stored.Job, shown: Job) -> list[str]:
-    """Of a search: how good its result is, and what it is."""
+    """How good the result of a search is, and what it is."""
     if job.best is None:
         value = shown.progress.best_value
         return [] if value is None else [f"Best objective so far: {value:.4g}."]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "--new-tokens", default=32, show_default=True, help="Tokens to write after it, one by one."
 )
 @click.option("--rounds", default=5, show_default=True, help="How often all is measured.")
-@click.option("--seed", default=0, show_default=True, help="Of the prompts' tokens.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the prompts' tokens.")
 @click.option(
     "--dtype",
     default="auto",

@@ -233,7 +233,7 @@ def show_points(points: "Sequence[CurvePoint]") -> None:
 
 
 def _warnings(points: "Sequence[CurvePoint]") -> list[str]:
-    """Of all searches, each with its patterns."""
+    """The warnings of all searches, each with the patterns that it is of."""
     by_text: dict[str, list[str]] = {}
     for each in points:
         for warning in each.result.warnings:

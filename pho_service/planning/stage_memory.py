@@ -71,7 +71,7 @@ class Peak:
         return cls(host=device + host + LIBRARIES, disk=disk)
 
     def with_(self, other: Self) -> Self:
-        """Of one after the other: the most of each."""
+        """The peak of one run after the other: the most of each."""
         return type(self)(
             device=max(self.device, other.device),
             host=max(self.host, other.host),
