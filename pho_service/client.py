@@ -272,7 +272,7 @@ class Client:
             job_id: Of the search.
             models: Hub ids, or paths that the workers see.
             idempotency_key: As for :meth:`submit`.
-            options: Other fields of the document: ``report``, ``search`` and the like.
+            options: Other fields of the document: ``report``, ``search``, ``notify`` and the like.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}

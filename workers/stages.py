@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from optuna.storages import RDBStorage
 from pho_service.host.faults import faults_told
 from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
+from pho_service.pipeline.deployable import priced
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.references import with_perplexities
@@ -295,8 +296,11 @@ class Stages:
                 saving=None if saving is None else Saving(**saving),
                 out_of_time=out_of_time,
             )
-            if spec.request(0).steps.reconstruction.wanted:
-                result = self._rebuilt(claim, spec, watch, result, islands.studies[0], storage)
+            steps = spec.request(0).steps
+            if steps.reconstruction.wanted or steps.gives_up_orders:
+                result = self._looked_at_again(
+                    claim, spec, watch, result, islands.studies[0], storage
+                )
             result = with_perplexities(result, judged_by(job, islands.plan, rated, found))
             configuration = result.configuration
             if out_of_time:
@@ -331,7 +335,7 @@ class Stages:
         bundle = self._bundle(claim.job, spec, watch)
         prune_stage(self.store, self.inputs, claim, bundle, watch)
 
-    def _rebuilt(
+    def _looked_at_again(
         self,
         claim: Claim,
         spec: JobSpec,
@@ -340,19 +344,24 @@ class Stages:
         study: optuna.Study,
         storage: RDBStorage,
     ) -> SearchResult:
-        """The result with the reconstruction that is asked for, if it makes it better."""
+        """
+        The result with what orders that fold cost it, and with the reconstruction that is asked
+        for, if it makes it better.
+        """
         steps, subject = spec.request(0).steps, None
         if spec.confirm is not None:
             bundle = self._bundle(claim.job, spec, watch)
             subject = self._subject(claim.job, spec, steps, bundle)
-        found = reconstruct_winner(
-            result,
-            steps.reconstruction,
-            study,
-            subject,
-            watch.progress,
-            lambda: self.store.fence(claim, storage),
-        )
+
+        def fence() -> AbstractContextManager[None]:
+            return self.store.fence(claim, storage)
+
+        found = result
+        if subject is not None:
+            found = priced(found, study, subject, watch.progress, fence)
+        if steps.reconstruction.wanted:
+            settings = steps.reconstruction
+            found = reconstruct_winner(found, settings, study, subject, watch.progress, fence)
         if subject is not None:
             self._check_again(spec, Seal.of_job(claim.job, 0))
         return found

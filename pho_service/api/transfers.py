@@ -14,6 +14,7 @@ from pho_service.api.problems import Conflict, documented
 from pho_service.api.service import CallerParam, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.library.files import TransferFile, TransferTarget
+from pho_service.spec.fields import check_field
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.states import StageKind
 
@@ -40,6 +41,8 @@ def transfer(
     request.check_access(service.access)
     asked = TransferSpec.of(request, str(source.id), found, source.spec)
     asked.check_size(service.limits)
+    if request.notify is not None:
+        check_field("notify", service.webhooks.check, request.notify)
     placed = request.placed(service.access)
     job = enter(
         service.jobs,

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    cls=DocumentCommand, fields=("steps/linears", "calibration", "revision", "dtype", "stream")
+    cls=DocumentCommand,
+    fields=("steps/linears", "steps/deployable", "calibration", "revision", "dtype", "stream"),
 )
 @click.argument("model", required=False)
 @click.option("--config", "config_path", type=click.Path(), help="A configuration.")
@@ -115,7 +116,8 @@ def prune(
     needs a runtime that skips them. --check compares a folder with its recipe.
 
     --method prunes with a published method, such as Wanda, in the same way; the
-    recipe says which. --targets, --ignore and --sparsity choose its linears.
+    recipe says which. --deployable keeps a permutation to what can be folded
+    into the weights, also one that was found otherwise. --targets, --ignore and --sparsity choose its linears.
 
     --from-library searches nothing: it takes what was found on other models
     (`pho configurations` shows it), and notes in pruning.json where it came
@@ -141,6 +143,7 @@ def prune(
     asked = {**of_library, "--pattern": pattern, "--scope": scope, **named}
     options = ModelOptions.of(given, device, device_map)
     if check_path:
+        asked["--deployable"] = given("steps/deployable")
         others = {**chosen, **asked, "--out": out, "--push": repository, "--bundle": bundle_path}
         too_many = [name for name, value in others.items() if value is not None]
         if too_many:
@@ -168,6 +171,7 @@ def prune(
         pattern=pattern,
         scope=scope,
         force=force,
+        deployable=bool(given("steps/deployable")),
     )
     statistics = _Statistics(
         bundle=bundle_path,
@@ -224,7 +228,7 @@ def _prune(
     options: ModelOptions,
 ) -> None:
     from pho_service.host.files import check_free
-    from pho_service.pipeline.prune import prune_job
+    from pho_service.pipeline.prune import orders_in_words, prune_job
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
@@ -246,6 +250,8 @@ def _prune(
                 "Note: these statistics are not those of the search (other text, settings, model "
                 "or versions), so the perplexity may differ from the one in the configuration."
             )
+    if source.deployable:
+        configuration = configuration.deployable()
     result = prune_job(
         loaded,
         bundle,
@@ -262,11 +268,14 @@ def _prune(
                 "sparsity": result.sparsity,
                 "layers": result.layers,
                 "origin": found.origin if found else None,
+                **({"orders": result.orders} if result.orders else {}),
                 **({"blocks": result.recipe["blocks"]} if result.blocks else {}),
             }
         )
         return
     click.echo(f"{folder}: {result.sparsity:.4%} of {len(result.layers)} linears removed")
+    if result.orders:
+        click.echo(orders_in_words(result.orders))
     if result.blocks:
         click.echo(f"{summary(result.blocks)}.")
 

@@ -24,14 +24,19 @@ TRIED = 5  # configurations of a library that are rated by the proxy, the most p
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the configuration comes from: it is given, or else chosen from a library."""
+    """
+    Where the configuration comes from: it is given, or else chosen from a library.
+
+    Attributes:
+        deployable: Whether it may only permute what can be folded into the weights.
+    """
 
     configuration: "Configuration | None"
     library: str | None
     pattern: str | None
     scope: str | None
-
     force: bool
+    deployable: bool
 
     def of_library(self, model: "LanguageModel") -> "list[Found]":
         """The most promising configurations for a model, the best first."""

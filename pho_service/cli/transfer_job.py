@@ -25,6 +25,7 @@ from pho_service.errors import InvalidInput
 @click.option("--stream", is_flag=True, help="Leave the weights on disk.")
 @click.option("--name", help="Of the new job.")
 @click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
+@click.option("--notify", help="URL of a webhook that is called when it has ended.")
 @click.option("--idempotency-key", help="The same key twice makes one job.")
 @click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
 @click.option("--out", help="Write what is measured to this file; implies --watch.")
@@ -45,6 +46,7 @@ def transfer_job(
     stream: bool,
     name: str | None,
     priority: int,
+    notify: str | None,
     idempotency_key: str | None,
     wait: bool,
     out: str | None,
@@ -82,7 +84,8 @@ def transfer_job(
         raise InvalidInput("--report-windows is for --report-text: give it, too.")
     report = None if report_text is None else {"text": report_text, "windows": report_windows}
     document: dict[str, Any] = {"stream": stream, "priority": priority}
-    document |= _given(name=name, report=report, search=_given(**own) if search else None)
+    searched = _given(**own) if search else None
+    document |= _given(name=name, notify=notify, report=report, search=searched)
     with open_client(url) as client:
         job = client.job(job_id)
         if models:

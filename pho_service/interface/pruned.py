@@ -65,6 +65,7 @@ class Pruned(Shown, pipeline.Pruned):
             ],
             title=f"{self.recipe['model']['name']} pruned by {configuration['method']} at "
             f"{configuration['pattern']}: {self.sparsity:.4%} of the weights removed{trained}",
+            notes=(pipeline.orders_in_words(self.orders),) if self.orders else (),
         )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def prune(
     *,
     texts: "Texts | None" = None,
     tokenizer: Any = None,
+    deployable: bool = False,
     other_family: bool = False,
     progress: bool = False,
 ) -> Pruned:
@@ -91,6 +93,8 @@ def prune(
         texts: The calibration's text, for configurations that update weights, re-prune or permute
             by error; not needed with the bundle that ``pho.calibrate`` gave.
         tokenizer: That of the model, for ``texts``; not needed with such a bundle either.
+        deployable: Permute only channels whose order can be folded into the weights, so that no
+            runtime has to, also if the configuration was found otherwise.
         other_family: Prune with a configuration that was found on another family of models.
         progress: Show a bar on stderr.
 
@@ -102,7 +106,7 @@ def prune(
             training mode, has hooks or adapters, or is quantised.
         NumericalError: A score is NaN, or a second moment cannot be inverted.
     """
-    found = chosen(configuration)
+    found = chosen(configuration).deployable() if deployable else chosen(configuration)
     taken = opened_bundle(bundle)
     loaded = opened(model, tokenizer or getattr(taken, "tokenizer", None))
     check_family(found, loaded, "the configuration", other_family=other_family)

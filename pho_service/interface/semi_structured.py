@@ -46,7 +46,8 @@ def load_semi_structured(
     Load a 2:4 model with torch's semi-structured tensors in place of its weights.
 
     Only linears are converted whose groups hold in the stored order; ``left`` says of each
-    other one why it stays dense. `pho search --permutation none` leaves no group in another order.
+    other one why it stays dense. `pho search --deployable` and `pho prune --deployable` leave no
+    group in another order.
 
     Args:
         folder: What ``pho.save`` or ``pho.pack`` wrote; or any folder whose zeros are 2:4.

@@ -19,6 +19,7 @@ from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
 from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
 from pho_service.models.weights_hash import SCHEME, weights_sha256
+from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,15 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
         return self.model.dtype
+
+    @cached_property
+    def foldable(self) -> frozenset[str]:
+        """
+        Names of the linears whose inputs may be permuted without a loader having to know.
+
+        None of a streamed model's: its weights are written as they stand.
+        """
+        return frozenset() if self.stream else foldable(self.model, self.linears)
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -107,13 +107,25 @@ def _given(calibration: Tensor | None, candidate: Candidate) -> Tensor:
 def _by_score(
     model: LanguageModel, statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
-    yield from _zeroed(model.linears, linear_masks(model.linears, statistics, candidate))
+    yield from _zeroed(model.linears, whole_masks(model, statistics, candidate))
+
+
+def whole_masks(
+    model: LanguageModel, statistics: Statistics, candidate: Candidate
+) -> Iterator[tuple[str, LinearMask]]:
+    """:func:`~pho_service.pruning.masks.linear_masks` of all linears of a model."""
+    return linear_masks(model.linears, statistics, candidate, _movable(model, candidate))
+
+
+def _movable(model: LanguageModel, candidate: Candidate) -> frozenset[str] | None:
+    """The linears whose inputs may be permuted; None is all."""
+    return model.foldable if candidate.steps.gives_up_orders else None
 
 
 def _streamed_by_score(
     model: LanguageModel, statistics: Statistics, candidate: Candidate
 ) -> Iterator[tuple[str, LinearMask]]:
-    masks = linear_masks(model.linears, statistics, candidate)
+    masks = whole_masks(model, statistics, candidate)
     names = _pruned_names(model, candidate)
     for linears in changed_blocks(model):
         yield from _zeroed(linears, masks, len(names & linears.keys()))
@@ -137,7 +149,7 @@ def _zeroed(
 def _block_by_block(
     model: LanguageModel, statistics: Statistics, candidate: Candidate, windows: Tensor
 ) -> Iterator[tuple[str, LinearMask]]:
-    losses = linear_losses(model.linears, statistics, candidate)
+    losses = linear_losses(model.linears, statistics, candidate, _movable(model, candidate))
     for whole in walk(model, windows):
         block = whole.only(losses.names)
         if block.linears:
@@ -155,7 +167,7 @@ def _rebuilt(
 ) -> Iterator[tuple[str, LinearMask]]:
     """As :func:`_block_by_block`, and each block is trained before the next is pruned."""
     rebuilding = Rebuilding(candidate.steps.reconstruction, len(windows))
-    losses = linear_losses(model.linears, statistics, candidate)
+    losses = linear_losses(model.linears, statistics, candidate, _movable(model, candidate))
     for whole in walk(model, windows, streams=2):
         rebuilding.before(whole)
         advance(0)
@@ -186,7 +198,7 @@ def _pruned_block(
         known = with_norms(statistics, moments, input_of)
     masks = masks_of(block.linears, known, candidate, losses)
     for name, mask, weight in finished_block(
-        block.linears, known, candidate, masks, moments, input_of
+        block.linears, known, candidate, masks, moments, input_of, losses.may_move
     ):
         block.linears[name].weight.copy_(weight)
         yield name, mask
@@ -217,6 +229,7 @@ def finished_block(
     masks: Iterable[tuple[str, LinearMask]],
     moments: Sequence[InputMoments],
     input_of: Mapping[str, int],
+    may_move: Callable[[Iterable[str]], bool] = lambda _names: True,
 ) -> Iterator[tuple[str, LinearMask, Tensor]]:
     """
     Take the linears of a block through a candidate's steps, those of one input together.
@@ -228,6 +241,7 @@ def finished_block(
         masks: By score, of each linear.
         moments: Second moments of the inputs of the block.
         input_of: Which of them each linear reads.
+        may_move: Whether the input that some linears read may be permuted.
 
     Yields:
         Name, final mask and new weight, (out_features, in_features), float32, of each linear.
@@ -247,7 +261,10 @@ def finished_block(
             )
         )
     for index, of_input in readers.items():
-        yield from finish(of_input, moments[index], candidate.pattern, candidate.steps)
+        steps = candidate.steps
+        if not may_move([linear.name for linear in of_input]):
+            steps = replace(steps, permutation="none")
+        yield from finish(of_input, moments[index], candidate.pattern, steps)
 
 
 @contextmanager
@@ -268,7 +285,7 @@ def pruned_model(
         The achieved sparsity of each pruned linear.
     """
     if not (candidate.steps.needs_text or model.stream):
-        masks = linear_masks(model.linears, statistics, candidate)
+        masks = whole_masks(model, statistics, candidate)
         with pruned(model.linears, ((name, mask.keep) for name, mask in masks)) as sparsity:
             advance(len(sparsity))
             yield sparsity
@@ -303,7 +320,7 @@ def rate_streamed(
         InvalidInput, NumericalError: As :func:`prune_model`.
         ModelError: The model cannot be run block by block.
     """
-    masks = linear_masks(model.linears, statistics, candidate)
+    masks = whole_masks(model, statistics, candidate)
     names = _pruned_names(model, candidate)
     sparsity: dict[str, float] = {}
 

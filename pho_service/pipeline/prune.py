@@ -47,6 +47,32 @@ class Pruned:
     recipe: dict[str, Any]
     blocks: dict[str, Reconstructed] = field(default_factory=dict)
 
+    @property
+    def orders(self) -> dict[str, int] | None:
+        """
+        How many linears have which order of channels; None where none was permuted.
+
+        ``folded`` into the stored weights; to be ``gathered`` by a runtime in the order of the
+        masks; or ``kept`` as the model has it.
+        """
+        if self.recipe["configuration"]["steps"]["permutation"] == "none":
+            return None
+        folded = len(self.recipe["folded"])
+        gathered = sum(mask.order is not None for mask in self.masks.values())
+        kept = len(self.layers) - folded - gathered
+        return {"folded": folded, "gathered": gathered, "kept": kept}
+
+
+def orders_in_words(orders: Mapping[str, int]) -> str:
+    """Say whether a runtime must permute; see :attr:`Pruned.orders`."""
+    folded = f"Orders of channels: {orders['folded']} folded into the stored weights"
+    if not orders["gathered"]:
+        return f"{folded}, {orders['kept']} as the model has them. No runtime has to permute."
+    return (
+        f"{folded}; {orders['gathered']} linears hold their groups in an order that a runtime must "
+        "gather their inputs in. With --deployable none does."
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:

@@ -20,7 +20,7 @@ from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import pack, unpack
 from pho_service.models.texts import TextRecord, record_to_dict
-from pho_service.pipeline.pipeline import pruned_model, rate_streamed
+from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.divergence import (
@@ -28,7 +28,7 @@ from pho_service.pruning.divergence import (
     dense_reference,
     window_divergence,
 )
-from pho_service.pruning.masks import linear_masks, model_sparsity, pruned
+from pho_service.pruning.masks import model_sparsity, pruned
 from pho_service.pruning.perplexity import (
     Perplexity,
     block_losses,
@@ -321,7 +321,8 @@ class Glances:
                 yield name, unpack(bits, tuple(weight.shape)).to(weight.device)
             return
         packed = {}
-        for name, mask in linear_masks(linears, self._subject.bundle.statistics(), candidate):
+        subject = self._subject
+        for name, mask in whole_masks(subject.model, subject.bundle.statistics(), candidate):
             if self._glances[key] > 1:
                 packed[name] = pack(mask.keep)
             yield name, mask.keep

@@ -141,6 +141,10 @@ def search_job(
     result = finish(
         request, islands, origin, rated, measurements, correction=correction, saving=saving
     )
+    if subject is not None:
+        from pho_service.pipeline.deployable import priced
+
+        result = priced(result, study, subject, progress)
     if request.steps.reconstruction.wanted:
         from pho_service.pipeline.winner import reconstruct_winner
 

@@ -124,7 +124,7 @@ def _reasons(folder: Path) -> Callable[[str], str]:
         if name in masks.shapes and masks.mask(name).order is not None:
             return (
                 "its groups hold in another channel order, which could not be folded into the "
-                "stored weights: search with --permutation none"
+                "stored weights: prune with --deployable"
             )
         return unknown
 

@@ -16,8 +16,6 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.tuning.result import SearchResult
 
-_KEPT = "reconstructed"  # user attribute of a study: the last that was measured
-
 
 def reconstruct_winner(
     result: SearchResult,
@@ -51,7 +49,15 @@ def reconstruct_winner(
     if subject is None or confirmation is None:
         return replace(result, configuration=rebuilt)
     before = confirmation.perplexity
-    after = _measured_once(study, subject, rebuilt.candidate(), progress, fence)
+    after = measured_once(
+        study,
+        subject,
+        rebuilt.candidate(),
+        progress,
+        fence,
+        kept="reconstructed",
+        title="Reconstructing the best",
+    )
     if not after < before:
         warning = (
             f"The reconstruction was left out: with it the perplexity is {after:.5g}, without it "
@@ -62,28 +68,39 @@ def reconstruct_winner(
     return replace(result, configuration=rebuilt.model_copy(update={"confirmation": told}))
 
 
-def _measured_once(
+def measured_once(
     study: optuna.Study,
     subject: Subject,
     candidate: Candidate,
     progress: Progress,
     fence: Callable[[], AbstractContextManager[None]],
+    *,
+    kept: str,
+    title: str,
 ) -> float:
-    """The perplexity that the study holds; measured and kept at once if it is not there."""
+    """
+    The perplexity that the study holds; measured and kept at once if it is not there.
+
+    Args:
+        study, subject, progress, fence: As of :func:`reconstruct_winner`.
+        candidate: What to prune with.
+        kept: User attribute of the study that the last that was measured is in.
+        title: What is being done, for ``progress``.
+    """
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
-    stored = study.user_attrs.get(_KEPT, {})
+    stored = study.user_attrs.get(kept, {})
     if {key: stored.get(key) for key in about} == about:
         return float(stored["perplexity"])
-    perplexity = _measure(subject, candidate, progress)
+    perplexity = _measure(subject, candidate, progress, title)
     with fence():
-        study.set_user_attr(_KEPT, {**about, "perplexity": perplexity})
+        study.set_user_attr(kept, {**about, "perplexity": perplexity})
     return perplexity
 
 
-def _measure(subject: Subject, candidate: Candidate, progress: Progress) -> float:
+def _measure(subject: Subject, candidate: Candidate, progress: Progress, title: str) -> float:
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
     with (
-        progress("Reconstructing the best", len(chosen.names)) as advance,
+        progress(title, len(chosen.names)) as advance,
         pruned_model(
             subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
         ),

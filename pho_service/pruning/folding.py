@@ -45,6 +45,22 @@ def find_writers(
     return [linear for linear in beside if linear.weight.shape[0] == width]
 
 
+def foldable(model: nn.Module, linears: Mapping[str, PrunableLinear]) -> frozenset[str]:
+    """
+    The linears whose input channels may stand in any order, if it is folded into the weights.
+
+    Each is proven as :func:`fold_order` proves it, with a random order; the model stays as it is.
+    """
+    found = set()
+    for name, reader in linears.items():
+        writers = find_writers(model, reader, linears)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(reader.weight.shape[1], generator=generator)
+        if writers and _is_exact(model, reader, writers, order):
+            found.add(name)
+    return frozenset(found)
+
+
 def fold_order(
     model: nn.Module,
     reader: PrunableLinear,

@@ -2,7 +2,7 @@
 The masks of a whole model for one candidate, and a model with them applied.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,7 +89,10 @@ def model_masks(
 
 
 def linear_masks(
-    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
+    linears: Mapping[str, PrunableLinear],
+    statistics: Statistics,
+    candidate: Candidate,
+    movable: frozenset[str] | None = None,
 ) -> Iterator[tuple[str, LinearMask]]:
     """
     Give what goes of one pruned linear after the other, by score, allocation and permutation.
@@ -97,14 +100,14 @@ def linear_masks(
     Linears that read one input come together, and their scores are held at a
     time. In scope ``global``, and with an allocation, all linears are gone
     through at once, before anything is given. Permutation ``error`` needs more than statistics and
-    comes later: see :func:`pho_service.pruning.steps.finish`.
+    comes later: see :func:`pho_service.pruning.steps.finish`. ``movable`` is as of :class:`Losses`.
 
     Raises:
         InvalidInput: N:M does not divide an input width, or what the candidate says of linears
             does not fit the model.
         NumericalError: A score is NaN or infinite; names the layer.
     """
-    losses = linear_losses(linears, statistics, candidate)
+    losses = linear_losses(linears, statistics, candidate, movable)
     meant = {name: linear for name, linear in linears.items() if name in losses.names}
     return masks_of(meant, statistics, candidate, losses)
 
@@ -118,15 +121,24 @@ class Losses:
         names: Of the linears that are pruned.
         shares: As of :func:`linear_shares`.
         own: Patterns of linears that have one of their own.
+        movable: The linears whose input channels a permutation may move; None is all.
     """
 
     names: frozenset[str]
     shares: Mapping[str, int]
     own: Mapping[str, Pattern]
+    movable: frozenset[str] | None = None
+
+    def may_move(self, names: Iterable[str]) -> bool:
+        """Whether the input that these linears read may be permuted."""
+        return self.movable is None or self.movable.issuperset(names)
 
 
 def linear_losses(
-    linears: Mapping[str, PrunableLinear], statistics: Statistics, candidate: Candidate
+    linears: Mapping[str, PrunableLinear],
+    statistics: Statistics,
+    candidate: Candidate,
+    movable: frozenset[str] | None = None,
 ) -> Losses:
     """
     Decide which linears of a model are pruned, and how much each of them loses.
@@ -140,7 +152,7 @@ def linear_losses(
             candidate.pattern.check_width(linear.weight.shape[1], name)
     together = {name: linears[name] for name in chosen.shared}
     shares = linear_shares(together, statistics, candidate) if together else {}
-    return Losses(names=chosen.names, shares=shares, own=chosen.own)
+    return Losses(names=chosen.names, shares=shares, own=chosen.own, movable=movable)
 
 
 def masks_of(
@@ -163,7 +175,7 @@ def masks_of(
             name: layer_score(linears, statistics, name, candidate.coefficients) for name in names
         }
         order = None
-        if candidate.steps.permutation == "score":
+        if candidate.steps.permutation == "score" and losses.may_move(names):
             together = torch.cat(list(scores.values()))  # (all their rows, in_features)
             kept = candidate.pattern.keep
             order = permute_channels(together, keep=kept, group=candidate.pattern.group)

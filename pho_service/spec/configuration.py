@@ -7,6 +7,7 @@ no times in it, so that the same search writes the same bytes.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -50,6 +51,8 @@ class Confirmation(Document):
     Attributes:
         divergence_tokens: How many of the tokens all finalists were compared with the dense model
             on before; None where all of them got a perplexity at once.
+        any_order: The perplexity of the winner, before any reconstruction, if every linear were
+            permuted, also those whose order cannot be folded; None unless that was given up.
         before_reconstruction: The perplexity of the winner before its blocks were trained; None
             where they were not.
         evaluations: What choosing the winner took, in perplexities of this text: windows that were
@@ -61,6 +64,7 @@ class Confirmation(Document):
     context_length: int
     text: dict[str, Any]
     divergence_tokens: int | None = None
+    any_order: float | None = Field(None, exclude_if=lambda value: value is None)
     before_reconstruction: float | None = Field(None, exclude_if=lambda value: value is None)
     evaluations: float | None = Field(None, exclude_if=lambda value: value is None)
 
@@ -123,6 +127,21 @@ class Configuration(Document):
             pattern=str(candidate.pattern),
             scope=candidate.pattern.scope.value,
         )
+
+    def deployable(self) -> Self:
+        """
+        The same with only those orders of channels that can be folded into stored weights.
+
+        Where that gives up others, what was measured of it is left out.
+        """
+        steps = replace(self.steps, deployable=True)
+        if self.steps.permutation == "none" or self.steps.deployable:
+            return self
+        return self.model_copy(
+            update={
+                "steps": steps, "perplexities": None, "confirmation": None, "candidates": [],
+            }
+        )  # fmt: skip
 
     def candidate(self) -> Candidate:
         """

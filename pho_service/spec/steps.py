@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Document, Number
+from pho_service.spec.document import STRICT, Document, Flag, Number
 from pho_service.spec.linears import LONGEST, MOST, Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
@@ -42,6 +42,10 @@ _ALLOCATION = "How the sparsity is spread over the linears."
 _PERMUTATION = (
     "Order of the input channels before N:M groups are cut: none; score keeps the most score; "
     "error gives the least error of the outputs."
+)
+_DEPLOYABLE = (
+    "Whether only those input channels are permuted whose order can be folded into the stored "
+    "weights, so that N:M holds as they are stored and no runtime has to permute."
 )
 _REPRUNING = (
     "Improvement of the finished mask: none; dsnot; swaps, each of which lowers the error of its "
@@ -209,6 +213,9 @@ class Steps:
     ] = "dense"
     allocation: Annotated[Allocation, Field(description=_ALLOCATION)] = Allocation()
     permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
+    deployable: Annotated[
+        Flag, Field(description=_DEPLOYABLE, exclude_if=lambda deployable: not deployable)
+    ] = False
     repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
     update: Annotated[Update, Field(description=_UPDATE)] = "none"
     reconstruction: Annotated[
@@ -221,6 +228,8 @@ class Steps:
         _one_of("permutation", self.permutation, PERMUTATIONS)
         _one_of("repruning", self.repruning, REPRUNINGS)
         _one_of("update", self.update, UPDATES)
+        if not isinstance(self.deployable, bool):
+            raise InvalidInput(f"deployable={self.deployable!r} is not true or false.")
         if self.chooses_mask and self.repruning != "none":
             raise InvalidInput(
                 f"repruning {self.repruning!r} has no mask to start from with update "
@@ -243,6 +252,11 @@ class Steps:
             or self.update != "none"
             or self.reconstruction.wanted
         )
+
+    @property
+    def gives_up_orders(self) -> bool:
+        """Whether linears are kept from an order of channels that they would have."""
+        return self.deployable and self.permutation != "none"
 
     @property
     def chooses_mask(self) -> bool:
@@ -276,6 +290,8 @@ class Steps:
         del values["linears"], values["reconstruction"]
         if self.statistics == "dense":
             del values["statistics"]
+        if not self.deployable:
+            del values["deployable"]
         values["allocation"] = self.allocation.to_dict()
         if self.linears:
             values["linears"] = self.linears.to_dict()
@@ -301,8 +317,8 @@ class Steps:
     def __str__(self) -> str:
         """All steps in one line, for people."""
         return (
-            f"allocation {self.allocation}, permutation {self.permutation}, "
-            f"re-pruning {self.repruning}, update {self.update}"
+            f"allocation {self.allocation}, permutation {self.permutation}"
+            f"{' where it can be folded' if self.gives_up_orders else ''}, re-pruning {self.repruning}, update {self.update}"
             + (f", {self.reconstruction}" if self.reconstruction.wanted else "")
             + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
@@ -335,6 +351,7 @@ class StepsSpec(Document):
         None, description=f"{_ALLOCATION} Its method is the only one that is searched then."
     )
     permutation: Permutation | None = Field(None, description=_PERMUTATION)
+    deployable: bool | None = Field(None, description=_DEPLOYABLE)
     repruning: Repruning | None = Field(None, description=_REPRUNING)
     update: Update | None = Field(None, description=_UPDATE)
     reconstruction: Reconstruction | None = Field(None, description=RECONSTRUCTION)

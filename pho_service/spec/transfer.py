@@ -63,6 +63,12 @@ class TransferRequest(Document):
         False,
         description="Whether to leave the weights on disk, one block at a time on the device.",
     )
+    notify: Name | None = Field(
+        None,
+        exclude_if=lambda url: url is None,
+        description="URL of a webhook that is called when the transfer has ended; the service "
+        "must allow its host.",
+    )
     priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
     max_attempts: int = Field(
         3, ge=1, le=20, description="Number of attempts at each model before the job fails."

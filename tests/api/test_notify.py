@@ -106,6 +106,24 @@ def test_each_end(client: TestClient, submit: Any, hand: Any, received: Any) -> 
     assert all(row.ended_at and row.error is None for row in due_now(service))
 
 
+def test_transfer(client: TestClient, submit: Any, hand: Any, refusal: Any, received: Any) -> None:
+    """A transfer is told of as a search is; where it may not be told, it is refused."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    job_id = submit()["id"]
+    hand.bring(job_id, JobState.SUCCEEDED)
+    asked = {"models": ["org/other"], "notify": "https://evil.example/x"}
+    problem = refusal(client.post(f"/v1/jobs/{job_id}:transfer", json=asked), 422)
+    asked["notify"] = received["url"]
+    transfer = client.post(f"/v1/jobs/{job_id}:transfer", json=asked).json()
+    client.post(f"/v1/jobs/{transfer['id']}:cancel")
+
+    assert problem["errors"][0]["pointer"] == "/notify"
+    assert tell_next(service)
+    assert [(said["job_id"], said["state"]) for said in received["printed"]] == [
+        (transfer["id"], "cancelled")
+    ]
+
+
 def test_killed_sender(client: TestClient, submit: Any, hand: Any, received: Any) -> None:
     """A message whose sender died is sent by the next one, with the same id; doubles are told."""
     service = client.app.state.service  # type: ignore[attr-defined]

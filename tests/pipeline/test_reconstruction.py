@@ -19,7 +19,6 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText, Subject
-from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.reconstruction import Reconstructed
@@ -212,7 +211,7 @@ def test_winner(
     """Only the winner is trained, once in a study, and only a better perplexity is taken."""
     measured: list[Candidate] = []
 
-    def measure(_subject: Subject, candidate: Candidate, _progress: Progress) -> float:
+    def measure(_subject: Subject, candidate: Candidate, *_: object) -> float:
         measured.append(candidate)
         return factor * without.confirmation.perplexity
 

@@ -83,7 +83,7 @@ def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -
     assert {*done.left} == {UP, DOWN, GATE, *small}
     assert [*done.converted] == [name for name in loaded.linears if name not in done.left]
     assert "another channel order" in done.left[UP]
-    assert "--permutation none" in done.left[UP]
+    assert "--deployable" in done.left[UP]
     assert done.left[DOWN] == "it was pruned at 4:8, and GPUs have kernels for 2:4"
     assert done.left[GATE] == "it was left dense"
     assert {done.left[name] for name in small} == {
