@@ -117,7 +117,8 @@ def prune(
 
     --method prunes with a published method, such as Wanda, in the same way; the
     recipe says which. --deployable keeps a permutation to what can be folded
-    into the weights, also one that was found otherwise. --targets, --ignore and --sparsity choose its linears.
+    into the weights, also one that was found otherwise. --targets, --ignore and
+    --sparsity choose the linears of a method.
 
     --from-library searches nothing: it takes what was found on other models
     (`pho configurations` shows it), and notes in pruning.json where it came

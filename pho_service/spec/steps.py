@@ -316,9 +316,10 @@ class Steps:
 
     def __str__(self) -> str:
         """All steps in one line, for people."""
+        where = " where it can be folded" if self.gives_up_orders else ""
         return (
-            f"allocation {self.allocation}, permutation {self.permutation}"
-            f"{' where it can be folded' if self.gives_up_orders else ''}, re-pruning {self.repruning}, update {self.update}"
+            f"allocation {self.allocation}, permutation {self.permutation}{where}, "
+            f"re-pruning {self.repruning}, update {self.update}"
             + (f", {self.reconstruction}" if self.reconstruction.wanted else "")
             + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
