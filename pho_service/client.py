@@ -400,6 +400,8 @@ class Client:
                     completed, total = done.models_done, done.models
                 elif job.stage == "calibrate" and done.shards:
                     completed, total = done.shards_done, done.shards
+                elif job.stage != "search" and done.step is not None:
+                    completed, total = done.step.done, done.step.steps
                 bars.update(
                     search,
                     completed=completed,

@@ -89,6 +89,7 @@ class ClaimStore:
                 attempt=stage.attempt + 1,
                 failures=failures,
                 worker_id=worker_id,
+                step=None,
                 started_at=func.coalesce(stages.c.started_at, func.now()),
             )
             connection.execute(
@@ -165,20 +166,23 @@ class ClaimStore:
             with nullcontext() if storage is None else written_on(storage, connection):
                 yield
 
-    def watch(self, claim: Claim) -> JobState:
+    def watch(self, claim: Claim, step: Mapping[str, Any] | None = None) -> JobState:
         """
         The state of the job now.
+
+        Args:
+            claim: Of the stage.
+            step: What the stage is at: ``title``, ``done`` and ``steps``; None leaves it as it was.
 
         Raises:
             LostClaim: The stage is another worker's.
         """
-        query = (
-            select(jobs.c.state)
-            .join(stages, stages.c.job_id == jobs.c.id)
-            .where(stages.c.id == claim.stage.id, stages.c.attempt == claim.attempt)
-        )
+        mine = (stages.c.id == claim.stage.id, stages.c.attempt == claim.attempt)
+        query = select(jobs.c.state).join(stages, stages.c.job_id == jobs.c.id).where(*mine)
         with self.database.transaction() as connection:
             state: JobState | None = connection.execute(query).scalar()
+            if step is not None:
+                connection.execute(update(stages).where(*mine).values(step=dict(step)))
         if state is None:
             raise LostClaim
         return state

@@ -265,6 +265,17 @@ class JobStore(ClaimStore):
         with self.database.transaction() as connection:
             return [Event(**row._mapping) for row in connection.execute(query)]
 
+    def history(self, job_id: uuid.UUID, *, limit: int) -> list[Event]:
+        """The last events of a job, newest first, without those that tell how far it is."""
+        query = (
+            select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
+            .where(events.c.job_id == job_id, events.c.kind != "progress")
+            .order_by(events.c.id.desc())
+            .limit(limit)
+        )
+        with self.database.transaction() as connection:
+            return [Event(**row._mapping) for row in connection.execute(query)]
+
     def workers(self, *, alive_s: float) -> list[WorkerRecord]:
         """The workers that reported in the last ``alive_s`` seconds, oldest first."""
         running = and_(stages.c.worker_id == workers.c.id, stages.c.state == StageState.RUNNING)

@@ -67,6 +67,8 @@ class Stage:
         done: Finished trials.
         elapsed_s: Seconds of work, of all attempts, up to the last progress.
         best_value: Of the objective, so far.
+        step: What it is at while it runs: ``title``, and how many of its ``steps`` are ``done``;
+            None before its worker has said anything.
         result: What it gave.
     """
 
@@ -82,6 +84,7 @@ class Stage:
     done: int
     elapsed_s: float
     best_value: float | None
+    step: dict[str, Any] | None
     result: dict[str, Any] | None
     started_at: datetime | None
     finished_at: datetime | None

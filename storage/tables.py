@@ -133,6 +133,7 @@ stages = Table(
     Column("done", Integer, nullable=False, server_default="0"),  # trials
     Column("elapsed_s", Float, nullable=False, server_default="0"),
     Column("best_value", Float),
+    Column("step", JSON(none_as_null=True)),  # what it is at, while it runs
     Column("result", JSON(none_as_null=True)),
     Column("started_at", _utc),
     Column("finished_at", _utc),

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages._rdb import models
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, select
 
 _TRIALS = models.TrialModel.__table__
@@ -79,3 +79,23 @@ def read_trials(
     for row in rows(of_attributes):
         trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
     return [*trials.values()]
+
+
+def read_values(connection: Connection, study_name: str) -> list[tuple[int, float]]:
+    """
+    The number and the value of each finished trial of a study, by number.
+
+    Args:
+        connection: To the database of a service.
+        study_name: Of the study; one that is not there has no trials.
+    """
+    query = (
+        select(_TRIALS.c.number, _VALUES.c.value, _VALUES.c.value_type)
+        .join(_VALUES, _VALUES.c.trial_id == _TRIALS.c.trial_id)
+        .join(_STUDIES, _STUDIES.c.study_id == _TRIALS.c.study_id)
+        .where(_STUDIES.c.study_name == study_name, _TRIALS.c.state == TrialState.COMPLETE)
+        .order_by(_TRIALS.c.number)
+    )
+    to_value = models.TrialValueModel.stored_repr_to_value
+    rows = connection.execute(query, execution_options=_IN_SCHEMA)
+    return [(row.number, to_value(row.value, row.value_type)) for row in rows]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pho_service.progress import Advance
 from storage.jobs import JobStore
@@ -30,6 +31,7 @@ class Watch:
         self._claim = claim
         self._stopping = stopping
         self._looked = time.monotonic()
+        self._step: dict[str, Any] | None = None
 
     def look(self, *, now: bool = False) -> None:
         """
@@ -41,7 +43,7 @@ class Watch:
             raise HandBack
         if now or time.monotonic() - self._looked > LOOK_EVERY_S:
             try:
-                may_work = self._store.watch(self._claim).may_work
+                may_work = self._store.watch(self._claim, self._step).may_work
             except DatabaseGone as error:
                 logger.warning("%s goes on without a database: %s", self._claim.stage.kind, error)
                 may_work = True
@@ -51,6 +53,14 @@ class Watch:
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Advance]:
-        """For long work: each step looks."""
+        """For long work: each step looks, and tells those who watch the job how far it is."""
         logger.info("%s", title, extra={"job": str(self._claim.job.id), "steps": steps})
-        yield lambda _: self.look()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._step = {"title": title, "done": done, "steps": steps}
+            self.look()
+
+        yield advance

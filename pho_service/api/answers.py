@@ -18,6 +18,14 @@ class _Answer(BaseModel):
     model_config = ConfigDict(extra="ignore")  # a newer server may say more
 
 
+class Step(_Answer):
+    """What a running stage is at."""
+
+    title: str
+    done: int
+    steps: int
+
+
 class Progress(_Answer):
     """How far a job is."""
 
@@ -43,6 +51,11 @@ class Progress(_Answer):
     seconds_left: float | None = Field(
         description="Seconds that the search or the perplexities still take at the present pace; a "
         "hill climb may end before."
+    )
+    step: Step | None = Field(
+        None,
+        description="What a stage is at that counts no trials, such as the calibration; null if "
+        "none runs, or it has not said anything yet.",
     )
 
 

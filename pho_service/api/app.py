@@ -16,6 +16,7 @@ from pho_service.api import (
     artifacts,
     configurations,
     front,
+    job_page,
     jobs,
     operations,
     plan,
@@ -66,7 +67,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    parts = (front, jobs, artifacts, plan, report, transfers, configurations, operations)
+    parts = (front, job_page, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pho_service.api.answers import Best, Job, JobError, Progress
+from pho_service.api.answers import Best, Job, JobError, Progress, Step
 from pho_service.api.problems import Conflict
 from pho_service.spec.quality import ProxyQuality
 from storage import records as stored
@@ -146,7 +146,15 @@ def _progress(job: stored.Job) -> Progress:
         models_done=sum(s.state is StageState.DONE for s in targets),
         models=len(targets),
         seconds_left=_seconds_left(job, searches, perplexities, measured),
+        step=next((found for found in map(step_of, job.stages) if found is not None), None),
     )
+
+
+def step_of(stage: stored.Stage) -> Step | None:
+    """What a stage is at, if it runs and has said so."""
+    if stage.state is not StageState.RUNNING or stage.step is None:
+        return None
+    return Step.model_validate(stage.step)
 
 
 def _seconds_left(

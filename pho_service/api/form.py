@@ -55,6 +55,35 @@ def hints() -> dict[str, str]:
     }
 
 
+def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
+    """
+    What to type for the job that has this document; what is as it is by default is left out.
+
+    Args:
+        document: Of a search, as it is stored.
+    """
+    own = {name: document[name] for name in _OWN_FIELDS}
+    default = JobSpec.model_validate(own).model_dump(mode="json")
+    typed = {**DEFAULTS, **{name: str(value) for name, value in own.items()}}
+    calibration = {
+        name: value
+        for name, value in (document.get("calibration") or {}).items()
+        if value != (default.get("calibration") or {}).get(name)
+    }
+    for name in ("dataset", "text"):
+        source = calibration.pop(name, None)
+        typed["calibration"] = source or typed["calibration"]
+    more = {
+        name: value
+        for name, value in document.items()
+        if name not in (*_OWN_FIELDS, "calibration", "preset_meaning")
+        and value != default.get(name)
+    }
+    if calibration:
+        more["calibration"] = calibration
+    return {**typed, "more": json.dumps(more, indent=2) if more else ""}
+
+
 def new_token() -> str:
     """For a form: however often it is sent, it makes one job."""
     return secrets.token_urlsafe(16)

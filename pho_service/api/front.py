@@ -1,5 +1,5 @@
 """
-The front page: all jobs and workers, the form that submits a job, and buttons for what can be done.
+The front page with all jobs and workers, and the form that submits a job.
 
 No script runs on these pages. What they do is done by the code of ``/v1``; errors come back as
 pages, and who may send a form is checked by :mod:`pho_service.api.guard`.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
 
@@ -17,15 +17,15 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from pho_service.api import artifacts, form, jobs
+from pho_service.api import form, jobs
 from pho_service.api.cards import Card, card, span
-from pho_service.api.describe import study_names
+from pho_service.api.describe import check_search, study_names
 from pho_service.api.operations import workers
 from pho_service.api.pages import draw
-from pho_service.api.problems import TOO_MANY_JOBS, Conflict, wrong_parameter
+from pho_service.api.problems import TOO_MANY_JOBS, wrong_parameter
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
-from storage.records import IdempotencyKeyReused, NoSuchJob, StateConflict, TooManyJobs
+from storage.records import IdempotencyKeyReused, TooManyJobs
 from storage.states import JobState
 from storage.studies import study_ids
 
@@ -119,13 +119,18 @@ Typed = Annotated[dict[str, str], Depends(_typed)]
 @router.api_route("/", methods=["GET", "HEAD"])
 def show(request: Request, service: ServiceParam, caller: CallerParam) -> Response:
     """Show jobs, newest first, and workers."""
-    return _list(service, caller, View.of(request.query_params.multi_items()))
+    return draw_list(service, caller, View.of(request.query_params.multi_items()))
 
 
 @router.api_route("/new", methods=["GET", "HEAD"])
-def new(caller: CallerParam) -> Response:
-    """Show the form."""
-    return _form(caller, form.DEFAULTS, form.new_token(), {})
+def new(service: ServiceParam, caller: CallerParam, job: UUID | None = None) -> Response:
+    """Show the form, empty or as another job was submitted."""
+    typed = form.DEFAULTS
+    if job is not None:
+        asked = service.jobs.get(job, visible_to=caller.visible_to)
+        check_search(asked)
+        typed = form.typed_as(asked.spec)
+    return _form(caller, typed, form.new_token(), {})
 
 
 @router.post("/new")
@@ -143,59 +148,26 @@ def submit(typed: Typed, service: ServiceParam, caller: CallerParam) -> Response
         return _form(caller, typed, form.new_token(), {"": [told]}, status=422)
     except TooManyJobs as error:
         return _form(caller, typed, token, {"": [TOO_MANY_JOBS[error.which]]}, status=429)
-    return RedirectResponse(f"/#job-{job.id}", 303)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
-@router.post("/jobs/{job_id:uuid}/{verb}")
-def ask(
-    job_id: UUID,
-    verb: Literal["pause", "resume", "cancel", "prune", "delete"],
-    typed: Typed,
-    service: ServiceParam,
-    caller: CallerParam,
-) -> Response:
-    """Do what a button says, and go back to the list."""
-    view = View.of(parse_qsl(typed.get("view", "").removeprefix("?")))
-    try:
-        if verb == "delete":
-            jobs.delete(job_id, service, caller)
-            return RedirectResponse(f"/{view.query}", 303)
-        if verb == "prune":
-            artifacts.asked(service, job_id, visible_to=caller.visible_to)
-        else:
-            service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
-    except NoSuchJob:
-        return _list(service, caller, view, 404, "This job is not there any more.")
-    except (StateConflict, Conflict) as error:
-        told = str(error)
-        return _list(service, caller, view, 409, f"{told[:1].upper()}{told[1:].rstrip('.')}.")
-    return RedirectResponse(f"/{view.query}#job-{job_id}", 303)
-
-
-@router.api_route("/jobs/{job_id:uuid}/delete", methods=["GET", "HEAD"])
-def confirm_deletion(
-    job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
-) -> Response:
-    """Ask once more before a job is deleted."""
-    job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    view = View.of(request.query_params.multi_items())
-    return draw("delete.html", caller=caller, card=card(job, {}, datetime.now(UTC)), view=view)
-
-
-@router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
-def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
-    """Show the files of a job's pruned model, to be downloaded."""
-    job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return draw("files.html", caller=caller, job=job, found=artifacts.listed(job))
-
-
-def _list(
+def draw_list(
     service: Service,
     caller: Caller,
     view: View,
     status: int = HTTPStatus.OK,
     problem: str | None = None,
 ) -> Response:
+    """
+    Answer with the list.
+
+    Args:
+        service: Of the process.
+        caller: Whose jobs are shown.
+        view: Which of them.
+        status: Of the answer.
+        problem: What could not be done.
+    """
     found, next_token = jobs.page_of(service, caller, view.states, PAGE_SIZE, view.token)
     studies = {}
     if caller.sees_all:  # others may not look into the dashboard

@@ -31,7 +31,12 @@ def is_page(path: str) -> bool:
 
 
 def draw(
-    template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: Any
+    template: str,
+    *,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    script: str | None = None,
+    **values: Any,
 ) -> Response:
     """
     Answer with a page.
@@ -40,19 +45,18 @@ def draw(
         template: Its file.
         status: Of the answer.
         headers: More than every page has.
+        script: The file of the only script that may run on it; it works without.
         values: For the template; everything is escaped.
     """
-    style = _environment().get_template("style.css").render()
     html = _environment().get_template(template).render(
-        style=Markup(style),  # noqa: S704 - ours
-        **values,
+        style=_ours("style.css"), script=None if script is None else _ours(script), **values
     )  # fmt: skip
     return Response(
         html.encode("utf-8", "replace"),  # JSON can hold half characters, a page cannot
         status_code=status,
         media_type="text/html; charset=utf-8",
         headers={
-            "Content-Security-Policy": content_security_policy(),
+            "Content-Security-Policy": content_security_policy(script),
             "Cache-Control": "no-store",
             "Referrer-Policy": "same-origin",  # with none at all, forms would name no origin
             "X-Content-Type-Options": "nosniff",
@@ -62,13 +66,26 @@ def draw(
 
 
 @cache
-def content_security_policy() -> str:
-    """What a browser lets a page do: look as it does, and send its forms here. No script runs."""
-    style = _environment().get_template("style.css").render()
+def content_security_policy(script: str | None = None) -> str:
+    """
+    What a browser lets a page do: look as it does, and send its forms here.
+
+    Args:
+        script: The file of a script that may run, and ask this service; without one, none runs.
+    """
+    runs = ""
+    if script is not None:
+        runs = f"script-src {policy_hash(_ours(script))}; connect-src 'self'; "
     return (
-        f"default-src 'none'; style-src {policy_hash(style)}; img-src 'self'; base-uri 'none'; "
-        "form-action 'self'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {policy_hash(_ours('style.css'))}; {runs}img-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
+
+
+@cache
+def _ours(name: str) -> Markup:
+    """A style or a script of ours, as it stands in a page."""
+    return Markup(_environment().get_template(name).render())  # noqa: S704 - ours
 
 
 @cache

@@ -91,10 +91,13 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
     progress = job.progress
     left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
     shards = f"calibration  {progress.shards_done} of {progress.shards} shards"
+    step = progress.step
+    at = "" if step is None else f"now          {step.title}, {step.done} of {step.steps}"
     lines = [
         f"job          {job.id}",
         f"name         {job.name}",
         f"state        {job.state}, stage {job.stage or 'none yet'}{left}",
+        *([at] if at else []),
         *([shards] if progress.shards else []),
         f"trials       {progress.trials_done} of {progress.trials}, best "
         f"{_number(progress.best_value) or 'none yet'}",

@@ -64,7 +64,8 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
         page.goto("/")
         yield page
     # Chromium's console has a line for each answer of 4xx, which is how a form says no.
-    assert [line for line in said if "422 (Unprocessable" not in line] == []
+    # A job that was deleted is not found any more.
+    assert [line for line in said if not re.search("422 \\(Unproc|404 \\(Not F", line)] == []
 
 
 @pytest.fixture
@@ -103,16 +104,36 @@ def test_submission(page: Page, store: JobStore) -> None:
     write(page, "All other fields", '{"name": "typed"}')
     go(page, "Submit", "button")
     page.keyboard.press("Enter")
-    page.wait_for_url("**/#job-*")
+    page.wait_for_url("**/jobs/*")
     (job,) = store.page()
-    card = page.locator(f"#job-{job.id}")
 
     assert (job.spec["pattern"], job.spec["trials"]) == ("2:4", 60)
-    assert page.url.endswith(f"/#job-{job.id}")
-    expect(card).to_contain_text("0 of 60 trials")
-    expect(card.get_by_role("heading")).to_have_text(job.name)
-    page.keyboard.press("Tab")  # goes on from there
-    assert page.locator(":focus").inner_text().startswith("Report")
+    assert page.url.endswith(f"/jobs/{job.id}")
+    expect(page.get_by_role("heading", level=1)).to_have_text(job.name)
+    go(page, "All jobs")
+    page.keyboard.press("Enter")
+    expect(page.locator(f"#job-{job.id}")).to_contain_text("0 of 60 trials")
+
+
+def test_live(page: Page, store: JobStore, job_of: Callable[..., Any]) -> None:
+    """A job's page follows it without being loaded again, and says so when it is gone."""
+    job = job_of(page)
+    page.goto(f"/jobs/{job.id}")
+    page.evaluate("window.kept = true")
+    state = page.locator("#head .state")
+    expect(state).to_have_text("queued")
+    store.ask(job.id, "pause")
+    expect(state).to_have_text("paused")
+    expect(page.locator("#happened")).to_contain_text("paused")
+    kept = page.evaluate("window.kept")
+
+    page.get_by_role("button", name="Resume").click()
+    expect(state).to_have_text("queued")
+    store.ask(job.id, "cancel")
+    with store.deleting(job.id):
+        pass
+    expect(page.get_by_role("main")).to_contain_text("No job has this id")
+    assert kept
 
 
 def test_error(page: Page, store: JobStore) -> None:
@@ -133,7 +154,7 @@ def test_error(page: Page, store: JobStore) -> None:
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("0.5")
     page.keyboard.press("Enter")
-    page.wait_for_url("**/#job-*")
+    page.wait_for_url("**/jobs/*")
 
     assert [job.spec["pattern"] for job in store.page()] == ["0.5"]
 
@@ -207,7 +228,7 @@ def test_on_a_phone(page: Page, store: JobStore, job_of: Callable[..., Any], sch
     page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
     page.emulate_media(color_scheme=scheme)
     beyond = {}
-    for path in ("/", "/new", f"/jobs/{job.id}/delete", "/new?"):
+    for path in ("/", "/new", f"/jobs/{job.id}", f"/jobs/{job.id}/delete", "/new?"):
         page.goto(path)
         if path == "/new?":
             page.get_by_label("Model (needed)").fill("../" + "x" * 300)

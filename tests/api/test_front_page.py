@@ -484,7 +484,7 @@ def test_submission(client: TestClient) -> None:
     }  # fmt: skip
 
     assert answer.status_code == 303
-    assert answer.headers["location"] == f"/#job-{job['id']}"
+    assert answer.headers["location"] == f"/jobs/{job['id']}"
     assert job["spec"] == JobSpec.model_validate(document).settled().model_dump(mode="json")
 
 

@@ -24,10 +24,12 @@ class Store:
 
     def __init__(self, *answers: JobState | Exception) -> None:
         self.answers = [*answers]
+        self.steps: list[Any] = []
 
-    def watch(self, claim: Any) -> JobState:
+    def watch(self, claim: Any, step: Any) -> JobState:
         """The next answer."""
         assert claim is CLAIM
+        self.steps.append(step)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer

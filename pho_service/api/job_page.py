@@ -1,0 +1,155 @@
+"""
+The page of a job, which follows it while it runs, and what its buttons do.
+
+What they do is done by the code of ``/v1``. Without scripts the page loads itself again.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Literal
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
+from starlette.responses import RedirectResponse
+
+from pho_service.api import artifacts, jobs, transfers
+from pho_service.api.cards import card
+from pho_service.api.front import REFRESH_S, Typed, View, draw_list
+from pho_service.api.job_view import view
+from pho_service.api.pages import draw
+from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem
+from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.spec.fields import FieldError
+from pho_service.spec.transfer import TransferRequest
+from storage.records import NoSuchJob, StateConflict, TooManyJobs, TooManyTrials
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.api_route("/jobs/{job_id:uuid}", methods=["GET", "HEAD"])
+def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Show a job: its result first, then how it goes."""
+    return _page(service, caller, job_id)
+
+
+@router.post("/jobs/{job_id:uuid}/extend")
+def extend(job_id: UUID, typed: Typed, service: ServiceParam, caller: CallerParam) -> Response:
+    """Give a search more trials."""
+
+    def ask() -> UUID:
+        trials = typed.get("trials", "").strip()
+        extension = jobs.Extension.model_validate_json(f'{{"trials": {trials or "null"}}}')
+        jobs.extend(job_id, extension, service, caller)
+        return job_id
+
+    return _asked(service, caller, job_id, ask, jobs.Extension)
+
+
+@router.post("/jobs/{job_id:uuid}/transfer")
+def transfer(job_id: UUID, typed: Typed, service: ServiceParam, caller: CallerParam) -> Response:
+    """Measure what a job has found on other models, and show the job that does it."""
+
+    def ask() -> UUID:
+        names = [line.strip() for line in typed.get("models", "").splitlines() if line.strip()]
+        request = TransferRequest.model_validate({"models": names})
+        return transfers.transfer(job_id, request, service, caller, Response()).id
+
+    return _asked(service, caller, job_id, ask, TransferRequest)
+
+
+@router.post("/jobs/{job_id:uuid}/{verb}")
+def ask(
+    job_id: UUID,
+    verb: Literal["pause", "resume", "cancel", "prune", "delete"],
+    typed: Typed,
+    service: ServiceParam,
+    caller: CallerParam,
+) -> Response:
+    """Do what a button says, and go back to the page that it was on."""
+    asked = View.of(parse_qsl(typed.get("view", "").removeprefix("?")))
+    on_job_page = typed.get("back") == "job"
+    try:
+        if verb == "delete":
+            jobs.delete(job_id, service, caller)
+            return RedirectResponse(f"/{asked.query}", 303)
+        if verb == "prune":
+            artifacts.asked(service, job_id, visible_to=caller.visible_to)
+        else:
+            service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
+    except NoSuchJob:
+        return draw_list(service, caller, asked, 404, "This job is not there any more.")
+    except (StateConflict, Conflict) as error:
+        if on_job_page:
+            return _page(service, caller, job_id, 409, _sentence(str(error)))
+        return draw_list(service, caller, asked, 409, _sentence(str(error)))
+    if on_job_page:
+        return RedirectResponse(f"/jobs/{job_id}", 303)
+    return RedirectResponse(f"/{asked.query}#job-{job_id}", 303)
+
+
+@router.api_route("/jobs/{job_id:uuid}/delete", methods=["GET", "HEAD"])
+def confirm_deletion(
+    job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
+) -> Response:
+    """Ask once more before a job is deleted."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    asked = View.of(request.query_params.multi_items())
+    return draw("delete.html", caller=caller, card=card(job, {}, datetime.now(UTC)), view=asked)
+
+
+@router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
+def files(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Show the files of a job's pruned model, to be downloaded."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    return draw("files.html", caller=caller, job=job, found=artifacts.listed(job))
+
+
+def _asked(
+    service: Service,
+    caller: Caller,
+    job_id: UUID,
+    ask: Callable[[], UUID],
+    model: type[jobs.Extension] | type[TransferRequest],
+) -> Response:
+    """Do what a form of the page asks, and show the job that does it, or what is wrong."""
+    try:
+        return RedirectResponse(f"/jobs/{ask()}", 303)
+    except ValidationError as error:
+        faults = [field_problem({**each, "loc": ("body", *each["loc"])}, model)
+                  for each in error.errors()]  # fmt: skip
+        told, status = " ".join(_sentence(fault["detail"]) for fault in faults), 422
+    except (FieldError, TooManyTrials) as error:
+        told, status = _sentence(str(error)), 422
+    except (StateConflict, Conflict) as error:
+        told, status = _sentence(str(error)), 409
+    except TooManyJobs as error:
+        told, status = TOO_MANY_JOBS[error.which], 429
+    return _page(service, caller, job_id, status, told)
+
+
+def _page(
+    service: Service,
+    caller: Caller,
+    job_id: UUID,
+    status: int = HTTPStatus.OK,
+    problem: str | None = None,
+) -> Response:
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    shown = view(service, caller, job, datetime.now(UTC))
+    return draw(
+        "job.html",
+        status=status,
+        script="live.js",
+        caller=caller,
+        view=shown,
+        problem=problem,
+        refresh_s=REFRESH_S if shown.card.moves and problem is None else 0,
+        address=f"/jobs/{job_id}",
+    )
+
+
+def _sentence(told: str) -> str:
+    return f"{told[:1].upper()}{told[1:].rstrip('.')}."

@@ -1,0 +1,324 @@
+"""
+What the page of a job shows: its result, its stages, its search as a chart, and what happened.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from pho_service.api import artifacts
+from pho_service.api.answers import ArtifactList
+from pho_service.api.cards import Card, card, span
+from pho_service.api.describe import is_transfer, step_of, study_names
+from pho_service.api.service import Caller, Service
+from pho_service.report.layers import LayerCell
+from pho_service.spec.configuration import Configuration
+from storage import records as stored
+from storage.states import VERBS, StageKind, StageState
+from storage.studies import study_ids
+from storage.trials import read_values
+
+EVENTS = 50  # that are shown, the newest
+FINALISTS = 20  # that are shown, the best
+DOTS = 400  # of a chart, at most
+WIDTH, HEIGHT = 640.0, 200.0  # of a chart
+_TITLES = {
+    StageKind.TRANSFER: "Measure on other models",
+    StageKind.CALIBRATE: "Calibrate",
+    StageKind.SEARCH: "Search",
+    StageKind.CONFIRM: "Choose the finalists",
+    StageKind.PERPLEXITY: "Measure perplexities",
+    StageKind.FINISH: "Choose the best",
+    StageKind.PRUNE: "Write the pruned model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """
+    A perplexity in the table of the result.
+
+    Attributes:
+        name: Of the model or method.
+        perplexity: None if its model gives none.
+        rise: Share by which it is above the dense model's; None for the dense model.
+        found: Whether it is the result.
+    """
+
+    name: str
+    perplexity: float | None
+    rise: float | None
+    found: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """
+    All stages of a kind.
+
+    Attributes:
+        title: What they do.
+        state: ``failed``, ``running``, ``waiting`` or ``done``.
+        done: Of ``total``; trials of searches, steps of one stage, or stages of several.
+        total: 0 if it is not known.
+        at: What they are at, and for how long.
+        attempts: How often one was begun, if more than once.
+    """
+
+    title: str
+    state: str
+    done: int
+    total: int
+    at: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """
+    The search as it goes.
+
+    Attributes:
+        dots: Trials, in pixels from the top left.
+        best: The best so far, as the points of a line.
+        top: The value at the top.
+        bottom: The value at the bottom.
+        trials: How many there are.
+        width: In pixels.
+        height: In pixels.
+    """
+
+    dots: Sequence[tuple[float, float]]
+    best: str
+    top: str
+    bottom: str
+    trials: int
+    width: float = WIDTH
+    height: float = HEIGHT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A candidate that was confirmed, or is about to be."""
+
+    trial: int
+    method: str
+    perplexity: float | None
+    divergence: float | None
+    proxy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happened:
+    """An event, in words."""
+
+    at: datetime
+    told: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The sparsity of each kind of linear in each block of a model."""
+
+    model: str
+    kinds: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """
+    A job, whole.
+
+    Attributes:
+        card: What the list shows of it, too.
+        results: Perplexities of the result and of what it is judged by.
+        stages: By kind, in the order of the work.
+        chart: None before there are trials, and of transfers.
+        finalists: The best first.
+        layers: By model.
+        events: The newest first.
+        files: Of the pruned model; None if there are none.
+        extensible: Whether it can be given more trials.
+    """
+
+    card: Card
+    results: Sequence[Row]
+    stages: Sequence[StageRow]
+    chart: Chart | None
+    finalists: Sequence[Finalist]
+    layers: Sequence[Layers]
+    events: Sequence[Happened]
+    files: ArtifactList | None
+    extensible: bool
+
+
+def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> JobView:
+    """Everything that is known of a job."""
+    studies = {}
+    with service.database.transaction() as connection:
+        names = study_names(job)
+        if caller.sees_all:  # others may not look into the dashboard
+            studies = study_ids(connection, names)
+        islands = [read_values(connection, name) for name in names]
+    shown = card(job, studies, now)
+    found = None if job.best is None else Configuration.model_validate(job.best)
+    return JobView(
+        card=shown,
+        results=[] if found is None else _results(found),
+        stages=_stages(job, now),
+        chart=_chart(islands, maximised=job.spec.get("objective", {}).get("name") == "gini"),
+        finalists=_finalists(job, found),
+        layers=_layers(job),
+        events=[_told(event) for event in service.jobs.history(job.id, limit=EVENTS)],
+        files=artifacts.listed(job) if shown.job.pruned == "done" else None,
+        extensible=not is_transfer(job) and job.state in VERBS["extend"],
+    )
+
+
+def _results(found: Configuration) -> list[Row]:
+    measured = found.perplexities
+    if measured is None:
+        return []
+    rows = [Row(name="dense", perplexity=measured.dense, rise=None)]
+    rows += [
+        Row(
+            name=name,
+            perplexity=value,
+            rise=None if value is None else value / measured.dense - 1,
+            found=name == "pruned",
+        )
+        for name, value in (
+            ("pruned", measured.pruned), ("Wanda", measured.wanda), ("RIA", measured.ria)
+        )
+    ]  # fmt: skip
+    return rows
+
+
+def _stages(job: stored.Job, now: datetime) -> list[StageRow]:
+    rows = []
+    for kind in dict.fromkeys(stage.kind for stage in job.stages):
+        mine = [stage for stage in job.stages if stage.kind is kind]
+        done, total = sum(stage.state is StageState.DONE for stage in mine), len(mine)
+        if kind is StageKind.SEARCH:
+            done, total = sum(stage.done for stage in mine), job.trials * len(mine)
+        step = next(filter(None, map(step_of, mine)), None)
+        if step is not None and len(mine) == 1:
+            done, total = step.done, step.steps
+        at = [] if step is None else [step.title]
+        at += _seconds(mine, now)
+        rows.append(
+            StageRow(
+                title=_TITLES.get(kind, kind.value.capitalize()),
+                state=_state(mine),
+                done=done,
+                total=total,
+                at=", ".join(at),
+                attempts=max(stage.attempt for stage in mine),
+            )
+        )
+    return rows
+
+
+def _state(stages: Sequence[stored.Stage]) -> str:
+    """Of several stages: what a user must know first."""
+    states = {stage.state for stage in stages}
+    for state in (StageState.FAILED, StageState.RUNNING, StageState.WAITING):
+        if state in states:
+            return state.value
+    return StageState.DONE.value
+
+
+def _seconds(stages: Sequence[stored.Stage], now: datetime) -> list[str]:
+    """How long it took from the first to the last of them, or takes by now."""
+    begun = [stage.started_at for stage in stages if stage.started_at is not None]
+    if not begun:
+        return []
+    ended = [stage.finished_at or now for stage in stages]
+    return [span((max(ended) - min(begun)).total_seconds())]
+
+
+def _chart(islands: Sequence[Sequence[tuple[int, float]]], *, maximised: bool) -> Chart | None:
+    """Trials of all islands, in the order of their numbers, and the best so far."""
+    sign = -1.0 if maximised else 1.0
+    values = [
+        value
+        for _, value in sorted(trial for trials in islands for trial in trials)
+        if math.isfinite(value)
+    ]
+    if len(values) < 2:
+        return None
+    best, lowest = [], math.inf
+    for value in values:
+        lowest = min(lowest, sign * value)
+        best.append(sign * lowest)
+    # What is far worse than the others would press them together at the edge.
+    worst = sign * sorted(sign * value for value in values)[int(0.9 * (len(values) - 1))]
+    low, high = sorted((best[-1], worst))
+    height = (high - low) or abs(high) or 1.0
+
+    def place(number: int, value: float) -> tuple[float, float]:
+        inside = min(max(value, low), high)
+        left = WIDTH * number / (len(values) - 1)
+        return round(left, 1), round(HEIGHT * (high - inside) / height, 1)
+
+    every = -(-len(values) // DOTS)
+    steps = [i for i in range(len(best)) if i in (0, len(best) - 1) or best[i] != best[i - 1]]
+    line: list[tuple[float, float]] = []
+    for i in steps:
+        if line:
+            line.append((place(i, best[i])[0], line[-1][1]))
+        line.append(place(i, best[i]))
+    return Chart(
+        dots=[place(i, values[i]) for i in range(0, len(values), every)],
+        best=" ".join(f"{x:g},{y:g}" for x, y in line),
+        top=f"{high:.4g}",
+        bottom=f"{low:.4g}",
+        trials=len(values),
+    )
+
+
+def _finalists(job: stored.Job, found: Configuration | None) -> list[Finalist]:
+    if found is not None and found.candidates:
+        return [
+            Finalist(
+                trial=rating.trial, method=rating.method, perplexity=rating.perplexity,
+                divergence=rating.divergence, proxy=rating.proxy,
+            )
+            for rating in found.candidates[:FINALISTS]
+        ]  # fmt: skip
+    measured = [
+        Finalist(
+            trial=stage.number, method="", perplexity=(stage.result or {}).get("perplexity"),
+            divergence=None, proxy=None,
+        )
+        for stage in job.of_kind(StageKind.PERPLEXITY)
+    ]  # fmt: skip
+    return sorted(measured, key=lambda each: each.perplexity or math.inf)[:FINALISTS]
+
+
+def _layers(job: stored.Job) -> list[Layers]:
+    found = []
+    for stage in job.of_kind(StageKind.FINISH):
+        for model, cells in ((stage.result or {}).get("layers") or {}).items():
+            shares = {(c.block, c.kind): c.sparsity for c in map(LayerCell.of, cells)}
+            kinds = list(dict.fromkeys(kind for _, kind in shares))
+            blocks = dict.fromkeys(block for block, _ in shares)
+            rows = [(block, [shares.get((block, kind)) for kind in kinds]) for block in blocks]
+            found.append(Layers(model=model, kinds=kinds, rows=rows))
+    return found
+
+
+def _told(event: stored.Event) -> Happened:
+    data = event.data
+    if event.kind == "stage":
+        kind = StageKind(data["stage"])
+        told = f"began: {_TITLES.get(kind, kind.value).lower()}"
+    elif event.kind == "retry":
+        told = f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
+    else:
+        told = str(data.get("state", event.kind))
+        error = data.get("error")
+        told += f": {error['message']} ({error['type']})" if error else ""
+    return Happened(at=event.created_at, told=told)

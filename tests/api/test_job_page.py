@@ -1,0 +1,205 @@
+"""The page of a job: what it shows at each time, and what its forms do."""
+
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.api.form import read_spec, typed_as
+from pho_service.report.html import policy_hash
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.job import JobSpec
+from pho_service.spec.perplexities import Perplexities
+from storage.states import JobState, StageKind
+
+Submit = Callable[..., dict[str, Any]]
+NOBODY = "00000000-0000-0000-0000-000000000000"
+
+
+def source(client: TestClient, job_id: str) -> str:
+    """The page of a job."""
+    answer = client.get(f"/jobs/{job_id}")
+    assert answer.status_code == 200, answer.text[:500]
+    return answer.text
+
+
+def section(text: str, name: str) -> str:
+    """The words of a section."""
+    found = re.search(rf'<(section|div)[^>]* id="{name}".*?</\1>', text, flags=re.DOTALL)
+    assert found is not None, name
+    return words(found[0])
+
+
+def words(text: str) -> str:
+    """What a reader sees."""
+    shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+    return " ".join(html.unescape(shown).replace("\N{EN DASH}", "-").split())
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_every_state(client: TestClient, hand: Any, submit: Submit, state: JobState) -> None:
+    """A job has a page at any time; while it may change by itself, a browser follows it."""
+    job = submit()
+    hand.bring(job["id"], state)
+    text = source(client, job["id"])
+
+    assert section(text, "head").startswith(f"{job['name']} {state}")
+    assert (" data-moves" in text) == (not state.is_over and state is not JobState.PAUSED)
+    assert ('<noscript><meta http-equiv="refresh"' in text) == (" data-moves" in text)
+
+
+def test_calibration(client: TestClient, hand: Any, submit: Submit) -> None:
+    """A calibration shows what it is at, on the page and in the API, until it is done."""
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    before = client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"]
+    hand.store.watch(claim, {"title": "Calibrating the dense model", "done": 3, "steps": 16})
+    text = source(client, job_id)
+    during = client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"]
+    hand.store.complete(claim, {})
+
+    assert before is None
+    assert "Calibrate running 3 of 16 Calibrating the dense model, 0 s" in section(text, "stages")
+    assert "There is no result yet." in section(text, "result")
+    assert during == {"title": "Calibrating the dense model", "done": 3, "steps": 16}
+    assert client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"] is None
+    assert "Calibrate done 1 of 1" in section(source(client, job_id), "stages")
+
+
+def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
+    """A search is drawn as it goes: its trials, the best so far, then its finalists."""
+    job = submit(trials=8)
+    hand.calibrate(job["id"])
+    empty = source(client, job["id"])
+    hand.record(job, 8, failed=3)
+    drawn = source(client, job["id"])
+    hand.search(job["id"])
+    hand.confirm(job["id"], 2, 5)
+    hand.measure(job["id"], 5, 21.5, 1.0)
+    finalists = section(source(client, job["id"]), "finalists")
+
+    assert 'id="search"' not in empty
+    assert "7 trials; the line is the best objective so far." in section(drawn, "search")
+    assert drawn.count("<circle") == 7
+    assert "Trial Method Perplexity Divergence Proxy 5 - 21.5 - - 2 - - - -" in finalists
+
+
+def test_result(
+    client: TestClient, hand: Any, submit: Submit, configuration: Configuration
+) -> None:
+    """The result comes first, beside the dense model, Wanda and RIA."""
+    job_id = submit()["id"]
+    for prepare in (hand.calibrate, hand.search, hand.confirm):
+        prepare(job_id)
+    good = Perplexities(dense=20.0, pruned=25.0, wanda=40.0)
+    best = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
+    layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
+    claim = hand.take(job_id, StageKind.FINISH)
+    hand.store.succeed(claim, best=best, warnings=["Take care."], result={"layers": layers})
+    text = source(client, job_id)
+
+    assert section(text, "result").startswith(
+        "Result Model Perplexity Above dense Dense 20 Pruned by this job 25 +25.0 % "
+        "Wanda 40 +100.0 % RIA - Perplexity: 20.0 dense, 25.0 pruned"
+    )
+    assert "Take care." in section(text, "result")
+    assert "Block mlp.up_proj model.layers.0 46 %" in section(text, "layers")
+    assert f'href="/v1/jobs/{job_id}/best"' in text
+
+
+def test_failure(client: TestClient, hand: Any, submit: Submit) -> None:
+    """A job that failed says why, and how to do it better."""
+    job_id = submit()["id"]
+    hand.fail(job_id)
+    text = source(client, job_id)
+
+    assert "Why it failed The job failed in calibrate: org/name is not there." in words(text)
+    assert f'href="/new?job={job_id}"' in text
+    assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preset": "best", "pattern": "2:4", "trials": 50, "seed": 7},
+        {"scope": "global", "islands": 2, "calibration": {"dataset": "org/texts", "samples": 4}},
+        {"calibration": {"text": "a.txt"}, "confirm": {"text": "b.txt", "windows": 3}},
+    ],
+)
+def test_again(
+    client: TestClient, submit: Submit, changes: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The form that a job is edited in makes the same job if nothing is changed."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    job = submit(**changes)
+    form = client.get("/new", params={"job": job["id"]})
+
+    assert form.status_code == 200
+    assert f'value="{job["spec"]["model"]}"' in form.text
+    assert read_spec(typed_as(job["spec"])).settled() == JobSpec.model_validate(job["spec"])
+
+
+def test_more_trials(client: TestClient, hand: Any, submit: Submit) -> None:
+    """The page extends a search, and says what is wrong with what was typed."""
+    job_id = submit(trials=40)["id"]
+    path = f"/jobs/{job_id}/extend"
+    done = client.post(path, data={"trials": "20"}, follow_redirects=False)
+    wrong = [client.post(path, data={"trials": typed}) for typed in ("", "many", "0", "99999999")]
+    hand.fail(job_id)
+    late = client.post(path, data={"trials": "20"})
+
+    assert (done.status_code, done.headers["location"]) == (303, f"/jobs/{job_id}")
+    assert hand.store.page()[0].trials == 60
+    assert [answer.status_code for answer in wrong] == [422] * 4
+    assert all('role="alert"' in answer.text for answer in wrong)
+    assert late.status_code == 409
+    assert "A job that is failed cannot be extended." in words(late.text)
+
+
+def test_transfer(client: TestClient, hand: Any, submit: Submit) -> None:
+    """The page measures a result on other models, in a job that it leads to."""
+    job_id = submit()["id"]
+    hand.succeed(job_id)
+    path = f"/jobs/{job_id}/transfer"
+    none = client.post(path, data={"models": " \n"})
+    done = client.post(path, data={"models": "org/a\r\norg/b\r\n"}, follow_redirects=False)
+    newest = hand.store.page()[0]
+
+    assert none.status_code == 422
+    assert done.headers["location"] == f"/jobs/{newest.id}"
+    assert newest.spec["models"] == ["org/a", "org/b"]
+    assert "Measure on other models waiting 0 of 2" in section(
+        source(client, str(newest.id)), "stages"
+    )
+    assert client.get("/new", params={"job": str(newest.id)}).status_code == 409
+
+
+def test_policy(client: TestClient, submit: Submit) -> None:
+    """One script may run on the page, ours, and ask this service alone."""
+    answer = client.get(f"/jobs/{submit()['id']}")
+    policy = answer.headers["content-security-policy"]
+    (script,) = re.findall(r"<script>(.*?)</script>", answer.text, flags=re.DOTALL)
+
+    assert f"script-src {policy_hash(script)}; connect-src 'self'" in policy
+    assert "form-action 'self'; frame-ancestors 'none'" in policy
+
+
+def test_buttons_lead_back(client: TestClient, hand: Any, submit: Submit) -> None:
+    """What a button of the page does is shown there, and so is what it cannot do."""
+    job_id = submit()["id"]
+    paused = client.post(f"/jobs/{job_id}/pause", data={"back": "job"}, follow_redirects=False)
+    hand.store.ask(hand.store.page()[0].id, "cancel")
+    refused = client.post(f"/jobs/{job_id}/resume", data={"back": "job"})
+
+    assert paused.headers["location"] == f"/jobs/{job_id}"
+    assert refused.status_code == 409
+    assert section(refused.text, "head").endswith("cancelled")
+    assert client.get(f"/jobs/{NOBODY}").status_code == 404
