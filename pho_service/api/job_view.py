@@ -22,7 +22,7 @@ from storage.trials import read_values
 EVENTS = 50  # that are shown, the newest
 FINALISTS = 20  # that are shown, the best
 DOTS = 400  # of a chart, at most
-WIDTH, HEIGHT = 640.0, 200.0  # of a chart
+WIDTH, HEIGHT = 960.0, 200.0  # of a chart
 _TITLES = {
     StageKind.TRANSFER: "Measure on other models",
     StageKind.CALIBRATE: "Calibrate",
@@ -207,7 +207,7 @@ def _stages(job: stored.Job, now: datetime) -> list[StageRow]:
         if step is not None and len(mine) == 1:
             done, total = step.done, step.steps
         at = [] if step is None else [step.title]
-        at += _seconds(mine, now)
+        at += _seconds(mine, job.finished_at or now)
         rows.append(
             StageRow(
                 title=_TITLES.get(kind, kind.value.capitalize()),
@@ -230,12 +230,12 @@ def _state(stages: Sequence[stored.Stage]) -> str:
     return StageState.DONE.value
 
 
-def _seconds(stages: Sequence[stored.Stage], now: datetime) -> list[str]:
-    """How long it took from the first to the last of them, or takes by now."""
+def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
+    """How long it took from the first to the last of them, or to this time if they are not done."""
     begun = [stage.started_at for stage in stages if stage.started_at is not None]
     if not begun:
         return []
-    ended = [stage.finished_at or now for stage in stages]
+    ended = [stage.finished_at or by for stage in stages]
     return [span((max(ended) - min(begun)).total_seconds())]
 
 

@@ -104,7 +104,7 @@ def test_result(
 
     assert section(text, "result").startswith(
         "Result Model Perplexity Above dense Dense 20 Pruned by this job 25 +25.0 % "
-        "Wanda 40 +100.0 % RIA - Perplexity: 20.0 dense, 25.0 pruned"
+        "Wanda 40 +100.0 % RIA - Best: crepe; perplexity 17.25"
     )
     assert "Take care." in section(text, "result")
     assert "Block mlp.up_proj model.layers.0 46 %" in section(text, "layers")
