@@ -108,7 +108,8 @@ class KeyGuard:
             await self._too_often(str(caller.key_id))(scope, receive, send)
             return
         if caller is None:
-            scheme = "Bearer" if scope["path"].startswith("/v1") else 'Basic realm="PHO"'
+            by_hand = not scope["path"].startswith("/v1") or _reads_pages(headers)
+            scheme = 'Basic realm="PHO"' if by_hand else "Bearer"
             detail = (
                 "A key is needed, as Authorization: Bearer KEY. `pho keys create` makes one."
                 if secret is None
@@ -226,6 +227,11 @@ def _secret(authorization: str) -> str | None:
             return ""
         return decoded.partition(":")[2]
     return authorization or None
+
+
+def _reads_pages(headers: Headers) -> bool:
+    """Whether this is a browser that follows a link: it asks its user for a key."""
+    return "text/html" in headers.get("accept", "")
 
 
 def _is_bearer(headers: Headers) -> bool:

@@ -74,6 +74,16 @@ def test_anonymous(client: TestClient, refusal: Refusal, secret: str) -> None:
         assert answer.headers["www-authenticate"] == scheme
 
 
+def test_link_to_a_report(client: TestClient, secret: str) -> None:
+    """A browser that follows a link to a report asks for a key, and sends it by itself."""
+    del secret
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    answer = client.get(f"/v1/jobs/{NOBODY}/report", headers=browser)
+
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == 'Basic realm="PHO"'
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 def test_open(client_of: Any, path: str) -> None:
     """Whoever looks after the process needs no key, and may ask under any name."""
