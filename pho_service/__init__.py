@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pho_service.client import Client as Client
     from pho_service.errors import PhoError as PhoError
     from pho_service.interface.baseline import baseline as baseline
+    from pho_service.interface.benched import bench as bench
     from pho_service.interface.bundle import calibrate as calibrate
     from pho_service.interface.curve import curve as curve
     from pho_service.interface.curve import search_within as search_within
@@ -40,6 +41,7 @@ _HOME = {
     "Pattern": "spec.pattern",
     "PhoError": "errors",
     "baseline": "interface.baseline",
+    "bench": "interface.benched",
     "calibrate": "interface.bundle",
     "compare": "interface.measured",
     "configuration": "interface.objective",
@@ -67,6 +69,7 @@ __all__ = [
     "Pattern",
     "PhoError",
     "baseline",
+    "bench",
     "calibrate",
     "compare",
     "configuration",

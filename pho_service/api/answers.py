@@ -6,9 +6,9 @@ import uuid
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pho_service.library.ranking import MeasuredBy, ModelFacts
+from pho_service.library.entries import ModelFacts
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.quality import ProxyQuality
 from storage.states import JobState, StageKind
@@ -179,22 +179,39 @@ class WorkerList(_Answer):
     workers: list[Worker]
 
 
-class Gain(_Answer):
-    """How much better than RIA a configuration was."""
+class Gains(_Answer):
+    """How much better than RIA a configuration is, by what was measured; null is not measured."""
 
-    share: float = Field(
-        description="Share of RIA's perplexity that is saved; by a proxy, of RIA's proxy."
+    perplexity: float | None = Field(None, description="Share of RIA's perplexity that is saved.")
+    divergence: float | None = Field(
+        None,
+        description="The same share, as the divergence from the dense model tells, where RIA's "
+        "perplexity was not measured.",
     )
-    by: MeasuredBy = Field(
-        description="divergence: perplexity as the divergence from the dense model tells."
+    proxy: float | None = Field(
+        None,
+        description="Share of RIA's proxy that is saved, where nothing else was measured.",
     )
+
+
+def _gains(share: Any, by: Any) -> dict[str, Any]:
+    return {} if by is None else {by: share}
 
 
 class MeasuredElsewhere(_Answer):
     """What a configuration was worth on a model that it was not found on."""
 
     model: ModelFacts
-    gain: Gain
+    gains: Gains
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_service(cls, value: Any) -> Any:
+        """One ``gain`` with what it is ``by``, as it was told before."""
+        if isinstance(value, dict) and "gain" in value:
+            gain = value["gain"] or {}
+            return {"gains": _gains(gain.get("share"), gain.get("by")), **value}
+        return value
 
 
 class ConfigurationMatch(_Answer):
@@ -207,16 +224,25 @@ class ConfigurationMatch(_Answer):
     pattern: str
     scope: str
     models: list[ModelFacts] = Field(description="Models that it was found on.")
-    gain: Gain | None = Field(description="Gain on them; null: RIA was not measured beside it.")
+    gains: Gains = Field(description="Gains on them.")
     measured: list[MeasuredElsewhere] = Field(description="Gains on other models.")
     fits: bool = Field(description="Whether it is of the asked pattern and scope.")
-    expected_gain: float | None = Field(
-        description="Expected share on the asked model, for the order."
-    )
-    expected_by: MeasuredBy | None = Field(
-        None, description="What it is a share of: what the gain that it comes from was measured by."
+    expected_gains: Gains = Field(
+        description="Gain that is likely on the asked model, for the order, under the name of what "
+        "it follows from."
     )
     reasons: list[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_service(cls, value: Any) -> Any:
+        """``gain``, ``expected_gain`` and ``expected_by``, as they were told before."""
+        if isinstance(value, dict) and "expected_gain" in value:
+            gain = value.get("gain") or {}
+            expected = _gains(value["expected_gain"], value.get("expected_by"))
+            gains = _gains(gain.get("share"), gain.get("by"))
+            return {"gains": gains, "expected_gains": expected, **value}
+        return value
 
 
 class ConfigurationMatches(_Answer):

@@ -8,8 +8,8 @@ from datetime import datetime
 
 from pho_service.api.answers import Job
 from pho_service.api.describe import describe, failure, is_transfer, study_names
+from pho_service.library.entries import measured_gain, transferred_gain
 from pho_service.library.files import TransferTarget
-from pho_service.library.ranking import measured_gain, transferred_gain
 from pho_service.spec.configuration import Configuration
 from storage import records as stored
 from storage.states import VERBS, JobState, StageKind

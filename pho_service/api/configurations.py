@@ -10,13 +10,14 @@ from uuid import UUID
 from fastapi import APIRouter, Body, Query, Response
 from pydantic import Field
 
-from pho_service.api.answers import ConfigurationMatch, ConfigurationMatches
+from pho_service.api.answers import ConfigurationMatch, ConfigurationMatches, Gains
 from pho_service.api.problems import TooManyConfigurations, documented, wrong_parameter
 from pho_service.api.schema import PATTERN, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import ConfigurationError, InvalidInput
+from pho_service.library.entries import FACTS_VERSION, Entry, gains_by
 from pho_service.library.files import LibraryFile, parse_library_file, stored_file
-from pho_service.library.ranking import FACTS_VERSION, Entry, Match, Wanted, rank
+from pho_service.library.ranking import Match, Wanted, rank
 from pho_service.spec.fields import FieldError
 from pho_service.spec.pattern import Scope
 from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts
@@ -149,8 +150,7 @@ def describe(match: Match, stored: StoredConfiguration | StoredFacts) -> Configu
         job_id=stored.job_id,
         created_at=stored.created_at,
         fits=match.fits,
-        expected_gain=match.expected,
-        expected_by=match.expected_by,
+        expected_gains=Gains(**gains_by(match.expected, match.expected_by)),
         reasons=[*match.reasons],
         **match.entry.to_dict(),
     )

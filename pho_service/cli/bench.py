@@ -1,15 +1,11 @@
 """`pho bench`."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
 
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.terminal import print_json, print_table, progress, verb
-
-if TYPE_CHECKING:
-    from pho_service.pipeline.bench import Bench, Side
 
 
 @click.command()
@@ -55,7 +51,7 @@ def bench(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.pipeline.bench import BenchSettings
+    from pho_service.pipeline.bench import COLUMNS, NOTE, BenchSettings, row, title
     from pho_service.pipeline.bench import bench as measure
 
     at_least(1, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
@@ -74,29 +70,8 @@ def bench(
         )
         return
     print_table(
-        f"{prompt} tokens read and {new_tokens} written, batch {batch}, {rounds} rounds",
-        ("model", "MB", "load s", "read tokens/s", "times", "written tokens/s", "times", "note"),
-        [_row(found, side) for side in found.sides],
-        caption="\n".join(
-            [
-                *found.conditions,
-                "Medians; times as fast as the first: median (least to most) of the rounds. Loads "
-                "with the files in the system's memory.",
-            ]
-        ),
+        title(settings),
+        COLUMNS,
+        [row(found, side) for side in found.sides],
+        caption="\n".join([*found.conditions, NOTE]),
     )
-
-
-def _row(found: "Bench", side: "Side") -> tuple[str, ...]:
-    """A line of the table."""
-    from statistics import median
-
-    read, written = found.tokens_per_s(side)
-    times = ["", ""]
-    if side is not found.sides[0]:
-        times = [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in found.ratios(side)]
-    size = f"{side.bytes / 1e6:.1f}" if side.bytes else ""
-    return (
-        side.name, size, f"{median(side.load_s):.2f}", f"{read:.1f}", times[0], f"{written:.1f}",
-        times[1], side.note,
-    )  # fmt: skip

@@ -216,10 +216,10 @@ def delete_entry(configuration_id: str, url: str | None, as_json: bool) -> None:
 
 def _gains(match: Mapping[str, Any], by: str) -> tuple[str | None, str | None]:
     """Where it was found, and what is expected; None for what was measured otherwise."""
-    gain, expected = match["gain"], match["expected_gain"]
+    gain, expected = match["gains"][by], match["expected_gains"][by]
     return (
-        None if gain is None or gain["by"] != by else f"{gain['share']:.1%}",
-        None if expected is None or match["expected_by"] != by else f"{expected:.1%}",
+        None if gain is None else f"{gain:.1%}",
+        None if expected is None else f"{expected:.1%}",
     )
 
 

@@ -54,8 +54,9 @@ def matches(
     """
     if library is None or _is_url(library):
         return _of_service(library, wanted, limit)
+    from pho_service.library.entries import Entry, gains_by
     from pho_service.library.files import read_folder
-    from pho_service.library.ranking import Entry, rank
+    from pho_service.library.ranking import rank
 
     files, others = read_folder(Path(library))
     for other in others:
@@ -66,8 +67,7 @@ def matches(
             "id": match.entry.id,
             **match.entry.to_dict(),
             "fits": match.fits,
-            "expected_gain": match.expected,
-            "expected_by": match.expected_by,
+            "expected_gains": gains_by(match.expected, match.expected_by),
             "reasons": [*match.reasons],
         }
         for match in rank(entries, wanted)[:limit]
@@ -87,7 +87,7 @@ def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[F
             configuration=_configuration(library, match["id"]),
             origin={
                 "library": library or "service",
-                **{key: match[key] for key in ("id", "models", "gain", "measured", "reasons")},
+                **{key: match[key] for key in ("id", "models", "gains", "measured", "reasons")},
             },
         )
         for match in _fitting(library, wanted)[:count]
@@ -131,7 +131,8 @@ def _fitting(
 
 def wanted_for(model: Mapping[str, Any], pattern: str, scope: str | None) -> "Wanted":
     """What to look for, for a model that says its family and size of itself."""
-    from pho_service.library.ranking import ModelFacts, Wanted
+    from pho_service.library.entries import ModelFacts
+    from pho_service.library.ranking import Wanted
 
     facts = ModelFacts.of(model)
     return Wanted.parse(pattern, scope, facts.family, facts.parameters)

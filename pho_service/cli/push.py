@@ -24,8 +24,8 @@ def push(folder: Path, repository: str, public: bool, as_json: bool) -> None:
 
     The token is that of HF_TOKEN, or of `hf auth login`. A repository that is
     not there is made, private unless --public is given; one that is there stays
-    as visible as it is. All files go there: pruning.json names the model and
-    the text as they were given, so look into it if those are paths.
+    as visible as it is. All files go there; in pruning.json, models and texts of
+    this machine are named without their folders.
 
     \b
     Example:

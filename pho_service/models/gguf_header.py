@@ -2,9 +2,10 @@
 GGUF files, read without doing the same work again and again, or more than they hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -42,6 +43,50 @@ class BoundedReader(gguf.GGUFReader):
         if self._reads > MAX_READS:
             raise ValueError(f"its header has more than {MAX_READS} values")
         return values
+
+
+class _HeaderReadEnough(Exception):
+    """What comes now is as large as the vocabulary."""
+
+
+class _FirstFields(BoundedReader):
+    """The fields before those of the tokenizer, which writers put at the end."""
+
+    found: dict[str, Any]
+
+    def _push_field(self, field: Any, skip_sum: bool = False) -> Any:
+        if field.name.startswith("tokenizer."):
+            raise _HeaderReadEnough
+        size = super()._push_field(field, skip_sum)
+        self.found[field.name] = field
+        return size
+
+
+def text_fields(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """
+    Read texts from the beginning of a header, without the vocabulary after them.
+
+    Args:
+        path: Of a GGUF file.
+        names: Of the fields that are wanted.
+
+    Returns:
+        Those of them that are there and are texts.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a whole GGUF file.
+    """
+    reader = _FirstFields.__new__(_FirstFields)
+    reader.found = {}
+    try:
+        reader.__init__(path)  # type: ignore[misc]  # it reads all at once, or until told to stop
+    except _HeaderReadEnough:
+        pass
+    except (KeyError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file") from error
+    contents = {name: reader.found[name].contents() for name in names if name in reader.found}
+    return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 
 @contextmanager

@@ -2,21 +2,43 @@
 A pruned folder on the Hugging Face hub.
 """
 
+import json
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pho_service.errors import InvalidInput, ServiceError
 from pho_service.models.recipe_file import read_recipe
+from pho_service.models.saving import RECIPE
+from pho_service.models.shared_recipe import shareable
 
 # Of the HTTP library that huggingface_hub takes: httpx, or in newer versions httpx2.
 _HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, without those of tools, which are hidden."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [p for p in files if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+
+
+def _added(folder: Path, path: Path) -> CommitOperationAdd:
+    """A file as it is uploaded."""
+    name = path.relative_to(folder).as_posix()
+    if name != RECIPE:
+        return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+    recipe = shareable(json.loads(path.read_bytes()))
+    text = json.dumps(recipe, indent=2) + "\n"
+    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=text.encode())
+
+
 def push(folder: str | Path, repository: str, *, public: bool = False) -> str:
     """
     Upload a pruned folder, as one commit.
+
+    Of models, texts and libraries on this machine ``pruning.json`` then has the names alone, not
+    where they lie; the file in the folder stays as it is.
 
     The token is that of ``HF_TOKEN``, or of `hf auth login`.
 
@@ -43,9 +65,9 @@ def push(folder: str | Path, repository: str, *, public: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=not public, exist_ok=True)
-        commit = api.upload_folder(
+        commit = api.create_commit(
             repo_id=repository,
-            folder_path=folder,
+            operations=[_added(folder, path) for path in _files(folder)],
             commit_message=f"Pruned to {recipe.configuration.pattern} with PHO",
         )
     except HFValidationError as error:

@@ -14,37 +14,59 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
+from pho_service.errors import ModelError
+from pho_service.models.gguf_header import text_fields
+from pho_service.models.packed_file import small_files
 from pho_service.spec.perplexities import Perplexities
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_LICENCE_FIELDS = {
+    "general.license": "license",
+    "general.license.name": "license_name",
+    "general.license.link": "license_link",
+}
 _PLAIN = re.compile(r"[\w.+:/#?=&%~-]{1,300}")  # what is taken over from another card
 _STEPS = ("statistics", "permutation", "repruning", "update")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:
     """
-    What the card of a model says of its licence, in the keys of the hub; empty if nothing is known.
+    What a model says of its licence, in the keys of the hub; empty if nothing is known.
 
     Args:
-        name: A hub id, or a folder. Other models have no card.
+        name: A hub id, a folder, packed or not, whose card is read; or a .gguf file, which says
+            it in its header. Other models say nothing.
         revision: Of a hub id.
     """
-    path = Path(name) / CARD
+    path = Path(name).expanduser()
     try:
-        if not Path(name).exists() and is_hub_id(name):
-            path = Path(hf_hub_download(name, CARD, revision=revision))
-        said = (metadata_load(path) or {}) if path.is_file() else {}
+        if path.is_file() and path.suffix == ".gguf":
+            fields = text_fields(path, _LICENCE_FIELDS)
+            said = {_LICENCE_FIELDS[field]: value for field, value in fields.items()}
+        elif path.exists():
+            with small_files(path) as folder:
+                said = _head(folder / CARD)
+        elif is_hub_id(name):
+            said = _head(Path(hf_hub_download(name, CARD, revision=revision)))
+        else:
+            said = {}
     except (
         OSError,
         ValueError,
+        ModelError,
         EntryNotFoundError,
         yaml.YAMLError,
     ):  # no network, no card, or not one to be read
         return {}
     found = {key: said.get(key) for key in _LICENCE_KEYS}
     return {k: v for k, v in found.items() if isinstance(v, str) and _PLAIN.fullmatch(v)}
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """What a card says to the hub."""
+    return (metadata_load(card) or {}) if card.is_file() else {}
 
 
 def is_hub_id(name: str) -> bool:

@@ -12,6 +12,7 @@ from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, PackedMask, write_masks
 from pho_service.models.model_card import CARD, licence_of, model_card
+from pho_service.models.shared_recipe import shareable
 
 RECIPE = "pruning.json"
 SHARD = "2GB"  # a file is put together in memory
@@ -42,7 +43,7 @@ def save_pruned(
         model.model.save_pretrained(partial, max_shard_size=SHARD)
         model.tokenizer.save_pretrained(partial)
         (partial / MASKS).parent.mkdir()
-        hashes = write_masks(masks, partial / MASKS, metadata={"model": recipe["model"]})
+        hashes = write_masks(masks, partial / MASKS, metadata={"model": shareable(recipe["model"])})
         layers = {
             name: {**entry, "mask_sha256": hashes[name]} for name, entry in recipe["layers"].items()
         }

@@ -21,6 +21,13 @@ from pho_service.models.packed_file import is_packed
 from pho_service.pipeline.semi_structured import convert_
 from pho_service.progress import Advance, Progress, silent
 
+COLUMNS = (
+    "model", "MB", "load s", "read tokens/s", "times", "written tokens/s", "times", "note",
+)  # fmt: skip
+NOTE = (
+    "Medians; times as fast as the first: median (least to most) of the rounds. Loads with the "
+    "files in the system's memory."
+)
 LOADS = 3  # of each model; the first brings its files into the memory of the system
 
 
@@ -96,6 +103,27 @@ class Bench:
             sorted(a / b for a, b in zip(first.prefill_s, side.prefill_s, strict=True)),
             sorted(a / b for a, b in zip(first.decode_s, side.decode_s, strict=True)),
         )
+
+
+def title(settings: BenchSettings) -> str:
+    """What was run, in a line."""
+    return (
+        f"{settings.prompt} tokens read and {settings.new_tokens} written, batch {settings.batch}, "
+        f"{settings.rounds} rounds"
+    )
+
+
+def row(found: Bench, side: Side) -> tuple[str, ...]:
+    """A line of a table, under ``COLUMNS``."""
+    read, written = found.tokens_per_s(side)
+    times = ["", ""]
+    if side is not found.sides[0]:
+        times = [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in found.ratios(side)]
+    size = f"{side.bytes / 1e6:.1f}" if side.bytes else ""
+    return (
+        side.name, size, f"{median(side.load_s):.2f}", f"{read:.1f}", times[0], f"{written:.1f}",
+        times[1], side.note,
+    )  # fmt: skip
 
 
 def bench(

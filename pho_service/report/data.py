@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pho_service.library.ranking import Gain, MeasuredBy
+from pho_service.library.entries import Gain, MeasuredBy
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.perplexities import Perplexities

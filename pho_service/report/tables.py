@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pho_service.library.ranking import MeasuredBy
+from pho_service.library.entries import MeasuredBy
 from pho_service.report.data import Report, ReportTrial, StageTime, gain_over
 from pho_service.spec.configuration import Configuration
 

@@ -219,7 +219,7 @@ def test_retention(
 def pho(client: TestClient) -> Client:
     """The Python client of the front end."""
     opened = Client("http://127.0.0.1:8000")
-    opened._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
+    opened._service._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
     return opened
 
 

@@ -130,8 +130,10 @@ def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None
     first, second, third = found(pattern="0.5", family="gemma3_text", parameters=134_515_008 * 4)
 
     assert first["id"] == best.removeprefix(f"{HERE}/")
-    assert first["gain"] == {"share": pytest.approx(0.5), "by": "perplexity"}
-    assert first["expected_gain"] == pytest.approx(0.5 * 0.95 * 0.98**2)
+    others = {"divergence": None, "proxy": None}
+    assert first["gains"] == {"perplexity": pytest.approx(0.5), **others}
+    expected = pytest.approx(0.5 * 0.95 * 0.98**2)
+    assert first["expected_gains"] == {"perplexity": expected, **others}
     assert first["models"] == [{"name": "gemma2-1", "family": "gemma2", "parameters": 134_515_008}]
     assert first["reasons"] == [
         "pattern 0.5, scope layer",
@@ -139,7 +141,7 @@ def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None
         "where it was found, 50.0% below RIA's perplexity (gemma2-1)",
     ]
     assert [each["fits"] for each in (first, second, third)] == [True, True, False]
-    assert second["gain"]["share"] == pytest.approx(1 / 24)
+    assert second["gains"]["perplexity"] == pytest.approx(1 / 24)
     assert "but 0.5 is asked for" in third["reasons"][0]
     assert first["job_id"] is None
     age = datetime.now(UTC) - datetime.fromisoformat(first["created_at"])
@@ -154,7 +156,7 @@ def test_failed_transfer(found: Callable[..., Any], imported: Callable[..., str]
 
     assert [len(each["measured"]) for each in for_llama] == [1, 0]
     assert [len(each["measured"]) for each in for_gemma] == [0, 1]
-    assert for_gemma[1]["expected_gain"] == pytest.approx(-0.25)
+    assert for_gemma[1]["expected_gains"]["perplexity"] == pytest.approx(-0.25)
     assert for_gemma[1]["reasons"][-1] == "on gemma3_text-2, 25.0% above RIA's perplexity"
 
 
@@ -175,7 +177,7 @@ def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
     answer = client.get(HERE, params={"limit": 2}).json()
 
     assert answer["considered"] == 3
-    shares = [each["gain"]["share"] for each in answer["configurations"]]
+    shares = [each["gains"]["perplexity"] for each in answer["configurations"]]
     assert shares == pytest.approx([1 - 12 / 24, 1 - 20 / 24])
 
 
@@ -330,7 +332,7 @@ def test_nonsense_stops_nobody(
 
     assert sorted(f"{HERE}/{each['id']}" for each in listed) == sorted([good, path])
     for each in listed:
-        assert each["gain"] is None or isinstance(each["gain"]["share"], float)
+        assert all(g is None or isinstance(g, float) for g in each["gains"].values())
     assert client.get(path).json() == complete(document(**changes))
 
 

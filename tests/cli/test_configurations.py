@@ -116,7 +116,7 @@ def test_folder_json(pho: Pho, folder: Path) -> None:
         ("failed.json", True), ("good.json", True), ("group.json", False),
     ]  # fmt: skip
     assert one == found[:1]
-    assert found[1]["gain"] == {"share": pytest.approx(0.5), "by": "perplexity"}
+    assert found[1]["gains"]["perplexity"] == pytest.approx(0.5)
     assert found[0]["measured"][0]["model"]["family"] == "opt"
 
 

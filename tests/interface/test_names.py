@@ -8,7 +8,7 @@ import pytest
 import pho_service as pho
 
 NAMES = {
-    "Client", "Configuration", "Pattern", "PhoError", "baseline", "calibrate", "compare",
+    "Client", "Configuration", "Pattern", "PhoError", "baseline", "bench", "calibrate", "compare",
     "configuration", "curve", "evaluate", "load_model", "load_packed", "load_semi_structured",
     "objective", "pack", "prune", "push", "read_bundle", "read_configuration", "save", "search",
     "search_within", "unpack",

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import yaml
 from huggingface_hub import HfApi
@@ -16,6 +17,7 @@ from huggingface_hub import HfApi
 from pho_service.errors import ConfigurationError, InvalidInput, ServiceError
 from pho_service.models import hub
 from pho_service.models.model_card import licence_of, model_card
+from pho_service.models.shared_recipe import shareable
 
 RECIPE = Path(__file__).parents[1] / "stored" / "7e0434d" / "pruning.json"
 
@@ -93,6 +95,25 @@ def test_licence(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert licence_of(str(tmp_path), None) == {}
     assert licence_of(str(tmp_path / "no.gguf"), None) == {}
+
+
+def test_licence_of_gguf(tmp_path: Path) -> None:
+    """It is that of the header, which is not read beyond; a torn file says nothing."""
+    path = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_license_link("https://example.org/licence")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["a"] * 1000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes()[:-5000])  # in the midst of the vocabulary
+    found = licence_of(str(path), None)
+    path.write_bytes(path.read_bytes()[:60])
+
+    assert found == {"license": "apache-2.0", "license_link": "https://example.org/licence"}
+    assert licence_of(str(path), None) == {}
 
 
 class Hub(ThreadingHTTPServer):
@@ -185,6 +206,30 @@ def test_push(listening: Hub, folder: Path) -> None:
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*.*")
         if path.is_file()
+    }
+
+
+def test_nothing_local(listening: Hub, folder: Path, tmp_path: Path) -> None:
+    """Where files lie on this machine is not told; what was used is, by its name."""
+    (tmp_path / "texts").mkdir()
+    recipe = json.loads((folder / "pruning.json").read_bytes())
+    recipe["model"]["name"] = "/home/me/models/base.gguf"
+    recipe["configuration"]["model"]["name"] = "org/name"
+    recipe["calibration"]["text"]["source"] = "~/texts/c4.jsonl"
+    recipe["origin"] = {"library": "C:\\Users\\me\\library", "reasons": ["of 1/2"], "parts": ["."]}
+    before = json.dumps(recipe)
+    (folder / "pruning.json").write_text(before)
+    hub.push(folder, "org/pruned")
+    pushed = json.loads(listening.files["pruning.json"])
+
+    assert pushed["model"]["name"] == "base.gguf"
+    assert pushed["configuration"]["model"]["name"] == "org/name"
+    assert pushed["calibration"]["text"]["source"] == "c4.jsonl"
+    assert pushed["origin"] == {"library": "library", "reasons": ["of 1/2"], "parts": ["."]}
+    assert pushed["layers"] == recipe["layers"]
+    assert (folder / "pruning.json").read_text() == before
+    assert shareable({"a": [str(tmp_path / "texts"), 5, "org/name@x", ""]}) == {
+        "a": ["texts", 5, "org/name@x", ""]
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import pho_service as pho
 from pho_service.errors import InvalidInput
 from pho_service.models.packing import pack
 from pho_service.pipeline import bench as measuring
@@ -28,7 +29,7 @@ def test_bench(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measuring, "_run", recorded)
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: float(next(clock)))
     a, b = str(model_folder), str(packed)
-    found = bench([a, b], FEW, device="cpu")
+    found = pho.bench([a, b], batch=2, prompt=8, new_tokens=3, rounds=2, device="cpu")
     first, second = found.sides
 
     assert order == [a, b, b, a, a, b]
@@ -38,6 +39,7 @@ def test_bench(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.tokens_per_s(second) == (16, 2)
     assert found.ratios(second) == ([1, 1], [1, 1])
     assert second.bytes == packed.stat().st_size < first.bytes
+    assert str(found).startswith("8 tokens read and 3 written, batch 2, 2 rounds\nmodel")
 
 
 def test_tokens(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +64,7 @@ def test_refused(model_folder: Path) -> None:
         bench([str(model_folder)] * 2, FEW, device="cpu")
     with pytest.raises(InvalidInput, match="more than"):
         bench([str(model_folder)], BenchSettings(prompt=10**6), device="cpu")
+    with pytest.raises(InvalidInput, match="rounds=0 is not at least 1"):
+        pho.bench(model_folder, rounds=0)
+    with pytest.raises(InvalidInput, match="no model is given"):
+        pho.bench([])

@@ -12,24 +12,16 @@ A Python client of the service.
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Self
 
 import httpx
 import httpx_sse
-from pydantic import BaseModel, ValidationError
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    retry_if_exception_type,
-    stop_before_delay,
-)
+from tenacity import Retrying, retry_if_exception_type, stop_before_delay
 from tenacity.wait import wait_exponential
 
 from pho_service.api.answers import (
@@ -39,20 +31,18 @@ from pho_service.api.answers import (
     Job,
     JobPage,
     PlanAnswer,
-    Problem,
     Trial,
     TrialPage,
     Worker,
     WorkerList,
 )
-from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
-from pho_service.host.download import File, bar, pull
-from pho_service.host.settings import read_settings
+from pho_service.client.connection import Connection, no_pho, path_id, read
+from pho_service.errors import InvalidInput, ServiceUnavailable
+from pho_service.host.download import bar, pull
 from pho_service.library.files import LibraryFile, TransferFile, parse_library_file
 from pho_service.spec.configuration import Configuration
 
 _OUTAGE_S = 300.0  # that waiting for a job bears
-_PATIENCE_S = 120.0  # with a service that is asked too often
 _POLL_S = 1.0
 
 
@@ -87,27 +77,12 @@ class Client:
     def __init__(
         self, url: str | None = None, key: str | None = None, *, timeout_s: float = 30.0
     ) -> None:
-        settings = read_settings(api_url=url, api_key=key)
-        secret = settings.api_key.get_secret_value() if settings.api_key else None
-        if secret and not (secret.isascii() and secret.isprintable()):
-            raise InvalidInput(
-                "the key has characters that no key has. Copy it again from where `pho keys "
-                "create` printed it."
-            )
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        self.url = settings.api_url.rstrip("/")
-        try:
-            self._http = httpx.Client(
-                base_url=f"{self.url}/v1",
-                headers=headers,
-                timeout=timeout_s,
-                transport=httpx.HTTPTransport(retries=2),
-            )
-        except httpx.InvalidURL as error:
-            raise InvalidInput(
-                f"the service's URL {self.url!r} is not understood: {error}. Write "
-                "http://127.0.0.1:8000, say."
-            ) from error
+        self._service = Connection(url, key, timeout_s)
+
+    @property
+    def url(self) -> str:
+        """Of the service."""
+        return self._service.url
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +95,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._service.close()
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
         """
@@ -133,21 +108,21 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         try:
-            answer = self._request("POST", "/jobs", json=dict(spec), headers=headers)
+            answer = self._service.request("POST", "/jobs", json=dict(spec), headers=headers)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
-        return _read(Job, answer)
+        return read(Job, answer)
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
-        return _read(Job, self._request("GET", f"/jobs/{_id(job_id)}"))
+        return read(Job, self._service.request("GET", f"/jobs/{path_id(job_id)}"))
 
     def jobs(self, states: Sequence[str] = ()) -> Iterator[Job]:
         """All jobs, newest first, page by page."""
         params: dict[str, Any] = {"state": [*states]}
         while True:
-            answer = self._request("GET", "/jobs", params=params)
-            page = _read(JobPage, answer)
+            answer = self._service.request("GET", "/jobs", params=params)
+            page = read(JobPage, answer)
             yield from page.jobs
             if page.next_page_token is None:
                 return
@@ -157,8 +132,8 @@ class Client:
         """The trials of an island by number, page by page."""
         params: dict[str, Any] = {"island": island}
         while True:
-            answer = self._request("GET", f"/jobs/{_id(job_id)}/trials", params=params)
-            page = _read(TrialPage, answer)
+            answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/trials", params=params)
+            page = read(TrialPage, answer)
             yield from page.trials
             if page.next_page_token is None:
                 return
@@ -166,33 +141,33 @@ class Client:
 
     def best(self, job_id: uuid.UUID | str) -> Configuration:
         """The best configuration of a job that has one."""
-        answer = self._request("GET", f"/jobs/{_id(job_id)}/best")
-        return _read(Configuration, answer)
+        answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/best")
+        return read(Configuration, answer)
 
     def report(self, job_id: uuid.UUID | str) -> str:
         """A job as one page of HTML that needs no network; of any job in any state."""
-        answer = self._request("GET", f"/jobs/{_id(job_id)}/report")
+        answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/report")
         if "PHO report</title>" not in answer.text:
-            raise _no_pho()
+            raise no_pho()
         return answer.text
 
     def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
         """What happens to a job, from the event after ``after`` to the end of the job."""
         headers = {"Last-Event-ID": str(after)} if after else {}
-        path = f"/jobs/{_id(job_id)}/events"
+        path = f"/jobs/{path_id(job_id)}/events"
         try:
             with ExitStack() as stack:
-                source = _retrying()(self._stream, stack, path, headers)
+                source = self._service.stream(stack, path, headers)
                 for event in source.iter_sse():
                     try:
                         found = Event(id=int(event.id), kind=event.event, data=event.json())
                     except ValueError as error:
-                        raise _no_pho() from error
+                        raise no_pho() from error
                     yield found
         except httpx_sse.SSEError as error:
-            raise _no_pho() from error
+            raise no_pho() from error
         except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+            raise self._service.unreachable(error) from error
 
     def cancel(self, job_id: uuid.UUID | str) -> Job:
         """Stop a job for good."""
@@ -212,7 +187,9 @@ class Client:
 
     def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
         """The files of a job's pruned model."""
-        return _read(ArtifactList, self._request("GET", f"/jobs/{_id(job_id)}/artifacts"))
+        return read(
+            ArtifactList, self._service.request("GET", f"/jobs/{path_id(job_id)}/artifacts")
+        )
 
     def pull(
         self, job_id: uuid.UUID | str, folder: str | Path, *, show_progress: bool = False
@@ -233,25 +210,9 @@ class Client:
             ServiceError: There is no pruned model, or a file is not what the service says it is.
         """
         files = self.artifacts(job_id).files
-        path = f"/jobs/{_id(job_id)}/artifacts"
+        path = f"/jobs/{path_id(job_id)}/artifacts"
         with bar("Downloading", sum(f.bytes for f in files), shown=show_progress) as advance:
-            return pull(files, Path(folder), partial(self._part, path), advance)
-
-    @contextmanager
-    def _part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
-        """The bytes of a file from the first that is missing; whether they begin there."""
-        etag = f'"{file.sha256}"'
-        headers = {"Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={first}-", "If-Range": etag} if first else {}
-        try:
-            url = f"{path}/{quote(file.name)}"
-            with self._http.stream("GET", url, headers=headers) as answer:
-                if not answer.is_success:
-                    answer.read()
-                    raise _refused(answer)
-                yield answer.status_code == 206, answer.iter_raw()
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+            return pull(files, Path(folder), partial(self._service.part, path), advance)
 
     def extend(self, job_id: uuid.UUID | str, *, trials: int) -> Job:
         """Give each island of a search more trials."""
@@ -276,18 +237,18 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}
-        answer = self._request(
-            "POST", f"/jobs/{_id(job_id)}:transfer", json=document, headers=headers
+        answer = self._service.request(
+            "POST", f"/jobs/{path_id(job_id)}:transfer", json=document, headers=headers
         )
-        return _read(Job, answer)
+        return read(Job, answer)
 
     def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
         """What a transfer has measured so far."""
-        return _read(TransferFile, self._request("GET", f"/jobs/{_id(job_id)}/transfer"))
+        return read(TransferFile, self._service.request("GET", f"/jobs/{path_id(job_id)}/transfer"))
 
     def delete(self, job_id: uuid.UUID | str) -> None:
         """Delete a job that is over or paused."""
-        self._request("DELETE", f"/jobs/{_id(job_id)}")
+        self._service.request("DELETE", f"/jobs/{path_id(job_id)}")
 
     def configurations(
         self,
@@ -301,27 +262,29 @@ class Client:
         """The configurations of the library that are likely to be good, best first."""
         asked = {"pattern": pattern, "scope": scope, "family": family, "parameters": parameters}
         params: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-        answer = self._request("GET", "/configurations", params={**params, "limit": limit})
-        return _read(ConfigurationMatches, answer).configurations
+        answer = self._service.request("GET", "/configurations", params={**params, "limit": limit})
+        return read(ConfigurationMatches, answer).configurations
 
     def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
         """Put a configuration that was found elsewhere into the library."""
         document = file.to_dict("import")
-        return _read(ConfigurationMatch, self._request("POST", "/configurations", json=document))
+        return read(
+            ConfigurationMatch, self._service.request("POST", "/configurations", json=document)
+        )
 
     def export_configuration(self, configuration_id: uuid.UUID | str) -> LibraryFile:
         """A configuration of the library, with what it was worth elsewhere."""
-        path = f"/configurations/{_id(configuration_id, 'a configuration', 'configurations')}"
-        answer = self._request("GET", path)
+        path = f"/configurations/{path_id(configuration_id, 'a configuration', 'configurations')}"
+        answer = self._service.request("GET", path)
         try:
             return parse_library_file(answer.json(), f"{self.url}/v1{path}")
         except ValueError as error:
-            raise _no_pho() from error
+            raise no_pho() from error
 
     def delete_configuration(self, configuration_id: uuid.UUID | str) -> None:
         """Take a configuration out of the library."""
-        path = _id(configuration_id, "a configuration", "configurations")
-        self._request("DELETE", f"/configurations/{path}")
+        path = path_id(configuration_id, "a configuration", "configurations")
+        self._service.request("DELETE", f"/configurations/{path}")
 
     def plan(
         self,
@@ -342,11 +305,13 @@ class Client:
         """
         asked = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
         params = {name: value for name, value in asked.items() if value is not None}
-        return _read(PlanAnswer, self._request("POST", "/plan", json=dict(spec), params=params))
+        return read(
+            PlanAnswer, self._service.request("POST", "/plan", json=dict(spec), params=params)
+        )
 
     def workers(self) -> list[Worker]:
         """The workers that reported lately."""
-        return _read(WorkerList, self._request("GET", "/workers")).workers
+        return read(WorkerList, self._service.request("GET", "/workers")).workers
 
     def wait(
         self,
@@ -422,105 +387,5 @@ class Client:
     def _verb(
         self, job_id: uuid.UUID | str, verb: str, document: dict[str, Any] | None = None
     ) -> Job:
-        answer = self._request("POST", f"/jobs/{_id(job_id)}:{verb}", json=document)
-        return _read(Job, answer)
-
-    def _stream(
-        self, stack: ExitStack, path: str, headers: dict[str, str]
-    ) -> httpx_sse.EventSource:
-        """A stream of events, which is open until the stack ends."""
-        request = httpx_sse.connect_sse(self._http, "GET", path, headers=headers, timeout=None)
-        with ExitStack() as refused:
-            source = refused.enter_context(request)
-            if not source.response.is_success:
-                source.response.read()
-                raise _refused(source.response)
-            stack.push(refused.pop_all())
-        return source
-
-    def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
-        return _retrying()(self._request_once, method, path, **more)
-
-    def _request_once(self, method: str, path: str, **more: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **more)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        if not answer.is_success:
-            raise _refused(answer)
-        return answer
-
-    def _unreachable(self, error: httpx.TransportError) -> ServiceUnavailable:
-        return ServiceUnavailable(
-            f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
-            "set PHO_API_URL."
-        )
-
-
-def _retrying() -> Retrying:
-    """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
-    return Retrying(
-        retry=retry_if_exception(_is_too_soon),
-        wait=_as_told,
-        stop=stop_before_delay(_PATIENCE_S),
-        sleep=time.sleep,
-        reraise=True,
-    )
-
-
-def _is_too_soon(error: BaseException) -> bool:
-    return isinstance(error, ServiceError) and error.code == "too_many_requests"
-
-
-def _as_told(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    told = error.retry_after_s if isinstance(error, ServiceError) else None
-    return 1.0 if told is None else told
-
-
-Answer = TypeVar("Answer", bound=BaseModel)
-
-
-def _read(kind: type[Answer], answer: httpx.Response) -> Answer:
-    try:
-        return kind.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise _no_pho() from error
-
-
-def _no_pho() -> ServiceError:
-    return ServiceError(
-        "the answer is not one that PHO gives: something else listens there, or a service of "
-        "another version. Check PHO_API_URL.",
-        code="unknown",
-    )
-
-
-def _id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
-    """An id for a path."""
-    try:
-        return str(uuid.UUID(str(given)))
-    except ValueError:
-        raise InvalidInput(
-            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
-        ) from None
-
-
-def _refused(answer: httpx.Response) -> ServiceError:
-    try:
-        problem = Problem.model_validate_json(answer.content)
-    except ValidationError:  # a proxy's page, or no service of ours
-        problem = Problem(
-            title="", status=answer.status_code, detail=f"HTTP {answer.status_code}", code="unknown"
-        )
-    lines = [problem.detail]
-    if len(problem.errors or ()) > 1:
-        lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
-    kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
-    told = answer.headers.get("Retry-After", "")
-    return kind(
-        "\n".join(lines),
-        status=problem.status,
-        code=problem.code,
-        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
-    )
+        answer = self._service.request("POST", f"/jobs/{path_id(job_id)}:{verb}", json=document)
+        return read(Job, answer)
