@@ -291,6 +291,13 @@ class PlannedMachine(_Answer):
     measured: bool = Field(description="Whether its rates were measured; else from data sheets.")
 
 
+class PlannedFolder(_Answer):
+    """What the pruned model will take on a disk."""
+
+    saved_bytes: int = Field(description="Bytes of its weights and masks.")
+    packed_bytes: int = Field(description="About so many once `pho pack` has packed them.")
+
+
 class PlanAnswer(_Answer):
     """What a job takes on a machine, from the configuration of its model alone."""
 
@@ -302,6 +309,9 @@ class PlanAnswer(_Answer):
     stream: bool
     windows_at_once: int = Field(description="Number of calibration windows that run at once.")
     recompute: bool = Field(description="Whether its blocks run twice to save memory.")
+    pruned: PlannedFolder | None = Field(
+        None, description="The pruned model; null in answers of older versions."
+    )
     peak: MemoryPeak = Field(description="Peak of all stages; the disk is their sum.")
     seconds: tuple[float, float] = Field(description="Seconds of all stages, at least and at most.")
     stages: list[PlannedStage]

@@ -28,6 +28,7 @@ from pho_service.spec.steps import Steps
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
 FREE = 0.95  # of a card that can be used: the rest is lost between blocks
+PACKED_BYTE = 0.34  # of a kept weight's sign and exponent, as `pho pack` has them in bfloat16
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
@@ -91,8 +92,17 @@ class Plan:
         low, high = zip(*(stage.seconds for stage in self.stages), strict=True)
         return sum(low), sum(high)
 
+    @property
+    def pruned_bytes(self) -> tuple[int, int]:
+        """Size of the pruned weights and masks, as they are saved and as they are packed."""
+        shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
+        kept = shapes.outside + (1 - self.work.pattern.sparsity) * shapes.prunable
+        each = DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE
+        return shapes.bytes() + bits, round(kept * each) + bits
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, those of ``POST /v1/plan``."""
+        saved, packed = self.pruned_bytes
         return {
             "model": {
                 "family": self.shapes.family,
@@ -110,6 +120,7 @@ class Plan:
             "windows_at_once": self.calibration.run.windows,
             "recompute": self.calibration.run.recompute,
             "peak": asdict(self.peak),
+            "pruned": {"saved_bytes": saved, "packed_bytes": packed},
             "seconds": list(self.seconds),
             "stages": [
                 {"title": s.title, "seconds": list(s.seconds), "peak": asdict(s.peak)}

@@ -251,7 +251,8 @@ def _warnings(
         warnings.append(
             f"Not confirmed: no perplexity was measured, so this is the best by {by} alone. "
             + (
-                "Measure it on each of the models with `pho transfer`."
+                "Nor were the dense models, Wanda and RIA: each model has its own tokens, and one "
+                "after the other is in memory. `pho transfer` measures all of them on each model."
                 if several
                 else "Search from the model with --confirm-text to confirm it."
             )

@@ -157,6 +157,22 @@ def test_document() -> None:
     assert document["model"]["parameters"] == pytest.approx(6_738_415_616, rel=1e-3)
 
 
+@pytest.mark.parametrize(("pattern", "share"), [("0.5", 0.439), ("2:4", 0.426), ("0.7", 0.334)])
+def test_size(pattern: str, share: float) -> None:
+    """A pruned folder is a bit a weight larger than the model; packed, as SmolLM2 was measured."""
+    smollm2 = {
+        "model_type": "llama", "dtype": "bfloat16", "hidden_size": 576, "vocab_size": 49152,
+        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "tie_word_embeddings": True,
+    }  # fmt: skip
+    found = planned(smollm2, pattern=pattern)
+    saved, packed = found.pruned_bytes
+
+    assert found.shapes.bytes() == pytest.approx(269_060_552, rel=1e-3)
+    assert saved == found.shapes.bytes() + found.shapes.prunable // 8
+    assert packed / found.shapes.bytes() == pytest.approx(share, rel=0.07)
+
+
 @pytest.mark.parametrize(
     ("config", "fields", "words"),
     [
