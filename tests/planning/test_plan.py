@@ -168,7 +168,7 @@ def test_size(pattern: str, share: float) -> None:
     found = planned(smollm2, pattern=pattern)
     saved, packed = found.pruned_bytes
 
-    assert found.shapes.bytes() == pytest.approx(269_060_552, rel=1e-3)
+    assert found.shapes.bytes() == pytest.approx(269_060_552, rel=2e-3)
     assert saved == found.shapes.bytes() + found.shapes.prunable // 8
     assert packed / found.shapes.bytes() == pytest.approx(share, rel=0.07)
 
