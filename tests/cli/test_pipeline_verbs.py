@@ -132,6 +132,17 @@ def test_prune_by_a_method(pho: Pho, model_folder: Path, texts: dict[str, Path])
     assert rated["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
 
 
+def test_deployable(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
+    """What a runtime must permute is told, and with --deployable there is nothing of it."""
+    words = ("prune", model_folder, "--method", "wanda-permuted", "--pattern", "2:4", *SMALL,
+             "--text", texts["calibration"])  # fmt: skip
+    free, folded = pho(*words, "--out", "a"), pho(*words, "--out", "b", "--deployable", "--json")
+
+    assert "12 linears hold their groups in an order that a runtime must" in free.stdout
+    assert answer(folded)["orders"] == {"folded": 2, "gathered": 0, "kept": 12}
+    assert json.loads(Path("b/pruning.json").read_text())["configuration"]["steps"]["deployable"]
+
+
 def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
     """A streamed model gives the same configuration, the same folder and the same perplexity."""
     words = ("--pattern", "0.5", "--preset", "best")
