@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pho_service.library.entries import Entry, ModelFacts
 from pho_service.library.files import stored_file
-from pho_service.library.ranking import Entry, ModelFacts, Wanted, rank
+from pho_service.library.ranking import Wanted, rank
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
