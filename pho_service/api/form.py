@@ -44,7 +44,7 @@ def hints() -> dict[str, str]:
     return {
         "model": str(JobSpec.model_fields["model"].description),
         "pattern": str(JobSpec.model_fields["pattern"].description),
-        "preset": "How far to go: the score alone, or steps beside it.",
+        "preset": "How far to go: best takes minutes, score is a cheap look.",
         "calibration": "A .txt, .jsonl or .parquet file, or a data set: an id on the hub or a "
         "folder. C4 if it is empty.",
         "trials": str(JobSpec.model_fields["trials"].description),

@@ -94,7 +94,7 @@ def curve(
     \b
     Example:
       pho curve HuggingFaceTB/SmolLM2-135M --text book.txt \\
-          --patterns 0.3,0.4,0.5,0.6,0.7,2:4,4:8
+          --patterns 0.3,0.4,0.5,0.6,0.7,2:4,4:8 --preset score
     """
     from pho_service.pipeline.curve import curve_document, find_points
     from pho_service.pipeline.studies import check_study_url

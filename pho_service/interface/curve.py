@@ -46,6 +46,7 @@ from pho_service.progress import Progress, bars
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.objective import Objective, ObjectiveName, Weighting
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import DEFAULT_PRESET
 from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def curve(
     confirm: "Texts | None" = None,
     texts: "Texts | None" = None,
     scope: str | None = None,
-    preset: str = "score",
+    preset: str = DEFAULT_PRESET,
     objective: ObjectiveName = _OBJECTIVE.name,
     weighting: Weighting = _OBJECTIVE.weighting,
     space: Mapping[str, Any] | None = None,
@@ -200,7 +201,7 @@ def search_within(
     lowest: float = LOWEST,
     highest: float = HIGHEST,
     scope: str | None = None,
-    preset: str = "score",
+    preset: str = DEFAULT_PRESET,
     objective: ObjectiveName = _OBJECTIVE.name,
     weighting: Weighting = _OBJECTIVE.weighting,
     space: Mapping[str, Any] | None = None,

@@ -47,6 +47,7 @@ from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.perplexities import REFERENCES, Perplexities
+from pho_service.spec.presets import DEFAULT_PRESET
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Callback
@@ -161,7 +162,7 @@ def search(
     confirm: "Texts | None" = None,
     texts: "Texts | None" = None,
     scope: str | None = None,
-    preset: str = "score",
+    preset: str = DEFAULT_PRESET,
     objective: ObjectiveName = _OBJECTIVE.name,
     weighting: Weighting = _OBJECTIVE.weighting,
     over: Over | None = None,

@@ -31,6 +31,7 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import OBJECTIVES, WEIGHTINGS, Objective, ObjectiveName, Weighting
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import DEFAULT_PRESET
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -141,7 +142,7 @@ def objective(
     pattern: str | float | Pattern,
     *,
     scope: str | None = None,
-    preset: str = "score",
+    preset: str = DEFAULT_PRESET,
     objective: ObjectiveName = _OBJECTIVE.name,
     weighting: Weighting = _OBJECTIVE.weighting,
     space: Mapping[str, Any] | None = None,

@@ -134,6 +134,7 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
         "pattern": pattern,
         "scope": None if ":" in pattern else known.get("scope"),
         "objective": {field: value for field, value in objective.items() if value},
+        "preset": "score",  # and all that differs from it
         "steps": _dict(known.get("steps")),
         "search_space": _dict(known.get("space")),
         "sampler": known.get("sampler"),

@@ -24,7 +24,13 @@ from pho_service.spec.fields import (
 from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset, PresetMeaning, PresetName
+from pho_service.spec.presets import (
+    DEFAULT_PRESET,
+    FIRST_PRESET,
+    Preset,
+    PresetMeaning,
+    PresetName,
+)
 from pho_service.spec.quality import WIDER
 from pho_service.spec.samplers import (
     MAX_CORRECTIONS,
@@ -59,9 +65,9 @@ class JobSpec(Document):
         None, description="Where weights compete; layer by default, row for N:M."
     )
     preset: PresetName = Field(
-        "score",
+        DEFAULT_PRESET,
         description="What is searched, and what candidates go through; steps and search_space "
-        "say more. score: the score alone. crepe: as published, without a gradient exponent. "
+        "say more. score: a cheap look, by the score alone. crepe: as published, without a gradient exponent. "
         "crepe-plus: the best that leaves kept weights untouched. best: kept weights are updated, "
         "too. best-reconstructed: and each block of the winner is trained.",
     )
@@ -279,6 +285,14 @@ class JobSpec(Document):
         """Several models are not confirmed: there is no text that all of them are measured on."""
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, values: Any) -> Any:
+        """A job that was stored without a preset meant the default of then."""
+        if isinstance(values, dict) and values.get("preset_meaning") is not None:
+            return {"preset": FIRST_PRESET, **values}
         return values
 
     @field_validator("corrections")

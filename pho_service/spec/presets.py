@@ -17,6 +17,8 @@ from pho_service.spec.steps import Allocation, Steps
 
 PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
+DEFAULT_PRESET: PresetName = "best"
+FIRST_PRESET: PresetName = "score"  # the default of older versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,15 @@ class Preset:
         own = self.bounds
         if "allocation" in given:
             own = {name: value for name, value in own.items() if "allocation" not in name}
-        return replace(self, steps=replace(self.steps, **given), bounds={**own, **bounds})
+        try:
+            steps = replace(self.steps, **given)
+        except InvalidInput as error:
+            theirs = replace(self.steps, **{name: getattr(Steps(), name) for name in given})
+            raise InvalidInput(
+                f"{error} The other steps are the preset's ({theirs}): say them, too, or take the "
+                "preset score, which has none."
+            ) from error
+        return replace(self, steps=steps, bounds={**own, **bounds})
 
     @classmethod
     def _plus(cls, pattern: Pattern) -> Self:

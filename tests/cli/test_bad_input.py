@@ -142,7 +142,9 @@ def test_truncated_bundle(tmp_path: Path) -> None:
     """A truncated bundle is refused."""
     path = tmp_path / "b.safetensors"
     path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    code, error = pho("search", path, "--pattern", "0.5", "--out", tmp_path / "c.json")
+    code, error = pho(
+        "search", path, "--preset", "score", "--pattern", "0.5", "--out", tmp_path / "c.json"
+    )
 
     assert code == 1
     assert "damaged or truncated" in error

@@ -18,7 +18,7 @@ def small(model_folder: Path, texts: dict[str, Path]) -> list[str]:
     words = [
         model_folder, "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
         "--samples", 4, "--context-length", 32, "--kernel-sizes", 3, "--rows-per-layer", 4,
-        "--confirm-windows", 3, "--trials", 9, "--device", "cpu",
+        "--confirm-windows", 3, "--trials", 9, "--preset", "score", "--device", "cpu",
     ]  # fmt: skip
     return [str(word) for word in words]
 

@@ -45,7 +45,7 @@ def test_same_perplexity(
     calibration = (*SMALL, "--text", texts["calibration"])
     scoped = ("--scope", scope) if scope else ()
     found = answer(
-        pho("search", model, "--pattern", pattern, *scoped, "--trials", 12, *calibration,
+        pho("search", model, "--preset", "score", "--pattern", pattern, *scoped, "--trials", 12, *calibration,
             "--confirm-text", texts["confirmation"], "--confirm-windows", 5, "--json")
     )["configuration"]["confirmation"]  # fmt: skip
     pruned = pho("prune", model, "--config", "config.json", *calibration, "--out", "pruned")
@@ -66,7 +66,7 @@ def test_groups(
     pho: Pho, model_folder: Path, bundle_file: Path, tiny_llama: LlamaForCausalLM
 ) -> None:
     """At 2:4 every group of four has two zeros; all other weights are untouched."""
-    searched = pho("search", bundle_file, "--pattern", "2:4", "--trials", 12,
+    searched = pho("search", bundle_file, "--preset", "score", "--pattern", "2:4", "--trials", 12,
                    "--kernel-sizes", "3,5")  # fmt: skip
     printed = answer(
         pho("prune", model_folder, "--config", "config.json", "--bundle", bundle_file, "--out",
@@ -93,7 +93,18 @@ def test_other_statistics_are_noted(
     pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
 ) -> None:
     """Pruned with another text than the search's, the user is told."""
-    pho("search", bundle_file, "--pattern", "0.5", "--trials", 12, "--kernel-sizes", "3,5")
+    pho(
+        "search",
+        bundle_file,
+        "--preset",
+        "score",
+        "--pattern",
+        "0.5",
+        "--trials",
+        12,
+        "--kernel-sizes",
+        "3,5",
+    )
     result = pho("prune", model_folder, "--config", "config.json", "--text", texts["report"],
                  *SMALL, "--out", "pruned")  # fmt: skip
 
@@ -137,7 +148,17 @@ def test_statistics_of_the_search(pho: Pho, model_folder: Path, texts: dict[str,
     """With the kernel sizes of the search, the default ones too, its own statistics are taken."""
     calibration = ("--context-length", 32, "--samples", 6, "--text", texts["calibration"],
                    "--kernel-sizes", "3,5,9,15")  # fmt: skip
-    pho("search", model_folder, "--pattern", "0.5", "--trials", 12, *calibration)
+    pho(
+        "search",
+        model_folder,
+        "--preset",
+        "score",
+        "--pattern",
+        "0.5",
+        "--trials",
+        12,
+        *calibration,
+    )
     result = pho("prune", model_folder, "--config", "config.json", *calibration, "--out", "pruned")
 
     assert result.exit_code == 0, result.stderr

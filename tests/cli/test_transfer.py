@@ -180,7 +180,7 @@ def test_joint_search(
 ) -> None:
     """Bundles and models may be mixed; the result says what it is on each."""
     words = [
-        "search", bundle_file, bos_folder, "--pattern", "0.5", "--trials", 14, "--over", "worst",
+        "search", bundle_file, bos_folder, "--preset", "score", "--pattern", "0.5", "--trials", 14, "--over", "worst",
         "--text", texts["calibration"], *SMALL,
     ]  # fmt: skip
     found = done(pho(*words, "--json"))["configuration"]
@@ -193,7 +193,7 @@ def test_joint_search(
 
 def test_warm_start(pho: Pho, configuration: Path, bundle_file: Path) -> None:
     """A search that starts from a configuration says what it was worth."""
-    words = ["search", bundle_file, "--pattern", "0.5", "--trials", 20]
+    words = ["search", bundle_file, "--preset", "score", "--pattern", "0.5", "--trials", 20]
     result = pho(*words, "--warm-start", configuration)
     found = json.loads(Path("config.json").read_text())
     (start,) = found["search"]["warm_start"]
@@ -250,7 +250,7 @@ def test_search_refusals(
 ) -> None:  # fmt: skip
     """What cannot be searched is said in one sentence, and leaves nothing behind."""
     places = {"config": configuration, "bundle": bundle_file, "model": model_folder}
-    result = pho("search", "--pattern", "0.5", *words.format(**places).split())
+    result = pho("search", "--preset", "score", "--pattern", "0.5", *words.format(**places).split())
 
     assert result.exit_code == code
     assert message in result.stderr

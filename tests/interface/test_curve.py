@@ -22,7 +22,9 @@ def test_curve(
     A point is what pho.search finds there, and its references are those of pho.search's table; the
     model is left dense.
     """
-    options: dict[str, Any] = {"model": tiny_llama, "confirm": texts["confirmation"], "trials": 9}
+    options: dict[str, Any] = {
+        "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
+    }  # fmt: skip
     found = pho.curve(bundle, ["2:4", 0.3], **options)
     alone = pho.search(bundle, "2:4", finalists=2, **options)
     dense, wanda, ria = (row.perplexity for row in alone.table[:3])
@@ -42,7 +44,9 @@ def test_curve(
 
 def test_within(tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]) -> None:
     """The answer can be pruned with, and says its target; a rule that is broken is named."""
-    options: dict[str, Any] = {"model": tiny_llama, "confirm": texts["confirmation"], "trials": 9}
+    options: dict[str, Any] = {
+        "model": tiny_llama, "confirm": texts["confirmation"], "trials": 9, "preset": "score",
+    }  # fmt: skip
     found = pho.search_within(bundle, 0.2, step=0.25, lowest=0.6, highest=0.9, **options)
 
     assert found.answer.perplexity <= found.target.limit(found.answer.dense)

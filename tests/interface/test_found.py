@@ -49,7 +49,14 @@ def test_as_pho_search(
         model, tokenizer, texts["calibration"], samples=6, context_length=32, kernel_sizes=(3, 5)
     )
     found = pho.search(
-        bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, **more
+        bundle,
+        "2:4",
+        preset="score",
+        model=model,
+        confirm=texts["confirmation"],
+        trials=12,
+        seed=3,
+        **more,
     )
     found.write(tmp_path / "mine.json")
     result = CliRunner().invoke(
@@ -72,7 +79,9 @@ def test_table(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path], weights: Callable[[], bool]
 ) -> None:
     """Dense, Wanda, RIA and the finalists are measured on one text; the model is left dense."""
-    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12, confirm=texts["confirmation"])
+    found = pho.search(
+        bundle, "0.5", preset="score", model=tiny_llama, trials=12, confirm=texts["confirmation"]
+    )
     methods = [row.method for row in found.table]
     dense = pho.evaluate(
         tiny_llama, bundle.tokenizer, texts["confirmation"], context_length=32, max_windows=16
@@ -93,8 +102,8 @@ def test_table(
 def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:
     """Perplexity and divergence stand at the trials, in memory and for whoever reads the study."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    kept = pho.search(bundle, "0.5", model=tiny_llama, trials=12, study=url)
-    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12)
+    kept = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12, study=url)
+    found = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12)
     read = optuna.load_study(study_name=kept.study_name, storage=url)
     expected = {row.trial: (row.perplexity, row.divergence) for row in found.table[3:]}
 
@@ -111,7 +120,7 @@ def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path
 
 def test_held_out(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     """Without a text to confirm on, windows of the calibration's are used that it left."""
-    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12).configuration
+    found = pho.search(bundle, "0.5", preset="score", model=tiny_llama, trials=12).configuration
 
     assert found.confirmation is not None
     assert found.confirmation.tokens == len(bundle.text.held_out[:16]) * 31
@@ -120,8 +129,10 @@ def test_held_out(tiny_llama: PreTrainedModel, bundle: Any) -> None:
 def test_from_a_bundle(bundle: Any, tmp_path: Path) -> None:
     """A bundle's file is enough; baselines and the best are shown, and a warning."""
     bundle.write(tmp_path / "b.safetensors")
-    found = pho.search(tmp_path / "b.safetensors", 0.5, trials=12, space={"row_share": 0.5})
-    same = pho.search(bundle, "0.5", trials=12, space={"row_share": (0.5, 0.5)})
+    found = pho.search(
+        tmp_path / "b.safetensors", 0.5, preset="score", trials=12, space={"row_share": 0.5}
+    )
+    same = pho.search(bundle, "0.5", preset="score", trials=12, space={"row_share": (0.5, 0.5)})
 
     assert found.configuration == same.configuration
     assert found.configuration.search["space"]["row_share"] == [0.5, 0.5]
@@ -132,7 +143,9 @@ def test_from_a_bundle(bundle: Any, tmp_path: Path) -> None:
 
 def test_several(bundle: Any) -> None:
     """Bundles by name are searched together; the result says what it is worth on each."""
-    found = pho.search({"one": bundle, "two": bundle}, "0.5", trials=12, over="worst")
+    found = pho.search(
+        {"one": bundle, "two": bundle}, "0.5", preset="score", trials=12, over="worst"
+    )
 
     assert [*found.configuration.objective["relative_to_ria"]] == ["one", "two"]
 
@@ -141,15 +154,20 @@ def test_studies(bundle: Any, tmp_path: Path) -> None:
     """A URL and a study are gone on with; callbacks see new trials; samplers are Optuna's."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     seen: list[int] = []
-    short = pho.search(bundle, "0.5", trials=12, study=url).study.trials
+    short = pho.search(bundle, "0.5", preset="score", trials=12, study=url).study.trials
     long = pho.search(
-        bundle, "0.5", trials=15, study=url, callbacks=[lambda _, trial: seen.append(trial.number)]
+        bundle,
+        "0.5",
+        preset="score",
+        trials=15,
+        study=url,
+        callbacks=[lambda _, trial: seen.append(trial.number)],
     )
     assert seen == [12, 13, 14]
     assert short == long.study.trials[:12]
     mine = optuna.create_study(study_name="mine")
     sampler = optuna.samplers.RandomSampler(seed=0)
-    found = pho.search(bundle, "0.5", trials=12, study=mine, sampler=sampler)
+    found = pho.search(bundle, "0.5", preset="score", trials=12, study=mine, sampler=sampler)
 
     assert found.study is mine
     assert len(mine.trials) == 12
@@ -160,7 +178,7 @@ def test_studies(bundle: Any, tmp_path: Path) -> None:
 def test_optuna_studies(bundle: Any, tmp_path: Path) -> None:
     """Optuna's own command reads the database."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    found = pho.search(bundle, "0.5", trials=12, study=url)
+    found = pho.search(bundle, "0.5", preset="score", trials=12, study=url)
     command = [sys.executable, "-c", "import sys; from optuna.cli import main; sys.exit(main())"]
     result = subprocess.run(
         [*command, "studies", "--storage", url], capture_output=True, text=True, check=False
@@ -188,10 +206,10 @@ def test_refused(
         (StudyError, "not a database URL", {"study": "study.db"}),
     ):
         with pytest.raises(kind, match=said):
-            pho.search(bundle, "2:4", trials=20, **options)
+            pho.search(bundle, "2:4", preset="score", trials=20, **options)
     tiny_llama.model.layers[0].mlp.up_proj.weight.data += 1
     with pytest.raises(BundleError, match="of another model"):
-        pho.search(bundle, "0.5", model=tiny_llama)
+        pho.search(bundle, "0.5", preset="score", model=tiny_llama)
 
 
 def test_pruned_model(tiny_llama: PreTrainedModel, bundle: Any, configuration: Any) -> None:
@@ -199,14 +217,14 @@ def test_pruned_model(tiny_llama: PreTrainedModel, bundle: Any, configuration: A
     pho.prune(tiny_llama, configuration, bundle)
 
     with pytest.raises(ModelError, match="has been pruned already"):
-        pho.search(bundle, "0.5", model=tiny_llama)
+        pho.search(bundle, "0.5", preset="score", model=tiny_llama)
 
 
 def test_other_studies(
     tiny_llama: PreTrainedModel, tokenizer: Any, bundle: Any, texts: dict[str, Path]
 ) -> None:
     """A study of another search, of another bundle or of something else is named, and stays."""
-    study = pho.search(bundle, "0.5", trials=12).study
+    study = pho.search(bundle, "0.5", preset="score", trials=12).study
     other = pho.calibrate(
         tiny_llama, tokenizer, texts["report"], samples=4, context_length=32, kernel_sizes=(3, 5)
     )
@@ -220,7 +238,7 @@ def test_other_studies(
     ):
         before = (kept.user_attrs, len(kept.trials))
         with pytest.raises(StudyError, match=said):
-            pho.search(on, pattern, study=kept)
+            pho.search(on, pattern, preset="score", study=kept)
         assert (kept.user_attrs, len(kept.trials)) == before
     with pytest.raises(StudyError, match="direction='maximize'"):
-        pho.search(bundle, "0.5", objective="gini", study=optuna.create_study())
+        pho.search(bundle, "0.5", preset="score", objective="gini", study=optuna.create_study())

@@ -14,9 +14,11 @@ SOME = {"ignore": "*.o_proj", "sparsities": {"*.down_proj": 0.25}}
 
 def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     """What a search leaves out is left out of its table, an objective, a comparison, a pruning."""
-    found = pho.search(bundle, "0.5", model=tiny_llama, trials=12, finalists=1, **SOME)
+    found = pho.search(
+        bundle, "0.5", preset="score", model=tiny_llama, trials=12, finalists=1, **SOME
+    )
     study = optuna.create_study()
-    study.optimize(pho.objective(bundle, "0.5", **SOME), n_trials=1)
+    study.optimize(pho.objective(bundle, "0.5", preset="score", **SOME), n_trials=1)
     compared = pho.compare(
         tiny_llama, bundle.tokenizer, "0.5", bundle=bundle, report=bundle.text.held_out,
         configurations={"found": found},
@@ -35,14 +37,20 @@ def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any) -> None:
 
 def test_refused(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     """A pattern that matches nothing, one thing said twice, and two choices at once are refused."""
-    found = pho.search(bundle, "0.5", trials=12, **SOME)
+    found = pho.search(bundle, "0.5", preset="score", trials=12, **SOME)
 
     with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 linears"):
-        pho.search(bundle, "0.5", trials=12, targets=["*.fc1"])
+        pho.search(bundle, "0.5", preset="score", trials=12, targets=["*.fc1"])
     with pytest.raises(InvalidInput, match="Give one of them"):
-        pho.search(bundle, "0.5", steps={"linears": {"ignore": ["*.o_proj"]}}, targets="*.q_proj")
+        pho.search(
+            bundle,
+            "0.5",
+            preset="score",
+            steps={"linears": {"ignore": ["*.o_proj"]}},
+            targets="*.q_proj",
+        )
     with pytest.raises(StudyError, match=r"its linears are .*o_proj.*, and these are all"):
-        pho.search(bundle, "0.5", trials=12, study=found.study)
+        pho.search(bundle, "0.5", preset="score", trials=12, study=found.study)
     with pytest.raises(ConfigurationError, match=r"found prunes without \*\.o_proj.* of only"):
         pho.compare(
             tiny_llama, bundle.tokenizer, "0.5", bundle=bundle, report=bundle.text.held_out,

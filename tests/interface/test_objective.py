@@ -14,14 +14,14 @@ from pho_service.errors import InvalidInput, StudyError
 
 def test_plain_optuna(bundle: Any, tmp_path: Path) -> None:
     """Any sampler and storage optimises it, in threads and pickled; its best trial prunes."""
-    rate = pickle.loads(pickle.dumps(pho.objective(bundle, "0.5")))  # noqa: S301 - our own
+    rate = pickle.loads(pickle.dumps(pho.objective(bundle, "0.5", preset="score")))  # noqa: S301 - our own
     study = optuna.create_study(
         storage=f"sqlite:///{tmp_path / 's.db'}", sampler=optuna.samplers.TPESampler(seed=0)
     )
     study.optimize(rate, n_trials=6)
-    study.optimize(pho.objective(bundle, "0.5"), n_trials=6, n_jobs=2)
+    study.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=6, n_jobs=2)
     best = pho.configuration(study, bundle)
-    again = pho.objective(bundle, "0.5").bundle
+    again = pho.objective(bundle, "0.5", preset="score").bundle
 
     assert best.objective["value"] == study.best_value
     assert (best.method, best.pattern, best.scope) == ("crepe", "0.5", "layer")
@@ -36,12 +36,12 @@ def test_plain_optuna(bundle: Any, tmp_path: Path) -> None:
 
 def test_same_value(bundle: Any) -> None:
     """A point has the value that a search of PHO gives it."""
-    found = pho.search(bundle, "0.5", trials=12)
+    found = pho.search(bundle, "0.5", preset="score", trials=12)
     trial = found.study.trials[-1]
     study = optuna.create_study()
     params = {name: value for name, value in trial.params.items() if name != "method"}
     study.enqueue_trial(params)
-    study.optimize(pho.objective(bundle, "0.5"), n_trials=1)
+    study.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=1)
 
     assert study.best_value == pytest.approx(trial.value, rel=1e-6)
     assert study.trials[0].user_attrs["coefficients"] == trial.user_attrs["coefficients"]
@@ -51,7 +51,9 @@ def test_configuration_of_a_search(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
 ) -> None:
     """Of a search's study it is the trial that was chosen by perplexity."""
-    found = pho.search(bundle, "2:4", model=tiny_llama, trials=12, confirm=texts["report"])
+    found = pho.search(
+        bundle, "2:4", preset="score", model=tiny_llama, trials=12, confirm=texts["report"]
+    )
     best = pho.configuration(found.study, bundle)
 
     assert best.candidate() == found.configuration.candidate()
@@ -61,27 +63,29 @@ def test_configuration_of_a_search(
 def test_linears(bundle: Any) -> None:
     """Which linears are pruned is said as for a search; a name that nothing has is named."""
     said = {"ignore": "*.layers.0.*", "sparsities": {"re:.*[qk]_proj": 0.3}}
-    found = pho.search(bundle, "0.5", trials=12, **said)
+    found = pho.search(bundle, "0.5", preset="score", trials=12, **said)
     study = optuna.create_study()
-    study.optimize(pho.objective(bundle, "0.5", **said), n_trials=1)
+    study.optimize(pho.objective(bundle, "0.5", preset="score", **said), n_trials=1)
 
     assert found.configuration.steps.linears == pho.configuration(study, bundle).steps.linears
     assert found.configuration.steps.linears.ignore == ("*.layers.0.*",)
     with pytest.raises(InvalidInput, match=r"layers\.9.*matches none"):
-        pho.search(bundle, "0.5", trials=12, ignore="model.layers.9.mlp.up_proj")
+        pho.search(bundle, "0.5", preset="score", trials=12, ignore="model.layers.9.mlp.up_proj")
 
 
 def test_refused(bundle: Any) -> None:
     """Perplexity, the wrong direction, another bundle's study and a foreign one are named."""
     with pytest.raises(InvalidInput, match="needs a model"):
-        pho.objective(bundle, "0.5", objective="perplexity")
+        pho.objective(bundle, "0.5", preset="score", objective="perplexity")
     with pytest.raises(StudyError, match="direction='maximize'"):
-        optuna.create_study().optimize(pho.objective(bundle, "0.5", objective="gini"), n_trials=1)
+        optuna.create_study().optimize(
+            pho.objective(bundle, "0.5", preset="score", objective="gini"), n_trials=1
+        )
     study = optuna.create_study()
-    study.optimize(pho.objective(bundle, "0.5"), n_trials=2)
+    study.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=2)
     with pytest.raises(StudyError, match=r"its pattern is 0.5, and this is 2:4"):
-        study.optimize(pho.objective(bundle, "2:4"), n_trials=1)
-    other = pho.objective(bundle, "0.5").bundle
+        study.optimize(pho.objective(bundle, "2:4", preset="score"), n_trials=1)
+    other = pho.objective(bundle, "0.5", preset="score").bundle
     other.provenance["key"] = "another"
     with pytest.raises(StudyError, match="is of another bundle"):
         pho.configuration(study, other)
@@ -90,7 +94,7 @@ def test_refused(bundle: Any) -> None:
     with pytest.raises(StudyError, match=r"not made by pho\.objective"):
         pho.configuration(foreign, bundle)
     with pytest.raises(StudyError, match="not made by PHO"):
-        foreign.optimize(pho.objective(bundle, "0.5"), n_trials=1)
-    over = pho.search({"one": bundle, "two": bundle}, "0.5", trials=12).study
+        foreign.optimize(pho.objective(bundle, "0.5", preset="score"), n_trials=1)
+    over = pho.search({"one": bundle, "two": bundle}, "0.5", preset="score", trials=12).study
     with pytest.raises(StudyError, match="another bundle"):
         pho.configuration(over, bundle)

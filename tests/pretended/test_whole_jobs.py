@@ -20,7 +20,7 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, transfer_job
 from pho_service.pipeline.validate import validate_job
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.configuration import Configuration, read_configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
@@ -258,7 +258,8 @@ def test_verbs(
         path(f"pho {words[0]}{' --check' * ('--check' in words)}")
 
     pho("calibrate", model, *calibration, "--out", "b.safetensors", *second)
-    pho("search", model, *calibration, *confirm, "--pattern", "0.5", "--scope", "global",
+    pho("search", model, *calibration, *confirm, "--preset", "score",
+        "--pattern", "0.5", "--scope", "global",
         "--trials", 9, "--finalists", 1, "--study", study, *second)  # fmt: skip
     assert cards[1].counts.launches > used
     pho("evaluate", model, "--text", texts["report"], "--context-length", 24, "--max-windows", 2)
@@ -283,5 +284,7 @@ def test_demo(
     result = CliRunner().invoke(main, words, catch_exceptions=False)
 
     assert result.exit_code == 0, result.output
-    assert "owl-wanda" in result.stdout
+    assert all(name in result.stdout for name in ("sparsegpt", "score", "crepe-plus", "best"))
+    assert (tmp_path / "demo" / "pruned" / "pruning.json").is_file()
+    assert read_configuration("demo/config.json").perplexities is not None
     path("pho demo")

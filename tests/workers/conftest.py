@@ -94,6 +94,7 @@ def spec_of(home: Path) -> Callable[..., JobSpec]:
         document = {
             "model": str(home / "model"),
             "pattern": "0.5",
+            "preset": "score",
             "calibration": {
                 "text": str(home / "calibration.jsonl"),
                 **CALIBRATION,
