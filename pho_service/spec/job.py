@@ -67,9 +67,9 @@ class JobSpec(Document):
     preset: PresetName = Field(
         DEFAULT_PRESET,
         description="What is searched, and what candidates go through; steps and search_space "
-        "say more. score: a cheap look, by the score alone. crepe: as published, without a gradient exponent. "
-        "crepe-plus: the best that leaves kept weights untouched. best: kept weights are updated, "
-        "too. best-reconstructed: and each block of the winner is trained.",
+        "say more. score: a cheap look, by the score alone. crepe: as published, without a "
+        "gradient exponent. crepe-plus: the best that leaves kept weights untouched. best: kept "
+        "weights are updated, too. best-reconstructed: and each block of the winner is trained.",
     )
     preset_meaning: PresetMeaning | None = Field(
         None,

@@ -33,7 +33,8 @@ def bundle(linears: dict[str, PrunableLinear], statistics: Statistics, tmp_path:
 def words(bundle: Path, folder: Path) -> list[str]:
     """A search."""
     return [
-        "search", str(bundle), "--preset", "score", "--pattern", "0.5", "--trials", str(TRIALS), "--kernel-sizes", "3,5",
+        "search", str(bundle), "--preset", "score",
+            "--pattern", "0.5", "--trials", str(TRIALS), "--kernel-sizes", "3,5",
         "--study", f"sqlite:///{folder / 'study.db'}", "--out", str(folder / "config.json"),
     ]  # fmt: skip
 

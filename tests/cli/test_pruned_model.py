@@ -45,7 +45,8 @@ def test_same_perplexity(
     calibration = (*SMALL, "--text", texts["calibration"])
     scoped = ("--scope", scope) if scope else ()
     found = answer(
-        pho("search", model, "--preset", "score", "--pattern", pattern, *scoped, "--trials", 12, *calibration,
+        pho("search", model, "--preset", "score",
+            "--pattern", pattern, *scoped, "--trials", 12, *calibration,
             "--confirm-text", texts["confirmation"], "--confirm-windows", 5, "--json")
     )["configuration"]["confirmation"]  # fmt: skip
     pruned = pho("prune", model, "--config", "config.json", *calibration, "--out", "pruned")

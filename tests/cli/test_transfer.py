@@ -180,7 +180,8 @@ def test_joint_search(
 ) -> None:
     """Bundles and models may be mixed; the result says what it is on each."""
     words = [
-        "search", bundle_file, bos_folder, "--preset", "score", "--pattern", "0.5", "--trials", 14, "--over", "worst",
+        "search", bundle_file, bos_folder, "--preset", "score",
+            "--pattern", "0.5", "--trials", 14, "--over", "worst",
         "--text", texts["calibration"], *SMALL,
     ]  # fmt: skip
     found = done(pho(*words, "--json"))["configuration"]
