@@ -89,6 +89,7 @@ def write_tiny_model(folder: Path, *, name: str = "tiny", seed: int = 0) -> dict
     return {
         "model": name,
         "pattern": "0.5",
+        "preset": "score",
         "calibration": {
             "text": "text.txt", "samples": 6, "context_length": 32, "kernel_sizes": [3, 5],
             "rows_per_layer": 4, "projection_rows": 16,

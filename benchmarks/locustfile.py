@@ -7,6 +7,7 @@ from locust import HttpUser, between, task
 SPEC = {
     "model": "tiny",
     "pattern": "0.5",
+    "preset": "score",
     "calibration": {"text": "text.txt", "samples": 6, "context_length": 32},
     "confirm": None,
     "trials": 40,

@@ -26,6 +26,7 @@ PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 SMOLLM2 = {
     "model": "smollm2.gguf",
     "pattern": "0.5",
+    "preset": "score",
     "calibration": {
         "text": "calibration.jsonl", "samples": 32, "context_length": 512, "fisher_samples": 8,
     },

@@ -390,7 +390,7 @@ def test_a_job_through_both(
         until(ready, all_logs)
         shut_out = httpx.get(f"http://127.0.0.1:{port}/v1/jobs").status_code
         document = {
-            "model": "model", "pattern": "0.5", "trials": 12,
+            "model": "model", "pattern": "0.5", "preset": "score", "trials": 12,
             "calibration": {
                 "text": "calibration.jsonl", "samples": 6, "context_length": 32,
                 "rows_per_layer": 4, "projection_rows": 16, "kernel_sizes": [3, 5],

@@ -495,7 +495,7 @@ def test_only_what_is_needed(client: TestClient) -> None:
     assert send(client, **empty).status_code == 303
     spec = client.get("/v1/jobs").json()["jobs"][0]["spec"]
     assert (spec["trials"], spec["preset"], spec["calibration"]["dataset"]) == (
-        200, "score", "allenai/c4",
+        200, "best", "allenai/c4",
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ def model(shared_folder: Path) -> str:
 
 def ask(client: TestClient, model: str, query: str = "", **fields: Any) -> Any:
     """The answer to a job's document."""
-    return client.post(f"/v1/plan{query}", json={"model": model, "pattern": "0.5", **fields})
+    document = {"model": model, "pattern": "0.5", "preset": "score", **fields}
+    return client.post(f"/v1/plan{query}", json=document)
 
 
 def test_cards() -> None:

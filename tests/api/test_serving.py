@@ -196,6 +196,7 @@ def tiny() -> dict[str, Any]:
     return {
         "model": "model",
         "pattern": "0.5",
+        "preset": "score",
         "calibration": {
             "text": "calibration.jsonl", "samples": 6, "context_length": 32, "rows_per_layer": 4,
             "projection_rows": 16, "kernel_sizes": [3, 5],

@@ -135,7 +135,12 @@ WHOLE = {
         {**MINE, "confirm": None},
         {**MINE, "more_models": ["org/b"], "objective": {"over": "worst"}},
         {**MINE, "calibration": {"text": "it's.txt"}, "preset": "crepe-plus"},
-        {"model": "m", "pattern": "2:4", "steps": {"permutation": "error", "update": "sparsegpt"}},
+        {
+            "model": "m",
+            "pattern": "2:4",
+            "preset": "score",
+            "steps": {"permutation": "error", "update": "sparsegpt"},
+        },
         {**MINE, "steps": {"allocation": {"method": "uniform"}}},
         {
             **MINE,

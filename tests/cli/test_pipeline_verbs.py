@@ -25,7 +25,7 @@ def answer(result: Result) -> dict[str, Any]:
 def searched(pho: Pho, model: Path, texts: dict[str, Path], *words: object) -> dict[str, Any]:
     """The configuration of a small search."""
     return answer(
-        pho("search", model, *words, "--trials", 12, "--finalists", 1, *SMALL,
+        pho("search", model, "--preset", "score", *words, "--trials", 12, "--finalists", 1, *SMALL,
             "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
             "--confirm-windows", 3, "--json")
     )["configuration"]  # fmt: skip

@@ -98,7 +98,8 @@ def again(name: str) -> Given:
 def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     """The command on the page searches the same again: it makes the document that was asked for."""
     result = pho(
-        "search", bundle_file, "--pattern", "0.5", "--trials", 12, "--allocation", "owl",
+        "search", bundle_file, "--pattern", "0.5", "--preset", "score", "--trials", 12,
+        "--allocation", "owl",
         "--allocation-unit", "block", "--allocation-outlier-ratio", 4,
         "--ignore", "*.down_proj", "--json",
     )  # fmt: skip

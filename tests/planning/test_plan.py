@@ -30,7 +30,7 @@ SMALL = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_attention_he
 
 def planned(config: dict[str, Any] = LLAMA, machine: Machine = H100, **fields: Any) -> Plan:
     """The plan of a job with these fields."""
-    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", **fields})
+    spec = JobSpec.model_validate({"model": "org/m", "pattern": "0.5", "preset": "score", **fields})
     return plan_job(spec, config, machine)
 
 

@@ -39,7 +39,7 @@ from storage.embedded import running_url
 
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 TEXT = "--text text.txt --samples 6 --context-length 32 --kernel-sizes 3,5 --rows-per-layer 4"
-SEARCH = f"search tiny --pattern 0.5 {TEXT} --projection-rows 16 --study sqlite:///study.db"
+SEARCH = f"search tiny --pattern 0.5 --preset score {TEXT} --projection-rows 16 --study sqlite:///study.db"
 SHORT, LONGER = "--trials 20 --out config.json", "--trials 30 --out longer.json"
 PRUNE = f"prune tiny --config config.json {TEXT} --projection-rows 16 --out pruned"
 PATIENCE_S = 60.0
