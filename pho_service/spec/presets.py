@@ -81,10 +81,8 @@ class Preset:
         try:
             steps = replace(self.steps, **given)
         except InvalidInput as error:
-            theirs = replace(self.steps, **{name: getattr(Steps(), name) for name in given})
             raise InvalidInput(
-                f"{error} The other steps are the preset's ({theirs}): say them, too, or take the "
-                "preset score, which has none."
+                f"{error} Steps that were not given are the preset's; those of 'score' are none."
             ) from error
         return replace(self, steps=steps, bounds={**own, **bounds})
 

@@ -38,7 +38,9 @@ def test_options_are_complete() -> None:
         }
 
 
-@pytest.mark.parametrize("more", [{"preset": "best"}, {"objective": "gini", "sampler": "tpe"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"preset": "score", "objective": "gini", "sampler": "tpe"}], ids=["best", "gini"]
+)
 def test_as_pho_search(
     model_folder: Path, texts: dict[str, Path], tmp_path: Path, more: dict[str, str]
 ) -> None:
@@ -49,14 +51,7 @@ def test_as_pho_search(
         model, tokenizer, texts["calibration"], samples=6, context_length=32, kernel_sizes=(3, 5)
     )
     found = pho.search(
-        bundle,
-        "2:4",
-        preset="score",
-        model=model,
-        confirm=texts["confirmation"],
-        trials=12,
-        seed=3,
-        **more,
+        bundle, "2:4", model=model, confirm=texts["confirmation"], trials=12, seed=3, **more
     )
     found.write(tmp_path / "mine.json")
     result = CliRunner().invoke(
@@ -206,7 +201,7 @@ def test_refused(
         (StudyError, "not a database URL", {"study": "study.db"}),
     ):
         with pytest.raises(kind, match=said):
-            pho.search(bundle, "2:4", preset="score", trials=20, **options)
+            pho.search(bundle, "2:4", trials=20, **options)
     tiny_llama.model.layers[0].mlp.up_proj.weight.data += 1
     with pytest.raises(BundleError, match="of another model"):
         pho.search(bundle, "0.5", preset="score", model=tiny_llama)

@@ -120,7 +120,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
         {"warm_start": {"found": [{"coefficients": {**SCORE, "row": -1.0}}]}},
         ("warm_start", "found", 0, "coefficients"),
     ),
-    ({"warm_start": {"found": [{"coefficients": SCORE}]}, "trials": 6}, ()),
+    ({"warm_start": {"found": [{"coefficients": SCORE}]}, "trials": 6, "preset": "score"}, ()),
     ({"model": ""}, ("model",)),
     ({"model": 1}, ("model",)),
     ({"model": None}, ("model",)),

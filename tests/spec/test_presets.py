@@ -5,7 +5,7 @@ import pytest
 from pho_service.errors import InvalidInput
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS, Preset
+from pho_service.spec.presets import PRESETS, Preset, PresetMeaning
 from pho_service.spec.steps import Allocation, Steps
 from pho_service.tuning.request import SearchRequest
 
@@ -55,6 +55,25 @@ def test_changed_allocation() -> None:
 
     assert plan.space.allocations == ("owl",)
     assert plan.space.allocation_spread == (0.1, 0.1)
+
+
+def test_contradiction() -> None:
+    """A step that contradicts those of the preset is refused; the message says whose they are."""
+    with pytest.raises(InvalidInput, match=r"update 'sparsegpt'.* not given are the preset's"):
+        Preset.of("best", LAYER).changed({"update": "sparsegpt"}, {})
+    with pytest.raises(InvalidInput, match=r"update is 'none'.* those of 'score' are none"):
+        Preset.of("best", LAYER).changed({"update": "none"}, {})
+
+
+def test_default() -> None:
+    """A new job is `best`; one that an older version stored without a preset is `score`."""
+    job = {"model": "org/name", "pattern": "0.5"}
+    meaning = PresetMeaning.now("score", "0.5", LAYER).model_dump(mode="json")
+    stored = JobSpec.model_validate({**job, "preset_meaning": meaning})
+
+    assert JobSpec.model_validate(job).preset == "best"
+    assert stored.preset == "score"
+    assert stored.plan(0).steps == Steps()
 
 
 def test_unknown() -> None:
