@@ -64,8 +64,9 @@ def main(trials: int, rounds: int, tiny: bool) -> None:
                 assert done.state == "succeeded", done.error
                 began = time.perf_counter()
                 subprocess.run(
-                    [*PHO, "search", str(bundle), "--pattern", "0.5", "--scope", "layer",
-                     "--trials", str(trials), "--seed", str(seed), "--out", str(folder / "c.json"),
+                    [*PHO, "search", str(bundle), "--preset", "score", "--pattern", "0.5",
+                     "--scope", "layer", "--trials", str(trials), "--seed", str(seed),
+                     "--out", str(folder / "c.json"),
                      "--study", f"sqlite:///{folder / f'{seed}.db'}"],
                     check=True, capture_output=True,
                 )  # fmt: skip

@@ -326,7 +326,8 @@ def _inputs(
     if needs_text and not named:
         raise InvalidInput(
             "a bundle is not enough to permute by error, re-prune or update weights. Give the "
-            "calibration text too: --text with the --samples and --context-length of the search."
+            "calibration text too: --text with the --samples and --context-length of the search. "
+            "What --preset score finds needs none."
         )
     bundle = read_bundle(Path(statistics.bundle))
     if not named:

@@ -245,7 +245,7 @@ def test_points_of_files(tmp_path: Path) -> None:
     found = Candidate(method="crepe", coefficients=score, pattern=Pattern.parse("0.5"))
     document = {**found.to_dict(), "pattern": "0.5", "scope": "layer"}
     write_configuration(Configuration.model_validate(document), path)
-    words = ("org/a", "--pattern", "0.5", "--warm-start", str(path))
+    words = ("org/a", "--pattern", "0.5", "--preset", "score", "--warm-start", str(path))
     sent = job_document(("org/a",), None, given("submit", *words))
     (point,) = sent["warm_start"]["found"]
 

@@ -44,7 +44,7 @@ def test_does_not_fit(pho: Pho, tmp_path: Path) -> None:
         "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = pho("plan", tmp_path, "--card", "A100", "--device-memory", "40GiB")
+    done = pho("plan", tmp_path, "--preset", "score", "--card", "A100", "--device-memory", "40GiB")
 
     assert done.exit_code == 1
     assert "It does not fit: " in done.stdout
