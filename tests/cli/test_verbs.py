@@ -44,7 +44,8 @@ def bundle(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> Path:
 def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path) -> list[object]:
     """A search with confirmation."""
     return [
-        "search", model_folder, "--pattern", "0.5", "--scope", "global", *CALIBRATION,
+        "search", model_folder, "--pattern", "0.5", "--preset", "score", "--scope", "global",
+        *CALIBRATION,
         "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
         "--trials", 20, "--study", f"sqlite:///{tmp_path / 'study.db'}",
         "--out", tmp_path / "config.json",
@@ -69,8 +70,8 @@ def test_calibrate(bundle: Path) -> None:
 def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
     """From a bundle a search needs no model and no text; it says that nothing is confirmed."""
     document = done(
-        "search", bundle, "--pattern", "0.5", "--trials", 20, "--kernel-sizes", "3,5",
-        "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
+        "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 20,
+        "--kernel-sizes", "3,5", "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
     )  # fmt: skip
     found = document["configuration"]
 
@@ -83,7 +84,7 @@ def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
 def test_bundle_needs_no_kernel_sizes(bundle: Path, tmp_path: Path) -> None:
     """A search from a bundle takes the kernel sizes that the bundle has."""
     document = done(
-        "search", bundle, "--pattern", "2:4", "--trials", 12,
+        "search", bundle, "--preset", "score", "--pattern", "2:4", "--trials", 12,
         "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
     )  # fmt: skip
 
