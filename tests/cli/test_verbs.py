@@ -71,7 +71,8 @@ def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
     """From a bundle a search needs no model and no text; it says that nothing is confirmed."""
     document = done(
         "search", bundle, "--pattern", "0.5", "--preset", "score", "--trials", 20,
-        "--kernel-sizes", "3,5", "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
+        "--kernel-sizes", "3,5", "--study", f"sqlite:///{tmp_path / 's.db'}",
+        "--out", tmp_path / "c.json",
     )  # fmt: skip
     found = document["configuration"]
 
