@@ -152,7 +152,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     for document in asked.values():
         given.job(document)  # refuses what is wrong before anything is written
     texts = {name: str(path) for name, path in write_texts(folder / "texts").items()}
-    calibration = {"samples": 32, "context_length": CONTEXT_LENGTH, "fisher_samples": 8}
+    calibration = {"samples": 16, "context_length": CONTEXT_LENGTH, "fisher_samples": 4}
     more = {
         "calibration": {**calibration, "text": texts["calibration"]},
         "confirm": {"text": texts["confirmation"], "windows": 8},
