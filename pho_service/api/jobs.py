@@ -25,6 +25,7 @@ from pho_service.api.submission import enter
 from pho_service.errors import OutputError
 from pho_service.spec.fields import check_field
 from pho_service.spec.job import JobSpec
+from pho_service.spec.job_size import check_size
 from pho_service.spec.samplers import MAX_TRIALS
 from storage import records as stored
 from storage.states import JobState, StageKind
@@ -89,7 +90,7 @@ def take(
         IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
     """
     spec.check_access(service.access)
-    spec.check_size(service.limits)
+    check_size(spec, service.limits)
     if spec.notify is not None:
         check_field("notify", service.webhooks.check, spec.notify)
     return enter(
@@ -201,7 +202,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     check_search(job)
     spec = JobSpec.model_validate(job.spec)
-    spec.check_size(service.limits, more_trials=extension.trials)
+    check_size(spec, service.limits, more_trials=extension.trials)
     had_files = job.pruning is not None
     job = service.jobs.ask(
         job_id,

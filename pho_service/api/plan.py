@@ -15,6 +15,7 @@ from pho_service.planning.machines import named_machine
 from pho_service.planning.plan import plan_job
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
+from pho_service.spec.job_size import check_size
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
 
@@ -34,7 +35,7 @@ def plan(
     """Say what a job would take, from the configuration of its (first) model alone."""
     del caller
     spec.check_access(service.access)
-    spec.check_size(service.limits)
+    check_size(spec, service.limits)
     machine = named_machine(card).resized(device_memory, main_memory)
     try:
         config = read_config(

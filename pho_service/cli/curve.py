@@ -96,7 +96,7 @@ def curve(
       pho curve HuggingFaceTB/SmolLM2-135M --text book.txt \\
           --patterns 0.3,0.4,0.5,0.6,0.7,2:4,4:8 --preset score
     """
-    from pho_service.pipeline.curve import curve_document, find_points
+    from pho_service.pipeline.curve import curve_document, find_points, point_warnings
     from pho_service.pipeline.studies import check_study_url
 
     check_study_url(study)
@@ -111,7 +111,7 @@ def curve(
         found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
     )
     _write(folder, document)
-    for warning in _warnings(found):
+    for warning in point_warnings(found):
         say(f"Note: {warning}")
     if as_json:
         print_json({**document, "out": str(folder)})
@@ -230,15 +230,6 @@ def show_points(points: "Sequence[CurvePoint]") -> None:
         f"{table.note}"
     )
     print_table(table.caption, table.columns, table.rows, caption=caption)
-
-
-def _warnings(points: "Sequence[CurvePoint]") -> list[str]:
-    """The warnings of all searches, each with the patterns that it is of."""
-    by_text: dict[str, list[str]] = {}
-    for each in points:
-        for warning in each.result.warnings:
-            by_text.setdefault(warning, []).append(each.pattern)
-    return [f"({', '.join(patterns)}) {text}" for text, patterns in by_text.items()]
 
 
 def _folder(name: str) -> Path:

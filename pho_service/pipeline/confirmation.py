@@ -61,6 +61,7 @@ def confirm_finalists(
     subject: Subject,
     progress: Progress,
     corrected: Sequence[RatedCandidate] = (),
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Measurements:
     """
     Let finalists race where that pays, then measure what is left of them on the whole text.
@@ -76,6 +77,7 @@ def confirm_finalists(
         subject: What is pruned and measured.
         progress: Is told of both steps.
         corrected: Candidates beside those of the search that are measured, too.
+        fence: Entered around each write; may refuse by raising.
     """
     text = subject.text
     rated = [*rated, *corrected]
@@ -89,6 +91,7 @@ def confirm_finalists(
         stream=subject.model.stream,
         progress=progress,
         entered=corrected,
+        fence=fence,
     )
 
     def perplexity(each: RatedCandidate) -> float:
@@ -98,7 +101,12 @@ def confirm_finalists(
 
     with progress("Confirming by perplexity", len(chosen.finalists)) as advance:
         perplexities = confirm(
-            islands, chosen.finalists, perplexity, text_sha256=text.key, advance=advance
+            islands,
+            chosen.finalists,
+            perplexity,
+            text_sha256=text.key,
+            advance=advance,
+            fence=fence,
         )
     return Measurements(
         perplexities=perplexities,

@@ -4,8 +4,8 @@ One calibration, a search for each pattern: how good a model still is at each sp
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.references import keep_dense
 from pho_service.pipeline.search import name_of_study, search_job
 from pho_service.progress import Advance, Progress, silent
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.pareto import add_point, pareto_name, pareto_study
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
+from pho_service.tuning.search import Callback
 from storage.studies import StorageError, open_storage
 
 FORMAT = "pho-curve"
@@ -76,9 +78,23 @@ class CurvePoint:
         return {
             **{name: getattr(self, name) for name in names},
             "study": self.result.study_name,
+            "trial": self.result.trial,
             "configuration": self.result.configuration.model_dump(mode="json"),
             "warnings": self.result.warnings,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CurvePoint":
+        """What :meth:`to_dict` gave."""
+        names = {each.name for each in fields(cls)} - {"result"}
+        found = Configuration.model_validate(values["configuration"])
+        result = SearchResult(
+            configuration=found,
+            study_name=values["study"],
+            trial=values["trial"],
+            warnings=[*values["warnings"]],
+        )
+        return cls(**{name: values[name] for name in names}, result=result)
 
 
 class CurvePoints:
@@ -91,6 +107,9 @@ class CurvePoints:
         pareto: Study of (sparsity, objective) that takes the trials of each point.
         device: For the proxy.
         progress: Is told of each long step of each point.
+        dense: The dense model's perplexity on that text, if it is known.
+        fence: Entered around the writes of a search; may refuse by raising.
+        callbacks: Called after each trial, as :func:`search_job` says.
     """
 
     def __init__(
@@ -101,10 +120,13 @@ class CurvePoints:
         pareto: optuna.Study | None = None,
         device: str = "cpu",
         progress: Progress = silent,
+        dense: float | None = None,
+        fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._subject, self._record, self._pareto = subject, record, pareto
-        self._device, self._progress = device, progress
-        self._dense: float | None = None
+        self._device, self._progress, self._dense = device, progress, dense
+        self._fence, self._callbacks = fence, callbacks
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """
@@ -130,7 +152,9 @@ class CurvePoints:
                     confirm_text=subject.text,
                     calibration=subject.calibration,
                     device=self._device,
+                    callbacks=self._callbacks,
                     progress=progress,
+                    fence=self._fence,
                 )
             if self._pareto is not None:
                 add_point(self._pareto, study, request.pattern.sparsity, str(request.pattern))
@@ -220,6 +244,15 @@ def curve_document(
         "study": dict(study),
         "points": [each.to_dict() for each in points],
     }
+
+
+def point_warnings(points: Sequence[CurvePoint]) -> list[str]:
+    """The warnings of all searches, each with the patterns that it is of."""
+    by_text: dict[str, list[str]] = {}
+    for each in points:
+        for warning in each.result.warnings:
+            by_text.setdefault(warning, []).append(each.pattern)
+    return [f"({', '.join(patterns)}) {text}" for text, patterns in by_text.items()]
 
 
 def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: Linears) -> None:

@@ -2,8 +2,8 @@
 The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,13 @@ import optuna
 from torch import Tensor
 
 from pho_service.errors import BundleError, InvalidInput, StudyError
-from pho_service.pipeline.joint_search import joint_provenance, rate_jointly, with_each_model
+from pho_service.pipeline.joint_search import joint_provenance, with_each_model
 from pho_service.pipeline.known_ratings import KnownRatings
-from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.objectives import objective_function, only_one, rated_on
 from pho_service.pipeline.studies import check_study, study_name
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Confirmation
-from pho_service.spec.objective import Objective
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements
 from pho_service.tuning.islands import Islands
@@ -48,6 +46,7 @@ def search_job(
     device: str = "cpu",
     callbacks: Sequence[Callback] = (),
     progress: Progress = silent,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> SearchResult:
     """
     Search, confirm, and say what was found and how good it is. Goes on with a search that the
@@ -67,6 +66,7 @@ def search_job(
         device: For the proxies.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
         progress: Is told of each long step.
+        fence: Entered around each write that would not be the same twice; may refuse by raising.
 
     Raises:
         InvalidInput: The request breaks a rule, asks for perplexity without a model, or N:M does
@@ -101,7 +101,7 @@ def search_job(
     known = KnownRatings(study, request, plan, keys)
     evaluate = known.before(evaluate)
     with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-        rated = run_search(study, plan, evaluate, advance, callbacks=callbacks)
+        rated = run_search(study, plan, evaluate, advance, fence=fence, callbacks=callbacks)
     saving = compared_with_cold(request, plan, rated, evaluate, progress)
     islands = Islands([study], [plan])
     correction = None
@@ -117,6 +117,7 @@ def search_job(
             calibration,
             device=device,
             progress=progress,
+            fence=fence,
         )
     measurements = Measurements()
     subject = doubt = qualities = None
@@ -136,7 +137,7 @@ def search_job(
 
             qualities, count, doubt = doubted(request, plan, study, subject, device, progress)
         measurements = confirm_finalists(
-            islands, rated, count, subject, progress, islands.corrected(correction)
+            islands, rated, count, subject, progress, islands.corrected(correction), fence
         )
     result = finish(
         request, islands, origin, rated, measurements, correction=correction, saving=saving
@@ -149,7 +150,7 @@ def search_job(
         from pho_service.pipeline.winner import reconstruct_winner
 
         settings = request.steps.reconstruction
-        result = reconstruct_winner(result, settings, study, subject, progress)
+        result = reconstruct_winner(result, settings, study, subject, progress, fence)
     if subject is not None:
         from pho_service.pipeline.references import measure_references, with_perplexities
 
@@ -320,45 +321,9 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
     return plan
 
 
-def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:
-    """
-    The bundle of the only model.
-
-    Raises:
-        InvalidInput: There are several.
-    """
-    if len(bundles) > 1:
-        raise InvalidInput(
-            f"{what} is given for a search on the bundles of {len(bundles)} models, "
-            f"{', '.join(bundles)}. Leave it out, or search on one of them."
-        )
-    return next(iter(bundles.values()))
-
-
 def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where what is searched comes from: the provenance of one bundle, or of all together."""
     return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
-
-
-def rated_on(request: SearchRequest, text: "ReportText | None") -> str:
-    """
-    Hash of the text that candidates are rated on; empty if a proxy rates them.
-
-    Raises:
-        InvalidInput: They are rated by perplexity, and there is no text.
-    """
-    if request.objective.name != "perplexity":
-        return ""
-    if text is None:
-        raise _needs_text()
-    return text.key
-
-
-def _needs_text() -> InvalidInput:
-    return InvalidInput(
-        "the objective perplexity needs the model and a text to measure it on: give a model "
-        "instead of a bundle, and --confirm-text."
-    )
 
 
 def compared_with_cold(
@@ -373,32 +338,3 @@ def compared_with_cold(
         return None
     with progress("Searching without the warm start", plan.trials) as advance:
         return measure_saving(plan, rated, evaluate, advance)
-
-
-def objective_function(
-    objective: Objective,
-    plan: SearchPlan,
-    bundles: Mapping[str, ProxyBundle],
-    model: "LanguageModel | None",
-    text: "ReportText | None",
-    device: str,
-    calibration: Tensor | None = None,
-) -> Evaluate:
-    """
-    What a search rates candidates by: a proxy on one or several bundles, or perplexity.
-
-    Raises:
-        InvalidInput: The objective is perplexity, and the model or the text is missing.
-        NumericalError: RIA has no value on one of several bundles, or one of 0.
-    """
-    if objective.over is not None:
-        evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
-        return rate_jointly(evaluators, plan.pattern, objective, plan.steps.linears)
-    bundle = only_one(bundles, f"the objective {objective.name}")
-    if objective.name != "perplexity":
-        return rate_by_proxy(ProxyEvaluator(bundle, device), objective)
-    if model is None or text is None:
-        raise _needs_text()
-    from pho_service.pipeline.rating import rate_by_perplexity
-
-    return rate_by_perplexity(model, bundle.statistics(), text.windows, calibration)

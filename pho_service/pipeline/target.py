@@ -2,7 +2,7 @@
 The highest sparsity that is still good enough, by bisection on confirmed points.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -87,43 +87,63 @@ def target_job(
     Raises:
         TargetMissed: The lowest sparsity is outside already.
     """
+    found: dict[float, CurvePoint] = {}
+    while (sparsity := next_sparsity(target, [*found.values()])) is not None:
+        found[sparsity] = points.find(request(sparsity), f"{sparsity:g}, for {target}")
+    return target_found(target, [*found.values()])
+
+
+def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
+    """The sparsity that the bisection asks for next; None if the points say the answer."""
     sparsities = target.sparsities
-    found: dict[int, CurvePoint] = {}
+    inside = {sparsities.index(each.sparsity): _is_inside(target, each) for each in points}
+    number = next_asked(len(sparsities), inside)
+    return None if number is None else sparsities[number]
 
-    def inside(number: int) -> bool:
-        title = f"{sparsities[number]:g}, for {target}"
-        found[number] = points.find(request(sparsities[number]), title)
-        return found[number].perplexity <= target.limit(found[number].dense)
 
-    best = last_inside(len(sparsities), inside)
-    if best is None:
-        raise TargetMissed(_missed(target, found))
+def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
+    """
+    The answer that the points say, after the last one that :func:`next_sparsity` asks for.
+
+    Raises:
+        TargetMissed: The lowest sparsity is outside already.
+    """
+    ordered = sorted(points, key=lambda each: each.sparsity)
+    inside = [each for each in ordered if _is_inside(target, each)]
+    if not inside:
+        raise TargetMissed(_missed(target, ordered))
+    sparser = (each for each in ordered if each.sparsity > inside[-1].sparsity)
     return TargetFound(
-        target=target,
-        points=[found[number] for number in sorted(found)],
-        answer=found[best],
-        outside=found.get(best + 1),
+        target=target, points=ordered, answer=inside[-1], outside=next(sparser, None)
     )
 
 
-def last_inside(count: int, inside: Callable[[int], bool]) -> int | None:
+def next_asked(count: int, inside: Mapping[int, bool]) -> int | None:
     """
-    The last of ``count`` numbers from 0 that is inside, where all that follow one outside are, too.
+    The number that a bisection of ``count`` numbers from 0 asks for next, to find the last that is
+    inside, where all that follow one outside are, too; None at the end, when both that number and
+    the one after it were asked for.
 
-    The answer and the number after it are always asked for; None: the first is outside.
+    Args:
+        count: How many there are.
+        inside: What is known of those that were asked for.
     """
     low, high = -1, count  # inside, outside
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if inside(middle) else (low, middle)
-    return None if low < 0 else low
+        if middle not in inside:
+            return middle
+        low, high = (middle, high) if inside[middle] else (low, middle)
+    return None
 
 
-def _missed(target: Target, found: dict[int, CurvePoint]) -> str:
-    shown = ", ".join(
-        f"{found[number].perplexity:.5g} at {found[number].pattern}" for number in sorted(found)
-    )
-    dense = found[0].dense
+def _is_inside(target: Target, point: CurvePoint) -> bool:
+    return point.perplexity <= target.limit(point.dense)
+
+
+def _missed(target: Target, points: Sequence[CurvePoint]) -> str:
+    shown = ", ".join(f"{each.perplexity:.5g} at {each.pattern}" for each in points)
+    dense = points[0].dense
     return (
         f"no sparsity is within {target}: the dense model's perplexity is {dense:.5g}, so at most "
         f"{target.limit(dense):.5g} is wanted, and already the lowest sparsity, "

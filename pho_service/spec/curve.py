@@ -93,6 +93,11 @@ class Target(Document):
         count = int((self.highest - self.lowest) / self.step + 1e-9) + 1
         return [round(self.lowest + i * self.step, 6) for i in range(count)]
 
+    @property
+    def most_points(self) -> int:
+        """The most of them that a bisection measures."""
+        return len(self.sparsities).bit_length()
+
     def limit(self, dense: float) -> float:
         """The highest perplexity that is within the target."""
         return dense * (1 + self.perplexity_rise)

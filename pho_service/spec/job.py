@@ -4,14 +4,15 @@ The document that a job is submitted as, checked field by field.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pho_service.host.access import Access
+from pho_service.spec import job_rules as rules
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.curve import MOST_PATTERNS, Target
 from pho_service.spec.document import Document, Name, Title, printable
 from pho_service.spec.fields import (
     CalibrationSpec,
@@ -21,23 +22,20 @@ from pho_service.spec.fields import (
     check_field,
     check_models,
 )
-from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import (
-    DEFAULT_PRESET,
-    FIRST_PRESET,
-    Preset,
-    PresetMeaning,
-    PresetName,
+from pho_service.spec.points import (
+    asked_patterns,
+    check_several,
+    curve_confirmation,
+    first_of_kinds,
 )
-from pho_service.spec.quality import WIDER
+from pho_service.spec.presets import DEFAULT_PRESET, FIRST_PRESET, PresetMeaning, PresetName
 from pho_service.spec.samplers import (
     MAX_CORRECTIONS,
     MAX_TRIALS,
     Sampler,
     SearchOptions,
-    corrected_windows,
     options_of,
 )
 from pho_service.spec.seed import Seed
@@ -47,10 +45,11 @@ from pho_service.tuning.plan import SearchPlan
 from pho_service.tuning.request import SearchRequest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
 
 
 class JobSpec(Document):
-    """A search job. All but ``model`` and ``pattern`` have defaults."""
+    """A search job: a model, and a pattern, several, or a target; the rest has defaults."""
 
     model: Name = Field(description="Hub id, model folder or .gguf file.")
     more_models: list[Name] = Field(
@@ -58,8 +57,24 @@ class JobSpec(Document):
         max_length=31,
         description="Other models that the same configuration shall be good for.",
     )
-    pattern: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)] = Field(
-        description="Share of weights to remove (0.5), or N kept of M (2:4)."
+    patterns: list[PatternText] | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_PATTERNS,
+        exclude_if=lambda patterns: patterns is None,
+        description="Patterns instead of one: each is searched and confirmed, with one calibration "
+        "for all.",
+    )
+    target: Target | None = Field(
+        None,
+        exclude_if=lambda target: target is None,
+        description="How much the perplexity may rise, instead of a pattern: the highest sparsity "
+        "within it is found.",
+    )
+    pattern: PatternText | None = Field(
+        None,
+        validate_default=True,
+        description="Share of weights to remove (0.5), or N kept of M (2:4).",
     )
     scope: Literal["row", "layer", "global"] | None = Field(
         None, description="Where weights compete; layer by default, row for N:M."
@@ -76,6 +91,12 @@ class JobSpec(Document):
         exclude_if=lambda meaning: meaning is None,
         description="What the preset meant when the job was submitted, so that the job keeps its "
         "meaning in later versions. The service writes it down; leave it out in a new job.",
+    )
+    preset_meanings: list[PresetMeaning] = Field(
+        [],
+        max_length=2,
+        exclude_if=lambda meanings: not meanings,
+        description="The same of a job with several patterns: of its shares, and of its N:M.",
     )
     steps: StepsSpec = StepsSpec()
     name: Title | None = Field(
@@ -152,139 +173,33 @@ class JobSpec(Document):
         3, ge=1, le=20, description="Number of attempts at each stage before the job fails."
     )
 
-    @field_validator("more_models")
-    @classmethod
-    def _each_model_once(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        names = [info.data.get("model"), *value]
-        twice = [name for name in value if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is given twice")
-        return value
-
-    @field_validator("revision")
-    @classmethod
-    def _of_one_model(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.data.get("more_models"):
-            raise ValueError("a revision is of one model: leave it out where there are several")
-        return value
-
-    @field_validator("calibration")
-    @classmethod
-    def _whole_where_streamed(cls, value: CalibrationSpec, info: ValidationInfo) -> CalibrationSpec:
-        if value.stop == "early" and info.data.get("stream"):
-            raise ValueError("the calibration of a streamed model cannot stop early")
-        return value
-
-    @field_validator("confirm")
-    @classmethod
-    def _of_one_text(cls, value: ConfirmSpec | None, info: ValidationInfo) -> ConfirmSpec | None:
-        if value is not None and info.data.get("more_models"):
-            raise ValueError(
-                "several models are searched by the proxy alone: leave it out, and measure the "
-                "result on each of them afterwards, with `pho transfer` or :transfer"
-            )
-        return value
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_pattern(cls, value: str) -> str:
-        Pattern.parse(value)
-        return value
-
-    @field_validator("scope")
-    @classmethod
-    def _fits_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and "pattern" in info.data:
-            Pattern.parse(info.data["pattern"], value)
-        return value
-
-    @field_validator("preset_meaning")
-    @classmethod
-    def _of_this_preset(
-        cls, value: PresetMeaning | None, info: ValidationInfo
-    ) -> PresetMeaning | None:
-        given = info.data
-        if value is not None and {"pattern", "scope", "preset"} <= given.keys():
-            pattern = Pattern.parse(given["pattern"], given["scope"])
-            mine = PresetMeaning.words(given["preset"], given["pattern"], pattern)
-            if value.of != mine:
-                raise ValueError(
-                    f"preset_meaning is that of {value.of}, but the job is for {mine}: leave it "
-                    "out, for what the preset means now"
-                )
-        return value
-
-    @field_validator("objective", "validation")
-    @classmethod
-    def _can_be_measured(cls, value: Any, info: ValidationInfo) -> Any:
-        needed = isinstance(value, ValidationSpec) or (
-            isinstance(value, Objective) and value.name == "perplexity"
-        )
-        if needed and info.data.get("confirm", 0) is None:
-            raise ValueError("perplexities need a text: confirm must not be null")
-        if isinstance(value, Objective):
-            more = info.data.get("more_models") or []
-            if value.over is not None and not more:
-                raise ValueError(f"over={value.over} is for several models: give more_models")
-            value.over_models(1 + len(more))  # raises with the rule
-        return value
-
-    @field_validator("search_space")
-    @classmethod
-    def _was_calibrated(cls, value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceSpec:
-        calibration = info.data.get("calibration")
-        missing = set(value.kernel_sizes or ()) - set(
-            calibration.kernel_sizes if calibration else ()
-        )
-        if calibration is not None and missing:
-            raise ValueError(
-                f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
-                f"{', '.join(map(str, calibration.kernel_sizes))}. Calibrate with it "
-                "(--kernel-sizes)"
-            )
-        return value
-
-    @field_validator("trials")
-    @classmethod
-    def _more_than_baselines(cls, value: int, info: ValidationInfo) -> int:
-        needed = {
-            "pattern", "scope", "preset", "preset_meaning", "steps", "calibration", "search_space",
-        }  # fmt: skip
-        if needed <= info.data.keys():
-            given = info.data
-            pattern = Pattern.parse(given["pattern"], given["scope"])
-            preset = _preset(given, pattern)
-            request = SearchRequest(
-                pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
-            )
-            request.plan(tuple(given["calibration"].kernel_sizes))
-        return value
-
-    @field_validator("prune")
-    @classmethod
-    def _has_one_model(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("more_models"):
-            raise ValueError(
-                "one model is pruned, and this job searches for several: prune each of them with "
-                "the result, `pho prune MODEL --config`"
-            )
-        return value
-
-    @field_validator("islands")
-    @classmethod
-    def _differ(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and info.data.get("sampler") == "hill-climb":
-            raise ValueError(
-                "a hill climb draws nothing at random, so all islands would be the same: give 1"
-            )
-        return value
+    _each_model_once = field_validator("more_models")(rules.each_model_once)
+    _of_one_model = field_validator("revision")(rules.of_one_model)
+    _whole_where_streamed = field_validator("calibration")(rules.whole_where_streamed)
+    _of_one_text = field_validator("confirm")(rules.of_one_text)
+    _are_patterns = field_validator("patterns")(rules.are_patterns)
+    _is_pattern = field_validator("pattern")(rules.is_pattern)
+    _fits_pattern = field_validator("scope")(rules.fits_pattern)
+    _of_this_preset = field_validator("preset_meaning")(rules.of_this_preset)
+    _of_these_patterns = field_validator("preset_meanings")(rules.of_these_patterns)
+    _can_be_measured = field_validator("objective", "validation")(rules.can_be_measured)
+    _was_calibrated = field_validator("search_space")(rules.was_calibrated)
+    _more_than_baselines = field_validator("trials")(rules.more_than_baselines)
+    _has_one_model = field_validator("prune")(rules.has_one_model)
+    _differ = field_validator("islands")(rules.differ)
+    _in_memory = field_validator("corrections")(rules.in_memory)
 
     @model_validator(mode="before")
     @classmethod
-    def _not_confirmed(cls, values: Any) -> Any:
-        """Several models are not confirmed: there is no text that all of them are measured on."""
+    def _confirmed_otherwise(cls, values: Any) -> Any:
+        """
+        Several models are not confirmed: there is no text that all of them are measured on. Of
+        each of several patterns fewer candidates are.
+        """
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
+        if isinstance(values, dict) and values.get("patterns"):
+            return {**values, "confirm": curve_confirmation(values.get("confirm", {}))}
         return values
 
     @model_validator(mode="before")
@@ -295,19 +210,12 @@ class JobSpec(Document):
             return {"preset": FIRST_PRESET, **values}
         return values
 
-    @field_validator("corrections")
-    @classmethod
-    def _in_memory(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("stream"):
-            raise ValueError(
-                "a streamed model is read anew for each correction, which takes as long as a "
-                "calibration: give 0, or do not stream"
-            )
-        return value
-
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
-        self.plan(0)
+        if self.several:
+            check_several(self)
+        for pattern in first_of_kinds(self.points):
+            self.of_pattern(pattern).plan(0)
         return self
 
     @property
@@ -319,13 +227,51 @@ class JobSpec(Document):
         """The same with one of the models alone, for what is done with each."""
         return self.model_copy(update={"model": self.models[number], "more_models": []})
 
+    @property
+    def several(self) -> bool:
+        """Whether several sparsities are searched: given ones, or those that a target needs."""
+        return self.pattern is None
+
+    @property
+    def points(self) -> list[Pattern]:
+        """What may be pruned, by sparsity: one pattern, all of several, or any of a target's."""
+        return asked_patterns(dict(self))
+
+    @property
+    def most_points(self) -> int:
+        """The most patterns that are searched."""
+        return len(self.points) if self.target is None else self.target.most_points
+
+    def of_pattern(self, pattern: Pattern) -> "JobSpec":
+        """The same with one of its patterns alone, for what is done with each."""
+        if not self.several:
+            return self
+        meanings = zip(first_of_kinds(self.points), self.preset_meanings, strict=False)
+        mine = [meaning for each, meaning in meanings if bool(each.group) == bool(pattern.group)]
+        words = PresetMeaning.words(self.preset, str(pattern), pattern)
+        return self.model_copy(
+            update={
+                "pattern": str(pattern),
+                "patterns": None,
+                "target": None,
+                "scope": None if pattern.group else pattern.scope.value,
+                "preset_meaning": mine[0].model_copy(update={"of": words}) if mine else None,
+                "preset_meanings": [],
+            }
+        )
+
     def pruning(self) -> Pattern:
-        """What is pruned."""
-        return Pattern.parse(self.pattern, self.scope)
+        """What is pruned; of several patterns the first."""
+        return self.points[0]
 
     def request(self, island: int) -> SearchRequest:
-        """In the form that a search takes. The first island has the seed of the job."""
-        preset = _preset(dict(self), self.pruning())
+        """
+        In the form that a search takes; of several patterns, that of the first. The first island
+        has the seed of the job.
+        """
+        if self.several:
+            return self.of_pattern(self.pruning()).request(island)
+        preset = rules.preset_of(dict(self), self.pruning())
         return SearchRequest(
             pattern=self.pruning(),
             objective=self.objective.over_models(len(self.models)),
@@ -359,7 +305,16 @@ class JobSpec(Document):
     def title(self) -> str:
         """What the job is called before its id."""
         names = " + ".join(name.rstrip("/").rpartition("/")[2] or name for name in self.models)
-        return self.name or f"{names[:200]} {self.pattern} {self.pruning().scope.value}"
+        return self.name or f"{names[:200]} {self.asked}"
+
+    @property
+    def asked(self) -> str:
+        """How sparse the model is to be, in words."""
+        if self.target is not None:
+            return f"within {self.target}"
+        if self.patterns is not None:
+            return f"at {', '.join(map(str, self.points))}"
+        return f"{self.pattern} {self.pruning().scope.value}"
 
     @property
     def calibration_key(self) -> str:
@@ -390,47 +345,15 @@ class JobSpec(Document):
 
     def settled(self) -> "JobSpec":
         """The same with what its preset means now written down, unless it says what it meant."""
-        if self.preset_meaning is not None:
+        if self.preset_meaning is not None or self.preset_meanings:
             return self
-        meaning = PresetMeaning.now(self.preset, self.pattern, self.pruning())
-        return self.model_copy(update={"preset_meaning": meaning})
-
-    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
-        """
-        Count what the job asks for: trials, and tokens of the calibrations, of every candidate
-        that gets a perplexity, and of a reconstruction's passes. Baselines and the dense model are
-        not counted.
-
-        Args:
-            limits: Of the service.
-            more_trials: Of an extension, for each island.
-
-        Raises:
-            FieldError: It is too much; names the field and the limit.
-        """
-        trials = self.trials + more_trials
-        limits.check_trials("/trials", trials, self.islands, "islands")
-        tokens = self.calibration.tokens * len(self.models)
-        limits.check_tokens("/calibration/samples", tokens)
-        if self.confirm is not None:
-            measured = self.confirm.candidates
-            if self.validation is not None:
-                measured = WIDER * measured + self.validation.candidates
-            measured += trials * self.islands if self.objective.name == "perplexity" else 0
-            tokens += measured * self.confirm.windows * self.calibration.context_length
-            trained = self.request(0).steps.reconstruction
-            tokens += trained.passes * self.calibration.tokens if trained.wanted else 0
-            limits.check_tokens("/confirm/windows", tokens)
-        length = self.calibration.context_length
-        tokens += self.corrections * corrected_windows(length) * length
-        limits.check_tokens("/corrections", tokens)
-
-
-def _preset(given: Mapping[str, Any], pattern: Pattern) -> Preset:
-    """The preset of a job with these fields, with its steps and bounds."""
-    meaning = given["preset_meaning"]
-    preset = Preset.of(given["preset"], pattern) if meaning is None else meaning.preset()
-    return preset.changed(given["steps"].given(), given["search_space"].bounds())
+        meanings = [
+            PresetMeaning.now(self.preset, self.pattern or str(each), each)
+            for each in first_of_kinds(self.points)
+        ]
+        if self.several:
+            return self.model_copy(update={"preset_meanings": meanings})
+        return self.model_copy(update={"preset_meaning": meanings[0]})
 
 
 def island_seed(seed: int, island: int) -> int:

@@ -196,6 +196,7 @@ def confirm(
     *,
     text_sha256: str,
     advance: Callable[[int], None] = lambda _: None,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[int, float]:
     """
     Measure the perplexity of finalists; each is kept in its study at once.
@@ -206,6 +207,7 @@ def confirm(
         perplexity: Prunes with a candidate and measures.
         text_sha256: Of the text and the way it is cut.
         advance: Called with 1 after each finalist.
+        fence: Entered around each write; may refuse by raising.
 
     Returns:
         Perplexities by the number of the trial.
@@ -213,7 +215,7 @@ def confirm(
     measured = {}
     for each in rated:
         measured[each.number] = measure_once(
-            islands, "perplexity", each, perplexity, text_sha256=text_sha256
+            islands, "perplexity", each, perplexity, text_sha256=text_sha256, fence=fence
         )
         advance(1)
     return measured

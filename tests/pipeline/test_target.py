@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pho_service.errors import InvalidInput, TargetMissed
 from pho_service.pipeline.curve import CurvePoint, CurvePoints
-from pho_service.pipeline.target import last_inside, target_job
+from pho_service.pipeline.target import next_asked, target_job
 from pho_service.spec.curve import Target, curve_patterns, parse_rise
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.request import SearchRequest
@@ -88,13 +88,12 @@ def test_not_monotone() -> None:
 def test_bisection(count: int, data: st.DataObject) -> None:
     """As a plain loop; the answer and the one after it were asked, and few others."""
     last = data.draw(st.integers(-1, count - 1))
-    asked: list[int] = []
+    asked: dict[int, bool] = {}
+    while (number := next_asked(count, asked)) is not None:
+        assert number not in asked
+        asked[number] = number <= last
 
-    def inside(number: int) -> bool:
-        asked.append(number)
-        return number <= last
-
-    assert last_inside(count, inside) == (None if last < 0 else last)
+    assert max((number for number, is_inside in asked.items() if is_inside), default=-1) == last
     assert {max(last, 0), min(last + 1, count - 1)} <= {*asked}
     assert len(asked) <= count.bit_length() + 1
 
