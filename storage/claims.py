@@ -5,7 +5,7 @@ Each method is one transaction; :mod:`storage.jobs` says in which order rows are
 """
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,18 +13,18 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from storage.configurations import keep, keep_transfer
 from storage.database import Database
 from storage.queue import take_out
-from storage.records import Claim, Job, LostClaim, NewStage, NoSuchJob
+from storage.records import Claim, LostClaim, NoSuchJob
 from storage.rows import (
     add_event,
-    add_stages,
     check_claim,
+    claimed_job,
     enqueue_stage,
     find_job,
     interval,
     lock_stage,
+    put_down,
     set_state,
     settle,
     update_stage,
@@ -70,7 +70,7 @@ class ClaimStore:
                 return None
             failures = stage.failures + (stage.state is StageState.RUNNING)  # its worker died
             if not job.state.may_work:
-                _put_down(connection, job, stage_id, failures)
+                put_down(connection, job, stage_id, failures)
                 return None
             if failures >= job.max_attempts:
                 error = {
@@ -142,7 +142,7 @@ class ClaimStore:
                 enqueue_stage(connection, job, stage.id, stage.kind, lock)
             else:
                 failures = stage.failures + (stage.state is StageState.RUNNING)
-                _put_down(connection, job, stage.id, failures)
+                put_down(connection, job, stage.id, failures)
             return True
 
     @contextmanager
@@ -197,7 +197,7 @@ class ClaimStore:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
+            job = claimed_job(connection, claim)
             update_stage(
                 connection,
                 claim.stage.id,
@@ -213,190 +213,6 @@ class ClaimStore:
             }
             add_event(connection, job.id, "progress", data)
             return job.state
-
-    def complete(
-        self,
-        claim: Claim,
-        result: Mapping[str, Any],
-        *,
-        add: Sequence[NewStage] = (),
-        then: Sequence[NewStage] = (),
-        trials: int | None = None,
-        spec: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """
-        Store what a stage gave, and make the stages that follow.
-
-        Args:
-            claim: Of the stage.
-            result: What it gave, as JSON values.
-            add: Stages that follow at once; those that exist already stay as they are.
-            then: Stages that follow if nothing of the job is left to do.
-            trials: That a search has brought its study to.
-            spec: The job's document from now on, if nothing of the job is left to do.
-
-        Returns:
-            False, and nothing is stored, if the job was extended beyond ``trials``.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            if trials is not None and trials < job.trials:
-                return False
-            _finish_stage(connection, claim, result)
-            add_stages(connection, job, add)
-            if not _has_unfinished(connection, job.id):
-                add_stages(connection, job, then)
-                if spec is not None:
-                    connection.execute(
-                        update(jobs).where(jobs.c.id == job.id).values(spec=dict(spec))
-                    )
-            settle(connection, job)
-            return True
-
-    def share(
-        self,
-        claim: Claim,
-        parts: Sequence[NewStage] = (),
-        *,
-        params: Mapping[str, Any] | None = None,
-    ) -> None:
-        """
-        Put a stage down until its parts are done; then it is given out again.
-
-        Args:
-            claim: Of the stage.
-            parts: Stages of its kind, with its number as ``part_of`` in their ``params``; those
-                that exist already stay as they are.
-            params: What to keep with the stage itself, besides.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            if params is not None:
-                kept = {**(claim.stage.params or {}), **params}
-                update_stage(connection, claim.stage.id, params=kept)
-            add_stages(connection, job, parts)
-            _put_down(connection, job, claim.stage.id, claim.stage.failures)
-            _give_out_whole(connection, job.id, claim.stage.kind, claim.stage.number)
-
-    def complete_part(self, claim: Claim, result: Mapping[str, Any]) -> None:
-        """
-        Store what a part of a stage gave; after the last one, the stage itself is given out.
-
-        Raises:
-            LostClaim: The part is another worker's.
-        """
-        whole = claim.stage.part_of
-        assert whole is not None
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            _finish_stage(connection, claim, result)
-            settle(connection, job)
-            done = _give_out_whole(connection, job.id, claim.stage.kind, whole)
-            data = {"stage": claim.stage.kind, "number": whole, "done": done, "best_value": None}
-            add_event(connection, job.id, "progress", data)
-
-    def succeed(
-        self,
-        claim: Claim,
-        *,
-        best: Mapping[str, Any],
-        warnings: Sequence[str],
-        result: Mapping[str, Any],
-        then: Sequence[NewStage] = (),
-    ) -> None:
-        """
-        Store the configuration that a job was for, in the library too, and what else the stage
-        gave. A job that was cancelled meanwhile is cancelled, without a configuration.
-
-        Args:
-            claim: Of the stage.
-            best: The configuration.
-            warnings: What must be said of it.
-            result: What else the stage gave.
-            then: Stages that follow; without any, the job has succeeded.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            _finish_stage(connection, claim, result)
-            if job.state is JobState.CANCELLING:
-                settle(connection, job)
-                return
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job.id)
-                .values(best=dict(best), warnings=[*warnings])
-            )
-            keep(connection, best, owner_id=job.owner_id, job_id=job.id)
-            add_stages(connection, job, then)
-            if then:
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
-
-    def pruned(self, claim: Claim, result: Mapping[str, Any]) -> None:
-        """
-        Store which files the pruned model of a job has. The job has succeeded; if it was cancelled
-        meanwhile, it is cancelled.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            _finish_stage(connection, claim, result)
-            if job.state is JobState.CANCELLING:
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED, told=_good(job.best))
-
-    def transferred(
-        self,
-        claim: Claim,
-        result: Mapping[str, Any],
-        *,
-        configuration: Mapping[str, Any],
-        own: Mapping[str, Any] | None,
-        check: Callable[[Job], None] = lambda _: None,
-    ) -> None:
-        """
-        Store what a configuration was worth on a model, in the library too; the last one ends
-        the job, as cancelled if it was cancelled meanwhile.
-
-        Args:
-            claim: Of the stage.
-            result: What was measured; with an ``error``, nothing was.
-            configuration: What was transferred.
-            own: The model's own best, if it was searched for.
-            check: Called with the job, which nobody else can change meanwhile, before anything is
-                stored; may refuse by raising.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            check(job)
-            _finish_stage(connection, claim, result)
-            data = {"stage": claim.stage.kind, "number": claim.stage.number, "done": 1}
-            add_event(connection, job.id, "progress", {**data, "best_value": None})
-            if "error" not in result:
-                kept = {name: value for name, value in result.items() if name != "own"}
-                keep_transfer(connection, configuration, kept, owner_id=job.owner_id)
-            if own is not None:
-                keep(connection, own, owner_id=job.owner_id, job_id=job.id)
-            if job.state is JobState.CANCELLING or _has_unfinished(connection, job.id):
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED)
 
     def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
         """
@@ -415,7 +231,7 @@ class ClaimStore:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
+            job = claimed_job(connection, claim)
             failures = claim.stage.failures + 1
             message = str(error.get("message"))[:_LONGEST_MESSAGE]
             described = {
@@ -423,7 +239,7 @@ class ClaimStore:
             }  # fmt: skip
             if retry and failures < job.max_attempts:
                 add_event(connection, job.id, "retry", described)
-                _put_down(connection, job, claim.stage.id, failures)
+                put_down(connection, job, claim.stage.id, failures)
                 return job.state.may_work
             update_stage(
                 connection, claim.stage.id, state=StageState.FAILED, failures=failures,
@@ -447,8 +263,8 @@ class ClaimStore:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
-            _put_down(connection, job, claim.stage.id, claim.stage.failures)
+            job = claimed_job(connection, claim)
+            put_down(connection, job, claim.stage.id, claim.stage.failures)
             return job.state.may_work
 
     def give_up(self, claim: Claim) -> None:
@@ -461,12 +277,12 @@ class ClaimStore:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
-            job = _claimed(connection, claim)
+            job = claimed_job(connection, claim)
             row = lock_stage(connection, claim.stage.id)
             assert row is not None  # the claim holds
             if row.queue_id is not None:
                 take_out(connection, row.queue_id)
-            _put_down(connection, job, claim.stage.id, claim.stage.failures)
+            put_down(connection, job, claim.stage.id, claim.stage.failures)
             if job.state.may_work:
                 lock = (claim.stage.params or {})["lock"]
                 enqueue_stage(connection, job, claim.stage.id, claim.stage.kind, lock)
@@ -494,53 +310,8 @@ class ClaimStore:
             connection.execute(delete(workers).where(workers.c.id == worker_id))
 
 
-def _good(best: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How good a result is, where that was measured, for those who follow the job."""
-    measured = (best or {}).get("perplexities")
-    return {} if measured is None else {"perplexities": measured}
-
-
-def _claimed(connection: Connection, claim: Claim) -> Job:
-    """The job, locked, if the claim still holds."""
-    try:
-        job = find_job(connection, claim.job.id, lock=True)
-    except NoSuchJob:
-        raise LostClaim from None
-    check_claim(connection, claim)
-    return job
-
-
-def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, number: int) -> int:
-    """Put a stage into the queue whose parts are all done; how many are."""
-    job = find_job(connection, job_id)
-    parts = job.parts(kind, number)
-    done = sum(part.state is StageState.DONE for part in parts)
-    (whole,) = (s for s in job.of_kind(kind) if s.number == number)
-    if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
-        enqueue_stage(connection, job, whole.id, kind, (whole.params or {})["lock"])
-    return done
-
-
 def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:
     """Whether a worker did in the last seconds."""
     recent = workers.c.heartbeat_at > func.now() - interval(alive_s)
     found = connection.execute(select(workers.c.id).where(workers.c.id == worker_id, recent))
     return found.first() is not None
-
-
-def _put_down(connection: Connection, job: Job, stage_id: int, failures: int) -> None:
-    """Nobody works on the stage now; the queue may give it out again."""
-    update_stage(connection, stage_id, state=StageState.WAITING, failures=failures, worker_id=None)
-    settle(connection, job)
-
-
-def _finish_stage(connection: Connection, claim: Claim, result: Mapping[str, Any]) -> None:
-    update_stage(
-        connection, claim.stage.id, state=StageState.DONE, result=dict(result), worker_id=None,
-        finished_at=func.now(),
-    )  # fmt: skip
-
-
-def _has_unfinished(connection: Connection, job_id: uuid.UUID) -> bool:
-    mine = select(stages.c.id).where(stages.c.job_id == job_id)
-    return connection.execute(mine.where(stages.c.state != StageState.DONE)).first() is not None

@@ -1,5 +1,6 @@
 """
-The store of jobs: what the API does to them, beside the workers' half of :mod:`storage.claims`.
+The store of jobs: what the API does to them, beside the workers' half of :mod:`storage.claims` and
+:mod:`storage.outcomes`.
 
 Each method is one transaction. Whoever changes a job locks its row first and
 its stages' rows after it, so that no two wait for each other, and the events
@@ -16,7 +17,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from storage.claims import ClaimStore
+from storage.outcomes import OutcomeStore
 from storage.records import (
     Event,
     IdempotencyKeyReused,
@@ -43,11 +44,11 @@ from storage.states import VERBS, JobState, StageKind, StageState, settled
 from storage.tables import events, jobs, stages, workers
 
 
-class JobStore(ClaimStore):
+class JobStore(OutcomeStore):
     """
     All jobs of a database.
 
-    A worker needs the half that is a :class:`~storage.claims.ClaimStore`.
+    A worker needs the half that is a :class:`~storage.outcomes.OutcomeStore`.
 
     Args:
         database: Migrated.

@@ -5,6 +5,8 @@ What their files are is the result of a stage, ``prune``; the files are in the a
 """
 
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import delete, func, select
 
@@ -14,6 +16,7 @@ from storage.rows import add_stages, find_job, interval, set_state, update_stage
 from storage.states import JobState, StageKind, StageState
 from storage.tables import jobs, stages
 
+PATTERN = "pattern"  # in the params of a stage: which of a job's patterns it is about
 REMOVED = "removed"  # in the stage's result: when the files were deleted, if they were
 
 _LATER = "Wait until it has succeeded; `prune` in a job's document prunes as soon as that."
@@ -25,8 +28,33 @@ _WAY_OUT = {
 }
 
 
+def chosen(job: Job, pattern: str | None) -> Mapping[str, Any]:
+    """
+    The configuration that a job has found; of several patterns, that of one.
+
+    Args:
+        job: With its stages.
+        pattern: As a stage's params name it; None: what the whole job was for.
+
+    Raises:
+        LookupError: There is none, or not yet.
+    """
+    if pattern is None:
+        found = job.best
+    else:
+        points = (s for s in job.of_kind(StageKind.POINT) if s.result is not None)
+        found = next((s.result["configuration"] for s in points if s.about == pattern), None)
+    if found is None:
+        raise LookupError(f"the job has no configuration for {pattern or 'its pattern'}")
+    return found
+
+
 def ask_to_prune(
-    database: Database, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
+    database: Database,
+    job_id: uuid.UUID,
+    *,
+    visible_to: uuid.UUID | None = None,
+    pattern: str | None = None,
 ) -> Job:
     """
     Have the pruned model of a job written, if it is not there or on its way already.
@@ -35,6 +63,7 @@ def ask_to_prune(
         database: Of the jobs.
         job_id: Which.
         visible_to: Only if this key submitted it; None sees all.
+        pattern: One of several that it has searched; None: what the whole job was for.
 
     Raises:
         NoSuchJob: It is not there, or not visible.
@@ -44,14 +73,17 @@ def ask_to_prune(
         job = find_job(connection, job_id, visible_to=visible_to, lock=True)
         stage = job.pruning
         ended = job.state in (JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED)
-        if stage is not None and not ended and REMOVED not in (stage.result or {}):
+        mine = stage is not None and stage.about == pattern
+        if stage and mine and not ended and REMOVED not in (stage.result or {}):
             return job
         if job.state is not JobState.SUCCEEDED:
             raise StateConflict("prune", job.state, _WAY_OUT.get(job.state, _LATER))
-        mine = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
-        connection.execute(delete(stages).where(*mine))
+        pruning = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
+        connection.execute(delete(stages).where(*pruning))
         set_state(connection, job, JobState.QUEUED)
-        add_stages(connection, find_job(connection, job_id), [NewStage(kind=StageKind.PRUNE)])
+        params = None if pattern is None else {PATTERN: pattern}
+        new = NewStage(kind=StageKind.PRUNE, params=params)
+        add_stages(connection, find_job(connection, job_id), [new])
         return find_job(connection, job_id)
 
 

@@ -60,7 +60,7 @@ class Stage:
     A piece of a job that one worker does.
 
     Attributes:
-        number: Island of a search, trial of a perplexity, else 0.
+        number: Island of a search, trial of a perplexity, place of a point, else 0.
         attempt: How often it was begun; only the latest attempt may write.
         failures: Attempts that failed or whose worker died.
         params: What to do.
@@ -88,6 +88,11 @@ class Stage:
     result: dict[str, Any] | None
     started_at: datetime | None
     finished_at: datetime | None
+
+    @property
+    def about(self) -> str | None:
+        """Which of its job's patterns this is about, if it has several."""
+        return (self.params or {}).get("pattern")
 
     @property
     def part_of(self) -> int | None:

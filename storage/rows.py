@@ -162,6 +162,22 @@ def add_event(
     connection.execute(insert(events).values(job_id=job_id, kind=kind, data=dict(data)))
 
 
+def claimed_job(connection: Connection, claim: Claim) -> Job:
+    """The job, locked, if the claim still holds."""
+    try:
+        job = find_job(connection, claim.job.id, lock=True)
+    except NoSuchJob:
+        raise LostClaim from None
+    check_claim(connection, claim)
+    return job
+
+
+def put_down(connection: Connection, job: Job, stage_id: int, failures: int) -> None:
+    """Nobody works on the stage now; the queue may give it out again."""
+    update_stage(connection, stage_id, state=StageState.WAITING, failures=failures, worker_id=None)
+    settle(connection, job)
+
+
 def interval(seconds: float) -> Any:
     """So many seconds, in SQL."""
     return func.make_interval(0, 0, 0, 0, 0, 0, seconds)

@@ -42,10 +42,11 @@ class StageKind(StrEnum):
 
     TRANSFER = "transfer"  # measure a configuration on another model
     CALIBRATE = "calibrate"  # make the bundle, or find it
+    POINT = "point"  # search and confirm one of several patterns
     SEARCH = "search"  # one island
     CONFIRM = "confirm"  # choose the finalists, compare them with the dense model
     PERPLEXITY = "perplexity"  # prune with one candidate and measure
-    FINISH = "finish"  # choose the best and write the configuration
+    FINISH = "finish"  # choose the best and write the configuration, or the answer of a target
     PRUNE = "prune"  # write the pruned model into the artifact store
 
     @property

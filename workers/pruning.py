@@ -6,25 +6,25 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pho_service.errors import OutputError
 from pho_service.models.saving import RECIPE
 from pho_service.pipeline.prune import prune_job
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from storage.jobs import JobStore
+from storage.pruned import chosen
 from storage.records import Claim, Job, LostClaim, NoSuchJob
 from workers.inputs import Inputs
 from workers.seal import Seal
+from workers.subjects import bundle_of
 from workers.watch import Watch
 
 
-def prune_stage(
-    store: JobStore, inputs: Inputs, claim: Claim, bundle: ProxyBundle, watch: Watch
-) -> None:
+def prune_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> None:
     """
     Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
 
@@ -37,12 +37,11 @@ def prune_stage(
         LostClaim: Another worker has it, or the job is deleted.
     """
     began = time.monotonic()
-    assert claim.job.best is not None  # found before
-    configuration = Configuration.model_validate(claim.job.best)
-    key = configuration_key(claim.job)
+    found = chosen(claim.job, claim.stage.about)
+    key = configuration_key(found)
     folder = inputs.pruned.workplace(claim.job.id, key)
     if not (folder / RECIPE).is_file():
-        _prune(inputs, claim.job, bundle, configuration, folder, watch)
+        _prune(inputs, claim.job, Configuration.model_validate(found), folder, watch)
     files = described(folder, watch)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
@@ -55,9 +54,9 @@ def prune_stage(
         raise
 
 
-def configuration_key(job: Job) -> str:
+def configuration_key(configuration: Mapping[str, Any]) -> str:
     """The name of a pruned model: the same for the same configuration of a job."""
-    document = json.dumps(job.best, sort_keys=True)
+    document = json.dumps(configuration, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
@@ -78,7 +77,6 @@ def described(folder: Path, watch: Watch) -> list[dict[str, Any]]:
 def _prune(
     inputs: Inputs,
     job: Job,
-    bundle: ProxyBundle,
     configuration: Configuration,
     folder: Path,
     watch: Watch,
@@ -90,7 +88,7 @@ def _prune(
             shutil.rmtree(left, ignore_errors=True)
         prune_job(
             inputs.model(spec, seal),
-            bundle,
+            bundle_of(inputs, job, spec, watch),
             configuration,
             folder,
             calibration=inputs.calibration_text(spec, seal).calibration,

@@ -18,11 +18,10 @@ from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.deployable import priced
 from pho_service.pipeline.known_ratings import KnownRatings
-from pho_service.pipeline.rating import Subject
+from pho_service.pipeline.objectives import objective_function
 from pho_service.pipeline.references import with_perplexities
-from pho_service.pipeline.search import compared_with_cold, finish, objective_function, of_objective
+from pho_service.pipeline.search import compared_with_cold, finish, of_objective
 from pho_service.pipeline.winner import reconstruct_winner
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.steps import Steps
@@ -33,7 +32,6 @@ from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
 from pho_service.tuning.search import ranked
 from pho_service.tuning.warm_start import Saving
-from storage.database import Database
 from storage.jobs import JobStore
 from storage.records import Claim, Job, NewStage
 from storage.states import StageKind
@@ -43,6 +41,7 @@ from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch
 from workers.judges import judged_by, measured_stage, raced, unjudged
+from workers.points import finish_points, first_points, point_stage
 from workers.pruning import prune_stage
 from workers.seal import Seal
 from workers.stored import (
@@ -55,11 +54,11 @@ from workers.stored import (
     measured_finalist,
     measurements,
     provenance,
-    provenances,
     remade,
     unvalidated,
     wanted_finalists,
 )
+from workers.subjects import bundle_of, bundles_of, subject_of
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
 from workers.watch import Watch
@@ -98,8 +97,13 @@ class Stages:
 
     def _run(self, claim: Claim) -> None:
         watch = Watch(self.store, claim, self.stopping)
-        if claim.stage.kind is StageKind.TRANSFER:
-            transfer_stage(self.store, self.inputs, claim, watch)
+        of_their_own = {
+            StageKind.TRANSFER: transfer_stage,
+            StageKind.POINT: point_stage,
+            StageKind.PRUNE: prune_stage,
+        }
+        if claim.stage.kind in of_their_own:
+            of_their_own[claim.stage.kind](self.store, self.inputs, claim, watch)
             return
         run = {
             StageKind.CALIBRATE: self._calibrate,
@@ -107,13 +111,8 @@ class Stages:
             StageKind.CONFIRM: self._confirm,
             StageKind.PERPLEXITY: self._perplexity,
             StageKind.FINISH: self._finish,
-            StageKind.PRUNE: self._prune,
         }[claim.stage.kind]
         run(claim, JobSpec.model_validate(claim.job.spec), watch)
-
-    @property
-    def _database(self) -> Database:
-        return self.store.database
 
     def _calibrate(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         whole = claim.stage.part_of
@@ -128,7 +127,8 @@ class Stages:
             return
         bundle, seal = found
         self._check_again(mine, seal)
-        bundle.choose(spec.plan(0).steps.linears, spec.pruning())
+        for pattern in spec.points:
+            bundle.choose(spec.plan(0).steps.linears, pattern)
         self.store.complete(
             claim,
             {
@@ -136,15 +136,17 @@ class Stages:
                 "inputs": seal.to_dict(),
                 "seconds": round(time.monotonic() - began, 3),
             },
-            then=[NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)],
-            spec=warmed(self._database, claim.job, spec, bundle.provenance.get("model", {})),
+            then=first_points(spec)
+            if spec.several
+            else [NewStage(kind=StageKind.SEARCH, number=i) for i in range(spec.islands)],
+            spec=warmed(self.store.database, claim.job, spec, bundle.provenance.get("model", {})),
         )
 
     def _search(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
         island = claim.stage.number
         rate = self._rating(claim.job, spec, island, watch)
         search = IslandSearch(self.store, claim, spec, watch)
-        with open_storage(self._database.studies_url) as storage:
+        with open_storage(self.store.database.studies_url) as storage:
             name = study_name(claim.job.name, island)
             study = open_study(storage, name, direction=spec.plan(island).direction)
             origin, plan = provenance(claim.job), spec.plan(island)
@@ -180,10 +182,10 @@ class Stages:
     def _rating(self, job: Job, spec: JobSpec, island: int, watch: Watch) -> Evaluate:
         """What the candidates of a search are rated by."""
         objective, plan = spec.request(island).objective, spec.plan(island)
-        bundles = self._bundles(job, spec, watch)
+        bundles = bundles_of(self.inputs, job, spec, watch)
         model = text = calibration = None
         if objective.name == "perplexity":
-            subject = self._subject(job, spec, plan.steps, bundles[spec.model])
+            subject = subject_of(self.inputs, job, spec, plan.steps, bundles[spec.model])
             model, text, calibration = subject.model, subject.text, subject.calibration
         return objective_function(
             objective, plan, bundles, model, text, str(self.inputs.device), calibration
@@ -201,7 +203,10 @@ class Stages:
                 judges = unjudged(islands.plan, rated, {r.number for r in rated})
         elif spec.confirm is not None:
             wanted, doubt = wanted_finalists(
-                job, spec, lambda: self._bundles(job, spec, watch), str(self.inputs.device)
+                job,
+                spec,
+                lambda: bundles_of(self.inputs, job, spec, watch),
+                str(self.inputs.device),
             )
             with self._islands(job, spec) as (storage, islands):
                 before = measured_before(job)
@@ -211,8 +216,12 @@ class Stages:
                     rated,
                     wanted,
                     [r for r in rated if r.number in before],
-                    lambda: self._subject(
-                        job, spec, islands.plan.steps, self._bundle(job, spec, watch)
+                    lambda: subject_of(
+                        self.inputs,
+                        job,
+                        spec,
+                        islands.plan.steps,
+                        bundle_of(self.inputs, job, spec, watch),
                     ),
                     stream=spec.stream,
                     progress=watch.progress,
@@ -249,7 +258,7 @@ class Stages:
                 islands.ranked(),
                 spec.objective,
                 self.inputs.model(spec, seal),
-                self._bundle(claim.job, spec, watch),
+                bundle_of(self.inputs, claim.job, spec, watch),
                 self.inputs.calibration_text(spec, seal).calibration,
                 device=str(self.inputs.device),
                 progress=watch.progress,
@@ -263,7 +272,9 @@ class Stages:
         given = (claim.stage.params or {})["candidate"]
         candidate = given and Candidate.from_dict(given, spec.pruning())
         steps = candidate.steps if candidate else Steps()
-        subject = self._subject(claim.job, spec, steps, self._bundle(claim.job, spec, watch))
+        subject = subject_of(
+            self.inputs, claim.job, spec, steps, bundle_of(self.inputs, claim.job, spec, watch)
+        )
         with self._islands(claim.job, spec) as (_, islands):
             known = raced(claim.stage, islands, subject.text.key)
         with watch.progress("Measuring", len(subject.text.windows)) as advance:
@@ -277,8 +288,11 @@ class Stages:
         )
 
     def _finish(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
+        if spec.several:
+            finish_points(self.store, claim, spec)
+            return
         job = claim.job
-        bundles = self._bundles(job, spec, watch)
+        bundles = bundles_of(self.inputs, job, spec, watch)
         searches = [stage.result or {} for stage in job.of_kind(StageKind.SEARCH)]
         out_of_time = any(search["out_of_time"] for search in searches)
         saving = searches[0].get("saving")  # of the first island
@@ -331,10 +345,6 @@ class Stages:
             then=[NewStage(kind=StageKind.PRUNE)] if spec.prune else [],
         )
 
-    def _prune(self, claim: Claim, spec: JobSpec, watch: Watch) -> None:
-        bundle = self._bundle(claim.job, spec, watch)
-        prune_stage(self.store, self.inputs, claim, bundle, watch)
-
     def _looked_at_again(
         self,
         claim: Claim,
@@ -350,8 +360,8 @@ class Stages:
         """
         steps, subject = spec.request(0).steps, None
         if spec.confirm is not None:
-            bundle = self._bundle(claim.job, spec, watch)
-            subject = self._subject(claim.job, spec, steps, bundle)
+            bundle = bundle_of(self.inputs, claim.job, spec, watch)
+            subject = subject_of(self.inputs, claim.job, spec, steps, bundle)
 
         def fence() -> AbstractContextManager[None]:
             return self.store.fence(claim, storage)
@@ -379,24 +389,12 @@ class Stages:
     def _islands(self, job: Job, spec: JobSpec) -> Iterator[tuple[RDBStorage, Islands]]:
         """The studies of a job whose searches are over, and their storage."""
         islands = range(spec.islands)
-        with open_storage(self._database.studies_url) as storage:
+        with open_storage(self.store.database.studies_url) as storage:
             studies = [
                 optuna.load_study(study_name=study_name(job.name, island), storage=storage)
                 for island in islands
             ]
             yield storage, Islands(studies, [spec.plan(island) for island in islands])
-
-    def _subject(self, job: Job, spec: JobSpec, steps: Steps, bundle: ProxyBundle) -> Subject:
-        """The only model of a job, and the texts that a candidate with these steps takes."""
-        seal = Seal.of_job(job, 0)
-        return Subject(
-            model=self.inputs.model(spec, seal),
-            bundle=bundle,
-            text=self.inputs.confirmation_text(spec, seal),
-            calibration=(
-                self.inputs.calibration_text(spec, seal).calibration if steps.needs_text else None
-            ),
-        )
 
     def _check_again(self, spec: JobSpec, seal: Seal) -> None:
         """
@@ -406,16 +404,3 @@ class Stages:
         pages, and change with it when somebody writes into it.
         """
         self.inputs.model(spec, seal)
-
-    def _bundle(self, job: Job, spec: JobSpec, watch: Watch) -> ProxyBundle:
-        """Of a job's only model."""
-        return self._bundles(job, spec, watch)[spec.model]
-
-    def _bundles(self, job: Job, spec: JobSpec, watch: Watch) -> dict[str, ProxyBundle]:
-        """Of all models of a job."""
-        return {
-            name: self.inputs.bundle(
-                spec.of_model(i), Seal.of_job(job, i), str(origin["key"]), watch.progress
-            )
-            for i, (name, origin) in enumerate(zip(spec.models, provenances(job), strict=True))
-        }

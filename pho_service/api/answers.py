@@ -48,6 +48,10 @@ class Progress(_Answer):
         0, description="Number of a transfer's models that were measured, or found impossible."
     )
     models: int = Field(0, description="Number of a transfer's models.")
+    points_done: int = Field(0, description="Number of patterns that were searched and confirmed.")
+    points: int = Field(
+        0, description="Number of patterns that are searched, at most; 0 of a job with one."
+    )
     seconds_left: float | None = Field(
         description="Seconds that the search or the perplexities still take at the present pace; a "
         "hill climb may end before."
@@ -85,6 +89,27 @@ class Best(_Answer):
     )
 
 
+class Point(_Answer):
+    """One pattern of a job that has several. What is not measured yet is null."""
+
+    pattern: str
+    scope: str
+    sparsity: float = Field(description="Share of the weights that the pattern removes.")
+    state: Literal["waiting", "running", "done", "failed"]
+    trials_done: int = Field(description="Number of finished trials of its search.")
+    trials: int | None = None
+    perplexity: float | None = Field(None, description="Perplexity of what was found, confirmed.")
+    rise: float | None = Field(None, description="Its rise over dense, as a share of that.")
+    dense: float | None = Field(None, description="Perplexity of the dense model.")
+    wanda: float | None = None
+    ria: float | None = None
+    proxy: float | None = Field(None, description="Value of the objective of what was found.")
+    seconds: float | None = Field(None, description="Seconds of search and perplexities.")
+    within: bool | None = Field(
+        None, description="Whether it is within the job's target; null: the job has none."
+    )
+
+
 class Job(_Answer):
     """A search, or a transfer of what a search has found."""
 
@@ -97,7 +122,12 @@ class Job(_Answer):
     stage: StageKind | None = Field(description="What is being done, or was done last.")
     priority: int
     progress: Progress
-    best: Best | None
+    best: Best | None = Field(
+        description="What was found; null of a job with patterns, whose points have one each."
+    )
+    points: list[Point] | None = Field(
+        None, description="Patterns of a job that has several, by sparsity; null: it has one."
+    )
     validation: dict[str, ProxyQuality] | None = Field(
         description="Quality of each proxy, by its name, if asked for."
     )
@@ -105,6 +135,9 @@ class Job(_Answer):
         None,
         description="Whether the pruned model is on its way, there, or deleted; null: not asked "
         "for.",
+    )
+    pruned_pattern: str | None = Field(
+        None, description="Which of several patterns the pruned model is of."
     )
     error: JobError | None
     warnings: list[str]

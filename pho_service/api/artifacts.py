@@ -13,11 +13,14 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from pho_service.api.answers import Artifact, ArtifactList, Job
-from pho_service.api.describe import check_search, describe
+from pho_service.api.describe import check_search, configuration_of, describe
+from pho_service.api.jobs import OnePattern
+from pho_service.api.points import pattern_named
 from pho_service.api.problems import Conflict, documented, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from storage import records as stored
 from storage.pruned import REMOVED, ask_to_prune, note_removed
+from storage.states import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
 
@@ -32,12 +35,20 @@ _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "b
     response_model=Job,
     responses=documented(404, 409, 422),
 )
-def prune(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
-    """Write the pruned model of a search that has succeeded. Asked again, nothing is done twice."""
-    return describe(asked(service, job_id, visible_to=caller.visible_to))
+def prune(
+    job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
+) -> Job:
+    """
+    Write the pruned model of a search that has succeeded. Asked again, nothing is done twice.
+
+    Of a job with several patterns it is that of one, and replaces that of another.
+    """
+    return describe(asked(service, job_id, visible_to=caller.visible_to, pattern=pattern))
 
 
-def asked(service: Service, job_id: UUID, *, visible_to: UUID | None) -> stored.Job:
+def asked(
+    service: Service, job_id: UUID, *, visible_to: UUID | None, pattern: str | None = None
+) -> stored.Job:
     """
     The job, whose pruned model is written or on its way.
 
@@ -54,7 +65,12 @@ def asked(service: Service, job_id: UUID, *, visible_to: UUID | None) -> stored.
             "them with the result: `pho prune MODEL --config config.json`.",
             job.state,
         )
-    return ask_to_prune(service.database, job_id, visible_to=visible_to)
+    named = None if pattern is None else pattern_named(job, pattern)
+    if job.state is JobState.SUCCEEDED:
+        configuration_of(job, named)  # refuses where one must be named
+        if job.pruning is not None and job.pruning.about != named:
+            service.pruned.remove(job_id)  # of another pattern
+    return ask_to_prune(service.database, job_id, visible_to=visible_to, pattern=named)
 
 
 @router.get(

@@ -5,12 +5,14 @@ Jobs as the front page shows them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from pho_service.api.answers import Job
 from pho_service.api.describe import describe, failure, is_transfer, study_names
 from pho_service.library.entries import measured_gain, transferred_gain
 from pho_service.library.files import TransferTarget
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.curve import Target
 from storage import records as stored
 from storage.states import VERBS, JobState, StageKind
 
@@ -97,7 +99,12 @@ def _verbs(job: stored.Job) -> list[str]:
     """What has a button, because it changes something."""
     found = [v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state]
     prunable = job.state is JobState.SUCCEEDED and not is_transfer(job)
-    if prunable and not job.spec.get("more_models") and describe(job).pruned != "done":
+    if (
+        prunable
+        and job.best is not None
+        and not job.spec.get("more_models")
+        and describe(job).pruned != "done"
+    ):
         found.append("prune")
     return found
 
@@ -121,12 +128,21 @@ def _models(job: stored.Job) -> list[str]:
 
 def _facts(job: stored.Job) -> list[tuple[str, str]]:
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
-    facts = [("Pattern", str(spec["pattern"]))]
+    facts = [_asked(spec)]
     if spec.get("scope"):
         facts.append(("Scope", str(spec["scope"])))
     if is_transfer(job):
         return [*facts, ("Transfer of", f"job {job.spec['source']}")]
     return [*facts, ("Preset", str(spec.get("preset", "score")))]
+
+
+def _asked(spec: Mapping[str, Any]) -> tuple[str, str]:
+    """How sparse a model is to be."""
+    if spec.get("patterns"):
+        return ("Patterns", ", ".join(map(str, spec["patterns"])))
+    if spec.get("target"):
+        return ("Target", f"within {Target.model_validate(spec['target'])}")
+    return ("Pattern", str(spec["pattern"]))
 
 
 def _bars(job: Job) -> list[Bar]:
@@ -136,6 +152,8 @@ def _bars(job: Job) -> list[Bar]:
     bars = [Bar(label="trials", done=done.trials_done, total=done.trials)]
     if done.shards:
         bars.insert(0, Bar(label="calibration", done=done.shards_done, total=done.shards))
+    if done.points:
+        bars.append(Bar(label="patterns", done=done.points_done, total=done.points))
     if done.perplexities:
         bars.append(Bar(label="perplexities", done=done.perplexities_done, total=done.perplexities))
     return bars
@@ -143,6 +161,8 @@ def _bars(job: Job) -> list[Bar]:
 
 def _found(job: stored.Job, shown: Job) -> list[str]:
     """How good the result of a search is, and what it is."""
+    if job.best is None and shown.points is not None:
+        return []  # the table has it
     if job.best is None:
         value = shown.progress.best_value
         return [] if value is None else [f"Best objective so far: {value:.4g}."]

@@ -2,15 +2,23 @@
 Jobs as the API shows them.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from pho_service.api.answers import Best, Job, JobError, Progress, Step
+from pho_service.api.points import (
+    is_several,
+    most_points,
+    pattern_named,
+    points,
+    several_found,
+)
 from pho_service.api.problems import Conflict
 from pho_service.spec.quality import ProxyQuality
 from storage import records as stored
-from storage.pruned import REMOVED
+from storage.pruned import REMOVED, chosen
 from storage.states import JobState, StageKind, StageState
 from storage.studies import study_name
 
@@ -37,8 +45,10 @@ def describe(job: stored.Job) -> Job:
         priority=job.priority,
         progress=_progress(job),
         best=best,
+        points=points(job),
         validation=_validation(job),
         pruned=_pruned(job),
+        pruned_pattern=None if job.pruning is None else job.pruning.about,
         error=None if job.error is None else JobError.model_validate(job.error),
         warnings=job.warnings or _warnings(job),
         created_at=job.created_at,
@@ -48,14 +58,24 @@ def describe(job: stored.Job) -> Job:
     )
 
 
-def configuration_of(job: stored.Job) -> dict[str, Any]:
+def configuration_of(job: stored.Job, pattern: str | None = None) -> Mapping[str, Any]:
     """
     What a search has found.
 
+    Args:
+        job: With its stages.
+        pattern: One of several that it has searched.
+
     Raises:
-        Conflict: Nothing yet, or the job is no search.
+        Conflict: Nothing yet, the job is no search, or it has several patterns and none is named.
+        RequestValidationError: What is named is not a pattern.
     """
     check_search(job)
+    named = None if pattern is None else pattern_named(job, pattern)
+    if named is not None:
+        return chosen(job, named)
+    if is_several(job.spec):
+        return several_found(job)
     if job.best is None:
         raise Conflict(
             "no_configuration",
@@ -94,8 +114,24 @@ def is_transfer(job: stored.Job) -> bool:
     return job.spec.get("kind") == "transfer"
 
 
+def check_one_pattern(job: stored.Job) -> None:
+    """
+    Raises:
+        Conflict: The job has several patterns, each with a search of its own.
+    """
+    if is_several(job.spec):
+        raise Conflict(
+            "several_patterns",
+            "The job has several patterns, each with a search of its own, and cannot be extended: "
+            "submit it anew with more trials.",
+            job.state,
+        )
+
+
 def islands(job: stored.Job) -> int:
-    """How many studies a job has; a transfer has none."""
+    """How many studies a job has: of its islands, or of its patterns; a transfer has none."""
+    if is_several(job.spec):
+        return len(job.of_kind(StageKind.POINT))
     return int(job.spec.get("islands", 0))
 
 
@@ -127,17 +163,19 @@ def _pruned(job: stored.Job) -> Literal["waiting", "done", "removed"] | None:
 
 
 def _progress(job: stored.Job) -> Progress:
-    searches = job.of_kind(StageKind.SEARCH)
+    several = job.of_kind(StageKind.POINT)
+    searches = several or job.of_kind(StageKind.SEARCH)
     perplexities = job.of_kind(StageKind.PERPLEXITY)
     measured = [s for s in perplexities if s.state is StageState.DONE]
     targets = job.of_kind(StageKind.TRANSFER)
     shards = job.parts(StageKind.CALIBRATE)
     values = [s.best_value for s in searches if s.best_value is not None]
     chosen = None if job.best is None else job.best["objective"].get("value")
+    most = most_points(job) if is_several(job.spec) else 0
     better = max if job.spec.get("objective", {}).get("name") == "gini" else min
     return Progress(
         trials_done=sum(s.done for s in searches),
-        trials=job.trials * islands(job),
+        trials=job.trials * (most if is_several(job.spec) else islands(job)),
         best_value=better(values, default=None) if chosen is None else chosen,
         perplexities_done=len(measured),
         perplexities=len(perplexities),
@@ -145,6 +183,8 @@ def _progress(job: stored.Job) -> Progress:
         shards=len(shards),
         models_done=sum(s.state is StageState.DONE for s in targets),
         models=len(targets),
+        points_done=sum(s.state is StageState.DONE for s in several),
+        points=most,
         seconds_left=_seconds_left(job, searches, perplexities, measured),
         step=next((found for found in map(step_of, job.stages) if found is not None), None),
     )
@@ -171,6 +211,12 @@ def _seconds_left(
         left = sum(job.trials - s.done for s in searches if s.state is not StageState.DONE)
         elapsed = sum(s.elapsed_s for s in searches)
         at_it = searches
+    elif job.stage is StageKind.POINT:
+        at_it = searches
+        measured = [s for s in searches if s.state is StageState.DONE]
+        done = len(measured)
+        left = most_points(job) - done
+        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
     elif job.stage is StageKind.PERPLEXITY:
         done = len(measured)
         left = len(perplexities) - done

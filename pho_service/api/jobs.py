@@ -17,9 +17,16 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.answers import Job, JobPage, Trial, TrialPage
-from pho_service.api.describe import check_search, configuration_of, describe, islands, study_names
+from pho_service.api.describe import (
+    check_one_pattern,
+    check_search,
+    configuration_of,
+    describe,
+    islands,
+    study_names,
+)
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
-from pho_service.api.schema import EVENT, PAGE_TOKEN
+from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.errors import OutputError
@@ -44,6 +51,13 @@ PageToken = Annotated[
     Query(
         description="The next_page_token of the page before.",
         json_schema_extra={"pattern": PAGE_TOKEN},
+    ),
+]
+OnePattern = Annotated[
+    str | None,
+    Query(
+        description="One of the patterns of a job that has several.",
+        json_schema_extra={"pattern": PATTERN},
     ),
 ]
 IdempotencyKey = Annotated[
@@ -201,6 +215,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     check_search(job)
+    check_one_pattern(job)
     spec = JobSpec.model_validate(job.spec)
     check_size(spec, service.limits, more_trials=extension.trials)
     had_files = job.pruning is not None
@@ -224,7 +239,9 @@ def trials(
     job_id: UUID,
     service: ServiceParam,
     caller: CallerParam,
-    island: Annotated[int, Query(ge=0, le=63)] = 0,
+    island: Annotated[
+        int, Query(ge=0, le=63, description="Which; of several patterns, which in their order.")
+    ] = 0,
     page_size: PageSize = 100,
     page_token: PageToken = None,
 ) -> TrialPage:
@@ -251,7 +268,7 @@ def trials(
             state="complete" if t.value is not None else "failed",
             method=t.user_attrs["method"],
             value=t.value,
-            perplexity=measured.get(t.number * count + island),
+            perplexity=measured.get(t.number * count + island, t.user_attrs.get("perplexity")),
             scope=t.user_attrs["scope"],
             coefficients=t.user_attrs["coefficients"],
             failure=t.user_attrs.get("failure"),
@@ -272,10 +289,16 @@ def trials(
     },
     response_class=Response,
 )  # fmt: skip
-def best(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
-    """Get the best configuration: the config.json that `pho search` writes."""
+def best(
+    job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
+) -> Response:
+    """
+    Get the best configuration: the config.json that `pho search` writes.
+
+    A job with patterns has one for each; that of a target is of the sparsity that it has found.
+    """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    text = json.dumps(configuration_of(job), indent=2) + "\n"
+    text = json.dumps(configuration_of(job, pattern), indent=2) + "\n"
     return Response(text, media_type="application/json")
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
 from pho_service.api.describe import failure, is_transfer, islands, study_names
+from pho_service.api.points import answer_stage, curve, is_several
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.report import words
@@ -73,7 +74,9 @@ def _of_transfer(job: stored.Job) -> Report:
 def _of_search(service: Service, job: stored.Job) -> Report:
     spec = JobSpec.model_validate(job.spec)
     configuration = None if job.best is None else Configuration.model_validate(job.best)
-    studies = _studies(service, job)
+    several = is_several(job.spec)
+    answer = answer_stage(job) if several else None
+    studies = _studies(service, job, answer)
     measured = {
         stage.number: float(stage.result["perplexity"])
         for stage in job.of_kind(StageKind.PERPLEXITY)
@@ -84,7 +87,7 @@ def _of_search(service: Service, job: stored.Job) -> Report:
         for stage in job.of_kind(StageKind.CONFIRM)
         for number, value in ((stage.result or {}).get("divergences") or {}).items()
     }
-    trials = trials_of(studies, islands(job))
+    trials = trials_of(studies, 1 if several else islands(job))
     maximised = spec.plan(0).direction == "maximize"
     transfers = (
         []
@@ -106,6 +109,8 @@ def _of_search(service: Service, job: stored.Job) -> Report:
             trials, MeasuredTrials(perplexities=measured, divergences=compared), configuration
         ),
         left_out=sum(stage.done for stage in job.of_kind(StageKind.SEARCH)[len(studies) :]),
+        several=several,
+        curve=curve(job),
         importance=importances(studies, maximised=maximised),
         layers=_layers(job),
         transfers=transfers,
@@ -116,10 +121,18 @@ def _of_search(service: Service, job: stored.Job) -> Report:
     )
 
 
-def _studies(service: Service, job: stored.Job) -> list[list[FrozenTrial]]:
-    """The trials of the first islands; none of a search that has not begun."""
+def _studies(
+    service: Service, job: stored.Job, answer: stored.Stage | None
+) -> list[list[FrozenTrial]]:
+    """
+    The trials of the first islands; none of a search that has not begun. Of several patterns,
+    those of the answer.
+    """
     found: list[list[FrozenTrial]] = []
-    for name in study_names(job):
+    names = study_names(job)
+    if is_several(job.spec):
+        names = [] if answer is None else [names[answer.number]]
+    for name in names:
         with service.database.transaction() as connection:
             found.append(read_trials(connection, name, attributes=["method", CORRECTS]))
         if sum(map(len, found)) >= MOST_TRIALS:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 
 from pho_service.api.answers import Job
 from pho_service.api.describe import configuration_of, describe, is_transfer
-from pho_service.api.jobs import IdempotencyKey
+from pho_service.api.jobs import IdempotencyKey, OnePattern
 from pho_service.api.problems import Conflict, documented
 from pho_service.api.service import CallerParam, ServiceParam
 from pho_service.api.submission import enter
@@ -34,10 +34,11 @@ def transfer(
     caller: CallerParam,
     response: Response,
     idempotency_key: IdempotencyKey = None,
+    pattern: OnePattern = None,
 ) -> Job:
     """Measure a job's configuration on other models. It is a job of its own, a stage a model."""
     source = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = configuration_of(source)
+    found = configuration_of(source, pattern)
     request.check_access(service.access)
     asked = TransferSpec.of(request, str(source.id), found, source.spec)
     asked.check_size(service.limits)

@@ -43,6 +43,7 @@ _NAMES = {
     "warm_start/found": ("--warm-start",),
     "warm_start/count": ("--warm-start-count",),
     "timeout_s": ("--timeout",),
+    "target/perplexity_rise": ("--within",),
 }
 
 # Defaults that are not values of the field.
@@ -63,6 +64,7 @@ WITHOUT = {
     "model": "the argument MODEL",
     "more_models": "further arguments MODEL",
     "preset_meaning": "written down when a job is stored",
+    "preset_meanings": "written down when a job is stored",
 }
 
 # Fields that only a service has a use for, and why `pho search` has not.
@@ -71,6 +73,8 @@ OF_A_SERVICE = {
     "islands": "one process is one island",
     "priority": "of a service's queue",
     "notify": "a command is over when it returns",
+    "patterns": "`pho curve` searches at several",
+    "target": "--within of `pho search` is an option of its own",
     "prune": "`pho prune` does it, with what was found",
     "max_attempts": "of a service's queue",
     "max_failed_trials": "`pho search` goes on past failed trials",
@@ -79,7 +83,7 @@ OF_A_SERVICE = {
 
 # The sections of --help; what is not named here is of the last.
 GROUPS = {
-    "Method": ("pattern", "scope", "preset", "steps", "search_space"),
+    "Method": ("pattern", "patterns", "target", "scope", "preset", "steps", "search_space"),
     "Text": ("calibration", "confirm", "validation"),
     "Search": (
         "objective", "warm_start", "sampler", "trials", "corrections", "islands", "seed",
@@ -95,6 +99,9 @@ _ABOUT = {
     "search_space": "Bounds of the search, name=low:high, or name=value, which fixes it; may be "
     "given several times. Names: neighbourhood_share, row_share, activation_exponent, "
     "gradient_exponent, kernel_sizes=3,5, allocations=uniform,fisher, allocation_spread.",
+    "patterns": "Instead of --pattern: several, with commas between, each searched and confirmed.",
+    "target/perplexity_rise": "Instead of --pattern: find the highest sparsity whose perplexity is "
+    "at most so much above the dense model's, such as 5%.",
     "confirm": "Measure no perplexity: the best by the objective alone.",
     "warm_start/found": "A configuration that was found elsewhere, in the same pattern and scope; "
     "or a library, that is, a folder of them or the URL of a service, for the most promising; "
@@ -135,7 +142,8 @@ class Field:
         """How its option is written."""
         special = {
             "search_space": "bounds", "warm_start/found": "points", "confirm": "off",
-            "calibration/memory_bytes": "size",
+            "calibration/memory_bytes": "size", "patterns": "list",
+            "target/perplexity_rise": "rise",
         }  # fmt: skip
         listed = f"{self.schema.get('items', {}).get('type')}s"
         kind = str(self.schema.get("type", "object"))
@@ -171,10 +179,15 @@ class Field:
 
     def value(self, said: Any, name: str) -> Any:
         """What an option says, as JSON."""
+        from pho_service.spec.curve import parse_rise
         from pho_service.spec.space import parse_bounds
 
         if self.kind == "size":
             return parse_bytes(said, name)
+        if self.kind == "list":
+            return [each.strip() for each in said.split(",")]
+        if self.kind == "rise":
+            return parse_rise(said, name)
         if self.kind == "off":
             return None
         if self.kind == "bounds":

@@ -32,7 +32,8 @@ def plot_file(name: str) -> Path:
 def plot_validation(result: "Validation", path: Path, title: str) -> None:
     """Write a page with a chart for each proxy: its value against perplexity."""
     from pho_service.report.charts import validation_charts
-    from pho_service.report.page import Section, page
+    from pho_service.report.page import page
+    from pho_service.report.section import Section
 
     drawn = validation_charts(result.proxies, result.perplexity, result.qualities)
     count = f"{len(result.candidates)} random candidates, rated by each proxy and by perplexity."
@@ -51,7 +52,7 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
 
 def plot_curve(document: dict[str, Any], path: Path) -> None:
     """Write a page with perplexity against sparsity, and the table of the points."""
-    from pho_service.report.curve import curve_page
+    from pho_service.report.page import curve_page
 
     _write(path, curve_page(document))
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.jobs_shown import done, good, number, outcome, show_points
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.terminal import print_json, print_table, say, tell, verb
-from pho_service.errors import ServiceError
+from pho_service.errors import InvalidInput, ServiceError
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 url_option = click.option(
     "--url", help="Of the service.  [default: PHO_API_URL, else http://127.0.0.1:8000]"
 )
+
+
+pattern_option = click.option("--pattern", help="Which, of a job with several patterns.")
 
 
 def open_client(url: str | None) -> "Client":
@@ -53,9 +57,9 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
             job.id,
             job.name,
             job.state,
-            _done(job),
-            *_good(job),
-            _number(job.progress.best_value, digits=4),
+            done(job),
+            *good(job),
+            number(job.progress.best_value, digits=4),
         ]
         for job in found
     ]
@@ -100,10 +104,13 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         *([at] if at else []),
         *([shards] if progress.shards else []),
         f"trials       {progress.trials_done} of {progress.trials}, best "
-        f"{_number(progress.best_value) or 'none yet'}",
-        f"perplexities {progress.perplexities_done} of {progress.perplexities}",
+        f"{number(progress.best_value) or 'none yet'}",
+        f"perplexities {progress.perplexities_done} of {progress.perplexities}"
+        if job.points is None
+        else f"patterns     {progress.points_done} of at most {progress.points}",
     ]
-    tell("\n".join([*lines, *_outcome(job)]))
+    tell("\n".join([*lines, *outcome(job)]))
+    show_points(job)
 
 
 @click.command()
@@ -125,11 +132,12 @@ def watch(job_id: str, url: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job_id")
+@pattern_option
 @click.option("--out", help="A file to write.  [default: stdout]")
 @url_option
 @json_option
 @verb
-def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
+def best(job_id: str, pattern: str | None, out: str | None, url: str | None, as_json: bool) -> None:
     """
     Get the best configuration of a job: the config.json that `pho search` writes.
 
@@ -142,7 +150,7 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
     from pho_service.spec.configuration import write_configuration
 
     with open_client(url) as client:
-        configuration = client.best(job_id)
+        configuration = client.best(job_id, pattern=pattern)
     if out is not None:
         write_configuration(configuration, Path(out))
         say(f"written {out}")
@@ -154,10 +162,13 @@ def best(job_id: str, out: str | None, url: str | None, as_json: bool) -> None:
 @click.argument("job_id")
 @click.option("--out", required=True, help="A new or empty folder.")
 @click.option("--prune", is_flag=True, help="Have the job pruned first, if it is not, and wait.")
+@pattern_option
 @url_option
 @json_option
 @verb
-def pull(job_id: str, out: str, prune: bool, url: str | None, as_json: bool) -> None:
+def pull(
+    job_id: str, out: str, prune: bool, pattern: str | None, url: str | None, as_json: bool
+) -> None:
     """
     Download the pruned model of a job, and check each file by its SHA-256.
 
@@ -171,10 +182,15 @@ def pull(job_id: str, out: str, prune: bool, url: str | None, as_json: bool) -> 
     """
     from pho_service.host.files import check_free
 
+    if pattern is not None and not prune:
+        raise InvalidInput(
+            f"--pattern {pattern} says which of several is to be pruned, and the service has one "
+            "pruned model of a job. Give --prune, too."
+        )
     check_free(Path(out))
     with open_client(url) as client:
         if prune:
-            job = client.wait(client.prune(job_id).id)
+            job = client.wait(client.prune(job_id, pattern=pattern).id)
             if job.state != "succeeded":
                 end(client, job, as_json=False)
         folder = client.pull(job_id, out, show_progress=True)
@@ -315,7 +331,8 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
         tell(f"{job.name}: {job.state}")
         say_transfer(job, client.transferred(job.id))
     else:
-        tell("\n".join([f"{job.name}: {job.state}", *_outcome(job)]))
+        tell("\n".join([f"{job.name}: {job.state}", *outcome(job)]))
+        show_points(job)
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
@@ -337,48 +354,3 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
         tell(f"error        {job.error.type}: {job.error.message}")
     for warning in job.warnings:
         tell(f"note         {warning}")
-
-
-def _outcome(job: "Job") -> list[str]:
-    lines = []
-    if job.best is not None:
-        if job.best.perplexities is not None:
-            lines.append(f"result       {job.best.perplexities} (perplexities)")
-        lines.append(
-            f"best         {job.best.method}, objective {_number(job.best.objective)}, "
-            f"perplexity {_number(job.best.perplexity) or 'not measured'}"
-        )
-        lines.append(f"configuration: pho best {job.id} --out config.json")
-    if job.pruned == "done":
-        lines.append(f"pruned model:  pho pull {job.id} --out pruned")
-    elif job.pruned == "removed":
-        lines.append(f"pruned model:  deleted by age; pho pull {job.id} --prune --out pruned")
-    for name, quality in (job.validation or {}).items():
-        lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
-    if job.error is not None:
-        where = f" at {job.error.layer}" if job.error.layer else ""
-        lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")
-        lines[-1] += job.error.message
-    return [*lines, *(f"note         {warning}" for warning in job.warnings)]
-
-
-def _good(job: "Job") -> list[str | None]:
-    """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
-    if job.best is None or job.best.perplexities is None:
-        found = job.best.perplexity if job.best else None
-        return [None, _number(found, digits=4), None, None, None]
-    good = job.best.perplexities
-    values = (good.dense, good.pruned, good.wanda, good.ria)
-    dense, pruned, wanda, ria = (_number(value, digits=4) for value in values)
-    return [dense, pruned, f"{good.rise:+.1%}", wanda, ria]
-
-
-def _done(job: "Job") -> str:
-    done = job.progress
-    if job.kind == "transfer":
-        return f"{done.models_done}/{done.models} models"
-    return f"{done.trials_done}/{done.trials}"
-
-
-def _number(value: float | None, digits: int = 6) -> str | None:
-    return None if value is None else f"{value:.{digits}g}"

@@ -40,6 +40,8 @@ def submit(
     Example:
       pho submit org/name --pattern 2:4 --text texts/c4.jsonl --watch
       pho submit org/small org/other --pattern 0.5 --over worst
+      pho submit org/name --patterns 0.3,0.5,0.7,2:4 --text texts/c4.jsonl
+      pho submit org/name --within 5% --text texts/c4.jsonl
       pho submit --job job.json
     """
     spec = job_document(models, job_file, given)
@@ -75,9 +77,14 @@ def job_document(
         document["model"], document["more_models"] = models[0], [*models[1:]]
     if pattern is not None:
         document.setdefault("pattern", pattern)
-    for field, way in (("model", "MODEL"), ("pattern", "--pattern 0.5 or 2:4")):
-        if not document.get(field):
-            raise InvalidInput(f"no {field} is given. Give {way}, or a document with one by --job.")
+    for fields, way in (
+        (("model",), "MODEL"),
+        (("pattern", "patterns", "target"), "--pattern 0.5 or 2:4, --patterns or --within"),
+    ):
+        if not any(document.get(field) for field in fields):
+            raise InvalidInput(
+                f"no {fields[0]} is given. Give {way}, or a document with one by --job."
+            )
     spec = given.job(document)
     found = warm_start.of_files(given, spec)
     if any(given("warm_start/found") or ()):  # nothing named: the service's own library

@@ -102,7 +102,7 @@ class Client:
         Submit a job document; docs/service.md describes it.
 
         Args:
-            spec: At least ``model`` and ``pattern``.
+            spec: At least ``model``, and ``pattern``, ``patterns`` or ``target``.
             idempotency_key: The same twice makes one job. By default a fresh
                 one, so that a request that is repeated after an outage makes no second job.
         """
@@ -139,10 +139,16 @@ class Client:
                 return
             params["page_token"] = page.next_page_token
 
-    def best(self, job_id: uuid.UUID | str) -> Configuration:
-        """The best configuration of a job that has one."""
-        answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/best")
-        return read(Configuration, answer)
+    def best(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Configuration:
+        """
+        The best configuration of a job that has one.
+
+        Args:
+            job_id: Which.
+            pattern: One of a job with several; of a target, None is the answer.
+        """
+        path = f"/jobs/{path_id(job_id)}/best"
+        return read(Configuration, self._service.request("GET", path, params=_at(pattern)))
 
     def report(self, job_id: uuid.UUID | str) -> str:
         """A job as one page of HTML that needs no network; of any job in any state."""
@@ -181,9 +187,15 @@ class Client:
         """Go on with a job that is paused or has failed."""
         return self._verb(job_id, "resume")
 
-    def prune(self, job_id: uuid.UUID | str) -> Job:
-        """Have the pruned model of a search written; asked again, nothing is done twice."""
-        return self._verb(job_id, "prune")
+    def prune(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Job:
+        """
+        Have the pruned model of a search written; asked again, nothing is done twice.
+
+        Args:
+            job_id: Which.
+            pattern: One of a job with several; of a target, None is the answer.
+        """
+        return self._verb(job_id, "prune", params=_at(pattern))
 
     def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
         """The files of a job's pruned model."""
@@ -373,6 +385,11 @@ class Client:
                     total=total,
                     description=f"{job.state}, {job.stage or 'waiting'}",
                 )  # fmt: skip
+                if done.points:
+                    bars.update(
+                        confirmation, completed=done.points_done, total=done.points,
+                        description="patterns", visible=True,
+                    )  # fmt: skip
                 if done.perplexities:
                     bars.update(
                         confirmation, completed=done.perplexities_done, total=done.perplexities,
@@ -385,7 +402,16 @@ class Client:
                 time.sleep(_POLL_S)
 
     def _verb(
-        self, job_id: uuid.UUID | str, verb: str, document: dict[str, Any] | None = None
+        self,
+        job_id: uuid.UUID | str,
+        verb: str,
+        document: dict[str, Any] | None = None,
+        params: dict[str, str] | None = None,
     ) -> Job:
-        answer = self._service.request("POST", f"/jobs/{path_id(job_id)}:{verb}", json=document)
-        return read(Job, answer)
+        path = f"/jobs/{path_id(job_id)}:{verb}"
+        return read(Job, self._service.request("POST", path, json=document, params=params))
+
+
+def _at(pattern: str | None) -> dict[str, str]:
+    """A query that names one of several patterns."""
+    return {} if pattern is None else {"pattern": pattern}

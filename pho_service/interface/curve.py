@@ -89,7 +89,7 @@ class Curve(Shown):
         Raises:
             OutputError: The file cannot be written.
         """
-        from pho_service.report.curve import curve_page
+        from pho_service.report.page import curve_page
 
         with new_file(Path(path)) as partial:
             partial.write_text(curve_page(self.document), encoding="utf-8")

@@ -32,11 +32,11 @@ from pho_service.interface.models import (
 from pho_service.interface.tables import Shown, Table, number
 from pho_service.interface.texts import calibration_windows, confirmation_text
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.objectives import only_one
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import (
     Bundles,
     memory_study,
-    only_one,
     opened_study,
     search_job,
 )

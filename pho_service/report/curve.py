@@ -1,23 +1,16 @@
 """
-The page of a curve: perplexity against sparsity, and its points as a table.
+A curve: perplexity against sparsity, and its points as a table.
 """
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import PurePath
 from typing import Any
 
 from pho_service.report.charts import BLUE, GREY, METHOD_COLOURS, Chart, as_json
-from pho_service.report.page import Section, page
+from pho_service.report.section import Section
 from pho_service.report.tables import Table
 
 Points = Sequence[Mapping[str, Any]]
-
-
-def curve_page(document: Mapping[str, Any]) -> str:
-    """The curve of `pho curve`, its JSON values given, as one page of HTML."""
-    name = PurePath(str(document["model"].get("name", "the model"))).name
-    return page(f"{name}: perplexity against sparsity", [curve_section(document)])
 
 
 def curve_section(document: Mapping[str, Any]) -> Section:

@@ -82,6 +82,8 @@ class Report:
         chosen: The trial that a study without a configuration marks as its result.
         importance: Of each parameter of the search, the shares adding up to 1.
         layers: By model.
+        several: Whether it is of a job with several patterns.
+        curve: Of such a job, what was measured of them, as curve.json has it.
         transfers: The targets of a transfer's file.
         stages: Of the job.
         recorded: When the first and the last trial of a study were written down.
@@ -105,6 +107,8 @@ class Report:
     chosen: int | None = None
     importance: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)
+    several: bool = False
+    curve: Mapping[str, Any] | None = None
     transfers: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[StageTime] = ()
     recorded: tuple[datetime, datetime] | None = None

@@ -4,7 +4,7 @@ The page: sections of sentences, tables and charts, in one file that asks the ne
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import PurePath
 from typing import Any
@@ -14,8 +14,10 @@ from markupsafe import Markup
 
 from pho_service.report import charts, tables
 from pho_service.report.charts import Chart
+from pho_service.report.curve import curve_section
 from pho_service.report.data import Report
 from pho_service.report.html import policy_hash, template_environment
+from pho_service.report.section import Section
 from pho_service.report.study import ENOUGH
 from pho_service.report.tables import Table
 
@@ -28,24 +30,6 @@ for (const place of document.querySelectorAll("[data-figure]")) {
 """
 
 _CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """
-    A part of the page under a heading.
-
-    Attributes:
-        texts: Sentences; what is not known is said here.
-        blocks: Text as it is: commands and documents, with a caption each.
-    """
-
-    id: str
-    title: str
-    texts: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = ()
-    blocks: Sequence[tuple[str, str]] = ()
 
 
 def render(report: Report) -> str:
@@ -100,6 +84,12 @@ def _template() -> Template:
     return template_environment("pho_service.report", ".").get_template("page.html")
 
 
+def curve_page(document: Mapping[str, Any]) -> str:
+    """The curve of `pho curve`, its JSON values given, as one page of HTML."""
+    name = PurePath(str(document["model"].get("name", "the model"))).name
+    return page(f"{name}: perplexity against sparsity", [curve_section(document)])
+
+
 def _sections(report: Report) -> list[Section]:
     asked = Section(
         id="asked",
@@ -109,7 +99,13 @@ def _sections(report: Report) -> list[Section]:
         if report.asked
         else [],
     )
-    parts = [asked, _result(report)]
+    curve = [] if report.curve is None else [curve_section(report.curve)]
+    if report.several and report.configuration is None:
+        missing = Section(
+            id="curve", title="Perplexity against sparsity", texts=["Nothing is measured yet."]
+        )
+        return [asked, *(curve or [missing]), _timings(report), _reproduction(report)]
+    parts = [asked, *curve, _result(report)]
     if report.subject != "transfer":
         parts += [_history(report), _confirmed(report), _layers(report)]
     return [*parts, _transfers(report), _timings(report), _reproduction(report)]

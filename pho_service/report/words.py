@@ -19,8 +19,7 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
     seeds = [str(island_seed(spec.seed, island)) for island in range(spec.islands)]
     return {
         "model" if len(spec.models) == 1 else "models": ", ".join(spec.models),
-        "pattern": _pattern(spec.pattern),
-        "scope": spec.pruning().scope.value,
+        **_patterns(spec),
         "preset": spec.preset,
         "steps": str(plan.steps),
         "objective": spec.request(0).objective.label,
@@ -41,6 +40,17 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
             else {"validation": f"{spec.validation.candidates} random candidates"}
         ),
     }
+
+
+def _patterns(spec: JobSpec) -> dict[str, str]:
+    """How sparse the model is to be."""
+    scopes = {each.scope.value: None for each in spec.points}
+    scope = {"scope" if len(scopes) == 1 else "scopes": ", ".join(scopes)}
+    if spec.target is not None:
+        return {"target": f"the highest sparsity within {spec.target}", **scope}
+    if spec.patterns is not None:
+        return {"patterns": ", ".join(map(str, spec.points)), **scope}
+    return {"pattern": _pattern(str(spec.pattern)), **scope}
 
 
 def search_commands(document: str = "job.json") -> list[str]:

@@ -12,8 +12,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import insert, select, text
 
-import storage.claims
 import storage.configurations
+import storage.outcomes
 from storage.configurations import (
     ConfigurationStore,
     NoSuchConfiguration,
@@ -113,7 +113,7 @@ def test_one_transaction(
     def broken(*_arguments: Any, **_more: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(storage.claims, "set_state", broken)
+    monkeypatch.setattr(storage.outcomes, "set_state", broken)
 
     with pytest.raises(ZeroDivisionError):
         store.succeed(claim, best=BEST, warnings=[], result={})
@@ -308,7 +308,7 @@ def test_document_without_a_pattern(library: ConfigurationStore) -> None:
 def older(empty_database: Database) -> Database:
     """A database as it was before there was a library."""
     config = Config()
-    migrations = Path(storage.claims.__file__).parent / "migrations"
+    migrations = Path(storage.outcomes.__file__).parent / "migrations"
     config.set_main_option("script_location", str(migrations).replace("%", "%%"))
     with empty_database.transaction() as connection:
         for schema in ("pho", "procrastinate", "optuna"):

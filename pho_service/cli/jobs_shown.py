@@ -1,0 +1,82 @@
+"""
+Jobs in words and tables, as the verbs for jobs print them.
+"""
+
+from typing import TYPE_CHECKING
+
+from pho_service.cli.terminal import print_table, tell
+
+if TYPE_CHECKING:
+    from pho_service.api.answers import Job
+
+
+def outcome(job: "Job") -> list[str]:
+    """What has come of a job, in lines."""
+    lines = []
+    if job.best is not None:
+        if job.best.perplexities is not None:
+            lines.append(f"result       {job.best.perplexities} (perplexities)")
+        lines.append(
+            f"best         {job.best.method}, objective {number(job.best.objective)}, "
+            f"perplexity {number(job.best.perplexity) or 'not measured'}"
+        )
+        lines.append(f"configuration: pho best {job.id} --out config.json")
+    if job.pruned == "done":
+        lines.append(f"pruned model:  pho pull {job.id} --out pruned")
+    elif job.pruned == "removed":
+        lines.append(f"pruned model:  deleted by age; pho pull {job.id} --prune --out pruned")
+    for name, quality in (job.validation or {}).items():
+        lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
+    if job.error is not None:
+        where = f" at {job.error.layer}" if job.error.layer else ""
+        lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")
+        lines[-1] += job.error.message
+    return [*lines, *(f"note         {warning}" for warning in job.warnings)]
+
+
+def show_points(job: "Job") -> None:
+    """The table of a job with several patterns."""
+    if not job.points:
+        return
+    rows = [
+        [
+            each.pattern,
+            each.state,
+            *(number(value, digits=5) for value in (each.perplexity, each.dense)),
+            None if each.rise is None else f"{each.rise:+.1%}",
+            *(number(value, digits=5) for value in (each.wanda, each.ria)),
+            None if each.within is None else ("yes" if each.within else "no"),
+            number(each.seconds, digits=4),
+        ]
+        for each in job.points
+    ]
+    columns = [
+        "pattern", "state", "found", "dense", "rise", "Wanda", "RIA", "within", "seconds",
+    ]  # fmt: skip
+    print_table("Perplexity at each sparsity", columns, rows)
+    if job.best is None and any(each.state == "done" for each in job.points):
+        tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
+
+
+def good(job: "Job") -> list[str | None]:
+    """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
+    if job.best is None or job.best.perplexities is None:
+        found = job.best.perplexity if job.best else None
+        return [None, number(found, digits=4), None, None, None]
+    good = job.best.perplexities
+    values = (good.dense, good.pruned, good.wanda, good.ria)
+    dense, pruned, wanda, ria = (number(value, digits=4) for value in values)
+    return [dense, pruned, f"{good.rise:+.1%}", wanda, ria]
+
+
+def done(job: "Job") -> str:
+    """How far a job is."""
+    done = job.progress
+    if job.kind == "transfer":
+        return f"{done.models_done}/{done.models} models"
+    return f"{done.trials_done}/{done.trials}"
+
+
+def number(value: float | None, digits: int = 6) -> str | None:
+    """A number for a table; None stays None."""
+    return None if value is None else f"{value:.{digits}g}"
