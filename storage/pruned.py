@@ -5,7 +5,6 @@ What their files are is the result of a stage, ``prune``; the files are in the a
 """
 
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -28,7 +27,7 @@ _WAY_OUT = {
 }
 
 
-def chosen(job: Job, pattern: str | None) -> Mapping[str, Any]:
+def chosen(job: Job, pattern: str | None) -> dict[str, Any]:
     """
     The configuration that a job has found; of several patterns, that of one.
 
@@ -39,11 +38,10 @@ def chosen(job: Job, pattern: str | None) -> Mapping[str, Any]:
     Raises:
         LookupError: There is none, or not yet.
     """
-    if pattern is None:
-        found = job.best
-    else:
-        points = (s for s in job.of_kind(StageKind.POINT) if s.result is not None)
-        found = next((s.result["configuration"] for s in points if s.about == pattern), None)
+    found = job.best
+    if pattern is not None:
+        results = (s.result or {} for s in job.of_kind(StageKind.POINT) if s.about == pattern)
+        found = next(results, {}).get("configuration")
     if found is None:
         raise LookupError(f"the job has no configuration for {pattern or 'its pattern'}")
     return found

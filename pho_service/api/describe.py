@@ -2,7 +2,6 @@
 Jobs as the API shows them.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -58,7 +57,7 @@ def describe(job: stored.Job) -> Job:
     )
 
 
-def configuration_of(job: stored.Job, pattern: str | None = None) -> Mapping[str, Any]:
+def configuration_of(job: stored.Job, pattern: str | None = None) -> dict[str, Any]:
     """
     What a search has found.
 

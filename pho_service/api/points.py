@@ -112,7 +112,7 @@ def pattern_named(job: stored.Job, pattern: str) -> str | None:
     return wanted
 
 
-def several_found(job: stored.Job) -> Mapping[str, Any]:
+def several_found(job: stored.Job) -> dict[str, Any]:
     """
     What the target of a job with several patterns has found.
 

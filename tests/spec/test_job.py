@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +443,58 @@ def test_steps_refused(changes: dict[str, Any], message: str) -> None:
     """A step without a meaning is refused when the job is submitted."""
     with pytest.raises(ValidationError, match=message):
         JobSpec.model_validate({"model": "m", "pattern": "0.5", **changes})
+
+
+def several(**changes: Any) -> JobSpec:
+    """A job without a pattern of its own."""
+    return JobSpec.model_validate({"model": "org/name", **changes})
+
+
+def test_several_patterns() -> None:
+    """Each has the request of a job with it alone, with what the preset meant at it."""
+    spec = several(patterns=["2:4", "0.3"], preset="best", scope="row", trials=50).settled()
+    kept = JobSpec.model_validate_json(spec.model_dump_json())
+
+    assert kept == spec
+    assert [str(each) for each in spec.points] == ["0.3", "2:4"]
+    assert [meaning.of for meaning in spec.preset_meanings] == [
+        "best at 0.3, scope row", "best at 2:4, scope row",
+    ]  # fmt: skip
+    for text, scope in (("0.3", "row"), ("2:4", None)):
+        alone = spec_of(pattern=text, scope=scope, preset="best", trials=50)
+        mine = spec.of_pattern(Pattern.parse(text, scope))
+        assert mine.request(0) == replace(alone.request(0), finalists=2)
+        assert mine.preset_meaning == alone.settled().preset_meaning
+        assert JobSpec.model_validate(mine.model_dump()) == mine
+    assert several(patterns=["0.3"], confirm={"candidates": 7}).confirm.candidates == 7  # type: ignore[union-attr]
+    assert several(target={"perplexity_rise": 0.05}).most_points == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "there is none: give pattern"),
+        ({"pattern": "0.5", "patterns": ["0.3"]}, "pattern and patterns are given"),
+        ({"patterns": ["0.3"], "target": {"perplexity_rise": 0.1}}, "patterns and target are"),
+        ({"patterns": ["0.3", "0.30"]}, "0.3 is given twice"),
+        ({"patterns": ["0.3"], "islands": 2}, "islands cannot be asked for with several"),
+        ({"patterns": ["0.3"], "confirm": None}, "confirm: null cannot"),
+        ({"target": {"perplexity_rise": 0.1}, "confirm": None}, "with a target"),
+        ({"patterns": ["0.3"], "more_models": ["org/b"]}, "more_models cannot"),
+        ({"patterns": ["0.3"], "timeout_s": 1.0}, "timeout_s cannot"),
+        ({"patterns": ["0.3"], "warm_start": {}}, "warm_start cannot"),
+        ({"patterns": ["0.3"], "prune": True}, ":prune with its pattern"),
+        ({"patterns": ["0.3", "2:4"], "trials": 3}, "trials=3 is too few"),
+        ({"patterns": ["0.3", "2:4"], "corrections": 3, "preset": "best"}, "at 2:4 in scope row"),
+    ],
+    ids=[
+        "none", "two", "two-of-several", "twice", "islands", "unconfirmed", "unconfirmed-target",
+        "models", "timeout", "warm", "prune", "trials", "corrections",
+    ],
+)  # fmt: skip
+def test_not_of_several(changes: dict[str, Any], told: str) -> None:
+    """What is of one pattern is refused with several, in words."""
+    with pytest.raises(ValidationError) as refused:
+        several(**changes)
+
+    assert told in str(refused.value)

@@ -96,9 +96,10 @@ def test_target(hand: Any, small: Any) -> None:
 
 def test_missed(hand: Any, small: Any) -> None:
     """A target that nothing is within fails the job in words; what was measured stays."""
-    spec = small(pattern=None, target={**TARGET, "perplexity_rise": 1e-9, "lowest": 0.7})
-    job = hand.submit(spec)
-    with pytest.raises(TargetMissed, match="no sparsity is within"):
+    spec = small(pattern=None, target={"perplexity_rise": 0.1, "lowest": 0.7, "highest": 0.71})
+    job = hand.until(hand.submit(spec), StageKind.FINISH)
+    hand.edit(job, StageKind.POINT, lambda point: point.update(perplexity=2 * point["dense"]))
+    with pytest.raises(TargetMissed, match="no sparsity is within 10 % of dense"):
         hand.until(job, None)
     job = hand.store.get(job.id)
 

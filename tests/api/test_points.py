@@ -1,0 +1,159 @@
+"""Jobs with several patterns: their points in every answer, and what must be named."""
+
+import uuid
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from storage.records import NewStage
+from storage.rows import add_stages
+from storage.states import JobState, StageKind
+
+PATTERNS = ["0.3", "2:4"]
+TARGET = {"perplexity_rise": 0.1, "step": 0.2, "lowest": 0.3, "highest": 0.5}
+
+
+@pytest.fixture
+def point(configuration: Any) -> Any:
+    """What a worker stores of a point; with ``study``, as of a target's answer."""
+
+    def of(pattern: str, perplexity: float, study: str = "study") -> dict[str, Any]:
+        document = configuration.model_dump(mode="json")
+        confirmation = {**document["confirmation"], "text": {"source": "book.txt"}}
+        return {
+            "pattern": pattern, "scope": "row" if ":" in pattern else "layer",
+            "sparsity": 0.5 if ":" in pattern else float(pattern), "perplexity": perplexity,
+            "rise": perplexity / 20 - 1, "dense": 20.0, "wanda": 30.0, "ria": None, "proxy": 0.01,
+            "trials": 40, "seconds": 2.5, "study": study, "trial": 3, "warnings": [],
+            "configuration": {
+                **document, "pattern": pattern, "scope": "row" if ":" in pattern else "layer",
+                "confirmation": confirmation, "search": {**document["search"], "study": study},
+            },
+        }  # fmt: skip
+
+    return of
+
+
+@pytest.fixture
+def begin(submit: Any, hand: Any) -> Any:
+    """Submit a job, and calibrate it; gives its id."""
+
+    def of(about: list[str], **asked: Any) -> str:
+        job: str = submit(pattern=None, **asked)["id"]
+        claim = hand.take(job, StageKind.CALIBRATE)
+        stages = [
+            NewStage(kind=StageKind.POINT, number=i, params={"pattern": each})
+            for i, each in enumerate(about)
+        ]
+        provenance = {"model": {"name": "org/name"}}
+        hand.store.complete(claim, {"provenance": provenance, "seconds": 1.0}, add=stages)
+        return job
+
+    return of
+
+
+@pytest.fixture
+def measure(hand: Any, point: Any) -> Any:
+    """End a point of a job."""
+
+    def of(job: str, number: int, perplexity: float) -> dict[str, Any]:
+        claim = hand.take(job, StageKind.POINT, number)
+        result: dict[str, Any] = point(claim.stage.about, perplexity, f"study {number}")
+        finish = [NewStage(kind=StageKind.FINISH)]
+        found = result["configuration"]
+        hand.store.complete(claim, result, then=finish, configuration=found)
+        return result
+
+    return of
+
+
+def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:
+    """Each pattern is a point, waiting or measured; its configuration must be named."""
+    job = begin(PATTERNS, patterns=["2:4", "0.3"])
+    path = f"/v1/jobs/{job}"
+    refusal(client.get(f"{path}/best"), 409, "no_configuration")
+    first = measure(job, 0, 22.0)
+    begun = client.get(path).json()
+    second = measure(job, 1, 24.0)
+    hand.store.succeed(hand.take(job, StageKind.FINISH), best=None, warnings=["w"], result={})
+    over = client.get(path).json()
+
+    assert [p["pattern"] for p in begun["points"]] == PATTERNS
+    assert [p["state"] for p in begun["points"]] == ["done", "waiting"]
+    assert [p["perplexity"] for p in begun["points"]] == [22.0, None]
+    assert (begun["progress"]["points_done"], begun["progress"]["points"]) == (1, 2)
+    assert begun["progress"]["trials"] == 400
+    assert (over["state"], over["best"], over["warnings"]) == ("succeeded", None, ["w"])
+    assert round(over["points"][1]["rise"], 6) == 0.2
+    assert client.get(f"{path}/best?pattern=0.30").json() == first["configuration"]
+    assert client.get(f"{path}/best?pattern=2:4").json() == second["configuration"]
+    told = refusal(client.get(f"{path}/best"), 409, "several_patterns")["detail"]
+    assert "Found: 0.3, 2:4" in told
+    refusal(client.get(f"{path}/best?pattern=0.4"), 409, "no_such_pattern")
+    refusal(client.get(f"{path}/best?pattern=much"), 422)
+    refusal(client.post(f"{path}:extend", json={"trials": 10}), 409, "several_patterns")
+    refusal(client.post(f"{path}:transfer", json={"models": ["org/b"]}), 409, "several_patterns")
+    assert client.get("/v1/configurations?limit=10").json()["considered"] == 2
+
+    page = client.get("/").text
+    assert "patterns" in page
+    assert f"/v1/jobs/{job}/best?pattern=2:4" in page
+    report = client.get(f"{path}/report").text
+    assert "Perplexity against sparsity" in report
+    assert "+20.0%" in report
+
+
+def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:
+    """One pattern is pruned, the one that is named; another one takes its place."""
+    job = begin(PATTERNS, patterns=PATTERNS)
+    path = f"/v1/jobs/{job}"
+    for number in (0, 1):
+        measure(job, number, 22.0)
+    hand.store.succeed(hand.take(job, StageKind.FINISH), best=None, warnings=[], result={})
+    refusal(client.post(f"{path}:prune"), 409, "several_patterns")
+    refusal(client.post(f"{path}:prune?pattern=0.9"), 409, "no_such_pattern")
+    asked = client.post(f"{path}:prune?pattern=2:4").json()
+    same = client.post(f"{path}:prune?pattern=2:4").json()
+    hand.store.pruned(hand.take(job, StageKind.PRUNE), {"key": "key", "files": []})
+    other = client.post(f"{path}:prune?pattern=0.3").json()
+
+    assert (asked["pruned"], asked["pruned_pattern"], asked["state"]) == (
+        "waiting",
+        "2:4",
+        "queued",
+    )
+    assert same == asked
+    assert (other["pruned"], other["pruned_pattern"]) == ("waiting", "0.3")
+    assert hand.take(job, StageKind.PRUNE).stage.about == "0.3"
+
+
+def test_target(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
+    """The answer of a target is the job's best; each point says whether it is within."""
+    job = begin(["0.3"], target=TARGET)
+    measure(job, 0, 21.0)
+    outside = NewStage(kind=StageKind.POINT, number=1, params={"pattern": "0.5"})
+    with hand.store.database.transaction() as connection:
+        add_stages(connection, hand.store.get(uuid.UUID(job)), [outside])
+    answer = hand.store.get(uuid.UUID(job)).of_kind(StageKind.POINT)[0].result["configuration"]
+    measure(job, 1, 25.0)
+    hand.store.succeed(hand.take(job, StageKind.FINISH), best=answer, warnings=[], result={})
+    found = client.get(f"/v1/jobs/{job}").json()
+
+    assert [p["within"] for p in found["points"]] == [True, False]
+    assert client.get(f"/v1/jobs/{job}/best").json() == answer
+    assert client.get(f"/v1/jobs/{job}/report").status_code == 200
+    assert client.delete(f"/v1/jobs/{job}").status_code == 204
+
+
+def test_failed(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
+    """A target without an answer has its points, and says why there is none."""
+    job = begin(["0.3"], target=TARGET)
+    measure(job, 0, 30.0)
+    error = {"type": "TargetMissed", "message": "no sparsity is within 10 % of dense"}
+    hand.store.fail(hand.take(job, StageKind.FINISH), error, retry=False)
+    found = client.get(f"/v1/jobs/{job}").json()
+
+    assert (found["state"], found["best"]) == (JobState.FAILED, None)
+    assert found["points"][0]["within"] is False
+    assert "no sparsity is within" in client.get("/").text
