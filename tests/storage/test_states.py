@@ -143,9 +143,9 @@ def test_groups_of_states() -> None:
 
 def test_ranks() -> None:
     """The kinds of work rank in the order in which they are done; a transfer is begun last."""
-    kinds = ["transfer", "calibrate", "search", "confirm", "perplexity", "finish"]
+    kinds = ["transfer", "calibrate", "point", "search", "confirm", "perplexity", "finish"]
 
-    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4, 5]
+    assert [StageKind(kind).rank for kind in kinds] == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("verb", "state", "busy", "then"), ASKED)

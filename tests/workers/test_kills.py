@@ -21,7 +21,10 @@ TRIALS = 60
 LONG = 600  # trials; long enough to be waited for
 
 
-@pytest.mark.parametrize("kind", [k for k in StageKind if k is not StageKind.TRANSFER])
+OF_A_SEARCH = [k for k in StageKind if k not in (StageKind.TRANSFER, StageKind.POINT)]
+
+
+@pytest.mark.parametrize("kind", OF_A_SEARCH)
 def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Killed in any stage, a worker is replaced by another, which ends with the same result."""
     alone = undisturbed(spec_of(trials=TRIALS))
@@ -37,6 +40,24 @@ def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, foun
     assert max(s.attempt for s in job.of_kind(kind)) > 1
     assert crew.trials(job) == [alone.trials]
     assert found(job) == alone.configuration
+
+
+def test_killed_in_a_point(crew: Any, spec_of: Any, undisturbed: Any) -> None:
+    """Killed while it searches one of several patterns, too."""
+    confirm = {"candidates": 2}
+    alone = undisturbed(spec_of(trials=TRIALS, confirm=confirm)).configuration
+    crew.man(2)
+    for _ in range(10):
+        job = crew.submit(spec_of(pattern=None, patterns=["0.5"], trials=TRIALS, confirm=confirm))
+        with suppress(crew.JobIsOver):
+            crew.kill(job, StageKind.POINT)
+            break
+    (point,) = crew.succeeded(job).of_kind(StageKind.POINT)
+    found = point.result["configuration"]
+    del found["search"]["study"]
+
+    assert point.attempt > 1
+    assert found == alone
 
 
 def test_killed_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
