@@ -63,8 +63,9 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
         document: Of a search, as it is stored.
     """
     own = {name: document[name] for name in _OWN_FIELDS}
-    default = JobSpec.model_validate(own).model_dump(mode="json")
-    typed = {**DEFAULTS, **{name: str(value) for name, value in own.items()}}
+    several = {name: document[name] for name in ("patterns", "target") if name in document}
+    default = JobSpec.model_validate({**own, **several}).model_dump(mode="json")
+    typed = {**DEFAULTS, **{n: "" if value is None else str(value) for n, value in own.items()}}
     calibration = {
         name: value
         for name, value in (document.get("calibration") or {}).items()
@@ -76,8 +77,8 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
     more = {
         name: value
         for name, value in document.items()
-        if name not in (*_OWN_FIELDS, "calibration", "preset_meaning")
-        and value != default.get(name)
+        if name not in (*_OWN_FIELDS, "calibration", "preset_meaning", "preset_meanings")
+        and (name in several or value != default.get(name))
     }
     if calibration:
         more["calibration"] = calibration

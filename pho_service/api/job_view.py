@@ -11,6 +11,7 @@ from pho_service.api import artifacts
 from pho_service.api.answers import ArtifactList
 from pho_service.api.cards import Card, card, span
 from pho_service.api.describe import is_transfer, step_of, study_names
+from pho_service.api.points import is_several
 from pho_service.api.service import Caller, Service
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Configuration
@@ -26,6 +27,7 @@ WIDTH, HEIGHT = 960.0, 200.0  # of a chart
 _TITLES = {
     StageKind.TRANSFER: "Measure on other models",
     StageKind.CALIBRATE: "Calibrate",
+    StageKind.POINT: "Search and confirm each pattern",
     StageKind.SEARCH: "Search",
     StageKind.CONFIRM: "Choose the finalists",
     StageKind.PERPLEXITY: "Measure perplexities",
@@ -161,7 +163,9 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         names = study_names(job)
         if caller.sees_all:  # others may not look into the dashboard
             studies = study_ids(connection, names)
-        islands = [read_values(connection, name) for name in names]
+        # Values at several sparsities have no chart in common: the report has their curve.
+        drawn = [] if is_several(job.spec) else names
+        islands = [read_values(connection, name) for name in drawn]
     shown = card(job, studies, now)
     found = None if job.best is None else Configuration.model_validate(job.best)
     return JobView(
@@ -173,7 +177,9 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         layers=_layers(job),
         events=[_told(event) for event in service.jobs.history(job.id, limit=EVENTS)],
         files=artifacts.listed(job) if shown.job.pruned == "done" else None,
-        extensible=not is_transfer(job) and job.state in VERBS["extend"],
+        extensible=not is_transfer(job)
+        and not is_several(job.spec)
+        and job.state in VERBS["extend"],
     )
 
 

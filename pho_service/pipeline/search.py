@@ -145,7 +145,7 @@ def search_job(
     if subject is not None:
         from pho_service.pipeline.deployable import priced
 
-        result = priced(result, study, subject, progress)
+        result = priced(result, study, subject, progress, fence)
     if request.steps.reconstruction.wanted:
         from pho_service.pipeline.winner import reconstruct_winner
 

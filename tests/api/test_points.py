@@ -99,6 +99,11 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     page = client.get("/").text
     assert "patterns" in page
     assert f"/v1/jobs/{job}/best?pattern=2:4" in page
+    page = client.get(f"/jobs/{job}").text
+    assert f"/v1/jobs/{job}/best?pattern=2:4" in page
+    assert "Extend" not in page
+    form = client.get(f"/new?job={job}").text
+    assert "&#34;patterns&#34;: [" in form
     report = client.get(f"{path}/report").text
     assert "Perplexity against sparsity" in report
     assert "+20.0%" in report
