@@ -97,7 +97,7 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert client.get("/v1/configurations?limit=10").json()["considered"] == 2
 
     page = client.get("/").text
-    assert "patterns" in page
+    assert "<dt>Patterns</dt> <dd>2:4, 0.3</dd>" in page
     assert f"/v1/jobs/{job}/best?pattern=2:4" in page
     page = client.get(f"/jobs/{job}").text
     assert f"/v1/jobs/{job}/best?pattern=2:4" in page
