@@ -45,10 +45,12 @@ def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, foun
 def test_killed_in_a_point(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     """Killed while it searches one of several patterns, too."""
     confirm = {"candidates": 2}
-    alone = undisturbed(spec_of(trials=TRIALS, confirm=confirm)).configuration
+    alone = undisturbed(spec_of(trials=TRIALS, confirm=confirm, preset="score")).configuration
     crew.man(2)
     for _ in range(10):
-        job = crew.submit(spec_of(pattern=None, patterns=["0.5"], trials=TRIALS, confirm=confirm))
+        job = crew.submit(
+            spec_of(pattern=None, patterns=["0.5"], trials=TRIALS, confirm=confirm, preset="score")
+        )
         with suppress(crew.JobIsOver):
             crew.kill(job, StageKind.POINT)
             break

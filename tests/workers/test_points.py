@@ -73,7 +73,7 @@ def test_target(hand: Any, small: Any) -> None:
     The answer is within the target and the next step is not, both measured; killed in the middle
     and done again, the same job has the same points.
     """
-    spec = small(pattern=None, target=TARGET)
+    spec = small(pattern=None, target=TARGET, preset="score")
     job = hand.done(spec)
     again = hand.submit(spec)
     for _ in range(2):
@@ -96,7 +96,11 @@ def test_target(hand: Any, small: Any) -> None:
 
 def test_missed(hand: Any, small: Any) -> None:
     """A target that nothing is within fails the job in words; what was measured stays."""
-    spec = small(pattern=None, target={"perplexity_rise": 0.1, "lowest": 0.7, "highest": 0.71})
+    spec = small(
+        pattern=None,
+        target={"perplexity_rise": 0.1, "lowest": 0.7, "highest": 0.71},
+        preset="score",
+    )
     job = hand.until(hand.submit(spec), StageKind.FINISH)
     hand.edit(job, StageKind.POINT, lambda point: point.update(perplexity=2 * point["dense"]))
     with pytest.raises(TargetMissed, match="no sparsity is within 10 % of dense"):
