@@ -3,7 +3,7 @@ GGUF files, read without doing the same work again and again, or more than they 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ class _HeaderReadEnough(Exception):
 class _FirstFields(BoundedReader):
     """The fields before those of the tokenizer, which writers put at the end."""
 
-    found: dict[str, Any]
+    def __init__(self, path: Path) -> None:
+        self.found: dict[str, Any] = {}
+        with suppress(_HeaderReadEnough):
+            super().__init__(path)
 
     def _push_field(self, field: Any, skip_sum: bool = False) -> Any:
         if field.name.startswith("tokenizer."):
@@ -77,15 +80,11 @@ def text_fields(path: Path, names: Iterable[str]) -> dict[str, str]:
         OSError: The file cannot be read.
         ValueError: It is not a whole GGUF file.
     """
-    reader = _FirstFields.__new__(_FirstFields)
-    reader.found = {}
     try:
-        reader.__init__(path)  # type: ignore[misc]  # it reads all at once, or until told to stop
-    except _HeaderReadEnough:
-        pass
+        found = _FirstFields(path).found
     except (KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole GGUF file") from error
-    contents = {name: reader.found[name].contents() for name in names if name in reader.found}
+    contents = {name: found[name].contents() for name in names if name in found}
     return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 

@@ -57,7 +57,10 @@ def bundles(crew: Any) -> dict[str, int]:
             {"objective": {"name": "perplexity"}, "sampler": "hill-climb", "trials": 300},
             id="hill-climb-to-its-end",
         ),
-        pytest.param({"pattern": "2:4", "seed": 3}, id="2:4"),
+        pytest.param(
+            {"pattern": "2:4", "seed": 3, "steps": {"permutation": "score", "deployable": True}},
+            id="2:4-deployable",
+        ),
         pytest.param({"preset": "best", "corrections": 3}, id="best-corrected"),
         pytest.param({"preset": "best-reconstructed", "trials": 10}, id="best-reconstructed"),
         pytest.param(
