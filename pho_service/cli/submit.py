@@ -75,7 +75,7 @@ def job_document(
     document = given.document(_read_document(job_file) if job_file else {})
     if models:
         document["model"], document["more_models"] = models[0], [*models[1:]]
-    if pattern is not None:
+    if pattern is not None and not (document.get("patterns") or document.get("target")):
         document.setdefault("pattern", pattern)
     for fields, way in (
         (("model",), "MODEL"),

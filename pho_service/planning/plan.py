@@ -23,12 +23,14 @@ from pho_service.planning.stage_memory import (
     windows_at_once,
 )
 from pho_service.spec.job import JobSpec
+from pho_service.spec.points import first_of_kinds
 from pho_service.spec.steps import Steps
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
 FREE = 0.95  # of a card that can be used: the rest is lost between blocks
 PACKED_BYTE = 0.34  # of a kept weight's sign and exponent, as `pho pack` has them in bfloat16
+_AT_EACH_PATTERN = ("search", "correct", "confirm by perplexity")  # stages
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
 
@@ -141,6 +143,8 @@ def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan
     Raises:
         InvalidInput: A family whose layout is not known, or windows longer than the model reads.
     """
+    if spec.several:
+        return _of_several(spec, config, machine)
     shapes = model_shapes(spec.model, config)
     settings = spec.calibration.settings()
     if shapes.context is not None and settings.context_length > shapes.context:
@@ -163,6 +167,40 @@ def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan
         work.pattern.check_width(width, spec.model)
     plan = _plan(shapes, work, machine)
     return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
+
+
+def _of_several(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan:
+    """
+    The plan of a job with several patterns: what is done at each of them takes as long as at the
+    first of its kind. The model that is pruned in the end is that of the first.
+    """
+    points, kinds = spec.points, first_of_kinds(spec.points)
+    plans = [plan_job(spec.of_pattern(each), config, machine) for each in kinds]
+    shapes = plans[0].shapes
+    for width in {linear.in_features for block in shapes.blocks for linear in block}:
+        for each in points:
+            each.check_width(width, spec.model)
+    counts = [sum(bool(p.group) == bool(kind.group) for p in points) for kind in kinds]
+    if spec.target is not None:
+        counts = [spec.most_points]
+    stages = []
+    for alike in zip(*(plan.stages for plan in plans), strict=True):
+        repeated = alike[0].title.partition(",")[0] in _AT_EACH_PATTERN
+        times = counts if repeated else [1] + [0] * (len(plans) - 1)
+        low, high = (
+            sum(n * stage.seconds[end] for n, stage in zip(times, alike, strict=True))
+            for end in (0, 1)
+        )
+        title = alike[0].title
+        stages.append(
+            replace(
+                max(alike, key=lambda stage: stage.peak.device + stage.peak.host),
+                title=f"{title}, at each of {sum(counts)} patterns" if repeated else title,
+                seconds=(low, high),
+            )
+        )
+    lacking = next((plan for plan in plans if not plan.fits), plans[0])
+    return replace(lacking, stages=tuple(stages))
 
 
 def _dtype(spec: JobSpec, shapes: ModelShapes, machine: Machine) -> str:

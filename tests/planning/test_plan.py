@@ -187,6 +187,20 @@ def test_refusals(config: dict[str, Any], fields: dict[str, Any], words: str) ->
         planned(config, **fields)
 
 
+def test_several_patterns() -> None:
+    """One calibration and one model to write; search and confirmation at each pattern."""
+    found = planned(pattern=None, patterns=["0.3", "0.5", "2:4"], confirm={"candidates": 5})
+    share, kept = planned(pattern="0.3"), planned(pattern="2:4")
+    repeated = ("search", "confirm")
+    for stage, one, other in zip(found.stages, share.stages, kept.stages, strict=True):
+        times = (2, 1) if stage.title.startswith(repeated) else (1, 0)
+        expected = times[0] * one.seconds[0] + times[1] * other.seconds[0]
+
+        assert stage.seconds[0] == pytest.approx(expected)
+        assert stage.title.endswith("at each of 3 patterns") == stage.title.startswith(repeated)
+    assert "at each of 6" in planned(pattern=None, target={"perplexity_rise": 0.1}).stages[3].title
+
+
 def test_unknown_card() -> None:
     """Known cards are listed; a memory without a unit is not believed."""
     with pytest.raises(InvalidInput, match=r"'K80' is not known\. Known are H200, H100"):
