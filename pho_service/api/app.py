@@ -14,6 +14,7 @@ from fastapi_offline import FastAPIOffline
 
 from pho_service.api import (
     artifacts,
+    compare,
     configurations,
     front,
     job_page,
@@ -67,7 +68,8 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    parts = (front, job_page, jobs, artifacts, plan, report, transfers, configurations, operations)
+    pages = (front, job_page, compare)
+    parts = (*pages, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

@@ -54,11 +54,13 @@ class View:
         states: Only jobs in these; none means all.
         token: Of the page.
         refresh: Whether it may be loaded again by itself.
+        chosen: A job that is chosen to be compared with others.
     """
 
     states: tuple[str, ...] = ()
     token: str | None = None
     refresh: bool = True
+    chosen: str | None = None
 
     @classmethod
     def of(cls, query: Sequence[tuple[str, str]]) -> Self:
@@ -75,6 +77,7 @@ class View:
             states=states,
             token=found.get("page_token"),
             refresh=found.get("refresh") != "off",
+            chosen=found.get("compare"),
         )
 
     @property
@@ -83,6 +86,7 @@ class View:
         pairs = [("state", state) for state in self.states]
         pairs += [] if self.token is None else [("page_token", self.token)]
         pairs += [] if self.refresh else [("refresh", "off")]
+        pairs += [] if self.chosen is None else [("compare", self.chosen)]
         return f"?{urlencode(pairs)}" if pairs else ""
 
     def only(self, states: tuple[str, ...]) -> "View":

@@ -10,6 +10,7 @@ from datetime import datetime
 from pho_service.api import artifacts
 from pho_service.api.answers import ArtifactList
 from pho_service.api.cards import Card, card, span
+from pho_service.api.chart import Chart, Search, draw_searches
 from pho_service.api.describe import is_transfer, step_of, study_names
 from pho_service.api.points import is_several
 from pho_service.api.service import Caller, Service
@@ -22,8 +23,6 @@ from storage.trials import read_values
 
 EVENTS = 50  # that are shown, the newest
 FINALISTS = 20  # that are shown, the best
-DOTS = 400  # of a chart, at most
-WIDTH, HEIGHT = 960.0, 200.0  # of a chart
 _TITLES = {
     StageKind.TRANSFER: "Measure on other models",
     StageKind.CALIBRATE: "Calibrate",
@@ -74,30 +73,6 @@ class StageRow:
     total: int
     at: str
     attempts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """
-    The search as it goes.
-
-    Attributes:
-        dots: Trials, in pixels from the top left.
-        best: The best so far, as the points of a line.
-        top: The value at the top.
-        bottom: The value at the bottom.
-        trials: How many there are.
-        width: In pixels.
-        height: In pixels.
-    """
-
-    dots: Sequence[tuple[float, float]]
-    best: str
-    top: str
-    bottom: str
-    trials: int
-    width: float = WIDTH
-    height: float = HEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +147,7 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         card=shown,
         results=[] if found is None else _results(found),
         stages=_stages(job, now),
-        chart=_chart(islands, maximised=job.spec.get("objective", {}).get("name") == "gini"),
+        chart=None if is_transfer(job) else draw_searches([Search.of(job, islands)]),
         finalists=_finalists(job, found),
         layers=_layers(job),
         events=[_told(event) for event in service.jobs.history(job.id, limit=EVENTS)],
@@ -243,46 +218,6 @@ def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
         return []
     ended = [stage.finished_at or by for stage in stages]
     return [span((max(ended) - min(begun)).total_seconds())]
-
-
-def _chart(islands: Sequence[Sequence[tuple[int, float]]], *, maximised: bool) -> Chart | None:
-    """Trials of all islands, in the order of their numbers, and the best so far."""
-    sign = -1.0 if maximised else 1.0
-    values = [
-        value
-        for _, value in sorted(trial for trials in islands for trial in trials)
-        if math.isfinite(value)
-    ]
-    if len(values) < 2:
-        return None
-    best, lowest = [], math.inf
-    for value in values:
-        lowest = min(lowest, sign * value)
-        best.append(sign * lowest)
-    # What is far worse than the others would press them together at the edge.
-    worst = sign * sorted(sign * value for value in values)[int(0.9 * (len(values) - 1))]
-    low, high = sorted((best[-1], worst))
-    height = (high - low) or abs(high) or 1.0
-
-    def place(number: int, value: float) -> tuple[float, float]:
-        inside = min(max(value, low), high)
-        left = WIDTH * number / (len(values) - 1)
-        return round(left, 1), round(HEIGHT * (high - inside) / height, 1)
-
-    every = -(-len(values) // DOTS)
-    steps = [i for i in range(len(best)) if i in (0, len(best) - 1) or best[i] != best[i - 1]]
-    line: list[tuple[float, float]] = []
-    for i in steps:
-        if line:
-            line.append((place(i, best[i])[0], line[-1][1]))
-        line.append(place(i, best[i]))
-    return Chart(
-        dots=[place(i, values[i]) for i in range(0, len(values), every)],
-        best=" ".join(f"{x:g},{y:g}" for x, y in line),
-        top=f"{high:.4g}",
-        bottom=f"{low:.4g}",
-        trials=len(values),
-    )
 
 
 def _finalists(job: stored.Job, found: Configuration | None) -> list[Finalist]:

@@ -146,9 +146,11 @@ def test_states(
     hand.bring(job["id"], state)
     page = Page(client.get("/"))
     _, text = page.at(f"job-{job['id']}")
-    offered = [*page.texts("button"), *(text for text in page.links if text.startswith("Delete"))]
+    above, *buttons_of = page.texts("button")
+    offered = [*buttons_of, *(text for text in page.links if text.startswith("Delete"))]
 
     assert f"{job['name']} {state}" in text
+    assert above == "Compare the chosen jobs"
     assert offered == [f"{button} {job['name']}" for button in buttons]
 
 
@@ -309,7 +311,7 @@ def test_refresh(client: TestClient, submit: Submit, hand: Any) -> None:
 
     assert [refreshes(page) for page in (on, off, again, rest)] == [True, False, True, False]
     assert off.links["failed"] == "/?state=failed&refresh=off"
-    assert {i["value"] for i in off.of("input")} == {"?refresh=off"}
+    assert {i["value"] for i in off.of("input") if i["name"] == "view"} == {"?refresh=off"}
 
 
 def test_workers(client: TestClient, submit: Submit, hand: Any) -> None:
@@ -631,7 +633,7 @@ FOREIGN = [
 def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, keyed: bool) -> None:
     """A form of another page changes nothing, even if the browser sends the key by itself."""
     mine = basic(keys.create("k", sees_all=True)[1]) if keyed else {}
-    job = send(client, headers=mine).headers["location"].removeprefix("/#job-")
+    job = send(client, headers=mine).headers["location"].removeprefix("/jobs/")
     before = hand.store.page()
     for headers in FOREIGN:
         for path in ("/new", f"/jobs/{job}/cancel", f"/jobs/{job}/delete"):
@@ -645,7 +647,7 @@ def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, keyed: bool
 def test_foreign_form_to_the_api(client: TestClient, keys: KeyStore, hand: Any) -> None:
     """Nor do those of /v1 take the key that a browser sends by itself from another site's page."""
     secret = keys.create("k", sees_all=True)[1]
-    job = send(client, headers=basic(secret)).headers["location"].removeprefix("/#job-")
+    job = send(client, headers=basic(secret)).headers["location"].removeprefix("/jobs/")
     foreign = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
     url = f"/v1/jobs/{job}:cancel"
     refused = client.post(url, headers={**basic(secret), **foreign})

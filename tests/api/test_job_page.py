@@ -2,6 +2,7 @@
 
 import html
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,35 @@ def test_buttons_lead_back(client: TestClient, hand: Any, submit: Submit) -> Non
     assert refused.status_code == 409
     assert section(refused.text, "head").endswith("cancelled")
     assert client.get(f"/jobs/{NOBODY}").status_code == 404
+
+
+# ---------------------------------------------------------------------------- side by side
+
+
+def test_side_by_side(client: TestClient, hand: Any, submit: Submit) -> None:
+    """Jobs are compared: what differs is marked and comes first, the searches share a scale."""
+    first, second = submit(trials=8, name="first"), submit(trials=8, name="second", seed=3)
+    for job in (first, second):
+        hand.calibrate(job["id"])
+        hand.record(job, 8)
+    hand.succeed(first["id"])
+    chosen = {"job": [first["id"], second["id"]]}
+    answer = client.get("/compare", params=chosen)
+    marked = re.findall(r'<tr class="differs">(.*?)</tr>', answer.text, flags=re.DOTALL)
+
+    assert answer.status_code == 200
+    assert answer.text.count("<polyline") == 4  # two searches, and the key to them
+    assert "State succeeded running" in map(words, marked)
+    assert [words(row) for row in marked if "seed" in row] == ["seed 0 3"]
+    assert words(answer.text).index(" seed 0 3 ") < words(answer.text).index(" pattern 0.5 0.5 ")
+    assert f'value="{first["id"]}" form="compare"' in client.get("/").text
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_too_few_or_many(client: TestClient, count: int) -> None:
+    """What is not two to eight jobs is refused in words, and so is a job that is not there."""
+    answer = client.get("/compare", params={"job": [str(uuid.uuid4()) for _ in range(count)]})
+
+    assert answer.status_code == 422
+    assert f"names {count} jobs, but 2 to 8 are shown side by side" in words(answer.text)
+    assert client.get("/compare", params={"job": [NOBODY, str(uuid.uuid4())]}).status_code == 404

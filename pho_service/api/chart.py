@@ -1,0 +1,118 @@
+"""
+Searches as they go, drawn: trials as dots, and the best so far as a line.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from storage import records as stored
+
+WIDTH, HEIGHT = 960.0, 200.0
+DOTS = 400  # at most
+_SHOWN = 0.9  # share of the trials that fit; what is far worse than the others lies at the edge
+
+Place = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """
+    What a search has rated.
+
+    Attributes:
+        values: Finite ones of all islands, in the order of their trials.
+        maximised: Whether high values are good.
+    """
+
+    values: Sequence[float]
+    maximised: bool
+
+    @classmethod
+    def of(cls, job: stored.Job, islands: Sequence[Sequence[tuple[int, float]]]) -> Self:
+        """That of a job, from the number and the value of each trial of its islands."""
+        trials = sorted(trial for island in islands for trial in island)
+        return cls(
+            values=[value for _, value in trials if math.isfinite(value)],
+            maximised=job.spec.get("objective", {}).get("name") == "gini",
+        )
+
+    def best(self) -> list[float]:
+        """The best so far, at each trial."""
+        better = max if self.maximised else min
+        found: list[float] = []
+        for value in self.values:
+            found.append(better(found[-1], value) if found else value)
+        return found
+
+    def worst_shown(self) -> float:
+        """The worst value that is drawn where it is."""
+        ordered = sorted(self.values, reverse=self.maximised)
+        return ordered[int(_SHOWN * (len(ordered) - 1))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """
+    A drawing of searches on one scale.
+
+    Attributes:
+        dots: Trials of the only search, in pixels from the top left.
+        lines: The best so far of each, as the points of a line.
+        top: The value at the top.
+        bottom: The value at the bottom.
+        trials: How many the longest has.
+        width: In pixels.
+        height: In pixels.
+    """
+
+    dots: Sequence[Place]
+    lines: Sequence[str]
+    top: str
+    bottom: str
+    trials: int
+    width: float = WIDTH
+    height: float = HEIGHT
+
+
+def draw_searches(searches: Sequence[Search]) -> Chart | None:
+    """
+    Draw the best so far of searches, each with two trials or more; of a single one, the trials too.
+
+    Returns:
+        None if there is nothing to draw. A search with fewer trials has an empty line.
+    """
+    drawn = [search for search in searches if len(search.values) > 1]
+    if not drawn:
+        return None
+    ends = [end for search in drawn for end in (search.best()[-1], search.worst_shown())]
+    low, high = min(ends), max(ends)
+    height = (high - low) or abs(high) or 1.0
+    trials = max(len(search.values) for search in drawn)
+
+    def place(number: int, value: float) -> Place:
+        inside = min(max(value, low), high)
+        left = WIDTH * number / (trials - 1)
+        return round(left, 1), round(HEIGHT * (high - inside) / height, 1)
+
+    def line(search: Search) -> str:
+        best = search.best()
+        if len(best) < 2:
+            return ""
+        steps = [i for i in range(1, len(best)) if best[i] != best[i - 1]]
+        corners = [place(0, best[0])]
+        for i in steps:
+            corners += [(place(i, best[i])[0], corners[-1][1]), place(i, best[i])]
+        corners.append(place(len(best) - 1, best[-1]))
+        return " ".join(f"{x:g},{y:g}" for x, y in corners)
+
+    values = drawn[0].values if len(searches) == 1 else []
+    every = max(1, -(-len(values) // DOTS))
+    return Chart(
+        dots=[place(i, values[i]) for i in range(0, len(values), every)],
+        lines=[line(search) for search in searches],
+        top=f"{high:.4g}",
+        bottom=f"{low:.4g}",
+        trials=trials,
+    )
