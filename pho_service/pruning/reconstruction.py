@@ -87,7 +87,8 @@ def reconstruct(
     The error is the mean over tokens of the output's squared error over the dense output's energy,
     as the next block's norm sees it: without that division the few tokens with massive activations
     would be all that counts. Adam takes one window a step, in an order drawn from the seed; its
-    rate falls linearly to 0 over all passes. After each pass the held-out windows are measured;
+    rate is a share of the root mean square of each parameter's kept weights, as models differ in
+    that by a factor of ten, and falls linearly to 0 over all passes. After each pass the held-out windows are measured;
     the training ends early where their error has not fallen for two passes.
 
     Args:
@@ -151,6 +152,11 @@ def summary(blocks: Mapping[str, Reconstructed]) -> str:
     return sentence
 
 
+def _size(weights: Tensor) -> float:
+    """Root mean square; 0 of no weights."""
+    return float(weights.square().mean().sqrt()) if weights.numel() else 0.0
+
+
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -173,7 +179,10 @@ class _Fit:
         self.targets = targets
         self.parameters = [each.parameter for each in weights]
         self.exact = [each.parameter.detach().float() for each in weights]
-        self.adam = torch.optim.Adam(self.exact, foreach=False)  # no copies of all at once
+        # Adam moves every weight by about its rate, however large weights are: models differ.
+        self.sizes = [_size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)]
+        groups = [{"params": [exact]} for exact in self.exact]
+        self.adam = torch.optim.Adam(groups, foreach=False)  # no copies of all at once
 
     @contextmanager
     def ready(self) -> Iterator["_Fit"]:
@@ -205,7 +214,8 @@ class _Fit:
         for exact, each, gradient in zip(self.exact, self.weights, gradients, strict=True):
             # experts that no token of the window reached have none
             exact.grad = None if gradient is None else gradient.float().mul_(each.keep)
-        self.adam.param_groups[0]["lr"] = rate
+        for group, size in zip(self.adam.param_groups, self.sizes, strict=True):
+            group["lr"] = rate * size
         self.adam.step()
         self.adam.zero_grad()
         self._write()

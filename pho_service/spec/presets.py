@@ -16,7 +16,7 @@ from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Allocation, Steps
 
 PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed"]
-PRESETS: tuple[PresetName, ...] = get_args(PresetName)
+PRESETS: tuple[PresetName, ...] = ("score", "crepe", "crepe-plus", "best")
 DEFAULT_PRESET: PresetName = "best"
 FIRST_PRESET: PresetName = "score"  # the default of older versions
 
@@ -41,15 +41,15 @@ class Preset:
             name: ``score``: the score with its gradient exponent, nothing else.
                 ``crepe``: as published: no gradient exponent. ``crepe-plus``:
                 the best that leaves kept weights untouched. ``best``: kept
-                weights are updated too. ``best-reconstructed``: and the winner's
-                blocks are trained.
+                weights are updated, and the winner's blocks trained, too.
+                ``best-reconstructed`` is what documents of older versions call it.
             pattern: What is pruned. Allocation is for scopes row and layer;
                 permutation for N:M.
 
         Raises:
             InvalidInput: Another name.
         """
-        if name not in PRESETS:
+        if name not in get_args(PresetName):
             raise InvalidInput(f"preset {name!r} is not one of {', '.join(PRESETS)}.")
         if name == "score":
             return cls()
@@ -58,11 +58,11 @@ class Preset:
         plus = cls._plus(pattern)
         if name == "crepe-plus":
             return plus
-        best = replace(plus, steps=replace(plus.steps, repruning="admm", update="least-squares"))
-        if name == "best":
-            return best
         trained = Reconstruction(method="block")
-        return replace(best, steps=replace(best.steps, reconstruction=trained))
+        steps = replace(
+            plus.steps, repruning="admm", update="least-squares", reconstruction=trained
+        )
+        return replace(plus, steps=steps)
 
     def changed(self, given: Mapping[str, Any], bounds: Mapping[str, Any]) -> Self:
         """

@@ -48,8 +48,13 @@ class Reconstruction:
     ] = 2
     learning_rate: Annotated[
         Number,
-        Field(gt=0, le=1, description="Of Adam, in the first step; it falls to 0."),
-    ] = 1e-3
+        Field(
+            gt=0,
+            le=1,
+            description="Learning rate of Adam in the first step, as a share of the root mean "
+            "square of a parameter's kept weights; it falls to 0.",
+        ),
+    ] = 5e-3
     seed: Annotated[
         Whole,
         Field(ge=0, lt=SEEDS, description="Seed of the order of the windows."),

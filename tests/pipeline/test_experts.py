@@ -105,7 +105,7 @@ def test_permuted(mixtral_folder: Path, texts: dict[str, Path], tmp_path: Path) 
     assert [check.detail for check in checks if not check.passed] == []
 
 
-TRAINED = Steps(update="obs", reconstruction=Reconstruction(method="block", learning_rate=0.01))
+TRAINED = Steps(update="obs", reconstruction=Reconstruction(method="block", learning_rate=0.05))
 
 
 @pytest.mark.parametrize(

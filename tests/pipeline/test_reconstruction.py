@@ -32,7 +32,7 @@ from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 
-TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-3)
+TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-2)
 CANDIDATE = Candidate(
     method="crepe",
     coefficients=Coefficients(row=1, column=1, neighbourhood=0, kernel_size=3),

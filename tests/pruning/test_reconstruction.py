@@ -53,6 +53,7 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
 
     mean, square, step = torch.zeros_like(weight), torch.zeros_like(weight), 0
     best = weight, sum(map(error, held_out)) / len(held_out)
+    size = float(weight[keep].square().mean().sqrt())
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         for index in torch.randperm(len(training), generator=generator).tolist():
@@ -62,7 +63,7 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
                 difference = weight @ x[token] - y[token]
                 gradient += 2 * torch.outer(difference, x[token]) / y[token].square().sum() / 5
             gradient *= keep
-            rate, step = 0.05 * (1 - step / (3 * len(training))), step + 1
+            rate, step = 0.05 * size * (1 - step / (3 * len(training))), step + 1
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient**2
             root = (square / (1 - 0.999**step)).sqrt() + 1e-8
