@@ -41,8 +41,8 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import PRESETS
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-# Nobody's method; a search that adds little to crepe; one whose winner is trained for minutes.
-NOT_BY_DEFAULT = ("crepe-equal", "score", "best-reconstructed")
+# Nobody's method, and a search that adds little to crepe.
+NOT_BY_DEFAULT = ("crepe-equal", "score")
 
 
 def _baselines(pattern: str) -> dict[str, Candidate]:

@@ -203,8 +203,7 @@ def search(
             bundle that ``pho.calibrate`` gave.
         scope: Where weights compete: ``row``, ``layer`` or ``global``; None is ``layer``, and
             ``row`` for N:M.
-        preset: ``score``, ``crepe``, ``crepe-plus``, ``best`` or
-            ``best-reconstructed``.
+        preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
         objective: ``activation-reconstruction``, ``gini`` or ``perplexity``.
         weighting: How activation reconstruction adds up the errors: ``blend``, ``fisher``,
             ``relative`` or ``absolute``.

@@ -69,7 +69,7 @@ def check_windows(count: int) -> None:
     if count < 2:
         raise InvalidInput(
             f"a reconstruction trains on some calibration windows and holds out at least one, but "
-            f"there is only {count}. Give 2 --samples or more, or leave --reconstruction out."
+            f"there is only {count}. Give 2 --samples or more, or --reconstruction none."
         )
 
 

@@ -84,7 +84,8 @@ class JobSpec(Document):
         description="What is searched, and what candidates go through; steps and search_space "
         "say more. score: a cheap look, by the score alone. crepe: as published, without a "
         "gradient exponent. crepe-plus: the best that leaves kept weights untouched. best: kept "
-        "weights are updated, too. best-reconstructed: and each block of the winner is trained.",
+        "weights are updated, too, and each block of the winner is trained. best-reconstructed: "
+        "what documents of older versions call it.",
     )
     preset_meaning: PresetMeaning | None = Field(
         None,

@@ -38,7 +38,7 @@ def checks(result: Result) -> dict[str, bool]:
 
 @pytest.mark.parametrize(
     ("pattern", "preset"),
-    [("0.5", "crepe-plus"), ("0.5", "best"), ("2:4", "best"), ("2:4", "best-reconstructed")],
+    [("0.5", "crepe-plus"), ("0.5", "best"), ("2:4", "best")],
 )
 def test_search_prune_check(
     pho: Pho, model_folder: Path, texts: dict[str, Path], pattern: str, preset: str

@@ -33,9 +33,12 @@ def test_published() -> None:
 
 @pytest.mark.parametrize("pattern", [LAYER, TWO_FOUR])
 def test_kept_weights(pattern: Pattern) -> None:
-    """`crepe-plus` leaves kept weights alone, `best` does not."""
-    assert Preset.of("crepe-plus", pattern).steps.update == "none"
-    assert Preset.of("best", pattern).steps.update != "none"
+    """`crepe-plus` leaves kept weights alone, `best` does not, and trains them, too."""
+    plus, best = (Preset.of(name, pattern).steps for name in ("crepe-plus", "best"))
+
+    assert (plus.update, plus.reconstruction.wanted) == ("none", False)
+    assert (best.update, best.reconstruction.wanted) == ("least-squares", True)
+    assert Preset.of("best-reconstructed", pattern) == Preset.of("best", pattern)
 
 
 def test_changed() -> None:

@@ -62,7 +62,6 @@ def bundles(crew: Any) -> dict[str, int]:
             id="2:4-deployable",
         ),
         pytest.param({"preset": "best", "corrections": 3}, id="best-corrected"),
-        pytest.param({"preset": "best-reconstructed", "trials": 10}, id="best-reconstructed"),
         pytest.param(
             {
                 "preset": "crepe-plus",
