@@ -20,7 +20,8 @@ from pho_service.pruning.scores import TINY
 from pho_service.spec.reconstruction import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
-_PATIENCE = 2  # passes without a better held-out error, before the training ends
+_RETRIES = 2  # passes of a block that may make it worse
+_SLOWER = 1 / 8  # times the rate, after each of them
 _NAMED = 4  # blocks that a sentence names
 
 
@@ -47,7 +48,7 @@ class Reconstructed:
         before: Mean over the tokens of the held-out windows of its output's squared error over the
             dense output's energy. None if it is NaN or infinite.
         after: The same with the weights that the block was left with.
-        passes: Passes that were made.
+        passes: Passes that were made, with those that were taken back.
         kept: Whether the trained weights were taken; else the block has those from before.
     """
 
@@ -88,8 +89,10 @@ def reconstruct(
     as the next block's norm sees it: without that division the few tokens with massive activations
     would be all that counts. Adam takes one window a step, in an order drawn from the seed; its
     rate is a share of the root mean square of each parameter's kept weights, as models differ in
-    that by a factor of ten, and falls linearly to 0 over all passes. After each pass the held-out windows are measured;
-    the training ends early where their error has not fallen for two passes.
+    that by a factor of ten, and falls linearly to 0 over all passes. After each pass the held-out
+    windows are measured. A pass that made them worse does not count: it is taken back, and the
+    training goes on at an eighth of the rate; how much a block bears cannot be told beforehand. The
+    third such pass ends it.
 
     Args:
         weights: What is trained; all else that the block has stays as it is.
@@ -114,21 +117,23 @@ def reconstruct(
     training, held_out = split(len(targets))
     with _Fit(weights, run, targets).ready() as fit:
         best = before = fit.error_of(held_out)
-        weights_then, passes, since = fit.copies(), 0, 0
-        kept = False
+        weights_then, rate = fit.copies(), settings.learning_rate
+        better = worse = 0
         generator = torch.Generator().manual_seed(settings.seed)
-        while math.isfinite(before) and passes < settings.passes and since < _PATIENCE:
+        while math.isfinite(before) and better < settings.passes and worse <= _RETRIES:
             for place, index in enumerate(torch.randperm(len(training), generator=generator)):
-                done = (passes + place / len(training)) / settings.passes
-                fit.step(training[int(index)], settings.learning_rate * (1 - done))
+                done = (better + place / len(training)) / settings.passes
+                fit.step(training[int(index)], rate * (1 - done))
                 advance(0)
-            passes += 1
             error = fit.error_of(held_out)
-            since += 1
             if error < best:  # never of a NaN
-                best, weights_then, since, kept = error, fit.copies(), 0, True
-        fit.restore(weights_then)
-    return Reconstructed(before=_number(before), after=_number(best), passes=passes, kept=kept)
+                best, weights_then, better = error, fit.copies(), better + 1
+            else:
+                fit.restore(weights_then)
+                rate, worse = rate * _SLOWER, worse + 1
+    return Reconstructed(
+        before=_number(before), after=_number(best), passes=better + worse, kept=better > 0
+    )
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -180,7 +185,9 @@ class _Fit:
         self.parameters = [each.parameter for each in weights]
         self.exact = [each.parameter.detach().float() for each in weights]
         # Adam moves every weight by about its rate, however large weights are: models differ.
-        self.sizes = [_size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)]
+        self.sizes = [
+            _size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)
+        ]
         groups = [{"params": [exact]} for exact in self.exact]
         self.adam = torch.optim.Adam(groups, foreach=False)  # no copies of all at once
 
@@ -225,9 +232,10 @@ class _Fit:
         return [exact.detach().clone() for exact in self.exact]
 
     def restore(self, copies: Sequence[Tensor]) -> None:
-        """Take weights from before."""
+        """Take weights from before, and forget the way from there."""
         for exact, then in zip(self.exact, copies, strict=True):
             exact.copy_(then)
+        self.adam.state.clear()
         self._write()
 
     def _write(self) -> None:

@@ -1,6 +1,7 @@
 """The training of one pruned block, on a linear that stands for it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,25 +52,30 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
         difference = inputs[window] @ weight.T - targets[window]
         return float((difference.square().sum(1) / targets[window].square().sum(1)).mean())
 
-    mean, square, step = torch.zeros_like(weight), torch.zeros_like(weight), 0
+    size = float(weight[keep.bool()].square().mean().sqrt())
     best = weight, sum(map(error, held_out)) / len(held_out)
-    size = float(weight[keep].square().mean().sqrt())
+    mean: Tensor | float = 0.0
+    square: Tensor | float = 0.0
+    step, better, share = 0, 0, 0.05
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for index in torch.randperm(len(training), generator=generator).tolist():
+    while better < 3:
+        for place, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
             x, y = inputs[training[index]], targets[training[index]]
             gradient = torch.zeros_like(weight)
             for token in range(5):
                 difference = weight @ x[token] - y[token]
                 gradient += 2 * torch.outer(difference, x[token]) / y[token].square().sum() / 5
             gradient *= keep
-            rate, step = 0.05 * size * (1 - step / (3 * len(training))), step + 1
+            rate, step = share * size * (1 - (better + place / len(training)) / 3), step + 1
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient**2
             root = (square / (1 - 0.999**step)).sqrt() + 1e-8
             weight = weight - rate * mean / (1 - 0.9**step) / root
         found = sum(map(error, held_out)) / len(held_out)
-        best = min(best, (weight, found), key=lambda pair: pair[1])
+        if found < best[1]:
+            best, better = (weight, found), better + 1
+        else:
+            weight, mean, square, step, share = best[0], 0.0, 0.0, 0, share / 8
     return best
 
 
@@ -113,7 +119,22 @@ def test_nothing_to_gain(inputs: Tensor, keep: Tensor) -> None:
     result = trained(parameter, keep, inputs, inputs @ before.T)
 
     assert torch.equal(parameter.detach(), before)
-    assert (result.kept, result.passes, result.after) == (False, 2, 0)
+    assert (result.kept, result.passes, result.after) == (False, 3, 0)
+
+
+def test_too_fast(inputs: Tensor, keep: Tensor) -> None:
+    """A pass that makes the block worse is taken back, and gone at an eighth of the rate."""
+    dense, parameter = pruned(keep)
+    result = reconstruct(
+        [Trainable(parameter=parameter, keep=keep)],
+        lambda window: inputs[window] @ parameter.T,
+        [*(inputs @ dense.T)],
+        replace(SETTINGS, learning_rate=1.0),
+    )
+
+    assert result.kept
+    assert result.passes > SETTINGS.passes
+    assert torch.equal(parameter.detach() != 0, keep)
 
 
 def test_split() -> None:
