@@ -41,12 +41,12 @@ def middle(plan: Plan) -> float:
 
 
 def test_seven_billion() -> None:
-    """`best` at 2:4 is planned at under 25 minutes on an H100, the score at under three."""
+    """`best` at 2:4 is planned at under 30 minutes on an H100, the score at under three."""
     best = planned(pattern="2:4", preset="best")
     score = planned()
 
     assert best.fits
-    assert middle(best) < 25 * 60
+    assert middle(best) < 30 * 60
     assert score.fits
     assert middle(score) < 3 * 60
     assert score.peak.device < H100.memory_bytes
