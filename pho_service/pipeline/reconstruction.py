@@ -4,7 +4,6 @@ Block reconstruction of a whole model: the dense stream beside the pruned one, a
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from pho_service.models.blockwise import Block
@@ -68,32 +67,22 @@ def trainables(
     """
     Find the parameters that hold linears' weights, and which of their elements may change.
 
-    All experts of a mixture may share one parameter; of GPT-2's it is transposed.
-
     Args:
         module: That the parameters are of.
         linears: By name.
         masks: Of the linears that are trained: (out_features, in_features), bool, True = kept.
 
     Returns:
-        One for each parameter, in the module's order.
+        One for each mask, in its order.
     """
-    keeps: dict[str, Tensor] = {}
-    parameters = dict(module.named_parameters())
-    for name, mask in masks.items():
-        weight = linears[name].weight
-        held = next(key for key, parameter in parameters.items() if _holds(parameter, weight))
-        parameter = parameters[held]
-        if held not in keeps:
-            keeps[held] = torch.zeros_like(
-                parameter, dtype=torch.bool, memory_format=torch.contiguous_format
-            )
-        place = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-        keeps[held].as_strided(weight.shape, weight.stride(), place).copy_(mask)
+    parameters = [*module.parameters()]
     return [
-        Trainable(parameter=parameter, keep=keeps[key])
-        for key, parameter in parameters.items()
-        if key in keeps
+        Trainable(
+            parameter=next(each for each in parameters if _holds(each, linears[name].weight)),
+            weight=linears[name].weight,
+            keep=mask,
+        )
+        for name, mask in masks.items()
     ]
 
 

@@ -28,15 +28,24 @@ _NAMED = 4  # blocks that a sentence names
 @dataclass(frozen=True, kw_only=True)
 class Trainable:
     """
-    A parameter of a block, and which of its weights may change.
+    A linear of a block, and which of its weights may change.
 
     Attributes:
-        parameter: Any shape, floating point. Changed in place.
+        parameter: Contiguous, floating point. It may hold the weights of many linears, such as all
+            experts of a mixture.
+        weight: (out_features, in_features), a view of the parameter's memory. Changed in place.
         keep: Of the same shape, bool. What is False stays as it is, to the bit.
     """
 
     parameter: nn.Parameter
+    weight: Tensor
     keep: Tensor
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """The part of the parameter's gradient that is this weight's."""
+        first = self.weight.data_ptr() - self.parameter.data_ptr()
+        place = first // self.parameter.element_size()
+        return gradient.contiguous().as_strided(self.weight.shape, self.weight.stride(), place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +191,11 @@ class _Fit:
         self.weights = weights
         self.run = run
         self.targets = targets
-        self.parameters = [each.parameter for each in weights]
-        self.exact = [each.parameter.detach().float() for each in weights]
+        self.parameters = [*{id(each.parameter): each.parameter for each in weights}.values()]
+        self.exact = [
+            each.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
+            for each in weights
+        ]
         # Adam moves every weight by about its rate, however large weights are: models differ.
         self.sizes = [
             _size(exact[each.keep]) for exact, each in zip(self.exact, weights, strict=True)
@@ -218,9 +230,12 @@ class _Fit:
     def step(self, window: int, rate: float) -> None:
         """One step of Adam towards the target of a window."""
         gradients = torch.autograd.grad(self._error(window), self.parameters, allow_unused=True)
-        for exact, each, gradient in zip(self.exact, self.weights, gradients, strict=True):
-            # experts that no token of the window reached have none
-            exact.grad = None if gradient is None else gradient.float().mul_(each.keep)
+        by_parameter = dict(zip(map(id, self.parameters), gradients, strict=True))
+        for exact, each in zip(self.exact, self.weights, strict=True):
+            gradient = by_parameter[id(each.parameter)]
+            # Experts that no token of the window reached have none, or zeros, and stay.
+            mine = None if gradient is None else each.of(gradient).float() * each.keep
+            exact.grad = mine if mine is not None and bool(mine.any()) else None
         for group, size in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = rate * size
         self.adam.step()
@@ -240,5 +255,5 @@ class _Fit:
 
     def _write(self) -> None:
         """Into the model; what is not in 16 bits is the model's own tensor."""
-        for parameter, exact in zip(self.parameters, self.exact, strict=True):
-            parameter.detach().copy_(exact)
+        for each, exact in zip(self.weights, self.exact, strict=True):
+            each.weight.detach().copy_(exact)

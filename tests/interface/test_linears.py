@@ -1,5 +1,6 @@
 """Which linears, from Python: the same keywords for a search, an objective and a comparison."""
 
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,7 +13,7 @@ from pho_service.errors import ConfigurationError, InvalidInput, StudyError
 SOME = {"ignore": "*.o_proj", "sparsities": {"*.down_proj": 0.25}}
 
 
-def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any) -> None:
+def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:
     """What a search leaves out is left out of its table, an objective, a comparison, a pruning."""
     found = pho.search(
         bundle, "0.5", preset="score", model=tiny_llama, trials=12, finalists=1, **SOME
@@ -25,6 +26,7 @@ def test_some_linears(tiny_llama: PreTrainedModel, bundle: Any) -> None:
     )  # fmt: skip
     wanda = {row.method: row.perplexity for row in compared.rows}["wanda"]
     pruned = pho.prune(tiny_llama, found, bundle)
+    pho.save(tiny_llama, bundle.tokenizer, pruned, tmp_path / "pruned")
     modules = dict(tiny_llama.named_modules())
 
     assert {row.method: row.perplexity for row in found.table}["wanda"] == pytest.approx(wanda)

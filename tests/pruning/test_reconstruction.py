@@ -36,7 +36,7 @@ def trained(
 ) -> Reconstructed:
     """Train a linear."""
     return reconstruct(
-        [Trainable(parameter=parameter, keep=keep)],
+        [Trainable(parameter=parameter, weight=parameter, keep=keep)],
         lambda window: inputs[window] @ parameter.T,
         [*targets],
         SETTINGS,
@@ -126,7 +126,7 @@ def test_too_fast(inputs: Tensor, keep: Tensor) -> None:
     """A pass that makes the block worse is taken back, and gone at an eighth of the rate."""
     dense, parameter = pruned(keep)
     result = reconstruct(
-        [Trainable(parameter=parameter, keep=keep)],
+        [Trainable(parameter=parameter, weight=parameter, keep=keep)],
         lambda window: inputs[window] @ parameter.T,
         [*(inputs @ dense.T)],
         replace(SETTINGS, learning_rate=1.0),
