@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from storage import records as stored
+from storage.states import StageKind
 
 WIDTH, HEIGHT = 960.0, 200.0
 DOTS = 400  # at most
@@ -31,7 +32,13 @@ class Search:
 
     @classmethod
     def of(cls, job: stored.Job, islands: Sequence[Sequence[tuple[int, float]]]) -> Self:
-        """That of a job, from the number and the value of each trial of its islands."""
+        """
+        That of a job, from the number and the value of each trial of its islands.
+
+        Nothing of a job with several patterns, whose objectives do not compare.
+        """
+        if job.of_kind(StageKind.POINT):  # whose islands are of several patterns
+            islands = []
         trials = sorted(trial for island in islands for trial in island)
         return cls(
             values=[value for _, value in trials if math.isfinite(value)],

@@ -23,7 +23,8 @@ from storage.trials import read_values
 router = APIRouter(include_in_schema=False)
 
 FEWEST, MOST = 2, 8  # jobs on a page
-_HIDDEN = ("preset_meaning", "configuration")  # which follow from other fields, or fill the page
+# Which follow from other fields, or would fill the page.
+_HIDDEN = ("preset_meaning", "preset_meanings", "configuration")
 
 
 @dataclass(frozen=True, kw_only=True)

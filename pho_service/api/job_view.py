@@ -112,7 +112,7 @@ class JobView:
         card: What the list shows of it, too.
         results: Perplexities of the result and of what it is judged by.
         stages: By kind, in the order of the work.
-        chart: None before there are trials, and of transfers.
+        chart: None before there are trials, of transfers, and of several patterns.
         finalists: The best first.
         layers: By model.
         events: The newest first.

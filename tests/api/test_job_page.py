@@ -130,6 +130,8 @@ def test_failure(client: TestClient, hand: Any, submit: Submit) -> None:
         {"preset": "best", "pattern": "2:4", "trials": 50, "seed": 7},
         {"scope": "global", "islands": 2, "calibration": {"dataset": "org/texts", "samples": 4}},
         {"calibration": {"text": "a.txt"}, "confirm": {"text": "b.txt", "windows": 3}},
+        {"pattern": None, "patterns": ["0.5", "2:4"]},
+        {"pattern": None, "target": {"perplexity_rise": 0.05}},
     ],
 )
 def test_again(
