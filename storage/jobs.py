@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, Text, and_, cast, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.outcomes import OutcomeStore
@@ -167,10 +167,23 @@ class JobStore(OutcomeStore):
         visible_to: uuid.UUID | None = None,
         states: Sequence[JobState] = (),
         before: int | None = None,
+        id_begins: str | None = None,
         limit: int = 50,
     ) -> list[Job]:
-        """Jobs, newest first: those with a number below ``before``, at most ``limit``."""
+        """
+        Jobs, newest first.
+
+        Args:
+            visible_to: Only those that this key submitted; None sees all.
+            states: Only those in one of these; none means all.
+            before: Only those with a lower number.
+            id_begins: Only those whose id begins so, in lower case and without hyphens.
+            limit: At most so many.
+        """
         which: list[ColumnElement[bool]] = [jobs.c.state.in_(states)] if states else []
+        if id_begins is not None:
+            digits = func.replace(cast(jobs.c.id, Text), "-", "")
+            which.append(digits.startswith(id_begins, autoescape=True))
         if before is not None:
             which.append(jobs.c.number < before)
         with self.database.transaction() as connection:

@@ -14,12 +14,12 @@ import optuna
 import pytest
 import uvicorn
 from optuna.trial import create_trial
-from sqlalchemy import select
+from sqlalchemy import delete, select, update
 
 from pho_service.api.answers import ConfigurationMatch, Gains, Job
 from pho_service.api.app import create_app
 from pho_service.client import Client
-from pho_service.errors import PhoError, ServiceError, ServiceUnavailable
+from pho_service.errors import PhoError, InvalidInput, ServiceError, ServiceUnavailable
 from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
@@ -29,7 +29,7 @@ from storage.keys import KeyStore
 from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage
-from storage.tables import stages
+from storage.tables import events, jobs, stages
 
 SPEC = {"model": "org/name", "pattern": "0.5"}
 CONFIGURATION = {
@@ -360,6 +360,28 @@ def test_wait_in_a_lasting_outage(
     service.start()  # for the fixture to stop
 
     assert took_s < 30
+
+
+def test_short_ids(client: Client, store: JobStore) -> None:
+    """The beginning of a job's id is enough, with or without hyphens, if it fits one job."""
+    first, second = (client.submit(SPEC).id for _ in range(2))
+    with store.database.transaction() as connection:
+        for of_a_job in (stages, events):
+            connection.execute(delete(of_a_job))
+        for job, number in ((first, 1), (second, 2)):
+            alike = uuid.UUID(f"abcdef01-2345-4000-8000-00000000000{number}")
+            connection.execute(update(jobs).where(jobs.c.id == job).values(id=alike))
+    third = str(client.submit(SPEC).id)
+
+    assert str(client.job(third[:6]).id) == third
+    assert client.cancel(third.replace("-", "")[:12].upper()).state == "cancelled"
+    with pytest.raises(InvalidInput, match="several jobs begin with 'ABCDEF': abcdef01-") as told:
+        client.job("ABCDEF")
+    assert str(told.value).count("abcdef01-2345") == 2
+    with pytest.raises(InvalidInput, match="no job's id begins with '0000-0'"):
+        client.delete("0000-0")
+    with pytest.raises(InvalidInput, match="'abc' is not a job's id"):
+        client.job("abc")
 
 
 def test_wait_for_nothing(client: Client) -> None:

@@ -122,22 +122,37 @@ def list_jobs(
     service: ServiceParam,
     caller: CallerParam,
     state: Annotated[list[JobState] | None, Query(description="Only jobs in these states.")] = None,
+    id_begins: Annotated[
+        str | None,
+        Query(
+            alias="id",
+            pattern=r"^[0-9a-fA-F-]{4,36}$",
+            description="Only jobs whose id begins so; four digits or more, with or without its "
+            "hyphens.",
+        ),
+    ] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    found, token = page_of(service, caller, state or (), page_size, page_token)
+    found, token = page_of(service, caller, state or (), page_size, page_token, id_begins)
     return JobPage(jobs=[describe(job) for job in found], next_page_token=token)
 
 
 def page_of(
-    service: Service, caller: Caller, states: Sequence[str], size: int, token: str | None
+    service: Service,
+    caller: Caller,
+    states: Sequence[str],
+    size: int,
+    token: str | None,
+    id_begins: str | None = None,
 ) -> tuple[list[stored.Job], str | None]:
     """The jobs of a page, newest first, and the token of the next page if there is one."""
     found = service.jobs.page(
         visible_to=caller.visible_to,
         states=[JobState(s) for s in states],
         before=_decode(token),
+        id_begins=None if id_begins is None else id_begins.replace("-", "").lower(),
         limit=size + 1,
     )
     return found[:size], str(found[size - 1].number) if len(found) > size else None

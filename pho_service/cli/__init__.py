@@ -2,6 +2,7 @@
 The `pho` command: one file a verb, nothing heavy imported before a verb runs.
 """
 
+import difflib
 import importlib
 
 import click
@@ -71,6 +72,18 @@ class _Verbs(click.Group):
         command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            meant = difflib.get_close_matches(args[0], VERBS)
+            if not meant:
+                raise
+            ways = " or ".join(f"'{name}'" for name in meant)
+            raise click.UsageError(f"{error.message} Did you mean {ways}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx

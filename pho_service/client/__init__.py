@@ -115,7 +115,7 @@ class Client:
 
     def job(self, job_id: uuid.UUID | str) -> Job:
         """A job with its progress."""
-        return read(Job, self._service.request("GET", f"/jobs/{path_id(job_id)}"))
+        return read(Job, self._service.request("GET", self._service.job_path(job_id)))
 
     def jobs(self, states: Sequence[str] = ()) -> Iterator[Job]:
         """All jobs, newest first, page by page."""
@@ -132,7 +132,9 @@ class Client:
         """The trials of an island by number, page by page."""
         params: dict[str, Any] = {"island": island}
         while True:
-            answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/trials", params=params)
+            answer = self._service.request(
+                "GET", self._service.job_path(job_id, "/trials"), params=params
+            )
             page = read(TrialPage, answer)
             yield from page.trials
             if page.next_page_token is None:
@@ -147,12 +149,12 @@ class Client:
             job_id: Which.
             pattern: One of a job with several; of a target, None is the answer.
         """
-        path = f"/jobs/{path_id(job_id)}/best"
+        path = self._service.job_path(job_id, "/best")
         return read(Configuration, self._service.request("GET", path, params=_at(pattern)))
 
     def report(self, job_id: uuid.UUID | str) -> str:
         """A job as one page of HTML that needs no network; of any job in any state."""
-        answer = self._service.request("GET", f"/jobs/{path_id(job_id)}/report")
+        answer = self._service.request("GET", self._service.job_path(job_id, "/report"))
         if "PHO report</title>" not in answer.text:
             raise no_pho()
         return answer.text
@@ -160,7 +162,7 @@ class Client:
     def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
         """What happens to a job, from the event after ``after`` to the end of the job."""
         headers = {"Last-Event-ID": str(after)} if after else {}
-        path = f"/jobs/{path_id(job_id)}/events"
+        path = self._service.job_path(job_id, "/events")
         try:
             with ExitStack() as stack:
                 source = self._service.stream(stack, path, headers)
@@ -200,7 +202,7 @@ class Client:
     def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
         """The files of a job's pruned model."""
         return read(
-            ArtifactList, self._service.request("GET", f"/jobs/{path_id(job_id)}/artifacts")
+            ArtifactList, self._service.request("GET", self._service.job_path(job_id, "/artifacts"))
         )
 
     def pull(
@@ -222,7 +224,7 @@ class Client:
             ServiceError: There is no pruned model, or a file is not what the service says it is.
         """
         files = self.artifacts(job_id).files
-        path = f"/jobs/{path_id(job_id)}/artifacts"
+        path = self._service.job_path(job_id, "/artifacts")
         with bar("Downloading", sum(f.bytes for f in files), shown=show_progress) as advance:
             return pull(files, Path(folder), partial(self._service.part, path), advance)
 
@@ -250,17 +252,19 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}
         answer = self._service.request(
-            "POST", f"/jobs/{path_id(job_id)}:transfer", json=document, headers=headers
+            "POST", self._service.job_path(job_id, ":transfer"), json=document, headers=headers
         )
         return read(Job, answer)
 
     def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
         """What a transfer has measured so far."""
-        return read(TransferFile, self._service.request("GET", f"/jobs/{path_id(job_id)}/transfer"))
+        return read(
+            TransferFile, self._service.request("GET", self._service.job_path(job_id, "/transfer"))
+        )
 
     def delete(self, job_id: uuid.UUID | str) -> None:
         """Delete a job that is over or paused."""
-        self._service.request("DELETE", f"/jobs/{path_id(job_id)}")
+        self._service.request("DELETE", self._service.job_path(job_id))
 
     def configurations(
         self,
@@ -408,7 +412,7 @@ class Client:
         document: dict[str, Any] | None = None,
         params: dict[str, str] | None = None,
     ) -> Job:
-        path = f"/jobs/{path_id(job_id)}:{verb}"
+        path = self._service.job_path(job_id, f":{verb}")
         return read(Job, self._service.request("POST", path, json=document, params=params))
 
 

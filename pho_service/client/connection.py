@@ -2,6 +2,7 @@
 How the client talks to a service: requests, refusals in words, and waiting where it is asked to.
 """
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from httpx_sse import EventSource, connect_sse
 from pydantic import BaseModel, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay
 
-from pho_service.api.answers import Problem
+from pho_service.api.answers import JobPage, Problem
 from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
 from pho_service.host.download import File
 from pho_service.host.settings import read_settings
 
 _PATIENCE_S = 120.0  # with a service that is asked too often
+
+_SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,35}")  # the beginning of an id
+_MOST_NAMED = 3  # jobs whose ids begin alike
 
 
 class Connection:
@@ -56,6 +60,34 @@ class Connection:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+    def job_path(self, given: uuid.UUID | str, rest: str = "") -> str:
+        """
+        The path of a job, or of what is below it.
+
+        Args:
+            given: Its id; the beginning of it is enough if no other job's id begins so.
+            rest: What follows the id.
+
+        Raises:
+            InvalidInput: It is none, no job's id begins so, or those of several do.
+        """
+        begins = str(given)
+        if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
+            return f"/jobs/{path_id(given)}{rest}"
+        params = {"id": begins, "page_size": _MOST_NAMED + 1}
+        found = read(JobPage, self.request("GET", "/jobs", params=params)).jobs
+        if not found:
+            raise InvalidInput(
+                f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
+            )
+        if len(found) > 1:
+            named = ", ".join(f"{job.id} ({job.name})" for job in found[:_MOST_NAMED])
+            more = ", and more" if len(found) > _MOST_NAMED else ""
+            raise InvalidInput(
+                f"the ids of several jobs begin with {begins!r}: {named}{more}. Give more of it."
+            )
+        return f"/jobs/{found[0].id}{rest}"
 
     @contextmanager
     def part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
