@@ -19,7 +19,7 @@ from sqlalchemy import delete, select, update
 from pho_service.api.answers import ConfigurationMatch, Gains, Job
 from pho_service.api.app import create_app
 from pho_service.client import Client
-from pho_service.errors import PhoError, InvalidInput, ServiceError, ServiceUnavailable
+from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnavailable
 from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec

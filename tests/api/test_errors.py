@@ -157,7 +157,7 @@ def test_wrong_value(
 @pytest.mark.parametrize(
     ("document", "pointer", "says"),
     [
-        ({"model": "org/name"}, "/pattern", "required"),
+        ({"model": "org/name"}, "/pattern", "there is none: give pattern"),
         ({"pattern": "0.5"}, "/model", "required"),
         ({**DOCUMENT, "pattern": "2:4", "scope": "layer"}, "/scope", "no meaning"),
         (

@@ -78,6 +78,7 @@ def test_submitted(client: TestClient) -> None:
     assert job["progress"] == {
         "trials_done": 0, "trials": 200, "best_value": None, "perplexities_done": 0,
         "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
+        "points": 0, "points_done": 0,
         "seconds_left": None, "step": None,
     }  # fmt: skip
 
@@ -307,6 +308,7 @@ def test_progress_of_a_search(client: TestClient, submit: Submit, hand: Any) -> 
     assert shown["progress"] == {
         "trials_done": 16, "trials": 80, "best_value": 0.25, "perplexities_done": 0,
         "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
+        "points": 0, "points_done": 0,
         "seconds_left": 64.0,  # 64 trials, 2 s each, by 2 workers
         "step": None,
     }  # fmt: skip

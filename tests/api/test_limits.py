@@ -28,7 +28,7 @@ Refusal = Callable[..., dict[str, Any]]
 Submit = Callable[..., dict[str, Any]]
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
-SMALL = {"calibration": {"samples": 10, "context_length": 100}, "confirm": None}
+SMALL = {"preset": "score", "calibration": {"samples": 10, "context_length": 100}, "confirm": None}
 
 
 def bearer(secret: str) -> dict[str, str]:

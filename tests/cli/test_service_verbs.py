@@ -807,7 +807,11 @@ def test_bad_data_folder(pho: Pho) -> None:
     ("words", "code", "says"),
     [
         ((), 2, "PHO_DATABASE_URL"),
-        (("--stages", "dance", "--database-url", "postgresql://h/x"), 2, "calibrate, search"),
+        (
+            ("--stages", "dance", "--database-url", "postgresql://h/x"),
+            2,
+            "calibrate, point, search",
+        ),
     ],
 )
 def test_worker(tmp_path: Path, words: tuple[str, ...], code: int, says: str) -> None:

@@ -213,7 +213,8 @@ def test_warm_from_library(
     """A search that starts from a folder takes what fits, and says why and what it saved."""
     folder = tmp_path / "library"
     folder.mkdir()
-    words = ["search", bundle_file, "--trials", 30, "--warm-start", folder, "--compare-cold"]
+    words = ["search", bundle_file, "--preset", "score", "--trials", 30]
+    words += ["--warm-start", folder, "--compare-cold"]
     empty = pho(*words, "--pattern", "0.5", "--json")
     shutil.copy(configuration, folder)
     warm = pho(*words, "--pattern", "0.5")

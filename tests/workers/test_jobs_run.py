@@ -442,7 +442,11 @@ def test_terminated(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> No
 @pytest.mark.parametrize(
     ("options", "variable", "message"),
     [
-        (["--stages", "calibrate,polish", *URL], {}, "calibrate, search, confirm, perplexity"),
+        (
+            ["--stages", "calibrate,polish", *URL],
+            {},
+            "calibrate, search, point, confirm, perplexity",
+        ),
         ([], {"PHO_HEARTBEAT_S": "0"}, "PHO_HEARTBEAT_S='0'"),
         ([], {}, "no database is given"),
         (["--devices", "cpu"], {}, "No such option"),
