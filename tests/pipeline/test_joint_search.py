@@ -81,7 +81,7 @@ def test_what_is_kept(bundles: dict[str, ProxyBundle], request_of: Any, searched
     assert [b["key"] for b in found.calibration["bundles"]] == [
         b.provenance["key"] for b in bundles.values()
     ]
-    assert any("each of the models with `pho transfer`" in each for each in result.warnings)
+    assert any("`pho transfer` measures all of them" in each for each in result.warnings)
 
 
 def test_again(bundles: dict[str, ProxyBundle], request_of: Any, searched: Any) -> None:
