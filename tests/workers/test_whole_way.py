@@ -29,7 +29,7 @@ def test_from_a_question_to_a_model(hand: Any, tmp_path: Path) -> None:
         "confirm": {"text": "confirmation.jsonl", "candidates": 1, "windows": 3},
     }  # fmt: skip
     with TestClient(app, "http://127.0.0.1:8000/v1") as http, Client("http://x") as client:
-        client._http = http
+        client._service._http = http
         job = client.submit(document)
         hand.until(hand.store.get(job.id), None)
         best = client.best(job.id)
