@@ -445,7 +445,7 @@ def test_terminated(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> No
         (
             ["--stages", "calibrate,polish", *URL],
             {},
-            "calibrate, search, point, confirm, perplexity",
+            "calibrate, point, search, confirm",
         ),
         ([], {"PHO_HEARTBEAT_S": "0"}, "PHO_HEARTBEAT_S='0'"),
         ([], {}, "no database is given"),
