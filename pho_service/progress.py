@@ -4,6 +4,10 @@ How long work tells of itself, whoever listens: a terminal, a log, or nobody.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 Advance = Callable[[int], None]  # so many more steps are done
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # (title, number of steps)
@@ -16,9 +20,8 @@ def silent(title: str, steps: int) -> Iterator[Advance]:
     yield lambda _: None
 
 
-@contextmanager
-def bar(title: str, steps: int) -> Iterator[Advance]:
-    """Show a bar with the time left, on stderr."""
+def empty_bars(*, shown: bool = True) -> "RichProgress":
+    """A place on stderr for bars with the time that was taken and that is left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -33,7 +36,13 @@ def bar(title: str, steps: int) -> Iterator[Advance]:
         TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+@contextmanager
+def bar(title: str, steps: int) -> Iterator[Advance]:
+    """Show a bar with the time left, on stderr."""
+    with empty_bars() as shown:
         task = shown.add_task(title, total=steps)
         yield lambda count: shown.advance(task, count)
 

@@ -180,7 +180,7 @@ def _found(job: stored.Job, shown: Job) -> list[str]:
 
 
 def _transferred(job: stored.Job) -> list[str]:
-    """Of a transfer: what the configuration is worth on each model."""
+    """What the configuration of a transfer is worth on each model."""
     lines = []
     for stage in job.of_kind(StageKind.TRANSFER):
         if stage.result is None:

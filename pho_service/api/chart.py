@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from sqlalchemy import Connection
+
+from pho_service.api.describe import study_names
+from pho_service.api.points import is_several
 from storage import records as stored
-from storage.states import StageKind
+from storage.trials import read_values
 
 WIDTH, HEIGHT = 960.0, 200.0
 DOTS = 400  # at most
@@ -31,15 +35,14 @@ class Search:
     maximised: bool
 
     @classmethod
-    def of(cls, job: stored.Job, islands: Sequence[Sequence[tuple[int, float]]]) -> Self:
+    def read(cls, connection: Connection, job: stored.Job) -> Self:
         """
-        That of a job, from the number and the value of each trial of its islands.
+        The search of a job, from its studies.
 
-        Nothing of a job with several patterns, whose objectives do not compare.
+        A transfer has none, and the values of a job with several patterns do not compare.
         """
-        if job.of_kind(StageKind.POINT):  # whose islands are of several patterns
-            islands = []
-        trials = sorted(trial for island in islands for trial in island)
+        names = [] if is_several(job.spec) else study_names(job)
+        trials = sorted(trial for name in names for trial in read_values(connection, name))
         return cls(
             values=[value for _, value in trials if math.isfinite(value)],
             maximised=job.spec.get("objective", {}).get("name") == "gini",

@@ -13,12 +13,10 @@ from fastapi import APIRouter, Query, Response
 
 from pho_service.api.cards import Card, card
 from pho_service.api.chart import Chart, Search, draw_searches
-from pho_service.api.describe import study_names
 from pho_service.api.pages import draw
 from pho_service.api.problems import wrong_parameter
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from storage import records as stored
-from storage.trials import read_values
 
 router = APIRouter(include_in_schema=False)
 
@@ -105,10 +103,7 @@ def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 def _chart(service: Service, found: Sequence[stored.Job]) -> Chart | None:
     with service.database.transaction() as connection:
-        searches = [
-            Search.of(job, [read_values(connection, name) for name in study_names(job)])
-            for job in found
-        ]
+        searches = [Search.read(connection, job) for job in found]
     return draw_searches(searches)
 
 

@@ -135,7 +135,7 @@ def islands(job: stored.Job) -> int:
 
 
 def study_names(job: stored.Job) -> list[str]:
-    """Of its studies, island by island."""
+    """The names of its studies, island by island."""
     return [study_name(job.name, island) for island in range(islands(job))]
 
 

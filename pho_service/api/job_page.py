@@ -20,7 +20,7 @@ from pho_service.api.cards import card
 from pho_service.api.front import REFRESH_S, Typed, View, draw_list
 from pho_service.api.job_view import view
 from pho_service.api.pages import draw
-from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem
+from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
@@ -152,4 +152,4 @@ def _page(
 
 
 def _sentence(told: str) -> str:
-    return f"{told[:1].upper()}{told[1:].rstrip('.')}."
+    return f"{sentence(told.rstrip('.'))}."

@@ -15,11 +15,10 @@ from pho_service.api.describe import is_transfer, step_of, study_names
 from pho_service.api.points import is_several
 from pho_service.api.service import Caller, Service
 from pho_service.report.layers import LayerCell
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.configuration import Configuration, Rating
 from storage import records as stored
 from storage.states import VERBS, StageKind, StageState
 from storage.studies import study_ids
-from storage.trials import read_values
 
 EVENTS = 50  # that are shown, the newest
 FINALISTS = 20  # that are shown, the best
@@ -76,17 +75,6 @@ class StageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finalist:
-    """A candidate that was confirmed, or is about to be."""
-
-    trial: int
-    method: str
-    perplexity: float | None
-    divergence: float | None
-    proxy: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Happened:
     """An event, in words."""
 
@@ -124,7 +112,7 @@ class JobView:
     results: Sequence[Row]
     stages: Sequence[StageRow]
     chart: Chart | None
-    finalists: Sequence[Finalist]
+    finalists: Sequence[Rating]
     layers: Sequence[Layers]
     events: Sequence[Happened]
     files: ArtifactList | None
@@ -138,16 +126,14 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         names = study_names(job)
         if caller.sees_all:  # others may not look into the dashboard
             studies = study_ids(connection, names)
-        # Values at several sparsities have no chart in common: the report has their curve.
-        drawn = [] if is_several(job.spec) else names
-        islands = [read_values(connection, name) for name in drawn]
+        search = Search.read(connection, job)
     shown = card(job, studies, now)
     found = None if job.best is None else Configuration.model_validate(job.best)
     return JobView(
         card=shown,
         results=[] if found is None else _results(found),
         stages=_stages(job, now),
-        chart=None if is_transfer(job) else draw_searches([Search.of(job, islands)]),
+        chart=draw_searches([search]),
         finalists=_finalists(job, found),
         layers=_layers(job),
         events=[_told(event) for event in service.jobs.history(job.id, limit=EVENTS)],
@@ -220,22 +206,13 @@ def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
     return [span((max(ended) - min(begun)).total_seconds())]
 
 
-def _finalists(job: stored.Job, found: Configuration | None) -> list[Finalist]:
+def _finalists(job: stored.Job, found: Configuration | None) -> list[Rating]:
     if found is not None and found.candidates:
-        return [
-            Finalist(
-                trial=rating.trial, method=rating.method, perplexity=rating.perplexity,
-                divergence=rating.divergence, proxy=rating.proxy,
-            )
-            for rating in found.candidates[:FINALISTS]
-        ]  # fmt: skip
+        return found.candidates[:FINALISTS]
     measured = [
-        Finalist(
-            trial=stage.number, method="", perplexity=(stage.result or {}).get("perplexity"),
-            divergence=None, proxy=None,
-        )
-        for stage in job.of_kind(StageKind.PERPLEXITY)
-    ]  # fmt: skip
+        Rating(method="", trial=each.number, perplexity=(each.result or {}).get("perplexity"))
+        for each in job.of_kind(StageKind.PERPLEXITY)
+    ]
     return sorted(measured, key=lambda each: each.perplexity or math.inf)[:FINALISTS]
 
 

@@ -159,11 +159,11 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(OutputError)
     async def _no_store(_request: Request, error: OutputError) -> JSONResponse:
         logger.warning("the artifact store fails: %s", error)
-        return problem(503, "artifact_store_unavailable", _sentence(str(error)))
+        return problem(503, "artifact_store_unavailable", sentence(str(error)))
 
     @app.exception_handler(StateConflict)
     async def _conflict(_request: Request, error: StateConflict) -> JSONResponse:
-        return problem(409, "state_conflict", _sentence(str(error)), state=error.state)
+        return problem(409, "state_conflict", sentence(str(error)), state=error.state)
 
     @app.exception_handler(TooManyTrials)
     async def _too_long(_request: Request, error: TooManyTrials) -> JSONResponse:
@@ -238,7 +238,8 @@ def database_gone(error: Exception) -> JSONResponse:
     )
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 

@@ -40,6 +40,7 @@ from pho_service.client.connection import Connection, no_pho, path_id, read
 from pho_service.errors import InvalidInput, ServiceUnavailable
 from pho_service.host.download import bar, pull
 from pho_service.library.files import LibraryFile, TransferFile, parse_library_file
+from pho_service.progress import empty_bars
 from pho_service.spec.configuration import Configuration
 
 _OUTAGE_S = 300.0  # that waiting for a job bears
@@ -348,16 +349,6 @@ class Client:
             TimeoutError: The job is not over after ``timeout_s``; it goes on.
             ServiceError: The service says no, or is away for too long.
         """
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         patience_s = _OUTAGE_S if timeout_s is None else min(_OUTAGE_S, timeout_s)
         patient = Retrying(
             retry=retry_if_exception_type(ServiceUnavailable),
@@ -365,12 +356,8 @@ class Client:
             stop=stop_before_delay(patience_s),
             reraise=True,
         )
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
         began = time.monotonic()
-        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as bars:
+        with empty_bars(shown=show_progress) as bars:
             search = bars.add_task("queued", total=None)
             confirmation = bars.add_task("perplexities", total=None, visible=False)
             while True:
