@@ -19,7 +19,7 @@ from pho_service.spec.transfer import TransferRequest
 from storage.database import Database
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -178,9 +178,10 @@ def test_settings(page: str) -> None:
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
-def test_readme_links() -> None:
-    """Each file that README.md links to is there; MkDocs looks after the links within docs/."""
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_links(page: str) -> None:
+    """Each file that the page links to is there; MkDocs looks after the links within docs/."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
 
     assert links
     assert all((ROOT / link).exists() for link in links)

@@ -1,4 +1,4 @@
-"""From one document to a model that runs: README's section of that name, on a small model."""
+"""From one document to a model that runs: the way of docs/how-to/job-to-model.md."""
 
 from pathlib import Path
 from typing import Any
