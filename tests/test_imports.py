@@ -20,7 +20,7 @@ LIGHT = (
 # seconds and that any of ours may load.
 EACH = """
 import importlib, json, os, sys
-import alembic, cmaes, fastapi, optuna, plotly, pydantic, rich, scipy.stats, sqlalchemy, uvicorn
+import alembic, cmaes, fastapi, optuna, pydantic, rich, scipy.stats, sqlalchemy, uvicorn
 for module in sys.argv[1:]:
     if (child := os.fork()) == 0:
         importlib.import_module(module)

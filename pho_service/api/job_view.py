@@ -136,7 +136,10 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         chart=draw_searches([search]),
         finalists=_finalists(job, found),
         layers=_layers(job),
-        events=[_told(event) for event in service.jobs.history(job.id, limit=EVENTS)],
+        events=[
+            Happened(at=event.created_at, told=told(event))
+            for event in service.jobs.history(job.id, limit=EVENTS)
+        ],
         files=artifacts.listed(job) if shown.job.pruned == "done" else None,
         extensible=not is_transfer(job)
         and not is_several(job.spec)
@@ -228,15 +231,14 @@ def _layers(job: stored.Job) -> list[Layers]:
     return found
 
 
-def _told(event: stored.Event) -> Happened:
+def told(event: stored.Event) -> str:
+    """An event, in words."""
     data = event.data
     if event.kind == "stage":
         kind = StageKind(data["stage"])
-        told = f"began: {_TITLES.get(kind, kind.value).lower()}"
-    elif event.kind == "retry":
-        told = f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
-    else:
-        told = str(data.get("state", event.kind))
-        error = data.get("error")
-        told += f": {error['message']} ({error['type']})" if error else ""
-    return Happened(at=event.created_at, told=told)
+        return f"began: {_TITLES.get(kind, kind.value).lower()}"
+    if event.kind == "retry":
+        return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
+    error = data.get("error")
+    why = f": {error['message']} ({error['type']})" if error else ""
+    return f"{data.get('state', event.kind)}{why}"

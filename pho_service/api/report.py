@@ -2,14 +2,16 @@
 ``/v1/jobs/{id}/report``: a job as a page, from all that is stored of it.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
 from pho_service.api.describe import failure, is_transfer, islands, study_names
+from pho_service.api.job_view import EVENTS, told
 from pho_service.api.points import answer_stage, curve, is_several
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
@@ -40,15 +42,27 @@ MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, th
     },
     response_class=HTMLResponse,
 )  # fmt: skip
-async def report(job_id: UUID, service: ServiceParam, caller: CallerParam) -> HTMLResponse:
-    """Get all that is known of a job as a page: result, charts, timings, how to do it again."""
-    page = await service.heavy.run(_page, job_id, service, caller)
-    return HTMLResponse(page, headers={"Content-Security-Policy": content_security_policy()})
+async def report(
+    job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
+) -> HTMLResponse:
+    """
+    Get all that is known of a job as a page: result, search, layers, timings, how to do it again.
+
+    Who accepts ``text/html`` by name, as browsers do, gets a page with a way back to the job's.
+    """
+    in_browser = "text/html" in request.headers.get("accept", "")
+    back = f"/jobs/{job_id}" if in_browser else None
+    page = await service.heavy.run(_page, job_id, service, caller, back)
+    headers = {"Content-Security-Policy": content_security_policy(), "Vary": "Accept"}
+    return HTMLResponse(page, headers=headers)
 
 
-def _page(job_id: UUID, service: Service, caller: Caller) -> str:
+def _page(job_id: UUID, service: Service, caller: Caller, back: str | None) -> str:
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    return render(_of_transfer(job) if is_transfer(job) else _of_search(service, job))
+    found = _of_transfer(job) if is_transfer(job) else _of_search(service, job)
+    events = service.jobs.history(job.id, limit=EVENTS)
+    happened = [(event.created_at, told(event)) for event in events]
+    return render(replace(found, happened=happened, job_page=back))
 
 
 def _of_transfer(job: stored.Job) -> Report:
@@ -117,6 +131,7 @@ def _of_search(service: Service, job: stored.Job) -> Report:
         stages=[_time(stage) for stage in job.stages],
         document=job.spec,
         commands=words.search_commands(),
+        prune_commands=words.prune_commands(str(job.id), spec),
         versions={} if configuration is None else configuration.versions,
     )
 

@@ -262,16 +262,30 @@ def search_command(document: Mapping[str, Any], *more: str) -> str:
         document: Of a job; what is left out has its default.
         more: Words at the end.
     """
-    words = ["pho", "search", str(document["model"]), *map(str, document.get("more_models") or ())]
+    models = [str(document["model"]), *map(str, document.get("more_models") or ())]
+    return shlex.join(["pho", "search", *models, *_said(document, ""), *more])
+
+
+def prune_command(model: str, config: str, document: Mapping[str, Any]) -> str:
+    """The `pho prune` that prunes a model with a search's result, on the search's calibration."""
+    words = ["pho", "prune", model, "--config", config, *_said(document, "calibration")]
+    return shlex.join([*words, "--out", "pruned"])
+
+
+def _said(document: Mapping[str, Any], part: str) -> list[str]:
+    """The options for a part of a document that differ from their defaults."""
+    words: list[str] = []
     for path, field in document_fields().items():
         if any(within(path, each) for each in (*OF_A_SERVICE, "warm_start/found")):
+            continue
+        if not within(path, part):
             continue
         value = _at(document, path, field.default)
         if field.kind == "off":
             words += field.words(None) if value is None and not document.get("more_models") else []
         elif value is not None and value != field.default:
             words += field.words(value)
-    return shlex.join([*words, *more])
+    return words
 
 
 def _at(document: Mapping[str, Any], path: str, default: Any) -> Any:

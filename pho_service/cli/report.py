@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import search_command
+from pho_service.cli.fields import prune_command, search_command
 from pho_service.cli.options import json_option, out_file
 from pho_service.cli.remote import open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
@@ -85,7 +85,7 @@ def _of_study(name: str, url: str, config: str | None) -> str:
     try:
         _check_there(url)
         with open_storage(url) as storage:
-            return render(_collected(_load(name, storage, url), url, file))
+            return render(_collected(_load(name, storage, url), url, file, config))
     except StorageError as error:
         raise StudyError(f"--study {_shown(url)}: {error}") from error
 
@@ -113,7 +113,9 @@ def _load(name: str, storage: Any, url: str) -> "optuna.Study":
         raise StudyError(f"--study {_shown(url)} has no study {name!r}. It has: {there}.") from None
 
 
-def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "Report":
+def _collected(
+    study: "optuna.Study", url: str, file: "LibraryFile | None", config: str | None
+) -> "Report":
     from datetime import UTC, datetime
 
     from optuna.study import StudyDirection
@@ -156,6 +158,7 @@ def _collected(study: "optuna.Study", url: str, file: "LibraryFile | None") -> "
         transfers=[] if file is None else [t.model_dump(mode="json") for t in file.targets],
         recorded=(min(times), max(times)) if times else None,
         commands=[_again(known, len(recorded), url)],
+        prune_commands=[] if config is None else _prunes(known, config),
         versions=calibration.get("versions", {})
         if configuration is None
         else configuration.versions,
@@ -169,6 +172,15 @@ def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
 
     warm = [word for name in known.get(WARM, []) for word in ("--warm-start", name)]
     return search_command(study_document(known, trials), *warm, "--study", _shown(url))
+
+
+def _prunes(known: "Mapping[str, Any]", config: str) -> list[str]:
+    """The `pho prune` of each model of a study, with its configuration."""
+    from pho_service.report.words import study_document
+
+    document = study_document(known, 0)
+    models = [document["model"], *(document.get("more_models") or [])]
+    return [prune_command(str(model), config, document) for model in models]
 
 
 def _shown(url: str) -> str:

@@ -1,27 +1,21 @@
 """
-The charts of a report: plotly's figures with a title and a sentence that says the same in words.
+The charts of a report: drawings with a title and a sentence that says the same in words.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, TypeVar
 
 from pho_service.report.data import Report, ReportTrial
+from pho_service.report.drawing import Bar, Drawing, Mark, Series, bars, heat_map, plot
 from pho_service.report.layers import LayerCell
 from pho_service.spec.quality import ProxyQuality
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-MOST_POINTS = 2000  # of a line or a cloud: more are not seen, and make the page slow
+MOST_POINTS = 1000  # of a line or a cloud: more are not seen, and make the page slow
+_T = TypeVar("_T")
 ALIKE = 1e-3  # a difference in sparsity that is none
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#00785a", "#6b7280"
-# Told apart by those who see no colours well, too.
-METHOD_COLOURS = {
-    "dense": "#9ca3af", "wanda": "#e69f00", "ria": "#56b4e9", "transferred": BLUE, "own": GREEN,
-}  # fmt: skip
+METHODS = ("dense", "wanda", "ria", "transferred", "own")  # in this order; each has a look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +27,18 @@ class Chart:
         id: Of its element.
         title: A heading in few words.
         text: What it shows, for those who do not see it.
-        figure: Plotly's data and layout as JSON values.
+        drawing: The chart itself.
     """
 
     id: str
     title: str
     text: str
-    figure: dict[str, Any]
+    drawing: Drawing
 
 
 def history_chart(report: Report) -> Chart | None:
     """The objective of every trial, and the best so far; None without trials."""
-    import plotly.graph_objects as go
-
-    known = [trial for trial in report.trials if trial.value is not None]
+    known = [t for t in report.trials if t.value is not None and math.isfinite(t.value)]
     if not known:
         return None
     better = max if report.maximised else min
@@ -54,30 +46,18 @@ def history_chart(report: Report) -> Chart | None:
     for trial in known:
         value = trial.value or 0.0
         best.append(value if not best else better(best[-1], value))
-    figure = go.Figure()
-    for name, colour, symbol, baseline in (
-        ("found", BLUE, "circle", False),
-        ("baseline", ORANGE, "diamond", True),
-    ):
-        some = _thinned([trial for trial in known if trial.is_baseline is baseline])
-        figure.add_scatter(
-            x=[trial.number for trial in some],
-            y=[trial.value for trial in some],
-            text=[escape(_named(trial)) for trial in some],
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 9 if baseline else 6},
-            hovertemplate="%{text}<br>%{y:.6g}<extra></extra>",
-            name=name,
-        )
     line = _thinned([*zip(known, best, strict=True)])
-    figure.add_scatter(
-        x=[trial.number for trial, _ in line],
-        y=[value for _, value in line],
-        mode="lines",
-        line={"color": GREY, "shape": "hv", "width": 2},
-        hoverinfo="skip",
-        name="best so far",
-    )
+    series = [
+        _trials("found", "dot", [t for t in known if not t.is_baseline]),
+        _trials("baseline", "diamond", [t for t in known if t.is_baseline]),
+        Series(
+            name="best so far",
+            look="best",
+            points=[(trial.number, value, "") for trial, value in line],
+            mark=None,
+            line="steps",
+        ),
+    ]
     first = next(trial for trial, value in zip(known, best, strict=True) if value == best[-1])
     return Chart(
         id="history",
@@ -86,76 +66,67 @@ def history_chart(report: Report) -> Chart | None:
         f"{first.number}; the first trial had {best[0]:.6g}. "
         + ("Higher" if report.maximised else "Lower")
         + " is better.",
-        figure=as_json(
-            figure,
-            x="trial",
-            y=escape(report.objective),
-            log_y=all((trial.value or 0) > 0 for trial in known),
-        ),
+        drawing=plot(series, x="trial", y=report.objective, log_y=True),
     )
+
+
+def _trials(name: str, mark: Mark, trials: Sequence[ReportTrial]) -> Series:
+    points = [(t.number, t.value or 0.0, f"{_named(t)}: {t.value:.6g}") for t in _thinned(trials)]
+    return Series(name=name, look=name, points=points, mark=mark)
 
 
 def importance_chart(report: Report) -> Chart | None:
     """How much each parameter mattered; None where that is not known."""
-    import plotly.graph_objects as go
-
     if not report.importance:
         return None
-    names = [*report.importance][::-1]
-    figure = go.Figure()
-    figure.add_bar(
-        x=[report.importance[name] for name in names],
-        y=[escape(_words(name)) for name in names],
-        orientation="h",
-        marker={"color": BLUE},
-        text=[f"{report.importance[name]:.0%}" for name in names],
-        textposition="auto",
-        hoverinfo="skip",
-    )
     first = next(iter(report.importance))
+    shown = [
+        Bar(label=_words(name), look="found", value=share, text=f"{share:.0%}")
+        for name, share in report.importance.items()
+    ]
     return Chart(
         id="importance",
         title="Importance of each coefficient",
-        text=f"Most important is the {_words(first)}, with {report.importance[first]:.0%}: how "
-        "much each parameter decides whether a candidate is among the best tenth (PED-ANOVA). "
-        "The table has all.",
-        figure=as_json(figure, x="importance", y="", height=60 + 44 * len(names)),
+        text=f"{_words(first).capitalize()} matters most, with {report.importance[first]:.0%}: how "
+        "much each parameter decides whether a candidate is among the best tenth (PED-ANOVA).",
+        drawing=bars([("", shown)]),
     )
 
 
 def confirmed_chart(report: Report) -> Chart | None:
     """The proxy of what was confirmed against its perplexity; None where nothing was."""
-    import plotly.graph_objects as go
-
     measured = [trial for trial in report.measured if trial.value is not None]
     if not measured or report.objective == "perplexity":
         return None
     winner = report.winner
-    figure = go.Figure()
-    for name, colour, symbol, some in (
-        ("found", BLUE, "circle", [t for t in measured if not t.is_baseline]),
-        ("baseline", ORANGE, "diamond", [t for t in measured if t.is_baseline]),
-        ("chosen", GREEN, "circle-open", [t for t in measured if t == winner]),
-    ):
-        figure.add_scatter(
-            x=[trial.value for trial in some],
-            y=[trial.perplexity for trial in some],
-            text=[escape(_named(trial)) for trial in some],
-            mode="markers",
-            marker={
-                "color": colour, "symbol": symbol, "size": 18 if name == "chosen" else 10,
-                "line": {"width": 2} if name == "chosen" else {},
-            },
-            hovertemplate="%{text}<br>proxy %{x:.6g}, perplexity %{y:.5g}<extra></extra>",
+    kinds: tuple[tuple[str, Mark, list[ReportTrial]], ...] = (
+        ("found", "dot", [t for t in measured if not t.is_baseline]),
+        ("baseline", "diamond", [t for t in measured if t.is_baseline]),
+        ("chosen", "ring", [t for t in measured if t == winner]),
+    )
+    series = [
+        Series(
             name=name,
-        )  # fmt: skip
+            look=name,
+            mark=mark,
+            points=[
+                (
+                    t.value or 0.0,
+                    t.perplexity or 0.0,
+                    f"{_named(t)}: proxy {t.value:.6g}, perplexity {t.perplexity:.5g}",
+                )
+                for t in some
+            ],
+        )
+        for name, mark, some in kinds
+    ]
     best, worst = measured[0], measured[-1]
     return Chart(
         id="confirmed",
         title="Proxy against perplexity",
         text=f"{len(measured)} candidates have a perplexity: from {best.perplexity:.5g} "
         f"({_named(best)}) to {worst.perplexity:.5g} ({_named(worst)}).",
-        figure=as_json(figure, x=escape(report.objective), y="perplexity"),
+        drawing=plot(series, x=report.objective, y="perplexity"),
     )
 
 
@@ -180,7 +151,7 @@ def layer_charts(
         title=f"Error of each linear{of_model}",
         text=f"Relative to the energy of its output. The largest is {worst.error:.3g}, of "
         f"{_place(worst)}; the smallest {min(cell.error for cell in cells):.3g}.",
-        figure=_heat_map(cells, "error"),
+        drawing=_heat_map(cells, "error"),
     )
     if most.sparsity - least.sparsity < ALIKE:
         return [errors]
@@ -189,7 +160,7 @@ def layer_charts(
         title=f"Sparsity of each linear{of_model}",
         text=f"From {least.sparsity:.1%} in {_place(least)} to {most.sparsity:.1%} in "
         f"{_place(most)}.",
-        figure=_heat_map(cells, "sparsity"),
+        drawing=_heat_map(cells, "sparsity"),
     )
     return [errors, sparsities]
 
@@ -205,28 +176,30 @@ def transfer_chart(
         rows: The name of a model, and what was measured by method.
         what: Was measured.
     """
-    import plotly.graph_objects as go
-
     if not rows:
         return None
-    figure = go.Figure()
-    for method, colour in METHOD_COLOURS.items():
-        known = [(name, values[method]) for name, values in rows if values.get(method) is not None]
-        if known:
-            figure.add_bar(
-                x=[escape(name) for name, _ in known],
-                y=[value for _, value in known],
-                marker={"color": colour},
-                text=[f"{value:.4g}" for _, value in known],
-                name={"own": "own best"}.get(method, method),
-                hovertemplate="%{x}<br>%{y:.5g}<extra></extra>",
-            )
+    groups = [
+        (
+            name,
+            [
+                Bar(
+                    label={"own": "own best"}.get(method, method),
+                    look=method,
+                    value=value,
+                    text=f"{value:.4g}",
+                )
+                for method in METHODS
+                if (value := values.get(method)) is not None and math.isfinite(value)
+            ],
+        )
+        for name, values in rows
+    ]
     return Chart(
         id=f"transfer-{what}",
         title=f"By {what}, on each model",
         text=f"Bars of the {what} by method, for {len(rows)} "
         f"{'model' if len(rows) == 1 else 'models'}; lower is better. The table has the numbers.",
-        figure=as_json(figure, x="", y=what),
+        drawing=bars(groups),
     )
 
 
@@ -243,30 +216,27 @@ def validation_charts(
         perplexities: Of the same candidates.
         qualities: By proxy.
     """
-    import plotly.graph_objects as go
-
     charts = []
     for number, (name, values) in enumerate(proxies.items()):
         quality = qualities[name]
         low, high = quality.spearman_interval
-        figure = go.Figure()
-        figure.add_scatter(
-            x=[*values],
-            y=[*perplexities],
-            mode="markers",
-            marker={"color": BLUE, "size": 7},
-            hovertemplate="proxy %{x:.6g}, perplexity %{y:.5g}<extra></extra>",
-        )
-        document = as_json(figure, x="proxy", y="perplexity", log_y=True)
-        if min(values) > 0 and name != "gini":  # Gini is a share
-            document["layout"]["xaxis"] |= {"type": "log", "tickformat": "~g"}
+        points = [
+            (proxy, perplexity, f"proxy {proxy:.6g}, perplexity {perplexity:.5g}")
+            for proxy, perplexity in zip(values, perplexities, strict=True)
+        ]
         charts.append(
             Chart(
                 id=f"proxy-{number}",
                 title=name,
                 text=f"Spearman {quality.spearman:+.2f} (95 %: {low:+.2f} to {high:+.2f}), Kendall "
                 f"{quality.kendall:+.2f}, regret of the top {quality.top_k} {quality.regret:.1%}.",
-                figure=document,
+                drawing=plot(
+                    [Series(name="candidate", look="found", points=points)],
+                    x="proxy",
+                    y="perplexity",
+                    log_x=name != "gini",  # which is a share
+                    log_y=True,
+                ),
             )
         )
     return charts
@@ -274,77 +244,52 @@ def validation_charts(
 
 def timings_chart(seconds: Mapping[str, float]) -> Chart | None:
     """Seconds of work by stage; None where none is known."""
-    import plotly.graph_objects as go
-
     if not seconds:
         return None
-    names = [*seconds][::-1]
-    figure = go.Figure()
-    figure.add_bar(
-        x=[seconds[name] for name in names],
-        y=names,
-        orientation="h",
-        marker={"color": BLUE},
-        text=[f"{seconds[name]:.3g} s" for name in names],
-        textposition="auto",
-        hoverinfo="skip",
-    )
     longest = max(seconds, key=lambda name: seconds[name])
+    shown = [
+        Bar(label=name, look="found", value=each, text=f"{each:.3g} s")
+        for name, each in seconds.items()
+    ]
     return Chart(
         id="timings",
         title="Seconds of work by stage",
         text=f"{sum(seconds.values()):.3g} s in all, most of it in {longest}. The table has the "
         "numbers.",
-        figure=as_json(figure, x="seconds", y="", height=60 + 44 * len(names)),
+        drawing=bars([("", shown)]),
     )
 
 
-def _heat_map(cells: Sequence[LayerCell], what: Literal["error", "sparsity"]) -> dict[str, Any]:
-    import plotly.graph_objects as go
-
+def _heat_map(cells: Sequence[LayerCell], what: Literal["error", "sparsity"]) -> Drawing:
     blocks = [*dict.fromkeys(cell.block for cell in cells)]
     kinds = [*dict.fromkeys(cell.kind for cell in cells)]
-    values = {(cell.block, cell.kind): getattr(cell, what) for cell in cells}
-    known = [[values.get((block, kind)) for block in blocks] for kind in kinds]
-    bar: dict[str, Any] = {"thickness": 12, "orientation": "h", "y": -0.2, "yanchor": "top"}
-    shown: list[list[float | None]] = known
-    if what == "error":  # they differ by orders of magnitude
-        least = min((v for v in values.values() if v > 0), default=1e-12)
-        shown = [[None if v is None else math.log10(max(v, least)) for v in row] for row in known]
-        low, high = math.log10(least), math.log10(max(least, *values.values()))
-        ticks = [low + (high - low) * i / 3 for i in range(4)]
-        bar |= {"tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
-    else:
-        bar |= {"tickformat": ".0%"}
-    figure = go.Figure()
-    figure.add_heatmap(
-        x=_short(blocks),
-        y=_short(kinds),
-        z=shown,
-        customdata=known,
-        colorscale="Cividis",
-        colorbar=bar,
-        xgap=1,
-        ygap=1,
-        hovertemplate="%{y}, block %{x}<br>"
-        + ("%{customdata:.4g}" if what == "error" else "%{customdata:.2%}")
-        + "<extra></extra>",
+    form = ".4g" if what == "error" else ".2%"
+    return heat_map(
+        _short(kinds),
+        _short(blocks),
+        {
+            (kinds.index(cell.kind), blocks.index(cell.block)): (
+                getattr(cell, what),
+                f"{_place(cell)}: {getattr(cell, what):{form}}",
+            )
+            for cell in cells
+        },
+        log=what == "error",  # they differ by orders of magnitude
+        title="block",
+        form=".2g" if what == "error" else ".0%",
     )
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(type="category", nticks=10)
-    return as_json(figure, x="block", y="", height=150 + 30 * len(kinds))
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """The last part of each name where these differ; safe in plotly, which reads tags."""
+    """The last part of each name where these differ."""
     last = [name.rpartition(".")[2] for name in names]
-    return [escape(name) for name in (last if len({*last}) == len(last) else names)]
+    return last if len({*last}) == len(last) else [*names]
 
 
-def _thinned(points: list[Any]) -> list[Any]:
+def _thinned(points: Sequence[_T]) -> list[_T]:
     """At most so many, evenly, the last among them."""
     step = math.ceil(len(points) / MOST_POINTS)
-    return points if step <= 1 else [*reversed(points[::-step])]
+    return [*points] if step <= 1 else [*reversed(points[::-step])]
 
 
 def _named(trial: ReportTrial) -> str:
@@ -358,24 +303,3 @@ def _place(cell: LayerCell) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def as_json(
-    figure: "go.Figure", *, x: str, y: str, height: int = 380, log_y: bool = False
-) -> dict[str, Any]:
-    """A figure in the looks of the page: readable on a phone, nothing that moves when touched."""
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        autosize=True,
-        dragmode=False,
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2937"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    )
-    figure.update_xaxes(title=x, automargin=True, fixedrange=True)
-    figure.update_yaxes(title=y, automargin=True, fixedrange=True)
-    if log_y:
-        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
-    document: dict[str, Any] = figure.to_plotly_json()
-    return document

@@ -3,10 +3,10 @@ A curve: perplexity against sparsity, and its points as a table.
 """
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from pho_service.report.charts import BLUE, GREY, METHOD_COLOURS, Chart, as_json
+from pho_service.report.charts import Chart
+from pho_service.report.drawing import Series, plot
 from pho_service.report.section import Section
 from pho_service.report.tables import Table
 
@@ -58,38 +58,36 @@ def curve_chart(points: Points, dense: float) -> Chart:
         points: JSON values of each.
         dense: The dense model's perplexity.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
     ratios = [each for each in points if ":" not in each["pattern"]]
     groups = [each for each in points if ":" in each["pattern"]]
-    series = (("found", "perplexity", BLUE), *((m, m, METHOD_COLOURS[m]) for m in ("wanda", "ria")))
-    for name, key, colour in series:
-        for some, mode, symbol in ((ratios, "lines+markers", "circle"), (groups, "markers", "x")):
-            if some:
-                figure.add_scatter(
-                    x=[each["sparsity"] for each in some],
-                    y=[each[key] for each in some],
-                    text=[escape(each["pattern"]) for each in some],
-                    mode=mode,
-                    marker={"color": colour, "symbol": symbol, "size": 9},
-                    line={"color": colour},
-                    hovertemplate="%{text}<br>%{y:.5g}<extra></extra>",
-                    name=f"{name}, N:M" if some is groups else name,
-                )
+    series = []
+    for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria")):
+        if ratios:
+            marks = _marks(ratios, name, key)
+            series.append(Series(name=name, look=name, points=marks, line="straight"))
+        if groups:
+            marks = _marks(groups, name, key)
+            series.append(Series(name=f"{name}, N:M", look=name, points=marks, mark="cross"))
     ends = [min(0.0, *(p["sparsity"] for p in points)), max(p["sparsity"] for p in points)]
-    figure.add_scatter(
-        x=ends, y=[dense, dense], mode="lines", line={"color": GREY, "dash": "dot"},
-        hoverinfo="skip", name="dense",
-    )  # fmt: skip
+    level = [(end, dense, "") for end in ends]
+    series.append(Series(name="dense", look="dense", points=level, mark=None, line="straight"))
     first, last = points[0], points[-1]
     return Chart(
         id="curve-perplexity",
         title="Perplexity by sparsity",
         text=f"From {first['perplexity']:.5g} at {first['pattern']} to {last['perplexity']:.5g} at "
         f"{last['pattern']}; dense {dense:.5g}. Lower is better. The table has the numbers.",
-        figure=as_json(figure, x="share of the weights removed", y="perplexity", log_y=True),
+        drawing=plot(series, x="weights removed", y="perplexity", log_y=True, percent_x=True),
     )
+
+
+def _marks(points: Points, name: str, key: str) -> list[tuple[float, float, str]]:
+    """The points of a method that has a perplexity there."""
+    return [
+        (each["sparsity"], each[key], f"{name}, {each['pattern']}: {each[key]:.5g}")
+        for each in points
+        if each[key] is not None
+    ]
 
 
 def _number(value: float | None) -> str:

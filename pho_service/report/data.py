@@ -86,9 +86,12 @@ class Report:
         curve: Of such a job, what was measured of them, as curve.json has it.
         transfers: The targets of a transfer's file.
         stages: Of the job.
+        happened: With the time of each, in words; the newest first.
         recorded: When the first and the last trial of a study were written down.
         document: As it was submitted.
         commands: That do the same again.
+        prune_commands: That prune a model with the result.
+        job_page: The address of the job's page; None where there is none, as in a file.
         versions: Of the packages that searched and calibrated.
     """
 
@@ -111,9 +114,12 @@ class Report:
     curve: Mapping[str, Any] | None = None
     transfers: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[StageTime] = ()
+    happened: Sequence[tuple[datetime, str]] = ()
     recorded: tuple[datetime, datetime] | None = None
     document: Mapping[str, Any] | None = None
     commands: Sequence[str] = ()
+    prune_commands: Sequence[str] = ()
+    job_page: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Environment
 from markupsafe import Markup
 
-from pho_service.report import charts, tables
+from pho_service.library.entries import measured_gain
+from pho_service.report import charts, tables, words
 from pho_service.report.charts import Chart
 from pho_service.report.curve import curve_section
 from pho_service.report.data import Report
@@ -21,14 +22,6 @@ from pho_service.report.section import Section
 from pho_service.report.study import ENOUGH
 from pho_service.report.tables import Table
 
-# Draws each figure from the JSON beside it. Its hash is in the policy, so no other script runs.
-DRAW = """
-for (const place of document.querySelectorAll("[data-figure]")) {
-  const figure = JSON.parse(document.getElementById(place.dataset.figure).textContent);
-  Plotly.newPlot(place, figure.data, figure.layout, {responsive: true, displayModeBar: false});
-}
-"""
-
 _CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
 
 
@@ -36,11 +29,18 @@ def render(report: Report) -> str:
     """The whole page of a report as HTML."""
     what = f"{report.subject}, {report.state}" if report.state else "study of a search"
     lead = f"{what.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
-    return page(report.title, _sections(report), lead=lead, error=report.error)
+    return page(
+        report.title, _sections(report), lead=lead, error=report.error, back=report.job_page
+    )
 
 
 def page(
-    title: str, sections: Sequence[Section], *, lead: str = "", error: str | None = None
+    title: str,
+    sections: Sequence[Section],
+    *,
+    lead: str = "",
+    error: str | None = None,
+    back: str | None = None,
 ) -> str:
     """
     Sections as one page of HTML.
@@ -50,38 +50,40 @@ def page(
         sections: In their order.
         lead: A sentence below the heading.
         error: Why there is no more.
+        back: The address of the job's page, if the page is served beside it.
     """
-    return _template().render(
-        title=title,
-        lead=lead,
-        error=error,
-        sections=sections,
-        policy=content_security_policy(),
-        plotly=Markup(_plotly()),  # noqa: S704 - a library's own file
-        draw=Markup(DRAW),  # noqa: S704 - ours
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            lead=lead,
+            error=error,
+            back=back,
+            sections=sections,
+            policy=content_security_policy(),
+            style=_style(),
+        )
     )
 
 
 @cache
 def content_security_policy() -> str:
-    """What a browser lets the page do: run its two scripts, and nothing that needs a network."""
-    hashes = " ".join(policy_hash(script) for script in (_plotly(), DRAW))
+    """What a browser lets the page do: look as it does. It runs no script, and needs no network."""
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {policy_hash(_style())}; base-uri 'none'; "
+        "form-action 'none'"
     )
 
 
 @cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
+def _style() -> Markup:
+    return Markup(_environment().get_template("page.css").render())  # noqa: S704 - ours
 
 
 @cache
-def _template() -> Template:
-    return template_environment("pho_service.report", ".").get_template("page.html")
+def _environment() -> Environment:
+    return template_environment("pho_service.report", ".")
 
 
 def curve_page(document: Mapping[str, Any]) -> str:
@@ -91,65 +93,64 @@ def curve_page(document: Mapping[str, Any]) -> str:
 
 
 def _sections(report: Report) -> list[Section]:
-    asked = Section(
-        id="asked",
-        title="What was asked",
-        texts=[] if report.asked else ["Nothing is known of what was asked."],
-        tables=[tables.pairs_table(_CAPTIONS[report.subject], "part", report.asked)]
-        if report.asked
-        else [],
-    )
     curve = [] if report.curve is None else [curve_section(report.curve)]
     if report.several and report.configuration is None:
         missing = Section(
             id="curve", title="Perplexity against sparsity", texts=["Nothing is measured yet."]
         )
-        return [asked, *(curve or [missing]), _timings(report), _reproduction(report)]
-    parts = [asked, *curve, _result(report)]
+        return [*(curve or [missing]), _settings(report), _happened(report)]
+    parts = [_result(report), *curve]
     if report.subject != "transfer":
-        parts += [_history(report), _confirmed(report), _layers(report)]
-    return [*parts, _transfers(report), _timings(report), _reproduction(report)]
+        parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
+    return [*parts, _transfers(report), _settings(report), _happened(report)]
 
 
 def _result(report: Report) -> Section:
-    texts = list(report.warnings) if report.subject != "transfer" else []
-    found = []
-    if report.configuration is not None:
-        found.append(tables.coefficients_table(report.configuration))
+    verdict, found = tables.verdict_table(report), report.configuration
+    texts = []
     if report.subject == "transfer":
         texts.append(
-            "A transfer searches nothing: it measures this configuration on other models. How it "
-            "was found is in the report of the job that found it."
+            "A transfer searches nothing: it measures the configuration of another job on other "
+            "models. The report of that job says how it was found."
         )
-        return Section(id="result", title="The configuration", texts=texts, tables=found)
-    if report.configuration is None:
+    elif found is None:
         texts.append(
             "There is no configuration yet."
             if report.subject == "search"
             else "Without its configuration (--config) it is not known what was chosen: the first "
-            "row is the best of what the study holds."
+            "row of the finalists is the best of what the study holds."
         )
-    if report.configuration is not None and report.configuration.confirmation is not None:
-        how = report.configuration.confirmation
-        before = how.before_reconstruction
-        rebuilt = "" if before is None else f" Before its blocks were reconstructed: {before:.5g}."
-        texts.insert(
-            0,
-            f"Confirmed by perplexity, {how.perplexity:.5g} on {how.tokens} tokens of "
-            f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}."
-            f"{rebuilt}",
-        )
-    if report.perplexities is not None:
-        texts.insert(0, f"Perplexity: {report.perplexities}.")
-    results = tables.results_table(report)
-    if results is None:
-        texts.append("No trial has a value yet: there are neither results nor baselines.")
+    else:
+        texts += _how_good(report)
+    if report.subject != "transfer":
+        texts += report.warnings
     return Section(
         id="result",
-        title="Result and baselines",
+        title="Result",
         texts=texts,
-        tables=[*([] if results is None else [results]), *found],
+        tables=[] if verdict is None else [verdict],
+        commands=report.prune_commands if found is not None else (),
     )
+
+
+def _how_good(report: Report) -> list[str]:
+    """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
+    found = report.configuration
+    assert found is not None
+    gain, how = measured_gain(found), found.confirmation
+    texts = [] if gain is None else [f"The result is {gain}."]
+    texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
+    if how is not None:
+        before = how.before_reconstruction
+        rebuilt = "" if before is None else f" Before its blocks were reconstructed: {before:.5g}."
+        texts.append(
+            f"Confirmed by perplexity, {how.perplexity:.5g} on {how.tokens} tokens of "
+            f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}."
+            f"{rebuilt}"
+        )
+    elif report.subject == "search":
+        texts.append("No perplexity was measured: the result is the best by the proxy.")
+    return texts
 
 
 def _file(source: str) -> str:
@@ -158,11 +159,10 @@ def _file(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
-def _history(report: Report) -> Section:
-    history, importance = charts.history_chart(report), charts.importance_chart(report)
-    texts = []
+def _search(report: Report) -> Section:
+    history = charts.history_chart(report)
     failed = sum(trial.value is None for trial in report.trials)
-    candidates = sum(not trial.is_baseline for trial in report.rated)
+    texts = []
     if history is None:
         texts.append("No trial is rated yet.")
     if failed:
@@ -172,36 +172,42 @@ def _history(report: Report) -> Section:
             f"{report.left_out} more trials are left out here, for they are too many to read; the "
             "result counts them."
         )
-    if importance is None and candidates < ENOUGH:
+    drawn = [] if history is None else [history]
+    return Section(id="search", title="Search", texts=texts, charts=drawn)
+
+
+def _importances(report: Report) -> Section:
+    chart = charts.importance_chart(report)
+    candidates = sum(not trial.is_baseline for trial in report.rated)
+    texts = []
+    if chart is None and candidates < ENOUGH:
         texts.append(
-            f"The importance of the coefficients is not told: {candidates} rated candidates are "
+            f"How much each coefficient mattered is not known: {candidates} rated candidates are "
             f"too few, {ENOUGH} are needed."
         )
-    elif importance is None:
+    elif chart is None:
         texts.append(
-            "The importance of the coefficients is not told: the candidates do not differ in what "
+            "How much each coefficient mattered is not known: the candidates do not differ in what "
             "was searched, or it made no difference."
         )
-    return Section(
-        id="history",
-        title="The search",
-        texts=texts,
-        charts=[chart for chart in (history, importance) if chart is not None],
-        tables=[] if importance is None else [tables.importance_table(report)],
-    )
+    drawn = [] if chart is None else [chart]
+    return Section(id="importances", title="Importances", texts=texts, charts=drawn)
 
 
-def _confirmed(report: Report) -> Section:
-    chart = charts.confirmed_chart(report)
+def _finalists(report: Report) -> Section:
+    chart, results = charts.confirmed_chart(report), tables.results_table(report)
     texts = []
+    if results is None:
+        texts.append("No trial has a value yet: there are neither results nor baselines.")
     if report.objective == "perplexity":
         texts.append("The search was by perplexity itself: there is no proxy to compare with it.")
     elif chart is None:
         texts.append("No perplexity is known, so the proxy cannot be compared with it.")
     return Section(
-        id="confirmed",
-        title="Proxy against perplexity of the confirmed candidates",
+        id="finalists",
+        title="Finalists",
         texts=texts,
+        tables=[] if results is None else [results],
         charts=[] if chart is None else [chart],
     )
 
@@ -269,16 +275,42 @@ def _transfers(report: Report) -> Section:
     return replace(section, texts=[missing])
 
 
-def _timings(report: Report) -> Section:
+def _settings(report: Report) -> Section:
+    """What was asked and what was found, in full, and how to do it again."""
+    found = report.configuration
+    shown = []
+    if report.asked:
+        caption = _CAPTIONS[report.subject]
+        shown.append(tables.pairs_table(caption, "part", report.asked))
+    if found is not None:
+        shown.append(tables.coefficients_table(found))
+    if report.versions:
+        shown.append(tables.pairs_table("Versions", "package", report.versions))
+    blocks = [("To do the same again", "\n".join(report.commands))] if report.commands else []
+    if report.document is not None:
+        blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
+    if found is not None:
+        document = found.model_dump(mode="json")
+        blocks.append(("config.json", json.dumps(document, indent=2, ensure_ascii=False)))
+    texts = [] if report.asked else ["What was asked is not known."]
+    texts.append(
+        "The same document and seeds on the same kind of machine, with the same versions and "
+        "number of threads, give the same configuration."
+    )
+    return Section(id="settings", title="Settings", texts=texts, tables=shown, blocks=blocks)
+
+
+def _happened(report: Report) -> Section:
+    found = Section(id="happened", title="What happened", events=report.happened)
     if report.stages:
         chart = charts.timings_chart(tables.seconds_by_stage(report.stages))
-        return Section(
-            id="timings",
-            title="Timings",
+        return replace(
+            found,
             tables=[tables.timings_table(report)],
             charts=[] if chart is None else [chart],
         )
-    texts = ["A study does not say what stages took."]
+    texts = ["How long each stage took is not known." if report.subject == "study"
+             else "No stage has begun."]  # fmt: skip
     if report.recorded is not None:
         first, last = report.recorded
         seconds = (last - first).total_seconds()
@@ -288,25 +320,4 @@ def _timings(report: Report) -> Section:
             f"{last:%Y-%m-%d}: {seconds:.3g} s, {1000 * seconds / count:.3g} ms a trial, breaks "
             "included."
         )
-    return Section(id="timings", title="Timings", texts=texts)
-
-
-def _reproduction(report: Report) -> Section:
-    blocks = [("Command", "\n".join(report.commands))] if report.commands else []
-    if report.document is not None:
-        blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
-    if report.configuration is not None:
-        found = report.configuration.model_dump(mode="json")
-        blocks.append(("config.json", json.dumps(found, indent=2, ensure_ascii=False)))
-    return Section(
-        id="reproduce",
-        title="How to reproduce",
-        texts=[
-            "The same document and seeds on the same kind of machine, with the same versions and "
-            "number of threads, give the same configuration."
-        ],
-        tables=[tables.pairs_table("Versions", "package", report.versions)]
-        if report.versions
-        else [],
-        blocks=blocks,
-    )
+    return replace(found, texts=texts)

@@ -4,6 +4,7 @@ A part of a report's page.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from pho_service.report.charts import Chart
 from pho_service.report.tables import Table
@@ -16,7 +17,9 @@ class Section:
 
     Attributes:
         texts: Sentences; what is not known is said here.
-        blocks: Text as it is: commands and documents, with a caption each.
+        commands: To be run with the result, one a line.
+        blocks: Documents as they are, with a caption each; they are folded.
+        events: What happened, with the time; the newest first.
     """
 
     id: str
@@ -24,4 +27,6 @@ class Section:
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
+    commands: Sequence[str] = ()
     blocks: Sequence[tuple[str, str]] = ()
+    events: Sequence[tuple[datetime, str]] = ()

@@ -71,8 +71,35 @@ def coefficients_table(configuration: Configuration) -> Table:
     )
 
 
+def verdict_table(report: Report) -> Table | None:
+    """The dense model, the result, Wanda and RIA; None where that was not measured."""
+    good = report.perplexities
+    if good is None:
+        return None
+    rows = []
+    for name, perplexity in (
+        ("dense", good.dense),
+        ("pruned", good.pruned),
+        ("Wanda", good.wanda),
+        ("RIA", good.ria),
+    ):
+        dense = name == "dense"
+        gain = None if dense else gain_over("perplexity", good.ria, perplexity)
+        rise = "" if dense or perplexity is None else f"{perplexity / good.dense - 1:+.1%}"
+        share = "" if gain is None or name == "RIA" else f"{gain.share:.1%}"
+        rows.append((name, _number(perplexity) or "none", rise, share))
+    return Table(
+        caption="Perplexity: lower is better",
+        columns=("model", "perplexity", "above dense", GAINS["perplexity"]),
+        rows=rows,
+        marked=1,
+        note="Wanda and RIA are as published, in the same pattern. The gain is the share of RIA's "
+        "perplexity that is saved.",
+    ).without_empty()
+
+
 def results_table(report: Report) -> Table | None:
-    """The result, what else was measured, and the baselines; None without trials."""
+    """The result, what else was measured or is best, and baselines; None without trials."""
     winner = report.winner
     if winner is None:
         return None
@@ -85,7 +112,7 @@ def results_table(report: Report) -> Table | None:
     rows = [*{trial.number: trial for trial in shown}.values()]
     mark = "chosen" if report.configuration is not None else "best so far"
     return Table(
-        caption="Result and baselines",
+        caption="Finalists and baselines",
         columns=(
             "candidate",
             "perplexity",
@@ -97,39 +124,25 @@ def results_table(report: Report) -> Table | None:
             "trial",
         ),
         rows=[
-            *_references(report),
-            *(
-                (
-                    _candidate(trial) + (f" ({mark})" if trial == winner else ""),
-                    _number(trial.perplexity),
-                    _gain(report, trial, "perplexity"),
-                    _number(trial.divergence),
-                    _gain(report, trial, "divergence"),
-                    _number(trial.value) or "failed",
-                    _gain(report, trial, "proxy"),
-                    str(trial.number),
-                )
-                for trial in rows
-            ),
+            (
+                _candidate(trial) + (f" ({mark})" if trial == winner else ""),
+                _number(trial.perplexity),
+                _gain(report, trial, "perplexity"),
+                _number(trial.divergence),
+                _gain(report, trial, "divergence"),
+                _number(trial.value) or "failed",
+                _gain(report, trial, "proxy"),
+                str(trial.number),
+            )
+            for trial in rows
         ],
-        marked=len(_references(report)),
+        marked=0,
         note=f"Objective: {report.objective}"
         + (", higher is better. " if report.maximised else ", lower is better. ")
         + "Divergence: from the dense model, in nats a token. Gains are over RIA: in perplexity, "
         "the share of its perplexity that is saved; by divergence, the same as the divergence "
         "tells; in the proxy, the share of its objective.",
     ).without_empty()
-
-
-def importance_table(report: Report) -> Table:
-    """How much each parameter mattered."""
-    return Table(
-        caption="Importance of each coefficient",
-        columns=("parameter", "importance"),
-        rows=[
-            (name.replace("_", " "), f"{share:.1%}") for name, share in report.importance.items()
-        ],
-    )
 
 
 def transfer_rows(
@@ -235,20 +248,6 @@ def pairs_table(caption: str, heading: str, values: Mapping[str, str]) -> Table:
 
 def _candidate(trial: ReportTrial) -> str:
     return trial.method if trial.is_baseline else "found"
-
-
-def _references(report: Report) -> list[tuple[str, ...]]:
-    """Rows of what the result is judged by: the dense model, Wanda and RIA as published."""
-    good = report.perplexities
-    if good is None:
-        return []
-    theirs = {"dense": good.dense, "Wanda, published": good.wanda, "RIA, published": good.ria}
-    rows: list[tuple[str, ...]] = []
-    for name, perplexity in theirs.items():
-        gain = None if name == "dense" else gain_over("perplexity", good.ria, perplexity)
-        cells = (name, _number(perplexity), "" if gain is None else f"{gain.share:.1%}")
-        rows.append((*cells, "", "", "", "", ""))
-    return rows
 
 
 def _gain(report: Report, trial: ReportTrial, by: MeasuredBy) -> str:

@@ -50,7 +50,7 @@ def _patterns(spec: JobSpec) -> dict[str, str]:
         return {"target": f"the highest sparsity within {spec.target}", **scope}
     if spec.patterns is not None:
         return {"patterns": ", ".join(map(str, spec.points)), **scope}
-    return {"pattern": _pattern(str(spec.pattern)), **scope}
+    return {"pattern": pattern_in_words(str(spec.pattern)), **scope}
 
 
 def search_commands(document: str = "job.json") -> list[str]:
@@ -62,13 +62,23 @@ def search_commands(document: str = "job.json") -> list[str]:
     ]
 
 
+def prune_commands(job_id: str, spec: JobSpec) -> list[str]:
+    """How a model is pruned with what a job has found."""
+    fetch = f"pho best {job_id} --out config.json"
+    if spec.more_models:  # whose service prunes none of them
+        models = [shlex.join(["pho", "prune", name, "--config", "config.json", "--out", "pruned"])
+                  for name in spec.models]  # fmt: skip
+        return [fetch, *models]
+    return [f"pho pull {job_id} --prune --out pruned  # the service prunes, this fetches", fetch]
+
+
 def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
     """What a transfer asks for."""
     report, search, calibration = spec.report, spec.search, spec.calibration
     assert calibration is not None  # the document says so
     return {
         "configuration": f"what job {spec.source} found",
-        "pattern": _pattern(str(spec.configuration["pattern"])),
+        "pattern": pattern_in_words(str(spec.configuration["pattern"])),
         "scope": str(spec.configuration["scope"]),
         "models": ", ".join(spec.models),
         "report text": "none: only proxies are compared"
@@ -106,7 +116,7 @@ def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
     text, settings = _dict(provenance.get("text")), _dict(provenance.get("settings"))
     asked = {
         "model": ", ".join(_models(provenance)),
-        "pattern": _pattern(str(known.get("pattern", "unknown"))),
+        "pattern": pattern_in_words(str(known.get("pattern", "unknown"))),
         "scope": str(known.get("scope", "unknown")),
         "objective": str(known.get("objective", "unknown")),
         "sampler": str(known.get("sampler", "unknown")),
@@ -189,11 +199,15 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _pattern(pattern: str) -> str:
+def pattern_in_words(pattern: str) -> str:
+    """A pattern, and what it says."""
     if ":" in pattern:
         kept, _, group = pattern.partition(":")
-        return f"{pattern}: {kept} of every {group} weights stay"
-    return f"{pattern}: the share of the weights that go"
+        return f"{pattern}: {kept} of every {group} weights are kept"
+    try:
+        return f"{pattern}: {100 * float(pattern):.4g} % of the weights are removed"
+    except ValueError:  # a study of others
+        return pattern
 
 
 def _space(bounds: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ TRANSFER = {
 
 
 def page(client: TestClient, job_id: str) -> str:
-    """The page of a job, without the library that draws."""
+    """The page of a job, without its footer."""
     answer = client.get(f"/v1/jobs/{job_id}/report")
     assert answer.status_code == 200, answer.text[:500]
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -137,12 +137,23 @@ def test_hostile_name(client: TestClient, submit: Any) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in found
 
 
+def test_way_back(client: TestClient, submit: Any) -> None:
+    """A browser gets a link to the job's page; what `pho report` writes to a file has none."""
+    path = f"/v1/jobs/{(job_id := submit()['id'])}/report"
+    shown = client.get(path, headers={"Accept": "text/html,*/*;q=0.8"})
+    written = client.get(path, headers={"Accept": "*/*"})
+
+    assert f'<a href="/jobs/{job_id}">Back to the job</a>' in shown.text
+    assert f'href="/jobs/{job_id}"' not in written.text
+    assert shown.headers["vary"] == "Accept"
+
+
 def test_policy(client: TestClient, submit: Any) -> None:
-    """A browser is told to run the page's own scripts alone, and to fetch nothing."""
+    """A browser is told to run no script, and to fetch nothing."""
     answer = client.get(f"/v1/jobs/{submit()['id']}/report")
     policy = answer.headers["content-security-policy"]
 
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe-inline" not in policy.partition("style-src")[0]
     assert "http" not in policy
 

@@ -61,7 +61,9 @@ def test_study(pho: Pho, searched: str) -> None:
     assert "12 rated trials" in text
     assert "(chosen)" in text
     assert "A study does not keep the errors and sparsities of layers" in text
-    assert "A study does not say what stages took" in text
+    assert "How long each stage took is not known" in text
+    assert "pho prune" in text
+    assert "--config config.json" in text
 
 
 def test_study_alone(pho: Pho, searched: str) -> None:

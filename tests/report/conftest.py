@@ -1,6 +1,5 @@
 """Reports put together by hand, and pages taken apart."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -68,7 +67,8 @@ class Page(HTMLParser):
     Attributes:
         tags: Every element in order: its name and its attributes.
         text: Of each section by its id, without scripts; ``None`` for what is outside.
-        figures: The figures by the id of their data.
+        figures: By the id of each: what a pointer over the marks of each series is shown.
+        drawn: By the id of each figure: how many shapes each series has.
         scripts: The text of what a browser would run.
         styles: The text of the style sheets.
         tables: By caption: the rows, the headings first.
@@ -78,11 +78,13 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.text: dict[str | None, str] = {None: ""}
-        self.figures: dict[str, Any] = {}
+        self.figures: dict[str, dict[str, list[str]]] = {}
+        self.drawn: dict[str, dict[str, int]] = {}
         self.scripts: list[str] = []
         self.styles: list[str] = []
         self.tables: dict[str, list[list[str]]] = {}
         self._section: str | None = None
+        self._figure = self._series = ""
         self._inside: list[tuple[str, dict[str, str]]] = []
         self._rows: list[list[str]] = []
         self._caption = ""
@@ -99,6 +101,13 @@ class Page(HTMLParser):
         if tag == "section":
             self._section = found["id"]
             self.text[self._section] = ""
+        if tag == "figure":
+            self._figure = found["id"]
+            self.figures[self._figure], self.drawn[self._figure] = {}, {}
+        self._series = found.get("data-name", "") if tag == "g" else self._series
+        if self._series and tag in ("circle", "path", "rect", "polyline"):
+            drawn = self.drawn[self._figure]
+            drawn[self._series] = drawn.get(self._series, 0) + 1
         if tag == "table":
             self._rows, self._caption = [], ""
         if tag == "tr":
@@ -111,14 +120,16 @@ class Page(HTMLParser):
         self._inside.pop()
         if tag == "section":
             self._section = None
+        if tag == "g":
+            self._series = ""
         if tag == "table":
             self.tables[self._caption] = self._rows
 
     def handle_data(self, data: str) -> None:
         """Note a text where it stands."""
-        tag, attributes = self._inside[-1] if self._inside else ("", {})
-        if tag == "script" and attributes.get("type") == "application/json":
-            self.figures[attributes["id"].removeprefix("data-")] = json.loads(data)
+        tag = self._inside[-1][0] if self._inside else ""
+        if tag == "title" and self._series:
+            self.figures[self._figure].setdefault(self._series, []).append(data)
         elif tag == "script":
             self.scripts.append(data)
         elif tag == "style":
@@ -160,7 +171,9 @@ def report_of() -> Callable[..., Report]:
                 StageTime(kind="perplexity", done=False, seconds=None, attempts=0),
             ],
             "document": {"model": "org/name", "pattern": "0.5"},
+            "happened": [(datetime(2026, 1, 2, 3, 3, tzinfo=UTC), "succeeded")],
             "commands": ["pho submit --job job.json"],
+            "prune_commands": ["pho pull 1 --prune --out pruned"],
             "versions": {"optuna": "5.0.0"},
         }
         return Report(**{**values, **changes})
@@ -180,5 +193,5 @@ def empty() -> dict[str, Any]:
     return {
         "state": "queued", "asked": {}, "warnings": [], "configuration": None, "trials": [],
         "importance": {}, "layers": {}, "transfers": [], "stages": [], "document": None,
-        "commands": [], "versions": {},
+        "happened": [], "commands": [], "prune_commands": [], "versions": {},
     }  # fmt: skip

@@ -38,15 +38,14 @@ def browse(chromium: str, tmp_path: Path) -> Callable[[Path], tuple[str, str]]:
     return run
 
 
-def test_charts_are_drawn(report_of: Any, browse: Any, tmp_path: Path) -> None:
-    """The page's policy lets its own scripts draw every chart, and nothing is complained of."""
+def test_style_is_applied(report_of: Any, browse: Any, tmp_path: Path) -> None:
+    """The page's policy lets its own style apply, and a browser complains of nothing."""
     path = tmp_path / "page.html"
     path.write_text(render(report_of()), encoding="utf-8")
     document, said = browse(path)
-    charts = re.findall(r'<div data-figure="data-([\w-]+)"[^>]*js-plotly-plot', document)
 
     assert said == ""
-    assert len(charts) == document.count("data-figure=") == 8
+    assert len(re.findall('<svg class="chart"', document)) == 8
 
 
 def test_hostile_page(report_of: Any, browse: Any, tmp_path: Path) -> None:
