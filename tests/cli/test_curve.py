@@ -59,7 +59,7 @@ def test_curve(pho: Pho, small: list[str]) -> None:
     assert again["calibration"].pop("seconds") is None
     assert again == document
     assert json.loads(Path("curve/2-4.json").read_text()) == points["2:4"]["configuration"]
-    assert "<svg class=\"chart\"" in Path("curve/curve.html").read_text()
+    assert '<svg class="chart"' in Path("curve/curve.html").read_text()
 
 
 def test_pareto_front(pho: Pho, small: list[str]) -> None:
