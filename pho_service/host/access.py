@@ -135,7 +135,7 @@ def is_path(name: str) -> bool:
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
         or "\\" in name
-        or name.endswith((".gguf", ".safetensors", ".pho"))
+        or name.endswith(("/", ".gguf", ".safetensors", ".pho"))
     )
 
 

@@ -23,15 +23,13 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from pho_service.errors import InvalidInput, ModelError, PhoError
-from pho_service.host.access import is_path
+from pho_service.errors import ModelError, PhoError
 from pho_service.host.faults import device_is_lost, ran_out_of_memory
 from pho_service.host.model_folder import NAMING_FILES, check_model_folder, check_names
 from pho_service.models.gguf_header import gguf_read_once
+from pho_service.models.names import AWAY, check_local_name, is_on_hub
 from pho_service.models.packed_file import SUFFIX, is_packed
 from pho_service.models.packed_model import PackedModel
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,20 +147,13 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
         ModelError: Not there, or without a config or safetensors.
     """
     path = Path(name).expanduser()
-    if not (path.exists() or _looks_local(name, revision)):
+    if is_on_hub(name, revision):
         revision_argument = _pinned(name, revision)
         _check_hub_files(name, revision_argument)
         return Checkpoint(
             name=name, source={"pretrained_model_name_or_path": name, **revision_argument}
         )
-    if revision:
-        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
-    if not path.exists():
-        though = f", though the folder {path.parent} does" if path.parent.is_dir() else ""
-        hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
-        raise ModelError(
-            f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
-        )
+    check_local_name(name, revision)
     if path.suffix == ".gguf":
         beside = path.with_name("tokenizer_config.json")
         if beside.is_file():
@@ -178,16 +169,6 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     _check_folder(path)
     check_model_folder(path)
     return Checkpoint(name=name, source={"pretrained_model_name_or_path": str(path)})
-
-
-def _looks_local(name: str, revision: str | None) -> bool:
-    """
-    Whether a missing model is a missing file or folder, and not one of the hub.
-
-    So is what lies in a folder that is there: somebody else may have its name on the hub.
-    """
-    folder = name.rpartition("/")[0]
-    return is_path(name) or (folder != "" and revision is None and Path(folder).is_dir())
 
 
 def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
@@ -210,15 +191,14 @@ def _pinned(name: str, revision: str | None) -> dict[str, str]:
     """
     Return the argument that names one commit of a hub model, so that all its files are of that.
 
-    What cannot be had is told when the model is read.
+    Raises:
+        ModelError: Its configuration cannot be had, without which nothing else is of use.
     """
     given = {"revision": revision} if revision else {}
-    with suppress(OSError, ValueError):
+    with loading_errors(name):
         config = cached_file(name, "config.json", **given)
-        commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
-        if commit is not None:
-            return {"revision": commit[1]}
-    return given
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
+    return given if commit is None else {"revision": commit[1]}
 
 
 def _check_folder(path: Path) -> None:
@@ -256,14 +236,12 @@ def _reason(error: Exception) -> str:
         for sign in ("not a valid model identifier", "Repository Not Found", "gated repo")
     ):
         return (
-            "the hub has no such model, or it is private or gated. Check the spelling, accept its "
-            "licence on the hub and set HF_TOKEN, or give a local folder or a .gguf file."
+            "no folder or file here has this name, and the hub has no such model, or it is private "
+            "or gated. Check the spelling, accept its licence on the hub and set HF_TOKEN, or give "
+            "a local folder or a .gguf file."
         )
     if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
-        return (
-            "the Hugging Face hub cannot be reached and no copy is in the local cache. Check the "
-            "network and HF_ENDPOINT, or give a local folder or a .gguf file."
-        )
+        return AWAY
     if "safetensors" in text and "does not appear to have" in text:
         return (
             "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "

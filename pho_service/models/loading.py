@@ -18,6 +18,8 @@ from pho_service.models.checkpoint import Checkpoint, find_checkpoint, loading_e
 from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
 from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
+from pho_service.models.hub_or_cache import hub_or_cache
+from pho_service.models.names import is_on_hub
 from pho_service.models.weights_hash import SCHEME, weights_sha256
 from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
@@ -252,38 +254,39 @@ def load_model(
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
-    checkpoint = find_checkpoint(name, revision)
-    if target.type == "cuda":
-        gc.collect()  # a model that lay on several GPUs has circles in it, and may still be there
-    reader: dict[str, Any] = {}
-    if stream:
-        wanted = "auto"
-        reader = _mapped_reader(checkpoint)
-    elif device_map is not None:
-        reader = {"device_map": _device_map(checkpoint, wanted)}
-    elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory
-        reader = {"device_map": {"": target}}
-    model, tokenizer = checkpoint.read(wanted, **reader)
-    if checkpoint.is_gguf:
-        # Dequantised now: a saved copy must not claim to be GGUF.
-        for leftover in ("quantization_config", "_pre_quantization_dtype"):
-            model.config.__dict__.pop(leftover, None)
-    if stream:
-        _check_mapped(name, model, dtype)
-    converted = checkpoint.is_gguf and dtype != "auto"  # what is stored cannot be written again
-    model.eval()
-    linears = prunable_linears(model)
-    check_weights(linears)
-    logger.info("model loaded", extra={"model": name, "device": str(target)})
-    return LanguageModel(
-        name=name,
-        revision=checkpoint.revision,
-        model=model,
-        tokenizer=tokenizer,
-        stored_dtype=(None if converted else checkpoint.stored_dtype()) or model.dtype,
-        linears=linears,
-        streamed_to=target if stream else None,
-    )
+    with hub_or_cache(wanted=is_on_hub(name, revision)):
+        checkpoint = find_checkpoint(name, revision)
+        if target.type == "cuda":
+            gc.collect()  # a model that lay on several GPUs has circles in it, and may be there
+        reader: dict[str, Any] = {}
+        if stream:
+            wanted = "auto"
+            reader = _mapped_reader(checkpoint)
+        elif device_map is not None:
+            reader = {"device_map": _device_map(checkpoint, wanted)}
+        elif target.type == "cuda":  # each tensor on its own, not the model by way of main memory
+            reader = {"device_map": {"": target}}
+        model, tokenizer = checkpoint.read(wanted, **reader)
+        if checkpoint.is_gguf:
+            # Dequantised now: a saved copy must not claim to be GGUF.
+            for leftover in ("quantization_config", "_pre_quantization_dtype"):
+                model.config.__dict__.pop(leftover, None)
+        if stream:
+            _check_mapped(name, model, dtype)
+        converted = checkpoint.is_gguf and dtype != "auto"  # what is stored cannot be written again
+        model.eval()
+        linears = prunable_linears(model)
+        check_weights(linears)
+        logger.info("model loaded", extra={"model": name, "device": str(target)})
+        return LanguageModel(
+            name=name,
+            revision=checkpoint.revision,
+            model=model,
+            tokenizer=tokenizer,
+            stored_dtype=(None if converted else checkpoint.stored_dtype()) or model.dtype,
+            linears=linears,
+            streamed_to=target if stream else None,
+        )
 
 
 def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:

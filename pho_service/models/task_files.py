@@ -18,6 +18,7 @@ from pho_service.errors import InvalidInput, TextError
 from pho_service.host.extras import missing_extra
 from pho_service.host.plain import shown
 from pho_service.host.versions import versions
+from pho_service.models.hub_or_cache import hub_or_cache
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ _NAME = re.compile(rb"^(?:task|group)[ \t]*:[ \t]*['\"]?([^'\"\s#\[]+)", re.MULT
 _TAG = re.compile(rb"^tag[ \t]*:[ \t]*((?:\n[ \t]*-[^\n]*)+|[^\n]*)", re.MULTILINE)
 _FILES = ("json", "csv", "parquet", "text", "arrow")  # data sets that are files of their own
 _RATED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-_PATIENCE_S = 5  # for the hub, before it counts as away
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
     manager = _manager(names, folder)
     _check_kinds(manager, names)
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    with _hub_or_cache(manager, names):
+    with hub_or_cache(wanted=_wants_hub(manager, names)):
         for name in names:
             with _told(name):
                 for part, members in manager.load([name]).items():
@@ -203,43 +203,12 @@ def _check_rated(name: str, kind: str) -> None:
         )
 
 
-@contextmanager
-def _hub_or_cache(manager: Any, names: Sequence[str]) -> Iterator[None]:
-    """If a task wants a hub that is away, inside only what is in the cache is read, at once."""
-    wanted = any(
+def _wants_hub(manager: Any, names: Sequence[str]) -> bool:
+    """Whether a task's data set is on the hub."""
+    return any(
         leaf.get("dataset_path") not in _FILES and not Path(str(leaf.get("dataset_path"))).exists()
         for leaf in _leaves(manager, names)
     )
-    if not wanted or not _hub_is_away():
-        yield
-        return
-    logger.info("the hub is away: data sets of tasks are looked for in the cache alone")
-    import datasets
-    import huggingface_hub
-
-    places: list[Any] = [datasets.config, huggingface_hub.constants]
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = was
-
-
-def _hub_is_away() -> bool:
-    """Whether nothing may be asked of the hub, or it does not answer; its libraries would retry."""
-    import datasets
-    import httpx
-
-    if datasets.config.HF_HUB_OFFLINE:  # HF_HUB_OFFLINE, or HF_DATASETS_OFFLINE
-        return True
-    try:
-        httpx.head(datasets.config.HF_ENDPOINT, timeout=_PATIENCE_S)
-    except httpx.HTTPError:
-        return True
-    return False
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import httpx
 
 from pho_service.errors import ModelError
+from pho_service.host.access import is_path
 
 MOST_BYTES = 2**22  # of a configuration; those of the hub have some kilobytes
 MOST_VALUES = 2**21  # of a GGUF header; Gemma's vocabulary has a quarter of a million tokens
@@ -63,8 +64,7 @@ def read_config(
         ModelError: It does not exist, cannot be reached, or is not a configuration.
     """
     place = Path(path or name).expanduser()
-    local = place.exists() or str(path or name).startswith((".", "/", "~"))
-    if not local and place.suffix != ".gguf":
+    if not place.exists() and not is_path(str(path or name)):
         return _hub_config(name, revision or "main")
     if not place.exists():
         raise ModelError(

@@ -2,8 +2,10 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -12,6 +14,7 @@ from pho_service.errors import InvalidInput, ModelError, NumericalError
 from pho_service.models import checkpoint
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import load_model
+from pho_service.models.names import check_name
 
 
 def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
@@ -77,8 +80,36 @@ def test_hub_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that does not answer is told from a model that does not exist."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    with pytest.raises(ModelError, match=r"hub cannot be reached.*local folder"):
+    with pytest.raises(ModelError, match=r"no folder or file here.*hub cannot be reached"):
         load_model("nobody/no-such-model")
+
+
+def test_hub_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that cannot be reached is asked once, and not again and again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # closed below: nobody answers there
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", pytest.fail)  # between two tries
+
+    for ask in (lambda name: check_name(name, None), load_model):
+        with pytest.raises(ModelError, match=r"nosuch cannot be loaded: no folder or file here"):
+            ask("nosuch")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_cached_while_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the hub's cache needs no hub."""
+    monkeypatch.setattr("pho_service.models.names.hub_is_away", lambda: True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "config.json")
+
+    check_name("org/name", None)
+
+
+def test_not_a_name() -> None:
+    """What can be neither a path nor a name of the hub is said to be neither."""
+    with pytest.raises(ModelError, match="is neither a folder or file here nor a name on the hub"):
+        check_name("two words", None)
 
 
 def test_no_config(tmp_path: Path) -> None:
