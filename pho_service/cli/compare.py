@@ -270,6 +270,7 @@ def show_comparison(compared: "Compared") -> None:
         [*compared.columns[: more.start], *compared.columns[more.stop :]],
         [without(row) for row in compared.cells],
         caption=compared.caption,
+        spare=("peak memory", "seconds", "proxy", "scope"),
     )
     if compared.columns[more]:
         print_table(

@@ -229,7 +229,10 @@ def show_points(points: "Sequence[CurvePoint]") -> None:
         f"{text.tokens} tokens of {text.text['source']}; what was found was chosen on them. "
         f"{table.note}"
     )
-    print_table(table.caption, table.columns, table.rows, caption=caption)
+    print_table(
+        table.caption, table.columns, table.rows, caption=caption,
+        spare=("trials", "seconds", "proxy", "scope"),
+    )  # fmt: skip
 
 
 def _folder(name: str) -> Path:

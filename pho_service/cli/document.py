@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import GROUPS, Field, document_fields, within
+from pho_service.cli.fields import Field, document_fields, within
+from pho_service.cli.groups import GroupedCommand
 from pho_service.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Given:
         return "" if named or not path else f"/{path} {_short(value)}: "
 
 
-class DocumentCommand(click.Command):
+class DocumentCommand(GroupedCommand):
     """
     A verb with options for fields of the job's document, which are made when they are needed.
 
@@ -208,20 +209,10 @@ class DocumentCommand(click.Command):
         ctx.params["given"] = Given(said=said, names=names)
         return rest
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options in sections."""
-        groups = {parameter: field.group for parameter, (field, _) in self._options.items()}
-        for title in GROUPS:
-            records = [
-                parameter.get_help_record(ctx)
-                for parameter in self.get_params(ctx)
-                if isinstance(parameter, click.Option)
-                if groups.get(str(parameter.name), "Machine") == title
-            ]
-            rows = [record for record in records if record is not None]
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+    def groups(self) -> Mapping[str, str]:
+        """Those of the document's options, too."""
+        of_fields = {parameter: field.group for parameter, (field, _) in self._options.items()}
+        return {**super().groups(), **of_fields}
 
 
 def _short(value: object) -> str:

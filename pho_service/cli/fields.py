@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from pho_service.cli.groups import group_of_field
 from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
 
@@ -81,19 +82,6 @@ OF_A_SERVICE = {
     "timeout_s": "an interrupted search goes on with the same command",
 }
 
-# The sections of --help; what is not named here is of the last.
-GROUPS = {
-    "Method": ("pattern", "patterns", "target", "scope", "preset", "steps", "search_space"),
-    "Text": ("calibration", "confirm", "validation"),
-    "Search": (
-        "objective", "warm_start", "sampler", "trials", "corrections", "islands", "seed",
-        "timeout_s",
-        "max_failed_trials",
-    ),
-    "Machine": (),
-}  # fmt: skip
-
-
 # What options say of themselves that are not written as their fields.
 _ABOUT = {
     "search_space": "Bounds of the search, name=low:high, or name=value, which fixes it; may be "
@@ -134,8 +122,7 @@ class Field:
     @property
     def group(self) -> str:
         """The section of --help that it stands in."""
-        top = self.path.partition("/")[0]
-        return next((title for title, fields in GROUPS.items() if top in fields), "Machine")
+        return group_of_field(self.path)
 
     @property
     def kind(self) -> str:

@@ -2,12 +2,15 @@
 Jobs in words and tables, as the verbs for jobs print them.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pho_service.cli.terminal import print_table, tell
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
+
+_SHORTEST = 8  # characters of an id, as in the names that jobs have by default
 
 
 def outcome(job: "Job") -> list[str]:
@@ -53,7 +56,7 @@ def show_points(job: "Job") -> None:
     columns = [
         "pattern", "state", "found", "dense", "rise", "Wanda", "RIA", "within", "seconds",
     ]  # fmt: skip
-    print_table("Perplexity at each sparsity", columns, rows)
+    print_table("Perplexity at each sparsity", columns, rows, spare=("seconds",))
     if job.best is None and any(each.state == "done" for each in job.points):
         tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
 
@@ -75,6 +78,16 @@ def done(job: "Job") -> str:
     if job.kind == "transfer":
         return f"{done.models_done}/{done.models} models"
     return f"{done.trials_done}/{done.trials}"
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """Return the beginnings that tell ids apart, of the same length, at least 8 characters."""
+    known = {*ids}
+    for length in range(_SHORTEST, 36):
+        short = {each: each[:length] for each in known}
+        if len({*short.values()}) == len(known):
+            return short
+    return {each: each for each in known}
 
 
 def number(value: float | None, digits: int = 6) -> str | None:

@@ -340,10 +340,13 @@ def _inputs(
 def _check(folder: Path, original: str | None, as_json: bool, options: ModelOptions) -> None:
     from dataclasses import asdict
 
+    from transformers.utils.logging import disable_progress_bar
+
     from pho_service.models.packed_file import small_files
     from pho_service.models.recipe_file import read_recipe
     from pho_service.pipeline.check import check_folder
 
+    disable_progress_bar()  # ours is shown
     loaded = None
     if original is not None:
         if options.dtype == "auto":  # the hash of the original's weights depends on it
@@ -352,12 +355,13 @@ def _check(folder: Path, original: str | None, as_json: bool, options: ModelOpti
         loaded = open_model(original, options)
     checks = check_folder(folder, original=loaded, progress=progress)
     if as_json:
-        print_json({"folder": str(folder), "checks": [asdict(check) for check in checks]})
+        shown = [{**asdict(check), "skipped": check.skipped} for check in checks]
+        print_json({"folder": str(folder), "checks": shown})
     else:
         print_table(
             str(folder),
             ("check", "result", "detail"),
-            [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in checks],
+            [(check.name, check.result, check.detail) for check in checks],
         )
     failed = [check.name for check in checks if not check.passed]
     if failed:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.jobs_shown import done, good, number, outcome, show_points
+from pho_service.cli.jobs_shown import done, good, number, outcome, short_ids, show_points
 from pho_service.cli.options import at_least, json_option
-from pho_service.cli.terminal import print_json, print_table, say, tell, verb
+from pho_service.cli.terminal import print_json, print_table, say, table_width, tell, verb
 from pho_service.errors import InvalidInput, ServiceError
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
     """
     List jobs, newest first.
 
+    On a terminal ids are as short as tells them apart, which every verb takes;
+    in a pipe they are whole, and each job is a line.
+
     \b
     Example:
       pho jobs --state running --state queued
@@ -52,10 +55,11 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
     if as_json:
         print_json([job.model_dump(mode="json") for job in found])
         return
+    short = short_ids(str(job.id) for job in found)
     rows = [
         [
-            job.id,
-            job.name,
+            str(job.id) if table_width() is None else short[str(job.id)],
+            job.name.removesuffix(f" {str(job.id)[:8]}"),
             job.state,
             done(job),
             *good(job),
@@ -66,7 +70,7 @@ def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) ->
     columns = [
         "id", "name", "state", "trials", "dense", "perplexity", "rise", "Wanda", "RIA", "objective"
     ]  # fmt: skip
-    print_table("Jobs", columns, rows)
+    print_table("Jobs", columns, rows, spare=("objective", "RIA", "Wanda", "dense"))
 
 
 @click.command()
@@ -319,8 +323,18 @@ def workers(url: str | None, as_json: bool) -> None:
         print_json([worker.model_dump(mode="json") for worker in found])
         return
     columns = ["name", "device", "works on", "stage", "heartbeat"]
-    rows = [[w.name, w.device, w.job_id, w.stage, f"{w.heartbeat_at:%H:%M:%S}"] for w in found]
-    print_table("Workers", columns, rows)
+    short = short_ids(str(worker.job_id) for worker in found if worker.job_id)
+    rows = [
+        [
+            worker.name,
+            worker.device,
+            worker.job_id if table_width() is None else short.get(str(worker.job_id)),
+            worker.stage,
+            f"{worker.heartbeat_at:%H:%M:%S}",
+        ]
+        for worker in found
+    ]
+    print_table("Workers", columns, rows, spare=("heartbeat",))
 
 
 def end(client: "Client", job: "Job", as_json: bool) -> None:

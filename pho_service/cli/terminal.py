@@ -5,10 +5,12 @@ How verbs talk: progress and messages on stderr, results on stdout, errors as ex
 import functools
 import json
 import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
@@ -18,7 +20,19 @@ from pho_service.host.faults import faults_told
 from pho_service.host.plain import plain, plain_line
 from pho_service.progress import bar
 
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+
 P = ParamSpec("P")
+
+_ENDLESS = 100_000  # characters of a line that is never folded
+_LEAST_FOLDED = 16  # characters of a column that is folded
+# With its unit, and what may follow: its share of another, an interval, the end of a range.
+_NUMBER = re.compile(
+    r"[+-]?(\d[\d,]*(\.\d+)?(e[+-]?\d+)?|nan|inf)( ?(%|[KMGT]i?B|m?s|min|h|x))?"
+    r"(/\d+| ± .*| to .*| \(.*\))?"
+)
 
 progress = bar  # of verbs: always shown, on stderr
 
@@ -88,21 +102,123 @@ def working(title: str) -> Iterator[None]:
         yield
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = ""
-) -> None:
-    """A table on stdout; all columns but the first are aligned right."""
-    from rich import box
+def table_width() -> int | None:
+    """Return how wide tables may be: as the terminal, or as COLUMNS says; None in a pipe."""
     from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal or os.environ.get("COLUMNS") else None
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    caption: str = "",
+    spare: Sequence[str] = (),
+) -> None:
+    """
+    Print a table on stdout: numbers are aligned right, text left, and no cell is cut.
+
+    In a pipe each row is a line, however long. On a terminal that is too narrow, columns are left
+    out, which a line below the table says; then the widest text is folded; and if that is not
+    enough, each cell gets a line.
+
+    Args:
+        title: Line above it.
+        columns: Headings.
+        rows: Cells of each row; None is empty.
+        caption: Text below it.
+        spare: Headings of columns that may be left out, the first of them first.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    cells = [["" if cell is None else plain_line(str(cell)) for cell in row] for row in rows]
+    width = table_width()
+    console = Console(emoji=False, highlight=False, width=_ENDLESS)  # N:M: would become a picture
+    shown, left_out = list(range(len(columns))), []
+    drawn: RenderableType = _table(columns, cells, shown)
+    needed = console.measure(drawn).maximum
+    for heading in spare:
+        if width is None or needed <= width:
+            break
+        if heading in columns:
+            shown.remove(columns.index(heading))
+            left_out.append(heading)
+            drawn = _table(columns, cells, shown)
+            needed = console.measure(drawn).maximum
+    if width is not None and needed > width:
+        folded = _folded(columns, cells, shown, needed - width)
+        drawn = _lines(columns, cells) if folded is None else _table(columns, cells, shown, folded)
+        left_out = [] if folded is None else left_out
+    console.width = width or _ENDLESS
+    notes = [plain(caption)] if caption else []
+    if left_out:
+        names = ", ".join(left_out)
+        notes.append(f"No room for: {names}. A wider terminal and --json have more.")
+    console.print(Text(f"\n{plain(title)}\n", style="bold"))
+    console.print(drawn)
+    for note in notes:
+        console.print(Text(f"\n{note}", style="dim"))
+
+
+def _table(
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    shown: Sequence[int],
+    folded: int | None = None,
+) -> "Table":
+    """The columns of these numbers, one of them folded where there is no room."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else plain_line(str(cell))) for cell in row))
-    console = Console(emoji=False)  # which N:M: would become
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width of its own
-    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for index in shown:
+        table.add_column(
+            Text(columns[index]),
+            justify="right" if _are_numbers(cells, index) else "left",
+            no_wrap=index != folded,
+            overflow="fold",
+        )
+    for row in cells:
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table
+
+
+def _folded(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], shown: Sequence[int], excess: int
+) -> int | None:
+    """The widest column of text, if it can give so many characters away and stay readable."""
+    widths = {
+        index: max(len(columns[index]), *(len(row[index]) for row in cells))
+        for index in shown
+        if cells and not _are_numbers(cells, index)
+    }
+    widest = max(widths, key=widths.__getitem__, default=None)
+    return None if widest is None or widths[widest] - excess < _LEAST_FOLDED else widest
+
+
+def _are_numbers(cells: Sequence[Sequence[str]], index: int) -> bool:
+    """Whether all that a column has are numbers."""
+    found = [row[index] for row in cells if row[index]]
+    return bool(found) and all(map(_NUMBER.fullmatch, found))
+
+
+def _lines(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> "Group":
+    """A line for each cell that is not empty, and an empty one between rows."""
+    from rich.console import Group
+    from rich.text import Text
+
+    longest = max(map(len, columns))
+    lines = []
+    for row in cells:
+        lines += [
+            Text(f"{heading:<{longest}}  {cell}", overflow="fold")
+            for heading, cell in zip(columns, row, strict=True)
+            if cell
+        ]
+        lines.append(Text(""))
+    return Group(*lines[:-1])

@@ -249,9 +249,9 @@ def show_transfer(
     records: Sequence[dict[str, Any]], name: str, configuration: "Configuration"
 ) -> None:
     """A table of perplexities, where they were measured, and one of proxies."""
-    for what, one, measured, regret in (
-        ("perplexities", "perplexity", ("dense", *METHODS), "regret"),
-        ("proxies", "proxy", METHODS, "proxy_regret"),
+    for what, measured, regret in (
+        ("perplexities", ("dense", *METHODS), "regret"),
+        ("proxies", METHODS, "proxy_regret"),
     ):
         rows = [record for record in records if record.get(what)]
         shown = [m for m in measured if any(m in record[what] for record in rows)]
@@ -259,7 +259,7 @@ def show_transfer(
             continue
         print_table(
             f"{name} at {configuration.pattern}, scope {configuration.scope}: {what}",
-            ("model", *shown, f"{one} below RIA's", f"regret in {one}"),
+            ("model", *shown, "below RIA's", "regret"),
             [
                 (
                     Path(record["target"]).name,

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from pho_service.cli.groups import GroupedCommand
 from pho_service.cli.options import at_least, json_option, out_file
 from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.remote import end, open_client, url_option
@@ -12,7 +13,7 @@ from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput
 
 
-@click.command("transfer-job")
+@click.command("transfer-job", cls=GroupedCommand)
 @click.argument("job_id")
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
 @click.option("--report-text", help="To measure perplexities on; nothing may be chosen on it.")

@@ -148,4 +148,5 @@ def _show(result: "Validation", title: str) -> None:
         ],
         caption=f"{len(result.candidates)} random candidates, perplexity "
         f"{min(result.perplexity):.2f} to {max(result.perplexity):.2f}",
+        spare=("better half", "Kendall (95 %)"),
     )

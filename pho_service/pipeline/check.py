@@ -46,6 +46,16 @@ class Check:
     passed: bool
     detail: str
 
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was looked at."""
+        return self.detail.startswith(_NOT_CHECKED)
+
+    @property
+    def result(self) -> str:
+        """In a word: ``ok``, ``skipped`` or ``FAILED``."""
+        return "skipped" if self.skipped else "ok" if self.passed else "FAILED"
+
 
 def check_folder(
     folder: Path, *, original: LanguageModel | None, progress: Progress = silent

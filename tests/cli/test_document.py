@@ -10,7 +10,8 @@ import pytest
 
 from pho_service.cli import main
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.fields import GROUPS, OF_A_SERVICE, WITHOUT, document_fields, search_command
+from pho_service.cli.fields import OF_A_SERVICE, WITHOUT, document_fields, search_command
+from pho_service.cli.groups import GROUPS
 from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
 from pho_service.spec.job import JobSpec
@@ -102,12 +103,31 @@ def test_same_options() -> None:
 def test_sections(verb: str) -> None:
     """The help has its sections in order, each option in one of them and with a description."""
     help_ = command(verb).get_help(click.Context(command(verb), info_name=verb, parent=PARENT))
-    places = [help_.index(f"\n{title}:\n") for title in GROUPS]
+    titles = [title for title in GROUPS if title != "Job" or verb == "submit"]
+    places = [help_.index(f"\n{title}:\n") for title in titles]
 
     assert places == sorted(places)
     assert "\nOptions:\n" not in help_
     assert all(option["help"] for option in shown(verb).values())
-    assert {option["section"] for option in shown(verb).values()} == {*GROUPS}
+    assert {option["section"] for option in shown(verb).values()} == {*titles} - {"Output"}
+
+
+def test_section_of_each_option() -> None:
+    """Options that are not of the document have a section, too: what is Output is about that."""
+    for verb, allowed in (
+        ("search", {"out", "as_json"}),
+        ("compare", {"as_json"}),
+        ("prune", {"out", "repository", "public", "check_path", "as_json"}),
+        ("submit", {"as_json"}),
+        ("evaluate", {"as_json"}),
+    ):
+        made = command(verb)
+        options = {
+            str(o.name) for o in made.get_params(click.Context(made, parent=PARENT)) if o.name
+        }
+        options -= {each.name for each in made.params if isinstance(each, click.Argument)}
+        options = {name for name in options if not name.endswith("help")}
+        assert {o for o in options if made.groups().get(o, "Output") == "Output"} == allowed
 
 
 WHOLE = {

@@ -126,7 +126,7 @@ def test_show(remote: Any, transferred: str) -> None:
     for text in (shown, watched.stdout):
         assert "models       2 of 2" in text
         assert "note         org/two: no weights" in text
-        (row, proxies) = (line.split() for line in text.splitlines() if line.startswith("  one"))
+        (row, proxies) = (line.split() for line in text.splitlines() if line.startswith("one "))
         assert row == ["one", "10", "24", "25", "20.5", "20", "yes", "10%"]
         assert proxies == ["one", "0.4", "0.5", "0.3", "0.25", "yes", "20%"]
     assert watched.exit_code == 0

@@ -1,0 +1,71 @@
+"""Tables of the verbs: readable at every width, a line a row in a pipe."""
+
+from collections.abc import Callable
+
+import pytest
+
+from pho_service.cli.jobs_shown import short_ids
+from pho_service.cli.terminal import print_table
+
+COLUMNS = ("id", "name", "state", "trials", "perplexity", "RIA")
+ROWS = (
+    ("94b991f8", "small-llama 0.7", "succeeded", "200/200", "16.91", "29.8"),
+    ("f14a69f0", "a name of 40 characters that somebody gave", "running", "9/200", None, None),
+)
+
+Lines = Callable[[int | None], list[str]]
+
+
+@pytest.fixture
+def lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Lines:
+    """The lines of a table where COLUMNS says how wide they may be, or in a pipe."""
+
+    def printed(width: int | None) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(width or ""))
+        print_table("Jobs", COLUMNS, ROWS, caption="A caption.", spare=("RIA",))
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    return printed
+
+
+def test_pipe(lines: Lines) -> None:
+    """In a pipe a row is a line, with all its columns; text is aligned left, numbers right."""
+    title, header, first, second, _ = (line for line in lines(None) if line[:1].isalnum())
+
+    assert title == "Jobs"
+    assert header.split() == [*COLUMNS]
+    assert first.index("small-llama") == second.index("a name") == header.index("name")
+    assert first.index("200/200") + 7 == second.index("9/200") + 5 == header.index("trials") + 6
+    assert first.endswith(" 29.8")
+
+
+@pytest.mark.parametrize("width", [100, 80, 70])
+def test_narrow(lines: Lines, width: int) -> None:
+    """On a narrow terminal a spare column goes first, then a text is folded; nothing is cut."""
+    shown = lines(width)
+    text = "\n".join(shown)
+
+    assert max(map(len, shown)) <= width
+    assert "…" not in text
+    assert "succeeded" in text
+    assert "16.91" in text
+    assert ("29.8" in text) is (width == 100)
+    assert ("No room for: RIA." in text) is (width < 100)
+
+
+def test_very_narrow(lines: Lines) -> None:
+    """On one that is narrower still each cell has a line, and no column is left out."""
+    shown = lines(40)
+
+    assert "name        small-llama 0.7" in shown
+    assert "RIA         29.8" in shown
+    assert not any("No room" in line for line in shown)
+
+
+def test_short_ids() -> None:
+    """Ids are as short as tells them apart, but not shorter than 8 characters."""
+    one, other = "94b991f8-0000-4000-8000-000000000000", "94b991f8-1000-4000-8000-000000000000"
+
+    assert short_ids([one]) == {one: "94b991f8"}
+    assert short_ids([one, other]) == {one: "94b991f8-0", other: "94b991f8-1"}
+    assert short_ids([]) == {}
