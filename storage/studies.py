@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Engine, delete, event, select, text
+from sqlalchemy import Connection, Engine, delete, event, select, text, union
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -27,6 +27,8 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
+
+_RECORD = "pho:"  # begins the names of the system attributes that are ours
 
 
 class StorageError(Exception):
@@ -222,26 +224,55 @@ def open_study(
 
 def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
     """
-    The names of the other studies of a study's database with the same user attribute, oldest first.
+    The names of the other studies of a study's database with the same record, oldest first.
 
     Args:
         study: Of a database; of another storage there are none.
-        key: Name of the attribute.
+        key: Name of the record, see :func:`keep_record`.
         value: Of it.
     """
     storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
     if not isinstance(storage, RDBStorage):
         return []
-    alike = models.StudyUserAttributeModel
+    said = json.dumps(value)
+    mine, older = models.StudySystemAttributeModel, models.StudyUserAttributeModel
+    marked = union(
+        select(mine.study_id).where(mine.key == f"{_RECORD}{key}", mine.value_json == said),
+        select(older.study_id).where(older.key == key, older.value_json == said),
+    )
     query = (
         select(models.StudyModel.study_name)
-        .join(alike, alike.study_id == models.StudyModel.study_id)
-        .where(alike.key == key, alike.value_json == json.dumps(value))
+        .where(models.StudyModel.study_id.in_(marked))
         .where(models.StudyModel.study_id != study._study_id)
         .order_by(models.StudyModel.study_id)
     )
     with _create_scoped_session(storage.scoped_session) as session:
         return [*session.execute(query).scalars()]
+
+
+def record_of(study: optuna.Study) -> dict[str, Any]:
+    """
+    What a study holds beside its trials, by name: :func:`keep_record`'s and the user attributes.
+
+    Older versions kept all of it as user attributes.
+    """
+    held = study._storage.get_study_system_attrs(study._study_id)
+    kept = {k.removeprefix(_RECORD): v for k, v in held.items() if k.startswith(_RECORD)}
+    return {**study.user_attrs, **kept}
+
+
+def keep_record(study: optuna.Study, key: str, value: Any) -> None:
+    """
+    Keep in a study what a search goes on with, and nobody has to read.
+
+    It is a system attribute: Optuna's own tools list user attributes, and would show documents.
+
+    Args:
+        study: Of the record.
+        key: Its name.
+        value: A JSON value; another one of the same name is replaced.
+    """
+    study._storage.set_study_system_attr(study._study_id, f"{_RECORD}{key}", value)
 
 
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:

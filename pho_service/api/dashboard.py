@@ -8,6 +8,7 @@ import warnings
 import optuna
 from a2wsgi import WSGIMiddleware
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,6 +19,20 @@ from storage.studies import StorageError, StudyStorage, end_connections
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
 _EXACT = ("/favicon.ico",)
+# What its page lacks: a way back. What it has too much: buttons that create, rename, delete and
+# write notes, all of which are refused here.
+_MORE = b"""
+<style>
+button[aria-label="rename study"], button[aria-label="delete study"],
+button:has([data-testid="AddBoxIcon"]), button:has([data-testid="EditIcon"]) {
+  display: none !important; }
+#pho { position: fixed; right: 1rem; bottom: 1rem; z-index: 2000; padding: .4rem .9rem;
+  border-radius: 6px; font: 15px system-ui, sans-serif; color: #fff; background: #005a8f;
+  text-decoration: none; }
+#pho:focus-visible { outline: 3px solid #8ecdf7; outline-offset: 2px; }
+</style>
+<a id="pho" href="/">PHO: all jobs</a>
+</body>"""
 _ENCODINGS = {"static": b"gzip", "favicon.ico": b"identity"}
 
 
@@ -46,14 +61,24 @@ class Dashboard:
             rest = [h for h in scope["headers"] if h[0] != b"accept-encoding"]
             scope = {**scope, "headers": [*rest, (b"accept-encoding", encoding)]}
         failed = False
+        page: Message | None = None  # the start of the answer that is one
+        body = b""
 
         async def unless_failed(message: Message) -> None:
-            nonlocal failed
-            failed = failed or (
-                message["type"] == "http.response.start" and message["status"] >= 500
-            )
-            if not failed:
+            nonlocal failed, page, body
+            if message["type"] == "http.response.start":
+                failed = message["status"] >= 500
+                if Headers(raw=message["headers"]).get("content-type", "").startswith("text/html"):
+                    page = message
+                    return
+            if failed:
+                return
+            if page is None:
                 await send(message)
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                await _send_page(page, body, send)
 
         await self._app(scope, receive, unless_failed)  # type: ignore[arg-type]  # a2wsgi's types
         if failed:  # the database went away after it was asked for
@@ -104,3 +129,17 @@ class Dashboard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return WSGIMiddleware(optuna_dashboard.wsgi(self._storage))
+
+
+async def _send_page(start: Message, body: bytes, send: Send) -> None:
+    """Send a page of the dashboard with what it lacks; one without a body stays so."""
+    whole = body.replace(b"</body>", _MORE, 1)
+    headers = MutableHeaders(raw=[*start["headers"]])
+    if body:
+        headers["content-length"] = str(len(whole))
+    else:  # of HEAD: the length is that of another body
+        del headers["content-length"]
+    for name in ("last-modified", "etag"):  # of the file, which is not what is sent
+        del headers[name]
+    await send({**start, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": whole})

@@ -195,6 +195,7 @@ class OpenedCurve:
         from pho_service.cli.search import DOCUMENT
         from pho_service.pipeline.curve import CurvePoints, opened_pareto
         from pho_service.pipeline.search import opened_study
+        from storage.studies import keep_record
 
         subject = self.subject
         documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
@@ -202,7 +203,7 @@ class OpenedCurve:
         @contextmanager
         def record(request: "SearchRequest") -> "Iterator[Study]":
             with opened_study(study, request, subject.bundle, subject.text) as kept:
-                kept.set_user_attr(DOCUMENT, documents[str(request.pattern)])
+                keep_record(kept, DOCUMENT, documents[str(request.pattern)])
                 yield kept
 
         with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:

@@ -52,11 +52,12 @@ class _Place:
     def searched(self, spec: "JobSpec") -> "SearchResult":
         """Search; confirm where that takes seconds, not where each finalist takes minutes."""
         from pho_service.pipeline.search import opened_study, search_job
+        from storage.studies import keep_record
 
         request = spec.request(0)
         confirmed = not request.steps.needs_text
         with opened_study(self.study, request, self.bundle, self.confirm) as record:
-            record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
+            keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
             return search_job(
                 request,
                 self.bundle,

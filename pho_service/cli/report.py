@@ -130,8 +130,9 @@ def _collected(
         with_measurements,
     )
     from pho_service.tuning.result import chosen_in
+    from storage.studies import record_of
 
-    known, recorded = study.user_attrs, study.get_trials(deepcopy=False)
+    known, recorded = record_of(study), study.get_trials(deepcopy=False)
     if "pattern" not in known:
         raise StudyError(f"study {study.study_name!r} is not one of `pho search`.")
     configuration = None if file is None else file.configuration
@@ -166,7 +167,7 @@ def _collected(
 
 
 def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
-    """The `pho search` whose study has these user attributes."""
+    """The `pho search` whose study has this record."""
     from pho_service.cli.search import WARM
     from pho_service.report.words import study_document
 

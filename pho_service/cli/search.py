@@ -96,6 +96,7 @@ def search(
     """
     from pho_service.pipeline.search import opened_study, search_job
     from pho_service.pipeline.studies import check_study_url
+    from storage.studies import keep_record
 
     path = out_file(out)
     check_study_url(study)
@@ -114,8 +115,8 @@ def search(
     found = warm_start.of_libraries(given, request.pattern, subject.about)
     request = replace(request, warm_start=(*request.warm_start, *found))
     with opened_study(study, request, subject.bundles, subject.confirm) as record:
-        record.set_user_attr(DOCUMENT, spec.model_dump(mode="json"))
-        record.set_user_attr(WARM, given("warm_start/found") or [])
+        keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
+        keep_record(record, WARM, given("warm_start/found") or [])
         result = search_job(
             request,
             subject.bundles,

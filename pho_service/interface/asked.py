@@ -22,6 +22,7 @@ from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Allocation, Steps
 from pho_service.tuning.request import SearchRequest
+from storage.studies import record_of
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -184,7 +185,7 @@ def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequ
     Raises:
         StudyError: It is of something else.
     """
-    known = study.user_attrs
+    known = record_of(study)
     if "pattern" not in known:
         if study.get_trials(deepcopy=False):
             raise StudyError(
@@ -218,7 +219,7 @@ def check_bundle_of(study: optuna.Study, bundles: Bundles) -> None:
     """
     named = by_name(bundles)
     key = origin_of([bundle.origin for bundle in named.values()]).get("key")
-    known = study.user_attrs.get("calibration", {}).get("key")
+    known = record_of(study).get("calibration", {}).get("key")
     if known is not None and known != key:
         raise StudyError(
             f"study {study.study_name!r} is of another bundle, {known[:12]}, and this one is "

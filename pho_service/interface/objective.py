@@ -40,6 +40,7 @@ from pho_service.tuning.plan import Evaluate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import chosen_in, describe_study, search_result
 from pho_service.tuning.search import ranked
+from storage.studies import record_of
 
 _OBJECTIVE = Objective()
 
@@ -197,7 +198,7 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
         StudyError: The study is of another bundle, was not made by PHO, or has no finished trial.
     """
     taken = opened_bundle(bundle)
-    known = study.user_attrs
+    known = record_of(study)
     if "pattern" not in known or "space" not in known:
         raise StudyError(
             f"study {study.study_name!r} was not made by pho.objective or pho.search, so its "

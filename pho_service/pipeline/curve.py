@@ -25,10 +25,10 @@ from pho_service.tuning.pareto import add_point, pareto_name, pareto_study
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import Callback
-from storage.studies import StorageError, open_storage
+from storage.studies import StorageError, keep_record, open_storage, record_of
 
 FORMAT = "pho-curve"
-_TIME = "curve_time"  # user attribute of a study
+_TIME = "curve_time"  # record of a study
 
 # Opens the study of a search, which may hold a part of it already.
 Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
@@ -288,7 +288,7 @@ def _timed(
         What gives the seconds, at the end.
     """
     of = [request.trials, request.finalists, text_sha256]
-    kept: Mapping[str, Any] = study.user_attrs.get(_TIME, {})
+    kept: Mapping[str, Any] = record_of(study).get(_TIME, {})
     done = kept.get("done") == of
     before, started = float(kept.get("seconds", 0.0)), time.monotonic()
     taken = before
@@ -298,4 +298,4 @@ def _timed(
     finally:
         if not done:
             taken = before + time.monotonic() - started
-            study.set_user_attr(_TIME, {"done": kept.get("done"), "seconds": taken})
+            keep_record(study, _TIME, {"done": kept.get("done"), "seconds": taken})

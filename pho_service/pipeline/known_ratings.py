@@ -18,10 +18,11 @@ from pho_service.spec.candidate import Candidate
 from pho_service.tuning.finalists import What
 from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, SearchPlan
 from pho_service.tuning.request import SearchRequest
-from storage.studies import marked_alike
+from pho_service.tuning.result import CHOSEN
+from storage.studies import keep_record, marked_alike, record_of
 
-_MARK = "ratings_sha256"  # user attribute of a study: what the values of its trials depend on
-_MEASURED = get_args(What)  # what a finalist's trial may have, too
+_MARK = "ratings_sha256"  # record of a study: what the values of its trials depend on
+_NOTED = (*get_args(What), CHOSEN)  # what may be noted of a trial later
 _STUDIES = 3  # most that are read, the newest first
 
 
@@ -54,8 +55,8 @@ class KnownRatings:
         for name in reversed(marked_alike(study, _MARK, mark)[-_STUDIES:]):
             if len(study.get_trials(deepcopy=False)) < plan.trials:
                 self._read(optuna.load_study(study_name=name, storage=study._storage), plan)
-        if _MARK not in study.user_attrs:
-            study.set_user_attr(_MARK, mark)
+        if _MARK not in record_of(study):
+            keep_record(study, _MARK, mark)
 
     def before(self, evaluate: Evaluate) -> Evaluate:
         """A function that asks ``evaluate`` for what is not known, and for nothing else."""
@@ -78,7 +79,7 @@ class KnownRatings:
             if CORRECTS in trial.user_attrs:
                 continue  # not of a search
             candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
-            own = {*candidate.to_dict(), *_MEASURED}
+            own = {*candidate.to_dict(), *_NOTED}
             attributes = {n: value for n, value in trial.user_attrs.items() if n not in own}
             self._known.setdefault(
                 _key(candidate), Outcome(value=trial.value, attributes=attributes)

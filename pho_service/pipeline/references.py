@@ -19,6 +19,7 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.race import Losses
 from pho_service.tuning.result import SearchResult
+from storage.studies import keep_record, record_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def measure_references(
     wanted = references(islands.plan, rated)
     found: dict[str, float | str] = {**measured_as_trials(wanted, measurements.perplexities)}
     for each in wanted:
-        kept = study.user_attrs.get(f"reference:{each.name}", {})
+        kept = record_of(study).get(f"reference:{each.name}", {})
         if kept.get("text_sha256") == key and each.name not in found:
             found[each.name] = kept["perplexity"]
     missing = [each for each in wanted if each.name not in found]
@@ -109,8 +110,8 @@ def keep_dense(study: optuna.Study, perplexity: float, text: ReportText) -> None
 
 def _keep(study: optuna.Study, name: str, perplexity: float | str, text_sha256: str) -> None:
     document = {"perplexity": perplexity, "text_sha256": text_sha256}
-    if study.user_attrs.get(f"reference:{name}") != document:
-        study.set_user_attr(f"reference:{name}", document)
+    if record_of(study).get(f"reference:{name}") != document:
+        keep_record(study, f"reference:{name}", document)
 
 
 def measured_as_trials(

@@ -14,9 +14,9 @@ from pho_service.errors import StudyError
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.tuning.plan import SearchPlan
 from pho_service.tuning.request import SearchRequest
-from storage.studies import StorageError, check_url
+from storage.studies import StorageError, check_url, keep_record, record_of
 
-_ROWS = "bundle_rows_sha256"  # user attribute of a study
+_ROWS = "bundle_rows_sha256"  # record of a study
 
 
 def check_study_url(url: str) -> None:
@@ -70,9 +70,9 @@ def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
     """
     found = [*bundles]
     rows = [bundle.rows_sha256 for bundle in found]
-    known = study.user_attrs.get(_ROWS)
+    known = record_of(study).get(_ROWS)
     if known is None:  # new, or of an older version
-        study.set_user_attr(_ROWS, rows)
+        keep_record(study, _ROWS, rows)
     elif known != rows:
         raise StudyError(
             f"study {study.study_name!r} is of a bundle with other weights under the same key, "

@@ -30,6 +30,7 @@ from pho_service.tuning.validation import (
     qualities,
     random_candidates,
 )
+from storage.studies import keep_record, record_of
 
 PROXIES = {
     **{
@@ -105,11 +106,11 @@ def validate_search(
     with progress("Validating the proxy by perplexity", len(candidates)) as advance:
         for number, candidate in enumerate(candidates):
             key = f"validation:{asked.seed}:{number}"
-            known = study.user_attrs.get(key, {})
+            known = record_of(study).get(key, {})
             if known.get("text_sha256") != subject.text.key:
                 value = measure(subject, candidate).perplexity
                 known = {"perplexity": value, "text_sha256": subject.text.key}
-                study.set_user_attr(key, known)
+                keep_record(study, key, known)
             perplexity.append(float(known["perplexity"]))
             advance(1)
     return judge(subject.bundle, candidates, perplexity, seed=asked.seed, device=device)

@@ -15,6 +15,7 @@ from pho_service.progress import Progress
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.tuning.result import SearchResult
+from storage.studies import keep_record, record_of
 
 
 def reconstruct_winner(
@@ -84,16 +85,16 @@ def measured_once(
     Args:
         study, subject, progress, fence: As of :func:`reconstruct_winner`.
         candidate: What to prune with.
-        kept: User attribute of the study that the last that was measured is in.
+        kept: Record of the study that the last that was measured is in.
         title: What is being done, for ``progress``.
     """
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
-    stored = study.user_attrs.get(kept, {})
+    stored = record_of(study).get(kept, {})
     if {key: stored.get(key) for key in about} == about:
         return float(stored["perplexity"])
     perplexity = _measure(subject, candidate, progress, title)
     with fence():
-        study.set_user_attr(kept, {**about, "perplexity": perplexity})
+        keep_record(study, kept, {**about, "perplexity": perplexity})
     return perplexity
 
 

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pho_service.report.data import ReportTrial
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning.plan import CORRECTS
-from storage.studies import quiet_optuna
+from storage.studies import quiet_optuna, record_of
 
 ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
 
@@ -88,7 +88,7 @@ def measured_in(study: optuna.Study) -> MeasuredTrials:
     found: dict[str, dict[int, float]] = {"perplexity": {}, "divergence": {}}
     for what, values in found.items():
         texts = set()
-        for key, kept in study.user_attrs.items():
+        for key, kept in record_of(study).items():
             name, _, number = key.partition(":")
             if name == what and number.isdecimal():
                 values[int(number)] = float(kept[what])

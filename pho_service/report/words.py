@@ -110,7 +110,7 @@ def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
     What the search asked for whose study this is.
 
     Args:
-        known: The study's user attributes.
+        known: The study's record.
     """
     provenance = _dict(known.get("calibration"))
     text, settings = _dict(provenance.get("text")), _dict(provenance.get("settings"))
@@ -135,7 +135,7 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
     The document of the search whose study this is.
 
     Args:
-        known: The study's user attributes. Those of older versions have no document: what they
+        known: The study's record. Those of older versions have no document: what they
             say of the search is put together, all but how it was confirmed.
         trials: That it has.
     """

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.race import Losses
-from storage.studies import note_trial
+from storage.studies import keep_record, note_trial, record_of
 
 What = Literal["divergence", "perplexity", "calibration_divergence"]
 
@@ -110,7 +110,7 @@ def confirmed_before(
     Returns:
         In the order of ``rated``.
     """
-    kept = [study.user_attrs for study in islands.studies]
+    kept = [record_of(study) for study in islands.studies]
 
     def of(number: int) -> Any:
         _, there = islands.place(number)
@@ -140,7 +140,7 @@ def measure_once(
     What the study of a finalist holds of it, measured and kept at once if it is not there.
 
     Args:
-        islands: The record. The user attribute ``{what}:{number}`` of a study holds the
+        islands: The record. The record ``{what}:{number}`` of a study holds the
             value and the text's hash; one of another text is measured again.
         what: Is measured.
         rated: The finalist.
@@ -161,13 +161,13 @@ def kept_losses(islands: Islands, number: int, *, text_sha256: str) -> Losses:
     The losses of a finalist on single windows of a text, as far as its study holds them.
 
     Args:
-        islands: The record. The user attribute ``losses:{number}`` of a study holds them and
+        islands: The record. The record ``losses:{number}`` of a study holds them and
             the text's hash.
         number: Of the finalist's trial.
         text_sha256: Of the text and the way it is cut.
     """
     study, there = islands.place(number)
-    stored = study.user_attrs.get(f"losses:{there}") or {}
+    stored = record_of(study).get(f"losses:{there}") or {}
     if stored.get("text_sha256") != text_sha256:
         return {}
     return {int(window): blocks for window, blocks in stored["losses"].items()}
@@ -177,7 +177,7 @@ def keep_losses(islands: Islands, number: int, losses: Losses, *, text_sha256: s
     """Keep in its study what :func:`kept_losses` gives of a finalist."""
     study, there = islands.place(number)
     by_window = {str(window): list(blocks) for window, blocks in losses.items()}
-    study.set_user_attr(f"losses:{there}", {"text_sha256": text_sha256, "losses": by_window})
+    keep_record(study, f"losses:{there}", {"text_sha256": text_sha256, "losses": by_window})
 
 
 def kept_value(
@@ -185,7 +185,7 @@ def kept_value(
 ) -> float | None:
     """What the study of a finalist holds of it, see :func:`measure_once`; None if nothing."""
     study, number = islands.place(rated.number)
-    stored = study.user_attrs.get(f"{what}:{number}") or {}
+    stored = record_of(study).get(f"{what}:{number}") or {}
     return float(stored[what]) if stored.get("text_sha256") == text_sha256 else None
 
 
@@ -243,4 +243,4 @@ def keep(
     of_text = {} if text_sha256 is None else {"text_sha256": text_sha256}
     document = {"method": rated.candidate.method, what: value, **of_text}
     note_trial(study, number, what, value)
-    study.set_user_attr(f"{what}:{number}", document)  # last: with it nothing is measured again
+    keep_record(study, f"{what}:{number}", document)  # last: with it nothing is measured again

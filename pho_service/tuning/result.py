@@ -18,8 +18,9 @@ from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.warm_start import Saving
+from storage.studies import keep_record, note_trial, record_of
 
-CHOSEN = "chosen"  # user attribute of a study
+CHOSEN = "chosen"  # user attribute of a study, and of its trials: whether it is that one
 CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it has a warning
 
 
@@ -46,20 +47,28 @@ class SearchResult:
 def describe_study(
     study: optuna.Study, request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any]
 ) -> None:
-    """Keep in the study what it is a record of, and what its values are called."""
-    known = study.user_attrs
+    """
+    Keep in the study what it is a record of, and what its values are called.
+
+    What people read is a user attribute; documents, which searches go on with, are records.
+    """
+    known = record_of(study)
     for key, value in {
         "pattern": str(plan.pattern),
         "scope": plan.pattern.scope.value,
         "objective": request.objective.label,
-        "space": plan.space.to_dict(),
-        "steps": plan.steps.to_dict(),
         "sampler": plan.sampler_name,
         **plan.identity(),
-        "calibration": dict(provenance),
     }.items():
         if key not in known:
             study.set_user_attr(key, value)
+    for key, value in {
+        "space": plan.space.to_dict(),
+        "steps": plan.steps.to_dict(),
+        "calibration": dict(provenance),
+    }.items():
+        if key not in known:
+            keep_record(study, key, value)
     if study.metric_names is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -91,6 +100,10 @@ def mark_chosen(
     }
     if study.user_attrs.get(CHOSEN) != mark:
         study.set_user_attr(CHOSEN, mark)
+    for each in study.get_trials(deepcopy=False):
+        is_chosen = of_study == study.study_name and each.number == trial
+        if each.user_attrs.get(CHOSEN, False) is not is_chosen:
+            note_trial(study, each.number, CHOSEN, is_chosen)
 
 
 def chosen_in(study: optuna.Study) -> int | None:

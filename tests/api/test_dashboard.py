@@ -36,6 +36,16 @@ def test_pages(shared_client: TestClient, path: str, content_type: str) -> None:
     assert shared_client.head(path).status_code == 200
 
 
+def test_way_back(shared_client: TestClient) -> None:
+    """Each page of the dashboard leads back to PHO, and has no buttons for what is refused."""
+    answer = shared_client.get("/dashboard/studies/1", headers={"If-Modified-Since": "now"})
+
+    assert '<a id="pho" href="/">' in answer.text
+    assert 'button[aria-label="delete study"]' in answer.text
+    assert answer.text.rstrip().endswith("</html>")
+    assert "last-modified" not in answer.headers
+
+
 @pytest.mark.parametrize("encoding", [None, "identity", "gzip", "br", "gzip;q=0"])
 def test_bundle(shared_client: TestClient, encoding: str | None) -> None:
     """The pages' files come, whatever encodings a client asks for, or if it asks for none."""

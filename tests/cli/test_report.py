@@ -16,6 +16,7 @@ from pho_service.cli import main
 from pho_service.cli.document import Given
 from pho_service.cli.search import search
 from pho_service.client import Client
+from storage.studies import keep_record, record_of
 
 Pho = Callable[..., Result]
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -107,7 +108,7 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     )  # fmt: skip
     name = json.loads(result.stdout)["study"]["name"]
     study = optuna.load_study(study_name=name, storage=URL)
-    asked = study.user_attrs["document"]
+    asked = record_of(study)["document"]
     found = again(name)
     spec = found.job(found.document({"model": str(bundle_file)}))
     plan = spec.plan(0)
@@ -117,7 +118,7 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     assert plan.steps.linears.ignore == ("*.down_proj",)
     assert asked["calibration"]["kernel_sizes"] == [3, 5]  # the bundle's
 
-    study.set_user_attr("document", None)  # as older versions, which kept what was searched alone
+    keep_record(study, "document", None)  # as older versions, which kept what was searched alone
     found = again(name)
     older = found.job(found.document({"model": "of the bundle"}))
     assert older.plan(0) == plan

@@ -104,15 +104,14 @@ def test_study_of_the_last_version(
     """A study that does not say of which weights it is goes on, and says so from now on."""
     import optuna
 
-    from storage.studies import open_storage
+    from storage.studies import keep_record, open_storage, record_of
 
     bundle = by_hand(provenance={"key": "mine"})
     found = searched(request_here, bundle)
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=found.study_name, storage=storage)
-        marks = study.user_attrs
-        study_id = study._study_id
-        storage.set_study_user_attr(study_id, "bundle_rows_sha256", None)
+        marks = record_of(study)
+        keep_record(study, "bundle_rows_sha256", None)
 
     assert marks["bundle_rows_sha256"] == [bundle.rows_sha256]
     assert searched(request_here, bundle) == found

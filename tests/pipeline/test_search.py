@@ -24,7 +24,7 @@ from pho_service.spec.space import parse_bounds
 from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import chosen_in
-from storage.studies import open_storage
+from storage.studies import keep_record, open_storage, record_of
 
 PATTERN = Pattern.parse("0.5", "layer")
 
@@ -285,8 +285,9 @@ def test_confirmed_stays_a_finalist(
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=short.study_name, storage=storage)
         measured = {"method": "crepe", "perplexity": 1.5, "text_sha256": report.key}
-        study.set_user_attr("perplexity:6", measured)  # as if it had been that good
-        study.set_user_attr("perplexity:7", {**measured, "perplexity": 1.0, "text_sha256": "b"})
+        keep_record(study, "perplexity:6", measured)  # as if it had been that good
+        of_another_text = {**measured, "perplexity": 1.0, "text_sha256": "b"}
+        keep_record(study, "perplexity:7", of_another_text)
     long = searched(request_of(trials=40, **asked), bundle, model=model, confirm_text=report)
     own = searched(
         request_of(trials=40, **asked),
@@ -320,6 +321,8 @@ def test_chosen_is_marked(
         with open_storage(study_url) as storage:
             study = optuna.load_study(study_name=found.study_name, storage=storage)
             marks.append((study.user_attrs["chosen"], chosen_in(study), found))
+            chosen = [t.number for t in study.trials if t.user_attrs.get("chosen")]
+            assert chosen == [found.trial]
 
     for mark, trial, found in marks:
         confirmation = found.configuration.confirmation
@@ -382,12 +385,15 @@ def test_study_says_what_it_is(
     result = searched(request_of(seed=5), bundle)
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=result.study_name, storage=storage)
-        attributes, trial = study.user_attrs, study.trials[-1]
+        attributes, trial = record_of(study), study.trials[-1]
+        shown = study.user_attrs
 
     assert (attributes["pattern"], attributes["scope"]) == ("0.5", "layer")
     assert attributes["objective"] == "activation-reconstruction/blend"
     assert (attributes["sampler"], attributes["seed"]) == ("cmaes", 5)
     assert attributes["calibration"]["key"] == bundle.provenance["key"]
+    assert set(shown) == {"pattern", "scope", "objective", "sampler", "seed", "chosen"}
+    assert study.metric_names == ["activation-reconstruction/blend"]
     assert set(trial.user_attrs["error_by_kind"]) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
@@ -404,7 +410,7 @@ def test_description_survives_a_kill(
         optuna.create_study(study_name=name, storage=storage).set_user_attr("pattern", "0.5")
     searched(request_of(), bundle)
     with open_storage(study_url) as storage:
-        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+        attributes = record_of(optuna.load_study(study_name=name, storage=storage))
 
     assert {"scope", "objective", "space", "sampler", "seed", "calibration"} <= set(attributes)
 

@@ -27,7 +27,7 @@ from pho_service.tuning.finalists import (
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Outcome, RatedCandidate, SearchPlan
 from pho_service.tuning.search import run_search
-from storage.studies import open_storage, open_study
+from storage.studies import open_storage, open_study, record_of
 
 PATTERN = Pattern.parse("0.5", "layer")
 PLAN = SearchPlan(pattern=PATTERN, space=SearchSpace(), trials=30, seed=3)
@@ -373,9 +373,9 @@ def test_measured_once(url: str) -> None:
 
     @contextmanager
     def fence() -> Iterator[None]:
-        before = dict(study.user_attrs)
+        before = record_of(study)
         yield
-        inside.append(study.user_attrs.keys() - before.keys())
+        inside.append(record_of(study).keys() - before.keys())
 
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")

@@ -443,7 +443,7 @@ def _has_stopped(process: int) -> bool:
 
 def trials_of(study: optuna.Study) -> Trials:
     """All of a study's trials, but for how long they took and what was measured later."""
-    later = {"seconds", "divergence", "perplexity"}
+    later = {"seconds", "divergence", "perplexity", "chosen"}
     return [
         (
             trial.number,
