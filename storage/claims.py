@@ -17,6 +17,7 @@ from storage.database import Database
 from storage.queue import take_out
 from storage.records import Claim, LostClaim, NoSuchJob
 from storage.rows import (
+    LOG,
     add_event,
     check_claim,
     claimed_job,
@@ -213,6 +214,27 @@ class ClaimStore:
             }
             add_event(connection, job.id, "progress", data)
             return job.state
+
+    def log(self, claim: Claim, lines: Sequence[str], *, worker: str) -> None:
+        """
+        Keep lines that a worker has logged of a stage, also of one that is another's by now.
+
+        Args:
+            claim: Of the stage; nothing is kept of a job that was deleted.
+            lines: The oldest first.
+            worker: Its name.
+        """
+        data = {
+            "stage": claim.stage.kind,
+            "number": claim.stage.number,
+            "attempt": claim.attempt,
+            "worker": worker,
+            "lines": [*lines],
+        }
+        there = select(jobs.c.id).where(jobs.c.id == claim.job.id)
+        with self.database.transaction() as connection:
+            if connection.execute(there.with_for_update(read=True, key_share=True)).scalar():
+                add_event(connection, claim.job.id, LOG, data)
 
     def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
         """

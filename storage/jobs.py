@@ -31,6 +31,7 @@ from storage.records import (
     WorkerRecord,
 )
 from storage.rows import (
+    LOG,
     add_event,
     add_stages,
     enqueue_stage,
@@ -269,10 +270,10 @@ class JobStore(OutcomeStore):
             return [*connection.execute(query).scalars()]
 
     def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[Event]:
-        """What happened to a job after the event with this id, oldest first."""
+        """What happened to a job after the event with this id, oldest first; without logs."""
         query = (
             select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-            .where(events.c.job_id == job_id, events.c.id > after)
+            .where(events.c.job_id == job_id, events.c.id > after, events.c.kind != LOG)
             .order_by(events.c.id)
             .limit(limit)
         )
@@ -280,15 +281,26 @@ class JobStore(OutcomeStore):
             return [Event(**row._mapping) for row in connection.execute(query)]
 
     def history(self, job_id: uuid.UUID, *, limit: int) -> list[Event]:
-        """The last events of a job, newest first, without those that tell how far it is."""
+        """The last events of a job, newest first, without logs and what tells how far it is."""
         query = (
             select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
-            .where(events.c.job_id == job_id, events.c.kind != "progress")
+            .where(events.c.job_id == job_id, events.c.kind.not_in(["progress", LOG]))
             .order_by(events.c.id.desc())
             .limit(limit)
         )
         with self.database.transaction() as connection:
             return [Event(**row._mapping) for row in connection.execute(query)]
+
+    def logs(self, job_id: uuid.UUID, *, limit: int) -> list[Event]:
+        """The last lines that workers have logged of a job's stages, oldest first: see ``log``."""
+        query = (
+            select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
+            .where(events.c.job_id == job_id, events.c.kind == LOG)
+            .order_by(events.c.id.desc())
+            .limit(limit)
+        )
+        with self.database.transaction() as connection:
+            return [Event(**row._mapping) for row in connection.execute(query)][::-1]
 
     def workers(self, *, alive_s: float) -> list[WorkerRecord]:
         """The workers that reported in the last ``alive_s`` seconds, oldest first."""

@@ -155,6 +155,9 @@ def settle(connection: Connection, job: Job) -> None:
     set_state(connection, job, settled(job.state, busy=running > 0))
 
 
+LOG = "log"  # kind of an event: lines that a worker has logged
+
+
 def add_event(
     connection: Connection, job_id: uuid.UUID, kind: str, data: Mapping[str, Any]
 ) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from storage.jobs import JobStore
 from storage.records import Claim, LostClaim
 from storage.studies import StorageError
+from workers.stage_log import StageLog
 
 logger = logging.getLogger(__name__)
 
@@ -17,32 +18,42 @@ PATIENCE_S = 5.0  # with a stage that should be put down
 
 
 class Hold:
-    """At most one stage at a time."""
+    """
+    At most one stage at a time.
 
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
+    Args:
+        store: Of the stages.
+        worker: Its name.
+    """
+
+    def __init__(self, store: JobStore, worker: str) -> None:
+        self._store, self._worker = store, worker
+        self._log: StageLog | None = None
         self._claim: Claim | None = None
         self._late_since: float | None = None  # when it was seen that it should be put down
 
     @contextmanager
     def of(self, claim: Claim) -> Iterator[None]:
-        """Inside, a thread works on a stage."""
+        """Inside, a thread works on a stage, and what it logs is kept with the job."""
         self._late_since, self._claim = None, claim
         try:
-            yield
+            with StageLog(self._store, claim, self._worker) as self._log:
+                yield
         finally:
-            self._claim = None
+            self._log = self._claim = None
 
     def is_stuck(self) -> bool:
         """
-        Whether the stage in hand should have been put down some seconds ago.
+        Whether the stage in hand should have been put down some seconds ago; stores its log.
 
         Raises:
             DatabaseGone: Nobody knows.
         """
-        claim, since = self._claim, self._late_since
+        claim, log, since = self._claim, self._log, self._late_since
         if claim is None:
             return False
+        if log is not None:
+            log.store()
         try:
             late = not self._store.watch(claim).may_work
         except LostClaim:

@@ -157,7 +157,7 @@ class _Worker:
         self._store = JobStore(database)
         self._stopping = threading.Event()
         self._stop: Callable[[], object] = self._stopping.set  # and what else, once it runs
-        self._hold = Hold(self._store)
+        self._hold = Hold(self._store, _name())
         self._ended = threading.Event()
         self.device_lost = False  # a new process should take this one's place
         self._entered = False  # once the tables are there
@@ -299,8 +299,8 @@ class _Worker:
             self._run_claimed(claim)
 
     def _run_claimed(self, claim: Claim) -> None:
-        logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
         with self._hold.of(claim):
+            logger.info("%s of job %s begins", claim.stage.kind, claim.job.id)
             report, after_s = self._tried(claim)
             again = report is not None and self._when_possible(report)
         if again:

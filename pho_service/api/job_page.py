@@ -4,6 +4,7 @@ The page of a job, which follows it while it runs, and what its buttons do.
 What they do is done by the code of ``/v1``. Without scripts the page loads itself again.
 """
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -20,19 +21,36 @@ from pho_service.api.cards import card
 from pho_service.api.front import REFRESH_S, Typed, View, draw_list
 from pho_service.api.job_view import view
 from pho_service.api.pages import draw
-from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, sentence
+from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
+from storage import records as stored
 from storage.records import NoSuchJob, StateConflict, TooManyJobs, TooManyTrials
 
 router = APIRouter(include_in_schema=False)
+
+MOST_FITTING = 20  # jobs that are shown for the beginning of an id
 
 
 @router.api_route("/jobs/{job_id:uuid}", methods=["GET", "HEAD"])
 def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
     """Show a job: its result first, then how it goes."""
     return _page(service, caller, job_id)
+
+
+@router.api_route("/jobs/{beginning}", methods=["GET", "HEAD"])
+def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response:
+    """Lead from the beginning of an id to the page of its job; if it fits several, show those."""
+    fits: list[stored.Job] = []
+    if re.fullmatch(jobs.BEGINNING, beginning):
+        fits, _ = jobs.page_of(service, caller, (), MOST_FITTING, None, beginning)
+    if not fits:
+        told = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
+        return problem(404, "no_such_job", told)
+    if len(fits) == 1:
+        return RedirectResponse(f"/jobs/{fits[0].id}", 302)
+    return draw("several.html", status=300, caller=caller, beginning=beginning, fits=fits)
 
 
 @router.post("/jobs/{job_id:uuid}/extend")

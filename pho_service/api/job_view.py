@@ -21,6 +21,8 @@ from storage.states import VERBS, StageKind, StageState
 from storage.studies import study_ids
 
 EVENTS = 50  # that are shown, the newest
+LOGS = 100  # parts of logs that are shown, the newest
+LOG_LINES = 300  # the newest
 FINALISTS = 20  # that are shown, the best
 _TITLES = {
     StageKind.TRANSFER: "Measure on other models",
@@ -83,6 +85,14 @@ class Happened:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Logged:
+    """Lines that a worker has logged of a stage, and the stage."""
+
+    title: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layers:
     """The sparsity of each kind of linear in each block of a model."""
 
@@ -104,6 +114,7 @@ class JobView:
         finalists: The best first.
         layers: By model.
         events: The newest first.
+        logs: What workers have logged, the oldest first.
         files: Of the pruned model; None if there are none.
         extensible: Whether it can be given more trials.
     """
@@ -115,6 +126,7 @@ class JobView:
     finalists: Sequence[Rating]
     layers: Sequence[Layers]
     events: Sequence[Happened]
+    logs: Sequence[Logged]
     files: ArtifactList | None
     extensible: bool
 
@@ -140,6 +152,7 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
             Happened(at=event.created_at, told=told(event))
             for event in service.jobs.history(job.id, limit=EVENTS)
         ],
+        logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
         files=artifacts.listed(job) if shown.job.pruned == "done" else None,
         extensible=not is_transfer(job)
         and not is_several(job.spec)
@@ -229,6 +242,25 @@ def _layers(job: stored.Job) -> list[Layers]:
             rows = [(block, [shares.get((block, kind)) for kind in kinds]) for block in blocks]
             found.append(Layers(model=model, kinds=kinds, rows=rows))
     return found
+
+
+def _logs(events: Sequence[stored.Event], *, named: bool) -> list[Logged]:
+    """The parts of each attempt together, with the worker's name or not; the last lines of many."""
+    found: dict[str, list[str]] = {}
+    left = LOG_LINES
+    for event in reversed(events):
+        data = event.data
+        kind = StageKind(data["stage"])
+        number = f" {data['number']}" if data["number"] else ""
+        title = f"{_TITLES.get(kind, kind.value.capitalize())}{number}"
+        title += f", {data['worker']}" * named
+        if data["attempt"] > 1:
+            title += f", attempt {data['attempt']}"
+        lines = data["lines"][-left:] if left else []
+        left -= len(lines)
+        if lines:
+            found[title] = [*lines, *found.get(title, [])]
+    return [Logged(title=title, lines=lines) for title, lines in reversed(found.items())]
 
 
 def told(event: stored.Event) -> str:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+BEGINNING = "[0-9a-fA-F-]{4,36}"  # of an id that is looked for
 EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
 PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
@@ -126,7 +127,7 @@ def list_jobs(
         str | None,
         Query(
             alias="id",
-            pattern=r"^[0-9a-fA-F-]{4,36}$",
+            pattern=f"^{BEGINNING}$",
             description="Only jobs whose id begins so; four digits or more, with or without its "
             "hyphens.",
         ),

@@ -145,8 +145,10 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         )
 
     @app.exception_handler(NoSuchJob)
-    async def _missing(_request: Request, _error: NoSuchJob) -> JSONResponse:
-        return problem(404, "no_such_job", "No job has this id. GET /v1/jobs lists them.")
+    async def _missing(request: Request, _error: NoSuchJob) -> JSONResponse:
+        in_api = request.url.path.startswith("/v1/")
+        way_out = "GET /v1/jobs lists them." if in_api else "It may have been deleted."
+        return problem(404, "no_such_job", f"No job has this id. {way_out}")
 
     @app.exception_handler(NoSuchIsland)
     async def _no_island(_request: Request, error: NoSuchIsland) -> JSONResponse:

@@ -42,6 +42,11 @@ def request_id() -> str | None:
     return _about.get().get("request")
 
 
+def is_about(**fields: Any) -> bool:
+    """Whether lines that are logged here carry these fields."""
+    return fields.items() <= _about.get().items()
+
+
 def configure_logs(log_format: LogFormat) -> None:
     """
     Log to stderr, a line for each event.

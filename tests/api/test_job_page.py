@@ -5,6 +5,7 @@ import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,69 @@ def test_transfer(client: TestClient, hand: Any, submit: Submit) -> None:
         source(client, str(newest.id)), "stages"
     )
     assert client.get("/new", params={"job": str(newest.id)}).status_code == 409
+
+
+def test_logs(client: TestClient, hand: Any, submit: Submit) -> None:
+    """What workers log of a stage is on the page, attempt by attempt, and in no event."""
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    hand.store.log(claim, ["03:00:00 INFO begins <b>"], worker="host:1")
+    hand.store.log(claim, ["03:00:09 INFO done"], worker="host:1")
+    text = source(client, job_id)
+    happened = hand.store.history(uuid.UUID(job_id), limit=50)
+
+    assert section(text, "logs") == (
+        "Logs Calibrate, host:1, 2 lines 03:00:00 INFO begins <b> 03:00:09 INFO done"
+    )
+    assert "begins &lt;b&gt;" in text
+    assert {event.kind for event in happened} <= {"state", "stage"}
+    assert len(hand.store.events(uuid.UUID(job_id))) == len(happened)
+
+
+def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Submit) -> None:
+    """A worker may log of a job that is not there any more."""
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    hand.store.ask(uuid.UUID(job_id), "cancel")
+    hand.store.hand_back(claim)
+    client.delete(f"/v1/jobs/{job_id}")
+    hand.store.log(claim, ["03:00:00 INFO too late"], worker="host:1")
+
+    assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
+
+
+def test_many_logs(client: TestClient, hand: Any, submit: Submit) -> None:
+    """Of many lines the last are shown."""
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    hand.store.log(claim, [f"line {number}" for number in range(1000)], worker="host:1")
+    text = section(source(client, job_id), "logs")
+
+    assert "line 699 " not in text
+    assert text.startswith("Logs Calibrate, host:1, 300 lines line 700 ")
+
+
+def test_beginning_of_an_id(
+    client: TestClient, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short id leads to its job; one that fits several to a page with those, others to a page."""
+    twins = [f"abcdef0{digit}-1111-4222-8333-444444444444" for digit in (1, 2)]
+    ids = iter(map(uuid.UUID, twins))
+    with monkeypatch.context() as patched:
+        patched.setattr("storage.jobs.uuid", SimpleNamespace(uuid4=lambda: next(ids)))
+        jobs = [submit(), submit()]
+    alone = client.get("/jobs/ABCDEF01-11", follow_redirects=False)
+    several = client.get("/jobs/abcdef")
+
+    assert (alone.status_code, alone.headers["location"]) == (302, f"/jobs/{twins[0]}")
+    assert several.status_code == 300
+    for job in jobs:
+        assert f'<a href="/jobs/{job["id"]}">{job["name"]}</a>' in several.text
+    for unknown in ("0000-0000-0000", "what is this"):
+        answer = client.get(f"/jobs/{unknown}")
+        assert answer.status_code == 404
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "nor one that begins so" in answer.text
 
 
 def test_policy(client: TestClient, submit: Submit) -> None:

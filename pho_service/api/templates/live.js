@@ -26,7 +26,7 @@
         above.after(document.importNode(found, true));
       } else if (found.innerHTML !== old.innerHTML && !old.contains(document.activeElement)) {
         for (const each of old.querySelectorAll("details[open]")) {
-          fresh.getElementById(each.id).setAttribute("open", "");
+          fresh.getElementById(each.id)?.setAttribute("open", "");
         }
         old.replaceChildren(...found.childNodes);
       }
@@ -42,6 +42,13 @@
     try {
       const answer = await fetch(location.pathname, { headers: { Accept: "text/html" } });
       if (answer.status >= 500) throw new Error(answer.statusText);
+      const left = answer.redirected && new URL(answer.url).pathname !== location.pathname;
+      if (left || answer.status === 401) { // what the page shows stays, so that nothing is lost
+        stop();
+        away.hidden = true;
+        document.getElementById("expired").hidden = false;
+        return;
+      }
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       away.hidden = true;
       if (!answer.ok) { // it was deleted, or the key opens nothing any more: that page says so
