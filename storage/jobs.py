@@ -357,7 +357,7 @@ def _extend(connection: Connection, job: Job, trials: int) -> None:
         .where(jobs.c.id == job.id)
         .values(trials=total, spec={**job.spec, "trials": total})
     )
-    again = [StageKind.CONFIRM, StageKind.FINISH, StageKind.PRUNE]
+    again = [StageKind.CONFIRM, StageKind.FINISH, StageKind.TASKS, StageKind.PRUNE]
     connection.execute(delete(stages).where(stages.c.job_id == job.id, stages.c.kind.in_(again)))
     # Islands that are done already, too, if others are not.
     connection.execute(

@@ -180,10 +180,35 @@ class OutcomeStore(ClaimStore):
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             _finish_stage(connection, claim, result)
-            if job.state is JobState.CANCELLING:
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED, told=_good(job.best))
+            _go_on(connection, job, ())
+
+    def scored(
+        self,
+        claim: Claim,
+        result: Mapping[str, Any],
+        *,
+        then: Sequence[NewStage],
+        check: Callable[[Job], None],
+    ) -> None:
+        """
+        Store what a model scored in tasks. After the last of a job's models come the stages that
+        follow; without any, the job has succeeded, or is cancelled if it was cancelled meanwhile.
+
+        Args:
+            claim: Of the stage.
+            result: What was measured.
+            then: Stages that follow.
+            check: Called with the job, which nobody else can change meanwhile, before anything is
+                stored; may refuse by raising.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = claimed_job(connection, claim)
+            check(job)
+            _finish_stage(connection, claim, result)
+            _go_on(connection, job, then)
 
     def transferred(
         self,
@@ -241,6 +266,18 @@ def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, 
     if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
         enqueue_stage(connection, job, whole.id, kind, (whole.params or {})["lock"])
     return done
+
+
+def _go_on(connection: Connection, job: Job, then: Sequence[NewStage]) -> None:
+    """A job that has a result: what follows once none of its stages is left, or its end."""
+    if job.state is JobState.CANCELLING or _has_unfinished(connection, job.id):
+        settle(connection, job)
+        return
+    add_stages(connection, job, then)
+    if then:
+        settle(connection, job)
+    else:
+        set_state(connection, job, JobState.SUCCEEDED, told=_good(job.best))
 
 
 def _finish_stage(connection: Connection, claim: Claim, result: Mapping[str, Any]) -> None:

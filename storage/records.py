@@ -60,7 +60,8 @@ class Stage:
     A piece of a job that one worker does.
 
     Attributes:
-        number: Island of a search, trial of a perplexity, place of a point, else 0.
+        number: Island of a search, trial of a perplexity, place of a point; of tasks 0 for the
+            dense model and 1 for the pruned one; else 0.
         attempt: How often it was begun; only the latest attempt may write.
         failures: Attempts that failed or whose worker died.
         params: What to do.
@@ -149,6 +150,21 @@ class Job:
     def pruning(self) -> Stage | None:
         """The stage that writes the pruned model, if there is one."""
         return next(iter(self.of_kind(StageKind.PRUNE)), None)
+
+    @property
+    def tasks(self) -> dict[str, Any] | None:
+        """What the dense model and the pruned one scored in tasks; None before both are known."""
+        results = [stage.result for stage in self.of_kind(StageKind.TASKS)]
+        if not results or any(result is None for result in results):
+            return None
+        dense, pruned = ({**result} for result in results if result is not None)
+        how = {name: dense[name] for name in ("limit", "bos", "versions")}
+        return {"dense": dense["scores"], "pruned": pruned["scores"], **how}
+
+    def with_tasks(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        """The job's best with what it scored in tasks; any other configuration as it is."""
+        tasks = self.tasks if configuration == self.best else None
+        return {**configuration, **({} if tasks is None else {"tasks": tasks})}
 
     @staticmethod
     def _sorted(found: Iterable[Stage]) -> list[Stage]:

@@ -47,6 +47,7 @@ class StageKind(StrEnum):
     CONFIRM = "confirm"  # choose the finalists, compare them with the dense model
     PERPLEXITY = "perplexity"  # prune with one candidate and measure
     FINISH = "finish"  # choose the best and write the configuration, or the answer of a target
+    TASKS = "tasks"  # measure the dense model, or the pruned one, on zero-shot tasks
     PRUNE = "prune"  # write the pruned model into the artifact store
 
     @property

@@ -13,6 +13,7 @@ from pho_service.errors import InvalidInput, PhoError
 from pho_service.host.extras import missing_extra
 from pho_service.host.logs import adopt_loggers, configure_logs
 from pho_service.host.settings import read_settings
+from pho_service.host.task_names import harness_folder
 from pho_service.host.tracing import configure_tracing
 from storage.states import StageKind
 from storage.studies import StorageError
@@ -26,7 +27,7 @@ from storage.studies import StorageError
     show_default=True,
     help="auto, cpu, cuda, cuda:N, or all: every GPU, for models that are larger than one.",
 )
-@click.option("--stages", "kinds", help=f"Some of {','.join(StageKind)}.  [default: all]")
+@click.option("--stages", "kinds", help=f"Some of {','.join(StageKind)}.  [default: all it can]")
 @click.option("--parent", type=int, default=0, hidden=True, help="Stop when it is gone.")
 def main(database_url: str | None, device: str, kinds: str | None, parent: int) -> None:
     """Take stages of jobs out of the queue and do them, until SIGTERM or Ctrl-C."""
@@ -63,12 +64,7 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
             "no database is given. Give --database-url, as `pho serve` prints it, or set "
             "PHO_DATABASE_URL."
         )
-    try:
-        chosen = tuple(
-            StageKind(name.strip()) for name in (kinds or ",".join(StageKind)).split(",")
-        )
-    except ValueError:
-        raise InvalidInput(f"--stages {kinds!r} are not some of {', '.join(StageKind)}.") from None
+    chosen = chosen_kinds(kinds)
     from transformers.utils.logging import disable_progress_bar
 
     from workers.worker import WorkerOptions, run_worker  # torch, after what may be wrong
@@ -78,6 +74,29 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
 
     options = WorkerOptions(device=device, kinds=chosen, parent=parent)
     run_worker(settings.database_url.get_secret_value(), settings, options)
+
+
+def chosen_kinds(kinds: str | None) -> tuple[StageKind, ...]:
+    """
+    The stages of ``--stages``, or all that this installation can do.
+
+    Raises:
+        InvalidInput: There is no such stage, or it needs the extra ``eval``.
+    """
+    measures = harness_folder() is not None
+    if kinds is None:
+        return tuple(kind for kind in StageKind if measures or kind is not StageKind.TASKS)
+    try:
+        chosen = tuple(StageKind(name.strip()) for name in kinds.split(","))
+    except ValueError:
+        raise InvalidInput(f"--stages {kinds!r} are not some of {', '.join(StageKind)}.") from None
+    if StageKind.TASKS in chosen and not measures:
+        raise InvalidInput(
+            f"--stages {kinds!r} has tasks, which lm-evaluation-harness measures, and that is not "
+            "installed here. Install the extra eval (pip install 'pho-service[eval]'), or leave "
+            "tasks out."
+        )
+    return chosen
 
 
 if __name__ == "__main__":

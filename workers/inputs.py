@@ -15,6 +15,7 @@ from pho_service.host.access import Access, check_data_file
 from pho_service.host.artifacts import PrunedStore
 from pho_service.models.calibration import CalibrationText, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.models.task_files import LoadedTasks, load_tasks
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Progress
@@ -101,6 +102,7 @@ class Inputs:
         self._bundle: _Last[ProxyBundle] = _Last()
         self._calibration: _Last[CalibrationText] = _Last()
         self._confirmation: _Last[ReportText] = _Last()
+        self._tasks: _Last[LoadedTasks] = _Last()
 
     def clear(self) -> None:
         """Let everything go: after an error nobody knows what state a model is in."""
@@ -254,6 +256,27 @@ class Inputs:
             return ReportText(windows=windows, record=record)
 
         return self._confirmation.get(key, read)
+
+    def tasks(self, spec: JobSpec) -> LoadedTasks:
+        """
+        The tasks of a job that has some, with their examples.
+
+        Raises:
+            ModuleNotFoundError: The extra ``eval`` is not installed.
+            InvalidInput: One is not there, or its folder or data set may not be named here.
+            TextError: Examples cannot be read.
+        """
+        names = tuple(spec.tasks or ())
+        folder = None if spec.tasks_dir is None else self.access.task_folder(spec.tasks_dir)
+        state = None if folder is None else _FileState.of(folder)
+        return self._tasks.get(
+            (names, folder, state),
+            lambda: load_tasks(
+                names,
+                None if folder is None else Path(folder),
+                check_dataset=self.access.dataset,
+            ),
+        )
 
     def calibrate(self, spec: JobSpec, seal: Seal, progress: Progress) -> ProxyBundle:
         """

@@ -31,6 +31,7 @@ from workers.inputs import Inputs
 from workers.island_search import TrialsFailed
 from workers.seal import Seal
 from workers.subjects import bundle_of, subject_of
+from workers.tasks import after_result
 from workers.watch import LOOK_EVERY_S, HandBack, Watch
 
 
@@ -135,7 +136,7 @@ def finish_points(store: JobStore, claim: Claim, spec: JobSpec) -> None:
         best=best,
         warnings=warnings,
         result={},
-        then=[NewStage(kind=StageKind.PRUNE)] if spec.prune else [],
+        then=after_result(spec),
     )
 
 

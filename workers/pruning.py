@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def prune_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> 
     key = configuration_key(found)
     folder = inputs.pruned.workplace(claim.job.id, key)
     if not (folder / RECIPE).is_file():
-        _prune(inputs, claim.job, Configuration.model_validate(found), folder, watch)
+        configuration = Configuration.model_validate(claim.job.with_tasks(found))
+        _prune(inputs, claim.job, configuration, folder, watch)
     files = described(folder, watch)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
@@ -83,24 +85,32 @@ def _prune(
 ) -> None:
     spec, seal = JobSpec.model_validate(job.spec), Seal.of_job(job, 0)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        prune_job(
-            inputs.model(spec, seal),
-            bundle_of(inputs, job, spec, watch),
-            configuration,
-            folder,
-            calibration=inputs.calibration_text(spec, seal).calibration,
-            progress=watch.progress,
-        )
+        with store_faults_told():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            prune_job(
+                inputs.model(spec, seal),
+                bundle_of(inputs, job, spec, watch),
+                configuration,
+                folder,
+                calibration=inputs.calibration_text(spec, seal).calibration,
+                progress=watch.progress,
+            )
+    finally:
+        inputs.clear()  # the model is not dense any more
+
+
+@contextmanager
+def store_faults_told() -> Iterator[None]:
+    """Inside, an artifact store that is full or away raises OutputError."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"the artifact store cannot be written: {error.strerror or error}. See that there is "
             "room, and that it can be reached; then resume the job."
         ) from error
-    finally:
-        inputs.clear()  # the model is not dense any more
 
 
 def _remove_if_deleted(store: JobStore, inputs: Inputs, job: Job) -> None:

@@ -14,6 +14,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from pho_service.host.faults import faults_told
+from pho_service.host.task_names import harness_folder
 from pho_service.pipeline.confirmation import Chosen, choose_finalists
 from pho_service.pipeline.correction import correct_best
 from pho_service.pipeline.deployable import priced
@@ -59,6 +60,7 @@ from workers.stored import (
     wanted_finalists,
 )
 from workers.subjects import bundle_of, bundles_of, subject_of
+from workers.tasks import after_result, tasks_stage
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
 from workers.watch import Watch
@@ -100,6 +102,7 @@ class Stages:
         of_their_own = {
             StageKind.TRANSFER: transfer_stage,
             StageKind.POINT: point_stage,
+            StageKind.TASKS: tasks_stage,
             StageKind.PRUNE: prune_stage,
         }
         if claim.stage.kind in of_their_own:
@@ -121,6 +124,8 @@ class Stages:
             calibrate_part(self.store, self.inputs, claim, mine, watch)
             return
         began = time.monotonic()
+        if mine.tasks is not None and harness_folder() is not None:
+            self.inputs.tasks(mine)  # what is not there fails before the search
         # Reads all texts: one that is missing fails before the search.
         found = calibrated(self.store, self.inputs, claim, mine, watch)
         if found is None:
@@ -342,7 +347,7 @@ class Stages:
             best=configuration.model_dump(mode="json"),
             warnings=warnings,
             result=more,
-            then=[NewStage(kind=StageKind.PRUNE)] if spec.prune else [],
+            then=after_result(spec),
         )
 
     def _looked_at_again(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pho_service.library.entries import ModelFacts
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.quality import ProxyQuality
+from pho_service.spec.tasks import TaskScores
 from storage.states import JobState, StageKind
 
 
@@ -130,6 +131,11 @@ class Job(_Answer):
     )
     validation: dict[str, ProxyQuality] | None = Field(
         description="Quality of each proxy, by its name, if asked for."
+    )
+    tasks: TaskScores | None = Field(
+        None,
+        description="What the dense model and the pruned one scored in zero-shot tasks; null: not "
+        "asked for, or not measured yet.",
     )
     pruned: Literal["waiting", "done", "removed"] | None = Field(
         None,

@@ -66,7 +66,9 @@ class Card:
         return not (self.job.state.is_over or self.job.state is JobState.PAUSED)
 
 
-def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:
+def card(
+    job: stored.Job, studies: Mapping[str, int], now: datetime, notes: Sequence[str] = ()
+) -> Card:
     """
     A job as a card.
 
@@ -74,8 +76,9 @@ def card(job: stored.Job, studies: Mapping[str, int], now: datetime) -> Card:
         job: With its stages.
         studies: The numbers of studies by name.
         now: The time.
+        notes: Beside its warnings.
     """
-    shown = describe(job)
+    shown = describe(job, notes)
     return Card(
         job=shown,
         models=_models(job),

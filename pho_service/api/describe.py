@@ -2,6 +2,7 @@
 Jobs as the API shows them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -16,6 +17,7 @@ from pho_service.api.points import (
 )
 from pho_service.api.problems import Conflict
 from pho_service.spec.quality import ProxyQuality
+from pho_service.spec.tasks import TaskScores
 from storage import records as stored
 from storage.pruned import REMOVED, chosen
 from storage.states import JobState, StageKind, StageState
@@ -24,8 +26,8 @@ from storage.studies import study_name
 _QUALITIES = TypeAdapter(dict[str, ProxyQuality])  # by proxy
 
 
-def describe(job: stored.Job) -> Job:
-    """A job as the API shows it."""
+def describe(job: stored.Job, notes: Sequence[str] = ()) -> Job:
+    """A job as the API shows it, with notes beside its warnings."""
     best = None
     if job.best is not None:
         confirmation = job.best.get("confirmation") or {}
@@ -46,10 +48,11 @@ def describe(job: stored.Job) -> Job:
         best=best,
         points=points(job),
         validation=_validation(job),
+        tasks=None if job.tasks is None else TaskScores.model_validate(job.tasks),
         pruned=_pruned(job),
         pruned_pattern=None if job.pruning is None else job.pruning.about,
         error=None if job.error is None else JobError.model_validate(job.error),
-        warnings=job.warnings or _warnings(job),
+        warnings=[*(job.warnings or _warnings(job)), *notes],
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,

@@ -32,6 +32,7 @@ _TITLES = {
     StageKind.CONFIRM: "Choose the finalists",
     StageKind.PERPLEXITY: "Measure perplexities",
     StageKind.FINISH: "Choose the best",
+    StageKind.TASKS: "Measure tasks, dense and pruned",
     StageKind.PRUNE: "Write the pruned model",
 }
 
@@ -139,7 +140,7 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         if caller.sees_all:  # others may not look into the dashboard
             studies = study_ids(connection, names)
         search = Search.read(connection, job)
-    shown = card(job, studies, now)
+    shown = card(job, studies, now, service.notes(job))
     found = None if job.best is None else Configuration.model_validate(job.best)
     return JobView(
         card=shown,

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
@@ -29,8 +30,9 @@ from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wr
 from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
-from pho_service.errors import OutputError
-from pho_service.spec.fields import check_field
+from pho_service.errors import InvalidInput, OutputError
+from pho_service.host.task_names import check_tasks
+from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_size import check_size
 from pho_service.spec.samplers import MAX_TRIALS
@@ -91,7 +93,7 @@ def submit(
     """Submit a search job. The answer comes at once; the job goes on by itself."""
     job = take(spec, service, caller, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return describe(job)
+    return describe(job, service.notes(job))
 
 
 def take(
@@ -108,6 +110,12 @@ def take(
     check_size(spec, service.limits)
     if spec.notify is not None:
         check_field("notify", service.webhooks.check, spec.notify)
+    if spec.tasks is not None:
+        folder = None if spec.tasks_dir is None else service.access.task_folder(spec.tasks_dir)
+        try:
+            check_tasks(spec.tasks, None if folder is None else Path(folder))
+        except InvalidInput as error:
+            raise FieldError("/tasks", str(error)) from error
     return enter(
         service.jobs,
         spec.placed(service.access),
@@ -162,7 +170,8 @@ def page_of(
 @router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
 def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Job:
     """Show a job with its progress."""
-    return describe(service.jobs.get(job_id, visible_to=caller.visible_to))
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    return describe(job, service.notes(job))
 
 
 @router.delete(
@@ -189,7 +198,7 @@ def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) ->
         service.jobs.deleting(job_id, visible_to=visible_to) as job,
         open_storage(service.database.studies_url) as storage,
     ):
-        if job.pruning is not None:
+        if job.pruning is not None or job.of_kind(StageKind.TASKS):
             service.pruned.remove(job_id)
         for name in study_names(job):
             try:
@@ -314,7 +323,8 @@ def best(
     A job with patterns has one for each; that of a target is of the sparsity that it has found.
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    text = json.dumps(configuration_of(job, pattern), indent=2) + "\n"
+    found = job.with_tasks(configuration_of(job, pattern))
+    text = json.dumps(found, indent=2) + "\n"
     return Response(text, media_type="application/json")
 
 

@@ -87,7 +87,9 @@ def _of_transfer(job: stored.Job) -> Report:
 
 def _of_search(service: Service, job: stored.Job) -> Report:
     spec = JobSpec.model_validate(job.spec)
-    configuration = None if job.best is None else Configuration.model_validate(job.best)
+    configuration = (
+        None if job.best is None else Configuration.model_validate(job.with_tasks(job.best))
+    )
     several = is_several(job.spec)
     answer = answer_stage(job) if several else None
     studies = _studies(service, job, answer)

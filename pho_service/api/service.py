@@ -21,6 +21,8 @@ from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.records import Job
+from storage.states import StageKind, StageState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,21 @@ class Service:
             return PrunedStore.of(self.settings)
         except InvalidInput as error:
             raise OutputError(str(error)) from error
+
+    def notes(self, job: Job) -> list[str]:
+        """What a job waits for that nobody gives at present."""
+        if not job.spec.get("tasks") or job.state.is_over:
+            return []
+        measuring = job.of_kind(StageKind.TASKS)
+        if measuring and not any(stage.state is StageState.WAITING for stage in measuring):
+            return []
+        alive = self.jobs.workers(alive_s=self.settings.stalled_after_s)
+        if any(StageKind.TASKS in worker.stages for worker in alive):
+            return []
+        return [
+            "No worker of this service measures tasks at present: they wait for one that has the "
+            "extra eval (pip install 'pho-service[eval]')."
+        ]
 
     def close(self) -> None:
         """Close the connections."""

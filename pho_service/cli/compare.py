@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.evaluate import load_asked_tasks, task_options
+from pho_service.cli.evaluate import TASK_FIELDS, load_asked_tasks
 from pho_service.cli.options import (
     ModelOptions,
     at_least,
@@ -43,7 +43,7 @@ _OF_SEARCHES = (
     cls=DocumentCommand,
     fields=(
         "pattern", "scope", "steps/linears", "calibration", "revision", "dtype", "stream",
-        *_OF_SEARCHES,
+        *_OF_SEARCHES, *TASK_FIELDS,
     ),
     required=("pattern",),
 )  # fmt: skip
@@ -92,7 +92,6 @@ _OF_SEARCHES = (
     is_flag=True,
     help="Compare configurations that were found on another family of models, too.",
 )
-@task_options
 @device_options
 @json_option
 @verb
@@ -107,9 +106,6 @@ def compare(
     ablation: bool,
     seeds: str | None,
     other_family: bool,
-    tasks: str | None,
-    tasks_dir: Path | None,
-    limit: int | None,
     device: str,
     device_map: str | None,
     as_json: bool,
@@ -140,7 +136,7 @@ def compare(
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 
-    at_least(1, report_windows=report_windows, limit=limit)
+    at_least(1, report_windows=report_windows)
     named = [(path, read_configuration(Path(path))) for path in config_paths]
     pattern = Pattern.parse(given("pattern"), given("scope"))
     asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
@@ -155,7 +151,7 @@ def compare(
         ablation=ablation,
     )
     calibration, drawn = given.calibration(), _seeds(seeds, given)
-    loaded_tasks = load_asked_tasks(tasks, tasks_dir, limit)
+    loaded_tasks = load_asked_tasks(given)
     settings = calibration.settings()
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     for path, configuration in named:
@@ -173,7 +169,7 @@ def compare(
         report,
         request,
         {seed: _calibration(loaded, calibration, seed, search) for seed in drawn},
-        also=also_tasks(loaded_tasks, bos=settings.bos, limit=limit),
+        also=also_tasks(loaded_tasks, bos=settings.bos, limit=given("tasks_limit")),
         device=str(loaded.device),
         progress=progress,
     )

@@ -8,7 +8,6 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
-    all_options,
     at_least,
     device_options,
     json_option,
@@ -18,7 +17,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb, working
 from pho_service.errors import InvalidInput
-from pho_service.spec.tasks import USUAL_TASKS, mean_accuracy, task_names
+from pho_service.spec.tasks import mean_accuracy, task_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,21 +29,7 @@ if TYPE_CHECKING:
 
 _TEXT = ("calibration/text", "calibration/dataset")
 
-task_options = all_options(
-    click.option(
-        "--tasks",
-        metavar="NAME,NAME",
-        help="Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
-        f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
-    ),
-    click.option(
-        "--tasks-dir",
-        type=click.Path(path_type=Path),
-        help="Folder with task files of one's own, which come before the harness's. What they name "
-        "as !function is run.",
-    ),
-    click.option("--limit", type=int, help="Only the first N examples of each task."),
-)
+TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
 
 
 @click.command(
@@ -52,11 +37,11 @@ task_options = all_options(
     fields=(
         *(f"calibration/{field}" for field in ("text", "dataset", "data_file", "split", "field")),
         "calibration/context_length", "calibration/bos", "revision", "dtype", "stream",
+        *TASK_FIELDS,
     ),
 )  # fmt: skip
 @click.argument("model")
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
-@task_options
 @device_options
 @json_option
 @verb
@@ -64,9 +49,6 @@ def evaluate(
     model: str,
     given: Given,
     max_windows: int | None,
-    tasks: str | None,
-    tasks_dir: Path | None,
-    limit: int | None,
     device: str,
     device_map: str | None,
     as_json: bool,
@@ -84,8 +66,8 @@ def evaluate(
       pho evaluate pruned --text report.txt --context-length 512
       pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
-    at_least(1, max_windows=max_windows, limit=limit)
-    loaded_tasks = load_asked_tasks(tasks, tasks_dir, limit)
+    at_least(1, max_windows=max_windows)
+    loaded_tasks, limit = load_asked_tasks(given), given("tasks_limit")
     how = given.calibration()
     source = text_source(how)
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
@@ -107,27 +89,30 @@ def evaluate(
         _show_scores(document, scores)
 
 
-def load_asked_tasks(
-    tasks: str | None, folder: Path | None, limit: int | None
-) -> "LoadedTasks | None":
+def load_asked_tasks(given: Given) -> "LoadedTasks | None":
     """
     The tasks of --tasks, found before a model is opened; None if none are asked for.
 
     Raises:
-        InvalidInput: Options of tasks are given, but no task.
+        InvalidInput: Options of tasks are given, but no task; or a task is not there.
     """
-    if tasks is None:
-        for name, value in (("--tasks-dir", folder), ("--limit", limit)):
-            if value is not None:
-                raise InvalidInput(f"{name} {value} is of tasks, but none is named. Add --tasks.")
+    tasks, *others = TASK_FIELDS
+    if given(tasks) is None:
+        for field in others:
+            if given(field) is not None:
+                raise InvalidInput(
+                    f"{given.names[field]} {given(field)} is of tasks, but none is named. Add "
+                    "--tasks."
+                )
         return None
-    names = task_names(tasks)
+    at_least(1, limit=given("tasks_limit"))
+    names, folder = task_names(given(tasks)), given("tasks_dir")
     import lm_eval  # noqa: F401 - without it a sentence says so, and nothing else is shown
 
     with working("Reading tasks"):
         from pho_service.models.task_files import load_tasks
 
-        return load_tasks(names, folder)
+        return load_tasks(names, None if folder is None else Path(folder))
 
 
 def _perplexity(

@@ -16,6 +16,7 @@ import click
 from pho_service.cli.groups import group_of_field
 from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
+from pho_service.spec.tasks import USUAL_TASKS
 
 # What an option is called, if not as its field; more names are hidden, of older versions.
 _NAMES = {
@@ -45,6 +46,7 @@ _NAMES = {
     "warm_start/count": ("--warm-start-count",),
     "timeout_s": ("--timeout",),
     "target/perplexity_rise": ("--within",),
+    "tasks_limit": ("--limit",),
 }
 
 # Defaults that are not values of the field.
@@ -77,6 +79,9 @@ OF_A_SERVICE = {
     "patterns": "`pho curve` searches at several",
     "target": "--within of `pho search` is an option of its own",
     "prune": "`pho prune` does it, with what was found",
+    "tasks": "`pho evaluate --tasks` measures what was pruned",
+    "tasks_dir": "of --tasks",
+    "tasks_limit": "of --tasks",
     "max_attempts": "of a service's queue",
     "max_failed_trials": "`pho search` goes on past failed trials",
     "timeout_s": "an interrupted search goes on with the same command",
@@ -90,6 +95,8 @@ _ABOUT = {
     "patterns": "Instead of --pattern: several, with commas between, each searched and confirmed.",
     "target/perplexity_rise": "Instead of --pattern: find the highest sparsity whose perplexity is "
     "at most so much above the dense model's, such as 5%.",
+    "tasks": "Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
+    f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
     "confirm": "Measure no perplexity: the best by the objective alone.",
     "warm_start/found": "A configuration that was found elsewhere, in the same pattern and scope; "
     "or a library, that is, a folder of them or the URL of a service, for the most promising; "
@@ -129,7 +136,7 @@ class Field:
         """How its option is written."""
         special = {
             "search_space": "bounds", "warm_start/found": "points", "confirm": "off",
-            "calibration/memory_bytes": "size", "patterns": "list",
+            "calibration/memory_bytes": "size", "patterns": "list", "tasks": "list",
             "target/perplexity_rise": "rise",
         }  # fmt: skip
         listed = f"{self.schema.get('items', {}).get('type')}s"

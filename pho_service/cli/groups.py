@@ -9,7 +9,7 @@ import click
 # Fields of a job's document by section, each with all that is below it unless that is named itself.
 GROUPS = {
     "Model": ("model", "more_models", "revision", "dtype"),
-    "Text": ("calibration", "confirm"),
+    "Text": ("calibration", "confirm", "tasks", "tasks_dir", "tasks_limit"),
     "Method": ("pattern", "patterns", "target", "scope", "preset", "steps", "search_space"),
     "Search": (
         "objective", "validation", "warm_start", "sampler", "trials", "corrections", "islands",
@@ -24,8 +24,8 @@ GROUPS = {
 _OWN = {
     "Text": (
         "report_path", "report_text", "report_dataset", "report_dataset_config", "report_data_file",
-        "report_split", "report_field", "report_windows", "max_windows", "split", "tasks",
-        "tasks_dir", "limit", "bundle_path", "text", "confirm_text",
+        "report_split", "report_field", "report_windows", "max_windows", "split", "bundle_path", "text",
+        "confirm_text",
     ),
     "Method": (
         "config_path", "config_paths", "method", "methods", "presets", "ablation", "seeds",

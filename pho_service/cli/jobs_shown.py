@@ -37,6 +37,12 @@ def outcome(job: "Job") -> list[str]:
     return [*lines, *(f"note         {warning}" for warning in job.warnings)]
 
 
+def show_tasks(job: "Job") -> None:
+    """What the dense model and the pruned one of a job scored in tasks."""
+    if job.tasks is not None:
+        print_table("Zero-shot tasks", job.tasks.columns, job.tasks.rows(), caption=job.tasks.note)
+
+
 def show_points(job: "Job") -> None:
     """The table of a job with several patterns."""
     if not job.points:

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.jobs_shown import done, good, number, outcome, short_ids, show_points
+from pho_service.cli.jobs_shown import (
+    done,
+    good,
+    number,
+    outcome,
+    short_ids,
+    show_points,
+    show_tasks,
+)
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.terminal import print_json, print_table, say, table_width, tell, verb
 from pho_service.errors import InvalidInput, ServiceError
@@ -115,6 +123,7 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
     ]
     tell("\n".join([*lines, *outcome(job)]))
     show_points(job)
+    show_tasks(job)
 
 
 @click.command()
@@ -347,6 +356,7 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     else:
         tell("\n".join([f"{job.name}: {job.state}", *outcome(job)]))
         show_points(job)
+        show_tasks(job)
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")

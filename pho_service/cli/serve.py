@@ -8,6 +8,7 @@ import click
 
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput
+from storage.states import StageKind
 
 
 def _off_the_command_line(
@@ -120,7 +121,7 @@ def serve(
 )
 @click.option(
     "--stages",
-    help="Only some of transfer,calibrate,search,confirm,perplexity,finish.  [default: all]",
+    help=f"Only some of {','.join(StageKind)}.  [default: all it can: tasks need the extra eval]",
 )
 def worker(database_url: str | None, device: str, stages: str | None) -> None:
     """

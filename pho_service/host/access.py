@@ -36,12 +36,14 @@ class Access:
         text_roots: Absolute folders.
         hub_models: Shell patterns.
         hub_datasets: Shell patterns.
+        task_roots: Absolute folders.
     """
 
     model_roots: tuple[Path, ...]
     text_roots: tuple[Path, ...]
     hub_models: tuple[str, ...]
     hub_datasets: tuple[str, ...]
+    task_roots: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> "Access":
@@ -51,6 +53,7 @@ class Access:
             text_roots=tuple(r.expanduser().resolve() for r in settings.text_roots),
             hub_models=settings.hub_models,
             hub_datasets=settings.hub_datasets,
+            task_roots=tuple(r.expanduser().resolve() for r in settings.task_roots),
         )
 
     def model(self, name: str) -> str:
@@ -96,6 +99,21 @@ class Access:
             InvalidInput: It does not lie below the folders for texts.
         """
         return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files))
+
+    def task_folder(self, path: str) -> str:
+        """
+        The absolute path of a folder with task files.
+
+        Raises:
+            InvalidInput: There are no folders for those, or it does not lie below them.
+        """
+        if not self.task_roots:
+            raise InvalidInput(
+                f"folder of tasks {path!r} is not allowed here: what task files name as !function "
+                "is run, so that the operator must name the folders for them in PHO_TASK_ROOTS."
+            )
+        thing = "folder of tasks"
+        return str(_local(path, self.task_roots, thing, "PHO_TASK_ROOTS", _no_files))
 
     def dataset(self, name: str) -> str:
         """

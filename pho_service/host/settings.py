@@ -35,6 +35,8 @@ class Settings(BaseSettings):
         workers: How many local workers `pho serve` starts.
         model_roots: Folders that model folders and files of jobs must lie under.
         text_roots: The same for texts.
+        task_roots: The same for folders of task files, whose Python functions are run; none
+            without any.
         hub_models: Shell patterns of the hub's models that jobs may name.
         hub_datasets: The same for data sets.
         max_unfinished_jobs: Of one key.
@@ -79,6 +81,7 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=0, le=256)
     model_roots: Paths = (Path(),)
     text_roots: Paths = (Path(),)
+    task_roots: Paths = ()
     hub_models: Patterns = ("*",)
     hub_datasets: Patterns = ("*",)
     max_unfinished_jobs: int = Field(default=1000, ge=1)
@@ -145,9 +148,11 @@ class Settings(BaseSettings):
             return value  # who opens it says what is wrong
         return SecretStr(url.render_as_string(hide_password=False))
 
-    @field_validator("model_roots", "text_roots", mode="before")
+    @field_validator("model_roots", "text_roots", "task_roots", mode="before")
     @classmethod
-    def _split_paths(cls, value: Any) -> Any:
+    def _split_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "" and info.field_name == "task_roots":
+            return ()  # and not the present folder, whose code would be run
         return value.split(os.pathsep) if isinstance(value, str) else value
 
     @field_validator("trusted_proxies")

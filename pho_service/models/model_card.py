@@ -18,6 +18,7 @@ from pho_service.errors import ModelError
 from pho_service.models.gguf_header import text_fields
 from pho_service.models.packed_file import small_files
 from pho_service.spec.perplexities import Perplexities
+from pho_service.spec.tasks import TaskScores
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -104,6 +105,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         "`pho prune --check FOLDER` compares the weights with both.\n",
         "## How good it is\n",
         *_how_good(configuration),
+        *_tasks(configuration),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -155,6 +157,17 @@ def _how_good(configuration: Mapping[str, Any]) -> Iterator[str]:
     for rating in configuration.get("baselines") or ():
         if rating.get("perplexity") is not None:
             yield f"| {rating['method']}, same pattern | {rating['perplexity']:.2f} |"
+
+
+def _tasks(configuration: Mapping[str, Any]) -> Iterator[str]:
+    """What it scored in zero-shot tasks when it was found."""
+    if not configuration.get("tasks"):
+        return
+    scores = TaskScores.model_validate(configuration["tasks"])
+    asked = "" if scores.limit is None else f", the first {scores.limit} examples of each"
+    yield f"\nZero-shot tasks by lm-evaluation-harness{asked}. {scores.note}\n"
+    yield f"| {' | '.join(scores.columns)} |\n|{' --- |' * len(scores.columns)}"
+    yield from (f"| {' | '.join(row)} |" for row in scores.rows())
 
 
 def _text(about: Mapping[str, Any]) -> str:

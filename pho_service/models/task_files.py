@@ -4,26 +4,20 @@ Tasks of lm-evaluation-harness, found by their names: its own, and those of a fo
 The harness comes with the extra ``eval`` and is imported when it is needed, which takes seconds.
 """
 
-import difflib
-import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pho_service.errors import InvalidInput, TextError
 from pho_service.host.extras import missing_extra
 from pho_service.host.plain import shown
-from pho_service.host.versions import versions
+from pho_service.host.task_names import harness_folder, harness_tasks, unknown_task
 from pho_service.models.hub_or_cache import hub_or_cache
 
-logger = logging.getLogger(__name__)
-
-_NAME = re.compile(rb"^(?:task|group)[ \t]*:[ \t]*['\"]?([^'\"\s#\[]+)", re.MULTILINE)
-_TAG = re.compile(rb"^tag[ \t]*:[ \t]*((?:\n[ \t]*-[^\n]*)+|[^\n]*)", re.MULTILINE)
 _FILES = ("json", "csv", "parquet", "text", "arrow")  # data sets that are files of their own
 _RATED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
@@ -41,8 +35,22 @@ class LoadedTasks:
     names: tuple[str, ...]
     tasks: dict[str, Any]
 
+    def questions_sha256(self) -> str:
+        """Hash of all examples: what was measured on others cannot be compared."""
+        found = hashlib.sha256()
+        for name, task in self.tasks["tasks"].items():
+            found.update(f"{name} {task.VERSION}\n".encode())
+            for example in task.eval_docs:
+                found.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+        return found.hexdigest()
 
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
+
+def load_tasks(
+    names: Sequence[str],
+    folder: Path | None = None,
+    *,
+    check_dataset: Callable[[str], object] = lambda _: None,
+) -> LoadedTasks:
     """
     Find tasks and read their examples, from a folder first and then from the harness.
 
@@ -53,6 +61,8 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
         names: Of tasks, groups or tags.
         folder: With task files of one's own, at all depths. What they name as ``data_files`` may
             lie beside them.
+        check_dataset: Called with the name of each data set of the hub before it is asked for;
+            refuses by raising.
 
     Raises:
         ModuleNotFoundError: The extra ``eval`` is not installed.
@@ -60,11 +70,15 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
         TextError: Its examples cannot be read: the hub is away, or a file is missing.
     """
     if folder is not None and not folder.is_dir():
-        raise InvalidInput(f"the folder for tasks {folder} does not exist. Check --tasks-dir.")
+        raise InvalidInput(
+            f"the folder for tasks {folder} does not exist. Check --tasks-dir (tasks_dir)."
+        )
     manager = _manager(names, folder)
     _check_kinds(manager, names)
+    for dataset in _hub_datasets(manager, names):
+        check_dataset(dataset)
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    with hub_or_cache(wanted=_wants_hub(manager, names)):
+    with hub_or_cache(wanted=bool(_hub_datasets(manager, names))):
         for name in names:
             with _told(name):
                 for part, members in manager.load([name]).items():
@@ -87,8 +101,9 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         if needs is None:
             raise
         raise ModuleNotFoundError(f"measuring tasks {needs}", name=error.name) from error
-    own = _own_folder()
-    index: dict[str, set[Path]] = {}
+    own = harness_folder()
+    assert own is not None  # it is imported already
+    index: Mapping[str, set[Path]] = {}
     places: set[Path] = set()
     while True:
         paths = [*sorted(places), *([folder] if folder else [])]
@@ -96,47 +111,17 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         missing = [n for n in _members(manager, names) if n not in manager.task_index]
         if not missing:
             break
-        index = index or _index(own)
+        index = harness_tasks(own)
         more = {own / file.relative_to(own).parts[0] for n in missing for file in index.get(n, ())}
         if more <= places:
             break
         places |= more
     for name in names:
         if name not in manager.task_index:
-            raise _unknown(name, index, manager.all_tasks, folder)
+            raise unknown_task(name, [*index, *manager.all_tasks], folder)
     if folder:
         _beside(manager.task_index.values(), folder.resolve())
     return manager
-
-
-def _own_folder() -> Path:
-    """Where the harness has its tasks."""
-    found = find_spec("lm_eval.tasks")
-    assert found is not None  # it is imported already
-    return Path(str(found.origin)).parent
-
-
-def _index(folder: Path) -> dict[str, set[Path]]:
-    """The files that define each task, group and tag, without reading more of them than names."""
-    found: dict[str, set[Path]] = {}
-    for file in folder.rglob("*.yaml"):
-        text = file.read_bytes()
-        tags = [word for block in _TAG.findall(text) for word in re.findall(rb"[\w.-]+", block)]
-        for name in (*_NAME.findall(text), *tags):
-            found.setdefault(name.decode(errors="replace"), set()).add(file)
-    return found
-
-
-def _unknown(
-    name: str, index: Iterable[str], mine: Iterable[str], folder: Path | None
-) -> InvalidInput:
-    near = difflib.get_close_matches(name, {*index, *mine}, n=3)
-    return InvalidInput(
-        f"the task {name!r} is not one of lm-eval {versions('lm-eval')['lm-eval']}"
-        + (f", and not in {folder}." if folder else ".")
-        + (f" Did you mean {' or '.join(near)}?" if near else "")
-        + " Give the folder of task files of your own with --tasks-dir."
-    )
 
 
 def _beside(entries: Iterable[Any], folder: Path) -> None:
@@ -203,12 +188,11 @@ def _check_rated(name: str, kind: str) -> None:
         )
 
 
-def _wants_hub(manager: Any, names: Sequence[str]) -> bool:
-    """Whether a task's data set is on the hub."""
-    return any(
-        leaf.get("dataset_path") not in _FILES and not Path(str(leaf.get("dataset_path"))).exists()
-        for leaf in _leaves(manager, names)
-    )
+def _hub_datasets(manager: Any, names: Sequence[str]) -> list[str]:
+    """The data sets that tasks have on the hub: neither files nor folders of this machine."""
+    leaves = _leaves(manager, names)
+    named = [leaf.get("dataset_path") or leaf.get("task") for leaf in leaves]  # code may name one
+    return [str(each) for each in named if each not in _FILES and not Path(str(each)).exists()]
 
 
 @contextmanager

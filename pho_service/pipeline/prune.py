@@ -124,12 +124,7 @@ def prune_job(
         BundleError, InvalidInput: As :func:`prune_in_place`.
         OutputError: The folder is in use, or cannot be written.
     """
-    done = None
-    if configuration.steps.reconstruction.wanted and calibration is not None:
-        done = KeptBlocks(
-            folder=folder.expanduser().resolve().with_name(f".{folder.name}.blocks"),
-            key=_identity(model, bundle, configuration, calibration),
-        )
+    done = blocks_kept(model, bundle, configuration, folder, calibration)
     pruned = prune_in_place(
         model,
         bundle,
@@ -143,6 +138,28 @@ def prune_job(
     if done:
         done.remove()
     return pruned
+
+
+def blocks_kept(
+    model: LanguageModel,
+    bundle: ProxyBundle,
+    configuration: Configuration,
+    folder: Path,
+    calibration: Tensor | None,
+) -> KeptBlocks | None:
+    """
+    Where :func:`prune_job` keeps the blocks that a reconstruction has trained; None without one.
+
+    Args:
+        model, bundle, configuration, folder, calibration: As of :func:`prune_job`; the model is
+            dense.
+    """
+    if not configuration.steps.reconstruction.wanted or calibration is None:
+        return None
+    return KeptBlocks(
+        folder=folder.expanduser().resolve().with_name(f".{folder.name}.blocks"),
+        key=_identity(model, bundle, configuration, calibration),
+    )
 
 
 def _identity(

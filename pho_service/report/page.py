@@ -21,6 +21,7 @@ from pho_service.report.html import policy_hash, template_environment
 from pho_service.report.section import Section
 from pho_service.report.study import ENOUGH
 from pho_service.report.tables import Table
+from pho_service.spec.tasks import TaskScores
 
 _CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
 
@@ -101,6 +102,8 @@ def _sections(report: Report) -> list[Section]:
         return [*(curve or [missing]), _settings(report), _happened(report)]
     parts = [_result(report), *curve]
     if report.subject != "transfer":
+        scores = None if report.configuration is None else report.configuration.tasks
+        parts += [] if scores is None else [_tasks(scores)]
         parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
     return [*parts, _transfers(report), _settings(report), _happened(report)]
 
@@ -151,6 +154,27 @@ def _how_good(report: Report) -> list[str]:
     elif report.subject == "search":
         texts.append("No perplexity was measured: the result is the best by the proxy.")
     return texts
+
+
+def _tasks(scores: TaskScores) -> Section:
+    asked = "all examples" if scores.limit is None else f"the first {scores.limit} of each task"
+    used = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+    return Section(
+        id="tasks",
+        title="Zero-shot tasks",
+        texts=[
+            f"Asked of the dense model and of the pruned one: {asked}, "
+            f"{'with' if scores.bos else 'without'} BOS. Measured by {used}."
+        ],
+        tables=[
+            Table(
+                caption="Before and after",
+                columns=scores.columns,
+                rows=scores.rows(),
+                note=scores.note,
+            )
+        ],
+    )
 
 
 def _file(source: str) -> str:

@@ -34,12 +34,20 @@ def search_in_words(spec: JobSpec) -> dict[str, str]:
             if spec.warm_start is None
             else {"warm start": f"with {spec.warm_start.count} of the library"}
         ),
+        **({} if spec.tasks is None else {"tasks": _tasks(spec)}),
         **(
             {}
             if spec.validation is None
             else {"validation": f"{spec.validation.candidates} random candidates"}
         ),
     }
+
+
+def _tasks(spec: JobSpec) -> str:
+    named = ", ".join(spec.tasks or ())
+    return named + (
+        f" (the first {spec.tasks_limit} examples of each)" if spec.tasks_limit is not None else ""
+    )
 
 
 def _patterns(spec: JobSpec) -> dict[str, str]:

@@ -24,6 +24,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import Steps
+from pho_service.spec.tasks import TaskScores
 
 FORMAT = "pho-configuration"
 TRANSFER_FORMAT = "pho-transfer"  # pho_service.library.files reads it whole
@@ -92,6 +93,8 @@ class Configuration(Document):
         model: Name, revision, hash of the weights, dtype.
         calibration: Text, hash, settings, seeds and versions of the bundle.
         versions: Of the packages that searched.
+        tasks: What the dense model and the pruned one scored in zero-shot tasks. None where they
+            were not measured.
     """
 
     format: Literal["pho-configuration"] = "pho-configuration"
@@ -111,6 +114,7 @@ class Configuration(Document):
     model: dict[str, Any] = Field(default_factory=dict)
     calibration: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    tasks: TaskScores | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _is_a_pruning(self) -> Self:
@@ -140,6 +144,7 @@ class Configuration(Document):
         return self.model_copy(
             update={
                 "steps": steps, "perplexities": None, "confirmation": None, "candidates": [],
+                "tasks": None,
             }
         )  # fmt: skip
 

@@ -41,6 +41,7 @@ from pho_service.spec.samplers import (
 from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps, StepsSpec
+from pho_service.spec.tasks import MOST_TASKS
 from pho_service.tuning.plan import SearchPlan
 from pho_service.tuning.request import SearchRequest
 
@@ -147,6 +148,26 @@ class JobSpec(Document):
         "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
         "as it is.",
     )
+    tasks: list[Name] | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_TASKS,
+        exclude_if=lambda names: names is None,
+        description="Zero-shot tasks of lm-evaluation-harness that the dense model and the pruned "
+        "one are measured on, such as boolq or arc_easy. Needs the extra eval.",
+    )
+    tasks_dir: Name | None = Field(
+        None,
+        exclude_if=lambda folder: folder is None,
+        description="Folder with task files of one's own, which come before the harness's. What "
+        "they name as !function is run: a service allows folders below PHO_TASK_ROOTS.",
+    )
+    tasks_limit: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda limit: limit is None,
+        description="Only the first N examples of each task.",
+    )
     prune: bool = Field(
         False,
         exclude_if=lambda wanted: not wanted,
@@ -186,7 +207,9 @@ class JobSpec(Document):
     _can_be_measured = field_validator("objective", "validation")(rules.can_be_measured)
     _was_calibrated = field_validator("search_space")(rules.was_calibrated)
     _more_than_baselines = field_validator("trials")(rules.more_than_baselines)
-    _has_one_model = field_validator("prune")(rules.has_one_model)
+    _each_task_once = field_validator("tasks")(rules.each_task_once)
+    _of_tasks = field_validator("tasks_dir", "tasks_limit")(rules.of_tasks)
+    _has_one_model = field_validator("prune", "tasks")(rules.has_one_model)
     _differ = field_validator("islands")(rules.differ)
     _in_memory = field_validator("corrections")(rules.in_memory)
 
@@ -334,6 +357,8 @@ class JobSpec(Document):
         self.calibration.check_access(access)
         if self.confirm is not None and self.confirm.text is not None:
             check_field("confirm/text", access.text, self.confirm.text)
+        if self.tasks_dir is not None:
+            check_field("tasks_dir", access.task_folder, self.tasks_dir)
 
     def placed(self, access: Access) -> "JobSpec":
         """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""

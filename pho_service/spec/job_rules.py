@@ -17,6 +17,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.points import asked_patterns, first_of_kinds, one_of
 from pho_service.spec.presets import Preset, PresetMeaning
 from pho_service.spec.space import SearchSpaceSpec
+from pho_service.spec.tasks import task_names
 from pho_service.tuning.request import SearchRequest
 
 _PATTERN = {"patterns", "target", "pattern", "scope"}  # what says which patterns are searched
@@ -143,13 +144,27 @@ def more_than_baselines(value: int, info: ValidationInfo) -> int:
     return value
 
 
-def has_one_model(value: bool, info: ValidationInfo) -> bool:
-    """One model is pruned."""
+def has_one_model(value: Any, info: ValidationInfo) -> Any:
+    """One model is pruned, and measured on tasks."""
     if value and info.data.get("more_models"):
+        what = "pruned" if info.field_name == "prune" else "measured on tasks"
         raise ValueError(
-            "one model is pruned, and this job searches for several: prune each of them with "
+            f"one model is {what}, and this job searches for several: prune each of them with "
             "the result, `pho prune MODEL --config`"
+            + (", and measure it, `pho evaluate FOLDER --tasks`" * (info.field_name == "tasks"))
         )
+    return value
+
+
+def each_task_once(value: list[str] | None) -> list[str] | None:
+    """No task is named twice."""
+    return None if value is None else [*task_names(value)]
+
+
+def of_tasks(value: Any, info: ValidationInfo) -> Any:
+    """What says how tasks are measured needs some."""
+    if value is not None and info.data.get("tasks", ()) is None:
+        raise ValueError("it is of tasks, but none is named: give tasks, or leave it out")
     return value
 
 

@@ -78,6 +78,11 @@ def check_several(spec: "JobSpec") -> None:
             spec.prune and spec.patterns is not None,
             "it must be said which is pruned, when they are measured: :prune with its pattern",
         ),
+        "tasks": (
+            spec.tasks is not None and spec.patterns is not None,
+            "one pruned model is measured on them: submit the chosen pattern alone, or measure "
+            "its folder with `pho evaluate --tasks`",
+        ),
     }
     for field, (wrong, why) in refused.items():
         if wrong:

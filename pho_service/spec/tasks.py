@@ -4,13 +4,16 @@ What zero-shot tasks a model is measured on, and what it scored.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import STRICT, Document, Number, Whole
 
 # What papers on pruning report, by their names in lm-evaluation-harness.
 USUAL_TASKS = (
     "boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
 )  # fmt: skip
+MOST_TASKS = 100  # of a job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +32,68 @@ class TaskScore:
         version: Of the task's definition.
     """
 
+    __pydantic_config__ = STRICT
+
     task: str
     metric: str
-    value: float
-    stderr: float | None
-    examples: int | None
-    shots: int | None
+    value: Number
+    stderr: Number | None
+    examples: Whole | None
+    shots: Whole | None
     version: str | None
 
     @property
     def shown(self) -> str:
         """The value and its standard error, as tables have them: of accuracies in percent."""
+        error = "" if self.stderr is None else f" ± {self._number(self.stderr)}"
+        return f"{self._number(self.value)}{error}"
+
+    def change(self, pruned: float) -> str:
+        """How much more or less another model has: of accuracies in points."""
+        return self._number(pruned - self.value, sign="+")
+
+    def _number(self, value: float, sign: str = "") -> str:
         scale, digits = (100, 2) if self.metric.startswith("acc") else (1, 4)
-        error = "" if self.stderr is None else f" ± {self.stderr * scale:.{digits}f}"
-        return f"{self.value * scale:.{digits}f}{error}"
+        return f"{value * scale:{sign}.{digits}f}"
+
+
+class TaskScores(Document):
+    """
+    What a model scored before and after it was pruned, on the same questions.
+
+    Attributes:
+        dense: A score for each task and metric.
+        pruned: The same, in the same order.
+        limit: Only the first so many examples of each task were asked; None: all.
+        bos: Whether questions begin with BOS.
+        versions: Of the packages that measured.
+    """
+
+    columns: ClassVar = ("task", "metric", "dense", "pruned", "change", "examples")
+    note: ClassVar = (
+        "Accuracies in percent, ± standard error over the examples; the change in points."
+    )
+
+    dense: list[TaskScore]
+    pruned: list[TaskScore]
+    limit: int | None = None
+    bos: bool
+    versions: dict[str, str]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table as text, under ``columns``; the last row is the mean of all ``acc``."""
+        rows: list[tuple[str, ...]] = [
+            (
+                before.task, before.metric, before.shown, after.shown, before.change(after.value),
+                "" if before.examples is None else str(before.examples),
+            )
+            for before, after in zip(self.dense, self.pruned, strict=True)
+        ]  # fmt: skip
+        dense, pruned = mean_accuracy(self.dense), mean_accuracy(self.pruned)
+        if dense is not None and pruned is not None:
+            shown = (f"{100 * dense:.2f}", f"{100 * pruned:.2f}", f"{100 * (pruned - dense):+.2f}")
+            rows.append(("mean", "acc", *shown, ""))
+        return rows
 
 
 def task_names(said: str | Iterable[str]) -> tuple[str, ...]:

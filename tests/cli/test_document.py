@@ -68,6 +68,9 @@ def test_every_field() -> None:
         "calibration": {"text": "c.txt", "stop": "early"},
         "validation": {},
         "prune": True,
+        "tasks": ["boolq"],
+        "tasks_dir": "tasks",
+        "tasks_limit": 100,
         "notify": "https://hooks.example/pho",
         "warm_start": {},
         "steps": {

@@ -237,7 +237,9 @@ def test_refused(
 ) -> None:
     """What is not there, wants the network or a text that is written: in words, at once."""
     folder = task_folder([0] * len(QUESTIONS))
-    monkeypatch.setattr(task_files, "_own_folder", lambda: folder)  # the harness has 14,000 files
+    monkeypatch.setattr(
+        task_files, "harness_folder", lambda: folder
+    )  # the harness has 14,000 files
 
     def refused(names: str, **more: Any) -> str:
         task_folder([0] * len(QUESTIONS), **more)

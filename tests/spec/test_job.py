@@ -484,12 +484,14 @@ def test_several_patterns() -> None:
         ({"patterns": ["0.3"], "timeout_s": 1.0}, "timeout_s cannot"),
         ({"patterns": ["0.3"], "warm_start": {}}, "warm_start cannot"),
         ({"patterns": ["0.3"], "prune": True}, ":prune with its pattern"),
+        ({"patterns": ["0.3"], "tasks": ["boolq"]}, "tasks cannot be asked for with several"),
         ({"patterns": ["0.3", "2:4"], "trials": 3}, "trials=3 is too few"),
         ({"patterns": ["0.3", "2:4"], "corrections": 3, "preset": "best"}, "at 2:4 in scope row"),
     ],
     ids=[
         "none", "two", "two-of-several", "twice", "islands", "unconfirmed", "unconfirmed-target",
-        "models", "timeout", "warm", "prune", "trials", "corrections",
+        "models", "timeout", "warm", "prune", "tasks", "trials",
+        "corrections",
     ],
 )  # fmt: skip
 def test_not_of_several(changes: dict[str, Any], told: str) -> None:

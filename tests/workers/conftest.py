@@ -596,7 +596,7 @@ class Hand:
         """Those of a worker that has nothing in memory."""
         access = Access(
             model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
-            hub_datasets=(),
+            hub_datasets=(), task_roots=(self.folder / "tasks",),
         )  # fmt: skip
         place = str(self.bundles)
         pruned = PrunedStore(place, self.bundles)

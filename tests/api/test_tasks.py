@@ -1,0 +1,165 @@
+"""Jobs with zero-shot tasks, as the API, the page and the report show them, and what is refused."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pho_service.api import jobs
+from pho_service.api.answers import Job
+from pho_service.cli.jobs_shown import show_tasks
+from pho_service.host import task_names
+from pho_service.spec.configuration import Configuration, published
+from storage.records import NewStage
+from storage.states import JobState, StageKind
+
+Submit = Callable[..., dict[str, Any]]
+HOW = {"limit": None, "bos": True, "versions": {"lm-eval": "0.4.13"}, "seconds": 1.5}
+
+
+def score(metric: str, value: float) -> dict[str, Any]:
+    """A metric of a task with eight examples."""
+    return {
+        "task": "words", "metric": metric, "value": value, "stderr": 0.125, "examples": 8,
+        "shots": 0, "version": "3.0",
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A harness that has one task, and not 14,000 files."""
+    folder = tmp_path / "harness"
+    folder.mkdir()
+    (folder / "words.yaml").write_text("task: words\n")
+    monkeypatch.setattr(task_names, "harness_folder", lambda: folder)
+    return folder
+
+
+def test_scores(
+    client: TestClient, submit: Submit, hand: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Once both models are measured, job, `/best`, page, report and `pho show` have what they scored,
+    and the job is over; the library has the configuration alone, once.
+    """
+    job_id = submit(tasks=["words"])["id"]
+    hand.calibrate(job_id)
+    hand.search(job_id)
+    hand.confirm(job_id)
+    finish = hand.take(job_id, StageKind.FINISH)
+    best = published("wanda", "0.5").model_dump(mode="json")
+    two = [NewStage(kind=StageKind.TASKS, number=number) for number in range(2)]
+    hand.store.succeed(finish, best=best, warnings=[], result={}, then=two)
+    states = []
+    for number, value in enumerate((0.75, 0.5)):
+        states.append(client.get(f"/v1/jobs/{job_id}").json())
+        scores = [score("acc", value), score("acc_norm", value + 0.125)]
+        claim = hand.take(job_id, StageKind.TASKS, number)
+        hand.store.scored(claim, {"scores": scores, **HOW}, then=[], check=lambda _: None)
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    found = Configuration.model_validate(client.get(f"/v1/jobs/{job_id}/best").json())
+    rows = [
+        ("words", "acc", "75.00 ± 12.50", "50.00 ± 12.50", "-25.00", "8"),
+        ("words", "acc_norm", "87.50 ± 12.50", "62.50 ± 12.50", "-25.00", "8"),
+    ]
+    show_tasks(Job.model_validate(job))
+    shown = capsys.readouterr().out
+
+    assert [(each["state"], each["tasks"]) for each in states] == [("running", None)] * 2
+    assert job["state"] == "succeeded"
+    assert job["tasks"]["pruned"] == [score("acc", 0.5), score("acc_norm", 0.625)]
+    assert found.tasks is not None
+    assert found.tasks.rows() == rows
+    assert found.model_copy(update={"tasks": None}).model_dump(mode="json") == best
+    (entry,) = client.get("/v1/configurations?pattern=0.5").json()["configurations"]
+    assert client.get(f"/v1/configurations/{entry['id']}").json() == best
+    for text in (client.get(f"/jobs/{job_id}").text, client.get(f"/v1/jobs/{job_id}/report").text):
+        assert all(f">{cell}</t" in text for row in rows for cell in row)
+    assert all(cell in shown for row in rows for cell in row)
+
+
+def test_nobody_measures(client: TestClient, submit: Submit, hand: Any) -> None:
+    """As long as no worker that reports measures tasks, a job that needs one says so, in words."""
+    told = "pip install 'pho-service[eval]'"
+    job, other = submit(tasks=["words"]), submit()
+    hand.store.enter_worker(uuid.uuid4(), name="w", device="cpu", kinds=[StageKind.FINISH])
+    page = client.get(f"/jobs/{job['id']}").text
+    alone = client.get(f"/v1/jobs/{job['id']}").json()["warnings"]
+    hand.store.enter_worker(hand.worker_id, name="v", device="cpu", kinds=[*StageKind])
+
+    assert [told in " ".join(each["warnings"]) for each in (job, other)] == [True, False]
+    assert told in " ".join(alone)
+    assert "No worker of this service measures tasks" in page
+    assert client.get(f"/v1/jobs/{job['id']}").json()["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer", "told"),
+    [
+        ({"tasks": ["word"]}, "/tasks", "'word' is not one of lm-eval"),
+        ({"tasks": ["word"]}, "/tasks", "Did you mean words?"),
+        ({"tasks": ["words", "words"]}, "/tasks", "words is named twice"),
+        ({"tasks": []}, "/tasks", "at least 1 item"),
+        ({"tasks": ["words"], "tasks_dir": "x"}, "/tasks_dir", "PHO_TASK_ROOTS"),
+        ({"tasks_limit": 5}, "/tasks_limit", "none is named: give tasks"),
+        ({"tasks": ["words"], "more_models": ["org/b"]}, "/tasks", "pho evaluate FOLDER --tasks"),
+    ],
+    ids=["unknown", "near", "twice", "empty", "folder", "limit", "models"],
+)
+def test_refused(
+    shared_client: TestClient, changes: dict[str, Any], pointer: str, told: str
+) -> None:
+    """What cannot be measured is refused at its field, with the way out."""
+    answer = shared_client.post("/v1/jobs", json={"model": "org/a", "pattern": "0.5", **changes})
+
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert error["pointer"] == pointer
+    assert told in error["detail"]
+
+
+def test_folder(
+    client_of: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A folder below PHO_TASK_ROOTS may be named, and its tasks with it; none outside of them. Where
+    the harness is not installed, the worker looks.
+    """
+    (tmp_path / "tasks" / "mine").mkdir(parents=True)
+    (tmp_path / "tasks" / "mine" / "a.yaml").write_text("tag: [ours]\ntask: mine\n")
+    client = client_of(task_roots=(tmp_path / "tasks",))
+
+    def asked(name: str, folder: str) -> tuple[int, str]:
+        document = {"model": "org/a", "pattern": "0.5", "tasks": [name], "tasks_dir": folder}
+        answer = client.post("/v1/jobs", json=document)
+        return answer.status_code, answer.text
+
+    assert [asked(name, "mine")[0] for name in ("mine", "ours", "words")] == [202] * 3
+    status, text = asked("mine", "../harness")
+    assert status == 422
+    assert f"does not lie below {tmp_path / 'tasks'}" in text
+    status, text = asked("min", "mine")
+    assert status == 422
+    assert "Did you mean mine?" in text
+    monkeypatch.setattr(task_names, "harness_folder", lambda: None)
+    assert asked("min", "mine")[0] == 202
+
+
+def test_blocks_of_a_deleted_job(
+    client: TestClient, submit: Submit, hand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker kept for its next attempt is deleted with a job that was cancelled."""
+    job_id = submit(tasks=["words"])["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.TASKS, number=1)])
+    client.post(f"/v1/jobs/{job_id}:cancel")
+    service = client.app.state.service
+    removed: list[uuid.UUID] = []
+    monkeypatch.setattr(service.pruned, "remove", removed.append)
+    jobs.forget(service, uuid.UUID(job_id))
+
+    assert hand.store.page(states=[JobState.CANCELLED]) == []
+    assert removed == [uuid.UUID(job_id)]
