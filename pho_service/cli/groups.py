@@ -24,8 +24,8 @@ GROUPS = {
 _OWN = {
     "Text": (
         "report_path", "report_text", "report_dataset", "report_dataset_config", "report_data_file",
-        "report_split", "report_field", "report_windows", "max_windows", "split", "bundle_path", "text",
-        "confirm_text",
+        "report_split", "report_field", "report_windows", "max_windows", "split", "bundle_path",
+        "text", "confirm_text",
     ),
     "Method": (
         "config_path", "config_paths", "method", "methods", "presets", "ablation", "seeds",
