@@ -110,7 +110,7 @@ class ServiceError(PhoError):
     The service says no.
 
     Attributes:
-        status: Of HTTP.
+        status: HTTP status.
         code: Stable, for programs; see the problem's ``code``.
         retry_after_s: When to ask again, if the service has said so.
     """

@@ -1,5 +1,5 @@
 """
-How long work tells of itself, whoever listens: a terminal, a log, or nobody.
+Progress reporting for long-running work: to a terminal, a log, or nobody.
 """
 
 from collections.abc import Callable, Iterator

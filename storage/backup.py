@@ -44,11 +44,11 @@ def restore(database: Database, file: Path) -> None:
 
     Args:
         database: Without any of our schemas.
-        file: Of :func:`back_up`, of this version or an older one.
+        file: File of :func:`back_up`, of this version or an older one.
 
     Raises:
-        StorageError: ``file`` is no such dump, damaged, or newer; or the database is not empty,
-            cannot be reached, or refuses it.
+        StorageError: ``file`` is not such a dump, or is damaged or newer; or the database is not
+            empty, cannot be reached, or refuses it.
     """
     found = _schemas(database)
     if found:

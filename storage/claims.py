@@ -118,7 +118,7 @@ class ClaimStore:
                 cut off from the queue, and works on.
 
         Returns:
-            Whether the old entry stands for nothing.
+            Tell whether the old entry has no purpose.
         """
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id
@@ -156,7 +156,7 @@ class ClaimStore:
         even one that was frozen or cut off in the midst of it.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             storage: That Optuna writes to.
 
         Raises:
@@ -172,7 +172,7 @@ class ClaimStore:
         The state of the job now.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             step: What the stage is at: ``title``, ``done`` and ``steps``; None leaves it as it was.
 
         Raises:
@@ -220,7 +220,7 @@ class ClaimStore:
         Keep lines that a worker has logged of a stage, also of one that is another's by now.
 
         Args:
-            claim: Of the stage; nothing is kept of a job that was deleted.
+            claim: Claim of the stage; nothing is kept of a job that was deleted.
             lines: The oldest first.
             worker: Its name.
         """
@@ -241,12 +241,12 @@ class ClaimStore:
         Note that an attempt failed.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             error: ``type``, ``message`` and what else is known.
             retry: Whether another attempt may help.
 
         Returns:
-            Whether the queue should give the stage out again. Otherwise the job
+            True if the queue should give the stage out again. Otherwise the job
             has failed, and keeps the error.
 
         Raises:

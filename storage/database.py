@@ -60,7 +60,7 @@ class Database:
             process that is frozen would hold up everybody.
 
     Raises:
-        StorageError: ``url`` is no PostgreSQL URL.
+        StorageError: ``url`` is not a PostgreSQL URL.
     """
 
     def __init__(self, url: str, *, pool: int = POOL, idle_limit_s: float = 30.0) -> None:
@@ -215,7 +215,7 @@ class Database:
 
 
 def known_versions() -> set[str]:
-    """Of our tables: those that this PHO can bring to its own."""
+    """Return the versions of our tables that this PHO can upgrade."""
     return {script.revision for script in ScriptDirectory(_MIGRATIONS).walk_revisions()}
 
 

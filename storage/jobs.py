@@ -77,12 +77,12 @@ class JobStore(OutcomeStore):
 
         Args:
             spec: The document, as the workers read it.
-            name: Of the studies, before a part of the id.
+            name: Name of the studies, before a part of the id.
             first: The first stage.
             more: Others that can be begun at once.
             priority: Higher goes first.
-            trials: Of each island.
-            max_attempts: Of each stage.
+            trials: Number of trials of each island.
+            max_attempts: Attempts allowed for each stage.
             asked: The document as it came, if that is another one.
             owner_id: The key that it came with.
             idempotency_key: The same one makes one job, if ``asked`` is the same, too.

@@ -109,7 +109,7 @@ class KeyStore:
             return connection.execute(query).first() is not None
 
     def digests(self) -> set[bytes]:
-        """Of all keys that are not revoked, as :func:`key_digest` gives them."""
+        """Return the digests of all keys that are not revoked, by :func:`key_digest`."""
         query = select(keys.c.sha256).where(keys.c.revoked_at.is_(None))
         with self.database.transaction() as connection:
             return {bytes(row.sha256) for row in connection.execute(query)}

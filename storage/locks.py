@@ -28,7 +28,7 @@ def taking_turns(database: Database, name: str, wait: Callable[[], None]) -> Ite
     frozen, holds up nobody for long: its transaction, which is kept awake from here, is ended.
 
     Args:
-        database: Of all who take turns.
+        database: Database of all who take turns.
         name: What to take turns with.
         wait: Called again and again while another one is inside; may leave by raising.
     """

@@ -51,7 +51,7 @@ class OutcomeStore(ClaimStore):
         Store what a stage gave, and make the stages that follow.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             result: What it gave, as JSON values.
             add: Stages that follow at once; those that exist already stay as they are.
             then: Stages that follow if nothing of the job is left to do.
@@ -93,7 +93,7 @@ class OutcomeStore(ClaimStore):
         Put a stage down until its parts are done; then it is given out again.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             parts: Stages of its kind, with its number as ``part_of`` in their ``params``; those
                 that exist already stay as they are.
             params: What to keep with the stage itself, besides.
@@ -141,7 +141,7 @@ class OutcomeStore(ClaimStore):
         gave. A job that was cancelled meanwhile is cancelled, without a configuration.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             best: The configuration; None of a job that has one for each of its patterns.
             warnings: What must be said of it.
             result: What else the stage gave.
@@ -195,7 +195,7 @@ class OutcomeStore(ClaimStore):
         follow; without any, the job has succeeded, or is cancelled if it was cancelled meanwhile.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             result: What was measured.
             then: Stages that follow.
             check: Called with the job, which nobody else can change meanwhile, before anything is
@@ -224,7 +224,7 @@ class OutcomeStore(ClaimStore):
         the job, as cancelled if it was cancelled meanwhile.
 
         Args:
-            claim: Of the stage.
+            claim: Claim of the stage.
             result: What was measured; with an ``error``, nothing was.
             configuration: What was transferred.
             own: The model's own best, if it was searched for.

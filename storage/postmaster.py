@@ -47,7 +47,7 @@ class Postmaster:
     PostgreSQL refuses, the server belongs to a user ``pgserver`` that is made for it.
 
     Args:
-        folder: Of its data. It is made, but for its parent, when the server starts.
+        folder: Folder of its data. It is made, but for its parent, when the server starts.
 
     Raises:
         StorageError: The folder's name is too long for a socket, or one that
@@ -103,7 +103,7 @@ class Postmaster:
 
     def stop(self, patience_s: float = 30.0) -> None:
         """
-        Stop it, in order if it can be in time, else as if the power went. None need run.
+        Stop it in order, or, if that takes too long, as if the power failed. None need run.
 
         Args:
             patience_s: For what is in order; its log is read at the next start if it was not.
@@ -129,7 +129,7 @@ class Postmaster:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the server that was started here and has ended."""
+        """Exit code of the server that was started here; None while it runs."""
         return None if self._child is None else self._child.returncode
 
     def process(self) -> int | None:

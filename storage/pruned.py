@@ -58,7 +58,7 @@ def ask_to_prune(
     Have the pruned model of a job written, if it is not there or on its way already.
 
     Args:
-        database: Of the jobs.
+        database: Database of the jobs.
         job_id: Which.
         visible_to: Only if this key submitted it; None sees all.
         pattern: One of several that it has searched; None: what the whole job was for.
@@ -90,7 +90,7 @@ def note_removed(database: Database, job_id: uuid.UUID, when: str) -> None:
     Note that the files of a job's pruned model are deleted.
 
     Args:
-        database: Of the jobs.
+        database: Database of the jobs.
         job_id: Which.
         when: The time, as text.
     """

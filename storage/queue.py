@@ -22,10 +22,10 @@ def enqueue(
     Put a stage into the queue, in the caller's transaction.
 
     Args:
-        connection: Of :meth:`storage.database.Database.transaction`.
+        connection: Connection of :meth:`storage.database.Database.transaction`.
         stage_id: What to run.
         kind: The queue's name. Later kinds go first, so begun jobs end before new ones begin.
-        priority: Of the job; higher goes first.
+        priority: Priority of the job; higher goes first.
         lock: Entries with the same lock run one after the other.
 
     Returns:
@@ -46,7 +46,7 @@ def take_out(connection: Connection, queue_id: int) -> None:
     Take an entry out of the queue, in the caller's transaction, whoever has it.
 
     Args:
-        connection: Of :meth:`storage.database.Database.transaction`.
+        connection: Connection of :meth:`storage.database.Database.transaction`.
         queue_id: The entry's; nothing happens if it is out already.
     """
     connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), {"id": queue_id})

@@ -67,7 +67,7 @@ class Stage:
         params: What to do.
         done: Finished trials.
         elapsed_s: Seconds of work, of all attempts, up to the last progress.
-        best_value: Of the objective, so far.
+        best_value: Best value of the objective, so far.
         step: What it is at while it runs: ``title``, and how many of its ``steps`` are ``done``;
             None before its worker has said anything.
         result: What it gave.
@@ -109,11 +109,11 @@ class Job:
     Attributes:
         number: Counts up; newer jobs have higher ones.
         owner_id: The key that it was submitted with.
-        name: Of its studies, too.
+        name: Name of the job and of its studies.
         spec: The document, as it was submitted, with the defaults.
         stage: What is being done, or was done last.
-        trials: Of each island.
-        max_attempts: Of each stage.
+        trials: Number of trials of each island.
+        max_attempts: Attempts allowed for each stage.
         error: Why it failed: type, message, stage and what else is known.
         best: The configuration.
         stages: In the order in which they were made.

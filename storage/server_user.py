@@ -22,7 +22,7 @@ class ServerUser:
     Whom a server runs as, and what it takes to start a program as that user.
 
     Attributes:
-        name, number, group: Of the user.
+        name, number, group: Name, user id and group id of the user.
     """
 
     name: str

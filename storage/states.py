@@ -15,7 +15,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """Where a job is."""
+    """State of a job."""
 
     QUEUED = "queued"  # waits for its first or next worker
     RUNNING = "running"  # at least one stage was begun
@@ -57,7 +57,7 @@ class StageKind(StrEnum):
 
 
 class StageState(StrEnum):
-    """Where a stage is."""
+    """State of a stage."""
 
     WAITING = "waiting"  # in the queue, or put down by a pause
     RUNNING = "running"  # a worker has it, or had it and died

@@ -121,11 +121,11 @@ def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
     times faster there, and still survives a killed process.
 
     Args:
-        url: Of the database; Optuna's tables are made if they are not there.
+        url: URL of the database; Optuna's tables are made if they are not there.
         upgrade: Bring tables of an older Optuna to the version of the one that is installed.
 
     Raises:
-        StorageError: ``url`` is no database URL, names a folder that is not
+        StorageError: ``url`` is not a database URL, names a folder that is not
             there, holds tables of another Optuna, or the database fails, now
             or inside the ``with`` block.
     """
@@ -171,7 +171,7 @@ def _check_version(storage: RDBStorage, *, upgrade: bool) -> None:
 
 
 def known_versions() -> set[str]:
-    """Of Optuna's tables: those that the installed Optuna can bring to its own."""
+    """Return the versions of Optuna's tables that the installed Optuna can upgrade."""
     storage = RDBStorage("sqlite://")
     try:
         return {*storage.get_all_versions()}
@@ -227,9 +227,9 @@ def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
     The names of the other studies of a study's database with the same record, oldest first.
 
     Args:
-        study: Of a database; of another storage there are none.
+        study: Study in a database; a study in another storage has none.
         key: Name of the record, see :func:`keep_record`.
-        value: Of it.
+        value: Its value.
     """
     storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
     if not isinstance(storage, RDBStorage):
@@ -268,7 +268,7 @@ def keep_record(study: optuna.Study, key: str, value: Any) -> None:
     It is a system attribute: Optuna's own tools list user attributes, and would show documents.
 
     Args:
-        study: Of the record.
+        study: Study of the record.
         key: Its name.
         value: A JSON value; another one of the same name is replaced.
     """
@@ -282,8 +282,8 @@ def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
     In databases and in memory; of another storage this process alone sees it.
 
     Args:
-        study: Of the trial.
-        number: Of the trial.
+        study: Study of the trial.
+        number: Number of the trial.
         key: Name of the attribute; another value of it is replaced.
         value: A JSON value.
     """
@@ -316,7 +316,7 @@ def study_ids(connection: Connection, names: Sequence[str]) -> dict[str, int]:
 
     Args:
         connection: To the database of the service.
-        names: Of the studies.
+        names: Names of the studies.
     """
     query = text("SELECT study_name, study_id FROM optuna.studies WHERE study_name = ANY(:names)")
     return {row.study_name: row.study_id for row in connection.execute(query, {"names": [*names]})}
@@ -358,7 +358,7 @@ def _set_pragmas(connection: object, _record: object) -> None:
 def check_url(url: str) -> None:
     """
     Raises:
-        StorageError: ``url`` is no database URL, names a folder that is not there, or
+        StorageError: ``url`` is not a database URL, names a folder that is not there, or
             a database in memory, which keeps nothing.
     """
     hint = "Write sqlite:///study.db for a file in this folder."

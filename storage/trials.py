@@ -34,7 +34,7 @@ def read_trials(
 
     Args:
         connection: To the database of a service.
-        study_name: Of the study; one that is not there has no trials.
+        study_name: Name of the study; one that is not there has no trials.
         first: The first number.
         limit: At most so many.
         attributes: User attributes that are wanted; None wants all.
@@ -87,7 +87,7 @@ def read_values(connection: Connection, study_name: str) -> list[tuple[int, floa
 
     Args:
         connection: To the database of a service.
-        study_name: Of the study; one that is not there has no trials.
+        study_name: Name of the study; one that is not there has no trials.
     """
     query = (
         select(_TRIALS.c.number, _VALUES.c.value, _VALUES.c.value_type)

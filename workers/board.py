@@ -36,9 +36,9 @@ def show_result(
     Write on a study what was found, and which trial it is.
 
     Args:
-        study: Of one island, with the mark of :func:`~pho_service.tuning.result.mark_chosen`.
-        spec: Of the job.
-        configuration: Of the job.
+        study: Study of one island, with the mark of :func:`~pho_service.tuning.result.mark_chosen`.
+        spec: Document of the job.
+        configuration: Configuration of the job.
         plots: By their ids.
     """
     _save_note(study, "\n".join([*_asked(spec), "", *_found(configuration, study)]))
@@ -141,7 +141,7 @@ def of_layers(
     What a candidate does to each linear, by the proxy.
 
     Args:
-        bundles: Of each model, by its name.
+        bundles: Bundles of each model, by its name.
         candidate: What is pruned with.
         device: For the proxy.
 

@@ -82,7 +82,7 @@ class BundleStore:
         """
         The bundle of a calibration; it is made if it is not there, or damaged.
 
-        Of several who need it at the same time one makes it, from the shards that are kept and
+        If several need it at the same time, one makes it, from the shards that are kept and
         those that are missing.
 
         Raises:

@@ -32,11 +32,11 @@ def calibrated(
     Give the bundle of a model, and what it was made from; None if its parts are to be done first.
 
     Args:
-        store: Of the jobs.
-        inputs: Of this worker.
-        claim: Of the stage.
+        store: Store of the jobs.
+        inputs: Inputs of this worker.
+        claim: Claim of the stage.
         spec: The job, with this model alone.
-        watch: Of the stage.
+        watch: Watch of the stage.
 
     Raises:
         PhoError: As :meth:`Inputs.seal` and :meth:`Inputs.calibrate`.
@@ -89,11 +89,11 @@ def calibrate_part(
     versions of packages, leaves the shard to the one that adds up.
 
     Args:
-        store: Of the jobs.
-        inputs: Of this worker.
-        claim: Of the part.
+        store: Store of the jobs.
+        inputs: Inputs of this worker.
+        claim: Claim of the part.
         spec: The job, with the part's model alone.
-        watch: Of the part.
+        watch: Watch of the part.
 
     Raises:
         PhoError: As :meth:`Inputs.calibration_text`, :func:`measure_shard` and

@@ -85,7 +85,7 @@ def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
 
 
 def _uuid(card: torch.device) -> str:
-    """Of the card itself: numbers are a process's own, by CUDA_VISIBLE_DEVICES."""
+    """Return the card's own id: its number depends on CUDA_VISIBLE_DEVICES."""
     return str(torch.cuda.get_device_properties(card).uuid)
 
 

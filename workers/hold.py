@@ -22,7 +22,7 @@ class Hold:
     At most one stage at a time.
 
     Args:
-        store: Of the stages.
+        store: Store of the stages.
         worker: Its name.
     """
 

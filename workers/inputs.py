@@ -148,7 +148,7 @@ class Inputs:
         return model
 
     def _hash_of(self, model: LanguageModel, dtype: str | None, scheme: int) -> str:
-        """Of the weights in this dtype, computed once."""
+        """Return the hash of the weights in this dtype, computed once."""
         if dtype is None or dtype == str(model.dtype).removeprefix("torch."):
             return model.sha256_by(scheme)
         key = (model.weights_sha256, dtype, scheme)
@@ -300,7 +300,7 @@ class Inputs:
         and text, which the seal compares: an upgrade alone must not end it.
 
         Raises:
-            ChangedInput: What it was made from is not there any more, so that it would be
+            ChangedInput: What it was made from is no longer there, so that it would be
                 another one.
         """
         try:

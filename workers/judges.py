@@ -31,7 +31,7 @@ def unjudged(
     The stages of what a result is judged by, but for trials that have a perplexity or get one.
 
     Args:
-        plan: Of the search.
+        plan: Plan of the search.
         rated: Its finished trials.
         measured: The numbers of those.
     """
@@ -48,7 +48,7 @@ def judged_by(
     """
     The perplexities of what a result is judged by, or why there is none, by name.
 
-    Of a job that an older version confirmed, none of the dense model.
+    A job that an older version confirmed has no perplexity of the dense model.
     """
     wanted, stages = references(plan, rated), perplexities_of(job)
     measured: dict[str, float | str] = {**measured_as_trials(wanted, found.perplexities)}
@@ -78,8 +78,8 @@ def measured_stage(
 
     Args:
         subject: What is pruned and measured.
-        candidate: Of the stage; None is the dense model.
-        number: Of the stage. What a result is only judged by may have no perplexity.
+        candidate: Candidate of the stage; None is the dense model.
+        number: Number of the stage. What a result is only judged by may have no perplexity.
         advance: Called with 1 after each window.
         known: Losses of windows that were measured before.
     """

@@ -43,7 +43,7 @@ def first_points(spec: JobSpec) -> list[NewStage]:
 
 
 def pattern_of(stage: Stage, spec: JobSpec) -> Pattern:
-    """What the stage of a point searches."""
+    """Return what the stage of a point searches."""
     named = {str(each): each for each in spec.points}
     return named[str(stage.about)]
 

@@ -57,7 +57,7 @@ def start_anew(arguments: Sequence[str]) -> NoReturn:
     Nothing of this process is left: a model that is being loaded, or a broken context of a GPU.
 
     Args:
-        arguments: Of ``python -m workers``.
+        arguments: Arguments of ``python -m workers``.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -92,7 +92,7 @@ class Seal:
         """
         if self.local and not local:
             raise ChangedInput(
-                f"the model {name} was a local one when the job began, and is not there any more; "
+                f"the model {name} was a local one when the job began, and is no longer there; "
                 "the hub is not asked for a model of the same name. Put it back, then resume the "
                 "job."
             )

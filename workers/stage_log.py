@@ -23,8 +23,8 @@ class StageLog(logging.Handler):
     Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
 
     Args:
-        store: Of the job.
-        claim: Of the stage; lines about others are left out.
+        store: Store of the job.
+        claim: Claim of the stage; lines about others are left out.
         worker: Its name.
     """
 

@@ -73,8 +73,8 @@ class Stages:
     Does stages, one at a time.
 
     Args:
-        store: Of the jobs.
-        inputs: Of this worker.
+        store: Store of the jobs.
+        inputs: Inputs of this worker.
         stopping: Set when the worker is to stop: the stage is put down.
     """
 

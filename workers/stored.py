@@ -25,7 +25,7 @@ VALIDATION, REFERENCES = 10_000_000, 20_000_000
 
 
 def provenances(job: Job) -> list[dict[str, Any]]:
-    """What the calibration of each model wrote down."""
+    """Return what the calibration of each model recorded."""
     return [(stage.result or {})["provenance"] for stage in job.of_kind(StageKind.CALIBRATE)]
 
 
@@ -145,7 +145,7 @@ def wanted_finalists(
     """
     How many finalists are confirmed; and why, if a validation has found that they must be more.
 
-    Of a job that an older version searched for, the validation is still to come.
+    The validation of a job that an older version searched for is still to come.
     """
     count = 0 if spec.confirm is None else spec.confirm.candidates
     if spec.validation is None or unvalidated(job, spec):

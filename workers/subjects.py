@@ -27,12 +27,12 @@ def subject_of(
 
 
 def bundle_of(inputs: Inputs, job: Job, spec: JobSpec, watch: Watch) -> ProxyBundle:
-    """Of a job's only model."""
+    """Return the bundle of a job's only model."""
     return bundles_of(inputs, job, spec, watch)[spec.model]
 
 
 def bundles_of(inputs: Inputs, job: Job, spec: JobSpec, watch: Watch) -> dict[str, ProxyBundle]:
-    """Of all models of a job."""
+    """Return the bundles of all models of a job, by name."""
     return {
         name: inputs.bundle(
             spec.of_model(i), Seal.of_job(job, i), str(origin["key"]), watch.progress

@@ -92,7 +92,7 @@ class WorkerOptions:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``all``: see :func:`take_device`.
         kinds: Stages that this worker does.
-        parent: Stop when this process is not our parent any more; 0 for never.
+        parent: Stop when this process is no longer our parent; 0 for never.
     """
 
     device: str = "auto"
@@ -100,7 +100,7 @@ class WorkerOptions:
     parent: int = 0
 
     def arguments(self, device: torch.device) -> list[str]:
-        """Of ``python -m workers``, for another process that takes up what this one did."""
+        """Return the arguments of ``python -m workers`` for a process that replaces this one."""
         # One that had a GPU does not go on without.
         name = "cuda" if self.device == "auto" and device.type == "cuda" else self.device
         return [
@@ -407,7 +407,7 @@ def _say_why(state: RetryCallState) -> None:
 
 
 def _name() -> str:
-    """Of this worker, as `pho workers` lists it."""
+    """Return the name of this worker, as `pho workers` lists it."""
     return f"{platform.node()}:{os.getpid()}"
 
 
@@ -419,7 +419,7 @@ def _device_name(device: torch.device, *, spread: bool) -> str:
 
 
 def _described(error: Exception, claim: Claim) -> dict[str, Any]:
-    """What a job keeps of an error."""
+    """Return what a job keeps of an error."""
     described: dict[str, Any] = {
         "type": type(error).__name__,
         "message": str(error) or type(error).__name__,

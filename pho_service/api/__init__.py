@@ -1,1 +1,1 @@
-"""The HTTP front end: takes jobs, tells of them, and never touches a model."""
+"""The HTTP front end: takes jobs, reports on them, and never touches a model."""

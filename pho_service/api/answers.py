@@ -20,7 +20,7 @@ class _Answer(BaseModel):
 
 
 class Step(_Answer):
-    """What a running stage is at."""
+    """Current step of a running stage."""
 
     title: str
     done: int
@@ -28,7 +28,7 @@ class Step(_Answer):
 
 
 class Progress(_Answer):
-    """How far a job is."""
+    """Progress of a job."""
 
     trials_done: int = Field(description="Number of finished trials of all islands.")
     trials: int = Field(description="Number of trials asked of all islands.")
@@ -302,7 +302,7 @@ class MemoryPeak(_Answer):
 
 
 class PlannedStage(_Answer):
-    """What a stage of a job takes."""
+    """Time and memory of a stage of a job."""
 
     title: str
     seconds: tuple[float, float] = Field(description="Seconds, at least and at most.")
@@ -327,7 +327,7 @@ class PlannedMachine(_Answer):
     gpu: bool
     memory_bytes: int = Field(description="Memory of the card; on a CPU the main memory.")
     main_bytes: int = Field(description="Main memory.")
-    measured: bool = Field(description="Whether its rates were measured; else from data sheets.")
+    measured: bool = Field(description="Whether its rates were measured, or come from data sheets.")
 
 
 class PlannedFolder(_Answer):
@@ -382,6 +382,6 @@ class Problem(_Answer):
 
 
 class Health(_Answer):
-    """Whether the service works."""
+    """State of the service and of what it needs."""
 
     status: Literal["ok"]

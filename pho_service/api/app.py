@@ -44,7 +44,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
 
     Args:
         database: Migrated; closed with the application.
-        settings: Of this process.
+        settings: Settings of this process.
         keys_needed: Whether a key is needed even if none was ever made.
     """
     service = Service(database, settings, keys_needed=keys_needed)

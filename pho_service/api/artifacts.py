@@ -41,7 +41,7 @@ def prune(
     """
     Write the pruned model of a search that has succeeded. Asked again, nothing is done twice.
 
-    Of a job with several patterns it is that of one, and replaces that of another.
+    In a job with several patterns it is the model of one pattern, and replaces that of another.
     """
     return describe(asked(service, job_id, visible_to=caller.visible_to, pattern=pattern))
 

@@ -22,7 +22,7 @@ _MOST_LINES = 4  # of the models of a transfer, and of warnings; the report has 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """How much of something is done."""
+    """Part of something that is done."""
 
     label: str
     done: int
@@ -140,7 +140,7 @@ def _facts(job: stored.Job) -> list[tuple[str, str]]:
 
 
 def _asked(spec: Mapping[str, Any]) -> tuple[str, str]:
-    """How sparse a model is to be."""
+    """Describe how sparse a model is to be."""
     if spec.get("patterns"):
         return ("Patterns", ", ".join(map(str, spec["patterns"])))
     if spec.get("target"):
@@ -183,7 +183,7 @@ def _found(job: stored.Job, shown: Job) -> list[str]:
 
 
 def _transferred(job: stored.Job) -> list[str]:
-    """What the configuration of a transfer is worth on each model."""
+    """Describe what the configuration of a transfer is worth on each model."""
     lines = []
     for stage in job.of_kind(StageKind.TRANSFER):
         if stage.result is None:

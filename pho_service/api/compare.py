@@ -40,7 +40,7 @@ class Row:
 
     @property
     def differs(self) -> bool:
-        """Whether they are not all the same."""
+        """Tell whether they differ."""
         return len({*self.values}) > 1
 
 

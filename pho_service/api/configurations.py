@@ -49,7 +49,8 @@ async def find(
         Query(description="model_type of the model: llama."),
     ] = None,
     parameters: Annotated[
-        Annotated[int, Field(ge=1, le=10**15)] | None, Query(description="Of the model.")
+        Annotated[int, Field(ge=1, le=10**15)] | None,
+        Query(description="Number of parameters of the model."),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="At most so many.")] = 10,
 ) -> ConfigurationMatches:

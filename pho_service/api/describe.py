@@ -62,14 +62,15 @@ def describe(job: stored.Job, notes: Sequence[str] = ()) -> Job:
 
 def configuration_of(job: stored.Job, pattern: str | None = None) -> dict[str, Any]:
     """
-    What a search has found.
+    Result of a search.
 
     Args:
         job: With its stages.
         pattern: One of several that it has searched.
 
     Raises:
-        Conflict: Nothing yet, the job is no search, or it has several patterns and none is named.
+        Conflict: There is no result yet, the job is not a search, or it has several patterns
+            and none is named.
         RequestValidationError: What is named is not a pattern.
     """
     check_search(job)
@@ -91,7 +92,7 @@ def configuration_of(job: stored.Job, pattern: str | None = None) -> dict[str, A
 def check_search(job: stored.Job) -> None:
     """
     Raises:
-        Conflict: The job is no search, but a transfer.
+        Conflict: The job is a transfer, not a search.
     """
     if is_transfer(job):
         raise Conflict(

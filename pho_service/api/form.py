@@ -60,7 +60,7 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
     What to type for the job that has this document; what is as it is by default is left out.
 
     Args:
-        document: Of a search, as it is stored.
+        document: Document of a search, as it is stored.
     """
     own = {name: document[name] for name in _OWN_FIELDS}
     several = {name: document[name] for name in ("patterns", "target") if name in document}

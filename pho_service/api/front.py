@@ -52,7 +52,7 @@ class View:
 
     Attributes:
         states: Only jobs in these; none means all.
-        token: Of the page.
+        token: Token of the page.
         refresh: Whether it may be loaded again by itself.
         chosen: A job that is chosen to be compared with others.
     """
@@ -166,10 +166,10 @@ def draw_list(
     Answer with the list.
 
     Args:
-        service: Of the process.
+        service: Service of the process.
         caller: Whose jobs are shown.
         view: Which of them.
-        status: Of the answer.
+        status: Status of the answer.
         problem: What could not be done.
     """
     found, next_token = jobs.page_of(service, caller, view.states, PAGE_SIZE, view.token)
@@ -202,7 +202,7 @@ def draw_list(
 
 
 def _waiting(cards: Sequence[Card]) -> bool:
-    """Whether somebody must work on one of them."""
+    """Tell whether somebody must work on one of them."""
     return any(each.job.state in ("queued", "running") for each in cards)
 
 

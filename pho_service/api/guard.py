@@ -40,7 +40,7 @@ class Rate:
     The minute slides: what was done in the last one counts less the longer ago it is.
 
     Args:
-        per_minute: 0 is no limit.
+        per_minute: 0 means no limit.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -185,7 +185,7 @@ class KeyGuard:
             429,
             "too_many_requests",
             f"More than {self._requests.per_minute} requests in a minute, the most for one key, "
-            "or one host without. Wait as Retry-After says; the operator sets "
+            "or one host without a key. Wait as Retry-After says; the operator sets "
             "PHO_MAX_REQUESTS_PER_MINUTE.",
             headers={"Retry-After": str(self._requests.wait_s(who))},
         )
@@ -304,8 +304,8 @@ class StreamLimit:
             answer = problem(
                 429,
                 "too_many_streams",
-                f"You have {self.most} streams of events open, the most for one key, or one host "
-                "without. Close some; the operator sets PHO_MAX_STREAMS.",
+                f"You have {self.most} streams of events open, the most for one key, or for one "
+                "host without a key. Close some; the operator sets PHO_MAX_STREAMS.",
                 headers={"Retry-After": str(_STREAM_RETRY_S)},
             )
             await answer(scope, receive, send)

@@ -98,7 +98,7 @@ def ask(
         else:
             service.jobs.ask(job_id, verb, visible_to=caller.visible_to)
     except NoSuchJob:
-        return draw_list(service, caller, asked, 404, "This job is not there any more.")
+        return draw_list(service, caller, asked, 404, "This job no longer exists.")
     except (StateConflict, Conflict) as error:
         if on_job_page:
             return _page(service, caller, job_id, 409, _sentence(str(error)))

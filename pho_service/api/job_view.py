@@ -43,7 +43,7 @@ class Row:
     A perplexity in the table of the result.
 
     Attributes:
-        name: Of the model or method.
+        name: Name of the model or method.
         perplexity: None if its model gives none.
         rise: Share by which it is above the dense model's; None for the dense model.
         found: Whether it is the result.
@@ -63,7 +63,8 @@ class StageRow:
     Attributes:
         title: What they do.
         state: ``failed``, ``running``, ``waiting`` or ``done``.
-        done: Of ``total``; trials of searches, steps of one stage, or stages of several.
+        done: Part of ``total`` that is done: trials of searches, steps of one stage, or
+            stages of several.
         total: 0 if it is not known.
         at: What they are at, and for how long.
         attempts: How often one was begun, if more than once.
@@ -116,7 +117,7 @@ class JobView:
         layers: By model.
         events: The newest first.
         logs: What workers have logged, the oldest first.
-        files: Of the pruned model; None if there are none.
+        files: Files of the pruned model; None if there are none.
         extensible: Whether it can be given more trials.
     """
 
@@ -206,7 +207,7 @@ def _stages(job: stored.Job, now: datetime) -> list[StageRow]:
 
 
 def _state(stages: Sequence[stored.Stage]) -> str:
-    """Of several stages: what a user must know first."""
+    """Return the state of several stages: the one that a user must know first."""
     states = {stage.state for stage in stages}
     for state in (StageState.FAILED, StageState.RUNNING, StageState.WAITING):
         if state in states:

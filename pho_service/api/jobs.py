@@ -75,7 +75,7 @@ IdempotencyKey = Annotated[
 
 
 class Extension(BaseModel):
-    """How much longer a search shall be."""
+    """Number of trials to add to a search."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -43,9 +43,9 @@ def draw(
 
     Args:
         template: Its file.
-        status: Of the answer.
+        status: Status of the answer.
         headers: More than every page has.
-        script: The file of the only script that may run on it; it works without.
+        script: The file of the only script that may run on it; the page works without it.
         values: For the template; everything is escaped.
     """
     html = _environment().get_template(template).render(

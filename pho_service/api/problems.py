@@ -52,7 +52,7 @@ class Conflict(Exception):
 
     Attributes:
         code: For programs.
-        state: Of the job.
+        state: State of the job.
     """
 
     def __init__(self, code: str, detail: str, state: JobState) -> None:
@@ -116,7 +116,7 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     Turn every exception into a problem.
 
     Args:
-        app: Of the service.
+        app: The service's app.
         routes: All its operations, for what a 405 must say.
     """
     # None of them in a thread: those may all wait for the database that an error is about.
@@ -266,7 +266,8 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     What pydantic says of a request, in our words.
 
     Args:
-        error: Of its list; ``loc`` begins with where the value comes from: body, query and so on.
+        error: An entry of its list; ``loc`` begins with where the value comes from: body,
+            query and so on.
         body: The document that was wanted.
     """
     source, *path = error["loc"]
@@ -283,7 +284,7 @@ def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any
     if error["type"] == "model_attributes_type" and not path:
         return {
             "pointer": "",
-            "detail": "the body is no JSON object: send one with Content-Type: application/json",
+            "detail": "the body is not a JSON object: send one with Content-Type: application/json",
         }
     if source == "body":
         parts = (str(p).replace("~", "~0").replace("/", "~1") for p in path)
@@ -303,7 +304,7 @@ def _fields_at(document: type, path: list[Any]) -> list[str]:
 
 
 def _fields(document: Any) -> dict[str, Any]:
-    """The types of the fields of a document or of a dataclass in it; none of anything else."""
+    """The types of the fields of a document or of a dataclass in it; other types have none."""
     if dataclasses.is_dataclass(document) and not hasattr(document, "model_fields"):
         return typing.get_type_hints(document)
     return {name: field.annotation for name, field in getattr(document, "model_fields", {}).items()}

@@ -1,7 +1,7 @@
 """
 How one process of the API speaks HTTP: who may keep how many connections, and for how long.
 
-uvicorn's protocol waits for ever for headers that do not come and for clients that do not read,
+uvicorn's protocol waits forever for headers that do not come and for clients that do not read,
 and answers 503 to everybody once connections are many that do nothing.
 """
 
@@ -29,7 +29,7 @@ class Connections:
 
     Args:
         most: In all.
-        most_per_host: Of one IPv4 address or IPv6 network.
+        most_per_host: Limit of connections from one IPv4 address or IPv6 network.
     """
 
     def __init__(self, most: int, most_per_host: int) -> None:
@@ -39,7 +39,7 @@ class Connections:
         self._all: OrderedDict[BoundedProtocol, None] = OrderedDict()
 
     def enter(self, protocol: "BoundedProtocol", host: str) -> bool:
-        """Whether a new connection may stay."""
+        """Tell whether a new connection may stay."""
         mine = self._of.setdefault(host, OrderedDict())
         if len(mine) >= self.most_per_host and not self._make_room(mine):
             return False
@@ -80,7 +80,7 @@ class BoundedProtocol(H11Protocol):
     Attributes:
         headers_s: How long it waits for headers.
         write_s: How long a client may take to read :data:`WRITE_BYTES` of an answer.
-        connections: Of the process.
+        connections: Connections of the process.
     """
 
     headers_s = HEADERS_S
@@ -128,7 +128,7 @@ class BoundedProtocol(H11Protocol):
         self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Stop waiting."""
         super().connection_lost(exc)
         self.connections_open.leave(self, self.host)
         for timer in (self._deadline, self._writing):

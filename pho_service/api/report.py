@@ -142,8 +142,8 @@ def _studies(
     service: Service, job: stored.Job, answer: stored.Stage | None
 ) -> list[list[FrozenTrial]]:
     """
-    The trials of the first islands; none of a search that has not begun. Of several patterns,
-    those of the answer.
+    Return the trials of the first islands; none for a search that has not begun. With several
+    patterns, they are those of the answer.
     """
     found: list[list[FrozenTrial]] = []
     names = study_names(job)

@@ -1,5 +1,5 @@
 """
-What all operations of the API work with.
+State that all operations of the API share.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from storage.states import StageKind, StageState
 @dataclass(frozen=True, kw_only=True)
 class Caller:
     """
-    Who asks.
+    Caller of an operation.
 
     Attributes:
         key_id: The key; None where none is needed.
@@ -50,7 +50,7 @@ class Service:
     """
     Args:
         database: Migrated.
-        settings: Of this process.
+        settings: Settings of this process.
         keys_needed: Whether a key is needed even if none was ever made.
     """
 
@@ -101,7 +101,7 @@ class Service:
         self.database.close()
 
     def lets_in(self, caller: Caller) -> bool:
-        """Whether a caller who was let in would be let in now."""
+        """Tell whether a caller who was let in would be let in now."""
         if caller.key_id is not None:
             return self.keys.is_open(caller.key_id)
         return not (self.keys_needed or self.keys.exist())

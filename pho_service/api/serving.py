@@ -43,7 +43,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     Serve until SIGINT or SIGTERM, then stop everything in order.
 
     Args:
-        settings: Of the service.
+        settings: Settings of the service.
         say: Is told the addresses.
 
     Raises:

@@ -26,11 +26,11 @@ def enter(
     idempotency key was used before.
 
     Args:
-        store: Of the jobs.
+        store: Store of the jobs.
         spec: The document to be stored; that of a search with what its preset means now.
         asked: The document as it came, if that is another one: by it the key is recognised.
         owner_id, idempotency_key: As :meth:`JobStore.submit`.
-        settings: Of the service, for how many jobs an owner may have.
+        settings: Settings of the service, for how many jobs an owner may have.
 
     Raises:
         IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.

@@ -69,7 +69,7 @@ def restore(file: Path, database_url: str | None, data_dir: str | None) -> None:
     from storage.jobs import JobStore
 
     if not file.expanduser().is_file():
-        raise InvalidInput(f"{file} is no file. Give one that `pho backup` wrote.")
+        raise InvalidInput(f"{file} is not a file. Give one that `pho backup` wrote.")
     with _opened(database_url, data_dir) as database:
         run(database, file.expanduser())
         found = sum(JobStore(database).counts()[0].values())

@@ -120,7 +120,7 @@ def compare(
     linears that the configurations prune, or that are named by options.
 
     A name that ends in -sequential takes a score's activation norms from the
-    pruned blocks before, as Wanda and RIA are published; at N:M one that ends in
+    pruned blocks before, as Wanda and RIA are published. At N:M, one that ends in
     -permuted cuts the groups in the channel order that keeps the most score.
 
     \b

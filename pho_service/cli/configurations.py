@@ -29,7 +29,7 @@ GAINS = {
 @click.option("--pattern", help="Share of weights to remove (0.5), or N kept of M (2:4).")
 @click.option("--scope", type=click.Choice(["row", "layer", "global"]), help="[default: any]")
 @click.option("--family", help="model_type of the model that it is for: llama, gemma3_text.")
-@click.option("--parameters", type=int, help="Of that model.")
+@click.option("--parameters", type=int, help="Number of parameters of that model.")
 @click.option("--limit", type=int, default=10, show_default=True, help="At most so many.")
 @library_option
 @json_option

@@ -81,7 +81,7 @@ def curve(
 
     MODEL is calibrated once, and searched at each pattern. The table and the
     plot have the perplexity of what was found, of Wanda and RIA, and of the
-    dense model, all on the same windows, with what each point took. --out
+    dense model, all on the same windows, with what each point took. The folder --out
     gets the plot (curve.html), the table (curve.json) and the configuration of
     each point (0.5.json, 2-4.json) for `pho prune`. Two candidates of each
     pattern are confirmed beside the baselines unless --finalists says more.
@@ -136,7 +136,7 @@ class OpenedCurve:
 
     Attributes:
         subject: It, with the text that all is confirmed on.
-        seconds: Of the calibration; None if it was in the cache.
+        seconds: Duration of the calibration; None if it was in the cache.
     """
 
     subject: "Subject"

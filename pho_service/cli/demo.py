@@ -40,7 +40,7 @@ BASELINES = ("wanda", "ria-row", "ria-layer", "sparsegpt")
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """What all searches of the demo work on."""
+    """Model, texts and study that all searches of the demo share."""
 
     model: "LanguageModel"
     bundle: "ProxyBundle"
@@ -116,7 +116,7 @@ class _Place:
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="Where weights compete.  [default: global for the preset score, else layer; row for N:M]",
+    help="Where weights compete.  [default: global for the preset score, or layer; row for N:M]",
 )
 @json_option
 @verb

@@ -61,8 +61,8 @@ class Given:
                 place = place.setdefault(folder, {})
                 if not isinstance(place, dict):
                     raise InvalidInput(
-                        f"{name} has no place in the job document: its {folder!r} is no object. "
-                        "Leave one of them out."
+                        f"{name} has no place in the job document: its {folder!r} is not an "
+                        "object. Leave one of them out."
                     )
             place.update(value if isinstance(value, dict) else {last: value})
         return made
@@ -127,7 +127,7 @@ class Given:
         What a message is about: an option with its value, or else a field.
 
         Args:
-            path: Of the field.
+            path: Path of the field.
             value: It.
             named: Whether the message names what it is about in any case.
         """

@@ -122,7 +122,7 @@ class Field:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its option, the one that is shown first."""
+        """Names of its option; the first one is shown."""
         own = f"--{self.path.rpartition('/')[2].replace('_', '-')}"
         return _NAMES.get(self.path, (own,))
 
@@ -253,7 +253,7 @@ def search_command(document: Mapping[str, Any], *more: str) -> str:
     The `pho search` that asks for what a document does: each option that differs from its default.
 
     Args:
-        document: Of a job; what is left out has its default.
+        document: Document of a job; what is left out has its default.
         more: Words at the end.
     """
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]

@@ -79,7 +79,7 @@ def good(job: "Job") -> list[str | None]:
 
 
 def done(job: "Job") -> str:
-    """How far a job is."""
+    """Progress of a job."""
     done = job.progress
     if job.kind == "transfer":
         return f"{done.models_done}/{done.models} models"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 library_option = click.option(
     "--library",
-    help="A folder of configurations, or the URL of a service.  [default: PHO_API_URL, else "
+    help="A folder of configurations, or the URL of a service.  [default: PHO_API_URL, or "
     "http://127.0.0.1:8000]",
 )
 
@@ -99,7 +99,7 @@ def check_library(library: str | None, pattern: str, scope: str | None) -> None:
     See that a library has something for a pattern, before a model is read.
 
     Raises:
-        ConfigurationError: It has not; says what there is instead.
+        ConfigurationError: It has none; the message says what there is instead.
         ServiceError: The service says no, or cannot be reached.
     """
     _fitting(library, wanted_for({}, pattern, scope), note=lambda _: None)

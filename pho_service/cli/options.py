@@ -56,7 +56,7 @@ class ModelOptions:
     How a model is loaded.
 
     Attributes:
-        revision: Of a hub model: branch, tag or commit.
+        revision: Revision of a hub model: branch, tag or commit.
         dtype: ``auto``, or that of the weights.
         stream: Whether the weights are left in their files.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -106,7 +106,7 @@ def file_source(path: str) -> "TextSource":
 
 
 def is_bundle(name: str) -> bool:
-    """Whether a MODEL is a bundle of `pho calibrate`."""
+    """Tell whether a MODEL is a bundle of `pho calibrate`."""
     return Path(name).suffix == ".safetensors"
 
 

@@ -13,8 +13,8 @@ from pho_service.cli.terminal import print_json, progress, verb
 @click.option(
     "--out",
     required=True,
-    help="One file, if its name ends in .pho; else a new or empty folder, in which the small "
-    "files stay as they are.",
+    help="One file if its name ends in .pho; otherwise a new or empty folder, in which the "
+    "small files stay as they are.",
 )
 @json_option
 @verb

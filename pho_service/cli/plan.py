@@ -24,8 +24,8 @@ GIB = 2**30
 @click.option(
     "--card", help="H100, H200, A100, A100-40GB, L40S, 4090 or cpu.  [default: what is here]"
 )
-@click.option("--device-memory", help="Of that card, if it is another: 80GiB.")
-@click.option("--main-memory", help="Of the machine around it: 128GiB.")
+@click.option("--device-memory", help="Memory of another card: 80GiB.")
+@click.option("--main-memory", help="Main memory of the machine: 128GiB.")
 @click.option("--url", help="Ask this service, which knows its models, instead of this machine.")
 @json_option
 @verb
@@ -86,7 +86,7 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
 
 
 def _this_machine() -> "Machine":
-    """The first GPU that torch sees, with the rates of the card that it is like; else the CPU."""
+    """Describe the first GPU that torch sees, with the rates of a similar card, or the CPU."""
     from pho_service.planning.machines import CARDS, named_machine
 
     try:

@@ -117,7 +117,7 @@ def prune(
 
     --method prunes with a published method, such as Wanda, in the same way; the
     recipe says which. --deployable keeps a permutation to what can be folded
-    into the weights, also one that was found otherwise. --targets, --ignore and
+    into the weights, also one that was found otherwise. The options --targets, --ignore and
     --sparsity choose the linears of a method.
 
     --from-library searches nothing: it takes what was found on other models
@@ -207,7 +207,7 @@ def _refuse(
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
     """
-    Where the statistics come from.
+    Return the source of the statistics.
 
     Attributes:
         bundle: A file, if they are there already.
@@ -300,7 +300,7 @@ def _inputs(
     The model, its statistics, and the calibration windows if there is a text.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         model: If it is loaded already.
         statistics: Where they come from.
         configurations: One of them will be pruned with; a library's are rated by the proxy, so a

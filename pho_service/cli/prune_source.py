@@ -88,7 +88,7 @@ class Source:
 def given_configuration(
     path: str | None, method: str | None, pattern: str | None, scope: str | None, given: Given
 ) -> "Configuration | None":
-    """What a file or a method's name says; None if a library shall be asked."""
+    """What a file or a method's name says; None if a library is asked."""
     from pho_service.spec.configuration import published, read_configuration
 
     if path is not None:

@@ -8,7 +8,7 @@ from pho_service.cli.options import json_option
 from pho_service.cli.terminal import print_json, say, verb
 
 public_option = click.option(
-    "--public", is_flag=True, help="Everybody can see a new repository; else you alone."
+    "--public", is_flag=True, help="Everybody can see a new repository; by default only you can."
 )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pho_service.library.files import TransferFile
 
 url_option = click.option(
-    "--url", help="Of the service.  [default: PHO_API_URL, else http://127.0.0.1:8000]"
+    "--url", help="Address of the service.  [default: PHO_API_URL, or http://127.0.0.1:8000]"
 )
 
 

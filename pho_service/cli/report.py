@@ -71,7 +71,7 @@ def _check_id(name: str) -> None:
         UUID(name)
     except ValueError:
         raise InvalidInput(
-            f"{name!r} is no job's id; `pho jobs` shows those. For a local study give its "
+            f"{name!r} is not a job id; `pho jobs` shows those. For a local study give its "
             "database, too: --study sqlite:///study.db."
         ) from None
 

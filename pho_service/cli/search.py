@@ -165,10 +165,10 @@ def _asked(
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
     """
-    What a search works on.
+    Models, texts and bundles of a search.
 
     Attributes:
-        bundles: Of the model, or of several by their names.
+        bundles: Bundles of the model, or of several by their names.
         about: The model, as it describes itself; of several nothing.
         device: For the proxies.
         model: If there is one, to measure perplexities.
@@ -187,7 +187,7 @@ class _Subject:
 def _subject(
     spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", options: ModelOptions
 ) -> _Subject:
-    """The models of a search, loaded and calibrated where they are no bundles."""
+    """The models of a search, loaded and calibrated unless they are bundles."""
     from pho_service.models.devices import pick_device
 
     if spec.models == [*bundles]:
@@ -315,7 +315,7 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
 
 
 def _started(result: "SearchResult") -> list[str]:
-    """What a warm start was worth."""
+    """Print what a warm start was worth."""
     from pho_service.tuning.warm_start import Saving
 
     points = result.configuration.search.get("warm_start", [])

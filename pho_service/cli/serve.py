@@ -48,7 +48,7 @@ def service_options(function: Any) -> Any:
             callback=_off_the_command_line,
         ),
         click.option(
-            "--data-dir", help="Of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
+            "--data-dir", help="Folder of the embedded PostgreSQL.  [default: ~/.local/share/pho]"
         ),
     ):
         function = option(function)
@@ -220,7 +220,7 @@ def revoke_key(prefix: str, database_url: str | None, data_dir: str | None) -> N
                 f"no key, or more than one, begins with {prefix!r}. `pho keys list` shows how "
                 "they begin."
             ) from None
-    say(f"Key {key.name!r} opens nothing any more.")
+    say(f"Key {key.name!r} no longer opens anything.")
 
 
 def _key_store(database_url: str | None, data_dir: str | None) -> Any:

@@ -103,5 +103,5 @@ def _read_document(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"--job {path} is not JSON: {error}.") from error
     if not isinstance(document, dict):
-        raise InvalidInput(f"--job {path} is no job document: it must be a JSON object.")
+        raise InvalidInput(f"--job {path} is not a job document: it must be a JSON object.")
     return document

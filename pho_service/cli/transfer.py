@@ -143,7 +143,7 @@ def transfer(
     shown = []
 
     def measured(name: str) -> dict[str, Any]:
-        """Of one model, which is let go before the next is loaded: two may not fit."""
+        """Measure one model, and release it before the next is loaded: two may not fit."""
         if is_bundle(name):
             device = str(pick_device(options.device))
             target = Target(name=name, bundle=read_bundle(Path(name)))

@@ -23,7 +23,7 @@ def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
     What is in the files that ``--warm-start`` names.
 
     Raises:
-        ConfigurationError: One of them is no configuration.
+        ConfigurationError: One of them is not a configuration.
         InvalidInput: One is of another pattern or scope; ``--compare-cold`` without a warm start.
     """
     from pho_service.library.files import read_library_file

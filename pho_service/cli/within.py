@@ -29,17 +29,17 @@ target_options = all_options(
     click.option(
         "--step",
         type=float,
-        help=f"Of --within: distance of the sparsities that may be the answer.  [default: {STEP}]",
+        help=f"With --within: distance between possible answers, as a sparsity.  [default: {STEP}]",
     ),
     click.option(
         "--lowest",
         type=float,
-        help=f"Of --within: the lowest sparsity that may be the answer.  [default: {LOWEST}]",
+        help=f"With --within: the lowest sparsity that may be the answer.  [default: {LOWEST}]",
     ),
     click.option(
         "--highest",
         type=float,
-        help=f"Of --within: the highest sparsity that may be the answer.  [default: {HIGHEST}]",
+        help=f"With --within: the highest sparsity that may be the answer.  [default: {HIGHEST}]",
     ),
 )
 

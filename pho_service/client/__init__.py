@@ -70,9 +70,9 @@ class Client:
     Where the service says that it is asked too often, the request is sent again when it may be.
 
     Args:
-        url: Of the service; ``PHO_API_URL`` by default, else this machine.
+        url: URL of the service; ``PHO_API_URL`` by default, or this machine.
         key: ``PHO_API_KEY`` by default.
-        timeout_s: Of one request.
+        timeout_s: Time limit of one request.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Client:
 
     @property
     def url(self) -> str:
-        """Of the service."""
+        """Address of the service."""
         return self._service.url
 
     def __enter__(self) -> Self:
@@ -245,7 +245,7 @@ class Client:
         Measure what a job has found on other models; gives the job that does it.
 
         Args:
-            job_id: Of the search.
+            job_id: Id of the search.
             models: Hub ids, or paths that the workers see.
             idempotency_key: As for :meth:`submit`.
             options: Other fields of the document: ``report``, ``search``, ``notify`` and the like.

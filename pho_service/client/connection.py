@@ -124,7 +124,7 @@ class Connection:
         The answer to a request.
 
         Args:
-            method: Of HTTP.
+            method: HTTP method.
             path: Below ``/v1``.
             more: As of ``httpx.Client.request``.
 
@@ -176,7 +176,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 def read(kind: type[Answer], answer: httpx.Response) -> Answer:
     """
-    What an answer says.
+    Return what an answer says.
 
     Raises:
         ServiceError: It is not what PHO answers.

@@ -239,7 +239,7 @@ def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _no_files(_folder: Path, _name: str) -> Iterator[os.DirEntry[str]]:
-    """Of a folder that is named as a text, which is refused when it is read."""
+    """Return no files: a folder that is named as a text is refused when it is read."""
     return iter(())
 
 

@@ -77,7 +77,7 @@ class PrunedStore:
 
         Args:
             job_id: Whose.
-            key: Of the model.
+            key: Key of the model.
             names: Its files.
 
         Raises:

@@ -29,7 +29,7 @@ def check_cards(folder: Path, name: str) -> None:
     Check the cards of a data set on this machine.
 
     Args:
-        folder: Of the data set.
+        folder: Folder of the data set.
         name: For messages.
 
     Raises:
@@ -55,10 +55,10 @@ def check_card(file: str, content: bytes, name: str) -> None:
     Args:
         file: One of :data:`CARDS`.
         content: What it holds; of a long one, the first bytes beyond :data:`MOST_BYTES`.
-        name: Of the data set, for messages.
+        name: Name of the data set, for messages.
 
     Raises:
-        InvalidInput: It is no YAML, or too long or deep, or it names an absolute path, a folder
+        InvalidInput: It is not YAML, is too long or deep, or it names an absolute path, a folder
             above the data set, or a URL.
     """
     text = content.decode(errors="replace")
@@ -109,14 +109,14 @@ def _files(text: str) -> Iterator[str]:
     All texts below the keys that name files, without making anything of the document.
 
     Raises:
-        yaml.YAMLError: It is no YAML.
+        yaml.YAMLError: It is not YAML.
         _OddYaml: It is deep, or refers to parts of itself.
     """
     levels = [_Level(is_mapping=False, inside=False)]
     for event in yaml.parse(text, Loader=_Loader):
         level = levels[-1]
         if isinstance(event, yaml.AliasEvent):
-            raise _OddYaml("it has an alias, which data set cards do without")
+            raise _OddYaml("it has an alias, which data set cards do not need")
         if isinstance(event, yaml.CollectionEndEvent):
             levels.pop()
             level = levels[-1]

@@ -26,7 +26,7 @@ class File(Protocol):
     Attributes:
         name: Path in its folder.
         bytes: Its size.
-        sha256: Of its bytes.
+        sha256: SHA-256 of its bytes.
     """
 
     name: str

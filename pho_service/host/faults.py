@@ -97,7 +97,7 @@ def first_words(error: BaseException) -> str:
 
 
 def let_go_of_memory() -> None:
-    """Give back what is not in use any more: cycles of objects, and the cache of torch."""
+    """Release what is no longer in use: cycles of objects, and the cache of torch."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -38,7 +38,7 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def request_id() -> str | None:
-    """Of the request that is being answered."""
+    """Return the id of the request that is being answered; None outside of one."""
     return _about.get().get("request")
 
 

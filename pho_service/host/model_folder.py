@@ -32,7 +32,7 @@ def check_model_folder(folder: Path) -> None:
     milliseconds, and may be asked before a job is accepted.
 
     Args:
-        folder: Of a model. Files that are not there are not missed.
+        folder: Folder of a model. Files that are not there are not missed.
 
     Raises:
         InvalidInput: A name leads, or could lead, out of the folder.

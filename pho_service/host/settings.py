@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     Attributes:
         cache_dir: Where bundles are kept for the next search, and copies of remote ones; what
             streamed models write for a while.
-        data_dir: Of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
+        data_dir: Data folder of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
         database_password_file: Holds the password of ``database_url``: a mounted secret.
         database_url: A PostgreSQL to use instead of the embedded one.
         artifacts: Folder or fsspec URL (s3://, gs://) that all workers and the API share: of the
@@ -39,32 +39,32 @@ class Settings(BaseSettings):
             without any.
         hub_models: Shell patterns of the hub's models that jobs may name.
         hub_datasets: The same for data sets.
-        max_unfinished_jobs: Of one key.
-        max_urgent_jobs: Of them, with a priority above 0.
-        max_finished_jobs: Of one key.
+        max_unfinished_jobs: Limit of one key's unfinished jobs.
+        max_urgent_jobs: Limit of those with a priority above 0.
+        max_finished_jobs: Limit of one key's finished jobs.
         max_configurations: In the library, of one key that imports more.
         keep_jobs_days: Jobs that have been over for longer are deleted; 0 keeps them.
         keep_pruned_days: The files of pruned models that are older are deleted; 0 keeps them as
             long as their job.
         keep_configurations_days: The same for entries of the library, by their age.
-        max_body_bytes: Of a request.
-        max_trials: Of one job, on all its islands or all its models.
+        max_body_bytes: Largest size of a request.
+        max_trials: Limit for one job, on all its islands or all its models.
         max_tokens: That one job may ask to run models over.
-        max_document_bytes: Of a document or a line of a text, and of a text that is read whole.
+        max_document_bytes: Largest size of a document or line of a text, and of a whole text.
         max_text_bytes: That are read of a text, unpacked.
-        max_requests_per_minute: Of one key, or of one host without; 0 is no limit.
-        max_wrong_keys_per_minute: Of one host; 0 is no limit.
-        max_streams: Of events, open at once for one key, or one host without.
+        max_requests_per_minute: Limit for one key, or for one host without a key; 0 means no limit.
+        max_wrong_keys_per_minute: Limit for one host; 0 means no limit.
+        max_streams: Limit of event streams that one key, or one host without a key, may have open.
         max_connections_per_host: Open at once, of one host.
         trusted_proxies: Addresses and networks whose ``X-Forwarded-For`` is believed.
         notify_hosts: Shell patterns of the hosts that webhooks of jobs may go to; none without any.
-        notify_secret: What webhooks are signed with; none are sent without.
+        notify_secret: Key that webhooks are signed with; without it none are sent.
         notify_private: Whether webhooks may go to addresses that are not public.
         heartbeat_s: How often a worker reports.
         stalled_after_s: Without a report for so long, a worker's stage is given to another.
         stop_after_s: How long `pho serve` waits for workers when it stops.
         retry_after_s: Before a failed stage is tried again.
-        log_format: Of the service and its workers: ``text`` for people, ``json`` for programs.
+        log_format: ``text`` for people, ``json`` for programs; for the service and its workers.
         traces: Whether requests and stages are told to OpenTelemetry.
         api_url, api_key: For `pho submit` and the other verbs that talk to a service.
     """

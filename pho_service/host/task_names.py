@@ -46,7 +46,7 @@ def check_tasks(names: Sequence[str], folder: Path | None) -> None:
     See that there are tasks with these names, as far as this machine knows.
 
     Args:
-        names: Of tasks, groups or tags.
+        names: Names of tasks, groups or tags.
         folder: With task files of one's own; it may lie on the disk of workers alone.
 
     Raises:

@@ -1,5 +1,5 @@
 """
-Spans of requests and stages for OpenTelemetry, if that is wanted; nothing of it is imported else.
+Spans of requests and stages for OpenTelemetry, which is only imported if it is wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ def request_span(method: str, path: str, request: str) -> Iterator[Callable[[int
         request: Its id.
 
     Yields:
-        What to tell the status of the answer.
+        Return a function that takes the status of the answer.
     """
     if _tracer is None:
         yield lambda _status: None

@@ -1,5 +1,5 @@
 """
-Which versions of what made a result.
+Package versions recorded with a result.
 """
 
 import platform

@@ -44,7 +44,7 @@ class WebhookRules:
 
     Attributes:
         hosts: Shell patterns; none is allowed without any.
-        secret: What they are signed with; none are sent without.
+        secret: Key that they are signed with; without it none are sent.
         private: Whether addresses that are not public are allowed.
     """
 
@@ -55,7 +55,7 @@ class WebhookRules:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """
-        What the settings say.
+        Read the settings.
 
         Raises:
             InvalidInput: The secret begins with whsec_, but is not base64 after that.

@@ -51,7 +51,7 @@ def bench(
         prompt: Tokens of each, drawn at random.
         new_tokens: Tokens to write after it, one by one.
         rounds: How often all is measured.
-        seed: Of the prompts' tokens.
+        seed: Seed of the prompts' tokens.
         device: ``auto`` takes a GPU if torch sees one.
         dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
         progress: Show bars on stderr.

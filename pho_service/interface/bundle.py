@@ -107,7 +107,7 @@ def calibrate(
         kernel_sizes: Windows that candidates may use, odd.
         bos: Whether windows start with BOS: ``auto`` (as the tokenizer does), ``always``,
             ``never``. Windows that are given as tokens are not changed.
-        seed: Of the text sample, the row sample and the projection.
+        seed: Seed of the text sample, the row sample and the projection.
         mixed_precision: Matrix products of a float32 model are in bfloat16.
         stop: ``early`` takes windows in doublings, from 8 on, until both halves of them rank random
             candidates alike; ``samples`` is the most then.

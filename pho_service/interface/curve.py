@@ -64,7 +64,7 @@ class Curve(Shown):
 
     Attributes:
         points: By sparsity; ``point.result`` is what the search there has found.
-        study: Of sparsity and objective, with the trials of all points; None if it is in the
+        study: Study of sparsity and objective, with the trials of all points; None if it is in the
             database that was given.
         document: The whole curve as JSON values, the configurations among them.
     """
@@ -153,7 +153,7 @@ def curve(
         bundle, tokenizer, confirm, texts: As of ``pho.search``.
         patterns: Shares of the weights to remove and N:M: ``[0.3, 0.5, 0.7, "2:4"]``.
         model: That of the bundle, in memory or by its name.
-        scope: Of the ratios: ``row``, ``layer`` or ``global``; N:M has only ``row``.
+        scope: Scope of the ratios: ``row``, ``layer`` or ``global``; N:M has only ``row``.
         preset, objective, weighting, space, steps, targets, ignore, sparsities, trials, seed,
             corrections, confirm_windows: As of ``pho.search``, for every point.
         sampler: A name; an object of Optuna would carry what it learnt into the next point.

@@ -87,7 +87,7 @@ class FoundRow:
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Found(Shown, SearchResult):
     """
-    What a search found.
+    Result of a search.
 
     Attributes:
         study: The record of the search.
@@ -221,7 +221,7 @@ def search(
         sampler: A name (``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp``, ``hill-climb``), or a
             sampler of Optuna.
         trials: How many, baselines included.
-        seed: Of a sampler that is given by its name.
+        seed: Seed of a sampler that is given by its name.
         finalists: How many found candidates are looked at again, beside the baselines.
         corrections: How many allocations are compared with the dense model, on calibration
             windows, to correct the best one where the proxy is wrong; needs the model.

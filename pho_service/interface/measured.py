@@ -187,7 +187,7 @@ def _perplexity(
     max_windows: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What an evaluation says of a text."""
+    """Result of an evaluation on a text."""
     text = measured_text(
         loaded,
         texts,
@@ -264,7 +264,7 @@ def compare(
         pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
         report: The text that perplexities are measured on; nothing may have been chosen on it.
         texts: The text to calibrate on; not needed with a bundle that ``pho.calibrate`` gave.
-        bundle: Of the model, instead of calibrating anew: its windows, and those of ``report``,
+        bundle: Bundle of the model, so that nothing is calibrated: its windows, and ``report``'s,
             are cut as its settings say.
         configurations: What else to compare, by name: what ``pho.search`` found, configurations,
             paths of config.json files.
@@ -276,12 +276,12 @@ def compare(
         ablation: Show configurations step by step: the score alone, then with each step more.
         seeds: Repeat all with these seeds of calibration and search, and give means and standard
             deviations; () is ``seed`` alone.
-        scope: Of CRePE with equal coefficients, and of searches: ``row``, ``layer`` or ``global``.
+        scope: ``row``, ``layer`` or ``global``: for CRePE with equal coefficients, and searches.
         targets, ignore, sparsities: Which linears the published methods and searches prune, as of
             ``pho.search``; by default those of the configurations, which must agree.
-        samples, context_length, seed: Of the calibration where there is no bundle, see
+        samples, context_length, seed: Settings of the calibration where there is no bundle, see
             ``pho.calibrate``; for more settings, calibrate first.
-        trials, corrections, finalists, confirm_windows: Of the searches, as of ``pho.search``.
+        trials, corrections, finalists, confirm_windows: Settings of searches, as in ``pho.search``.
         report_windows: Only the first windows of ``report``; None takes all.
         tasks, tasks_dir, limit: What each model scores in zero-shot tasks, too, as of
             ``pho.evaluate``.

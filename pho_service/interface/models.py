@@ -31,7 +31,7 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
     Args:
         model: A model of transformers, on any device; what ``load_model`` gave; or the name of
             one: a folder, a hub id, a .gguf file.
-        tokenizer: Of the model; None takes what lies beside a model that is loaded by name.
+        tokenizer: Tokenizer of the model; None takes the one beside a model that is loaded by name.
 
     Raises:
         InvalidInput, ModelError, NumericalError: As of ``given_model`` and ``load_model``.

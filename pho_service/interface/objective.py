@@ -187,7 +187,7 @@ def configuration(study: optuna.Study, bundle: Given) -> Configuration:
     """
     Give the configuration of a study's best trial, to write, compare or prune with.
 
-    Of a study of ``pho.search`` or `pho search` it is the trial that was chosen by perplexity, if
+    In a study of ``pho.search`` or `pho search` it is the trial that was chosen by perplexity, if
     one was.
 
     Args:

@@ -17,7 +17,7 @@ def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size
 
     Args:
         folder: With safetensors: what ``pho.save`` wrote, or any other model.
-        out: One file, if its name ends in ``.pho``; else a new or empty folder.
+        out: One file if its name ends in ``.pho``; otherwise a new or empty folder.
         progress: Show a bar on stderr.
 
     Returns:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Pruned(Shown, pipeline.Pruned):
     """
-    What a pruning did.
+    Result of a pruning.
 
     Attributes:
         model: The pruned model: the one that was given, or the one that was loaded by its name.
@@ -89,7 +89,7 @@ def prune(
     Args:
         model: In memory and dense; or its name, which is loaded: see ``model`` of the result.
         configuration: What ``pho.search`` found, a configuration, or the path of a config.json.
-        bundle: Of this model: what ``pho.calibrate`` gave, or the path of its file.
+        bundle: Bundle of this model: what ``pho.calibrate`` gave, or the path of its file.
         texts: The calibration's text, for configurations that update weights, re-prune or permute
             by error; not needed with the bundle that ``pho.calibrate`` gave.
         tokenizer: That of the model, for ``texts``; not needed with such a bundle either.
@@ -167,7 +167,7 @@ def save(
         )
     if tokenizer is None:
         raise InvalidInput(
-            "no tokenizer is given, and the folder would be of no use without. Give the model's "
+            "no tokenizer is given, and a folder without one would be useless. Give the model's "
             "own."
         )
     loaded = opened(model, tokenizer)

@@ -1,5 +1,5 @@
 """
-What the functions of the API take for a text.
+Texts as the functions of the API take them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -161,7 +161,7 @@ def confirmation_text(
     The windows that finalists are measured on.
 
     Args:
-        model: Of the bundle.
+        model: Model of the bundle.
         bundle: Windows are cut as its settings say.
         texts: None takes windows that the calibration of a bundle in memory held out.
         calibration: Windows that none may overlap with.
@@ -193,8 +193,8 @@ def calibration_windows(
     The windows of a bundle's calibration, for steps that run a text through the model.
 
     Args:
-        model: Of the bundle.
-        bundle: What ``pho.calibrate`` gave has the windows with it; one from a file has not.
+        model: Model of the bundle.
+        bundle: What ``pho.calibrate`` gave includes the windows; one from a file does not.
         texts: The text of the calibration, to draw them anew; None takes those of the bundle.
 
     Returns:

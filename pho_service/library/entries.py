@@ -43,7 +43,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
-        """Of the key ``model`` of a configuration; what is no such value counts as unknown."""
+        """Read the key ``model`` of a configuration; a wrong value counts as unknown."""
         family, parameters = document.get("family"), document.get("parameters")
         if not isinstance(parameters, int) or isinstance(parameters, bool):
             parameters = None
@@ -85,7 +85,7 @@ class Gain:
 
     @property
     def share(self) -> float:
-        """Of RIA's perplexity, or proxy, that is saved."""
+        """Share of RIA's perplexity, or proxy, that is saved."""
         return self.value if self.by == "proxy" else 1 - math.exp(min(-self.value, _MOST_NATS))
 
 

@@ -31,7 +31,7 @@ class Wanted:
         scope: Where weights compete, of any pattern; one that the pattern never has fits nothing.
         scope_matters: Whether another scope is another thing.
         family: A ``model_type``, or the beginning of one: gemma.
-        parameters: Of the model.
+        parameters: Number of parameters of the model.
     """
 
     pattern: Pattern | None = None
@@ -49,7 +49,7 @@ class Wanted:
         parameters: int | None = None,
     ) -> Self:
         """
-        Of what a user says.
+        Return the target that a user describes.
 
         Raises:
             InvalidInput: There is no such pattern, no such scope, or the pattern never has it.

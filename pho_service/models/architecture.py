@@ -16,7 +16,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
     Find the linears of a decoder's blocks, in the model's own order.
 
     Embeddings, position embeddings, the head and whatever is beside the decoder
-    (a vision tower) lie outside the blocks and are left alone. Of a mixture of
+    (a vision tower) lie outside the blocks and are left alone. In a mixture of
     experts, every matrix of every expert is a linear of its own, and so are
     those of shared experts. What decides the routing stays dense: the router,
     and a shared expert's gate of one output. They are tiny, and an error there
@@ -29,7 +29,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
     Raises:
         ModelError: No blocks are found, or a block holds matrices that are
             neither ``nn.Linear``, nor GPT-2's ``Conv1D``, nor experts in the usual
-            layout: skipping them in silence would report a sparsity that the
+            layout: skipping them silently would report a sparsity that the
             model does not have.
     """
     unfuse_experts(model)

@@ -29,7 +29,7 @@ class BlockNetwork:
     Attributes:
         blocks: Names and modules, in the order of their calls.
         hidden: (1, tokens, hidden) for each window: what the next block reads. On the device
-            where they fit, else in main memory. Changed in place.
+            if they fit, otherwise in main memory. Changed in place.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class BlockNetwork:
         self._settle()
 
     def loss_gradients(self, count: int) -> list[Tensor]:
-        """Of the first windows' summed losses, by the hidden states after the last block."""
+        """Return the gradients of the first windows' summed losses by the last hidden states."""
         leaves = [hidden.detach().requires_grad_() for hidden in self.hidden[:count]]
         with self.ending(leaves):
             for window in self.windows[:count]:

@@ -2,9 +2,9 @@
 Run a decoder block by block.
 
 So each block can be pruned on what the pruned blocks before it give, and a
-model that is larger than the memory can be measured and pruned: of a streamed
-model one block at a time is on the device, all other weights stay mapped from
-their files.
+model that is larger than the memory can be measured and pruned. Only one
+block of a streamed model at a time is on the device; all other weights stay mapped
+from their files.
 
 No family is known by name. What comes before and after the blocks is the
 model's own forward, run while its blocks hand on what they get.
@@ -48,7 +48,7 @@ class Block:
         linears: Its linears by full name. Their weights are on the device and
             may be changed in place.
         inputs: (1, tokens, hidden) for each window: what the blocks before it give. On a GPU
-            where they fit, else in main memory.
+            if they fit, otherwise in main memory.
         run: The output of the block, as it now is, for the window of a number:
             (1, tokens, hidden), on the device. With another input after the number, its output
             for that, and gradients go through it.
@@ -224,7 +224,7 @@ def dense_afterwards(model: LanguageModel) -> Iterator[None]:
     """
     Put the weights of all blocks back in the end, whatever was done to them inside.
 
-    A streamed model's are still in their files. Of any other model all blocks
+    A streamed model's are still in their files. All blocks of any other model
     are copied to the CPU first.
     """
     parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
@@ -265,7 +265,7 @@ def collect_statistics_blockwise(
         fisher_windows: 1 <= fisher_windows <= windows.
         projection_rows: Rows of the random projection of the activations;
             0 gathers the full Gram matrix.
-        seed: Of the random projection.
+        seed: Seed of the random projection.
         spill: Folder on a disk for the blocks' inputs, (blocks, fisher_windows,
             tokens, hidden) values; None keeps them in memory.
         states_on_device: Whether the windows' hidden states between two blocks stay on a GPU;

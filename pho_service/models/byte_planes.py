@@ -69,7 +69,7 @@ class Layout:
         Put values together again, bit for bit.
 
         Args:
-            count: Of values.
+            count: Number of values.
             read: Gives the next bytes of a stream: its number, and how many bytes.
 
         Returns:

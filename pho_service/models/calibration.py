@@ -149,7 +149,7 @@ def measure(
     Args:
         model: In evaluation mode.
         text: To calibrate on.
-        settings: Of the calibration.
+        settings: Settings of the calibration.
         progress: Told of each window.
         known: Gives the sums of the shard with a number, if they have been gathered elsewhere.
 

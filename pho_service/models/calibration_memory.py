@@ -24,12 +24,12 @@ def plan_calibration(
     """
     The fastest plan that fits into ``settings.memory_bytes``, or, without it, into a GPU.
 
-    What torch's allocator holds and no tensor uses counts as free. Of a model on several GPUs
+    What torch's allocator holds and no tensor uses counts as free. For a model on several GPUs
     the memory of all counts, since each has about as many blocks.
 
     Args:
         model: Loaded, so that what is in use counts it.
-        settings: Of the calibration.
+        settings: Settings of the calibration.
         windows: How many there are.
         fisher_windows: How many of them are run backward.
 
@@ -89,7 +89,7 @@ def _ways_out(
     limit: int,
     fisher_windows: int,
 ) -> str:
-    """What would fit."""
+    """Return the settings that would fit."""
 
     def fits(changed: CalibrationSettings) -> bool:
         plan = choose_run(

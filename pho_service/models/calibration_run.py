@@ -34,7 +34,7 @@ class Shard:
     Attributes:
         windows: (windows, context_length), int64; those that are run backward too come first.
         fisher_windows: How many of them are.
-        seed: Of the random projection.
+        seed: Seed of the random projection.
     """
 
     windows: Tensor
@@ -89,10 +89,10 @@ def within_memory(
 
     Args:
         model: Dense.
-        windows: Of the calibration.
+        windows: Windows of the calibration.
         fisher_windows: How many of them are run backward.
-        settings: Of the calibration.
-        progress: Of the run.
+        settings: Settings of the calibration.
+        progress: Progress of the run.
         run: Does it.
 
     Raises:

@@ -35,7 +35,7 @@ from pho_service.models.packed_model import PackedModel
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """
-    Where a model lies.
+    Location of a model.
 
     Attributes:
         name: As the user gave it.

@@ -28,9 +28,9 @@ def spread(
     block is cut.
 
     Args:
-        name: Of the model, for messages.
-        config: Of the model.
-        dtype: Of the weights once they are loaded; None is the stored one.
+        name: Name of the model, for messages.
+        config: Configuration of the model.
+        dtype: Dtype of the weights once they are loaded; None is the stored one.
 
     Returns:
         Cards by the names of modules, as ``from_pretrained`` takes them.

@@ -51,7 +51,7 @@ def expert_files(config: PreTrainedConfig, stored: Iterable[str]) -> ExpertFiles
     Find out how the tensors of a checkpoint are to be read.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         stored: Names of the tensors in its files.
     """
     with torch.device("meta"):
@@ -80,7 +80,7 @@ def expert_files(config: PreTrainedConfig, stored: Iterable[str]) -> ExpertFiles
 
 
 def _matrices(converter: WeightConverter) -> dict[str, str]:
-    """The key mapping of a converter that stacks the matrices of plain experts; else empty."""
+    """Return the key mapping of a converter that stacks plain experts, or an empty one."""
     operations = [(type(each), getattr(each, "dim", None)) for each in converter.operations]
     sources, (target, *others) = converter.source_patterns, converter.target_patterns
     experts, _, parameter = target.rpartition(".")

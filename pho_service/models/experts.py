@@ -116,7 +116,7 @@ def unfuse_experts(model: nn.Module) -> None:
     that are stored in another layout are left fused.
 
     Args:
-        model: Of transformers. Changed in place: the fused modules get the
+        model: A model of transformers. Changed in place: the fused modules get the
             children ``0``, ``1``, ... and a forward that calls them.
     """
     for module in list(model.modules()):
@@ -138,7 +138,7 @@ def separate_experts(model: nn.Module) -> None:
     (``...experts.0.gate_proj.weight``).
 
     Args:
-        model: Of transformers, on the device ``meta``: values are not moved. Changed in place.
+        model: A model of transformers on the device ``meta``; no values move. Changed in place.
     """
     for module in list(model.modules()):
         if _is_fused(module):

@@ -70,8 +70,8 @@ def text_fields(path: Path, names: Iterable[str]) -> dict[str, str]:
     Read texts from the beginning of a header, without the vocabulary after them.
 
     Args:
-        path: Of a GGUF file.
-        names: Of the fields that are wanted.
+        path: A GGUF file.
+        names: Names of the fields that are wanted.
 
     Returns:
         Those of them that are there and are texts.

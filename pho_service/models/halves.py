@@ -42,7 +42,7 @@ class Agreement:
     How alike two halves of a calibration rank candidates.
 
     Attributes:
-        windows: Of both halves together.
+        windows: Number of windows of both halves together.
         spearman: Rank correlation of their ratings.
         regret: The larger of two: how much worse the best of one half is in the other's eyes than
             that one's own best.
@@ -54,7 +54,7 @@ class Agreement:
 
     @property
     def is_enough(self) -> bool:
-        """Whether more text will hardly change the ranking."""
+        """Tell whether more text will hardly change the ranking."""
         return self.spearman >= ALIKE and self.regret <= REGRET
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ def gather_until_alike(
 
     Args:
         gather: Gives the sums of some windows.
-        linears: Of the model.
+        linears: Linears of the model.
         windows: (windows, tokens), int64: all that may be taken, at least 2.
         fisher_windows: How many of all would be run backward; of fewer, the same share.
-        settings: Of the calibration.
+        settings: Settings of the calibration.
 
     Returns:
         The sums of all windows that were taken, and the agreement after each doubling; the last

@@ -37,8 +37,8 @@ def push(folder: str | Path, repository: str, *, public: bool = False) -> str:
     """
     Upload a pruned folder, as one commit.
 
-    Of models, texts and libraries on this machine ``pruning.json`` then has the names alone, not
-    where they lie; the file in the folder stays as it is.
+    ``pruning.json`` then only has the names of models, texts and libraries on this machine, not
+    their folders; the file in the folder stays as it is.
 
     The token is that of ``HF_TOKEN``, or of `hf auth login`.
 

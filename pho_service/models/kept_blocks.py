@@ -30,11 +30,11 @@ _META = "pho-block"
 @dataclass(frozen=True, kw_only=True)
 class KeptBlock:
     """
-    What is kept of a block.
+    Kept state of a block.
 
     Attributes:
-        weights: Of its pruned linears, (out_features, in_features).
-        masks: Of the same.
+        weights: Weights of its pruned linears, (out_features, in_features).
+        masks: Their masks.
         record: JSON values: what its training came to.
     """
 

@@ -25,7 +25,7 @@ class Continuation:
 
     Attributes:
         tokens: The context and after it the continuation: no more than the model can read, and one.
-        length: Of the continuation, at least 1 and less than all.
+        length: Length of the continuation, at least 1 and less than all.
     """
 
     tokens: tuple[int, ...]
@@ -96,7 +96,7 @@ def _batches(
 
 def _logits(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
     """
-    Of each sequence, (longest of the batch, vocabulary).
+    Yield for each sequence (longest of the batch, vocabulary).
 
     Shorter ones are padded at their end, which no token before sees.
     """

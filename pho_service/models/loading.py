@@ -41,7 +41,7 @@ class LanguageModel:
         name: As the user gave it.
         revision: Commit hash on the hub, or None for local files.
         tokenizer: Its own; None where only tokens are given, never text.
-        stored_dtype: Of the weights on disk, to save them as they came.
+        stored_dtype: Dtype of the weights on disk, to save them as they came.
         linears: What can be pruned, by name, in the model's order.
         streamed_to: Where a streamed model computes, block by block; None for
             a model that lies on its device as a whole.

@@ -42,7 +42,7 @@ _WAY_OUT = "Prune the model again with `pho prune`."
 @dataclass(frozen=True, kw_only=True)
 class LayerMask:
     """
-    What one linear keeps.
+    Weights that one linear keeps.
 
     Attributes:
         keep: (out_features, in_features), bool. True = kept. In the channel
@@ -74,16 +74,18 @@ class PackedMask:
     def of(cls, mask: LayerMask) -> "PackedMask":
         """
         Raises:
-            ValueError: A mask that is not 2-D bool, or an order that is no permutation.
+            ValueError: A mask that is not 2-D bool, or an order that is not a permutation.
         """
         keep, order = mask.keep, mask.order
         if keep.dtype is not torch.bool or keep.dim() != 2 or not keep.numel():
-            raise ValueError(f"a {keep.dtype} tensor {tuple(keep.shape)} is no mask")
+            raise ValueError(f"a {keep.dtype} tensor {tuple(keep.shape)} is not a mask")
         if order is not None:
             whole = not order.is_floating_point() and order.dtype is not torch.bool
             order = order.cpu()
             if order.dim() != 1 or not whole or not is_permutation(order, keep.shape[1]):
-                raise ValueError(f"the order is no permutation of {keep.shape[1]} input channels")
+                raise ValueError(
+                    f"the order is not a permutation of {keep.shape[1]} input channels"
+                )
         return cls(bits=pack(keep), shape=tuple(keep.shape), order=order)
 
     @property
@@ -105,7 +107,7 @@ def write_masks(
 
     Args:
         masks: By name, in the model's order, on any device.
-        path: Of the new file.
+        path: Path of the new file.
         metadata: JSON values, kept in the header.
 
     Returns:
@@ -172,7 +174,7 @@ def is_permutation(order: Tensor, length: int) -> bool:
 
 
 def _sha256(data: Tensor) -> str:
-    """Of a 1-D uint8 tensor."""
+    """Hash a 1-D uint8 tensor."""
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
@@ -181,7 +183,7 @@ class MaskFile:
     A file of masks that stays open: each mask is read when it is asked for.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         shapes: (out_features, in_features) of each linear's mask, in the model's order.
         metadata: What the writer gave.
     """
@@ -206,7 +208,7 @@ class MaskFile:
 
         Raises:
             KeyError: There is no such linear.
-            ModelError: The file was damaged after it was opened, or an order in it is no
+            ModelError: The file was damaged after it was opened, or an order in it is not a
                 permutation.
         """
         shape = self.shapes[name]
@@ -216,7 +218,7 @@ class MaskFile:
         order = self._read(f"{name}.order").long()
         if not is_permutation(order, shape[1]):
             raise ModelError(
-                f"{self.path} is damaged: {name}.order is no permutation of {shape[1]} input "
+                f"{self.path} is damaged: {name}.order is not a permutation of {shape[1]} input "
                 f"channels. {_WAY_OUT}"
             )
         return LayerMask(keep=keep, order=order)

@@ -39,7 +39,7 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
     Args:
         name: A hub id, a folder, packed or not, whose card is read; or a .gguf file, which says
             it in its header. Other models say nothing.
-        revision: Of a hub id.
+        revision: Revision of a hub id.
     """
     path = Path(name).expanduser()
     try:
@@ -66,12 +66,12 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
 
 
 def _head(card: Path) -> dict[str, Any]:
-    """What a card says to the hub."""
+    """Metadata of a card for the hub."""
     return (metadata_load(card) or {}) if card.is_file() else {}
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a model on the hub."""
+    """Tell whether a name can be that of a model on the hub."""
     return _HUB_ID.fullmatch(name) is not None
 
 

@@ -64,7 +64,7 @@ class StoredTensor:
     Attributes:
         span: The tensor in its safetensors file.
         entry: The beginning of the names of its streams.
-        sha256: Of its bytes.
+        sha256: SHA-256 of its bytes.
         like: The entry of the weight that its bits are stored as the difference from; or None.
     """
 
@@ -79,7 +79,7 @@ class PackedFile:
     An open archive, from which one tensor at a time is read.
 
     Attributes:
-        path: Of the archive.
+        path: Path of the archive.
         weights: Its safetensors files, with their tensors in the order of their bytes.
         others: The names of its other files.
 

@@ -38,7 +38,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, min_
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """
-    What a packing came to.
+    Result of a packing.
 
     Attributes:
         before: Bytes of the folder's files.
@@ -62,8 +62,8 @@ def pack(folder: Path, out: Path, *, progress: Progress = silent) -> Size:
 
     Args:
         folder: With safetensors. Hidden files and folders are left out.
-        out: One file, if its name ends in ``.pho``; else a new folder, in which small files stay
-            as they are.
+        out: One file if its name ends in ``.pho``; otherwise a new folder, in which small files
+            stay as they are.
         progress: Is told of each tensor.
 
     Raises:
@@ -147,8 +147,8 @@ class _Place:
     A tensor, and the open file that it lies in.
 
     Attributes:
-        file: Of safetensors.
-        start: Of the tensor's bytes in it.
+        file: A safetensors file.
+        start: Offset of the tensor's bytes in it.
         span: The tensor.
         entry: The beginning of the names of its streams.
     """

@@ -39,7 +39,7 @@ class _Document(BaseModel):
 
 class LayerRecord(_Document):
     """
-    What the recipe says of one linear.
+    Entry of the recipe for one linear.
 
     Attributes:
         sparsity: Share removed.
@@ -62,7 +62,7 @@ class LayerRecord(_Document):
             raise ValueError("keep and group must both be given, or neither")
         if self.group is not None and not 0 <= (self.keep or 0) <= self.group <= MAX_GROUP:
             raise ValueError(
-                f"keep={self.keep} of group={self.group} is no pattern up to {MAX_GROUP}"
+                f"keep={self.keep} of group={self.group} is not a pattern up to {MAX_GROUP}"
             )
         return self
 
@@ -99,7 +99,7 @@ class ModelRecord(_Document):
 
 class BlockRecord(_Document):
     """
-    What the recipe says of a block's reconstruction.
+    Entry of the recipe for the reconstruction of a block.
 
     Attributes:
         before: Squared error over energy, a token, on windows that were not trained on.
@@ -146,7 +146,7 @@ class Recipe(_Document):
     @field_validator("layers", mode="before")
     @classmethod
     def _first_faults(cls, value: Any) -> Any:
-        """Of very many wrong records some are enough: each fault takes a thousand bytes."""
+        """Keep the first of very many wrong records: each fault takes a thousand bytes."""
         if not isinstance(value, dict):
             return value
         fits = LayerRecord.__pydantic_validator__.isinstance_python
@@ -197,7 +197,9 @@ def recipe_document(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not JSON: {error}. {_WAY_OUT}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ConfigurationError(f"{path} is no recipe: its format is not {FORMAT!r}. {_WAY_OUT}")
+        raise ConfigurationError(
+            f"{path} is not a recipe: its format is not {FORMAT!r}. {_WAY_OUT}"
+        )
     version = document.get("version")
     if version == 1:
         raise ConfigurationError(

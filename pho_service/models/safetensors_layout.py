@@ -20,10 +20,10 @@ class Span:
     One tensor of a file.
 
     Attributes:
-        name: Of the tensor.
+        name: Name of the tensor.
         dtype: As safetensors names it: BF16.
-        shape: Of the tensor.
-        start, end: Of its bytes, counted from the end of the header.
+        shape: Shape of the tensor.
+        start, end: Offsets of its bytes, counted from the end of the header.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Span:
 
     @property
     def bytes(self) -> int:
-        """How many it has."""
+        """Number of its values."""
         return self.end - self.start
 
 
@@ -57,7 +57,7 @@ def read_header(file: BinaryIO, name: str) -> bytes:
 
 def spans_of(header: bytes, name: str) -> list[Span]:
     """
-    Find the tensors that a header tells of, in the order of their bytes.
+    Find the tensors that a header lists, in the order of their bytes.
 
     Raises:
         ModelError: It is not JSON, or its tensors do not follow one another without a gap.

@@ -32,7 +32,7 @@ def save_pruned(
     Args:
         model: Already pruned, in the dtype that it is to be stored in.
         folder: New or empty.
-        masks: Of each linear, in the model's order; written as ``pruning/masks.safetensors``.
+        masks: Masks of each linear, in the model's order; written as ``pruning/masks.safetensors``.
         recipe: JSON values, written as ``pruning.json``; its ``layers`` get
             the hash of each mask.
 

@@ -42,7 +42,7 @@ class SmallLlama:
         intermediate: Width of their MLPs.
         blocks: How many.
         batch: Windows of a step.
-        learning_rate: Of AdamW, at its highest.
+        learning_rate: Learning rate of AdamW, at its highest.
     """
 
     hidden: int = 128
@@ -64,11 +64,11 @@ class Training:
     A trained model, and what the training took.
 
     Attributes:
-        folder: Of the model and its tokenizer, as Hugging Face stores them.
+        folder: Folder of the model and its tokenizer, as Hugging Face stores them.
         parameters: All weights, embeddings included; the head's are the same.
-        steps: Of the optimiser.
-        tokens: Of the text.
-        seconds: Of all steps.
+        steps: Number of steps of the optimiser.
+        tokens: Tokens of the text.
+        seconds: Duration of all steps.
         loss: In nats, on the text that it was trained on, at the end.
     """
 
@@ -98,10 +98,10 @@ def train_small_model(
     Args:
         source: What it learns, and all that it ever sees.
         folder: For the model.
-        steps: Of AdamW.
+        steps: Number of steps of AdamW.
         context_length: Tokens of a window, and the most that it can read.
-        seed: Of the weights and of the windows.
-        shape: Of the model and of a step.
+        seed: Seed of the weights and of the windows.
+        shape: Shape of the model and of a step.
         progress: Is told of the steps.
     """
     documents = list(read_documents(source))

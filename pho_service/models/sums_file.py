@@ -26,9 +26,9 @@ def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
     Write the sums of a shard, whole or not at all.
 
     Args:
-        sums: Of any device.
+        sums: Sums, on any device.
         path: Its folder must exist.
-        key: Of the bundle.
+        key: Key of the bundle.
         shard: Its number.
 
     Raises:

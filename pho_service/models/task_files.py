@@ -58,7 +58,7 @@ def load_tasks(
     one that is trusted.
 
     Args:
-        names: Of tasks, groups or tags.
+        names: Names of tasks, groups or tags.
         folder: With task files of one's own, at all depths. What they name as ``data_files`` may
             lie beside them.
         check_dataset: Called with the name of each data set of the hub before it is asked for;
@@ -166,7 +166,7 @@ def _members(manager: Any, names: Iterable[str]) -> Iterator[str]:
 
 
 def _leaves(manager: Any, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What the task files say of those."""
+    """Read what the task files say of those."""
     for name in _members(manager, names):
         entry = manager.task_index.get(name)
         if entry and entry.cfg:

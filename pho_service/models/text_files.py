@@ -38,8 +38,8 @@ class TextLimits:
     The most that is read.
 
     Attributes:
-        document_bytes: Of a document, a line or a text that is tokenised as a whole.
-        text_bytes: Of a text in all, unpacked.
+        document_bytes: Largest size of a document, a line or a text that is tokenised whole.
+        text_bytes: Largest size of all of a text, unpacked.
     """
 
     document_bytes: int
@@ -47,16 +47,16 @@ class TextLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> "TextLimits":
-        """What the settings say."""
+        """Read the settings."""
         return cls(document_bytes=settings.max_document_bytes, text_bytes=settings.max_text_bytes)
 
 
 class Budget:
     """
-    How much may be read of a text still.
+    Rest of a text that may still be read.
 
     Args:
-        limits: Of the text.
+        limits: Limits of the text.
         whole: Whether all of it is wanted, which is tokenised at once.
     """
 

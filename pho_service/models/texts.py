@@ -51,7 +51,7 @@ class TextSource:
         path: .txt (one document), .jsonl or .parquet (one document a row).
         dataset: Hub id or local folder, for the ``datasets`` library.
         data_file: One file of the data set.
-        split: Of the data set.
+        split: Split of the data set.
         field: Column that holds the text.
     """
 
@@ -79,7 +79,7 @@ class TextRecord:
 
     Attributes:
         source: As :class:`TextSource` prints itself.
-        sha256: Of the documents that were read, joined by two newlines.
+        sha256: SHA-256 of the documents that were read, joined by two newlines.
         documents: How many were read.
     """
 
@@ -319,7 +319,7 @@ def sample_windows(
         count: How many windows are wanted; fewer are given if the text is short.
         context_length: Tokens of a window, BOS included.
         bos: ``auto``, ``always`` or ``never``.
-        seed: Of the order of documents and of windows.
+        seed: Seed of the order of documents and of windows.
 
     Returns:
         (windows, context_length), int64, in random order, and what was read.

@@ -31,7 +31,7 @@ def weights_sha256(
     Hash a model's weights: every parameter's name, shape, dtype and bytes.
 
     Scheme 2 is the SHA-256 of a line for each tensor, in the order of their
-    names: name, shape, dtype and the SHA-256 of its bytes. Of fused experts
+    names: name, shape, dtype and the SHA-256 of its bytes. In fused experts
     each matrix is a tensor, so it does not matter how they lie in memory.
     Scheme 1 hashed all bytes in one go, in the model's order, on one core.
 

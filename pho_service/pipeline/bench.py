@@ -34,14 +34,14 @@ LOADS = 3  # of each model; the first brings its files into the memory of the sy
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """
-    What is run.
+    Prompts and lengths of a benchmark.
 
     Attributes:
         batch: Prompts at once.
         prompt: Tokens of each, drawn at random.
         new_tokens: Written after the first one, one by one, each the likeliest.
         rounds: How often everything is measured.
-        seed: Of the tokens.
+        seed: Seed of the tokens.
     """
 
     batch: int = 1
@@ -58,7 +58,7 @@ class Side:
 
     Attributes:
         name: As it was given; with ``, 2:4`` where torch's kernels multiply its linears.
-        bytes: Of its files.
+        bytes: Size in bytes of its files.
         note: What is to be known of it.
         load_s: Seconds of each loading.
         prefill_s: Seconds to read the prompts, up to the first new token, by round.

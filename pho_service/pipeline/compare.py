@@ -87,9 +87,9 @@ def compare_job(
 
     Args:
         model: Dense; it is given back dense.
-        bundle: Of this model.
+        bundle: Bundle of this model.
         report: Not the text that anything was chosen on.
-        pattern: Of all rows.
+        pattern: Pattern of all rows.
         configurations: (name, configuration) pairs, in the pattern of the comparison.
         methods: Names of baselines; None is those that are shown by default.
         ablation: Each configuration has a row for the score alone, and one for each step more.
@@ -235,7 +235,7 @@ def common_linears(
 
     Args:
         configurations: (name, configuration) pairs.
-        pattern: Of the comparison.
+        pattern: Pattern of the comparison.
         linears: What was asked for; None is what the configurations prune.
 
     Raises:

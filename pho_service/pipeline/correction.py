@@ -68,7 +68,7 @@ def correct_best(
         rated: Every finished trial, best first by the objective.
         objective: What they were rated by.
         model: Dense, not streamed; it is given back dense.
-        bundle: Of the model.
+        bundle: Bundle of the model.
         calibration: (windows, context_length), int64: the last, which are not those that were run
             backward, are compared on.
         device: For the proxy.
@@ -135,7 +135,7 @@ class _Numbers:
         return [] if allocation.unit == "block" else self._proxy.kinds
 
     def measured(self, allocation: Allocation, divergence: float) -> Measured:
-        """What is known of an allocation."""
+        """Measurements of an allocation."""
         offsets = [allocation.offsets.get(kind, 0.0) for kind in self._kinds(allocation)]
         rest = [0.0] * (MOST_DEPTHS - len(allocation.depth))
         point = np.array([*offsets, *allocation.depth, *rest])
@@ -166,7 +166,7 @@ class _Divergence:
 
     Args:
         model: Dense, not streamed; it is given back dense each time.
-        statistics: Of it.
+        statistics: Its statistics.
         windows: (windows, context_length), int64: the last are compared on.
         advance: Called after each window, and when the model is pruned.
     """

@@ -37,19 +37,19 @@ Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
     """
-    What a model is worth at one sparsity.
+    Result of a model at one sparsity.
 
     Attributes:
         pattern: As text.
         scope: Where weights compete.
         sparsity: The share of the weights that the pattern removes.
-        perplexity: Of the best that was found, as it was confirmed.
-        dense: Of the dense model, on the same windows.
-        wanda, ria: Of the published methods, on the same windows; None where one gives NaN.
+        perplexity: Perplexity of the best that was found, as it was confirmed.
+        dense: Perplexity of the dense model, on the same windows.
+        wanda, ria: Perplexities of these methods on the same windows; None where one gives NaN.
         proxy: The objective's value of the best.
-        trials: Of its search.
+        trials: Trials of its search.
         seconds: What search, confirmation and published methods took, interruptions left out.
-        result: Of the search.
+        result: Result of the search.
     """
 
     pattern: str
@@ -66,7 +66,7 @@ class CurvePoint:
 
     @property
     def rise(self) -> float:
-        """Of the perplexity over the dense model's, as a share of that."""
+        """Rise of the perplexity over the dense model's, as a share of that."""
         return self.perplexity / self.dense - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,8 +133,8 @@ class CurvePoints:
         Search, confirm, and measure the published methods beside.
 
         Args:
-            request: Of the search, its pattern included.
-            title: Of the point, for whoever is told of the progress.
+            request: Request of the search, its pattern included.
+            title: Title of the point, for whoever is told of the progress.
 
         Raises:
             InvalidInput, NumericalError, StudyError: As :func:`search_job`.
@@ -193,8 +193,8 @@ def opened_pareto(
     Open the study of (sparsity, objective) that takes the trials of some searches.
 
     Args:
-        url: Of the database of their studies.
-        requests: Of the searches.
+        url: URL of the database of their studies.
+        requests: Requests of the searches.
         subject: What is searched.
 
     Raises:
@@ -228,9 +228,9 @@ def curve_document(
     A curve as JSON values.
 
     Args:
-        points: Of it.
+        points: Its points.
         subject: What was searched.
-        seconds: Of the calibration; None if there was one already.
+        seconds: Duration of the calibration; None if there was one already.
         study: What is said of the study that has the trials of all points.
     """
     text = subject.text

@@ -24,7 +24,7 @@ def few_tokens(
     same, but they fit what they see more than the text that it stands for.
 
     Args:
-        linears: Of the model, by name.
+        linears: Linears of the model, by name.
         candidate: Only its update is looked at, and which linears it prunes.
         windows: (windows, tokens), int64, of the calibration.
 

@@ -48,7 +48,7 @@ def rate_jointly(
 
     Args:
         evaluators: By name of the model.
-        pattern: Of the search.
+        pattern: Pattern of the search.
         objective: How the models count.
         linears: What RIA prunes, as every candidate does.
 

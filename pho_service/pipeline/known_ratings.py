@@ -2,7 +2,7 @@
 Ratings that another search has made of the same candidates.
 
 A proxy rates score and allocation. Searches that differ in other steps alone, as those of
-``crepe-plus`` and ``best`` may, ask for the same candidates with the same values: the second one
+``crepe-plus`` and ``best`` may, ask for the same candidates with the same values. The second one
 takes them from the study of the first, and only its finalists are measured anew.
 """
 
@@ -31,9 +31,9 @@ class KnownRatings:
     What other studies of the same storage hold; a search by perplexity, or in memory, has none.
 
     Args:
-        study: Of the search. It is marked, for the next one to find.
+        study: Study of the search. It is marked, for the next one to find.
         request: What is asked.
-        plan: Of the search.
+        plan: Plan of the search.
         bundles: The keys of what it rates on.
 
     Attributes:
@@ -96,5 +96,5 @@ def _mark(request: SearchRequest, plan: SearchPlan, bundles: Sequence[str]) -> s
 
 
 def _key(candidate: Candidate) -> str:
-    """What a candidate is to a proxy."""
+    """Return what a proxy sees of a candidate."""
     return json.dumps(replace(candidate, steps=candidate.steps.rated).to_dict(), sort_keys=True)

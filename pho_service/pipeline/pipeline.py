@@ -58,7 +58,7 @@ def prune_model(
 
     Args:
         model: Dense; it is left pruned.
-        statistics: Of the dense model.
+        statistics: Statistics of the dense model.
         candidate: What to remove, and how.
         calibration: (windows, tokens), int64; only needed by steps that see a text.
         advance: Called with 1 after each pruned linear, and with 0 while a block is trained.
@@ -235,7 +235,7 @@ def finished_block(
     Take the linears of a block through a candidate's steps, those of one input together.
 
     Args:
-        linears: Of the block; they are not changed.
+        linears: Linears of the block; they are not changed.
         statistics: For the scores, where a step looks at them again.
         candidate: Its steps.
         masks: By score, of each linear.
@@ -308,7 +308,7 @@ def rate_streamed(
 
     Args:
         model: Dense, and streamed; it stays so.
-        statistics: Of it.
+        statistics: Its statistics.
         candidate: Its steps need no text.
         windows: (windows, context_length), int64, to measure on.
         advance: Called with 1 after each of them.
@@ -332,5 +332,5 @@ def rate_streamed(
 
 
 def _share(mask: LinearMask) -> float:
-    """Of its weights that are removed."""
+    """Return the share of its weights that are removed."""
     return 1 - int(mask.keep.count_nonzero()) / mask.keep.numel()

@@ -31,7 +31,7 @@ from pho_service.spec.configuration import Configuration
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
     """
-    What was done to a model.
+    Changes that were made to a model.
 
     Attributes:
         sparsity: Over the weights of all linears that are pruned.
@@ -192,7 +192,7 @@ def prune_in_place(
 
     Args:
         model: Dense; it is left pruned, in its stored dtype.
-        bundle: Of this model, for its activation norms and Fisher weights.
+        bundle: Bundle of this model, for its activation norms and Fisher weights.
         configuration: What to remove, and how.
         origin: Where the configuration was found, for the recipe; None where the user had it.
         calibration: Windows for steps that need a text.

@@ -95,7 +95,7 @@ def rate_pruned(
 
     Args:
         model: Dense.
-        statistics: Of it.
+        statistics: Its statistics.
         candidate: What to prune with.
         windows: (windows, context_length), int64, to measure on.
         advance: Called with 1 after each of them, and with 0 while the model is pruned.
@@ -124,7 +124,7 @@ class Subject:
 
     Attributes:
         model: Dense; it is given back dense.
-        bundle: Of the model.
+        bundle: Bundle of the model.
         text: To measure on.
         calibration: Windows for candidates whose steps need a text.
     """
@@ -141,7 +141,7 @@ class Measured:
     What was measured of a candidate.
 
     Attributes:
-        perplexity: Of the pruned model.
+        perplexity: Perplexity of the pruned model.
         sparsity: The share removed of all prunable weights.
         seconds: What pruning and measuring took.
         measured_on: The fields of a confirmation that say what on.
@@ -226,10 +226,10 @@ def compared_count(windows: Tensor) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Glance:
     """
-    What some windows of a text tell of a candidate.
+    Measurements of a candidate on some windows of a text.
 
     Attributes:
-        losses: Of each window, by its number; see
+        losses: Losses of each window, by its number; see
             :func:`~pho_service.pruning.perplexity.window_losses`.
         divergence: From the dense model on these windows, in nats a token; None if it was not
             asked for.
@@ -274,8 +274,8 @@ class Glances:
 
         Args:
             candidate: What to prune with.
-            numbers: Of the windows. If they begin with those that are compared, the glance has a
-                divergence.
+            numbers: Numbers of the windows. If they begin with those that are compared, the
+                glance has a divergence.
 
         Raises:
             InvalidInput: The candidate's steps need a text.

@@ -10,7 +10,7 @@ from pho_service.pruning.statistics import PrunableLinear
 
 
 def recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> list[str]:
-    """What of a recipe cannot be true of a model with these linears."""
+    """Find what a recipe says that cannot be true of a model with these linears."""
     said = [*recipe.layers, *recipe.dense]
     problems = [f"{name} is not in it" for name in linears if name not in {*said}]
     problems += [f"the model has no {name}" for name in said if name not in linears]
@@ -26,12 +26,12 @@ def recipe_problems(recipe: Recipe, linears: Mapping[str, PrunableLinear]) -> li
         # What reads the channels has them in dimension 1, what writes them in dimension 0.
         for name, dim in [(folded.reader, 1), *((writer, 0) for writer in folded.writers)]:
             if name not in linears:
-                problems.append(f"folded {name} is no linear of the model")
+                problems.append(f"folded {name} is not a linear of the model")
             elif (name, dim) in seen:
                 problems.append(f"{name} is folded twice")
             elif sorted(folded.order) != list(range(linears[name].weight.shape[dim])):
                 problems.append(
-                    f"the order folded into {name} is no permutation of its "
+                    f"the order folded into {name} is not a permutation of its "
                     f"{linears[name].weight.shape[dim]} channels"
                 )
             seen.add((name, dim))

@@ -70,7 +70,7 @@ def trainables(
     Args:
         module: That the parameters are of.
         linears: By name.
-        masks: Of the linears that are trained: (out_features, in_features), bool, True = kept.
+        masks: Masks of the trained linears: (out_features, in_features), bool, True = kept.
 
     Returns:
         One for each mask, in its order.

@@ -43,7 +43,7 @@ def references(plan: SearchPlan, rated: Sequence[RatedCandidate]) -> list[Refere
     What the result of a search is judged by, in the order of ``REFERENCES``.
 
     Args:
-        plan: Of the search.
+        plan: Plan of the search.
         rated: Its finished trials. A baseline that is pruned as published is such a reference.
     """
     methods = reference_methods(plan.pattern, plan.steps.linears)
@@ -78,7 +78,7 @@ def measure_references(
     Args:
         islands: The record; what it holds is not measured again.
         rated: Every finished trial.
-        measurements: Of the finalists, on the subject's text.
+        measurements: Measurements of the finalists, on the subject's text.
         subject: What is pruned and measured.
         progress: Is told of each window.
 
@@ -141,7 +141,7 @@ def _measured(
 
 
 def without_perplexity(name: str, error: NumericalError) -> str:
-    """Why a published method has no perplexity, which is no fault of the result."""
+    """Why a published method has no perplexity, which is not a fault of the result."""
     return f"The result is not compared with {name}, which has no perplexity here: {error}"
 
 

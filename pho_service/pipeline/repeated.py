@@ -31,10 +31,10 @@ from pho_service.tuning.request import SearchRequest
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRequest:
     """
-    What a comparison shows.
+    Rows of a comparison, and what they share.
 
     Attributes:
-        pattern: Of all rows.
+        pattern: Pattern of all rows.
         configurations: (name, configuration) pairs.
         methods: Names of published methods; None is those that are shown by default.
         searches: Searches by name, usually that of a preset; what each finds has a row.
@@ -80,7 +80,7 @@ class Calibrated:
     A model's calibration on one draw of the text.
 
     Attributes:
-        bundle: Of the model.
+        bundle: Bundle of the model.
         calibration: The windows that it was made of, for methods that need a text.
         confirm: Windows that searches are confirmed on; not the report's.
         left: How many windows of the text were not drawn; None where that is not known.
@@ -98,12 +98,12 @@ class Compared:
     Perplexities of one model on one text: dense, the published methods, and what was found.
 
     Attributes:
-        pattern: Of all rows.
+        pattern: Pattern of all rows.
         rows: As `pho compare` prints them: means over the calibrations.
         report: The text that they were measured on.
         model: Name, family, number of parameters, revision, hash of the weights, dtype.
         device: Where it was measured.
-        versions: Of the packages that measured.
+        versions: Versions of the packages that measured.
         notes: What the rows do not say, in sentences.
         seeds: The rows of each calibration, by its seed.
         configurations: What the searches of each calibration found, by seed and name.
@@ -131,7 +131,7 @@ class Compared:
 
     @property
     def title(self) -> str:
-        """Of the table."""
+        """Title of the table."""
         return f"{Path(self.model['name']).name} at {self.pattern}"
 
     @property
@@ -350,7 +350,7 @@ def mean_rows(tables: Sequence[Sequence[ComparisonRow]]) -> list[ComparisonRow]:
     The standard deviation is that of a sample (n - 1); memory is the most of all.
 
     Args:
-        tables: Of the same comparison on different calibrations. A row that some of them do not
+        tables: Tables of one comparison on different calibrations. A row that some of them do not
             have, such as a step that only one search chose, is the mean of those that have it.
     """
     together: dict[str, list[ComparisonRow]] = {}

@@ -166,7 +166,7 @@ def search_job(
 
 
 def of_objective(rated: Sequence[RatedCandidate], measured_on: Mapping[str, Any]) -> Measurements:
-    """Of a search by perplexity: every value is a measurement."""
+    """Return the measurements of a search by perplexity, which are its values."""
     return Measurements(perplexities={r.number: r.value for r in rated}, measured_on=measured_on)
 
 
@@ -189,7 +189,7 @@ def finish(
         islands: The studies.
         origin: Where what was searched comes from, see :func:`origin_of`.
         rated: Every finished trial, best first by the objective.
-        measurements: Of the finalists.
+        measurements: Measurements of the finalists.
         correction: What corrections of the best came to, if there were any. Without perplexities
             the nearest to the dense model is the result.
         saving: What the warm start was worth, if that was measured.
@@ -249,7 +249,7 @@ def opened_study(
     Its name says what is searched: the same request on the same bundles finds it again.
 
     Args:
-        url: Of the database: ``sqlite:///study.db``.
+        url: URL of the database: ``sqlite:///study.db``.
         request: As for :func:`search_job`.
         bundles: The same.
         confirm_text: The same.

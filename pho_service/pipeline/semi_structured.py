@@ -25,7 +25,7 @@ _OLDEST = (8, 0)  # compute capability of Ampere, the first with sparse tensor c
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """
-    What became of each linear.
+    Kernel of each linear, or the reason why it has none.
 
     Attributes:
         converted: Those that torch's 2:4 kernels multiply now.

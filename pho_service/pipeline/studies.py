@@ -42,8 +42,8 @@ def study_name(
 
     Args:
         request: What is asked.
-        plan: Of the search.
-        provenance: Of the bundle.
+        plan: Plan of the search.
+        provenance: Provenance of the bundle.
         rated_on: Hash of the text, if candidates are rated by perplexity.
     """
     options = plan.identity()

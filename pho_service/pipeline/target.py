@@ -36,7 +36,7 @@ class TargetFound:
 
     @property
     def result(self) -> SearchResult:
-        """Of the answer's search, with the target and its points written down."""
+        """Result of the answer's search, with the target and its points in it."""
         found = self.answer.result
         told = {
             **self.target.model_dump(),
@@ -82,7 +82,7 @@ def target_job(
     Args:
         points: Finds the points.
         target: What is wanted.
-        request: Of the search at a sparsity.
+        request: Request of the search at a sparsity.
 
     Raises:
         TargetMissed: The lowest sparsity is outside already.
@@ -120,9 +120,10 @@ def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
 
 def next_asked(count: int, inside: Mapping[int, bool]) -> int | None:
     """
-    The number that a bisection of ``count`` numbers from 0 asks for next, to find the last that is
-    inside, where all that follow one outside are, too; None at the end, when both that number and
-    the one after it were asked for.
+    Return the number that a bisection of ``count`` numbers from 0 asks for next.
+
+    It looks for the last number inside; all that follow one outside are outside, too. None at the
+    end, when both that number and the one after it were asked for.
 
     Args:
         count: How many there are.

@@ -41,7 +41,7 @@ class Target:
 
     Attributes:
         name: For messages.
-        bundle: Of it.
+        bundle: Its bundle.
         model: Dense; None: only proxies are known.
         report: What perplexities are measured on, with a model; nothing may have been chosen on it.
         calibration: Windows that the bundle was made of, for steps that need a text.
@@ -59,7 +59,7 @@ class Target:
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
     """
-    What a configuration is worth on a target.
+    Result of a configuration on a target.
 
     Attributes:
         target: Its name.
@@ -179,7 +179,7 @@ def own_search(
 
     Args:
         configuration: What is taken elsewhere.
-        options: Of the search.
+        options: Options of the search.
         finalists: How many found candidates are looked at again, beside the baselines.
 
     Raises:
@@ -192,8 +192,8 @@ def own_search(
         SearchSpace(**{name: tuple(values) for name, values in bounds.items()})
     except (AttributeError, TypeError, InvalidInput) as error:
         raise ConfigurationError(
-            f"the configuration's search.space is no search space: {error}. Take search out of the "
-            "file: then the usual space is searched."
+            f"the configuration's search.space is not a search space: {error}. Take search out of "
+            "the file: then the usual space is searched."
         ) from error
     return SearchRequest(
         pattern=candidate.pattern,
@@ -260,7 +260,7 @@ def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
 
 
 def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
-    """What proxies say of a configuration on the model ``name``."""
+    """Rate a configuration by proxies on the model ``name``."""
     warnings = Transfer(target=name, key="", perplexities={}, proxies={**proxies}).warnings()
     if warnings:
         return f"Note: {warnings[0]}"

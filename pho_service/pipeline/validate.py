@@ -72,10 +72,10 @@ def judge(
     How well each proxy ranks candidates whose perplexities are known.
 
     Args:
-        bundle: Of the model.
+        bundle: Bundle of the model.
         candidates: At least 8.
-        perplexity: Of each.
-        seed: Of the bootstrap.
+        perplexity: Perplexity of each.
+        seed: Seed of the bootstrap.
         device: For the proxies.
     """
     return qualities(rate_by_all_proxies(bundle, candidates, device=device), perplexity, seed=seed)
@@ -96,7 +96,7 @@ def validate_search(
     Args:
         subject: What is pruned and measured.
         study: The record: each perplexity is kept in it at once, and not measured again.
-        plan: Of the search.
+        plan: Plan of the search.
         asked: How many candidates, and their seed.
         device: For the proxies.
         progress: Is told of each candidate.
@@ -140,7 +140,7 @@ class Validation:
     """
     Attributes:
         candidates: What was rated.
-        perplexity: Of each candidate.
+        perplexity: Perplexity of each candidate.
         proxies: For each proxy, its value of each candidate.
         qualities: For each proxy, how well it ranks.
     """
@@ -170,13 +170,13 @@ def validate_job(
 
     Args:
         model: Dense; it is given back dense.
-        bundle: Of this model.
+        bundle: Bundle of this model.
         text: For the perplexities; not the calibration windows.
         pattern: What is pruned.
         linears: Where.
         bounds: Fields of the search space that differ from its defaults.
         count: Candidates, at least 8.
-        seed: Of the candidates and of the bootstrap.
+        seed: Seed of the candidates and of the bootstrap.
         calibration: Windows for a streamed model, which is pruned while they run through it.
         device: For the proxies.
         progress: Is told of each candidate.

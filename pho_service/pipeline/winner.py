@@ -31,7 +31,7 @@ def reconstruct_winner(
 
     Args:
         result: Found without one.
-        settings: Of the reconstruction.
+        settings: Settings of the reconstruction.
         study: The record; what it holds is not measured again.
         subject: What was confirmed, with a calibration text. None: nothing can be measured, and
             the reconstruction is added as it was asked for.

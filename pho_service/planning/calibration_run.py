@@ -22,7 +22,7 @@ BATCHED = 0.75  # of a card, for more windows than one at once: so its other use
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
     """
-    How a calibration is run. What it gives is the same but for rounding, and on a CPU the same.
+    Way in which a calibration is run. Its result only differs by rounding; on a CPU it is the same.
 
     Attributes:
         run: How.
@@ -52,12 +52,12 @@ def choose_run(
     On a CPU windows are run one by one: more at once are not faster there.
 
     Args:
-        footprint: Of the model.
-        settings: Of the calibration; its ``memory_bytes`` is not looked at.
+        footprint: Footprint of the model.
+        settings: Settings of the calibration; its ``memory_bytes`` is not looked at.
         place: Where the model will run.
         windows: How many there are.
         fisher_windows: How many of them are run backward.
-        device_limit: Bytes of a GPU that model and calibration may take together; None is no limit.
+        device_limit: Bytes of a GPU that model and calibration may take; None means no limit.
         host_limit: The same of main memory; on a CPU the model is in it, too.
         device_size: Bytes of the GPU. Several windows are run at once only if that takes no more
             than three quarters of it, so results depend on the card, and hardly on who uses it.

@@ -80,7 +80,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of the calibration."""
+        """Number of tokens of the calibration."""
         return self.calibration.samples * self.calibration.context_length
 
 
@@ -89,7 +89,7 @@ def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str
     Estimate the seconds of each stage of a job, in the order of the stages.
 
     Args:
-        shapes: Of the model.
+        shapes: Shapes of the model.
         work: What is asked for.
         machine: Where.
 
@@ -205,7 +205,7 @@ class _Costs:
         return (1 + self.work.corrections) * (compared + self.masks())
 
     def confirmation(self) -> float:
-        """A race where it pays, else perplexities; and what the result is judged by."""
+        """A race where it pays, otherwise perplexities; and what the result is judged by."""
         context = self.work.calibration.context_length
         measured = self.forward(self.work.windows * context, context, head=True)
         measured += self.streaming(1)
@@ -282,7 +282,7 @@ class _Costs:
         return flops / self.machine.float_products
 
     def iterations(self, number: int) -> float:
-        """Of ADMM over all linears: a product each, and a mask."""
+        """Return the seconds of ADMM over all linears: a product each, and a mask."""
         chosen = self.shapes.prunable * CHOSEN / self.machine.bandwidth
         return number * (self.products_of_weights() + chosen)
 

@@ -57,7 +57,7 @@ class Footprint:
         outside: Bytes of the parameters outside the blocks.
         hidden: Bytes of a token's hidden state.
         vocabulary: Number of a token's logits.
-        heads: Of attention that is not fused; 0 if it is.
+        heads: Number of attention heads if attention is not fused; 0 if it is.
         rows: out_features of each linear.
     """
 
@@ -88,7 +88,7 @@ class Footprint:
         Bytes that a pass without gradients, and without the head, takes at its peak.
 
         Args:
-            tokens: Of a window.
+            tokens: Number of tokens of a window.
             windows: Run at once.
             watched: Whether statistics of the linears' inputs are gathered.
         """
@@ -104,7 +104,7 @@ class Footprint:
         Bytes that a pass forward and backward takes at its peak.
 
         Args:
-            tokens: Of a window.
+            tokens: Number of tokens of a window.
             windows: Run at once.
             recompute: Blocks keep only their inputs, and run again.
         """
@@ -168,7 +168,7 @@ def shapes_footprint(shapes: ModelShapes, dtype: str) -> Footprint:
     The footprint of a model of which only the configuration is known.
 
     Args:
-        shapes: Of the model; its attention is taken to be fused.
+        shapes: Shapes of the model; its attention is taken to be fused.
         dtype: That it will be loaded in.
     """
     itemsize = DTYPE_BYTES[dtype]

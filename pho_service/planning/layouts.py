@@ -290,7 +290,7 @@ class Family:
         blocks: The linears of each block.
         tied: Whether head and embedding are one tensor if the configuration does not say.
         positions: Learned position embeddings beyond the longest window; None if there are none.
-        norms: Of a block, as wide as its hidden states.
+        norms: Norms of a block, as wide as its hidden states.
         head_norms: Whether queries and keys have norms of their own.
         defaults: Fields that published configurations leave out, as transformers has them.
     """

@@ -23,14 +23,14 @@ class Machine:
     Attributes:
         name: As it is asked for.
         is_gpu: Whether models lie on a card of its own memory.
-        memory_bytes: Of the card; of a CPU the main memory.
+        memory_bytes: Memory of the card; for a CPU, the main memory.
         products: FLOP/s of matrix products in bfloat16; on a CPU in float32.
         float_products: FLOP/s of matrix products in float32.
         bandwidth: Bytes/s that are read or written where the model lies.
         copies: Bytes/s between the card and main memory; on a CPU as its bandwidth.
         launch_s: What starting an operation takes at least.
         disk: Bytes/s of the files.
-        cores: Of the host.
+        cores: Cores of the host.
         main_bytes: Main memory of the host.
         uncertainty: A stage may take so many times less or more.
     """

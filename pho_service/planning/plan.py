@@ -37,7 +37,7 @@ SEARCHED = 3  # times its bundle that a search holds at its peak
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """
-    What one stage takes.
+    Time and memory of one stage.
 
     Attributes:
         title: What is done.
@@ -53,10 +53,10 @@ class StagePlan:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """
-    What a job takes on a machine.
+    Time and memory of a job on a machine.
 
     Attributes:
-        shapes: Of the model.
+        shapes: Shapes of the model.
         machine: Where.
         work: What is asked for.
         calibration: How the calibration would be run.
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the machine has the memory for it."""
+        """Tell whether the machine has the memory for it."""
         return not self.obstacles
 
     @property
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of all stages together, at least and at most."""
+        """Seconds of all stages together, at least and at most."""
         low, high = zip(*(stage.seconds for stage in self.stages), strict=True)
         return sum(low), sum(high)
 
@@ -283,7 +283,7 @@ def _peaks(
 
 
 def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | None) -> Peak:
-    """Of a candidate that is pruned, measured and made dense again."""
+    """Return the peak for a candidate that is pruned, measured and made dense again."""
     settings = work.calibration
     if work.steps.needs_text:
         streams = 1 + work.steps.reconstruction.wanted

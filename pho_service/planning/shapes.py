@@ -15,7 +15,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
     """
-    What a plan needs to know of a model.
+    Properties of a model that a plan depends on.
 
     Attributes:
         family: As its configuration calls it.
@@ -23,7 +23,7 @@ class ModelShapes:
         hidden: Width of a hidden state.
         vocabulary: Number of tokens that it knows.
         outside: Parameters beside the linears: embeddings, head, norms, biases, routers.
-        beside: Of those, the ones that lie in blocks, for one block at most.
+        beside: Those of them that lie in blocks, for one block at most.
         heads: Attention heads.
         dtype: That its weights are stored in.
         context: Longest window that it can read; None if its configuration does not say.

@@ -37,10 +37,10 @@ LOGITS_AT_ONCE = 2**21  # log-probabilities that are held at a time, see pruning
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """
-    Where a model runs.
+    Place where a model runs.
 
     Attributes:
-        on_gpu: On a GPU; else on the CPU.
+        on_gpu: On a GPU; otherwise on the CPU.
         stream: Its weights stay on disk, and one block at a time is on the device.
     """
 
@@ -82,7 +82,7 @@ class Peak:
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRun:
     """
-    How a calibration is run.
+    Way in which a calibration is run.
 
     Attributes:
         windows: Run forward and backward at once.
@@ -124,8 +124,8 @@ def calibration_peak(
     The peak of a calibration, its bundle's file included.
 
     Args:
-        footprint: Of the model.
-        settings: Of the calibration.
+        footprint: Footprint of the model.
+        settings: Settings of the calibration.
         place: Where the model runs.
         run: How.
         windows: How many windows there are.
@@ -219,11 +219,11 @@ def pruning_peak(
     The peak of pruning a model in place.
 
     Args:
-        footprint: Of the model.
+        footprint: Footprint of the model.
         place: Where it runs.
         steps: Beside the score. Those that need a text see the windows block by block.
-        windows: Of the calibration text.
-        tokens: Of a window.
+        windows: Number of windows of the calibration text.
+        tokens: Number of tokens of a window.
         states_on_device: The windows' hidden states stay on the GPU.
         keep_dense: The weights are put back afterwards, as for a perplexity, and a streamed
             model's are not written to disk where no step needs a text.
@@ -304,14 +304,14 @@ def confirmation_peak(
     Candidates with other steps take :func:`pruning_peak` before, and are measured in less.
 
     Args:
-        footprint: Of the model.
+        footprint: Footprint of the model.
         place: Where it runs.
-        tokens: Of a window of the text that is measured on.
-        windows: Of it; of a streamed model their hidden states are kept.
+        tokens: Number of tokens of a window of the text that is measured on.
+        windows: Number of its windows; a streamed model keeps their hidden states.
         at_once: Windows run at once.
         sparsity: Share of the weights that are removed.
-        removed_on_device: What is removed is kept on the GPU; else in main memory.
-        states_on_device: A streamed model's hidden states stay on the GPU; else in main memory.
+        removed_on_device: Removed weights are kept on the GPU; otherwise in main memory.
+        states_on_device: A streamed model's hidden states stay on the GPU; otherwise on the CPU.
     """
     largest = max(block.largest for block in footprint.blocks)
     scoring = SCORES * FLOAT * largest
@@ -369,7 +369,7 @@ def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> 
     The peak of writing a pruned model and its masks.
 
     Args:
-        footprint: Of the model.
+        footprint: Footprint of the model.
         place: Where it lies.
         stored_itemsize: Bytes of a weight in the dtype that it is saved in.
     """

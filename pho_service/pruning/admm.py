@@ -58,11 +58,11 @@ def admm_refine(
 
     Args:
         linears: All that read the input.
-        moments: Of it.
+        moments: Its second moments.
         layer: Name of one of them, for the message of an error.
 
     Returns:
-        Of each, weights, (out_features, in_features), float32, 0 where removed,
+        For each linear its weights, (out_features, in_features), float32, 0 where removed,
         a good start for least squares; and the mask, bool, True = kept. The same on every run.
 
     Raises:
@@ -141,8 +141,8 @@ def admm(
 
     Args:
         weight: (out_features, in_features), any floating dtype, finite.
-        moments: Of its input, not damped.
-        inverse: Of ``moments``, for :data:`PUBLISHED_DAMPING` and :data:`PUBLISHED_PENALTY`.
+        moments: Second moments of its input, not damped.
+        inverse: Inverse of ``moments`` for :data:`PUBLISHED_DAMPING`, :data:`PUBLISHED_PENALTY`.
         support: How many weights stay, and which compete.
 
     Returns:

@@ -52,7 +52,7 @@ def allocate(views: Views, pattern: Pattern, allocation: Allocation) -> dict[str
     the N below what its method asks for; then, largest remainder first, units
     get one more while the model's total allows it, round after round until
     none fits. So the model never keeps more weights than the pattern, and less
-    by under one M-th of the smallest unit that could still keep more; what a
+    by under one M-th of the smallest unit that could still keep more. What a
     large unit's rounding leaves over may go to a small one that did not ask.
 
     Args:
@@ -299,7 +299,7 @@ def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
     """
     What each unit should lose, (units,), float64: where all error curves rise equally steeply.
 
-    Among convex curves this is where the sum of the errors is least. Of N:M
+    Among convex curves this is where the sum of the errors is least. For N:M
     the curve's points are the errors at each allowed N.
     """
     low, high = bounds(pattern, allocation.spread)

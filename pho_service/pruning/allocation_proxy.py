@@ -26,9 +26,9 @@ class AllocationProxy:
     at some sparsities, once, and read off between them in the logarithm.
 
     Args:
-        evaluator: Of the bundle.
+        evaluator: Evaluator of the bundle.
         candidate: Its pattern is a ratio, in scope row or layer.
-        weighting: Of the rating.
+        weighting: Weighting of the rating.
 
     Attributes:
         allocation: The candidate's, without offsets.

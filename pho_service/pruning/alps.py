@@ -38,7 +38,8 @@ class Spectrum:
     @classmethod
     def of(cls, gram: Tensor, *, layer: str) -> Self:
         """
-        Of E[x x^T], (in_features, in_features), float32, damped by 0.01 of its mean diagonal.
+        Return the spectrum of E[x x^T], (in_features, in_features), float32, damped by 0.01 of
+        its mean diagonal.
 
         Raises:
             NumericalError: NaN or infinity in ``gram``; names ``layer``.
@@ -63,7 +64,7 @@ def alps(weight: Tensor, spectrum: Spectrum, support: Support) -> tuple[Tensor, 
 
     Args:
         weight: (out_features, in_features), any floating dtype, finite.
-        spectrum: Of the second moments of its input.
+        spectrum: Spectrum of the second moments of its input.
         support: How many weights stay, and which compete. The published one lets
             all weights of a linear compete, or those of an N:M run.
 

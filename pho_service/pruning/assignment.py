@@ -27,7 +27,7 @@ def assign(gain: Tensor) -> Tensor:
 
     Exact up to 256 candidates. Beyond that a candidate is matched with places
     that are among the 16 best for it, or that it is among the 16 best for, or
-    with the place of its own index; the sum is never below that of the diagonal. What is good
+    with the place of its own index. The sum is never below that of the diagonal. What is good
     is measured against what a place can get elsewhere and a candidate elsewhere.
     Channel permutations kept 98.9 % of the gain or more.
 

@@ -31,7 +31,7 @@ class LayerSample:
     Some rows of one linear, and what the score needs besides.
 
     Attributes:
-        out_features: Of the whole layer; in_features is the width of ``rows``.
+        out_features: Width of the outputs of the whole layer; in_features is the width of ``rows``.
         input_index: Which of the bundle's inputs the linear reads.
         row_index: (rows,), int64, ascending: where ``rows`` stand in the layer.
         rows: (rows, in_features), float32, the weights.
@@ -143,7 +143,7 @@ class ProxyBundle:
 
         Args:
             linears: What is said of single linears.
-            pattern: Of all others.
+            pattern: Pattern of all others.
 
         Raises:
             InvalidInput: What is said does not fit the model, which is named; or N:M does not
@@ -201,10 +201,10 @@ def sample_bundle(
 
     Args:
         linears: In the model's order.
-        statistics: Of the same linears.
+        statistics: Statistics of the same linears.
         rows_per_layer: Rows of each linear; 0, or more than it has, takes all.
         kernel_sizes: Odd sizes for which window means are kept.
-        seed: Of the sample.
+        seed: Seed of the sample.
         provenance: Where all this comes from.
         advance: Called with 1 after each linear.
     """

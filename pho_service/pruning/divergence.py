@@ -86,9 +86,9 @@ def rate_divergence(
     """
     Measure the Kullback-Leibler divergence of a model's predictions from the dense model's.
 
-    At a position where the dense model gives its k most likely tokens the
-    probabilities p_1 .. p_k, and q_1 .. q_k are what this model gives the same
-    tokens, all others count as one event, p_0 = 1 - sum p_i and q_0 = 1 - sum q_i:
+    At each position the dense model gives its k most likely tokens the
+    probabilities p_1 .. p_k, and this model gives the same tokens q_1 .. q_k.
+    All other tokens count as one event: p_0 = 1 - sum p_i and q_0 = 1 - sum q_i:
 
         KL = sum over i = 0 .. k of p_i * log(p_i / q_i)
 
@@ -97,7 +97,7 @@ def rate_divergence(
 
     Args:
         model: In evaluation mode.
-        reference: Of the dense model.
+        reference: Reference from the dense model.
         most: Windows that may be run at once: see :func:`window_logits`.
         advance: Called with 1 after each window.
 
@@ -124,7 +124,7 @@ def window_divergence(logits: Tensor, reference: DenseReference, number: int) ->
 
     Args:
         logits: (context_length, vocabulary), any floating dtype, of the window.
-        reference: Of the dense model.
+        reference: Reference from the dense model.
         number: Which of its windows.
     """
     tokens = reference.tokens[number].to(logits.device)
@@ -137,7 +137,7 @@ def window_divergence(logits: Tensor, reference: DenseReference, number: int) ->
 
 def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     """
-    Of each position; the formula of :func:`rate_divergence`.
+    Return the divergence at each position, by the formula of :func:`rate_divergence`.
 
     Args:
         dense: (positions, k), float32: log p_i.

@@ -63,8 +63,8 @@ def permute_for_error(
         gram: (in_features, in_features), float32: E[x x^T] of the input.
         keep: N, weights kept per group. 1 <= keep < group.
         group: M, channels of a group. Divides in_features.
-        sweeps: Of :func:`permute_channels`.
-        rounds: Of swaps, >= 0.
+        sweeps: Number of sweeps of :func:`permute_channels`.
+        rounds: Number of rounds of swaps, >= 0.
         max_rows: Output rows that proposals look at: those that would make the
             largest errors. What decides is the error of all rows.
 

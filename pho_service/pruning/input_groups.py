@@ -1,5 +1,5 @@
 """
-Which linears of a model read the same input.
+Groups of linears that read the same input.
 """
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class InputGroups:
         self._recent: list[tuple[Tensor, int]] = []  # inputs of this window, while groups form
 
     def see(self, name: str, x: Tensor) -> int | None:
-        """The index of ``x`` if linear ``name`` is the one that it counts for, else None."""
+        """The index of ``x`` if linear ``name`` is the one that it counts for, otherwise None."""
         if name not in self.input_of:
             self._group(name, x)
         index = self.input_of[name]

@@ -37,7 +37,7 @@ class LayerErrors:
     Args:
         bundle: What to rate on. On the CPU it shares memory with the stacks.
         device: Where the tensors are kept and the sums are done.
-        dtype: Of the matrix products.
+        dtype: Dtype of the matrix products.
     """
 
     def __init__(self, bundle: ProxyBundle, device: torch.device, dtype: torch.dtype) -> None:
@@ -175,7 +175,7 @@ class LayerErrors:
         What each layer loses by a pattern of its own.
 
         Args:
-            patterns: Of each layer.
+            patterns: Patterns of each layer.
 
         Returns:
             As :meth:`shares`.
@@ -192,7 +192,7 @@ class LayerErrors:
         return torch.tensor(lost)
 
     def _global(self, candidate: Candidate) -> Tensor:
-        """What each layer loses under one threshold on the plain score."""
+        """Count what each layer loses under one threshold on the plain score."""
         exponent = candidate.coefficients.gradient_exponent
         scores = [
             stack.plain_importance(exponent, out=memory).flatten(0, 1).flatten(1)
@@ -248,7 +248,7 @@ def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
 
     Args:
         score: (I, C, L, R, n), contiguous.
-        pattern: Of all candidates.
+        pattern: Pattern of all candidates.
         shares: (I, C, L), int64, on the CPU: what each linear loses, or its N of N:M, if not the
             pattern's.
     """

@@ -25,8 +25,8 @@ class LinearSize:
     """
     Attributes:
         name: As the model calls it: ``model.layers.3.self_attn.q_proj``.
-        out_features: Of the whole linear.
-        in_features: Of the whole linear.
+        out_features: Width of the outputs of the whole linear.
+        in_features: Width of the inputs of the whole linear.
         rows: Output rows that are there; each stands for out_features / rows.
     """
 
@@ -37,7 +37,7 @@ class LinearSize:
 
     @property
     def weights(self) -> int:
-        """Of the whole linear."""
+        """Number of weights of the whole linear."""
         return self.out_features * self.in_features
 
     @property
@@ -51,7 +51,7 @@ class View(Protocol):
 
     @property
     def linears(self) -> Sequence[LinearSize]:
-        """Of the linears, in the order of all that is measured."""
+        """Sizes of the linears, in the order of all that is measured."""
 
     def wanda_sums(self) -> list[float]:
         """The sum of the scores A * x of each linear's rows, in float64."""
@@ -100,7 +100,7 @@ class LayerView:
 
     Attributes:
         name: As the model calls it: ``model.layers.3.self_attn.q_proj``.
-        out_features: Of the whole layer.
+        out_features: Width of the outputs of the whole layer.
         rows: (R, in_features), float32. Weights of R output rows; each row
             stands for out_features / R.
         activation_norm: (in_features,), float32, >= 0.

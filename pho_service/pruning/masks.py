@@ -61,7 +61,7 @@ def line_mask(lines: Tensor, pattern: Pattern) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class LinearMask:
     """
-    What a candidate removes from one linear.
+    Weights that a candidate removes from one linear.
 
     Attributes:
         keep: (out_features, in_features), bool.
@@ -118,7 +118,7 @@ class Losses:
     What a candidate says of each linear of a model before any mask is made.
 
     Attributes:
-        names: Of the linears that are pruned.
+        names: Names of the linears that are pruned.
         shares: As of :func:`linear_shares`.
         own: Patterns of linears that have one of their own.
         movable: The linears whose input channels a permutation may move; None is all.
@@ -168,7 +168,7 @@ def masks_of(
         linears: All are pruned; they may be some of a model, such as those of a block.
         statistics: For their scores.
         candidate: The score, the pattern and the permutation.
-        losses: Of the whole model.
+        losses: Losses of the whole model.
     """
     for names in readers(linears, statistics):
         scores = {
@@ -252,7 +252,7 @@ def mask_of(score: Tensor, pattern: Pattern, share: int | None, order: Tensor | 
         score: (out_features, in_features), float32.
         pattern: Its scope says which weights compete.
         share: Weights to remove, or N for N:M; None is what the pattern says.
-        order: Of the channels, for N:M.
+        order: Order of the channels, for N:M.
     """
     if pattern.group:
         keep = pattern.keep if share is None else share
@@ -287,7 +287,7 @@ def over_rows(removed: Tensor, rows: int) -> Tensor:
 
     Args:
         removed: (layers,), int64, weights.
-        rows: Of each layer.
+        rows: Rows of each layer.
 
     Returns:
         (layers * rows,), int64, layer by layer.
@@ -344,7 +344,7 @@ def pruned(
     Zero the masked weights of a model, and put them back afterwards.
 
     Args:
-        linears: Of the model, by name. Changed in place. Inside, nobody else may change them.
+        linears: Linears of the model, by name. Changed in place; inside, nobody else may do so.
         masks: (name, mask) pairs, as :func:`model_masks` gives them. They
             must not depend on weights that were masked before.
 
@@ -402,8 +402,8 @@ def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str,
     The share that is gone of the weights of all linears that are pruned.
 
     Args:
-        linears: Of the model; there may be more.
-        sparsity: Of each linear that is pruned.
+        linears: Linears of the model; there may be more.
+        sparsity: Sparsity of each linear that is pruned.
     """
     sizes = {name: each.weight.numel() for name, each in linears.items() if name in sparsity}
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())

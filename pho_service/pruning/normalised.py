@@ -33,7 +33,7 @@ class Normalised:
     @classmethod
     def of(cls, gram: Tensor, *, damping: float, layer: str) -> Self:
         """
-        Of a Gram matrix, which is left as it is.
+        Normalise a Gram matrix, which is left as it is.
 
         Args:
             gram: (in_features, in_features), float32, symmetric: E[x x^T]. An input

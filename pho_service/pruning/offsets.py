@@ -21,7 +21,7 @@ def block_of(name: str) -> str:
     Name the block of a linear: of ``model.layers.3.mlp.up_proj`` it is ``model.layers.3``.
 
     Args:
-        name: Of the linear, with dots.
+        name: Name of the linear, with dots.
 
     Returns:
         The name up to and including its first purely numeric component. A
@@ -53,7 +53,7 @@ def offset(
     all of them, so that within the bounds the model loses what the pattern says.
 
     Args:
-        names: Of the units, in the order of the model; of a block, the name of a linear of it.
+        names: Names of the units, in the model's order; a block has the name of one of its linears.
         sizes: (units,), float64: weights of each.
         sparsity: (units,), float64, by the method of all the allocations.
         allocations: A of them, of one spread.

@@ -111,7 +111,7 @@ def permuted_mask(score: Tensor, order: Tensor, *, keep: int, group: int) -> Ten
 
 def moved_scores(channels: Tensor, moving: Tensor, staying: Tensor, keep: int) -> Tensor:
     """
-    What each group would retain with each channel that is on the move.
+    Return what each group would retain with each channel that moves.
 
     Args:
         channels: (in_features, rows), float32: the score, channel by channel.

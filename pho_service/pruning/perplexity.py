@@ -83,7 +83,7 @@ def window_logits(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
         most: Windows that are run at once, on a CUDA device.
 
     Returns:
-        Of one window after the other, (context_length, vocabulary), in the
+        The logits of one window after the other, (context_length, vocabulary), in the
         model's dtype and on its device.
 
     Raises:
@@ -128,10 +128,10 @@ def batch_size(logits: int, device: torch.device, *, weights: int, most: int) ->
     How many windows to run at once; the rule is that of :func:`window_logits`.
 
     Args:
-        logits: Of one window: context length times vocabulary.
+        logits: Logits of one window: context length times vocabulary.
         device: Where the model runs.
         weights: Bytes of the model there.
-        most: The answer is 1 to ``most``; 1 on whatever is no CUDA device.
+        most: The answer is 1 to ``most``; 1 on any device other than CUDA.
     """
     if device.type != "cuda":
         return 1
@@ -170,7 +170,7 @@ def window_losses(model: nn.Module, windows: Tensor, *, most: int = MOST) -> Ite
         most: Windows that may be run at once: see :func:`window_logits`.
 
     Yields:
-        Of each window, the loss summed over each run of :data:`BLOCK` predicted tokens, in nats;
+        For each window, the loss summed over each run of :data:`BLOCK` predicted tokens, in nats;
         the last run may be shorter. Not necessarily finite.
     """
     with torch.inference_mode():

@@ -28,7 +28,7 @@ from pho_service.spec.pattern import Pattern, Scope
 @dataclass(frozen=True, kw_only=True)
 class ProxyRating:
     """
-    What the proxies say of one candidate. Lower is better for all but Gini.
+    Ratings of one candidate by the proxies. Lower is better for all but Gini.
 
     Attributes:
         fisher: Sum over layers and rows of g_i * (D H D^T)_i: up to a factor, a second-order
@@ -68,7 +68,7 @@ class ProxyEvaluator:
     Args:
         bundle: What to rate on. On the CPU it shares memory with the evaluator.
         device: Where the tensors are kept and the sums are done.
-        dtype: Of the matrix products, which take most of the time. Scores,
+        dtype: Dtype of the matrix products, which take most of the time. Scores,
             masks and sums are float32 in any case.
     """
 

@@ -34,7 +34,7 @@ class Trainable:
         parameter: Contiguous, floating point. It may hold the weights of many linears, such as all
             experts of a mixture.
         weight: (out_features, in_features), a view of the parameter's memory. Changed in place.
-        keep: Of the same shape, bool. What is False stays as it is, to the bit.
+        keep: Mask of the same shape, bool. What is False stays as it is, to the bit.
     """
 
     parameter: nn.Parameter
@@ -51,14 +51,14 @@ class Trainable:
 @dataclass(frozen=True, kw_only=True)
 class Reconstructed:
     """
-    What the training of one block came to.
+    Result of the training of one block.
 
     Attributes:
         before: Mean over the tokens of the held-out windows of its output's squared error over the
             dense output's energy. None if it is NaN or infinite.
         after: The same with the weights that the block was left with.
         passes: Passes that were made, with those that were taken back.
-        kept: Whether the trained weights were taken; else the block has those from before.
+        kept: Whether the trained weights were taken; otherwise the block has its earlier ones.
     """
 
     before: float | None
@@ -96,7 +96,7 @@ def reconstruct(
 
     The error is the mean over tokens of the output's squared error over the dense output's energy,
     as the next block's norm sees it: without that division the few tokens with massive activations
-    would be all that counts. Adam takes one window a step, in an order drawn from the seed; its
+    would be all that counts. Adam takes one window a step, in an order drawn from the seed. Its
     rate is a share of the root mean square of each parameter's kept weights, as models differ in
     that by a factor of ten, and falls linearly to 0 over all passes. After each pass the held-out
     windows are measured. A pass that made them worse does not count: it is taken back, and the
@@ -179,7 +179,7 @@ class _Fit:
     """
     Weights on their way: exact ones in float32, which Adam changes, and the model's own.
 
-    Of a model in 16 bits the steps are smaller than its weights can tell.
+    The steps of a model in 16 bits are smaller than its weights can show.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class _Fit:
         self._write()
 
     def copies(self) -> list[Tensor]:
-        """Of the exact weights, as they are now."""
+        """Return copies of the exact weights as they are now."""
         return [exact.detach().clone() for exact in self.exact]
 
     def restore(self, copies: Sequence[Tensor]) -> None:

@@ -42,9 +42,9 @@ class SecondMoment:
 
     Args:
         width: in_features.
-        device: Of the input.
+        device: Device of the input.
         projection_rows: Rows of the projection; 0 keeps the Gram matrix.
-        seed: Of the rows and signs. They are drawn on the CPU, token by token, so they are the
+        seed: Seed of the rows and signs. They are drawn on the CPU, token by token, so they are the
             same on every device and in every batch.
 
     Source:

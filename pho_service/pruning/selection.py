@@ -160,7 +160,7 @@ def add_digits(
 
     Args:
         values: float32 >= 0, of any shape, or (lines, n).
-        weight: Of each value, or (lines,), float64, of those of each line.
+        weight: Weight of each value, or (lines,), float64, of those of each line.
         shift: Bits below the digit.
         width: Bits of the digit.
         prefix: What the bits above it must be for a value to count.

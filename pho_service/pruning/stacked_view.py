@@ -30,7 +30,7 @@ class StackedView:
 
     Attributes:
         linears: In the order of the bundle.
-        stacks: Of these linears.
+        stacks: Stacks of these linears.
     """
 
     linears: Sequence[LinearSize]

@@ -81,7 +81,7 @@ class Stack:
         Score all weights of the stack by :func:`pho_service.pruning.masks.plain_score`.
 
         Args:
-            gradient_exponent: Of that score.
+            gradient_exponent: Gradient exponent of that score.
             out: (I, L, R, n), is written and given back.
 
         Returns:
@@ -127,7 +127,7 @@ def stack_bundle(
     Args:
         bundle: All of it.
         device: Where the stacks are kept.
-        dtype: Of the matrix products with the roots.
+        dtype: Dtype of the matrix products with the roots.
         values: The most sampled weights of a stack, if it has more than one input.
     """
     readers: dict[tuple[int, int], list[int]] = {}

@@ -94,7 +94,7 @@ def collect_statistics(
         fisher_windows: 1 <= fisher_windows <= windows.
         projection_rows: Rows of the random projection of the activations;
             0 gathers the full Gram matrix.
-        seed: Of the random projection.
+        seed: Seed of the random projection.
         batch_windows: How many are run at once. It changes rounding only.
         forward_windows: The same of those that are run forward only, which take less memory;
             None is ``batch_windows``.
@@ -261,7 +261,7 @@ class Collector:
         self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + len(squares)
 
     def sums(self) -> Sums:
-        """What was gathered, of inputs that are not finished; not to be added to any more."""
+        """What was gathered, of inputs that are not finished; nothing is added afterwards."""
         moments = [self._moments[index] for index in range(len(self.groups.readers))]
         return Sums(
             readers=self.groups.readers,

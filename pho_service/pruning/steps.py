@@ -46,7 +46,7 @@ class ScoredLinear:
     Attributes:
         name: For messages.
         weight: (out_features, in_features), float32, dense.
-        score: Of the same shape; None where no step looks at it.
+        score: Score of the same shape; None where no step looks at it.
         fisher: (out_features,), float32.
         mask: What score, allocation and permutation remove.
     """
@@ -83,7 +83,7 @@ def finish(
 
     Args:
         linears: All that read it.
-        moments: Of the input, as the pruned model before it gives it.
+        moments: Second moments of the input, as the pruned model before it gives it.
         pattern: What is pruned.
         steps: Permutation ``error``, re-pruning and update are done here.
 

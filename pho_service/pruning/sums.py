@@ -37,7 +37,7 @@ class Sums:
 
 def shard_seed(seed: int, shard: int) -> int:
     """
-    Of a shard's projection; that of the first is the calibration's own.
+    Return the seed of a shard's projection; the first one's is the calibration's.
 
     The signs of different shards' tokens must be drawn apart: with the same ones, products of
     tokens at the same places would not vanish in expectation.

@@ -34,7 +34,7 @@ class Support:
 
         Args:
             mask: (out_features, in_features), bool, True = kept.
-            by_row: Each output row keeps its own number of weights; else all rows compete.
+            by_row: Each output row keeps its own number of weights; otherwise all rows compete.
             keep: N of N:M; only with ``group``.
             group: M of N:M; 0 for a ratio.
         """

@@ -104,7 +104,7 @@ class _Rows:
         )
 
     def changes(self) -> tuple[Tensor, Tensor]:
-        """What each removed weight changes if it comes back, each kept one if it goes; else inf."""
+        """Return the change by restoring each removed and removing each kept weight, or inf."""
         alone = torch.addcmul(self.energy, self.move, self.pull, value=2)
         return alone + self.barrier, alone.add_(self.barrier.reciprocal())  # 1 / 0 = inf
 

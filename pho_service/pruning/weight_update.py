@@ -1,5 +1,5 @@
 """
-The weights that stay after pruning a linear, changed to make up for those that went.
+Updates of the weights that a linear keeps, to make up for those that were removed.
 
 All of it works on one Gram matrix H = E[x x^T] of the linear's input: rows of
 weights W and W' give outputs that differ by (W - W') H (W - W')^T in the mean.
@@ -144,7 +144,7 @@ def sparsegpt(
     Args:
         weight: (out_features, in_features), any floating dtype, finite.
         factor: (in_features, in_features), float32, of :func:`inverse_factor`.
-        removed: Weights of the linear that go; only without ``group``.
+        removed: Weights of the linear that are removed; only without ``group``.
         keep: N of N:M, 1 <= keep < group; 0 for a ratio.
         group: M of N:M, divides in_features; 0 for a ratio.
         block: Columns of a block, >= 1. N:M takes the next lower multiple of M.
@@ -269,7 +269,7 @@ def _errors(current: Tensor, factor: Tensor, gone: Tensor) -> Tensor:
     Args:
         current: (columns, out_features).
         factor: (columns, columns): U without its diagonal.
-        gone: (columns, out_features): 1 / U_jj of what is removed, else 0.
+        gone: (columns, out_features): 1 / U_jj where a weight is removed, otherwise 0.
 
     Returns:
         (columns, out_features).
@@ -303,7 +303,7 @@ def least_squares_update(
         start: (out_features, in_features), any floating dtype: a good guess,
             such as :func:`obs_update` gives. Counts as 0 where ``mask`` is False.
         damping: Share of the mean diagonal that is added to the diagonal, >= 0.
-        steps: Of conjugate gradients, >= 0.
+        steps: Number of steps of conjugate gradients, >= 0.
 
     Returns:
         (out_features, in_features), float32, 0 where ``mask`` is False. A row

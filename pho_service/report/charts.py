@@ -24,7 +24,7 @@ class Chart:
     A figure of the page.
 
     Attributes:
-        id: Of its element.
+        id: Id of its element.
         title: A heading in few words.
         text: What it shows, for those who do not see it.
         drawing: The chart itself.
@@ -137,9 +137,9 @@ def layer_charts(
     Heat maps of error and, where it differs, of sparsity over blocks and kinds of linears.
 
     Args:
-        number: Of the model.
+        number: Number of the model.
         model: Its name.
-        cells: Of the model.
+        cells: Cells of the model.
         several: Whether there are other models.
     """
     of_model = f" on {model}" if several else ""
@@ -213,7 +213,7 @@ def validation_charts(
 
     Args:
         proxies: The values of the candidates, by proxy.
-        perplexities: Of the same candidates.
+        perplexities: Perplexities of the same candidates.
         qualities: By proxy.
     """
     charts = []

@@ -24,7 +24,7 @@ class ReportTrial:
     Attributes:
         number: Its own among all islands.
         method: ``crepe``, or the baseline that it is.
-        value: Of the objective; None if the trial failed.
+        value: Value of the objective; None if the trial failed.
         params: The point of the search space.
         perplexity: If it was measured.
         divergence: From the dense model, if it was compared with that.
@@ -46,12 +46,12 @@ class ReportTrial:
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
     """
-    How long a stage took.
+    Duration of a stage.
 
     Attributes:
         kind: As the service calls it.
         done: Whether it is over.
-        seconds: Of work; None before it began.
+        seconds: Duration of the work; None before it began.
         attempts: How often it was begun.
     """
 
@@ -69,7 +69,7 @@ class Report:
     Attributes:
         title: Its name.
         subject: A search or a transfer of a service, or a study of `pho search`.
-        state: Of the job; empty for a study.
+        state: State of the job; empty for a study.
         made_at: When all this was collected.
         asked: What was asked, in words.
         error: Why the job failed.
@@ -77,22 +77,22 @@ class Report:
         configuration: What was found; of a transfer, what is transferred.
         objective: Its label: ``activation-reconstruction/blend``.
         maximised: Whether high values of it are good.
-        trials: Of all islands, by number.
+        trials: Trials of all islands, by number.
         left_out: Trials that are too many to be shown.
         chosen: The trial that a study without a configuration marks as its result.
-        importance: Of each parameter of the search, the shares adding up to 1.
+        importance: Importance of each parameter of the search, the shares adding up to 1.
         layers: By model.
         several: Whether it is of a job with several patterns.
-        curve: Of such a job, what was measured of them, as curve.json has it.
+        curve: What was measured of the points of such a job, as curve.json has it.
         transfers: The targets of a transfer's file.
-        stages: Of the job.
+        stages: Stages of the job.
         happened: With the time of each, in words; the newest first.
         recorded: When the first and the last trial of a study were written down.
         document: As it was submitted.
         commands: That do the same again.
         prune_commands: That prune a model with the result.
         job_page: The address of the job's page; None where there is none, as in a file.
-        versions: Of the packages that searched and calibrated.
+        versions: Versions of the packages that searched and calibrated.
     """
 
     title: str
@@ -178,11 +178,11 @@ class Report:
 
 def gain_over(by: MeasuredBy, ria: float | None, mine: float | None) -> Gain | None:
     """
-    How much better than RIA something is.
+    Gain over RIA.
 
     Args:
         by: What was measured.
-        ria: Of RIA.
+        ria: Result of RIA.
         mine: The same of the other; low values are good.
     """
     if ria is None or mine is None:

@@ -116,8 +116,8 @@ class Scale:
     Args:
         values: That are shown.
         log: Whether equal factors have equal lengths; only if all values are above 0.
-        start: Of the axis, in the units of the view box.
-        end: Of the axis.
+        start: Start of the axis, in the units of the view box.
+        end: End of the axis.
     """
 
     def __init__(self, values: Sequence[float], *, log: bool, start: float, end: float) -> None:
@@ -230,7 +230,7 @@ def heat_map(
         columns: The same.
         cells: By row and column: a value, and what a pointer over it is shown.
         log: Whether equal factors have equal steps of colour.
-        title: Of the columns' axis.
+        title: Title of the columns' axis.
         form: How a value is written: ``.2g``.
     """
     values = [value for value, _ in cells.values()]

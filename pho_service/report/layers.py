@@ -17,8 +17,8 @@ class LayerCell:
     Attributes:
         block: As the model calls it: ``model.layers.3``.
         kind: The rest of the name without numbers: ``self_attn.q_proj``.
-        error: Of the output, relative to its energy; the mean over experts.
-        sparsity: Share of the weights that go; the mean over experts.
+        error: Error of the output, relative to its energy; the mean over experts.
+        sparsity: Share of the weights that are removed; the mean over experts.
     """
 
     block: str

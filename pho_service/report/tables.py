@@ -32,7 +32,7 @@ class Table:
     Attributes:
         caption: What it shows.
         columns: Their headings; the first column has those of the rows.
-        rows: Of text.
+        rows: Cells of text, row by row.
         marked: The row to look at first; None where there is none.
         note: A sentence below it.
     """
@@ -211,7 +211,7 @@ def seconds_by_stage(stages: Sequence[StageTime]) -> dict[str, float]:
 
 
 def timings_table(report: Report) -> Table:
-    """What each kind of stage took."""
+    """Return the table of what each kind of stage took."""
     rows = []
     seconds = seconds_by_stage(report.stages)
     for kind in dict.fromkeys(stage.kind for stage in report.stages):
@@ -262,7 +262,7 @@ def _number(value: float | None) -> str:
 
 
 def _names(targets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of models, without their folders where they differ without."""
+    """The names of models, without their folders where the names still differ."""
     whole = [str(target.get("target", "")) for target in targets]
     last = [Path(name).name or "unknown" for name in whole]
     return last if len({*last}) == len(last) else whole

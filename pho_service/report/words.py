@@ -14,7 +14,7 @@ from pho_service.spec.transfer import TransferSpec
 
 
 def search_in_words(spec: JobSpec) -> dict[str, str]:
-    """What a search job asks for."""
+    """Describe what a search job asks for."""
     plan = spec.plan(0)
     seeds = [str(island_seed(spec.seed, island)) for island in range(spec.islands)]
     return {
@@ -51,7 +51,7 @@ def _tasks(spec: JobSpec) -> str:
 
 
 def _patterns(spec: JobSpec) -> dict[str, str]:
-    """How sparse the model is to be."""
+    """Describe how sparse the model is to be."""
     scopes = {each.scope.value: None for each in spec.points}
     scope = {"scope" if len(scopes) == 1 else "scopes": ", ".join(scopes)}
     if spec.target is not None:
@@ -81,7 +81,7 @@ def prune_commands(job_id: str, spec: JobSpec) -> list[str]:
 
 
 def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
-    """What a transfer asks for."""
+    """Describe what a transfer asks for."""
     report, search, calibration = spec.report, spec.search, spec.calibration
     assert calibration is not None  # the document says so
     return {
@@ -100,7 +100,7 @@ def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
 
 
 def transfer_document(spec: TransferSpec) -> dict[str, Any]:
-    """What was sent to ``:transfer``."""
+    """Return what was sent to ``:transfer``."""
     return spec.model_dump(mode="json", exclude={"kind", "source", "configuration"})
 
 

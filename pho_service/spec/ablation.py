@@ -19,7 +19,7 @@ def step_by_step(name: str, candidate: Candidate) -> list[tuple[str, Candidate]]
     A step that has no meaning without the next is added together with it.
 
     Args:
-        name: Of the candidate; every row begins with it.
+        name: Name of the candidate; every row begins with it.
         candidate: What the last row prunes with.
 
     Returns:

@@ -64,15 +64,15 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
     The published methods: scores, OWL (not at N:M), DSnoT, and those that update weights.
 
     Args:
-        pattern: Of all of them.
+        pattern: Pattern of all of them.
         linears: What each of them prunes.
 
     Source:
-        As :func:`score_baselines`; Yin et al. 2024, arXiv:2310.05175 (OWL, with its
-        lambda of 0.08 and one sparsity a block);
-        Zhang et al. 2023, arXiv:2310.08915 (DSnoT on Wanda's masks, of sequential norms);
-        Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT);
-        Boza 2024, arXiv:2401.02938 (ADMM); Meng et al. 2024, arXiv:2406.07831 (ALPS).
+        As :func:`score_baselines`.
+        Yin et al. 2024, arXiv:2310.05175 (OWL, with its lambda of 0.08 and one sparsity a block).
+        Zhang et al. 2023, arXiv:2310.08915 (DSnoT on Wanda's masks, of sequential norms).
+        Frantar & Alistarh 2023, arXiv:2301.00774 (SparseGPT).
+        Boza 2024, arXiv:2401.02938 (ADMM). Meng et al. 2024, arXiv:2406.07831 (ALPS).
     """
     owl = Allocation(method="owl", unit="block", spread=0.08)
     with_wanda = [
@@ -124,10 +124,10 @@ def shown_baselines(
     The rows of a comparison that are not the user's own.
 
     Args:
-        names: Of :func:`named_baselines`; ``all`` takes every one. None takes those that are shown
-            by default: without the ones that take long, and with sequential statistics where the
-            authors' code has them (Wanda, RIA).
-        pattern: Of all of them.
+        names: Names of :func:`named_baselines`; ``all`` takes every one. None takes those that
+            are shown by default: without the ones that take long, and with sequential
+            statistics where the authors' code has them (Wanda, RIA).
+        pattern: Pattern of all of them.
         linears: What each of them prunes.
 
     Raises:
@@ -200,7 +200,7 @@ def search_baselines(
             ``fisher``), which needs Fisher row weights and a scope beyond rows.
         steps: What every candidate of the search goes through; the baselines with one
             sparsity everywhere.
-        allocations: Of the search; with ``fisher`` among them, the plain second-order
+        allocations: Allocations of the search; with ``fisher`` among them, the plain second-order
             score with that allocation is added (method ``fisher-bounded``).
     """
     uniform = replace(steps, allocation=replace(steps.allocation, method="uniform"))

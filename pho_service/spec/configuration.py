@@ -92,7 +92,7 @@ class Configuration(Document):
         search: Sampler, trials, seed, space, study.
         model: Name, revision, hash of the weights, dtype.
         calibration: Text, hash, settings, seeds and versions of the bundle.
-        versions: Of the packages that searched.
+        versions: Versions of the packages that searched.
         tasks: What the dense model and the pruned one scored in zero-shot tasks. None where they
             were not measured.
     """
@@ -123,7 +123,7 @@ class Configuration(Document):
 
     @classmethod
     def of(cls, candidate: Candidate) -> Self:
-        """What prunes with a candidate that no search found."""
+        """Make the configuration of a candidate that no search found."""
         return cls(
             method=candidate.method,
             coefficients=candidate.coefficients,
@@ -150,7 +150,7 @@ class Configuration(Document):
 
     def candidate(self) -> Candidate:
         """
-        What to prune with.
+        Return what to prune with.
 
         Raises:
             InvalidInput: A coefficient or the pattern breaks a rule.
@@ -212,7 +212,7 @@ def read_configuration(path: str | Path) -> Configuration:
 
 def read_document(path: Path) -> Any:
     """
-    What a small JSON file holds.
+    Read a small JSON file.
 
     Raises:
         ConfigurationError: Not there, too large, or not JSON.
@@ -244,7 +244,7 @@ def parse_configuration(document: Any, name: str) -> Configuration:
     """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigurationError(
-            f"{name} is no configuration of PHO: its format is not {FORMAT!r}. "
+            f"{name} is not a configuration of PHO: its format is not {FORMAT!r}. "
             "`pho search` writes one with --out."
         )
     if document.get("version") not in READABLE:
@@ -284,8 +284,8 @@ def check_values(document: Any, name: str) -> None:
         json.dumps(document, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
         raise ConfigurationError(
-            f"{name} holds what JSON has not: {shown(str(error))}. Write numbers and whole "
-            "characters."
+            f"{name} contains a value that JSON cannot represent: {shown(str(error))}. Write "
+            "finite numbers and whole characters."
         ) from error
 
 

@@ -22,7 +22,7 @@ def curve_patterns(asked: Sequence[str | float | Pattern], scope: str | None) ->
 
     Args:
         asked: Each as :meth:`Pattern.parse` takes it, or parsed already.
-        scope: Of ratios; None is their default. N:M has only one.
+        scope: Scope of ratios; None is their default. N:M has only one.
 
     Raises:
         InvalidInput: There are none or too many, one is given twice, or one is not a pattern.
@@ -112,7 +112,7 @@ def parse_rise(text: str, name: str) -> float:
 
     Args:
         text: A share.
-        name: Of the option, for messages.
+        name: Name of the option, for messages.
 
     Raises:
         InvalidInput: It is no number above 0, or 1 and more without a percent sign.

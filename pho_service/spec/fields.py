@@ -23,7 +23,7 @@ class FieldError(ValueError):
 
     Attributes:
         pointer: JSON pointer of the field.
-        code: Of the problem, for programs.
+        code: Code of the problem, for programs.
     """
 
     def __init__(self, pointer: str, message: str, *, code: str = "invalid_request") -> None:
@@ -112,7 +112,7 @@ class CalibrationSpec(Document, CalibrationSettings):  # pydantic reads a datacl
 
     @property
     def tokens(self) -> int:
-        """Of all windows."""
+        """Number of tokens of all windows."""
         return self.samples * self.context_length
 
     def check_access(self, access: Access) -> None:

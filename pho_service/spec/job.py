@@ -56,7 +56,7 @@ class JobSpec(Document):
     more_models: list[Name] = Field(
         [],
         max_length=31,
-        description="Other models that the same configuration shall be good for.",
+        description="Other models that the same configuration is to be good for.",
     )
     patterns: list[PatternText] | None = Field(
         None,
@@ -83,10 +83,10 @@ class JobSpec(Document):
     preset: PresetName = Field(
         DEFAULT_PRESET,
         description="What is searched, and what candidates go through; steps and search_space "
-        "say more. score: a cheap look, by the score alone. crepe: as published, without a "
-        "gradient exponent. crepe-plus: the best that leaves kept weights untouched. best: kept "
-        "weights are updated, too, and each block of the winner is trained. best-reconstructed: "
-        "what documents of older versions call it.",
+        "say more. With score, a cheap look, by the score alone. With crepe, the score as "
+        "published, without a gradient exponent. With crepe-plus, the best that leaves kept "
+        "weights untouched. With best, kept weights are updated, too, and each block of the "
+        "winner is trained. Documents of older versions call it best-reconstructed.",
     )
     preset_meaning: PresetMeaning | None = Field(
         None,
@@ -217,8 +217,8 @@ class JobSpec(Document):
     @classmethod
     def _confirmed_otherwise(cls, values: Any) -> Any:
         """
-        Several models are not confirmed: there is no text that all of them are measured on. Of
-        each of several patterns fewer candidates are.
+        Several models are not confirmed: there is no text that all of them are measured on. With
+        several patterns, fewer candidates of each are.
         """
         if isinstance(values, dict) and values.get("more_models"):
             return {"confirm": None, **values}
@@ -322,7 +322,7 @@ class JobSpec(Document):
         )
 
     def plan(self, island: int) -> SearchPlan:
-        """Of one island."""
+        """Return the plan of one island."""
         return self.request(island).plan(tuple(self.calibration.kernel_sizes))
 
     @property

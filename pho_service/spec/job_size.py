@@ -19,8 +19,8 @@ def check_size(spec: "JobSpec", limits: JobLimits, *, more_trials: int = 0) -> N
 
     Args:
         spec: The job.
-        limits: Of the service.
-        more_trials: Of an extension, for each island.
+        limits: Limits of the service.
+        more_trials: Trials of an extension, for each island.
 
     Raises:
         FieldError: It is too much; names the field and the limit.

@@ -14,7 +14,7 @@ class JobLimits:
     The most of one job.
 
     Attributes:
-        trials: Of all its islands, or of the searches on all its models.
+        trials: Number of trials of all its islands, or of the searches on all its models.
         tokens: That models are run over, as the documents count them.
     """
 
@@ -23,7 +23,7 @@ class JobLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> "JobLimits":
-        """What the settings say."""
+        """Read the settings."""
         return cls(trials=settings.max_trials, tokens=settings.max_tokens)
 
     def check_trials(self, pointer: str, count: int, times: int, things: str) -> None:

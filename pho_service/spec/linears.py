@@ -135,7 +135,7 @@ class Linears:
 
         Args:
             names: Full names of all its linears.
-            pattern: Of those that have no sparsity by hand.
+            pattern: Pattern of those that have no sparsity by hand.
             model: For messages.
 
         Raises:

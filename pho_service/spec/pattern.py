@@ -26,7 +26,7 @@ class Scope(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """
-    How many weights go, and where they are counted: a ratio or N:M.
+    How many weights are removed, and where they are counted: a ratio or N:M.
 
     Attributes:
         sparsity: Share of weights removed, in (0, 1). For N:M it is 1 - N/M.
@@ -92,7 +92,7 @@ class Pattern:
 
     def removed(self, count: int) -> int:
         """
-        How many of ``count`` weights go: the exact product, rounded down.
+        How many of ``count`` weights are removed: the exact product, rounded down.
 
         Wanda's and RIA's published code round down too. The decimal digits of
         ``sparsity`` count, not its binary value: 0.29 of 100 is 29.

@@ -16,10 +16,11 @@ class Perplexities(Document):
     Perplexities on the same windows of one text, which the search did not see.
 
     Attributes:
-        dense: Of the model before it is pruned.
-        pruned: Of the result.
-        wanda: Of Wanda in the pattern of the search, as published: without the search's steps and,
-            at N:M, in the model's own channel order. None if it has none: its model gives NaN.
+        dense: Perplexity of the model before it is pruned.
+        pruned: Perplexity of the result.
+        wanda: Perplexity of Wanda in the pattern of the search, as published: without the
+            search's steps and, at N:M, in the model's own channel order. None if it has none:
+            its model gives NaN.
         ria: The same of RIA, in the widest scope of the pattern that is not global.
     """
 
@@ -52,9 +53,9 @@ def in_words(dense: float, found: Mapping[str, float], methods: Mapping[str, flo
     Perplexities of one text in a line.
 
     Args:
-        dense: Of the dense model.
-        found: Of results, by what they are called; each with how much higher than dense it is.
-        methods: Of ``wanda``, ``ria`` or others, by their names; None is left out.
+        dense: Perplexity of the dense model.
+        found: Perplexities of results, by their names; each is shown with its rise over dense.
+        methods: Perplexities of ``wanda``, ``ria`` or others, by their names; None is left out.
     """
     parts = [f"{_number(dense)} dense"]
     parts += [f"{_number(each)} {name} ({_rise(each / dense - 1)})" for name, each in found.items()]

@@ -107,7 +107,7 @@ class PresetMeaning(Document):
     """
 
     of: Title = Field(description="The preset, the pattern and the scope, in words.")
-    steps: Steps = Field(Steps(), description="What every candidate goes through.")
+    steps: Steps = Field(Steps(), description="Steps that every candidate goes through.")
     search_space: SearchSpaceSpec = Field(
         SearchSpaceSpec(), description="Bounds that differ from those of every search."
     )
@@ -118,7 +118,7 @@ class PresetMeaning(Document):
         What a preset means in this version.
 
         Args:
-            name: Of the preset.
+            name: Name of the preset.
             text: The pattern, as it is written in the job.
             pattern: The same with its scope.
         """

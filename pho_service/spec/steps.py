@@ -53,9 +53,10 @@ _REPRUNING = (
     "error."
 )
 _UPDATE = (
-    "Change of the weights that stay: none; obs, column by column as SparseGPT, given the mask; "
-    "least-squares, on from there towards the least error that the mask allows; sparsegpt, admm "
-    "and alps, as published, which choose the mask themselves, so that the score has no say."
+    "Change of the weights that stay. With none, they stay as they are. obs works column by "
+    "column, like SparseGPT, with a given mask; least-squares continues towards the least error "
+    "that the mask allows. sparsegpt, admm and alps, as published, choose the mask themselves, so "
+    "that the score has no effect."
 )
 
 
@@ -178,7 +179,7 @@ class Allocation:
 
     @property
     def is_even(self) -> bool:
-        """Whether all linears lose the same share."""
+        """Tell whether all linears lose the same share."""
         return self.method == "uniform" and not self.offsets and not self.depth
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +200,7 @@ class Allocation:
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     """
-    What a pruning does beside the score.
+    Steps of a pruning beside the score.
     """
 
     __pydantic_config__ = STRICT
@@ -344,7 +345,7 @@ class Steps:
 
 
 class StepsSpec(Document):
-    """What candidates go through beside the score. What is null is the preset's."""
+    """Describe the steps of candidates beside the score. What is null is the preset's."""
 
     linears: Linears | None = Field(None, description=_LINEARS)
     statistics: NormSource | None = Field(None, description=_STATISTICS)

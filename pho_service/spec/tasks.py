@@ -29,7 +29,7 @@ class TaskScore:
         stderr: Its standard error over the examples; None where the harness gives none.
         examples: How many were asked; None for a group of tasks.
         shots: Solved examples in front of each question.
-        version: Of the task's definition.
+        version: Version of the task's definition.
     """
 
     __pydantic_config__ = STRICT
@@ -66,7 +66,7 @@ class TaskScores(Document):
         pruned: The same, in the same order.
         limit: Only the first so many examples of each task were asked; None: all.
         bos: Whether questions begin with BOS.
-        versions: Of the packages that measured.
+        versions: Versions of the packages that measured.
     """
 
     columns: ClassVar = ("task", "metric", "dense", "pruned", "change", "examples")

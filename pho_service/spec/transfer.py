@@ -110,9 +110,9 @@ class TransferSpec(TransferRequest):
 
     Attributes:
         kind: Tells it from a search.
-        source: Of the configuration: the job that found it.
+        source: Source of the configuration: the job that found it.
         configuration: What is taken elsewhere.
-        calibration: Of the targets.
+        calibration: Calibration of the targets.
     """
 
     kind: Literal["transfer"] = "transfer"
@@ -172,7 +172,7 @@ class TransferSpec(TransferRequest):
         limits.check_tokens("/models", each * len(self.models))
 
     def found(self) -> Configuration:
-        """What is taken elsewhere."""
+        """Configuration that is measured on other models."""
         return Configuration.model_validate(self.configuration)
 
     @property
@@ -198,7 +198,7 @@ class TransferSpec(TransferRequest):
 
     @property
     def report_windows(self) -> ConfirmSpec | None:
-        """The report text in the form of one to confirm on; None without."""
+        """The report text in the form of one to confirm on; None if there is none."""
         if self.report is None:
             return None
         return ConfirmSpec(text=self.report.text, windows=self.report.windows or MOST_WINDOWS)

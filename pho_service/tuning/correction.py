@@ -30,7 +30,7 @@ class Measured:
 
     Attributes:
         point: (numbers,).
-        proxy: Of the point, > 0.
+        proxy: Proxy of the point, > 0.
         value: What was measured there, > 0.
     """
 
@@ -42,13 +42,14 @@ class Measured:
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """
-    What the corrections of a search came to.
+    Result of the corrections of a search.
 
     Attributes:
         corrects: Number of the trial that they started from, the best by the proxy.
         trial: Number of the corrected candidate that is nearest to the dense model; None if none
             is nearer than the one they started from.
-        divergences: Of the start and of the nearest, in nats; the start's twice if that is it.
+        divergences: Divergences of the start and of the nearest, in nats; equal if the start is
+            the nearest.
         count: How many were measured, failed ones included.
         tokens: Predictions that divergences are the mean of.
     """
@@ -89,7 +90,7 @@ def next_point(measured: Sequence[Measured], proxies: Proxies, *, seed: Sequence
     Args:
         measured: So far; the first is where the correction started.
         proxies: Rates points; cheap.
-        seed: Of the draw and of the optimiser.
+        seed: Seed of the draw and of the optimiser.
 
     Returns:
         (numbers,), rounded to four digits, so that a document holds exactly this point.

@@ -75,7 +75,7 @@ class Measurements:
     Attributes:
         perplexities: By number of the trial.
         measured_on: The fields of a confirmation that say what on; None if nothing was.
-        divergences: Of those that were compared with the dense model.
+        divergences: Divergences of those that were compared with the dense model.
         evaluations: What all of it took, in perplexities of the whole text; None if it was not
             counted.
     """
@@ -105,7 +105,7 @@ def confirmed_before(
     Args:
         islands: The record: see :func:`measure_once`.
         rated: Trials of it.
-        text_sha256: Of the text and the way it is cut.
+        text_sha256: SHA-256 of the text and the way it is cut.
 
     Returns:
         In the order of ``rated``.
@@ -145,7 +145,7 @@ def measure_once(
         what: Is measured.
         rated: The finalist.
         measure: Prunes with the finalist's candidate and measures.
-        text_sha256: Of the text and the way it is cut.
+        text_sha256: SHA-256 of the text and the way it is cut.
         fence: Entered around the write; may refuse by raising.
     """
     value = kept_value(islands, what, rated, text_sha256=text_sha256)
@@ -163,8 +163,8 @@ def kept_losses(islands: Islands, number: int, *, text_sha256: str) -> Losses:
     Args:
         islands: The record. The record ``losses:{number}`` of a study holds them and
             the text's hash.
-        number: Of the finalist's trial.
-        text_sha256: Of the text and the way it is cut.
+        number: Number of the finalist's trial.
+        text_sha256: SHA-256 of the text and the way it is cut.
     """
     study, there = islands.place(number)
     stored = record_of(study).get(f"losses:{there}") or {}
@@ -205,7 +205,7 @@ def confirm(
         islands: The record: see :func:`measure_once`.
         rated: The finalists.
         perplexity: Prunes with a candidate and measures.
-        text_sha256: Of the text and the way it is cut.
+        text_sha256: SHA-256 of the text and the way it is cut.
         advance: Called with 1 after each finalist.
         fence: Entered around each write; may refuse by raising.
 
@@ -236,8 +236,8 @@ def keep(
         islands: The record.
         what: Was measured.
         rated: The finalist.
-        value: Of it.
-        text_sha256: Of the text and the way it is cut; without it the record is not gone on with.
+        value: Its value.
+        text_sha256: SHA-256 of the text and how it is cut; without it the record is not continued.
     """
     study, number = islands.place(rated.number)
     of_text = {} if text_sha256 is None else {"text_sha256": text_sha256}

@@ -35,7 +35,7 @@ class HillClimbSampler(BaseSampler):
     each coordinate in turn, cut off at the ends of the range; the first that is
     better is taken, and tried once more. When every one of them has failed since
     the last success, the step is halved, from :data:`FIRST_STEP` of the range to
-    :data:`LAST_STEP`; then the climb is over. Of listed values (kernel sizes)
+    :data:`LAST_STEP`; then the climb is over. For listed values (kernel sizes)
     the neighbours in the list are tried, whatever the step.
 
     Nothing is drawn at random, and the study's trials are all that it knows:
@@ -48,7 +48,7 @@ class HillClimbSampler(BaseSampler):
     over gives its best point again.
 
     Args:
-        seed: Of values outside of the climb's space, which are drawn at random.
+        seed: Seed of values outside of the climb's space, which are drawn at random.
         search_space: The space from the first trial on. Without it, the space
             is what all finished trials have in common, and the first trial is
             drawn at random.
@@ -184,7 +184,7 @@ class _Axis:
         return self._distribution
 
     def position(self, value: Any) -> Fraction:
-        """Of a value; None is the middle of a range, and the first of a list."""
+        """Return the position of a value; None is a range's middle, and the first of a list."""
         if self._values is not None:
             return Fraction(self._values.index(value) if value in self._values else 0)
         unit = 0.5 if value is None else to_unit(self._range, value)

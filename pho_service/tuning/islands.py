@@ -21,8 +21,8 @@ class Islands:
     Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
 
     Attributes:
-        studies: Of each island.
-        plans: Of each island; they differ in their seeds.
+        studies: Studies of each island.
+        plans: Plans of each island; they differ in their seeds.
     """
 
     studies: Sequence[optuna.Study]

@@ -31,8 +31,8 @@ def pareto_study(
     Make or open a study of (sparsity, objective), whose Pareto front optuna-dashboard draws.
 
     Args:
-        name: Of the study.
-        direction: Of the objective; sparsity is maximised.
+        name: Name of the study.
+        direction: Direction of the objective; sparsity is maximised.
         objective: What it is called.
         storage: Where; None keeps it in memory.
     """
@@ -52,9 +52,9 @@ def add_point(pareto: optuna.Study, study: optuna.Study, sparsity: float, patter
     Add the trials of a search to the study of its curve; those that are there are left out.
 
     Args:
-        pareto: Of the curve.
-        study: Of the search.
-        sparsity: Of its pattern.
+        pareto: Pareto study of the curve.
+        study: Study of the search.
+        sparsity: Sparsity of its pattern.
         pattern: It, as text.
     """
     known = {

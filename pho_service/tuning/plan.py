@@ -26,7 +26,7 @@ Direction = Literal["minimize", "maximize"]
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """
-    What rating one candidate gave.
+    Rating of one candidate.
 
     Attributes:
         value: The objective, finite; None if the rating failed.

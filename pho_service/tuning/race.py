@@ -31,7 +31,7 @@ def race_looks(windows: int, first: int) -> list[int]:
     After how many windows finalists are compared, the last time after all of them.
 
     Args:
-        windows: Of the text.
+        windows: Number of windows of the text.
         first: Before the first look.
     """
     looks = [min(first, windows)]
@@ -51,14 +51,14 @@ def still_racing(
     Those of the finalists that may still turn out to be the best.
 
     Args:
-        losses: Of each finalist, by its number; they have all windows that are seen.
+        losses: Losses of each finalist, by its number; they have all windows that are seen.
         seen: Numbers of the windows.
         windows: How many the text has.
         level: Chance with which one that is better than the leader is dropped.
 
     Returns:
-        Their numbers, in the order of ``losses``; the leader is among them. Of several with the
-        very same losses the first one stays for all.
+        Their numbers, in the order of ``losses``; the leader is among them. The first of several
+        with the very same losses stays for all.
     """
     blocks = {
         number: np.array([block for window in seen for block in own[window]])
@@ -88,14 +88,14 @@ def is_behind(
 
     Two finalists that are equal on the whole text are the hardest case. Over all looks of a race
     one of them is dropped for the other with a chance of about 5 % (simulated: 0.045 on 16
-    windows of 8 blocks, 0.075 on 64 of 32); the better of two that differ, less often.
+    windows of 8 blocks, 0.075 on 64 of 32). The better of two that differ is dropped less often.
 
     Args:
         differences: (seen * blocks of a window,), float64, window by window: a loss minus the
             leader's.
         seen: How many windows they are of.
         windows: How many the text has.
-        level: Of the test.
+        level: Level of the test.
 
     Source:
         Cochran 1977, Sampling Techniques, section 2.6 (finite population correction).

@@ -1,5 +1,5 @@
 """
-What a user asks a search for.
+Request of a user for a search.
 """
 
 from collections.abc import Mapping

@@ -131,9 +131,9 @@ def search_result(
 
     Args:
         request: What was asked.
-        plan: Of the search.
-        provenance: Of the bundle.
-        name: Of the study.
+        plan: Plan of the search.
+        provenance: Provenance of the bundle.
+        name: Name of the study.
         rated: Every finished trial, best first by the objective.
         measured: (perplexity, candidate), best first; empty if nothing was measured.
         confirmation: How the winner was measured.

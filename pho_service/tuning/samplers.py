@@ -36,7 +36,7 @@ def make_sampler(
 
     Args:
         name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
-        seed: Of all its random choices; the hill climb makes none.
+        seed: Seed of all its random choices; the hill climb makes none.
         search_space: The whole space.
         start: Where the hill climb begins, RIA's coefficients without it; and what the CMA-ES
             first draws around, which covers the whole space without it.
@@ -80,7 +80,7 @@ class CmaSampler(BaseSampler):
     in the order in which they are told. Failed trials count as the worst.
 
     Args:
-        seed: Of the samples.
+        seed: Seed of the samples.
         population_size: Trials in a generation.
         search_space: The space from the first trial on. Without it, the space
             is what all finished trials have in common, and the first trial is
@@ -117,7 +117,7 @@ class CmaSampler(BaseSampler):
         Take another point for the one that it drew: another machine's arithmetic gave that.
 
         Args:
-            number: Of a trial that was asked for, and not told yet.
+            number: Number of a trial that was asked for, and not told yet.
             params: The point that was rated.
         """
         assert self._encoding is not None

@@ -70,9 +70,9 @@ def proxy_quality(
 
     Args:
         proxy: A value a candidate, at least 8.
-        perplexity: Of the same candidates.
+        perplexity: Perplexity of the same candidates.
         higher_is_better: How the proxy is meant; only the regret depends on it.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     x, y = np.asarray(proxy, dtype=float), np.asarray(perplexity, dtype=float)
     top_k = min(5, len(x) // 4)
@@ -109,7 +109,7 @@ def proxy_quality(
 
 
 def _spearman(x: Values, y: Values, axis: int = -1) -> Values:
-    """Of each sample; 0 where one side is constant, which a resample can be."""
+    """Correlate each sample; 0 where one side is constant, which a resample can be."""
     ranks = [stats.rankdata(side, axis=axis) for side in (x, y)]
     return _cosine(*(rank - rank.mean(axis=axis, keepdims=True) for rank in ranks), axes=(axis,))
 
@@ -143,8 +143,8 @@ def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int,
 
     Args:
         count: That were asked for.
-        name: Of the proxy that candidates were rated by.
-        quality: Of it, on random candidates of the same space.
+        name: Name of the proxy that candidates were rated by.
+        quality: Its quality on random candidates of the same space.
     """
     doubt = verdict(name, quality)
     if doubt is None:

@@ -50,7 +50,7 @@ def measure_saving(
     Run a search again without its warm start, in memory.
 
     Args:
-        plan: Of the warm search.
+        plan: Plan of the warm search.
         rated: Its trials.
         evaluate: What it was rated by.
         advance: Called with the number of trials that became finished.

@@ -281,13 +281,13 @@ for _ in range(200):
         (document(speed=1), "speed: Extra inputs"),
         (document(pattern="5:2"), "keeps N=5 of M=2"),
         (document(pattern="2:4", coefficients={"row": -1}), "coefficients"),
-        (document(model={"x": float("nan")}), "what JSON has not"),
-        (document(float("inf")), "what JSON has not"),
-        (document(model={"name": "\ud800"}), "what JSON has not"),
+        (document(model={"x": float("nan")}), "a value that JSON cannot represent"),
+        (document(float("inf")), "a value that JSON cannot represent"),
+        (document(model={"name": "\ud800"}), "a value that JSON cannot represent"),
         (document(model={"name": "a\x00b"}), "U+0000"),
         (document(model=NESTED), "lists and objects deep"),
-        ({}, "is no configuration of PHO"),
-        ({"format": None, "version": []}, "is no configuration of PHO"),
+        ({}, "is not a configuration of PHO"),
+        ({"format": None, "version": []}, "is not a configuration of PHO"),
     ],
 )
 def test_not_imported(

@@ -292,7 +292,7 @@ def test_half_characters(client: TestClient, refusal: Refusal, pointer: str) -> 
         pytest.param((b"[" * 60_000, b'{"a":' * 10_000), id="too deep"),
         pytest.param((b"1" * 60_000, b'{"trials": ' + b"1" * 5_000 + b"}"), id="too long a number"),
         pytest.param((b"null", b"[]", b'"text"', b"5", b"true", b"[[]]", b"NaN", b"1e999",
-                      b'[{"model": "a", "pattern": "0.5"}]'), id="no object"),
+                      b'[{"model": "a", "pattern": "0.5"}]'), id="not a JSON object"),
     ],
 )  # fmt: skip
 def test_odd_body(client: TestClient, refusal: Refusal, bodies: tuple[bytes, ...]) -> None:

@@ -435,7 +435,7 @@ def test_too_late(client: TestClient, submit: Submit, hand: Any) -> None:
 
     assert (late.status_code, gone.status_code) == (409, 404)
     assert "A job that is succeeded cannot be cancelled." in Page(late).text
-    assert "This job is not there any more." in Page(gone).text
+    assert "This job no longer exists." in Page(gone).text
     assert (alert["autofocus"], alert["tabindex"]) == ("", "-1")
     assert f"job-{job}" in [li.get("id") for li in Page(late).of("li")]
 

@@ -451,7 +451,7 @@ def test_restore_of_nothing(place: Place) -> None:
     result = place.pho("restore", "missing")
 
     assert result.returncode == 2
-    assert "missing is no file. Give one that `pho backup` wrote." in result.stderr
+    assert "missing is not a file. Give one that `pho backup` wrote." in result.stderr
 
 
 def test_json_logs(place: Place, database: Database, database_url: str) -> None:

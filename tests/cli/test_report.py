@@ -137,7 +137,7 @@ def test_same_page(pho: Pho, searched: str) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("mine", 2, "'mine' is no job's id"),
+        ("mine", 2, "'mine' is not a job id"),
         ("mine --config config.json", 2, "--config is for a local study"),
         (f"mine --study {URL}", 1, "has no study 'mine'"),
         ("mine --study sqlite:///other.db", 1, "there is no such file"),

@@ -140,13 +140,13 @@ def test_weight_hash() -> None:
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        (LayerMask(keep=torch.ones(2, 4)), "no mask"),
-        (LayerMask(keep=torch.ones(4, dtype=torch.bool)), "no mask"),
-        (LayerMask(keep=torch.ones(0, 4, dtype=torch.bool)), "no mask"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1])), "no permutation"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1, 1])), "no permutation"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([1, 2, 3])), "no permutation"),
-        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0.0, 1, 2])), "no permutation"),
+        (LayerMask(keep=torch.ones(2, 4)), "not a mask"),
+        (LayerMask(keep=torch.ones(4, dtype=torch.bool)), "not a mask"),
+        (LayerMask(keep=torch.ones(0, 4, dtype=torch.bool)), "not a mask"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1])), "not a permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0, 1, 1])), "not a permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([1, 2, 3])), "not a permutation"),
+        (LayerMask(keep=random_mask(2, 3), order=torch.tensor([0.0, 1, 2])), "not a permutation"),
     ],
 )
 def test_no_mask(mask: LayerMask, said: str, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_bad_order(file: Path) -> None:
     masks = read_masks(file)
 
     assert masks.mask("blocks.0.up").order is None
-    with pytest.raises(ModelError, match=r"blocks\.1\.up\.order is no permutation of 12"):
+    with pytest.raises(ModelError, match=r"blocks\.1\.up\.order is not a permutation of 12"):
         masks.mask("blocks.1.up")
 
 

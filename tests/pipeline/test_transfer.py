@@ -239,5 +239,7 @@ def test_nonsense_space(space: object) -> None:
     """A search space that somebody wrote by hand is refused if it is none."""
     configuration = GOOD.model_copy(update={"search": {"space": space}})
 
-    with pytest.raises(ConfigurationError, match=r"search\.space is no search space.*Take search"):
+    with pytest.raises(
+        ConfigurationError, match=r"search\.space is not a search space.*Take search"
+    ):
         own_search(configuration, SearchOptions(trials=20), finalists=2)

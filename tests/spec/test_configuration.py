@@ -81,8 +81,8 @@ def test_by_hand(tmp_path: Path) -> None:
     [
         (changed(speed=1), "speed: Extra inputs"),
         (changed(version=3), "format version 3, but this PHO reads versions 1 to 2"),
-        (changed(format="other"), "is no configuration of PHO"),
-        ([], "is no configuration of PHO"),
+        (changed(format="other"), "is not a configuration of PHO"),
+        ([], "is not a configuration of PHO"),
         (changed(coefficients__row=-1.0), "row=-1.0 is not allowed"),
         (changed(coefficients__row="0.2"), r"coefficients\.row"),
         (changed(coefficients__kernel_size=4), "kernel_size=4 is not an odd"),
@@ -140,9 +140,9 @@ def test_failed_write_leaves_the_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("1e999", "what JSON has not"),
-        ("NaN", "what JSON has not"),
-        ('"\\ud800"', "what JSON has not"),
+        ("1e999", "a value that JSON cannot represent"),
+        ("NaN", "a value that JSON cannot represent"),
+        ('"\\ud800"', "a value that JSON cannot represent"),
         ('"\\u0000"', r"U\+0000"),
         ("[" * 200 + "]" * 200, "lists and objects deep"),
     ],

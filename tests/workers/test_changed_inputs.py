@@ -254,7 +254,7 @@ def test_local_model_is_not_asked_of_the_hub(
     shutil.rmtree(hand.folder / "org")
     hand.inputs = hand.new_inputs()
 
-    with pytest.raises(ChangedInput, match=r"org/tiny was a local one .* is not there any more"):
+    with pytest.raises(ChangedInput, match=r"org/tiny was a local one .* is no longer there"):
         hand.step(job)
 
 
