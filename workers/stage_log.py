@@ -5,6 +5,7 @@ What a worker logs while it works on a stage, kept with the job for its page.
 import logging
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pho_service.host.logs import is_about, redact
 from pho_service.host.plain import plain_line
@@ -14,6 +15,9 @@ from storage.studies import DatabaseGone
 
 MOST_LINES = 200  # of an attempt; the worker's own log has all
 _LONGEST = 500  # characters of a line
+# What every record has, and every line of a stage.
+_SAME = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
+_SAME |= {"job", "stage", "number", "attempt", "worker", "trace", "span"}
 
 
 class StageLog(logging.Handler):
@@ -49,7 +53,8 @@ class StageLog(logging.Handler):
             return
         self._count += 1
         at = datetime.fromtimestamp(record.created, UTC)
-        said = plain_line(redact(record.getMessage()))[:_LONGEST]
+        said = record.getMessage().replace(f" of job {self._claim.job.id}", "")
+        said = plain_line(redact(" ".join([said, *_more(record)])))[:_LONGEST]
         if self._count > MOST_LINES:
             said = "... The worker's own log has the rest."
         self._lines.append(f"{at:%H:%M:%S} {record.levelname} {said}")
@@ -65,3 +70,9 @@ class StageLog(logging.Handler):
             except DatabaseGone:
                 return
             del self._lines[: len(lines)]
+
+
+def _more(record: logging.LogRecord) -> list[str]:
+    """The fields of a line; folders of the machine are nobody's business."""
+    fields = {n: v for n, v in record.__dict__.items() if n not in _SAME and v is not None}
+    return [f"{n}={v}" for n, v in fields.items() if not Path(str(v)).is_absolute()]

@@ -247,14 +247,13 @@ def _layers(job: stored.Job) -> list[Layers]:
 
 
 def _logs(events: Sequence[stored.Event], *, named: bool) -> list[Logged]:
-    """The parts of each attempt together, with the worker's name or not; the last lines of many."""
+    """The last lines, those of a kind of stage, a worker and an attempt together."""
     found: dict[str, list[str]] = {}
     left = LOG_LINES
     for event in reversed(events):
         data = event.data
         kind = StageKind(data["stage"])
-        number = f" {data['number']}" if data["number"] else ""
-        title = f"{_TITLES.get(kind, kind.value.capitalize())}{number}"
+        title = _TITLES.get(kind, kind.value.capitalize())
         title += f", {data['worker']}" * named
         if data["attempt"] > 1:
             title += f", attempt {data['attempt']}"

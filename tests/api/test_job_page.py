@@ -1,6 +1,7 @@
 """The page of a job: what it shows at each time, and what its forms do."""
 
 import html
+import logging
 import re
 import uuid
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api.form import read_spec, typed_as
+from pho_service.host.logs import about
 from pho_service.report.html import policy_hash
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.perplexities import Perplexities
 from storage.states import JobState, StageKind
+from workers.stage_log import MOST_LINES, StageLog
 
 Submit = Callable[..., dict[str, Any]]
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -213,6 +216,29 @@ def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Submit) ->
     hand.store.log(claim, ["03:00:00 INFO too late"], worker="host:1")
 
     assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
+
+
+def test_logging(client: TestClient, hand: Any, submit: Submit, caplog: Any) -> None:
+    """Lines about a stage are kept, without secrets and folders; of too many the first."""
+    job_id = submit()["id"]
+    claim = hand.take(job_id, StageKind.CALIBRATE)
+    logger = logging.getLogger("pho_service.test")
+    caplog.set_level(logging.INFO, "pho_service.test")
+    with about(job=job_id), StageLog(hand.store, claim, "host:1") as log:
+        logger.info("begins, password=secret", extra={"steps": 3, "model": "/srv/models/x"})
+        log.store()
+        with about(job=NOBODY):
+            logger.info("of another job")
+        for number in range(MOST_LINES + 10):
+            logger.info("line %d of job %s", number, job_id)
+    logger.info("afterwards")
+    first, rest = (event.data["lines"] for event in hand.store.logs(uuid.UUID(job_id), limit=5))
+
+    assert [line[9:] for line in first] == ["INFO begins, password=*** steps=3"]
+    assert [line[9:] for line in rest[:2]] == ["INFO line 0", "INFO line 1"]
+    assert len(rest) == MOST_LINES
+    assert rest[-1].endswith("The worker's own log has the rest.")
+    assert "Calibrate, host:1, 201 lines" in section(source(client, job_id), "logs")
 
 
 def test_many_logs(client: TestClient, hand: Any, submit: Submit) -> None:
