@@ -14,9 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Text, and_, cast, delete, func, select, update
+from sqlalchemy import Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
+from storage.listing import (
+    EVERYTHING,
+    NEWEST,
+    Facets,
+    JobFilter,
+    Sort,
+    columns_of,
+    ordered,
+    read_facets,
+)
 from storage.outcomes import OutcomeStore
 from storage.records import (
     Event,
@@ -106,6 +116,7 @@ class JobStore(OutcomeStore):
             "owner_id": owner_id,
             "name": f"{name} {job_id.hex[:12]}",
             "spec": dict(spec),
+            **columns_of(spec),
             "state": JobState.QUEUED,
             "priority": priority,
             "trials": trials,
@@ -164,31 +175,39 @@ class JobStore(OutcomeStore):
 
     def page(
         self,
+        which: JobFilter = EVERYTHING,
         *,
-        visible_to: uuid.UUID | None = None,
-        states: Sequence[JobState] = (),
+        sort: Sort = NEWEST,
         before: int | None = None,
-        id_begins: str | None = None,
+        skip: int = 0,
         limit: int = 50,
     ) -> list[Job]:
         """
-        Jobs, newest first.
+        Jobs of a list.
 
         Args:
-            visible_to: Only those that this key submitted; None sees all.
-            states: Only those in one of these; none means all.
+            which: The list.
+            sort: Its order.
             before: Only those with a lower number.
-            id_begins: Only those whose id begins so, in lower case and without hyphens.
+            skip: Without so many from its beginning.
             limit: At most so many.
         """
-        which: list[ColumnElement[bool]] = [jobs.c.state.in_(states)] if states else []
-        if id_begins is not None:
-            digits = func.replace(cast(jobs.c.id, Text), "-", "")
-            which.append(digits.startswith(id_begins, autoescape=True))
-        if before is not None:
-            which.append(jobs.c.number < before)
+        older = [] if before is None else [jobs.c.number < before]
         with self.database.transaction() as connection:
-            return find_jobs(connection, *which, visible_to=visible_to, limit=limit)
+            return find_jobs(
+                connection,
+                *which.conditions(),
+                *older,
+                visible_to=which.visible_to,
+                order=ordered(sort),
+                skip=skip,
+                limit=limit,
+            )
+
+    def facets(self, which: JobFilter, *, limit: int = 12) -> Facets:
+        """How many jobs of a list there are by state, and by the most frequent models, patterns."""
+        with self.database.transaction() as connection:
+            return read_facets(connection, which, limit=limit)
 
     def ask(
         self,

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, func, select, update
 
 from storage.claims import ClaimStore
 from storage.configurations import keep, keep_transfer
+from storage.listing import found_columns
 from storage.records import Claim, Job, NewStage
 from storage.rows import (
     add_event,
@@ -159,7 +160,7 @@ class OutcomeStore(ClaimStore):
             connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job.id)
-                .values(best=best and dict(best), warnings=[*warnings])
+                .values(best=best and dict(best), warnings=[*warnings], **found_columns(best))
             )
             if best is not None:
                 keep(connection, best, owner_id=job.owner_id, job_id=job.id)

@@ -45,11 +45,13 @@ def find_jobs(
     connection: Connection,
     *which: Any,
     visible_to: uuid.UUID | None = None,
+    order: Sequence[Any] = (jobs.c.number.desc(),),
+    skip: int = 0,
     limit: int | None = None,
     lock: bool = False,
 ) -> list[Job]:
-    """Jobs with their stages, newest first, of all keys or of one."""
-    query = select(*_JOB).where(*which).order_by(jobs.c.number.desc()).limit(limit)
+    """Jobs with their stages, newest first or in another order, of all keys or of one."""
+    query = select(*_JOB).where(*which).order_by(*order).offset(skip).limit(limit)
     if visible_to is not None:
         query = query.where(jobs.c.owner_id == visible_to)
     rows = connection.execute(query.with_for_update() if lock else query).all()

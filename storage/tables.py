@@ -29,6 +29,7 @@ from sqlalchemy import (
     func,
     text,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from storage.states import JobState, StageKind, StageState
 
@@ -92,6 +93,12 @@ jobs = Table(
     Column("error", JSON(none_as_null=True)),
     Column("best", JSON(none_as_null=True)),  # the configuration
     Column("warnings", JSON(none_as_null=True)),
+    # What lists are filtered and sorted by: see storage/listing.py.
+    Column("models", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("patterns", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("perplexity", Float),
+    Column("rise", Float),  # share above the dense model's perplexity
+    Column("gain", Float),  # share below RIA's
     Column("idempotency_key", Text),
     Column("fingerprint", LargeBinary, nullable=False),  # SHA-256 of what was submitted
     Column("created_at", _utc, nullable=False, server_default=_now),
@@ -104,6 +111,9 @@ jobs = Table(
         unique=True,
     ),
     Index("ix_jobs_state", "state"),
+    Index("ix_jobs_owner_id_number", "owner_id", "number"),
+    Index("ix_jobs_models", "models", postgresql_using="gin"),
+    Index("ix_jobs_patterns", "patterns", postgresql_using="gin"),
 )
 
 workers = Table(

@@ -5,13 +5,13 @@ Optuna reads whole studies, with everything that any trial has.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Integer, String, column, func, select, values
 
 _TRIALS = models.TrialModel.__table__
 _STUDIES = models.StudyModel.__table__
@@ -99,3 +99,40 @@ def read_values(connection: Connection, study_name: str) -> list[tuple[int, floa
     to_value = models.TrialValueModel.stored_repr_to_value
     rows = connection.execute(query, execution_options=_IN_SCHEMA)
     return [(row.number, to_value(row.value, row.value_type)) for row in rows]
+
+
+def read_course(
+    connection: Connection, sizes: Mapping[str, int]
+) -> list[tuple[str, int, float, float]]:
+    """
+    How several searches went, in a few values each.
+
+    Args:
+        connection: To the database of a service.
+        sizes: How many trials make one value, by the names of studies. Those that are not there
+            have no values.
+
+    Returns:
+        The name of a study, the place of a run of trials in it, and the lowest and the highest
+        finite value of its finished trials; by name and place.
+    """
+    if not sizes:
+        return []
+    names, size = column("name", String), column("size", Integer)
+    given = values(names, size, name="given").data([*sizes.items()])
+    place = (_TRIALS.c.number // given.c.size).label("place")
+    value = _VALUES.c.value
+    query = (
+        select(given.c.name, place, func.min(value), func.max(value))
+        .join(_STUDIES, _STUDIES.c.study_name == given.c.name)
+        .join(_TRIALS, _TRIALS.c.study_id == _STUDIES.c.study_id)
+        .join(_VALUES, _VALUES.c.trial_id == _TRIALS.c.trial_id)
+        .where(
+            _TRIALS.c.state == TrialState.COMPLETE,
+            _VALUES.c.value_type == models.TrialValueModel.TrialValueType.FINITE,
+        )
+        .group_by(given.c.name, place)
+        .order_by(given.c.name, place)
+    )
+    rows = connection.execute(query, execution_options=_IN_SCHEMA)
+    return [(row[0], row[1], row[2], row[3]) for row in rows]

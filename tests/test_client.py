@@ -190,6 +190,9 @@ def test_all_jobs(client: Client, store: JobStore) -> None:
     assert [job.id for job in client.jobs(["cancelled"])] == ids[::2][::-1]
     assert [job.id for job in client.jobs(["cancelled", "queued"])] == ids[::-1]
     assert [*client.jobs(["failed"])] == []
+    assert [job.id for job in client.jobs(models=[SPEC["model"]], sort="created")] == ids
+    assert [job.id for job in client.jobs(name=str(ids[7]))] == [ids[7]]
+    assert [*client.jobs(patterns=["7:8"])] == []
 
 
 def test_trials(client: Client, store: JobStore) -> None:

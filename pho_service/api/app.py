@@ -17,6 +17,7 @@ from pho_service.api import (
     compare,
     configurations,
     front,
+    job_list,
     job_page,
     jobs,
     operations,
@@ -68,7 +69,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    pages = (front, job_page, compare)
+    pages = (job_list, front, job_page, compare)
     parts = (*pages, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])

@@ -81,7 +81,7 @@ def card(
     shown = describe(job, notes)
     return Card(
         job=shown,
-        models=_models(job),
+        models=models_of(job),
         facts=_facts(job),
         bars=_bars(shown),
         results=_transferred(job) if is_transfer(job) else _found(job, shown),
@@ -120,10 +120,13 @@ def span(seconds: float) -> str:
     if minutes < 90:
         return f"{minutes} min"
     hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
+    if hours < 72:
+        return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
+    return f"{round(hours / 24)} days"
 
 
-def _models(job: stored.Job) -> list[str]:
+def models_of(job: stored.Job) -> list[str]:
+    """The models of a search or a transfer, as its document names them."""
     if is_transfer(job):
         return [*job.spec["models"]]
     return [job.spec["model"], *job.spec.get("more_models", ())]
@@ -131,7 +134,7 @@ def _models(job: stored.Job) -> list[str]:
 
 def _facts(job: stored.Job) -> list[tuple[str, str]]:
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
-    facts = [_asked(spec)]
+    facts = [asked_sparsity(spec)]
     if spec.get("scope"):
         facts.append(("Scope", str(spec["scope"])))
     if is_transfer(job):
@@ -139,8 +142,8 @@ def _facts(job: stored.Job) -> list[tuple[str, str]]:
     return [*facts, ("Preset", str(spec.get("preset", "score")))]
 
 
-def _asked(spec: Mapping[str, Any]) -> tuple[str, str]:
-    """Describe how sparse a model is to be."""
+def asked_sparsity(spec: Mapping[str, Any]) -> tuple[str, str]:
+    """How sparse a model is to be: a name and a value."""
     if spec.get("patterns"):
         return ("Patterns", ", ".join(map(str, spec["patterns"])))
     if spec.get("target"):

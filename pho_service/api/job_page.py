@@ -16,13 +16,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
-from pho_service.api import artifacts, jobs, transfers
+from pho_service.api import artifacts, jobs, listing, transfers
 from pho_service.api.cards import card
-from pho_service.api.front import REFRESH_S, Typed, View, draw_list
+from pho_service.api.job_list import REFRESH_S, View, draw_list
 from pho_service.api.job_view import view
 from pho_service.api.pages import draw
 from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
+from pho_service.api.typed import Typed
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
 from storage import records as stored
@@ -43,8 +44,9 @@ def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
 def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response:
     """Lead from the beginning of an id to the page of its job; if it fits several, show those."""
     fits: list[stored.Job] = []
-    if re.fullmatch(jobs.BEGINNING, beginning):
-        fits, _ = jobs.page_of(service, caller, (), MOST_FITTING, None, beginning)
+    if re.fullmatch(listing.BEGINNING, beginning):
+        which = listing.which_jobs(caller, id_begins=beginning)
+        fits = service.jobs.page(which, limit=MOST_FITTING)
     if not fits:
         told = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
         return problem(404, "no_such_job", told)

@@ -5,8 +5,7 @@
 import asyncio
 import json
 import logging
-import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -26,8 +25,9 @@ from pho_service.api.describe import (
     islands,
     study_names,
 )
-from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented, wrong_parameter
-from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
+from pho_service.api.listing import Asked, PageSize, PageToken, Sorted, decode, page_of
+from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented
+from pho_service.api.schema import EVENT, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import enter
 from pho_service.errors import InvalidInput, OutputError
@@ -37,7 +37,8 @@ from pho_service.spec.job import JobSpec
 from pho_service.spec.job_size import check_size
 from pho_service.spec.samplers import MAX_TRIALS
 from storage import records as stored
-from storage.states import JobState, StageKind
+from storage.listing import NEWEST
+from storage.states import StageKind
 from storage.studies import DatabaseGone, open_storage, study_name
 from storage.trials import read_trials
 
@@ -45,17 +46,8 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-BEGINNING = "[0-9a-fA-F-]{4,36}"  # of an id that is looked for
 EVENTS_EVERY_S = 0.5  # how often a stream looks for new events
 
-PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
-PageToken = Annotated[
-    str | None,
-    Query(
-        description="The next_page_token of the page before.",
-        json_schema_extra={"pattern": PAGE_TOKEN},
-    ),
-]
 OnePattern = Annotated[
     str | None,
     Query(
@@ -129,42 +121,14 @@ def take(
 @router.get("", response_model=JobPage, responses=documented(422))
 def list_jobs(
     service: ServiceParam,
-    caller: CallerParam,
-    state: Annotated[list[JobState] | None, Query(description="Only jobs in these states.")] = None,
-    id_begins: Annotated[
-        str | None,
-        Query(
-            alias="id",
-            pattern=f"^{BEGINNING}$",
-            description="Only jobs whose id begins so; four digits or more, with or without its "
-            "hyphens.",
-        ),
-    ] = None,
+    asked: Asked,
+    sort: Sorted = NEWEST,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobPage:
-    """List jobs, newest first."""
-    found, token = page_of(service, caller, state or (), page_size, page_token, id_begins)
+    """List jobs, newest first or as `sort` says; all filters that are given hold at once."""
+    found, token = page_of(service, asked, sort, page_size, page_token)
     return JobPage(jobs=[describe(job) for job in found], next_page_token=token)
-
-
-def page_of(
-    service: Service,
-    caller: Caller,
-    states: Sequence[str],
-    size: int,
-    token: str | None,
-    id_begins: str | None = None,
-) -> tuple[list[stored.Job], str | None]:
-    """The jobs of a page, newest first, and the token of the next page if there is one."""
-    found = service.jobs.page(
-        visible_to=caller.visible_to,
-        states=[JobState(s) for s in states],
-        before=_decode(token),
-        id_begins=None if id_begins is None else id_begins.replace("-", "").lower(),
-        limit=size + 1,
-    )
-    return found[:size], str(found[size - 1].number) if len(found) > size else None
 
 
 @router.get("/{job_id:uuid}", response_model=Job, responses=documented(404, 422))
@@ -276,7 +240,7 @@ def trials(
     count = islands(job)
     if island >= count:
         raise NoSuchIsland(count)
-    after = _decode(page_token)
+    after = decode(page_token)
     first = 0 if after is None else after + 1
     with service.database.transaction() as connection:
         name = study_name(job.name, island)
@@ -378,11 +342,3 @@ def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.Job | None:
         return service.jobs.get(job_id)
     except stored.NoSuchJob:
         return None
-
-
-def _decode(token: str | None) -> int | None:
-    if token is not None and not re.fullmatch(PAGE_TOKEN, token):
-        raise wrong_parameter(
-            "page_token", "is not one of our tokens: leave it out to begin with the first page"
-        )
-    return None if token is None else int(token)

@@ -118,9 +118,27 @@ class Client:
         """A job with its progress."""
         return read(Job, self._service.request("GET", self._service.job_path(job_id)))
 
-    def jobs(self, states: Sequence[str] = ()) -> Iterator[Job]:
-        """All jobs, newest first, page by page."""
-        params: dict[str, Any] = {"state": [*states]}
+    def jobs(
+        self,
+        states: Sequence[str] = (),
+        *,
+        models: Sequence[str] = (),
+        patterns: Sequence[str] = (),
+        name: str | None = None,
+        sort: str | None = None,
+    ) -> Iterator[Job]:
+        """
+        All jobs for which everything holds that is given, page by page.
+
+        Args:
+            states: They are in one of these.
+            models: They are for one of these.
+            patterns: They have one of these; ``target`` has those that look for one.
+            name: It is in their name, or their id begins with it.
+            sort: As ``GET /v1/jobs`` takes it, such as ``rise`` or ``-gain``; None is newest first.
+        """
+        params: dict[str, Any] = {"state": [*states], "model": [*models], "pattern": [*patterns]}
+        params |= {key: value for key, value in (("name", name), ("sort", sort)) if value}
         while True:
             answer = self._service.request("GET", "/jobs", params=params)
             page = read(JobPage, answer)

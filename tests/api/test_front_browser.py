@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pho_service.api import front
+from pho_service.api import job_list
 from pho_service.api.app import create_app
 from pho_service.host.settings import read_settings
 from storage.database import Database
@@ -112,7 +112,7 @@ def test_submission(page: Page, store: JobStore) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(job.name)
     go(page, "All jobs")
     page.keyboard.press("Enter")
-    expect(page.locator(f"#job-{job.id}")).to_contain_text("0 of 60 trials")
+    expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
 
 
 def test_live(page: Page, store: JobStore, job_of: Callable[..., Any]) -> None:
@@ -163,12 +163,15 @@ def test_cancellation(page: Page, url: str, store: JobStore, job_of: Callable[..
     """Keys alone cancel a job, and delete it after a page that asks once more."""
     job = job_of(page, name="mine")
     page.goto("/")
-    go(page, f"Cancel {job.name}", "button")
-    page.keyboard.press("Enter")
+    go(page, f"Choose {job.name}", "checkbox")
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Cancel").press("Enter")
     expect(page.locator(f"#job-{job.id}")).to_contain_text("cancelled")
     state = store.get(job.id).state
-    go(page, f"Delete {job.name}")
+    page.get_by_role("checkbox", name=f"Choose {job.name}").check()
+    go(page, "Delete", "button")
     page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Delete 1 job?")
     go(page, "Delete", "button")
     page.keyboard.press("Enter")
     expect(page.get_by_text("There is no job yet.")).to_be_visible()
@@ -207,17 +210,27 @@ def test_skip_link(page: Page, job_of: Callable[..., Any]) -> None:
 def test_refresh(
     page: Page, store: JobStore, job_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list follows a job by itself, one that was led to as well; forms are left alone."""
-    monkeypatch.setattr(front, "REFRESH_S", 1)
-    job = job_of(page)
-    page.goto(f"/?#job-{job.id}")
-    expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
-    store.ask(job.id, "pause")
-    expect(page.locator(f"#job-{job.id}")).to_contain_text("paused")  # then it rests
-    job_of(page)
-    page.goto("/new")
+    """The list follows its jobs without being loaded again; what is chosen stays, and the focus."""
+    monkeypatch.setattr(job_list, "LIVE_S", 0.2)
+    first = job_of(page)
+    page.goto("/?sort=created")
+    page.evaluate("window.kept = true")
+    box = page.get_by_role("checkbox", name=f"Choose {first.name}")
+    box.check()
+    second = job_of(page, name="second")
+    expect(page.locator(f"#job-{second.id}")).to_contain_text("queued")
+    page.get_by_role("link", name=f"second {str(second.id)[:8]}").focus()
+    store.ask(first.id, "pause")
+    store.ask(second.id, "cancel")
+    expect(page.locator(f"#job-{first.id}")).to_contain_text("paused")
+    expect(page.locator(f"#job-{second.id}")).to_contain_text("cancelled")
+    expect(page.locator("#facets")).to_contain_text("paused 1")
 
-    assert page.locator("meta[http-equiv=refresh]").count() == 0
+    expect(box).to_be_checked()
+    expect(page.get_by_role("link", name=f"second {str(second.id)[:8]}")).to_be_focused()
+    assert page.evaluate("window.kept")
+    page.get_by_role("checkbox", name="Choose all on this page").check()
+    assert page.locator("[data-rows] :checked").count() == 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,17 +2,19 @@
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api import front
+from pho_service.api import front, job_list
+from pho_service.report.html import policy_hash
 from pho_service.spec.job import JobSpec
 from storage.keys import KeyStore
 from storage.states import JobState, StageKind
@@ -46,7 +48,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note an element."""
         self.tags.append((tag, {name: value or "" for name, value in attrs}, []))
-        if tag not in ("meta", "input", "link", "br"):
+        if tag not in ("meta", "input", "link", "br", "col"):
             self._open.append(len(self.tags) - 1)
 
     def handle_endtag(self, tag: str) -> None:
@@ -55,7 +57,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         """Note a text in all that it stands in, style sheets left out."""
-        if self._open and self.tags[self._open[-1]][0] != "style":
+        if self._open and self.tags[self._open[-1]][0] not in ("style", "script"):
             for number in self._open:
                 self.tags[number][2].append(data)
 
@@ -87,9 +89,23 @@ def basic(secret: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(f'me:{secret}'.encode()).decode()}"}
 
 
-def card(client: TestClient, job: dict[str, Any]) -> str:
-    """The text of a job on the page."""
-    return Page(client.get("/")).at(f"job-{job['id']}")[1]
+def listed(page: Page) -> list[str]:
+    """The ids of the jobs that a page lists, in their order."""
+    return [tr["id"].removeprefix("job-") for tr in page.of("tr") if "id" in tr]
+
+
+def row(page: Page, job: dict[str, Any]) -> str:
+    """The text of a job in the list, with spaces between its cells."""
+    begin = next(i for i, (_, a, _) in enumerate(page.tags) if a.get("id") == f"job-{job['id']}")
+    cells = itertools.takewhile(lambda tag: tag[0] not in ("tr", "h2"), page.tags[begin + 1 :])
+    return " ".join(text for n, _, t in cells if n in ("td", "th") and (text := _line(t)))
+
+
+def many(client: TestClient, verb: str, jobs: list[str], **typed: str) -> Any:
+    """Ask something of several jobs as the list's form does; the answer is not followed."""
+    body = urlencode([("verb", verb), *typed.items(), *(("job", job) for job in jobs)])
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    return client.post("/jobs", content=body, headers=kind, follow_redirects=False)
 
 
 def send(client: TestClient, path: str = "/new", *, headers: Any = None, **typed: str) -> Any:
@@ -113,180 +129,155 @@ def test_nothing_yet(client: TestClient) -> None:
 
 
 def test_policy(shared_client: TestClient) -> None:
-    """No script is in the pages or could run, nothing is kept or framed, forms lead here alone."""
+    """At most our own script could run, nothing is kept or framed, forms lead here alone."""
+    script = STYLE.with_name("live.js").read_text().removesuffix("\n")
     for path in ("/", "/new", "/jobs/nothing"):
         answer = shared_client.get(path)
         policy = answer.headers["content-security-policy"]
+        runs = f"script-src {policy_hash(script)}; connect-src 'self'; " if path == "/" else ""
 
-        assert "<script" not in answer.text
-        assert "script-src" not in policy
+        assert answer.text.count("<script") == bool(runs)
+        assert "'; " + runs + "img-src" in policy
         assert policy.startswith("default-src 'none'; style-src 'sha256-")
         assert "form-action 'self'; frame-ancestors 'none'" in policy
         assert answer.headers["cache-control"] == "no-store"
 
 
-@pytest.mark.parametrize(
-    ("state", "buttons"),
-    [
-        (JobState.QUEUED, ["Pause", "Cancel"]),
-        (JobState.RUNNING, ["Pause", "Cancel"]),
-        (JobState.PAUSING, ["Resume", "Cancel"]),
-        (JobState.PAUSED, ["Resume", "Cancel", "Delete"]),
-        (JobState.CANCELLING, []),
-        (JobState.CANCELLED, ["Delete"]),
-        (JobState.SUCCEEDED, ["Prune", "Delete"]),
-        (JobState.FAILED, ["Resume", "Delete"]),
-    ],
-)
-def test_states(
-    client: TestClient, submit: Submit, hand: Any, state: JobState, buttons: list[str]
-) -> None:
-    """A job is shown in each state, with what can be asked of it there and nothing else."""
-    job = submit(name="mine")
-    hand.bring(job["id"], state)
+def test_states(client: TestClient, submit: Submit, hand: Any) -> None:
+    """A job has a row in each state, which leads to its page, and a box to choose it by."""
+    made = {state: submit(name=f"mine {state}", preset="best") for state in JobState}
+    for state, job in made.items():
+        hand.bring(job["id"], state)
     page = Page(client.get("/"))
-    _, text = page.at(f"job-{job['id']}")
-    above, *buttons_of = page.texts("button")
-    offered = [*buttons_of, *(text for text in page.links if text.startswith("Delete"))]
 
-    assert f"{job['name']} {state}" in text
-    assert above == "Compare the chosen jobs"
-    assert offered == [f"{button} {job['name']}" for button in buttons]
+    assert listed(page) == [job["id"] for job in made.values()][::-1]
+    for state, job in made.items():
+        text = row(page, job)
+        begins = f"mine {state} {job['id'][:8]}"
+        assert page.links[begins] == f"/jobs/{job['id']}"
+        assert f"{begins} org/name 0.5 best {state}" in text
+        assert ("running, calibrate" in text) == (state is JobState.RUNNING)
+        (box,) = [i for i in page.of("input") if i.get("value") == job["id"]]
+        assert (box["type"], box["name"], box["form"]) == ("checkbox", "job", "chosen")
+        assert f"Choose {job['name']}" in page.texts("label")
+    assert "org/name is not there." in row(page, made[JobState.FAILED])
 
 
-def test_what_was_asked(client: TestClient, submit: Submit) -> None:
-    """A job has its models, its pattern and when it came, with links to all that is known."""
-    job = submit(more_models=["org/other"], pattern="2:4", preset="best")
+def test_what_was_asked(client: TestClient, submit: Submit, hand: Any) -> None:
+    """Several models, several patterns, targets and transfers are told from simple searches."""
+    more = submit(more_models=["org/other"], pattern="2:4")
+    several = submit(pattern=None, patterns=["0.3", "2:4"])
+    target = submit(pattern=None, target={"perplexity_rise": 0.05})
+    source = submit()
+    hand.succeed(source["id"])
+    transfer = client.post(f"/v1/jobs/{source['id']}:transfer", json={"models": ["a", "b"]}).json()
     page = Page(client.get("/"))
-    text = page.at(f"job-{job['id']}")[1]
-    hrefs = [*page.links.values()]
 
-    assert "Models org/name, org/other Pattern 2:4 Preset best Submitted 20" in text
-    assert "UTC Time not begun" in text
-    assert f"/v1/jobs/{job['id']}" in hrefs
-    assert f"/v1/jobs/{job['id']}/report" in hrefs
-    assert f"/v1/jobs/{job['id']}/best" not in hrefs
-    assert client.get(page.links[f"Report of {job['name']}"]).status_code == 200
+    assert "org/name +1 2:4 best" in row(page, more)
+    assert "org/name 0.3, 2:4 best" in row(page, several)
+    assert "org/name within 5 % of dense best" in row(page, target)
+    assert "a +1 0.5 transfer queued" in row(page, transfer)
 
 
 def test_progress(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A job that works has its stage, a bar that says the same in words, and the time left."""
-    job = submit(trials=40)
+    """A job that works has its stage, a bar that says the same in words, and a drawing."""
+    job = submit(trials=40, name="mine")
     hand.calibrate(job["id"])
     claim = hand.take(job["id"], StageKind.SEARCH)
     hand.store.progress(claim, done=10, elapsed_s=50.0, best_value=0.125)
+    hand.record(job, 10, failed=3)
     page = Page(client.get("/"))
-    text = page.at(f"job-{job['id']}")[1]
     (bar,) = page.of("progress")
+    (line,) = page.of("polyline")
+    points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
 
-    assert "running, search" in text
+    assert "running, search 10 of 40" in row(page, job)
     assert (bar["value"], bar["max"]) == ("10", "40")
-    assert "10 of 40 trials" in text
-    assert "search: about 2 min left" in text
-    assert "Best objective so far: 0.125." in text
+    assert points[0] == (0.0, 0.0)  # the values rise: the first stays the best
+    assert points[-1][0] == pytest.approx(80 * 9 / 39, abs=0.01)
+    assert {y for _, y in points} == {0.0}
 
 
-def test_perplexities(client: TestClient, submit: Submit, hand: Any) -> None:
-    """Once candidates are confirmed, that has a bar of its own."""
-    job = submit()["id"]
-    hand.calibrate(job)
-    hand.search(job)
-    hand.confirm(job, 1, 2, 3)
-    hand.measure(job, 2, 20.0, 4.0)
+def test_stages(client: TestClient, submit: Submit, hand: Any) -> None:
+    """Each stage shows what it counts: steps of a calibration, perplexities."""
+    calibrated, measured = submit(), submit()
+    claim = hand.take(calibrated["id"], StageKind.CALIBRATE)
+    hand.store.watch(claim, {"title": "Calibrating the dense model", "done": 3, "steps": 16})
+    hand.calibrate(measured["id"])
+    hand.search(measured["id"])
+    hand.confirm(measured["id"], 1, 2, 3)
+    hand.measure(measured["id"], 2, 20.0, 4.0)
+    hand.take(measured["id"], StageKind.PERPLEXITY, 3)
     page = Page(client.get("/"))
 
-    assert "1 of 3 perplexities" in page.text
-    assert page.of("progress")[1]["max"] == "3"
+    assert "running, calibrate 3 of 16" in row(page, calibrated)
+    assert "running, perplexity 1 of 3" in row(page, measured)
 
 
 def test_result(client: TestClient, submit: Submit, hand: Any, configuration: Any) -> None:
-    """What was found is beside RIA, with a link to the configuration."""
+    """What was found stands beside the dense model, with how far it is above it and below RIA."""
     job = submit()
     hand.calibrate(job["id"])
     hand.search(job["id"])
     hand.confirm(job["id"])
-    ria = {"method": "ria-layer", "trial": 1, "perplexity": 23.0, "proxy": None, "divergence": None}
-    best = {**configuration.model_dump(mode="json"), "baselines": [ria]}
-    finish = hand.take(job["id"], StageKind.FINISH)
-    hand.store.succeed(finish, best=best, warnings=["On the border."], result={})
+    found = {"dense": 13.8, "pruned": 17.25, "wanda": 30.0, "ria": 23.0}
+    best = {**configuration.model_dump(mode="json"), "perplexities": found}
+    hand.store.succeed(hand.take(job["id"], StageKind.FINISH), best=best, warnings=[], result={})
     page = Page(client.get("/"))
-    text = page.at(f"job-{job['id']}")[1]
 
-    assert "Best: crepe; perplexity 17.25; 25.0% below RIA's perplexity. On the border." in text
-    assert page.links[f"Configuration of {job['name']}"] == f"/v1/jobs/{job['id']}/best"
+    assert "succeeded 17.25 13.80 +25.0 % 25.0 %" in row(page, job)
     assert not page.of("progress")
-
-
-def test_failed(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A job that failed says where and why."""
-    job = submit()
-    hand.fail(job["id"])
-
-    assert "The job failed in calibrate: org/name is not there. (ModelError)" in card(client, job)
-
-
-def test_transfer(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A transfer is shown with what it has measured of each model, or why it could not."""
-    job = submit()
-    hand.succeed(job["id"])
-    asked = {"models": ["org/a", "org/b", "org/c"]}
-    transfer = client.post(f"/v1/jobs/{job['id']}:transfer", json=asked).json()
-    results = [
-        {"target": "org/a", "perplexities": {"ria": 20.0, "transferred": 15.0}, "proxies": {}},
-        {"target": "org/b", "error": "The model org/b is not there."},
-    ]
-    for number, result in enumerate(results):
-        claim = hand.take(transfer["id"], StageKind.TRANSFER, number)
-        hand.store.complete(claim, result)
-    page = Page(client.get("/"))
-    text = page.at(f"job-{transfer['id']}")[1]
-
-    assert f"Transfer of job {job['id']}" in text
-    assert "2 of 3 models" in text
-    assert "org/a: 25.0% below RIA's perplexity. org/b: The model org/b is not there." in text
-    assert page.links[f"Measurements of {transfer['name']}"].endswith("/transfer")
 
 
 def test_hostile(client: TestClient, submit: Submit, hand: Any) -> None:
     """Whatever users have named or models have said is text."""
-    hostile = "<script>alert(1)</script><img src=x>\"'"
+    hostile = "<img src=x onerror=alert(1)>\"'"
     job = submit(name=hostile)
     hand.fail(job["id"], message=hostile)
     hand.store.enter_worker(hand.worker_id, name=hostile, device=hostile, kinds=[*StageKind])
-    answer = client.get("/")
+    answer = client.get("/", params={"name": hostile, "pattern": hostile, "model": hostile})
     Page(answer)  # its elements are closed
 
-    assert html.unescape(answer.text).count(hostile) >= 4
-    assert "<script" not in answer.text
+    assert html.unescape(answer.text).count(hostile) >= 8
     assert "<img" not in answer.text
 
 
 def test_pages(client: TestClient, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages give every job once, newest first, and lead back."""
-    monkeypatch.setattr(front, "PAGE_SIZE", 2)
-    jobs = [submit()["id"] for _ in range(5)]
-    seen, path, pages = [], "/", 0
-    while path:
-        page = Page(client.get(path))
-        pages += 1
-        seen += [li["id"].removeprefix("job-") for li in page.of("li") if "id" in li]
-        path = page.links.get("Older jobs", "")
+    """Pages give every job once, newest first or sorted, keep the filters, and lead back."""
+    monkeypatch.setattr(job_list, "PAGE_SIZE", 2)
+    jobs = [submit(name=f"job {letter}")["id"] for letter in "bdaec"]
+    submit(name="other")
+    found = {}
+    for query, older, newest in (
+        ("?name=job", "Older jobs", "Newest jobs"),
+        ("?name=job&sort=name", "Next page", "First page"),
+    ):
+        seen, path, pages = [], f"/{query}", 0
+        while path:
+            page = Page(client.get(path))
+            pages += 1
+            seen += listed(page)
+            assert "5 jobs with name or id job." in page.text
+            path = page.links.get(older, "")
+        found[query] = seen
+        assert pages == 3
+        assert page.links[newest] == f"/{query}"
 
-    assert seen == jobs[::-1]
-    assert pages == 3
-    assert page.links["Newest jobs"] == "/"
+    assert found["?name=job"] == jobs[::-1]
+    assert found["?name=job&sort=name"] == [jobs["bdaec".index(letter)] for letter in "abcde"]
 
 
 def test_filter(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A link for each state leaves the jobs in it, and says that it is the one."""
+    """A link for each state leaves the jobs in it, says that it is the one, and how many."""
     jobs = {}
     for state in (JobState.QUEUED, JobState.PAUSING, JobState.FAILED):
         jobs[state] = submit()["id"]
         hand.bring(jobs[state], state)
+    front_page = Page(client.get("/"))
     found = {}
     for name in ("all", "queued", "running", "failed", "cancelled"):
-        page = Page(client.get(Page(client.get("/")).links[name]))
-        found[name] = [li["id"].removeprefix("job-") for li in page.of("li") if "id" in li]
+        page = Page(client.get(front_page.links[name]))
+        found[name] = listed(page)
         (here,) = [a for a in page.of("a") if a.get("aria-current") == "true"]
         assert page.links[name] == here["href"]
 
@@ -294,24 +285,73 @@ def test_filter(client: TestClient, submit: Submit, hand: Any) -> None:
         "all": [*jobs.values()][::-1], "queued": [jobs[JobState.QUEUED]],
         "running": [jobs[JobState.PAUSING]], "failed": [jobs[JobState.FAILED]], "cancelled": [],
     }  # fmt: skip
-    assert "No job is cancelled." in page.text
+    assert "State all 3 queued 1 running 1 paused 0 succeeded 0 failed 1" in front_page.text
+    assert "No job has state cancelled. Remove state cancelled" in page.text
+    assert page.links["Remove state cancelled"] == "/"
+
+
+def test_facets(client: TestClient, submit: Submit) -> None:
+    """Models and patterns are links with how often they occur; a second press takes one back."""
+    first = submit(model="org/a", pattern="0.5")
+    second = submit(model="org/a", pattern="2:4", name="Ünï")
+    third = submit(model="org/b", pattern="2:4")
+    page = Page(client.get("/"))
+    of_a = Page(client.get(page.links["org/a"]))
+    both = Page(client.get(of_a.links["2:4"]))
+    searched = Page(client.get("/", params={"name": "ünï", "sort": "name"}))
+    nothing = Page(client.get("/", params={"name": "x", "model": "org/a", "state": "paused"}))
+
+    assert "Model org/a 2 org/b 1 Pattern 2:4 2 0.5 1" in page.text
+    assert listed(of_a) == [second["id"], first["id"]]
+    assert "Model org/a 2 org/b 1 Pattern 0.5 1 2:4 1" in of_a.text
+    assert "1 job with model org/a and pattern 2:4." in both.text
+    assert listed(both) == listed(searched) == [second["id"]]
+    assert both.links["org/a"] == "/?pattern=2%3A4"
+    assert both.links["Show all jobs"] == "/"
+    assert searched.at("name")[0]["value"] == "ünï"
+    assert listed(Page(client.get("/", params={"name": third["id"][:6]}))) == [third["id"]]
+    assert "No job has state paused, model org/a and name or id x." in nothing.text
+    assert nothing.links["Remove model org/a"] == "/?state=paused&name=x"
+    assert nothing.links["Remove name or id x"] == "/?state=paused&model=org%2Fa"
+
+
+def test_sort(client: TestClient, submit: Submit) -> None:
+    """A column is sorted by a press on its head, the other way round by the next, and says so."""
+    jobs = [submit(name=letter)["id"] for letter in "bca"]
+    page = Page(client.get("/"))
+    up = Page(client.get(page.links["Job"]))
+    down = Page(client.get(up.links["Job"]))
+
+    def order(of: Page) -> dict[str, str]:
+        return {_line(t): a["aria-sort"] for n, a, t in of.tags if n == "th" and "aria-sort" in a}
+
+    assert order(page) == {"Submitted": "descending"}
+    assert (order(up), order(down)) == ({"Job": "ascending"}, {"Job": "descending"})
+    assert listed(up) == [jobs[2], jobs[0], jobs[1]]
+    assert listed(down) == listed(up)[::-1]
+    assert up.at("sort")[1].startswith("newest first oldest first name")
+    assert [o["value"] for o in up.of("option") if "selected" in o] == ["name"]
+    assert all(th["scope"] in ("col", "row") for th in page.of("th"))
 
 
 def test_refresh(client: TestClient, submit: Submit, hand: Any) -> None:
-    """The list loads itself again while a job may move; a link stops that, here and further on."""
+    """The list keeps itself up to date; a link stops that, here and further on."""
     job = submit()["id"]
     on = Page(client.get("/"))
     off = Page(client.get(on.links["Stop refreshing"]))
-    again = Page(client.get(off.links["Refresh every 10 s"]))
+    again = Page(client.get(off.links["Go on refreshing"]))
     hand.bring(job, JobState.PAUSED)
     rest = Page(client.get("/"))
 
-    def refreshes(page: Page) -> bool:
-        return any(m.get("http-equiv") == "refresh" for m in page.of("meta"))
+    def refreshes(page: Page) -> tuple[bool, str | None]:
+        without_scripts = any(m.get("http-equiv") == "refresh" for m in page.of("meta"))
+        return without_scripts, page.at("now")[0].get("data-moves")
 
-    assert [refreshes(page) for page in (on, off, again, rest)] == [True, False, True, False]
+    assert [refreshes(page) for page in (on, off, again, rest)] == [
+        (True, "3"), (False, None), (True, "3"), (False, "15"),
+    ]  # fmt: skip
     assert off.links["failed"] == "/?state=failed&refresh=off"
-    assert {i["value"] for i in off.of("input") if i["name"] == "view"} == {"?refresh=off"}
+    assert {i["value"] for i in off.of("input") if i.get("name") == "view"} == {"?refresh=off"}
 
 
 def test_workers(client: TestClient, submit: Submit, hand: Any) -> None:
@@ -332,6 +372,96 @@ def test_workers(client: TestClient, submit: Submit, hand: Any) -> None:
 def _spaced(page: Page) -> str:
     """The cells of the table, with spaces between."""
     return " ".join(t for n, _, texts in page.tags if n in ("td", "th") for t in [_line(texts)])
+
+
+# ------------------------------------------------------------------------ several at once
+
+
+def test_bulk(client: TestClient, submit: Submit) -> None:
+    """A button asks something of all jobs that are chosen, and leads back to the same list."""
+    jobs = [submit()["id"] for _ in range(3)]
+    answer = many(client, "pause", jobs[:2], view="?state=queued&sort=name")
+    again = many(client, "resume", jobs[:1])
+
+    assert answer.status_code == again.status_code == 303
+    assert answer.headers["location"] == "/?state=queued&sort=name"
+    assert [client.get(f"/v1/jobs/{job}").json()["state"] for job in jobs] == [
+        "queued", "paused", "queued",
+    ]  # fmt: skip
+
+
+def test_bulk_in_part(client: TestClient, submit: Submit, hand: Any) -> None:
+    """What cannot be asked of some jobs is said of each by its name; the others are done."""
+    done, queued = submit(name="done"), submit()
+    hand.bring(done["id"], JobState.SUCCEEDED)
+    answer = many(client, "cancel", [done["id"], NOBODY, queued["id"]])
+    page = Page(answer)
+
+    assert answer.status_code == 409
+    assert "1 of 3 jobs were cancelled." in page.text
+    assert f"{done['name']}: a job that is succeeded cannot be cancelled." in page.text
+    assert f"{NOBODY}: this job is not there any more." in page.text
+    assert client.get(f"/v1/jobs/{queued['id']}").json()["state"] == "cancelled"
+
+
+def test_bulk_deletion(client: TestClient, submit: Submit, hand: Any) -> None:
+    """Jobs are deleted after a page that asks once more, and says which of them stay."""
+    over, paused, queued = submit(name="over"), submit(name="rests"), submit(name="waits")
+    hand.record(over, 2)
+    hand.bring(over["id"], JobState.FAILED)
+    hand.bring(paused["id"], JobState.PAUSED)
+    asked = Page(many(client, "delete", [over["id"], paused["id"], queued["id"]], view="?name=a"))
+    before = len(hand.store.page())
+    fields = [(i["name"], i["value"]) for i in asked.of("input")]
+    body = urlencode(fields)
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = client.post("/jobs", content=body, headers=kind, follow_redirects=False)
+
+    assert asked.texts("h1") == ["Delete 2 jobs?"]
+    assert f"{over['name']}, failed {paused['name']}, paused" in asked.text
+    assert f"Cancel them first: {queued['name']}, queued" in asked.text
+    assert asked.links["Keep them"] == "/?name=a"
+    assert before == 3
+    assert answer.headers["location"] == "/?name=a"
+    assert [str(job.id) for job in hand.store.page()] == [queued["id"]]
+    assert hand.studies() == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "chosen", "status", "told"),
+    [
+        ("pause", [], 422, "No job is chosen. Tick the box"),
+        ("delete", [], 422, "No job is chosen."),
+        ("delete", [NOBODY], 200, "None of the chosen jobs is there any more."),
+        ("explode", [NOBODY], 422, "verb='explode' must be one of pause, resume, cancel, delete."),
+        ("pause", ["x"], 422, "job='x' is not a job's id."),
+        ("pause", [f"{n:032x}" for n in range(201)], 422, "201 jobs are chosen, but 200 are"),
+    ],
+)
+def test_bulk_of_nothing(
+    shared_client: TestClient, verb: str, chosen: list[str], status: int, told: str
+) -> None:
+    """What is no choice of jobs changes nothing, and a page says why."""
+    answer = many(shared_client, verb, chosen)
+
+    assert answer.status_code == status
+    assert told in Page(answer).text
+
+
+def test_chosen_before(client: TestClient, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is to be compared stays chosen, also where the list does not show it."""
+    monkeypatch.setattr(job_list, "PAGE_SIZE", 1)
+    older, newer = submit(), submit()
+    here = Page(client.get(f"/?compare={newer['id']}"))
+    elsewhere = Page(client.get(f"/?compare={older['id']}"))
+
+    for page, job in ((here, newer), (elsewhere, older)):
+        assert [i["value"] for i in page.of("input") if "checked" in i] == [job["id"]]
+    assert elsewhere.at("chosen")[1].endswith(older["name"])
+    assert client.get("/?compare=nonsense").status_code == 200
+    assert client.get("/jobs?state=failed", follow_redirects=False).headers["location"] == (
+        "/?state=failed"
+    )
 
 
 # ------------------------------------------------------------------------- whose jobs
@@ -360,7 +490,7 @@ def test_own_jobs(client: TestClient, keys: KeyStore, hand: Any) -> None:
     changed = send(client, f"/jobs/{jobs[1]}/cancel", headers=mine)
     deletion = client.get(f"/jobs/{jobs[1]}/delete", headers=mine)
 
-    assert [li["id"] for li in page.of("li") if "id" in li] == [f"job-{jobs[0]}"]
+    assert listed(page) == [jobs[0]]
     assert not [href for href in page.links.values() if href.startswith("/dashboard")]
     assert (changed.status_code, deletion.status_code) == (404, 404)
     assert {job.state for job in hand.store.page()} == {JobState.QUEUED}
@@ -371,12 +501,13 @@ def test_study(client: TestClient, submit: Submit, hand: Any, keys: KeyStore) ->
     begun, waiting = submit(), submit()
     hand.record(begun, 2)
     admin = basic(keys.create("admin", sees_all=True)[1])
-    page = Page(client.get("/", headers=admin))
-    number = page.links[f"Study of {begun['name']}"].removeprefix("/dashboard/studies/")
+    page = Page(client.get(f"/jobs/{begun['id']}", headers=admin))
+    other = Page(client.get(f"/jobs/{waiting['id']}", headers=admin))
+    number = page.links["Study in the dashboard"].removeprefix("/dashboard/studies/")
     study = client.get(f"/api/studies/{number}", headers=admin).json()
 
     assert study["name"] == begun["name"]
-    assert f"Study of {waiting['name']}" not in page.links
+    assert "Study in the dashboard" not in other.links
 
 
 def test_studies(client: TestClient, submit: Submit, hand: Any) -> None:
@@ -384,7 +515,7 @@ def test_studies(client: TestClient, submit: Submit, hand: Any) -> None:
     job = submit(islands=3)
     hand.record(job, 1)
     hand.record(job, 1, island=2)
-    page = Page(client.get("/"))
+    page = Page(client.get(f"/jobs/{job['id']}"))
     numbers = {
         label: href.removeprefix("/dashboard/studies/")
         for label, href in page.links.items()
@@ -396,8 +527,8 @@ def test_studies(client: TestClient, submit: Submit, hand: Any) -> None:
     }
 
     assert names == {
-        f"Study of {job['name']}": job["name"],
-        f"Study, island 2 of {job['name']}": f"{job['name']} island 2",
+        "Study in the dashboard": job["name"],
+        "Study, island 2 in the dashboard": f"{job['name']} island 2",
     }
 
 
@@ -437,7 +568,7 @@ def test_too_late(client: TestClient, submit: Submit, hand: Any) -> None:
     assert "A job that is succeeded cannot be cancelled." in Page(late).text
     assert "This job no longer exists." in Page(gone).text
     assert (alert["autofocus"], alert["tabindex"]) == ("", "-1")
-    assert f"job-{job}" in [li.get("id") for li in Page(late).of("li")]
+    assert job in listed(Page(late))
 
 
 def test_deletion(client: TestClient, submit: Submit, hand: Any) -> None:
@@ -699,7 +830,7 @@ def test_other_errors(
     assert told in Page(answer).text
 
 
-@pytest.mark.parametrize("body", [b"model=%ff&pattern=\xff", b"&".join([b"a=1"] * 50)])
+@pytest.mark.parametrize("body", [b"model=%ff&pattern=\xff", b"&".join([b"a=1"] * 300)])
 def test_unreadable_form(shared_client: TestClient, body: bytes) -> None:
     """A body that is no form of ours is refused."""
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -723,7 +854,7 @@ def test_large_form(client_of: Any) -> None:
 
 def test_crash(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of ours is a page too, without the reason."""
-    monkeypatch.setattr(front, "card", None)
+    monkeypatch.setattr(job_list, "rows", None)
     send(client)
     answer = client.get("/")
 

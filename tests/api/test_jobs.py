@@ -246,6 +246,29 @@ def test_states(client: TestClient, submit: Submit, hand: Any) -> None:
     assert ids(client.get("/v1/jobs", params={"state": "running"})) == []
 
 
+def test_filters(client: TestClient, submit: Submit) -> None:
+    """Models, patterns and names leave the jobs that have them; pages go on in any order."""
+    named = submit(name="Zeta", model="org/a")["id"]
+    other = submit(name="alpha", pattern="2:4", more_models=["org/a"])["id"]
+    last = submit(name="beta", pattern=None, patterns=["0.5", "2:4"])["id"]
+
+    def listed(**params: Any) -> list[str]:
+        return ids(client.get("/v1/jobs", params=params))
+
+    first = client.get("/v1/jobs", params={"sort": "name", "page_size": 2}).json()
+    token = first["next_page_token"]
+
+    assert listed(model="org/a") == [other, named]
+    assert listed(pattern=["2:4"]) == [last, other]
+    assert listed(pattern="0.5", model="org/a") == listed(name="ZETA") == [named]
+    assert listed(name=named[:8]) == listed(name=named[:8], id=named[:4]) == [named]
+    assert listed(name="", sort="-name") == [named, last, other]
+    assert listed(model="a\x00") == []
+    assert [job["id"] for job in first["jobs"]] == [other, last]
+    assert listed(sort="name", page_size=2, page_token=token) == [named]
+    assert listed(sort="name", page_token="9" * 18) == []
+
+
 @pytest.mark.parametrize(
     ("params", "parameter", "says"),
     [
@@ -260,6 +283,7 @@ def test_states(client: TestClient, submit: Submit, hand: Any) -> None:
         ({"page_size": "201"}, "page_size", "less than or equal to 200"),
         ({"page_size": "many"}, "page_size", "integer"),
         ({"state": "done"}, "state", "'queued', 'running', 'pausing'"),
+        ({"sort": "size"}, "sort", "'created', '-created', 'name'"),
     ],
 )
 def test_bad_list(

@@ -15,6 +15,7 @@ import storage.rows
 from storage.database import Database, DatabaseGone
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.listing import JobFilter
 from storage.queue import enqueue
 from storage.records import (
     Claim,
@@ -429,7 +430,7 @@ class TestReading:
         jobs_ = [submit(store) for _ in range(4)]
         store.ask(jobs_[1].id, "pause")
         store.ask(jobs_[2].id, "cancel")
-        page = store.page(states=[JobState.PAUSED, JobState.CANCELLED])
+        page = store.page(JobFilter(states=[JobState.PAUSED, JobState.CANCELLED]))
 
         assert [job.id for job in page] == [jobs_[2].id, jobs_[1].id]
 
@@ -438,14 +439,15 @@ class TestReading:
         mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
         made = [submit(store, owner_id=owner) for owner in (mine, yours, None, mine)]
 
-        assert [j.id for j in store.page(visible_to=mine)] == [made[3].id, made[0].id]
+        assert [j.id for j in store.page(JobFilter(visible_to=mine))] == [made[3].id, made[0].id]
 
     def test_filters_together(self, store: JobStore) -> None:
         """States, owner, cursor and limit hold all at once."""
         mine = KeyStore(store.database).create("a", sees_all=False)[0].id
         made = [submit(store, owner_id=owner) for owner in (mine, mine, None, mine, mine)]
         store.ask(made[3].id, "cancel")
-        page = store.page(visible_to=mine, states=[JobState.QUEUED], before=made[4].number, limit=1)
+        which = JobFilter(visible_to=mine, states=[JobState.QUEUED])
+        page = store.page(which, before=made[4].number, limit=1)
 
         assert [j.id for j in page] == [made[1].id]
 

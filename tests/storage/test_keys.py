@@ -10,6 +10,7 @@ from sqlalchemy import delete, select, update
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore, NoSuchKey
+from storage.listing import JobFilter
 from storage.records import NewStage
 from storage.states import StageKind
 from storage.tables import jobs, keys
@@ -153,7 +154,7 @@ def test_jobs_of_a_revoked_key(store: KeyStore) -> None:
     job, _ = of_all.submit({}, name="n", first=first, trials=1, max_attempts=1, owner_id=key.id)
     store.revoke(key.prefix)
 
-    assert of_all.page(visible_to=key.id) == [job]
+    assert of_all.page(JobFilter(visible_to=key.id)) == [job]
 
 
 @pytest.mark.parametrize("secret", WEIRD, ids=range(len(WEIRD)))

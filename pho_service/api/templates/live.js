@@ -1,14 +1,28 @@
 
-// Keeps the page of a job as it is now: asks for it again when something happens, and puts what is
-// new in its place. Without scripts, the browser loads the page again by itself.
+// Keeps a page as it is now: asks for it again when something happens, and puts what is new in its
+// place; what is chosen, and where the focus is, stays. Without scripts, the browser loads the page
+// again by itself.
 (() => {
+  const all = document.getElementById("all");
+  if (all !== null) {
+    all.hidden = false;
+    all.addEventListener("change", () => {
+      for (const box of document.querySelectorAll("[data-rows] [type=checkbox]")) box.checked = all.checked;
+    });
+  }
   if (!document.querySelector("[data-moves]")) return;
   const away = document.getElementById("away");
-  const events = new EventSource(document.querySelector("[data-events]").dataset.events);
+  const followed = document.querySelector("[data-events]");
+  const events = followed === null ? null : new EventSource(followed.dataset.events);
   let timer = null;
 
+  function every() { // milliseconds between two looks; none while nothing moves
+    const found = document.querySelector("[data-moves]");
+    return found === null ? 0 : 1000 * (Number(found.dataset.moves) || 3);
+  }
+
   function stop() {
-    events.close();
+    if (events !== null) events.close();
     clearTimeout(timer);
     timer = null;
   }
@@ -22,14 +36,8 @@
     let above = null;
     for (const found of fresh.querySelectorAll("[data-live]")) {
       const old = document.getElementById(found.id);
-      if (old === null) {
-        above.after(document.importNode(found, true));
-      } else if (found.innerHTML !== old.innerHTML && !old.contains(document.activeElement)) {
-        for (const each of old.querySelectorAll("details[open]")) {
-          fresh.getElementById(each.id)?.setAttribute("open", "");
-        }
-        old.replaceChildren(...found.childNodes);
-      }
+      if (old === null) above.after(document.importNode(found, true));
+      else renew(old, found, fresh);
       above = document.getElementById(found.id);
     }
     for (const old of document.querySelectorAll("[data-live]")) {
@@ -38,9 +46,41 @@
     document.title = fresh.title;
   }
 
+  function renew(old, found, fresh) {
+    if ("moves" in found.dataset) old.dataset.moves = found.dataset.moves;
+    else delete old.dataset.moves;
+    const rows = old.querySelector("[data-rows]");
+    const now = found.querySelector("[data-rows]");
+    if (rows !== null && now !== null) return renewRows(rows, now);
+    if (found.innerHTML === old.innerHTML || old.contains(document.activeElement)) return;
+    for (const each of old.querySelectorAll("details[open]")) {
+      fresh.getElementById(each.id)?.setAttribute("open", "");
+    }
+    old.replaceChildren(...found.childNodes);
+  }
+
+  function renewRows(rows, now) {
+    for (const old of [...rows.children]) {
+      if (![...now.children].some((each) => each.id === old.id)) old.remove();
+    }
+    [...now.children].forEach((found, place) => {
+      const old = document.getElementById(found.id);
+      const row = old === null ? document.importNode(found, true) : old;
+      if (rows.children[place] !== row) rows.insertBefore(row, rows.children[place] ?? null);
+      if (old === null) return;
+      const cells = [...found.cells];
+      if (cells.length !== old.cells.length) old.replaceChildren(old.cells[0], ...cells.slice(1));
+      else cells.forEach((cell, number) => {
+        const was = old.cells[number];
+        if (number > 0 && was.outerHTML !== cell.outerHTML && !was.contains(document.activeElement)) was.replaceWith(cell);
+      });
+    });
+  }
+
   async function refresh() {
+    if (document.hidden) return soon(1000);
     try {
-      const answer = await fetch(location.pathname, { headers: { Accept: "text/html" } });
+      const answer = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" } });
       if (answer.status >= 500) throw new Error(answer.statusText);
       const left = answer.redirected && new URL(answer.url).pathname !== location.pathname;
       if (left || answer.status === 401) { // what the page shows stays, so that nothing is lost
@@ -57,7 +97,7 @@
         return;
       }
       put(fresh);
-      if (fresh.querySelector("[data-moves]")) soon(3000);
+      if (every()) soon(every());
       else stop();
     } catch {
       away.hidden = false;
@@ -66,7 +106,7 @@
   }
 
   for (const kind of ["state", "stage", "progress", "retry"]) {
-    events.addEventListener(kind, () => soon(300));
+    if (events !== null) events.addEventListener(kind, () => soon(300));
   }
-  soon(3000);
+  soon(every());
 })();

@@ -1,0 +1,177 @@
+"""Lists of jobs: filtered, sorted, counted, and of older versions."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+
+from storage import database as database_module
+from storage.database import Database
+from storage.jobs import JobStore
+from storage.keys import KeyStore
+from storage.listing import SORTS, JobFilter, columns_of, found_columns
+from storage.records import Job, NewStage
+from storage.states import JobState, StageKind
+from storage.tables import jobs
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    """All jobs of the test's database."""
+    return JobStore(database)
+
+
+@pytest.fixture
+def submit(store: JobStore) -> Submit:
+    """Submit a job of a model and a pattern, with more of its document and of its record."""
+
+    def make(
+        model: str = "org/a",
+        pattern: str = "0.5",
+        *,
+        name: str = "job",
+        owner_id: uuid.UUID | None = None,
+        **spec: Any,
+    ) -> Job:
+        document = {"model": model, "pattern": pattern, "islands": 1, **spec}
+        first = NewStage(kind=StageKind.CALIBRATE)
+        job, _ = store.submit(
+            document, name=name, first=first, trials=1, max_attempts=1, owner_id=owner_id
+        )
+        return job
+
+    return make
+
+
+def measured(store: JobStore, job: Job, **values: float) -> None:
+    """Give a job what it is sorted by, as if it had succeeded."""
+    with store.database.transaction() as connection:
+        connection.execute(jobs.update().where(jobs.c.id == job.id).values(values))
+
+
+def test_filters(store: JobStore, submit: Submit) -> None:
+    """Each filter leaves the jobs for which it holds, and several those for which all do."""
+    first = submit("org/a", "0.5", name="Alpha 100%")
+    second = submit("org/b", "2:4", name="beta_1", more_models=["org/a"])
+    third = submit("org/b", "", name="gamma", patterns=["0.5", "2:4"])
+    store.ask(third.id, "pause")
+
+    def listed(**given: Any) -> list[Job]:
+        return [job.id for job in store.page(JobFilter(**given))][::-1]  # type: ignore[misc]
+
+    assert listed(models=["org/a"]) == [first.id, second.id]
+    assert listed(models=["org"]) == []
+    assert listed(patterns=["2:4"]) == [second.id, third.id]
+    assert listed(models=["org/a"], patterns=["2:4"]) == [second.id]
+    assert listed(models=["org/a", "org/b"]) == [first.id, second.id, third.id]
+    assert listed(name="ALPHA") == [first.id]
+    assert listed(name="0%") == [first.id]
+    assert listed(name="a_1") == [second.id]
+    assert listed(name=str(third.id)[:11].upper()) == [third.id]
+    assert listed(name="-") == []
+    assert listed(states=[JobState.PAUSED], patterns=["0.5"]) == [third.id]
+    assert listed(models=["a\0b"]) == listed(name="a\0b") == []
+
+
+def test_sorted(store: JobStore, submit: Submit) -> None:
+    """Jobs come in the order of a value, either way; what has none is last, equals newest first."""
+    made = [
+        submit("org/b", "0.7", name="Zeta"),
+        submit("org/A", "0.5", name="alpha"),
+        submit("org/c", "2:4", name="beta"),
+        submit("org/a", "0.5", name="alpine"),
+    ]
+    for job, value in zip(made[:2], (2.0, 1.0), strict=True):
+        measured(store, job, perplexity=value, rise=value, gain=value)
+    store.ask(made[0].id, "cancel")
+    store.ask(made[1].id, "pause")
+    ascending = {
+        "created": [0, 1, 2, 3], "name": [1, 3, 2, 0], "model": [3, 1, 0, 2],
+        "pattern": [3, 1, 0, 2], "state": [3, 2, 1, 0], "perplexity": [1, 0, 3, 2],
+        "rise": [1, 0, 3, 2], "gain": [1, 0, 3, 2],
+    }  # fmt: skip
+    descending = {
+        "created": [3, 2, 1, 0], "name": [0, 2, 3, 1], "model": [2, 0, 3, 1],
+        "pattern": [2, 0, 3, 1], "state": [0, 1, 3, 2], "perplexity": [0, 1, 3, 2],
+        "rise": [0, 1, 3, 2], "gain": [0, 1, 3, 2],
+    }  # fmt: skip
+    places = {job.id: place for place, job in enumerate(made)}
+    found = {sort: [places[job.id] for job in store.page(sort=sort)] for sort in SORTS}
+    page = store.page(sort="perplexity", skip=1, limit=2)
+
+    assert found == {**ascending, **{f"-{name}": wanted for name, wanted in descending.items()}}
+    assert [places[job.id] for job in page] == [0, 3]
+
+
+def test_facets(store: JobStore, submit: Submit) -> None:
+    """Jobs are counted by state, model and pattern, each without the filter by itself."""
+    mine = KeyStore(store.database).create("mine", sees_all=False)[0].id
+    for pattern in ("0.5", "0.7", "0.5"):
+        submit("org/a", pattern, owner_id=mine)
+    paused = submit("org/b", "0.5", owner_id=mine)
+    store.ask(paused.id, "pause")
+    submit("org/c")
+    found = store.facets(JobFilter(visible_to=mine, models=["org/a"], patterns=["0.5"]))
+    everything = store.facets(JobFilter(), limit=2)
+
+    assert found.states == {JobState.QUEUED: 2}
+    assert found.models == [("org/a", 2), ("org/b", 1)]
+    assert found.patterns == [("0.5", 2), ("0.7", 1)]
+    assert everything.models == [("org/a", 3), ("org/b", 1)]
+
+
+def test_columns() -> None:
+    """Searches, transfers, several patterns and targets are found by all that they name."""
+    transfer = {"models": ["m", "n"], "configuration": {"pattern": "2:4"}}
+    best = {
+        "perplexities": {"dense": 20.0, "pruned": 25.0, "ria": 40.0, "wanda": None},
+        "confirmation": {"perplexity": 25.0},
+    }
+
+    assert columns_of({"model": "m", "pattern": "0.5", "patterns": None, "target": None}) == {
+        "models": ["m"], "patterns": ["0.5"],
+    }  # fmt: skip
+    assert columns_of({"model": "m", "more_models": ["n"], "patterns": ["0.5", "2:4"]}) == {
+        "models": ["m", "n"], "patterns": ["0.5", "2:4"],
+    }  # fmt: skip
+    assert columns_of({"model": "m", "target": {"perplexity_rise": 0.1}})["patterns"] == ["target"]
+    assert columns_of(transfer) == {"models": ["m", "n"], "patterns": ["2:4"]}
+    assert found_columns(best) == {"perplexity": 25.0, "rise": 0.25, "gain": 0.375}
+    assert found_columns({"confirmation": None}) == found_columns(None)
+    assert found_columns({"confirmation": {"perplexity": 3.0}})["perplexity"] == 3.0
+    assert {*found_columns(None).values()} == {None}
+
+
+def test_jobs_of_before(empty_database: Database) -> None:
+    """Jobs that an older version stored are listed as if this one had."""
+    config = Config()
+    config.set_main_option("script_location", database_module._MIGRATIONS)
+    with empty_database.transaction() as connection:
+        for schema in ("pho", "procrastinate"):
+            connection.execute(text(f"CREATE SCHEMA {schema}"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0007")
+        connection.execute(
+            text(
+                "INSERT INTO pho.jobs (id, name, spec, state, priority, trials, max_attempts, "
+                "fingerprint, best) VALUES (gen_random_uuid(), 'old', :spec, 'succeeded', 0, 1, 1, "
+                "'', :best)"
+            ),
+            {
+                "spec": '{"model": "org/a", "pattern": "0.5", "preset_meaning": {}}',
+                "best": '{"perplexities": {"dense": 20, "pruned": 25, "ria": 50}}',
+            },
+        )
+    empty_database.migrate()
+    with empty_database.transaction() as connection:
+        row = connection.execute(
+            text("SELECT models, patterns, perplexity, rise, gain FROM pho.jobs")
+        ).one()
+
+    assert tuple(row) == (["org/a"], ["0.5"], 25.0, 0.25, 0.5)
