@@ -1,5 +1,5 @@
 """
-Searches as they go, drawn: trials as dots, and the best so far as a line.
+Searches as they go, drawn: one with its trials as dots, and the best so far of each as a line.
 """
 
 import math
@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from pho_service.api.describe import study_names
 from pho_service.api.points import is_several
+from pho_service.report.drawing import Drawing, Series, plot
 from storage import records as stored
 from storage.trials import read_values
 
@@ -68,7 +69,6 @@ class Chart:
     A drawing of searches on one scale.
 
     Attributes:
-        dots: Trials of the only search, in pixels from the top left.
         lines: The best so far of each, as the points of a line.
         top: The value at the top.
         bottom: The value at the bottom.
@@ -77,7 +77,6 @@ class Chart:
         height: In pixels.
     """
 
-    dots: Sequence[Place]
     lines: Sequence[str]
     top: str
     bottom: str
@@ -86,9 +85,26 @@ class Chart:
     height: float = HEIGHT
 
 
+def draw_search(search: Search) -> Drawing | None:
+    """Draw the trials of a search and the best so far; None before the second trial."""
+    count = len(search.values)
+    if count < 2:
+        return None
+    every = max(1, -(-count // DOTS))
+    shown = [*reversed(range(count - 1, -1, -every))]
+    best = search.best()
+    dots = [(i, search.values[i], f"trial {i}: {search.values[i]:.6g}") for i in shown]
+    line = [(i, best[i], "") for i in range(count) if i in (0, count - 1) or best[i] != best[i - 1]]
+    series = [
+        Series(name="trial", look="trials", points=dots),
+        Series(name="best so far", look="best", points=line, mark=None, line="steps"),
+    ]
+    return plot(series, x="trial", y="objective", log_y=True)
+
+
 def draw_searches(searches: Sequence[Search]) -> Chart | None:
     """
-    Draw the best so far of searches, each with two trials or more; of a single one, the trials too.
+    Draw the best so far of searches, each with two trials or more.
 
     Returns:
         None if there is nothing to draw. A search with fewer trials has an empty line.
@@ -117,10 +133,7 @@ def draw_searches(searches: Sequence[Search]) -> Chart | None:
         corners.append(place(len(best) - 1, best[-1]))
         return " ".join(f"{x:g},{y:g}" for x, y in corners)
 
-    values = drawn[0].values if len(searches) == 1 else []
-    every = max(1, -(-len(values) // DOTS))
     return Chart(
-        dots=[place(i, values[i]) for i in range(0, len(values), every)],
         lines=[line(search) for search in searches],
         top=f"{high:.4g}",
         bottom=f"{low:.4g}",

@@ -10,10 +10,11 @@ from datetime import datetime
 from pho_service.api import artifacts
 from pho_service.api.answers import ArtifactList
 from pho_service.api.cards import Card, card, span
-from pho_service.api.chart import Chart, Search, draw_searches
+from pho_service.api.chart import Search, draw_search
 from pho_service.api.describe import is_transfer, step_of, study_names
 from pho_service.api.points import is_several
 from pho_service.api.service import Caller, Service
+from pho_service.report.drawing import Drawing
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Configuration, Rating
 from storage import records as stored
@@ -113,6 +114,7 @@ class JobView:
         results: Perplexities of the result and of what it is judged by.
         stages: By kind, in the order of the work.
         chart: None before there are trials, of transfers, and of several patterns.
+        trials: That the chart is of.
         finalists: The best first.
         layers: By model.
         events: The newest first.
@@ -124,7 +126,8 @@ class JobView:
     card: Card
     results: Sequence[Row]
     stages: Sequence[StageRow]
-    chart: Chart | None
+    chart: Drawing | None
+    trials: int
     finalists: Sequence[Rating]
     layers: Sequence[Layers]
     events: Sequence[Happened]
@@ -147,7 +150,8 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
         card=shown,
         results=[] if found is None else _results(found),
         stages=_stages(job, now),
-        chart=draw_searches([search]),
+        chart=draw_search(search),
+        trials=len(search.values),
         finalists=_finalists(job, found),
         layers=_layers(job),
         events=[

@@ -1,5 +1,5 @@
 """
-Charts as SVG: scales, axes, marks, bars and maps, as shapes that the page's template draws.
+Charts as SVG: scales, axes, marks, bars and maps, as shapes that a page's template puts in.
 
 Nothing here runs in the browser: a mark's ``<title>`` is what a pointer over it is shown.
 """
@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from markupsafe import escape
 
 WIDTH, HEIGHT = 480.0, 300.0  # of a chart, in the units of its view box
 _TOP, _BOTTOM, _RIGHT = 24.0, 42.0, 12.0  # room around a plot
@@ -37,6 +39,14 @@ class Shape:
     attributes: Mapping[str, str | float]
     text: str = ""
 
+    def __html__(self) -> str:
+        """The element, as templates take it without escaping it again."""
+        inside = f"{escape(self.text)}"
+        if self.text and self.tag != "text":
+            inside = f"<title>{inside}</title>"
+        named = "".join(f' {name}="{escape(value)}"' for name, value in self.attributes.items())
+        return f"<{self.tag}{named}>{inside}</{self.tag}>"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -53,6 +63,11 @@ class Group:
     look: str
     shapes: Sequence[Shape]
     sample: Shape | None = None
+
+    def __html__(self) -> str:
+        """The shapes together."""
+        inside = "".join(shape.__html__() for shape in self.shapes)
+        return f'<g class="{escape(self.look)}" data-name="{escape(self.name)}">{inside}</g>'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,8 +88,8 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     finalists = section(source(client, job["id"]), "finalists")
 
     assert 'id="search"' not in empty
-    assert "7 trials; the line is the best objective so far." in section(drawn, "search")
-    assert drawn.count("<circle") == 7
+    assert "7 trials. The line is the best objective so far;" in section(drawn, "search")
+    assert drawn.count('class="dot"><title>trial ') == 7
     assert "Trial Method Perplexity Divergence Proxy 5 - 21.5 - - 2 - - - -" in finalists
 
 
