@@ -69,10 +69,11 @@ def evaluate(
     at_least(1, max_windows=max_windows)
     loaded_tasks, limit = load_asked_tasks(given), given("tasks_limit")
     how = given.calibration()
-    source = text_source(how)
+    measures_text = loaded_tasks is None or any(field in given.said for field in _TEXT)
+    source = text_source(how) if measures_text else None
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
-    if loaded_tasks is None or any(field in given.said for field in _TEXT):
+    if source is not None:
         document = {**_perplexity(loaded, how, source, max_windows), **document}
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:

@@ -42,11 +42,14 @@ def submit(
       pho submit org/small org/other --pattern 0.5 --over worst
       pho submit org/name --patterns 0.3,0.5,0.7,2:4 --text texts/c4.jsonl
       pho submit org/name --within 5% --text texts/c4.jsonl
+      pho submit org/name --pattern 0.5 --tasks boolq,arc_easy --limit 500
       pho submit --job job.json
     """
     spec = job_document(models, job_file, given)
     with open_client(url) as client:
         job = client.submit(spec, idempotency_key=idempotency_key)
+        for warning in job.warnings if wait or not as_json else ():
+            say(f"note: {warning}")
         if not wait:
             if as_json:
                 print_json(job.model_dump(mode="json"))

@@ -8,7 +8,7 @@ import click
 from pho_service.cli.groups import GroupedCommand
 from pho_service.cli.options import at_least, json_option, out_file
 from pho_service.cli.plots import plot_file, plot_transfer
-from pho_service.cli.remote import end, open_client, url_option
+from pho_service.cli.remote import end, open_client, pattern_option, url_option
 from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput
 
@@ -16,6 +16,7 @@ from pho_service.errors import InvalidInput
 @click.command("transfer-job", cls=GroupedCommand)
 @click.argument("job_id")
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
+@pattern_option
 @click.option("--report-text", help="To measure perplexities on; nothing may be chosen on it.")
 @click.option("--report-windows", type=int, help="Only the first N windows of that text.")
 @click.option("--search", is_flag=True, help="Find the own best of each model, too.")
@@ -37,6 +38,7 @@ from pho_service.errors import InvalidInput
 def transfer_job(
     job_id: str,
     models: tuple[str, ...],
+    pattern: str | None,
     report_text: str | None,
     report_windows: int | None,
     search: bool,
@@ -74,6 +76,10 @@ def transfer_job(
     picture = None if plot is None else plot_file(plot)
     if not models and path is None and picture is None:
         raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
+    if pattern is not None and not models:
+        raise InvalidInput(
+            f"--pattern {pattern} says which of several patterns is measured: give MODEL..., too."
+        )
     own = {
         "trials": trials,
         "seed": seed,
@@ -92,7 +98,9 @@ def transfer_job(
         if models:
             if text is not None:
                 document["calibration"] = _calibration(job.spec["calibration"], text)
-            job = client.transfer(job_id, models, idempotency_key=idempotency_key, **document)
+            job = client.transfer(
+                job_id, models, pattern=pattern, idempotency_key=idempotency_key, **document
+            )
             say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
             if not (wait or path or picture):
                 if as_json:

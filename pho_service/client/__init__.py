@@ -256,6 +256,7 @@ class Client:
         job_id: uuid.UUID | str,
         models: Sequence[str],
         *,
+        pattern: str | None = None,
         idempotency_key: str | None = None,
         **options: Any,
     ) -> Job:
@@ -265,13 +266,18 @@ class Client:
         Args:
             job_id: Id of the search.
             models: Hub ids, or paths that the workers see.
+            pattern: Pattern of a job with several, as for :meth:`best`.
             idempotency_key: As for :meth:`submit`.
             options: Other fields of the document: ``report``, ``search``, ``notify`` and the like.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         document = {"models": [*models], **options}
         answer = self._service.request(
-            "POST", self._service.job_path(job_id, ":transfer"), json=document, headers=headers
+            "POST",
+            self._service.job_path(job_id, ":transfer"),
+            json=document,
+            headers=headers,
+            params=_at(pattern),
         )
         return read(Job, answer)
 
