@@ -11,13 +11,12 @@ from sqlalchemy import Connection
 
 from pho_service.api.describe import study_names
 from pho_service.api.points import is_several
-from pho_service.report.drawing import Drawing, Series, plot
+from pho_service.report.drawing import Drawing, Series, plot, worth_showing
 from storage import records as stored
 from storage.trials import read_values
 
 WIDTH, HEIGHT = 960.0, 200.0
 DOTS = 400  # at most
-_SHOWN = 0.9  # share of the trials that fit; what is far worse than the others lies at the edge
 
 Place = tuple[float, float]
 
@@ -57,10 +56,9 @@ class Search:
             found.append(better(found[-1], value) if found else value)
         return found
 
-    def worst_shown(self) -> float:
-        """The worst value that is drawn where it is."""
-        ordered = sorted(self.values, reverse=self.maximised)
-        return ordered[int(_SHOWN * (len(ordered) - 1))]
+    def range(self) -> tuple[float, float]:
+        """The values that are drawn where they are; others lie at the edge."""
+        return worth_showing(self.values, maximised=self.maximised)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +97,7 @@ def draw_search(search: Search) -> Drawing | None:
         Series(name="trial", look="trials", points=dots),
         Series(name="best so far", look="best", points=line, mark=None, line="steps"),
     ]
-    return plot(series, x="trial", y="objective", log_y=True)
+    return plot(series, x="trial", y="objective", log_y=True, within=search.range())
 
 
 def draw_searches(searches: Sequence[Search]) -> Chart | None:
@@ -112,7 +110,7 @@ def draw_searches(searches: Sequence[Search]) -> Chart | None:
     drawn = [search for search in searches if len(search.values) > 1]
     if not drawn:
         return None
-    ends = [end for search in drawn for end in (search.best()[-1], search.worst_shown())]
+    ends = [end for search in drawn for end in search.range()]
     low, high = min(ends), max(ends)
     height = (high - low) or abs(high) or 1.0
     trials = max(len(search.values) for search in drawn)

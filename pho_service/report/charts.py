@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pho_service.report.data import Report, ReportTrial
-from pho_service.report.drawing import Bar, Drawing, Mark, Series, bars, heat_map, plot
+from pho_service.report.drawing import (
+    Bar,
+    Drawing,
+    Mark,
+    Series,
+    bars,
+    heat_map,
+    plot,
+    worth_showing,
+)
 from pho_service.report.layers import LayerCell
 from pho_service.spec.quality import ProxyQuality
 
@@ -58,6 +67,9 @@ def history_chart(report: Report) -> Chart | None:
             line="steps",
         ),
     ]
+    values = [trial.value or 0.0 for trial in known]
+    within = worth_showing(values, maximised=report.maximised)
+    beyond = sum(not within[0] <= value <= within[1] for value in values)
     first = next(trial for trial, value in zip(known, best, strict=True) if value == best[-1])
     return Chart(
         id="history",
@@ -65,8 +77,9 @@ def history_chart(report: Report) -> Chart | None:
         text=f"{len(known)} rated trials. The best value, {best[-1]:.6g}, is that of trial "
         f"{first.number}; the first trial had {best[0]:.6g}. "
         + ("Higher" if report.maximised else "Lower")
-        + " is better.",
-        drawing=plot(series, x="trial", y=report.objective, log_y=True),
+        + " is better."
+        + (f" {beyond} that are far worse are drawn at the edge." if beyond else ""),
+        drawing=plot(series, x="trial", y=report.objective, log_y=True, within=within),
     )
 
 

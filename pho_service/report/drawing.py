@@ -124,6 +124,21 @@ class Bar:
     text: str
 
 
+def worth_showing(values: Sequence[float], *, maximised: bool) -> tuple[float, float]:
+    """
+    The range of most values: from the best to the worst of the better nine tenths.
+
+    A few that are far worse would leave no room for the rest.
+
+    Args:
+        values: Finite ones, at least one.
+        maximised: Whether high values are good.
+    """
+    ordered = sorted(values, reverse=maximised)
+    ends = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
+    return min(ends), max(ends)
+
+
 class Scale:
     """
     Where values lie on an axis.
@@ -171,6 +186,7 @@ def plot(
     log_x: bool = False,
     log_y: bool = False,
     percent_x: bool = False,
+    within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Drawing:
     """
     Draw series on two axes.
@@ -182,8 +198,13 @@ def plot(
         log_x: Whether it is logarithmic where its values allow that.
         log_y: The same.
         percent_x: Whether its values are shares.
+        within: The lowest and the highest y; what lies beyond is drawn at the edge.
     """
-    shown = [(each, _finite(each.points)) for each in series]
+    low, high = within
+    shown = [
+        (each, [(x, min(max(y, low), high), told) for x, y, told in _finite(each.points)])
+        for each in series
+    ]
     shown = [(each, points) for each, points in shown if points]
     places = [point for _, points in shown for point in points]
     up = Scale([p[1] for p in places], log=log_y, start=HEIGHT - _BOTTOM, end=_TOP)
