@@ -16,10 +16,10 @@ from pho_service.api import (
     artifacts,
     compare,
     configurations,
-    front,
     job_list,
     job_page,
     jobs,
+    new_job,
     operations,
     plan,
     problems,
@@ -69,7 +69,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    pages = (job_list, front, job_page, compare)
+    pages = (job_list, new_job, job_page, compare)
     parts = (*pages, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])

@@ -1,190 +1,351 @@
 """
-The form that submits a job: from what was typed to a document, and from its errors to the fields.
+The fields of the form that submits a job: made from the fields of the document, in groups.
+
+A new field of the document is in the form by being there: in the group of the part that it is in,
+or in the last one.
 """
 
-import json
 import re
-import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
-
-from pho_service.api.problems import field_problem
-from pho_service.spec.fields import CalibrationSpec, FieldError
-from pho_service.spec.job import JobSpec
+from pho_service.spec.job_fields import MEANINGS, JobField, job_fields, within
 from pho_service.spec.presets import PRESETS
 
-# What can be typed, in the order of the page; ``more`` takes the other fields of a job as JSON.
-LABELS = {
-    "model": "Model",
-    "pattern": "Pattern",
-    "preset": "Preset",
-    "calibration": "Calibration text",
-    "trials": "Trials",
-    "seed": "Seed",
-    "more": "All other fields",
-}
-OPTIONS = {"pattern": ("0.5", "0.6", "2:4", "4:8"), "preset": PRESETS}
-DEFAULTS = {
-    **dict.fromkeys(LABELS, ""),
-    **{name: str(JobSpec.model_fields[name].default) for name in ("preset", "trials", "seed")},
-}
-_OWN_FIELDS = ("model", "pattern", "preset", "trials", "seed")  # of a job, typed as they are
-_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+MORE = "more"  # takes as JSON what has no field
+
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
+# What is called otherwise than its field, or its field and the part that it is in.
+_LABELS = {
+    "model": "Model (needed)",
+    "target/perplexity_rise": "Or the most that the perplexity may rise",
+    "patterns": "Or several patterns",
+    "calibration/text": "Text file",
+    "calibration/dataset": "Data set",
+    "calibration/seed": "Seed of the calibration",
+    "objective/name": "Objective",
+    "confirm": "Confirm by perplexity",
+    "timeout_s": "Time limit in seconds",
+    "prune": "Write the pruned model",
+    "calibration/memory_bytes": "Memory in bytes",
+    "calibration/bos": "BOS",
+    "dtype": "Data type",
+    "steps/linears/targets": "Linears to prune",
+    "steps/linears/ignore": "Linears that stay dense",
+    "steps/linears/sparsities": "Linears with a sparsity of their own",
+}
+# Parts whose fields go by their own names where no other field has them.
+_SHORT = ("calibration", "steps")
+_PICKS = {
+    "model": "models", "calibration/text": "texts", "confirm/text": "texts", "pattern": "patterns",
+}  # fmt: skip
+_COMMAS = ("patterns",)  # texts that are short enough for one line
 
 
-def hints() -> dict[str, str]:
-    """What is said beside the fields."""
-    shown = (*_OWN_FIELDS, "calibration", "preset_meaning")
-    others = [name for name in JobSpec.model_fields if name not in shown]
-    calibration = CalibrationSpec.model_fields
-    return {
-        "model": str(JobSpec.model_fields["model"].description),
-        "pattern": str(JobSpec.model_fields["pattern"].description),
-        "preset": "How far to go: best takes minutes, score is a cheap look.",
-        "calibration": "A .txt, .jsonl or .parquet file, or a data set: an id on the hub or a "
-        "folder. C4 if it is empty.",
-        "trials": str(JobSpec.model_fields["trials"].description),
-        "seed": "The same seed gives the same result.",
-        "more": 'A JSON object, or nothing: {"scope": "global", "calibration": {"samples": 32}}. '
-        f"A job also has {', '.join(others)}; calibration also "
-        f"has {', '.join(n for n in calibration if n not in ('text', 'dataset'))}.",
-    }
-
-
-def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Group:
     """
-    What to type for the job that has this document; what is as it is by default is left out.
-
-    Args:
-        document: Document of a search, as it is stored.
-    """
-    own = {name: document[name] for name in _OWN_FIELDS}
-    several = {name: document[name] for name in ("patterns", "target") if name in document}
-    default = JobSpec.model_validate({**own, **several}).model_dump(mode="json")
-    typed = {**DEFAULTS, **{n: "" if value is None else str(value) for n, value in own.items()}}
-    calibration = {
-        name: value
-        for name, value in (document.get("calibration") or {}).items()
-        if value != (default.get("calibration") or {}).get(name)
-    }
-    for name in ("dataset", "text"):
-        source = calibration.pop(name, None)
-        typed["calibration"] = source or typed["calibration"]
-    more = {
-        name: value
-        for name, value in document.items()
-        if name not in (*_OWN_FIELDS, "calibration", "preset_meaning", "preset_meanings")
-        and (name in several or value != default.get(name))
-    }
-    if calibration:
-        more["calibration"] = calibration
-    return {**typed, "more": json.dumps(more, indent=2) if more else ""}
-
-
-def new_token() -> str:
-    """For a form: however often it is sent, it makes one job."""
-    return secrets.token_urlsafe(16)
-
-
-def token_of(typed: Mapping[str, str]) -> str:
-    """The token that a form came with; another one if that is none of ours."""
-    token = typed.get("token", "")
-    return token if _TOKEN.fullmatch(token) else new_token()
-
-
-class WrongForm(ValueError):
-    """
-    What was typed makes no job.
+    A part of the form.
 
     Attributes:
-        errors: By field; those of no field have the key "".
+        title: Its heading.
+        parts: What of the document is in it; "" is all that no group before has.
+        shown: The fields that are always seen.
+        folded: What can be unfolded, by its heading, as parts of the document; what is in none of
+            them is under "More".
     """
 
-    def __init__(self, errors: dict[str, list[str]]) -> None:
-        super().__init__(str(errors))
-        self.errors = errors
-
-    @classmethod
-    def of(cls, error: FieldError) -> "WrongForm":
-        """A field breaks a rule of this machine."""
-        field, detail = _placed(error.pointer, str(error))
-        return cls({field: [detail]})
+    title: str
+    parts: tuple[str, ...]
+    shown: tuple[str, ...]
+    folded: Mapping[str, tuple[str, ...]]
 
 
-def read_spec(typed: Mapping[str, str]) -> JobSpec:
+GROUPS = (
+    Group(
+        title="Model",
+        parts=("model", "more_models", "revision", "dtype", "stream"),
+        shown=("model",),
+        folded={"Several models, revision, data type": ("",)},
+    ),
+    Group(
+        title="Text and calibration",
+        parts=("calibration",),
+        shown=(
+            "calibration/text", "calibration/dataset", "calibration/samples",
+            "calibration/context_length",
+        ),
+        folded={"More about the calibration": ("",)},
+    ),
+    Group(
+        title="What to prune",
+        parts=("pattern", "patterns", "target", "scope", "preset", "steps"),
+        shown=("pattern", "scope", "patterns", "target/perplexity_rise", "preset"),
+        folded={
+            "Which linears": ("steps/linears",),
+            "Steps besides the score": ("steps",),
+            "Sparsities that are tried for a rise": ("target",),
+        },
+    ),
+    Group(
+        title="Search",
+        parts=(
+            "trials", "seed", "sampler", "islands", "corrections", "objective", "search_space",
+            "warm_start", "timeout_s", "max_failed_trials",
+        ),
+        shown=("trials", "seed", "sampler", "islands"),
+        folded={"Search space": ("search_space",), "More about the search": ("",)},
+    ),
+    Group(
+        title="Confirmation and report",
+        parts=("confirm", "validation"),
+        shown=("confirm/text", "confirm/candidates", "confirm/windows"),
+        folded={"More about the confirmation": ("",)},
+    ),
+    Group(
+        title="After it",
+        parts=("prune", "notify", "tasks", "tasks_dir", "tasks_limit"),
+        shown=("prune", "notify"),
+        folded={"Zero-shot tasks": ("",)},
+    ),
+    Group(title="The job itself", parts=("",), shown=(), folded={"Name, queue and others": ("",)}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormField:
     """
-    The document of a job.
+    A field of the form.
 
-    Args:
-        typed: By field.
-
-    Raises:
-        WrongForm: It breaks a rule; names the fields.
+    Attributes:
+        job: The field of the document.
+        label: What it is called.
+        kind: ``line``, ``integer``, ``number``, ``choice``, ``flag``, ``switch`` (of a part that
+            may be null), ``words`` and ``numbers`` (in one line), ``lines``, or ``pairs``.
     """
-    document = _document(typed)
-    try:
-        return JobSpec.model_validate(document)
-    except ValidationError as error:
-        errors: dict[str, list[str]] = {}
-        for each in error.errors():
-            found = field_problem({**each, "loc": ("body", *each["loc"])}, JobSpec)
-            field, detail = _placed(found["pointer"], found["detail"])
-            errors.setdefault(field, []).append(detail)
-        raise WrongForm({n: errors[n] for n in ("", *LABELS) if n in errors}) from error
+
+    job: JobField
+    label: str
+    kind: str
+
+    @property
+    def path(self) -> str:
+        """Where it stands in the document; its name and its id on the page, too."""
+        return self.job.path
+
+    @property
+    def default(self) -> Any:
+        """What an empty field stands for, or would once its part is there."""
+        return self.job.schema.get("default", self.job.default)
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """Values and what they are called; an empty one stands for the default."""
+        default = self.job.default
+        if self.kind == "switch":
+            on = default is not None
+            return [("", "yes" if on else "no"), ("no", "no") if on else ("yes", "yes")]
+        unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
+        if self.job.schema.get("type") == "boolean":
+            return [unsaid, ("yes", "yes"), ("no", "no")]
+        known = PRESETS if self.path == "preset" else self.job.schema["enum"]
+        named = [(value, value) for value in known if value != default]
+        return [unsaid if default is None else ("", f"{default} (default)"), *named]
+
+    @property
+    def picks(self) -> str:
+        """What is offered to be picked for it: ``models``, ``texts``, ``patterns`` or nothing."""
+        return _PICKS.get(self.path, "")
+
+    @property
+    def hint(self) -> str:
+        """What is said beside it."""
+        how = {
+            "lines": "One a line.",
+            "pairs": "NAME = VALUE, one a line.",
+            "numbers": "With commas between.",
+            "words": "With commas between.",
+        }
+        said = [str(self.job.schema.get("description", "")), _bounds(self.job.schema)]
+        is_range = self.job.schema.get("minItems") == 2
+        said.append("Two numbers, or one that fixes it." if is_range else how.get(self.kind, ""))
+        if self.kind not in ("choice", "switch", "flag") and (default := self.write(self.default)):
+            said.append(f"By default {default}.")
+        return " ".join(filter(None, said))
+
+    def read(self, typed: str) -> Any:
+        """
+        The value that a text stands for; what is not of its kind is left to the document's rules.
+
+        Args:
+            typed: Not empty.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        if self.kind == "switch":
+            return {"yes": {}, "no": None}.get(typed, typed)
+        if self.kind == "flag" or self.job.schema.get("type") == "boolean":
+            return {"on": True, "yes": True, "no": False}.get(typed, typed)
+        if self.kind in ("integer", "number"):
+            return _number(typed, whole=self.kind == "integer")
+        if self.kind == "words":
+            return [word for word in re.split(r"[,\s]+", typed) if word]
+        if self.kind == "numbers":
+            whole = self.job.schema["items"]["type"] == "integer"
+            values = [_number(each, whole=whole) for each in re.split(r"[,;:\s]+", typed) if each]
+            fixed = len(values) == 1 and self.job.schema.get("minItems") == 2
+            return values * 2 if fixed else values
+        lines = [line.strip() for line in typed.split("\n") if line.strip()]
+        if self.kind == "pairs":
+            return dict(_pair(line) for line in lines)
+        return lines if self.kind == "lines" else typed
+
+    def write(self, value: Any) -> str:
+        """What to type for a value; empty for what is said by an empty field."""
+        if self.kind == "switch":
+            return "no" if value is None else "" if value else "yes"
+        if value is None:
+            return ""
+        if isinstance(value, bool):
+            said = "on" if self.kind == "flag" else "yes"
+            return said if value else "" if self.kind == "flag" else "no"
+        if self.kind in ("words", "numbers"):
+            return ", ".join(map(str, value))
+        if self.kind == "lines":
+            return "\n".join(value)
+        if self.kind == "pairs":
+            return "\n".join(f"{name} = {each}" for name, each in value.items())
+        return str(value)
 
 
-def _document(typed: Mapping[str, str]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for name in _OWN_FIELDS:
-        value = typed.get(name, "").strip()
-        if value:
-            number = name in ("trials", "seed") and _INTEGER.fullmatch(value)
-            document[name] = int(value) if number else value
-    source = typed.get("calibration", "").strip()
-    if source:
-        is_file = source.lower().endswith(_TEXT_FILES)
-        document["calibration"] = {"text" if is_file else "dataset": source}
-    for name, value in _more(typed.get("more", "")).items():
-        if name == "calibration" and isinstance(value, dict) and source:
-            twice = {"text", "dataset"} & value.keys()
-            document[name] |= value
-        else:
-            twice = {name} & document.keys()
-            document[name] = value
-        if twice:
-            where = "/calibration" if name == "calibration" else f"/{name}"
-            raise WrongForm(
-                {"more": [f"{where}: is given above, too. Give it in one of the two places."]}
-            )
-    return document
+@cache
+def form_fields() -> dict[str, FormField]:
+    """The fields of the form by their paths, in the order of the document."""
+    found = {}
+    for path, field in job_fields().items():
+        kind = None if path.partition("/")[0] in MEANINGS else _kind(field)
+        if kind is not None:
+            found[path] = FormField(job=field, label=_label(path), kind=kind)
+    return found
 
 
-def _more(text: str) -> dict[str, Any]:
-    if not text.strip():
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise WrongForm({"more": [f"This is not JSON: {error.msg} in {where}."]}) from error
-    except (ValueError, RecursionError) as error:
-        raise WrongForm({"more": ["This cannot be read as JSON."]}) from error
-    if not isinstance(value, dict):
-        raise WrongForm(
-            {"more": ['This is no JSON object. Write, for example, {"scope": "global"}.']}
-        )
-    return value
+def without_field() -> list[str]:
+    """What a job has and the form has not, by path."""
+    return [
+        path
+        for path, field in job_fields().items()
+        if not (path in form_fields() or field.is_part or path.partition("/")[0] in MEANINGS)
+    ]
 
 
-def _placed(pointer: str, detail: str) -> tuple[str, str]:
-    """The field that an error stands beside, and what is said there."""
-    name = pointer.removeprefix("/")
-    if name in _OWN_FIELDS:
-        return name, detail
-    if name in ("calibration/text", "calibration/dataset"):
-        return "calibration", detail
-    return ("more", f"{pointer}: {detail}") if pointer else ("", detail)
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """
+    A group with its fields.
+
+    Attributes:
+        title: Of the group.
+        shown: Fields that are always seen.
+        folded: Others, by their heading.
+    """
+
+    title: str
+    shown: tuple[FormField, ...]
+    folded: Mapping[str, tuple[FormField, ...]]
+
+    @property
+    def fields(self) -> list[FormField]:
+        """All of them, in their order."""
+        return [*self.shown, *(field for fields in self.folded.values() for field in fields)]
+
+
+@cache
+def sections() -> tuple[Section, ...]:
+    """All fields, each in one place."""
+    left = dict(form_fields())
+    found = []
+    for group in GROUPS:
+        mine = {
+            path: left.pop(path)
+            for path in [*left]
+            if any(within(path, part) for part in group.parts)
+        }
+        shown = tuple(mine.pop(path) for path in group.shown if path in mine)
+        folded = {
+            title: tuple(mine.pop(path) for path in [*mine] if _in_any(path, parts))
+            for title, parts in {**group.folded, "More": ("",)}.items()
+        }
+        kept = {title: fields for title, fields in folded.items() if fields}
+        found.append(Section(title=group.title, shown=shown, folded=kept))
+    return tuple(found)
+
+
+def field_label(path: str) -> str:
+    """What a field is called in messages."""
+    if path == MORE:
+        return "As JSON"
+    return form_fields()[path].label.removesuffix(" (needed)")
+
+
+def _in_any(path: str, parts: tuple[str, ...]) -> bool:
+    return any(within(path, part) for part in parts)
+
+
+def _kind(field: JobField) -> str | None:
+    """How a field is typed; None if it is not."""
+    schema = field.schema
+    if field.is_part:
+        of_the_job = field.nullable and "/" not in field.path
+        return "switch" if of_the_job and not schema.get("required") else None
+    kind, items = schema.get("type"), schema.get("items", {})
+    if "enum" in schema:
+        return "choice"
+    if kind == "boolean":
+        return "flag" if field.default is False else "choice"
+    if kind == "array" and items.get("type") in ("integer", "number"):
+        return "numbers"
+    if kind == "array" and items.get("type") == "string":
+        return "words" if "enum" in items or field.path in _COMMAS else "lines"
+    if kind == "object":
+        return "pairs" if isinstance(schema.get("additionalProperties"), dict) else None
+    return {"string": "line", "integer": "integer", "number": "number"}.get(str(kind))
+
+
+def _label(path: str) -> str:
+    if path in _LABELS:
+        return _LABELS[path]
+    *above, last = path.split("/")
+    short = len(above) == 1 and above[0] in _SHORT
+    return " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    least = _bound("from", low) or _bound("above", above)
+    most = _bound("up to", high) or _bound("below", below)
+    words = ", ".join(filter(None, (least, most)))
+    words = re.sub(r"^from (\S+), up to", r"\1 to", words)
+    return f"{words[:1].upper()}{words[1:]}." if words else ""
+
+
+def _bound(word: str, value: float | None) -> str:
+    return "" if value is None else f"{word} {value:,.10g}"
+
+
+def _number(typed: str, *, whole: bool) -> int | float | str:
+    """The number that is typed, or the text if it is none."""
+    if _INTEGER.fullmatch(typed):
+        return int(typed) if whole else float(typed)
+    return float(typed) if not whole and _NUMBER.fullmatch(typed) else typed
+
+
+def _pair(line: str) -> tuple[str, float | str]:
+    name, sign, value = (part.strip() for part in line.rpartition("="))
+    if not sign or not name or not value:
+        raise ValueError(f"{line!r} is not NAME = VALUE. Write one pair a line.")
+    return name, _number(value, whole=False)

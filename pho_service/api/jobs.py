@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
@@ -29,10 +28,8 @@ from pho_service.api.listing import Asked, PageSize, PageToken, Sorted, decode, 
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented
 from pho_service.api.schema import EVENT, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.submission import enter
-from pho_service.errors import InvalidInput, OutputError
-from pho_service.host.task_names import check_tasks
-from pho_service.spec.fields import FieldError, check_field
+from pho_service.api.submission import checks, enter
+from pho_service.errors import OutputError
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_size import check_size
 from pho_service.spec.samplers import MAX_TRIALS
@@ -92,22 +89,14 @@ def take(
     spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
 ) -> stored.Job:
     """
-    Store the job of a document, if it names nothing but what jobs may name here, and is no larger.
+    Store the job of a document, if it keeps to the rules of this service.
 
     Raises:
-        FieldError: It does; names the field.
+        FieldError: It does not; names the field.
         IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
     """
-    spec.check_access(service.access)
-    check_size(spec, service.limits)
-    if spec.notify is not None:
-        check_field("notify", service.webhooks.check, spec.notify)
-    if spec.tasks is not None:
-        folder = None if spec.tasks_dir is None else service.access.task_folder(spec.tasks_dir)
-        try:
-            check_tasks(spec.tasks, None if folder is None else Path(folder))
-        except InvalidInput as error:
-            raise FieldError("/tasks", str(error)) from error
+    for check in checks(spec, service):
+        check()
     return enter(
         service.jobs,
         spec.placed(service.access),

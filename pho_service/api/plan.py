@@ -8,14 +8,14 @@ from fastapi import APIRouter, Query
 
 from pho_service.api.answers import PlanAnswer
 from pho_service.api.problems import documented
-from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.api.service import CallerParam, Service, ServiceParam
+from pho_service.api.submission import checks
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.planning.config_files import read_config
-from pho_service.planning.machines import named_machine
+from pho_service.planning.machines import Machine, named_machine
 from pho_service.planning.plan import plan_job
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_size import check_size
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
 
@@ -34,13 +34,21 @@ def plan(
 ) -> PlanAnswer:
     """Say what a job would take, from the configuration of its (first) model alone."""
     del caller
-    spec.check_access(service.access)
-    check_size(spec, service.limits)
-    machine = named_machine(card).resized(device_memory, main_memory)
+    for check in checks(spec, service):
+        check()
+    return planned(spec, service, named_machine(card).resized(device_memory, main_memory))
+
+
+def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
+    """
+    The plan of a job that keeps to the rules of a service.
+
+    Raises:
+        FieldError: The model's configuration cannot be read, or it cannot be planned.
+    """
+    path = service.access.model(spec.model)
     try:
-        config = read_config(
-            spec.model, revision=spec.revision, path=service.access.model(spec.model)
-        )
+        config = read_config(spec.model, revision=spec.revision, path=path)
         found = plan_job(spec, config, machine)
     except (InvalidInput, ModelError) as error:
         raise FieldError("/model", str(error)) from error

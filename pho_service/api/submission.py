@@ -1,15 +1,85 @@
 """
-How a document becomes a job: with the stages that it begins with.
+How a document becomes a job: what it must keep to here, and the stages that it begins with.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from uuid import UUID
 
+from pho_service.api.service import Service
+from pho_service.errors import InvalidInput
+from pho_service.host.access import Access
 from pho_service.host.settings import Settings
+from pho_service.host.task_names import check_tasks
+from pho_service.planning.config_files import config_at_hand, longest_context
+from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
+from pho_service.spec.job_size import check_size
 from pho_service.spec.transfer import TransferSpec
 from storage.jobs import JobStore
 from storage.records import Job, NewStage
 from storage.states import StageKind
+
+
+def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
+    """
+    What a job must keep to on this service, one by one; each raises FieldError if it does not.
+
+    Args:
+        spec: A search.
+        service: What it is submitted to.
+    """
+    yield from spec.access_checks(service.access)
+    yield partial(check_size, spec, service.limits)
+    yield partial(_check_context, spec, service.access)
+    if spec.notify is not None:
+        yield partial(check_field, "notify", service.webhooks.check, spec.notify)
+    if spec.tasks is not None:
+        yield partial(_check_tasks, spec.tasks, spec.tasks_dir, service.access)
+
+
+def _check_tasks(tasks: Sequence[str], tasks_dir: str | None, access: Access) -> None:
+    """See that the tasks are known, if their folder is allowed, which is checked by itself."""
+    try:
+        folder = None if tasks_dir is None else Path(access.task_folder(tasks_dir))
+    except InvalidInput:
+        return
+    try:
+        check_tasks(tasks, folder)
+    except InvalidInput as error:
+        raise FieldError("/tasks", str(error)) from error
+
+
+def _check_context(spec: JobSpec, access: Access) -> None:
+    """See that no window is longer than a model reads, as far as this machine knows."""
+    asked = spec.calibration.context_length
+    for name in spec.models:
+        longest = longest_window(name, access, spec.revision)
+        if longest is not None and asked > longest:
+            raise FieldError(
+                "/calibration/context_length",
+                f"{asked} is more than {name} can read: {longest}. Give {longest} or less.",
+            )
+
+
+def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
+    """
+    The tokens of the longest window that a model reads, by its configuration.
+
+    Args:
+        name: As a job has it.
+        access: The rules of this machine.
+        revision: Of a hub model.
+
+    Returns:
+        None if the model is not on this machine, is not allowed, or does not say.
+    """
+    try:
+        config = config_at_hand(name, access.model(name), revision=revision)
+    except InvalidInput:
+        return None
+    return None if config is None else longest_context(config)
 
 
 def enter(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import Field, document_fields, within
+from pho_service.cli.fields import Field, document_fields
 from pho_service.cli.groups import GroupedCommand
 from pho_service.errors import InvalidInput
+from pho_service.spec.job_fields import within
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -6,7 +6,7 @@ what the API shows. A new field has an option by being there.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ import click
 from pho_service.cli.groups import group_of_field
 from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
+from pho_service.spec.job_fields import JobField, job_fields, value_at, within
 from pho_service.spec.tasks import USUAL_TASKS
 
 # What an option is called, if not as its field; more names are hidden, of older versions.
@@ -106,19 +107,10 @@ _ABOUT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
+class Field(JobField):
     """
     A field of the document that has an option.
-
-    Attributes:
-        path: Where it stands: ``calibration/samples``.
-        schema: Its JSON schema, without null.
-        default: Its value if nothing is said; None, too, if the part that it is in is null then.
     """
-
-    path: str
-    schema: Mapping[str, Any]
-    default: Any
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -219,33 +211,13 @@ class Field:
 @cache
 def document_fields() -> dict[str, Field]:
     """The fields of a job's document that have an option, by their paths."""
-    from pydantic import TypeAdapter
-
-    from pho_service.spec.job import JobSpec
-
-    schema = TypeAdapter(JobSpec).json_schema()
-    return {field.path: field for field in _fields(schema, schema["$defs"], "", {})}
-
-
-def _fields(
-    schema: Mapping[str, Any],
-    parts: Mapping[str, Any],
-    above: str,
-    defaults: Mapping[str, Any] | None,
-) -> Iterator[Field]:
-    for name, field in schema["properties"].items():
-        path = f"{above}{name}"
-        if path in WITHOUT:
-            continue
-        own = next(each for each in field.get("anyOf", [field]) if each.get("type") != "null")
-        part = parts[own["$ref"].rpartition("/")[2]] if "$ref" in own else own
-        default = None if defaults is None else defaults.get(name, field.get("default"))
-        about = {key: field[key] for key in ("description",) if key in field}
-        whole = "properties" not in part or path in _NAMES
-        if whole:
-            yield Field(path=path, schema={**part, **about}, default=default)
-        if "properties" in part and path != "search_space":
-            yield from _fields(part, parts, f"{path}/", default)
+    return {
+        path: Field(**vars(field))
+        for path, field in job_fields().items()
+        if not any(within(path, each) for each in WITHOUT)
+        and (not field.is_part or path in _NAMES)
+        and not path.startswith("search_space/")
+    }
 
 
 def search_command(document: Mapping[str, Any], *more: str) -> str:
@@ -274,7 +246,7 @@ def _said(document: Mapping[str, Any], part: str) -> list[str]:
             continue
         if not within(path, part):
             continue
-        value = _at(document, path, field.default)
+        value = value_at(document, path, field.default)
         if field.kind == "off":
             words += field.words(None) if value is None and not document.get("more_models") else []
         elif value is not None and value != field.default:
@@ -282,19 +254,66 @@ def _said(document: Mapping[str, Any], part: str) -> list[str]:
     return words
 
 
-def _at(document: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of a field."""
-    found: Any = document
-    for part in path.split("/"):
-        if not isinstance(found, Mapping) or part not in found:
-            return default
-        found = found[part]
-    return found
+def submit_command(document: Mapping[str, Any], *more: str) -> str | None:
+    """
+    The `pho submit` that sends a document; None if no options say what is in it.
+
+    Args:
+        document: Of a job.
+        more: More options.
+    """
+    models = [str(document["model"]), *map(str, document.get("more_models") or ())]
+    left = {name: value for name, value in document.items() if name not in ("model", "more_models")}
+    left |= {name: _first_field(name) for name, value in left.items() if value == {}}
+    if "warm_start" in left:
+        left["warm_start"] = {**_first_field("warm_start"), **left["warm_start"]}
+    words: list[str] = []
+    nothing = object()
+    for path, field in document_fields().items():
+        value = value_at(left, path, nothing)
+        if value is nothing or (field.kind == "off" and value is not None):
+            continue
+        said = field.words(value)
+        if not said or not _says(field, said, value):
+            return None
+        # Without a value, which another option must follow: from what the service has found.
+        words += ["--warm-start", *said] if path == "warm_start/count" else said
+        _remove(left, path)
+    if left:
+        return None
+    words += more
+    is_option = any(model.startswith("-") for model in models)
+    said = [*words, "--", *models] if is_option else [*models, *words]
+    return shlex.join(["pho", "submit", *said])
 
 
-def within(path: str, part: str) -> bool:
-    """Whether a field is a part of the document, or in it; "" is all of it."""
-    return part in ("", path) or path.startswith(f"{part}/")
+def _first_field(part: str) -> dict[str, Any]:
+    """A part of the document that says its first default, as no option says nothing."""
+    fields = [f for path, f in job_fields().items() if path.startswith(f"{part}/")]
+    named = (f for f in fields if f.schema.get("default") is not None)
+    return {f.path.rpartition("/")[2]: f.schema["default"] for f in [next(named, None)] if f}
+
+
+def _says(field: Field, words: Sequence[str], value: Any) -> bool:
+    """Whether an option with its value is read as the value that was meant."""
+    if field.kind in ("boolean", "off"):
+        return True
+    said = tuple(words[1::2]) if field.kind in ("bounds", "strings", "object") else words[1]
+    types = {"integer": int, "number": float}
+    try:
+        return bool(field.value(types.get(field.kind, lambda same: same)(said), words[0]) == value)
+    except (InvalidInput, ValueError):
+        return False
+
+
+def _remove(document: dict[str, Any], path: str) -> None:
+    """Take a value out, and the parts that are empty then, of this copy alone."""
+    name, _, rest = path.partition("/")
+    if rest:
+        document[name] = {**document[name]}
+        _remove(document[name], rest)
+    if not rest or not document[name]:
+        del document[name]
 
 
 def _bound(name: str, values: Sequence[Any]) -> str:

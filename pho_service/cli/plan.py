@@ -102,12 +102,14 @@ def _this_machine() -> "Machine":
 
 def _show(found: PlanAnswer, name: str) -> None:
     """For people."""
+    from pho_service.planning.plan import format_span
+
     model, machine = found.model, found.machine
     rows = [
-        (stage.title, _span(*stage.seconds), *_sizes(stage.peak, gpu=machine.gpu))
+        (stage.title, format_span(*stage.seconds), *_sizes(stage.peak, gpu=machine.gpu))
         for stage in found.stages
     ]
-    rows.append(("all of it", _span(*found.seconds), *_sizes(found.peak, gpu=machine.gpu)))
+    rows.append(("all of it", format_span(*found.seconds), *_sizes(found.peak, gpu=machine.gpu)))
     columns = ["stage", "time", *(["GPU, GiB"] if machine.gpu else []), "main, GiB", "disk, GiB"]
     how = "streamed from its files" if found.stream else f"{found.windows_at_once} at once"
     rates = "measured for a moment" if machine.measured else "from its data sheet, not measured"
@@ -138,12 +140,3 @@ def _show(found: PlanAnswer, name: str) -> None:
 def _sizes(peak: Any, *, gpu: bool) -> list[str]:
     sizes = [*([peak.device] if gpu else []), peak.host, peak.disk]
     return [f"{size / GIB:.1f}" for size in sizes]
-
-
-def _span(low: float, high: float) -> str:
-    """Two times in one unit: ``7 to 30 s``, ``2 to 8 min``, ``1.3 to 5.0 h``."""
-    if high < 120:
-        return f"{low:.0f} to {high:.0f} s"
-    if high < 7200:
-        return f"{low / 60:.0f} to {high / 60:.0f} min"
-    return f"{low / 3600:.1f} to {high / 3600:.1f} h"

@@ -5,7 +5,7 @@ The configuration of a model: of a folder, a GGUF file's header, or one file of 
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,6 +81,59 @@ def read_config(
             return _parsed(name, file.read(MOST_BYTES + 1))
     except OSError as error:
         raise ModelError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def config_at_hand(name: str, path: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """
+    Read the configuration of a model if that needs no network.
+
+    Args:
+        name: The model's, for messages.
+        path: Where it lies, or its hub id, of which the hub's cache on this machine may have one.
+        revision: Branch, tag or commit; hub ids only.
+
+    Returns:
+        None if it is not on this machine, or cannot be read: whoever loads the model says why.
+    """
+    place = Path(path)
+    if not place.is_absolute():
+        found = _cached(path, revision or "main")
+        if found is None:
+            return None
+        place = found
+    try:
+        return read_config(name, path=str(place))
+    except ModelError:
+        return None
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The folder of a hub model in the cache that transformers fills; None if it is not there."""
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    if ".." in revision or revision.startswith("/"):
+        return None
+    folder = cache / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    found = folder / "snapshots" / commit
+    try:
+        return found if (found / "config.json").is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def longest_context(config: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest window that a model reads; None if its configuration is silent."""
+    text = config.get("text_config")
+    values = text if isinstance(text, Mapping) else config
+    for name in ("max_position_embeddings", "n_positions"):
+        value = values.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def _parsed(name: str, content: bytes) -> dict[str, Any]:

@@ -375,3 +375,14 @@ def _cards(plan: Plan) -> int | None:
 def format_bytes(count: int) -> str:
     """In GiB: ``9.3 GiB``."""
     return f"{count / 2**30:.1f} GiB"
+
+
+def format_span(low: float, high: float) -> str:
+    """Two times in one unit: ``under 1 s``, ``7 to 30 s``, ``2 to 8 min``, ``1.3 to 5.0 h``."""
+    if high < 1:
+        return "under 1 s"
+    if high < 120:
+        return f"{low:.0f} to {high:.0f} s"
+    if high < 7200:
+        return f"{low / 60:.0f} to {high / 60:.0f} min"
+    return f"{low / 3600:.1f} to {high / 3600:.1f} h"

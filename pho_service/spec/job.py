@@ -4,7 +4,9 @@ The document that a job is submitted as, checked field by field.
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -347,18 +349,23 @@ class JobSpec(Document):
         document = [self.model, self.revision, self.dtype, self.stream, calibration]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
+    def access_checks(self, access: Access) -> Iterator[Callable[[], None]]:
+        """Checks whether what is named is allowed here; each raises FieldError if it is not."""
+        more = {f"more_models/{number}": name for number, name in enumerate(self.more_models)}
+        yield partial(check_models, {"model": self.model, **more}, access)
+        yield partial(self.calibration.check_access, access)
+        if self.confirm is not None and self.confirm.text is not None:
+            yield partial(check_field, "confirm/text", access.text, self.confirm.text)
+        if self.tasks_dir is not None:
+            yield partial(check_field, "tasks_dir", access.task_folder, self.tasks_dir)
+
     def check_access(self, access: Access) -> None:
         """
         Raises:
             FieldError: The model or a text is not allowed here; names the field.
         """
-        more = {f"more_models/{number}": name for number, name in enumerate(self.more_models)}
-        check_models({"model": self.model, **more}, access)
-        self.calibration.check_access(access)
-        if self.confirm is not None and self.confirm.text is not None:
-            check_field("confirm/text", access.text, self.confirm.text)
-        if self.tasks_dir is not None:
-            check_field("tasks_dir", access.task_folder, self.tasks_dir)
+        for check in self.access_checks(access):
+            check()
 
     def placed(self, access: Access) -> "JobSpec":
         """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""

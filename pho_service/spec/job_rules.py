@@ -124,8 +124,7 @@ def was_calibrated(value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceS
     if calibration is not None and missing:
         raise ValueError(
             f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
-            f"{', '.join(map(str, calibration.kernel_sizes))}. Calibrate with it "
-            "(--kernel-sizes)"
+            f"{', '.join(map(str, calibration.kernel_sizes))}. Add it there"
         )
     return value
 

@@ -49,7 +49,7 @@ class Pattern:
         if self.group and self.scope is not Scope.ROW:
             raise InvalidInput(
                 f"pattern {self} counts inside groups of {self.group} input channels, so scope "
-                f"{self.scope.value!r} has no meaning for it. Leave --scope out."
+                f"{self.scope.value!r} has no meaning for it. Leave the scope out."
             )
 
     @classmethod

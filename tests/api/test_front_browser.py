@@ -1,5 +1,6 @@
 """The pages for people in a real browser, where there is one: with the keyboard, on a phone."""
 
+import json
 import re
 import socket
 import threading
@@ -22,6 +23,10 @@ from storage.states import JobState, StageKind
 
 WIDTH, HEIGHT = 390, 800  # of a phone
 MOST_TABS = 60
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,8 @@ def browser(chromium: str) -> Iterator[Browser]:
 @pytest.fixture
 def url(database_url: str, tmp_path: Path) -> Iterator[str]:
     """Of a front end that listens on a free port."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(CONFIG))
     app = create_app(
         Database(database_url, pool=4), read_settings(model_roots=(tmp_path,), text_roots=())
     )
@@ -88,21 +95,27 @@ def go(page: Page, name: str, kind: str = "link") -> None:
 
 def write(page: Page, label: str, text: str) -> None:
     """Tab to a field, and type over what is in it."""
-    go(page, label, "combobox" if label.startswith("Pattern") else "textbox")
+    go(page, label, "combobox" if label in ("Model (needed)", "Pattern") else "textbox")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type(text)
 
 
 def test_submission(page: Page, store: JobStore) -> None:
-    """Keys alone submit a job, and lead to it in the list."""
+    """Keys alone submit a job, whose plan follows what is typed, and lead to it in the list."""
     go(page, "Submit one")
     page.keyboard.press("Enter")
-    write(page, "Model (needed)", "org/name")
-    write(page, "Pattern (needed)", "2:4")
+    write(page, "Model (needed)", "small")
+    write(page, "Pattern", "2:4")
     page.keyboard.press("Escape")  # closes the suggestions
     write(page, "Trials", "60")
-    write(page, "All other fields", '{"name": "typed"}')
-    go(page, "Submit", "button")
+    expect(page.locator("#plan")).to_contain_text("search, 60 trials")
+    same = "pho submit small --pattern 2:4 --context-length 128 --trials 60"
+    expect(page.locator("#commands")).to_contain_text(same)
+    expect(page.get_by_label("Context length")).to_have_attribute("placeholder", "128")
+    go(page, "Check and plan", "button")
+    page.keyboard.press("Enter")
+    expect(page.locator("#plan")).to_contain_text("It fits.")
+    page.keyboard.press("Shift+Tab")  # to the other button
     page.keyboard.press("Enter")
     page.wait_for_url("**/jobs/*")
     (job,) = store.page()
@@ -140,14 +153,14 @@ def test_error(page: Page, store: JobStore) -> None:
     """What is wrong has the focus, leads to its field, and is told with it; typed text stays."""
     page.goto("/new")
     write(page, "Model (needed)", "org/kept")
-    write(page, "Pattern (needed)", "3:2")
+    write(page, "Pattern", "3:2")
     page.keyboard.press("Enter")
     alert = page.get_by_role("alert")
     expect(alert).to_be_focused()
     expect(alert).to_contain_text("The job was not submitted")
     go(page, "Pattern")
     page.keyboard.press("Enter")
-    field = page.get_by_role("combobox", name="Pattern (needed)")
+    field = page.get_by_role("combobox", name="Pattern")
     expect(field).to_be_focused()
     expect(field).to_have_accessible_description(re.compile("pattern '3:2' keeps N=3 of M=2"))
     expect(page.get_by_label("Model (needed)")).to_have_value("org/kept")

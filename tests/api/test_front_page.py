@@ -13,18 +13,16 @@ from urllib.parse import quote, urlencode
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api import front, job_list
+from pho_service.api import job_list
 from pho_service.report.html import policy_hash
-from pho_service.spec.job import JobSpec
 from storage.keys import KeyStore
 from storage.states import JobState, StageKind
 
 Submit = Callable[..., dict[str, Any]]
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
-STYLE = Path(front.__file__).parent / "templates" / "style.css"
-TYPED = {"model": "org/name", "pattern": "0.5", "preset": "score", "calibration": "", "more": "",
-         "trials": "200", "seed": "0"}  # fmt: skip
+STYLE = Path(job_list.__file__).parent / "templates" / "style.css"
+TYPED = {"model": "org/name", "pattern": "0.5"}
 
 
 class Page(HTMLParser):
@@ -130,11 +128,13 @@ def test_nothing_yet(client: TestClient) -> None:
 
 def test_policy(shared_client: TestClient) -> None:
     """At most our own script could run, nothing is kept or framed, forms lead here alone."""
-    script = STYLE.with_name("live.js").read_text().removesuffix("\n")
-    for path in ("/", "/new", "/jobs/nothing"):
+    for path, script in (("/", "live.js"), ("/new", "form.js"), ("/jobs/nothing", None)):
         answer = shared_client.get(path)
         policy = answer.headers["content-security-policy"]
-        runs = f"script-src {policy_hash(script)}; connect-src 'self'; " if path == "/" else ""
+        runs = ""
+        if script is not None:
+            ours = STYLE.with_name(script).read_text().removesuffix("\n")
+            runs = f"script-src {policy_hash(ours)}; connect-src 'self'; "
 
         assert answer.text.count("<script") == bool(runs)
         assert "'; " + runs + "img-src" in policy
@@ -471,7 +471,8 @@ def test_no_key(client: TestClient, keys: KeyStore) -> None:
     """Once there is a key, a browser is asked for it, and a page says what is missing."""
     keys.create("first", sees_all=False)
     for method, path in (
-        ("GET", "/"), ("GET", "/new"), ("POST", "/new"), ("POST", f"/jobs/{NOBODY}/cancel"),
+        ("GET", "/"), ("GET", "/new"), ("POST", "/new"), ("POST", "/new/check"),
+        ("POST", f"/jobs/{NOBODY}/cancel"),
     ):  # fmt: skip
         answer = client.request(method, path)
 
@@ -601,150 +602,6 @@ def test_no_deletion(client: TestClient, submit: Submit, hand: Any) -> None:
     assert "A job that is running cannot be deleted. Cancel it first." in Page(answer).text
 
 
-# ------------------------------------------------------------------------------- form
-
-
-def test_submission(client: TestClient) -> None:
-    """The form makes the job that POST /v1/jobs makes of the same values."""
-    more = '{"scope": "global",\r\n"calibration": {"samples": 4}, "islands": 2}'
-    answer = send(
-        client, pattern=" 0.6 ", preset="crepe", calibration="org/texts", trials="50", more=more
-    )
-    job = client.get("/v1/jobs").json()["jobs"][0]
-    document = {
-        "model": "org/name", "pattern": "0.6", "preset": "crepe", "scope": "global", "islands": 2,
-        "calibration": {"dataset": "org/texts", "samples": 4}, "trials": 50, "seed": 0,
-    }  # fmt: skip
-
-    assert answer.status_code == 303
-    assert answer.headers["location"] == f"/jobs/{job['id']}"
-    assert job["spec"] == JobSpec.model_validate(document).settled().model_dump(mode="json")
-
-
-def test_only_what_is_needed(client: TestClient) -> None:
-    """Fields that are left empty have the defaults."""
-    empty = dict.fromkeys(("preset", "calibration", "trials", "seed", "more"), "")
-
-    assert send(client, **empty).status_code == 303
-    spec = client.get("/v1/jobs").json()["jobs"][0]["spec"]
-    assert (spec["trials"], spec["preset"], spec["calibration"]["dataset"]) == (
-        200, "best", "allenai/c4",
-    )  # fmt: skip
-
-
-def test_text_file(client: TestClient, settings: Any) -> None:
-    """A calibration text with the name of a text file is one, and must lie where texts do."""
-    file = settings.text_roots[0] / "a.jsonl"
-    file.write_text("")
-    inside = send(client, calibration=str(file))
-    outside = Page(send(client, calibration="/etc/passwd.txt"))
-    spec = client.get("/v1/jobs").json()["jobs"][0]["spec"]
-
-    assert inside.status_code == 303
-    assert spec["calibration"]["text"] == str(file)
-    assert "does not lie below" in outside.at("calibration-error")[1]
-
-
-def test_sent_twice(client: TestClient) -> None:
-    """However often a form is sent, it makes one job; of other values it asks once more."""
-    token = Page(client.get("/new")).of("input")[0]["value"]
-    first, second = (send(client, token=token).headers["location"] for _ in range(2))
-    other = Page(send(client, token=token, trials="99"))
-    fresh = other.of("input")[0]["value"]
-    last = send(client, token=fresh, trials="99")
-
-    assert first == second
-    assert "This form has made a job already, of other values." in other.text
-    assert fresh != token
-    assert last.headers["location"] not in (first, second)
-    assert len(client.get("/v1/jobs").json()["jobs"]) == 2
-
-
-def test_foreign_token(client: TestClient) -> None:
-    """A token that is none of ours is as good as none."""
-    tokens = ["", "short", "x" * 300, "with space and more", "\x00" * 20]
-    made = {send(client, token=token).headers["location"] for token in 2 * tokens}
-
-    assert len(made) == len(client.get("/v1/jobs").json()["jobs"]) == 10
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "told"),
-    [
-        ("model", "", "Field required"),
-        ("model", "/etc/model", "does not lie below"),
-        ("model", "a\tb", "control characters"),
-        ("pattern", "3:2", "pattern '3:2'"),
-        ("preset", "worst", "Input should be 'score', 'crepe', 'crepe-plus', 'best' or"),
-        ("calibration", "-not-a-hub-id-", "is neither a hub id"),
-        ("trials", "many", "Input should be a valid integer"),
-        ("trials", "0", "greater than or equal to 1"),
-        ("trials", "9" * 40, "Input should be a valid integer"),
-        ("seed", "-1", "greater than or equal to 0"),
-        ("more", "{nonsense", "This is not JSON: Expecting property name"),
-        ("more", "[1]", "This is no JSON object."),
-        ("more", "[" * 20_000, "This cannot be read as JSON."),
-        ("more", '{"scope": "nowhere"}', "/scope: Input should be 'row', 'layer' or 'global'"),
-        ("more", '{"nonsense": 1}', "/nonsense: unknown field; known are model,"),
-        ("more", '{"calibration": {"samples": 0}}', "/calibration/samples: Input should be"),
-        ("more", '{"confirm": {"text": "/x.txt"}}', "/confirm/text: text '/x.txt' does not lie"),
-        ("more", '{"trials": 7}', "/trials: is given above, too."),
-        ("more", '{"timeout_s": NaN}', "/timeout_s: Input should be"),
-    ],
-)
-def test_errors(shared_client: TestClient, field: str, value: str, told: str) -> None:
-    """What is wrong is said beside its field and above the form; what was typed is kept."""
-    answer = send(shared_client, **{"seed": "7", "model": "org/kept", field: value})
-    page = Page(answer)
-    attributes, text = page.at(field)
-    kept = text if field == "more" else attributes.get("value")
-
-    assert answer.status_code == 422
-    assert told in page.at(f"{field}-error")[1]
-    assert attributes["aria-invalid"] == "true"
-    assert attributes["aria-describedby"] == f"{field}-hint {field}-error"
-    assert f'<a href="#{field}">' in answer.text
-    assert field == "preset" or kept == value
-    assert page.at("seed")[0]["value"] == (value if field == "seed" else "7")
-    assert page.texts("title")[0].startswith("Error: New job")
-    assert len([a for _, a, _ in page.tags if "aria-invalid" in a]) == 1
-    assert shared_client.get("/v1/jobs").json()["jobs"] == []
-
-
-def test_given_twice(shared_client: TestClient) -> None:
-    """A text that is given in two places is refused, for nobody knows which is meant."""
-    page = Page(send(shared_client, calibration="a/b", more='{"calibration": {"text": "c.txt"}}'))
-
-    assert "/calibration: is given above, too." in page.at("more-error")[1]
-
-
-def test_hostile_form(shared_client: TestClient) -> None:
-    """What was typed comes back as text, also the line break that it begins with."""
-    typed = '\n"></textarea><script>alert(1)</script>\U0001f600'
-    answer = send(shared_client, model=typed.strip(), more=typed)
-
-    assert "<script" not in answer.text
-    assert f">\n{typed}</textarea>" in html.unescape(answer.text)
-
-
-def test_half_characters(shared_client: TestClient) -> None:
-    """JSON can name what no page can show: it is refused all the same."""
-    answer = send(shared_client, more='{"name": "\\ud800", "\\ud800": 1}')
-
-    assert answer.status_code == 422
-    assert Page(answer).of("div")
-
-
-def test_quota(client_of: Any) -> None:
-    """More unfinished jobs than allowed are refused above the form."""
-    client = client_of(max_unfinished_jobs=1)
-    send(client)
-    answer = send(client)
-
-    assert answer.status_code == 429
-    assert "You have as many unfinished jobs as one key may have." in Page(answer).text
-
-
 # ----------------------------------------------------------------------- other sites
 
 
@@ -767,7 +624,7 @@ def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, keyed: bool
     job = send(client, headers=mine).headers["location"].removeprefix("/jobs/")
     before = hand.store.page()
     for headers in FOREIGN:
-        for path in ("/new", f"/jobs/{job}/cancel", f"/jobs/{job}/delete"):
+        for path in ("/new", "/new/check", f"/jobs/{job}/cancel", f"/jobs/{job}/delete"):
             answer = send(client, path, headers={**mine, **headers})
 
             assert answer.status_code == 403, headers
@@ -879,7 +736,7 @@ def pages(client: TestClient, submit: Submit, hand: Any) -> list[Page]:
         job = submit()["id"]
         hand.bring(job, state)
     hand.store.enter_worker(hand.worker_id, name="host:7", device="cpu", kinds=[*StageKind])
-    wrong = send(client, model="", more="{", trials="x")
+    wrong = send(client, model="", more="{", trials="x", **{"calibration/samples": "0"})
     found = [client.get(path) for path in ("/", "/new", f"/jobs/{job}/delete", "/jobs/x")]
     return [Page(answer) for answer in (*found, wrong, send(client, f"/jobs/{NOBODY}/cancel"))]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api.form import read_spec, typed_as
+from pho_service.api.form_document import Typed, typed_as
 from pho_service.host.logs import about
 from pho_service.report.html import policy_hash
 from pho_service.spec.configuration import Configuration
@@ -151,7 +151,9 @@ def test_again(
 
     assert form.status_code == 200
     assert f'value="{job["spec"]["model"]}"' in form.text
-    assert read_spec(typed_as(job["spec"])).settled() == JobSpec.model_validate(job["spec"])
+    again = Typed.of(typed_as(job["spec"])).spec()
+    assert again is not None
+    assert again.settled() == JobSpec.model_validate(job["spec"])
 
 
 def test_more_trials(client: TestClient, hand: Any, submit: Submit) -> None:

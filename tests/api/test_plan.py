@@ -57,7 +57,12 @@ def test_answer(shared_client: TestClient, model: str) -> None:
     [
         ({"model": "missing.gguf"}, "", "/model", "does not exist below"),
         ({"model": "../seven"}, "", "/model", "does not lie below"),
-        ({"calibration": {"context_length": 8192}}, "", "/model", "can read: 4096"),
+        (
+            {"calibration": {"context_length": 8192}},
+            "",
+            "/calibration/context_length",
+            "8192 is more than seven can read: 4096.",
+        ),
         ({"trials": 0}, "", "/trials", "greater than or equal to 1"),
         ({}, "?card=K80", None, "H200"),
         ({}, "?device_memory=80", None, "1000000000"),

@@ -10,7 +10,13 @@ import pytest
 
 from pho_service.cli import main
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.fields import OF_A_SERVICE, WITHOUT, document_fields, search_command
+from pho_service.cli.fields import (
+    OF_A_SERVICE,
+    WITHOUT,
+    document_fields,
+    search_command,
+    submit_command,
+)
 from pho_service.cli.groups import GROUPS
 from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
@@ -133,6 +139,8 @@ def test_section_of_each_option() -> None:
         assert {o for o in options if made.groups().get(o, "Output") == "Output"} == allowed
 
 
+POINT = {"coefficients": {"row": 1.0, "column": 1.0, "neighbourhood": 1.0, "kernel_size": 3,
+                          "activation_exponent": 0.5}}  # fmt: skip
 WHOLE = {
     "model": "./my model", "pattern": "0.6", "scope": "row", "preset": "best",
     "steps": {"allocation": {"method": "owl", "unit": "block", "spread": 0.3, "outlier_ratio": 4.0},
@@ -190,6 +198,22 @@ def test_again(document: dict[str, Any]) -> None:
     assert words[:2] == ["pho", "search"]
     assert asked.job(again) == spec
     assert not {"--field", "--split", "--trials"} & {*words} or document is WHOLE
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {**MINE, "steps": {"deployable": False}},
+        {**MINE, "warm_start": {"found": [POINT]}},
+        {**MINE, "steps": {"linears": {"sparsities": {"*.q": "0.3"}}}},
+        {"model": "m", "target": {"perplexity_rise": 1.5}},
+        {**MINE, "confirm": {"text": None}},
+        {**MINE, "calibration": {"memory_bytes": None}},
+    ],
+)
+def test_without_options(document: dict[str, Any]) -> None:
+    """What no options say is not said by wrong ones."""
+    assert submit_command(document) is None
 
 
 def test_old_names() -> None:

@@ -1,0 +1,80 @@
+// Keeps what stands beside the form as what is typed: asks the service for the form as it would be,
+// and takes the plan, the commands and the defaults that follow from the model from there. Without
+// scripts, the button "Check and plan" does the same.
+(() => {
+  const QUIET_MS = 400;
+  let timer = null;
+  let last = 0;
+
+  async function ask(quiet) {
+    const mine = ++last;
+    clearTimeout(timer);
+    const fields = new URLSearchParams(new FormData(document.getElementById("job")));
+    if (quiet) fields.set("quiet", "on");
+    const answer = await fetch("/new/check", {
+      method: "POST",
+      body: fields,
+      headers: { Accept: "text/html" },
+    });
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    return mine === last && page.getElementById("job") ? page : null;
+  }
+
+  function put(page) {
+    for (const fresh of page.querySelectorAll("[data-live]")) {
+      const old = document.getElementById(fresh.id);
+      for (const each of old.querySelectorAll("details[id]")) {
+        const same = page.getElementById(each.id);
+        if (same !== null) same.open = each.open;
+      }
+      if (fresh.innerHTML !== old.innerHTML) old.replaceChildren(...fresh.childNodes);
+    }
+    for (const fresh of page.querySelectorAll("input[placeholder]")) {
+      const old = document.getElementById(fresh.id);
+      old.placeholder = fresh.placeholder;
+      document.getElementById(`${fresh.id}-hint`).textContent =
+        page.getElementById(`${fresh.id}-hint`).textContent;
+    }
+  }
+
+  document.addEventListener("input", (event) => {
+    if (event.target.form === null) return;
+    clearTimeout(timer);
+    timer = setTimeout(async () => {
+      try {
+        const page = await ask(true);
+        if (page !== null) put(page);
+      } catch {
+        // The service is away for the moment; the buttons say so.
+      }
+    }, QUIET_MS);
+  });
+
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest("[data-check]");
+    if (button === null) return;
+    event.preventDefault();
+    try {
+      const page = await ask(false);
+      if (page === null) return;
+      if (page.querySelector(".problem") === null) {
+        document.querySelector(".problem")?.remove();
+        for (const each of document.querySelectorAll("#job .wrong[id]")) each.remove();
+        for (const each of document.querySelectorAll("[aria-invalid]")) {
+          each.removeAttribute("aria-invalid");
+        }
+        put(page);
+        document.title = page.title;
+        document.getElementById("plan").scrollIntoView({ block: "nearest" });
+      } else {
+        page.querySelector(".problem").removeAttribute("autofocus");
+        document.getElementById("main").replaceChildren(...page.getElementById("main").childNodes);
+        document.title = page.title;
+        document.querySelector(".problem").focus();
+      }
+    } catch {
+      button.form.action = button.formAction;
+      button.form.submit(); // the browser shows what is wrong
+    }
+  });
+})();

@@ -1,0 +1,669 @@
+"""The form that submits a job: its fields, what is wrong in them, and what stands beside."""
+
+import html
+import json
+import re
+import shlex
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import pho_service.client
+from pho_service.api import form
+from pho_service.api.form import MORE, form_fields, sections, without_field
+from pho_service.api.form_document import Typed, typed_as
+from pho_service.api.new_job import router
+from pho_service.cli.submit import job_document
+from pho_service.cli.submit import submit as submit_verb
+from pho_service.spec.job import JobSpec
+from pho_service.spec.job_fields import JobField, job_fields
+from storage.keys import KeyStore
+
+Send = Callable[..., Any]
+TYPED = {"model": "org/name", "pattern": "0.5"}
+CONFIG = {
+    "model_type": "llama", "dtype": "float32", "hidden_size": 64, "intermediate_size": 192,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+# A document that says something in every field; all others are parts of such ones.
+WHOLE = {
+    "model": "./my model", "pattern": "0.6", "scope": "row", "preset": "crepe",
+    "steps": {"allocation": {"method": "owl", "unit": "linear", "spread": 0.3,
+                             "outlier_ratio": 4.0, "offsets": {"q_proj": -0.5}, "depth": [0.5]},
+              "repruning": "dsnot", "update": "obs", "statistics": "sequential",
+              "reconstruction": {"method": "block", "passes": 3, "learning_rate": 0.5, "seed": 9},
+              "linears": {"targets": ["*.q_proj", "re:.*[kv]{1,2}_proj"], "ignore": ["a b"],
+                          "sparsities": {"*.0.q_proj": 0.3, "re:.*=x": 0.5}}},
+    "name": "mine", "revision": "v1", "dtype": "bfloat16", "stream": True,
+    "calibration": {"dataset": "org/texts", "data_file": "a/b.parquet", "split": "all",
+                    "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,
+                    "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
+                    "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
+    "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
+    "validation": {"candidates": 9, "seed": 4},
+    "objective": {"name": "perplexity", "weighting": "fisher"},
+    "warm_start": {"count": 2, "compare_cold": False},
+    "sampler": "tpe", "trials": 50, "seed": 7, "islands": 2, "timeout_s": 60.0,
+    "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
+                     "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},
+    "prune": True, "notify": "https://hooks.example/pho", "priority": -5,
+    "max_failed_trials": 3, "max_attempts": 2,
+}  # fmt: skip
+DOCUMENTS = [
+    TYPED,
+    WHOLE,
+    {**TYPED, "pattern": "2:4", "preset": "score", "steps": {"permutation": "error"}},
+    {"model": "org/name", "patterns": ["0.5", "2:4"], "confirm": {"candidates": 5}},
+    {"model": "org/name", "target": {"perplexity_rise": 0.05, "step": 0.05}},
+    {**TYPED, "more_models": ["org/b", "-c"], "objective": {"over": "worst"}},
+    {**TYPED, "confirm": None},
+    {**TYPED, "validation": {}, "warm_start": {}},
+    {**TYPED, "calibration": {"dataset": "allenai/c4"}},
+    {**TYPED, "calibration": {"text": "it's.txt", "stop": "early"}, "scope": "global"},
+    {**TYPED, "pattern": "2:4", "steps": {"deployable": False,
+                                          "linears": {"sparsities": {"*.x": "1:4"}}}},
+    {**TYPED, "warm_start": {"found": [{"coefficients": {
+        "row": 1.0, "column": 1.0, "neighbourhood": 1.0, "kernel_size": 3,
+        "activation_exponent": 0.5}}]}},
+]  # fmt: skip
+
+
+class Filled(HTMLParser):
+    """
+    A form as a browser would send it.
+
+    Attributes:
+        values: By field, those that are not empty.
+        opened: The texts of the summaries of what is unfolded.
+        at: The attributes of each element that has an id.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.values: dict[str, str] = {}
+        self.opened: list[str] = []
+        self.at: dict[str, dict[str, str]] = {}
+        self._select = self._textarea = ""
+        self._details = False
+        self._summary = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note what a field holds."""
+        given = {name: value or "" for name, value in attrs}
+        self.at[given.get("id", "")] = given
+        name = given.get("name", "")
+        if tag == "details":
+            self._details = "open" in given
+        self._summary = tag == "summary"
+        if tag == "select":
+            self._select = name
+        if tag == "textarea":
+            self._textarea = name
+        if tag == "option" and "selected" in given:
+            self.values[self._select] = given.get("value", "")
+        if tag == "input" and (given.get("type") != "checkbox" or "checked" in given):
+            self.values[name] = given.get("value", "")
+        self.values = {name: value for name, value in self.values.items() if value}
+
+    def handle_data(self, data: str) -> None:
+        """Note the texts of areas and summaries."""
+        if self._textarea:
+            self.values[self._textarea] = data.strip("\n")
+        elif self._summary and self._details:
+            self.opened.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Leave an element."""
+        self._summary = False
+        self._textarea = "" if tag == "textarea" else self._textarea
+
+
+def words(text: str) -> str:
+    """What a reader sees."""
+    shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+    return " ".join(html.unescape(shown).split())
+
+
+def told(answer: Any, path: str) -> str:
+    """What is said to be wrong beside a field."""
+    found = re.search(rf'id="{re.escape(path)}-error">(.*?)</div>', answer.text, flags=re.DOTALL)
+    assert found is not None, path
+    return words(found[1])
+
+
+def summary(answer: Any) -> list[str]:
+    """The errors above the form, each with its field."""
+    alert = re.search(r'role="alert".*?</div>', answer.text, flags=re.DOTALL)
+    return [words(each) for each in re.findall(r"<li>(.*?)</li>", alert[0])] if alert else []
+
+
+def send(client: TestClient, path: str = "/new", **typed: str) -> Any:
+    """Send the form as a browser does; the answer is not followed."""
+    return client.post(path, data={**TYPED, **typed}, follow_redirects=False)
+
+
+def document_of(client: TestClient) -> Any:
+    """What the latest job was submitted as."""
+    return client.get("/v1/jobs").json()["jobs"][0]["spec"]
+
+
+@pytest.fixture(scope="module")
+def model(shared_folder: Path) -> str:
+    """A model that reads 128 tokens, of which only the configuration is there; and a text."""
+    folder = shared_folder / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "merges.txt").touch()
+    (shared_folder / "text.txt").write_text("text")
+    return "small"
+
+
+# ---------------------------------------------------------------------------- fields
+
+
+def test_every_field() -> None:
+    """Each field of a job is in one place of the form, or is named beside the field for JSON."""
+    shown = [f.path for s in sections() for f in s.fields]
+    stored = {"preset_meaning", "preset_meanings"}
+    all_of_a_job = {
+        path
+        for path, field in job_fields().items()
+        if path.partition("/")[0] not in stored and not field.is_part
+    }
+
+    assert len(shown) == len({*shown})
+    assert {path for path in shown if not job_fields()[path].is_part} == all_of_a_job - {
+        *without_field()
+    }
+    assert without_field() == ["warm_start/found"]
+    assert len({form_fields()[path].label for path in shown}) == len(shown)
+    assert all(form_fields()[path].hint for path in shown)
+
+
+def test_new_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that a job has one day is in the form: in its part's group, or in the last one."""
+    new = [
+        JobField(path=path, schema={"type": kind}, default=None, nullable=True)
+        for path, kind in (("calibration/novel", "integer"), ("novel", "string"))
+    ]
+    with_new = {**job_fields(), **{field.path: field for field in new}}
+    monkeypatch.setattr(form, "job_fields", lambda: with_new)
+    fields = form.form_fields.__wrapped__()
+    monkeypatch.setattr(form, "form_fields", lambda: fields)
+    found = {s.title: [f.path for f in s.fields] for s in sections.__wrapped__()}
+
+    assert found["Text and calibration"][-1] == "calibration/novel"
+    assert found["The job itself"][-1] == "novel"
+
+
+def test_from_the_document(shared_client: TestClient) -> None:
+    """Choices, bounds, defaults and helps are those of the document."""
+    text = shared_client.get("/new").text
+    page = Filled(text)
+
+    assert '<option value="hill-climb">' in text
+    assert '<option value="best-reconstructed">' not in text
+    assert "Number of calibration windows. 1 to 100,000. By default 128." in words(text)
+    assert page.at["calibration/samples"]["placeholder"] == "128"
+    assert page.at["calibration/samples"]["inputmode"] == "numeric"
+    assert page.opened == []
+    assert {*page.values} == {"token"}
+    assert "<option selected>H100</option>" in text
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_edited(document: dict[str, Any]) -> None:
+    """The form that a job is edited in is the same job, with nothing in it that is a default."""
+    spec = JobSpec.model_validate(document)
+    typed = typed_as(spec.settled().model_dump(mode="json"))
+    again = Typed.of(typed)
+
+    assert again.spec() == spec
+    assert not again.errors
+    assert (MORE in typed) == ("found" in str(document))
+    assert len(typed) >= len(document)
+    if document is TYPED:
+        assert typed == TYPED
+
+
+def test_edited_page(client: TestClient, submit: Send) -> None:
+    """`/new?job=` fills all fields, unfolds what is filled, and makes the same job again."""
+    document = {**WHOLE, "model": "org/name", "notify": None}
+    document["calibration"] = {**WHOLE["calibration"], "dataset": "org/texts"}  # type: ignore[dict-item]
+    del document["confirm"]
+    job = submit(**document)
+    page = Filled(client.get("/new", params={"job": job["id"]}).text)
+    answer = client.post("/new", data=page.values, follow_redirects=False)
+
+    assert page.values["steps/linears/sparsities"] == "*.0.q_proj = 0.3\nre:.*=x = 0.5"
+    assert page.values["search_space/row_share"] == "0.25, 0.75"
+    assert {"Which linears", "Search space", "Name, queue and others"} <= {*page.opened}
+    assert "As JSON" not in page.opened
+    assert answer.status_code == 303
+    assert document_of(client) == job["spec"]
+
+
+def test_submission(client: TestClient) -> None:
+    """The form makes the job that POST /v1/jobs makes of the same values."""
+    answer = send(
+        client,
+        pattern=" 0.6 ",
+        scope="global",
+        trials="50",
+        prune="on",
+        timeout_s="60",
+        more='{"islands": 2,\r\n"calibration": {"seed": 4}}',
+        **{
+            "calibration/dataset": "org/texts",
+            "calibration/samples": "4",
+            "calibration/kernel_sizes": "3; 5",
+            "steps/linears/ignore": "*.q_proj\r\n\r\n*.k_proj",
+            "steps/linears/sparsities": "*.v_proj = 0.3",
+            "search_space/row_share": "0.5",
+            "validation": "yes",
+        },
+    )
+    job = client.get("/v1/jobs").json()["jobs"][0]
+    document = {
+        "model": "org/name", "pattern": "0.6", "scope": "global", "trials": 50, "prune": True,
+        "timeout_s": 60, "islands": 2, "validation": {}, "search_space": {"row_share": [0.5, 0.5]},
+        "calibration": {"dataset": "org/texts", "samples": 4, "kernel_sizes": [3, 5], "seed": 4},
+        "steps": {"linears": {"ignore": ["*.q_proj", "*.k_proj"],
+                              "sparsities": {"*.v_proj": 0.3}}},
+    }  # fmt: skip
+
+    assert answer.status_code == 303, summary(answer)
+    assert answer.headers["location"] == f"/jobs/{job['id']}"
+    assert job["spec"] == JobSpec.model_validate(document).settled().model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("typed", "sparse"),
+    [
+        ({"patterns": "0.3, 0.5,2:4"}, {"patterns": ["0.3", "0.5", "2:4"]}),
+        ({"target/perplexity_rise": "0.05"}, {"target": {"perplexity_rise": 0.05}}),
+        ({"pattern": "2:4"}, {"pattern": "2:4"}),
+    ],
+)
+def test_sparsities(shared_client: TestClient, typed: Any, sparse: Any) -> None:
+    """N:M, several patterns and a target can be typed."""
+    answer = send(shared_client, **{"pattern": "", **typed})
+    spec = JobSpec.model_validate({"model": "org/name", **sparse})
+
+    assert answer.status_code == 303, summary(answer)
+    assert document_of(shared_client) == spec.settled().model_dump(mode="json")
+
+
+def test_sent_twice(client: TestClient) -> None:
+    """However often a form is sent, it makes one job; of other values it asks once more."""
+    token = Filled(client.get("/new").text).values["token"]
+    first, second = (send(client, token=token).headers["location"] for _ in range(2))
+    other = send(client, token=token, trials="99")
+    fresh = Filled(other.text).values["token"]
+    last = send(client, token=fresh, trials="99")
+
+    assert first == second
+    assert "This form has made a job already, of other values." in summary(other)[0]
+    assert fresh != token
+    assert last.headers["location"] not in (first, second)
+    assert len(client.get("/v1/jobs").json()["jobs"]) == 2
+
+
+def test_foreign_token(client: TestClient) -> None:
+    """A token that is none of ours is as good as none."""
+    tokens = ["", "short", "x" * 300, "with space and more", "\x00" * 20]
+    made = {send(client, token=token).headers["location"] for token in tokens * 2}
+
+    assert len(made) == len(client.get("/v1/jobs").json()["jobs"]) == 10
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("model", "", "This is needed."),
+        ("model", "/etc/model", "does not lie below"),
+        ("model", "a\tb", "control characters"),
+        ("pattern", "3:2", "pattern '3:2'"),
+        ("pattern", "", "there is none: give pattern"),
+        ("preset", "worst", "This should be 'score', 'crepe', 'crepe-plus', 'best' or"),
+        ("calibration/dataset", "-not-a-hub-id-", "is neither a hub id"),
+        ("calibration/text", "/etc/passwd.txt", "does not lie below"),
+        ("calibration/samples", "0", "greater than or equal to 1"),
+        ("calibration/kernel_sizes", "3, x", "This should be a valid integer"),
+        ("calibration/kernel_sizes", "4", "4 is even"),
+        ("confirm/text", "/x.txt", "text '/x.txt' does not lie"),
+        ("trials", "many", "This should be a valid integer"),
+        ("trials", "0", "greater than or equal to 1"),
+        ("trials", "9" * 40, "This should be a valid integer"),
+        ("seed", "-1", "greater than or equal to 0"),
+        ("timeout_s", "soon", "This should be a valid number"),
+        ("steps/linears/sparsities", "q_proj", "'q_proj' is not NAME = VALUE."),
+        ("steps/linears/ignore", "re:(", "is not a regular expression"),
+        ("steps/allocation/spread", "2", "less than or equal to 1"),
+        ("search_space/row_share", "0.9, 0.1", "0 <= low <= high <= 1 must hold"),
+        ("validation", "maybe", "This should be a valid dictionary"),
+        ("notify", "https://hooks.example", "this service sends no webhooks"),
+        (MORE, "{nonsense", "This is not JSON: Expecting property name"),
+        (MORE, "[1]", "This is not a JSON object."),
+        (MORE, "[" * 20_000, "This cannot be read as JSON."),
+        (MORE, '{"scope": "nowhere"}', "/scope: This should be 'row', 'layer' or 'global'"),
+        (MORE, '{"nonsense": 1}', "/nonsense: unknown field; known are model,"),
+        (MORE, '{"calibration": {"samples": 0}}', "/calibration/samples: This should be"),
+        (MORE, '{"model": "b"}', "/model: is given above, too."),
+        (MORE, '{"timeout_s": NaN}', "/timeout_s: This should be"),
+    ],
+)
+def test_errors(shared_client: TestClient, field: str, value: str, said: str) -> None:
+    """What is wrong is said beside its field and above the form; what was typed is kept."""
+    before = len(shared_client.get("/v1/jobs").json()["jobs"])
+    answer = send(shared_client, **{"max_attempts": "7", field: value})
+    page = Filled(answer.text)
+    attributes = page.at[field]
+
+    assert answer.status_code == 422
+    assert said in told(answer, field)
+    assert attributes["aria-invalid"] == "true"
+    assert attributes["aria-describedby"] == f"{field}-hint {field}-error"
+    assert f'<a href="#{field}">' in answer.text
+    assert page.values.get(field, "") == value.strip()
+    assert page.values["max_attempts"] == "7"
+    assert "<title>Error: New job" in answer.text
+    assert len(summary(answer)) == answer.text.count("aria-invalid=") == 1
+    assert len(shared_client.get("/v1/jobs").json()["jobs"]) == before
+
+
+def test_all_at_once(shared_client: TestClient) -> None:
+    """Nothing that is wrong hides what else is: broken JSON, wrong values, paths outside."""
+    answer = send(
+        shared_client,
+        model="/etc/model",
+        more="{",
+        trials="x",
+        **{
+            "calibration/text": "/etc/a.txt",
+            "confirm/text": "/etc/b.txt",
+            "steps/linears/sparsities": "q",
+            "search_space/row_share": "2",
+        },
+    )
+    fields = [each.partition(" : ")[0].rstrip(":") for each in summary(answer)]
+
+    assert [each.partition(":")[0].strip() for each in fields] == [
+        "Model", "Text file", "Linears with a sparsity of their own", "Trials",
+        "Search space row share", "Confirm text", "As JSON",
+    ]  # fmt: skip
+    assert {"Which linears", "Search space", "As JSON"} <= {*Filled(answer.text).opened}
+
+
+def test_given_twice(shared_client: TestClient) -> None:
+    """What is given in two places is refused, for nobody knows which is meant."""
+    both = send(shared_client, patterns="0.5, 0.7")
+    more = '{"calibration": {"text": "c.txt", "samples": 3}}'
+    answer = send(shared_client, more=more, **{"calibration/text": "a.txt"})
+
+    assert "pattern and patterns are given" in told(both, "pattern")
+    assert "/calibration/text: is given above, too." in told(answer, MORE)
+    assert "/calibration/samples" not in told(answer, MORE)
+
+
+def test_switched_off(shared_client: TestClient) -> None:
+    """A field of a part that is switched off must be empty; without any, the part is null."""
+    answer = send(shared_client, confirm="no", **{"confirm/windows": "4"})
+    off = send(shared_client, confirm="no")
+
+    assert "'Confirm by perplexity' says no." in told(answer, "confirm/windows")
+    assert off.status_code == 303
+    assert document_of(shared_client)["confirm"] is None
+
+
+def test_hostile_form(shared_client: TestClient) -> None:
+    """What was typed comes back as text, also the line break that it begins with."""
+    typed = '\n"></textarea><script>alert(1)</script>\U0001f600'
+    answer = send(shared_client, model=typed.strip(), more=typed)
+
+    assert answer.text.count("<script") == 1
+    assert f">\n{typed}</textarea>" in html.unescape(answer.text)
+
+
+def test_half_characters(shared_client: TestClient) -> None:
+    """JSON can name what no page can show: it is refused all the same."""
+    answer = send(shared_client, more='{"name": "\\ud800", "\\ud800": 1}')
+
+    assert answer.status_code == 422
+    assert summary(answer)
+
+
+def test_quota(client_of: Any) -> None:
+    """More unfinished jobs than allowed are refused above the form."""
+    client = client_of(max_unfinished_jobs=1)
+    send(client)
+    answer = send(client)
+
+    assert answer.status_code == 429
+    assert "You have as many unfinished jobs as one key may have." in summary(answer)[0]
+
+
+# ------------------------------------------------------------------- what fits the model
+
+
+def test_context(shared_client: TestClient, model: str) -> None:
+    """Windows are as long as the model reads by default; longer ones are refused at once."""
+    shown = send(shared_client, "/new/check", model=model)
+    made = send(shared_client, model=model)
+    stored = document_of(shared_client)
+    long = send(shared_client, model=model, **{"calibration/context_length": "2048"})
+
+    assert Filled(shown.text).at["calibration/context_length"]["placeholder"] == "128"
+    assert "The model reads 128, so that is taken." in words(shown.text)
+    assert made.status_code == 303
+    assert stored["calibration"]["context_length"] == 128
+    assert told(long, "calibration/context_length") == (
+        f"2048 is more than {model} can read: 128. Give 128 or less."
+    )
+
+
+def test_context_by_the_api(
+    shared_client: TestClient, model: str, refusal: Callable[..., Any]
+) -> None:
+    """POST /v1/jobs says so, too, of each model that lies here."""
+    document = {"model": "org/name", "more_models": [model], "pattern": "0.5"}
+    answer = shared_client.post("/v1/jobs", json=document)
+    errors = refusal(answer, 422, "invalid_request")["errors"]
+
+    assert errors == [
+        {
+            "pointer": "/calibration/context_length",
+            "detail": f"2048 is more than {model} can read: 128. Give 128 or less.",
+        }
+    ]
+
+
+def test_context_on_the_hub(
+    shared_client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model on the hub the cache of this machine tells it, and nothing is asked of the hub."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    cached = tmp_path / "models--org--cached"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text('{"n_positions": 64}')
+    document = {"pattern": "0.5", "calibration": {"context_length": 65}}
+    answers = [
+        shared_client.post("/v1/jobs", json={**document, "model": name})
+        for name in ("org/cached", "org/unknown")
+    ]
+    other = {**document, "model": "org/cached", "revision": "../../refs/main"}
+
+    assert [answer.status_code for answer in answers] == [422, 202]
+    assert "65 is more than org/cached can read: 64." in answers[0].json()["detail"]
+    assert shared_client.post("/v1/jobs", json=other).status_code == 202
+
+
+def test_pickers(shared_client: TestClient, model: str) -> None:
+    """Models and texts below the roots can be picked; a model's own files are no texts."""
+    text = shared_client.get("/new").text
+    page = Filled(text)
+    lists = dict(re.findall(r'<datalist id="pick-(\w+)">(.*?)</datalist>', text))
+
+    assert f'<option value="{model}">' in lists["models"]
+    assert '<option value="text.txt">' in lists["texts"]
+    assert "merges.txt" not in text
+    assert page.at["model"]["list"] == "pick-models"
+    assert page.at["calibration/text"]["list"] == page.at["confirm/text"]["list"] == "pick-texts"
+
+
+# ---------------------------------------------------------------------------- beside
+
+
+def test_plan(shared_client: TestClient, model: str) -> None:
+    """What the job would take is said before it is submitted, and nothing is stored."""
+    before = len(shared_client.get("/v1/jobs").json()["jobs"])
+    answer = send(shared_client, "/new/check", model=model, card="4090")
+    shown = words(answer.text)
+
+    assert answer.status_code == 200
+    assert re.search(r"\d+ to \d+ s on 4090, by its data sheet. It fits.", shown)
+    assert "search, 200 trials" in shown
+    assert "0.12 million parameters (llama)" in shown
+    assert "<option selected>4090</option>" in answer.text
+    assert len(shared_client.get("/v1/jobs").json()["jobs"]) == before
+
+
+def test_large(shared_client: TestClient, shared_folder: Path) -> None:
+    """What does not fit says what would make it fit, in the words of the form."""
+    large = {
+        **CONFIG, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (shared_folder / "large").mkdir()
+    (shared_folder / "large" / "config.json").write_text(json.dumps(large))
+    shown = words(send(shared_client, "/new/check", model="large", card="4090").text)
+
+    assert "It does not fit." in shown
+    assert "leave the weights on disk (Stream, for safetensors)" in shown
+    assert "--stream" not in shown.partition("The same without this form")[0]
+
+
+def test_no_plan(shared_client: TestClient, shared_folder: Path) -> None:
+    """A family that cannot be planned is named, and can be submitted all the same."""
+    (shared_folder / "odd").mkdir()
+    (shared_folder / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    shown = words(send(shared_client, "/new/check", model="odd").text)
+
+    assert "No plan can be made. odd: the family 'odd' cannot be planned" in shown
+    assert send(shared_client, model="odd").status_code == 303
+
+
+def test_check(shared_client: TestClient) -> None:
+    """What is wrong is told without submitting; a script that asks quietly is not told yet."""
+    asked = send(shared_client, "/new/check", trials="x")
+    quiet = send(shared_client, "/new/check", trials="x", quiet="on")
+
+    assert (asked.status_code, quiet.status_code) == (422, 200)
+    assert "This should be a valid integer" in told(asked, "trials")
+    assert summary(quiet) == []
+    assert "aria-invalid=" not in quiet.text
+    assert "Once a model and a pattern are given" in words(quiet.text)
+
+
+def test_quiet_asks_nobody(shared_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody types the hub is not asked; the button asks it, and says if it is away."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    quiet = words(send(shared_client, "/new/check", quiet="on").text)
+    asked = words(send(shared_client, "/new/check").text)
+
+    assert "“Check and plan” reads the configuration of the model" in quiet
+    assert "No plan can be made. org/name is not a folder here, and the Hugging Face hub" in asked
+
+
+def commands(client: TestClient, typed: dict[str, str], **options: Any) -> dict[str, str]:
+    """What is shown beside the form, by its title."""
+    answer = client.post("/new/check", data={**typed, "quiet": "on"}, **options)
+    found = re.findall(r'aria-label="([^"]*)"><code>(.*?)</code></pre>', answer.text, re.DOTALL)
+    return {title: html.unescape(text) for title, text in found}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_equivalents(
+    shared_client: TestClient,
+    shared_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    document: dict[str, Any],
+) -> None:
+    """curl, `pho submit` and Python send the document of the form, without its defaults."""
+    texts = ("it's.txt", "a b.txt")
+    for text in texts:
+        (shared_folder / text).touch()
+    (shared_folder / "my model").mkdir(exist_ok=True)
+    (shared_folder / "-c").mkdir(exist_ok=True)
+    document = {name: value for name, value in document.items() if name != "notify"}
+    if document.get("more_models"):
+        document["more_models"] = ["org/b", "./-c"]
+    spec = JobSpec.model_validate(document)
+    found = commands(shared_client, typed_as(spec.settled().model_dump(mode="json")))
+    curl = shlex.split(found["curl"].replace("\\\n", ""))
+    sent = curl[curl.index("-d") + 1]
+
+    assert curl[:3] == ["curl", "-sS", "http://127.0.0.1:8000/v1/jobs"]
+    assert JobSpec.model_validate_json(sent) == spec
+    assert len(json.loads(sent)) <= len(document)
+    assert _submitted(found["pho submit"]) == spec
+    assert _run(found["Python"], monkeypatch) == spec
+
+
+def _submitted(command: str) -> JobSpec:
+    """What `pho submit` sends, which reads its words as a shell and click give them."""
+    line, _, more = command.partition(" --job - <<'END'\n")
+    if more:
+        document, _, end = more.rpartition("\n")
+        assert end == "END"
+        assert shlex.split(line) == ["pho", "submit", "--url", "http://127.0.0.1:8000"]
+        return JobSpec.model_validate_json(document)
+    program, verb, *rest = shlex.split(line)
+    assert (program, verb) == ("pho", "submit")
+    asked = submit_verb.make_context("submit", rest).params
+    assert asked["url"] == "http://127.0.0.1:8000"
+    return JobSpec.model_validate(job_document(asked["models"], asked["job_file"], asked["given"]))
+
+
+def _run(program: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+    """What a program submits by the client, which sends it nowhere."""
+    sent = []
+
+    def submit(self: pho_service.client.Client, spec: Any) -> Any:
+        sent.append((self.url, spec))
+        return type("Job", (), {"id": "an id"})
+
+    monkeypatch.setattr(pho_service.client.Client, "submit", submit)
+    exec(program, {})  # noqa: S102 - what the page shows
+    ((url, document),) = sent
+    assert url == "http://127.0.0.1:8000"
+    return JobSpec.model_validate(document)
+
+
+def test_no_key_in_them(client: TestClient, keys: KeyStore) -> None:
+    """What is shown takes the key from the environment, and has none in it."""
+    key, secret = keys.create("k", sees_all=False)
+    found = commands(client, TYPED, headers={"Authorization": f"Bearer {secret}"})
+
+    assert '"Authorization: Bearer $PHO_API_KEY"' in found["curl"]
+    assert not [text for text in found.values() if secret in text or key.prefix in text]
+
+
+def test_not_in_the_api(shared_client: TestClient) -> None:
+    """The API's description has no page of the form."""
+    paths = shared_client.get("/openapi.json").json()["paths"]
+
+    assert not {route.path for route in router.routes} & {*paths}  # type: ignore[attr-defined]
