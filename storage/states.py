@@ -13,6 +13,10 @@ of its stages; workers look between two generations.
 
 from enum import StrEnum
 
+# Stages that measure the perplexity of a trial have its number; those of a validation, and of what
+# a result is judged by, have numbers from here.
+VALIDATION, REFERENCES = 10_000_000, 20_000_000
+
 
 class JobState(StrEnum):
     """State of a job."""

@@ -21,7 +21,8 @@ from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.race import Losses
 from storage.records import Job, NewStage, Stage
-from workers.stored import REFERENCES, measurement, perplexities_of
+from storage.states import REFERENCES
+from workers.stored import measurement, perplexities_of
 
 
 def unjudged(

@@ -17,11 +17,7 @@ from pho_service.tuning.finalists import Divergences, Measurements
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.validation import finalists_wanted, planned_candidates, verdict
 from storage.records import Job, NewStage
-from storage.states import StageKind
-
-# Perplexities of trials have their numbers; those of a validation, and of what a result is judged
-# by, have numbers from here.
-VALIDATION, REFERENCES = 10_000_000, 20_000_000
+from storage.states import VALIDATION, StageKind
 
 
 def provenances(job: Job) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from pho_service.report.drawing import Drawing
 from pho_service.report.layers import LayerCell
 from pho_service.spec.configuration import Configuration, Rating
 from storage import records as stored
-from storage.states import VERBS, StageKind, StageState
+from storage.states import VALIDATION, VERBS, StageKind, StageState
 from storage.studies import study_ids
 
 EVENTS = 50  # that are shown, the newest
@@ -232,8 +232,13 @@ def _finalists(job: stored.Job, found: Configuration | None) -> list[Rating]:
     if found is not None and found.candidates:
         return found.candidates[:FINALISTS]
     measured = [
-        Rating(method="", trial=each.number, perplexity=(each.result or {}).get("perplexity"))
+        Rating(
+            method=((each.params or {}).get("candidate") or {}).get("method", ""),
+            trial=each.number,
+            perplexity=(each.result or {}).get("perplexity"),
+        )
         for each in job.of_kind(StageKind.PERPLEXITY)
+        if each.number < VALIDATION
     ]
     return sorted(measured, key=lambda each: each.perplexity or math.inf)[:FINALISTS]
 

@@ -18,7 +18,7 @@ from pho_service.report.html import policy_hash
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.perplexities import Perplexities
-from storage.states import JobState, StageKind
+from storage.states import REFERENCES, JobState, StageKind
 from workers.stage_log import MOST_LINES, StageLog
 
 Submit = Callable[..., dict[str, Any]]
@@ -83,7 +83,7 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     hand.record(job, 8, failed=3)
     drawn = source(client, job["id"])
     hand.search(job["id"])
-    hand.confirm(job["id"], 2, 5)
+    hand.confirm(job["id"], 2, 5, REFERENCES)  # which is not a trial
     hand.measure(job["id"], 5, 21.5, 1.0)
     finalists = section(source(client, job["id"]), "finalists")
 

@@ -12,9 +12,8 @@ from pho_service.report.study import trials_of
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning.result import chosen_in
 from storage.records import Job
-from storage.states import StageKind
+from storage.states import REFERENCES, StageKind
 from storage.studies import open_storage, study_name
-from workers.stored import REFERENCES
 
 
 def studies(hand: Any, job: Job) -> list[optuna.Study]:

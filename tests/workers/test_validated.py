@@ -6,8 +6,7 @@ import pytest
 
 from pho_service.tuning import validation
 from storage.records import NewStage
-from storage.states import JobState, StageKind
-from workers.stored import REFERENCES, VALIDATION
+from storage.states import REFERENCES, VALIDATION, JobState, StageKind
 
 ASKED = {"validation": {"candidates": 8}}
 DOUBT = "The proxy does not rank."
