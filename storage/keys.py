@@ -62,13 +62,13 @@ class KeyStore:
             "sees_all": sees_all,
         }
         with self.database.transaction() as connection:
-            row = connection.execute(insert(keys).values(values).returning(*_COLUMNS)).one()
+            row = connection.execute(insert(keys).values(values).returning(*KEY_COLUMNS)).one()
             return Key(**row._mapping), secret
 
     def all(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
         with self.database.transaction() as connection:
-            rows = connection.execute(select(*_COLUMNS).order_by(keys.c.created_at, keys.c.id))
+            rows = connection.execute(select(*KEY_COLUMNS).order_by(keys.c.created_at, keys.c.id))
             return [Key(**row._mapping) for row in rows]
 
     def revoke(self, prefix: str) -> Key:
@@ -89,13 +89,13 @@ class KeyStore:
                 update(keys)
                 .where(keys.c.id == chosen[0].id)
                 .values(revoked_at=func.coalesce(keys.c.revoked_at, func.now()))
-                .returning(*_COLUMNS)
+                .returning(*KEY_COLUMNS)
             ).one()
             return Key(**row._mapping)
 
     def find(self, secret: str) -> Key | None:
         """The key that this secret is, if it is one and not revoked."""
-        query = select(*_COLUMNS).where(
+        query = select(*KEY_COLUMNS).where(
             keys.c.sha256 == key_digest(secret), keys.c.revoked_at.is_(None)
         )
         with self.database.transaction() as connection:
@@ -120,7 +120,7 @@ class KeyStore:
             return connection.execute(select(keys.c.id).limit(1)).first() is not None
 
 
-_COLUMNS = (
+KEY_COLUMNS = (
     keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.created_at, keys.c.revoked_at,
 )  # fmt: skip
 

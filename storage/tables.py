@@ -77,6 +77,14 @@ keys = Table(
     Column("revoked_at", _utc),
 )
 
+sessions = Table(  # logins of browsers
+    "sessions",
+    metadata,
+    Column("sha256", LargeBinary, primary_key=True),  # of the cookie's token
+    Column("key_id", Uuid, ForeignKey("pho.keys.id", ondelete="CASCADE"), nullable=False),
+    Column("expires_at", _utc, nullable=False),
+)
+
 jobs = Table(
     "jobs",
     metadata,

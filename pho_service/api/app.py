@@ -19,6 +19,7 @@ from pho_service.api import (
     job_list,
     job_page,
     jobs,
+    login,
     new_job,
     operations,
     plan,
@@ -27,8 +28,9 @@ from pho_service.api import (
     transfers,
 )
 from pho_service.api.answers import Problem
+from pho_service.api.bodies import BodyLimit
 from pho_service.api.dashboard import Dashboard
-from pho_service.api.guard import BodyLimit, KeyGuard, StreamLimit
+from pho_service.api.guard import KeyGuard, StreamLimit
 from pho_service.api.notify import AT_ONCE, keep_telling
 from pho_service.api.pages import Pages, SafeHeaders
 from pho_service.api.requests import RequestLog
@@ -69,7 +71,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    pages = (job_list, new_job, job_page, compare)
+    pages = (job_list, new_job, job_page, compare, login)
     parts = (*pages, jobs, artifacts, plan, report, transfers, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])

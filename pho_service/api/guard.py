@@ -2,14 +2,14 @@
 What stands before every operation: keys, and how much and how often somebody may ask.
 """
 
-import asyncio
 import base64
 import binascii
 import ipaddress
 import math
 import time
 from collections import Counter
-from urllib.parse import urlsplit
+from functools import partial
+from urllib.parse import quote, urlencode, urlsplit
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -17,7 +17,9 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pho_service.api.pages import is_page
 from pho_service.api.problems import database_gone, problem
@@ -26,8 +28,9 @@ from storage.keys import key_digest
 from storage.studies import StorageError
 
 OPEN = ("/healthz", "/readyz")  # for those who look after the process
+LOGIN = ("/login", "/logout")  # for those who have no key yet
+SESSION = "pho_session"  # the cookie of a login
 
-_BODY_S = 30.0  # for a whole body to come, which is small
 _KNOWN = 100_000  # keys that are remembered
 _KNOWN_S = 1.0  # before those that are right are asked for again
 _STREAM_RETRY_S = 5
@@ -64,12 +67,13 @@ class Rate:
 
 class KeyGuard:
     """
-    Lets in who has a key: ``Authorization: Bearer KEY``, or Basic with the key as password.
+    Lets in who has a key: ``Authorization: Bearer KEY``, or Basic with the key as password, or the
+    cookie of a login (:mod:`pho_service.api.login`), to which browsers are led.
 
-    Browsers ask for the latter. As long as no key was ever made and none is
-    needed, everybody on this machine may come in, but no web page that some
-    other site has put into a browser here. Nor may such a page use the key that
-    a browser sends by itself, or one of our forms.
+    As long as no key was ever made and none is needed, everybody on this machine
+    may come in, but no web page that some other site has put into a browser here.
+    Nor may such a page use the key or the cookie that a browser sends by itself,
+    or one of our forms.
 
     Nobody may ask too often. After too many wrong keys a host's are compared
     with those that are known to be right, once a second anew, and the database
@@ -92,31 +96,31 @@ class KeyGuard:
             return
         headers = Headers(scope=scope)
         secret, host = _secret(headers.get("authorization", "")), host_of(scope)
+        session = None if _is_bearer(headers) else _session(headers)
         # Who is not known yet is counted before the database is asked.
-        if secret is None and not self._requests.count(host):
+        unknown = secret is None if session is None else session not in self._known
+        if unknown and not self._requests.count(host):
             await self._too_often(host)(scope, receive, send)
             return
         try:
-            if secret is not None and await self._is_hopeless(secret, host):
-                await self._too_many_wrong_keys(host)(scope, receive, send)
-                return
-            caller = await self._looked_up(secret, host)
+            caller = None if session is None else await self._logged_in(session)
+            if caller is None:
+                caller = await self.admit(host, secret)
+        except HTTPException as error:  # too many wrong keys
+            answer = problem(
+                429, "too_many_wrong_keys", error.detail, headers=dict(error.headers or {})
+            )
+            await answer(scope, receive, send)
+            return
         except StorageError as error:
             await database_gone(error)(scope, receive, send)
             return
         if caller is not None and caller.key_id and not self._requests.count(str(caller.key_id)):
             await self._too_often(str(caller.key_id))(scope, receive, send)
             return
-        if caller is None:
-            by_hand = not scope["path"].startswith("/v1") or _reads_pages(headers)
-            scheme = 'Basic realm="PHO"' if by_hand else "Bearer"
-            detail = (
-                "A key is needed, as Authorization: Bearer KEY. `pho keys create` makes one."
-                if secret is None
-                else "This key is not known, or was revoked. `pho keys create` makes a new one."
-            )
-            answer = problem(401, "no_key", detail, headers={"WWW-Authenticate": scheme})
-            await answer(scope, receive, send)
+        at_the_door = scope["path"] in LOGIN
+        if caller is None and not at_the_door:
+            await _no_key(scope, headers, secret)(scope, receive, send)
             return
         if not _is_bearer(headers) and not _from_own_page(headers, scope):
             answer = problem(
@@ -127,7 +131,11 @@ class KeyGuard:
             )
             await answer(scope, receive, send)
             return
-        if caller.key_id is None and not _from_here(headers, scope["method"]):
+        if (
+            caller is not None
+            and caller.key_id is None
+            and not _from_here(headers, scope["method"])
+        ):
             answer = problem(
                 403,
                 "other_site",
@@ -136,8 +144,42 @@ class KeyGuard:
             )
             await answer(scope, receive, send)
             return
-        scope.setdefault("state", {})["caller"] = caller
+        state = scope.setdefault("state", {})
+        state["caller"] = caller
+        if at_the_door:
+            state["admit"] = partial(self.admit, host)
         await self.app(scope, receive, send)
+
+    async def admit(self, host: str, secret: str | None) -> Caller | None:
+        """
+        Tell whose key a secret is; without one, who may come in without a key.
+
+        Args:
+            host: Who sends it, for the limit of wrong keys.
+            secret: The key.
+
+        Raises:
+            HTTPException: Too many keys of this host were wrong.
+            StorageError: The database is away.
+        """
+        if secret is not None and await self._is_hopeless(secret, host):
+            raise HTTPException(
+                429,
+                f"More than {self._wrong_keys.per_minute} wrong keys in a minute came from your "
+                "host. Wait as Retry-After says; the operator sets PHO_MAX_WRONG_KEYS_PER_MINUTE.",
+                headers={"Retry-After": str(self._wrong_keys.wait_s(host))},
+            )
+        return await self._looked_up(secret, host)
+
+    async def _logged_in(self, session: bytes) -> Caller | None:
+        """Whose login it is, by the SHA-256 of its token."""
+        key = await run_in_threadpool(self.service.sessions.find, session)
+        if key is None:
+            self._known.discard(session)
+            return None
+        if len(self._known) < _KNOWN:
+            self._known.add(session)
+        return Caller(key_id=key.id, sees_all=key.sees_all, key_prefix=key.prefix, session=session)
 
     def _caller(self, secret: str | None) -> Caller | None:
         if secret is not None:
@@ -190,14 +232,43 @@ class KeyGuard:
             headers={"Retry-After": str(self._requests.wait_s(who))},
         )
 
-    def _too_many_wrong_keys(self, host: str) -> ASGIApp:
-        return problem(
-            429,
-            "too_many_wrong_keys",
-            f"More than {self._wrong_keys.per_minute} wrong keys in a minute came from your host. "
-            "Wait as Retry-After says; the operator sets PHO_MAX_WRONG_KEYS_PER_MINUTE.",
-            headers={"Retry-After": str(self._wrong_keys.wait_s(host))},
+
+def _no_key(scope: Scope, headers: Headers, secret: str | None) -> ASGIApp:
+    """Ask for a key: a browser by the page that logs it in, a program by its header."""
+    reads_pages = "text/html" in headers.get("accept", "") and not _is_bearer(headers)
+    expired = SESSION in cookie_parser(headers.get("cookie", ""))
+    if reads_pages and scope["method"] in ("GET", "HEAD"):
+        return RedirectResponse(f"/login{_next(scope)}", 303)
+    if reads_pages:
+        detail = (
+            "Your login has expired, or its key was revoked, and nothing was changed. Log in in "
+            "another tab, at /login, then load this page again to send the form once more."
+            if expired
+            else "A key is needed, and nothing was changed. Log in in another tab, at /login, then "
+            "load this page again to send the form once more."
         )
+    elif secret is None:
+        detail = "A key is needed, as Authorization: Bearer KEY. `pho keys create` makes one."
+    else:
+        detail = "This key is not known, or was revoked. `pho keys create` makes a new one."
+    # Not for what a page of ours loads: a browser would ask for a password in the middle of it.
+    by_hand = headers.get("accept", "*/*") == "*/*" and "sec-fetch-mode" not in headers
+    is_basic = by_hand and not expired and not scope["path"].startswith("/v1")
+    scheme = 'Basic realm="PHO"' if is_basic else "Bearer"
+    return problem(401, "no_key", detail, headers={"WWW-Authenticate": scheme})
+
+
+def _next(scope: Scope) -> str:
+    """The query that leads from the login to what was asked for."""
+    query = scope["query_string"].decode("latin-1")
+    path = quote(scope["path"], safe="/:@") + (f"?{query}" if query else "")
+    return "" if path == "/" else "?" + urlencode({"next": path})
+
+
+def _session(headers: Headers) -> bytes | None:
+    """The SHA-256 of the token of a browser's login, right or wrong."""
+    token = cookie_parser(headers.get("cookie", "")).get(SESSION)
+    return None if token is None else key_digest(token)
 
 
 def host_of(scope: Scope) -> str:
@@ -229,11 +300,6 @@ def _secret(authorization: str) -> str | None:
     return authorization or None
 
 
-def _reads_pages(headers: Headers) -> bool:
-    """Whether this is a browser that follows a link: it asks its user for a key."""
-    return "text/html" in headers.get("accept", "")
-
-
 def _is_bearer(headers: Headers) -> bool:
     """Whether a program has sent its key on purpose, which no browser does by itself."""
     return headers.get("authorization", "").lower().startswith("bearer ")
@@ -247,7 +313,7 @@ def _from_own_page(headers: Headers, scope: Scope) -> bool:
     connection is secure or local, and name the page's origin otherwise. Where no key is needed,
     only our forms ask for it, which any page could send; JSON is refused by ``_from_here``.
     """
-    keyless = "authorization" not in headers
+    keyless = "authorization" not in headers and _session(headers) is None
     if scope["method"] in ("GET", "HEAD") or (keyless and not is_page(scope["path"])):
         return True
     site = headers.get("sec-fetch-site")
@@ -317,60 +383,3 @@ class StreamLimit:
             self._open[who] -= 1
             if not self._open[who]:
                 del self._open[who]
-
-
-class BodyLimit:
-    """Refuses bodies that are too large, before they are read into memory, or come too slowly."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float = _BODY_S) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-        self.max_s = max_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length", "")
-        if declared and "transfer-encoding" in headers:  # a proxy may go by the other one
-            await _two_lengths()(scope, receive, send)
-            return
-        if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
-            await self._refusal()(scope, receive, send)
-            return
-        taken, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.max_s
-
-        async def counted() -> Message:
-            nonlocal taken, complete
-            try:
-                async with asyncio.timeout_at(None if complete else deadline):
-                    message = await receive()
-            except TimeoutError:
-                detail = f"The body did not come within {self.max_s:g} seconds. Send it at once."
-                raise HTTPException(408, detail, headers={"Connection": "close"}) from None
-            complete = not message.get("more_body", False)
-            taken += len(message.get("body", b""))
-            if taken > self.max_bytes:
-                raise HTTPException(413, self._detail())
-            return message
-
-        await self.app(scope, counted, send)
-
-    def _detail(self) -> str:
-        return f"The body is larger than {self.max_bytes} bytes, which is the most that is read."
-
-    def _refusal(self) -> ASGIApp:
-        return problem(413, "body_too_large", self._detail())
-
-
-def _two_lengths() -> ASGIApp:
-    """For a body that ends in two places: what follows the first may be somebody's request."""
-    return problem(
-        400,
-        "two_lengths",
-        "The request has both Content-Length and Transfer-Encoding. Send one of them.",
-        headers={"Connection": "close"},
-    )

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pho_service.report.html import policy_hash, template_environment
 
-_PATHS = re.compile(r"/|/new(/check)?|/compare|/jobs|/jobs/.*")
+_PATHS = re.compile(r"/|/new(/check)?|/compare|/login|/logout|/jobs|/jobs/.*")
 _SAFE = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin",
     "X-Frame-Options": "DENY",

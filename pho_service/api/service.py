@@ -22,6 +22,7 @@ from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import Job
+from storage.sessions import SessionStore
 from storage.states import StageKind, StageState
 
 
@@ -33,12 +34,14 @@ class Caller:
     Attributes:
         key_id: The key; None where none is needed.
         key_prefix: How it begins, for the log.
+        session: SHA-256 of the token of a browser's login, which stands for the key.
         sees_all: Whether other keys' jobs are visible.
     """
 
     key_id: UUID | None
     sees_all: bool
     key_prefix: str | None = None
+    session: bytes | None = None
 
     @property
     def visible_to(self) -> UUID | None:
@@ -61,6 +64,7 @@ class Service:
         self.jobs = JobStore(database)
         self.configurations = ConfigurationStore(database)
         self.keys = KeyStore(database)
+        self.sessions = SessionStore(database)
         self.access = Access.of(settings)
         self.limits = JobLimits.of(settings)
         self.webhooks = WebhookRules.of(settings)
@@ -102,6 +106,8 @@ class Service:
 
     def lets_in(self, caller: Caller) -> bool:
         """Tell whether a caller who was let in would be let in now."""
+        if caller.session is not None:
+            return self.sessions.find(caller.session) is not None
         if caller.key_id is not None:
             return self.keys.is_open(caller.key_id)
         return not (self.keys_needed or self.keys.exist())

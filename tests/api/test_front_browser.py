@@ -19,6 +19,7 @@ from pho_service.api.app import create_app
 from pho_service.host.settings import read_settings
 from storage.database import Database
 from storage.jobs import JobStore
+from storage.keys import KeyStore
 from storage.states import JobState, StageKind
 
 WIDTH, HEIGHT = 390, 800  # of a phone
@@ -72,7 +73,9 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
         yield page
     # Chromium's console has a line for each answer of 4xx, which is how a form says no.
     # A job that was deleted is not found any more.
-    assert [line for line in said if not re.search("422 \\(Unproc|404 \\(Not F", line)] == []
+    assert [
+        line for line in said if not re.search("422 \\(Unproc|404 \\(Not F|401 \\(Unauth", line)
+    ] == []
 
 
 @pytest.fixture
@@ -244,6 +247,24 @@ def test_refresh(
     assert page.evaluate("window.kept")
     page.get_by_role("checkbox", name="Choose all on this page").check()
     assert page.locator("[data-rows] :checked").count() == 2
+
+
+def test_login(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]) -> None:
+    """A link opens after a key was typed; where the key is revoked, the open page says so."""
+    job = job_of(page)
+    keys = KeyStore(store.database)
+    key, secret = keys.create("mine", sees_all=True)
+    page.goto(f"/jobs/{job.id}")
+    expect(page.get_by_role("textbox", name="Key")).to_be_focused()
+    page.keyboard.type(secret)
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"{url}/jobs/{job.id}")
+    expect(page.get_by_role("heading", level=1)).to_have_text(job.name)
+    keys.revoke(key.prefix)
+    expect(page.get_by_role("alert")).to_contain_text("Your login has expired")
+    page.get_by_role("link", name="Load it again").click()
+
+    expect(page.get_by_role("status")).to_contain_text(f"you are back at /jobs/{job.id}")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

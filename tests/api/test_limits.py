@@ -14,7 +14,8 @@ import uvicorn
 from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
-from pho_service.api.guard import BodyLimit, KeyGuard, Rate, StreamLimit, host_of
+from pho_service.api.bodies import BodyLimit
+from pho_service.api.guard import KeyGuard, Rate, StreamLimit, host_of
 from pho_service.api.protocol import BoundedProtocol, Connections
 from pho_service.api.service import Caller
 from pho_service.errors import InvalidInput

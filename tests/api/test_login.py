@@ -1,0 +1,246 @@
+"""The login of browsers: a form, a cookie, and the ways that it ends."""
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import func, update
+
+from pho_service.api.login import local
+from pho_service.api.service import Caller
+from storage.keys import KeyStore, key_digest
+from storage.tables import sessions
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+JOB = "/jobs/00000000-0000-0000-0000-000000000000"
+DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+
+
+@pytest.fixture
+def secret(keys: KeyStore) -> str:
+    """Of a key that sees all jobs."""
+    return keys.create("admin", sees_all=True)[1]
+
+
+def log_in(client: TestClient, key: str, to: str = "/", **headers: str) -> Any:
+    """Send the form; the answer is not followed, its cookie is kept."""
+    form = {"key": key, "next": to}
+    return client.post("/login", data=form, headers=headers, follow_redirects=False)
+
+
+def test_led_to_the_login(client: TestClient, secret: str) -> None:
+    """A browser without a key is led to the login, with what it asked for; programs get a 401."""
+    for path, to in (
+        ("/", "/login"),
+        (f"{JOB}?a=1&b=%2F", f"/login?next=%2F{JOB[1:].replace('/', '%2F')}%3Fa%3D1%26b%3D%252F"),
+        ("/v1/jobs/x/report", "/login?next=%2Fv1%2Fjobs%2Fx%2Freport"),
+        ("/docs", "/login?next=%2Fdocs"),
+        ("/dashboard", "/login?next=%2Fdashboard"),
+    ):
+        answer = client.get(path, headers=BROWSER, follow_redirects=False)
+        program = client.get(path)
+        loaded = client.get(path, headers={"Accept": "*/*", "Sec-Fetch-Mode": "cors"})
+        scheme = "Bearer" if path.startswith("/v1") else 'Basic realm="PHO"'
+
+        assert (answer.status_code, answer.headers["location"]) == (303, to)
+        assert (program.status_code, program.headers["www-authenticate"]) == (401, scheme)
+        assert (loaded.status_code, loaded.headers["www-authenticate"]) == (401, "Bearer")
+    page = client.get(to, headers=BROWSER)
+    assert page.status_code == 200
+    assert "expired" not in page.text
+    assert '<label for="key">Key</label>' in page.text
+    assert client.head("/login").status_code == 200
+    del secret
+
+
+def test_log_in(client: TestClient, secret: str) -> None:
+    """The right key leads back to what was asked for; its cookie opens all pages and the API."""
+    answer = log_in(client, f" {secret}\n", to=f"{JOB}?a=1")
+    cookie = answer.headers["set-cookie"]
+    opened = {
+        path: client.get(path, headers=BROWSER, follow_redirects=False).status_code
+        for path in ("/", "/new", "/v1/jobs", "/docs", "/openapi.json", "/dashboard/", "/metrics")
+    }
+    job = client.post("/v1/jobs", json=DOCUMENT)
+    form = {"verb": "pause", "job": job.json()["id"]}
+    asked = client.post("/jobs", data=form, follow_redirects=False)
+
+    assert (answer.status_code, answer.headers["location"]) == (303, f"{JOB}?a=1")
+    assert "HttpOnly; Max-Age=604800; Path=/; SameSite=lax" in cookie
+    assert "Secure" not in cookie
+    assert secret not in cookie
+    assert {*opened.values()} <= {200, 302}
+    assert (job.status_code, asked.status_code) == (202, 303)
+    assert "Log out" in client.get("/").text
+    again = client.get("/login?next=/new", follow_redirects=False)
+    assert again.headers["location"] == "/new"
+
+
+def test_secure(client: TestClient, secret: str) -> None:
+    """Where the connection is encrypted, the cookie goes over no other."""
+    answer = client.post(
+        "https://127.0.0.1:8000/login", data={"key": secret}, follow_redirects=False
+    )
+
+    assert answer.headers["set-cookie"].endswith("SameSite=lax; Secure")
+    assert answer.headers["location"] == "/"
+
+
+def test_log_out(client: TestClient, secret: str) -> None:
+    """A login ends for its browser, for a copy of its cookie, and for open streams."""
+    log_in(client, secret)
+    token = client.cookies["pho_session"]
+    service = client.app.state.service  # type: ignore[attr-defined]  # FastAPI's
+    caller = Caller(key_id=None, sees_all=True, session=key_digest(token))
+    before = service.lets_in(caller)
+    answer = client.post("/logout", follow_redirects=False)
+    kept = "pho_session" in client.cookies
+    copy = client.get("/v1/jobs", headers={"Cookie": f"pho_session={token}"})
+
+    assert before
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login")
+    assert not kept
+    assert copy.status_code == 401
+    assert not service.lets_in(caller)
+    assert client.post("/logout", follow_redirects=False).status_code == 303
+
+
+def test_wrong_key(client_of: Callable[..., TestClient], secret: str) -> None:
+    """A wrong key is told beside its field, gives no cookie, and cannot be tried for ever."""
+    client = client_of(max_wrong_keys_per_minute=2)
+    empty, *wrong, late = (
+        log_in(client, key, to="/new") for key in ("", "pho_x", secret[:-1], "pho_y")
+    )
+
+    assert empty.status_code == 422
+    assert "Type a key." in empty.text
+    for answer in wrong:
+        assert answer.status_code == 403
+        assert "This key is not known, or was revoked." in answer.text
+        assert 'aria-invalid="true"' in answer.text
+        assert '<input type="hidden" name="next" value="/new">' in answer.text
+        assert "set-cookie" not in answer.headers
+        assert "pho_x" not in answer.text
+    assert late.status_code == 429
+    assert "PHO_MAX_WRONG_KEYS_PER_MINUTE" in late.text
+    assert int(late.headers["retry-after"]) > 0
+
+
+def test_expired(client: TestClient, secret: str, keys: KeyStore) -> None:
+    """A login that is over is said to be, keeps the way back, and is forgotten by the next."""
+    log_in(client, secret)
+    with keys.database.transaction() as connection:
+        connection.execute(update(sessions).values(expires_at=func.now()))
+    led = client.get(JOB, headers=BROWSER, follow_redirects=False)
+    page = client.get(led.headers["location"], headers=BROWSER)
+    sent = client.post("/new", data={"model": "typed"}, headers=BROWSER)
+    api = client.get("/v1/jobs")
+    back = log_in(client, secret, to=JOB)
+    with keys.database.transaction() as connection:
+        left = connection.execute(sessions.select()).all()
+
+    assert led.status_code == 303
+    assert "Your login has expired, or its key was revoked." in page.text
+    assert f"you are back at <code>{JOB}</code>" in page.text
+    assert sent.status_code == 401
+    assert "Your login has expired" in sent.text
+    assert "load this page again to send the form once more" in sent.text
+    assert '<a href="/login" target="_blank" rel="noopener">' in sent.text
+    assert (api.status_code, api.headers["www-authenticate"]) == (401, "Bearer")
+    assert back.headers["location"] == JOB
+    assert [bytes(row.sha256) for row in left] == [key_digest(client.cookies["pho_session"])]
+
+
+def test_revoked(client: TestClient, keys: KeyStore) -> None:
+    """A login opens what its key opens, and nothing once that is revoked."""
+    key, secret = keys.create("own", sees_all=False)
+    job = client.post(
+        "/v1/jobs",
+        json=DOCUMENT,
+        headers={"Authorization": f"Bearer {keys.create('other', sees_all=False)[1]}"},
+    ).json()["id"]
+    log_in(client, secret)
+    others = client.get(f"/jobs/{job}", headers=BROWSER)
+    dashboard = client.get("/dashboard", headers=BROWSER)
+    keys.revoke(key.prefix)
+
+    assert (others.status_code, dashboard.status_code) == (404, 403)
+    assert client.get("/v1/jobs").status_code == 401
+    assert client.get("/", headers=BROWSER, follow_redirects=False).status_code == 303
+
+
+FOREIGN = [
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:3000"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+]
+
+
+def test_other_sites(client: TestClient, secret: str, hand: Any) -> None:
+    """A page of another site uses no login, makes none, and ends none."""
+    log_in(client, secret)
+    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
+    before = hand.store.page()
+    for headers in FOREIGN:
+        for path, data in (
+            ("/login", {"key": secret}),
+            ("/logout", {}),
+            ("/jobs", {"verb": "cancel", "job": job}),
+            (f"/v1/jobs/{job}:cancel", {}),
+        ):
+            answer = client.post(path, data=data, headers=headers, follow_redirects=False)
+
+            assert answer.status_code == 403, (headers, path)
+            assert "set-cookie" not in answer.headers
+    assert hand.store.page() == before
+    assert client.get("/v1/jobs").status_code == 200
+
+
+def test_which_counts(client: TestClient, keys: KeyStore, secret: str) -> None:
+    """A key that a program sends goes before a login, and that before a password of the browser."""
+    own = keys.create("own", sees_all=False)[1]
+    log_in(client, secret)
+    wrong = base64.b64encode(b"me:pho_old").decode()
+
+    def status(authorization: str) -> int:
+        headers = {"Authorization": authorization}
+        return int(client.get("/metrics", headers=headers).status_code)
+
+    assert status(f"Bearer {own}") == 403
+    assert status("Bearer pho_wrong") == 401
+    assert status(f"Basic {wrong}") == 200
+
+
+def test_no_keys(client: TestClient) -> None:
+    """Where no key is needed, the login leads on, and a cookie of before does no harm."""
+    client.cookies.set("pho_session", "old")
+
+    assert client.get("/login?next=/new", follow_redirects=False).headers["location"] == "/new"
+    assert client.get("/", headers=BROWSER).status_code == 200
+    assert log_in(client, "pho_x").status_code == 403
+
+
+def test_only_here() -> None:
+    """A login leads to paths of this service alone, and never in a circle."""
+    ours = ["/", "/new?job=1&x=%0A", "/jobs/a~b", "/?name=//evil.example", "/dashboard#x"]
+    others = [
+        "", "//evil.example", "/\\evil.example", "/\t/evil.example", "/\n/evil.example", "\\", "x",
+        "https://evil.example", "javascript:alert(1)", "/a b", "/ä", "/x\\y", "/login?next=/",
+        "/logout", "/" + "x" * 2000,
+    ]  # fmt: skip
+
+    assert [local(path) for path in ours] == ours
+    assert {local(path) for path in others} == {"/"}
+
+
+def test_not_in_the_database(client: TestClient, keys: KeyStore, secret: str) -> None:
+    """The database has neither the token of a login nor a key."""
+    log_in(client, secret)
+    with keys.database.transaction() as connection:
+        rows = str(connection.exec_driver_sql("SELECT * FROM pho.sessions").all())
+
+    assert client.cookies["pho_session"] not in rows
+    assert secret not in rows
