@@ -669,7 +669,7 @@ def test_own_form(client: TestClient, keys: KeyStore) -> None:
         ("GET", "/?state=odd", 422, "state: must be one of queued,"),
         ("GET", "/?page_token=odd", 422, "page_token: is not one of our tokens"),
         ("GET", f"/jobs/{NOBODY}/delete", 404, "No job has this id."),
-        ("GET", "/jobs/nonsense", 404, "Nothing is at /jobs/nonsense."),
+        ("GET", "/jobs/nonsense", 404, "No job has the id nonsense"),
         ("POST", f"/jobs/{NOBODY}/explode", 422, "verb: Input should be"),
         ("POST", "/new", 415, "This takes a form"),
         ("POST", "/", 405, "Method Not Allowed"),
