@@ -60,8 +60,8 @@ class Stage:
     A piece of a job that one worker does.
 
     Attributes:
-        number: Island of a search, trial of a perplexity, place of a point; of tasks 0 for the
-            dense model and 1 for the pruned one; else 0.
+        number: Island of a search, trial of a perplexity, place of a point; for
+            tasks, 0 for the dense model and 1 for the pruned one; 0 for other stages.
         attempt: How often it was begun; only the latest attempt may write.
         failures: Attempts that failed or whose worker died.
         params: What to do.

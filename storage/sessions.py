@@ -54,7 +54,7 @@ class SessionStore:
         The key that a login stands for, if neither has the login ended nor the key been revoked.
 
         Args:
-            sha256: Of the token, as :func:`storage.keys.key_digest` gives it.
+            sha256: SHA-256 of the token, as :func:`storage.keys.key_digest` gives it.
         """
         query = (
             select(*KEY_COLUMNS)

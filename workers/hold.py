@@ -44,7 +44,7 @@ class Hold:
 
     def is_stuck(self) -> bool:
         """
-        Whether the stage in hand should have been put down some seconds ago; stores its log.
+        Tell whether the stage should have been put down a few seconds ago; store its log.
 
         Raises:
             DatabaseGone: Nobody knows.

@@ -19,7 +19,7 @@ def equivalents(spec: JobSpec, url: str, *, with_key: bool) -> list[tuple[str, s
 
     Args:
         spec: The job.
-        url: Of the service.
+        url: URL of the service.
         with_key: Whether the service needs a key, which PHO_API_KEY has then.
     """
     document = minimal_document(spec)

@@ -248,7 +248,7 @@ class Section:
     A group with its fields.
 
     Attributes:
-        title: Of the group.
+        title: Title of the group.
         shown: Fields that are always seen.
         folded: Others, by their heading.
     """

@@ -29,7 +29,7 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
     What to type for the job that has this document; what is as it is by default is left out.
 
     Args:
-        document: Of a search, as it is stored.
+        document: Document of a search, as it is stored.
     """
     left = minimal_document(JobSpec.model_validate(document))
     typed = {}

@@ -71,7 +71,7 @@ class View:
         patterns: Only jobs with these; none means all.
         name: Only jobs whose name contains this, or whose id begins with it.
         sort: The order.
-        token: Of the page.
+        token: Token of the page.
         refresh: Whether it may be loaded again by itself.
         chosen: A job that is chosen to be compared with others.
     """
@@ -254,10 +254,10 @@ def draw_list(
     Answer with the list.
 
     Args:
-        service: Of the process.
+        service: Service of the process.
         caller: Whose jobs are shown.
         view: Which of them.
-        status: Of the answer.
+        status: Status of the answer.
         problem: What could not be done.
         details: More of that, a sentence for each job.
     """

@@ -31,7 +31,7 @@ class Row:
         models: All of them.
         pattern: How sparse they are to be, in short.
         preset: Its name, or "transfer".
-        done: Of ``total``, what its stage counts; 0 of 0 if that counts nothing.
+        done: Part of ``total``, what its stage counts; 0 of 0 if that counts nothing.
         total: See ``done``.
         rise: Share by which its perplexity is above the dense model's.
         gain: Share by which its perplexity is below RIA's.

@@ -70,7 +70,7 @@ def longest_window(name: str, access: Access, revision: str | None = None) -> in
     Args:
         name: As a job has it.
         access: The rules of this machine.
-        revision: Of a hub model.
+        revision: Revision of a hub model.
 
     Returns:
         None if the model is not on this machine, is not allowed, or does not say.

@@ -116,7 +116,7 @@ class _Place:
 @click.option(
     "--scope",
     type=click.Choice(["row", "layer", "global"]),
-    help="Where weights compete.  [default: global for the preset score, or layer; row for N:M]",
+    help="Scope in which weights compete.  [default: layer; global for score; row for N:M]",
 )
 @json_option
 @verb

@@ -259,7 +259,7 @@ def submit_command(document: Mapping[str, Any], *more: str) -> str | None:
     The `pho submit` that sends a document; None if no options say what is in it.
 
     Args:
-        document: Of a job.
+        document: Document of a job.
         more: More options.
     """
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]

@@ -57,7 +57,7 @@ def service_options(function: Any) -> Any:
 
 @click.command()
 @click.option("--workers", type=int, help="Local worker processes.  [default: 1]")
-@click.option("--host", help="Where to listen.  [default: 127.0.0.1]")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
 @service_options
 @verb

@@ -115,8 +115,8 @@ def write_masks(
 
     Raises:
         OutputError: No space, no permission, no such folder.
-        ValueError: No mask, a name twice, a mask that is not 2-D bool, or an order that is no
-            permutation of the input channels.
+        ValueError: No mask, a name twice, a mask that is not 2-D bool, or an order that is not
+            a permutation of the input channels.
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}

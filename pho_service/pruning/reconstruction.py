@@ -111,7 +111,7 @@ def reconstruct(
         advance: Called with 0 after each window.
 
     Returns:
-        What it came to. The held-out error is never higher than before: where nothing is better,
+        The result. The held-out error is never higher than before: where nothing is better,
         or an error is no number, the weights are those from before.
 
     Raises:

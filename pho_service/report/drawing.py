@@ -161,7 +161,7 @@ class Scale:
         return math.log10(value) if self._log else value
 
     def at(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the position of a value."""
         share = (self._place(value) - self._low) / (self._high - self._low)
         return round(self._start + share * (self._end - self._start), 1)
 

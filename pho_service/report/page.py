@@ -333,7 +333,7 @@ def _happened(report: Report) -> Section:
             tables=[tables.timings_table(report)],
             charts=[] if chart is None else [chart],
         )
-    texts = ["How long each stage took is not known." if report.subject == "study"
+    texts = ["The time of each stage is not known." if report.subject == "study"
              else "No stage has begun."]  # fmt: skip
     if report.recorded is not None:
         first, last = report.recorded

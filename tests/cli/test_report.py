@@ -62,7 +62,7 @@ def test_study(pho: Pho, searched: str) -> None:
     assert "12 rated trials" in text
     assert "(chosen)" in text
     assert "A study does not keep the errors and sparsities of layers" in text
-    assert "How long each stage took is not known" in text
+    assert "The time of each stage is not known" in text
     assert "pho prune" in text
     assert "--config config.json" in text
 

@@ -303,7 +303,7 @@ def test_happened(page_of: Any) -> None:
                 "result": "Without its configuration (--config)",
                 "layers": "A study does not keep the errors",
                 "transfer": "`pho transfer` measures it",
-                "happened": "How long each stage took is not known",
+                "happened": "The time of each stage is not known",
             },
         ),
     ],
