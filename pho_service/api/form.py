@@ -162,7 +162,7 @@ class FormField:
 
     @property
     def hint(self) -> str:
-        """What is said beside it."""
+        """Hint that stands beside the field."""
         how = {
             "lines": "One a line.",
             "pairs": "NAME = VALUE, one a line.",

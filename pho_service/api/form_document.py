@@ -185,7 +185,7 @@ def is_place(pointer: str) -> bool:
 
 
 def hint_of_json() -> str:
-    """What is said beside the field for JSON."""
+    """Return the hint beside the field for JSON."""
     return (
         "A JSON object, or nothing. All of a job can be given here instead of above; only here: "
         f"{', '.join(without_field())}."

@@ -219,7 +219,7 @@ def _tried(
         name = service.jobs.get(job_id, visible_to=caller.visible_to).name
         do(job_id)
     except NoSuchJob:
-        return f"{job_id}: this job is not there any more."
+        return f"{job_id}: this job no longer exists."
     except (StateConflict, OutputError) as error:
         return f"{name}: {str(error).rstrip('.')}."
     return None
@@ -309,5 +309,5 @@ def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[Row]) 
 
 
 def _waiting(shown: Sequence[Row]) -> bool:
-    """Whether somebody must work on one of them."""
+    """Tell whether somebody must work on one of them."""
     return any(each.job.state in (JobState.QUEUED, JobState.RUNNING) for each in shown)

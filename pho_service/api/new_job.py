@@ -85,7 +85,7 @@ class Filled:
 @dataclass(kw_only=True)
 class Beside:
     """
-    What stands beside the form.
+    Parts of the page beside the form.
 
     Attributes:
         card: That the plan is for.

@@ -1,5 +1,5 @@
 """
-What a browser sends with a form.
+Values that a browser sends with a form.
 """
 
 from typing import Annotated

@@ -400,7 +400,7 @@ def test_bulk_in_part(client: TestClient, submit: Submit, hand: Any) -> None:
     assert answer.status_code == 409
     assert "1 of 3 jobs were cancelled." in page.text
     assert f"{done['name']}: a job that is succeeded cannot be cancelled." in page.text
-    assert f"{NOBODY}: this job is not there any more." in page.text
+    assert f"{NOBODY}: this job no longer exists." in page.text
     assert client.get(f"/v1/jobs/{queued['id']}").json()["state"] == "cancelled"
 
 
@@ -432,7 +432,7 @@ def test_bulk_deletion(client: TestClient, submit: Submit, hand: Any) -> None:
     [
         ("pause", [], 422, "No job is chosen. Tick the box"),
         ("delete", [], 422, "No job is chosen."),
-        ("delete", [NOBODY], 200, "None of the chosen jobs is there any more."),
+        ("delete", [NOBODY], 200, "None of the chosen jobs exists any longer."),
         ("explode", [NOBODY], 422, "verb='explode' must be one of pause, resume, cancel, delete."),
         ("pause", ["x"], 422, "job='x' is not a job's id."),
         ("pause", [f"{n:032x}" for n in range(201)], 422, "201 jobs are chosen, but 200 are"),

@@ -531,12 +531,12 @@ def test_folded(model_folder: Path, tmp_path: Path, model: LanguageModel) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"order": [0] * 64}, "no permutation"),
-        ({"order": list(range(63))}, "no permutation"),
-        ({"order": list(range(1, 65))}, "no permutation"),
+        ({"order": [0] * 64}, "not a permutation"),
+        ({"order": list(range(63))}, "not a permutation"),
+        ({"order": list(range(1, 65))}, "not a permutation"),
         ({"reader": "other"}, "folded other is not a linear"),
         ({"writers": [GATE, GATE]}, "folded twice"),
-        ({"writers": [DOWN]}, "no permutation of its 32"),
+        ({"writers": [DOWN]}, "not a permutation of its 32"),
     ],
 )
 def test_bad_fold(
