@@ -28,10 +28,9 @@ from pho_service.errors import PhoError
 from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import calibration_text
-from pho_service.models.given_texts import GivenText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.task_files import LoadedTasks, load_tasks
-from pho_service.models.texts import C4, Text, TextSource, read_windows
+from pho_service.models.texts import C4, TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import ReportText
@@ -146,9 +145,10 @@ class Bench:
         )
         source = TextSource(path=conditions["text"]) if conditions["text"] else C4
         text = calibration_text(model, source, settings)
+        report = conditions["report_text"]
         windows, record = read_windows(
             model,
-            _report(conditions["report_text"]),
+            TextSource(path=report) if report else TextSource(dataset="wikitext2"),
             context_length=conditions["context_length"],
             bos=conditions["bos"],
             max_windows=conditions["report_windows"],
@@ -197,21 +197,6 @@ class Bench:
                     "sparsity": model_sparsity(subject.model.linears, shares),
                 }
                 return {**found, **took, **self.measured()}
-
-
-def _report(path: str | None) -> Text:
-    """The text to measure on; WikiText-2 with its empty lines, as it is always measured."""
-    if path is not None:
-        return TextSource(path=path)
-    import datasets
-
-    try:
-        test = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-    except OSError as error:
-        raise click.ClickException(
-            f"WikiText-2 cannot be read: {error}. Check the network, or give --report-text."
-        ) from error
-    return GivenText(documents=["\n\n".join(test["text"])], name="WikiText-2, raw, test")
 
 
 def _fill(

@@ -20,8 +20,9 @@ from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.rating import ReportText
 from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
+from pho_service.spec.fields import TextSpec
 from pho_service.spec.job import JobSpec
+from pho_service.spec.transfer import ReportSpec
 from workers.bundles import BundleStore
 from workers.seal import Seal
 
@@ -221,39 +222,46 @@ class Inputs:
                     "fewer calibration.samples, or confirm: null."
                 )
             return ReportText(windows=held_out[: spec.confirm.windows], record=text.record)
-        return self._read(spec, spec.confirm, seal, None if begun_before else text)
+        source = TextSource(path=self.access.text(spec.confirm.text))
+        unlike = None if begun_before else text
+        return self._read(spec, source, spec.confirm.windows, seal, unlike)
 
-    def report_text(self, spec: JobSpec, report: ConfirmSpec, seal: Seal) -> ReportText:
+    def report_text(self, spec: JobSpec, report: ReportSpec, seal: Seal) -> ReportText:
         """
         The windows of a text that nothing was chosen on, the same for every model.
 
         Raises:
             InvalidInput, TextError, ChangedInput: As :meth:`confirmation_text`.
         """
-        return self._read(spec, report, seal, None)
+        return self._read(spec, self._source(report), report.windows, seal, None)
 
     def _read(
-        self, spec: JobSpec, confirm: ConfirmSpec, seal: Seal, unlike: CalibrationText | None
+        self,
+        spec: JobSpec,
+        source: TextSource,
+        windows: int | None,
+        seal: Seal,
+        unlike: CalibrationText | None,
     ) -> ReportText:
         """A text, cut for perplexity, without what overlaps with a calibration."""
         model = self.model(spec, seal)
-        path = self.access.text(str(confirm.text))
         settings = spec.calibration
         key = (
-            model.weights_sha256, path, settings.context_length, settings.bos,
-            confirm.windows, _FileState.of(path), None if unlike is None else unlike.bundle_key,
+            model.weights_sha256, source, settings.context_length, settings.bos, windows,
+            _FileState.of(source.path or str(source.dataset)),
+            None if unlike is None else unlike.bundle_key,
         )  # fmt: skip
 
         def read() -> ReportText:
-            windows, record = read_windows(
+            cut, record = read_windows(
                 model,
-                TextSource(path=path),
+                source,
                 context_length=settings.context_length,
                 bos=settings.bos,
-                max_windows=confirm.windows,
+                max_windows=windows,
                 unlike=None if unlike is None else unlike.calibration,
             )
-            return ReportText(windows=windows, record=record)
+            return ReportText(windows=cut, record=record)
 
         return self._confirmation.get(key, read)
 
@@ -317,14 +325,13 @@ class Inputs:
             )
         return bundle
 
-    def _source(self, spec: CalibrationSpec) -> TextSource:
-        if spec.text is not None:
-            return TextSource(path=self.access.text(spec.text), field=spec.field)
-        assert spec.dataset is not None  # the document says so
+    def _source(self, spec: TextSpec) -> TextSource:
         if spec.data_file is not None:
             check_data_file(spec.data_file)
         return TextSource(
-            dataset=self.access.dataset(spec.dataset),
+            path=None if spec.text is None else self.access.text(spec.text),
+            dataset=None if spec.dataset is None else self.access.dataset(spec.dataset),
+            config=spec.dataset_config,
             data_file=spec.data_file,
             split=spec.split,
             field=spec.field,

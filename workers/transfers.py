@@ -107,8 +107,9 @@ def _transfer(spec: TransferSpec, inputs: Inputs, number: int, watch: Watch) -> 
 
 
 def _report(spec: TransferSpec, inputs: Inputs, number: int, seal: Seal) -> ReportText | None:
-    report = spec.report_windows
-    return None if report is None else inputs.report_text(spec.target(number), report, seal)
+    if spec.report is None:
+        return None
+    return inputs.report_text(spec.target(number), spec.report, seal)
 
 
 def _own_search(spec: TransferSpec) -> SearchRequest | None:

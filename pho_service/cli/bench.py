@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import click
 
-from pho_service.cli.options import at_least, json_option
+from pho_service.cli.options import at_least, check_models, json_option
 from pho_service.cli.terminal import print_json, print_table, progress, verb
 
 
@@ -55,6 +55,7 @@ def bench(
     from pho_service.pipeline.bench import bench as measure
 
     at_least(1, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    check_models(models)
     disable_progress_bar()  # ours is shown
     settings = BenchSettings(
         batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed

@@ -5,12 +5,13 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
+    calibration_source,
+    check_models,
     device_options,
     json_option,
     open_model,
     out_file,
     read_calibration_text,
-    text_source,
 )
 from pho_service.cli.terminal import print_json, progress, verb
 
@@ -46,8 +47,9 @@ def calibrate(
     path = out_file(out)
     if path.suffix != ".safetensors":
         raise InvalidInput(f"--out {out} must end in .safetensors: a bundle is such a file.")
+    check_models([model], given("revision"))
     calibration = given.calibration()
-    settings, source = calibration.settings(), text_source(calibration)
+    settings, source = calibration.settings(), calibration_source(calibration)
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
     bundle = make_bundle(loaded, text, settings, progress)

@@ -1,9 +1,9 @@
 """`pho compare`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,8 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.evaluate import TASK_FIELDS, load_asked_tasks
 from pho_service.cli.options import (
     ModelOptions,
-    at_least,
+    calibration_source,
+    check_models,
     confirm_text,
     device_options,
     file_source,
@@ -19,6 +20,8 @@ from pho_service.cli.options import (
     open_bundle,
     open_model,
     read_calibration_text,
+    report_options,
+    report_spec,
     report_text,
     text_source,
 )
@@ -30,6 +33,7 @@ from pho_service.spec.seed import SEEDS
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
+    from pho_service.models.texts import TextSource
     from pho_service.pipeline.repeated import Calibrated, Compared
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
@@ -48,14 +52,7 @@ _OF_SEARCHES = (
     required=("pattern",),
 )  # fmt: skip
 @click.argument("model")
-@click.option(
-    "--report-text",
-    "report_path",
-    required=True,
-    type=click.Path(),
-    help="Text that the perplexities are measured on; nothing may have been chosen on it.",
-)
-@click.option("--report-windows", type=int, help="Only the first N windows of that text.")
+@report_options
 @click.option(
     "--config",
     "config_paths",
@@ -98,8 +95,7 @@ _OF_SEARCHES = (
 def compare(
     model: str,
     given: Given,
-    report_path: str,
-    report_windows: int | None,
+    report: Mapping[str, Any],
     config_paths: tuple[str, ...],
     methods: tuple[str, ...],
     presets: tuple[str, ...],
@@ -136,7 +132,12 @@ def compare(
     from pho_service.pipeline.tasks import also_tasks
     from pho_service.spec.configuration import read_configuration
 
-    at_least(1, report_windows=report_windows)
+    measured = report_spec(report)
+    if measured is None:
+        raise InvalidInput(
+            "there is no text to measure on. Give --report-text or --report-dataset, such as "
+            "wikitext2."
+        )
     named = [(path, read_configuration(Path(path))) for path in config_paths]
     pattern = Pattern.parse(given("pattern"), given("scope"))
     asked = Linears.from_dict(given.document().get("steps", {}).get("linears", {})) or None
@@ -153,22 +154,27 @@ def compare(
     calibration, drawn = given.calibration(), _seeds(seeds, given)
     loaded_tasks = load_asked_tasks(given)
     settings = calibration.settings()
+    check_models([model], given("revision"))
+    report_source = text_source(measured, measured=True)
+    source = calibration_source(calibration)
+    if given("confirm/text") is not None:
+        file_source(given("confirm/text"))
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     for path, configuration in named:
         check_family(configuration, loaded, path, other_family=other_family)
-    report = report_text(
+    text = report_text(
         loaded,
-        file_source(report_path),
+        report_source,
         context_length=settings.context_length,
         bos=settings.bos,
-        max_windows=report_windows,
+        max_windows=measured.windows,
     )
     search = next(iter(searches.values()), None)  # all are confirmed on the same text
     compared = compare_over_seeds(
         loaded,
-        report,
+        text,
         request,
-        {seed: _calibration(loaded, calibration, seed, search) for seed in drawn},
+        {seed: _calibration(loaded, source, calibration, seed, search) for seed in drawn},
         also=also_tasks(loaded_tasks, bos=settings.bos, limit=given("tasks_limit")),
         device=str(loaded.device),
         progress=progress,
@@ -230,14 +236,18 @@ def _seeds(seeds: str | None, given: Given) -> list[int]:
 
 
 def _calibration(
-    model: "LanguageModel", spec: "CalibrationSpec", seed: int, search: "JobSpec | None"
+    model: "LanguageModel",
+    source: "TextSource",
+    spec: "CalibrationSpec",
+    seed: int,
+    search: "JobSpec | None",
 ) -> "Callable[[], Calibrated]":
     """What calibrates on the windows of a seed, when its turn comes."""
     from pho_service.pipeline.repeated import Calibrated
 
     def calibrate() -> Calibrated:
         settings = replace(spec.settings(), seed=seed)
-        text = read_calibration_text(model, text_source(spec), settings)
+        text = read_calibration_text(model, source, settings)
         confirm = None
         if search is not None and search.confirm is not None:
             windows = search.confirm.windows

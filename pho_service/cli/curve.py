@@ -12,14 +12,16 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
+    calibration_source,
+    check_models,
     confirm_text,
     device_options,
+    file_source,
     is_bundle,
     json_option,
     open_bundle,
     open_model,
     read_calibration_text,
-    text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, tell, verb
 from pho_service.errors import InvalidInput, OutputError, TextError
@@ -104,6 +106,9 @@ def curve(
     specs = [point_spec(model, given, each) for each in asked]
     requests = [spec.request(0) for spec in specs]
     folder = _folder(out)
+    check_models([model], given("revision"))
+    if given("confirm/text") is not None:
+        file_source(given("confirm/text"))
     opened = OpenedCurve.of(specs[0], given, requests, ModelOptions.of(given, device, device_map))
     with opened.points(study, specs) as (points, pareto):
         found = find_points(points, requests)
@@ -168,7 +173,7 @@ class OpenedCurve:
                 "model. Give the model instead; its calibration is taken from the cache."
             )
         assert spec.confirm is not None  # there is no option for that
-        source, settings = text_source(spec.calibration), given.calibration().settings()
+        source, settings = calibration_source(spec.calibration), given.calibration().settings()
         model = open_model(spec.model, options)
         check_patterns(model, [each.pattern for each in requests], requests[0].steps.linears)
         text = read_calibration_text(model, source, settings)
@@ -238,11 +243,14 @@ def show_points(points: "Sequence[CurvePoint]") -> None:
 
 def _folder(name: str) -> Path:
     """The folder for all results, made before any long work."""
+    from pho_service.host.files import check_file
+
     folder = Path(name).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {name} cannot be made: {error.strerror}.") from error
+    check_file(folder / "curve.json")
     return folder
 
 

@@ -9,14 +9,16 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
     at_least,
+    check_models,
     device_options,
     json_option,
     open_model,
     report_text,
     text_source,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, verb, working
+from pho_service.cli.terminal import print_json, print_table, progress, say, verb, working
 from pho_service.errors import InvalidInput
+from pho_service.host.usual_texts import USUAL_TEXTS
 from pho_service.spec.tasks import mean_accuracy, task_names
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from pho_service.models.loading import LanguageModel
     from pho_service.models.task_files import LoadedTasks
-    from pho_service.spec.fields import CalibrationSpec
+    from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.tasks import TaskScore
 
 _TEXT = ("calibration/text", "calibration/dataset")
@@ -35,12 +37,18 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
 @click.command(
     cls=DocumentCommand,
     fields=(
-        *(f"calibration/{field}" for field in ("text", "dataset", "data_file", "split", "field")),
+        *(
+            f"calibration/{field}"
+            for field in ("text", "dataset", "dataset_config", "data_file", "field")
+        ),
         "calibration/context_length", "calibration/bos", "revision", "dtype", "stream",
         *TASK_FIELDS,
     ),
 )  # fmt: skip
 @click.argument("model")
+@click.option(
+    "--split", help="Split of the data set.  [default: test, or the only one that there is]"
+)
 @click.option("--max-windows", type=int, help="Rate only the first N windows.")
 @device_options
 @json_option
@@ -48,6 +56,7 @@ TASK_FIELDS = ("tasks", "tasks_dir", "tasks_limit")
 def evaluate(
     model: str,
     given: Given,
+    split: str | None,
     max_windows: int | None,
     device: str,
     device_map: str | None,
@@ -64,13 +73,15 @@ def evaluate(
     \b
     Example:
       pho evaluate pruned --text report.txt --context-length 512
+      pho evaluate pruned --dataset wikitext2
       pho evaluate pruned --tasks boolq,arc_easy --limit 200
     """
     at_least(1, max_windows=max_windows)
     loaded_tasks, limit = load_asked_tasks(given), given("tasks_limit")
     how = given.calibration()
-    measures_text = loaded_tasks is None or any(field in given.said for field in _TEXT)
-    source = text_source(how) if measures_text else None
+    check_models([model], given("revision"))
+    measured = loaded_tasks is None or any(field in given.said for field in _TEXT)
+    source = text_source(_measured_on(given, split), measured=True) if measured else None
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
     if source is not None:
@@ -88,6 +99,29 @@ def evaluate(
         _show_perplexity(document)
     if scores:
         _show_scores(document, scores)
+
+
+def _measured_on(given: Given, split: str | None) -> "TextSpec":
+    """The text that the options name; that of papers from C4 if they name none, which is said."""
+    from pho_service.spec.fields import TextSpec
+
+    given.calibration()  # refuses what breaks a rule, by the options' names
+    named = {
+        path.removeprefix("calibration/"): said
+        for path, said in given.said.items()
+        if path.removeprefix("calibration/") in TextSpec.model_fields
+    }
+    if not any(field in given.said for field in _TEXT):
+        say("No --text given: using c4, the validation part as papers take it.")
+        named["dataset"] = "c4"
+    if split is not None:
+        if named.get("dataset") in USUAL_TEXTS or "dataset" not in named:
+            raise InvalidInput(
+                f"--split {split} is of a data set that is named by its own name. Leave it out, or "
+                "give --dataset."
+            )
+        named["split"] = split
+    return TextSpec(**named)
 
 
 def load_asked_tasks(given: Given) -> "LoadedTasks | None":

@@ -2,15 +2,17 @@
 Options that several verbs share, and what they stand for.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import click
 
 from pho_service.cli.terminal import progress, say, working
-from pho_service.errors import InvalidInput
+from pho_service.errors import BundleError, InvalidInput
+from pho_service.host.usual_texts import USUAL_TEXTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from pho_service.pipeline.rating import ReportText
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.calibration import CalibrationSettings
-    from pho_service.spec.fields import CalibrationSpec
+    from pho_service.spec.fields import CalibrationSpec, TextSpec
+    from pho_service.spec.transfer import ReportSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,28 +84,121 @@ class ModelOptions:
         )
 
 
-def text_source(calibration: "CalibrationSpec") -> "TextSource":
-    """The text that ``--text`` or ``--dataset`` names; C4 if neither does, which is said."""
-    from pho_service.models.texts import C4, TextSource
+def check_models(names: Sequence[str], revision: str | None = None) -> None:
+    """
+    See that models, or bundles of them, can be there, before torch is loaded and any long work.
 
-    if calibration.text is not None:
-        return TextSource(path=calibration.text, field=calibration.field)
+    Raises:
+        ModelError, BundleError, InvalidInput: One of them cannot.
+    """
+    from pho_service.models.names import check_name
+
+    for name in names:
+        if is_bundle(name):
+            check_bundle(name)
+        else:
+            check_name(name, revision)
+
+
+def check_bundle(name: str) -> None:
+    """Raise BundleError if there is no such file."""
+    if not Path(name).expanduser().is_file():
+        raise BundleError(
+            f"the bundle {name} does not exist. Make a bundle with `pho calibrate`, and give its "
+            "path."
+        )
+
+
+def text_source(spec: "TextSpec", *, measured: bool = False) -> "TextSource":
+    """
+    The text that is named, of which the first row was read: before any long work.
+
+    Args:
+        spec: What names it.
+        measured: Whether perplexities are measured on it; else a model is calibrated on it.
+
+    Raises:
+        TextError, InvalidInput: It cannot be read.
+    """
+    from pho_service.models.texts import TextSource, check_text
+
     source = TextSource(
-        dataset=calibration.dataset,
-        data_file=calibration.data_file,
-        split=calibration.split,
-        field=calibration.field,
+        path=spec.text,
+        dataset=spec.dataset,
+        config=spec.dataset_config,
+        data_file=spec.data_file,
+        split=spec.split,
+        field=spec.field,
     )
-    if source == C4:
-        say(f"No --text given: using {C4}.")
-    return source
+    if source.dataset is None:
+        return check_text(source)
+    if source.dataset in USUAL_TEXTS and Path(source.dataset).is_dir():
+        say(f"Note: {source.dataset} is that of papers; the folder here is ./{source.dataset}.")
+    with working(f"Looking into {source}"):
+        return check_text(source, measured=measured)
+
+
+def calibration_source(calibration: "CalibrationSpec") -> "TextSource":
+    """The text that ``--text`` or ``--dataset`` names; C4 if neither does, which is said."""
+    from pho_service.spec.calibration import C4_DATASET, C4_FILE
+
+    if (calibration.dataset, calibration.data_file) == (C4_DATASET, C4_FILE):
+        say(f"No --text given: using {C4_DATASET} {C4_FILE} {calibration.split}.")
+    return text_source(calibration)
 
 
 def file_source(path: str) -> "TextSource":
-    """A text file with its text in the usual place."""
-    from pho_service.models.texts import TextSource
+    """A text file with its text in the usual place, seen to be readable."""
+    from pho_service.spec.fields import TextSpec
 
-    return TextSource(path=path)
+    return text_source(TextSpec(text=path), measured=True)
+
+
+def report_options(function: F) -> F:
+    """The options of a text to measure on; what they say is the argument ``report``."""
+    from pho_service.spec.transfer import ReportSpec
+
+    described = ReportSpec.model_fields
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        said = {name: kwargs.pop(f"report_{name}") for name in described}
+        return function(*args, report=said, **kwargs)
+
+    about = {"text": " Nothing may have been chosen on what perplexities are measured on."}
+    for name in reversed(described):
+        option = click.option(
+            f"--report-{name.replace('_', '-')}",
+            type=int if name == "windows" else str,
+            help=f"To measure on: {described[name].description}{about.get(name, '')}",
+        )
+        run = option(run)
+    return cast("F", run)
+
+
+def report_spec(said: Mapping[str, Any]) -> "ReportSpec | None":
+    """
+    The text to measure on that the options name; None if they name none.
+
+    Raises:
+        InvalidInput: They break a rule.
+    """
+    from pydantic import ValidationError
+
+    from pho_service.spec.transfer import ReportSpec
+
+    given = {name: value for name, value in said.items() if value is not None}
+    if not given:
+        return None
+    at_least(1, report_windows=given.get("windows"))
+    try:
+        return ReportSpec.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "-".join(map(str, first["loc"])).replace("_", "-")
+        option = f"--report-{place}" if place else "--report-text or --report-dataset"
+        message = str(first["msg"]).removeprefix("Value error, ").removesuffix(".")
+        raise InvalidInput(f"{option}: {message}.") from error
 
 
 def is_bundle(name: str) -> bool:

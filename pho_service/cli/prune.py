@@ -14,12 +14,14 @@ from pho_service.cli.library import (
 )
 from pho_service.cli.options import (
     ModelOptions,
+    calibration_source,
+    check_bundle,
+    check_models,
     device_options,
     json_option,
     open_bundle,
     open_model,
     read_calibration_text,
-    text_source,
 )
 from pho_service.cli.prune_source import Source, given_configuration
 from pho_service.cli.push import public_option, push_folder
@@ -233,6 +235,9 @@ def _prune(
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
+    check_models([name], options.revision)
+    if statistics.bundle is not None:
+        check_bundle(statistics.bundle)
     found = None
     if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
@@ -317,7 +322,7 @@ def _inputs(
     needs_text = any(each.candidate().steps.needs_text for each in configurations)
     named = statistics.named
     if statistics.bundle is None:
-        source = text_source(statistics.calibration)
+        source = calibration_source(statistics.calibration)
         loaded = model or open_model(name, options)
         text = read_calibration_text(loaded, source, settings)
         return loaded, open_bundle(loaded, text, settings), text.calibration
@@ -332,7 +337,7 @@ def _inputs(
     bundle = read_bundle(Path(statistics.bundle))
     if not named:
         return model or open_model(name, options), bundle, None
-    source = text_source(statistics.calibration)
+    source = calibration_source(statistics.calibration)
     loaded = model or open_model(name, options)
     return loaded, bundle, read_calibration_text(loaded, source, settings).calibration
 

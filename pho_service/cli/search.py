@@ -13,15 +13,17 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.fields import OF_A_SERVICE
 from pho_service.cli.options import (
     ModelOptions,
+    calibration_source,
+    check_models,
     confirm_text,
     device_options,
+    file_source,
     is_bundle,
     json_option,
     open_bundle,
     open_model,
     out_file,
     read_calibration_text,
-    text_source,
 )
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.cli.within import target_options
@@ -100,6 +102,9 @@ def search(
 
     path = out_file(out)
     check_study_url(study)
+    check_models(models, given("revision"))
+    if given("confirm/text") is not None:
+        file_source(given("confirm/text"))
     bounds = {"step": step, "lowest": lowest, "highest": highest}
     target = within_target.given_target(within, given, bounds)
     if target is not None:
@@ -196,7 +201,7 @@ def _subject(
             return _Subject(bundles=bundles, about={}, device=device)
         bundle = bundles[spec.model]
         return _Subject(bundles=bundle, about=bundle.provenance.get("model", {}), device=device)
-    source, settings = text_source(spec.calibration), given.calibration().settings()
+    source, settings = calibration_source(spec.calibration), given.calibration().settings()
     if not spec.more_models:
         model = open_model(spec.model, options)
         text = read_calibration_text(model, source, settings)

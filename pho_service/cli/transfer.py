@@ -1,7 +1,7 @@
 """`pho transfer`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
     at_least,
+    calibration_source,
+    check_models,
     confirm_text,
     device_options,
     file_source,
@@ -21,6 +23,8 @@ from pho_service.cli.options import (
     open_model,
     out_file,
     read_calibration_text,
+    report_options,
+    report_spec,
     report_text,
     text_source,
 )
@@ -50,13 +54,7 @@ METHODS = ("wanda", "ria", "transferred", "own")
     type=click.Choice(["row", "layer", "global"]),
     help="Refuse a configuration of another scope.  [default: any]",
 )
-@click.option(
-    "--report-text",
-    "report_path",
-    type=click.Path(),
-    help="Text that the perplexities are measured on; nothing may have been chosen on it.",
-)
-@click.option("--report-windows", type=int, help="Only the first N windows of that text.")
+@report_options
 @click.option("--search", is_flag=True, help="Find the own best of each model, too.")
 @click.option(
     "--study",
@@ -75,8 +73,7 @@ def transfer(
     given: Given,
     pattern: str | None,
     scope: str | None,
-    report_path: str | None,
-    report_windows: int | None,
+    report: Mapping[str, Any],
     search: bool,
     study: str,
     out: str,
@@ -117,7 +114,8 @@ def transfer(
     path = out_file(out)
     picture = None if plot is None else plot_file(plot)
     confirm_windows = given("confirm/windows")
-    at_least(1, report_windows=report_windows, confirm_windows=confirm_windows)
+    at_least(1, confirm_windows=confirm_windows)
+    measured_on = report_spec(report)
     found = read_configuration(Path(configuration))
     check_configuration(configuration, found, pattern, scope)
     calibration = given.calibration()
@@ -132,13 +130,18 @@ def transfer(
         request = own_search(found, asked, finalists=given("confirm/candidates"))
         check_study_url(study)
     whole = [name for name in models if not is_bundle(name)]
-    if whole and report_path is None:
+    if whole and measured_on is None:
         raise InvalidInput(
             f"{whole[0]} is a model, and its perplexities need a text that nothing was chosen on. "
-            "Give --report-text, or a bundle instead of the model: then only proxies are compared."
+            "Give --report-text or --report-dataset, or a bundle instead of the model: then only "
+            "proxies are compared."
         )
-    if whole:
-        source = text_source(calibration)
+    check_models(models, given("revision"))
+    if given("confirm/text") is not None:
+        file_source(given("confirm/text"))
+    if whole and measured_on is not None:
+        report_source = text_source(measured_on, measured=True)
+        source = calibration_source(calibration)
     document = _Document.open(path, configuration, found)
     shown = []
 
@@ -148,6 +151,7 @@ def transfer(
             device = str(pick_device(options.device))
             target = Target(name=name, bundle=read_bundle(Path(name)))
         else:
+            assert measured_on is not None  # it is a model
             model = open_model(name, options)
             device = str(model.device)
             text = read_calibration_text(model, source, settings)
@@ -164,10 +168,10 @@ def transfer(
                 confirm=confirm,
                 report=report_text(
                     model,
-                    file_source(str(report_path)),
+                    report_source,
                     context_length=settings.context_length,
                     bos=settings.bos,
-                    max_windows=report_windows,
+                    max_windows=measured_on.windows,
                 ),
             )
         return document.known(transfer_key(target, found, request)) or document.add(

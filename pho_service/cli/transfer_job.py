@@ -1,12 +1,19 @@
 """`pho transfer-job`."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from pho_service.cli.groups import GroupedCommand
-from pho_service.cli.options import at_least, json_option, out_file
+from pho_service.cli.options import (
+    at_least,
+    json_option,
+    out_file,
+    report_options,
+    report_spec,
+)
 from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.remote import end, open_client, pattern_option, url_option
 from pho_service.cli.terminal import print_json, say, verb
@@ -17,8 +24,7 @@ from pho_service.errors import InvalidInput
 @click.argument("job_id")
 @click.argument("models", metavar="[MODEL...]", nargs=-1)
 @pattern_option
-@click.option("--report-text", help="To measure perplexities on; nothing may be chosen on it.")
-@click.option("--report-windows", type=int, help="Only the first N windows of that text.")
+@report_options
 @click.option("--search", is_flag=True, help="Find the own best of each model, too.")
 @click.option("--trials", type=int, help="Number of trials of those searches.  [default: 200]")
 @click.option("--seed", type=int, help="Seed of those searches.  [default: 0]")
@@ -39,8 +45,7 @@ def transfer_job(
     job_id: str,
     models: tuple[str, ...],
     pattern: str | None,
-    report_text: str | None,
-    report_windows: int | None,
+    report: Mapping[str, Any],
     search: bool,
     trials: int | None,
     seed: int | None,
@@ -61,7 +66,7 @@ def transfer_job(
     Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
 
     It is a job of its own, a stage for each model; its id is printed. Without
-    --report-text only proxies are compared. Without MODEL, JOB_ID is such a
+    --report-text or --report-dataset only proxies are compared. Without MODEL, JOB_ID is such a
     job: --out and --plot give what it has measured.
 
     \b
@@ -71,7 +76,8 @@ def transfer_job(
     """
     from pho_service.host.files import new_file
 
-    at_least(1, report_windows=report_windows, trials=trials)
+    at_least(1, trials=trials)
+    measured_on = report_spec(report)
     path = None if out is None else out_file(out)
     picture = None if plot is None else plot_file(plot)
     if not models and path is None and picture is None:
@@ -87,12 +93,14 @@ def transfer_job(
     }
     if any(value is not None for value in own.values()) and not search:
         raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
-    if report_windows is not None and report_text is None:
-        raise InvalidInput("--report-windows is for --report-text: give it, too.")
-    report = None if report_text is None else {"text": report_text, "windows": report_windows}
     document: dict[str, Any] = {"stream": stream, "priority": priority}
     searched = _given(**own) if search else None
-    document |= _given(name=name, notify=notify, report=report, search=searched)
+    document |= _given(
+        name=name,
+        notify=notify,
+        report=measured_on and measured_on.model_dump(exclude_unset=True),
+        search=searched,
+    )
     with open_client(url) as client:
         job = client.job(job_id)
         if models:

@@ -9,13 +9,15 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     ModelOptions,
+    calibration_source,
+    check_models,
     confirm_text,
     device_options,
+    file_source,
     json_option,
     open_bundle,
     open_model,
     read_calibration_text,
-    text_source,
 )
 from pho_service.cli.plots import plot_file, plot_validation
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
@@ -68,8 +70,11 @@ def validate(
     confirm, validation, parsed = spec.confirm, spec.validation, spec.pruning()
     assert confirm is not None  # the document says so
     assert validation is not None
+    check_models([model], given("revision"))
+    if confirm.text is not None:
+        file_source(confirm.text)
     space = spec.plan(0).space  # of the preset, with its allocation
-    settings, source = spec.calibration.settings(), text_source(spec.calibration)
+    settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
     loaded = open_model(model, ModelOptions.of(given, device, device_map))
     text = read_calibration_text(loaded, source, settings)
     rating_text = confirm_text(loaded, text, confirm.text, settings, confirm.windows)

@@ -16,6 +16,7 @@ from pho_service.errors import InvalidInput, PhoError
 from pho_service.host.dataset_card import check_cards
 from pho_service.host.model_folder import NAMING_FILES, check_model_folder
 from pho_service.host.settings import Settings
+from pho_service.host.usual_texts import USUAL_TEXTS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _DATA_FILE = re.compile(r"[A-Za-z0-9_*?\[\]][A-Za-z0-9._*?\[\]/-]*")
@@ -122,6 +123,10 @@ class Access:
         Raises:
             InvalidInput: Neither is allowed.
         """
+        usual = USUAL_TEXTS.get(name)
+        if usual is not None:  # a folder of that name is ./c4
+            _on_hub(usual.dataset, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
+            return name
         if not is_path(name):
             found = _below(name, self.text_roots, _dataset_files)
             if found is not None:

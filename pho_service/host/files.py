@@ -84,6 +84,8 @@ def _check_parent(path: Path) -> None:
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"{path} was not written: the folder {parent} does not exist.")
+    with _reported(path), tempfile.TemporaryFile(dir=parent):
+        pass  # what cannot be written to is known now
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from pho_service.errors import InvalidInput, TextError
+from pho_service.host.usual_texts import USUAL_TEXTS
 from pho_service.models.calibration import drawn_windows
 from pho_service.models.given_texts import GivenText, GivenWindows
 from pho_service.models.loading import LanguageModel
@@ -33,14 +34,16 @@ def text_of(texts: "Texts") -> Text:
     Take a text in any of its forms.
 
     Args:
-        texts: The path of a .txt, .jsonl or .parquet file; a list of documents; a data set of
-            the library ``datasets`` with a column ``text``; or token windows, (windows,
-            context_length), whole numbers.
+        texts: The path of a .txt, .jsonl or .parquet file; ``"c4"`` or ``"wikitext2"``, for what
+            papers take; a list of documents; a data set of the library ``datasets`` with a column
+            ``text``; or token windows, (windows, context_length), whole numbers.
 
     Raises:
         TextError: The data set has no such column, or there is nothing in the list.
         InvalidInput: Something else is given.
     """
+    if isinstance(texts, str) and texts in USUAL_TEXTS:
+        return TextSource(dataset=texts)
     if isinstance(texts, (str, Path)):
         return TextSource(path=str(texts))
     if isinstance(texts, Tensor):

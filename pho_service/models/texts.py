@@ -6,19 +6,17 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, TextError
-from pho_service.host.access import is_path
-from pho_service.host.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
-from pho_service.host.plain import shown
+from pho_service.errors import TextError
 from pho_service.host.settings import read_settings
+from pho_service.host.usual_texts import USUAL_TEXTS, separator_of
+from pho_service.models.data_sets import read_dataset, with_split
 from pho_service.models.given_texts import GivenText, GivenWindows
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
@@ -26,14 +24,9 @@ from pho_service.models.text_files import (
     Budget,
     TextLimits,
     TextTooLong,
-    kind_of,
-    listed,
-    read_csv,
     read_json,
-    read_lines,
     read_parquet,
     read_text,
-    unpacked,
 )
 from pho_service.pruning.perplexity import cut_windows
 from pho_service.spec.calibration import C4_DATASET, C4_FILE
@@ -49,22 +42,51 @@ class TextSource:
 
     Attributes:
         path: .txt (one document), .jsonl or .parquet (one document a row).
-        dataset: Hub id or local folder, for the ``datasets`` library.
+        dataset: Hub id or local folder, for the ``datasets`` library; or the name of a usual text.
+        config: Configuration of the data set.
         data_file: One file of the data set.
-        split: Split of the data set.
+        split: Split of the data set; None takes test, or the only one that there is.
         field: Column that holds the text.
+        rows: How many rows are joined, the first; None takes all.
+        separator: What joins the rows to one document, empty ones, too; None leaves each a
+            document, unless they are lines of one text (WikiText).
     """
 
     path: str | None = None
     dataset: str | None = None
+    config: str | None = None
     data_file: str | None = None
-    split: str = "train"
+    split: str | None = "train"
     field: str = "text"
+    rows: int | None = None
+    separator: str | None = None
 
     def __str__(self) -> str:
         if self.path:
             return self.path
-        return " ".join(filter(None, (self.dataset, self.data_file, self.split)))
+        return " ".join(filter(None, (self.dataset, self.config, self.data_file, self.split)))
+
+    def usual(self, *, measured: bool) -> "tuple[TextSource, int | None]":
+        """
+        Return what a usual text's name stands for, and how many windows are measured on.
+
+        Args:
+            measured: Whether perplexities are measured on it; else a model is calibrated on it.
+        """
+        usual = USUAL_TEXTS.get(self.dataset or "")
+        if usual is None:
+            return self, None
+        part = usual.evaluation if measured else usual.calibration
+        source = TextSource(
+            dataset=usual.dataset,
+            config=part.config,
+            data_file=part.data_file,
+            split=part.split,
+            field=self.field,
+            rows=part.rows,
+            separator=part.separator,
+        )
+        return source, part.windows
 
 
 Text = TextSource | GivenText | GivenWindows
@@ -105,7 +127,7 @@ def read_documents(
         InvalidInput: The card of the data set names files elsewhere.
     """
     budget = Budget(limits or TextLimits.of(read_settings()), whole=whole)
-    for document in _rows(source, budget):
+    for document in _joined(source, budget):
         if not document.strip():
             continue
         try:
@@ -117,9 +139,46 @@ def read_documents(
         yield document
 
 
+def check_text(source: TextSource, *, measured: bool = False) -> TextSource:
+    """
+    Return a text as it was found; its first row was read, before any long work.
+
+    Args:
+        source: The text.
+        measured: Whether perplexities are measured on it; else a model is calibrated on it.
+
+    Raises:
+        TextError, InvalidInput: As :func:`read_documents`; or there is nothing in it.
+    """
+    named, (source, _) = source, source.usual(measured=measured)
+    source = with_split(source)
+    limits = TextLimits.of(read_settings())
+    lines = _separator(source) is not None  # of which the first may be empty
+    first = _rows(source, Budget(limits, whole=True)) if lines else read_documents(source, limits)
+    _require_text([*itertools.islice(first, 1)], source)
+    return named if named.dataset in USUAL_TEXTS else source
+
+
+def _separator(source: TextSource | GivenText) -> str | None:
+    if not isinstance(source, TextSource):
+        return None
+    return source.separator or separator_of(source.config)
+
+
+def _joined(source: TextSource | GivenText, budget: Budget) -> Iterator[str]:
+    """The documents: rows, or all of them as one."""
+    separator = _separator(source)
+    rows = _rows(source, budget)
+    if separator is None:
+        yield from rows
+        return
+    assert isinstance(source, TextSource)  # it has a separator
+    yield separator.join(itertools.islice(rows, source.rows))
+
+
 def _rows(source: TextSource | GivenText, budget: Budget) -> Iterator[str]:
     if isinstance(source, TextSource):
-        read = _read_file if source.path is not None else _read_dataset
+        read = _read_file if source.path is not None else read_dataset
         yield from read(source, budget)
         return
     for document in source.documents:
@@ -151,103 +210,6 @@ def _read_file(source: TextSource, budget: Budget) -> Iterator[str]:
         raise TextError(f"the text {path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read_dataset(source: TextSource, budget: Budget) -> Iterator[str]:
-    """
-    The documents of all files of a split, in the order of the ``datasets`` library.
-
-    It finds the files, and follows no card that was not checked before; they are read here,
-    because it sets no bounds to what it reads.
-    """
-    from datasets.utils.file_utils import xopen
-
-    with _readable(source):
-        place, builder = _found_dataset(source)
-    files = builder.config.data_files or {}
-    if source.split not in files:
-        told = f"there is no split {source.split!r}, only {listed([*map(str, files)])}"
-        raise _unreadable(source, told)
-    for file in map(str, files[source.split]):
-        if not file.startswith(f"{place}/"):
-            raise _unreadable(source, f"it has the file {shown(file)}, which lies elsewhere")
-        inside = file.removeprefix(f"{place}/")
-        kind, packing = kind_of(inside)
-        where = f"the data set {source}: {shown(inside)}"
-        with _readable(source), xopen(file, "rb") as opened:
-            content = unpacked(cast(BinaryIO, opened), packing)
-            if kind == "json":
-                yield from read_json(content, source.field, where, budget, lists=True)
-            elif kind == "parquet":
-                yield from read_parquet(content, source.field, where, budget)
-            elif kind == "csv":
-                mark = getattr(builder.config, "delimiter", None) or builder.config.sep
-                yield from read_csv(content, source.field, mark, where, budget)
-            elif source.field != "text":
-                raise TextError(f"{where} is plain text, whose field is 'text' alone.")
-            else:
-                yield from read_lines(content, where, budget)
-
-
-def _found_dataset(source: TextSource) -> tuple[str, Any]:
-    """Where a data set is, and how ``datasets`` reads it; its cards are checked before."""
-    import datasets
-
-    folder = Path(str(source.dataset)).expanduser()
-    if folder.is_dir():
-        place = str(folder.resolve())
-        check_cards(folder, f"the data set {source}")
-        return place, datasets.load_dataset_builder(place, data_files=source.data_file)
-    if is_path(str(source.dataset)):
-        raise TextError(
-            f"the data set {source.dataset} does not exist. Give a folder, or a hub id."
-        )
-    commit = _checked_commit(str(source.dataset))
-    builder = datasets.load_dataset_builder(
-        f"hf://datasets/{source.dataset}", data_files=source.data_file, revision=commit
-    )
-    return f"hf://datasets/{source.dataset}@{commit}", builder
-
-
-def _checked_commit(dataset: str) -> str:
-    """
-    The commit that a data set of the hub is at, whose cards were checked.
-
-    Raises:
-        InvalidInput: They name files elsewhere.
-    """
-    from datasets import config
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError
-
-    hub = HfApi(endpoint=config.HF_ENDPOINT)
-    commit = str(hub.dataset_info(dataset).sha)
-    for card in CARDS:
-        try:
-            path = hub.hf_hub_download(dataset, card, repo_type="dataset", revision=commit)
-        except EntryNotFoundError:
-            continue
-        with Path(path).open("rb") as file:
-            check_card(card, file.read(MOST_BYTES + 1), f"data set {dataset!r}")
-    return commit
-
-
-@contextmanager
-def _readable(source: TextSource) -> Iterator[None]:
-    try:
-        yield
-    except (TextError, InvalidInput, GeneratorExit, MemoryError):
-        raise
-    except Exception as error:  # datasets raises whatever its file systems raise
-        reason = shown(" ".join(str(error).split()), 300)
-        raise _unreadable(source, f"{type(error).__name__}: {reason}") from error
-
-
-def _unreadable(source: TextSource, reason: str) -> TextError:
-    return TextError(
-        f"the data set {source} cannot be read: {reason}. Check the name, --data-file and --split, "
-        "and the network; or give a local file with --text."
-    )
-
-
 def read_windows(
     model: LanguageModel,
     source: Text,
@@ -275,6 +237,9 @@ def read_windows(
         TextError: Not readable, empty, shorter than one window, or nothing of it is left.
     """
     model.check_context(context_length)
+    if isinstance(source, TextSource):
+        source, most = source.usual(measured=True)
+        source, max_windows = with_split(source), max_windows or most
     if isinstance(source, GivenWindows):
         windows, record = _given(model, source, context_length)
     else:
@@ -331,6 +296,8 @@ def sample_windows(
     if isinstance(source, GivenWindows):
         windows, record = _given(model, source, context_length)
         return windows[:count], record
+    if isinstance(source, TextSource):
+        source, _ = source.usual(measured=False)
     documents = _pool(source)
     _require_text(documents, source)
     random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret

@@ -2,6 +2,7 @@
 What was asked, in words, and the commands that ask the same again.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -91,7 +92,8 @@ def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
         "models": ", ".join(spec.models),
         "report text": "none: only proxies are compared"
         if report is None
-        else report.text + ("" if report.windows is None else f", {report.windows} windows"),
+        else str(report.text or report.dataset)
+        + ("" if report.windows is None else f", {report.windows} windows"),
         "own best": "not searched for"
         if search is None
         else f"searched for in {search.trials} trials, seed {search.seed}",
@@ -185,15 +187,25 @@ def _as_it_was(document: dict[str, Any], known: Mapping[str, Any]) -> dict[str, 
     return document if same else {**document, "preset": "score", **then}
 
 
+# Tells a file of a data set from a configuration.
+_FILE = re.compile(r"[/*]|\.(jsonl?|ndjson|parquet|txt|[ct]sv|gz|bz2|xz|zst)$")
+
+
 def _source(text: str) -> dict[str, Any]:
     """The fields of a text, from what it is called; nothing if it is not known."""
     if text.endswith((".txt", ".jsonl", ".parquet")):
         return {"text": text, "dataset": None, "data_file": None}
-    parts = text.split(" ")  # a data set, a file of it or none, a split
-    if len(parts) not in (2, 3):
+    dataset, *between, split = text.split(" ")  # between: its configuration, a file of it, or none
+    config = [part for part in between if not _FILE.search(part)]
+    file = [part for part in between if _FILE.search(part)]
+    if dataset == "" or len(config) > 1 or len(file) > 1:
         return {}
-    file = parts[1] if len(parts) > 2 else None
-    return {"dataset": parts[0], "data_file": file, "split": parts[-1]}
+    return {
+        "dataset": dataset,
+        "dataset_config": config[0] if config else None,
+        "data_file": file[0] if file else None,
+        "split": split,
+    }
 
 
 def _models(provenance: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, Strict
 
 from pho_service.errors import InvalidInput
+from pho_service.host.usual_texts import USUAL_TEXTS
 from pho_service.spec.document import STRICT, Flag, Whole
 from pho_service.spec.score import KERNEL_SIZES
 from pho_service.spec.seed import Seed, check_seed
@@ -17,8 +18,8 @@ Bos = Literal["auto", "always", "never"]
 Stop = Literal["never", "early"]
 
 # What a model is calibrated on if nothing is said: the literature's choice.
-C4_DATASET = "allenai/c4"
-C4_FILE = "en/c4-train.00000-of-01024.json.gz"
+C4_DATASET = USUAL_TEXTS["c4"].dataset
+C4_FILE = USUAL_TEXTS["c4"].calibration.data_file
 SHARDS = 8  # parts of a calibration
 SHARDED_FROM = 2**17  # tokens: half of the default's
 

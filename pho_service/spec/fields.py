@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access, check_data_file
+from pho_service.host.usual_texts import check_usual
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
 from pho_service.spec.document import Document, Name
 from pho_service.spec.score import Coefficients
@@ -63,17 +64,25 @@ def check_models(names: Mapping[str, str], access: Access) -> None:
         check_field(field, once, name)
 
 
-class CalibrationSpec(Document, CalibrationSettings):  # pydantic reads a dataclass's fields
-    """
-    How a model is calibrated, and on what: a text file, or a data set (C4 if nothing is said).
-    """
+class TextSpec(Document):
+    """Where a text is: in a file, or in a data set of the hub or in a folder."""
 
-    text: Name | None = Field(
-        None, description="Text file to calibrate on: .txt, .jsonl or .parquet."
+    text: Name | None = Field(None, description="Text file: .txt, .jsonl or .parquet.")
+    dataset: Name | None = Field(
+        None,
+        description="Data set instead of a file: hub id or folder; or c4 or wikitext2, for what "
+        "papers take.",
     )
-    dataset: Name | None = Field(None, description="Data set instead of a file: hub id or folder.")
+    dataset_config: Name | None = Field(
+        None,
+        exclude_if=lambda config: config is None,
+        description="Configuration of the data set, where it has several: wikitext-2-raw-v1.",
+    )
     data_file: Name | None = Field(None, description="One file of the data set.")
-    split: Name = Field("train", description="Split of the data set.")
+    split: Name | None = Field(
+        None,
+        description="Split of the data set; null: test, or the only one that there is.",
+    )
     field: Name = Field("text", description="Field or column that holds the text.")
 
     @field_validator("dataset")
@@ -83,12 +92,54 @@ class CalibrationSpec(Document, CalibrationSettings):  # pydantic reads a datacl
             raise ValueError("text and dataset are both given; give one of them")
         return value
 
-    @field_validator("data_file")
+    @field_validator("data_file", "dataset_config")
     @classmethod
     def _of_a_dataset(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("dataset") is None:
-            raise ValueError("data_file is a file of a dataset, but no dataset is given")
+            what = {"data_file": "file", "dataset_config": "configuration"}[str(info.field_name)]
+            raise ValueError(f"{info.field_name} is a {what} of a dataset, but no dataset is given")
         return value
+
+    @model_validator(mode="after")
+    def _usual_text_alone(self) -> Self:
+        plain = type(self).model_fields["split"].default
+        check_usual(
+            self.dataset,
+            dataset_config=self.dataset_config,
+            data_file=self.data_file,
+            split=None if self.split == plain else self.split,
+        )
+        return self
+
+    def check_text(self, field: str, access: Access) -> None:
+        """
+        Args:
+            field: Where this stands in the document.
+            access: The rules of this machine.
+
+        Raises:
+            FieldError: The text is not allowed here; names the field.
+        """
+        if self.text is not None:
+            check_field(f"{field}/text", access.text, self.text)
+        if self.dataset is not None:
+            check_field(f"{field}/dataset", access.dataset, self.dataset)
+        if self.data_file is not None:
+            check_field(f"{field}/data_file", check_data_file, self.data_file)
+
+    def placed(self, access: Access) -> Self:
+        """The same with ``./`` before a data set that is local now."""
+        if self.dataset is None:
+            return self
+        return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})
+
+
+class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a dataclass's fields
+    """
+    How a model is calibrated, and on what: a text file, or a data set (C4 if nothing is said).
+    """
+
+    split: Name = Field("train", description="Split of the data set.")
 
     @field_validator("fisher_samples")
     @classmethod
@@ -114,24 +165,6 @@ class CalibrationSpec(Document, CalibrationSettings):  # pydantic reads a datacl
     def tokens(self) -> int:
         """Number of tokens of all windows."""
         return self.samples * self.context_length
-
-    def check_access(self, access: Access) -> None:
-        """
-        Raises:
-            FieldError: A text is not allowed here; names the field.
-        """
-        if self.text is not None:
-            check_field("calibration/text", access.text, self.text)
-        if self.dataset is not None:
-            check_field("calibration/dataset", access.dataset, self.dataset)
-        if self.data_file is not None:
-            check_field("calibration/data_file", check_data_file, self.data_file)
-
-    def placed(self, access: Access) -> "CalibrationSpec":
-        """The same with ``./`` before a data set that is local now."""
-        if self.dataset is None:
-            return self
-        return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})
 
 
 class ConfirmSpec(Document):

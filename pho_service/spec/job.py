@@ -353,7 +353,7 @@ class JobSpec(Document):
         """Checks whether what is named is allowed here; each raises FieldError if it is not."""
         more = {f"more_models/{number}": name for number, name in enumerate(self.more_models)}
         yield partial(check_models, {"model": self.model, **more}, access)
-        yield partial(self.calibration.check_access, access)
+        yield partial(self.calibration.check_text, "calibration", access)
         if self.confirm is not None and self.confirm.text is not None:
             yield partial(check_field, "confirm/text", access.text, self.confirm.text)
         if self.tasks_dir is not None:

@@ -9,7 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from pho_service.host.access import Access
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import Document, Name, Title
-from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, check_field, check_models
+from pho_service.spec.fields import (
+    CalibrationSpec,
+    ConfirmSpec,
+    TextSpec,
+    check_field,
+    check_models,
+)
 from pho_service.spec.job import Dtype, JobSpec
 from pho_service.spec.limits import JobLimits
 from pho_service.spec.samplers import SearchOptions
@@ -17,16 +23,21 @@ from pho_service.spec.samplers import SearchOptions
 MOST_WINDOWS = 100_000  # of a text
 
 
-class ReportSpec(Document):
+class ReportSpec(TextSpec):
     """What perplexities are measured on. Nothing may have been chosen on it."""
 
-    text: Name = Field(description="Text file to measure on: .txt, .jsonl or .parquet.")
     windows: int | None = Field(
         None,
         ge=1,
         le=MOST_WINDOWS,
         description="Number of windows, the first of the text; all of them by default.",
     )
+
+    @model_validator(mode="after")
+    def _one_is_given(self) -> Self:
+        if self.text is None and self.dataset is None:
+            raise ValueError("a text or a dataset is required, to measure on")
+        return self
 
 
 class OwnSearchSpec(Document, SearchOptions):
@@ -89,9 +100,9 @@ class TransferRequest(Document):
         """
         check_models({f"models/{i}": name for i, name in enumerate(self.models)}, access)
         if self.calibration is not None:
-            self.calibration.check_access(access)
+            self.calibration.check_text("calibration", access)
         if self.report is not None:
-            check_field("report/text", access.text, self.report.text)
+            self.report.check_text("report", access)
         if self.search is not None and self.search.confirm.text is not None:
             check_field("search/confirm/text", access.text, self.search.confirm.text)
 
@@ -100,6 +111,7 @@ class TransferRequest(Document):
         changes = {
             "models": [access.placed_model(name) for name in self.models],
             "calibration": self.calibration and self.calibration.placed(access),
+            "report": self.report and self.report.placed(access),
         }
         return self.model_copy(update=changes)
 
@@ -195,10 +207,3 @@ class TransferSpec(TransferRequest):
             calibration=calibration,
             confirm=search.confirm,
         )
-
-    @property
-    def report_windows(self) -> ConfirmSpec | None:
-        """The report text in the form of one to confirm on; None if there is none."""
-        if self.report is None:
-            return None
-        return ConfirmSpec(text=self.report.text, windows=self.report.windows or MOST_WINDOWS)

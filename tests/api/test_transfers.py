@@ -200,7 +200,9 @@ def test_delete(client: TestClient, hand: Any, searched: str) -> None:
         ({"models": "a"}, "/models", "list"),
         ({"models": ["/etc/passwd"]}, "/models/0", "/etc/passwd"),
         ({"report": {"text": "/etc/passwd"}}, "/report/text", "/etc/passwd"),
-        ({"report": {}}, "/report/text", "required"),
+        ({"report": {}}, "/report", "a text or a dataset is required"),
+        ({"report": {"dataset": "wikitext2", "split": "train"}}, "/report", "leave split out"),
+        ({"report": {"dataset": "./no"}}, "/report/dataset", "./no"),
         ({"report": {"text": "r.txt", "windows": 0}}, "/report/windows", "greater than or equal"),
         ({"search": {"trials": 0}}, "/search/trials", "greater than or equal to 1"),
         ({"search": {"confirm": {"text": "/x"}}}, "/search/confirm/text", "/x"),
@@ -228,8 +230,22 @@ def test_report(client: TestClient, searched: str, report: dict[str, str]) -> No
     job = client.post(f"/v1/jobs/{searched}:transfer", json=document).json()
 
     assert job["name"].startswith("mine ")
-    assert job["spec"]["report"] == {**report, "windows": None}
+    assert {name: v for name, v in job["spec"]["report"].items() if v is not None} == {
+        **report, "field": "text",
+    }  # fmt: skip
     assert job["spec"]["search"]["trials"] == 200
+
+
+def test_report_on_a_data_set(client: TestClient, searched: str) -> None:
+    """A data set can be named instead of a file, as papers call it or with its configuration."""
+    for report in (
+        {"dataset": "wikitext2"},
+        {"dataset": "org/wiki", "dataset_config": "wikitext-2-raw-v1", "split": "test"},
+    ):
+        answer = client.post(f"/v1/jobs/{searched}:transfer", json={**MODELS, "report": report})
+        kept = answer.json()["spec"]["report"]
+
+        assert {name: kept[name] for name in report} == report
 
 
 def test_others_do_not_see_it(

@@ -71,7 +71,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 def test_every_field() -> None:
     """Each field of a job's document has an option, or a reason why not; and no other has one."""
     parts = {
-        "calibration": {"text": "c.txt", "stop": "early"},
+        "calibration": {"dataset": "org/texts", "dataset_config": "en", "stop": "early"},
         "validation": {},
         "prune": True,
         "tasks": ["boolq"],
@@ -149,8 +149,9 @@ WHOLE = {
               "linears": {"targets": ["*.q_proj", "re:.*[kv]_proj"], "ignore": ["a b"],
                           "sparsities": {"*.0.q_proj": 0.3, "re:.*=x": 0.5}}},
     "revision": "v1", "dtype": "bfloat16", "stream": True,
-    "calibration": {"dataset": "org/texts", "data_file": "a/b.parquet", "split": "all",
-                    "field": "body", "samples": 64, "context_length": 512, "fisher_samples": 8,
+    "calibration": {"dataset": "org/texts", "dataset_config": "en",
+                    "data_file": "a/b.parquet", "split": "all", "field": "body", "samples": 64,
+                    "context_length": 512, "fisher_samples": 8,
                     "rows_per_layer": 4, "projection_rows": 0, "kernel_sizes": [3, 7],
                     "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
     "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},

@@ -125,7 +125,7 @@ def test_kernel_size_is_calibrated(
     [
         ("{config} {bundle} --pattern 2:4", 1, "is for 0.5 in scope layer, but 2:4 in scope row"),
         ("{config} {bundle} --scope global", 1, "but 0.5 in scope global is asked for"),
-        ("{config} {model}", 2, "Give --report-text, or a bundle instead"),
+        ("{config} {model}", 2, "Give --report-text or --report-dataset, or a bundle"),
         ("{config} {bundle} --search --trials 3", 2, "trials=3 is too few"),
         ("{config} {bundle} --report-windows 0", 2, "--report-windows 0 is below 1"),
         ("{config} none.safetensors", 1, "none.safetensors"),

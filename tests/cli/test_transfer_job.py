@@ -108,7 +108,7 @@ def test_submit(remote: Any, url: str, searched: str, texts: dict[str, Path]) ->
     assert f"pho watch {job.id}" in result.stderr
     assert job.kind == "transfer"
     assert job.spec["models"] == ["org/one", "org/two"]
-    assert job.spec["report"] == {"text": text, "windows": 3}
+    assert (job.spec["report"]["text"], job.spec["report"]["windows"]) == (text, 3)
     assert (job.spec["search"]["trials"], job.spec["search"]["seed"]) == (50, 4)
     assert job.spec["search"]["confirm"]["text"] == str(texts["confirmation"])
     assert job.spec["calibration"]["text"] == str(texts["calibration"])
@@ -150,7 +150,7 @@ def test_files(remote: Any, transferred: str) -> None:
     [
         ("{searched}", 2, "give MODEL..."),
         ("{searched} org/one --trials 5", 2, "are for --search"),
-        ("{searched} org/one --report-windows 5", 2, "is for --report-text"),
+        ("{searched} org/one --report-windows 5", 2, "a text or a dataset is required"),
         ("{searched} org/one --report-windows 0 --report-text r", 2, "--report-windows 0 is below"),
         ("{searched} org/one org/one", 1, "org/one is given twice"),
         ("{searched} /etc/passwd", 1, "/models/0"),

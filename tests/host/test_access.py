@@ -194,7 +194,7 @@ def test_data_file_is_a_link(access: Access, disk: Path) -> None:
     assert access.dataset("data") == str(disk / "texts" / "data")
 
 
-@pytest.mark.parametrize("name", ["other/x", "allenai/c4x", "c4"])
+@pytest.mark.parametrize("name", ["other/x", "allenai/c4x", "c4x", "wikitext2"])
 def test_other_datasets(access: Access, name: str) -> None:
     """A data set that no pattern allows is refused."""
     with pytest.raises(InvalidInput, match="PHO_HUB_DATASETS allows allenai/c4"):

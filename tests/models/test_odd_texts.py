@@ -59,7 +59,7 @@ def test_truncated_parquet(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"field": "body"}, "line 1 has no text in the field 'body', only text"),
-        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Check the name"),
+        ({"split": "test"}, r"data set .* test cannot be read: .*test.* Name one with --split"),
         ({"data_file": "none.jsonl"}, r"cannot be read: .*none\.jsonl"),
     ],
 )

@@ -235,7 +235,9 @@ class FakeHub(BaseHTTPRequestHandler):
             }  # fmt: skip
             self._answer(206 if begin else 200, self.files[file][begin:], more)
         else:
-            self.elsewhere += [] if "/org/name" in path or "/api/" in path else [path]
+            self.elsewhere += (
+                [] if "/org/name" in path or "/api/" in path or path == "/" else [path]
+            )
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
 
     do_HEAD = do_GET  # noqa: N815 - the name is the library's

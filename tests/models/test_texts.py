@@ -191,7 +191,7 @@ def test_context_beyond_the_model(model: LanguageModel, texts: dict[str, Path]) 
 @pytest.mark.parametrize("name", ["./nothing", "a/b/c"])
 def test_missing_dataset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that is not there is no data set of the hub."""
-    monkeypatch.setattr("pho_service.models.texts._checked_commit", pytest.fail)
+    monkeypatch.setattr("pho_service.models.data_sets._checked_commit", pytest.fail)
 
     with pytest.raises(TextError, match=f"the data set {name} does not exist"):
         next(read_documents(TextSource(dataset=name)))
