@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet
 
 .PHONY: demo test suite install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
-demo: install ## the main job on a real model, in about 20 minutes
+demo: install ## the main job on a real model, in less than ten minutes; what an interrupted run has found is kept
+	rm -rf demo/pruned # which pho demo would not write over
 	$(BIN)/pho demo --out demo
 
 test: install ## everything that must hold

@@ -118,7 +118,7 @@ class ClaimStore:
                 cut off from the queue, and works on.
 
         Returns:
-            Tell whether the old entry has no purpose.
+            Whether the old entry has no purpose any more.
         """
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id

@@ -39,7 +39,7 @@ def tell_next(service: Service) -> bool:
     Send the message that is due for longest, and note what came of it.
 
     Returns:
-        Tell whether there was one.
+        Whether there was one.
 
     Raises:
         StorageError: The database is away.
