@@ -89,7 +89,7 @@ RULES = (
     ),
     _rule(
         "twice",
-        r"(?i)\b(?!CODE\b|pattern\b)([a-z]{2,}) \1\b",
+        r"(?i)\b(?!CODE\b|pattern\b|in\b)([a-z]{2,}) \1\b",
         "one of the two words is enough",
         "The the model.",
     ),

@@ -111,7 +111,7 @@ class Job:
         owner_id: The key that it was submitted with.
         name: Name of the job and of its studies.
         spec: The document, as it was submitted, with the defaults.
-        stage: What is being done, or was done last.
+        stage: Stage that runs, or that ran last.
         trials: Number of trials of each island.
         max_attempts: Attempts allowed for each stage.
         error: Why it failed: type, message, stage and what else is known.

@@ -55,7 +55,7 @@ class Progress(_Answer):
     )
     seconds_left: float | None = Field(
         description="Seconds that the search or the perplexities still take at the present pace; a "
-        "hill climb may end before."
+        "hill climb may end earlier."
     )
     step: Step | None = Field(
         None,
@@ -107,7 +107,7 @@ class Point(_Answer):
     proxy: float | None = Field(None, description="Value of the objective of what was found.")
     seconds: float | None = Field(None, description="Seconds of search and perplexities.")
     within: bool | None = Field(
-        None, description="Whether it is within the job's target; null: the job has none."
+        None, description="Whether it is within the job's target; null if the job has none."
     )
 
 
@@ -120,14 +120,14 @@ class Job(_Answer):
         description="Name of the job and of its study; more islands have it with a number."
     )
     state: JobState
-    stage: StageKind | None = Field(description="What is being done, or was done last.")
+    stage: StageKind | None = Field(description="Stage that runs, or that ran last.")
     priority: int
     progress: Progress
     best: Best | None = Field(
-        description="What was found; null of a job with patterns, whose points have one each."
+        description="Best configuration; null for a job with patterns, whose points have one each."
     )
     points: list[Point] | None = Field(
-        None, description="Patterns of a job that has several, by sparsity; null: it has one."
+        None, description="Patterns of a job that has several, by sparsity; null if it has one."
     )
     validation: dict[str, ProxyQuality] | None = Field(
         description="Quality of each proxy, by its name, if asked for."
@@ -150,7 +150,7 @@ class Job(_Answer):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    spec: dict[str, Any] = Field(description="What was submitted, with the defaults.")
+    spec: dict[str, Any] = Field(description="Document that was submitted, with the defaults.")
 
 
 class Artifact(_Answer):
@@ -174,7 +174,7 @@ class JobPage(_Answer):
     """Jobs, newest first."""
 
     jobs: list[Job]
-    next_page_token: str | None = Field(description="null: there are no more.")
+    next_page_token: str | None = Field(description="Token of the next page, if any.")
 
 
 class Trial(_Answer):
@@ -200,7 +200,7 @@ class TrialPage(_Answer):
 
 
 class Worker(_Answer):
-    """A worker that reported lately."""
+    """A worker that reported recently."""
 
     id: uuid.UUID
     name: str
@@ -213,7 +213,7 @@ class Worker(_Answer):
 
 
 class WorkerList(_Answer):
-    """All workers that reported lately."""
+    """All workers that reported recently."""
 
     workers: list[Worker]
 
@@ -257,7 +257,7 @@ class ConfigurationMatch(_Answer):
     """A configuration of the library, and why it stands where it stands."""
 
     id: uuid.UUID
-    job_id: uuid.UUID | None = Field(description="Job that found it; null: it was imported.")
+    job_id: uuid.UUID | None = Field(description="Job that found it; null if it was imported.")
     created_at: datetime
     method: str
     pattern: str
@@ -265,7 +265,7 @@ class ConfigurationMatch(_Answer):
     models: list[ModelFacts] = Field(description="Models that it was found on.")
     gains: Gains = Field(description="Gains on them.")
     measured: list[MeasuredElsewhere] = Field(description="Gains on other models.")
-    fits: bool = Field(description="Whether it is of the asked pattern and scope.")
+    fits: bool = Field(description="Whether it has the requested pattern and scope.")
     expected_gains: Gains = Field(
         description="Gain that is likely on the asked model, for the order, under the name of what "
         "it follows from."
@@ -344,7 +344,7 @@ class PlanAnswer(_Answer):
     machine: PlannedMachine
     fits: bool
     obstacles: list[str] = Field(description="Reasons why it does not fit.")
-    ways_out: list[str] = Field(description="What would make it fit; each was tried.")
+    ways_out: list[str] = Field(description="Changes that would make it fit; each was tried.")
     stream: bool
     windows_at_once: int = Field(description="Number of calibration windows that run at once.")
     recompute: bool = Field(description="Whether its blocks run twice to save memory.")

@@ -3,6 +3,7 @@ The application: pages, operations, errors, keys, and the dashboard behind them.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -103,6 +104,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}, {}]
         for operation in (each for path in schema["paths"].values() for each in path.values()):
+            # FastAPI's own is the name of a function: "Show", "Best".
+            operation["summary"] = re.split(r"[.:;](?:\s|$)", operation["description"])[0]
             for parameter in operation.get("parameters", []):
                 without_null(parameter)
         app.openapi_schema = schema

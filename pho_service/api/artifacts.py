@@ -39,7 +39,7 @@ def prune(
     job_id: UUID, service: ServiceParam, caller: CallerParam, pattern: OnePattern = None
 ) -> Job:
     """
-    Write the pruned model of a search that has succeeded. Asked again, nothing is done twice.
+    Write the pruned model of a search that has succeeded. A second request changes nothing.
 
     In a job with several patterns it is the model of one pattern, and replaces that of another.
     """

@@ -102,7 +102,7 @@ def add(
     caller: CallerParam,
     response: Response,
 ) -> ConfigurationMatch:
-    """Put a configuration that was found elsewhere into the library."""
+    """Add a configuration that was found elsewhere to the library."""
     try:
         file = parse_library_file(document, "the document")
     except ConfigurationError as error:
@@ -127,7 +127,7 @@ def add(
     response_class=Response,
 )
 def export(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
-    """Get a configuration as a file that `pho` reads, and other services import."""
+    """Export a configuration as a file that `pho` reads, and other services import."""
     stored = service.configurations.get(configuration_id, visible_to=caller.visible_to)
     document = _file(stored).to_dict(str(stored.id))
     return Response(json.dumps(document, indent=2) + "\n", media_type="application/json")
@@ -140,7 +140,7 @@ def export(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -
     responses=documented(404, 422),
 )
 def delete(configuration_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
-    """Take a configuration out of the library. The job that found it stays."""
+    """Remove a configuration from the library. The job that found it stays."""
     service.configurations.delete(configuration_id, visible_to=caller.visible_to)
 
 

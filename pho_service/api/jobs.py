@@ -68,7 +68,7 @@ class Extension(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    trials: int = Field(ge=1, le=MAX_TRIALS, description="More, for each island.")
+    trials: int = Field(ge=1, le=MAX_TRIALS, description="Additional trials for each island.")
 
 
 @router.post("", status_code=202, response_model=Job, responses=documented(413, 422))
@@ -79,7 +79,7 @@ def submit(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
-    """Submit a search job. The answer comes at once; the job goes on by itself."""
+    """Submit a search job. The answer comes at once; the job then runs by itself."""
     job = take(spec, service, caller, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return describe(job, service.notes(job))
@@ -174,9 +174,9 @@ def _verb(name: str, summary: str) -> None:
         return describe(service.jobs.ask(job_id, name, visible_to=caller.visible_to))
 
 
-_verb("cancel", "Stop a job for good. A worker that is busy with it stops at the next generation.")
-_verb("pause", "Put a job down. A worker that is busy with it stops at the next generation.")
-_verb("resume", "Go on with a job that is paused or has failed, from what is stored.")
+_verb("cancel", "Cancel a job. A worker that is busy with it stops at the next generation.")
+_verb("pause", "Pause a job. A worker that is busy with it stops at the next generation.")
+_verb("resume", "Continue a job that is paused or has failed, from what is stored.")
 
 
 @router.post(
@@ -187,7 +187,7 @@ _verb("resume", "Go on with a job that is paused or has failed, from what is sto
 )
 def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: CallerParam) -> Job:
     """
-    Give a search more trials. What was confirmed stays a finalist: no result gets worse.
+    Give a search more trials. Confirmed candidates stay finalists, so the result cannot get worse.
 
     The files of its pruned model are deleted; `prune` in its document writes the new one's.
     """
@@ -296,7 +296,7 @@ async def events(
     service: ServiceParam,
     caller: CallerParam,
     last_event_id: Annotated[
-        int, Header(ge=0, lt=2**63, description="Go on after this event.")
+        int, Header(ge=0, lt=2**63, description="Continue after this event.")
     ] = 0,
 ) -> EventSourceResponse:
     """Follow a job: states, stages, progress, retries. Each event's data is JSON."""

@@ -81,8 +81,7 @@ async def _asked(
         Query(
             alias="id",
             pattern=f"^{BEGINNING}$",
-            description="Only jobs whose id begins so; four digits or more, with or without its "
-            "hyphens.",
+            description="Only jobs whose id begins with it; four digits or more, hyphens or not.",
         ),
     ] = None,
 ) -> JobFilter:

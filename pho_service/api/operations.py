@@ -21,7 +21,7 @@ router = APIRouter(tags=["operations"])
 @router.get("/v1/workers", response_model=WorkerList, responses=documented())
 def workers(service: ServiceParam, caller: CallerParam) -> WorkerList:
     """
-    List the workers that reported lately, with what they are doing.
+    List the workers that reported recently, with what they are doing.
 
     A key that sees its own jobs alone is told of the others' neither machine nor work.
     """
@@ -47,13 +47,13 @@ def _visible(service: Service, job_id: UUID, caller: Caller) -> bool:
 
 @router.get("/healthz", response_model=Health)
 async def healthz() -> Health:
-    """Say whether the process lives."""
+    """Check that the process is alive."""
     return Health(status="ok")
 
 
 @router.get("/readyz", response_model=Health, responses={503: documented()[503]})
 async def readyz(service: ServiceParam) -> Health:
-    """Say whether the service can work: its database answers within a second."""
+    """Check that the service can work: its database answers within a second."""
     await service.probe.check()
     return Health(status="ok")
 

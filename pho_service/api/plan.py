@@ -28,11 +28,13 @@ def plan(
     spec: JobSpec,
     service: ServiceParam,
     caller: CallerParam,
-    card: Annotated[Card, Query(description="That a worker has; cpu: as this machine's.")] = "H100",
+    card: Annotated[
+        Card, Query(description="Card of a worker; cpu: the CPU of this machine.")
+    ] = "H100",
     device_memory: Memory = None,
     main_memory: Memory = None,
 ) -> PlanAnswer:
-    """Say what a job would take, from the configuration of its (first) model alone."""
+    """Estimate what a job takes, by the configuration of its (first) model alone."""
     del caller
     for check in checks(spec, service):
         check()

@@ -46,7 +46,7 @@ async def report(
     job_id: UUID, request: Request, service: ServiceParam, caller: CallerParam
 ) -> HTMLResponse:
     """
-    Get all that is known of a job as a page: result, search, layers, timings, how to do it again.
+    Get everything that is known of a job as a page: result, search, layers, timings, commands.
 
     Who accepts ``text/html`` by name, as browsers do, gets a page with a way back to the job's.
     """

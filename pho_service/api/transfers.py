@@ -36,7 +36,7 @@ def transfer(
     idempotency_key: IdempotencyKey = None,
     pattern: OnePattern = None,
 ) -> Job:
-    """Measure a job's configuration on other models. It is a job of its own, a stage a model."""
+    """Measure a job's configuration on other models, in a job with a stage for each model."""
     source = service.jobs.get(job_id, visible_to=caller.visible_to)
     found = configuration_of(source, pattern)
     request.check_access(service.access)

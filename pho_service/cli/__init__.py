@@ -11,14 +11,14 @@ import click
 LOCAL_VERBS = {
     "plan": (
         "plan",
-        "Say what a search would take: memory, disk and time.",
+        "Estimate what a search takes: memory, disk and time.",
     ),
     "calibrate": ("calibrate", "Run a model once over a text and write its proxy bundle."),
     "search": ("search", "Find the best coefficients for a model, and confirm them by perplexity."),
     "curve": ("curve", "Show how good a model still is at each of several sparsities."),
     "prune": ("prune", "Prune a model with a configuration and save it."),
     "pack": ("pack", "Make a model folder smaller, without losing a bit."),
-    "unpack": ("pack", "Make the folder again that was packed."),
+    "unpack": ("pack", "Restore the folder that was packed."),
     "push": ("push", "Upload a pruned folder to the Hugging Face hub."),
     "bench": ("bench", "Measure how fast models load, read and write on this machine."),
     "evaluate": ("evaluate", "Print the perplexity of a model on a text."),
@@ -26,15 +26,15 @@ LOCAL_VERBS = {
     "transfer": ("transfer", "Measure what a configuration is worth on other models."),
     "report": ("report", "Write a job or a study as one page of HTML that needs no network."),
     "validate": ("validate", "Measure how well the proxies rank candidates on a model."),
-    "demo": ("demo", "Do all of it on SmolLM2-135M, with texts and settings that are built in."),
+    "demo": ("demo", "Run the main job on SmolLM2-135M, with built-in texts and settings."),
     "example": ("example", "Write SmolLM2-135M and three texts to a folder, to try things on."),
 }
 SERVICE_VERBS = {
     "serve": ("serve", "Serve search jobs over HTTP, with workers and a dashboard."),
     "worker": ("serve", "Work for a service, from any machine."),
-    "backup": ("backup", "Write all that a service's database holds to one file."),
+    "backup": ("backup", "Write everything in a service's database to one file."),
     "restore": ("backup", "Fill an empty database with such a file."),
-    "keys": ("serve", "Make, list and revoke the keys that let into a service."),
+    "keys": ("serve", "Create, list and revoke the keys of a service."),
     "submit": ("submit", "Submit a search job to a service."),
     "jobs": ("remote", "List the jobs of a service."),
     "show": ("remote", "Show a job with its progress."),
@@ -44,9 +44,9 @@ SERVICE_VERBS = {
     "transfer-job": (
         "transfer_job", "Measure what a job has found on other models, by the service.",
     ),
-    "cancel": ("remote", "Stop a job for good."),
-    "pause": ("remote", "Put a job down."),
-    "resume": ("remote", "Go on with a job that is paused or has failed."),
+    "cancel": ("remote", "Cancel a job for good."),
+    "pause": ("remote", "Pause a job."),
+    "resume": ("remote", "Continue a job that is paused or has failed."),
     "extend": ("remote", "Give a job more trials."),
     "delete": ("remote", "Delete a job that is over or paused."),
     "configurations": (
@@ -96,7 +96,7 @@ class _Verbs(click.Group):
 @click.version_option(package_name="pho-service")
 def main() -> None:
     """
-    Find pruning coefficients for large language models in minutes.
+    Prune large language models: find the best way in minutes.
 
     \b
     Example: search SmolLM2 for 50 % sparsity, prune it, measure it.

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "--study",
     default="sqlite:///study.db",
     show_default=True,
-    help="Database of the Optuna studies; an interrupted curve goes on from it.",
+    help="Database of the Optuna studies; an interrupted curve continues from it.",
 )
 @click.option(
     "--out",
@@ -90,7 +90,7 @@ def curve(
 
     A study of sparsity and objective holds the trials of all points:
     optuna-dashboard draws its Pareto front. Interrupted and started again with
-    the same options, a curve goes on where it was; the study of a pattern is
+    the same options, a curve continues where it was; the study of a pattern is
     that of `pho search` with the same options.
 
     \b

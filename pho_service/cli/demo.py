@@ -124,7 +124,7 @@ class _Place:
 @verb
 def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool) -> None:
     """
-    Do the main job on SmolLM2-135M, with texts and settings that are built in.
+    Run the main job on SmolLM2-135M, with built-in texts and settings.
 
     The presets score, crepe-plus and best are searched on one bundle, and
     compared with Wanda, RIA and SparseGPT; what best finds is pruned and

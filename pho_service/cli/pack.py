@@ -23,7 +23,7 @@ def pack(folder: str, out: str, as_json: bool) -> None:
     Make a model folder smaller, without losing a bit.
 
     Zeros take one bit each, and of what is left the exponents are compressed by
-    zstd. `pho unpack` makes the folder again, and wherever a MODEL is
+    zstd. `pho unpack` restores the folder, and wherever a MODEL is
     asked for, what is packed can be given: it is read one tensor at a time.
 
     \b
@@ -50,7 +50,7 @@ def pack(folder: str, out: str, as_json: bool) -> None:
 @verb
 def unpack(packed: str, out: str, as_json: bool) -> None:
     """
-    Make the folder again that `pho pack` has packed, bit for bit.
+    Restore the folder that `pho pack` has packed, bit for bit.
 
     Each tensor is compared with its hash; if one is damaged, nothing is written.
 

@@ -221,7 +221,7 @@ def pull(
 @verb
 def cancel(job_id: str, url: str | None, as_json: bool) -> None:
     """
-    Stop a job for good. A worker that is busy with it stops at the next generation.
+    Cancel a job for good. A worker that is busy with it stops at the next generation.
 
     \b
     Example:
@@ -238,7 +238,7 @@ def cancel(job_id: str, url: str | None, as_json: bool) -> None:
 @verb
 def pause(job_id: str, url: str | None, as_json: bool) -> None:
     """
-    Put a job down; `pho resume` goes on with it.
+    Pause a job; `pho resume` continues it.
 
     \b
     Example:
@@ -255,7 +255,7 @@ def pause(job_id: str, url: str | None, as_json: bool) -> None:
 @verb
 def resume(job_id: str, url: str | None, as_json: bool) -> None:
     """
-    Go on with a job that is paused or has failed, from what is stored.
+    Continue a job that is paused or has failed, from what is stored.
 
     \b
     Example:

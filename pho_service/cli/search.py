@@ -54,7 +54,7 @@ DOCUMENT, WARM = "document", "warm_start_names"
     "--study",
     default="sqlite:///study.db",
     show_default=True,
-    help="Database of the Optuna study; an interrupted search goes on from it.",
+    help="Database of the Optuna study; an interrupted search continues from it.",
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
 @target_options
@@ -80,7 +80,7 @@ def search(
     MODEL is a hub id, a local folder, a .gguf file, or a bundle of `pho
     calibrate` (.safetensors). From a bundle neither the model nor a text is
     needed, and no perplexity can be measured. Interrupted and started again
-    with the same options, a search goes on where it was.
+    with the same options, a search continues where it was.
 
     With several models the search is for coefficients that are good on all of
     them, by the proxy relative to RIA's; `pho transfer` measures what the

@@ -149,7 +149,7 @@ def worker(database_url: str | None, device: str, stages: str | None) -> None:
 @click.group()
 def keys() -> None:
     """
-    Make, list and revoke the keys that let into a service.
+    Create, list and revoke the keys of a service.
 
     \b
     Example:

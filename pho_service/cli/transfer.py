@@ -60,7 +60,7 @@ METHODS = ("wanda", "ria", "transferred", "own")
     "--study",
     default="sqlite:///study.db",
     show_default=True,
-    help="Database of their studies; an interrupted search goes on from it.",
+    help="Database of their studies; an interrupted search continues from it.",
 )
 @click.option("--out", default="transfer.json", show_default=True, help="All that was measured.")
 @click.option("--plot", type=click.Path(), help="Draw it on this HTML page.")
@@ -91,7 +91,7 @@ def transfer(
     also be a bundle of `pho calibrate` (.safetensors): then the proxy alone
     says whether the configuration holds, in milliseconds.
 
-    Each model is written to --out when it is done; the same command goes on.
+    Each model is written to --out when it is done; the same command continues.
 
     \b
     Example:

@@ -197,15 +197,15 @@ class Client:
             raise self._service.unreachable(error) from error
 
     def cancel(self, job_id: uuid.UUID | str) -> Job:
-        """Stop a job for good."""
+        """Cancel a job for good."""
         return self._verb(job_id, "cancel")
 
     def pause(self, job_id: uuid.UUID | str) -> Job:
-        """Put a job down."""
+        """Pause a job."""
         return self._verb(job_id, "pause")
 
     def resume(self, job_id: uuid.UUID | str) -> Job:
-        """Go on with a job that is paused or has failed."""
+        """Continue a job that is paused or has failed."""
         return self._verb(job_id, "resume")
 
     def prune(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Job:
@@ -307,7 +307,7 @@ class Client:
         return read(ConfigurationMatches, answer).configurations
 
     def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
-        """Put a configuration that was found elsewhere into the library."""
+        """Add a configuration that was found elsewhere to the library."""
         document = file.to_dict("import")
         return read(
             ConfigurationMatch, self._service.request("POST", "/configurations", json=document)

@@ -37,7 +37,7 @@ class ModelFacts:
     name: str
     family: Annotated[
         str | None,
-        Field(description="model_type; null where an older PHO did not write it down."),
+        Field(description="model_type; null if an older PHO did not record it."),
     ] = None
     parameters: Annotated[int | None, Field(description="Number of parameters.")] = None
 

@@ -136,7 +136,7 @@ class JobSpec(Document):
         ge=1,
         le=MAX_TRIALS,
         description="Number of trials of each island, baselines included; a hill climb may end "
-        "before.",
+        "earlier.",
     )
     islands: int = Field(
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."

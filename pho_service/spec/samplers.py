@@ -39,7 +39,7 @@ class SearchOptions:
         Field(
             ge=1,
             le=MAX_TRIALS,
-            description="Number of trials, baselines included; a hill climb may end before.",
+            description="Number of trials, baselines included; a hill climb may end earlier.",
         ),
     ] = 200
     seed: Annotated[Seed, Field(description="Seed of the sampler.")] = 0

@@ -64,7 +64,7 @@ class TransferRequest(Document):
         description="How the own best of each model is searched for, too; {} is enough.",
     )
     calibration: CalibrationSpec | None = Field(
-        None, description="How the models are calibrated; null: as the job's own was."
+        None, description="How the models are calibrated; null: like the model of the job."
     )
     name: Title | None = Field(
         None, description="Name of the job; the configuration's model and pattern by default."

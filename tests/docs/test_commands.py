@@ -170,6 +170,13 @@ def test_requests(page: str, operations: dict[str, Any]) -> None:
             model.model_validate(json.loads(body))
 
 
+def test_summaries(operations: dict[str, Any]) -> None:
+    """Each operation is summed up by the beginning of its description, not by a function's name."""
+    for operation in (each for path in operations.values() for each in path.values()):
+        assert " " in operation["summary"]
+        assert operation["description"].startswith(operation["summary"])
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_settings(page: str) -> None:
     """Each PHO_ variable of a page is one that is read."""
