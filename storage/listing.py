@@ -90,7 +90,7 @@ class Facets:
 
     Attributes:
         states: All that occur.
-        models: The most frequent first.
+        models: Those that are filtered by first, then the most frequent.
         patterns: The same.
     """
 
@@ -121,19 +121,20 @@ def read_facets(connection: Connection, which: JobFilter, *, limit: int) -> Face
         limit: At most so many models, and so many patterns.
     """
 
-    def count(value: Any, without: JobFilter) -> list[tuple[Any, int]]:
-        column = value.label("value")
-        number = func.count()
-        query = select(column, number).where(*without.conditions()).group_by("value")
+    def count(value: Any, without: JobFilter, chosen: Sequence[str] = ()) -> list[tuple[Any, int]]:
+        query = select(value.label("value")).where(*without.conditions())
         if which.visible_to is not None:
             query = query.where(jobs.c.owner_id == which.visible_to)
-        rows = connection.execute(query.order_by(number.desc(), "value").limit(limit))
-        return [(row[0], row[1]) for row in rows]
+        each = query.subquery().c.value
+        number = func.count()
+        first = each.in_(_storable(chosen)).desc()
+        counts = select(each, number).group_by(each).order_by(first, number.desc(), each)
+        return [(row[0], row[1]) for row in connection.execute(counts.limit(limit))]
 
     return Facets(
         states=dict(count(jobs.c.state, replace(which, states=()))),
-        models=count(func.unnest(jobs.c.models), replace(which, models=())),
-        patterns=count(func.unnest(jobs.c.patterns), replace(which, patterns=())),
+        models=count(func.unnest(jobs.c.models), replace(which, models=()), which.models),
+        patterns=count(func.unnest(jobs.c.patterns), replace(which, patterns=()), which.patterns),
     )
 
 

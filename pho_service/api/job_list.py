@@ -280,6 +280,8 @@ def draw_list(
         filters=FILTERS,
         orders=ORDERS if view.sort in ORDERS else {**ORDERS, view.sort: view.sort},
         facets=facets,
+        models=_with(facets.models, view.models),
+        patterns=_with(facets.patterns, view.patterns),
         total=sum(n for s, n in facets.states.items() if s in (view.states or [*JobState])),
         rows=shown,
         names={each.job.id: each.job.name for each in shown},
@@ -296,6 +298,12 @@ def draw_list(
         address=f"/{view.query}",
         chosen_name=_chosen(service, caller, view, shown),
     )  # fmt: skip
+
+
+def _with(counted: Sequence[tuple[str, int]], chosen: Sequence[str]) -> list[tuple[str, int]]:
+    """The values of a facet, with those that are chosen and that no job has."""
+    known = [value for value, _ in counted]
+    return [*counted, *((value, 0) for value in dict.fromkeys(chosen) if value not in known)]
 
 
 def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[Row]) -> str | None:

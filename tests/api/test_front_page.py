@@ -311,6 +311,7 @@ def test_facets(client: TestClient, submit: Submit) -> None:
     assert searched.at("name")[0]["value"] == "ünï"
     assert listed(Page(client.get("/", params={"name": third["id"][:6]}))) == [third["id"]]
     assert "No job has state paused, model org/a and name or id x." in nothing.text
+    assert "Model org/a 0 Name or id" in nothing.text
     assert nothing.links["Remove model org/a"] == "/?state=paused&name=x"
     assert nothing.links["Remove name or id x"] == "/?state=paused&model=org%2Fa"
 
@@ -667,6 +668,7 @@ def test_own_form(client: TestClient, keys: KeyStore) -> None:
     ("method", "path", "status", "told"),
     [
         ("GET", "/?state=odd", 422, "state: must be one of queued,"),
+        ("GET", "/?sort=odd", 422, "sort: must be one of created, -created, name,"),
         ("GET", "/?page_token=odd", 422, "page_token: is not one of our tokens"),
         ("GET", f"/jobs/{NOBODY}/delete", 404, "No job has this id."),
         ("GET", "/jobs/nonsense", 404, "No job has the id nonsense"),

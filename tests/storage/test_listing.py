@@ -124,6 +124,7 @@ def test_facets(store: JobStore, submit: Submit) -> None:
     assert found.models == [("org/a", 2), ("org/b", 1)]
     assert found.patterns == [("0.5", 2), ("0.7", 1)]
     assert everything.models == [("org/a", 3), ("org/b", 1)]
+    assert store.facets(JobFilter(models=["org/c"]), limit=2).models == [("org/c", 1), ("org/a", 3)]
 
 
 def test_columns() -> None:
