@@ -141,13 +141,16 @@ def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem(
             404,
             "no_such_configuration",
-            "No configuration has this id. GET /v1/configurations lists them.",
+            "No configuration has this id. `pho configurations` or GET /v1/configurations lists "
+            "them.",
         )
 
     @app.exception_handler(NoSuchJob)
     async def _missing(request: Request, _error: NoSuchJob) -> JSONResponse:
         in_api = request.url.path.startswith("/v1/")
-        way_out = "GET /v1/jobs lists them." if in_api else "It may have been deleted."
+        way_out = (
+            "`pho jobs` or GET /v1/jobs lists them." if in_api else "It may have been deleted."
+        )
         return problem(404, "no_such_job", f"No job has this id. {way_out}")
 
     @app.exception_handler(NoSuchIsland)

@@ -97,6 +97,7 @@ def configurations(
         caption="Gain in perplexity: the share of RIA's that is saved where it was found; by "
         "divergence: as the divergence from the dense model tells; in the proxy: the share of "
         "RIA's proxy. Expected: on the model that is asked for.",
+        spare=(*(f"{GAINS[by]}, expected" for by in known), "method", "scope"),
     )
     for match in found:
         tell(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")

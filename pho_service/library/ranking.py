@@ -196,8 +196,14 @@ def _reasons(entry: Entry, wanted: Wanted) -> Iterable[str]:
         yield f"it is the baseline {entry.method}: the search found nothing better"
 
 
+def _size(parameters: int) -> str:
+    if parameters < 1_000_000:
+        return f"{parameters:,} parameters"
+    return f"{parameters / 1e6:.0f} M parameters"
+
+
 def _model_reason(model: ModelFacts, wanted: Wanted) -> str:
-    size = f"{model.parameters / 1e6:.0f} M parameters" if model.parameters else "unknown size"
+    size = _size(model.parameters) if model.parameters else "unknown size"
     said = f"found on {model.name}, {model.family or 'unknown family'}, {size}"
     if wanted.family is None:
         return said
