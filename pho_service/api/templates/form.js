@@ -17,7 +17,8 @@
       headers: { Accept: "text/html" },
     });
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    return mine === last && page.getElementById("job") ? page : null;
+    if (page.getElementById("job") === null) throw new Error(page.title); // a login, an outage
+    return mine === last ? page : null;
   }
 
   function put(page) {
