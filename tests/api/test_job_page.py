@@ -319,7 +319,7 @@ def test_side_by_side(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "State succeeded running" in map(words, marked)
     assert [words(row) for row in marked if "seed" in row] == ["seed 0 3"]
     assert words(answer.text).index(" seed 0 3 ") < words(answer.text).index(" pattern 0.5 0.5 ")
-    assert f'value="{first["id"]}" form="compare"' in client.get("/").text
+    assert f'value="{first["id"]}" form="chosen"' in client.get("/").text
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
