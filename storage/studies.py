@@ -84,9 +84,11 @@ class StudyStorage(RDBStorage):
         session.add(trial)
         session.flush()  # gives it its id
         mine = {"trial_id": trial.trial_id}
-        if template.value is not None:
-            value, kind = models.TrialValueModel.value_to_stored_repr(template.value)
-            session.add(models.TrialValueModel(**mine, objective=0, value=value, value_type=kind))
+        for objective, each in enumerate(template.values or ()):
+            value, kind = models.TrialValueModel.value_to_stored_repr(each)
+            session.add(
+                models.TrialValueModel(**mine, objective=objective, value=value, value_type=kind)
+            )
         # As objects, not as one list to execute: psycopg sends a list as a pipeline, in which
         # PostgreSQL does not notice that a worker has frozen in the midst of its transaction.
         session.add_all(
@@ -107,8 +109,8 @@ class StudyStorage(RDBStorage):
 
 
 def _ordinary(trial: FrozenTrial) -> bool:
-    """Finished, with one value or none, and nothing but parameters and user attributes."""
-    odd = trial.system_attrs or trial.intermediate_values or len(trial.values or ()) > 1
+    """Finished, with nothing but values, parameters and user attributes."""
+    odd = trial.system_attrs or trial.intermediate_values
     return trial.state.is_finished() and not odd
 
 
@@ -308,6 +310,11 @@ def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
 def study_name(job_name: str, island: int) -> str:
     """The study of a job's island: the first has the job's name."""
     return job_name if island == 0 else f"{job_name} island {island}"
+
+
+def pareto_study_name(job_name: str) -> str:
+    """The study of sparsity and objective that has the trials of all patterns of a job."""
+    return f"{job_name} Pareto front"
 
 
 def study_ids(connection: Connection, names: Sequence[str]) -> dict[str, int]:

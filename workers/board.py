@@ -26,6 +26,20 @@ def show_search(study: optuna.Study, spec: JobSpec) -> None:
     _save_note(study, "\n".join([*_asked(spec), "", "*Searching.*"]))
 
 
+def show_curve(study: optuna.Study, spec: JobSpec) -> None:
+    """Write on the study of all patterns of a job what it has."""
+    patterns = ", ".join(map(str, spec.points))
+    asked = f"**patterns** {patterns}" if spec.target is None else f"**target** {spec.target}"
+    lines = [
+        f"**Model** `{spec.model}`, {asked}",
+        "",
+        f"Sparsity and {spec.request(0).objective.label} of the trials of all patterns; those of a "
+        "pattern are added when its search is confirmed. Each has its pattern, its study and its "
+        "number there as attributes.",
+    ]
+    _save_note(study, "\n".join(lines))
+
+
 def show_result(
     study: optuna.Study,
     spec: JobSpec,

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pho_service.pipeline.curve import CurvePoint, CurvePoints, point_warnings
@@ -20,13 +21,14 @@ from pho_service.pipeline.target import next_sparsity, target_found
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.pareto import pareto_study
 from pho_service.tuning.request import SearchRequest
 from storage.jobs import JobStore
 from storage.pruned import PATTERN
 from storage.records import Claim, Job, NewStage, Stage
 from storage.states import StageKind
-from storage.studies import open_storage, open_study, study_name
-from workers.board import show_result, show_search
+from storage.studies import open_storage, open_study, pareto_study_name, study_name
+from workers.board import show_curve, show_result, show_search
 from workers.inputs import Inputs
 from workers.island_search import TrialsFailed
 from workers.seal import Seal
@@ -58,7 +60,7 @@ def point_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> 
     Search one pattern, confirm what was found, and measure the published methods beside it.
 
     The study holds whatever was rated and measured before, in another attempt, too. What was found
-    is stored, and what follows it.
+    is stored, and what follows it. Its trials are added to the job's Pareto study.
 
     Raises:
         HandBack: It was put down.
@@ -106,6 +108,7 @@ def _found(
         points = CurvePoints(
             subject,
             record,
+            pareto=pareto_of_job(store, claim, storage),
             device=device,
             progress=watch.progress,
             dense=known[0].dense if known else None,
@@ -116,6 +119,33 @@ def _found(
         with store.fence(claim, storage):
             show_result(study, spec, point.result.configuration, {})
     return point
+
+
+def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:
+    """
+    Make or open a job's study of sparsity and objective; None of a job that has one point alone.
+
+    The fence makes it whole or not at all, and never for a job that was deleted. Workers that
+    write to it at once wait for each other: Optuna locks the row of a study that trials are added
+    to, until the fence is left.
+
+    Args:
+        store: Store of the job.
+        claim: Claim of one of its points.
+        storage: Storage of the studies.
+
+    Raises:
+        LostClaim: Another worker has the stage.
+    """
+    spec = JobSpec.model_validate(claim.job.spec)
+    if len(spec.points) == 1:
+        return None
+    objective = spec.request(0).objective
+    name = pareto_study_name(claim.job.name)
+    with store.fence(claim, storage):
+        study = pareto_study(name, objective.direction, objective.label, storage)
+        show_curve(study, spec)
+    return study
 
 
 def finish_points(store: JobStore, claim: Claim, spec: JobSpec) -> None:

@@ -117,7 +117,8 @@ class Job(_Answer):
     id: uuid.UUID
     kind: Literal["search", "transfer"] = "search"
     name: str = Field(
-        description="Name of the job and of its study; more islands have it with a number."
+        description="Name of the job and of its study; more islands or patterns have it with a "
+        "number, and the study of all patterns with `Pareto front`."
     )
     state: JobState
     stage: StageKind | None = Field(description="Stage that runs, or that ran last.")

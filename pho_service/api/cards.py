@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from pho_service.api.answers import Job
-from pho_service.api.describe import describe, failure, is_transfer, study_names
+from pho_service.api.describe import describe, failure, is_transfer, studies_in_words
 from pho_service.library.entries import measured_gain, transferred_gain
 from pho_service.library.files import TransferTarget
 from pho_service.spec.configuration import Configuration
@@ -91,9 +91,7 @@ def card(
         verbs=_verbs(job),
         deletable=job.state in VERBS["delete"],
         studies=[
-            (f"Study, island {island}" if island else "Study", studies[name])
-            for island, name in enumerate(study_names(job))
-            if name in studies
+            (word, studies[name]) for name, word in studies_in_words(job).items() if name in studies
         ],
     )
 

@@ -21,7 +21,7 @@ from pho_service.spec.tasks import TaskScores
 from storage import records as stored
 from storage.pruned import REMOVED, chosen
 from storage.states import JobState, StageKind, StageState
-from storage.studies import study_name
+from storage.studies import pareto_study_name, study_name
 
 _QUALITIES = TypeAdapter(dict[str, ProxyQuality])  # by proxy
 
@@ -141,6 +141,23 @@ def islands(job: stored.Job) -> int:
 def study_names(job: stored.Job) -> list[str]:
     """The names of its studies, island by island."""
     return [study_name(job.name, island) for island in range(islands(job))]
+
+
+def studies_in_words(job: stored.Job) -> dict[str, str]:
+    """
+    What to call each study of a job, by the study's name: those of its islands, or of its patterns,
+    with the one that has the trials of all of these. Some may not have begun.
+    """
+    if is_several(job.spec):
+        about = {
+            study_name(job.name, each.number): f"Study of {each.about}"
+            for each in job.of_kind(StageKind.POINT)
+        }
+        return {pareto_study_name(job.name): "Pareto front", **about}
+    return {
+        name: f"Study, island {island}" if island else "Study"
+        for island, name in enumerate(study_names(job))
+    }
 
 
 def _warnings(job: stored.Job) -> list[str]:

@@ -11,7 +11,7 @@ from pho_service.api import artifacts
 from pho_service.api.answers import ArtifactList
 from pho_service.api.cards import Card, card, span
 from pho_service.api.chart import Search, draw_search
-from pho_service.api.describe import is_transfer, step_of, study_names
+from pho_service.api.describe import is_transfer, step_of, studies_in_words
 from pho_service.api.points import is_several
 from pho_service.api.service import Caller, Service
 from pho_service.report.drawing import Drawing
@@ -140,9 +140,8 @@ def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> Jo
     """Everything that is known of a job."""
     studies = {}
     with service.database.transaction() as connection:
-        names = study_names(job)
         if caller.sees_all:  # others may not look into the dashboard
-            studies = study_ids(connection, names)
+            studies = study_ids(connection, [*studies_in_words(job)])
         search = Search.read(connection, job)
     shown = card(job, studies, now, service.notes(job))
     found = None if job.best is None else Configuration.model_validate(job.best)

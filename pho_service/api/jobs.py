@@ -22,7 +22,7 @@ from pho_service.api.describe import (
     configuration_of,
     describe,
     islands,
-    study_names,
+    studies_in_words,
 )
 from pho_service.api.listing import Asked, PageSize, PageToken, Sorted, decode, page_of
 from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented
@@ -153,7 +153,7 @@ def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) ->
     ):
         if job.pruning is not None or job.of_kind(StageKind.TASKS):
             service.pruned.remove(job_id)
-        for name in study_names(job):
+        for name in studies_in_words(job):
             try:
                 optuna.delete_study(study_name=name, storage=storage)
             except KeyError:  # it never began, or was deleted by a deletion that was cut off

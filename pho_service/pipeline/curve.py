@@ -108,7 +108,7 @@ class CurvePoints:
         device: For the proxy.
         progress: Is told of each long step of each point.
         dense: The dense model's perplexity on that text, if it is known.
-        fence: Entered around the writes of a search; may refuse by raising.
+        fence: Entered around the writes to studies; may refuse by raising.
         callbacks: Called after each trial, as :func:`search_job` says.
     """
 
@@ -157,7 +157,8 @@ class CurvePoints:
                     fence=self._fence,
                 )
             if self._pareto is not None:
-                add_point(self._pareto, study, request.pattern.sparsity, str(request.pattern))
+                pattern = request.pattern
+                add_point(self._pareto, study, pattern.sparsity, str(pattern), self._fence)
         found = result.configuration
         assert found.perplexities is not None  # there is a text
         self._dense = found.perplexities.dense

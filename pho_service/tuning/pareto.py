@@ -5,7 +5,8 @@ The trials of a curve as one study of two objectives: sparsity and what a search
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import optuna
 from optuna.storages import BaseStorage
@@ -16,6 +17,7 @@ from storage.studies import quiet_optuna
 
 _OF = "of_study"  # user attribute of a trial: where it was searched
 _KEPT = ("method", "coefficients", "steps", "perplexity", "divergence")
+_AT_ONCE = 100  # trials that are written within one fence: about half a second
 
 
 def pareto_name(model: str, studies: Sequence[str]) -> str:
@@ -47,7 +49,13 @@ def pareto_study(
     return study
 
 
-def add_point(pareto: optuna.Study, study: optuna.Study, sparsity: float, pattern: str) -> None:
+def add_point(
+    pareto: optuna.Study,
+    study: optuna.Study,
+    sparsity: float,
+    pattern: str,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """
     Add the trials of a search to the study of its curve; those that are there are left out.
 
@@ -56,18 +64,21 @@ def add_point(pareto: optuna.Study, study: optuna.Study, sparsity: float, patter
         study: Study of the search.
         sparsity: Sparsity of its pattern.
         pattern: It, as text.
+        fence: Entered around the writes. One that lets in a single writer of ``study``, whoever
+            writes other points of the curve meanwhile, keeps each trial from being added twice.
     """
     known = {
         (trial.user_attrs.get(_OF), trial.user_attrs.get("trial"))
         for trial in pareto.get_trials(deepcopy=False)
     }
-    pareto.add_trials(
-        [
-            _point(trial, study.study_name, (sparsity, trial.value), pattern)
-            for trial in study.get_trials(deepcopy=False)
-            if trial.value is not None and (study.study_name, trial.number) not in known
-        ]
-    )
+    points = [
+        _point(trial, study.study_name, (sparsity, trial.value), pattern)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.value is not None and (study.study_name, trial.number) not in known
+    ]
+    for first in range(0, len(points), _AT_ONCE):
+        with fence():
+            pareto.add_trials(points[first : first + _AT_ONCE])
 
 
 def _point(

@@ -1,14 +1,17 @@
 """Jobs with several patterns: their points in every answer, and what must be named."""
 
+import re
 import uuid
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from pho_service.tuning.pareto import add_point, pareto_study
 from storage.records import NewStage
 from storage.rows import add_stages
 from storage.states import JobState, StageKind
+from storage.studies import open_storage, open_study, pareto_study_name, study_name
 
 PATTERNS = ["0.3", "2:4"]
 TARGET = {"perplexity_rise": 0.1, "step": 0.2, "lowest": 0.3, "highest": 0.5}
@@ -107,6 +110,39 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     report = client.get(f"{path}/report").text
     assert "Perplexity against sparsity" in report
     assert "+20.0%" in report
+
+
+def test_studies(client: TestClient, begin: Any, hand: Any) -> None:
+    """
+    The page leads to the study of each pattern that has begun, and to the Pareto front; all are
+    deleted with the job. A job of a version that had no Pareto study is deleted as well.
+    """
+    job, older = (client.get(f"/v1/jobs/{begin(PATTERNS, patterns=PATTERNS)}").json() for _ in "12")
+    hand.record(older, 1)
+    hand.record(job, 2)
+    hand.record(job, 2, island=1)
+    with open_storage(hand.store.database.studies_url) as storage:
+        pareto = pareto_study(pareto_study_name(job["name"]), "minimize", "proxy", storage)
+        for number, pattern in enumerate(PATTERNS):
+            study = open_study(storage, study_name(job["name"], number), direction="minimize")
+            add_point(pareto, study, 0.3, pattern)
+    pages = {each["id"]: client.get(f"/jobs/{each['id']}").text for each in (job, older)}
+    named = re.findall(r'"/dashboard/studies/(\d+)">(.*?) in the dashboard', pages[job["id"]])
+    shown = {word: client.get(f"/api/studies/{number}").json() for number, word in named}
+    for each in (job, older):
+        hand.bring(each["id"], JobState.CANCELLED)
+        assert client.delete(f"/v1/jobs/{each['id']}").status_code == 204
+
+    assert {word: study["name"] for word, study in shown.items()} == {
+        "Study of 0.3": job["name"],
+        "Study of 2:4": f"{job['name']} island 1",
+        "Pareto front": f"{job['name']} Pareto front",
+    }
+    assert shown["Pareto front"]["directions"] == ["maximize", "minimize"]
+    assert len(shown["Pareto front"]["trials"]) == 4
+    assert "Study of 0.3 in the dashboard" in pages[older["id"]]
+    assert "Pareto front" not in pages[older["id"]]
+    assert hand.studies() == []
 
 
 def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:

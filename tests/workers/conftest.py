@@ -40,7 +40,7 @@ from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.records import Job
+from storage.records import Claim, Job
 from storage.states import JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
@@ -613,14 +613,19 @@ class Hand:
             if s.state in (StageState.WAITING, StageState.RUNNING)
         ]  # fmt: skip
 
-    def step(self, job: Job) -> None:
-        """Do the next stage; if it fails, the job has failed."""
-        stage = self.waiting(job)[0]
+    def take(self, job: Job, number: int | None = None) -> Claim:
+        """Claim the first stage that could be begun now, or the first with a number."""
+        stage = next(s for s in self.waiting(job) if number in (None, s.number))
         with self.store.database.transaction() as connection:
             query = select(stages.c.queue_id).where(stages.c.id == stage.id)
             queue_id = connection.execute(query).scalar_one()
         claim = self.store.claim(stage.id, queue_id, uuid.uuid4())
         assert claim is not None
+        return claim
+
+    def step(self, job: Job) -> None:
+        """Do the next stage; if it fails, the job has failed."""
+        claim = self.take(job)
         try:
             Stages(self.store, self.inputs, Event()).run(claim)
         except PhoError as error:

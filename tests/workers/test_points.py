@@ -1,12 +1,19 @@
 """Jobs with several patterns: each point is what a search of it alone finds, whatever happens."""
 
+from threading import Barrier, Thread
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import create_trial
 
 from pho_service.errors import InvalidInput, TargetMissed
-from storage.records import Job
+from pho_service.tuning.pareto import add_point
+from storage.jobs import JobStore
+from storage.records import Claim, Job, LostClaim, NewStage
 from storage.states import JobState, StageKind
+from storage.studies import open_storage, open_study, pareto_study_name, study_name
+from workers.points import pareto_of_job
 
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
@@ -27,6 +34,27 @@ def without_study(configuration: dict[str, Any]) -> dict[str, Any]:
     """As another study would give it."""
     search = {k: v for k, v in configuration["search"].items() if k != "study"}
     return {**configuration, "search": search}
+
+
+def assert_pareto(store: JobStore, job: Job) -> None:
+    """The Pareto study has each finished trial of each point once, with its sparsity."""
+    with open_storage(store.database.studies_url) as storage:
+        pareto = optuna.load_study(study_name=pareto_study_name(job.name), storage=storage)
+        expected = []
+        for stage in job.of_kind(StageKind.POINT):
+            name = study_name(job.name, stage.number)
+            trials = optuna.load_study(study_name=name, storage=storage).trials
+            sparsity = 0.5 if stage.about == "2:4" else float(str(stage.about))
+            expected += [(name, t.number, stage.about, [sparsity, t.value]) for t in trials]
+        of = ("of_study", "trial", "pattern")
+        points = [(*(t.user_attrs[k] for k in of), t.values) for t in pareto.trials]
+
+        assert pareto.directions == [
+            optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
+        ]  # fmt: skip
+        assert [t.number for t in pareto.trials] == list(range(len(expected)))
+        assert sorted(points) == sorted(expected)
+        assert pareto.best_trials
 
 
 def test_patterns(hand: Any, small: Any, undisturbed: Any, home: Any) -> None:
@@ -62,6 +90,7 @@ def test_patterns(hand: Any, small: Any, undisturbed: Any, home: Any) -> None:
         assert mine["configuration"]["coefficients"] == other["coefficients"]
         assert mine["configuration"]["perplexities"] == other["perplexities"]
         assert mine["configuration"]["steps"] == other["steps"]
+    assert_pareto(hand.store, job)
 
 
 def _killed(*_: Any, **__: Any) -> None:
@@ -92,6 +121,7 @@ def test_target(hand: Any, small: Any) -> None:
     assert not sparser or round(sparser[0] - inside[-1]["sparsity"], 6) == TARGET["step"]
     assert len(points) <= spec.most_points
     assert found(again) == found(job)
+    assert_pareto(hand.store, again)
 
 
 def test_missed(hand: Any, small: Any) -> None:
@@ -119,3 +149,70 @@ def test_width(hand: Any, small: Any) -> None:
         hand.until(job, None)
 
     assert hand.store.get(job.id).of_kind(StageKind.POINT) == []
+
+
+def test_one_point(hand: Any, small: Any) -> None:
+    """A job with one pattern in its list has the study of that, and no Pareto study."""
+    job = hand.done(small(pattern=None, patterns=["0.3"], preset="score"))
+    with open_storage(hand.store.database.studies_url) as storage:
+        names = [n for n in optuna.get_all_study_names(storage) if n.startswith(job.name)]
+
+    assert names == [job.name]
+
+
+@pytest.fixture
+def claims(hand: Any, small: Any) -> list[Claim]:
+    """Both points of a job, each in the hand of a worker; nothing is searched yet."""
+    job = hand.submit(small(pattern=None, patterns=["0.3", "0.5"], preset="score"))
+    points = [
+        NewStage(kind=StageKind.POINT, number=i, params={"pattern": pattern})
+        for i, pattern in enumerate(("0.3", "0.5"))
+    ]
+    hand.store.complete(hand.take(job), {}, add=points)
+    return [hand.take(job, number) for number in (0, 1)]
+
+
+def test_at_once(hand: Any, claims: list[Claim], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers whose points end at the same time make one Pareto study, which has both."""
+    monkeypatch.setattr("pho_service.tuning.pareto._AT_ONCE", 3)
+    together = Barrier(2, timeout=60)
+    failed: list[BaseException] = []
+
+    def end(claim: Claim) -> None:
+        name = study_name(claim.job.name, claim.stage.number)
+        pattern = str(claim.stage.about)
+        try:
+            with open_storage(hand.store.database.studies_url) as storage:
+                study = open_study(storage, name, direction="minimize")
+                study.add_trials([create_trial(value=n / 10) for n in range(8)])
+                together.wait()
+                pareto = pareto_of_job(hand.store, claim, storage)
+                assert pareto is not None
+                together.wait()
+                for _ in range(2):  # a stage that is repeated
+                    add_point(
+                        pareto, study, float(pattern), pattern,
+                        lambda: hand.store.fence(claim, storage),
+                    )  # fmt: skip
+        except BaseException as error:  # of a thread, that the test must see
+            failed.append(error)
+
+    workers = [Thread(target=end, args=[claim]) for claim in claims]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert failed == []
+    assert_pareto(hand.store, hand.store.get(claims[0].job.id))
+
+
+def test_lost(hand: Any, claims: list[Claim]) -> None:
+    """A worker that has lost its point makes no Pareto study: the job may be deleted by then."""
+    hand.store.give_up(claims[0])
+    with open_storage(hand.store.database.studies_url) as storage:
+        with pytest.raises(LostClaim):
+            pareto_of_job(hand.store, claims[0], storage)
+        names = optuna.get_all_study_names(storage)
+
+    assert pareto_study_name(claims[0].job.name) not in names
