@@ -99,10 +99,9 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     refusal(client.post(f"{path}:transfer", json={"models": ["org/b"]}), 409, "several_patterns")
     assert client.get("/v1/configurations?limit=10").json()["considered"] == 2
 
-    page = client.get("/").text
-    assert "<dt>Patterns</dt> <dd>2:4, 0.3</dd>" in page
-    assert f"/v1/jobs/{job}/best?pattern=2:4" in page
+    assert "<span>2:4, 0.3</span>" in client.get("/").text
     page = client.get(f"/jobs/{job}").text
+    assert "<dt>Patterns</dt> <dd>2:4, 0.3</dd>" in page
     assert f"/v1/jobs/{job}/best?pattern=2:4" in page
     assert "Extend" not in page
     form = client.get(f"/new?job={job}").text
