@@ -97,7 +97,7 @@ RULES = (
     _rule(
         "archaic",
         r"(?i)\b(?:dearer|dearest|in silence|shall|lest|whence|hence|therein|thereof|amiss|ere|"
-        r"tells? of|for want of|as yet)\b",
+        r"tells? of|for want of|as yet|anew)\b",
         "use a plain modern word",
         "The dearest step.",
     ),

@@ -107,7 +107,7 @@ class ClaimStore:
 
     def give_again(self, queue_id: int, *, alive_s: float) -> bool:
         """
-        Put the stage of a dead worker's entry into the queue anew.
+        Put the stage of a dead worker's entry into the queue again.
 
         The old entry stands for nothing then: if the worker was only frozen,
         what it does to its entry when it wakes harms nobody.
@@ -118,7 +118,7 @@ class ClaimStore:
                 cut off from the queue, and works on.
 
         Returns:
-            Whether the old entry has no purpose any more.
+            True if the old entry no longer has a purpose.
         """
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id

@@ -333,7 +333,7 @@ def give_up(context: ExceptionContext) -> None:
     """
     Let nothing be tried again on another connection.
 
-    Optuna does, and would number a trial anew after a server that crashed has
+    Optuna does, and would number a trial again after a server that crashed has
     forgotten those before it.
     """
     if context.is_disconnect and not context.is_pre_ping:

@@ -32,7 +32,7 @@ UNSEALED = Seal()
 
 
 class _Last(Generic[T]):
-    """The value of the last key; another key's is made anew, after the old one is let go."""
+    """The value of the last key; another key's is made again, after the old one is let go."""
 
     def __init__(self) -> None:
         self._keys: tuple[Hashable, ...] = ()
@@ -321,7 +321,7 @@ class Inputs:
                 f"{bundle.key[:12]}: a package has another version, or the "
                 f"worker another kind of device ({self.device.type}), than when the job began. Its "
                 "trials cannot be compared with new ones. Put the bundle back, or submit the job "
-                "anew."
+                "again."
             )
         return bundle
 

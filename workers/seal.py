@@ -141,5 +141,5 @@ def _compare(what: str, before: str, now: str) -> None:
         raise ChangedInput(
             f"{what} has changed since the job began (hash {before[:12]} then, {now[:12]} now): "
             "what would be measured now cannot be compared with what was measured before. Put "
-            "the former files back and resume the job, or submit it anew for the present ones."
+            "the former files back and resume the job, or submit it again for the present ones."
         )

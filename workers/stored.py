@@ -38,7 +38,7 @@ def remade(job: Job, bundles: Mapping[str, ProxyBundle]) -> list[str]:
     return [
         "the bundle that an older PHO had made was lost, and this one made it again of the same "
         "weights and text: trials before and after differ by how the bundles were made. Submit "
-        "the job anew for a search on one bundle."
+        "the job again for a search on one bundle."
     ]
 
 
@@ -177,5 +177,5 @@ def _check_alike(stages: Mapping[int, Mapping[str, Any]]) -> None:
         if len(found) > 1:
             raise ChangedInput(
                 f"the perplexities of this job were measured on {len(found)} different {what}: a "
-                "file changed meanwhile. They cannot be compared. Submit the job anew."
+                "file changed meanwhile. They cannot be compared. Submit the job again."
             )

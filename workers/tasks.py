@@ -61,7 +61,7 @@ def tasks_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> 
             raise ChangedInput(
                 f"the examples of {', '.join(tasks.names)} have changed since the other model of "
                 "the job was measured on them: the two cannot be compared. Put the former ones "
-                "back and resume the job, or submit it anew."
+                "back and resume the job, or submit it again."
             )
 
     check(store.get(claim.job.id))

@@ -28,7 +28,7 @@ def transfer_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) 
     Measure, and store it. What a user can act on is the result of this model, and ends no other.
 
     Raises:
-        HandBack: It was put down; its own search begins anew.
+        HandBack: It was put down; its own search begins again.
         LostClaim: Another worker has it.
         DeviceLost: The GPU failed; another process may do it.
         Exception: Anything unexpected; another attempt may help.

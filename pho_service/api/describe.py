@@ -126,7 +126,7 @@ def check_one_pattern(job: stored.Job) -> None:
         raise Conflict(
             "several_patterns",
             "The job has several patterns, each with a search of its own, and cannot be extended: "
-            "submit it anew with more trials.",
+            "submit it again with more trials.",
             job.state,
         )
 

@@ -76,7 +76,7 @@ class KeyGuard:
     or one of our forms.
 
     Nobody may ask too often. After too many wrong keys a host's are compared
-    with those that are known to be right, once a second anew, and the database
+    with those that are known to be right, once a second again, and the database
     is not asked for others: who has a key behind the same address works on.
     """
 

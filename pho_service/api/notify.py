@@ -39,7 +39,7 @@ def tell_next(service: Service) -> bool:
     Send the message that is due for longest, and note what came of it.
 
     Returns:
-        Whether there was one.
+        True if there was one.
 
     Raises:
         StorageError: The database is away.

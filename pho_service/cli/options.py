@@ -115,7 +115,7 @@ def text_source(spec: "TextSpec", *, measured: bool = False) -> "TextSource":
 
     Args:
         spec: What names it.
-        measured: Whether perplexities are measured on it; else a model is calibrated on it.
+        measured: Whether perplexities are measured on it; otherwise a model is calibrated.
 
     Raises:
         TextError, InvalidInput: It cannot be read.

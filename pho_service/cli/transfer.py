@@ -196,7 +196,7 @@ def transfer(
 
 
 class _Document:
-    """The file of a configuration's transfers; written anew with each target."""
+    """The file of a configuration's transfers; written again with each target."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path

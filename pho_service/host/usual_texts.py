@@ -16,7 +16,7 @@ class Part:
     Attributes:
         config: Configuration of the data set.
         data_file: One file of it.
-        split: Of it.
+        split: Its split.
         rows: How many are joined, the first; None takes all.
         separator: What the rows are joined by; None leaves each a document of its own.
         windows: How many windows are measured on, the first, if nothing is said; None takes all.
@@ -33,7 +33,7 @@ class Part:
 @dataclass(frozen=True, kw_only=True)
 class UsualText:
     """
-    What a name stands for.
+    Data set that a name stands for.
 
     Attributes:
         dataset: Its id on the hub.

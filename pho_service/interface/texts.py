@@ -76,7 +76,7 @@ def _data_set(given: Any) -> GivenText:
 
 @dataclass(frozen=True)
 class _Column:
-    """The documents of a data set, read anew each time."""
+    """The documents of a data set, read again each time."""
 
     rows: Any
 
@@ -198,7 +198,7 @@ def calibration_windows(
     Args:
         model: Model of the bundle.
         bundle: What ``pho.calibrate`` gave includes the windows; one from a file does not.
-        texts: The text of the calibration, to draw them anew; None takes those of the bundle.
+        texts: The text of the calibration, to draw them again; None takes those of the bundle.
 
     Returns:
         (windows, context_length), int64; None if there is no text.

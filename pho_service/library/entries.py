@@ -20,7 +20,7 @@ MOST_PARAMETERS = 10**15
 _LARGEST = sys.float_info.max
 _MOST_NATS = 700.0  # e to this is still a number
 
-FACTS_VERSION = 1  # of what is remembered of an entry; another one is read anew
+FACTS_VERSION = 1  # of what is remembered of an entry; another one is read again
 _LONGEST = 200  # letters of a name in it
 _MOST_MODELS = 64
 

@@ -181,7 +181,7 @@ def _stem(family: str) -> str:
 def _reasons(entry: Entry, wanted: Wanted) -> Iterable[str]:
     mine = f"pattern {entry.pattern}, scope {entry.pattern.scope.value}"
     if wanted.pattern is not None and _distance(entry, wanted) > 0:
-        yield f"{mine}, but {wanted.pattern} is asked for: search anew, beginning with it or not"
+        yield f"{mine}, but {wanted.pattern} is asked for: search again, beginning with it or not"
     elif wanted.scope_matters and not _same_scope(entry, wanted):
         yield f"{mine}, but scope {_asked_scope(wanted)} is asked"
     else:

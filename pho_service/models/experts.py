@@ -58,7 +58,7 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features): a view, cut anew each time, so casts and moves are seen."""
+        """(out_features, in_features): a view, cut again each time, so casts and moves are seen."""
         return self._owner().get_parameter(self.parameter)[self.expert, self.rows]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class GivenWindows:
         if self.tokens.shape[1] != context_length:
             raise InvalidInput(
                 f"{self.name} have {self.tokens.shape[1]} tokens each, but "
-                f"context_length={context_length} is asked for. Leave it out, or cut them anew."
+                f"context_length={context_length} is asked for. Leave it out, or cut them again."
             )
         windows = self.tokens.detach().to("cpu", torch.int64).contiguous()
         lowest, highest = int(windows.min()), int(windows.max())

@@ -90,7 +90,7 @@ class PackedMask:
 
     @property
     def keep(self) -> Tensor:
-        """(out_features, in_features), bool, unpacked anew each time."""
+        """(out_features, in_features), bool, unpacked again each time."""
         return unpack(self.bits, self.shape)
 
 

@@ -137,7 +137,7 @@ def _beside(entries: Iterable[Any], folder: Path) -> None:
         if placed != files:
             entry.cfg = load_yaml(path, resolve_func=True)
             entry.cfg["dataset_kwargs"]["data_files"] = placed
-            entry.yaml_path = None  # the harness would read it anew
+            entry.yaml_path = None  # the harness would read it again
 
 
 def _placed(files: Any, folder: Path) -> Any:

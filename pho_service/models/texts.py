@@ -71,7 +71,7 @@ class TextSource:
         Return what a usual text's name stands for, and how many windows are measured on.
 
         Args:
-            measured: Whether perplexities are measured on it; else a model is calibrated on it.
+            measured: Whether perplexities are measured on it; otherwise a model is calibrated.
         """
         usual = USUAL_TEXTS.get(self.dataset or "")
         if usual is None:
@@ -145,7 +145,7 @@ def check_text(source: TextSource, *, measured: bool = False) -> TextSource:
 
     Args:
         source: The text.
-        measured: Whether perplexities are measured on it; else a model is calibrated on it.
+        measured: Whether perplexities are measured on it; otherwise a model is calibrated.
 
     Raises:
         TextError, InvalidInput: As :func:`read_documents`; or there is nothing in it.

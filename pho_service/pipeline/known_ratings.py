@@ -3,7 +3,7 @@ Ratings that another search has made of the same candidates.
 
 A proxy rates score and allocation. Searches that differ in other steps alone, as those of
 ``crepe-plus`` and ``best`` may, ask for the same candidates with the same values. The second one
-takes them from the study of the first, and only its finalists are measured anew.
+takes them from the study of the first, and only its finalists are measured again.
 """
 
 import hashlib

@@ -208,7 +208,7 @@ def racing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
     Whether finalists are measured a few windows at a time, and the worst of them left out early.
 
     Not where pruning is what costs, because a text runs through the model for each candidate; nor
-    with a streamed model, which is read anew for each, whatever is measured.
+    with a streamed model, which is read again for each, whatever is measured.
     """
     return not stream and not any(candidate.steps.needs_text for candidate in candidates)
 
@@ -308,7 +308,7 @@ class Glances:
 
     def _masks(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
         """
-        The masks of a candidate; from the third glance on they are unpacked, not computed anew.
+        The masks of a candidate; from the third glance on they are unpacked, not computed again.
 
         Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
         """

@@ -36,7 +36,7 @@ REFINE_STEPS, REFINE_INVERSES = 48, 12  # of re-pruning by ADMM
 ADMM_STEPS = 20
 ALPS_STEPS, ALPS_INVERSES = 60, 20  # about, until a mask settles
 SPECTRUM_FLOPS = 25.0  # times the cube of a width, for eigenvectors in float64
-CHOSEN = 100.0  # bytes that an iteration of ADMM moves for a weight: its mask is chosen anew
+CHOSEN = 100.0  # bytes that an iteration of ADMM moves for a weight: its mask is chosen again
 GAINED = 100.0  # bytes moved for a row, a channel and a group that it may go to, all sweeps
 GAINED_ROWS = 1024  # that a permutation looks at
 ASSIGNED_S = 1.6e-4  # of a core of the host for a group: matching the best pairs, all sweeps
@@ -134,7 +134,7 @@ class _Costs:
         return 3 + size / self.machine.disk + size / self.machine.copies
 
     def streaming(self, passes: float) -> float:
-        """The weights of a streamed model, read and copied anew in each pass."""
+        """The weights of a streamed model, read and copied again in each pass."""
         if not self.work.stream:
             return 0.0
         size = self.shapes.bytes(self.work.dtype)

@@ -3,7 +3,7 @@ Masks by ADMM: weights that follow the dense outputs and weights that keep to a 
 
 With H the normalised second moments, each iteration moves all weights towards
 the dense outputs and the masked ones at once, (H + rho I)^-1 of both, and masks
-what comes out anew. In an iteration's state a weight that stays has its value,
+what comes out again. In an iteration's state a weight that stays has its value,
 and one that is removed the negative of its multiplier.
 """
 

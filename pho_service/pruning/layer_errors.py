@@ -44,7 +44,7 @@ class LayerErrors:
         self.bundle = bundle
         values = CACHED // BATCH if device.type == "cpu" else None
         self.stacks = stack_bundle(bundle, device, dtype, values=values)
-        # Overwritten by every candidate: memory asked for anew costs more than what is done in it.
+        # Overwritten by every candidate: memory asked for again costs more than what is done in it.
         self._memory = local()
         self._positions = torch.cat([stack.positions for stack in self.stacks])
         views = self._views(device)

@@ -20,7 +20,7 @@ def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
 
     Args:
         devices: GPUs: their memory that torch handed out, added up. The CPU: resident
-            memory of this process, which Linux alone can start to watch anew.
+            memory of this process, which Linux alone can start to watch again.
 
     Yields:
         Bytes when it is called, or None where the system does not tell.
@@ -31,7 +31,7 @@ def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
         yield lambda: sum(map(torch.cuda.max_memory_allocated, devices))
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew, see man 5 proc
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again, see man 5 proc
     except OSError:
         yield lambda: None
         return

@@ -140,7 +140,7 @@ def threshold_of(
     if removed <= 0:
         return 0.0
     prefix, below = 0, 0.0
-    for shift in (16, 0):  # of two, because scores may have to be made anew for each
+    for shift in (16, 0):  # of two, because scores may have to be made again for each
         counts = torch.zeros(1 << 16, dtype=torch.float64)
         for values, weight in scores():
             add_digits(values, weight, shift=shift, width=16, prefix=prefix, counts=counts)

@@ -147,7 +147,7 @@ class CalibrationSettings:
         Several workers can do them at a time. So that the number of workers changes nothing, it
         depends on the settings alone, and all who calibrate cut alike. A streamed model is not cut,
         since each part would read all of it; nor is a full Gram matrix, which is larger than what
-        it takes to gather it anew; nor is one that may stop early.
+        it takes to gather it again; nor is one that may stop early.
         """
         small = self.samples * self.context_length < SHARDED_FROM or self.stop == "early"
         return 1 if small or stream or not self.projection_rows else min(SHARDS, self.samples)

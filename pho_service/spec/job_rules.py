@@ -180,7 +180,7 @@ def in_memory(value: int, info: ValidationInfo) -> int:
     """A streamed model is not corrected."""
     if value and info.data.get("stream"):
         raise ValueError(
-            "a streamed model is read anew for each correction, which takes as long as a "
+            "a streamed model is read again for each correction, which takes as long as a "
             "calibration: give 0, or do not stream"
         )
     return value

@@ -39,7 +39,7 @@ class HillClimbSampler(BaseSampler):
     the neighbours in the list are tried, whatever the step.
 
     Nothing is drawn at random, and the study's trials are all that it knows:
-    each time, the climb is walked anew from its start to the first point that
+    each time, the climb is walked again from its start to the first point that
     has no value yet. So no point is rated twice, and a climb goes on in another
     process. A failed trial is worse than any value. Equal is not better.
 
