@@ -154,23 +154,31 @@ def file_source(path: str) -> "TextSource":
     return text_source(TextSpec(text=path), measured=True)
 
 
+# Fields of a report's text, and what their options say; `ReportSpec` has the rules.
+_REPORT = {
+    "text": "Text file to measure on; nothing may have been chosen on it.",
+    "dataset": "Data set to measure on instead: hub id or folder; or c4 or wikitext2.",
+    "dataset_config": "Configuration of that data set.",
+    "data_file": "One file of that data set.",
+    "split": "Split of that data set.  [default: test, or the only one that there is]",
+    "field": "Field or column that holds its text.  [default: text]",
+    "windows": "Only the first N windows of what is measured on.",
+}
+
+
 def report_options(function: F) -> F:
     """The options of a text to measure on; what they say is the argument ``report``."""
-    from pho_service.spec.transfer import ReportSpec
-
-    described = ReportSpec.model_fields
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        said = {name: kwargs.pop(f"report_{name}") for name in described}
+        said = {name: kwargs.pop(f"report_{name}") for name in _REPORT}
         return function(*args, report=said, **kwargs)
 
-    about = {"text": " Nothing may have been chosen on what perplexities are measured on."}
-    for name in reversed(described):
+    for name in reversed(_REPORT):
         option = click.option(
             f"--report-{name.replace('_', '-')}",
             type=int if name == "windows" else str,
-            help=f"To measure on: {described[name].description}{about.get(name, '')}",
+            help=_REPORT[name],
         )
         run = option(run)
     return cast("F", run)
