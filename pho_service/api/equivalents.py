@@ -6,9 +6,9 @@ import json
 import shlex
 from typing import Any
 
-from pho_service.cli.fields import submit_command
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_fields import minimal_document
+from pho_service.spec.job_options import submit_command
 
 _END = "END"  # of the document; no line of JSON is this word
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import Field, document_fields
-from pho_service.cli.groups import GroupedCommand
+from pho_service.cli.groups import GroupedCommand, group_of_field
 from pho_service.errors import InvalidInput
 from pho_service.spec.job_fields import within
+from pho_service.spec.job_options import Field, document_fields
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -212,7 +212,9 @@ class DocumentCommand(GroupedCommand):
 
     def groups(self) -> Mapping[str, str]:
         """Those of the document's options, too."""
-        of_fields = {parameter: field.group for parameter, (field, _) in self._options.items()}
+        of_fields = {
+            parameter: group_of_field(field.path) for parameter, (field, _) in self._options.items()
+        }
         return {**super().groups(), **of_fields}
 
 

@@ -8,9 +8,9 @@ from pho_service.api.answers import PlanAnswer
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import json_option
 from pho_service.cli.remote import open_client
-from pho_service.cli.sizes import parse_bytes
 from pho_service.cli.submit import job_document
 from pho_service.cli.terminal import print_json, print_table, verb
+from pho_service.spec.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from pho_service.planning.machines import Machine

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.fields import prune_command, search_command
 from pho_service.cli.options import json_option, out_file
 from pho_service.cli.remote import open_client, url_option
 from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput, StudyError
+from pho_service.spec.job_options import prune_command, search_command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,6 @@ import click
 from pho_service.cli import warm_start
 from pho_service.cli import within as within_target
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.fields import OF_A_SERVICE
 from pho_service.cli.options import (
     ModelOptions,
     calibration_source,
@@ -28,6 +27,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
+from pho_service.spec.job_options import OF_A_SERVICE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,17 +10,17 @@ import pytest
 
 from pho_service.cli import main
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.fields import (
+from pho_service.cli.groups import GROUPS, group_of_field
+from pho_service.errors import InvalidInput
+from pho_service.spec.job import JobSpec
+from pho_service.spec.job_options import (
     OF_A_SERVICE,
     WITHOUT,
     document_fields,
     search_command,
     submit_command,
 )
-from pho_service.cli.groups import GROUPS
-from pho_service.cli.sizes import parse_bytes
-from pho_service.errors import InvalidInput
-from pho_service.spec.job import JobSpec
+from pho_service.spec.sizes import parse_bytes
 
 MINE = {"model": "org/a", "pattern": "0.5"}
 PARENT = click.Context(main, **main.context_settings)
@@ -50,7 +50,7 @@ def shown(verb: str) -> dict[str, dict[str, Any]]:
             "type": option.type.to_info_dict(),
             "multiple": option.multiple,
             "help": option.help,
-            "section": field.group,
+            "section": group_of_field(field.path),
         }
         for field, option in made
         if not option.hidden

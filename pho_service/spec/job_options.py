@@ -13,10 +13,9 @@ from typing import Any
 
 import click
 
-from pho_service.cli.groups import group_of_field
-from pho_service.cli.sizes import parse_bytes
 from pho_service.errors import InvalidInput
 from pho_service.spec.job_fields import JobField, job_fields, value_at, within
+from pho_service.spec.sizes import parse_bytes
 from pho_service.spec.tasks import USUAL_TASKS
 
 # What an option is called, if not as its field; more names are hidden, of older versions.
@@ -117,11 +116,6 @@ class Field(JobField):
         """Names of its option; the first one is shown."""
         own = f"--{self.path.rpartition('/')[2].replace('_', '-')}"
         return _NAMES.get(self.path, (own,))
-
-    @property
-    def group(self) -> str:
-        """The section of --help that it stands in."""
-        return group_of_field(self.path)
 
     @property
     def kind(self) -> str:
