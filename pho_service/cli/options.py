@@ -5,6 +5,7 @@ Options that several verbs share, and what they stand for.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -90,9 +91,12 @@ def check_models(names: Sequence[str], revision: str | None = None) -> None:
 
     Raises:
         ModelError, BundleError, InvalidInput: One of them cannot.
+        ModuleNotFoundError: There is no torch, which is to be said before anything is looked up.
     """
     from pho_service.models.names import check_name
 
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     for name in names:
         if is_bundle(name):
             check_bundle(name)
