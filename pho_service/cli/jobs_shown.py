@@ -9,6 +9,7 @@ from pho_service.cli.terminal import print_table, tell
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
+    from pho_service.library.files import TransferFile
 
 _SHORTEST = 8  # characters of an id, as in the names that jobs have by default
 
@@ -65,6 +66,24 @@ def show_points(job: "Job") -> None:
     print_table("Perplexity at each sparsity", columns, rows, spare=("seconds",))
     if job.best is None and any(each.state == "done" for each in job.points):
         tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
+
+
+def say_transfer(job: "Job", measured: "TransferFile") -> None:
+    """What a transfer has measured so far, and what must be said of it."""
+    from pho_service.cli.transfer import show_transfer
+    from pho_service.spec.configuration import Configuration
+
+    done = job.progress
+    tell(f"models       {done.models_done} of {done.models}")
+    show_transfer(
+        [target.model_dump(mode="json") for target in measured.targets],
+        f"what job {measured.source} found",
+        Configuration.model_validate(measured.configuration),
+    )
+    if job.error is not None:
+        tell(f"error        {job.error.type}: {job.error.message}")
+    for warning in job.warnings:
+        tell(f"note         {warning}")
 
 
 def good(job: "Job") -> list[str | None]:

@@ -10,6 +10,7 @@ from pho_service.cli.jobs_shown import (
     good,
     number,
     outcome,
+    say_transfer,
     short_ids,
     show_points,
     show_tasks,
@@ -21,7 +22,6 @@ from pho_service.errors import InvalidInput, ServiceError
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
     from pho_service.client import Client
-    from pho_service.library.files import TransferFile
 
 url_option = click.option(
     "--url", help="Address of the service.  [default: PHO_API_URL, or http://127.0.0.1:8000]"
@@ -40,26 +40,51 @@ def open_client(url: str | None) -> "Client":
 
 @click.command()
 @click.option("--state", "states", multiple=True, help="Only jobs in this state.")
+@click.option("--model", "models", multiple=True, help="Only jobs for this model.")
+@click.option(
+    "--pattern",
+    "patterns",
+    multiple=True,
+    help="Only jobs with this pattern; target: those that look for one.",
+)
+@click.option("--name", help="Only jobs with this in their name, or at the beginning of their id.")
+@click.option(
+    "--sort",
+    help="created, name, model, pattern, state, perplexity, rise or gain; with a hyphen before it, "
+    "the highest first.  [default: -created]",
+)
 @click.option("--limit", type=int, default=50, show_default=True, help="At most so many.")
 @url_option
 @json_option
 @verb
-def jobs(states: tuple[Any, ...], limit: int, url: str | None, as_json: bool) -> None:
+def jobs(
+    states: tuple[Any, ...],
+    models: tuple[str, ...],
+    patterns: tuple[str, ...],
+    name: str | None,
+    sort: str | None,
+    limit: int,
+    url: str | None,
+    as_json: bool,
+) -> None:
     """
-    List jobs, newest first.
+    List jobs, newest first; all filters that are given hold at once.
 
+    --state, --model and --pattern may be given several times: any of theirs will do.
     On a terminal ids are as short as tells them apart, which every verb takes;
     in a pipe they are whole, and each job is a line.
 
     \b
     Example:
       pho jobs --state running --state queued
+      pho jobs --model org/name --pattern 2:4 --sort rise
     """
     from itertools import islice
 
     at_least(0, limit=limit)
     with open_client(url) as client:
-        found = list(islice(client.jobs(states), limit))
+        listed = client.jobs(states, models=models, patterns=patterns, name=name, sort=sort)
+        found = list(islice(listed, limit))
     if as_json:
         print_json([job.model_dump(mode="json") for job in found])
         return
@@ -360,21 +385,3 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
-
-
-def say_transfer(job: "Job", measured: "TransferFile") -> None:
-    """What a transfer has measured so far, and what must be said of it."""
-    from pho_service.cli.transfer import show_transfer
-    from pho_service.spec.configuration import Configuration
-
-    done = job.progress
-    tell(f"models       {done.models_done} of {done.models}")
-    show_transfer(
-        [target.model_dump(mode="json") for target in measured.targets],
-        f"what job {measured.source} found",
-        Configuration.model_validate(measured.configuration),
-    )
-    if job.error is not None:
-        tell(f"error        {job.error.type}: {job.error.message}")
-    for warning in job.warnings:
-        tell(f"note         {warning}")

@@ -390,6 +390,24 @@ def test_jobs(remote: Pho, client: Client, store: JobStore) -> None:
     assert listed(remote("jobs", "--json", *states)) == [jobs[1].id]
 
 
+def test_filtered_jobs(remote: Pho, client: Client) -> None:
+    """Jobs are listed by model, pattern and name, any of several, in the order asked for."""
+    small, large, half = (
+        client.submit({"model": f"org/{model}", "pattern": pattern, "name": name}).id
+        for model, pattern, name in (
+            ("small", "2:4", "b"), ("large", "2:4", "a"), ("large", "0.5", "c"),
+        )
+    )  # fmt: skip
+
+    assert listed(remote("jobs", "--json", "--model", "org/large")) == [half, large]
+    assert listed(remote("jobs", "--json", "--model", "org/large", "--pattern", "2:4")) == [large]
+    both = ("--pattern", "2:4", "--pattern", "0.5")
+    assert listed(remote("jobs", "--json", *both, "--sort", "name")) == [large, small, half]
+    assert listed(remote("jobs", "--json", *both, "--sort=-name")) == [half, small, large]
+    assert listed(remote("jobs", "--json", "--name", str(small)[:8])) == [small]
+    assert listed(remote("jobs", "--json", "--name", "nowhere")) == []
+
+
 def listed(result: Result) -> list[uuid.UUID]:
     """The ids on stdout."""
     return [uuid.UUID(job["id"]) for job in json.loads(result.stdout)]
@@ -399,6 +417,7 @@ def test_bad_listing(remote: Pho) -> None:
     """A state or a number that does not exist is told."""
     for words, says in (
         (("--state", "done"), "queued"),
+        (("--sort", "luck"), "perplexity"),
         (("--limit", "-1"), "limit"),
         (("--limit", "x"), "limit"),
     ):
