@@ -4,6 +4,7 @@ The workers' half of the store of jobs: taking stages, and storing what they gav
 Each method is one transaction; :mod:`storage.jobs` says in which order rows are locked.
 """
 
+import platform
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -330,6 +331,16 @@ class ClaimStore:
         """Note that a worker has gone in order."""
         with self.database.transaction() as connection:
             connection.execute(delete(workers).where(workers.c.id == worker_id))
+
+    def forget_worker(self, name: str) -> None:
+        """Note that the process of a worker of this name has ended, in order or not."""
+        with self.database.transaction() as connection:
+            connection.execute(delete(workers).where(workers.c.name == name))
+
+
+def worker_name(process: int) -> str:
+    """Return the name of the worker that is a process of this machine."""
+    return f"{platform.node()}:{process}"
 
 
 def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float) -> bool:

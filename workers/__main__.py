@@ -2,6 +2,7 @@
 `python -m workers`, which `pho worker` and `pho serve` start.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -74,6 +75,7 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
 
     options = WorkerOptions(device=device, kinds=chosen, parent=parent)
     run_worker(settings.database_url.get_secret_value(), settings, options)
+    gc.freeze()  # Python's last collections, over all that torch holds, take seconds
 
 
 def chosen_kinds(kinds: str | None) -> tuple[StageKind, ...]:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 import os
-import platform
 import signal
 import threading
 import time
@@ -42,6 +41,7 @@ from pho_service.host.faults import let_go_of_memory
 from pho_service.host.logs import about
 from pho_service.host.settings import Settings
 from pho_service.host.tracing import span
+from storage.claims import worker_name
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.locks import taking_turns
@@ -157,7 +157,7 @@ class _Worker:
         self._store = JobStore(database)
         self._stopping = threading.Event()
         self._stop: Callable[[], object] = self._stopping.set  # and what else, once it runs
-        self._hold = Hold(self._store, _name())
+        self._hold = Hold(self._store, worker_name(os.getpid()))
         self._ended = threading.Event()
         self.device_lost = False  # a new process should take this one's place
         self._entered = False  # once the tables are there
@@ -293,7 +293,7 @@ class _Worker:
             "stage": claim.stage.kind.value,
             "number": claim.stage.number,
             "attempt": claim.attempt,
-            "worker": _name(),
+            "worker": worker_name(os.getpid()),
         }
         with about(**fields), span(claim.stage.kind.value, **fields):
             self._run_claimed(claim)
@@ -370,7 +370,7 @@ class _Worker:
     def _enter(self) -> None:
         self._store.enter_worker(
             self._id,
-            name=_name(),
+            name=worker_name(os.getpid()),
             device=_device_name(self._inputs.device, spread=self._inputs.spread),
             kinds=self._options.kinds,
         )
@@ -404,11 +404,6 @@ def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Hand
 def _say_why(state: RetryCallState) -> None:
     assert state.outcome is not None
     logger.warning("waiting for the database: %s", state.outcome.exception())
-
-
-def _name() -> str:
-    """Return the name of this worker, as `pho workers` lists it."""
-    return f"{platform.node()}:{os.getpid()}"
 
 
 def _device_name(device: torch.device, *, spread: bool) -> str:

@@ -24,8 +24,10 @@ from pho_service.api.guard import is_local
 from pho_service.api.protocol import bounded_protocol
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import Settings
+from storage.claims import worker_name
 from storage.database import Database
 from storage.embedded import embedded_postgresql, reading_url, running_url
+from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.studies import StorageError
 
@@ -257,6 +259,12 @@ class _Workers:
             logger.warning(
                 "worker %d ended with code %d; another starts", process.pid, process.returncode
             )
+            self._forget(process.pid)
+
+    def _forget(self, process: int) -> None:
+        """Take a worker that was killed off the list; without a database, its entry gets stale."""
+        with closing(Database(self._url, pool=1)) as database, suppress(StorageError):
+            JobStore(database).forget_worker(worker_name(process))
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(  # noqa: S603 - our own interpreter

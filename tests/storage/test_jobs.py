@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Connection, delete, event, func, select, text, update
 
 import storage.rows
+from storage.claims import worker_name
 from storage.database import Database, DatabaseGone
 from storage.jobs import JobStore
 from storage.keys import KeyStore
@@ -1762,6 +1763,17 @@ class TestWorkers:
         store.remove_worker(WORKER)
 
         assert store.workers(alive_s=30) == []
+
+    def test_ended(self, store: JobStore) -> None:
+        """A worker whose process was seen to end is not listed, and what it had comes again."""
+        stage = begun(store).stage.id
+        store.enter_worker(WORKER, name=worker_name(7), device="cpu", kinds=[CALIBRATE.kind])
+        store.enter_worker(OTHER, name=worker_name(77), device="cpu", kinds=[CALIBRATE.kind])
+        store.forget_worker(worker_name(7))
+
+        assert [r.id for r in store.workers(alive_s=30)] == [OTHER]
+        assert store.give_again(queue_id(store, stage), alive_s=60.0)
+        assert runnable(store) == [stage]
 
     def test_busy(self, store: JobStore) -> None:
         """A worker's job and stage are listed while it is at it."""
