@@ -75,10 +75,14 @@ def test_commands(folder: Path) -> None:
 
     assert process.returncode == 0, f"{outputs[-1]}\n{error[-4000:]}"
     assert len(outputs) == len(BLOCKS) + 1
-    for (commands, shown), output in zip(BLOCKS, outputs[:-1], strict=True):
-        assert same(shown, output), f"{commands}\n" + "\n".join(
-            difflib.unified_diff(shown.splitlines(), output.splitlines(), "shown", "printed")
+    others = [
+        "\n".join(
+            difflib.unified_diff(shown.splitlines(), output.splitlines(), commands, "printed")
         )
+        for (commands, shown), output in zip(BLOCKS, outputs[:-1], strict=True)
+        if not same(shown, output)
+    ]
+    assert not others, "\n\n".join(others)
 
 
 def same(shown: str, printed: str) -> bool:
