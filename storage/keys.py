@@ -8,12 +8,12 @@ import hashlib
 import secrets
 import uuid
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, and_, exists, func, insert, or_, select, update
 
 from storage.database import Database
-from storage.tables import keys
+from storage.tables import configurations, jobs, keys
 
 _PREFIX = "pho_"
 _SHOWN = 10  # characters of a key that tell it apart from others
@@ -26,6 +26,7 @@ class Key:
         prefix: How the key begins.
         sees_all: Whether it reaches the jobs of all keys, and the dashboard.
         revoked_at: Since when it opens nothing.
+        expires_at: From when on it opens nothing; None is never.
     """
 
     id: uuid.UUID
@@ -34,6 +35,7 @@ class Key:
     sees_all: bool
     created_at: datetime
     revoked_at: datetime | None
+    expires_at: datetime | None
 
 
 class NoSuchKey(LookupError):
@@ -51,19 +53,71 @@ class KeyStore:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def create(self, name: str, *, sees_all: bool) -> tuple[Key, str]:
-        """Make a key; the second value is the secret, which cannot be had again."""
-        secret = _PREFIX + secrets.token_urlsafe(32)
-        values = {
-            "id": uuid.uuid4(),
-            "name": name,
-            "prefix": secret[:_SHOWN],
-            "sha256": key_digest(secret),
-            "sees_all": sees_all,
-        }
+    def create(
+        self, name: str, *, sees_all: bool, lasts: timedelta | None = None
+    ) -> tuple[Key, str]:
+        """
+        Make a key.
+
+        Args:
+            name: For people.
+            sees_all: Whether it reaches the jobs of all keys.
+            lasts: It expires after so long; None is never.
+
+        Returns:
+            The key, and its secret, which cannot be had again.
+        """
         with self.database.transaction() as connection:
-            row = connection.execute(insert(keys).values(values).returning(*KEY_COLUMNS)).one()
-            return Key(**row._mapping), secret
+            return _create(connection, name, sees_all=sees_all, lasts=lasts)
+
+    def rotate(self, prefix: str, *, lasts: timedelta | None = None) -> tuple[Key, str]:
+        """
+        Replace a key by a new one, which has its name and its rights and takes over all its jobs
+        and its entries of the library. The old one is revoked.
+
+        Args:
+            prefix: How the old key begins, or its id.
+            lasts: The new one expires after so long; None is as long as the old one was to last.
+
+        Returns:
+            As :meth:`create`.
+
+        Raises:
+            NoSuchKey: None begins so, or more than one.
+        """
+        old = self._chosen(prefix)
+        if lasts is None and old.expires_at is not None:
+            lasts = old.expires_at - old.created_at
+        with self.database.transaction() as connection:
+            made = _create(connection, old.name, sees_all=old.sees_all, lasts=lasts)
+            _revoke(connection, old.id)
+            _give(connection, old.id, made[0].id)
+            return made
+
+    def take_over(self, prefix: str) -> tuple[Key, int]:
+        """
+        Give a key the jobs that were submitted without one, and their entries of the library.
+
+        Args:
+            prefix: How the key begins, or its id.
+
+        Returns:
+            The key, and how many jobs it got.
+
+        Raises:
+            NoSuchKey: None begins so, or more than one; or it was revoked.
+        """
+        key = self._chosen(prefix)
+        if key.revoked_at is not None:
+            raise NoSuchKey(prefix)
+        with self.database.transaction() as connection:
+            return key, _give(connection, None, key.id)
+
+    def without_key(self) -> int:
+        """How many jobs were submitted without a key, and taken over by none."""
+        with self.database.transaction() as connection:
+            count = select(func.count()).where(jobs.c.owner_id.is_(None))
+            return int(connection.execute(count).scalar_one())
 
     def all(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
@@ -81,50 +135,106 @@ class KeyStore:
         Raises:
             NoSuchKey: None does, or more than one.
         """
+        with self.database.transaction() as connection:
+            return _revoke(connection, self._chosen(prefix).id)
+
+    def _chosen(self, prefix: str) -> Key:
         chosen = [k for k in self.all() if str(k.id) == prefix or k.prefix == prefix]
         if len(chosen) != 1:
             raise NoSuchKey(prefix)
-        with self.database.transaction() as connection:
-            row = connection.execute(
-                update(keys)
-                .where(keys.c.id == chosen[0].id)
-                .values(revoked_at=func.coalesce(keys.c.revoked_at, func.now()))
-                .returning(*KEY_COLUMNS)
-            ).one()
-            return Key(**row._mapping)
+        return chosen[0]
 
     def find(self, secret: str) -> Key | None:
-        """The key that this secret is, if it is one and not revoked."""
-        query = select(*KEY_COLUMNS).where(
-            keys.c.sha256 == key_digest(secret), keys.c.revoked_at.is_(None)
-        )
+        """The key that this secret is, if it is one that opens something."""
+        query = select(*KEY_COLUMNS).where(keys.c.sha256 == key_digest(secret), OPENS)
         with self.database.transaction() as connection:
             row = connection.execute(query).first()
             return None if row is None else Key(**row._mapping)
 
     def is_open(self, key_id: uuid.UUID) -> bool:
-        """Whether a key is there, and not revoked."""
-        query = select(keys.c.id).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
+        """Whether a key is there, and neither revoked nor expired."""
+        query = select(keys.c.id).where(keys.c.id == key_id, OPENS)
         with self.database.transaction() as connection:
             return connection.execute(query).first() is not None
 
     def digests(self) -> set[bytes]:
-        """Return the digests of all keys that are not revoked, by :func:`key_digest`."""
-        query = select(keys.c.sha256).where(keys.c.revoked_at.is_(None))
+        """Return the digests of all keys that open something, by :func:`key_digest`."""
+        query = select(keys.c.sha256).where(OPENS)
         with self.database.transaction() as connection:
             return {bytes(row.sha256) for row in connection.execute(query)}
 
     def exist(self) -> bool:
-        """Whether a key was ever made, even if all are revoked."""
+        """Whether a key was ever made, even if all are revoked or have expired."""
         with self.database.transaction() as connection:
             return connection.execute(select(keys.c.id).limit(1)).first() is not None
 
 
 KEY_COLUMNS = (
     keys.c.id, keys.c.name, keys.c.prefix, keys.c.sees_all, keys.c.created_at, keys.c.revoked_at,
+    keys.c.expires_at,
 )  # fmt: skip
+# What holds of a key that is neither revoked nor expired.
+OPENS = and_(
+    keys.c.revoked_at.is_(None), or_(keys.c.expires_at.is_(None), keys.c.expires_at > func.now())
+)
 
 
 def key_digest(secret: str) -> bytes:
     """What is stored of a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _create(
+    connection: Connection, name: str, *, sees_all: bool, lasts: timedelta | None
+) -> tuple[Key, str]:
+    secret = _PREFIX + secrets.token_urlsafe(32)
+    values = {
+        "id": uuid.uuid4(),
+        "name": name,
+        "prefix": secret[:_SHOWN],
+        "sha256": key_digest(secret),
+        "sees_all": sees_all,
+        "expires_at": None if lasts is None else func.now() + lasts,
+    }
+    row = connection.execute(insert(keys).values(values).returning(*KEY_COLUMNS)).one()
+    return Key(**row._mapping), secret
+
+
+def _revoke(connection: Connection, key_id: uuid.UUID) -> Key:
+    row = connection.execute(
+        update(keys)
+        .where(keys.c.id == key_id)
+        .values(revoked_at=func.coalesce(keys.c.revoked_at, func.now()))
+        .returning(*KEY_COLUMNS)
+    ).one()
+    return Key(**row._mapping)
+
+
+def _give(connection: Connection, giver: uuid.UUID | None, taker: uuid.UUID) -> int:
+    """
+    Give a key what another has, or what nobody has; returns the number of jobs.
+
+    A job keeps its Idempotency-Key unless the taker has used that, too. A configuration that the
+    taker has already stays where it is.
+    """
+    theirs, other = jobs.alias(), configurations.alias()
+    connection.execute(
+        update(jobs)
+        .where(
+            jobs.c.owner_id == giver,  # IS NULL for None
+            exists().where(
+                theirs.c.owner_id == taker, theirs.c.idempotency_key == jobs.c.idempotency_key
+            ),
+        )
+        .values(idempotency_key=None)
+    )
+    moved = connection.execute(update(jobs).where(jobs.c.owner_id == giver).values(owner_id=taker))
+    connection.execute(
+        update(configurations)
+        .where(
+            configurations.c.owner_id == giver,
+            ~exists().where(other.c.owner_id == taker, other.c.sha256 == configurations.c.sha256),
+        )
+        .values(owner_id=taker)
+    )
+    return moved.rowcount

@@ -11,7 +11,7 @@ from datetime import timedelta
 from sqlalchemy import delete, func, insert, select
 
 from storage.database import Database
-from storage.keys import KEY_COLUMNS, Key, key_digest
+from storage.keys import KEY_COLUMNS, OPENS, Key, key_digest
 from storage.tables import keys, sessions
 
 
@@ -31,7 +31,7 @@ class SessionStore:
         Log in with a key, and forget the logins that have expired.
 
         Args:
-            key_id: A key that is not revoked.
+            key_id: A key that opens something.
             hours: How long the login lasts.
 
         Returns:
@@ -51,7 +51,7 @@ class SessionStore:
 
     def find(self, sha256: bytes) -> Key | None:
         """
-        The key that a login stands for, if neither has the login ended nor the key been revoked.
+        The key that a login stands for, if neither it nor the key has ended.
 
         Args:
             sha256: SHA-256 of the token, as :func:`storage.keys.key_digest` gives it.
@@ -62,7 +62,7 @@ class SessionStore:
             .where(
                 sessions.c.sha256 == sha256,
                 sessions.c.expires_at > func.now(),
-                keys.c.revoked_at.is_(None),
+                OPENS,
             )
         )
         with self.database.transaction() as connection:

@@ -75,6 +75,7 @@ keys = Table(
     Column("sees_all", Boolean, nullable=False),  # 1: jobs of every key, and the dashboard
     Column("created_at", _utc, nullable=False, server_default=_now),
     Column("revoked_at", _utc),
+    Column("expires_at", _utc),  # null: never
 )
 
 sessions = Table(  # logins of browsers

@@ -250,7 +250,7 @@ def _no_key(scope: Scope, headers: Headers, secret: str | None) -> ASGIApp:
     elif secret is None:
         detail = "A key is needed, as Authorization: Bearer KEY. `pho keys create` makes one."
     else:
-        detail = "This key is not known, or was revoked. `pho keys create` makes a new one."
+        detail = "This key is not known, has expired, or was revoked. `pho keys create` makes one."
     # Not for what a page of ours loads: a browser would ask for a password in the middle of it.
     by_hand = headers.get("accept", "*/*") == "*/*" and "sec-fetch-mode" not in headers
     is_basic = by_hand and not expired and not scope["path"].startswith("/v1")

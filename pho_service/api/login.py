@@ -42,7 +42,9 @@ async def log_in(request: Request, typed: Typed, service: ServiceParam) -> Respo
         return _form(to, wrong="Type a key.", status=HTTPStatus.UNPROCESSABLE_ENTITY)
     caller = await request.state.admit(secret)
     if not isinstance(caller, Caller) or caller.key_id is None:
-        told = "This key is not known, or was revoked. Check that all of it was pasted."
+        told = (
+            "This key is not known, has expired, or was revoked. Check that all of it was pasted."
+        )
         return _form(to, wrong=told, status=HTTPStatus.FORBIDDEN)
     hours = service.settings.login_hours
     token = await run_in_threadpool(service.sessions.begin, caller.key_id, hours=hours)

@@ -67,10 +67,11 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     ):
         database.migrate()
         keys_needed = not is_local(settings.host)
-        if keys_needed and not any(k.revoked_at is None for k in KeyStore(database).all()):
+        if keys_needed and not KeyStore(database).digests():
             raise InvalidInput(
-                f"--host {settings.host} lets other machines in, and no key exists. Make one with "
-                "`pho keys create NAME`, or serve on 127.0.0.1."
+                f"--host {settings.host} lets other machines in, and no key opens anything: there "
+                "is none, or all were revoked or have expired. Make one with `pho keys create "
+                "NAME`, or serve on 127.0.0.1."
             )
         if settings.database_url is None:
             database.let_read()

@@ -34,7 +34,7 @@ SERVICE_VERBS = {
     "worker": ("serve", "Work for a service, from any machine."),
     "backup": ("backup", "Write everything in a service's database to one file."),
     "restore": ("backup", "Fill an empty database with such a file."),
-    "keys": ("serve", "Create, list and revoke the keys of a service."),
+    "keys": ("serve", "Create, list, rotate and revoke the keys of a service."),
     "submit": ("submit", "Submit a search job to a service."),
     "jobs": ("remote", "List the jobs of a service."),
     "show": ("remote", "Show a job with its progress."),

@@ -1,14 +1,21 @@
 """`pho serve`, `pho worker` and `pho keys`."""
 
 import os
+import re
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput
 from storage.states import StageKind
+
+if TYPE_CHECKING:
+    from storage.keys import Key
 
 
 def _off_the_command_line(
@@ -146,14 +153,40 @@ def worker(database_url: str | None, device: str, stages: str | None) -> None:
     os.execv(sys.executable, command)  # noqa: S606 - our own interpreter
 
 
+class _Span(click.ParamType[timedelta]):
+    """How long a key lasts: hours, days or weeks."""
+
+    name = "SPAN"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        """Return the span that `30d` means, say."""
+        found = re.fullmatch(r"([1-9][0-9]{0,5})([hdw])", value)
+        span = found and int(found[1]) * _UNITS[found[2]]
+        if not span or span > _LONGEST:
+            self.fail(
+                f"{value!r} is not a number of hours, days or weeks, up to a hundred years. Write "
+                "12h, 30d or 52w, say.",
+                param,
+                ctx,
+            )
+        return span
+
+
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+_LONGEST = timedelta(days=36_500)
+
+
 @click.group()
 def keys() -> None:
     """
-    Create, list and revoke the keys of a service.
+    Create, list, rotate and revoke the keys of a service.
 
     \b
     Example:
-      pho keys create laptop
+      pho keys create laptop --expires 90d
+      pho keys rotate pho_AbCdEf
       pho keys revoke pho_AbCdEf
     """
 
@@ -161,16 +194,30 @@ def keys() -> None:
 @keys.command("create")
 @click.argument("name")
 @click.option("--all-jobs", is_flag=True, help="It sees the jobs of all keys, and the dashboard.")
+@click.option(
+    "--expires", type=_Span(), help="After so long, as 12h, 30d or 52w.  [default: never]"
+)
 @service_options
 @verb
-def create_key(name: str, all_jobs: bool, database_url: str | None, data_dir: str | None) -> None:
+def create_key(
+    name: str,
+    all_jobs: bool,
+    expires: timedelta | None,
+    database_url: str | None,
+    data_dir: str | None,
+) -> None:
     """Make a key called NAME and print it, this once."""
     if not name.isprintable() or not 1 <= len(name) <= 100:
         raise InvalidInput(f"the key's name {name!r} is not 1 to 100 printable characters.")
     with _key_store(database_url, data_dir) as store:
-        key, secret = store.create(name, sees_all=all_jobs)
-    say(f"Key {key.name!r}, begins with {key.prefix}. It is not shown again:")
-    click.echo(secret)
+        key, secret = store.create(name, sees_all=all_jobs, lasts=expires)
+        alone = 0 if all_jobs else store.without_key()
+    _print_key(key, secret)
+    if alone:
+        say(
+            f"It does not see jobs that were submitted without a key; there are {alone}. `pho keys "
+            f"take-over {key.prefix}` gives them to it; a key with --all-jobs sees all."
+        )
 
 
 @keys.command("list")
@@ -192,16 +239,51 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
             "prefix": key.prefix,
             "name": key.name,
             "sees": "all jobs" if key.sees_all else "its own jobs",
-            "created_at": f"{key.created_at:%Y-%m-%d %H:%M}",
-            "revoked_at": f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else None,
+            "created_at": _minute(key.created_at),
+            "expires_at": _minute(key.expires_at),
+            "revoked_at": _minute(key.revoked_at),
         }
         for key in found
     ]
     if as_json:
         print_json(rows)
         return
-    columns = ["prefix", "name", "sees", "created_at", "revoked_at"]
-    print_table("Keys", columns, [[row[c] for c in columns] for row in rows])
+    columns = ["prefix", "name", "sees", "created_at", "expires_at", "revoked_at"]
+    print_table("Keys", columns, [[row[c] for c in columns] for row in rows], spare=("created_at",))
+
+
+@keys.command("rotate")
+@click.argument("prefix")
+@click.option(
+    "--expires", type=_Span(),
+    help="After so long.  [default: as long as the old one was to last]",
+)  # fmt: skip
+@service_options
+@verb
+def rotate_key(
+    prefix: str, expires: timedelta | None, database_url: str | None, data_dir: str | None
+) -> None:
+    """
+    Replace the key that begins with PREFIX, and print the new one, this once.
+
+    The new key has the name and the rights of the old one, and takes over its
+    jobs. The old one is revoked at once, and its logins end.
+    """
+    with _key_store(database_url, data_dir) as store, _known(prefix):
+        key, secret = store.rotate(prefix, lasts=expires)
+    say(f"The key that began with {prefix} no longer opens anything; its jobs are the new one's.")
+    _print_key(key, secret)
+
+
+@keys.command("take-over")
+@click.argument("prefix")
+@service_options
+@verb
+def take_over(prefix: str, database_url: str | None, data_dir: str | None) -> None:
+    """Give the key that begins with PREFIX the jobs that were submitted without a key."""
+    with _key_store(database_url, data_dir) as store, _known(prefix):
+        key, count = store.take_over(prefix)
+    say(f"Jobs that key {key.name!r} has got, with what they have found: {count}.")
 
 
 @keys.command("revoke")
@@ -210,22 +292,36 @@ def list_keys(as_json: bool, database_url: str | None, data_dir: str | None) -> 
 @verb
 def revoke_key(prefix: str, database_url: str | None, data_dir: str | None) -> None:
     """Close the key that begins with PREFIX. Its jobs stay."""
-    from storage.keys import NoSuchKey
-
-    with _key_store(database_url, data_dir) as store:
-        try:
-            key = store.revoke(prefix)
-        except NoSuchKey:
-            raise InvalidInput(
-                f"no key, or more than one, begins with {prefix!r}. `pho keys list` shows how "
-                "they begin."
-            ) from None
+    with _key_store(database_url, data_dir) as store, _known(prefix):
+        key = store.revoke(prefix)
     say(f"Key {key.name!r} no longer opens anything.")
 
 
-def _key_store(database_url: str | None, data_dir: str | None) -> Any:
-    from contextlib import contextmanager
+@contextmanager
+def _known(prefix: str) -> Iterator[None]:
+    """Say what is wrong with the beginning of a key."""
+    from storage.keys import NoSuchKey
 
+    try:
+        yield
+    except NoSuchKey:
+        raise InvalidInput(
+            f"no key that can be used so, or more than one, begins with {prefix!r}. `pho keys "
+            "list` shows how they begin."
+        ) from None
+
+
+def _print_key(key: "Key", secret: str) -> None:
+    ends = f", expires at {_minute(key.expires_at)} UTC" if key.expires_at else ""
+    say(f"Key {key.name!r}, begins with {key.prefix}{ends}. It is not shown again:")
+    click.echo(secret)
+
+
+def _minute(time: datetime | None) -> str | None:
+    return None if time is None else f"{time.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def _key_store(database_url: str | None, data_dir: str | None) -> Any:
     from pho_service.api.serving import open_database
     from pho_service.errors import StudyError
     from pho_service.host.settings import read_settings

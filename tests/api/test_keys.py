@@ -4,6 +4,7 @@ import base64
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -149,6 +150,14 @@ def test_revoked(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
     assert before.status_code == 200
     refusal(client.get("/v1/jobs", headers=bearer(secret)), 401, "no_key")
     refusal(client.get("/v1/jobs"), 401, "no_key")
+
+
+def test_expired(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
+    """A key that has expired opens nothing, and the answer says that it may have."""
+    _, secret = keys.create("short", sees_all=True, lasts=timedelta(seconds=-1))
+
+    refused = refusal(client.get("/v1/jobs", headers=bearer(secret)), 401, "no_key")
+    assert "has expired" in refused["detail"]
 
 
 def test_first_key_while_running(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:

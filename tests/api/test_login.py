@@ -118,7 +118,7 @@ def test_wrong_key(client_of: Callable[..., TestClient], secret: str) -> None:
     assert "Type a key." in empty.text
     for answer in wrong:
         assert answer.status_code == 403
-        assert "This key is not known, or was revoked." in answer.text
+        assert "This key is not known, has expired, or was revoked." in answer.text
         assert 'aria-invalid="true"' in answer.text
         assert '<input type="hidden" name="next" value="/new">' in answer.text
         assert "set-cookie" not in answer.headers

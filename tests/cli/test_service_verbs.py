@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -665,6 +666,49 @@ def test_list_keys(pho: Pho, keys: Pho, database_url: str) -> None:
         (prefixes[0], "a", True), (prefixes[1], "b", False),
     ]  # fmt: skip
     assert all(prefix in table for prefix in prefixes)
+
+
+def test_keys_that_expire(pho: Pho, keys: Pho, database: Database, database_url: str) -> None:
+    """A key that expires says when, in the list, too; rotated, it is another that lasts as long."""
+    of = ("--database-url", database_url)
+    made = pho("keys", "create", "short", "--expires", "30d", *of)
+    (key,) = KeyStore(database).all()
+    rotated = keys("rotate", key.prefix)
+    old, new = json.loads(pho("keys", "list", "--json", *of).stdout)
+
+    assert key.expires_at == key.created_at + timedelta(days=30)
+    assert f"expires at {old['expires_at']} UTC" in made.stderr
+    assert KeyStore(database).find(made.stdout.strip()) is None
+    found = KeyStore(database).find(rotated.stdout.strip())
+    assert found is not None
+    assert found.expires_at == found.created_at + timedelta(days=30)
+    assert (new["prefix"], new["name"], new["revoked_at"]) == (found.prefix, "short", None)
+    assert old["revoked_at"] is not None
+
+
+@pytest.mark.parametrize("span", ["", "30", "0d", "-1d", "1.5d", "30 d", "36501d", "never", "٣d"])
+def test_odd_spans(pho: Pho, database: Database, database_url: str, span: str) -> None:
+    """A span that is none is bad usage, with an example of one; no key is made."""
+    result = pho("keys", "create", "x", f"--expires={span}", "--database-url", database_url)
+
+    assert result.exit_code == 2
+    assert "12h, 30d or 52w" in result.stderr
+    assert KeyStore(database).all() == []
+
+
+def test_jobs_without_a_key(keys: Pho, store: JobStore) -> None:
+    """Who makes a key is told of jobs that it does not see, and how to give them to it."""
+    first = NewStage(kind=StageKind.CALIBRATE)
+    store.submit(SPEC, name="n", first=first, trials=1, max_attempts=1)
+    made = keys("create", "mine")
+    prefix = made.stdout[:10]
+    taken = keys("take-over", prefix)
+    keys("revoke", prefix)
+
+    assert f"`pho keys take-over {prefix}` gives them to it" in " ".join(made.stderr.split())
+    assert "key 'mine' has got, with what they have found: 1." in taken.stderr
+    assert "take-over" not in keys("create", "other").stderr
+    assert keys("take-over", prefix).exit_code == 2
 
 
 def test_revoke_nothing(keys: Pho, database: Database) -> None:

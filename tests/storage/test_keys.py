@@ -3,17 +3,20 @@
 import hashlib
 import json
 import uuid
+from datetime import timedelta
 
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 
+from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import KeyStore, NoSuchKey
+from storage.keys import KeyStore, NoSuchKey, key_digest
 from storage.listing import JobFilter
 from storage.records import NewStage
+from storage.sessions import SessionStore
 from storage.states import StageKind
-from storage.tables import jobs, keys
+from storage.tables import configurations, jobs, keys
 
 WEIRD = [
     "",
@@ -39,8 +42,8 @@ def database(shared_database: Database) -> Database:
 def store(database: Database) -> KeyStore:
     """No keys yet, and no jobs."""
     with database.transaction() as connection:
-        connection.execute(delete(jobs))
-        connection.execute(delete(keys))
+        for table in (configurations, jobs, keys):
+            connection.execute(delete(table))
     return KeyStore(database)
 
 
@@ -103,6 +106,81 @@ def test_revoked(store: KeyStore, by: str) -> None:
     assert store.find(other_secret) == other
     assert revoked.id == key.id
     assert revoked.revoked_at is not None
+
+
+def test_expired(store: KeyStore) -> None:
+    """A key opens nothing from its expiry on, nor does a login by it; one without goes on."""
+    key, secret = store.create("short", sees_all=False, lasts=timedelta(hours=1))
+    lasting, _ = store.create("lasting", sees_all=False)
+    sessions = SessionStore(store.database)
+    token = key_digest(sessions.begin(key.id, hours=24.0))
+    before = store.find(secret), sessions.find(token), store.is_open(key.id)
+    with store.database.transaction() as connection:
+        past = func.now() - timedelta(seconds=1)
+        connection.execute(update(keys).where(keys.c.id == key.id).values(expires_at=past))
+
+    assert key.expires_at == key.created_at + timedelta(hours=1)
+    assert before == (key, key, True)
+    assert (store.find(secret), sessions.find(token), store.is_open(key.id)) == (None, None, False)
+    assert key_digest(secret) not in store.digests()
+    assert lasting.expires_at is None
+    assert store.is_open(lasting.id)
+
+
+def test_rotated(store: KeyStore) -> None:
+    """A new key takes over jobs, library, rights and span of an old one, which opens nothing."""
+    old, secret = store.create("mine", sees_all=True, lasts=timedelta(days=30))
+    other, _ = store.create("other", sees_all=False)
+    job, of_other = (submitted(store, owner, idempotency_key="one") for owner in (old.id, other.id))
+    library = ConfigurationStore(store.database)
+    library.add({"pattern": "0.5"}, transfers=[], owner_id=old.id)
+    new, new_secret = store.rotate(old.prefix)
+    lasting, _ = store.rotate(str(new.id), lasts=timedelta(days=1))
+
+    assert (store.find(secret), store.find(new_secret)) == (None, None)
+    assert (new.name, new.sees_all) == ("mine", True)
+    assert new.expires_at == new.created_at + timedelta(days=30)
+    assert lasting.expires_at == lasting.created_at + timedelta(days=1)
+    assert [j.id for j in JobStore(store.database).page(JobFilter(visible_to=lasting.id))] == [job]
+    assert submitted(store, lasting.id, idempotency_key="one") == job
+    assert submitted(store, other.id, idempotency_key="one") == of_other
+    assert library.count(lasting.id) == 1
+
+
+def test_taken_over(store: KeyStore) -> None:
+    """A key gets the jobs of nobody, and none of another's; what it has itself stays as it is."""
+    key, _ = store.create("mine", sees_all=False)
+    other, _ = store.create("other", sees_all=False)
+    own, of_other = (submitted(store, owner, idempotency_key="one") for owner in (key.id, other.id))
+    alone = [submitted(store, None, idempotency_key=name) for name in ("one", "two")]
+    library = ConfigurationStore(store.database)
+    for owner in (key.id, None):
+        library.add({"pattern": "0.5"}, transfers=[], owner_id=owner)
+    library.add({"pattern": "2:4"}, transfers=[], owner_id=None)
+    before = store.without_key()
+    taken = store.take_over(key.prefix)
+
+    assert (before, taken, store.without_key()) == (2, (key, 2), 0)
+    mine = JobStore(store.database).page(JobFilter(visible_to=key.id))
+    assert [j.id for j in mine] == [*alone[::-1], own]
+    assert submitted(store, key.id, idempotency_key="one") == own
+    assert submitted(store, key.id, idempotency_key="two") == alone[1]
+    assert of_other not in [j.id for j in mine]
+    assert (library.count(key.id), library.count(None)) == (2, 1)
+
+
+def submitted(store: KeyStore, owner: uuid.UUID | None, *, idempotency_key: str) -> uuid.UUID:
+    """A job of a key, or of nobody; the same for the same Idempotency-Key."""
+    job, _ = JobStore(store.database).submit(
+        {"model": "org/name"},
+        name="n",
+        first=NewStage(kind=StageKind.CALIBRATE),
+        trials=1,
+        max_attempts=1,
+        owner_id=owner,
+        idempotency_key=idempotency_key,
+    )
+    return job.id
 
 
 def test_revoked_twice(store: KeyStore) -> None:
