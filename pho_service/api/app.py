@@ -33,7 +33,7 @@ from pho_service.api.bodies import BodyLimit
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import KeyGuard, StreamLimit
 from pho_service.api.notify import AT_ONCE, keep_telling
-from pho_service.api.pages import Pages, SafeHeaders
+from pho_service.api.pages import Pages, SafeHeaders, icon
 from pho_service.api.requests import RequestLog
 from pho_service.api.schema import without_null
 from pho_service.api.service import Service
@@ -78,6 +78,7 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
+    app.add_route("/favicon.ico", icon, include_in_schema=False)
     app.router.default = dashboard  # after our own routes, and their 405s
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(StreamLimit, most=settings.max_streams)

@@ -18,7 +18,6 @@ from storage.studies import StorageError, StudyStorage, end_connections
 
 # The dashboard's own paths: they are compiled into its pages, so it cannot be moved.
 _PREFIXES = ("/dashboard", "/api/", "/static/", "/csv/", "/artifacts/")
-_EXACT = ("/favicon.ico",)
 # What its page lacks: a way back. What it has too much: buttons that create, rename, delete and
 # write notes, all of which are refused here.
 _MORE = b"""
@@ -33,7 +32,6 @@ button:has([data-testid="AddBoxIcon"]), button:has([data-testid="EditIcon"]) {
 </style>
 <a id="pho" href="/">PHO: all jobs</a>
 </body>"""
-_ENCODINGS = {"static": b"gzip", "favicon.ico": b"identity"}
 
 
 class Dashboard:
@@ -54,12 +52,10 @@ class Dashboard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        # Its program comes compressed only, its icon compressed is called something else, and both
-        # fail for those who say nothing of that.
-        encoding = _ENCODINGS.get(scope["path"].partition("/")[2].partition("/")[0])
-        if encoding is not None:
+        # Its program comes compressed only, and fails for those who say nothing of that.
+        if scope["path"].startswith("/static/"):
             rest = [h for h in scope["headers"] if h[0] != b"accept-encoding"]
-            scope = {**scope, "headers": [*rest, (b"accept-encoding", encoding)]}
+            scope = {**scope, "headers": [*rest, (b"accept-encoding", b"gzip")]}
         failed = False
         page: Message | None = None  # the start of the answer that is one
         body = b""
@@ -92,7 +88,7 @@ class Dashboard:
 
     async def _refusal(self, scope: Scope) -> JSONResponse | None:
         path = scope["path"]
-        if path not in _EXACT and not path.startswith(_PREFIXES):
+        if not path.startswith(_PREFIXES):
             return problem(404, "not_found", f"Nothing is at {path}. /docs lists what is.")
         if scope["method"] not in ("GET", "HEAD"):
             return problem(

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 from starlette.datastructures import URL, Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -91,6 +92,15 @@ def _ours(name: str) -> Markup:
 @cache
 def _environment() -> Environment:
     return template_environment("pho_service.api", "templates")
+
+
+def icon(_request: Request) -> Response:
+    """The picture beside a page's title, which browsers ask for by themselves, with no key."""
+    return Response(
+        str(_ours("favicon.svg")),
+        media_type="image/svg+xml",
+        headers={"Cache-Control": "max-age=86400"},
+    )
 
 
 def as_page(answer: JSONResponse, scope: Scope) -> Response:

@@ -22,7 +22,6 @@ Refusal = Callable[..., dict[str, Any]]
     [
         ("/dashboard", "text/html"),
         ("/dashboard/studies/1", "text/html"),
-        ("/favicon.ico", "image/"),
         ("/api/meta", "application/json"),
         ("/api/studies", "application/json"),
     ],
@@ -57,9 +56,6 @@ def test_bundle(shared_client: TestClient, encoding: str | None) -> None:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/javascript")
     assert len(answer.content) > 1_000_000
-    icon = shared_client.get("/favicon.ico", headers=headers)
-    assert icon.status_code == 200
-    assert icon.headers["content-type"].startswith("image/")
 
 
 def test_studies(client: TestClient, submit: Submit, hand: Any) -> None:

@@ -55,6 +55,19 @@ def test_led_to_the_login(client: TestClient, secret: str) -> None:
     del secret
 
 
+def test_icon(client: TestClient, secret: str) -> None:
+    """The picture beside a title needs no key, so that the login page has it, too."""
+    answer = client.get("/favicon.ico")
+
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("image/svg+xml")
+    assert answer.headers["cache-control"] == "max-age=86400"
+    assert answer.text.startswith("<svg ")
+    assert client.head("/favicon.ico").status_code == 200
+    assert '<link rel="icon" href="/favicon.ico"' in client.get("/login").text
+    del secret
+
+
 def test_log_in(client: TestClient, secret: str) -> None:
     """The right key leads back to what was asked for; its cookie opens all pages and the API."""
     answer = log_in(client, f" {secret}\n", to=f"{JOB}?a=1")
