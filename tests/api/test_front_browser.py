@@ -226,7 +226,11 @@ def test_skip_link(page: Page, job_of: Callable[..., Any]) -> None:
 def test_refresh(
     page: Page, store: JobStore, job_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list follows its jobs without being loaded again; what is chosen stays, and the focus."""
+    """
+    The list follows its jobs without being loaded again; what is chosen stays, and the focus.
+
+    What is chosen is then compared, and from there it is not far to a report and back.
+    """
     monkeypatch.setattr(job_list, "LIVE_S", 0.2)
     first = job_of(page)
     page.goto("/?sort=created")
@@ -247,6 +251,15 @@ def test_refresh(
     assert page.evaluate("window.kept")
     page.get_by_role("checkbox", name="Choose all on this page").check()
     assert page.locator("[data-rows] :checked").count() == 2
+
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("2 jobs side by side")
+    expect(page.locator(".differs").filter(has_text="State")).to_contain_text("paused")
+    page.get_by_role("link", name=second.name).first.click()
+    page.get_by_role("link", name="Report").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text(second.name)
+    page.get_by_role("link", name="Back to the job").click()
+    expect(page.locator("#head .state")).to_have_text("cancelled")
 
 
 def test_login(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]) -> None:

@@ -4,7 +4,6 @@ import re
 import uuid
 from typing import Any
 
-import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.tuning.pareto import add_point, pareto_study
@@ -15,60 +14,6 @@ from storage.studies import open_storage, open_study, pareto_study_name, study_n
 
 PATTERNS = ["0.3", "2:4"]
 TARGET = {"perplexity_rise": 0.1, "step": 0.2, "lowest": 0.3, "highest": 0.5}
-
-
-@pytest.fixture
-def point(configuration: Any) -> Any:
-    """What a worker stores of a point; with ``study``, as of a target's answer."""
-
-    def of(pattern: str, perplexity: float, study: str = "study") -> dict[str, Any]:
-        document = configuration.model_dump(mode="json")
-        confirmation = {**document["confirmation"], "text": {"source": "book.txt"}}
-        return {
-            "pattern": pattern, "scope": "row" if ":" in pattern else "layer",
-            "sparsity": 0.5 if ":" in pattern else float(pattern), "perplexity": perplexity,
-            "rise": perplexity / 20 - 1, "dense": 20.0, "wanda": 30.0, "ria": None, "proxy": 0.01,
-            "trials": 40, "seconds": 2.5, "study": study, "trial": 3, "warnings": [],
-            "configuration": {
-                **document, "pattern": pattern, "scope": "row" if ":" in pattern else "layer",
-                "confirmation": confirmation, "search": {**document["search"], "study": study},
-            },
-        }  # fmt: skip
-
-    return of
-
-
-@pytest.fixture
-def begin(submit: Any, hand: Any) -> Any:
-    """Submit a job, and calibrate it; gives its id."""
-
-    def of(about: list[str], **asked: Any) -> str:
-        job: str = submit(pattern=None, **asked)["id"]
-        claim = hand.take(job, StageKind.CALIBRATE)
-        stages = [
-            NewStage(kind=StageKind.POINT, number=i, params={"pattern": each})
-            for i, each in enumerate(about)
-        ]
-        provenance = {"model": {"name": "org/name"}}
-        hand.store.complete(claim, {"provenance": provenance, "seconds": 1.0}, add=stages)
-        return job
-
-    return of
-
-
-@pytest.fixture
-def measure(hand: Any, point: Any) -> Any:
-    """End a point of a job."""
-
-    def of(job: str, number: int, perplexity: float) -> dict[str, Any]:
-        claim = hand.take(job, StageKind.POINT, number)
-        result: dict[str, Any] = point(claim.stage.about, perplexity, f"study {number}")
-        finish = [NewStage(kind=StageKind.FINISH)]
-        found = result["configuration"]
-        hand.store.complete(claim, result, then=finish, configuration=found)
-        return result
-
-    return of
 
 
 def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refusal: Any) -> None:

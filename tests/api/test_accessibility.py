@@ -1,0 +1,176 @@
+"""Every kind of page, by axe-core in a real browser, and by its weight."""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from fastapi.testclient import TestClient
+from playwright.sync_api import Browser, sync_playwright
+
+from pho_service.api import listing
+from pho_service.api.job_list import PAGE_SIZE
+from pho_service.spec.perplexities import Perplexities
+from storage.keys import KeyStore
+from storage.states import JobState, StageKind
+
+HEAVIEST = 300_000  # bytes of a page that is not a report
+DARK = (  # what is looked at on a phone in the dark mode, too
+    "list", "job best", "job failed", "form with a plan", "form with errors", "compare",
+    "report of a search", "login",
+)  # fmt: skip
+SHOWN = ("running", "failed", "best", "transfer", "points")  # each with a page of its own
+CONFIG = (
+    '{"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,'
+    ' "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}'
+)
+UNFOLD = "for (const each of document.querySelectorAll('details')) each.open = true"
+FILE = {"name": "model.safetensors", "bytes": 10, "sha256": "0" * 64}
+TRANSFER = {
+    "target": "org/other", "key": "k", "model": {}, "proxies": {"ria": 0.5, "transferred": 0.25},
+    "perplexities": {"ria": 25.0, "transferred": 20.0}, "own": None, "warnings": [],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """One for all tests here."""
+    with sync_playwright() as playwright:
+        # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def jobs(
+    client: TestClient, submit: Any, hand: Any, begin: Any, measure: Any, configuration: Any
+) -> dict[str, str]:
+    """One in each state, and one of each kind, with all that a page can show of it."""
+    found: dict[str, str] = {}
+    for number in range(9):
+        found[f"queued {number}"] = submit()["id"]
+    for state in JobState:
+        found[state] = submit(name=f"{state} one")["id"]
+        hand.bring(found[state], state)
+    running, best = submit(trials=8), submit(trials=8)
+    for job in (running, best):
+        hand.calibrate(job["id"])
+        hand.record(job, 8, failed=3)
+    claim = hand.take(running["id"], StageKind.SEARCH)
+    hand.store.progress(claim, done=8, elapsed_s=50.0, best_value=0.125)
+    hand.search(best["id"])
+    hand.confirm(best["id"], 2)
+    hand.measure(best["id"], 2, 21.5, 1.0)
+    hand.store.log(claim, ["03:00:00 INFO begins"], worker="host:1")
+    good = Perplexities(dense=20.0, pruned=25.0, wanda=40.0)
+    document = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
+    layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
+    claim = hand.take(best["id"], StageKind.FINISH)
+    hand.store.succeed(claim, best=document, warnings=["Care."], result={"layers": layers})
+    assert client.post(f"/v1/jobs/{best['id']}:prune").status_code == 202
+    hand.store.pruned(hand.take(best["id"], StageKind.PRUNE), {"key": "key", "files": [FILE]})
+    moved = client.post(f"/v1/jobs/{best['id']}:transfer", json={"models": ["org/other"]}).json()
+    claim = hand.take(moved["id"], StageKind.TRANSFER)
+    hand.store.transferred(claim, TRANSFER, configuration=document, own=None)
+    points = begin(["0.3", "2:4"], patterns=["0.3", "2:4"])
+    measure(points, 0, 22.0)
+    measure(points, 1, 24.0)
+    hand.store.enter_worker(hand.worker_id, name="host:7", device="cpu", kinds=[*StageKind])
+    return {
+        **found, "running": running["id"], "best": best["id"], "transfer": moved["id"],
+        "points": points,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def pages(
+    client: TestClient,
+    jobs: dict[str, str],
+    tmp_path: Path,
+    keys: KeyStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, str]:
+    """The HTML of every kind of page."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(CONFIG)
+    # Of more than 16 ids, two begin with the same digit.
+    monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")
+    beginning = Counter(job[0] for job in {*jobs.values()}).most_common(1)[0][0]
+    best, failed = jobs["best"], jobs["failed"]
+    paths = {
+        "list": "/",
+        "nothing": "/?state=queued&name=nothing&model=org/name",
+        **{f"job {name}": f"/jobs/{jobs[name]}" for name in SHOWN},
+        "form": "/new",
+        "compare": f"/compare?job={best}&job={jobs['running']}",
+        "report of a search": f"/v1/jobs/{best}/report",
+        "report of a transfer": f"/v1/jobs/{jobs['transfer']}/report",
+        "report of a curve": f"/v1/jobs/{jobs['points']}/report",
+        "report of a failure": f"/v1/jobs/{failed}/report",
+        "files": f"/jobs/{best}/files",
+        "several": f"/jobs/{beginning}",
+        "delete": f"/jobs/{failed}/delete",
+        "not found": f"/jobs/{uuid.UUID(int=0)}",
+        "wrong query": "/?state=odd",
+    }
+    browser = {"Accept": "text/html"}
+    answers = {name: client.get(path, headers=browser) for name, path in paths.items()}
+    planned = {"model": "small", "pattern": "0.5", "verb": "check"}
+    wrong = {"model": "", "pattern": "3:2", "trials": "x", "calibration/samples": "0"}
+    chosen = {"verb": "delete", "job": [failed, jobs["succeeded"], jobs["running"]]}
+    answers |= {
+        "form with a plan": client.post("/new/check", data=planned),
+        "form with errors": client.post("/new", data=wrong),
+        "list with an error": client.post("/jobs", data={"verb": "pause"}),
+        "delete several": client.post("/jobs", data=chosen),
+    }
+    keys.create("first", sees_all=True)
+    answers |= {
+        "login": client.get("/login"),
+        "wrong key": client.post("/login", data={"key": "pho_x"}),
+        "no key": client.post("/new", data=planned, headers=browser),
+    }
+    assert answers["several"].status_code == 300
+    assert answers["form with a plan"].text.count("It fits.") == 1
+    assert {answer.status_code for answer in answers.values()} <= {200, 300, 401, 403, 404, 422}
+    return {name: answer.text for name, answer in answers.items()}
+
+
+def axe_finds(browser: Browser, pages: dict[str, str], *, scheme: Any, width: int) -> list[str]:
+    """What axe-core says against pages, with all that can be unfolded."""
+    size = {"width": width, "height": 900}
+    with browser.new_context(color_scheme=scheme, viewport=size) as context:  # type: ignore[arg-type]
+        page, found = context.new_page(), []
+        for title, text in pages.items():
+            page.set_content(text)
+            page.evaluate(UNFOLD)
+            found += [
+                f"{title}, {scheme}: {rule['id']}, {rule['impact']}: {node['html'][:200]}"
+                for rule in Axe().run(page).response["violations"]
+                for node in rule["nodes"]
+            ]
+    return found
+
+
+def test_pages(browser: Browser, pages: dict[str, str]) -> None:
+    """axe-core finds nothing wrong with any page, and none but a report is heavy."""
+    found = axe_finds(browser, pages, scheme="light", width=1280)
+    found += axe_finds(browser, {name: pages[name] for name in DARK}, scheme="dark", width=420)
+    heavy = [title for title, text in pages.items() if len(text.encode()) > HEAVIEST]
+
+    assert found == []
+    assert [title for title in heavy if not title.startswith("report")] == []
+
+
+def test_full_list(client: TestClient, submit: Any) -> None:
+    """Nor is the list heavy where it is full of long names."""
+    for number in range(PAGE_SIZE):
+        submit(name=f"{number} {'n' * 90}", model=f"org/{number}{'m' * 90}")
+    answer = client.get("/")
+
+    assert answer.text.count('<tr id="job-') == PAGE_SIZE
+    assert len(answer.content) < HEAVIEST
