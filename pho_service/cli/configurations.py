@@ -31,6 +31,10 @@ GAINS = {
 @click.option("--family", help="model_type of the model that it is for: llama, gemma3_text.")
 @click.option("--parameters", type=int, help="Number of parameters of that model.")
 @click.option("--limit", type=int, default=10, show_default=True, help="At most so many.")
+@click.option(
+    "--why", is_flag=True, help="The reasons of each for its place, not of the first alone."
+)
+@click.option("--all", "others", is_flag=True, help="Those of another pattern or scope, too.")
 @library_option
 @json_option
 @click.pass_context
@@ -42,6 +46,8 @@ def configurations(
     family: str | None,
     parameters: int | None,
     limit: int,
+    why: bool,
+    others: bool,
     library: str | None,
     as_json: bool,
 ) -> None:
@@ -50,12 +56,13 @@ def configurations(
 
     They are ranked by pattern, by the similarity of the models, and by what
     was measured: the gain over RIA where they were found, and where they were
-    taken to. The reasons are printed with them.
+    taken to. The reasons of the first are printed below the table. JSON has all
+    of them, and whether each fits.
 
     \b
     Example:
       pho configurations --pattern 2:4 --family llama
-      pho configurations --library shared/configurations --pattern 0.5
+      pho configurations --library shared/configurations --pattern 0.5 --why
     """
     if context.invoked_subcommand is not None:
         return
@@ -72,7 +79,13 @@ def configurations(
             "configurations import FILE...` those of others."
         )
         return
-    known = [by for by in GAINS if any(any(_gains(match, by)) for match in found)]
+    listed = [match for match in found if match["fits"] or others]
+    left_out = len(found) - len(listed)
+    if left_out:
+        say(f"Left out, as they are of another pattern or scope: {left_out}. --all lists them.")
+    if not listed:
+        return
+    known = [by for by in GAINS if any(any(_gains(match, by)) for match in listed)]
     print_table(
         "Configurations, the most promising first",
         (
@@ -92,14 +105,14 @@ def configurations(
                 match["method"],
                 *(cell for by in known for cell in _gains(match, by)),
             )
-            for match in found
+            for match in listed
         ],
         caption="Gain in perplexity: the share of RIA's that is saved where it was found; by "
         "divergence: as the divergence from the dense model tells; in the proxy: the share of "
         "RIA's proxy. Expected: on the model that is asked for.",
         spare=(*(f"{GAINS[by]}, expected" for by in known), "method", "scope"),
     )
-    for match in found:
+    for match in listed if why else listed[:1]:
         tell(f"{match['id']}: {'fits' if match['fits'] else 'does not fit'}")
         for reason in match["reasons"]:
             tell(f"  {reason}")

@@ -80,7 +80,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_folder(pho: Pho, folder: Path) -> None:
     """A folder's configurations are listed by name, best first, with numbers and reasons."""
-    result = pho("configurations", "--library", folder, "--pattern", "0.5", "--family", "opt")
+    words = ("--library", folder, "--pattern", "0.5", "--family", "opt", "--all", "--why")
+    result = pho("configurations", *words)
     table, _, reasons = result.stdout.partition("good.json: ")
     rows = [line.split() for line in table.splitlines() if ".json" in line]
 
@@ -94,7 +95,22 @@ def test_folder(pho: Pho, folder: Path) -> None:
     assert "on opt, 25.0% above RIA's perplexity" in reasons
     assert "group.json: does not fit\n  pattern 2:4, scope row, but 0.5 is asked for" in reasons
     assert "Note: left out: " in result.stderr
-    assert "notes.json is no configuration of PHO" in result.stderr
+    assert "notes.json is not a configuration of PHO" in result.stderr
+
+
+def test_short_list(pho: Pho, folder: Path) -> None:
+    """Only what fits is listed, and why the first is the first; what is left out is counted."""
+    words = ("configurations", "--library", folder, "--family", "opt")
+    result = pho(*words, "--pattern", "0.5")
+    nothing = pho(*words, "--pattern", "1:4")
+
+    assert "failed.json" in result.stdout
+    assert "group.json" not in result.stdout
+    assert result.stdout.count(": fits\n") == 1
+    assert "good.json: fits\n  pattern 0.5, scope layer\n" in result.stdout
+    assert "another pattern or scope: 1. --all lists them." in result.stderr
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "another pattern or scope: 3. --all lists them." in nothing.stderr
 
 
 def test_folder_json(pho: Pho, folder: Path) -> None:
@@ -222,7 +238,7 @@ def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
     words = ["--pattern", "0.5", "--family", "opt", "--parameters", 134_515_008]
     listed = done(remote("configurations", *words, "--json"))
     from_folder = done(remote("configurations", "--library", folder, *words, "--json"))
-    table = remote("configurations", "--library", url, *words).stdout
+    table = remote("configurations", "--library", url, *words, "--all", "--why").stdout
 
     assert [each["id"] for each in listed] == ids
     for ours, theirs in zip(listed, from_folder, strict=True):
