@@ -76,7 +76,7 @@ def test_wheel_files(wheel: zipfile.ZipFile, package: str) -> None:
     wanted = {
         file.relative_to(ROOT).as_posix()
         for file in (ROOT / package).rglob("*")
-        if file.suffix in (".py", ".mako", ".html", ".css", ".js", ".typed")
+        if file.suffix in (".py", ".mako", ".html", ".css", ".js", ".svg", ".typed")
     }
 
     assert f"{package}/py.typed" in wanted
