@@ -274,9 +274,10 @@ def best(
     Get the best configuration: the config.json that `pho search` writes.
 
     A job with patterns has one for each; that of a target is of the sparsity that it has found.
+    Models and texts of the service's folders are named from there, without the path to them.
     """
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = job.with_tasks(configuration_of(job, pattern))
+    found = service.access.without_places(job.with_tasks(configuration_of(job, pattern)))
     text = json.dumps(found, indent=2) + "\n"
     return Response(text, media_type="application/json")
 

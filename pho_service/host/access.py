@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from pho_service.errors import InvalidInput, PhoError
 from pho_service.host.dataset_card import check_cards
@@ -134,6 +135,22 @@ class Access:
             return _on_hub(name, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
         return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS", _dataset_files))
 
+    def without_places(self, document: Any) -> Any:
+        """
+        Return a document without where its models and texts lie on this machine.
+
+        Args:
+            document: JSON values. A path below the folders for models or texts is named from
+                there, as a job may name it; one that would then mean another file stays.
+        """
+        if isinstance(document, dict):
+            return {key: self.without_places(value) for key, value in document.items()}
+        if isinstance(document, list):
+            return [self.without_places(value) for value in document]
+        if not isinstance(document, str) or not document.startswith("/"):
+            return document
+        return _named_below(document, self.model_roots, self.text_roots)
+
 
 def check_data_file(data_file: str) -> None:
     """
@@ -150,6 +167,16 @@ def check_data_file(data_file: str) -> None:
 def _placed(name: str, source: str) -> str:
     local = Path(source).is_absolute() and not is_path(name)
     return f"./{name}" if local and len(name) <= _MOST_PLACED else name
+
+
+def _named_below(path: str, *kinds: tuple[Path, ...]) -> str:
+    for roots in kinds:
+        for root in roots:
+            if Path(path) != root and Path(path).is_relative_to(root):
+                name = str(Path(path).relative_to(root))
+                first = next((r for r in roots if _resolved(r, name) and (r / name).exists()), root)
+                return name if first == root else path
+    return path
 
 
 def is_path(name: str) -> bool:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.samplers import MAX_TRIALS
 from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
+from storage.tables import jobs
 
 Submit = Callable[..., dict[str, Any]]
 Refusal = Callable[..., dict[str, Any]]
@@ -528,6 +530,21 @@ def test_best(
 
     assert answer.headers["content-type"] == "application/json"
     assert answer.content == (tmp_path / "config.json").read_bytes()
+
+
+def test_best_without_places(
+    client: TestClient, submit: Submit, hand: Any, configuration: Configuration, tmp_path: Path
+) -> None:
+    """The best configuration, which is shared, does not say where the service's folders lie."""
+    job = submit()["id"]
+    hand.succeed(job)
+    lies = {"name": str(tmp_path / "org" / "mine"), "family": "llama"}
+    found = {**configuration.model_dump(mode="json"), "model": lies}
+    with hand.store.database.transaction() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == uuid.UUID(job)).values(best=found))
+
+    shown = client.get(f"/v1/jobs/{job}/best").json()
+    assert shown == {**found, "model": {"name": "org/mine", "family": "llama"}}
 
 
 @pytest.mark.parametrize("state", [s for s in JobState if s is not JobState.SUCCEEDED])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_model_below_a_root(access: Access, disk: Path, name: str, below: str) -
     """A folder or file below a root is found, and given with its absolute path."""
     assert access.model(name) == str(disk / "models" / below)
     assert access.model(str(disk / "models" / name)) == str(disk / "models" / below)
+
+
+def test_without_places(access: Access, disk: Path) -> None:
+    """Paths below a root are named from there; the rest stays, and what would mean another file."""
+    model, text = str(disk / "models" / "org" / "local"), str(disk / "texts" / "gone.txt")
+    document = {"model": {"name": model}, "texts": [text, 7, None], "other": "/elsewhere/x"}
+    shown = access.without_places(document)
+    (disk / "models-too" / "org" / "local").mkdir(parents=True)
+    two = replace(access, model_roots=(disk / "models-too", disk / "models"))
+
+    assert shown == {
+        "model": {"name": "org/local"}, "texts": ["gone.txt", 7, None], "other": "/elsewhere/x",
+    }  # fmt: skip
+    assert access.model(shown["model"]["name"]) == model
+    assert two.without_places([model, str(disk / "models")]) == [model, str(disk / "models")]
 
 
 TRICKS = [
