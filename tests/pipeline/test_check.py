@@ -401,10 +401,10 @@ def test_missing_key(pruned: Pruned, model: LanguageModel, keys: tuple[str, ...]
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"keep": 5}, "no pattern"),
+        ({"keep": 5}, "not a pattern"),
         ({"keep": None}, "both be given"),
         ({"group": 0, "keep": 0}, "greater than or equal to 1"),
-        ({"group": 65}, "no pattern"),
+        ({"group": 65}, "not a pattern"),
         ({"sparsity": 1.5}, "less than or equal"),
         ({"sparsity": "0.5"}, "valid number"),
         ({"sparsity": float("nan")}, "finite"),
