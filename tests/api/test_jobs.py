@@ -740,7 +740,7 @@ def test_extend_twice_at_once(
         ({"trials": 1.5}, "/trials", "integer"),
         ({"trials": True}, "/trials", "integer"),
         ({"trials": MAX_TRIALS + 1}, "/trials", "10000"),
-        ([5], "", "no JSON object"),
+        ([5], "", "not a JSON object"),
         (None, "", ""),
     ],
 )
