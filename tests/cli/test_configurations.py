@@ -180,7 +180,7 @@ def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
         ("--library {folder} --limit 0", 2, "--limit 0 is below 1"),
         ("--library {folder} --parameters 0", 2, "--parameters 0 is below 1"),
         ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
-        ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is no configuration"),
+        ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is not a configuration"),
         ("import none.json", 1, "none.json cannot be read"),
         ("import {folder}/sub", 1, "sub holds no configuration"),
         ("export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
@@ -230,7 +230,7 @@ def test_import_folder(remote: Pho, folder: Path) -> None:
     assert result.exit_code == 0
     assert names == [str(folder / f"{name}.json") for name in ("failed", "good", "group")]
     assert result.stderr.count("Note: left out: ") == 1
-    assert "notes.json is no configuration" in result.stderr
+    assert "notes.json is not a configuration" in result.stderr
 
 
 def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
@@ -484,8 +484,6 @@ def test_prune_from_a_service(
         (PRUNE[6:] + " --library {folder} --pattern 0.6", 1,
          "has nothing for 0.6, and the best coefficients differ from pattern to pattern. It has "
          "0.5 in scope layer, 2:4 in scope row."),
-        # Before a model is read, which may take minutes:
-        ("none --out pruned --from-library --library {folder} --pattern 0.6", 1, "nothing for 0.6"),
         (PRUNE[6:] + " --library {folder} --pattern 0.5 --scope row", 1,
          "has nothing for 0.5 in scope row, "),
         (PRUNE[6:] + " --library {config} --pattern 0.5", 1, "good.json is no folder"),
