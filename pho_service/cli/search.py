@@ -103,7 +103,7 @@ def search(
     path = out_file(out)
     check_study_url(study)
     check_models(models, given("revision"))
-    if given("confirm/text") is not None:
+    if given("confirm/text") is not None and len(models) == 1:  # several take none
         file_source(given("confirm/text"))
     bounds = {"step": step, "lowest": lowest, "highest": highest}
     target = within_target.given_target(within, given, bounds)
