@@ -106,6 +106,7 @@ def curve(
     specs = [point_spec(model, given, each) for each in asked]
     requests = [spec.request(0) for spec in specs]
     folder = _folder(out)
+    _refuse_bundle(model)
     check_models([model], given("revision"))
     if given("confirm/text") is not None:
         file_source(given("confirm/text"))
@@ -167,11 +168,7 @@ class OpenedCurve:
         from pho_service.pipeline.curve import check_patterns
         from pho_service.pipeline.rating import Subject
 
-        if is_bundle(spec.model):
-            raise InvalidInput(
-                f"{spec.model} is a bundle: each point is measured by perplexity, which needs the "
-                "model. Give the model instead; its calibration is taken from the cache."
-            )
+        _refuse_bundle(spec.model)
         assert spec.confirm is not None  # there is no option for that
         source, settings = calibration_source(spec.calibration), given.calibration().settings()
         model = open_model(spec.model, options)
@@ -239,6 +236,15 @@ def show_points(points: "Sequence[CurvePoint]") -> None:
         table.caption, table.columns, table.rows, caption=caption,
         spare=("trials", "seconds", "proxy", "scope"),
     )  # fmt: skip
+
+
+def _refuse_bundle(name: str) -> None:
+    """Raise InvalidInput for a bundle."""
+    if is_bundle(name):
+        raise InvalidInput(
+            f"{name} is a bundle: each point is measured by perplexity, which needs the model. Give "
+            "the model instead; its calibration is taken from the cache."
+        )
 
 
 def _folder(name: str) -> Path:
