@@ -242,8 +242,8 @@ def _refuse_bundle(name: str) -> None:
     """Raise InvalidInput for a bundle."""
     if is_bundle(name):
         raise InvalidInput(
-            f"{name} is a bundle: each point is measured by perplexity, which needs the model. Give "
-            "the model instead; its calibration is taken from the cache."
+            f"{name} is a bundle: each point is measured by perplexity, which needs the model. "
+            "Give the model instead; its calibration is taken from the cache."
         )
 
 
