@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is c
 
 .PHONY: demo test suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
-demo: install ## the main job on a real model, in less than ten minutes; what an interrupted run has found is kept
+demo: install ## the main job on a real model; what an interrupted run has found is kept
 	rm -rf demo/pruned # which pho demo would not write over
 	$(BIN)/pho demo --out demo
 

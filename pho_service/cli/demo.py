@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
 
-# So little that all of it takes less than ten minutes on 2 cores.
+# Few windows: the demo shows what there is, and does not measure for good.
 CONTEXT_LENGTH = 512
 CALIBRATION_WINDOWS, FISHER_WINDOWS, CONFIRMATION_WINDOWS, REPORT_WINDOWS = 8, 4, 4, 8
 SHOWN = ("score", "crepe-plus", "best")

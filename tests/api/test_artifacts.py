@@ -295,11 +295,11 @@ def test_pages(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     button = f'action="/jobs/{job}/prune"'
-    before = client.get("/").text
+    before = client.get(f"/jobs/{job}").text
     form = {"view": ""}
     answer = client.post(f"/jobs/{job}/prune", data=form, headers={"Sec-Fetch-Site": "same-origin"})
     prune(job)
-    after, files = client.get("/").text, client.get(f"/jobs/{job}/files").text
+    after, files = client.get(f"/jobs/{job}").text, client.get(f"/jobs/{job}/files").text
 
     assert button in before
     assert answer.status_code == 200
