@@ -91,7 +91,7 @@ def test_unexpected(
     http: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What nobody expected is a problem with an id, and in the log with its cause."""
-    monkeypatch.setattr(http.app.state.service.jobs, "page", lambda **_: 1 / 0)
+    monkeypatch.setattr(http.app.state.service.jobs, "page", lambda *_, **__: 1 / 0)
     answer = http.get("/v1/jobs", headers={"X-Request-ID": "mine"})
     (failed,) = [r for r in caplog.records if r.exc_info]
 
