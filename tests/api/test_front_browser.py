@@ -310,5 +310,5 @@ def test_description(page: Page, url: str) -> None:
     go(page, "API")
     page.keyboard.press("Enter")
 
-    expect(page.get_by_text("/v1/jobs/{job_id}:cancel")).to_be_visible()
+    expect(page.get_by_text("/v1/jobs/{job_id}:cancel")).to_be_visible(timeout=30_000)
     assert [each for each in asked if not each.startswith((url, "data:"))] == []
