@@ -35,6 +35,9 @@ from storage.embedded import embedded_postgresql
 
 VOCABULARY = 256
 
+# pytest-xdist says how wide the terminal is; tests print into pipes, which have no width.
+os.environ.pop("COLUMNS", None)
+
 # The same examples each time, and few; `make fuzz` takes others, and many. Tests choose one of the
 # two by name: as a default, "suite" would change what schemathesis comes upon.
 settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, database=None)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from fastapi.testclient import TestClient
 
@@ -17,6 +18,7 @@ from pho_service.api import form
 from pho_service.api.form import MORE, form_fields, sections, without_field
 from pho_service.api.form_document import Typed, typed_as
 from pho_service.api.new_job import router
+from pho_service.cli import main
 from pho_service.cli.submit import job_document
 from pho_service.cli.submit import submit as submit_verb
 from pho_service.spec.job import JobSpec
@@ -633,7 +635,8 @@ def _submitted(command: str) -> JobSpec:
         return JobSpec.model_validate_json(document)
     program, verb, *rest = shlex.split(line)
     assert (program, verb) == ("pho", "submit")
-    asked = submit_verb.make_context("submit", rest).params
+    parent = click.Context(main, **main.context_settings)  # click remembers what it is given first
+    asked = submit_verb.make_context("submit", rest, parent=parent).params
     assert asked["url"] == "http://127.0.0.1:8000"
     return JobSpec.model_validate(job_document(asked["models"], asked["job_file"], asked["given"]))
 

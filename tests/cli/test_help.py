@@ -28,7 +28,8 @@ def test_verb_help(pho: Pho, verb: str) -> None:
     assert result.exit_code == 0
     assert re.search(rf"Example:\n\s+pho {verb} ", result.stdout)
     assert "--json" in result.stdout or verb in ("serve", "worker", "keys", "backup", "restore")
-    assert pho(verb, "-h").stdout == result.stdout
+    short = pho(verb, "-h")
+    assert short.stdout == result.stdout, repr(short.exception)
 
 
 def test_version(pho: Pho) -> None:

@@ -153,7 +153,7 @@ def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
     [
         ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
         ("UPDATE pho.alembic_version SET version_num = '4711'",
-         r"by a newer PHO.*4711.*up to 0009\. Install"),
+         r"by a newer PHO.*4711.*up to 0010\. Install"),
         ("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'",
          r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
     ],
