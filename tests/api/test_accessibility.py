@@ -2,14 +2,13 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from pho_service.api import listing
 from pho_service.api.job_list import PAGE_SIZE
@@ -33,16 +32,6 @@ TRANSFER = {
     "target": "org/other", "key": "k", "model": {}, "proxies": {"ria": 0.5, "transferred": 0.25},
     "perplexities": {"ria": 25.0, "transferred": 20.0}, "own": None, "warnings": [],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    """One for all tests here."""
-    with sync_playwright() as playwright:
-        # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from pho_service.api import job_list
 from pho_service.api.app import create_app
@@ -28,16 +28,6 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
     "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    """One for all tests here."""
-    with sync_playwright() as playwright:
-        # Without its sandbox, as root may start it nowhere else; it sees nothing but our pages.
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
