@@ -26,7 +26,7 @@ from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.records import Claim, Job, LostClaim, NewStage
 from storage.states import JobState, StageKind
-from storage.tables import jobs, stages
+from storage.tables import jobs, keys, stages
 
 BEST = {"pattern": "0.5", "scope": "layer", "coefficients": {"row": 0.1 + 0.2, "ü": [None, 1]}}
 FINISH = NewStage(kind=StageKind.FINISH)
@@ -336,7 +336,10 @@ def old_job(older: Database) -> Callable[..., uuid.UUID]:
 
 def test_migration(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
     """Whatever jobs have found is in the library afterwards, with its owner and its time."""
-    owner = KeyStore(older).create("old", sees_all=False)[0].id
+    owner = uuid.uuid4()
+    key = {"id": owner, "name": "old", "prefix": "pho_", "sha256": b"", "sees_all": False}
+    with older.transaction() as connection:
+        connection.execute(insert(keys).values(key))  # with the columns of that time
     finished = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
     first = old_job(BEST, owner_id=owner, finished_at=finished)
     old_job(None, state=JobState.FAILED)

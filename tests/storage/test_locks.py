@@ -1,6 +1,7 @@
 """Taking turns by way of the database."""
 
 import threading
+import time
 from contextlib import closing
 
 import pytest
@@ -68,10 +69,18 @@ def test_left_by_an_error(database: Database) -> None:
 
 def test_frozen(database: Database) -> None:
     """Whose transaction the server has ended holds up nobody, and goes on."""
-    with taking_turns(database, "bundle", stop):
+    tries = iter(range(300))
+
+    def end_transactions_again() -> None:  # they are busy while they ping, and end a moment later
+        time.sleep(0.1)
         end_transactions(database)
-        with taking_turns(database, "bundle", stop):
-            pass
+        assert next(tries, None) is not None, "the lock is still held"
+
+    with (
+        taking_turns(database, "bundle", stop),
+        taking_turns(database, "bundle", end_transactions_again),
+    ):
+        pass
 
 
 def test_without_a_database(caplog: pytest.LogCaptureFixture) -> None:
