@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.database import Database
-from storage.queue import take_out
+from storage.queue import something_waits, take_out
 from storage.records import Claim, LostClaim, NoSuchJob
 from storage.rows import (
     LOG,
@@ -289,6 +289,30 @@ class ClaimStore:
             job = claimed_job(connection, claim)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
             return job.state.may_work
+
+    def another_waits(self, claim: Claim, kinds: Sequence[StageKind]) -> bool:
+        """Whether another job, of this priority or a higher one, waits for a worker of kinds."""
+        job = claim.job
+        with self.database.transaction() as connection:
+            return something_waits(connection, kinds, priority=job.priority, but_of=job.id)
+
+    def end_turn(self, claim: Claim) -> bool:
+        """
+        Put a stage down unfinished, behind whatever waits by now.
+
+        Returns:
+            False: its entry in the queue has done its part, another one stands for the stage.
+
+        Raises:
+            LostClaim: The stage is another worker's.
+        """
+        with self.database.transaction() as connection:
+            job = claimed_job(connection, claim)
+            put_down(connection, job, claim.stage.id, claim.stage.failures)
+            if job.state.may_work:
+                lock = (claim.stage.params or {})["lock"]
+                enqueue_stage(connection, job, claim.stage.id, claim.stage.kind, lock, behind=True)
+            return False
 
     def give_up(self, claim: Claim) -> None:
         """

@@ -95,10 +95,16 @@ def add_stages(connection: Connection, job: Job, new: Sequence[NewStage]) -> Non
 
 
 def enqueue_stage(
-    connection: Connection, job: Job, stage_id: int, kind: StageKind, lock: str | None
+    connection: Connection,
+    job: Job,
+    stage_id: int,
+    kind: StageKind,
+    lock: str | None,
+    *,
+    behind: bool = False,
 ) -> None:
     """Put a stage into the queue; an entry that it had before stands for nothing."""
-    queue_id = enqueue(connection, stage_id, kind, priority=job.priority, lock=lock)
+    queue_id = enqueue(connection, stage_id, kind, priority=job.priority, lock=lock, behind=behind)
     update_stage(connection, stage_id, queue_id=queue_id)
 
 

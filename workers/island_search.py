@@ -116,3 +116,4 @@ class IslandSearch:
         )
         if not state.may_work:
             raise HandBack
+        self._watch.look_for_others()

@@ -113,7 +113,7 @@ def _found(
             progress=watch.progress,
             dense=known[0].dense if known else None,
             fence=lambda: store.fence(claim, storage),
-            callbacks=[_Told(store, claim, spec, study)],
+            callbacks=[_Told(store, claim, spec, study, watch)],
         )
         point = points.find(request, str(request.pattern))
         with store.fence(claim, storage):
@@ -173,8 +173,10 @@ def finish_points(store: JobStore, claim: Claim, spec: JobSpec) -> None:
 class _Told:
     """Called after each new trial: says how far the search is, and counts what has failed."""
 
-    def __init__(self, store: JobStore, claim: Claim, spec: JobSpec, study: optuna.Study) -> None:
-        self._store, self._claim, self._spec = store, claim, spec
+    def __init__(
+        self, store: JobStore, claim: Claim, spec: JobSpec, study: optuna.Study, watch: Watch
+    ) -> None:
+        self._store, self._claim, self._spec, self._watch = store, claim, spec, watch
         self._began = self._told = time.monotonic()
         trials = study.get_trials(deepcopy=False)
         self._failed = sum(trial.state is TrialState.FAIL for trial in trials)
@@ -201,6 +203,7 @@ class _Told:
         )
         if not state.may_work:
             raise HandBack
+        self._watch.look_for_others()
 
     def _check(self, trial: FrozenTrial) -> None:
         most = self._spec.max_failed_trials

@@ -63,7 +63,7 @@ from workers.subjects import bundle_of, bundles_of, subject_of
 from workers.tasks import after_result, tasks_stage
 from workers.transfers import transfer_stage
 from workers.warm_start import started, warmed
-from workers.watch import Watch
+from workers.watch import Turns, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,16 @@ class Stages:
         store: Store of the jobs.
         inputs: Inputs of this worker.
         stopping: Set when the worker is to stop: the stage is put down.
+        turns: How searches share the worker.
     """
 
-    def __init__(self, store: JobStore, inputs: Inputs, stopping: threading.Event) -> None:
+    def __init__(
+        self, store: JobStore, inputs: Inputs, stopping: threading.Event, turns: Turns
+    ) -> None:
         self.store = store
         self.inputs = inputs
         self.stopping = stopping
+        self.turns = turns
 
     def run(self, claim: Claim) -> None:
         """
@@ -98,7 +102,7 @@ class Stages:
             self._run(claim)
 
     def _run(self, claim: Claim) -> None:
-        watch = Watch(self.store, claim, self.stopping)
+        watch = Watch(self.store, claim, self.stopping, self.turns)
         of_their_own = {
             StageKind.TRANSFER: transfer_stage,
             StageKind.POINT: point_stage,

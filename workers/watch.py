@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pho_service.progress import Advance
 from storage.jobs import JobStore
 from storage.records import Claim
+from storage.states import StageKind
 from storage.studies import DatabaseGone
 
 logger = logging.getLogger(__name__)
@@ -23,15 +25,50 @@ class HandBack(Exception):
     """The stage is put down unfinished: its job may not work now, or the worker stops."""
 
 
-class Watch:
-    """Looks now and then whether a stage may go on."""
+class TurnOver(HandBack):
+    """The search is put down for the stage of another job, and waits behind it."""
 
-    def __init__(self, store: JobStore, claim: Claim, stopping: threading.Event) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """
+    The turns in which searches share a worker.
+
+    Attributes:
+        seconds: That one keeps it while another job waits; 0 means until it is done.
+        kinds: Stages that the worker does.
+    """
+
+    seconds: float = 0.0
+    kinds: tuple[StageKind, ...] = tuple(StageKind)
+
+
+class Watch:
+    """
+    Looks now and then whether a stage may go on.
+
+    Args:
+        store: Store of the jobs.
+        claim: Claim of the stage.
+        stopping: Set when the worker is to stop.
+        turns: How it shares the worker, if it is a search.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        claim: Claim,
+        stopping: threading.Event,
+        turns: Turns,
+    ) -> None:
         self._store = store
         self._claim = claim
         self._stopping = stopping
         self._looked = time.monotonic()
         self._step: dict[str, Any] | None = None
+        self._turns = turns
+        self._turn_ends: float | None = None  # once the search rates
+        self._other_waited = False
 
     def look(self, *, now: bool = False) -> None:
         """
@@ -50,6 +87,23 @@ class Watch:
             self._looked = time.monotonic()
             if not may_work:
                 raise HandBack
+
+    def look_for_others(self) -> None:
+        """
+        Raise TurnOver if the search has had its turn, and another job still waits for the worker.
+
+        Called between trials. A worker that is free has a second to take what waits.
+        """
+        now = time.monotonic()
+        if self._turn_ends is None:
+            self._turn_ends = now + self._turns.seconds
+        if self._turns.seconds == 0 or now < self._turn_ends:
+            return
+        self._turn_ends = now + LOOK_EVERY_S
+        waits = self._store.another_waits(self._claim, self._turns.kinds)
+        if waits and self._other_waited:
+            raise TurnOver
+        self._other_waited = waits
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Advance]:

@@ -55,7 +55,7 @@ from workers.hold import PATIENCE_S, Hold
 from workers.inputs import Inputs
 from workers.process import own_folder, start_anew
 from workers.stages import Stages
-from workers.watch import HandBack
+from workers.watch import HandBack, TurnOver, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,8 @@ class _Worker:
         self.device_lost = False  # a new process should take this one's place
         self._entered = False  # once the tables are there
         self._inputs = inputs
-        self._stages = Stages(self._store, inputs, self._stopping)
+        turns = Turns(seconds=settings.turn_s, kinds=options.kinds)
+        self._stages = Stages(self._store, inputs, self._stopping, turns)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -314,6 +315,9 @@ class _Worker:
         except LostClaim:
             logger.warning("%s of job %s is another worker's now", claim.stage.kind, claim.job.id)
             return None, 0.0
+        except TurnOver:
+            logger.info("%s of job %s waits for its next turn", claim.stage.kind, claim.job.id)
+            return functools.partial(self._store.end_turn, claim), 0.0
         except (HandBack, DatabaseGone):
             return functools.partial(self._store.hand_back, claim), 0.0
         except DeviceLost as error:

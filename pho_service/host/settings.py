@@ -65,6 +65,7 @@ class Settings(BaseSettings):
         stalled_after_s: Without a report for so long, a worker's stage is given to another.
         stop_after_s: How long `pho serve` waits for workers when it stops.
         retry_after_s: Before a failed stage is tried again.
+        turn_s: How long a search keeps a worker while another job waits; 0 means to its end.
         log_format: ``text`` for people, ``json`` for programs; for the service and its workers.
         traces: Whether requests and stages are told to OpenTelemetry.
         api_url, api_key: For `pho submit` and the other verbs that talk to a service.
@@ -110,6 +111,7 @@ class Settings(BaseSettings):
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
     stop_after_s: Seconds = Field(default=60.0, gt=0)
     retry_after_s: Seconds = Field(default=5.0, ge=0)
+    turn_s: Seconds = Field(default=60.0, ge=0)
     log_format: LogFormat = "text"
     traces: bool = False
     api_url: str = "http://127.0.0.1:8000"

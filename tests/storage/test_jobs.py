@@ -726,6 +726,7 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "fail": lambda s, c: s.fail(c, ERROR, retry=False),
     "hand_back": lambda s, c: s.hand_back(c),
     "give_up": lambda s, c: s.give_up(c),
+    "end_turn": lambda s, c: s.end_turn(c),
     "share": lambda s, c: s.share(c, parts_of(0, 1), params={"known": 1}),
     "fence": lambda s, c: s.fence(c).__enter__(),
     "watch": lambda s, c: s.watch(c),

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.queue import TASK, enqueue
-from storage.records import Claim, LostClaim, NewStage, StateConflict
+from storage.records import Claim, Job, LostClaim, NewStage, StateConflict
 from storage.states import JobState, StageKind, StageState
 from storage.studies import StorageError
 from storage.tables import jobs
@@ -202,6 +202,57 @@ class TestOrder:
         assert waiting is None
         assert in_order(database) == [1, 2]
 
+    def test_turn_is_over(self, database: Database) -> None:
+        """A search that has had its turn stands behind what waits by then, and before the rest."""
+        store = JobStore(database)
+        first = submitted(store, 0, kind=SEARCH)
+        entry, claim = taken(store, first)
+        second, urgent = submitted(store, 0), submitted(store, 1)
+        ended = store.end_turn(claim)
+        finish(database, entry)
+        third = submitted(store, 0)
+
+        assert ended is False
+        assert store.get(first.id).stages[0].state is StageState.WAITING
+        assert in_order(database) == [j.stages[0].id for j in (urgent, second, first, third)]
+
+    @pytest.mark.parametrize("verb", ["pause", "cancel"])
+    def test_turn_of_a_job_that_may_not_work(self, database: Database, verb: str) -> None:
+        """Its search is put down, and nothing waits."""
+        store = JobStore(database)
+        entry, claim = taken(store, submitted(store, 0))
+        store.ask(claim.job.id, verb)
+        store.end_turn(claim)
+        finish(database, entry)
+
+        assert store.get(claim.job.id).state in (JobState.PAUSED, JobState.CANCELLED)
+        assert in_order(database) == []
+
+    def test_another_waits(self, database: Database) -> None:
+        """What counts is the stage of another job that this worker could take now."""
+        store = JobStore(database)
+        _, claim = taken(store, submitted(store, 0))
+        alone = store.another_waits(claim, [CALIBRATE])
+        submitted(store, -1)
+        less_urgent = store.another_waits(claim, [CALIBRATE])
+        waiting = submitted(store, 0)
+
+        assert (alone, less_urgent) == (False, False)
+        assert store.another_waits(claim, [CALIBRATE, FINISH])
+        assert not store.another_waits(claim, [SEARCH])
+        store.ask(waiting.id, "pause")
+        fetch(database)  # its entry goes
+        assert not store.another_waits(claim, [CALIBRATE])
+
+    def test_another_waits_for_somebody_else(self, database: Database) -> None:
+        """A stage that waits for one with the same lock does not wait for a worker."""
+        store = JobStore(database)
+        _, claim = taken(store, submitted(store, 0))
+        taken(store, submitted(store, 1, lock="a"))
+        submitted(store, 0, lock="a")
+
+        assert not store.another_waits(claim, [CALIBRATE])
+
     def test_lock_of_a_paused_job(self, database: Database) -> None:
         """A paused job does not hold the lock against others: its entry goes and does nothing."""
         store = JobStore(database)
@@ -216,6 +267,24 @@ class TestOrder:
         assert store.claim(given[1], given[0], uuid.uuid4()) is None
         finish(database, given[0])
         assert in_order(database) == [waiting.stages[0].id]
+
+
+def submitted(
+    store: JobStore, priority: int, *, kind: StageKind = CALIBRATE, lock: str | None = None
+) -> Job:
+    """A job whose first stage is in the queue."""
+    first = NewStage(kind=kind, lock=lock)
+    return store.submit({}, name="n", first=first, trials=1, max_attempts=1, priority=priority)[0]
+
+
+def taken(store: JobStore, job: Job) -> tuple[int, Claim]:
+    """A worker's entry and its claim, after it took the first in the queue, which is the job's."""
+    given = fetch(store.database)
+    assert given is not None
+    claim = store.claim(given[1], given[0], uuid.uuid4())
+    assert claim is not None
+    assert claim.job.id == job.id
+    return given[0], claim
 
 
 PASSWORDS = ["plain", "p%40%", "{braces}", "%s %d", "a b", "a+b", "@:/?#&=", "ü€", "'\"\\", "%(x)s"]
@@ -361,6 +430,8 @@ class Life:
             self.dead.append(entry)
         elif luck < 0.25:
             self.end(entry, again=self.store.fail(claim, {"type": "E"}, retry=luck < 0.2))
+        elif luck < 0.35:
+            self.end(entry, again=self.store.end_turn(claim))
         elif not self.store.watch(claim).may_work and self.random.random() < 0.8:
             self.end(entry, again=self.store.hand_back(claim))
         else:

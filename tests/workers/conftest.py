@@ -47,6 +47,7 @@ from storage.tables import stages, workers
 from workers.bundles import BundleStore
 from workers.inputs import Inputs
 from workers.stages import Stages
+from workers.watch import Turns
 
 PATIENCE_S = 240.0  # then a test fails
 SETTINGS = {
@@ -627,7 +628,7 @@ class Hand:
         """Do the next stage; if it fails, the job has failed."""
         claim = self.take(job)
         try:
-            Stages(self.store, self.inputs, Event()).run(claim)
+            Stages(self.store, self.inputs, Event(), Turns()).run(claim)
         except PhoError as error:
             described = {"type": type(error).__name__, "message": str(error)}
             self.store.fail(claim, described, retry=False)

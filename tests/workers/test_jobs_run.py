@@ -362,6 +362,26 @@ def test_pause_and_resume(crew: Any, spec_of: Any, undisturbed: Any, found: Any)
     assert found(job) == undisturbed(spec_of(trials=TRIALS)).configuration
 
 
+def test_takes_turns(
+    own_crew: Any, spec_of: Any, undisturbed: Any, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small job is done during a long search on the only worker, which changes nothing of it."""
+    monkeypatch.setenv("PHO_TURN_S", "0.2")
+    own_crew.man(1)
+    long = own_crew.submit(spec_of(trials=LONG))
+    own_crew.busy(long, StageKind.SEARCH)
+    small = own_crew.done(spec_of(trials=TRIALS))
+    long = own_crew.store.get(long.id)
+    (search,) = long.of_kind(StageKind.SEARCH)
+    own_crew.store.ask(long.id, "cancel")
+    own_crew.wait(long)
+
+    assert long.state is JobState.RUNNING
+    assert (search.attempt > 1, search.failures) == (True, 0)
+    assert own_crew.trials(small) == [undisturbed(spec_of(trials=TRIALS)).trials]
+    assert found(small) == undisturbed(spec_of(trials=TRIALS)).configuration
+
+
 def test_worker_is_seen(crew: Any, spec_of: Any) -> None:
     """A worker is listed with its device, its stages, and what it is busy with."""
     job = crew.submit(spec_of(trials=LONG))

@@ -9,7 +9,7 @@ import pytest
 from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.studies import DatabaseGone
-from workers.watch import HandBack, Watch
+from workers.watch import HandBack, TurnOver, Turns, Watch
 
 CLAIM: Any = SimpleNamespace(stage=SimpleNamespace(kind=StageKind.CALIBRATE))
 
@@ -25,6 +25,7 @@ class Store:
     def __init__(self, *answers: JobState | Exception) -> None:
         self.answers = [*answers]
         self.steps: list[Any] = []
+        self.waiting: list[bool] = []
 
     def watch(self, claim: Any, step: Any) -> JobState:
         """The next answer."""
@@ -35,14 +36,21 @@ class Store:
             raise answer
         return answer
 
+    def another_waits(self, claim: Any, kinds: Any) -> bool:
+        """The next answer."""
+        assert (claim, kinds) == (CLAIM, Turns().kinds)
+        return self.waiting.pop(0)
 
-def watching(*answers: JobState | Exception, stopping: bool = False) -> tuple[Watch, Store]:
+
+def watching(
+    *answers: JobState | Exception, stopping: bool = False, turn_s: float = 0.0
+) -> tuple[Watch, Store]:
     """A watch of a stage, and what it asks."""
     store: Any = Store(*answers)
     stop = threading.Event()
     if stopping:
         stop.set()
-    return Watch(store, CLAIM, stop), store
+    return Watch(store, CLAIM, stop, Turns(seconds=turn_s)), store
 
 
 def test_outage(caplog: pytest.LogCaptureFixture) -> None:
@@ -83,3 +91,33 @@ def test_stopping() -> None:
     with pytest.raises(HandBack):
         watch.look(now=True)
     assert store.answers
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The time in seconds, which a test sets."""
+    now = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("workers.watch.time", SimpleNamespace(monotonic=lambda: now.now))
+    return now
+
+
+def test_turns(clock: Any) -> None:
+    """After its turn a search asks each second, and ends when another job waits for so long."""
+    watch, store = watching(turn_s=60)
+    store.waiting = [False, True, False, True, True]
+    watch.look_for_others()  # its turn begins
+    for clock.now in (159.9, 160.0, 160.5, 161.0, 162.1, 163.1, 163.5):
+        watch.look_for_others()
+    clock.now = 164.1
+
+    with pytest.raises(TurnOver):
+        watch.look_for_others()
+    assert not store.waiting
+
+
+def test_no_turns(clock: Any) -> None:
+    """With 0 seconds a search never asks."""
+    watch, _ = watching(turn_s=0)
+    watch.look_for_others()
+    clock.now = 1e6
+    watch.look_for_others()
