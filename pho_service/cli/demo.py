@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Few windows: the demo shows what there is, and does not measure for good.
 CONTEXT_LENGTH = 512
-CALIBRATION_WINDOWS, FISHER_WINDOWS, CONFIRMATION_WINDOWS, REPORT_WINDOWS = 8, 4, 4, 8
+CALIBRATION_WINDOWS, FISHER_WINDOWS, CONFIRMATION_WINDOWS, REPORT_WINDOWS = 6, 4, 3, 6
 SHOWN = ("score", "crepe-plus", "best")
 BASELINES = ("wanda", "ria-row", "sparsegpt")
 
