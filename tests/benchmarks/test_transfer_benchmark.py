@@ -16,6 +16,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
     """
     Each model has the other's best, its own and the joint one, and its saved trials.

@@ -55,7 +55,9 @@ def search(bundle: Path, folder: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
+)
 def test_killed(bundle: Path, tmp_path: Path, stop: signal.Signals) -> None:
     """After kill -9 or Ctrl-C, the same command ends with the same bytes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

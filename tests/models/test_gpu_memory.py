@@ -195,9 +195,9 @@ UPDATED = [("0.5", Steps(update="obs")), ("0.5", TRAINED)]
 @pytest.mark.parametrize(
     ("dtype", "stream", "steps"),
     [
-        (torch.float32, False, SCORED),
+        pytest.param(torch.float32, False, SCORED, marks=pytest.mark.thorough),
         (torch.bfloat16, False, [*SCORED[:1], *UPDATED]),
-        (torch.float32, True, SCORED[:1]),
+        pytest.param(torch.float32, True, SCORED[:1], marks=pytest.mark.thorough),
         (torch.bfloat16, True, SCORED[:1]),
     ],
 )

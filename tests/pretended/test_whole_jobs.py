@@ -39,10 +39,36 @@ SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "best": ("0.5", "layer", {"preset": "best"}),
     "best at 2:4": ("2:4", "row", {"preset": "best"}),
 }
+# What each kind of model is searched for in the first place; the rest is thorough.
+FIRST = {
+    ("llama", "row"), ("llama", "gini"), ("llama-bfloat16", "layer"), ("llama-streamed", "global"),
+    ("mixtral", "2:4"), ("gpt-2", "global"),
+}  # fmt: skip
 LONG = ("perplexity", "crepe-plus", "best", "best at 2:4")  # each finalist is pruned with a text
 
 
-@pytest.fixture(params=["llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2"])
+MODELS = ("llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2")
+
+
+def searches() -> list[Any]:
+    """Each kind of model with each search that is not long, but where one is as scope layer."""
+    return [
+        pytest.param(
+            name,
+            how,
+            marks=() if (name, how) in FIRST else pytest.mark.thorough,
+            id=f"{name}-{how}",
+        )
+        for name in MODELS
+        for how in SEARCHES
+        if how not in LONG and (how not in ("row", "gini") or name in ("llama", "gpt-2"))
+    ]
+
+
+@pytest.fixture(
+    params=[pytest.param("llama", marks=pytest.mark.thorough), *MODELS[1:3],
+            pytest.param("mixtral", marks=pytest.mark.thorough), "gpt-2"]
+)  # fmt: skip
 def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
     """Each kind of model; tests/pipeline/test_two_gpus.py takes the one on two cards."""
     return subject_of(request.param)
@@ -72,20 +98,22 @@ def search(subject: Subject, how: str, folder: Path) -> SearchResult:
         )
 
 
-@pytest.mark.parametrize("how", [how for how in SEARCHES if how not in LONG])
-def test_search(subject: Subject, how: str, path: Path_, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "how"), searches())
+def test_search(
+    subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
+) -> None:
     """Every scope, pattern and objective is searched and confirmed."""
-    if how in ("row", "gini") and subject.name not in ("llama", "gpt-2"):
-        pytest.skip("as scope layer")
-    found = search(subject, how, tmp_path).configuration
+    found = search(subject_of(name), how, tmp_path).configuration
 
     assert found.confirmation is not None
     assert found.confirmation.perplexity > 1
-    path(f"{subject.name}: search, {how}")
+    path(f"{name}: search, {how}")
 
 
 @pytest.mark.parametrize("how", LONG)
-@pytest.mark.parametrize("name", ["llama-bfloat16", "gpt-2"])
+@pytest.mark.parametrize(
+    "name", ["llama-bfloat16", pytest.param("gpt-2", marks=pytest.mark.thorough)]
+)
 def test_long_search(
     subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
 ) -> None:

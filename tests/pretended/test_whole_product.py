@@ -62,7 +62,15 @@ AFTERWARDS = [
 FEW = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
 
 
-@pytest.fixture(params=SUBJECTS)
+ALIKE = ("llama-bfloat16-streamed", "llama-two-cards")  # as others in most
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.thorough) if name in ALIKE else name
+        for name in SUBJECTS
+    ]
+)
 def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
     """Each kind of model."""
     return subject_of(request.param)
@@ -189,7 +197,7 @@ def test_proxies(subject: Subject, pattern: Pattern, path: Path_) -> None:
     )
 
 
-def combinations() -> list[tuple[str, str, str, str]]:
+def combinations() -> list[Any]:
     """
     Of steps, for every way that a model is loaded.
 
@@ -197,17 +205,21 @@ def combinations() -> list[tuple[str, str, str, str]]:
     or lies elsewhere, each step once at N:M; where it is alike in both, a few.
     """
     once = FEW | {("admm", "least-squares"), *(("none", update) for update in CHOOSING)}
-    alike = ("llama-bfloat16-streamed", "llama-two-cards")
 
     def wanted(name: str, pattern: str, steps: tuple[str, str]) -> bool:
         if name == "llama":
             return steps in FEW or pattern != "0.5 row"
         if pattern != "2:4 row":
             return steps == ("swaps", "obs")
-        return steps in (FEW if name in alike else once)
+        return steps in (FEW if name in ALIKE else once)
 
     return [
-        (name, pattern, *steps)
+        pytest.param(
+            name,
+            pattern,
+            *steps,
+            marks=() if name == "llama" or pattern == "2:4 row" else pytest.mark.thorough,
+        )
         for name, pattern in product(SUBJECTS, ("0.5 row", "0.5 layer", "2:4 row"))
         for steps in AFTERWARDS
         if wanted(name, pattern, steps)

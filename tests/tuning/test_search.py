@@ -134,7 +134,9 @@ def test_climb_advances_as_far_as_it_goes(url: str) -> None:
     assert sum(advanced) == len(rated) < 200
 
 
-@pytest.mark.parametrize("first", [1, 6, 7, 9, 17, 22])
+@pytest.mark.parametrize(
+    "first", [7, 17, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 6, 9, 22))]
+)
 def test_extended_from_anywhere(url: str, first: int) -> None:
     """A study that ends in the middle of a generation goes on as if it never had."""
     search(url, PLAN)

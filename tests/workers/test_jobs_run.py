@@ -49,13 +49,18 @@ def bundles(crew: Any) -> dict[str, int]:
     "changes",
     [
         pytest.param({}, id="as-it-is"),
-        pytest.param({"confirm": {"text": None}}, id="confirmed-on-held-out-windows"),
+        pytest.param(
+            {"confirm": {"text": None}},
+            id="confirmed-on-held-out-windows",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"confirm": None}, id="not-confirmed"),
-        pytest.param({"objective": {"name": "gini"}}, id="gini"),
+        pytest.param({"objective": {"name": "gini"}}, id="gini", marks=pytest.mark.thorough),
         pytest.param({"objective": {"name": "perplexity"}, "trials": 15}, id="perplexity"),
         pytest.param(
             {"objective": {"name": "perplexity"}, "sampler": "hill-climb", "trials": 300},
             id="hill-climb-to-its-end",
+            marks=pytest.mark.thorough,
         ),
         pytest.param(
             {"pattern": "2:4", "seed": 3, "steps": {"permutation": "score", "deployable": True}},

@@ -25,7 +25,15 @@ OTHERS = (StageKind.TRANSFER, StageKind.POINT, StageKind.TASKS)
 OF_A_SEARCH = [k for k in StageKind if k not in OTHERS]
 
 
-@pytest.mark.parametrize("kind", OF_A_SEARCH)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.thorough)
+        if kind in (StageKind.CONFIRM, StageKind.FINISH)
+        else kind
+        for kind in OF_A_SEARCH
+    ],
+)
 def test_killed(kind: StageKind, crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Killed in any stage, a worker is replaced by another, which ends with the same result."""
     alone = undisturbed(spec_of(trials=TRIALS))
@@ -155,6 +163,7 @@ def test_woken_after_a_kill(crew: Any, spec_of: Any, undisturbed: Any, found: An
     assert found(job) == alone.configuration
 
 
+@pytest.mark.thorough
 def test_woken_to_stop(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """A worker that wakes and hands back takes nothing away from the one that works now."""
     alone = undisturbed(spec_of(trials=LONG))

@@ -40,6 +40,7 @@ def measured(job: Job) -> dict[int, float]:
     }
 
 
+@pytest.mark.thorough
 def test_extended(hand: Any, small: Any) -> None:
     """What was confirmed before an extension stays a finalist, and so no result gets worse."""
     spec = small(confirm={"candidates": 1, "windows": 1}, trials=7, stream=True)
