@@ -1,5 +1,6 @@
 """What the OpenAPI document promises, and whether the front end keeps it."""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -148,6 +149,9 @@ def test_operations(
         spec.update(model={"enum": ["org/name"]}, pattern={"enum": ["0.5"]})
     else:  # by itself, no tool comes upon a pattern
         spec["model"]["examples"], spec["pattern"]["examples"] = ["org/name"], ["0.5", "2:4"]
+    if phase == "coverage" and not LONG:  # parts of a job have some thousand corners
+        for name in [name for name, of in spec.items() if "$ref" in json.dumps(of)]:
+            del spec[name]
     schema = schemathesis.openapi.from_dict(document, config=config)
     schema.app = WithJobs(client.app, [] if phase == "stateful" else jobs)
 
