@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from procrastinate import App, SyncPsycopgConnector
 from sqlalchemy import Connection, text
 
-from storage.states import StageKind
+from storage.states import JobState, StageKind
 
 TASK = "run_stage"
 
@@ -77,12 +77,13 @@ def something_waits(
         " JOIN pho.stages ON stages.queue_id = entry.id"
         " JOIN pho.jobs ON jobs.id = stages.job_id"
         " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds)"
-        " AND jobs.priority >= :priority AND jobs.id <> :but_of"
+        " AND jobs.state = ANY(:states) AND jobs.priority >= :priority AND jobs.id <> :but_of"
         " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
         " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
         "  WHERE other.lock = entry.lock AND other.status = 'doing'))"
     )
-    values = {"kinds": [*kinds], "priority": priority, "but_of": but_of}
+    states = [state for state in JobState if state.may_work]
+    values = {"kinds": [*kinds], "states": states, "priority": priority, "but_of": but_of}
     return bool(connection.scalar(query, values))
 
 

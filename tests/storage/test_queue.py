@@ -241,7 +241,6 @@ class TestOrder:
         assert store.another_waits(claim, [CALIBRATE, FINISH])
         assert not store.another_waits(claim, [SEARCH])
         store.ask(waiting.id, "pause")
-        fetch(database)  # its entry goes
         assert not store.another_waits(claim, [CALIBRATE])
 
     def test_another_waits_for_somebody_else(self, database: Database) -> None:
