@@ -86,6 +86,19 @@ def limited_disk() -> Callable[[int], AbstractContextManager[None]]:
 
 
 @pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``datasets`` makes of examples stays in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    yield
+    if not bars:
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture
 def pretended_gpu() -> Iterator[Card]:
     """A GPU of 80 GiB that is not there, ``cuda:0``: see tests/pretended/pretended_device.py."""
     with pretend() as cards:

@@ -1,14 +1,14 @@
 """Zero-shot tasks whose right answers are known by construction, dense and pruned."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
+from pretended_task import QUESTIONS, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import pho_service as pho
@@ -22,59 +22,19 @@ from pho_service.progress import silent
 
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
-QUESTIONS = {
-    "the model": ["prune a small weight", "keep"],
-    "search the best row": ["first", "last", "the sum of norm"],
-    "find a token": ["in the text", "window", "slow study"],
-    "the score mean": ["value", "rank value of a layer"],
-    "remove large": ["input", "output error", "error"],
-    "a fast study": ["find", "keep the row"],
-    "last text": ["the window", "sum", "mean"],
-    "study a norm": ["large", "small"],
-}
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 Write = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``datasets`` makes of the examples stays in the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    yield
-    if not bars:
-        datasets.enable_progress_bars()
 
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Write:
-    """Writes a task with these right answers beside its data, which are named relatively."""
+    """Writes the task beside its data, which are named relatively."""
 
     def write(answers: list[int], **more: Any) -> Path:
-        folder = tmp_path / "tasks" / "inner"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [
-            {"question": question, "choices": choices, "answer": answer}
-            for (question, choices), answer in zip(QUESTIONS.items(), answers, strict=True)
-        ]
-        (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = {
-            "task": "words",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-            "metadata": {"version": 3.0},
-            **more,
-        }
-        (folder / "words.yaml").write_text(yaml.safe_dump(task))
-        return folder.parent
+        folder = tmp_path / "tasks"
+        write_task(folder / "inner", answers, **more)
+        return folder
 
     return write
 

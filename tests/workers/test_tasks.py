@@ -1,14 +1,13 @@
 """The stages that measure tasks: what `pho evaluate --tasks` says, whatever happens."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
+from pretended_task import QUESTIONS, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pho_service.cli import main
@@ -21,29 +20,7 @@ from workers.__main__ import chosen_kinds
 
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
-QUESTIONS = {
-    "the model": ["prune a small weight", "keep"],
-    "search the best row": ["first", "last", "the sum of norm"],
-    "find a token": ["in the text", "window", "slow study"],
-    "the score mean": ["value", "rank value of a layer"],
-    "remove large": ["input", "output error", "error"],
-    "a fast study": ["find", "keep the row"],
-    "last text": ["the window", "sum", "mean"],
-    "study a norm": ["large", "small"],
-}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``datasets`` makes of the examples stays in the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    yield
-    if not bars:
-        datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def likeliest(folder: Path) -> list[int]:
@@ -61,29 +38,6 @@ def likeliest(folder: Path) -> list[int]:
             logs.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
         found.append(logs.index(max(logs)))
     return found
-
-
-def write_tasks(folder: Path, answers: list[int]) -> None:
-    """A task with these right answers, and its data beside it."""
-    folder.mkdir(exist_ok=True)
-    rows = [
-        {"question": question, "choices": choices, "answer": answer}
-        for (question, choices), answer in zip(QUESTIONS.items(), answers, strict=True)
-    ]
-    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "words",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        "metadata": {"version": 3.0},
-    }
-    (folder / "words.yaml").write_text(yaml.safe_dump(task))
 
 
 def evaluated(folder: Path, tasks: Path) -> list[dict[str, Any]]:
@@ -110,7 +64,7 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     answers = likeliest(folder)
     answers[-2:] = [1 - min(answer, 1) for answer in answers[-2:]]  # the last two it has wrong
-    write_tasks(hand.folder / "tasks", answers)
+    write_task(hand.folder / "tasks", answers)
     spec = small(tasks=["words"], tasks_dir="./", prune=True, preset="best", confirm=None)
     job = hand.until(hand.submit(spec), StageKind.TASKS)
     hand.step(job)
@@ -141,15 +95,15 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_target(hand: Any, small: Any) -> None:
     """The answer of a target is measured; the examples must be the same for both models."""
-    write_tasks(hand.folder / "tasks", [0] * len(QUESTIONS))
+    write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     target = {"perplexity_rise": 9.0, "lowest": 0.5, "highest": 0.51}
     spec = small(pattern=None, target=target, tasks=["words"], tasks_dir="./", tasks_limit=4)
     job = hand.until(hand.submit(spec), StageKind.TASKS)
     hand.step(job)
-    write_tasks(hand.folder / "tasks", [1] * len(QUESTIONS))
+    write_task(hand.folder / "tasks", [1] * len(QUESTIONS))
     with pytest.raises(ChangedInput, match="examples of words have changed"):
         hand.step(job)
-    write_tasks(hand.folder / "tasks", [0] * len(QUESTIONS))
+    write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     hand.store.ask(job.id, "resume")
     job = hand.until(job, None)
 
@@ -160,7 +114,7 @@ def test_target(hand: Any, small: Any) -> None:
 
 def test_gone(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that is not there fails the job before its search, in words; so does a wrong hub."""
-    write_tasks(hand.folder / "tasks", [0] * len(QUESTIONS))
+    write_task(hand.folder / "tasks", [0] * len(QUESTIONS))
     monkeypatch.setattr(task_files, "harness_folder", lambda: hand.folder / "tasks")
     job = hand.submit(small(tasks=["word"], tasks_dir="./"))
     with pytest.raises(InvalidInput, match=r"'word' is not one of .* Did you mean words\?"):
