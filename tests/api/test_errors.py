@@ -307,7 +307,7 @@ def test_odd_body(client: TestClient, refusal: Refusal, bodies: tuple[bytes, ...
 
 def test_no_json_says_where(client: TestClient) -> None:
     """What is no JSON is told with the reason and the place."""
-    answer = client.post("/v1/jobs", content=b'{"model": 1,}', headers=JSON)
+    answer = client.post("/v1/jobs", content=b'{"model": 1, 2}', headers=JSON)
     (error,) = answer.json()["errors"]
 
     assert "not JSON" in error["detail"]

@@ -201,6 +201,9 @@ def stand_ins(cards: Cards) -> Iterator[None]:
     with ExitStack() as stack:
         for name, stand_in in cuda_of(cards).items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
+        # As in torch's builds for the CPU: in others, optimizers ask the driver for a stream.
+        none = patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+        stack.enter_context(none)
         for where in (torch, torch.amp, torch.amp.autocast_mode):
             stack.enter_context(patch.object(where, "autocast", Autocast))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", autocast_enabled))
