@@ -19,7 +19,7 @@ test: install ## everything that must hold
 	$(MAKE) --no-print-directory --jobs 2 check suite
 
 thorough: ARGS += --thorough
-thorough: test ## make test, and the tests that show on other models what it shows on one
+thorough: test ## make test, with the tests of benchmarks and those that show on other models what it shows on one
 
 suite: install ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -80,6 +80,7 @@ def test_help_is_light() -> None:
     assert not loaded_by(f"from pho_service.cli import main, {verbs}") & heavy
 
 
+@pytest.mark.thorough
 def test_workers_serve_no_http() -> None:
     """A worker never loads the front end."""
     assert not loaded_by("import workers.worker") & {"fastapi", "starlette", "uvicorn"}

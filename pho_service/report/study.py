@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.report.data import ReportTrial
@@ -112,6 +111,9 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
         Shares that add up to 1, the largest first; of what was searched alone. Empty where there
         are fewer than :data:`ENOUGH` candidates, or nothing mattered.
     """
+    # It loads scikit-learn, which takes longer than all that the API needs to start.
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     found = [
         create_trial(value=trial.value, params=trial.params, distributions=trial.distributions)
         for trials in islands

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 
+@pytest.mark.thorough
 def test_attack(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Attacks that hold are counted, with the slowest health check beside each."""
     monkeypatch.chdir(tmp_path)

@@ -30,6 +30,7 @@ def at_once(cost_curves: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_curves, "run_point", run_point)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("at_once")
 def test_curves(benchmark: Benchmark, tmp_path: Path) -> None:
     """Every point has a row, every curve an exponent and a plot; a second run measures nothing."""
@@ -56,6 +57,7 @@ def test_curves(benchmark: Benchmark, tmp_path: Path) -> None:
     assert kept.read_text() == before
 
 
+@pytest.mark.thorough
 def test_point(cost_curves: Any, tmp_path: Path) -> None:
     """A point's process says what its work cost, and writes the bundle."""
     bundle = tmp_path / "b.safetensors"

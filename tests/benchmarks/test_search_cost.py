@@ -30,6 +30,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "cost.json"
 
 
+@pytest.mark.thorough
 def test_all_rows(model_folder: Path, kept: Path) -> None:
     """Every search that was asked for has a row in each table, and its ratio to PHO."""
     methods = ("hill-climb", "cmaes", "tpe", "pho")

@@ -220,6 +220,7 @@ def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
     assert len(table["one candidate at a time"]) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_load(capfd: pytest.CaptureFixture[str]) -> None:
     """Locust's table has a row for each kind of request, and nothing failed."""
@@ -243,6 +244,7 @@ def test_service_throughput(benchmark: Benchmark) -> None:
     assert float(jobs_a_minute) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_service_overhead(benchmark: Benchmark) -> None:
     """A row for each round: both sides' seconds and their ratio."""

@@ -18,6 +18,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module("notebook")
 
 
+@pytest.mark.thorough
 def test_cells(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Each cell runs, and gives what the file shows: the same first line, whatever its numbers are,

@@ -91,7 +91,7 @@ def same(shown: str, printed: str) -> bool:
 
     Numbers with a point depend on the machine: any other will do. ``...`` stands for anything.
     """
-    wanted, got = (re.sub(r"\d+\.\d+(e-\d+)?", "0.0", text) for text in (shown, printed))
+    wanted, got = (re.sub(r"[+-]?\d+\.\d+(e-\d+)?", "0.0", text) for text in (shown, printed))
     return not shown or OutputChecker().check_output(wanted, got, ELLIPSIS | NORMALIZE_WHITESPACE)
 
 

@@ -260,6 +260,7 @@ def run(folder: Path, share: float) -> dict[str, object]:
     return result
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak(model_folder: Path) -> None:
     """The peak stays below a limit that needs recomputing, which changes no bit of the result."""

@@ -110,6 +110,7 @@ def test_pruned(
     assert all(check.passed for check in check_folder(tmp_path / "two", original=None))
 
 
+@pytest.mark.thorough
 def test_compared_and_validated(
     spread: LanguageModel, model: LanguageModel, report: ReportText, texts: dict[str, Path]
 ) -> None:

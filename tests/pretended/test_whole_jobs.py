@@ -298,6 +298,7 @@ def test_verbs(
     pho("prune", model, "--check", "out")
 
 
+@pytest.mark.thorough
 def test_demo(
     subject_of: Callable[[str], Subject],
     path: Path_,

@@ -118,7 +118,7 @@ def test_stopped_while_it_loads(own_crew: Any, spec_of: Any) -> None:
 
 def test_stopped_in_an_outage() -> None:
     """A worker that waits for the database to report to stops waiting when it is told to stop."""
-    settings: Any = SimpleNamespace(heartbeat_s=1.0)
+    settings: Any = SimpleNamespace(heartbeat_s=1.0, turn_s=0.0)
     nothing: Any = SimpleNamespace()
     worker = _Worker(nothing, settings, WorkerOptions(), nothing)
     reports = []
