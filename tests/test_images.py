@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,8 +128,7 @@ def base(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str
     there = run("buildah", "images", "--quiet", "--filter", f"reference={STAND_IN}", env=store)
     if there.strip():
         return STAND_IN
-    python = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
-    if subprocess.run([python, "-m", "ensurepip", "--version"], capture_output=True).returncode:
+    if (Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED").exists():
         pytest.skip("this Python has no ensurepip, as Debian's own: no base image is made of it")
     folder = tmp_path_factory.mktemp("base") / "root"
     release = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
