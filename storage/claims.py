@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from storage.database import Database
-from storage.queue import something_waits, take_out
+from storage.queue import something_waits, take_out, take_out_waiting
 from storage.records import Claim, LostClaim, NoSuchJob
 from storage.rows import (
     LOG,
@@ -298,7 +298,7 @@ class ClaimStore:
 
     def end_turn(self, claim: Claim) -> bool:
         """
-        Put a stage down unfinished, behind whatever waits by now.
+        Put a search down unfinished, behind whatever waits by now; other islands, too.
 
         Returns:
             False: its entry in the queue has done its part, another one stands for the stage.
@@ -309,9 +309,14 @@ class ClaimStore:
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
-            if job.state.may_work:
-                lock = (claim.stage.params or {})["lock"]
-                enqueue_stage(connection, job, claim.stage.id, claim.stage.kind, lock, behind=True)
+            for stage in find_job(connection, job.id).stages if job.state.may_work else ():
+                if stage.state is not StageState.WAITING or stage.kind is not claim.stage.kind:
+                    continue
+                row = lock_stage(connection, stage.id)
+                assert row is not None  # its job is locked
+                if stage.id == claim.stage.id or take_out_waiting(connection, row.queue_id):
+                    lock = (stage.params or {})["lock"]
+                    enqueue_stage(connection, job, stage.id, stage.kind, lock, behind=True)
             return False
 
     def give_up(self, claim: Claim) -> None:

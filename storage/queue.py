@@ -96,3 +96,18 @@ def take_out(connection: Connection, queue_id: int) -> None:
         queue_id: The entry's; nothing happens if it is out already.
     """
     connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), {"id": queue_id})
+
+
+def take_out_waiting(connection: Connection, queue_id: int | None) -> bool:
+    """
+    Take an entry out of the queue, in the caller's transaction, if no worker has it.
+
+    Args:
+        connection: Connection of :meth:`storage.database.Database.transaction`.
+        queue_id: The entry's.
+
+    Returns:
+        Whether it waited.
+    """
+    query = text("DELETE FROM procrastinate_jobs WHERE id = :id AND status = 'todo' RETURNING id")
+    return connection.execute(query, {"id": queue_id}).first() is not None

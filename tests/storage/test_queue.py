@@ -216,6 +216,22 @@ class TestOrder:
         assert store.get(first.id).stages[0].state is StageState.WAITING
         assert in_order(database) == [j.stages[0].id for j in (urgent, second, first, third)]
 
+    def test_turn_of_islands(self, database: Database) -> None:
+        """The job's other islands that wait stand behind as well, and each has one entry."""
+        store = JobStore(database)
+        job = submitted(store, 0)
+        entry, claim = taken(store, job)
+        store.complete(claim, {}, add=[NewStage(kind=SEARCH, number=i) for i in range(3)])
+        finish(database, entry)
+        entry, claim = taken(store, job)
+        taken(store, job)  # by another worker, which keeps it
+        waiting = submitted(store, 0)
+        store.end_turn(claim)
+        finish(database, entry)
+        islands = store.get(job.id).of_kind(SEARCH)
+
+        assert in_order(database) == [waiting.stages[0].id, islands[0].id, islands[2].id]
+
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
     def test_turn_of_a_job_that_may_not_work(self, database: Database, verb: str) -> None:
         """Its search is put down, and nothing waits."""
