@@ -107,7 +107,7 @@ def take_out_waiting(connection: Connection, queue_id: int | None) -> bool:
         queue_id: The entry's.
 
     Returns:
-        Whether it waited.
+        True if it waited, and is out now.
     """
     query = text("DELETE FROM procrastinate_jobs WHERE id = :id AND status = 'todo' RETURNING id")
     return connection.execute(query, {"id": queue_id}).first() is not None
