@@ -18,11 +18,11 @@ demo: install ## the main job on a real model; what an interrupted run has found
 test: install ## everything that must hold
 	$(MAKE) --no-print-directory --jobs 2 check suite
 
-thorough: ARGS += --thorough
+thorough: export MORE = --thorough
 thorough: test ## make test, with the tests of benchmarks and those that show on other models what it shows on one
 
 suite: install ## the tests alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(MORE) $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest
 	@cat .venv/installed
