@@ -22,7 +22,7 @@ from storage.rows import (
     add_event,
     check_claim,
     claimed_job,
-    enqueue_stage,
+    enqueue_again,
     find_job,
     interval,
     lock_stage,
@@ -140,8 +140,7 @@ class ClaimStore:
             if stage.state is StageState.RUNNING and _reports(connection, stage.worker_id, alive_s):
                 return False
             if job.state.may_work:
-                lock = (stage.params or {})["lock"]
-                enqueue_stage(connection, job, stage.id, stage.kind, lock)
+                enqueue_again(connection, job, stage)
             else:
                 failures = stage.failures + (stage.state is StageState.RUNNING)
                 put_down(connection, job, stage.id, failures)
@@ -315,8 +314,7 @@ class ClaimStore:
                 row = lock_stage(connection, stage.id)
                 assert row is not None  # its job is locked
                 if stage.id == claim.stage.id or take_out_waiting(connection, row.queue_id):
-                    lock = (stage.params or {})["lock"]
-                    enqueue_stage(connection, job, stage.id, stage.kind, lock, behind=True)
+                    enqueue_again(connection, job, stage, behind=True)
             return False
 
     def give_up(self, claim: Claim) -> None:
@@ -336,8 +334,7 @@ class ClaimStore:
                 take_out(connection, row.queue_id)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
             if job.state.may_work:
-                lock = (claim.stage.params or {})["lock"]
-                enqueue_stage(connection, job, claim.stage.id, claim.stage.kind, lock)
+                enqueue_again(connection, job, claim.stage)
 
     def enter_worker(
         self, worker_id: uuid.UUID, *, name: str, device: str, kinds: Sequence[StageKind]

@@ -44,6 +44,7 @@ from storage.rows import (
     LOG,
     add_event,
     add_stages,
+    enqueue_again,
     enqueue_stage,
     find_job,
     find_jobs,
@@ -358,7 +359,7 @@ def _take_up(connection: Connection, job: Job) -> None:
     for stage in job.stages:
         if stage.state in (StageState.WAITING, StageState.FAILED):
             update_stage(connection, stage.id, state=StageState.WAITING, failures=0)
-            enqueue_stage(connection, job, stage.id, stage.kind, (stage.params or {})["lock"])
+            enqueue_again(connection, job, stage)
 
 
 def _extend(connection: Connection, job: Job, trials: int) -> None:

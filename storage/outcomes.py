@@ -18,7 +18,7 @@ from storage.rows import (
     add_event,
     add_stages,
     claimed_job,
-    enqueue_stage,
+    enqueue_again,
     find_job,
     put_down,
     set_state,
@@ -265,7 +265,7 @@ def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, 
     done = sum(part.state is StageState.DONE for part in parts)
     (whole,) = (s for s in job.of_kind(kind) if s.number == number)
     if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
-        enqueue_stage(connection, job, whole.id, kind, (whole.params or {})["lock"])
+        enqueue_again(connection, job, whole)
     return done
 
 

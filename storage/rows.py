@@ -108,6 +108,14 @@ def enqueue_stage(
     update_stage(connection, stage_id, queue_id=queue_id)
 
 
+def enqueue_again(
+    connection: Connection, job: Job, stage: Stage | Row[Any], *, behind: bool = False
+) -> None:
+    """Put a stage that was in the queue into it again, with the lock that it had."""
+    lock = (stage.params or {})["lock"]
+    enqueue_stage(connection, job, stage.id, stage.kind, lock, behind=behind)
+
+
 def update_stage(connection: Connection, stage_id: int, **values: Any) -> None:
     """Write values of a stage."""
     connection.execute(update(stages).where(stages.c.id == stage_id).values(**values))
