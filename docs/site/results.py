@@ -10,90 +10,95 @@ from math import log
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1]
-HEADING = "| SmolLM2-135M, dense 14.36 |"
-DENSE = 14.36
-RATIOS = ("50 %", "60 %", "70 %")
+HEADING = "| SmolLM2-135M, Python's documentation |"
+PATTERNS = ("50 %", "2:4", "70 %")
 SHOWN = {  # method: its colour, in light and dark
     "Wanda": ("#9a6700", "#d4a72c"),
     "SparseGPT": ("#57606a", "#9ea7b3"),
-    "`crepe-plus`": ("#1a7f37", "#4ac26b"),
+    "ADMM": ("#8250df", "#bc8cff"),
+    "ALPS": ("#1a7f37", "#4ac26b"),
     "`best`": ("#0550ae", "#6cb6ff"),
 }
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 70, 190, 46, 44  # pixels
-TICKS = (15, 30, 60, 120, 240)
-BOUNDS = (13.0, 400.0)  # perplexity, below and above
+WIDTH, HEIGHT, MARGIN, TOP, BOTTOM = 720, 340, 20, 76, 40  # pixels
+BAR, GAP = 36, 6  # pixels: width of a bar, and between two of a pattern
+MOST = 400.0  # perplexity at the top
 
 STYLE = """
-text{font:14px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}
-.dense{stroke:#24292f;stroke-dasharray:5 4}
-@media(prefers-color-scheme:dark){text{fill:#e6edf3}.axis{stroke:#3d444d}.dense{stroke:#e6edf3}}
+text{font:14px system-ui,sans-serif;fill:#24292f}.value{font-size:12px}.dense{stroke:#24292f}
+@media(prefers-color-scheme:dark){text{fill:#e6edf3}.dense{stroke:#e6edf3}}
 """
 
 
 def main() -> None:
     """Write the picture."""
-    (DOCS / "results.svg").write_text(picture(table((DOCS / "quality.md").read_text())))
+    (DOCS / "results.svg").write_text(picture(*table((DOCS / "quality.md").read_text())))
 
 
-def table(page: str) -> dict[str, list[float]]:
-    """Return the perplexity of each method that is shown, at each of ``RATIOS``."""
+def table(page: str) -> tuple[float, dict[str, list[float]]]:
+    """Return the dense perplexity, and that of each method shown, at each of ``PATTERNS``."""
     first, *rows = page[page.index(HEADING) :].split("\n\n")[0].splitlines()
-    columns = [_cells(first).index(ratio) for ratio in RATIOS]
+    columns = [_cells(first).index(pattern) for pattern in PATTERNS]
     found = {_cells(row)[0]: _cells(row) for row in rows}
-    return {name: [float(found[name][column]) for column in columns] for name in SHOWN}
+    means = {
+        name: [float(found[name][column].split()[0]) for column in columns]
+        for name in ("dense", *SHOWN)
+    }
+    return means.pop("dense")[0], means
 
 
 def _cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def picture(perplexities: dict[str, list[float]]) -> str:
+def picture(dense: float, perplexities: dict[str, list[float]]) -> str:
     """Return the chart as SVG; its colours follow the reader's light or dark theme."""
-    lines = [
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(t):.1f}" y2="{_y(t):.1f}"/>'
-        f'<text x="{LEFT - 10}" y="{_y(t) + 5:.1f}" text-anchor="end">{t}</text>'
-        for t in TICKS
-    ]
-    lines += [
-        f'<text x="{_x(i):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{ratio} removed</text>'
-        for i, ratio in enumerate(RATIOS)
-    ]
-    y = _y(DENSE)
-    lines.append(
-        f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{WIDTH - RIGHT + 24}" y="{y + 5:.1f}">dense {DENSE}</text>'
-    )
+    floor = HEIGHT - BOTTOM
+    lines = []
     style = STYLE
     for number, (name, values) in enumerate(perplexities.items()):
         light, dark = SHOWN[name]
-        style += f".m{number}{{stroke:{light};fill:{light}}}"
-        style += f"@media(prefers-color-scheme:dark){{.m{number}{{stroke:{dark};fill:{dark}}}}}\n"
-        points = [(_x(i), _y(value)) for i, value in enumerate(values)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        style += f".m{number}{{fill:{light}}}"
+        style += f"@media(prefers-color-scheme:dark){{.m{number}{{fill:{dark}}}}}\n"
+        left = MARGIN + number * 130
         lines.append(
-            f'<polyline class="m{number}" style="fill:none" stroke-width="3" points="{path}"/>'
+            f'<rect class="m{number}" x="{left}" y="42" width="14" height="14"/>'
+            f'<text x="{left + 20}" y="54">{escape(name.strip("`"))}</text>'
         )
-        lines += [f'<circle class="m{number}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in points]
-        label = f"{name.strip('`')} {values[-1]:g}"
-        lines.append(
-            f'<text class="m{number}" style="stroke:none" x="{WIDTH - RIGHT + 24}" '
-            f'y="{points[-1][1] + 5:.1f}">{escape(label)}</text>'
-        )
-    title = "Perplexity of SmolLM2-135M by the share of weights that were removed"
+        for group, value in enumerate(values):
+            x, height = _x(group, number), _height(value, dense)
+            lines.append(
+                f'<rect class="m{number}" x="{x:.1f}" y="{floor - height:.1f}" width="{BAR}" '
+                f'height="{height:.1f}"/><text class="value" x="{x + BAR / 2:.1f}" '
+                f'y="{floor - height - 5:.1f}" text-anchor="middle">{_short(value)}</text>'
+            )
+    lines += [
+        f'<text x="{_x(group, len(SHOWN) / 2) - GAP / 2:.1f}" y="{HEIGHT - 14}" '
+        f'text-anchor="middle">{pattern}</text>'
+        for group, pattern in enumerate(PATTERNS)
+    ]
+    lines.append(f'<path class="dense" d="M{MARGIN} {floor}H{WIDTH - MARGIN}"/>')
+    title = f"Perplexity of SmolLM2-135M, pruned; bars begin at the dense model's {dense:g}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
         f"<title>{title}</title><style>{re.sub(chr(10) + '+', chr(10), style)}</style>\n"
-        f'<text x="{LEFT}" y="24">{title}</text>\n' + "\n".join(lines) + "\n</svg>\n"
+        f'<text x="{MARGIN}" y="24">{title}</text>\n' + "\n".join(lines) + "\n</svg>\n"
     )
 
 
-def _x(index: int) -> float:
-    return LEFT + 40 + index * (WIDTH - LEFT - RIGHT - 60) / (len(RATIOS) - 1)
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _y(perplexity: float) -> float:
-    low, high = map(log, BOUNDS)
-    return HEIGHT - BOTTOM - (log(perplexity) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+def _x(group: int, place: float) -> float:
+    """Left edge of a pattern's bar."""
+    width = (WIDTH - 2 * MARGIN) / len(PATTERNS)
+    bars = len(SHOWN) * (BAR + GAP) - GAP
+    return MARGIN + group * width + (width - bars) / 2 + place * (BAR + GAP)
+
+
+def _height(perplexity: float, dense: float) -> float:
+    """In pixels; the axis is logarithmic."""
+    return log(perplexity / dense) / log(MOST / dense) * (HEIGHT - TOP - BOTTOM)
 
 
 if __name__ == "__main__":

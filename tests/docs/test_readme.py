@@ -57,19 +57,17 @@ def test_picture(drawing: Any) -> None:
     """The picture is drawn from the table of docs/quality.md: `python docs/site/results.py`."""
     found = drawing.table((ROOT / "docs" / "quality.md").read_text())
 
-    assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(found)
+    assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
 
 
-def test_numbers(drawing: Any) -> None:
+def test_numbers() -> None:
     """Each row of the table of numbers is one of docs/quality.md."""
     measured = (ROOT / "docs" / "quality.md").read_text()
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
     found = re.findall(r"^\| [^ |-].*", section, re.MULTILINE)
-    rows = [row.replace("| RIA ", "| RIA (layer) ") for row in found]
 
-    assert drawing.HEADING.split(", dense ")[1].split()[0] in section
-    assert len(rows) >= 6
-    assert all(row in measured for row in rows)
+    assert len(found) >= 6
+    assert all(row in measured for row in found)
 
 
 def test_tree() -> None:
