@@ -209,7 +209,8 @@ def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
         numbers(table[row]) for row in ("reading", "multiply-adds", "floor: the larger")
     )
 
-    assert floor == pytest.approx(max(*reading, *multiplying), abs=0.011)  # rounded
+    larger = max(*reading, *multiplying)
+    assert larger <= floor <= larger + 0.011  # the median of each round's larger one, not this
     assert one == 1
     for pattern in ("0.5, scope row", "0.5, scope layer", "0.5, scope global", "2:4, scope row"):
         milliseconds, ratio = numbers(table[pattern])

@@ -66,6 +66,7 @@ def test_numbers() -> None:
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
     found = re.findall(r"^\| [^ |-].*", section, re.MULTILINE)
 
+    assert any(row.startswith("| dense |") for row in found)
     assert len(found) >= 6
     assert all(row in measured for row in found)
 
