@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pho_service.spec.presets import PRESETS
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import PRESETS, Preset
 
 CONTEXT_LENGTH = 512
 Place = tuple[int, str, str]  # seed, pattern, method
@@ -46,11 +47,16 @@ class Conditions:
         return {**key, **self._named(("samples", "source", "dtype"))}
 
     def cell(self, model: str, seed: int, pattern: str, method: str) -> dict[str, Any]:
-        """What a cell is found again by: its place, and the conditions that change it."""
-        key = {"model": model, "pattern": pattern, "method": method, "seed": seed}
+        """
+        What a cell is found again by: its place, and the conditions that change it.
+
+        A preset's steps are among them, as a later version may change what a preset means.
+        """
+        key: dict[str, Any] = {"model": model, "pattern": pattern, "method": method, "seed": seed}
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
         if method in PRESETS:
             names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
+            key["steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 
     def _named(self, names: Sequence[str]) -> dict[str, Any]:

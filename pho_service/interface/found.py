@@ -212,7 +212,7 @@ def search(
             one number fixes a value.
         steps: What every candidate goes through, where it is not the preset's:
             ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...,
-            "reconstruction": "block"}``.
+            "shrinkage": 1.0, "reconstruction": "block"}``.
         targets: Linears to prune, all by default: names, globs (``*.down_proj``), or regular
             expressions after ``re:``.
         ignore: Linears that stay dense, in the same form; they come before ``targets``.

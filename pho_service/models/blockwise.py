@@ -112,12 +112,14 @@ class _InputSums:
     def __init__(self, width: int, device: torch.device) -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.total = torch.zeros(width, device=device)
+        self.seen = 0
 
     def add(self, x: Tensor) -> None:
         """x: (tokens, in_features), any floating dtype."""
         exact = x.float()
         add_gram_(self.gram, exact, from_16_bits=x.dtype.itemsize == 2)
         self.total += exact.sum(dim=0)
+        self.seen += len(x)
 
     def finish(self, sequences: int, tokens: int) -> InputMoments:
         norm = (self.gram.diagonal() / sequences).sqrt()
@@ -125,6 +127,7 @@ class _InputSums:
             gram=mirrored_(self.gram).div_(tokens),
             mean=self.total.div_(tokens),
             activation_norm=norm,
+            seen=self.seen,
         )
 
 

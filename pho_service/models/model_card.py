@@ -29,7 +29,7 @@ _LICENCE_FIELDS = {
     "general.license.link": "license_link",
 }
 _PLAIN = re.compile(r"[\w.+:/#?=&%~-]{1,300}")  # what is taken over from another card
-_STEPS = ("statistics", "permutation", "repruning", "update")
+_STEPS = ("statistics", "permutation", "repruning", "update", "shrinkage")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:

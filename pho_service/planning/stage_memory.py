@@ -272,6 +272,7 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
     for block in footprint.blocks:
         widest = max(block.widths)
         grams = FLOAT * sum(width * width for width in block.widths)
+        grams += FLOAT * widest**2 if steps.shrinkage else 0
         # Weights in float32 and masks of all linears that read an input, or their scores.
         copies = 0 if footprint.itemsize == FLOAT else FLOAT * block.prunable
         scores = FLOAT * block.prunable if steps.permutation == "error" else 0

@@ -8,6 +8,7 @@ bundle has only as a projection.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 from torch import Tensor
 
@@ -68,11 +69,34 @@ class InputMoments:
         mean: (in_features,), float32, E[x].
         activation_norm: (in_features,), float32. Square root of the mean over
             sequences of the squares summed over tokens.
+        seen: Tokens that reached it; the means are over all tokens of the calibration.
     """
 
     gram: Tensor
     mean: Tensor
     activation_norm: Tensor
+    seen: int
+
+    def shrunk(self, shrinkage: float) -> Self:
+        """
+        The same with second moments that are nearer to their diagonal, the fewer the tokens.
+
+        As if ``shrinkage * in_features`` more tokens had been seen whose inputs, each of the same
+        size as here, have nothing to do with each other. What the tokens have in common only by
+        chance then leads masks and weights less astray.
+
+        Args:
+            shrinkage: >= 0; 0 gives ``self``.
+
+        Source:
+            Ledoit and Wolf 2004, J. Multivariate Anal. 88, shrink a covariance, with a share that
+            falls with the number of observations, too.
+        """
+        if not shrinkage:
+            return self
+        gram = self.gram * (self.seen / (self.seen + shrinkage * len(self.gram)))
+        gram.diagonal().copy_(self.gram.diagonal())
+        return replace(self, gram=gram)
 
 
 def finish(
@@ -93,6 +117,7 @@ def finish(
     Raises:
         NumericalError: The second moment cannot be inverted; names the layer.
     """
+    moments = moments.shrunk(steps.shrinkage)
     if steps.permutation == "error":
         linears = _permuted(linears, moments, pattern)
     order = linears[0].mask.order  # one for all that read the input
@@ -227,7 +252,8 @@ class _Solver:
 
 
 def _reordered(moments: InputMoments, order: Tensor) -> InputMoments:
-    return InputMoments(
+    return replace(
+        moments,
         gram=moments.gram[order][:, order],
         mean=moments.mean[order],
         activation_norm=moments.activation_norm[order],

@@ -56,6 +56,7 @@ _DEFAULTS = {
     "steps/permutation": "the preset's",
     "steps/repruning": "the preset's",
     "steps/update": "the preset's",
+    "steps/shrinkage": "the preset's",
     "steps/reconstruction/method": "the preset's",
     "confirm": None,
     "search_space": None,

@@ -19,6 +19,7 @@ PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed
 PRESETS: tuple[PresetName, ...] = ("score", "crepe", "crepe-plus", "best")
 DEFAULT_PRESET: PresetName = "best"
 FIRST_PRESET: PresetName = "score"  # the default of older versions
+SHRINKAGE = 1.0  # of best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,19 @@ class Preset:
             return plus
         trained = Reconstruction(method="block")
         steps = replace(
-            plus.steps, repruning="admm", update="least-squares", reconstruction=trained
+            plus.steps,
+            repruning="admm",
+            update="least-squares",
+            shrinkage=SHRINKAGE,
+            reconstruction=trained,
         )
         return replace(plus, steps=steps)
 
     def changed(self, given: Mapping[str, Any], bounds: Mapping[str, Any]) -> Self:
         """
         The preset with what a user said otherwise.
+
+        Where no step is left that has a use for the preset's shrinkage, it goes.
 
         Args:
             given: Fields of :class:`Steps` by name; an allocation is the only one then.
@@ -79,7 +86,9 @@ class Preset:
         if "allocation" in given:
             own = {name: value for name, value in own.items() if "allocation" not in name}
         try:
-            steps = replace(self.steps, **given)
+            steps = replace(replace(self.steps, shrinkage=0.0), **given)
+            if "shrinkage" not in given and steps.solves:
+                steps = replace(steps, shrinkage=self.steps.shrinkage)
         except InvalidInput as error:
             raise InvalidInput(
                 f"{error} Steps that were not given are the preset's; those of 'score' are none."

@@ -31,6 +31,7 @@ UPDATES: tuple[Update, ...] = get_args(Update)
 CHOOSING: tuple[Update, ...] = ("sparsegpt", "admm", "alps")  # the mask too
 MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
 MOST_DEPTHS = 2  # numbers of a curve over depth
+MOST_SHRINKAGE = 1000.0
 Shift = Annotated[Number, Field(ge=-MOST_SHIFT, le=MOST_SHIFT)]
 
 _LINEARS = "Which linears are pruned, and which have a sparsity of their own."
@@ -58,11 +59,22 @@ _UPDATE = (
     "that the mask allows. sparsegpt, admm and alps, as published, choose the mask themselves, so "
     "that the score has no effect."
 )
+_SHRINKAGE = (
+    "How much the second moments that re-pruning and update work with are shrunk towards their "
+    "diagonal, so that they do not follow chance: all others are multiplied by tokens / (tokens + "
+    "shrinkage * in_features). 0: not at all, as published."
+)
 
 
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
+
+
+def _check_shrinkage(value: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= MOST_SHRINKAGE:
+        raise InvalidInput(f"shrinkage={value!r} is not in 0..{MOST_SHRINKAGE:g}.")
 
 
 def _check_kind(kind: str) -> None:
@@ -219,6 +231,15 @@ class Steps:
     ] = False
     repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
     update: Annotated[Update, Field(description=_UPDATE)] = "none"
+    shrinkage: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=MOST_SHRINKAGE,
+            description=_SHRINKAGE,
+            exclude_if=lambda shrinkage: not shrinkage,
+        ),
+    ] = 0.0
     reconstruction: Annotated[
         Reconstruction,
         Field(description=RECONSTRUCTION, exclude_if=lambda given: not given.wanted),
@@ -242,6 +263,22 @@ class Steps:
                 "repruning 'admm' finds a mask for weights that are changed after it, and update "
                 "is 'none'. Take update 'least-squares', or repruning 'swaps'."
             )
+        _check_shrinkage(self.shrinkage)
+        if self.shrinkage and not self.solves:
+            raise InvalidInput(
+                f"shrinkage={self.shrinkage:g} has nothing to shrink: only permutation 'error', "
+                "repruning 'swaps' and 'admm' and an update look at second moments. Take one of "
+                "them, or leave it out."
+            )
+
+    @property
+    def solves(self) -> bool:
+        """Whether a step looks at more of the second moments than their diagonal."""
+        return (
+            self.permutation == "error"
+            or self.repruning in ("swaps", "admm")
+            or self.update != "none"
+        )
 
     @property
     def needs_text(self) -> bool:
@@ -293,6 +330,8 @@ class Steps:
             del values["statistics"]
         if not self.deployable:
             del values["deployable"]
+        if not self.shrinkage:
+            del values["shrinkage"]
         values["allocation"] = self.allocation.to_dict()
         if self.linears:
             values["linears"] = self.linears.to_dict()
@@ -321,6 +360,7 @@ class Steps:
         return (
             f"allocation {self.allocation}, permutation {self.permutation}{where}, "
             f"re-pruning {self.repruning}, update {self.update}"
+            + (f", shrinkage {self.shrinkage:g}" if self.shrinkage else "")
             + (f", {self.reconstruction}" if self.reconstruction.wanted else "")
             + (f", statistics {self.statistics}" if self.statistics != "dense" else "")
             + (f"; {self.linears}" if self.linears else "")
@@ -356,6 +396,7 @@ class StepsSpec(Document):
     deployable: bool | None = Field(None, description=_DEPLOYABLE)
     repruning: Repruning | None = Field(None, description=_REPRUNING)
     update: Update | None = Field(None, description=_UPDATE)
+    shrinkage: Number | None = Field(None, ge=0, le=MOST_SHRINKAGE, description=_SHRINKAGE)
     reconstruction: Reconstruction | None = Field(None, description=RECONSTRUCTION)
 
     def given(self) -> dict[str, Any]:

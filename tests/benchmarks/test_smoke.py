@@ -108,8 +108,9 @@ def test_mask_errors(benchmark: Benchmark, model_folder: Path) -> None:
     )  # fmt: skip
 
     assert table["method"] == ["0.5 layer", "2:4"]
-    assert all(cell.startswith("+0.0% ") for cell in table["alps"])
+    assert all(cell.startswith("+0.0% +0.0% ") for cell in table["alps"])
     assert table["admm, least squares"] != table["sparsegpt"]
+    assert table["the same, shrunk"] != table["admm, least squares"]
     assert table["the same with row weights"][0]
     assert table["the same, permuted"][0] == "-"
 
@@ -159,6 +160,11 @@ def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path
     printed = benchmark(*words, "--markdown")
     assert printed["Wanda"] == table["Wanda"]
     assert kept.read_text() == before
+
+    kept.write_text(before.replace('"update": "none"', '"update": "obs"'))
+    missing = benchmark(*words, "--no-measure")  # what a preset meant in another version
+    assert "`crepe`" not in missing
+    assert missing["Wanda"] == table["Wanda"]
 
 
 @pytest.mark.parametrize("shape", ["tiny-streamed", "tiny-mixtral"])  # tiny: below

@@ -235,6 +235,7 @@ def test_moments(family: str, windows: Tensor) -> None:
             x = torch.cat([x.flatten(end_dim=-2) for x in expected[name]]).double()
             norm = (x.square().sum(dim=0) / len(windows)).sqrt()
             close = {"rtol": 1e-4, "atol": 1e-5}
+            assert moments[index].seen == len(x)
             assert moments[index].gram.dtype == torch.float32
             torch.testing.assert_close(
                 moments[index].gram.double(), x.T @ x / windows.numel(), **close
@@ -277,6 +278,7 @@ def test_unreached_expert(windows: Tensor) -> None:
         for name in unreached:
             entry, width = moments[input_of[name]], block.linears[name].weight.shape[1]
             assert entry.gram.shape == (width, width)
+            assert entry.seen == 0
             assert torch.equal(entry.mean, torch.zeros(width))
             assert torch.equal(entry.activation_norm, torch.zeros(width))
 

@@ -24,7 +24,7 @@ from pho_service.spec.steps import Steps
 GPU = Place(on_gpu=True)
 STREAMED = Place(on_gpu=True, stream=True)
 GB = 10**9
-BEST = Steps(permutation="error", repruning="swaps", update="least-squares")
+BEST = Steps(permutation="error", repruning="swaps", update="least-squares", shrinkage=1.0)
 
 
 def empty(config: LlamaConfig) -> PreTrainedModel:
@@ -144,6 +144,16 @@ def test_stages(seven: Footprint, seventy: Footprint) -> None:
 
     assert all(peak.device < 79 * GB and peak.host < 64 * GB for peak in peaks)
     assert [peak.disk > 0 for peak in peaks] == [False, False, True, False, True, True]
+
+
+def test_shrinkage(seven: Footprint) -> None:
+    """Second moments are shrunk in a copy of one of them, the widest at most."""
+    peaks = [
+        pruning_peak(seven, GPU, steps, windows=128, tokens=2048, keep_dense=False)
+        for steps in (replace(BEST, shrinkage=0.0), BEST)
+    ]
+
+    assert peaks[1].device - peaks[0].device == 4 * 11008**2
 
 
 def test_removed_weights(seven: Footprint) -> None:

@@ -12,7 +12,7 @@ from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.pruning.weight_update import inverse_factor, obs_update, sparsegpt
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Allocation, Repruning, Steps
 
 WIDTH, TOKENS = 16, 200
 
@@ -30,7 +30,10 @@ def moments(inputs: Tensor) -> InputMoments:
     """What a calibration says of ``inputs``, one sequence."""
     gram = inputs.T @ inputs / TOKENS
     return InputMoments(
-        gram=gram, mean=inputs.mean(dim=0), activation_norm=(gram.diagonal() * TOKENS).sqrt()
+        gram=gram,
+        mean=inputs.mean(dim=0),
+        activation_norm=(gram.diagonal() * TOKENS).sqrt(),
+        seen=TOKENS,
     )
 
 
@@ -124,12 +127,7 @@ def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:
     plain = linears_of(moments, pattern)
     order = permute_channels(torch.cat([li.score for li in plain]), keep=2, group=4)
     linears = linears_of(moments, pattern, order)
-    permuted = InputMoments(
-        gram=moments.gram[order][:, order],
-        mean=moments.mean[order],
-        activation_norm=moments.activation_norm[order],
-    )
-    factor = inverse_factor(permuted.gram, layer="q_proj")
+    factor = inverse_factor(moments.gram[order][:, order], layer="q_proj")
     for linear, (_, mask, weight) in zip(
         linears, finish(linears, moments, pattern, Steps(update="sparsegpt")), strict=True
     ):
@@ -138,6 +136,56 @@ def test_update_in_another_order(moments: InputMoments, inputs: Tensor) -> None:
         assert torch.equal(weight[:, order], expected)
         assert torch.equal(mask.keep[:, order], keep)
         assert error(linear, weight, inputs).sum() < error(linear, weight * 0, inputs).sum()
+
+
+def test_shrunk(moments: InputMoments) -> None:
+    """Second moments are those of the tokens and as many more, whose inputs are independent."""
+    shrunk = moments.shrunk(2.0)
+    more = 2.0 * WIDTH
+    diagonal = torch.diag(moments.gram.diagonal()).double()
+    expected = (TOKENS * moments.gram.double() + more * diagonal) / (TOKENS + more)
+
+    torch.testing.assert_close(shrunk.gram.double(), expected)
+    assert torch.equal(shrunk.gram.diagonal(), moments.gram.diagonal())
+    assert torch.equal(shrunk.mean, moments.mean)
+    assert moments.shrunk(0.0) is moments
+
+
+def test_shrunk_without_tokens() -> None:
+    """An input that no token reached has nothing to shrink."""
+    zeros = torch.zeros(WIDTH)
+    moments = InputMoments(gram=torch.diag(zeros), mean=zeros, activation_norm=zeros, seen=0)
+
+    assert not moments.shrunk(1.0).gram.any()
+
+
+@pytest.mark.parametrize("repruning", ["none", "swaps", "admm"])
+def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
+    """With few tokens, masks and weights by shrunk moments lose less on tokens not seen."""
+    generator = torch.Generator().manual_seed(2)
+    common = torch.randn(TOKENS, 1, generator=generator)
+    inputs = torch.randn(TOKENS, WIDTH, generator=generator) + 0.7 * common
+    few = inputs[: WIDTH + 8]
+    gram = few.T @ few / len(few)
+    moments = InputMoments(
+        gram=gram, mean=few.mean(dim=0), activation_norm=gram.diagonal().sqrt(), seen=len(few)
+    )
+    pattern = Pattern.parse("0.5")
+    steps = Steps(repruning=repruning, update="least-squares")
+    linears = linears_of(moments, pattern)
+
+    def errors(steps: Steps) -> list[float]:
+        finished = zip(linears, finish(linears, moments, pattern, steps), strict=True)
+        weights = [(linear, weight) for linear, (_, _, weight) in finished]
+        return [
+            sum(float(error(linear, weight, tokens).sum()) for linear, weight in weights)
+            for tokens in (few, inputs[len(few) :])
+        ]
+
+    plain, shrunk = errors(steps), errors(replace(steps, shrinkage=1.0))
+
+    assert shrunk[0] > plain[0]
+    assert shrunk[1] < plain[1]
 
 
 def test_repruning_lowers_the_error(moments: InputMoments, inputs: Tensor) -> None:

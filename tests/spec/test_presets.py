@@ -68,6 +68,19 @@ def test_contradiction() -> None:
         Preset.of("best", LAYER).changed({"update": "none"}, {})
 
 
+def test_shrinkage_of_a_preset() -> None:
+    """`best` shrinks second moments, unless nothing looks at them or a user says otherwise."""
+    best = Preset.of("best", LAYER)
+    alone = {"repruning": "none", "update": "none"}
+
+    assert best.steps.shrinkage > 0
+    assert best.changed({"update": "obs"}, {}).steps.shrinkage == best.steps.shrinkage
+    assert best.changed(alone, {}).steps.shrinkage == 0
+    assert best.changed({"shrinkage": 0.0}, {}).steps.shrinkage == 0
+    with pytest.raises(InvalidInput, match="shrinkage=3 has nothing to shrink"):
+        best.changed({**alone, "shrinkage": 3.0}, {})
+
+
 def test_default() -> None:
     """A new job is `best`; one that an older version stored without a preset is `score`."""
     job = {"model": "org/name", "pattern": "0.5"}

@@ -358,6 +358,29 @@ def test_steps_refuse(fields: dict[str, str]) -> None:
         Steps(**fields)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1001, float("nan"), True, "1"])
+def test_shrinkage_refuses(value: Any) -> None:
+    """A shrinkage is a number in its bounds."""
+    with pytest.raises(InvalidInput, match=r"shrinkage=.* is not in 0\.\.1000"):
+        Steps(update="obs", shrinkage=value)
+
+
+@pytest.mark.parametrize("fields", [{}, {"repruning": "dsnot"}, {"permutation": "score"}])
+def test_nothing_to_shrink(fields: dict[str, Any]) -> None:
+    """Where no step looks at second moments, a shrinkage is refused with the way out."""
+    with pytest.raises(InvalidInput, match=r"shrinkage=2 has nothing to shrink.* or leave it out"):
+        Steps(shrinkage=2, **fields)
+
+
+def test_shrinkage_is_kept() -> None:
+    """It survives JSON and is said; where there is none, nothing says so, as in older versions."""
+    steps = Steps(update="obs", shrinkage=0.5)
+
+    assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
+    assert str(steps).endswith("update obs, shrinkage 0.5")
+    assert "shrinkage" not in Steps(update="obs").to_dict()
+
+
 def test_steps_round_trip() -> None:
     """Steps survive JSON; what is left out has its default."""
     steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs")
