@@ -112,6 +112,7 @@ def _configuration() -> dict[str, Any]:
                 {"properties": {"steps": _steps(update=["obs", "least-squares"])}},
             ]
         },
+        {"properties": {"steps": _shrunk_or_not()}},
     ]
     return schema
 
@@ -161,6 +162,21 @@ def _trained_or_empty() -> dict[str, Any]:
                 "required": ["method"],
             },
             {"maxProperties": 0},
+        ]
+    }
+
+
+def _shrunk_or_not() -> dict[str, Any]:
+    """A shrinkage is of second moments that a step looks at."""
+    looking: dict[str, list[str]] = {
+        "permutation": ["error"],
+        "repruning": ["swaps", "admm"],
+        "update": [update for update in UPDATES if update != "none"],
+    }
+    return {
+        "anyOf": [
+            {"properties": {"shrinkage": {"const": 0}}},
+            *({**_steps(**{name: values}), "required": [name]} for name, values in looking.items()),
         ]
     }
 
