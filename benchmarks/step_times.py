@@ -33,8 +33,8 @@ from pho_service.pruning.weight_update import (
     obs_update,
     sparsegpt,
 )
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation
 
 
 @click.command()

@@ -13,6 +13,7 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.interface.models import Choice, chosen, opened_bundle, parsed
 from pho_service.pipeline.search import Bundles, by_name, origin_of
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
@@ -20,7 +21,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 from storage.studies import record_of
 

@@ -29,10 +29,11 @@ from pho_service.pruning.divergence import DenseReference, dense_reference, rate
 from pho_service.pruning.offsets import bounds
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
+from pho_service.spec.allocation import MOST_DEPTHS, MOST_SHIFT, Allocation
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
 from pho_service.spec.samplers import corrected_windows
-from pho_service.spec.steps import MOST_DEPTHS, MOST_SHIFT, Allocation, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Array, Correction, Measured, next_point
 from pho_service.tuning.finalists import measure_once
 from pho_service.tuning.islands import Islands

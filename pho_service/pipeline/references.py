@@ -10,10 +10,10 @@ import optuna
 from pho_service.errors import NumericalError
 from pho_service.pipeline.rating import ReportText, Subject, measure
 from pho_service.progress import Advance, Progress
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.perplexities import REFERENCES, Perplexities
-from pho_service.spec.steps import Allocation
 from pho_service.tuning.finalists import Measurements, kept_losses
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate, SearchPlan

@@ -27,8 +27,8 @@ from pho_service.pruning.offsets import (
     offset,
     shifted,
 )
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation
 
 GRID_POINTS = 12  # sparsities on an error curve
 

@@ -10,10 +10,10 @@ import torch
 from pho_service.pruning.offsets import bounds, kind_of, offset
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.scores import TINY
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Weighting
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation
 
 CURVE_POINTS = 16  # sparsities at which each linear's error is known
 

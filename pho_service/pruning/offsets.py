@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Allocation
 
 MAX_SPARSITY = 0.995  # no linear loses more, unless the pattern itself does
 

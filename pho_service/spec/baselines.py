@@ -7,11 +7,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 
 _MAGNITUDE = Coefficients(
     row=1, column=0, neighbourhood=0, activation_exponent=0, normalisation="none"

@@ -6,13 +6,22 @@ the same value is asked for in Python, sent to the service, stored and run. ``ST
 part as strict as a document, with :data:`Number`, :data:`Whole` and :data:`Flag` for its values.
 """
 
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
+from pho_service.errors import InvalidInput
+
 # Of a dataclass. An instance is checked again, so that a whole number where a real one belongs is
 # written as one.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
+
+
+def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
+    """Raise InvalidInput, which names ``what``, if the value is none of those allowed."""
+    if value not in allowed:
+        raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
 
 
 def printable(value: str) -> str:

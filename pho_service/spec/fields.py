@@ -11,11 +11,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access, check_data_file
 from pho_service.host.usual_texts import check_usual
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
 from pho_service.spec.document import Document, Name
 from pho_service.spec.score import Coefficients
 from pho_service.spec.seed import Seed
-from pho_service.spec.steps import Allocation
 
 
 class FieldError(ValueError):

@@ -9,11 +9,12 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.document import Document, Title
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.spec.space import SearchSpaceSpec
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 
 PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed"]
 PRESETS: tuple[PresetName, ...] = ("score", "crepe", "crepe-plus", "best")

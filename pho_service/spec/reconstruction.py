@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, Whole
+from pho_service.spec.document import STRICT, Number, Whole, check_choice
 from pho_service.spec.seed import SEEDS, check_seed
 
 ReconstructionMethod = Literal["none", "block"]
@@ -62,9 +62,7 @@ class Reconstruction:
     ] = 0
 
     def __post_init__(self) -> None:
-        if self.method not in RECONSTRUCTIONS:
-            known = ", ".join(RECONSTRUCTIONS)
-            raise InvalidInput(f"reconstruction {self.method!r} is not one of {known}.")
+        check_choice("reconstruction", self.method, RECONSTRUCTIONS)
         passes = self.passes
         if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= 1000:
             raise InvalidInput(f"reconstruction passes={passes!r} is not in 1..1000.")

@@ -15,13 +15,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic import Field, ValidationInfo, field_validator
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.allocation import ALLOCATIONS, Allocation, AllocationMethod
 from pho_service.spec.baselines import BASELINES
 from pho_service.spec.calibration import KernelSizes
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.document import Document
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.score import KERNEL_SIZES, Coefficients
-from pho_service.spec.steps import ALLOCATIONS, Allocation, AllocationMethod, Steps
+from pho_service.spec.steps import Steps
 
 Bounds = tuple[float, float]
 GivenBounds = Annotated[list[float], Field(min_length=2, max_length=2)]

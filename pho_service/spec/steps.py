@@ -4,35 +4,28 @@ reconstruction.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Document, Flag, Number
-from pho_service.spec.linears import LONGEST, MOST, Linears
+from pho_service.spec.allocation import Allocation
+from pho_service.spec.document import STRICT, Document, Flag, Number, check_choice
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
 
 NormSource = Literal["dense", "sequential"]
-AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
-AllocationUnit = Literal["linear", "block"]
 Permutation = Literal["none", "score", "error"]
 Repruning = Literal["none", "dsnot", "swaps", "admm"]
 Update = Literal["none", "obs", "least-squares", "sparsegpt", "admm", "alps"]
 NORM_SOURCES: tuple[NormSource, ...] = get_args(NormSource)
-ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
-ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
 PERMUTATIONS: tuple[Permutation, ...] = get_args(Permutation)
 REPRUNINGS: tuple[Repruning, ...] = get_args(Repruning)
 UPDATES: tuple[Update, ...] = get_args(Update)
 CHOOSING: tuple[Update, ...] = ("sparsegpt", "admm", "alps")  # the mask too
-MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
-MOST_DEPTHS = 2  # numbers of a curve over depth
 MOST_SHRINKAGE = 1000.0
-Shift = Annotated[Number, Field(ge=-MOST_SHIFT, le=MOST_SHIFT)]
 
 _LINEARS = "Which linears are pruned, and which have a sparsity of their own."
 _STATISTICS = (
@@ -66,147 +59,10 @@ _SHRINKAGE = (
 )
 
 
-def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
-
-
 def _check_shrinkage(value: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= MOST_SHRINKAGE:
         raise InvalidInput(f"shrinkage={value!r} is not in 0..{MOST_SHRINKAGE:g}.")
-
-
-def _check_kind(kind: str) -> None:
-    """Raise InvalidInput if no linear can be of this kind."""
-    if not kind.isprintable() or not 0 < len(kind) <= LONGEST or {*"./* "} & {*kind}:
-        raise InvalidInput(
-            f"allocation offset {kind!r} is not the last part of a linear's name. Give q_proj for "
-            "all linears of that kind, not a full name and not a pattern."
-        )
-
-
-def _check_shift(what: str, value: float) -> None:
-    """Raise InvalidInput if this cannot be added to log-odds."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not isfinite(value) or abs(value) > MOST_SHIFT:
-        rule = f"-{MOST_SHIFT:g}..{MOST_SHIFT:g}"
-        raise InvalidInput(f"allocation {what}={value!r} is not in {rule}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """
-    How the sparsity is spread over the linears of a model.
-
-    Whatever the method, the model as a whole has the sparsity of the pattern.
-
-    Source:
-        Yin et al. 2024, arXiv:2310.05175 (OWL: M = outlier_ratio, lambda = spread).
-    """
-
-    __pydantic_config__ = STRICT
-
-    method: Annotated[
-        AllocationMethod,
-        Field(
-            description="uniform: the same sparsity everywhere. owl: less where many scores are "
-            "far above the mean. fisher: one threshold on A * x * sqrt(g) for the whole model. "
-            "curves: where the Fisher-weighted error of every linear rises equally steeply."
-        ),
-    ] = "uniform"
-    unit: Annotated[
-        AllocationUnit,
-        Field(description="What shares one sparsity: a linear, or a whole block."),
-    ] = "linear"
-    spread: Annotated[
-        Number,
-        Field(
-            ge=0,
-            le=1,
-            description="Every sparsity lies within the pattern's plus and minus this.",
-        ),
-    ] = 0.2
-    outlier_ratio: Annotated[
-        Number,
-        Field(
-            ge=1,
-            le=1e6,
-            description="For owl: a score above this many times the mean of its block is an "
-            "outlier.",
-        ),
-    ] = 5.0
-    offsets: Annotated[
-        dict[str, Shift],
-        Field(
-            max_length=MOST,
-            description="Added to the log-odds of the share that linears keep, by the last part "
-            "of their names (q_proj): above 0 they keep more. Kinds that a model does not have "
-            "are ignored.",
-            exclude_if=lambda offsets: not offsets,
-        ),
-    ] = field(default_factory=dict, hash=False)
-    depth: Annotated[
-        tuple[Shift, ...],
-        Field(
-            max_length=MOST_DEPTHS,
-            description="Added to the same log-odds over the depth of the model: a slope, which "
-            "keeps more in late blocks if it is above 0, and a curvature, which keeps more in the "
-            "first and last ones.",
-            exclude_if=lambda depth: not depth,
-        ),
-    ] = ()
-
-    def __post_init__(self) -> None:
-        _one_of("allocation", self.method, ALLOCATIONS)
-        _one_of("allocation unit", self.unit, ALLOCATION_UNITS)
-        for name, value, low, high in (
-            ("spread", self.spread, 0.0, 1.0), ("outlier_ratio", self.outlier_ratio, 1.0, 1e6),
-        ):  # fmt: skip
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                raise InvalidInput(f"allocation {name}={value!r} is not in {low:g}..{high:g}.")
-        object.__setattr__(self, "offsets", dict(self.offsets))
-        object.__setattr__(self, "depth", tuple(self.depth))
-        self._check_shifts()
-
-    def _check_shifts(self) -> None:
-        if self.offsets and self.unit == "block":
-            raise InvalidInput(
-                "allocation offsets tell the linears of a block apart, but unit 'block' gives them "
-                "one sparsity. Take unit 'linear', or leave the offsets out."
-            )
-        for what, count, most in (
-            ("offsets", len(self.offsets), MOST), ("depth", len(self.depth), MOST_DEPTHS),
-        ):  # fmt: skip
-            if count > most:
-                raise InvalidInput(
-                    f"allocation {what} has {count} numbers, and {most} are the most."
-                )
-        for kind, value in self.offsets.items():
-            _check_kind(kind)
-            _check_shift(f"offset {kind}", value)
-        for i, value in enumerate(self.depth):
-            _check_shift(f"depth[{i}]", value)
-
-    @property
-    def is_even(self) -> bool:
-        """Tell whether all linears lose the same share."""
-        return self.method == "uniform" and not self.offsets and not self.depth
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``offsets`` and ``depth`` only where they say something."""
-        values = asdict(self)
-        shifts = {"offsets": values.pop("offsets"), "depth": [*values.pop("depth")]}
-        return {**values, **{name: value for name, value in shifts.items() if value}}
-
-    def __str__(self) -> str:
-        """In a few words, for people."""
-        spread = "" if self.is_even else f" within {self.spread:.3f}"
-        offsets = [f"{kind} {value:+.2f}" for kind, value in self.offsets.items()]
-        depth = ["depth " + " ".join(f"{value:+.2f}" for value in self.depth)] if self.depth else []
-        shifts = f" ({', '.join([*offsets, *depth])})" if offsets or depth else ""
-        return f"{self.method}{spread}{shifts}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,10 +102,10 @@ class Steps:
     ] = Reconstruction()
 
     def __post_init__(self) -> None:
-        _one_of("statistics", self.statistics, NORM_SOURCES)
-        _one_of("permutation", self.permutation, PERMUTATIONS)
-        _one_of("repruning", self.repruning, REPRUNINGS)
-        _one_of("update", self.update, UPDATES)
+        check_choice("statistics", self.statistics, NORM_SOURCES)
+        check_choice("permutation", self.permutation, PERMUTATIONS)
+        check_choice("repruning", self.repruning, REPRUNINGS)
+        check_choice("update", self.update, UPDATES)
         if not isinstance(self.deployable, bool):
             raise InvalidInput(f"deployable={self.deployable!r} is not true or false.")
         if self.chooses_mask and self.repruning != "none":

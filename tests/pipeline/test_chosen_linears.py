@@ -18,13 +18,14 @@ from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import Target, transfer_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
 LEFT_OUT = ("*.o_proj", "*.layers.1.mlp.up_proj")

@@ -23,12 +23,13 @@ from pho_service.pipeline.repeated import (
 )
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import OWL_AT_NM, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
 NM = Pattern.parse("2:4")

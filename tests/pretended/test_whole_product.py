@@ -30,19 +30,11 @@ from pho_service.pruning.divergence import dense_reference, rate_divergence
 from pho_service.pruning.error_permutation import permute_for_error
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics, collect_statistics
+from pho_service.spec.allocation import ALLOCATION_UNITS, ALLOCATIONS, Allocation
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import (
-    ALLOCATION_UNITS,
-    ALLOCATIONS,
-    CHOOSING,
-    PERMUTATIONS,
-    REPRUNINGS,
-    UPDATES,
-    Allocation,
-    Steps,
-)
+from pho_service.spec.steps import CHOOSING, PERMUTATIONS, REPRUNINGS, UPDATES, Steps
 
 Path_ = Callable[[str], None]
 SUBJECTS = tuple(CONFIGS)

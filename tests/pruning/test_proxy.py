@@ -15,10 +15,11 @@ from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import BATCH, ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
+from pho_service.spec.allocation import Allocation
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Allocation, Steps
+from pho_service.spec.steps import Steps
 
 Linears = dict[str, PrunableLinear]
 
