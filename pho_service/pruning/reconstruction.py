@@ -21,7 +21,7 @@ from pho_service.spec.reconstruction import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
 _RETRIES = 2  # passes of a block that may make it worse
-_SLOWER = 1 / 8  # times the rate, after each of them
+_SLOWER = 1 / 3  # times the rate, after each of them
 _NAMED = 4  # blocks that a sentence names
 
 
@@ -100,7 +100,7 @@ def reconstruct(
     rate is a share of the root mean square of each parameter's kept weights, as models differ in
     that by a factor of ten, and falls linearly to 0 over all passes. After each pass the held-out
     windows are measured. A pass that made them worse does not count: it is taken back, and the
-    training goes on at an eighth of the rate; how much a block bears cannot be told beforehand. The
+    training goes on at a third of the rate; how much a block bears cannot be told beforehand. The
     third such pass ends it.
 
     Args:

@@ -54,7 +54,7 @@ class Reconstruction:
             description="Learning rate of Adam in the first step, as a share of the root mean "
             "square of a parameter's kept weights; it falls to 0.",
         ),
-    ] = 1.5e-3
+    ] = 5e-3
     seed: Annotated[
         Whole,
         Field(ge=0, lt=SEEDS, description="Seed of the order of the windows."),

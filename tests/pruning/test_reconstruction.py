@@ -75,7 +75,7 @@ def plain(weight: Tensor, keep: Tensor, inputs: Tensor, targets: Tensor) -> tupl
         if found < best[1]:
             best, better = (weight, found), better + 1
         else:
-            weight, mean, square, step, share = best[0], 0.0, 0.0, 0, share / 8
+            weight, mean, square, step, share = best[0], 0.0, 0.0, 0, share / 3
     return best
 
 
@@ -123,7 +123,7 @@ def test_nothing_to_gain(inputs: Tensor, keep: Tensor) -> None:
 
 
 def test_too_fast(inputs: Tensor, keep: Tensor) -> None:
-    """A pass that makes the block worse is taken back, and gone at an eighth of the rate."""
+    """A pass that makes the block worse is taken back, and gone at a third of the rate."""
     dense, parameter = pruned(keep)
     result = reconstruct(
         [Trainable(parameter=parameter, weight=parameter, keep=keep)],
