@@ -27,7 +27,14 @@ class KeptResults:
         return None
 
     def keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Add a result, in one piece: other processes may add theirs to the same file."""
+        """
+        Add a result, in one piece: other processes may add theirs to the same file.
+
+        Raises:
+            ValueError: A field of the result would take the place of one of the key.
+        """
+        if both := key.keys() & result.keys():
+            raise ValueError(f"{', '.join(sorted(both))} of the result hides what it is found by")
         with self.path.open("ab", buffering=0) as file:
             file.write(json.dumps({**key, **result}).encode() + b"\n")
 

@@ -56,7 +56,7 @@ class Conditions:
         names = ["samples", "source", "other", "report_windows", "other_windows", "dtype"]
         if method in PRESETS:
             names += ["trials", "finalists", "confirm_steps", "confirm_windows"]
-            key["steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
+            key["preset_steps"] = Preset.of(method, Pattern.parse(pattern)).steps.to_dict()
         return {**key, **self._named(names)}
 
     def _named(self, names: Sequence[str]) -> dict[str, Any]:
