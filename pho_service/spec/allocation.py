@@ -3,13 +3,12 @@ How the sparsity is spread over the linears of a model.
 """
 
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, check_choice
+from pho_service.spec.document import STRICT, Number, check_choice, check_number
 from pho_service.spec.linears import LONGEST, MOST
 
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -28,14 +27,6 @@ def _check_kind(kind: str) -> None:
             f"allocation offset {kind!r} is not the last part of a linear's name. Give q_proj for "
             "all linears of that kind, not a full name and not a pattern."
         )
-
-
-def _check_shift(what: str, value: float) -> None:
-    """Raise InvalidInput if this cannot be added to log-odds."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not isfinite(value) or abs(value) > MOST_SHIFT:
-        rule = f"-{MOST_SHIFT:g}..{MOST_SHIFT:g}"
-        raise InvalidInput(f"allocation {what}={value!r} is not in {rule}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +98,7 @@ class Allocation:
         for name, value, low, high in (
             ("spread", self.spread, 0.0, 1.0), ("outlier_ratio", self.outlier_ratio, 1.0, 1e6),
         ):  # fmt: skip
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                raise InvalidInput(f"allocation {name}={value!r} is not in {low:g}..{high:g}.")
+            check_number(f"allocation {name}", value, low, high)
         object.__setattr__(self, "offsets", dict(self.offsets))
         object.__setattr__(self, "depth", tuple(self.depth))
         self._check_shifts()
@@ -129,9 +118,9 @@ class Allocation:
                 )
         for kind, value in self.offsets.items():
             _check_kind(kind)
-            _check_shift(f"offset {kind}", value)
+            check_number(f"allocation offset {kind}", value, -MOST_SHIFT, MOST_SHIFT)
         for i, value in enumerate(self.depth):
-            _check_shift(f"depth[{i}]", value)
+            check_number(f"allocation depth[{i}]", value, -MOST_SHIFT, MOST_SHIFT)
 
     @property
     def is_even(self) -> bool:

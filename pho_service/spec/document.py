@@ -24,6 +24,13 @@ def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
         raise InvalidInput(f"{what} {value!r} is not one of {', '.join(allowed)}.")
 
 
+def check_number(what: str, value: float, low: float, high: float) -> None:
+    """Raise InvalidInput, which names ``what``, if the value is no number from low to high."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise InvalidInput(f"{what}={value!r} is not in {low:g}..{high:g}.")
+
+
 def printable(value: str) -> str:
     """Return the text if it has nothing in it that cannot be printed; for names of all kinds."""
     if not value.isprintable():  # nor NUL or half characters, which no database takes

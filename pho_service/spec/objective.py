@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT
+from pho_service.spec.document import STRICT, check_choice
 
 ObjectiveName = Literal["activation-reconstruction", "gini", "perplexity"]
 Weighting = Literal["blend", "fisher", "relative", "absolute"]
@@ -42,8 +42,7 @@ class Objective:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise InvalidInput(f"objective {self.name!r} is not one of {', '.join(OBJECTIVES)}.")
+        check_choice("objective", self.name, OBJECTIVES)
         if self.over is not None and self.over not in OVER:
             raise InvalidInput(f"over={self.over!r} is not one of {', '.join(OVER)}.")
         if self.over is not None and self.name != "activation-reconstruction":
@@ -51,10 +50,7 @@ class Objective:
                 f"the objective {self.name} has no common scale for several models. Search over "
                 "them by activation-reconstruction."
             )
-        if self.weighting not in WEIGHTINGS:
-            raise InvalidInput(
-                f"weighting {self.weighting!r} is not one of {', '.join(WEIGHTINGS)}."
-            )
+        check_choice("weighting", self.weighting, WEIGHTINGS)
 
     def over_models(self, count: int) -> Self:
         """

@@ -88,7 +88,7 @@ class Preset:
             own = {name: value for name, value in own.items() if "allocation" not in name}
         try:
             steps = replace(replace(self.steps, shrinkage=0.0), **given)
-            if "shrinkage" not in given and steps.solves:
+            if "shrinkage" not in given and steps.reads_moments:
                 steps = replace(steps, shrinkage=self.steps.shrinkage)
         except InvalidInput as error:
             raise InvalidInput(

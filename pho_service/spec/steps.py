@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import Allocation
-from pho_service.spec.document import STRICT, Document, Flag, Number, check_choice
+from pho_service.spec.document import STRICT, Document, Flag, Number, check_choice, check_number
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
@@ -57,12 +57,6 @@ _SHRINKAGE = (
     "diagonal, so that they do not follow chance: all others are multiplied by tokens / (tokens + "
     "shrinkage * in_features). 0: not at all, as published."
 )
-
-
-def _check_shrinkage(value: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= MOST_SHRINKAGE:
-        raise InvalidInput(f"shrinkage={value!r} is not in 0..{MOST_SHRINKAGE:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +113,8 @@ class Steps:
                 "repruning 'admm' finds a mask for weights that are changed after it, and update "
                 "is 'none'. Take update 'least-squares', or repruning 'swaps'."
             )
-        _check_shrinkage(self.shrinkage)
-        if self.shrinkage and not self.solves:
+        check_number("shrinkage", self.shrinkage, 0, MOST_SHRINKAGE)
+        if self.shrinkage and not self.reads_moments:
             raise InvalidInput(
                 f"shrinkage={self.shrinkage:g} has nothing to shrink: only permutation 'error', "
                 "repruning 'swaps' and 'admm' and an update look at second moments. Take one of "
@@ -128,7 +122,7 @@ class Steps:
             )
 
     @property
-    def solves(self) -> bool:
+    def reads_moments(self) -> bool:
         """Whether a step looks at more of the second moments than their diagonal."""
         return (
             self.permutation == "error"
@@ -141,9 +135,8 @@ class Steps:
         """Whether more than a bundle is needed: the second moments of all inputs, in full."""
         return (
             self.statistics != "dense"
-            or self.permutation == "error"
+            or self.reads_moments
             or self.repruning != "none"
-            or self.update != "none"
             or self.reconstruction.wanted
         )
 
