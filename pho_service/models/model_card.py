@@ -17,6 +17,7 @@ from huggingface_hub.repocard import metadata_load
 from pho_service.errors import ModelError
 from pho_service.models.gguf_header import text_fields
 from pho_service.models.packed_file import small_files
+from pho_service.pruning.reconstruction import Reconstructed, summary
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.tasks import TaskScores
 
@@ -129,10 +130,16 @@ def _how(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield f"Coefficients: {said}"
     steps = configuration.get("steps") or {}
     done = [f"{key} `{steps[key]}`" for key in _STEPS if steps.get(key) not in (None, "none")]
-    allocation = (steps.get("allocation") or {}).get("method")
-    done += [f"allocation `{allocation}`"] if allocation else []
+    for step in ("allocation", "reconstruction"):
+        method = (steps.get(step) or {}).get("method")
+        done += [f"{step} `{method}`"] if method not in (None, "none") else []
     yield f"Steps: {', '.join(done) or 'none beside the score'}"
     yield f"Calibration: {_text(recipe.get('calibration') or {})}"
+    if blocks := recipe.get("blocks"):
+        trained = {name: Reconstructed(**block) for name, block in blocks.items()}
+        yield f"Training: {summary(trained)}"
+    if few := recipe.get("few_tokens"):
+        yield f"Take care: {few}"
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 

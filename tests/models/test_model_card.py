@@ -68,6 +68,27 @@ def test_card_beside_dense(recipe: dict[str, Any]) -> None:
     assert "RIA, same" not in card
 
 
+def test_card_of_trained_blocks(recipe: dict[str, Any]) -> None:
+    """What training came to, and that a calibration was short, stand where a user sees them."""
+    plain = model_card(recipe, {})
+    assert "Training:" not in plain
+    assert "Take care:" not in plain
+    recipe["configuration"]["steps"] = {"reconstruction": {"method": "block"}}
+    recipe["blocks"] = {
+        "layers.0": {"before": 0.2, "after": 0.1, "passes": 2, "kept": True},
+        "layers.1": {"before": 0.2, "after": 0.2, "passes": 3, "kept": False},
+    }
+    recipe["few_tokens"] = "The calibration has 16 tokens."
+    card = model_card(recipe, {})
+
+    for said in (
+        "* Steps: reconstruction `block`\n", "* Training: 1 of 2 blocks reconstructed, held-out "
+        "error -50.0% on average; no better, so left as they were: layers.1\n",
+        "* Take care: The calibration has 16 tokens.\n",
+    ):  # fmt: skip
+        assert said in card
+
+
 def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
     """Folders of this machine are not told; what is not known is said."""
     recipe["model"]["name"] = "/home/me/secret/base"
