@@ -19,6 +19,8 @@ from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchPlan
 
+RANKS = 0.5  # rank correlation with perplexity, from which on a proxy is trusted
+ORDERS = 0.25  # the same among the better half of the candidates
 RESAMPLES = 2000
 BATCH = 2**22  # pairs of candidates that are looked at together: some 100 MiB
 Values = npt.NDArray[np.float64]
@@ -128,13 +130,23 @@ def _cosine(a: Values, b: Values, *, axes: tuple[int, ...]) -> Values:
 
 
 def verdict(name: str, quality: ProxyQuality) -> str | None:
-    """One plain sentence if a proxy does not rank, None if it does."""
-    if abs(quality.spearman) >= 0.5:
-        return None
-    return (
-        f"The proxy {name} does not rank candidates on this model: its rank correlation with "
-        f"perplexity is {quality.spearman:+.2f}, so what it finds is little better than chance."
-    )
+    """One plain sentence if a proxy does not rank, or not where a search ends; None if it does."""
+    sign = -1 if _higher_is_better(name) else 1
+    whole, better_half = sign * quality.spearman, sign * quality.spearman_better_half
+    said = f"rank correlation with perplexity is {quality.spearman:+.2f}"
+    if whole < RANKS:
+        worth = "worse than chance" if whole <= -RANKS else "little better than chance"
+        return (
+            f"The proxy {name} does not rank candidates on this model: its {said}, so what it "
+            f"finds is {worth}."
+        )
+    if better_half < ORDERS:
+        return (
+            f"The proxy {name} tells good candidates from bad ones on this model, but does not "
+            f"order the better half of them: its {said}, and {quality.spearman_better_half:+.2f} "
+            "in that half, where a search ends."
+        )
+    return None
 
 
 def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int, str | None]:
@@ -156,8 +168,13 @@ def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int,
 def qualities(
     proxies: Mapping[str, Sequence[float]], perplexity: Sequence[float], *, seed: int
 ) -> dict[str, ProxyQuality]:
-    """:func:`proxy_quality` of every proxy, by name. Only ``gini`` is better when higher."""
+    """:func:`proxy_quality` of every proxy, by name."""
     return {
-        name: proxy_quality(values, perplexity, higher_is_better=name == "gini", seed=seed)
+        name: proxy_quality(values, perplexity, higher_is_better=_higher_is_better(name), seed=seed)
         for name, values in proxies.items()
     }
+
+
+def _higher_is_better(name: str) -> bool:
+    """How a proxy is meant: all but the Gini coefficient are errors."""
+    return name == "gini"

@@ -1,5 +1,6 @@
 """A search that validates its proxy, and confirms more finalists where it does not rank."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +24,11 @@ REQUEST = SearchRequest(
 BLEND = "activation-reconstruction/blend"
 
 
-def quality(spearman: float) -> ProxyQuality:
-    """Of a proxy with this rank correlation."""
+def quality(spearman: float, better_half: float | None = None) -> ProxyQuality:
+    """Of a proxy with this rank correlation, and the same or another in the better half."""
+    half = spearman if better_half is None else better_half
     return ProxyQuality(
-        spearman=spearman, spearman_interval=(spearman, spearman), spearman_better_half=spearman,
+        spearman=spearman, spearman_interval=(spearman, spearman), spearman_better_half=half,
         kendall=spearman, kendall_interval=(spearman, spearman), regret=0.0,
         regret_interval=(0.0, 0.0), top_k=2,
     )  # fmt: skip
@@ -42,6 +44,24 @@ def test_how_many() -> None:
     assert doubt is not None
     assert "does not rank" in doubt
     assert "20 by it are finalists instead of 5" in doubt
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "said"),
+    [
+        (BLEND, quality(-0.9), r"does not rank .* is -0\.90, so .* is worse than chance"),
+        ("gini", quality(0.9), r"does not rank .* is \+0\.90, so .* is worse than chance"),
+        (BLEND, quality(0.8, -0.3), r"does not order the better half .* \+0\.80, and -0\.30 in"),
+        ("gini", quality(-0.9, 0.1), r"does not order the better half .* -0\.90, and \+0\.10 in"),
+    ],
+)
+def test_wrong_order(name: str, found: ProxyQuality, said: str) -> None:
+    """A proxy that ranks the other way round is not trusted, nor one without order at the top."""
+    count, doubt = finalists_wanted(5, name, found)
+
+    assert doubt is not None
+    assert re.search(said, doubt)
+    assert count == 5 * WIDER
 
 
 @pytest.fixture
