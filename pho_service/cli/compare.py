@@ -27,6 +27,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import check_choice
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.seed import SEEDS
@@ -191,9 +192,8 @@ def _searches(
     """The document of each preset's search, as `pho submit` would send it."""
     from pho_service.spec.presets import PRESETS
 
-    unknown = [name for name in presets if name not in PRESETS]
-    if unknown:
-        raise InvalidInput(f"--preset {unknown[0]!r} is not one of {', '.join(PRESETS)}.")
+    for name in presets:
+        check_choice("--preset", name, PRESETS)
     options = [given.names[path] for path in _OF_SEARCHES if path in given.said]
     if options and not presets:
         raise InvalidInput(

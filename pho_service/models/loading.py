@@ -23,6 +23,7 @@ from pho_service.models.names import is_on_hub
 from pho_service.models.weights_hash import SCHEME, weights_sha256
 from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
+from pho_service.spec.document import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -251,8 +252,7 @@ def load_model(
         )
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
-    if dtype not in DTYPES:
-        raise InvalidInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    check_choice("dtype", dtype, DTYPES)
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     with hub_or_cache(wanted=is_on_hub(name, revision)):
         checkpoint = find_checkpoint(name, revision)

@@ -43,8 +43,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_choice("objective", self.name, OBJECTIVES)
-        if self.over is not None and self.over not in OVER:
-            raise InvalidInput(f"over={self.over!r} is not one of {', '.join(OVER)}.")
+        if self.over is not None:
+            check_choice("over", self.over, OVER)
         if self.over is not None and self.name != "activation-reconstruction":
             raise InvalidInput(
                 f"the objective {self.name} has no common scale for several models. Search over "

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, Whole
+from pho_service.spec.document import STRICT, Number, Whole, check_choice
 
 KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from
 Normalisation = Literal["mean", "sum", "none"]
@@ -82,10 +82,7 @@ class Coefficients:
                 f"kernel_size={k!r} is not an odd whole number from 3 to 999: the window must "
                 "have a middle."
             )
-        if self.normalisation not in NORMALISATIONS:
-            raise InvalidInput(
-                f"normalisation={self.normalisation!r} is not one of {', '.join(NORMALISATIONS)}."
-            )
+        check_choice("normalisation", self.normalisation, NORMALISATIONS)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""

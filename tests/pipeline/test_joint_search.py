@@ -164,5 +164,5 @@ def test_not_told_how(bundles: dict[str, ProxyBundle], request_of: Any, searched
 
 def test_unknown_way() -> None:
     """There are two ways to count."""
-    with pytest.raises(InvalidInput, match=r"over='best' is not one of mean, worst"):
+    with pytest.raises(InvalidInput, match=r"over 'best' is not one of mean, worst"):
         Objective(over="best")
