@@ -105,8 +105,8 @@ def main(
                 rows.append(_row(subject, cell, seed, drawn, perplexity))
     print_table(
         f"{Path(subject.model.name).name}: Spearman with perplexity (in the better half)",
-        ("cell, seed", "perplexity", "blend (95 %)", "fisher", "relative", "absolute", "gini",
-         "regret of blend"),
+        ("cell, seed", "perplexity", "blend (95 %)", "geometric", "fisher", "relative", "absolute",
+         "gini", "regret: blend, geometric"),
         rows,
         caption=f"{candidates} random candidates a cell, {samples} windows of calibration, "
         f"perplexity on {windows} windows of {context_length} tokens",
@@ -136,8 +136,8 @@ def _row(
         f"{cell.text}, {seed}",
         f"{min(perplexity):.1f} .. {max(perplexity):.4g}",
         f"{each['blend']} [{low:.2f}, {high:.2f}]",
-        each["fisher"], each["relative"], each["absolute"], each["gini"],
-        f"{blend.regret:.1%}",
+        each["geometric"], each["fisher"], each["relative"], each["absolute"], each["gini"],
+        f"{blend.regret:.1%}, {found['geometric'].regret:.1%}",
     )  # fmt: skip
 
 

@@ -205,8 +205,8 @@ def search(
             ``row`` for N:M.
         preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
         objective: ``activation-reconstruction``, ``gini`` or ``perplexity``.
-        weighting: How activation reconstruction adds up the errors: ``blend``, ``fisher``,
-            ``relative`` or ``absolute``.
+        weighting: How activation reconstruction adds up the errors: ``blend``,
+            ``geometric``, ``fisher``, ``relative`` or ``absolute``.
         over: How several models count: ``mean`` or ``worst``.
         space: Bounds of the search by name, ``{"row_share": (0.2, 0.8), "kernel_sizes": (3, 5)}``;
             one number fixes a value.

@@ -39,6 +39,9 @@ class ProxyRating:
             error (D H D^T)_i / (W H W^T)_i. A second-order estimate holds for
             small errors and flatters scores that use g; this makes ruined
             rows count more.
+        geometric: Sum over layers of sqrt(fisher * relative) of the layer, the geometric mean of
+            the rise of the loss and of how much of its output is lost. It does not let a layer
+            with a small g lose nearly all of its weights, as allocations may.
         gini: Gini coefficient of the scores with the removed ones at 0, mean
             over layers by number of weights; None if it was not asked for.
             Higher went with lower perplexity in our measurements.
@@ -46,13 +49,15 @@ class ProxyRating:
 
     Source:
         MOONSHOT (Afriat et al. 2026, arXiv:2604.13287) minimises a linear's output error and a
-        second-order estimate of the loss together; ``blend`` multiplies the two, to rate only.
+        second-order estimate of the loss together; ``blend`` and ``geometric`` multiply the two,
+        to rate only.
     """
 
     fisher: float
     relative: float
     absolute: float
     blend: float
+    geometric: float
     gini: float | None
     error_by_kind: dict[str, float]
 
@@ -121,10 +126,11 @@ class ProxyEvaluator:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
         layers, (sums,) = self._sums([candidate], with_gini=False)
-        errors = zip(
-            (layer.name for layer in layers), _relative(layers, sums.absolute), strict=True
-        )
-        return {**dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0), **dict(errors)}
+        errors = _losses(layers, sums)["relative"].tolist()
+        return {
+            **dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0),
+            **{layer.name: error for layer, error in zip(layers, errors, strict=True)},
+        }
 
     def layer_losses(self, candidate: Candidate, weighting: Weighting) -> dict[str, float]:
         """
@@ -134,12 +140,8 @@ class ProxyEvaluator:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
         layers, (sums,) = self._sums([candidate], with_gini=False)
-        values = (
-            _relative(layers, sums.absolute)
-            if weighting == "relative"
-            else getattr(sums, weighting).tolist()
-        )
-        return {layer.name: value for layer, value in zip(layers, values, strict=True)}
+        losses = _losses(layers, sums)[weighting].tolist()
+        return {layer.name: loss for layer, loss in zip(layers, losses, strict=True)}
 
     def layer_sparsities(self, candidate: Candidate) -> dict[str, float]:
         """
@@ -214,12 +216,6 @@ def _sparsity(layer: LayerSample, pattern: Pattern, lost: int | None) -> float:
     return pattern.removed(weights) / weights
 
 
-def _relative(layers: Sequence[LayerSample], absolute: Tensor) -> list[float]:
-    energy = torch.tensor([layer.output_energy for layer in layers])
-    values: list[float] = (absolute / energy.clamp_min(TINY)).tolist()
-    return values
-
-
 @dataclass(frozen=True)
 class _Sums:
     """What a candidate does to each layer, in the order of the linears: each (layers,)."""
@@ -231,23 +227,32 @@ class _Sums:
     blend: Tensor
 
 
-def _summary(layers: Sequence[LayerSample], sums: "_Sums", with_gini: bool) -> ProxyRating:
-    fisher, absolute, blend = sums.fisher, sums.absolute, sums.blend
-    highest = torch.stack([fisher, absolute, blend]).amax(dim=0)
+def _losses(layers: Sequence[LayerSample], sums: _Sums) -> dict[Weighting, Tensor]:
+    """What each linear adds to a rating, by the rating's weighting: each (layers,)."""
+    energy = torch.tensor([layer.output_energy for layer in layers])
+    relative = sums.absolute / energy.clamp_min(TINY)
+    return {
+        "blend": sums.blend,
+        "geometric": sums.fisher.sqrt() * relative.sqrt(),
+        "fisher": sums.fisher,
+        "relative": relative,
+        "absolute": sums.absolute,
+    }
+
+
+def _summary(layers: Sequence[LayerSample], sums: _Sums, with_gini: bool) -> ProxyRating:
+    losses = _losses(layers, sums)
+    highest = torch.stack(list(losses.values())).amax(dim=0)
     require_finite(layers, highest, "the proxy's error of a candidate")
-    relative = _relative(layers, absolute)
     by_kind: dict[str, list[float]] = {}
-    for layer, value in zip(layers, relative, strict=True):
+    for layer, value in zip(layers, losses["relative"].tolist(), strict=True):
         by_kind.setdefault(layer.kind, []).append(value)
     mean_gini = None
     if with_gini:
         sizes = torch.tensor([float(la.out_features * la.in_features) for la in layers])
         mean_gini = float((sums.gini * sizes).sum() / sizes.sum())
     return ProxyRating(
-        fisher=float(fisher.double().sum()),
-        relative=float(torch.tensor(relative).double().sum()),
-        absolute=float(absolute.double().sum()),
-        blend=float(blend.double().sum()),
+        **{weighting: float(loss.double().sum()) for weighting, loss in losses.items()},
         gini=mean_gini,
         error_by_kind={kind: sum(v) / len(v) for kind, v in by_kind.items()},
     )

@@ -11,7 +11,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import STRICT, check_choice
 
 ObjectiveName = Literal["activation-reconstruction", "gini", "perplexity"]
-Weighting = Literal["blend", "fisher", "relative", "absolute"]
+Weighting = Literal["blend", "geometric", "fisher", "relative", "absolute"]
 Over = Literal["mean", "worst"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from pho_service.cli import VERBS, main
+from pho_service.spec.objective import WEIGHTINGS
 
 CALIBRATION = (
     "--samples", "8", "--context-length", "24", "--rows-per-layer", "8", "--projection-rows", "16",
@@ -257,7 +258,7 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
     proxies = document["proxies"]
 
     assert set(proxies) == {
-        *(f"activation-reconstruction/{w}" for w in ("blend", "fisher", "relative", "absolute")),
+        *(f"activation-reconstruction/{w}" for w in WEIGHTINGS),
         "gini",
     }
     assert {"spearman", "kendall", "regret", "spearman_interval"} <= set(proxies["gini"])

@@ -137,7 +137,7 @@ def test_nothing_to_correct(bundle: ProxyBundle, options: Any) -> None:
         search_job(replace(REQUEST, steps=steps), bundle, **options)
 
 
-@pytest.mark.parametrize("weighting", ["blend", "relative"])
+@pytest.mark.parametrize("weighting", ["blend", "geometric", "relative"])
 def test_proxy_of_allocations(bundle: ProxyBundle, weighting: Any) -> None:
     """Error curves give what rating each allocation gives, within the sampled rows' rounding."""
     evaluator = ProxyEvaluator(bundle)

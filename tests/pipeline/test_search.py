@@ -18,7 +18,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.objective import Objective
+from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import parse_bounds
 from pho_service.spec.steps import Steps
@@ -44,7 +44,7 @@ def proxies(found: Configuration) -> list[float]:
     return [rating.proxy for rating in found.baselines if rating.proxy is not None]
 
 
-@pytest.mark.parametrize("weighting", ["blend", "fisher", "relative", "absolute"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, searched: Any) -> None:
     """The value is the proxy of the configuration's own candidate in the asked weighting."""
     objective = Objective(weighting=weighting)

@@ -32,6 +32,7 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec.allocation import ALLOCATION_UNITS, ALLOCATIONS, Allocation
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import CHOOSING, PERMUTATIONS, REPRUNINGS, UPDATES, Steps
@@ -178,7 +179,7 @@ def test_proxies(subject: Subject, pattern: Pattern, path: Path_) -> None:
     found = there.evaluate(candidates, with_gini=True)
     expected = on_cpu.evaluate(candidates, with_gini=True)
     for mine, theirs, allocation in zip(found, expected, allocations, strict=True):
-        for value in ("fisher", "relative", "absolute", "blend", "gini"):
+        for value in (*WEIGHTINGS, "gini"):
             assert getattr(mine, value) == pytest.approx(getattr(theirs, value), rel=1e-3)
         how = f"{pattern} {pattern.scope}, {allocation.method} by {allocation.unit}"
         path(f"{subject.name}: proxies and gini, {how}")

@@ -64,22 +64,24 @@ def rate(bundle: ProxyBundle, candidate: Candidate) -> ProxyRating:
 
 def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) -> ProxyRating:
     """Mask every linear of the model and add up D H D^T row by row, in float64."""
-    fisher = absolute = blend = 0.0
+    fisher = absolute = blend = geometric = 0.0
     relative: dict[str, float] = {}
     for name, mask in model_masks(linears, statistics, candidate):
         root = statistics.inputs[statistics.input_of[name]].root.double()
         gram = root.T @ root
-        energy = layer_error = 0.0
+        energy = layer_error = layer_fisher = 0.0
         for i, row in enumerate(linears[name].weight.double()):
             gone = torch.where(mask[i], 0, row)
             error = float(gone @ gram @ gone)
             layer_error += error
             row_energy = float(row @ gram @ row)
-            fisher += float(statistics.fisher[name][i]) * error
+            layer_fisher += float(statistics.fisher[name][i]) * error
             blend += float(statistics.fisher[name][i]) * error * (error / row_energy) ** 0.5
             energy += row_energy
+        fisher += layer_fisher
         absolute += layer_error
         relative[name] = layer_error / energy
+        geometric += (layer_fisher * relative[name]) ** 0.5
     kinds = {name.rpartition(".")[2] for name in relative}
     of_kind = {k: [v for name, v in relative.items() if name.endswith(f".{k}")] for k in kinds}
     return ProxyRating(
@@ -87,6 +89,7 @@ def slow_rating(linears: Linears, statistics: Statistics, candidate: Candidate) 
         relative=sum(relative.values()),
         absolute=absolute,
         blend=blend,
+        geometric=geometric,
         gini=None,
         error_by_kind={k: sum(values) / len(values) for k, values in of_kind.items()},
     )
@@ -106,6 +109,7 @@ def test_all_rows(
     assert rating.relative == pytest.approx(expected.relative, rel=1e-4)
     assert rating.absolute == pytest.approx(expected.absolute, rel=1e-4)
     assert rating.blend == pytest.approx(expected.blend, rel=1e-3)
+    assert rating.geometric == pytest.approx(expected.geometric, rel=1e-4)
     assert rating.error_by_kind == pytest.approx(expected.error_by_kind, rel=1e-4)
 
 
@@ -237,6 +241,7 @@ def numbers(ratings: list[ProxyRating]) -> list[float]:
         for rating in ratings
         for number in (
             rating.fisher, rating.relative, rating.absolute, rating.blend,
+            rating.geometric,
             *rating.error_by_kind.values(),
         )
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from pho_service.host.access import Access
 from pho_service.host.settings import Settings
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec, island_seed
-from pho_service.spec.objective import Objective
+from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SAMPLERS, SearchOptions, options_of
 
@@ -336,7 +336,7 @@ documents = st.fixed_dictionaries(
         "validation": st.none() | _some(candidates=whole, seed=whole),
         "objective": _some(
             name=st.sampled_from(["activation-reconstruction", "gini", "perplexity"]),
-            weighting=st.sampled_from(["blend", "fisher", "relative", "absolute"]),
+            weighting=st.sampled_from(WEIGHTINGS),
         ),
         "sampler": st.sampled_from(sorted(SAMPLERS)),
         "search_space": _some(
