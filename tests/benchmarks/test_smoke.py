@@ -56,6 +56,18 @@ def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path)
     assert results.read_text() == kept
 
 
+def test_weightings(benchmark: Benchmark, model_folder: Path) -> None:
+    """A perplexity of each pattern by each weighting."""
+    table = benchmark(
+        "weightings", "--model", model_folder, "--pattern", "0.5", "--trials", 8,
+        "--samples", 4, "--context-length", 16, "--report-windows", 2,
+    )  # fmt: skip
+    by_blend, by_geometric = numbers(table["0.5"])
+
+    assert by_blend > 1
+    assert by_geometric > 1
+
+
 def test_corrections(benchmark: Benchmark, model_folder: Path) -> None:
     """A row before and one after the corrections, the second no farther from the dense model."""
     table = benchmark(
