@@ -125,12 +125,8 @@ class ProxyEvaluator:
         Raises:
             BundleError, InvalidInput: As :meth:`evaluate`.
         """
-        layers, (sums,) = self._sums([candidate], with_gini=False)
-        errors = _losses(layers, sums)["relative"].tolist()
-        return {
-            **dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0),
-            **{layer.name: error for layer, error in zip(layers, errors, strict=True)},
-        }
+        dense = dict.fromkeys((layer.name for layer in self.bundle.layers), 0.0)
+        return {**dense, **self.layer_losses(candidate, "relative")}
 
     def layer_losses(self, candidate: Candidate, weighting: Weighting) -> dict[str, float]:
         """
