@@ -358,7 +358,10 @@ class Crew:
         """
         while True:
             process = self.busy(job, kind, done=done, attempt=attempt)
-            os.kill(process, signal.SIGSTOP)
+            try:
+                os.kill(process, signal.SIGSTOP)
+            except ProcessLookupError:  # it ended since the record was read
+                continue
             try:
                 self.until(partial(_has_stopped, process))
                 if self._worker_of(job, kind, done, attempt) == process and when():
