@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import optuna
+from searched import request_of
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress
@@ -22,8 +23,6 @@ from pho_service.pipeline.search import search_job
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.tuning.request import SearchRequest
 
 HEADER = ("pattern, seed", "divergence", "mask alone", "swaps", "swaps, least squares")
 
@@ -58,11 +57,9 @@ def main(model: str, patterns: tuple[str, ...], seeds: tuple[int, ...], **option
 def _corrected(
     subject: Subject, pattern: Pattern, seed: int, options: dict[str, Any]
 ) -> list[tuple[str, ...]]:
-    preset = Preset.of("crepe-plus", pattern)
-    request = SearchRequest(
-        pattern=pattern,
-        steps=preset.steps,
-        bounds=preset.bounds,
+    request = request_of(
+        "crepe-plus",
+        pattern,
         trials=options["trials"],
         corrections=options["corrections"],
         seed=seed,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import optuna
+from searched import request_of
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table
@@ -20,8 +21,6 @@ from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.spec.objective import WEIGHTINGS, Objective, Weighting
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.tuning.request import SearchRequest
 
 
 @click.command()
@@ -70,18 +69,15 @@ def main(
 def _perplexity(
     subject: Subject, pattern: Pattern, weighting: Weighting, trials: int, seed: int
 ) -> float:
-    preset = Preset.of("crepe-plus", pattern)
-    request = SearchRequest(
-        pattern=pattern,
-        steps=preset.steps,
-        bounds=preset.bounds,
+    request = request_of(
+        "crepe-plus",
+        pattern,
         objective=Objective(weighting=weighting),
         trials=trials,
         seed=seed,
     )
-    found = search_job(request, subject.bundle, study=optuna.create_study()).configuration
-    winner = found.candidate()
-    mask = replace(winner, steps=replace(winner.steps, repruning="none"))
+    winner = search_job(request, subject.bundle).configuration.candidate()
+    mask = replace(winner, steps=winner.steps.rated)
     result, _ = rate_pruned(
         subject.model, subject.bundle.statistics(), mask, subject.report.windows
     )
