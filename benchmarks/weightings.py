@@ -1,10 +1,11 @@
 """
 What the weighting of the proxy is worth: what a search finds by each, measured on another text.
 
-`crepe-plus` is searched on a bundle, by the proxy alone, and its winner is pruned with the masks
-alone, so that nothing but the proxy makes a difference.
+A preset is searched on a bundle, by the proxy alone. Its winner is pruned with the masks alone, so
+that nothing but the proxy makes a difference, or with all steps of the preset.
 
     python benchmarks/weightings.py --model gemma3 --pattern 0.5 --pattern 0.7
+    python benchmarks/weightings.py --model gemma3 --preset best --steps
 """
 
 import tempfile
@@ -14,13 +15,14 @@ from pathlib import Path
 import click
 import optuna
 from searched import request_of
-from subject import Subject, load_subject
+from subject import load_subject
 
-from pho_service.cli.terminal import print_table
+from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.spec.objective import WEIGHTINGS, Objective, Weighting
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.presets import PRESETS
 
 
 @click.command()
@@ -30,6 +32,8 @@ from pho_service.spec.pattern import Pattern
     "--weighting", "weightings", multiple=True, default=("blend", "geometric"), show_default=True,
     type=click.Choice(WEIGHTINGS),
 )  # fmt: skip
+@click.option("--preset", default="crepe-plus", show_default=True, type=click.Choice([*PRESETS]))
+@click.option("--steps/--masks-alone", default=False, help="[default: --masks-alone]")
 @click.option("--trials", default=200, show_default=True)
 @click.option("--samples", default=32, show_default=True, help="Windows of calibration text.")
 @click.option("--context-length", default=512, show_default=True)
@@ -39,6 +43,8 @@ def main(
     model: str,
     patterns: tuple[str, ...],
     weightings: tuple[Weighting, ...],
+    preset: str,
+    steps: bool,
     trials: int,
     samples: int,
     context_length: int,
@@ -53,35 +59,32 @@ def main(
             report_windows=report_windows, context_length=context_length, dtype="float32",
             seed=seed,
         )  # fmt: skip
-    rows = []
-    for pattern in map(Pattern.parse, patterns):
-        found = [_perplexity(subject, pattern, weighting, trials, seed) for weighting in weightings]
-        rows.append((str(pattern), *(f"{perplexity:.2f}" for perplexity in found)))
+
+    def perplexity(pattern: Pattern, weighting: Weighting) -> float:
+        request = request_of(
+            preset, pattern, objective=Objective(weighting=weighting), trials=trials, seed=seed
+        )
+        winner = search_job(request, subject.bundle, progress=progress).configuration.candidate()
+        result, _ = rate_pruned(
+            subject.model,
+            subject.bundle.statistics(),
+            winner if steps else replace(winner, steps=winner.steps.rated),
+            subject.report.windows,
+            calibration=subject.calibration,
+        )
+        return result.perplexity
+
     print_table(
-        f"{Path(subject.model.name).name}: perplexity of what crepe-plus finds by each weighting",
+        f"{Path(subject.model.name).name}: perplexity of what {preset} finds by each weighting",
         ("pattern", *weightings),
-        rows,
-        caption=f"{trials} trials, seed {seed}, {samples} windows of calibration, masks alone, "
+        [
+            (pattern, *(f"{perplexity(Pattern.parse(pattern), each):.2f}" for each in weightings))
+            for pattern in patterns
+        ],
+        caption=f"{trials} trials, seed {seed}, {samples} windows of calibration, "
+        f"{'all steps' if steps else 'masks alone'}, "
         f"{report_windows} windows of {context_length} tokens that nothing was chosen on",
     )
-
-
-def _perplexity(
-    subject: Subject, pattern: Pattern, weighting: Weighting, trials: int, seed: int
-) -> float:
-    request = request_of(
-        "crepe-plus",
-        pattern,
-        objective=Objective(weighting=weighting),
-        trials=trials,
-        seed=seed,
-    )
-    winner = search_job(request, subject.bundle).configuration.candidate()
-    mask = replace(winner, steps=winner.steps.rated)
-    result, _ = rate_pruned(
-        subject.model, subject.bundle.statistics(), mask, subject.report.windows
-    )
-    return result.perplexity
 
 
 if __name__ == "__main__":

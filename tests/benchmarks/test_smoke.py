@@ -57,15 +57,18 @@ def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path)
 
 
 def test_weightings(benchmark: Benchmark, model_folder: Path) -> None:
-    """A perplexity of each pattern by each weighting."""
-    table = benchmark(
+    """A perplexity of each pattern by each weighting, with the masks alone or with all steps."""
+    words = [
         "weightings", "--model", model_folder, "--pattern", "0.5", "--trials", 8,
-        "--samples", 4, "--context-length", 16, "--report-windows", 2,
-    )  # fmt: skip
-    by_blend, by_geometric = numbers(table["0.5"])
+        "--samples", 4, "--context-length", 16, "--report-windows", 2, "--preset", "best",
+    ]  # fmt: skip
+    masks, trained = (
+        numbers(benchmark(*words, each)["0.5"]) for each in ("--masks-alone", "--steps")
+    )
 
-    assert by_blend > 1
-    assert by_geometric > 1
+    assert len(masks) == len(trained) == 2
+    assert min(*masks, *trained) > 1
+    assert masks != trained
 
 
 def test_corrections(benchmark: Benchmark, model_folder: Path) -> None:
