@@ -9,7 +9,7 @@ from pho_service.errors import NumericalError
 from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
-from pho_service.tuning.plan import Evaluate, Outcome
+from pho_service.tuning.plan import SECOND_OPINION, Evaluate, Outcome
 
 
 def proxy_value(rating: ProxyRating, objective: Objective) -> float:
@@ -46,6 +46,7 @@ def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
                 return [Outcome(value=None, failure=str(error))]
             return [outcome for candidate in candidates for outcome in rate([candidate])]
         seconds = round((time.perf_counter() - started) / len(candidates), 5)
+        second = objective.second_weighting
         return [
             Outcome(
                 value=proxy_value(rating, objective),
@@ -55,6 +56,7 @@ def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
                     "absolute": rating.absolute,
                     "error_by_kind": rating.error_by_kind,
                     "seconds": seconds,
+                    **({} if second is None else {SECOND_OPINION: getattr(rating, second)}),
                 },
             )
             for rating in ratings

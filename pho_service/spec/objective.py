@@ -16,6 +16,7 @@ Over = Literal["mean", "worst"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 OVER: tuple[Over, ...] = get_args(Over)  # how several models count in one search
+_SECOND: dict[Weighting, Weighting] = {"blend": "geometric", "geometric": "blend"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,18 @@ class Objective:
             return self.name
         several = "" if self.over is None else f", {self.over} over models relative to RIA"
         return f"{self.name}/{self.weighting}{several}"
+
+    @property
+    def second_weighting(self) -> Weighting | None:
+        """
+        The weighting that proposes finalists in turn with the objective's own; None for others.
+
+        Where two weightings rank alike on some models and far apart on others, nobody knows which
+        is right on a new one: see docs/proxy.md.
+        """
+        if self.name != "activation-reconstruction":
+            return None
+        return _SECOND.get(self.weighting)
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:

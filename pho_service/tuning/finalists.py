@@ -5,6 +5,7 @@ Which candidates of a search are looked at again, and what was measured of them,
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any, Literal
 
 from pho_service.tuning.islands import Islands
@@ -17,7 +18,10 @@ What = Literal["divergence", "perplexity", "calibration_divergence"]
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
     """
-    The candidates that are looked at again: the best ``count`` different ones, and all baselines.
+    The candidates that are looked at again: ``count`` different ones, and all baselines.
+
+    The objective and the second opinion propose the best that they have left, in turn: which of
+    them ranks better depends on the model, and perplexity decides between them afterwards.
 
     Late generations of a search are nearly copies of its best; measuring
     copies would be a waste. A candidate is different if one of
@@ -33,14 +37,15 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
         Best first.
     """
     costly = any(c.candidate.steps.needs_text for c in rated)
+    found = [c for c in rated if costly or c.candidate.method == "crepe"]
+    judged = [(c.second_opinion, c) for c in found if c.second_opinion is not None]
+    orders = (found, [c for _, c in sorted(judged, key=lambda pair: pair[0])])
     chosen: list[RatedCandidate] = []
-    for candidate in rated:
-        if (
-            (costly or candidate.candidate.method == "crepe")
-            and len(chosen) < count
-            and all(_differ(candidate.params, other.params) for other in chosen)
-        ):
-            chosen.append(candidate)
+    for order in islice(cycle(orders), 2 * count):  # twice, should the second have none to propose
+        if len(chosen) < count:
+            chosen += islice(
+                (c for c in order if all(_differ(c.params, other.params) for other in chosen)), 1
+            )
     numbers = {c.number for c in chosen}
     return [
         c for c in rated if c.number in numbers or not (costly or c.candidate.method == "crepe")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
+SECOND_OPINION = "second_opinion"  # and its rating by the other weighting that proposes finalists
 
 Direction = Literal["minimize", "maximize"]
 
@@ -124,9 +125,20 @@ def check_sampler(sampler: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RatedCandidate:
-    """A finished trial."""
+    """
+    A finished trial.
+
+    Attributes:
+        number: Number of the trial.
+        candidate: What was rated.
+        params: Its place in the search space.
+        value: Its rating by the objective.
+        second_opinion: Its rating by the weighting that also proposes finalists, lower is better; None if
+            there is none, or the version that rated it had none.
+    """
 
     number: int
     candidate: Candidate
     params: dict[str, Any]
     value: float
+    second_opinion: float | None = None

@@ -24,7 +24,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pho_service.errors import StudyError
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.steps import Steps
-from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, RatedCandidate, SearchPlan
+from pho_service.tuning.plan import (
+    CORRECTS,
+    SECOND_OPINION,
+    Evaluate,
+    Outcome,
+    RatedCandidate,
+    SearchPlan,
+)
 from pho_service.tuning.samplers import CmaSampler, is_exhausted, make_sampler
 from storage.studies import quiet_optuna
 
@@ -309,6 +316,7 @@ def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedC
             candidate=Candidate.from_dict(t.user_attrs, plan.pattern),
             params=t.params,
             value=t.value,
+            second_opinion=t.user_attrs.get(SECOND_OPINION),
         )
         for t in trials
         if t.state is TrialState.COMPLETE and t.value is not None

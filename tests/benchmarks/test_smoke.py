@@ -71,6 +71,18 @@ def test_weightings(benchmark: Benchmark, model_folder: Path) -> None:
     assert masks != trained
 
 
+def test_second_opinion(benchmark: Benchmark, model_folder: Path) -> None:
+    """Two perplexities of each pattern: of finalists by one weighting, and by two."""
+    table = benchmark(
+        "second_opinion", "--model", model_folder, "--pattern", "0.5", "--trials", 12,
+        "--samples", 4, "--context-length", 16, "--confirm-windows", 2, "--report-windows", 2,
+        "--finalists", 1,
+    )  # fmt: skip
+    by_one, by_two = numbers(table["0.5"])
+
+    assert by_one == by_two > 1  # one finalist is the objective's own
+
+
 def test_corrections(benchmark: Benchmark, model_folder: Path) -> None:
     """A row before and one after the corrections, the second no farther from the dense model."""
     table = benchmark(

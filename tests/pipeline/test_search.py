@@ -22,6 +22,7 @@ from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import parse_bounds
 from pho_service.spec.steps import Steps
+from pho_service.tuning.plan import SECOND_OPINION
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import chosen_in
 from storage.studies import keep_record, open_storage, record_of
@@ -50,11 +51,17 @@ def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, search
     objective = Objective(weighting=weighting)
     found = searched(request_of(objective=objective), bundle).configuration
     (outcome,) = rate_by_proxy(ProxyEvaluator(bundle), objective)([found.candidate()])
+    second = {"blend": "geometric", "geometric": "blend"}.get(weighting)
 
     assert found.objective["name"] == f"activation-reconstruction/{weighting}"
     value = found.objective["value"]
     assert value == min([*proxies(found), value])
     assert value == pytest.approx(outcome.value, rel=1e-6)  # which was rated beside others there
+    assert (SECOND_OPINION in outcome.attributes) == (second is not None)
+    if second is not None:
+        asked = Objective(weighting=second)
+        (other,) = rate_by_proxy(ProxyEvaluator(bundle), asked)([found.candidate()])
+        assert outcome.attributes[SECOND_OPINION] == other.value != outcome.value
 
 
 def test_gini_is_maximised(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:

@@ -405,6 +405,26 @@ def test_attributes(url: str) -> None:
     assert trial.user_attrs["seconds"] == 0.0
 
 
+def test_finalists_by_a_second_opinion() -> None:
+    """Objective and second opinion propose in turn; a trial without an opinion still can be one."""
+    plan = replace(PLAN, steps=Steps(update="obs"))  # so that baselines take part
+    opinions = (6.0, None, 4.0, 1.0, 3.0, 2.0)
+    rated = [
+        RatedCandidate(
+            number=i,
+            candidate=replace(candidate, steps=plan.steps),
+            params=plan.space.params(candidate),
+            value=float(i),
+            second_opinion=opinion,
+        )
+        for i, (candidate, opinion) in enumerate(zip(plan.baselines(), opinions, strict=True))
+    ]
+
+    chosen = [[c.number for c in finalists(rated, count)] for count in range(1, 7)]
+
+    assert chosen == [[0], [0, 3], [0, 1, 3], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+
+
 def test_finalists_where_each_is_costly() -> None:
     """Where a measurement takes a calibration, baselines get one only among the best."""
     steps = Steps(update="obs")
