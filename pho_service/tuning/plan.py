@@ -133,8 +133,8 @@ class RatedCandidate:
         candidate: What was rated.
         params: Its place in the search space.
         value: Its rating by the objective.
-        second_opinion: Its rating by the weighting that also proposes finalists, lower is better; None if
-            there is none, or the version that rated it had none.
+        second_opinion: Its rating by the weighting that also proposes finalists, lower is better;
+            None if there is none, or the version that rated it had none.
     """
 
     number: int
