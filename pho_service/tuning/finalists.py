@@ -39,17 +39,15 @@ def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidat
     costly = any(c.candidate.steps.needs_text for c in rated)
     found = [c for c in rated if costly or c.candidate.method == "crepe"]
     judged = [(c.second_opinion, c) for c in found if c.second_opinion is not None]
-    orders = (found, [c for _, c in sorted(judged, key=lambda pair: pair[0])])
+    orders = (iter(found), (c for _, c in sorted(judged, key=lambda pair: pair[0])))
     chosen: list[RatedCandidate] = []
     for order in islice(cycle(orders), 2 * count):  # twice, should the second have none to propose
         if len(chosen) < count:
             chosen += islice(
                 (c for c in order if all(_differ(c.params, other.params) for other in chosen)), 1
             )
-    numbers = {c.number for c in chosen}
-    return [
-        c for c in rated if c.number in numbers or not (costly or c.candidate.method == "crepe")
-    ]
+    passed_over = {c.number for c in found} - {c.number for c in chosen}
+    return [c for c in rated if c.number not in passed_over]
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
