@@ -7,7 +7,6 @@ chosen on: as the score prunes them, with swaps, and with the least squares of `
     python benchmarks/corrections.py --model smollm2 --pattern 0.7 --corrections 40
 """
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import click
 import optuna
 from searched import request_of
-from subject import Subject, load_subject
+from subject import Subject, passing_subject
 
 from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.rating import rate_pruned
@@ -40,12 +39,11 @@ def main(model: str, patterns: tuple[str, ...], seeds: tuple[int, ...], **option
     """Print a line before and a line after the corrections, for each pattern and seed."""
     rows: list[tuple[str, ...]] = []
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            subject = load_subject(
-                model, Path(folder), samples=options["samples"], confirm_windows=1,
-                report_windows=options["report_windows"],
-                context_length=options["context_length"], dtype="float32", seed=seed,
-            )  # fmt: skip
+        subject = passing_subject(
+            model, samples=options["samples"], confirm_windows=1,
+            report_windows=options["report_windows"], context_length=options["context_length"],
+            seed=seed,
+        )  # fmt: skip
         if not rows:
             dense = rate_perplexity(subject.model.model, subject.report.windows).perplexity
             rows.append(("dense", "0", *[f"{dense:.2f}"] * 3))

@@ -8,7 +8,6 @@ proposes, and once with as many that a second weighting proposes too. Baselines 
     python benchmarks/second_opinion.py --model gemma3 --pattern 0.7
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import click
 import optuna
 from searched import request_of
-from subject import Subject, load_subject
+from subject import Subject, passing_subject
 
 from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.proxy_rating import rate_by_proxy
@@ -51,12 +50,10 @@ def main(
 ) -> None:
     """Print the perplexity of the best finalist, by who proposes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        subject = load_subject(
-            model, Path(folder), samples=samples, confirm_windows=confirm_windows,
-            report_windows=report_windows, context_length=context_length, dtype="float32",
-            seed=seed,
-        )  # fmt: skip
+    subject = passing_subject(
+        model, samples=samples, confirm_windows=confirm_windows, report_windows=report_windows,
+        context_length=context_length, seed=seed,
+    )  # fmt: skip
     rows = [
         (pattern, *_best(subject, _searched(subject, Pattern.parse(pattern), trials, seed), count))
         for pattern in patterns

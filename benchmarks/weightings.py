@@ -8,14 +8,13 @@ that nothing but the proxy makes a difference, or with all steps of the preset.
     python benchmarks/weightings.py --model gemma3 --preset best --steps
 """
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import optuna
 from searched import request_of
-from subject import load_subject
+from subject import passing_subject
 
 from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.rating import rate_pruned
@@ -53,12 +52,10 @@ def main(
 ) -> None:
     """Print a perplexity for each pattern and weighting."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        subject = load_subject(
-            model, Path(folder), samples=samples, confirm_windows=1,
-            report_windows=report_windows, context_length=context_length, dtype="float32",
-            seed=seed,
-        )  # fmt: skip
+    subject = passing_subject(
+        model, samples=samples, confirm_windows=1, report_windows=report_windows,
+        context_length=context_length, seed=seed,
+    )  # fmt: skip
 
     def perplexity(pattern: Pattern, weighting: Weighting) -> float:
         request = request_of(
