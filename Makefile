@@ -54,12 +54,13 @@ lock: install ## requirements/*.txt anew: the newest of everything within the bo
 images: ## pho-api and pho-worker, with docker, podman or buildah; OPTIONS="--build-arg ..." for all, WORKER_OPTIONS= for its own
 	docker/build.sh
 
-check: install ## lint, formatting, types, import direction, prose
+check: install ## lint, formatting, types, import direction, prose, and the budget of lines
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python prose/lint.py
+	$(BIN)/python .ci/budget.py
 
 docs: install ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
