@@ -347,7 +347,7 @@ def _check(folder: Path, original: str | None, as_json: bool, options: ModelOpti
 
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.models.packed_file import small_files
+    from pho_service.models.packed import as_folder
     from pho_service.models.recipe_file import read_recipe
     from pho_service.pipeline.check import check_folder
 
@@ -355,7 +355,7 @@ def _check(folder: Path, original: str | None, as_json: bool, options: ModelOpti
     loaded = None
     if original is not None:
         if options.dtype == "auto":  # the hash of the original's weights depends on it
-            with small_files(folder) as small:
+            with as_folder(folder) as small:
                 options = replace(options, dtype=read_recipe(small).model.dtype)
         loaded = open_model(original, options)
     checks = check_folder(folder, original=loaded, progress=progress)

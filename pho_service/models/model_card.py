@@ -16,7 +16,7 @@ from huggingface_hub.repocard import metadata_load
 
 from pho_service.errors import ModelError
 from pho_service.models.gguf_header import text_fields
-from pho_service.models.packed_file import small_files
+from pho_service.models.packed import as_folder
 from pho_service.pruning.reconstruction import Reconstructed, summary
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.tasks import TaskScores
@@ -48,7 +48,7 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
             fields = text_fields(path, _LICENCE_FIELDS)
             said = {_LICENCE_FIELDS[field]: value for field, value in fields.items()}
         elif path.exists():
-            with small_files(path) as folder:
+            with as_folder(path) as folder:
                 said = _head(folder / CARD)
         elif is_hub_id(name):
             said = _head(Path(hf_hub_download(name, CARD, revision=revision)))

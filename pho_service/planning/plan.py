@@ -29,7 +29,9 @@ from pho_service.spec.steps import Steps
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
 FREE = 0.95  # of a card that can be used: the rest is lost between blocks
-PACKED_BYTE = 0.34  # of a kept weight's sign and exponent, as `pho pack` has them in bfloat16
+# What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
+# bfloat16.
+PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
 _AT_EACH_PATTERN = ("search", "correct", "confirm by perplexity")  # stages
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
@@ -99,8 +101,9 @@ class Plan:
         """Size of the pruned weights and masks, as they are saved and as they are packed."""
         shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
         kept = shapes.outside + (1 - self.work.pattern.sparsity) * shapes.prunable
-        each = DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE
-        return shapes.bytes() + bits, round(kept * each) + bits
+        packed = kept * (DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE)
+        packed += (shapes.parameters - kept) * PACKED_ZERO
+        return shapes.bytes() + bits, round(packed) + bits
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, those of ``POST /v1/plan``."""
