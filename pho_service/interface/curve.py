@@ -21,14 +21,11 @@ from pho_service.interface.asked import (
 )
 from pho_service.interface.models import (
     Model,
-    check_dense,
-    check_prefix,
-    opened,
     opened_bundle,
     run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, confirmation_text
+from pho_service.interface.texts import calibrated, opened_for
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
@@ -264,19 +261,16 @@ def _subject(
     requests: Sequence[SearchRequest],
 ) -> Subject:
     """What all points are measured on."""
-    known = opened_bundle(bundle)
-    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
-    check_dense(loaded, known)
-    check_prefix(loaded, known)
+    taken = opened_bundle(bundle)
+    loaded = opened_for(taken, model, tokenizer)
     check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)
-    calibration = calibration_windows(loaded, known, texts)
-    text = confirmation_text(loaded, known, confirm, calibration, windows)
-    if text is None:
+    known = calibrated(loaded, taken, texts, confirm, windows)
+    if known.confirm is None:
         raise TextError(
             "the calibration's text has no windows left to confirm on. Give another text as "
             "confirm, or calibrate on fewer samples."
         )
-    return Subject(model=loaded, bundle=known, text=text, calibration=calibration)
+    return known.subject
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.interface.asked import (
@@ -24,24 +23,20 @@ from pho_service.interface.asked import (
 from pho_service.interface.models import (
     Choice,
     Model,
-    check_dense,
-    check_prefix,
-    opened,
     run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, confirmation_text
-from pho_service.models.loading import LanguageModel
+from pho_service.interface.texts import calibrated, opened_for
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import only_one
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import (
     Bundles,
+    by_name,
     memory_study,
     opened_study,
     search_job,
 )
 from pho_service.pipeline.studies import check_study_url
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
 from pho_service.spec.pattern import Pattern
@@ -257,71 +252,42 @@ def search(
         check_study_url(study)
     elif study is not None:
         check_study_is_of(study, bundles, request)
-    measured = None
+    named = by_name(bundles)
+    known = Calibrated(bundle=next(iter(named.values())))
     if model is not None:
-        measured = _Measured.of(
-            only_one(bundles, "a model") if isinstance(bundles, Mapping) else bundles,
-            model, tokenizer, confirm, texts, confirm_windows,
-        )  # fmt: skip
+        taken = only_one(named, "a model")
+        loaded = opened_for(taken, model, tokenizer)
+        known = calibrated(loaded, taken, texts, confirm, confirm_windows)
     elif confirm is not None or texts is not None:
         raise InvalidInput(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
         )
-    return _searched(request, bundles, study, measured, callbacks, progress)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """What finalists are measured with."""
-
-    model: LanguageModel
-    bundle: ProxyBundle
-    text: ReportText | None
-    calibration: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        bundle: ProxyBundle,
-        model: Model,
-        tokenizer: Any,
-        confirm: "Texts | None",
-        texts: "Texts | None",
-        windows: int,
-    ) -> "_Measured":
-        loaded = opened(model, tokenizer or getattr(bundle, "tokenizer", None))
-        check_dense(loaded, bundle)
-        check_prefix(loaded, bundle)
-        calibration = calibration_windows(loaded, bundle, texts)
-        text = confirmation_text(loaded, bundle, confirm, calibration, windows)
-        return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
+    return _searched(request, bundles, study, known, callbacks, progress)
 
 
 def _searched(
     request: SearchRequest,
     bundles: Bundles,
     study: optuna.Study | str | None,
-    measured: _Measured | None,
+    known: Calibrated,
     callbacks: Sequence[Callback],
     progress: bool,
 ) -> Found:
-    text = measured.text if measured else None
-    model = measured.model if measured else None
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, str):
-        record = opened_study(study, request, bundles, text)
+        record = opened_study(study, request, bundles, known.confirm)
     else:
-        record = nullcontext(study or memory_study(request, bundles, text))
+        record = nullcontext(study or memory_study(request, bundles, known.confirm))
     with record as kept:
         result = search_job(
             request,
             bundles,
             study=kept,
-            model=model,
-            confirm_text=text,
-            calibration=measured.calibration if measured else None,
-            run=run_on(model, progress),
+            model=known.model,
+            confirm_text=known.confirm,
+            calibration=known.calibration,
+            run=run_on(known.model, progress),
             callbacks=callbacks,
         )
         _note_ratings(kept, result.configuration)

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ from pho_service.interface.bundle import calibrate
 from pho_service.interface.models import (
     Choice,
     Model,
-    check_dense,
-    check_prefix,
     chosen,
     opened,
     opened_bundle,
@@ -26,18 +24,18 @@ from pho_service.interface.models import (
 )
 from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
-    calibration_windows,
-    confirmation_text,
+    calibrated,
     length_of,
     measured_text,
+    opened_for,
     settings_of,
 )
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.task_files import LoadedTasks, load_tasks
 from pho_service.pipeline.compare import check_family, common_linears
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.repeated import (
-    Calibrated,
     Compared,
     ComparisonRequest,
     compare_over_seeds,
@@ -188,13 +186,9 @@ def _perplexity(
     progress: Progress,
 ) -> dict[str, Any]:
     """Result of an evaluation on a text."""
-    text = measured_text(
-        loaded,
-        texts,
-        context_length=length_of(texts, context_length, _DEFAULT.context_length),
-        bos=bos,
-        max_windows=max_windows,
-    )
+    length = length_of(texts, context_length, _DEFAULT.context_length)
+    how = replace(_DEFAULT, context_length=length, bos=bos)
+    text = measured_text(loaded, texts, how, max_windows)
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
     return {
@@ -321,42 +315,33 @@ def compare(
     )
     loaded_tasks = _tasks(tasks, tasks_dir)
     known = _known_bundle(texts, bundle, seeds)
-    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
+    loaded = opened(model, tokenizer) if known is None else opened_for(known, model, tokenizer)
     for name, each in named:
         check_family(each, loaded, name, other_family=other_family)
-    if known is not None:
-        check_dense(loaded, known)
-        check_prefix(loaded, known)
 
-    def calibrated(drawn: int) -> Calibrated:
+    def drawn(number: int) -> Calibrated:
         made, given = known, texts
         if made is None:
             assert texts is not None
             made, given = calibrate(
-                loaded, None, texts, samples=samples, context_length=context_length, seed=drawn,
+                loaded, None, texts, samples=samples, context_length=context_length, seed=number,
                 progress=progress,
             ), None  # fmt: skip
-        windows = calibration_windows(loaded, made, given)
-        text = None
-        if presets:
-            text = confirmation_text(loaded, made, confirm, windows, confirm_windows)
-        drawn_from = getattr(made, "text", None)
-        left = None if drawn_from is None else len(drawn_from.held_out)
-        return Calibrated(bundle=made, calibration=windows, confirm=text, left=left)
+        return calibrated(loaded, made, given, confirm, confirm_windows if presets else None)
 
     if known is None:
         assert texts is not None
         length = length_of(texts, context_length, _DEFAULT.context_length)
-        bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
-        numbers = [*seeds] or [seed]
+        bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        how, numbers = replace(_DEFAULT, context_length=length, bos=bos), [*seeds] or [seed]
     else:
-        settings = settings_of(known)
-        length, bos, numbers = settings.context_length, settings.bos, [settings.seed]
+        how = settings_of(known)
+        numbers = [how.seed]
     found = compare_over_seeds(
         loaded,
-        measured_text(loaded, report, context_length=length, bos=bos, max_windows=report_windows),
+        measured_text(loaded, report, how, report_windows),
         request,
-        {number: partial(calibrated, number) for number in numbers},
+        {number: partial(drawn, number) for number in numbers},
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=limit),
         run=run_on(loaded, progress),
     )
