@@ -71,7 +71,7 @@ def load_tasks(
     """
     if folder is not None and not folder.is_dir():
         raise InvalidInput(
-            f"the folder for tasks {folder} does not exist. Check --tasks-dir (tasks_dir)."
+            f"the folder for tasks {folder} does not exist. Check --tasks-dir."
         )
     manager = _manager(names, folder)
     _check_kinds(manager, names)
