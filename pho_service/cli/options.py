@@ -168,12 +168,7 @@ def report_options(function: F) -> F:
 
 
 def report_spec(said: Mapping[str, Any]) -> "ReportSpec | None":
-    """
-    The text to measure on that the options name; None if they name none.
-
-    Raises:
-        InvalidInput: They break a rule.
-    """
+    """The text to measure on that the options name; None if they name none."""
     from pydantic import ValidationError
 
     from pho_service.spec.transfer import ReportSpec

@@ -34,18 +34,7 @@ FIELD = "text"  # column of a data set in memory
 
 
 def text_of(texts: "Texts") -> Text:
-    """
-    Take a text in any of its forms.
-
-    Args:
-        texts: The path of a .txt, .jsonl or .parquet file; ``"c4"`` or ``"wikitext2"``, for what
-            papers take; a list of documents; a data set of the library ``datasets`` with a column
-            ``text``; or token windows, (windows, context_length), whole numbers.
-
-    Raises:
-        TextError: The data set has no such column, or there is nothing in the list.
-        InvalidInput: Something else is given.
-    """
+    """Take a text in any of its forms: a path or a usual name, documents, a data set, windows."""
     if isinstance(texts, str) and texts in USUAL_TEXTS:
         return TextSource(dataset=texts)
     if isinstance(texts, (str, Path)):
@@ -105,25 +94,14 @@ def length_of(texts: "Texts", asked: int | None, default: int) -> int:
 def measured_text(
     model: LanguageModel, texts: "Texts", how: "Cut", most: int | None, unlike: Tensor | None = None
 ) -> ReportText:
-    """
-    A text cut into windows to measure on, as `pho evaluate` does.
-
-    Raises:
-        TextError: It cannot be read, or does not fill one window.
-        InvalidInput: No window is asked for.
-    """
+    """A text cut into windows to measure on, as `pho evaluate` does."""
     if most is not None and most < 1:
         raise InvalidInput(f"{most} windows are asked for, but at least 1 is needed.")
     return Inputs().report(model, text_of(texts), how, most, unlike)
 
 
 def settings_of(bundle: ProxyBundle) -> CalibrationSettings:
-    """
-    The settings that a bundle was made with.
-
-    Raises:
-        InvalidInput: It does not say them: it was put together by hand.
-    """
+    """The settings that a bundle was made with; one that was put together by hand has none."""
     stored = bundle.provenance.get("settings")
     if not stored:
         raise InvalidInput(
