@@ -17,7 +17,7 @@ from pho_service.models.calibration import calibrate as make_bundle
 from pho_service.models.given_texts import GivenWindows
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.calibration import Bos, CalibrationSettings, Stop
+from pho_service.spec.calibration import Bos, CalibrationSettings
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -80,7 +80,6 @@ def calibrate(
     bos: Bos = _DEFAULT.bos,
     seed: int = _DEFAULT.seed,
     mixed_precision: bool = _DEFAULT.mixed_precision,
-    stop: Stop = _DEFAULT.stop,
     memory_bytes: int | None = _DEFAULT.memory_bytes,
     progress: bool = False,
 ) -> Bundle:
@@ -109,8 +108,6 @@ def calibrate(
             ``never``. Windows that are given as tokens are not changed.
         seed: Seed of the text sample, the row sample and the projection.
         mixed_precision: Matrix products of a float32 model are in bfloat16.
-        stop: ``early`` takes windows in doublings, from 8 on, until both halves of them rank random
-            candidates alike; ``samples`` is the most then.
         memory_bytes: What the model's device may have in use at the peak, the model included;
             None is a GPU's free memory, and no limit on a CPU.
         progress: Show a bar on stderr.
@@ -141,7 +138,6 @@ def calibrate(
         bos=bos,
         seed=seed,
         mixed_precision=mixed_precision,
-        stop=stop,
         memory_bytes=memory_bytes,
     )
     loaded = opened(model, tokenizer)

@@ -67,7 +67,7 @@ DOCUMENTS = [
     {**TYPED, "confirm": None},
     {**TYPED, "validation": {}, "warm_start": {}},
     {**TYPED, "calibration": {"dataset": "allenai/c4"}},
-    {**TYPED, "calibration": {"text": "it's.txt", "stop": "early"}, "scope": "global"},
+    {**TYPED, "calibration": {"text": "it's.txt"}, "scope": "global"},
     {**TYPED, "pattern": "2:4", "steps": {"deployable": False,
                                           "linears": {"sparsities": {"*.x": "1:4"}}}},
     {**TYPED, "warm_start": {"found": [{"coefficients": {

@@ -71,7 +71,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 def test_every_field() -> None:
     """Each field of a job's document has an option, or a reason why not; and no other has one."""
     parts = {
-        "calibration": {"dataset": "org/texts", "dataset_config": "en", "stop": "early"},
+        "calibration": {"dataset": "org/texts", "dataset_config": "en"},
         "validation": {},
         "prune": True,
         "tasks": ["boolq"],
