@@ -88,7 +88,6 @@ class Asked:
         seed: int = 0,
         finalists: int = 5,
         warm_start: Sequence[Choice] = (),
-        compare_cold: bool = False,
         corrections: int = 0,
         validate: int | None = None,
     ) -> SearchRequest:
@@ -111,7 +110,6 @@ class Asked:
             seed=seed,
             finalists=finalists,
             warm_start=tuple(chosen(each).candidate() for each in warm_start),
-            compare_cold=compare_cold,
             corrections=corrections,
             validation=validation_of(validate),
         )

@@ -179,7 +179,6 @@ def search(
     validate: int | None = None,
     confirm_windows: int = CONFIRM_WINDOWS,
     warm_start: Sequence[Choice] = (),
-    compare_cold: bool = _ASKED.compare_cold,
     study: optuna.Study | str | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = False,
@@ -229,7 +228,6 @@ def search(
             the confirmation: where it does not rank, four times as many finalists are looked at.
         confirm_windows: Windows of the text for the final perplexities.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
-        compare_cold: Whether the same search is run without the warm start, too.
         study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
             one in memory.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
@@ -251,8 +249,7 @@ def search(
     )  # fmt: skip
     request = asked.request(
         bundles=count, sampler=sampler, trials=trials, seed=seed, finalists=finalists,
-        warm_start=warm_start, compare_cold=compare_cold, corrections=corrections,
-        validate=validate,
+        warm_start=warm_start, corrections=corrections, validate=validate,
     )  # fmt: skip
     if isinstance(study, str):
         check_study_url(study)

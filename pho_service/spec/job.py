@@ -306,7 +306,6 @@ class JobSpec(Document):
             **{**options_of(self), "seed": island_seed(self.seed, island)},
             finalists=self.confirm.candidates if self.confirm else 1,
             warm_start=self._warm_points(preset.steps),
-            compare_cold=self.warm_start is not None and self.warm_start.compare_cold,
             validation=self.validation,
         )
 
