@@ -37,6 +37,7 @@ from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import regret
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
@@ -168,8 +169,7 @@ def find(name: str, subject: Subject, request: SearchRequest) -> Configuration:
         model=subject.model,
         confirm_text=subject.confirmation,
         calibration=subject.calibration,
-        device=str(subject.model.device),
-        progress=progress,
+        run=Run(device=str(subject.model.device), progress=progress),
     ).configuration
 
 
@@ -178,7 +178,7 @@ def find_jointly(subjects: Mapping[str, Subject], request: SearchRequest) -> Con
     bundles = {name: subject.bundle for name, subject in subjects.items()}
     asked = replace(request, objective=Objective(over="mean"))
     device = str(next(iter(subjects.values())).model.device)
-    return search_job(asked, bundles, device=device, progress=progress).configuration
+    return search_job(asked, bundles, run=Run(device=device, progress=progress)).configuration
 
 
 def measure(
@@ -201,8 +201,7 @@ def measure(
         subject.report,
         list(candidates.items()),
         calibration=subject.calibration,
-        device=str(subject.model.device),
-        progress=progress,
+        run=Run(device=str(subject.model.device), progress=progress),
     )
     perplexities: dict[str, float | None] = {row.method: row.perplexity for row in rows}
     proxies = {row.method: row.proxy for row in rows}

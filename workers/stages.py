@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -223,10 +223,8 @@ class Stages:
                         bundle_of(self.inputs, job, spec, watch),
                     ),
                     stream=spec.stream,
-                    progress=watch.progress,
                     entered=islands.corrected(correction),
-                    look=watch.look,
-                    fence=lambda: self.store.fence(claim, storage),
+                    run=watch.run(self.inputs.device, storage),
                 )
                 judges = unjudged(islands.plan, rated, {r.number for r in chosen.finalists})
         compared = chosen.divergences
@@ -259,10 +257,7 @@ class Stages:
                 self.inputs.model(spec, seal),
                 bundle_of(self.inputs, claim.job, spec, watch),
                 self.inputs.calibration_text(spec, seal).calibration,
-                device=str(self.inputs.device),
-                progress=watch.progress,
-                look=watch.look,
-                fence=lambda: self.store.fence(claim, storage),
+                run=watch.run(self.inputs.device, storage),
             )
         self._check_again(spec, seal)
         return found
@@ -360,15 +355,13 @@ class Stages:
             bundle = bundle_of(self.inputs, claim.job, spec, watch)
             subject = subject_of(self.inputs, claim.job, spec, steps, bundle)
 
-        def fence() -> AbstractContextManager[None]:
-            return self.store.fence(claim, storage)
-
+        run = watch.run(self.inputs.device, storage)
         found = result
         if subject is not None:
-            found = priced(found, study, subject, watch.progress, fence)
+            found = priced(found, study, subject, run)
         if steps.reconstruction.wanted:
             settings = steps.reconstruction
-            found = reconstruct_winner(found, settings, study, subject, watch.progress, fence)
+            found = reconstruct_winner(found, settings, study, subject, run)
         if subject is not None:
             self._check_again(spec, Seal.of_job(claim.job, 0))
         return found

@@ -99,8 +99,7 @@ def _transfer(spec: TransferSpec, inputs: Inputs, number: int, watch: Watch) -> 
         ),
         found,
         search=_own_search(spec),
-        device=str(inputs.device),
-        progress=watch.progress,
+        run=watch.run(inputs.device),
     )
     inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
     return transfer

@@ -27,6 +27,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, verb
 from pho_service.errors import InvalidInput
+from pho_service.progress import Run
 from pho_service.spec.document import check_choice
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
@@ -177,8 +178,7 @@ def compare(
         request,
         {seed: _calibration(loaded, source, calibration, seed, search) for seed in drawn},
         also=also_tasks(loaded_tasks, bos=settings.bos, limit=given("tasks_limit")),
-        device=str(loaded.device),
-        progress=progress,
+        run=Run(device=str(loaded.device), progress=progress),
     )
     if as_json:
         print_json(compared.to_dict())

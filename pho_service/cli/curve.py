@@ -25,6 +25,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, tell, verb
 from pho_service.errors import InvalidInput, OutputError, TextError
+from pho_service.progress import Run
 from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
 from pho_service.spec.pattern import Pattern
 
@@ -214,8 +215,7 @@ class OpenedCurve:
                     subject,
                     record,
                     pareto=pareto,
-                    device=str(subject.model.device),
-                    progress=progress,
+                    run=Run(device=str(subject.model.device), progress=progress),
                 ),
                 pareto.study_name,
             )

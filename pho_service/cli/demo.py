@@ -21,6 +21,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.search import DOCUMENT, describe
 from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.progress import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +68,7 @@ class _Place:
                 model=self.model if confirmed else None,
                 confirm_text=self.confirm if confirmed else None,
                 calibration=self.calibration,
-                device=str(self.model.device),
-                progress=progress,
+                run=Run(device=str(self.model.device), progress=progress),
             )
 
     def pruned(
@@ -204,8 +204,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
             methods=BASELINES,
         ),
         {settings.seed: lambda: Calibrated(bundle=place.bundle, calibration=text.calibration)},
-        device=str(model.device),
-        progress=progress,
+        run=Run(device=str(model.device), progress=progress),
     )
     found["best"], row = place.pruned(found["best"], found["score"], folder / "pruned")
     compared = replace(

@@ -27,6 +27,7 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
+from pho_service.progress import Run
 from pho_service.spec.job_options import OF_A_SERVICE
 
 if TYPE_CHECKING:
@@ -129,8 +130,7 @@ def search(
             model=subject.model,
             confirm_text=subject.confirm,
             calibration=subject.calibration,
-            device=subject.device,
-            progress=progress,
+            run=Run(device=subject.device, progress=progress),
         )
     _finish(result, path, study, as_json)
 

@@ -31,6 +31,7 @@ from pho_service.cli.options import (
 from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import InvalidInput
+from pho_service.progress import Run
 
 if TYPE_CHECKING:
     from pho_service.pipeline.transfer import Transfer
@@ -148,12 +149,12 @@ def transfer(
     def measured(name: str) -> dict[str, Any]:
         """Measure one model, and release it before the next is loaded: two may not fit."""
         if is_bundle(name):
-            device = str(pick_device(options.device))
+            run = Run(device=str(pick_device(options.device)), progress=progress)
             target = Target(name=name, bundle=read_bundle(Path(name)))
         else:
             assert measured_on is not None  # it is a model
             model = open_model(name, options)
-            device = str(model.device)
+            run = Run(device=str(model.device), progress=progress)
             text = read_calibration_text(model, source, settings)
             confirm = None
             if request is not None:
@@ -175,9 +176,7 @@ def transfer(
                 ),
             )
         return document.known(transfer_key(target, found, request)) or document.add(
-            transfer_job(
-                target, found, search=request, study_url=study, device=device, progress=progress
-            )
+            transfer_job(target, found, search=request, study_url=study, run=run)
         )
 
     for name in models:

@@ -21,6 +21,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.plots import plot_file, plot_validation
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
+from pho_service.progress import Run
 from pho_service.spec.objective import Objective
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def validate(
         count=validation.candidates,
         seed=validation.seed,
         calibration=text.calibration,
-        device=str(loaded.device),
-        progress=progress,
+        run=Run(device=str(loaded.device), progress=progress),
     )
     if plot_path:
         plot_validation(result, plot_path, f"{Path(model).name} at {parsed}")

@@ -25,7 +25,7 @@ from pho_service.interface.models import (
     check_prefix,
     opened,
     opened_bundle,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
 from pho_service.interface.texts import calibration_windows, confirmation_text
@@ -42,7 +42,6 @@ from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import memory_study, opened_study
 from pho_service.pipeline.studies import check_study_url
 from pho_service.pipeline.target import TargetFound, target_job
-from pho_service.progress import Progress, bars
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.objective import Objective, ObjectiveName, Weighting
 from pho_service.spec.pattern import Pattern
@@ -178,7 +177,7 @@ def curve(
         for each in curve_patterns(patterns, scope)
     ]
     subject = _subject(bundle, model, tokenizer, confirm, texts, confirm_windows, requests)
-    with _points(subject, requests, study, bars(progress)) as (points, pareto):
+    with _points(subject, requests, study, progress) as (points, pareto):
         found = find_points(points, requests)
         name = pareto.study_name
     told = {"url": study, "name": name}
@@ -250,7 +249,7 @@ def search_within(
     }
     of_all = [*requests.values()]
     subject = _subject(bundle, model, tokenizer, confirm, texts, confirm_windows, of_all)
-    with _points(subject, of_all, study, bars(progress)) as (points, _):
+    with _points(subject, of_all, study, progress) as (points, _):
         found = target_job(points, target, requests.__getitem__)
     return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
 
@@ -282,7 +281,7 @@ def _subject(
 
 @contextmanager
 def _points(
-    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: Progress
+    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: bool
 ) -> Iterator[tuple[CurvePoints, optuna.Study]]:
     """What finds the points, and the study that has the trials of all of them."""
     record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
@@ -301,9 +300,7 @@ def _points(
             return opened_study(url, request, subject.bundle, subject.text)
 
     with opening as pareto:
-        points = CurvePoints(
-            subject, record, pareto=pareto, device=proxy_device(subject.model), progress=progress
-        )
+        points = CurvePoints(subject, record, pareto=pareto, run=run_on(subject.model, progress))
         yield points, pareto
 
 

@@ -27,7 +27,7 @@ from pho_service.interface.models import (
     check_dense,
     check_prefix,
     opened,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
 from pho_service.interface.texts import calibration_windows, confirmation_text
@@ -41,7 +41,6 @@ from pho_service.pipeline.search import (
     search_job,
 )
 from pho_service.pipeline.studies import check_study_url
-from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Objective, ObjectiveName, Over, Weighting
@@ -266,7 +265,7 @@ def search(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
         )
-    return _searched(request, bundles, study, measured, callbacks, bars(progress))
+    return _searched(request, bundles, study, measured, callbacks, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +301,7 @@ def _searched(
     study: optuna.Study | str | None,
     measured: _Measured | None,
     callbacks: Sequence[Callback],
-    progress: Progress,
+    progress: bool,
 ) -> Found:
     text = measured.text if measured else None
     model = measured.model if measured else None
@@ -319,9 +318,8 @@ def _searched(
             model=model,
             confirm_text=text,
             calibration=measured.calibration if measured else None,
-            device=proxy_device(model),
+            run=run_on(model, progress),
             callbacks=callbacks,
-            progress=progress,
         )
         _note_ratings(kept, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}

@@ -22,7 +22,7 @@ from pho_service.interface.models import (
     opened,
     opened_bundle,
     parsed,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
@@ -358,8 +358,7 @@ def compare(
         request,
         {number: partial(calibrated, number) for number in numbers},
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=limit),
-        device=proxy_device(loaded),
-        progress=bars(progress),
+        run=run_on(loaded, progress),
     )
     return Comparison(**{part.name: getattr(found, part.name) for part in fields(found)})
 

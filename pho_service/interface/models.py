@@ -12,6 +12,7 @@ from pho_service.errors import BundleError, InvalidInput, ModelError
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.given_model import given_model
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.progress import Run, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Configuration, parse_configuration, read_configuration
 from pho_service.spec.pattern import Pattern
@@ -60,10 +61,10 @@ def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
     return loaded if tokenizer is None else opened(loaded, tokenizer)
 
 
-def proxy_device(model: LanguageModel | None) -> str:
-    """Where candidates are rated for a model: on its GPU if it has one."""
+def run_on(model: LanguageModel | None, progress: bool) -> Run:
+    """Rate candidates for a model on its GPU if it has one, and show bars if they are wanted."""
     device = torch.device("cpu") if model is None else model.device
-    return str(device) if device.type == "cuda" else "cpu"
+    return Run(device=str(device) if device.type == "cuda" else "cpu", progress=bars(progress))
 
 
 def opened_bundle(bundle: ProxyBundle | str | Path) -> ProxyBundle:

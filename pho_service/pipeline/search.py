@@ -2,8 +2,8 @@
 The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pho_service.pipeline.joint_search import joint_provenance, with_each_model
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.objectives import objective_function, only_one, rated_on
 from pho_service.pipeline.studies import check_study, study_name
-from pho_service.progress import Progress, silent
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Confirmation
 from pho_service.tuning.correction import Correction
@@ -42,10 +42,8 @@ def search_job(
     model: "LanguageModel | None" = None,
     confirm_text: "ReportText | None" = None,
     calibration: Tensor | None = None,
-    device: str = "cpu",
     callbacks: Sequence[Callback] = (),
-    progress: Progress = silent,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run = Run(),
 ) -> SearchResult:
     """
     Search, confirm, and say what was found and how good it is. Goes on with a search that the
@@ -62,10 +60,8 @@ def search_job(
         confirm_text: For perplexities; not the calibration windows. Without
             it, or without the model, the best by the objective is not confirmed.
         calibration: Windows that the bundle was made of, for steps that need a text.
-        device: For the proxies.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
-        progress: Is told of each long step.
-        fence: Entered around each write that would not be the same twice; may refuse by raising.
+        run: Where it runs, and who watches it.
 
     Raises:
         InvalidInput: The request breaks a rule, asks for perplexity without a model, or N:M does
@@ -89,7 +85,7 @@ def search_job(
             "calibration windows: give the model instead of a bundle, and its text."
         )
     evaluate = objective_function(
-        request.objective, plan, named, model, confirm_text, device, calibration
+        request.objective, plan, named, model, confirm_text, run.device, calibration
     )
     origin = origin_of([bundle.origin for bundle in named.values()])
     if study is None:
@@ -99,8 +95,8 @@ def search_job(
     keys = [str(origin.get("key", "")), *(bundle.rows_sha256 for bundle in named.values())]
     known = KnownRatings(study, request, plan, keys)
     evaluate = known.before(evaluate)
-    with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-        rated = run_search(study, plan, evaluate, advance, fence=fence, callbacks=callbacks)
+    with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
+        rated = run_search(study, plan, evaluate, advance, fence=run.fence, callbacks=callbacks)
     islands = Islands([study], [plan])
     correction = None
     if plan.corrections and model is not None and calibration is not None:
@@ -113,9 +109,7 @@ def search_job(
             model,
             only_one(named, "a model"),
             calibration,
-            device=device,
-            progress=progress,
-            fence=fence,
+            run=run,
         )
     measurements = Measurements()
     subject = doubt = qualities = None
@@ -133,24 +127,24 @@ def search_job(
         if request.validation is not None:
             from pho_service.pipeline.validate import doubted
 
-            qualities, count, doubt = doubted(request, plan, study, subject, device, progress)
+            qualities, count, doubt = doubted(request, plan, study, subject, run)
         measurements = confirm_finalists(
-            islands, rated, count, subject, progress, islands.corrected(correction), fence
+            islands, rated, count, subject, islands.corrected(correction), run
         )
     result = finish(request, islands, origin, rated, measurements, correction=correction)
     if subject is not None:
         from pho_service.pipeline.deployable import priced
 
-        result = priced(result, study, subject, progress, fence)
+        result = priced(result, study, subject, run)
     if request.steps.reconstruction.wanted:
         from pho_service.pipeline.winner import reconstruct_winner
 
         settings = request.steps.reconstruction
-        result = reconstruct_winner(result, settings, study, subject, progress, fence)
+        result = reconstruct_winner(result, settings, study, subject, run)
     if subject is not None:
         from pho_service.pipeline.references import measure_references, with_perplexities
 
-        good = measure_references(islands, rated, measurements, subject, progress)
+        good = measure_references(islands, rated, measurements, subject, run)
         result = with_perplexities(result, good)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
     return replace(

@@ -15,7 +15,7 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.versions import versions
 from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.search import opened_study, search_job
-from pho_service.progress import Progress, silent
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
@@ -276,8 +276,7 @@ def transfer_job(
     *,
     search: SearchRequest | None = None,
     study_url: str | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> Transfer:
     """
     Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
@@ -287,8 +286,7 @@ def transfer_job(
         configuration: Found elsewhere.
         search: How the target's own best is searched for; None leaves it out.
         study_url: The database that keeps the study of that search; None keeps it in memory.
-        device: For the proxy.
-        progress: Is told of each long step.
+        run: Where it runs, and who watches it.
 
     Raises:
         BundleError: The bundle is of another model, or lacks what the configuration needs.
@@ -300,7 +298,7 @@ def transfer_job(
         **reference_methods(candidate.pattern, candidate.steps.linears),
         "transferred": candidate,
     }
-    proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
+    proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None
     if search is not None:
         opened = (
@@ -316,11 +314,10 @@ def transfer_job(
                 model=target.model,
                 confirm_text=target.confirm,
                 calibration=target.calibration,
-                device=device,
-                progress=progress,
+                run=run,
             ).configuration
         candidates["own"] = own.candidate()
-        evaluator = ProxyEvaluator(target.bundle, device)
+        evaluator = ProxyEvaluator(target.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
     perplexities = {}
     if target.model is not None and target.report is not None:
@@ -332,8 +329,7 @@ def transfer_job(
             target.report,
             list(candidates.items()),
             calibration=target.calibration,
-            device=device,
-            progress=progress,
+            run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
     return Transfer(
