@@ -44,9 +44,9 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.search import run_search
-from pho_service.tuning.warm_start import trials_until
 
 
 @click.command()
@@ -237,12 +237,14 @@ def saving(
                 )
                 for points in ((), start)
             )
-            goal, direction = cold[0].value, request.objective.direction
-            counts.append(
-                (trials_until(cold, goal, direction), trials_until(warm, goal, direction))
-            )
+            counts.append(tuple(trials_until(each, cold[0].value) for each in (cold, warm)))
             advance(1)
     return {"cold": [cold for cold, _ in counts], "warm": [warm for _, warm in counts]}
+
+
+def trials_until(rated: Sequence[RatedCandidate], goal: float) -> int | None:
+    """Trials until a value is as low as ``goal``; None if none is."""
+    return min((each.number + 1 for each in rated if each.value <= goal), default=None)
 
 
 def show(document: Mapping[str, Any]) -> None:

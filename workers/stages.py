@@ -21,7 +21,7 @@ from pho_service.pipeline.deployable import priced
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.objectives import objective_function
 from pho_service.pipeline.references import with_perplexities
-from pho_service.pipeline.search import compared_with_cold, finish, of_objective
+from pho_service.pipeline.search import finish, of_objective
 from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
@@ -31,8 +31,6 @@ from pho_service.tuning.finalists import Measurements, keep
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
-from pho_service.tuning.search import ranked
-from pho_service.tuning.warm_start import Saving
 from storage.jobs import JobStore
 from storage.records import Claim, Job, NewStage
 from storage.states import StageKind
@@ -167,20 +165,12 @@ class Stages:
                 search.run(storage, study, spec.plan(island), rate)
                 if spec.objective.name == "perplexity":
                     self._check_again(spec, Seal.of_job(claim.job, 0))
-                saving = compared_with_cold(
-                    spec.request(island),
-                    spec.plan(island),
-                    ranked(study, spec.plan(island)),
-                    rate,
-                    watch.run(self.inputs.device),
-                )
                 if self.store.complete(
                     claim,
                     {
                         "trials": search.done,
                         "out_of_time": search.out_of_time,
                         **({"rated_before": known.taken} if known.taken else {}),
-                        **({} if saving is None else {"saving": saving.to_dict()}),
                     },
                     then=after_search(claim.job, spec),
                     trials=None if search.out_of_time else spec.trials,
@@ -299,7 +289,6 @@ class Stages:
         bundles = bundles_of(self.inputs, job, spec, watch)
         searches = [stage.result or {} for stage in job.of_kind(StageKind.SEARCH)]
         out_of_time = any(search["out_of_time"] for search in searches)
-        saving = searches[0].get("saving")  # of the first island
         with self._islands(job, spec) as (storage, islands):
             rated = islands.ranked()
             found = self._measurements(job, spec, [*rated, *islands.corrections()])
@@ -311,7 +300,6 @@ class Stages:
                 rated,
                 found,
                 correction=correction,
-                saving=None if saving is None else Saving(**saving),
                 out_of_time=out_of_time,
             )
             steps = spec.request(0).steps

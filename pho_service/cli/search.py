@@ -265,8 +265,6 @@ def describe(result: "SearchResult", path: Path, study: str) -> str:
 
 def _started(result: "SearchResult") -> list[str]:
     """Print what a warm start was worth."""
-    from pho_service.tuning.warm_start import Saving
-
     points = result.configuration.search.get("warm_start", [])
     known = [point for point in points if point["value"] is not None]
     if not known:
@@ -274,9 +272,7 @@ def _started(result: "SearchResult") -> list[str]:
     objective = result.configuration.objective
     better = min if objective["direction"] == "minimize" else max
     best = better(known, key=lambda point: point["value"])
-    lines = [
+    return [
         f"warm start   {best['value']:.6g} at trial {best['trial']}, the best of {len(points)}; "
         f"the result is trial {result.trial}"
     ]
-    saving = result.configuration.search.get("saving")
-    return lines + ([] if saving is None else [f"             {Saving(**saving)}"])

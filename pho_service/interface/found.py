@@ -160,7 +160,6 @@ class FoundArguments(SearchArguments):
         validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
             the confirmation: where it does not rank, four times as many finalists are looked at.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
-        compare_cold: Whether the same search is run without the warm start, too.
         study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
             one in memory.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
@@ -174,7 +173,6 @@ class FoundArguments(SearchArguments):
     finalists: int = _ASKED.finalists
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
-    compare_cold: bool = _ASKED.compare_cold
     study: optuna.Study | str | None = None
     callbacks: Sequence[Callback] = ()
 
@@ -204,7 +202,6 @@ def search(asked: FoundArguments) -> Found:
         sampler=asked.sampler,
         finalists=asked.finalists,
         warm_start=tuple(chosen(each).candidate() for each in asked.warm_start),
-        compare_cold=asked.compare_cold,
         validation=validation_of(asked.validate),
     )
     if isinstance(study, str):

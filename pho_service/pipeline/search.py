@@ -21,11 +21,10 @@ from pho_service.spec.configuration import Confirmation
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements
 from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
+from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, run_search
-from pho_service.tuning.warm_start import Saving, measure_saving
 from storage.studies import StorageError, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ def search_job(
     evaluate = known.before(evaluate)
     with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
         rated = run_search(study, plan, evaluate, advance, fence=run.fence, callbacks=callbacks)
-    saving = compared_with_cold(request, plan, rated, evaluate, run)
     islands = Islands([study], [plan])
     correction = None
     if plan.corrections and model is not None and calibration is not None:
@@ -133,9 +131,7 @@ def search_job(
         measurements = confirm_finalists(
             islands, rated, count, subject, islands.corrected(correction), run
         )
-    result = finish(
-        request, islands, origin, rated, measurements, correction=correction, saving=saving
-    )
+    result = finish(request, islands, origin, rated, measurements, correction=correction)
     if subject is not None:
         from pho_service.pipeline.deployable import priced
 
@@ -172,7 +168,6 @@ def finish(
     measurements: Measurements,
     *,
     correction: Correction | None = None,
-    saving: Saving | None = None,
     out_of_time: bool = False,
 ) -> SearchResult:
     """
@@ -186,7 +181,6 @@ def finish(
         measurements: Measurements of the finalists.
         correction: What corrections of the best came to, if there were any. Without perplexities
             the nearest to the dense model is the result.
-        saving: What the warm start was worth, if that was measured.
         out_of_time: Whether the search ended because its time was used up.
 
     Returns:
@@ -216,7 +210,6 @@ def finish(
         confirmation,
         divergences,
         ended_after=finished if finished < islands.asked and not out_of_time else None,
-        saving=saving,
         correction=correction,
     )
     if request.objective.over is not None:
@@ -318,17 +311,3 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
 def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where what is searched comes from: the provenance of one bundle, or of all together."""
     return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
-
-
-def compared_with_cold(
-    request: SearchRequest,
-    plan: SearchPlan,
-    rated: Sequence[RatedCandidate],
-    evaluate: Evaluate,
-    run: Run,
-) -> Saving | None:
-    """What the warm start saved, if that is asked and there was one."""
-    if not request.compare_cold or not plan.warm_start:
-        return None
-    with run.progress("Searching without the warm start", plan.trials) as advance:
-        return measure_saving(plan, rated, evaluate, advance)

@@ -199,7 +199,6 @@ class JobSpec(Document):
 
     _each_model_once = field_validator("more_models")(rules.each_model_once)
     _of_one_model = field_validator("revision")(rules.of_one_model)
-    _whole_where_streamed = field_validator("calibration")(rules.whole_where_streamed)
     _of_one_text = field_validator("confirm")(rules.of_one_text)
     _are_patterns = field_validator("patterns")(rules.are_patterns)
     _is_pattern = field_validator("pattern")(rules.is_pattern)
@@ -307,7 +306,6 @@ class JobSpec(Document):
             **{**options_of(self), "seed": island_seed(self.seed, island)},
             finalists=self.confirm.candidates if self.confirm else 1,
             warm_start=self._warm_points(preset.steps),
-            compare_cold=self.warm_start is not None and self.warm_start.compare_cold,
             validation=self.validation,
         )
 

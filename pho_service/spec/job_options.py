@@ -34,7 +34,6 @@ _NAMES = {
     "search_space": ("--space",),
     "calibration/seed": ("--calibration-seed",),
     "calibration/memory_bytes": ("--calibration-memory",),
-    "calibration/stop": ("--calibration-stop",),
     "confirm": ("--no-confirm",),
     "confirm/text": ("--confirm-text",),
     "confirm/windows": ("--confirm-windows",),

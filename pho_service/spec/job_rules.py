@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationInfo
 
 from pho_service.spec.curve import curve_patterns
-from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, ValidationSpec
+from pho_service.spec.fields import ConfirmSpec, ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.points import asked_patterns, first_of_kinds, one_of
@@ -36,13 +36,6 @@ def of_one_model(value: str | None, info: ValidationInfo) -> str | None:
     """A revision is of one model."""
     if value is not None and info.data.get("more_models"):
         raise ValueError("a revision is of one model: leave it out where there are several")
-    return value
-
-
-def whole_where_streamed(value: CalibrationSpec, info: ValidationInfo) -> CalibrationSpec:
-    """A streamed model is calibrated to the end."""
-    if value.stop == "early" and info.data.get("stream"):
-        raise ValueError("the calibration of a streamed model cannot stop early")
     return value
 
 

@@ -50,7 +50,7 @@ WHOLE = {
     "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
     "validation": {"candidates": 9, "seed": 4},
     "objective": {"name": "perplexity", "weighting": "fisher"},
-    "warm_start": {"count": 2, "compare_cold": False},
+    "warm_start": {"count": 2},
     "sampler": "tpe", "trials": 50, "seed": 7, "islands": 2, "timeout_s": 60.0,
     "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
                      "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},
@@ -67,7 +67,7 @@ DOCUMENTS = [
     {**TYPED, "confirm": None},
     {**TYPED, "validation": {}, "warm_start": {}},
     {**TYPED, "calibration": {"dataset": "allenai/c4"}},
-    {**TYPED, "calibration": {"text": "it's.txt", "stop": "early"}, "scope": "global"},
+    {**TYPED, "calibration": {"text": "it's.txt"}, "scope": "global"},
     {**TYPED, "pattern": "2:4", "steps": {"deployable": False,
                                           "linears": {"sparsities": {"*.x": "1:4"}}}},
     {**TYPED, "warm_start": {"found": [{"coefficients": {

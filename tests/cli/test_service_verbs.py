@@ -159,18 +159,18 @@ def test_several_models(remote: Pho, client: Client) -> None:
 
 def test_warm_start_and_memory(remote: Pho, client: Client) -> None:
     """A warm start, and the limits of a calibration, stand in the document."""
-    remote("submit", "org/a", "--pattern", "0.5", "--warm-start", "--compare-cold",
+    remote("submit", "org/a", "--pattern", "0.5", "--warm-start",
            "--calibration-memory", "8GiB", "--mixed-precision")  # fmt: skip
     (job,) = client.jobs()
 
-    assert job.spec["warm_start"] == {"count": 3, "compare_cold": True, "found": None}
+    assert job.spec["warm_start"] == {"count": 3, "found": None}
     assert job.spec["calibration"]["memory_bytes"] == 8 * 2**30
     assert job.spec["calibration"]["mixed_precision"] is True
 
 
-def test_compare_what(remote: Pho, client: Client) -> None:
-    """A comparison with a cold search needs a warm one."""
-    result = remote("submit", "org/a", "--pattern", "0.5", "--compare-cold")
+def test_count_of_what(remote: Pho, client: Client) -> None:
+    """The number of configurations to begin with needs a warm start."""
+    result = remote("submit", "org/a", "--pattern", "0.5", "--warm-start-count", "2")
 
     assert (result.exit_code, list(client.jobs())) == (2, [])
     assert "give --warm-start, too" in result.stderr

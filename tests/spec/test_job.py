@@ -116,7 +116,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str | int, ...]]] = [
     ({"warm_start": True}, ("warm_start",)),
     ({"warm_start": {"count": 0}}, ("warm_start", "count")),
     ({"warm_start": {"found": [{}]}}, ("warm_start", "found", 0, "coefficients")),
-    ({"warm_start": {"compare_cold": True}, "objective": {"name": "perplexity"}}, ()),
     (
         {"warm_start": {"found": [{"coefficients": {**SCORE, "row": -1.0}}]}},
         ("warm_start", "found", 0, "coefficients"),

@@ -220,12 +220,10 @@ def test_joint_transfer(crew: Any, spec_of: Any, transfer_of: Any, other: Path) 
 
 
 def test_warm(own_crew: Any, spec_of: Any, other: Path) -> None:
-    """A warm job begins with the library's best; its document says with what, and what it saved."""
+    """A warm job begins with the library's best; its document says with what."""
     own_crew.man(1)
     searched = own_crew.done(spec_of(trials=40, confirm=None))
-    spec = spec_of(
-        model=str(other), trials=40, seed=5, confirm=None, warm_start={"compare_cold": True}
-    )
+    spec = spec_of(model=str(other), trials=40, seed=5, confirm=None, warm_start={})
     job = own_crew.done(spec)
     (point,) = job.spec["warm_start"]["found"]
     (start,) = job.best["search"]["warm_start"]
@@ -234,8 +232,7 @@ def test_warm(own_crew: Any, spec_of: Any, other: Path) -> None:
     assert point["coefficients"] == searched.best["coefficients"]
     assert point["reasons"][0] == "pattern 0.5, scope layer"
     assert start["trial"] == 6
-    assert job.best["search"]["saving"]["cold"] <= 40
-    assert any(w.startswith("Warm start: ") and "same search" in w for w in job.warnings)
+    assert any(w.startswith("Warm start: ") for w in job.warnings)
     assert again.spec == job.spec
     assert own_crew.trials(again) == own_crew.trials(job)
 
