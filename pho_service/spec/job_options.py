@@ -66,8 +66,6 @@ _DEFAULTS = {
 WITHOUT = {
     "model": "the argument MODEL",
     "more_models": "further arguments MODEL",
-    "preset_meaning": "written down when a job is stored",
-    "preset_meanings": "written down when a job is stored",
 }
 
 # Fields that only a service has a use for, and why `pho search` has not.

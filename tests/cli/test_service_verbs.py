@@ -100,7 +100,7 @@ def test_submit(remote: Pho, client: Client) -> None:
     assert result.exit_code == 0
     assert result.stdout == f"{job.id}\n"
     assert f"pho watch {job.id}" in result.stderr
-    assert job.spec == JobSpec.model_validate(SPEC).settled().model_dump(mode="json")
+    assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
 def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> None:
@@ -132,7 +132,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
 
     assert result.exit_code == 0, result.stderr
     (job,) = client.jobs()
-    assert job.spec == expected.settled().model_dump(mode="json")
+    assert job.spec == expected.model_dump(mode="json")
 
 
 def test_other_options(remote: Pho, client: Client) -> None:
@@ -204,7 +204,7 @@ def test_job_file(remote: Pho, client: Client) -> None:
            "--space", "gradient_exponent=0")  # fmt: skip
     changed, plain = client.jobs()
 
-    assert plain.spec == JobSpec.model_validate(document).settled().model_dump(mode="json")
+    assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
     assert changed.spec["confirm"]["candidates"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]
