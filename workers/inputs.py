@@ -148,12 +148,12 @@ class Inputs:
         seal.check_model(spec.model, partial(self._hash_of, model))
         return model
 
-    def _hash_of(self, model: LanguageModel, dtype: str | None, scheme: int) -> str:
+    def _hash_of(self, model: LanguageModel, dtype: str | None) -> str:
         """Return the hash of the weights in this dtype, computed once."""
         if dtype is None or dtype == str(model.dtype).removeprefix("torch."):
-            return model.sha256_by(scheme)
-        key = (model.weights_sha256, dtype, scheme)
-        return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype), scheme))
+            return model.weights_sha256
+        key = (model.weights_sha256, dtype)
+        return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype)))
 
     def seal(self, spec: JobSpec, before: Seal = UNSEALED) -> Seal:
         """
@@ -212,19 +212,15 @@ class Inputs:
     def _confirmation_text(self, spec: JobSpec, seal: Seal) -> ReportText:
         assert spec.confirm is not None
         text = self.calibration_text(spec, seal)
-        # What an older version has begun to measure goes on on its windows.
-        begun_before = seal.documents is not None and seal.calibration is None
         if spec.confirm.text is None:
-            held_out = text.beside if begun_before else text.held_out
-            if len(held_out) == 0:
+            if len(text.held_out) == 0:
                 raise TextError(
                     "the calibration text has no windows left to confirm on. Give confirm.text, "
                     "fewer calibration.samples, or confirm: null."
                 )
-            return ReportText(windows=held_out[: spec.confirm.windows], record=text.record)
+            return ReportText(windows=text.held_out[: spec.confirm.windows], record=text.record)
         source = TextSource(path=self.access.text(spec.confirm.text))
-        unlike = None if begun_before else text
-        return self._read(spec, source, spec.confirm.windows, seal, unlike)
+        return self._read(spec, source, spec.confirm.windows, seal, text)
 
     def report_text(self, spec: JobSpec, report: ReportSpec, seal: Seal) -> ReportText:
         """
@@ -304,9 +300,6 @@ class Inputs:
         """
         The bundle with this key; if it was lost, it is made again.
 
-        A job that an older version calibrated goes on with what this one makes of the same weights
-        and text, which the seal compares: an upgrade alone must not end it.
-
         Raises:
             ChangedInput: What it was made from is no longer there, so that it would be
                 another one.
@@ -315,7 +308,7 @@ class Inputs:
             return self._bundle.get(key, lambda: self.bundles.read(key))
         except BundleError:
             bundle = self.calibrate(spec, seal, progress)
-        if bundle.key != key and seal.calibration is not None:
+        if bundle.key != key:
             raise ChangedInput(
                 f"the bundle {key[:12]} of the job is lost, and what is made now is another one, "
                 f"{bundle.key[:12]}: a package has another version, or the "

@@ -18,7 +18,7 @@ from pho_service.spec.job_fields import JobField, job_fields, value_at, within
 from pho_service.spec.sizes import parse_bytes
 from pho_service.spec.tasks import USUAL_TASKS
 
-# What an option is called, if not as its field; more names are hidden, of older versions.
+# What an option is called, if not as its field.
 _NAMES = {
     "steps/allocation/method": ("--allocation",),
     "steps/allocation/unit": ("--allocation-unit",),
@@ -37,7 +37,7 @@ _NAMES = {
     "confirm": ("--no-confirm",),
     "confirm/text": ("--confirm-text",),
     "confirm/windows": ("--confirm-windows",),
-    "confirm/candidates": ("--finalists", "--candidates"),
+    "confirm/candidates": ("--finalists",),
     "validation/candidates": ("--validate",),
     "validation/seed": ("--validation-seed",),
     "objective/name": ("--objective",),
