@@ -53,8 +53,6 @@ from workers.stored import (
     measured_finalist,
     measurements,
     provenance,
-    remade,
-    unvalidated,
     wanted_finalists,
 )
 from workers.subjects import bundle_of, bundles_of, subject_of
@@ -240,7 +238,7 @@ class Stages:
                 "evaluations": chosen.evaluations,
                 **({"doubt": doubt} if doubt else {}),
             },
-            add=[*map(measured_finalist, chosen.finalists), *unvalidated(job, spec), *judges],
+            add=[*map(measured_finalist, chosen.finalists), *judges],
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
@@ -323,12 +321,12 @@ class Stages:
                     for perplexity, each in here:
                         keep(islands, "perplexity", each, perplexity)
                     show_result(study, spec, configuration, {**plots, **confirmed})
-        warnings = [*result.warnings, *started(spec, configuration), *remade(job, bundles)]
+        warnings = [*result.warnings, *started(spec, configuration)]
         more: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
             ranks = judged(job, spec, bundles, str(self.inputs.device))
             more["validation"] = {name: asdict(quality) for name, quality in ranks.items()}
-            warnings += doubts(job, spec, ranks)
+            warnings += doubts(job)
         self.store.succeed(
             claim,
             best=configuration.model_dump(mode="json"),

@@ -253,11 +253,7 @@ def _searched(
 
 
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:
-    """
-    Give the trials what was measured of them, where it does not stand there.
-
-    That is so where perplexity is the objective, and in studies of an older version.
-    """
+    """Give trials that were searched by perplexity what was measured of them."""
     trials = study.get_trials(deepcopy=False)
     for rating in found.candidates:
         for what in ("perplexity", "divergence"):

@@ -151,8 +151,8 @@ def with_perplexities(result: SearchResult, measured: Mapping[str, float | str])
 
     Args:
         result: Confirmed; one that is not is given back as it is.
-        measured: What :func:`measure_references` gave; without the dense model's perplexity, as in
-            jobs of older versions, nothing is added.
+        measured: What :func:`measure_references` gave; without the dense model's perplexity
+            nothing is added.
     """
     confirmation = result.configuration.confirmation
     values = {name: value for name, value in measured.items() if not isinstance(value, str)}

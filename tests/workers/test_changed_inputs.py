@@ -258,15 +258,6 @@ def test_local_model_is_not_asked_of_the_hub(
         hand.step(job)
 
 
-def test_measured_by_the_last_version(hand: Any, small: Any) -> None:
-    """Perplexities that an older version measured on different texts are not ranked."""
-    job = hand.until(hand.submit(small()), StageKind.FINISH)
-    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(text_sha256="another"))
-
-    with pytest.raises(ChangedInput, match="on 2 different texts"):
-        hand.step(job)
-
-
 @pytest.fixture
 def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     """The document of a transfer to these models."""
