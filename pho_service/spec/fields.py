@@ -203,10 +203,6 @@ class WarmStartSpec(Document):
     count: int = Field(
         3, ge=1, le=20, description="Most configurations of the library to begin with."
     )
-    compare_cold: bool = Field(
-        False,
-        description="Whether to search without them, too, and say how many trials they saved.",
-    )
     found: list[WarmPoint] | None = Field(
         None,
         max_length=20,

@@ -71,7 +71,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 def test_every_field() -> None:
     """Each field of a job's document has an option, or a reason why not; and no other has one."""
     parts = {
-        "calibration": {"dataset": "org/texts", "dataset_config": "en", "stop": "early"},
+        "calibration": {"dataset": "org/texts", "dataset_config": "en"},
         "validation": {},
         "prune": True,
         "tasks": ["boolq"],
@@ -156,7 +156,7 @@ WHOLE = {
                     "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
     "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
     "objective": {"name": "perplexity", "weighting": "fisher"},
-    "warm_start": {"count": 2, "compare_cold": False},
+    "warm_start": {"count": 2},
     "sampler": "tpe", "trials": 50, "seed": 7,
     "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
                      "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},
@@ -215,17 +215,6 @@ def test_again(document: dict[str, Any]) -> None:
 def test_without_options(document: dict[str, Any]) -> None:
     """What no options say is not said by wrong ones."""
     assert submit_command(document) is None
-
-
-def test_old_names() -> None:
-    """What `pho submit` called an option before is still read, and not shown."""
-    for verb in ("search", "submit"):
-        found = given(verb, "org/a", "--pattern", "0.5", "--candidates", "3")
-
-        assert found.document()["confirm"] == {"candidates": 3}
-        assert "--candidates" not in command(verb).get_help(
-            click.Context(command(verb), parent=PARENT)
-        )
 
 
 def test_defaults_are_left_out() -> None:

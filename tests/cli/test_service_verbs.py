@@ -100,7 +100,7 @@ def test_submit(remote: Pho, client: Client) -> None:
     assert result.exit_code == 0
     assert result.stdout == f"{job.id}\n"
     assert f"pho watch {job.id}" in result.stderr
-    assert job.spec == JobSpec.model_validate(SPEC).settled().model_dump(mode="json")
+    assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
 def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> None:
@@ -109,7 +109,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
     result = remote(
         "submit", "org/name", "--pattern", "2:4", "--scope", "row", "--name", "mine",
         "--text", calibration, "--samples", 6, "--context-length", 32,
-        "--confirm-text", confirmation, "--candidates", 3, "--validate", 9,
+        "--confirm-text", confirmation, "--finalists", 3, "--validate", 9,
         "--objective", "perplexity", "--weighting", "fisher", "--sampler", "tpe",
         "--space", "row_share=0.25:0.75", "--space", "activation_exponent=1",
         "--space", "kernel_sizes=9,3", "--trials", 50, "--islands", 2, "--seed", 7,
@@ -132,7 +132,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
 
     assert result.exit_code == 0, result.stderr
     (job,) = client.jobs()
-    assert job.spec == expected.settled().model_dump(mode="json")
+    assert job.spec == expected.model_dump(mode="json")
 
 
 def test_other_options(remote: Pho, client: Client) -> None:
@@ -159,18 +159,18 @@ def test_several_models(remote: Pho, client: Client) -> None:
 
 def test_warm_start_and_memory(remote: Pho, client: Client) -> None:
     """A warm start, and the limits of a calibration, stand in the document."""
-    remote("submit", "org/a", "--pattern", "0.5", "--warm-start", "--compare-cold",
+    remote("submit", "org/a", "--pattern", "0.5", "--warm-start",
            "--calibration-memory", "8GiB", "--mixed-precision")  # fmt: skip
     (job,) = client.jobs()
 
-    assert job.spec["warm_start"] == {"count": 3, "compare_cold": True, "found": None}
+    assert job.spec["warm_start"] == {"count": 3, "found": None}
     assert job.spec["calibration"]["memory_bytes"] == 8 * 2**30
     assert job.spec["calibration"]["mixed_precision"] is True
 
 
-def test_compare_what(remote: Pho, client: Client) -> None:
-    """A comparison with a cold search needs a warm one."""
-    result = remote("submit", "org/a", "--pattern", "0.5", "--compare-cold")
+def test_count_of_what(remote: Pho, client: Client) -> None:
+    """The number of configurations to begin with needs a warm start."""
+    result = remote("submit", "org/a", "--pattern", "0.5", "--warm-start-count", "2")
 
     assert (result.exit_code, list(client.jobs())) == (2, [])
     assert "give --warm-start, too" in result.stderr
@@ -200,11 +200,11 @@ def test_job_file(remote: Pho, client: Client) -> None:
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
     remote("submit", "--job", "job.json")
-    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--candidates", 4,
+    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--finalists", 4,
            "--space", "gradient_exponent=0")  # fmt: skip
     changed, plain = client.jobs()
 
-    assert plain.spec == JobSpec.model_validate(document).settled().model_dump(mode="json")
+    assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
     assert changed.spec["confirm"]["candidates"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]
@@ -251,8 +251,8 @@ def test_no_file(remote: Pho) -> None:
 
 
 NO_PLACES: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
-    ({"confirm": None}, ("--candidates", 3)),
-    ({"confirm": "all"}, ("--candidates", 3)),
+    ({"confirm": None}, ("--finalists", 3)),
+    ({"confirm": "all"}, ("--finalists", 3)),
     ({"calibration": None}, ("--samples", 3)),
     ({"calibration": [1]}, ("--text", "x")),
     ({"search_space": None}, ("--space", "row_share=0.5")),
