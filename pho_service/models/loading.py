@@ -22,7 +22,7 @@ from pho_service.models.expert_files import expert_files
 from pho_service.models.hub_or_cache import hub_or_cache
 from pho_service.models.names import is_on_hub
 from pho_service.models.packed import SUFFIX, is_packed
-from pho_service.models.weights_hash import SCHEME, weights_sha256
+from pho_service.models.weights_hash import weights_sha256
 from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import check_choice
