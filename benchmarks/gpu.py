@@ -29,10 +29,9 @@ from gpu_parts import (
     statistics_apart,
     tensors_apart,
 )
-from gpu_shapes import SHAPES, Shape, write_model
+from gpu_shapes import SHAPES, Shape, random_text, write_model
 from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
-from random_llama import random_text
 
 from pho_service.cli.terminal import progress, say, verb
 from pho_service.host.files import new_file

@@ -1,5 +1,5 @@
 """
-How large the body of a request may be.
+Limit on the size of the body of a request.
 """
 
 from starlette.datastructures import Headers

@@ -6,13 +6,13 @@ open it, too. zstandard's checksum is compared with the content of each file.
 """
 
 import shutil
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from weakref import WeakValueDictionary
+from tempfile import mkdtemp
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import zstandard
@@ -161,11 +161,9 @@ class Unpacked:
     def __init__(self, path: Path) -> None:
         with _opened(path) as archive:
             sizes = _sizes(archive, path)
-            place = scratch_folder(sum(sizes.values()))
-            self._temporary = TemporaryDirectory(
-                prefix="pho-", dir=place, ignore_cleanup_errors=True
-            )
-            self.folder = Path(self._temporary.name) / path.name  # messages tell of it
+            place = mkdtemp(prefix="pho-", dir=scratch_folder(sum(sizes.values())))
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            self.folder = Path(place) / path.name  # messages tell of it
             try:
                 _write(archive, sizes, self.folder, silent)
             except OSError as error:
@@ -173,7 +171,9 @@ class Unpacked:
 
 
 # By path, time and size: a model that is in use is not unpacked again for its masks or its card.
-_IN_USE: WeakValueDictionary[tuple[Path, int, int], Unpacked] = WeakValueDictionary()
+_IN_USE: weakref.WeakValueDictionary[tuple[Path, int, int], Unpacked] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def unpacked(path: Path) -> Unpacked:

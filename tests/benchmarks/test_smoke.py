@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 from click import ClickException
 
 Benchmark = Callable[..., dict[str, list[str]]]
@@ -154,16 +153,6 @@ def test_service_overhead(benchmark: Benchmark) -> None:
     table = benchmark("service_overhead", "--tiny", "--trials", 8, "--rounds", 1)
 
     assert all(number > 0 for number in numbers(table["0"]))
-
-
-def test_parameters() -> None:
-    """A shape knows how many weights its model has."""
-    llama = import_module("random_llama")
-    model = llama.random_llama("tiny-deep", dtype="bfloat16", device="cpu", seed=0)
-
-    assert llama.SHAPES["tiny-deep"].parameters == sum(p.numel() for p in model.model.parameters())
-    assert model.dtype == torch.bfloat16
-    assert len(model.linears) == 4 * 7
 
 
 def test_torn_line(tmp_path: Path) -> None:
