@@ -27,7 +27,6 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
-from pho_service.spec.job_options import OF_A_SERVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +46,8 @@ DOCUMENT, WARM = "document", "warm_start_names"
 
 @click.command(
     cls=DocumentCommand,
-    fields=("", *(f"-{path}" for path in OF_A_SERVICE)),
+    fields=("",),
+    of_a_service=False,
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(

@@ -147,4 +147,4 @@ class PresetMeaning(Document):
 
     def preset(self) -> Preset:
         """The preset of then."""
-        return Preset(steps=self.steps, bounds=self.search_space.bounds())
+        return Preset(steps=self.steps, bounds=self.search_space.given())

@@ -109,7 +109,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
     result = remote(
         "submit", "org/name", "--pattern", "2:4", "--scope", "row", "--name", "mine",
         "--text", calibration, "--samples", 6, "--context-length", 32,
-        "--confirm-text", confirmation, "--candidates", 3, "--validate", 9,
+        "--confirm-text", confirmation, "--finalists", 3, "--validate", 9,
         "--objective", "perplexity", "--weighting", "fisher", "--sampler", "tpe",
         "--space", "row_share=0.25:0.75", "--space", "activation_exponent=1",
         "--space", "kernel_sizes=9,3", "--trials", 50, "--islands", 2, "--seed", 7,
@@ -200,7 +200,7 @@ def test_job_file(remote: Pho, client: Client) -> None:
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
     remote("submit", "--job", "job.json")
-    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--candidates", 4,
+    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--finalists", 4,
            "--space", "gradient_exponent=0")  # fmt: skip
     changed, plain = client.jobs()
 
@@ -251,8 +251,8 @@ def test_no_file(remote: Pho) -> None:
 
 
 NO_PLACES: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
-    ({"confirm": None}, ("--candidates", 3)),
-    ({"confirm": "all"}, ("--candidates", 3)),
+    ({"confirm": None}, ("--finalists", 3)),
+    ({"confirm": "all"}, ("--finalists", 3)),
     ({"calibration": None}, ("--samples", 3)),
     ({"calibration": [1]}, ("--text", "x")),
     ({"search_space": None}, ("--space", "row_share=0.5")),
