@@ -19,6 +19,7 @@ from subject import Subject, passing_subject
 from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
@@ -69,7 +70,7 @@ def _corrected(
         study=study,
         model=subject.model,
         calibration=subject.calibration,
-        progress=progress,
+        run=Run(progress=progress),
     ).configuration
     correction = found.search["correction"]
     before = Candidate.from_dict(study.trials[correction["corrects"]].user_attrs, pattern)

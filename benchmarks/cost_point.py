@@ -22,6 +22,8 @@ from typing import Any
 
 from machine import card, machine, software
 
+from pho_service.progress import Run
+
 PATTERN, SCOPE = "0.5", "layer"
 
 
@@ -101,7 +103,7 @@ def search_point(conditions: Conditions, bundle: Path) -> dict[str, Any]:
         with _measured(torch.device(conditions.device)) as cost:
             read = read_bundle(bundle)
             with opened_study(url, request, read) as study:
-                search_job(request, read, study=study, device=conditions.device)
+                search_job(request, read, study=study, run=Run(device=conditions.device))
     return {**cost, "bundle_bytes": bundle.stat().st_size}
 
 

@@ -48,6 +48,7 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.planning.machines import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.steps import InputMoments
@@ -234,17 +235,17 @@ class _Job:
     def _searched(self, model: LanguageModel, bundle: ProxyBundle) -> None:
         """Trials alone, and the same search gone on with to its confirmation."""
         request = SearchRequest(pattern=HALF, trials=self.trials, seed=self.settings.seed)
-        on = str(self.device)
+        run = Run(device=str(self.device), progress=progress)
         with opened_study(f"sqlite:///{self.folder / 'study.db'}", request, bundle) as study:
             self._part(
                 f"{self.trials} trials",
-                lambda: search_job(request, bundle, study=study, device=on, progress=progress),
+                lambda: search_job(request, bundle, study=study, run=run),
             )
             self._part(
                 "confirm",
                 lambda: search_job(
                     request, bundle, study=study, model=model, confirm_text=self.report,
-                    calibration=self.text.calibration, device=on, progress=progress,
+                    calibration=self.text.calibration, run=run,
                 ),
             )  # fmt: skip
 
@@ -272,7 +273,8 @@ class _Job:
                 f"{name}, pruned and measured",
                 lambda name=name: compare_candidates(
                     model, bundle, self.report, [(name, chosen[name])],
-                    calibration=self.text.calibration, device=str(self.device), progress=progress,
+                    calibration=self.text.calibration,
+                    run=Run(device=str(self.device), progress=progress),
                 ),
             )  # fmt: skip
 
@@ -311,7 +313,7 @@ class _Job:
             trials=16,
             seed=self.settings.seed,
         )
-        found = search_job(request, bundle, device=str(self.device), progress=progress)
+        found = search_job(request, bundle, run=Run(device=str(self.device), progress=progress))
         prune_job(
             model, bundle, found.configuration, self.folder / "pruned",
             calibration=self.text.calibration, progress=progress,

@@ -249,8 +249,7 @@ def search(
             model=subject.model,
             confirm_text=subject.confirmation,
             calibration=subject.calibration,
-            device=str(subject.model.device),
-            progress=watched,
+            run=Run(device=str(subject.model.device), progress=watched),
         )
     with open_storage(url) as storage:
         trials = optuna.load_study(study_name=result.study_name, storage=storage).trials

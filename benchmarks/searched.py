@@ -6,6 +6,7 @@ from subject import Subject
 
 from pho_service.cli.terminal import progress
 from pho_service.pipeline.search import search_job
+from pho_service.progress import Run
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import Preset
@@ -50,7 +51,7 @@ def searched(
         model=subject.model,
         confirm_text=subject.confirmation if confirm else None,
         calibration=subject.calibration,
-        progress=progress,
+        run=Run(progress=progress),
     )
     found = result.configuration
     return found.candidate(), {

@@ -37,15 +37,16 @@ from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import regret
+from pho_service.progress import Run
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
+from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.search import run_search
-from pho_service.tuning.warm_start import trials_until
 
 
 @click.command()
@@ -168,8 +169,7 @@ def find(name: str, subject: Subject, request: SearchRequest) -> Configuration:
         model=subject.model,
         confirm_text=subject.confirmation,
         calibration=subject.calibration,
-        device=str(subject.model.device),
-        progress=progress,
+        run=Run(device=str(subject.model.device), progress=progress),
     ).configuration
 
 
@@ -178,7 +178,7 @@ def find_jointly(subjects: Mapping[str, Subject], request: SearchRequest) -> Con
     bundles = {name: subject.bundle for name, subject in subjects.items()}
     asked = replace(request, objective=Objective(over="mean"))
     device = str(next(iter(subjects.values())).model.device)
-    return search_job(asked, bundles, device=device, progress=progress).configuration
+    return search_job(asked, bundles, run=Run(device=device, progress=progress)).configuration
 
 
 def measure(
@@ -201,8 +201,7 @@ def measure(
         subject.report,
         list(candidates.items()),
         calibration=subject.calibration,
-        device=str(subject.model.device),
-        progress=progress,
+        run=Run(device=str(subject.model.device), progress=progress),
     )
     perplexities: dict[str, float | None] = {row.method: row.perplexity for row in rows}
     proxies = {row.method: row.proxy for row in rows}
@@ -238,12 +237,14 @@ def saving(
                 )
                 for points in ((), start)
             )
-            goal, direction = cold[0].value, request.objective.direction
-            counts.append(
-                (trials_until(cold, goal, direction), trials_until(warm, goal, direction))
-            )
+            counts.append(tuple(trials_until(each, cold[0].value) for each in (cold, warm)))
             advance(1)
     return {"cold": [cold for cold, _ in counts], "warm": [warm for _, warm in counts]}
+
+
+def trials_until(rated: Sequence[RatedCandidate], goal: float) -> int | None:
+    """Trials until a value is as low as ``goal``; None if none is."""
+    return min((each.number + 1 for each in rated if each.value <= goal), default=None)
 
 
 def show(document: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from subject import passing_subject
 from pho_service.cli.terminal import print_table, progress
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import search_job
+from pho_service.progress import Run
 from pho_service.spec.objective import WEIGHTINGS, Objective, Weighting
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.presets import PRESETS
@@ -61,7 +62,9 @@ def main(
         request = request_of(
             preset, pattern, objective=Objective(weighting=weighting), trials=trials, seed=seed
         )
-        winner = search_job(request, subject.bundle, progress=progress).configuration.candidate()
+        winner = search_job(
+            request, subject.bundle, run=Run(progress=progress)
+        ).configuration.candidate()
         result, _ = rate_pruned(
             subject.model,
             subject.bundle.statistics(),

@@ -1,9 +1,10 @@
 """
-Progress reporting for long-running work: to a terminal, a log, or nobody.
+What goes with long-running work: where it runs, who is told how far it is, who may end it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]  # so many more steps are done
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # (title, number of steps)
+Look = Callable[[], None]  # called before a piece of work; may refuse by raising
+Fence = Callable[[], AbstractContextManager[None]]  # around each write; may refuse by raising
 
 
 @contextmanager
@@ -18,6 +21,24 @@ def silent(title: str, steps: int) -> Iterator[Advance]:
     """Tell nobody."""
     del title, steps
     yield lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """
+    Where something long runs, and who watches it.
+
+    Attributes:
+        device: For the proxies; models lie where they lie.
+        progress: Is told of each long step.
+        look: Called before each piece of work; may refuse by raising.
+        fence: Entered around each write that would not be the same twice; may refuse by raising.
+    """
+
+    device: str = "cpu"
+    progress: Progress = silent
+    look: Look = lambda: None
+    fence: Fence = nullcontext
 
 
 def empty_bars(*, shown: bool = True) -> "RichProgress":

@@ -46,11 +46,7 @@ def unjudged(
 def judged_by(
     job: Job, plan: SearchPlan, rated: Sequence[RatedCandidate], found: Measurements
 ) -> dict[str, float | str]:
-    """
-    The perplexities of what a result is judged by, or why there is none, by name.
-
-    A job that an older version confirmed has no perplexity of the dense model.
-    """
+    """The perplexities of what a result is judged by, or why there is none, by name."""
     wanted, stages = references(plan, rated), perplexities_of(job)
     measured: dict[str, float | str] = {**measured_as_trials(wanted, found.perplexities)}
     for i, each in enumerate(wanted):

@@ -109,10 +109,8 @@ def _found(
             subject,
             record,
             pareto=pareto_of_job(store, claim, storage),
-            device=device,
-            progress=watch.progress,
+            run=watch.run(device, storage),
             dense=known[0].dense if known else None,
-            fence=lambda: store.fence(claim, storage),
             callbacks=[_Told(store, claim, spec, study, watch)],
         )
         point = points.find(request, str(request.pattern))

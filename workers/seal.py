@@ -2,14 +2,13 @@
 What the first stage of a job read, so that later stages notice when a file has changed since.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pho_service.errors import ChangedInput
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
-from pho_service.models.weights_hash import SCHEME
 from pho_service.pipeline.rating import ReportText, windows_key
 from storage.records import Job
 from storage.states import StageKind
@@ -24,9 +23,7 @@ class Seal:
         local: Whether the model lay on this service's disks, and not on the hub.
         revision: Commit of a hub model.
         weights_sha256: Hash of the weights, as loaded.
-        weights_scheme: How that was made; see :mod:`pho_service.models.weights_hash`.
         dtype: Type that the weights were loaded in.
-        documents: Hash of the documents that the calibration windows were drawn from.
         calibration: Hash of the calibration windows.
         confirmation: Hash of the windows that perplexities are measured on.
     """
@@ -34,9 +31,7 @@ class Seal:
     local: bool | None = None
     revision: str | None = None
     weights_sha256: str | None = None
-    weights_scheme: int = 1
     dtype: str | None = None
-    documents: str | None = None
     calibration: str | None = None
     confirmation: str | None = None
 
@@ -54,42 +49,23 @@ class Seal:
             local=local,
             revision=model.revision,
             weights_sha256=model.weights_sha256,
-            weights_scheme=SCHEME,
             dtype=model.to_dict()["dtype"],
-            documents=text.record.sha256,
             calibration=windows_key(text.calibration),
             confirmation=None if confirmation is None else confirmation.key,
         )
 
     @classmethod
     def of_job(cls, job: Job, number: int) -> Self:
-        """
-        Return what the calibration of a job's model wrote down.
-
-        Jobs that an older version calibrated have only what is in the bundle's provenance. The
-        commit is not taken from there: the bundle may have been made for another repository
-        that holds the same weights.
-        """
+        """Return what the calibration of a job's model wrote down."""
         (result,) = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE) if s.number == number)
-        if "inputs" in result:
-            return cls(**result["inputs"])
-        provenance = result.get("provenance", {})
-        return cls(
-            weights_sha256=_of(provenance, "model", "weights_sha256"),
-            weights_scheme=_of(provenance, "model", "weights_scheme") or 1,
-            dtype=_of(provenance, "model", "dtype"),
-            documents=_of(provenance, "text", "sha256"),
-        )
+        return cls(**result["inputs"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
 
     def check_place(self, name: str, *, local: bool) -> None:
-        """
-        Raises:
-            ChangedInput: The model was local, and would be asked of the hub now.
-        """
+        """Raise ChangedInput if the model was local, and would be asked of the hub now."""
         if self.local and not local:
             raise ChangedInput(
                 f"the model {name} was a local one when the job began, and is no longer there; "
@@ -97,43 +73,22 @@ class Seal:
                 "job."
             )
 
-    def check_model(self, name: str, weights_sha256: Callable[[str | None, int], str]) -> None:
-        """
-        Args:
-            name: What the job calls the model.
-            weights_sha256: Gives the hash of its weights, loaded in the given dtype, by a scheme.
-
-        Raises:
-            ChangedInput: The weights are not those that the job was calibrated on.
-        """
+    def check_model(self, name: str, weights_sha256: Callable[[str | None], str]) -> None:
+        """Raise ChangedInput if the hash of the weights, in the given dtype, is another one."""
         if self.weights_sha256 is not None:
-            found = weights_sha256(self.dtype, self.weights_scheme)
-            _compare(f"the model {name}", self.weights_sha256, found)
+            _compare(f"the model {name}", self.weights_sha256, weights_sha256(self.dtype))
 
     def check_calibration(self, name: str, text: CalibrationText) -> None:
-        """
-        Raises:
-            ChangedInput: The windows are not those that the job was calibrated on.
-        """
-        what = f"the calibration text {name}"
+        """Raise ChangedInput if these are not the windows that the job was calibrated on."""
         if self.calibration is not None:
-            _compare(what, self.calibration, windows_key(text.calibration))
-        elif self.documents is not None:
-            _compare(what, self.documents, text.record.sha256)
+            now = windows_key(text.calibration)
+            _compare(f"the calibration text {name}", self.calibration, now)
 
     def check_confirmation(self, name: str, text: ReportText) -> None:
-        """
-        Raises:
-            ChangedInput: The windows are not those that the job began with.
-        """
+        """Raise ChangedInput if these are not the windows that the job began with."""
         if self.confirmation is not None:
             _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
                      text.key)  # fmt: skip
-
-
-def _of(document: Mapping[str, Any], part: str, field: str) -> Any:
-    value = document.get(part)
-    return value.get(field) if isinstance(value, Mapping) else None
 
 
 def _compare(what: str, before: str, now: str) -> None:

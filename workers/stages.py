@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ from pho_service.pipeline.deployable import priced
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.objectives import objective_function
 from pho_service.pipeline.references import with_perplexities
-from pho_service.pipeline.search import compared_with_cold, finish, of_objective
+from pho_service.pipeline.search import finish, of_objective
 from pho_service.pipeline.winner import reconstruct_winner
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
@@ -31,8 +31,6 @@ from pho_service.tuning.finalists import Measurements, keep
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Evaluate, RatedCandidate
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen
-from pho_service.tuning.search import ranked
-from pho_service.tuning.warm_start import Saving
 from storage.jobs import JobStore
 from storage.records import Claim, Job, NewStage
 from storage.states import StageKind
@@ -55,8 +53,6 @@ from workers.stored import (
     measured_finalist,
     measurements,
     provenance,
-    remade,
-    unvalidated,
     wanted_finalists,
 )
 from workers.subjects import bundle_of, bundles_of, subject_of
@@ -167,20 +163,12 @@ class Stages:
                 search.run(storage, study, spec.plan(island), rate)
                 if spec.objective.name == "perplexity":
                     self._check_again(spec, Seal.of_job(claim.job, 0))
-                saving = compared_with_cold(
-                    spec.request(island),
-                    spec.plan(island),
-                    ranked(study, spec.plan(island)),
-                    rate,
-                    watch.progress,
-                )
                 if self.store.complete(
                     claim,
                     {
                         "trials": search.done,
                         "out_of_time": search.out_of_time,
                         **({"rated_before": known.taken} if known.taken else {}),
-                        **({} if saving is None else {"saving": saving.to_dict()}),
                     },
                     then=after_search(claim.job, spec),
                     trials=None if search.out_of_time else spec.trials,
@@ -233,10 +221,8 @@ class Stages:
                         bundle_of(self.inputs, job, spec, watch),
                     ),
                     stream=spec.stream,
-                    progress=watch.progress,
                     entered=islands.corrected(correction),
-                    look=watch.look,
-                    fence=lambda: self.store.fence(claim, storage),
+                    run=watch.run(self.inputs.device, storage),
                 )
                 judges = unjudged(islands.plan, rated, {r.number for r in chosen.finalists})
         compared = chosen.divergences
@@ -252,7 +238,7 @@ class Stages:
                 "evaluations": chosen.evaluations,
                 **({"doubt": doubt} if doubt else {}),
             },
-            add=[*map(measured_finalist, chosen.finalists), *unvalidated(job, spec), *judges],
+            add=[*map(measured_finalist, chosen.finalists), *judges],
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
@@ -269,10 +255,7 @@ class Stages:
                 self.inputs.model(spec, seal),
                 bundle_of(self.inputs, claim.job, spec, watch),
                 self.inputs.calibration_text(spec, seal).calibration,
-                device=str(self.inputs.device),
-                progress=watch.progress,
-                look=watch.look,
-                fence=lambda: self.store.fence(claim, storage),
+                run=watch.run(self.inputs.device, storage),
             )
         self._check_again(spec, seal)
         return found
@@ -304,7 +287,6 @@ class Stages:
         bundles = bundles_of(self.inputs, job, spec, watch)
         searches = [stage.result or {} for stage in job.of_kind(StageKind.SEARCH)]
         out_of_time = any(search["out_of_time"] for search in searches)
-        saving = searches[0].get("saving")  # of the first island
         with self._islands(job, spec) as (storage, islands):
             rated = islands.ranked()
             found = self._measurements(job, spec, [*rated, *islands.corrections()])
@@ -316,7 +298,6 @@ class Stages:
                 rated,
                 found,
                 correction=correction,
-                saving=None if saving is None else Saving(**saving),
                 out_of_time=out_of_time,
             )
             steps = spec.request(0).steps
@@ -340,12 +321,12 @@ class Stages:
                     for perplexity, each in here:
                         keep(islands, "perplexity", each, perplexity)
                     show_result(study, spec, configuration, {**plots, **confirmed})
-        warnings = [*result.warnings, *started(spec, configuration), *remade(job, bundles)]
+        warnings = [*result.warnings, *started(spec, configuration)]
         more: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:
             ranks = judged(job, spec, bundles, str(self.inputs.device))
             more["validation"] = {name: asdict(quality) for name, quality in ranks.items()}
-            warnings += doubts(job, spec, ranks)
+            warnings += doubts(job)
         self.store.succeed(
             claim,
             best=configuration.model_dump(mode="json"),
@@ -372,15 +353,13 @@ class Stages:
             bundle = bundle_of(self.inputs, claim.job, spec, watch)
             subject = subject_of(self.inputs, claim.job, spec, steps, bundle)
 
-        def fence() -> AbstractContextManager[None]:
-            return self.store.fence(claim, storage)
-
+        run = watch.run(self.inputs.device, storage)
         found = result
         if subject is not None:
-            found = priced(found, study, subject, watch.progress, fence)
+            found = priced(found, study, subject, run)
         if steps.reconstruction.wanted:
             settings = steps.reconstruction
-            found = reconstruct_winner(found, settings, study, subject, watch.progress, fence)
+            found = reconstruct_winner(found, settings, study, subject, run)
         if subject is not None:
             self._check_again(spec, Seal.of_job(claim.job, 0))
         return found

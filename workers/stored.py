@@ -5,7 +5,6 @@ What the stages of a job have stored, in the form that the next stage takes it.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pho_service.errors import ChangedInput
 from pho_service.pipeline.search import origin_of
 from pho_service.pipeline.validate import judge
 from pho_service.pruning.bundle import ProxyBundle
@@ -15,7 +14,7 @@ from pho_service.spec.quality import ProxyQuality
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences, Measurements
 from pho_service.tuning.plan import RatedCandidate
-from pho_service.tuning.validation import finalists_wanted, planned_candidates, verdict
+from pho_service.tuning.validation import finalists_wanted, planned_candidates
 from storage.records import Job, NewStage
 from storage.states import VALIDATION, StageKind
 
@@ -28,18 +27,6 @@ def provenances(job: Job) -> list[dict[str, Any]]:
 def provenance(job: Job) -> dict[str, Any]:
     """The same of all models together."""
     return origin_of(provenances(job))
-
-
-def remade(job: Job, bundles: Mapping[str, ProxyBundle]) -> list[str]:
-    """What to know of a job whose bundle was lost when PHO was upgraded in the middle of it."""
-    keys = [str(each["key"]) for each in provenances(job)]
-    if keys == [bundle.key for bundle in bundles.values()]:
-        return []
-    return [
-        "the bundle that an older PHO had made was lost, and this one made it again of the same "
-        "weights and text: trials before and after differ by how the bundles were made. Submit "
-        "the job again for a search on one bundle."
-    ]
 
 
 def measurement(number: int, candidate: Candidate | None, **more: Any) -> NewStage:
@@ -59,16 +46,9 @@ def measured_before(job: Job) -> set[int]:
 
 
 def measurements(job: Job, rated: Sequence[RatedCandidate]) -> Measurements:
-    """
-    What was measured of the finalists of a search by a proxy.
-
-    Raises:
-        ChangedInput: Perplexities are of several texts or weights, which an older version did
-            not prevent.
-    """
+    """What was measured of the finalists of a search by a proxy."""
     (planned,) = (stage.result or {} for stage in job.of_kind(StageKind.CONFIRM))
     stages = perplexities_of(job)
-    _check_alike(stages)
     chosen = set(planned.get("finalists", ()))
     perplexities = {
         r.number: float(stages[r.number]["perplexity"]) for r in rated if r.number in chosen
@@ -138,26 +118,18 @@ def judged(
 def wanted_finalists(
     job: Job, spec: JobSpec, bundles: Callable[[], Mapping[str, ProxyBundle]], device: str
 ) -> tuple[int, str | None]:
-    """
-    How many finalists are confirmed; and why, if a validation has found that they must be more.
-
-    The validation of a job that an older version searched for is still to come.
-    """
+    """How many finalists are confirmed; and why, if a validation found that they must be more."""
     count = 0 if spec.confirm is None else spec.confirm.candidates
-    if spec.validation is None or unvalidated(job, spec):
+    if spec.validation is None:
         return count, None
     name = spec.request(0).objective.label
     return finalists_wanted(count, name, judged(job, spec, bundles(), device)[name])
 
 
-def doubts(job: Job, spec: JobSpec, judged: Mapping[str, ProxyQuality]) -> list[str]:
+def doubts(job: Job) -> list[str]:
     """What to know of a proxy that does not rank, in a sentence; nothing if it ranks."""
-    name = spec.request(0).objective.label
-    if name not in judged:  # searched by perplexity
-        return []
     (planned,) = (stage.result or {} for stage in job.of_kind(StageKind.CONFIRM))
-    doubt = planned.get("doubt") or verdict(name, judged[name])  # older versions kept none
-    return [doubt] if doubt else []
+    return [planned["doubt"]] if "doubt" in planned else []
 
 
 def validation_perplexities(job: Job, spec: JobSpec) -> list[float]:
@@ -169,13 +141,3 @@ def validation_perplexities(job: Job, spec: JobSpec) -> list[float]:
 def perplexities_of(job: Job) -> dict[int, dict[str, Any]]:
     """What was measured, by the number of the stage: of a trial, or of a random candidate."""
     return {s.number: s.result for s in job.of_kind(StageKind.PERPLEXITY) if s.result}
-
-
-def _check_alike(stages: Mapping[int, Mapping[str, Any]]) -> None:
-    for what, key in (("texts", "text_sha256"), ("weights", "weights_sha256")):
-        found = {stage[key] for stage in stages.values() if stage.get(key) is not None}
-        if len(found) > 1:
-            raise ChangedInput(
-                f"the perplexities of this job were measured on {len(found)} different {what}: a "
-                "file changed meanwhile. They cannot be compared. Submit the job again."
-            )

@@ -9,8 +9,9 @@ from typing import Any
 
 from pho_service.errors import ChangedInput, DeviceLost, PhoError
 from pho_service.host.faults import faults_told
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.transfer import Target, Transfer, own_search, transfer_job
+from pho_service.pipeline.transfer import Transfer, own_search, transfer_job
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.request import SearchRequest
 from storage.jobs import JobStore
@@ -89,7 +90,7 @@ def _transfer(spec: TransferSpec, inputs: Inputs, number: int, watch: Watch) -> 
     bundle = inputs.calibrate(target, seal, watch.progress)
     watch.look(now=True)
     transfer = transfer_job(
-        Target(
+        Calibrated(
             name=target.model,
             bundle=bundle,
             model=inputs.model(target, seal),
@@ -99,8 +100,7 @@ def _transfer(spec: TransferSpec, inputs: Inputs, number: int, watch: Watch) -> 
         ),
         found,
         search=_own_search(spec),
-        device=str(inputs.device),
-        progress=watch.progress,
+        run=watch.run(inputs.device),
     )
     inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
     return transfer

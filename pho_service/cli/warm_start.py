@@ -24,14 +24,13 @@ def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
 
     Raises:
         ConfigurationError: One of them is not a configuration.
-        InvalidInput: One is of another pattern or scope; ``--compare-cold`` without a warm start.
+        InvalidInput: One is of another pattern or scope; a count without a warm start.
     """
     from pho_service.library.files import read_library_file
 
-    for path in ("warm_start/compare_cold", "warm_start/count"):
-        if given(path) and not given("warm_start/found"):
-            name = given.names[path]
-            raise InvalidInput(f"{name} is of a warm start: give --warm-start, too.")
+    if given("warm_start/count") and not given("warm_start/found"):
+        name = given.names["warm_start/count"]
+        raise InvalidInput(f"{name} is of a warm start: give --warm-start, too.")
     names = [name for name in given("warm_start/found") or () if name and not is_library(name)]
     found = [read_library_file(Path(name)).configuration.candidate() for name in names]
     request = replace(spec.request(0), warm_start=tuple(found))

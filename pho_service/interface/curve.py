@@ -15,14 +15,11 @@ from pho_service.host.files import new_file, write_json
 from pho_service.interface.asked import Given, SearchArguments, arguments
 from pho_service.interface.models import (
     Model,
-    check_dense,
-    check_prefix,
-    opened,
     opened_bundle,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, confirmation_text
+from pho_service.interface.texts import calibrated, opened_for
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
@@ -36,7 +33,6 @@ from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import memory_study, opened_study
 from pho_service.pipeline.studies import check_study_url
 from pho_service.pipeline.target import TargetFound, target_job
-from pho_service.progress import Progress, bars
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import Sampler
@@ -160,7 +156,7 @@ def curve(asked: CurveArguments) -> Curve:
     each = replace(asked, scope=None)
     requests = [each.request(pattern) for pattern in curve_patterns(asked.patterns, asked.scope)]
     subject = _subject(asked, requests)
-    with _points(subject, requests, asked.study, bars(asked.progress)) as (points, pareto):
+    with _points(subject, requests, asked.study, asked.progress) as (points, pareto):
         found = find_points(points, requests)
         name = pareto.study_name
     told = {"url": asked.study, "name": name}
@@ -206,31 +202,28 @@ def search_within(asked: WithinArguments) -> Within:
     requests = {each: asked.request(each) for each in target.sparsities}
     of_all = [*requests.values()]
     subject = _subject(asked, of_all)
-    with _points(subject, of_all, asked.study, bars(asked.progress)) as (points, _):
+    with _points(subject, of_all, asked.study, asked.progress) as (points, _):
         found = target_job(points, target, requests.__getitem__)
     return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
 
 
 def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subject:
     """What all points are measured on."""
-    known = opened_bundle(asked.bundle)
-    loaded = opened(asked.model, asked.tokenizer or getattr(known, "tokenizer", None))
-    check_dense(loaded, known)
-    check_prefix(loaded, known)
+    taken = opened_bundle(asked.bundle)
+    loaded = opened_for(taken, asked.model, asked.tokenizer)
     check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)
-    calibration = calibration_windows(loaded, known, asked.texts)
-    text = confirmation_text(loaded, known, asked.confirm, calibration, asked.confirm_windows)
-    if text is None:
+    known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
+    if known.confirm is None:
         raise TextError(
             "the calibration's text has no windows left to confirm on. Give another text as "
             "confirm, or calibrate on fewer samples."
         )
-    return Subject(model=loaded, bundle=known, text=text, calibration=calibration)
+    return known.subject
 
 
 @contextmanager
 def _points(
-    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: Progress
+    subject: Subject, requests: Sequence[SearchRequest], study: str | None, progress: bool
 ) -> Iterator[tuple[CurvePoints, optuna.Study]]:
     """What finds the points, and the study that has the trials of all of them."""
     record: Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
@@ -249,9 +242,7 @@ def _points(
             return opened_study(url, request, subject.bundle, subject.text)
 
     with opening as pareto:
-        points = CurvePoints(
-            subject, record, pareto=pareto, device=proxy_device(subject.model), progress=progress
-        )
+        points = CurvePoints(subject, record, pareto=pareto, run=run_on(subject.model, progress))
         yield points, pareto
 
 

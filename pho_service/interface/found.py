@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.samplers import BaseSampler
-from torch import Tensor
 
 from pho_service.errors import InvalidInput
 from pho_service.interface.asked import (
@@ -24,26 +23,21 @@ from pho_service.interface.asked import (
 from pho_service.interface.models import (
     Choice,
     Model,
-    check_dense,
-    check_prefix,
     chosen,
-    opened,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, confirmation_text
-from pho_service.models.loading import LanguageModel
+from pho_service.interface.texts import calibrated, opened_for
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import only_one
-from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import (
     Bundles,
+    by_name,
     memory_study,
     opened_study,
     search_job,
 )
 from pho_service.pipeline.studies import check_study_url
-from pho_service.progress import Progress, bars
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Over
 from pho_service.spec.pattern import Pattern
@@ -55,7 +49,7 @@ from pho_service.tuning.search import Callback
 from storage.studies import note_trial
 
 if TYPE_CHECKING:
-    from pho_service.interface.texts import Texts
+    pass
 
 _ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
 
@@ -166,7 +160,6 @@ class FoundArguments(SearchArguments):
         validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
             the confirmation: where it does not rank, four times as many finalists are looked at.
         warm_start: What was found elsewhere in the same pattern and scope: rated first.
-        compare_cold: Whether the same search is run without the warm start, too.
         study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
             one in memory.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
@@ -180,7 +173,6 @@ class FoundArguments(SearchArguments):
     finalists: int = _ASKED.finalists
     validate: int | None = None
     warm_start: Sequence[Choice] = ()
-    compare_cold: bool = _ASKED.compare_cold
     study: optuna.Study | str | None = None
     callbacks: Sequence[Callback] = ()
 
@@ -210,80 +202,49 @@ def search(asked: FoundArguments) -> Found:
         sampler=asked.sampler,
         finalists=asked.finalists,
         warm_start=tuple(chosen(each).candidate() for each in asked.warm_start),
-        compare_cold=asked.compare_cold,
         validation=validation_of(asked.validate),
     )
     if isinstance(study, str):
         check_study_url(study)
     elif study is not None:
         check_study_is_of(study, bundles, request)
-    measured = None
+    named = by_name(bundles)
+    known = Calibrated(bundle=next(iter(named.values())))
     if asked.model is not None:
-        measured = _Measured.of(
-            only_one(bundles, "a model") if isinstance(bundles, Mapping) else bundles,
-            asked.model, asked.tokenizer, asked.confirm, asked.texts, asked.confirm_windows,
-        )  # fmt: skip
+        taken = only_one(named, "a model")
+        loaded = opened_for(taken, asked.model, asked.tokenizer)
+        known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
     elif asked.confirm is not None or asked.texts is not None:
         raise InvalidInput(
             "a text is given, but no perplexity can be measured without the model. Give model=, "
             "too, or leave the text out."
         )
-    return _searched(request, bundles, study, measured, asked.callbacks, bars(asked.progress))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """What finalists are measured with."""
-
-    model: LanguageModel
-    bundle: ProxyBundle
-    text: ReportText | None
-    calibration: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        bundle: ProxyBundle,
-        model: Model,
-        tokenizer: Any,
-        confirm: "Texts | None",
-        texts: "Texts | None",
-        windows: int,
-    ) -> "_Measured":
-        loaded = opened(model, tokenizer or getattr(bundle, "tokenizer", None))
-        check_dense(loaded, bundle)
-        check_prefix(loaded, bundle)
-        calibration = calibration_windows(loaded, bundle, texts)
-        text = confirmation_text(loaded, bundle, confirm, calibration, windows)
-        return cls(model=loaded, bundle=bundle, text=text, calibration=calibration)
+    return _searched(request, bundles, study, known, asked.callbacks, asked.progress)
 
 
 def _searched(
     request: SearchRequest,
     bundles: Bundles,
     study: optuna.Study | str | None,
-    measured: _Measured | None,
+    known: Calibrated,
     callbacks: Sequence[Callback],
-    progress: Progress,
+    progress: bool,
 ) -> Found:
-    text = measured.text if measured else None
-    model = measured.model if measured else None
     record: AbstractContextManager[optuna.Study]
     if isinstance(study, str):
-        record = opened_study(study, request, bundles, text)
+        record = opened_study(study, request, bundles, known.confirm)
     else:
-        record = nullcontext(study or memory_study(request, bundles, text))
+        record = nullcontext(study or memory_study(request, bundles, known.confirm))
     with record as kept:
         result = search_job(
             request,
             bundles,
             study=kept,
-            model=model,
-            confirm_text=text,
-            calibration=measured.calibration if measured else None,
-            device=proxy_device(model),
+            model=known.model,
+            confirm_text=known.confirm,
+            calibration=known.calibration,
+            run=run_on(known.model, progress),
             callbacks=callbacks,
-            progress=progress,
         )
         _note_ratings(kept, result.configuration)
     parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
@@ -292,11 +253,7 @@ def _searched(
 
 
 def _note_ratings(study: optuna.Study, found: Configuration) -> None:
-    """
-    Give the trials what was measured of them, where it does not stand there.
-
-    That is so where perplexity is the objective, and in studies of an older version.
-    """
+    """Give trials that were searched by perplexity what was measured of them."""
     trials = study.get_trials(deepcopy=False)
     for rating in found.candidates:
         for what in ("perplexity", "divergence"):

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,28 +16,26 @@ from pho_service.interface.bundle import calibrate
 from pho_service.interface.models import (
     Choice,
     Model,
-    check_dense,
-    check_prefix,
     chosen,
     opened,
     opened_bundle,
     parsed,
-    proxy_device,
+    run_on,
 )
 from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
-    calibration_windows,
-    confirmation_text,
+    calibrated,
     length_of,
     measured_text,
+    opened_for,
     settings_of,
 )
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.task_files import LoadedTasks, load_tasks
 from pho_service.pipeline.compare import check_family, common_linears
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.repeated import (
-    Calibrated,
     Compared,
     ComparisonRequest,
     compare_over_seeds,
@@ -190,13 +188,9 @@ def _perplexity(
     progress: Progress,
 ) -> dict[str, Any]:
     """Result of an evaluation on a text."""
-    text = measured_text(
-        loaded,
-        texts,
-        context_length=length_of(texts, context_length, _DEFAULT.context_length),
-        bos=bos,
-        max_windows=max_windows,
-    )
+    length = length_of(texts, context_length, _DEFAULT.context_length)
+    how = replace(_DEFAULT, context_length=length, bos=bos)
+    text = measured_text(loaded, texts, how, max_windows)
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
     return {
@@ -324,49 +318,41 @@ def compare(asked: CompareArguments) -> Comparison:
     )
     loaded_tasks = _tasks(asked.tasks, asked.tasks_dir)
     texts, known = asked.texts, _known_bundle(asked.texts, asked.bundle, asked.seeds)
-    loaded = opened(asked.model, asked.tokenizer or getattr(known, "tokenizer", None))
+    loaded = (
+        opened(asked.model, asked.tokenizer)
+        if known is None
+        else opened_for(known, asked.model, asked.tokenizer)
+    )
     for name, each in named:
         check_family(each, loaded, name, other_family=asked.other_family)
-    if known is not None:
-        check_dense(loaded, known)
-        check_prefix(loaded, known)
 
-    def calibrated(drawn: int) -> Calibrated:
+    def drawn(number: int) -> Calibrated:
         made, given = known, texts
         if made is None:
             assert texts is not None
             made, given = calibrate(
                 loaded, None, texts, samples=asked.samples, context_length=asked.context_length,
-                seed=drawn, progress=asked.progress,
+                seed=number, progress=asked.progress,
             ), None  # fmt: skip
-        windows = calibration_windows(loaded, made, given)
-        text = None
-        if asked.presets:
-            most = asked.confirm_windows
-            text = confirmation_text(loaded, made, asked.confirm, windows, most)
-        drawn_from = getattr(made, "text", None)
-        left = None if drawn_from is None else len(drawn_from.held_out)
-        return Calibrated(bundle=made, calibration=windows, confirm=text, left=left)
+        most = asked.confirm_windows if asked.presets else None
+        return calibrated(loaded, made, given, asked.confirm, most)
 
     if known is None:
         assert texts is not None
         length = length_of(texts, asked.context_length, _DEFAULT.context_length)
-        bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        how = replace(_DEFAULT, context_length=length, bos=bos)
         numbers = [*asked.seeds] or [asked.seed]
     else:
-        settings = settings_of(known)
-        length, bos, numbers = settings.context_length, settings.bos, [settings.seed]
-    report = measured_text(
-        loaded, asked.report, context_length=length, bos=bos, max_windows=asked.report_windows
-    )
+        how = settings_of(known)
+        numbers = [how.seed]
     found = compare_over_seeds(
         loaded,
-        report,
+        measured_text(loaded, asked.report, how, asked.report_windows),
         request,
-        {number: partial(calibrated, number) for number in numbers},
+        {number: partial(drawn, number) for number in numbers},
         also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=asked.limit),
-        device=proxy_device(loaded),
-        progress=bars(asked.progress),
+        run=run_on(loaded, asked.progress),
     )
     return Comparison(**{part.name: getattr(found, part.name) for part in fields(found)})
 

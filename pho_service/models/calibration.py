@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
 from pho_service.models.calibration_run import Run, Shard, within_memory
 from pho_service.models.footprint import footprint_of
-from pho_service.models.halves import Agreement, gather_until_alike
 from pho_service.models.loading import LanguageModel
 from pho_service.models.overlap import apart
 from pho_service.models.scratch import scratch_folder
@@ -184,50 +182,6 @@ def measure(
     return _within_memory(model, text, settings, progress, run)
 
 
-def measure_until_alike(
-    model: LanguageModel,
-    text: CalibrationText,
-    settings: CalibrationSettings,
-    progress: Progress = silent,
-) -> tuple[Statistics, list[Agreement]]:
-    """
-    Run the dense model over windows until both halves of them rank candidates alike.
-
-    Returns:
-        The statistics of the windows that were taken, and how alike the halves were after each
-        doubling, see :func:`~pho_service.models.halves.gather_until_alike`.
-
-    Raises:
-        InvalidInput: The model is streamed, or the text has one window only.
-        ModelError, NumericalError, OutOfMemory: As :func:`measure`.
-    """
-    windows = text.calibration
-    if model.stream or len(windows) < 2:
-        what = "a streamed model is run block by block" if model.stream else "the text fills one"
-        raise InvalidInput(
-            f"a calibration that stops early takes windows in doublings, but {what}. Leave "
-            "--calibration-stop out."
-        )
-
-    def run(how: Run) -> tuple[Statistics, list[Agreement]]:
-        with how.progress("Calibrating the dense model", len(windows)) as advance:
-
-            def gathered(part: Tensor, fisher_windows: int, seed: int) -> Collector:
-                return how.gather(
-                    Shard(windows=part, fisher_windows=fisher_windows, seed=seed), advance
-                )
-
-            total, agreements = gather_until_alike(
-                gathered, model.linears, windows, how.fisher_windows, settings
-            )
-            taken = agreements[-1].windows
-            advance(len(windows) - taken)
-        total.finish_inputs(sequences=taken, tokens=taken * windows.shape[1])
-        return total.finish(), agreements
-
-    return _within_memory(model, text, settings, progress, run)
-
-
 def measure_shard(
     model: LanguageModel,
     text: CalibrationText,
@@ -305,11 +259,7 @@ def calibrate(
     Raises:
         InvalidInput, ModelError, NumericalError: As :func:`measure`.
     """
-    agreements: list[Agreement] = []
-    if settings.stop == "early":
-        statistics, agreements = measure_until_alike(model, text, settings, progress)
-    else:
-        statistics = measure(model, text, settings, progress, known)
+    statistics = measure(model, text, settings, progress, known)
     with progress("Sampling rows", len(model.linears)) as advance:
         return sample_bundle(
             model.linears,
@@ -317,10 +267,7 @@ def calibrate(
             rows_per_layer=settings.rows_per_layer,
             kernel_sizes=tuple(sorted(set(settings.kernel_sizes))),
             seed=settings.seed,
-            provenance={
-                **_provenance(model, text, settings, _dense(model, text)),
-                **({"halves": [each.to_dict() for each in agreements]} if agreements else {}),
-            },
+            provenance=_provenance(model, text, settings, _dense(model, text)),
             advance=advance,
         )
 

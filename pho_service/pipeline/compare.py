@@ -14,7 +14,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.rating import ReportText, rate_pruned
-from pho_service.progress import Advance, Progress, silent
+from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_sparsity
 from pho_service.pruning.memory import peak_memory
@@ -79,8 +79,7 @@ def compare_job(
     objective: Objective | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> list[ComparisonRow]:
     """
     Prune with every method and measure the perplexity on one text.
@@ -99,8 +98,7 @@ def compare_job(
         objective: Whose proxy value is shown; activation reconstruction by default.
         also: What else is measured of each pruned model.
         dense: The row of the dense model, if it is known already.
-        device: For the proxy.
-        progress: Is told of each row.
+        run: Where it runs, and who watches it.
 
     Raises:
         ConfigurationError: A configuration is for another pattern, or for other linears.
@@ -129,8 +127,7 @@ def compare_job(
         objective=objective,
         also=also,
         dense=dense,
-        device=device,
-        progress=progress,
+        run=run,
     )
 
 
@@ -144,8 +141,7 @@ def compare_candidates(
     objective: Objective | None = None,
     also: Also | None = None,
     dense: ComparisonRow | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> list[ComparisonRow]:
     """
     A row for the dense model, and one for each (name, candidate); see :func:`compare_job`.
@@ -155,11 +151,11 @@ def compare_candidates(
         InvalidInput: A candidate needs a text, and there is none; or its N:M does not fit.
     """
     bundle.check_model(model.linears)
-    evaluator = ProxyEvaluator(bundle, device)
+    evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
     objective = objective or Objective()
     total = len(candidates) + (dense is None)
-    with progress("Measuring perplexities", total * len(report.windows)) as advance:
+    with run.progress("Measuring perplexities", total * len(report.windows)) as advance:
         rows = [dense or _dense_row(model, report, also, advance)]
         for name, candidate in candidates:
             started = time.perf_counter()
@@ -283,5 +279,5 @@ def check_family(
         raise ConfigurationError(
             f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
             f"family {model.family}, where it may be no better than a baseline. Search on this "
-            "model; or give --other-family (other_family=True), and compare it with the baselines."
+            "model; or give --other-family, and compare it with the baselines."
         )

@@ -3,7 +3,7 @@ Which of the finalists is the best: by what the pruned model predicts, not by th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pho_service.errors import NumericalError
@@ -15,7 +15,7 @@ from pho_service.pipeline.rating import (
     measure,
     racing_pays,
 )
-from pho_service.progress import Advance, Progress
+from pho_service.progress import Advance, Run
 from pho_service.tuning.finalists import (
     Divergences,
     Measurements,
@@ -59,9 +59,8 @@ def confirm_finalists(
     rated: Sequence[RatedCandidate],
     count: int,
     subject: Subject,
-    progress: Progress,
     corrected: Sequence[RatedCandidate] = (),
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run = Run(),
 ) -> Measurements:
     """
     Let finalists race where that pays, then measure what is left of them on the whole text.
@@ -75,9 +74,8 @@ def confirm_finalists(
         count: How many found candidates are finalists, see
             :func:`~pho_service.tuning.finalists.finalists`.
         subject: What is pruned and measured.
-        progress: Is told of both steps.
         corrected: Candidates beside those of the search that are measured, too.
-        fence: Entered around each write; may refuse by raising.
+        run: Who watches it.
     """
     text = subject.text
     rated = [*rated, *corrected]
@@ -89,9 +87,8 @@ def confirm_finalists(
         before,
         lambda: subject,
         stream=subject.model.stream,
-        progress=progress,
         entered=corrected,
-        fence=fence,
+        run=run,
     )
 
     def perplexity(each: RatedCandidate) -> float:
@@ -99,14 +96,14 @@ def confirm_finalists(
         with _named(each):
             return measure(subject, each.candidate, known=known).perplexity
 
-    with progress("Confirming by perplexity", len(chosen.finalists)) as advance:
+    with run.progress("Confirming by perplexity", len(chosen.finalists)) as advance:
         perplexities = confirm(
             islands,
             chosen.finalists,
             perplexity,
             text_sha256=text.key,
             advance=advance,
-            fence=fence,
+            fence=run.fence,
         )
     return Measurements(
         perplexities=perplexities,
@@ -124,10 +121,8 @@ def choose_finalists(
     subject: Callable[[], Subject],
     *,
     stream: bool,
-    progress: Progress,
     entered: Sequence[RatedCandidate] = (),
-    look: Callable[[], None] = lambda: None,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run,
 ) -> Chosen:
     """
     Choose the finalists that get a perplexity on the whole text: those that a race leaves.
@@ -144,10 +139,8 @@ def choose_finalists(
         before: Those that got a perplexity in a shorter search: they stay.
         subject: Gives what is pruned and measured; called only if anything is.
         stream: Whether the model is streamed.
-        progress: Is told of the race.
         entered: Those that are finalists whatever their objective is.
-        look: Called before each candidate; may refuse by raising.
-        fence: Entered around each write; may refuse by raising.
+        run: Who watches it.
 
     Raises:
         NumericalError: A candidate gives NaN or infinity; the error says which.
@@ -155,8 +148,8 @@ def choose_finalists(
     pool = united(rated, finalists(rated, count), before, entered)
     if len(pool) == 1 or not racing_pays([each.candidate for each in pool], stream=stream):
         return Chosen(finalists=pool, evaluations=float(len(pool)))
-    race = _Race(islands, pool, subject(), look, fence)
-    with progress("Racing finalists", len(pool) * race.windows) as advance:
+    race = _Race(islands, pool, subject(), run)
+    with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         left = united(rated, race.run(advance), before)
     return Chosen(
         finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left)
@@ -171,7 +164,7 @@ class _Race:
         islands: The record.
         pool: The finalists.
         subject: What is pruned and measured.
-        look, fence: As for :func:`choose_finalists`.
+        run: As for :func:`choose_finalists`.
     """
 
     def __init__(
@@ -179,12 +172,11 @@ class _Race:
         islands: Islands,
         pool: Sequence[RatedCandidate],
         subject: Subject,
-        look: Callable[[], None],
-        fence: Callable[[], AbstractContextManager[None]],
+        run: Run,
     ) -> None:
         text = subject.text
         self.islands, self.pool, self.text = islands, pool, text
-        self.look, self.fence = look, fence
+        self.look, self.fence = run.look, run.fence
         self.windows = len(text.windows)
         self.order = race_order(self.windows, islands.plan.seed)
         self.compared = self.order[: compared_count(text.windows)]

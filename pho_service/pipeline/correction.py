@@ -6,8 +6,7 @@ it is from the dense one says so for each allocation that is tried.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +21,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.rating import windows_key
-from pho_service.progress import Advance, Progress
+from pho_service.progress import Advance, Fence, Run
 from pho_service.pruning.allocation_proxy import AllocationProxy
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.divergence import DenseReference, dense_reference, rate_divergence
@@ -52,10 +51,7 @@ def correct_best(
     bundle: ProxyBundle,
     calibration: Tensor,
     *,
-    device: str,
-    progress: Progress,
-    look: Callable[[], None] = lambda: None,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run,
 ) -> Correction:
     """
     Try other allocations of the best candidate, and compare each with the dense model.
@@ -72,10 +68,7 @@ def correct_best(
         bundle: Bundle of the model.
         calibration: (windows, context_length), int64: the last, which are not those that were run
             backward, are compared on.
-        device: For the proxy.
-        progress: Is told of each comparison.
-        look: Called before each of them; may refuse by raising.
-        fence: Entered around each write; may refuse by raising.
+        run: Where it runs, and who watches it.
 
     Raises:
         InvalidInput: All linears have a sparsity by hand, or the best candidate's spread is 0.
@@ -84,26 +77,26 @@ def correct_best(
     """
     start = rated[0]
     _check_shared_out(start.candidate, bundle)
-    evaluator = ProxyEvaluator(bundle, device)
+    evaluator = ProxyEvaluator(bundle, run.device)
     numbers = _Numbers(AllocationProxy(evaluator, start.candidate, objective.weighting))
-    record = _Record(islands, start, rate_by_proxy(evaluator, objective), fence)
+    record = _Record(islands, start, rate_by_proxy(evaluator, objective), run.fence)
     count = islands.plan.corrections
-    with progress("Correcting the allocation", count) as advance:
+    with run.progress("Correcting the allocation", count) as advance:
         divergence = _Divergence(model, bundle.statistics(), calibration, lambda _: advance(0))
-        look()
+        run.look()
         before = measure_once(
             islands,
             DIVERGENCE,
             start,
             lambda rated: divergence(rated.candidate),
             text_sha256=divergence.key,
-            fence=fence,
+            fence=run.fence,
         )
         measured = [numbers.measured(start.candidate.steps.allocation, before)]
         trials = record.known(divergence.key)[:count]
         for number in range(count):
             if number == len(trials):
-                look()
+                run.look()
                 seed = [islands.plan.seed, number]
                 point = next_point(measured, numbers.rate, seed=seed)
                 trials.append(record.add(numbers.at(start.candidate, point), divergence))
@@ -213,7 +206,7 @@ class _Record:
         islands: Islands,
         start: RatedCandidate,
         rate: Evaluate,
-        fence: Callable[[], AbstractContextManager[None]],
+        fence: Fence,
     ) -> None:
         self._islands, self._start, self._rate, self._fence = islands, start, rate, fence
         self._study, self._number = islands.place(start.number)

@@ -4,8 +4,8 @@ One calibration, a search for each pattern: how good a model still is at each sp
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.references import keep_dense
 from pho_service.pipeline.search import name_of_study, search_job
-from pho_service.progress import Advance, Progress, silent
+from pho_service.progress import Advance, Run
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
@@ -105,10 +105,8 @@ class CurvePoints:
         subject: The model, its bundle, and the text that all perplexities are of.
         record: Opens the study of a search.
         pareto: Study of (sparsity, objective) that takes the trials of each point.
-        device: For the proxy.
-        progress: Is told of each long step of each point.
+        run: Where it runs, and who watches it.
         dense: The dense model's perplexity on that text, if it is known.
-        fence: Entered around the writes to studies; may refuse by raising.
         callbacks: Called after each trial, as :func:`search_job` says.
     """
 
@@ -118,15 +116,12 @@ class CurvePoints:
         record: Record,
         *,
         pareto: optuna.Study | None = None,
-        device: str = "cpu",
-        progress: Progress = silent,
+        run: Run = Run(),
         dense: float | None = None,
-        fence: Callable[[], AbstractContextManager[None]] = nullcontext,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self._subject, self._record, self._pareto = subject, record, pareto
-        self._device, self._progress, self._dense = device, progress, dense
-        self._fence, self._callbacks = fence, callbacks
+        self._run, self._dense, self._callbacks = run, dense, callbacks
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """
@@ -139,7 +134,7 @@ class CurvePoints:
         Raises:
             InvalidInput, NumericalError, StudyError: As :func:`search_job`.
         """
-        subject, progress = self._subject, _titled(self._progress, title)
+        subject = self._subject
         with self._record(request) as study:
             if self._dense is not None:
                 keep_dense(study, self._dense, subject.text)
@@ -151,14 +146,12 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
-                    device=self._device,
                     callbacks=self._callbacks,
-                    progress=progress,
-                    fence=self._fence,
+                    run=_titled(self._run, title),
                 )
             if self._pareto is not None:
                 pattern = request.pattern
-                add_point(self._pareto, study, pattern.sparsity, str(pattern), self._fence)
+                add_point(self._pareto, study, pattern.sparsity, str(pattern), self._run.fence)
         found = result.configuration
         assert found.perplexities is not None  # there is a text
         self._dense = found.perplexities.dense
@@ -271,11 +264,11 @@ def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: L
                 pattern.check_width(model.linears[name].weight.shape[1], name)
 
 
-def _titled(progress: Progress, title: str) -> Progress:
+def _titled(run: Run, title: str) -> Run:
     def told(step: str, steps: int) -> AbstractContextManager[Advance]:
-        return progress(f"[{title}] {step}", steps)
+        return run.progress(f"[{title}] {step}", steps)
 
-    return told
+    return replace(run, progress=told)
 
 
 @contextmanager

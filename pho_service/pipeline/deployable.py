@@ -2,15 +2,13 @@
 What it costs a search to permute only channels whose order can be folded into the weights.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import optuna
 
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.winner import measured_once
-from pho_service.progress import Progress
+from pho_service.progress import Run
 from pho_service.tuning.result import SearchResult
 
 
@@ -18,8 +16,7 @@ def priced(
     result: SearchResult,
     study: optuna.Study,
     subject: Subject,
-    progress: Progress,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run = Run(),
 ) -> SearchResult:
     """
     Say of a result whose orders must fold what it would be with every order free.
@@ -28,8 +25,7 @@ def priced(
         result: Confirmed, and not yet reconstructed; another one is given back as it is.
         study: The record; what it holds is not measured again.
         subject: What it was confirmed on.
-        progress: Is told of each linear that is pruned.
-        fence: Entered around each write; may refuse by raising.
+        run: Who watches it.
 
     Returns:
         The result with ``any_order`` in its confirmation, and a sentence on it.
@@ -44,7 +40,7 @@ def priced(
         return result
     free = replace(configuration.candidate(), steps=replace(steps, deployable=False))
     perplexity = measured_once(
-        study, subject, free, progress, fence, kept="any_order", title="Pruning in any order"
+        study, subject, free, run, kept="any_order", title="Pruning in any order"
     )
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "

@@ -9,7 +9,7 @@ import optuna
 
 from pho_service.errors import NumericalError
 from pho_service.pipeline.rating import ReportText, Subject, measure
-from pho_service.progress import Advance, Progress
+from pho_service.progress import Advance, Run
 from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
@@ -70,7 +70,7 @@ def measure_references(
     rated: Sequence[RatedCandidate],
     measurements: Measurements,
     subject: Subject,
-    progress: Progress,
+    run: Run,
 ) -> dict[str, float | str]:
     """
     Measure what a result is judged by; each is kept in the first study at once.
@@ -80,7 +80,7 @@ def measure_references(
         rated: Every finished trial.
         measurements: Measurements of the finalists, on the subject's text.
         subject: What is pruned and measured.
-        progress: Is told of each window.
+        run: Who is told of each window.
 
     Returns:
         Perplexities by name; a sentence that says why instead, where there is none.
@@ -96,7 +96,7 @@ def measure_references(
     if not missing:
         return found
     steps = len(missing) * len(subject.text.windows)
-    with progress("Measuring what the result is judged by", steps) as advance:
+    with run.progress("Measuring what the result is judged by", steps) as advance:
         for each in missing:
             found[each.name] = value = _measured(islands, each, subject, advance)
             _keep(study, each.name, value, key)
@@ -151,8 +151,8 @@ def with_perplexities(result: SearchResult, measured: Mapping[str, float | str])
 
     Args:
         result: Confirmed; one that is not is given back as it is.
-        measured: What :func:`measure_references` gave; without the dense model's perplexity, as in
-            jobs of older versions, nothing is added.
+        measured: What :func:`measure_references` gave; without the dense model's perplexity
+            nothing is added.
     """
     confirmation = result.configuration.confirmation
     values = {name: value for name, value in measured.items() if not isinstance(value, str)}

@@ -9,16 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from torch import Tensor
-
 from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.compare import STDERR, Also, ComparisonRow, common_linears, compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
-from pho_service.progress import Progress, silent
-from pho_service.pruning.bundle import ProxyBundle
+from pho_service.progress import Run
 from pho_service.pruning.memory import peak_memory
 from pho_service.spec.baselines import ALL, OWL_AT_NM, named_baselines, shown_baselines
 from pho_service.spec.configuration import Configuration
@@ -72,24 +70,6 @@ class ComparisonRequest:
     def shows_all_at_nm(self) -> bool:
         """Whether one would look for a row of OWL, which has none at N:M."""
         return bool(self.pattern.group) and (self.methods is None or ALL in self.methods)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
-    """
-    A model's calibration on one draw of the text.
-
-    Attributes:
-        bundle: Bundle of the model.
-        calibration: The windows that it was made of, for methods that need a text.
-        confirm: Windows that searches are confirmed on; not the report's.
-        left: How many windows of the text were not drawn; None where that is not known.
-    """
-
-    bundle: ProxyBundle
-    calibration: Tensor | None = None
-    confirm: ReportText | None = None
-    left: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +186,7 @@ def compare_over_seeds(
     calibrations: Mapping[int, Callable[[], Calibrated]],
     *,
     also: Also | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> Compared:
     """
     Compare on each calibration, and give the means.
@@ -218,8 +197,7 @@ def compare_over_seeds(
         request: What is compared.
         calibrations: By seed, made when their turn comes; the seed is that of searches, too.
         also: What else is measured of each pruned model.
-        device: For the proxies.
-        progress: Is told of each long step.
+        run: Where it runs, and who watches it.
 
     Raises:
         ConfigurationError, InvalidInput, BundleError: As of :func:`compare_job` and
@@ -233,7 +211,7 @@ def compare_over_seeds(
         _check_texts(request, given, report)
         _check_draws(given, len(calibrations))
         found = {
-            name: _searched(model, given, replace(each, seed=seed), device, progress)
+            name: _searched(model, given, replace(each, seed=seed), run)
             for name, each in request.searches.items()
         }
         rows = compare_job(
@@ -248,8 +226,7 @@ def compare_over_seeds(
             calibration=given.calibration,
             also=also,
             dense=dense,
-            device=device,
-            progress=progress,
+            run=run,
         )
         dense = rows[0]
         seeds[seed] = [_with_search(row, found.get(row.method)) for row in rows]
@@ -311,8 +288,7 @@ def _searched(
     model: LanguageModel,
     given: Calibrated,
     request: SearchRequest,
-    device: str,
-    progress: Progress,
+    run: Run,
 ) -> _Search:
     started = time.perf_counter()
     with peak_memory(*model.devices) as peak:
@@ -322,8 +298,7 @@ def _searched(
             model=model,
             confirm_text=given.confirm,
             calibration=given.calibration,
-            device=device,
-            progress=progress,
+            run=run,
         )
     return _Search(
         found=result.configuration,

@@ -2,8 +2,8 @@
 The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,16 @@ from pho_service.pipeline.joint_search import joint_provenance, with_each_model
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.objectives import objective_function, only_one, rated_on
 from pho_service.pipeline.studies import check_study, study_name
-from pho_service.progress import Progress, silent
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.configuration import Confirmation
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Measurements
 from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
+from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
 from pho_service.tuning.search import Callback, run_search
-from pho_service.tuning.warm_start import Saving, measure_saving
 from storage.studies import StorageError, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
@@ -43,10 +42,8 @@ def search_job(
     model: "LanguageModel | None" = None,
     confirm_text: "ReportText | None" = None,
     calibration: Tensor | None = None,
-    device: str = "cpu",
     callbacks: Sequence[Callback] = (),
-    progress: Progress = silent,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run = Run(),
 ) -> SearchResult:
     """
     Search, confirm, and say what was found and how good it is. Goes on with a search that the
@@ -63,10 +60,8 @@ def search_job(
         confirm_text: For perplexities; not the calibration windows. Without
             it, or without the model, the best by the objective is not confirmed.
         calibration: Windows that the bundle was made of, for steps that need a text.
-        device: For the proxies.
         callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
-        progress: Is told of each long step.
-        fence: Entered around each write that would not be the same twice; may refuse by raising.
+        run: Where it runs, and who watches it.
 
     Raises:
         InvalidInput: The request breaks a rule, asks for perplexity without a model, or N:M does
@@ -90,7 +85,7 @@ def search_job(
             "calibration windows: give the model instead of a bundle, and its text."
         )
     evaluate = objective_function(
-        request.objective, plan, named, model, confirm_text, device, calibration
+        request.objective, plan, named, model, confirm_text, run.device, calibration
     )
     origin = origin_of([bundle.origin for bundle in named.values()])
     if study is None:
@@ -100,9 +95,8 @@ def search_job(
     keys = [str(origin.get("key", "")), *(bundle.rows_sha256 for bundle in named.values())]
     known = KnownRatings(study, request, plan, keys)
     evaluate = known.before(evaluate)
-    with progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-        rated = run_search(study, plan, evaluate, advance, fence=fence, callbacks=callbacks)
-    saving = compared_with_cold(request, plan, rated, evaluate, progress)
+    with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
+        rated = run_search(study, plan, evaluate, advance, fence=run.fence, callbacks=callbacks)
     islands = Islands([study], [plan])
     correction = None
     if plan.corrections and model is not None and calibration is not None:
@@ -115,9 +109,7 @@ def search_job(
             model,
             only_one(named, "a model"),
             calibration,
-            device=device,
-            progress=progress,
-            fence=fence,
+            run=run,
         )
     measurements = Measurements()
     subject = doubt = qualities = None
@@ -135,26 +127,24 @@ def search_job(
         if request.validation is not None:
             from pho_service.pipeline.validate import doubted
 
-            qualities, count, doubt = doubted(request, plan, study, subject, device, progress)
+            qualities, count, doubt = doubted(request, plan, study, subject, run)
         measurements = confirm_finalists(
-            islands, rated, count, subject, progress, islands.corrected(correction), fence
+            islands, rated, count, subject, islands.corrected(correction), run
         )
-    result = finish(
-        request, islands, origin, rated, measurements, correction=correction, saving=saving
-    )
+    result = finish(request, islands, origin, rated, measurements, correction=correction)
     if subject is not None:
         from pho_service.pipeline.deployable import priced
 
-        result = priced(result, study, subject, progress, fence)
+        result = priced(result, study, subject, run)
     if request.steps.reconstruction.wanted:
         from pho_service.pipeline.winner import reconstruct_winner
 
         settings = request.steps.reconstruction
-        result = reconstruct_winner(result, settings, study, subject, progress, fence)
+        result = reconstruct_winner(result, settings, study, subject, run)
     if subject is not None:
         from pho_service.pipeline.references import measure_references, with_perplexities
 
-        good = measure_references(islands, rated, measurements, subject, progress)
+        good = measure_references(islands, rated, measurements, subject, run)
         result = with_perplexities(result, good)
     mark_chosen(study, result.configuration, result.study_name, result.trial)
     return replace(
@@ -178,7 +168,6 @@ def finish(
     measurements: Measurements,
     *,
     correction: Correction | None = None,
-    saving: Saving | None = None,
     out_of_time: bool = False,
 ) -> SearchResult:
     """
@@ -192,7 +181,6 @@ def finish(
         measurements: Measurements of the finalists.
         correction: What corrections of the best came to, if there were any. Without perplexities
             the nearest to the dense model is the result.
-        saving: What the warm start was worth, if that was measured.
         out_of_time: Whether the search ended because its time was used up.
 
     Returns:
@@ -222,7 +210,6 @@ def finish(
         confirmation,
         divergences,
         ended_after=finished if finished < islands.asked and not out_of_time else None,
-        saving=saving,
         correction=correction,
     )
     if request.objective.over is not None:
@@ -324,17 +311,3 @@ def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> S
 def origin_of(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where what is searched comes from: the provenance of one bundle, or of all together."""
     return dict(provenances[0]) if len(provenances) == 1 else joint_provenance(provenances)
-
-
-def compared_with_cold(
-    request: SearchRequest,
-    plan: SearchPlan,
-    rated: Sequence[RatedCandidate],
-    evaluate: Evaluate,
-    progress: Progress,
-) -> Saving | None:
-    """What the warm start saved, if that is asked and there was one."""
-    if not request.compare_cold or not plan.warm_start:
-        return None
-    with progress("Searching without the warm start", plan.trials) as advance:
-        return measure_saving(plan, rated, evaluate, advance)

@@ -7,15 +7,14 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.versions import versions
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.search import opened_study, search_job
-from pho_service.progress import Progress, silent
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
@@ -27,33 +26,7 @@ from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
-if TYPE_CHECKING:
-    from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.rating import ReportText
-
 MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """
-    A model that a configuration is taken to.
-
-    Attributes:
-        name: For messages.
-        bundle: Its bundle.
-        model: Dense; None: only proxies are known.
-        report: What perplexities are measured on, with a model; nothing may have been chosen on it.
-        calibration: Windows that the bundle was made of, for steps that need a text.
-        confirm: What the target's own best is confirmed on.
-    """
-
-    name: str
-    bundle: ProxyBundle
-    model: "LanguageModel | None" = None
-    report: "ReportText | None" = None
-    calibration: Tensor | None = None
-    confirm: "ReportText | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +185,9 @@ def _uncorrected(configuration: Configuration) -> Steps:
     return replace(steps, allocation=replace(steps.allocation, offsets={}, depth=()))
 
 
-def transfer_key(target: Target, configuration: Configuration, search: SearchRequest | None) -> str:
+def transfer_key(
+    target: Calibrated, configuration: Configuration, search: SearchRequest | None
+) -> str:
     """Names everything that the numbers of a transfer depend on."""
     candidate = configuration.candidate()
     own = None
@@ -271,13 +246,12 @@ def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
 
 
 def transfer_job(
-    target: Target,
+    target: Calibrated,
     configuration: Configuration,
     *,
     search: SearchRequest | None = None,
     study_url: str | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> Transfer:
     """
     Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
@@ -287,8 +261,7 @@ def transfer_job(
         configuration: Found elsewhere.
         search: How the target's own best is searched for; None leaves it out.
         study_url: The database that keeps the study of that search; None keeps it in memory.
-        device: For the proxy.
-        progress: Is told of each long step.
+        run: Where it runs, and who watches it.
 
     Raises:
         BundleError: The bundle is of another model, or lacks what the configuration needs.
@@ -300,7 +273,7 @@ def transfer_job(
         **reference_methods(candidate.pattern, candidate.steps.linears),
         "transferred": candidate,
     }
-    proxies = proxies_of(target.bundle, configuration, device)  # refuses what the bundle lacks
+    proxies = proxies_of(target.bundle, configuration, run.device)  # refuses what the bundle lacks
     own = None
     if search is not None:
         opened = (
@@ -316,11 +289,10 @@ def transfer_job(
                 model=target.model,
                 confirm_text=target.confirm,
                 calibration=target.calibration,
-                device=device,
-                progress=progress,
+                run=run,
             ).configuration
         candidates["own"] = own.candidate()
-        evaluator = ProxyEvaluator(target.bundle, device)
+        evaluator = ProxyEvaluator(target.bundle, run.device)
         proxies["own"] = mask_proxy(evaluator, candidates["own"], Objective())
     perplexities = {}
     if target.model is not None and target.report is not None:
@@ -332,8 +304,7 @@ def transfer_job(
             target.report,
             list(candidates.items()),
             calibration=target.calibration,
-            device=device,
-            progress=progress,
+            run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
     return Transfer(

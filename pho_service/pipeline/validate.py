@@ -12,7 +12,7 @@ from torch import Tensor
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.proxy_rating import proxy_value
 from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
-from pho_service.progress import Advance, Progress, silent
+from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.candidate import Candidate
@@ -86,9 +86,7 @@ def validate_search(
     study: optuna.Study,
     plan: SearchPlan,
     asked: ValidationSpec,
-    *,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run,
 ) -> dict[str, ProxyQuality]:
     """
     How well each proxy ranks random candidates of a search, measured on its confirmation text.
@@ -98,12 +96,11 @@ def validate_search(
         study: The record: each perplexity is kept in it at once, and not measured again.
         plan: Plan of the search.
         asked: How many candidates, and their seed.
-        device: For the proxies.
-        progress: Is told of each candidate.
+        run: Where it runs, and who watches it.
     """
     candidates = planned_candidates(plan, asked)
     perplexity = []
-    with progress("Validating the proxy by perplexity", len(candidates)) as advance:
+    with run.progress("Validating the proxy by perplexity", len(candidates)) as advance:
         for number, candidate in enumerate(candidates):
             key = f"validation:{asked.seed}:{number}"
             known = record_of(study).get(key, {})
@@ -113,7 +110,7 @@ def validate_search(
                 keep_record(study, key, known)
             perplexity.append(float(known["perplexity"]))
             advance(1)
-    return judge(subject.bundle, candidates, perplexity, seed=asked.seed, device=device)
+    return judge(subject.bundle, candidates, perplexity, seed=asked.seed, device=run.device)
 
 
 def doubted(
@@ -121,16 +118,13 @@ def doubted(
     plan: SearchPlan,
     study: optuna.Study,
     subject: Subject,
-    device: str,
-    progress: Progress,
+    run: Run,
 ) -> tuple[dict[str, ProxyQuality], int, str | None]:
     """
     What :func:`validate_search` found, how many finalists that asks for, and why if they are more.
     """
     assert request.validation is not None
-    judged = validate_search(
-        subject, study, plan, request.validation, device=device, progress=progress
-    )
+    judged = validate_search(subject, study, plan, request.validation, run)
     name = request.objective.label
     return judged, *finalists_wanted(request.finalists, name, judged[name])
 
@@ -162,8 +156,7 @@ def validate_job(
     count: int = 40,
     seed: int = 0,
     calibration: Tensor | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),
 ) -> Validation:
     """
     Rate random candidates both ways.
@@ -178,8 +171,7 @@ def validate_job(
         count: Candidates, at least 8.
         seed: Seed of the candidates and of the bootstrap.
         calibration: Windows for a streamed model, which is pruned while they run through it.
-        device: For the proxies.
-        progress: Is told of each candidate.
+        run: Where it runs, and who watches it.
 
     Raises:
         InvalidInput: A bound breaks a rule, or what is said of linears does not fit the model.
@@ -188,11 +180,11 @@ def validate_job(
     bundle.check_model(model.linears)
     space = SearchSpace(**{"kernel_sizes": bundle.kernel_sizes, **(bounds or {})}).fitted(pattern)
     candidates = random_candidates(space, pattern, count=count, seed=seed, linears=linears)
-    with progress("Rating by the proxies", count) as advance:
-        proxies = rate_by_all_proxies(bundle, candidates, device=device, advance=advance)
+    with run.progress("Rating by the proxies", count) as advance:
+        proxies = rate_by_all_proxies(bundle, candidates, device=run.device, advance=advance)
     perplexity = []
     statistics = bundle.statistics()
-    with progress("Rating by perplexity", count) as advance:
+    with run.progress("Rating by perplexity", count) as advance:
         for candidate in candidates:
             result, _ = rate_pruned(
                 model, statistics, candidate, text.windows, calibration=calibration

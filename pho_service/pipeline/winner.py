@@ -2,8 +2,6 @@
 The winner of a search, reconstructed: it takes minutes, so no other finalist is.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import optuna
@@ -11,7 +9,7 @@ import optuna
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import Subject
-from pho_service.progress import Progress
+from pho_service.progress import Run
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.tuning.result import SearchResult
@@ -23,8 +21,7 @@ def reconstruct_winner(
     settings: Reconstruction,
     study: optuna.Study,
     subject: Subject | None,
-    progress: Progress,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Run = Run(),
 ) -> SearchResult:
     """
     Add a reconstruction to what a search found, if it makes it better.
@@ -35,8 +32,7 @@ def reconstruct_winner(
         study: The record; what it holds is not measured again.
         subject: What was confirmed, with a calibration text. None: nothing can be measured, and
             the reconstruction is added as it was asked for.
-        progress: Is told of each linear that is pruned and trained.
-        fence: Entered around each write; may refuse by raising.
+        run: Who watches it.
 
     Returns:
         The result with the reconstruction among its steps; its perplexity is that of the
@@ -54,8 +50,7 @@ def reconstruct_winner(
         study,
         subject,
         rebuilt.candidate(),
-        progress,
-        fence,
+        run,
         kept="reconstructed",
         title="Reconstructing the best",
     )
@@ -73,8 +68,7 @@ def measured_once(
     study: optuna.Study,
     subject: Subject,
     candidate: Candidate,
-    progress: Progress,
-    fence: Callable[[], AbstractContextManager[None]],
+    run: Run,
     *,
     kept: str,
     title: str,
@@ -83,25 +77,25 @@ def measured_once(
     The perplexity that the study holds; measured and kept at once if it is not there.
 
     Args:
-        study, subject, progress, fence: As of :func:`reconstruct_winner`.
+        study, subject, run: As of :func:`reconstruct_winner`.
         candidate: What to prune with.
         kept: Record of the study that the last that was measured is in.
-        title: What is being done, for ``progress``.
+        title: What is being done, for who is told of it.
     """
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
     stored = record_of(study).get(kept, {})
     if {key: stored.get(key) for key in about} == about:
         return float(stored["perplexity"])
-    perplexity = _measure(subject, candidate, progress, title)
-    with fence():
+    perplexity = _measure(subject, candidate, run, title)
+    with run.fence():
         keep_record(study, kept, {**about, "perplexity": perplexity})
     return perplexity
 
 
-def _measure(subject: Subject, candidate: Candidate, progress: Progress, title: str) -> float:
+def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> float:
     chosen = subject.bundle.choose(candidate.steps.linears, candidate.pattern)
     with (
-        progress(title, len(chosen.names)) as advance,
+        run.progress(title, len(chosen.names)) as advance,
         pruned_model(
             subject.model, subject.bundle.statistics(), candidate, subject.calibration, advance
         ),

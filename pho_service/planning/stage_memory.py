@@ -139,8 +139,6 @@ def calibration_peak(
     sums = sum(block.sums(rows) for block in footprint.blocks)
     if settings.shards(stream=False) > 1:
         sums *= 2  # those of a shard, and what they are added to
-    if settings.stop == "early":
-        sums *= 4  # those of two halves, what is being added to one, and what is compared
     casts = 0
     if settings.mixed_precision:  # weights in bfloat16 that are kept for the backward pass
         each = [block.weights // 2 for block in footprint.blocks]

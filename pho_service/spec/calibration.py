@@ -15,7 +15,6 @@ from pho_service.spec.score import KERNEL_SIZES
 from pho_service.spec.seed import Seed, check_seed
 
 Bos = Literal["auto", "always", "never"]
-Stop = Literal["never", "early"]
 
 # What a model is calibrated on if nothing is said: the literature's choice.
 C4_DATASET = USUAL_TEXTS["c4"].dataset
@@ -104,15 +103,6 @@ class CalibrationSettings:
             "in float32."
         ),
     ] = False
-    stop: Annotated[
-        Stop,
-        Shown(option="--calibration-stop"),
-        Field(
-            description="early: windows are taken in doublings, from 8 on, until both halves of "
-            "them rank random candidates alike; samples is the most. never: all samples are taken.",
-            exclude_if=lambda stop: stop == "never",
-        ),
-    ] = "never"
     memory_bytes: Annotated[
         Whole | None,
         Shown(option="--calibration-memory", label="Memory in bytes", kind="size"),
@@ -133,12 +123,6 @@ class CalibrationSettings:
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name}={getattr(self, name)} is below {least}.")
         check_seed(self.seed)
-        if self.stop == "early" and (self.samples < 2 or not self.projection_rows):
-            raise InvalidInput(
-                f"stop='early' compares two halves of projected activations, but samples="
-                f"{self.samples} and projection_rows={self.projection_rows}. Give 2 samples or "
-                "more and a projection, or leave stop out."
-            )
         if self.fisher_samples is not None and not 1 <= self.fisher_samples <= self.samples:
             raise InvalidInput(
                 f"fisher_samples={self.fisher_samples} is not in 1..{self.samples}, the samples."
@@ -155,15 +139,13 @@ class CalibrationSettings:
         Several workers can do them at a time. So that the number of workers changes nothing, it
         depends on the settings alone, and all who calibrate cut alike. A streamed model is not cut,
         since each part would read all of it; nor is a full Gram matrix, which is larger than what
-        it takes to gather it again; nor is one that may stop early.
+        it takes to gather it again.
         """
-        small = self.samples * self.context_length < SHARDED_FROM or self.stop == "early"
+        small = self.samples * self.context_length < SHARDED_FROM
         return 1 if small or stream or not self.projection_rows else min(SHARDS, self.samples)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, all that decides what a bundle holds."""
         values = asdict(self) | {"kernel_sizes": list(self.kernel_sizes)}
         del values["memory_bytes"]
-        if self.stop == "never":
-            del values["stop"]  # bundles of older versions have no such key
         return values

@@ -209,10 +209,6 @@ class WarmStartSpec(Document):
     count: Annotated[int, Shown(option="--warm-start-count")] = Field(
         3, ge=1, le=20, description="Most configurations of the library to begin with."
     )
-    compare_cold: bool = Field(
-        False,
-        description="Whether to search without them, too, and say how many trials they saved.",
-    )
     found: Annotated[
         list[WarmPoint] | None,
         Shown(

@@ -19,11 +19,6 @@ from pho_service.spec.document import Shown
 if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec  # which takes long to import
 
-MEANINGS = {
-    "preset_meaning",
-    "preset_meanings",
-}  # fields that are written down when a job is stored
-
 # Sections of --help and of the form, with what the form folds up in each.
 SECTIONS = {
     "Model": "Several models, revision, data type",
@@ -179,12 +174,8 @@ def remove_at(document: dict[str, Any], path: str) -> None:
 
 
 def minimal_document(spec: "JobSpec") -> dict[str, Any]:
-    """
-    The document that asks for the same job and says no default.
-
-    What a preset meant when a job was stored is left out: it means what it means now.
-    """
-    whole = spec.model_dump(mode="json", exclude=MEANINGS)
+    """The document that asks for the same job and says no default."""
+    whole = spec.model_dump(mode="json")
     sparse = {
         name: _changed(name, whole[name])
         for name in ("pattern", "patterns", "target")
@@ -238,4 +229,4 @@ def _same(document: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
         made = JobSpec.model_validate(document)
     except ValueError:
         return False
-    return made.model_dump(mode="json", exclude=MEANINGS) == whole
+    return made.model_dump(mode="json") == whole

@@ -16,7 +16,6 @@ import click
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.job_fields import (
-    MEANINGS,
     JobField,
     job_fields,
     number,
@@ -141,7 +140,7 @@ def document_fields() -> dict[str, Field]:
     return {
         path: Field(**vars(field))
         for path, field in job_fields().items()
-        if not path.startswith(("search_space/", *MEANINGS))
+        if not path.startswith("search_space/")
         and field.shown.option != ""
         and (not field.is_part or field.shown.option)
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from pydantic import AfterValidator, Field, Strict, ValidationInfo, field_validator
+from pydantic import AfterValidator, FailFast, Field, Strict, ValidationInfo, field_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import ALLOCATIONS, Allocation, AllocationMethod
@@ -25,7 +25,7 @@ from pho_service.spec.score import KERNEL_SIZES, Coefficients
 from pho_service.spec.steps import Steps
 
 # Low and high; equal ones fix a value.
-Bounds = Annotated[tuple[Number, ...], Strict(False), Field(min_length=2, max_length=2)]
+Bounds = Annotated[tuple[Number, ...], Strict(False), FailFast(), Field(min_length=2, max_length=2)]
 
 # RIA's coefficients as a point of a search space, but for its sums instead of means: where a
 # hill climb begins, with the first of the kernel sizes.
@@ -80,6 +80,7 @@ class SearchSpace(Stored):
     allocations: Annotated[
         tuple[AllocationMethod, ...],
         Strict(False),
+        FailFast(),
         Field(
             min_length=1,
             max_length=4,

@@ -3,11 +3,12 @@ Which candidates of a search are looked at again, and what was measured of them,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any, Literal
 
+from pho_service.progress import Fence
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
 from pho_service.tuning.race import Losses
@@ -137,7 +138,7 @@ def measure_once(
     measure: Callable[[RatedCandidate], float],
     *,
     text_sha256: str,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    fence: Fence = nullcontext,
 ) -> float:
     """
     What the study of a finalist holds of it, measured and kept at once if it is not there.
@@ -199,7 +200,7 @@ def confirm(
     *,
     text_sha256: str,
     advance: Callable[[int], None] = lambda _: None,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    fence: Fence = nullcontext,
 ) -> dict[int, float]:
     """
     Measure the perplexity of finalists; each is kept in its study at once.

@@ -5,13 +5,14 @@ The trials of a curve as one study of two objectives: sparsity and what a search
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from pho_service.progress import Fence
 from pho_service.tuning.plan import Direction
 from storage.studies import quiet_optuna
 
@@ -54,7 +55,7 @@ def add_point(
     study: optuna.Study,
     sparsity: float,
     pattern: str,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    fence: Fence = nullcontext,
 ) -> None:
     """
     Add the trials of a search to the study of its curve; those that are there are left out.

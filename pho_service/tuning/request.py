@@ -37,7 +37,6 @@ class SearchRequest(SearchOptions):
         finalists: How many found candidates are looked at again, beside the baselines.
         warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
             begins around the best of them.
-        compare_cold: Whether the same search is run without it, too, to say what it saved.
         validation: How the proxy is validated before the confirmation, which looks at more
             finalists if it does not rank; None leaves that out.
     """
@@ -49,24 +48,12 @@ class SearchRequest(SearchOptions):
     sampler: "str | BaseSampler" = "cmaes"
     finalists: int = 5
     warm_start: tuple[Candidate, ...] = ()
-    compare_cold: bool = False
     validation: ValidationSpec | None = None
 
     def __post_init__(self) -> None:
         if self.finalists < 1:
             raise InvalidInput(f"finalists={self.finalists} is below 1.")
         self._check_corrections()
-        if self.compare_cold and self.objective.name == "perplexity":
-            raise InvalidInput(
-                "what a warm start saves is measured by a second search, which takes hours by "
-                "perplexity. Leave --compare-cold out, or search by a proxy."
-            )
-        if self.compare_cold and not isinstance(self.sampler, str):
-            raise InvalidInput(
-                "what a warm start saves is measured by a second search with the same sampler, "
-                f"but {type(self.sampler).__name__} keeps what it learnt in the first. Give the "
-                "sampler by its name, or leave compare_cold out."
-            )
 
     def _check_corrections(self) -> None:
         if not self.corrections:

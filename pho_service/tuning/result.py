@@ -17,7 +17,6 @@ from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.plan import RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
-from pho_service.tuning.warm_start import Saving
 from storage.studies import keep_record, note_trial, record_of
 
 CHOSEN = "chosen"  # user attribute of a study, and of its trials: whether it is that one
@@ -107,7 +106,7 @@ def mark_chosen(
 
 
 def chosen_in(study: optuna.Study) -> int | None:
-    """The trial of a study that :func:`mark_chosen` marked; None in those of older versions."""
+    """The trial of a study that :func:`mark_chosen` marked; None if it is in another study."""
     mark = study.user_attrs.get(CHOSEN) or {}
     return int(mark["trial"]) if mark.get("study") == study.study_name else None
 
@@ -123,7 +122,6 @@ def search_result(
     divergences: Divergences = Divergences(),  # noqa: B008 - frozen
     *,
     ended_after: int | None = None,
-    saving: Saving | None = None,
     correction: Correction | None = None,
 ) -> SearchResult:
     """
@@ -139,7 +137,6 @@ def search_result(
         confirmation: How the winner was measured.
         divergences: From the dense model, of all that was compared with it.
         ended_after: So many trials, if the sampler or a callback ended it before the last.
-        saving: What the warm start was worth, if that was measured.
         correction: What corrections of the best came to, if there were any.
     """
     best = measured[0][1] if measured else rated[0]
@@ -188,7 +185,6 @@ def search_result(
             "study": name,
             **({} if ended_after is None else {"finished": ended_after}),
             **({"warm_start": _started(rated, plan)} if plan.warm_start else {}),
-            **({} if saving is None else {"saving": saving.to_dict()}),
             **({} if correction is None else {"correction": correction.to_dict()}),
         },
         model=provenance.get("model", {}),
@@ -228,7 +224,7 @@ def _at_chance(provenance: Mapping[str, Any]) -> Iterator[str]:
     for each, model in (
         zip(several, parts, strict=True) if several else [(provenance, provenance.get("model", {}))]
     ):
-        dense = each.get("dense")  # bundles of older versions do not say
+        dense = each.get("dense")  # bundles that were put together by hand do not say
         if dense and dense["perplexity"] > CHANCE * dense["vocabulary"]:
             yield (
                 f"The dense model {Path(model.get('name', 'model')).name} predicts no better than "

@@ -12,7 +12,7 @@ in the end altogether: an eigenvector has two directions. The record counts.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import accumulate
 from typing import Any
@@ -22,8 +22,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.errors import StudyError
+from pho_service.progress import Fence
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import (
     CORRECTS,
     SECOND_OPINION,
@@ -48,7 +48,7 @@ def run_search(
     evaluate: Evaluate,
     advance: Callable[[int], None] = lambda _: None,
     *,
-    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    fence: Fence = nullcontext,
     callbacks: Sequence[Callback] = (),
 ) -> list[RatedCandidate]:
     """
@@ -187,7 +187,7 @@ class _Recorder:
         study: optuna.Study,
         plan: SearchPlan,
         recorded: Sequence[FrozenTrial],
-        fence: Callable[[], AbstractContextManager[None]],
+        fence: Fence,
         callbacks: Sequence[Callback],
     ) -> None:
         self.fence = fence
@@ -263,8 +263,7 @@ class _Recorder:
 
     def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
         """Whether a recorded trial is a candidate's, but for rounding."""
-        known = {"steps": Steps().to_dict(), **trial.user_attrs}  # older versions wrote no steps
-        asked = candidate.to_dict()
+        known, asked = trial.user_attrs, candidate.to_dict()
         return all(_alike(known.get(part), asked[part]) for part in ("coefficients", "steps"))
 
     def _other(self, trial: FrozenTrial) -> StudyError:

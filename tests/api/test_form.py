@@ -52,7 +52,7 @@ WHOLE = {
     "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
     "validation": {"candidates": 9, "seed": 4},
     "objective": {"name": "perplexity", "weighting": "fisher"},
-    "warm_start": {"count": 2, "compare_cold": False},
+    "warm_start": {"count": 2},
     "sampler": "tpe", "trials": 50, "seed": 7, "islands": 2, "timeout_s": 60.0,
     "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
                      "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},
@@ -69,7 +69,7 @@ DOCUMENTS = [
     {**TYPED, "confirm": None},
     {**TYPED, "validation": {}, "warm_start": {}},
     {**TYPED, "calibration": {"dataset": "allenai/c4"}},
-    {**TYPED, "calibration": {"text": "it's.txt", "stop": "early"}, "scope": "global"},
+    {**TYPED, "calibration": {"text": "it's.txt"}, "scope": "global"},
     {**TYPED, "pattern": "2:4", "steps": {"deployable": False,
                                           "linears": {"sparsities": {"*.x": "1:4"}}}},
     {**TYPED, "warm_start": {"found": [{"coefficients": {
@@ -175,12 +175,7 @@ def model(shared_folder: Path) -> str:
 def test_every_field() -> None:
     """Each field of a job is in one place of the form, or is named beside the field for JSON."""
     shown = [f.path for s in sections() for f in s.fields]
-    stored = {"preset_meaning", "preset_meanings"}
-    all_of_a_job = {
-        path
-        for path, field in job_fields().items()
-        if path.partition("/")[0] not in stored and not field.is_part
-    }
+    all_of_a_job = {path for path, field in job_fields().items() if not field.is_part}
 
     assert len(shown) == len({*shown})
     assert {path for path in shown if not job_fields()[path].is_part} == all_of_a_job - {
@@ -218,7 +213,6 @@ def test_from_the_document(shared_client: TestClient) -> None:
     page = Filled(text)
 
     assert '<option value="hill-climb">' in text
-    assert '<option value="best-reconstructed">' not in text
     assert "Number of calibration windows. 1 to 100,000. By default 128." in words(text)
     assert page.at["calibration/samples"]["placeholder"] == "128"
     assert page.at["calibration/samples"]["inputmode"] == "numeric"
@@ -231,7 +225,7 @@ def test_from_the_document(shared_client: TestClient) -> None:
 def test_edited(document: dict[str, Any]) -> None:
     """The form that a job is edited in is the same job, with nothing in it that is a default."""
     spec = JobSpec.model_validate(document)
-    typed = typed_as(spec.settled().model_dump(mode="json"))
+    typed = typed_as(spec.model_dump(mode="json"))
     again = Typed.of(typed)
 
     assert again.spec() == spec
@@ -290,7 +284,7 @@ def test_submission(client: TestClient) -> None:
 
     assert answer.status_code == 303, summary(answer)
     assert answer.headers["location"] == f"/jobs/{job['id']}"
-    assert job["spec"] == JobSpec.model_validate(document).settled().model_dump(mode="json")
+    assert job["spec"] == JobSpec.model_validate(document).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +301,7 @@ def test_sparsities(shared_client: TestClient, typed: Any, sparse: Any) -> None:
     spec = JobSpec.model_validate({"model": "org/name", **sparse})
 
     assert answer.status_code == 303, summary(answer)
-    assert document_of(shared_client) == spec.settled().model_dump(mode="json")
+    assert document_of(shared_client) == spec.model_dump(mode="json")
 
 
 def test_sent_twice(client: TestClient) -> None:
@@ -344,7 +338,7 @@ def test_foreign_token(client: TestClient) -> None:
         ("model", "a\tb", "control characters"),
         ("pattern", "3:2", "pattern '3:2'"),
         ("pattern", "", "there is none: give pattern"),
-        ("preset", "worst", "This should be 'score', 'crepe', 'crepe-plus', 'best' or"),
+        ("preset", "worst", "This should be 'score', 'crepe', 'crepe-plus' or 'best'"),
         ("calibration/dataset", "-not-a-hub-id-", "is neither a hub id"),
         ("calibration/text", "/etc/passwd.txt", "does not lie below"),
         ("calibration/samples", "0", "greater than or equal to 1"),
@@ -621,7 +615,7 @@ def test_equivalents(
     if document.get("more_models"):
         document["more_models"] = ["org/b", "./-c"]
     spec = JobSpec.model_validate(document)
-    found = commands(shared_client, typed_as(spec.settled().model_dump(mode="json")))
+    found = commands(shared_client, typed_as(spec.model_dump(mode="json")))
     curl = shlex.split(found["curl"].replace("\\\n", ""))
     sent = curl[curl.index("-d") + 1]
 

@@ -13,7 +13,7 @@ from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.groups import TITLES
 from pho_service.errors import InvalidInput
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import MEANINGS, SECTIONS, job_fields
+from pho_service.spec.job_fields import SECTIONS, job_fields
 from pho_service.spec.job_options import document_fields, search_command, submit_command
 from pho_service.spec.sizes import parse_bytes
 
@@ -63,9 +63,9 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 
 
 def test_every_field() -> None:
-    """Each field of a job's document has an option, but for the models and what is stored."""
+    """Each field of a job's document has an option, but for the models."""
     parts = {
-        "calibration": {"dataset": "org/texts", "dataset_config": "en", "stop": "early"},
+        "calibration": {"dataset": "org/texts", "dataset_config": "en"},
         "validation": {},
         "prune": True,
         "tasks": ["boolq"],
@@ -86,7 +86,7 @@ def test_every_field() -> None:
         paths |= leaves({name: document[name] for name in instead})
 
     options = {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
-    assert paths - options == {"model", "more_models", *MEANINGS} & paths
+    assert paths - options == {"model", "more_models"}
     assert options <= paths
     assert document_fields()["confirm"].name == "--no-confirm"
 
@@ -151,7 +151,7 @@ WHOLE = {
                     "bos": "never", "seed": 3, "mixed_precision": True, "memory_bytes": 10**9},
     "confirm": {"text": "a b.txt", "candidates": 2, "windows": 3},
     "objective": {"name": "perplexity", "weighting": "fisher"},
-    "warm_start": {"count": 2, "compare_cold": False},
+    "warm_start": {"count": 2},
     "sampler": "tpe", "trials": 50, "seed": 7,
     "search_space": {"row_share": [0.25, 0.75], "activation_exponent": [1.0, 1.0],
                      "kernel_sizes": [3, 7], "allocations": ["uniform", "owl"]},

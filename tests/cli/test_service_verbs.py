@@ -100,7 +100,7 @@ def test_submit(remote: Pho, client: Client) -> None:
     assert result.exit_code == 0
     assert result.stdout == f"{job.id}\n"
     assert f"pho watch {job.id}" in result.stderr
-    assert job.spec == JobSpec.model_validate(SPEC).settled().model_dump(mode="json")
+    assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
 def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> None:
@@ -132,7 +132,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
 
     assert result.exit_code == 0, result.stderr
     (job,) = client.jobs()
-    assert job.spec == expected.settled().model_dump(mode="json")
+    assert job.spec == expected.model_dump(mode="json")
 
 
 def test_other_options(remote: Pho, client: Client) -> None:
@@ -159,18 +159,18 @@ def test_several_models(remote: Pho, client: Client) -> None:
 
 def test_warm_start_and_memory(remote: Pho, client: Client) -> None:
     """A warm start, and the limits of a calibration, stand in the document."""
-    remote("submit", "org/a", "--pattern", "0.5", "--warm-start", "--compare-cold",
+    remote("submit", "org/a", "--pattern", "0.5", "--warm-start",
            "--calibration-memory", "8GiB", "--mixed-precision")  # fmt: skip
     (job,) = client.jobs()
 
-    assert job.spec["warm_start"] == {"count": 3, "compare_cold": True, "found": None}
+    assert job.spec["warm_start"] == {"count": 3, "found": None}
     assert job.spec["calibration"]["memory_bytes"] == 8 * 2**30
     assert job.spec["calibration"]["mixed_precision"] is True
 
 
-def test_compare_what(remote: Pho, client: Client) -> None:
-    """A comparison with a cold search needs a warm one."""
-    result = remote("submit", "org/a", "--pattern", "0.5", "--compare-cold")
+def test_count_of_what(remote: Pho, client: Client) -> None:
+    """The number of configurations to begin with needs a warm start."""
+    result = remote("submit", "org/a", "--pattern", "0.5", "--warm-start-count", "2")
 
     assert (result.exit_code, list(client.jobs())) == (2, [])
     assert "give --warm-start, too" in result.stderr
@@ -204,7 +204,7 @@ def test_job_file(remote: Pho, client: Client) -> None:
            "--space", "gradient_exponent=0")  # fmt: skip
     changed, plain = client.jobs()
 
-    assert plain.spec == JobSpec.model_validate(document).settled().model_dump(mode="json")
+    assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
     assert changed.spec["confirm"]["candidates"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]

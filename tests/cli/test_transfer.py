@@ -210,11 +210,11 @@ def test_warm_start(pho: Pho, configuration: Path, bundle_file: Path) -> None:
 def test_warm_from_library(
     pho: Pho, configuration: Path, bundle_file: Path, tmp_path: Path
 ) -> None:
-    """A search that starts from a folder takes what fits, and says why and what it saved."""
+    """A search that starts from a folder takes what fits, and says why."""
     folder = tmp_path / "library"
     folder.mkdir()
     words = ["search", bundle_file, "--preset", "score", "--trials", 30]
-    words += ["--warm-start", folder, "--compare-cold"]
+    words += ["--warm-start", folder]
     empty = pho(*words, "--pattern", "0.5", "--json")
     shutil.copy(configuration, folder)
     warm = pho(*words, "--pattern", "0.5")
@@ -223,11 +223,9 @@ def test_warm_from_library(
 
     assert "nothing to start from: the library" in empty.stderr
     assert "is empty" in empty.stderr
-    assert "saving" not in done(empty)["configuration"]["search"]
+    assert "warm_start" not in done(empty)["configuration"]["search"]
     assert f"Starting from {configuration.name}: pattern 0.5" in warm.stderr
-    assert f"came to {found['saving']['value']:.6g} after {found['saving']['cold']} trials" in (
-        warm.stdout
-    )
+    assert "warm start   " in warm.stdout
     assert found["warm_start"][0]["trial"] == 6
     assert "has nothing for 0.6" in other.stderr
     assert other.exit_code == 0
@@ -236,7 +234,7 @@ def test_warm_from_library(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("{bundle} --compare-cold", 2, "give --warm-start, too"),
+        ("{bundle} --warm-start-count 2", 2, "give --warm-start, too"),
         ("{bundle} --over mean", 2, "--over mean: over=mean is for several models"),
         ("{bundle} {bundle}", 2, "is given twice"),
         ("{bundle} {model} --confirm-text x", 2, "--confirm-text x: several models"),

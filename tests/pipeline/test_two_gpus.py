@@ -17,6 +17,7 @@ from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.validate import validate_job
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.allocation import Allocation
 from pho_service.spec.calibration import CalibrationSettings
@@ -117,14 +118,15 @@ def test_compared_and_validated(
 ) -> None:
     """So are perplexities and ratings by the proxies, and the model is dense afterwards."""
     bundle, before = bundle_of(model, texts, 16), spread.weights_sha256
+    run = Run(device="cuda:0")
     validations = [
-        validate_job(each, bundle, report, Pattern.parse("2:4"), count=8, seed=0, device="cuda:0")
+        validate_job(each, bundle, report, Pattern.parse("2:4"), count=8, seed=0, run=run)
         for each in (model, spread)
     ]
     rows = [
         compare_job(
             each, bundle, report, Pattern.parse("0.5"), [],
-            calibration=report.windows, device="cuda:0",
+            calibration=report.windows, run=run,
         )
         for each in (model, spread)
     ]  # fmt: skip

@@ -16,10 +16,12 @@ from pretended_subjects import SETTINGS, Subject, unchanged
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import Target, transfer_job
+from pho_service.pipeline.transfer import transfer_job
 from pho_service.pipeline.validate import validate_job
+from pho_service.progress import Run
 from pho_service.spec.configuration import Configuration, read_configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
@@ -94,7 +96,7 @@ def search(subject: Subject, how: str, folder: Path) -> SearchResult:
             model=subject.model,
             confirm_text=subject.report("confirmation"),
             calibration=subject.text.calibration,
-            device=subject.device,
+            run=Run(device=subject.device),
         )
 
 
@@ -157,7 +159,7 @@ def test_compare(subject: Subject, path: Path_) -> None:
             [("mine", configuration_of(subject, pattern, "crepe-plus"))],
             methods=methods,
             calibration=subject.text.calibration,
-            device=subject.device,
+            run=Run(device=subject.device),
         )
 
     assert [row.method for row in rows] == ["dense", *methods, "mine"]
@@ -174,7 +176,7 @@ def test_validate(subject: Subject, path: Path_) -> None:
         Pattern.parse("0.5", "global"),
         count=8,
         calibration=subject.text.calibration,
-        device=subject.device,
+        run=Run(device=subject.device),
     )
 
     assert len(result.perplexity) == 8
@@ -183,7 +185,7 @@ def test_validate(subject: Subject, path: Path_) -> None:
 
 def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
     """A configuration that was found elsewhere, and the model's own best."""
-    target = Target(
+    target = Calibrated(
         name=subject.name,
         bundle=subject.bundle,
         model=subject.model,
@@ -200,7 +202,7 @@ def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
         target,
         configuration_of(subject, "0.5", "score"),
         search=request,
-        device=subject.device,
+        run=Run(device=subject.device),
     )
 
     assert set(done.perplexities) == {"dense", "wanda", "ria", "transferred", "own"}
@@ -219,7 +221,7 @@ def test_joint_search(
         trials=9,
     )
     bundles = {subject.name: subject.bundle for subject in subjects}
-    found = search_job(request, bundles, device="cuda")
+    found = search_job(request, bundles, run=Run(device="cuda"))
 
     assert set(found.configuration.objective["relative_to_ria"]) == set(bundles)
     path(f"joint search, {over}")

@@ -86,12 +86,6 @@ def test_no_sampler(sampler: Any) -> None:
         replace(PLAN, sampler=sampler)
 
 
-def test_no_second_search_with_a_sampler() -> None:
-    """A sampler that has learnt cannot show what a warm start saves."""
-    with pytest.raises(InvalidInput, match="RandomSampler keeps what it learnt"):
-        SearchRequest(pattern=PATTERN, sampler=RandomSampler(), compare_cold=True)
-
-
 def test_callbacks() -> None:
     """Each new trial is shown once, recorded already; `study.stop()` ends the search."""
     study = quietly_made(direction="minimize")

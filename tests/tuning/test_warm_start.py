@@ -11,7 +11,6 @@ import pytest
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.space import SearchSpace
@@ -20,7 +19,6 @@ from pho_service.tuning.plan import Outcome, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.samplers import CmaSampler
 from pho_service.tuning.search import ranked, run_search
-from pho_service.tuning.warm_start import measure_saving, trials_until
 
 PATTERN = Pattern.parse("0.5", "layer")
 SPACE = SearchSpace()
@@ -207,35 +205,3 @@ def test_steps_are_the_search_s() -> None:
     trials = run(replace(WARM, steps=Steps(repruning="swaps")))
 
     assert {r.candidate.steps.repruning for r in trials} == {"swaps"}
-
-
-@pytest.mark.parametrize("goal", [True, False])
-def test_saving(goal: bool) -> None:
-    """The trials to the cold search's best, cold and warm; none if the warm one never was there."""
-    cold = run(COLD)
-    best = min(r.value for r in cold)
-    warm = [r for r in run(WARM) if goal or r.value > best]
-    saving = measure_saving(WARM, warm, evaluate)
-
-    assert saving.value == best
-    assert saving.cold == 1 + next(r.number for r in cold if r.value == best)
-    assert saving.warm == (1 + next(r.number for r in warm if r.value <= best) if goal else None)
-    assert ("never did" in str(saving)) is not goal
-    assert not goal or f"{saving.cold - (saving.warm or 0)} saved" in str(saving)
-
-
-def test_highest_is_best() -> None:
-    """Where high values are good, the trials are those to a value as high."""
-    rated = [replace(r, value=-r.value) for r in run(COLD)]
-    goal = max(r.value for r in rated)
-
-    assert trials_until(rated, goal, "maximize") == 1 + next(
-        r.number for r in rated if r.value == goal
-    )
-    assert trials_until(rated, goal + 1, "maximize") is None
-
-
-def test_saving_by_perplexity() -> None:
-    """A second search by perplexity would take hours: it is refused."""
-    with pytest.raises(InvalidInput, match="a second search, which takes hours by perplexity"):
-        SearchRequest(pattern=PATTERN, objective=Objective(name="perplexity"), compare_cold=True)

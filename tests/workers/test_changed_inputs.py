@@ -258,37 +258,6 @@ def test_local_model_is_not_asked_of_the_hub(
         hand.step(job)
 
 
-def forgotten(result: dict[str, Any]) -> None:
-    """As a version stored it that did not write its inputs down."""
-    del result["inputs"]
-
-
-@pytest.mark.parametrize("changed", [None, "model", "text"])
-def test_calibrated_by_the_last_version(hand: Any, small: Any, changed: str | None) -> None:
-    """A job in flight goes on, and what its bundle says of model and text is compared."""
-    job = hand.until(hand.submit(small(confirm={"text": None})), StageKind.SEARCH)
-    hand.edit(job, StageKind.CALIBRATE, forgotten)
-    if changed == "model":
-        double(hand.folder / "model")
-    if changed == "text":
-        shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
-    if changed is None:
-        assert hand.until(job, None).state is JobState.SUCCEEDED
-        return
-
-    with pytest.raises(ChangedInput, match=changed):
-        hand.until(job, None)
-
-
-def test_measured_by_the_last_version(hand: Any, small: Any) -> None:
-    """Perplexities that an older version measured on different texts are not ranked."""
-    job = hand.until(hand.submit(small()), StageKind.FINISH)
-    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(text_sha256="another"))
-
-    with pytest.raises(ChangedInput, match="on 2 different texts"):
-        hand.step(job)
-
-
 @pytest.fixture
 def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     """The document of a transfer to these models."""

@@ -11,9 +11,10 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import Target, own_search, transfer_job
+from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.configurations import ConfigurationStore
@@ -87,7 +88,7 @@ def alone(spec: TransferSpec, folder: Path) -> dict[str, Any]:
         finalists=spec.search.confirm.candidates,
     )
     return transfer_job(
-        Target(
+        Calibrated(
             name=target.model,
             bundle=cached_bundle(model, text, settings, folder),
             model=model,
@@ -219,12 +220,10 @@ def test_joint_transfer(crew: Any, spec_of: Any, transfer_of: Any, other: Path) 
 
 
 def test_warm(own_crew: Any, spec_of: Any, other: Path) -> None:
-    """A warm job begins with the library's best; its document says with what, and what it saved."""
+    """A warm job begins with the library's best; its document says with what."""
     own_crew.man(1)
     searched = own_crew.done(spec_of(trials=40, confirm=None))
-    spec = spec_of(
-        model=str(other), trials=40, seed=5, confirm=None, warm_start={"compare_cold": True}
-    )
+    spec = spec_of(model=str(other), trials=40, seed=5, confirm=None, warm_start={})
     job = own_crew.done(spec)
     (point,) = job.spec["warm_start"]["found"]
     (start,) = job.best["search"]["warm_start"]
@@ -233,8 +232,7 @@ def test_warm(own_crew: Any, spec_of: Any, other: Path) -> None:
     assert point["coefficients"] == searched.best["coefficients"]
     assert point["reasons"][0] == "pattern 0.5, scope layer"
     assert start["trial"] == 6
-    assert job.best["search"]["saving"]["cold"] <= 40
-    assert any(w.startswith("Warm start: ") and "same search" in w for w in job.warnings)
+    assert any(w.startswith("Warm start: ") for w in job.warnings)
     assert again.spec == job.spec
     assert own_crew.trials(again) == own_crew.trials(job)
 
