@@ -9,7 +9,7 @@ part as strict as a document, with :data:`Number`, :data:`Whole` and :data:`Flag
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -145,8 +145,12 @@ def optional(of: type) -> Callable[[type[P]], type[P]]:
         made: dict[str, Any] = {}
         for name, annotation in get_type_hints(of, include_extras=True).items():
             field = FieldInfo.from_annotation(annotation)
-            about = field.metadata
-            own: Any = Annotated[(field.annotation, *about)] if about else field.annotation
+            own: Any = field.annotation
+            checked = any(isinstance(each, AfterValidator) for each in field.metadata)
+            if get_origin(own) is tuple and not checked:  # as JSON has it
+                own = list.__class_getitem__(get_args(own)[0])
+            if field.metadata:
+                own = Annotated[(own, *field.metadata)]
             made[name] = (own | None, Field(None, description=field.description))
         return create_model(
             document.__name__,

@@ -7,12 +7,12 @@ all three: how much the neighbourhood counts, and how the remainder is split
 between row and column.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from pydantic import AfterValidator, FailFast, Field, Strict, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import ALLOCATIONS, Allocation, AllocationMethod
@@ -25,7 +25,7 @@ from pho_service.spec.score import KERNEL_SIZES, Coefficients
 from pho_service.spec.steps import Steps
 
 # Low and high; equal ones fix a value.
-Bounds = Annotated[tuple[Number, ...], Strict(False), FailFast(), Field(min_length=2, max_length=2)]
+Bounds = Annotated[tuple[Number, ...], Field(min_length=2, max_length=2)]
 
 # RIA's coefficients as a point of a search space, but for its sums instead of means: where a
 # hill climb begins, with the first of the kernel sizes.
@@ -45,10 +45,6 @@ _HIGHEST = {
     "gradient_exponent": 2.0,
     "allocation_spread": 1.0,
 }
-
-
-def _each_once(methods: Collection[AllocationMethod]) -> tuple[AllocationMethod, ...]:
-    return tuple(method for method in ALLOCATIONS if method in methods)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +75,11 @@ class SearchSpace(Stored):
     ] = KERNEL_SIZES
     allocations: Annotated[
         tuple[AllocationMethod, ...],
-        Strict(False),
-        FailFast(),
         Field(
             min_length=1,
             max_length=4,
             description="Methods of allocation, instead of steps.allocation.method.",
         ),
-        AfterValidator(_each_once),
     ] = ("uniform",)
     allocation_spread: Annotated[
         Bounds, Field(description="Spread of the allocation, within [0, 1].")
@@ -240,8 +233,14 @@ class SearchSpaceSpec(Partial):
     @classmethod
     def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
-            SearchSpace(**{str(info.field_name): value})  # raises with the rule
+            SearchSpace(**{str(info.field_name): tuple(value)})  # raises with the rule
+        if value is not None and info.field_name == "allocations":
+            return [method for method in ALLOCATIONS if method in value]
         return value
+
+    def given(self) -> dict[str, Any]:
+        """The bounds that are given, as a space has them."""
+        return {name: tuple(values) for name, values in super().given().items()}
 
 
 def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
