@@ -236,7 +236,7 @@ def _fit(typed: Typed, service: Service) -> dict[str, str]:
 
 def _in_words(text: str) -> str:
     """A message with the names of fields instead of options: ``--dtype bfloat16``."""
-    names = {name: path for path, each in document_fields().items() for name in each.names}
+    names = {each.name: path for path, each in document_fields().items()}
 
     def said(option: re.Match[str]) -> str:
         path = names.get(option[1])

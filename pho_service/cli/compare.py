@@ -24,6 +24,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.document import check_choice
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.seed import SEEDS
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
 
+# The seed is the calibration's.
 _OF_SEARCHES = (
-    "trials", "corrections", "confirm/text", "confirm/windows", "confirm/candidates",
+    *(name for name in options_of(SearchOptions()) if name != "seed"),
+    "confirm/text", "confirm/windows", "confirm/candidates",
 )  # fmt: skip
 
 

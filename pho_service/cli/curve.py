@@ -20,6 +20,7 @@ from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     cls=DocumentCommand,
     fields=(
         "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
-        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "trials",
-        "corrections", "seed", "revision", "dtype", "stream",
+        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "revision",
+        "dtype", "stream", *options_of(SearchOptions()),
     ),
 )  # fmt: skip
 @click.argument("model")

@@ -23,7 +23,6 @@ from pho_service.cli.terminal import print_json, say, verb
 from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.spec.job_options import OF_A_SERVICE
 
 if TYPE_CHECKING:
     from pho_service.pipeline.target import TargetFound
@@ -38,7 +37,8 @@ DOCUMENT, WARM = "document", "warm_start_names"
 
 @click.command(
     cls=DocumentCommand,
-    fields=("", *(f"-{path}" for path in OF_A_SERVICE)),
+    fields=("",),
+    of_a_service=False,
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(

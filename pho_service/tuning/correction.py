@@ -2,13 +2,14 @@
 How a cheap proxy is corrected by a few dear measurements: where it is wrong about each number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from cmaes import CMA
 from numpy.typing import NDArray
+
+from pho_service.spec.document import Stored
 
 Array = NDArray[np.float64]
 Proxies = Callable[[Array], Array]  # (points, numbers) -> (points,)
@@ -40,7 +41,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(Stored):
     """
     Result of the corrections of a search.
 
@@ -59,16 +60,6 @@ class Correction:
     divergences: tuple[float, float]
     count: int
     tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**asdict(self), "divergences": [*self.divergences]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
-        """What :meth:`to_dict` gave."""
-        before, after = values["divergences"]
-        return cls(**{**values, "divergences": (before, after)})
 
     def __str__(self) -> str:
         before, after = self.divergences

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import pytest
@@ -21,8 +21,10 @@ from pho_service.api.new_job import router
 from pho_service.cli import main
 from pho_service.cli.submit import job_document
 from pho_service.cli.submit import submit as submit_verb
+from pho_service.spec.document import Shown
+from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import JobField, job_fields
+from pho_service.spec.job_fields import fields_of, job_fields
 from storage.keys import KeyStore
 
 Send = Callable[..., Any]
@@ -185,19 +187,24 @@ def test_every_field() -> None:
 
 
 def test_new_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field that a job has one day is in the form: in its part's group, or in the last one."""
-    new = [
-        JobField(path=path, schema={"type": kind}, default=None, nullable=True)
-        for path, kind in (("calibration/novel", "integer"), ("novel", "string"))
-    ]
-    with_new = {**job_fields(), **{field.path: field for field in new}}
-    monkeypatch.setattr(form, "job_fields", lambda: with_new)
+    """A field that a job has one day is in the form: where it says, or with the search."""
+
+    class NewCalibration(CalibrationSpec):
+        novel: int | None = None
+
+    class NewSpec(JobSpec):
+        calibration: Annotated[NewCalibration, Shown(section="Text and calibration")] = (
+            NewCalibration()
+        )
+        novel: str | None = None
+
+    monkeypatch.setattr(form, "job_fields", lambda: fields_of(NewSpec))
     fields = form.form_fields.__wrapped__()
     monkeypatch.setattr(form, "form_fields", lambda: fields)
     found = {s.title: [f.path for f in s.fields] for s in sections.__wrapped__()}
 
     assert found["Text and calibration"][-1] == "calibration/novel"
-    assert found["The job itself"][-1] == "novel"
+    assert found["Search"][-1] == "novel"
 
 
 def test_from_the_document(shared_client: TestClient) -> None:
