@@ -26,9 +26,9 @@ from transformers.utils.hub import cached_file
 from pho_service.errors import ModelError, PhoError
 from pho_service.host.faults import device_is_lost, ran_out_of_memory
 from pho_service.host.model_folder import NAMING_FILES, check_model_folder, check_names
-from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.names import AWAY, check_local_name, is_on_hub
 from pho_service.models.packed import SUFFIX, Unpacked, is_packed, unpacked
+from pho_service.planning.gguf_header import gguf_read_once
 
 
 @dataclass(frozen=True, kw_only=True)

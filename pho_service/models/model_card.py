@@ -15,8 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
 from pho_service.errors import ModelError
-from pho_service.models.gguf_header import text_fields
 from pho_service.models.packed import as_folder
+from pho_service.planning.gguf_header import read_gguf
 from pho_service.pruning.reconstruction import Reconstructed, summary
 from pho_service.spec.perplexities import Perplexities
 from pho_service.spec.tasks import TaskScores
@@ -45,8 +45,12 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
     path = Path(name).expanduser()
     try:
         if path.is_file() and path.suffix == ".gguf":
-            fields = text_fields(path, _LICENCE_FIELDS)
-            said = {_LICENCE_FIELDS[field]: value for field, value in fields.items()}
+            fields, _ = read_gguf(path)
+            said = {
+                ours: fields[field]
+                for field, ours in _LICENCE_FIELDS.items()
+                if isinstance(fields.get(field), str)
+            }
         elif path.exists():
             with as_folder(path) as folder:
                 said = _head(folder / CARD)

@@ -200,7 +200,7 @@ def _roots(footprint: Footprint, rows: int) -> int:
     """Bytes that the root of a Gram matrix takes; a projection is its own."""
     if rows:
         return 0
-    return ROOT * max(width for block in footprint.blocks for width in block.widths) ** 2
+    return ROOT * max(block.width for block in footprint.blocks) ** 2
 
 
 def pruning_peak(
@@ -268,8 +268,8 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
     """Bytes of the steps that see a text, in the block where they take most."""
     most = 0
     for block in footprint.blocks:
-        widest = max(block.widths)
-        grams = FLOAT * sum(width * width for width in block.widths)
+        widest = block.width
+        grams = FLOAT * sum(li.count * li.in_features**2 for li in block.linears)
         grams += FLOAT * widest**2 if steps.shrinkage else 0
         # Weights in float32 and masks of all linears that read an input, or their scores.
         copies = 0 if footprint.itemsize == FLOAT else FLOAT * block.prunable

@@ -2,8 +2,9 @@
 GGUF files, read without doing the same work again and again, or more than they hold.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,47 +46,49 @@ class BoundedReader(gguf.GGUFReader):
         return values
 
 
-class _HeaderReadEnough(Exception):
-    """What comes now is as large as the vocabulary."""
+class _WithoutArrays(BoundedReader):
+    """The header alone: of an array the number of its values, which are passed over."""
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        length = self._get(orig_offs + 4, np.uint64)
+        count, end = int(length[0]), orig_offs + 12
+        if kind in self.gguf_scalar_to_np:
+            end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        elif kind == gguf.GGUFValueType.STRING:
+            self._reads += count
+            if self._reads > MAX_READS:
+                raise ValueError(f"its header has more than {MAX_READS} values")
+            text_length = struct.Struct("<Q" if self.byte_order == "I" else ">Q")
+            for _ in range(count):
+                end += 8 + text_length.unpack_from(self.data, end)[0]
+        else:
+            raise ValueError("its header has arrays of arrays")
+        if end > len(self.data):
+            raise ValueError(f"the file ends in what is declared at byte {int(orig_offs)}")
+        return end - orig_offs, [length], [0], [gguf.GGUFValueType.UINT64]
+
+    def _build_tensors(self, _start_offs: Any, fields: Any) -> None:
+        """Nothing of the weights is looked at."""
+        self.shapes = {
+            bytes(field.parts[1]).decode(): tuple(map(int, field.parts[3][8::-1]))  # 9 at most
+            for field in fields
+        }
 
 
-class _FirstFields(BoundedReader):
-    """The fields before those of the tokenizer, which writers put at the end."""
-
-    def __init__(self, path: Path) -> None:
-        self.found: dict[str, Any] = {}
-        with suppress(_HeaderReadEnough):
-            super().__init__(path)
-
-    def _push_field(self, field: Any, skip_sum: bool = False) -> Any:
-        if field.name.startswith("tokenizer."):
-            raise _HeaderReadEnough
-        size = super()._push_field(field, skip_sum)
-        self.found[field.name] = field
-        return size
-
-
-def text_fields(path: Path, names: Iterable[str]) -> dict[str, str]:
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """
-    Read texts from the beginning of a header, without the vocabulary after them.
+    Read the fields of a header, of an array the number of its values, and the tensors' shapes.
 
-    Args:
-        path: A GGUF file.
-        names: Names of the fields that are wanted.
-
-    Returns:
-        Those of them that are there and are texts.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not a whole GGUF file.
+    What is not a whole GGUF file is a ValueError.
     """
     try:
-        found = _FirstFields(path).found
-    except (KeyError, IndexError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file") from error
-    contents = {name: found[name].contents() for name in names if name in found}
-    return {name: value for name, value in contents.items() if isinstance(value, str)}
+        reader = _WithoutArrays(path)
+    except (KeyError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(str(error)) from error
+    return {name: field.contents() for name, field in reader.fields.items()}, reader.shapes
 
 
 @contextmanager
