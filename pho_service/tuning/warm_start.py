@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 
+from pho_service.spec.numbers import number
 from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
 from pho_service.tuning.search import run_search
 from storage.studies import quiet_optuna
@@ -31,7 +32,7 @@ class Saving:
         return asdict(self)
 
     def __str__(self) -> str:
-        cold = f"the same search without it came to {self.value:.6g} after {self.cold} trials"
+        cold = f"the same search without it came to {number(self.value)} after {self.cold} trials"
         if self.warm is None:
             return f"{cold}; the warm one never did"
         saved = self.cold - self.warm

@@ -8,8 +8,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.report.data import ReportTrial
-from pho_service.report.study import (
+from pho_service.shown.report import ReportTrial
+from pho_service.shown.study import (
     ENOUGH,
     MeasuredTrials,
     importances,
@@ -17,7 +17,7 @@ from pho_service.report.study import (
     trials_of,
     with_measurements,
 )
-from pho_service.report.words import study_document
+from pho_service.shown.words import study_document
 from pho_service.spec.job import JobSpec
 
 SPACE = {
