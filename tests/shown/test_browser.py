@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pho_service.report.page import render
+from pho_service.shown.page import render
 
 PROBE = """<script>
 addEventListener("load", () => setTimeout(() => parent.postMessage(

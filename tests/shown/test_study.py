@@ -8,8 +8,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.report.data import ReportTrial
-from pho_service.report.study import (
+from pho_service.shown.report import ReportTrial
+from pho_service.shown.study import (
     ENOUGH,
     MeasuredTrials,
     importances,

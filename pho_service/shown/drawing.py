@@ -21,19 +21,12 @@ _CIVIDIS = (  # for those who see no colours well, too; dark is low
 )  # fmt: skip
 
 Mark = Literal["dot", "diamond", "ring", "cross"]
-Point = tuple[float, float, str]
+Dot = tuple[float, float, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """
-    An element of the drawing.
-
-    Attributes:
-        tag: Its name.
-        attributes: By name.
-        text: What a text says; of any other element, what a pointer over it is shown.
-    """
+    """An element of the drawing; its text is what a text says, or what a pointer is shown."""
 
     tag: str
     attributes: Mapping[str, str | float]
@@ -49,7 +42,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Marks:
     """
     Shapes that belong together: the marks of a series, or a bar.
 
@@ -72,16 +65,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """
-    A chart.
-
-    Attributes:
-        frame: Axes and their words.
-        groups: What is shown.
-    """
+    """A chart: its frame, which is axes and their words, and what is shown in it."""
 
     frame: Sequence[Shape]
-    groups: Sequence[Group]
+    groups: Sequence[Marks]
     width: float = WIDTH
     height: float = HEIGHT
 
@@ -101,22 +88,14 @@ class Series:
 
     name: str
     look: str
-    points: Sequence[Point]
+    points: Sequence[Dot]
     mark: Mark | None = "dot"
     line: Literal["straight", "steps"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """
-    A bar.
-
-    Attributes:
-        label: In front of it.
-        look: Its class in the style sheet.
-        value: Its length; below 0 it has none.
-        text: Behind it.
-    """
+    """A bar, with a label in front of it and a text behind it; below 0 it has no length."""
 
     label: str
     look: str
@@ -129,10 +108,6 @@ def worth_showing(values: Sequence[float], *, maximised: bool) -> tuple[float, f
     The range of most values: from the best to the worst of the better nine tenths.
 
     A few that are far worse would leave no room for the rest.
-
-    Args:
-        values: Finite ones, at least one.
-        maximised: Whether high values are good.
     """
     ordered = sorted(values, reverse=maximised)
     ends = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
@@ -140,15 +115,7 @@ def worth_showing(values: Sequence[float], *, maximised: bool) -> tuple[float, f
 
 
 class Scale:
-    """
-    Where values lie on an axis.
-
-    Args:
-        values: That are shown.
-        log: Whether equal factors have equal lengths; only if all values are above 0.
-        start: Start of the axis, in the units of the view box.
-        end: End of the axis.
-    """
+    """Where values lie on an axis; it is logarithmic only if all of them are above 0."""
 
     def __init__(self, values: Sequence[float], *, log: bool, start: float, end: float) -> None:
         self._log = log and min(values) > 0
@@ -189,16 +156,9 @@ def plot(
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Drawing:
     """
-    Draw series on two axes.
+    Draw series on two axes; points that are not finite are left out.
 
-    Args:
-        series: At least one of them with a point; points that are not finite are left out.
-        x: Title of the axis.
-        y: The same.
-        log_x: Whether it is logarithmic where its values allow that.
-        log_y: The same.
-        percent_x: Whether its values are shares.
-        within: The lowest and the highest y; what lies beyond is drawn at the edge.
+    ``within`` is the lowest and the highest y: what lies beyond is drawn at the edge.
     """
     low, high = within
     shown = [
@@ -222,12 +182,7 @@ def plot(
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]]) -> Drawing:
-    """
-    Draw horizontal bars, all on one scale.
-
-    Args:
-        groups: A heading, empty for none, and the bars below it.
-    """
+    """Draw horizontal bars, all on one scale; each group has a heading, empty for none."""
     every = [bar for _, some in groups for bar in some]
     longest = max((bar.value for bar in every), default=0.0)
     left = 10 + _LETTER * max((len(bar.label) for bar in every), default=0)
@@ -242,7 +197,7 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]]) -> Drawing:
         for bar in some:
             length = max(0.0, bar.value / longest * (right - left)) if longest > 0 else 0.0
             shape = _rectangle(left, down + 3, max(1.0, length), _ROW - 6)
-            drawn.append(Group(name=bar.label, look=bar.look, shapes=[shape]))
+            drawn.append(Marks(name=bar.label, look=bar.look, shapes=[shape]))
             frame.append(_text(bar.label, left - 8, down + 16, "end"))
             frame.append(_text(bar.text, left + length + 6, down + 16))
             down += _ROW
@@ -261,13 +216,8 @@ def heat_map(
     """
     Draw a map: bright is high.
 
-    Args:
-        rows: Their names.
-        columns: The same.
-        cells: By row and column: a value, and what a pointer over it is shown.
-        log: Whether equal factors have equal steps of colour.
-        title: Title of the columns' axis.
-        form: How a value is written: ``.2g``.
+    A cell, by row and column, is a value and what a pointer over it is shown. With ``log``, equal
+    factors have equal steps of colour.
     """
     values = [value for value, _ in cells.values()]
     least = min((value for value in values if value > 0), default=1e-12)
@@ -298,11 +248,11 @@ def heat_map(
         anchor = "start" if number == 0 else "end" if number == 3 else "middle"
         label = format(10.0**value if log else value, form)
         frame.append(_text(label, left + (WIDTH - left) * number / 3, below + 68, anchor))
-    group = Group(name="cells", look="cells", shapes=shapes)
+    group = Marks(name="cells", look="cells", shapes=shapes)
     return Drawing(frame=frame, groups=[group], height=below + 74)
 
 
-def _drawn(series: Series, points: Sequence[Point], across: Scale, up: Scale) -> Group:
+def _drawn(series: Series, points: Sequence[Dot], across: Scale, up: Scale) -> Marks:
     places = [(across.at(x), up.at(y), told) for x, y, told in points]
     shapes = []
     if series.line is not None and len(places) > 1:
@@ -317,7 +267,7 @@ def _drawn(series: Series, points: Sequence[Point], across: Scale, up: Scale) ->
         shapes += [_mark(series.mark, *place) for place in places]
     line = Shape(tag="path", attributes={"d": "M-8 0h16"})
     sample = line if series.mark is None else _mark(series.mark, 0, 0, "")
-    return Group(name=series.name, look=series.look, shapes=shapes, sample=sample)
+    return Marks(name=series.name, look=series.look, shapes=shapes, sample=sample)
 
 
 def _mark(mark: Mark, x: float, y: float, told: str) -> Shape:
@@ -369,5 +319,5 @@ def _round_values(low: float, high: float) -> list[float]:
     return [0.0 if abs(value) < step / 2 else value for value in found if value <= high]
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
+def _finite(points: Sequence[Dot]) -> list[Dot]:
     return [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]

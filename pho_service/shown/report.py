@@ -1,15 +1,15 @@
 """
-What a report is made of: plain values, whoever has collected them.
+What is known of a result: plain values, whoever has collected them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
 
 from pho_service.library.entries import Gain, MeasuredBy
-from pho_service.report.layers import LayerCell
+from pho_service.shown.layers import LayerCell
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.perplexities import Perplexities
 
@@ -18,22 +18,11 @@ Subject = Literal["search", "transfer", "study"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportTrial:
-    """
-    A trial of a search.
-
-    Attributes:
-        number: Its own among all islands.
-        method: ``crepe``, or the baseline that it is.
-        value: Value of the objective; None if the trial failed.
-        params: The point of the search space.
-        perplexity: If it was measured.
-        divergence: From the dense model, if it was compared with that.
-    """
+    """A trial, by its number among all islands; without a value it has failed."""
 
     number: int
     method: str
     value: float | None
-    params: Mapping[str, Any] = field(default_factory=dict)
     perplexity: float | None = None
     divergence: float | None = None
 
@@ -45,15 +34,7 @@ class ReportTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """
-    Duration of a stage.
-
-    Attributes:
-        kind: As the service calls it.
-        done: Whether it is over.
-        seconds: Duration of the work; None before it began.
-        attempts: How often it was begun.
-    """
+    """Duration of a stage; None before it began."""
 
     kind: str
     done: bool
@@ -70,7 +51,6 @@ class Report:
         title: Its name.
         subject: A search or a transfer of a service, or a study of `pho search`.
         state: State of the job; empty for a study.
-        made_at: When all this was collected.
         asked: What was asked, in words.
         error: Why the job failed.
         warnings: What must be said of the result.
@@ -82,8 +62,8 @@ class Report:
         chosen: The trial that a study without a configuration marks as its result.
         importance: Importance of each parameter of the search, the shares adding up to 1.
         layers: By model.
-        several: Whether it is of a job with several patterns.
-        curve: What was measured of the points of such a job, as curve.json has it.
+        points: The patterns of a job that has several, as the API shows them.
+        curve: What was measured of them, as curve.json has it.
         transfers: The targets of a transfer's file.
         stages: Stages of the job.
         happened: With the time of each, in words; the newest first.
@@ -97,7 +77,7 @@ class Report:
 
     title: str
     subject: Subject
-    made_at: datetime
+    made_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     state: str = ""
     asked: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -110,7 +90,7 @@ class Report:
     chosen: int | None = None
     importance: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)
-    several: bool = False
+    points: Sequence[Mapping[str, Any]] | None = None
     curve: Mapping[str, Any] | None = None
     transfers: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[StageTime] = ()
@@ -162,6 +142,28 @@ class Report:
         """How good the result is; None where that was not measured."""
         return None if self.configuration is None else self.configuration.perplexities
 
+    @classmethod
+    def of(cls, found: Configuration) -> Self:
+        """The report of a configuration alone: what it says of its finalists and baselines."""
+        ratings = {each.trial: each for each in (*found.baselines, *found.candidates)}
+        return cls(
+            title=found.method,
+            subject="search",
+            configuration=found,
+            objective=str(found.objective.get("name", "objective")),
+            maximised=found.objective.get("direction") == "maximize",
+            trials=[
+                ReportTrial(
+                    number=number,
+                    method=each.method,
+                    value=each.proxy,
+                    perplexity=each.perplexity,
+                    divergence=each.divergence,
+                )
+                for number, each in sorted(ratings.items())
+            ],
+        )
+
     def gain(self, trial: ReportTrial, by: MeasuredBy) -> Gain | None:
         """How much better than RIA a trial is by one measure; None where it is not known."""
         ria = self.ria
@@ -177,14 +179,7 @@ class Report:
 
 
 def gain_over(by: MeasuredBy, ria: float | None, mine: float | None) -> Gain | None:
-    """
-    Gain over RIA.
-
-    Args:
-        by: What was measured.
-        ria: Result of RIA.
-        mine: The same of the other; low values are good.
-    """
+    """The gain over RIA of what was measured; low values are good."""
     if ria is None or mine is None:
         return None
     if by == "divergence":

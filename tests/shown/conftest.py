@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pho_service.report.data import Report, ReportTrial, StageTime
-from pho_service.report.layers import LayerCell
-from pho_service.report.page import render
+from pho_service.shown.layers import LayerCell
+from pho_service.shown.page import render
+from pho_service.shown.report import Report, ReportTrial, StageTime
 from pho_service.spec.configuration import Configuration
 
 CONFIGURATION = Configuration.model_validate(
@@ -39,9 +39,8 @@ TRANSFER = {
 
 
 def trial(number: int, value: float | None, method: str = "crepe", **more: Any) -> ReportTrial:
-    """A trial with a point of a small space."""
-    params = {"row_share": number / 10, "kernel_size": 3}
-    return ReportTrial(number=number, method=method, value=value, params=params, **more)
+    """A trial of a search."""
+    return ReportTrial(number=number, method=method, value=value, **more)
 
 
 TRIALS = [

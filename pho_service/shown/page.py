@@ -1,26 +1,20 @@
 """
-The page: sections of sentences, tables and charts, in one file that asks the network for nothing.
+The sections of a result, which the report and the page of a job have in common.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
 from pho_service.library.entries import measured_gain
-from pho_service.report import charts, tables, words
-from pho_service.report.charts import Chart
-from pho_service.report.curve import curve_section
-from pho_service.report.data import Report
-from pho_service.report.html import policy_hash, template_environment
-from pho_service.report.section import Section
-from pho_service.report.study import ENOUGH
-from pho_service.report.tables import Table
+from pho_service.shown import charts, tables, words
+from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
+from pho_service.shown.report import Report
+from pho_service.shown.study import ENOUGH
+from pho_service.spec.configuration import Confirmation
+from pho_service.spec.numbers import number, seconds
 from pho_service.spec.tasks import TaskScores
 
 _CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
@@ -30,61 +24,7 @@ def render(report: Report) -> str:
     """The whole page of a report as HTML."""
     what = f"{report.subject}, {report.state}" if report.state else "study of a search"
     lead = f"{what.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
-    return page(
-        report.title, _sections(report), lead=lead, error=report.error, back=report.job_page
-    )
-
-
-def page(
-    title: str,
-    sections: Sequence[Section],
-    *,
-    lead: str = "",
-    error: str | None = None,
-    back: str | None = None,
-) -> str:
-    """
-    Sections as one page of HTML.
-
-    Args:
-        title: A heading; in the browser's tab, too.
-        sections: In their order.
-        lead: A sentence below the heading.
-        error: Why there is no more.
-        back: The address of the job's page, if the page is served beside it.
-    """
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            lead=lead,
-            error=error,
-            back=back,
-            sections=sections,
-            policy=content_security_policy(),
-            style=_style(),
-        )
-    )
-
-
-@cache
-def content_security_policy() -> str:
-    """What a browser lets the page do: look as it does. It runs no script, and needs no network."""
-    return (
-        f"default-src 'none'; style-src {policy_hash(_style())}; base-uri 'none'; "
-        "form-action 'none'"
-    )
-
-
-@cache
-def _style() -> Markup:
-    return Markup(_environment().get_template("page.css").render())  # noqa: S704 - ours
-
-
-@cache
-def _environment() -> Environment:
-    return template_environment("pho_service.report", ".")
+    return page(report.title, sections(report), lead=lead, error=report.error, back=report.job_page)
 
 
 def curve_page(document: Mapping[str, Any]) -> str:
@@ -93,13 +33,38 @@ def curve_page(document: Mapping[str, Any]) -> str:
     return page(f"{name}: perplexity against sparsity", [curve_section(document)])
 
 
-def _sections(report: Report) -> list[Section]:
-    curve = [] if report.curve is None else [curve_section(report.curve)]
-    if report.several and report.configuration is None:
-        missing = Section(
-            id="curve", title="Perplexity against sparsity", texts=["Nothing is measured yet."]
+def curve_section(
+    document: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]] | None = None
+) -> Section:
+    """The chart and the table of a curve: its document, and all points where some are not there."""
+    if document is None:
+        shown = [tables.points_table(points)] if points else []
+        return Section(
+            id="curve",
+            title="Perplexity against sparsity",
+            texts=["Nothing is measured yet."],
+            tables=shown,
         )
-        return [*(curve or [missing]), _settings(report), _happened(report)]
+    how = Confirmation.model_validate(document["confirmation"])
+    texts = [f"Perplexities are of {tables.text_of(how)}."]
+    spent = document["calibration"]["seconds"]
+    if spent is not None:
+        texts.append(f"The calibration took {seconds(spent)} s, once for all points.")
+    return Section(
+        id="curve",
+        title="Perplexity against sparsity",
+        texts=texts,
+        tables=[tables.points_table(points or document["points"])],
+        charts=[charts.curve_chart(document["points"], document["dense"])],
+    )
+
+
+def sections(report: Report) -> list[Section]:
+    """All sections of a report, in their order."""
+    curve = [] if report.points is None else [curve_section(report.curve, report.points)]
+    if report.points is not None and report.configuration is None:
+        found = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
+        return [found, _settings(report), _happened(report)]
     parts = [_result(report), *curve]
     if report.subject != "transfer":
         scores = None if report.configuration is None else report.configuration.tasks
@@ -109,7 +74,7 @@ def _sections(report: Report) -> list[Section]:
 
 
 def _result(report: Report) -> Section:
-    verdict, found = tables.verdict_table(report), report.configuration
+    found, good = report.configuration, report.perplexities
     texts = []
     if report.subject == "transfer":
         texts.append(
@@ -117,8 +82,10 @@ def _result(report: Report) -> Section:
             "models. The report of that job says how it was found."
         )
     elif found is None:
+        best = report.rated[:1]
         texts.append(
             "There is no configuration yet."
+            + "".join(f" Best objective so far: {number(trial.value)}." for trial in best)
             if report.subject == "search"
             else "Without its configuration (--config) it is not known what was chosen: the first "
             "row of the finalists is the best of what the study holds."
@@ -131,7 +98,7 @@ def _result(report: Report) -> Section:
         id="result",
         title="Result",
         texts=texts,
-        tables=[] if verdict is None else [verdict],
+        tables=[] if good is None else [tables.verdict_table(good)],
         commands=report.prune_commands if found is not None else (),
     )
 
@@ -145,11 +112,11 @@ def _how_good(report: Report) -> list[str]:
     texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
     if how is not None:
         before = how.before_reconstruction
-        rebuilt = "" if before is None else f" Before its blocks were reconstructed: {before:.5g}."
+        rebuilt = (
+            "" if before is None else f" Before its blocks were reconstructed: {number(before)}."
+        )
         texts.append(
-            f"Confirmed by perplexity, {how.perplexity:.5g} on {how.tokens} tokens of "
-            f"{_file(str(how.text.get('source', 'a text')))}, in windows of {how.context_length}."
-            f"{rebuilt}"
+            f"Confirmed by perplexity, {number(how.perplexity)} on {tables.text_of(how)}.{rebuilt}"
         )
     elif report.subject == "search":
         texts.append("No perplexity was measured: the result is the best by the proxy.")
@@ -166,21 +133,8 @@ def _tasks(scores: TaskScores) -> Section:
             f"Asked of the dense model and of the pruned one: {asked}, "
             f"{'with' if scores.bos else 'without'} BOS. Measured by {used}."
         ],
-        tables=[
-            Table(
-                caption="Before and after",
-                columns=scores.columns,
-                rows=scores.rows(),
-                note=scores.note,
-            )
-        ],
+        tables=[tables.tasks_table(scores)],
     )
-
-
-def _file(source: str) -> str:
-    """A text without its folder; a data set as it is."""
-    path = PurePath(source)
-    return path.name if path.is_absolute() else source
 
 
 def _search(report: Report) -> Section:
@@ -260,9 +214,9 @@ def _layers(report: Report) -> Section:
     if steps:
         texts.append(f"Both are as they are before the later steps ({steps}).")
     shown = []
-    for number, (model, cells) in enumerate(report.layers.items()):
+    for place, (model, cells) in enumerate(report.layers.items()):
         if cells:
-            shown += charts.layer_charts(number, model, cells, several=len(report.layers) > 1)
+            shown += charts.layer_charts(place, model, cells, several=len(report.layers) > 1)
     return Section(id="layers", title="Layers", texts=texts, charts=shown)
 
 
@@ -305,11 +259,11 @@ def _settings(report: Report) -> Section:
     shown = []
     if report.asked:
         caption = _CAPTIONS[report.subject]
-        shown.append(tables.pairs_table(caption, "part", report.asked))
+        shown.append(pairs_table(caption, "part", [*report.asked.items()]))
     if found is not None:
-        shown.append(tables.coefficients_table(found))
+        shown.append(pairs_table("The configuration", "part", tables.configuration_rows(found)))
     if report.versions:
-        shown.append(tables.pairs_table("Versions", "package", report.versions))
+        shown.append(pairs_table("Versions", "package", [*report.versions.items()]))
     blocks = [("To do the same again", "\n".join(report.commands))] if report.commands else []
     if report.document is not None:
         blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
@@ -337,11 +291,11 @@ def _happened(report: Report) -> Section:
              else "No stage has begun."]  # fmt: skip
     if report.recorded is not None:
         first, last = report.recorded
-        seconds = (last - first).total_seconds()
+        spent = (last - first).total_seconds()
         count = max(1, len(report.trials) + report.left_out)
         texts.append(
             f"Its trials were written down from {first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} on "
-            f"{last:%Y-%m-%d}: {seconds:.3g} s, {1000 * seconds / count:.3g} ms a trial, breaks "
-            "included."
+            f"{last:%Y-%m-%d}: {seconds(spent)} s, {seconds(1000 * spent / count)} ms a "
+            "trial, breaks included."
         )
     return replace(found, texts=texts)

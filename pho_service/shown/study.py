@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.report.data import ReportTrial
+from pho_service.shown.report import ReportTrial
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning.plan import CORRECTS
 from storage.studies import quiet_optuna, record_of
@@ -18,19 +18,12 @@ ENOUGH = 50  # candidates for importances: optuna wants five in the best tenth
 
 
 def trials_of(islands: Sequence[Sequence[FrozenTrial]], count: int) -> list[ReportTrial]:
-    """
-    The trials of all islands by number; baselines, which all islands share, only once.
-
-    Args:
-        islands: The trials of each that are known.
-        count: How many islands there are.
-    """
+    """The trials of so many islands by number; baselines, which all share, only once."""
     found = [
         ReportTrial(
             number=trial.number * count + island,
             method=str(trial.user_attrs.get("method", "crepe")),
             value=trial.value if trial.state is TrialState.COMPLETE else None,
-            params=trial.params,
         )
         for island, trials in enumerate(islands)
         for trial in trials
@@ -53,14 +46,7 @@ def with_measurements(
     measured: MeasuredTrials,
     configuration: Configuration | None,
 ) -> list[ReportTrial]:
-    """
-    Trials with what was measured of them.
-
-    Args:
-        trials: By number.
-        measured: What a configuration says goes before.
-        configuration: What was found.
-    """
+    """Trials with what was measured of them; what a configuration says goes before."""
     perplexities, divergences = {**measured.perplexities}, {**measured.divergences}
     if configuration is not None:
         for rating in (*configuration.baselines, *configuration.candidates):
@@ -102,14 +88,8 @@ def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) ->
     How much each parameter of a search mattered for the best tenth of its candidates.
 
     By PED-ANOVA, Optuna's own choice, which takes a third of a second for 10,000 trials.
-
-    Args:
-        islands: Trials of each.
-        maximised: Whether high values are good.
-
-    Returns:
-        Shares that add up to 1, the largest first; of what was searched alone. Empty where there
-        are fewer than :data:`ENOUGH` candidates, or nothing mattered.
+    Gives shares that add up to 1, the largest first; of what was searched alone. Empty where there
+    are fewer than :data:`ENOUGH` candidates, or nothing mattered.
     """
     # It loads scikit-learn, which takes longer than all that the API needs to start.
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances

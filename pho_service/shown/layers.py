@@ -12,13 +12,8 @@ _DIGITS = 6  # that are kept
 @dataclass(frozen=True, kw_only=True)
 class LayerCell:
     """
-    The linears of one kind in a block: one, or all experts.
-
-    Attributes:
-        block: As the model calls it: ``model.layers.3``.
-        kind: The rest of the name without numbers: ``self_attn.q_proj``.
-        error: Error of the output, relative to its energy; the mean over experts.
-        sparsity: Share of the weights that are removed; the mean over experts.
+    The linears of one kind (``self_attn.q_proj``) in a block (``model.layers.3``): one, or all
+    experts, with the means of the output's error relative to its energy, and of the sparsity.
     """
 
     block: str
@@ -38,13 +33,7 @@ class LayerCell:
 
 
 def layer_cells(errors: Mapping[str, float], sparsities: Mapping[str, float]) -> list[LayerCell]:
-    """
-    Sort linears by block and kind, in the order of the model.
-
-    Args:
-        errors: By the names of the linears.
-        sparsities: By the same names.
-    """
+    """Sort linears by block and kind, in the order of the model."""
     members: dict[tuple[str, str], list[str]] = {}
     for name in errors:
         members.setdefault(_place(name), []).append(name)
