@@ -17,48 +17,44 @@ _SHORT = ("calibration", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormField:
-    """
-    A field of the form.
-
-    Attributes:
-        job: The field of the document.
-        label: What it is called.
-        kind: As of the field, but for ``switch``, of a part that may be null.
-    """
-
-    job: JobField
-    label: str
-    kind: str
+class FormField(JobField):
+    """A field of the form."""
 
     @property
-    def path(self) -> str:
-        """Where it stands in the document; its name and its id on the page, too."""
-        return self.job.path
+    def kind(self) -> str:
+        """As of any field, but ``switch`` for a part that may be null."""
+        if self.is_part:
+            of_the_job = self.nullable and "/" not in self.path
+            return "switch" if of_the_job and not self.schema.get("required") else ""
+        kind = super().kind
+        return "choice" if kind == "flag" and self.default is not False else kind
 
     @property
-    def default(self) -> Any:
+    def label(self) -> str:
+        """What it is called."""
+        *above, last = self.path.split("/")
+        short = len(above) == 1 and above[0] in _SHORT
+        own = " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
+        return self.shown.label or own
+
+    @property
+    def unsaid(self) -> Any:
         """What an empty field stands for, or would once its part is there."""
-        return self.job.schema.get("default", self.job.default)
+        return self.schema.get("default", self.default)
 
     @property
     def choices(self) -> list[tuple[str, str]]:
         """Values and what they are called; an empty one stands for the default."""
-        default = self.job.default
+        default = self.default
         if self.kind == "switch":
             on = default is not None
             return [("", "yes" if on else "no"), ("no", "no") if on else ("yes", "yes")]
         unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
-        if self.job.schema.get("type") == "boolean":
+        if self.schema.get("type") == "boolean":
             return [unsaid, ("yes", "yes"), ("no", "no")]
-        known = self.job.schema["enum"]
+        known = self.schema["enum"]
         named = [(value, value) for value in known if value != default]
         return [unsaid if default is None else ("", f"{default} (default)"), *named]
-
-    @property
-    def picks(self) -> str:
-        """What is offered to be picked for it: ``models``, ``texts``, ``patterns`` or nothing."""
-        return self.job.shown.picks
 
     @property
     def hint(self) -> str:
@@ -69,10 +65,10 @@ class FormField:
             "numbers": "With commas between.",
             "words": "With commas between.",
         }
-        said = [str(self.job.schema.get("description", "")), _bounds(self.job.schema)]
-        is_range = self.job.schema.get("minItems") == 2
+        said = [str(self.schema.get("description", "")), _bounds(self.schema)]
+        is_range = self.schema.get("minItems") == 2
         said.append("Two numbers, or one that fixes it." if is_range else how.get(self.kind, ""))
-        if self.kind not in ("choice", "switch", "flag") and (default := self.write(self.default)):
+        if self.kind not in ("choice", "switch", "flag") and (default := self.write(self.unsaid)):
             said.append(f"By default {default}.")
         return " ".join(filter(None, said))
 
@@ -88,15 +84,15 @@ class FormField:
         """
         if self.kind == "switch":
             return {"yes": {}, "no": None}.get(typed, typed)
-        if self.kind == "flag" or self.job.schema.get("type") == "boolean":
+        if self.kind == "flag" or self.schema.get("type") == "boolean":
             return {"on": True, "yes": True, "no": False}.get(typed, typed)
         if self.kind in ("integer", "number"):
             return number(typed, whole=self.kind == "integer")
         if self.kind == "words":
             return [word for word in re.split(r"[,\s]+", typed) if word]
         if self.kind == "numbers":
-            values = self.job.numbers(each for each in re.split(r"[,;:\s]+", typed) if each)
-            fixed = len(values) == 1 and self.job.schema.get("minItems") == 2
+            values = self.numbers(each for each in re.split(r"[,;:\s]+", typed) if each)
+            fixed = len(values) == 1 and self.schema.get("minItems") == 2
             return values * 2 if fixed else values
         lines = [line.strip() for line in typed.split("\n") if line.strip()]
         if self.kind == "pairs":
@@ -124,12 +120,8 @@ class FormField:
 @cache
 def form_fields() -> dict[str, FormField]:
     """The fields of the form by their paths, in the order of the document."""
-    found = {}
-    for path, field in job_fields().items():
-        kind = _kind(field)
-        if kind is not None:
-            found[path] = FormField(job=field, label=_label(field), kind=kind)
-    return found
+    fields = (FormField(**vars(field)) for field in job_fields().values())
+    return {field.path: field for field in fields if field.kind}
 
 
 def without_field() -> list[str]:
@@ -165,16 +157,16 @@ def sections() -> tuple[Section, ...]:
     """All fields, each in one place."""
     found = []
     for title, more in SECTIONS.items():
-        mine = [each for each in form_fields().values() if each.job.shown.section == title]
-        shown = [each for each in mine if each.job.shown.rank]
-        folds = dict.fromkeys(each.job.shown.fold for each in mine if each not in shown)
+        mine = [each for each in form_fields().values() if each.shown.section == title]
+        shown = [each for each in mine if each.shown.rank]
+        folds = dict.fromkeys(each.shown.fold for each in mine if each not in shown)
         folded = {
             fold or more: tuple(
-                each for each in mine if each not in shown and each.job.shown.fold == fold
+                each for each in mine if each not in shown and each.shown.fold == fold
             )
             for fold in sorted(folds, key=lambda fold: not fold)  # the others come last
         }
-        in_order = tuple(sorted(shown, key=lambda each: each.job.shown.rank))
+        in_order = tuple(sorted(shown, key=lambda each: each.shown.rank))
         found.append(Section(title=title, shown=in_order, folded=folded))
     return tuple(found)
 
@@ -184,24 +176,6 @@ def field_label(path: str) -> str:
     if path == MORE:
         return "As JSON"
     return form_fields()[path].label.removesuffix(" (needed)")
-
-
-def _kind(field: JobField) -> str | None:
-    """How a field is typed; None if it is not."""
-    if field.is_part:
-        of_the_job = field.nullable and "/" not in field.path
-        return "switch" if of_the_job and not field.schema.get("required") else None
-    if field.kind == "flag" and field.default is not False:
-        return "choice"
-    return field.kind or None
-
-
-def _label(field: JobField) -> str:
-    if field.shown.label:
-        return field.shown.label
-    *above, last = field.path.split("/")
-    short = len(above) == 1 and above[0] in _SHORT
-    return " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:

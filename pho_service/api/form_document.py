@@ -144,7 +144,7 @@ class Typed:
             )  # fmt: skip
             off = form_fields()[path].label
             self.add(typed, f"{off!r} says no. Say yes there, or leave this empty.")
-        elif text == "no" and form_fields()[path].job.default is not None:
+        elif text == "no" and form_fields()[path].default is not None:
             self.document[path] = None
         elif text and text != "no":
             self.document.setdefault(path, value)

@@ -16,7 +16,6 @@ _OWN = {
     "What to prune": (
         "config_path", "config_paths", "method", "methods", "presets", "ablation", "seeds",
         "other_family", "from_library", "library", "force", "pattern", "patterns", "scope",
-        "within", "step", "lowest", "highest",
     ),
     "Search": ("study", "search", "trials", "seed"),
     "Confirmation and report": (

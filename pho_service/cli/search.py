@@ -20,7 +20,6 @@ from pho_service.cli.options import (
     out_file,
 )
 from pho_service.cli.terminal import print_json, say, verb
-from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.spec.numbers import number
@@ -49,7 +48,6 @@ DOCUMENT, WARM = "document", "warm_start_names"
     help="Database of the Optuna study; an interrupted search continues from it.",
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
-@target_options
 @device_options
 @json_option
 @verb
@@ -58,10 +56,6 @@ def search(
     given: Given,
     study: str,
     out: str,
-    within: str | None,
-    step: float | None,
-    lowest: float | None,
-    highest: float | None,
     inputs: Terminal,
     as_json: bool,
 ) -> None:
@@ -95,8 +89,7 @@ def search(
     check_study_url(study)
     text = given("confirm/text") if len(models) == 1 else None  # several take none
     check_models(models, given("revision"), text)
-    bounds = {"step": step, "lowest": lowest, "highest": highest}
-    target = within_target.given_target(within, given, bounds)
+    target = within_target.given_target(given)
     if target is not None:
         answer = within_target.search_within(models, given, target, study, inputs)
         _finish_target(answer, path, study, as_json)

@@ -55,7 +55,7 @@ class Target(Document):
             option="--within",
             label="Or the most that the perplexity may rise",
             help="Instead of --pattern: find the highest sparsity whose perplexity is at most so "
-            "much above the dense model's, such as 5%.",
+            "much above the dense model's, such as 5%. Several sparsities are searched.",
             kind="rise",
         ),
     ] = Field(
@@ -64,11 +64,17 @@ class Target(Document):
         description="Most that the perplexity may rise, as a share of the dense model's: 0.05 is "
         "5 %.",
     )
-    step: float = Field(
+    step: Annotated[
+        float, Shown(help="With --within: distance between possible answers, as a sparsity.")
+    ] = Field(
         STEP, ge=0.005, le=0.25, description="Distance of the sparsities that may be the answer."
     )
-    lowest: float = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
-    highest: float = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
+    lowest: Annotated[
+        float, Shown(help="With --within: the lowest sparsity that may be the answer.")
+    ] = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
+    highest: Annotated[
+        float, Shown(help="With --within: the highest sparsity that may be the answer.")
+    ] = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
 
     @model_validator(mode="after")
     def _has_sparsities(self) -> Self:

@@ -88,7 +88,7 @@ class JobSpec(Document):
     )
     target: Annotated[
         Target | None,
-        Shown(section=_PRUNED, fold="Sparsities that are tried for a rise", service=True),
+        Shown(section=_PRUNED, fold="Sparsities that are tried for a rise"),
     ] = Field(
         None,
         exclude_if=lambda target: target is None,
