@@ -115,7 +115,7 @@ def _found(
         )
         point = points.find(request, str(request.pattern))
         with store.fence(claim, storage):
-            show_result(study, spec, point.result.configuration, {})
+            show_result(study, spec, point.result.configuration)
     return point
 
 

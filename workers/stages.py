@@ -35,7 +35,7 @@ from storage.jobs import JobStore
 from storage.records import Claim, Job, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage, open_study, study_name
-from workers.board import confirmed_plot, of_layers, show_result, show_search
+from workers.board import of_layers, show_result, show_search
 from workers.calibrations import calibrate_part, calibrated
 from workers.inputs import Inputs
 from workers.island_search import IslandSearch
@@ -311,16 +311,15 @@ class Stages:
                 limit = {"timeout_s": spec.timeout_s, "finished": islands.finished}
                 search = {**configuration.search, **limit}
                 configuration = configuration.model_copy(update={"search": search})
-            plots, layers = of_layers(bundles, configuration.candidate(), str(self.inputs.device))
+            layers = of_layers(bundles, configuration.candidate(), str(self.inputs.device))
             measured = found.best_first([*rated, *islands.corrections()])
             for island, study in enumerate(islands.studies):
                 here = [(p, r) for p, r in measured if islands.of_island(r.number) == island]
-                confirmed = {"confirmed": confirmed_plot(configuration, here)}
                 with self.store.fence(claim, storage):
                     mark_chosen(study, configuration, result.study_name, result.trial)
                     for perplexity, each in here:
                         keep(islands, "perplexity", each, perplexity)
-                    show_result(study, spec, configuration, {**plots, **confirmed})
+                    show_result(study, spec, configuration)
         warnings = [*result.warnings, *started(spec, configuration)]
         more: dict[str, Any] = {"layers": layers}
         if spec.validation is not None:

@@ -12,6 +12,7 @@ from pho_service.cli.terminal import tell
 from pho_service.errors import InvalidInput
 from pho_service.spec.curve import Target
 from pho_service.spec.job_fields import within
+from pho_service.spec.numbers import number, percent
 
 if TYPE_CHECKING:
     from pho_service.pipeline.target import TargetFound
@@ -97,11 +98,12 @@ def show_target(found: "TargetFound") -> None:
     answer, limit = found.answer, found.target.limit(found.answer.dense)
     show_points(found.points)
     told = "" if found.outside is None else (
-        f"; {found.outside.pattern} is outside, with {found.outside.perplexity:.4f}"
+        f"; {found.outside.pattern} is outside, with {number(found.outside.perplexity)}"
     )  # fmt: skip
     tell(
-        f"target       at most {limit:.4f}, {found.target}\n"
-        f"answer       {answer.pattern}, with {answer.perplexity:.4f} ({answer.rise:+.1%}){told}; "
+        f"target       at most {number(limit)}, {found.target}\n"
+        f"answer       {answer.pattern}, with {number(answer.perplexity)} "
+        f"({percent(answer.rise, signed=True)}){told}; "
         f"steps of {found.target.step:g} were looked at"
     )
 

@@ -86,5 +86,10 @@ class Objective:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """Gini is maximised: higher went with lower perplexity in our measurements."""
-        return "maximize" if self.name == "gini" else "minimize"
+        """What is good: low values, or high ones."""
+        return "maximize" if is_maximised(self.name) else "minimize"
+
+
+def is_maximised(name: str | None) -> bool:
+    """Whether high values are good: of Gini they went with lower perplexity in our measurements."""
+    return name == "gini"

@@ -10,6 +10,7 @@ from cmaes import CMA
 from numpy.typing import NDArray
 
 from pho_service.spec.document import Stored
+from pho_service.spec.numbers import number
 
 Array = NDArray[np.float64]
 Proxies = Callable[[Array], Array]  # (points, numbers) -> (points,)
@@ -65,8 +66,9 @@ class Correction(Stored):
         before, after = self.divergences
         what = f"{self.count} allocations compared with the dense model on {self.tokens} tokens"
         if self.trial is None:
-            return f"{what}: none is nearer than trial {self.corrects}, {before:.4g}"
-        return f"{what}: {before:.4g} at trial {self.corrects}, {after:.4g} at trial {self.trial}"
+            return f"{what}: none is nearer than trial {self.corrects}, {number(before)}"
+        found = f"{number(after)} at trial {self.trial}"
+        return f"{what}: {number(before)} at trial {self.corrects}, {found}"
 
 
 def next_point(measured: Sequence[Measured], proxies: Proxies, *, seed: Sequence[int]) -> Array:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import click
 import pytest
 from fastapi.testclient import TestClient
+from transformers import LlamaConfig
 
 import pho_service.client
 from pho_service.api import form
@@ -29,11 +30,10 @@ from storage.keys import KeyStore
 
 Send = Callable[..., Any]
 TYPED = {"model": "org/name", "pattern": "0.5"}
-CONFIG = {
-    "model_type": "llama", "dtype": "float32", "hidden_size": 64, "intermediate_size": 192,
-    "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512,
-    "max_position_embeddings": 128,
-}  # fmt: skip
+CONFIG = LlamaConfig(
+    dtype="float32", hidden_size=64, intermediate_size=192, num_hidden_layers=1,
+    num_attention_heads=4, vocab_size=512, max_position_embeddings=128,
+)  # fmt: skip
 
 # A document that says something in every field; all others are parts of such ones.
 WHOLE = {
@@ -159,11 +159,10 @@ def document_of(client: TestClient) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(shared_folder: Path) -> str:
-    """A model that reads 128 tokens, of which only the configuration is there; and a text."""
+def model(shared_folder: Path, write_header: Callable[[Path, LlamaConfig], None]) -> str:
+    """A model that reads 128 tokens, of which only the headers are there; and a text."""
     folder = shared_folder / "small"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_header(folder, CONFIG)
     (folder / "merges.txt").touch()
     (shared_folder / "text.txt").write_text("text")
     return "small"
@@ -495,8 +494,8 @@ def test_context_on_the_hub(
     shared_client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model on the hub the cache of this machine tells it, and nothing is asked of the hub."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cached = tmp_path / "models--org--cached"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
@@ -544,14 +543,15 @@ def test_plan(shared_client: TestClient, model: str) -> None:
     assert len(shared_client.get("/v1/jobs").json()["jobs"]) == before
 
 
-def test_large(shared_client: TestClient, shared_folder: Path) -> None:
+def test_large(
+    shared_client: TestClient,
+    shared_folder: Path,
+    write_header: Callable[[Path, LlamaConfig], None],
+) -> None:
     """What does not fit says what would make it fit, in the words of the form."""
-    large = {
-        **CONFIG, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 4096,
-    }  # fmt: skip
-    (shared_folder / "large").mkdir()
-    (shared_folder / "large" / "config.json").write_text(json.dumps(large))
+    write_header(
+        shared_folder / "large", LlamaConfig(dtype="float32", max_position_embeddings=4096)
+    )
     shown = words(send(shared_client, "/new/check", model="large", card="4090").text)
 
     assert "It does not fit." in shown
@@ -560,12 +560,12 @@ def test_large(shared_client: TestClient, shared_folder: Path) -> None:
 
 
 def test_no_plan(shared_client: TestClient, shared_folder: Path) -> None:
-    """A family that cannot be planned is named, and can be submitted all the same."""
+    """A model that cannot be planned is named, and can be submitted all the same."""
     (shared_folder / "odd").mkdir()
     (shared_folder / "odd" / "config.json").write_text('{"model_type": "odd"}')
     shown = words(send(shared_client, "/new/check", model="odd").text)
 
-    assert "No plan can be made. odd: the family 'odd' cannot be planned" in shown
+    assert "No plan can be made. odd has neither model.safetensors nor" in shown
     assert send(shared_client, model="odd").status_code == 303
 
 
@@ -583,7 +583,7 @@ def test_check(shared_client: TestClient) -> None:
 
 def test_quiet_asks_nobody(shared_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """While somebody types the hub is not asked; the button asks it, and says if it is away."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     quiet = words(send(shared_client, "/new/check", quiet="on").text)
     asked = words(send(shared_client, "/new/check").text)
 

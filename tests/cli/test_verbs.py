@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pho_service.cli import VERBS, main
 from pho_service.spec.baselines import shown_baselines
+from pho_service.spec.numbers import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
 
@@ -128,8 +129,8 @@ def test_search_again(search_arguments: list[object], tmp_path: Path) -> None:
 def test_same_seed_same_file(search_arguments: list[object], tmp_path: Path) -> None:
     """From nothing, the same search writes the same bytes; another seed finds another way."""
     files = []
-    for number, seed in enumerate((5, 5, 6)):
-        arguments = [str(a).replace("study.db", f"study{number}.db") for a in search_arguments]
+    for place, seed in enumerate((5, 5, 6)):
+        arguments = [str(a).replace("study.db", f"study{place}.db") for a in search_arguments]
         done(*arguments, "--seed", seed)
         files.append((tmp_path / "config.json").read_bytes())
         for kept in tmp_path.glob("cache/bundles/*"):
@@ -270,8 +271,8 @@ def test_validate(model_folder: Path, texts: dict[str, Path], tmp_path: Path) ->
     drawn = re.findall(r'<svg class="chart".*?</svg>', plot.read_text(), flags=re.DOTALL)
     assert len(drawn) == len(proxies)
     for chart in drawn:
-        assert re.findall(r"perplexity ([\d.e+]+)<", chart) == [
-            f"{candidate['perplexity']:.5g}" for candidate in document["candidates"]
+        assert re.findall(r"perplexity ([\d.,e+]+)<", chart) == [
+            number(candidate["perplexity"]) for candidate in document["candidates"]
         ]
 
 
