@@ -13,7 +13,6 @@ from pho_service.shown import charts, tables, words
 from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
 from pho_service.shown.report import Report
 from pho_service.shown.study import ENOUGH
-from pho_service.spec.configuration import Confirmation
 from pho_service.spec.numbers import number, seconds
 from pho_service.spec.tasks import TaskScores
 
@@ -45,8 +44,7 @@ def curve_section(
             texts=["Nothing is measured yet."],
             tables=shown,
         )
-    how = Confirmation.model_validate(document["confirmation"])
-    texts = [f"Perplexities are of {tables.text_of(how)}."]
+    texts = [f"Perplexities are of {tables.text_of(document['confirmation'])}."]
     spent = document["calibration"]["seconds"]
     if spent is not None:
         texts.append(f"The calibration took {seconds(spent)} s, once for all points.")

@@ -48,15 +48,11 @@ class Report:
     All that is known of a job or of a study. What is empty or None is not known.
 
     Attributes:
-        title: Its name.
         subject: A search or a transfer of a service, or a study of `pho search`.
         state: State of the job; empty for a study.
         asked: What was asked, in words.
-        error: Why the job failed.
-        warnings: What must be said of the result.
         configuration: What was found; of a transfer, what is transferred.
         objective: Its label: ``activation-reconstruction/blend``.
-        maximised: Whether high values of it are good.
         trials: Trials of all islands, by number.
         left_out: Trials that are too many to be shown.
         chosen: The trial that a study without a configuration marks as its result.
@@ -65,14 +61,11 @@ class Report:
         points: The patterns of a job that has several, as the API shows them.
         curve: What was measured of them, as curve.json has it.
         transfers: The targets of a transfer's file.
-        stages: Stages of the job.
         happened: With the time of each, in words; the newest first.
         recorded: When the first and the last trial of a study were written down.
-        document: As it was submitted.
         commands: That do the same again.
         prune_commands: That prune a model with the result.
         job_page: The address of the job's page; None where there is none, as in a file.
-        versions: Versions of the packages that searched and calibrated.
     """
 
     title: str

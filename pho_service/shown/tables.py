@@ -58,11 +58,12 @@ def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
     return rows
 
 
-def text_of(how: Confirmation) -> str:
+def text_of(how: Confirmation | Mapping[str, Any]) -> str:
     """What perplexities were measured on, without the folder that it lay in."""
-    source = str(how.text.get("source", "a text"))
+    known = how if isinstance(how, Mapping) else vars(how)
+    source = str(known["text"].get("source", "a text"))
     name = PurePath(source).name if source.startswith(("/", ".", "~")) else source
-    return f"{how.tokens} tokens of {name}, in windows of {how.context_length}"
+    return f"{known['tokens']} tokens of {name}, in windows of {known['context_length']}"
 
 
 def verdict_table(good: Perplexities) -> Table:

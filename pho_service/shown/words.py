@@ -114,12 +114,7 @@ def transfer_commands(spec: TransferSpec) -> list[str]:
 
 
 def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
-    """
-    What the search asked for whose study this is.
-
-    Args:
-        known: The study's record.
-    """
+    """What the search asked for whose study has this record."""
     provenance = _dict(known.get("calibration"))
     text, settings = _dict(provenance.get("text")), _dict(provenance.get("settings"))
     asked = {
@@ -140,12 +135,10 @@ def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
 
 def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
     """
-    The document of the search whose study this is.
+    The document of the search whose study has this record, and so many trials.
 
-    Args:
-        known: The study's record. Those of Python have no document: what they say of the search
-            is put together, all but how it was confirmed.
-        trials: That it has.
+    Those of Python have no document: what they say of the search is put together, all but how
+    it was confirmed.
     """
     if isinstance(known.get("document"), dict):
         return dict(known["document"])

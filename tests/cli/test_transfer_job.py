@@ -142,7 +142,7 @@ def test_files(remote: Any, transferred: str) -> None:
     assert written["format"] == "pho-transfer"
     assert [target["target"] for target in written["targets"]] == ["org/one", "org/two"]
     assert written["configuration"] == FOUND.model_dump(mode="json")
-    assert ">20.5<" in Path("t.html").read_text()  # the bar of what was transferred
+    assert ">20.50<" in Path("t.html").read_text()  # the bar of what was transferred
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_table(
     assert found.configuration.confirmation.text["source"] == str(texts["confirmation"])
     assert found.table[3].trial == found.trial
     assert found.table[3].perplexity == found.configuration.confirmation.perplexity
-    assert "| wanda |" in found._repr_markdown_()
-    assert "<td>wanda</td>" in found._repr_html_()
+    assert "| wanda" in found._repr_markdown_()
+    assert "<td>wanda" in found._repr_html_()
     assert f"{number(dense.perplexity)} dense" in repr(found)
 
 

@@ -73,7 +73,7 @@ def test_missed() -> None:
     with pytest.raises(TargetMissed, match=r"at most 10\.01 is wanted.* 0\.1, is above") as refused:
         run(Formula(), perplexity_rise=0.001, lowest=0.1)
 
-    assert "10.1 at 0.1" in str(refused.value)
+    assert "10.10 at 0.1" in str(refused.value)
 
 
 def test_not_monotone() -> None:
