@@ -2,7 +2,7 @@
 What the first stage of a job read, so that later stages notice when a file has changed since.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -11,8 +11,6 @@ from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.models.weights_hash import SCHEME
 from pho_service.pipeline.rating import ReportText, windows_key
-from storage.records import Job
-from storage.states import StageKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,35 +59,12 @@ class Seal:
             confirmation=None if confirmation is None else confirmation.key,
         )
 
-    @classmethod
-    def of_job(cls, job: Job, number: int) -> Self:
-        """
-        Return what the calibration of a job's model wrote down.
-
-        Jobs that an older version calibrated have only what is in the bundle's provenance. The
-        commit is not taken from there: the bundle may have been made for another repository
-        that holds the same weights.
-        """
-        (result,) = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE) if s.number == number)
-        if "inputs" in result:
-            return cls(**result["inputs"])
-        provenance = result.get("provenance", {})
-        return cls(
-            weights_sha256=_of(provenance, "model", "weights_sha256"),
-            weights_scheme=_of(provenance, "model", "weights_scheme") or 1,
-            dtype=_of(provenance, "model", "dtype"),
-            documents=_of(provenance, "text", "sha256"),
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
 
     def check_place(self, name: str, *, local: bool) -> None:
-        """
-        Raises:
-            ChangedInput: The model was local, and would be asked of the hub now.
-        """
+        """Raise ChangedInput if a local model is no longer there."""
         if self.local and not local:
             raise ChangedInput(
                 f"the model {name} was a local one when the job began, and is no longer there; "
@@ -98,23 +73,13 @@ class Seal:
             )
 
     def check_model(self, name: str, weights_sha256: Callable[[str | None, int], str]) -> None:
-        """
-        Args:
-            name: What the job calls the model.
-            weights_sha256: Gives the hash of its weights, loaded in the given dtype, by a scheme.
-
-        Raises:
-            ChangedInput: The weights are not those that the job was calibrated on.
-        """
+        """Raise ChangedInput if the weights, hashed by the seal's dtype and scheme, are others."""
         if self.weights_sha256 is not None:
             found = weights_sha256(self.dtype, self.weights_scheme)
             _compare(f"the model {name}", self.weights_sha256, found)
 
     def check_calibration(self, name: str, text: CalibrationText) -> None:
-        """
-        Raises:
-            ChangedInput: The windows are not those that the job was calibrated on.
-        """
+        """Raise ChangedInput if the windows are not those of the calibration."""
         what = f"the calibration text {name}"
         if self.calibration is not None:
             _compare(what, self.calibration, windows_key(text.calibration))
@@ -122,18 +87,10 @@ class Seal:
             _compare(what, self.documents, text.record.sha256)
 
     def check_confirmation(self, name: str, text: ReportText) -> None:
-        """
-        Raises:
-            ChangedInput: The windows are not those that the job began with.
-        """
+        """Raise ChangedInput if the windows are not those that the job began with."""
         if self.confirmation is not None:
             _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
                      text.key)  # fmt: skip
-
-
-def _of(document: Mapping[str, Any], part: str, field: str) -> Any:
-    value = document.get(part)
-    return value.get(field) if isinstance(value, Mapping) else None
 
 
 def _compare(what: str, before: str, now: str) -> None:

@@ -17,6 +17,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.overlap import apart
 from pho_service.pipeline.rating import measure
 from pho_service.spec.transfer import TransferRequest, TransferSpec
+from storage.outcomes import Entry
 from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.tables import stages
@@ -129,7 +130,7 @@ def test_model_changed_while_it_is_measured(
         return measure(*args, **options)
 
     job = hand.until(hand.submit(small(stream=stream)), StageKind.PERPLEXITY)
-    monkeypatch.setattr("workers.judges.measure", measured)
+    monkeypatch.setattr("pho_service.pipeline.rating.measure", measured)
 
     with pytest.raises(ChangedInput):
         hand.step(job)
@@ -258,37 +259,6 @@ def test_local_model_is_not_asked_of_the_hub(
         hand.step(job)
 
 
-def forgotten(result: dict[str, Any]) -> None:
-    """As a version stored it that did not write its inputs down."""
-    del result["inputs"]
-
-
-@pytest.mark.parametrize("changed", [None, "model", "text"])
-def test_calibrated_by_the_last_version(hand: Any, small: Any, changed: str | None) -> None:
-    """A job in flight goes on, and what its bundle says of model and text is compared."""
-    job = hand.until(hand.submit(small(confirm={"text": None})), StageKind.SEARCH)
-    hand.edit(job, StageKind.CALIBRATE, forgotten)
-    if changed == "model":
-        double(hand.folder / "model")
-    if changed == "text":
-        shutil.copy(hand.folder / "report.jsonl", hand.folder / "calibration.jsonl")
-    if changed is None:
-        assert hand.until(job, None).state is JobState.SUCCEEDED
-        return
-
-    with pytest.raises(ChangedInput, match=changed):
-        hand.until(job, None)
-
-
-def test_measured_by_the_last_version(hand: Any, small: Any) -> None:
-    """Perplexities that an older version measured on different texts are not ranked."""
-    job = hand.until(hand.submit(small()), StageKind.FINISH)
-    hand.edit(job, StageKind.PERPLEXITY, lambda result: result.update(text_sha256="another"))
-
-    with pytest.raises(ChangedInput, match="on 2 different texts"):
-        hand.step(job)
-
-
 @pytest.fixture
 def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     """The document of a transfer to these models."""
@@ -351,7 +321,7 @@ def test_claims_still_count(hand: Any, transfer: Any) -> None:
     lost = replace(claim, stage=replace(claim.stage, attempt=99))
 
     with pytest.raises(LostClaim):
-        hand.store.transferred(lost, {}, configuration={}, own=None)
+        hand.store.complete(lost, {}, library=[Entry({}, {})], ended=True)
 
 
 def test_confirmed_on_the_calibration_text(hand: Any, small: Any) -> None:
