@@ -5,7 +5,10 @@ The names here are the Python API; each is loaded when it is first used, so that
 `import pho_service` loads neither torch nor transformers.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,10 +95,51 @@ __all__ = [
 ]
 
 
+# The arguments by the names of the options that messages have.
+_ARGUMENTS = {
+    **{
+        name: name.replace("-", "_")
+        for name in (
+            "bos", "confirm-windows", "context-length", "deployable", "device", "device-map",
+            "dtype", "finalists", "fisher-samples", "kernel-sizes", "limit", "mixed-precision",
+            "objective", "other-family", "pattern", "projection-rows", "revision",
+            "rows-per-layer", "sampler", "samples", "space", "stream", "study", "tasks",
+            "tasks-dir", "trials", "validate",
+        )
+    },
+    "calibration-memory": "memory_bytes",
+    "config": "configurations",
+    "confirm-text": "confirm",
+    "preset": "presets",
+    "reconstruction": "steps",
+    "reconstruction-rate": "steps",
+    "report-text": "report",
+    "sparsity": "sparsities",
+    "text": "texts",
+}  # fmt: skip
+
+
+def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose messages name arguments instead of options."""
+    from pho_service.errors import PhoError, renamed
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except PhoError as error:
+            error.args = (renamed(str(error), _ARGUMENTS),)
+            raise
+
+    call.__module__, call.__qualname__ = __name__, function.__name__  # as it is pickled
+    return call
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = _in_python(value) if isfunction(value) else value
     globals()[name] = value
     return value
 

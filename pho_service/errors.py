@@ -21,10 +21,18 @@ Each message says the thing, the value, the rule and the way out. Wrong use by
 a programmer stays ``TypeError`` or ``ValueError``.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pho_service.host.plain import bounded
+
+_OPTION = re.compile(r"`[^`]*`|--([a-z][a-z-]*[a-z])")  # but not in a command
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """A message with the names that its reader knows for options of the command line."""
+    return _OPTION.sub(lambda found: names.get(found[1] or "", found[0]), message)
 
 
 class PhoError(Exception):

@@ -45,7 +45,6 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
         _check_owner(data_dir)
         lock = FileLock(data_dir / "lock", mode=0o600)
         lock.acquire(timeout=0)
-        Path(lock.lock_file).chmod(0o600)  # that of an older version could be held by anybody
     except Timeout as error:
         raise StorageError(
             f"the data folder {data_dir} is in use by another `pho serve`. Stop that one, or give "

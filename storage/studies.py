@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Engine, delete, event, select, text, union
+from sqlalchemy import Connection, Engine, delete, event, select, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -236,11 +236,9 @@ def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
     storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
     if not isinstance(storage, RDBStorage):
         return []
-    said = json.dumps(value)
-    mine, older = models.StudySystemAttributeModel, models.StudyUserAttributeModel
-    marked = union(
-        select(mine.study_id).where(mine.key == f"{_RECORD}{key}", mine.value_json == said),
-        select(older.study_id).where(older.key == key, older.value_json == said),
+    mark = models.StudySystemAttributeModel
+    marked = select(mark.study_id).where(
+        mark.key == f"{_RECORD}{key}", mark.value_json == json.dumps(value)
     )
     query = (
         select(models.StudyModel.study_name)
@@ -253,11 +251,7 @@ def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
 
 
 def record_of(study: optuna.Study) -> dict[str, Any]:
-    """
-    What a study holds beside its trials, by name: :func:`keep_record`'s and the user attributes.
-
-    Older versions kept all of it as user attributes.
-    """
+    """What a study holds beside its trials, by name: :func:`keep_record`'s and user attributes."""
     held = study._storage.get_study_system_attrs(study._study_id)
     kept = {k.removeprefix(_RECORD): v for k, v in held.items() if k.startswith(_RECORD)}
     return {**study.user_attrs, **kept}

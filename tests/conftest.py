@@ -48,7 +48,7 @@ settings.register_profile("fuzz", max_examples=300, deadline=None, database=None
 # `make test` keeps this order.
 SLOWEST = (
     "test_images", "api/test_serving", "docs/test_tutorial", "api/test_openapi",
-    "docs/test_notebook", "stored/test_stored", "workers/test_kills", "workers/test_jobs_run",
+    "docs/test_notebook", "workers/test_kills", "workers/test_jobs_run",
 )  # fmt: skip
 
 

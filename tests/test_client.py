@@ -16,7 +16,7 @@ import uvicorn
 from optuna.trial import create_trial
 from sqlalchemy import delete, select, update
 
-from pho_service.api.answers import ConfigurationMatch, Gains, Job
+from pho_service.api.answers import Job
 from pho_service.api.app import create_app
 from pho_service.client import Client
 from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnavailable
@@ -707,24 +707,3 @@ def test_newer_service(client: Client) -> None:
         found = other.job(job.id)
 
     assert found == job
-
-
-def test_gains_of_an_older_service() -> None:
-    """One gain, and what it is by, are read under the name of what was measured."""
-    told = {
-        "id": str(uuid.UUID(int=1)), "job_id": None, "created_at": "2026-01-01T00:00:00Z",
-        "method": "crepe", "pattern": "0.5", "scope": "layer", "models": [{"name": "a"}],
-        "gain": {"share": 0.2, "by": "divergence"}, "fits": True, "reasons": [],
-        "expected_gain": 0.1, "expected_by": "divergence",
-        "measured": [{"model": {"name": "b"}, "gain": {"share": -0.1, "by": "proxy"}}],
-    }  # fmt: skip
-    found = ConfigurationMatch.model_validate(told)
-    none = ConfigurationMatch.model_validate(
-        {**told, "gain": None, "expected_gain": None, "expected_by": None, "measured": []}
-    )
-
-    assert found.gains == Gains(divergence=0.2)
-    assert found.expected_gains == Gains(divergence=0.1)
-    assert found.measured[0].gains == Gains(proxy=-0.1)
-    assert none.gains == none.expected_gains == Gains()
-    assert ConfigurationMatch.model_validate_json(found.model_dump_json()) == found

@@ -41,16 +41,10 @@ def _wait(advance: Advance) -> None:
 
 class BundleStore:
     """
-    Bundles by their key. A folder is used as it is; from elsewhere they are copied.
+    Bundles by their key, in a folder, or copied to ``cache_dir`` from what fsspec understands.
 
-    Args:
-        url: A folder, or what fsspec understands: ``s3://bucket/pho``.
-        cache_dir: For copies, if ``url`` is no folder.
-        turns: Gives what nobody else is inside of with the same name; its second argument is called
-            while somebody is.
-
-    Raises:
-        InvalidInput: fsspec does not understand the URL, or lacks a package for it.
+    What ``turns`` gives nobody else is inside of with the same name; it calls its second argument
+    while somebody is.
     """
 
     def __init__(self, url: str, cache_dir: Path, turns: Turns = lambda *_: nullcontext()) -> None:
@@ -62,13 +56,7 @@ class BundleStore:
         self._folder = Path(root) if local else cache_dir
 
     def read(self, key: str) -> ProxyBundle:
-        """
-        The bundle with this key.
-
-        Raises:
-            BundleError: It is not there, or damaged, or another one has its name.
-            OutputError: The object store or the cache fails.
-        """
+        """The bundle with this key, unless it is damaged or another one has its name."""
         self._download(key)
         return kept_bundle(self._folder, key)
 
@@ -84,10 +72,6 @@ class BundleStore:
 
         If several need it at the same time, one makes it, from the shards that are kept and
         those that are missing.
-
-        Raises:
-            ModelError, NumericalError: From the calibration.
-            OutputError: It cannot be stored.
         """
         key = text.bundle_key
         bundle = self._found(key)
@@ -114,12 +98,7 @@ class BundleStore:
         return bundle
 
     def has(self, key: str) -> bool:
-        """
-        Whether there is a bundle with this key, damaged or not.
-
-        Raises:
-            OutputError: The object store fails.
-        """
+        """Whether there is a bundle with this key, damaged or not."""
         path = bundle_path(self._folder, key)
         try:
             return path.is_file() or bool(self._remote and self._files.exists(self._place(path)))
@@ -127,12 +106,7 @@ class BundleStore:
             raise OutputError(f"the bundle {path.name} cannot be looked for: {error}.") from error
 
     def keep_sums(self, key: str, shard: int, sums: Sums) -> None:
-        """
-        Keep what a shard of a calibration gave, until the bundle is made.
-
-        Raises:
-            OutputError: It cannot be stored.
-        """
+        """Keep what a shard of a calibration gave, until the bundle is made."""
         place = self._shard(key, shard)
         try:
             with tempfile.TemporaryDirectory(prefix="pho-") as folder:
@@ -149,12 +123,7 @@ class BundleStore:
             raise OutputError(f"the shard {place} cannot be stored: {error}") from error
 
     def sums(self, key: str, shard: int) -> Sums | None:
-        """
-        What a shard of a calibration gave; None if it is not there, or damaged.
-
-        Raises:
-            OutputError: The object store fails.
-        """
+        """What a shard of a calibration gave; None if it is not there, or damaged."""
         place = self._shard(key, shard)
         try:
             with tempfile.TemporaryDirectory(prefix="pho-") as folder:

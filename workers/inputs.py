@@ -3,21 +3,22 @@ What stages work with: models, texts and bundles, the last of each kept for the 
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from pho_service.errors import BundleError, ChangedInput, TextError
 from pho_service.host.access import Access, check_data_file
 from pho_service.host.artifacts import PrunedStore
-from pho_service.models.calibration import CalibrationText, calibration_text
+from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.task_files import LoadedTasks, load_tasks
-from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline.rating import ReportText
+from pho_service.models.texts import Text, TextSource
+from pho_service.pipeline import inputs
+from pho_service.pipeline.rating import ReportText, windows_key
 from pho_service.progress import Progress
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.fields import TextSpec
@@ -41,14 +42,7 @@ class _Last(Generic[T]):
     def get(
         self, key: Hashable, make: Callable[[], T], alias: Callable[[T], Hashable] | None = None
     ) -> T:
-        """
-        Return the value, made if it is another key's.
-
-        Args:
-            key: Names the value.
-            make: Makes it.
-            alias: Gives another key for the value that was made.
-        """
+        """Return the value of a key; ``alias`` gives another one for what was made."""
         if self._value is None or key not in self._keys:
             self._value = None  # before the next is made: two models may not fit
             value = make()
@@ -60,21 +54,17 @@ class _Last(Generic[T]):
         self._value = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _FileState:
-    """Tells whether a file or a folder's files are those of last time."""
-
-    files: tuple[tuple[str, int, int], ...]
-
-    @classmethod
-    def of(cls, name: str) -> "_FileState":
-        path = Path(name)
-        found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-        return cls(files=tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found))
+def _state(source: TextSource | str) -> Hashable:
+    """Tells whether a file, or a folder's files, are those of last time."""
+    path = Path(source if isinstance(source, str) else source.path or str(source.dataset))
+    found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
 
 
-class Inputs:
+class Inputs(inputs.Inputs):
     """
+    Opens what a job names where it may lie on this machine, and keeps the last of each.
+
     Args:
         access: What jobs may name on this machine.
         bundles: Shared by all workers.
@@ -112,22 +102,15 @@ class Inputs:
 
     def model(self, spec: JobSpec, seal: Seal = UNSEALED) -> LanguageModel:
         """
-        The dense model of a job.
+        The dense model of a job with one model, if it is the one that was read before.
 
-        Args:
-            spec: The job, with one model.
-            seal: What was read before. A hub model without a revision is that commit's.
-
-        Raises:
-            InvalidInput: It may not be named here.
-            ModelError, NumericalError: It cannot be loaded.
-            ChangedInput: It is not the one that was read before.
+        A hub model without a revision is that of the seal's commit.
         """
         source = self.access.model(spec.model)
         local = _is_local(source)
         seal.check_place(spec.model, local=local)
         revision = spec.revision or (None if local else seal.revision)
-        state = _FileState.of(source)
+        state = _state(source)
 
         def key(revision: str | None) -> Hashable:
             return source, revision, spec.dtype, spec.stream, state
@@ -148,24 +131,15 @@ class Inputs:
         seal.check_model(spec.model, partial(self._hash_of, model))
         return model
 
-    def _hash_of(self, model: LanguageModel, dtype: str | None, scheme: int) -> str:
+    def _hash_of(self, model: LanguageModel, dtype: str | None) -> str:
         """Return the hash of the weights in this dtype, computed once."""
         if dtype is None or dtype == str(model.dtype).removeprefix("torch."):
-            return model.sha256_by(scheme)
-        key = (model.weights_sha256, dtype, scheme)
-        return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype), scheme))
+            return model.weights_sha256
+        key = (model.weights_sha256, dtype)
+        return self._cast.get(key, lambda: model.weights_sha256_as(getattr(torch, dtype)))
 
     def seal(self, spec: JobSpec, before: Seal = UNSEALED) -> Seal:
-        """
-        Read everything that a job is made from, and write down what it is.
-
-        Args:
-            spec: The job, with one model.
-            before: What was read before.
-
-        Raises:
-            PhoError: As :meth:`model`, :meth:`calibration_text` and :meth:`confirmation_text`.
-        """
+        """Read everything that a job with one model is made from, and write down what it is."""
         model = self.model(spec, before)
         confirm = None if spec.confirm is None else self.confirmation_text(spec, before)
         return Seal.of(
@@ -176,107 +150,63 @@ class Inputs:
         )
 
     def calibration_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> CalibrationText:
-        """
-        The windows to calibrate on, and those that are left.
-
-        Raises:
-            InvalidInput: The text may not be named here.
-            TextError: It cannot be read, or is too short.
-            ChangedInput: It, or the model, is not the one that was read before.
-        """
+        """The windows to calibrate on, and those that are left, if they are those of before."""
         model = self.model(spec, seal)
         source = self._source(spec.calibration)
         settings = spec.calibration.settings()
-        state = _FileState.of(source.path or str(source.dataset))
-        key = (model.weights_sha256, spec.stream, source, settings, state)
-        text = self._calibration.get(key, lambda: calibration_text(model, source, settings))
+        key = (model.weights_sha256, spec.stream, source, settings, _state(source))
+        text = self._calibration.get(key, lambda: self.windows(model, source, settings))
         seal.check_calibration(spec.calibration.text or str(spec.calibration.dataset), text)
         return text
 
     def confirmation_text(self, spec: JobSpec, seal: Seal = UNSEALED) -> ReportText:
-        """
-        The windows that perplexities are measured on.
-
-        Raises:
-            InvalidInput: The text may not be named here.
-            TextError: It cannot be read, is too short, or the calibration used it up.
-            ChangedInput: It, or the model, is not the one that was read before.
-        """
-        assert spec.confirm is not None
-        text = self._confirmation_text(spec, seal)
-        calibration = spec.calibration
-        name = spec.confirm.text or calibration.text or str(calibration.dataset)
-        seal.check_confirmation(name, text)
+        """The windows that perplexities are measured on, if they are those of before."""
+        confirm, calibration = spec.confirm, spec.calibration
+        assert confirm is not None
+        drawn = self.calibration_text(spec, seal)
+        source = None
+        if confirm.text is not None:
+            source = TextSource(path=self.access.text(confirm.text))
+        model = self.model(spec, seal)
+        text = self.confirmation(model, source, calibration, confirm.windows, drawn)
+        assert text is not None  # or nothing_left raises
+        seal.check_confirmation(confirm.text or calibration.text or str(calibration.dataset), text)
         return text
 
-    def _confirmation_text(self, spec: JobSpec, seal: Seal) -> ReportText:
-        assert spec.confirm is not None
-        text = self.calibration_text(spec, seal)
-        # What an older version has begun to measure goes on on its windows.
-        begun_before = seal.documents is not None and seal.calibration is None
-        if spec.confirm.text is None:
-            held_out = text.beside if begun_before else text.held_out
-            if len(held_out) == 0:
-                raise TextError(
-                    "the calibration text has no windows left to confirm on. Give confirm.text, "
-                    "fewer calibration.samples, or confirm: null."
-                )
-            return ReportText(windows=held_out[: spec.confirm.windows], record=text.record)
-        source = TextSource(path=self.access.text(spec.confirm.text))
-        unlike = None if begun_before else text
-        return self._read(spec, source, spec.confirm.windows, seal, unlike)
+    def nothing_left(self) -> None:
+        """Names the fields that give a text."""
+        raise TextError(
+            "the calibration text has no windows left to confirm on. Give confirm.text, "
+            "fewer calibration.samples, or confirm: null."
+        )
 
     def report_text(self, spec: JobSpec, report: ReportSpec, seal: Seal) -> ReportText:
-        """
-        The windows of a text that nothing was chosen on, the same for every model.
+        """The windows of a text that nothing was chosen on, the same for every model."""
+        source, model = self._source(report), self.model(spec, seal)
+        return self.report(model, source, spec.calibration, report.windows)
 
-        Raises:
-            InvalidInput, TextError, ChangedInput: As :meth:`confirmation_text`.
-        """
-        return self._read(spec, self._source(report), report.windows, seal, None)
-
-    def _read(
+    def report(
         self,
-        spec: JobSpec,
-        source: TextSource,
-        windows: int | None,
-        seal: Seal,
-        unlike: CalibrationText | None,
+        model: LanguageModel,
+        source: Text,
+        how: "inputs.Cut",
+        most: int | None,
+        unlike: Tensor | None = None,
     ) -> ReportText:
-        """A text, cut for perplexity, without what overlaps with a calibration."""
-        model = self.model(spec, seal)
-        settings = spec.calibration
+        """Keeps the last text that was cut."""
+        assert isinstance(source, TextSource)  # a service has none in memory
         key = (
-            model.weights_sha256, source, settings.context_length, settings.bos, windows,
-            _FileState.of(source.path or str(source.dataset)),
-            None if unlike is None else unlike.bundle_key,
+            model.weights_sha256, source, how.context_length, how.bos, most, _state(source),
+            None if unlike is None else windows_key(unlike),
         )  # fmt: skip
-
-        def read() -> ReportText:
-            cut, record = read_windows(
-                model,
-                source,
-                context_length=settings.context_length,
-                bos=settings.bos,
-                max_windows=windows,
-                unlike=None if unlike is None else unlike.calibration,
-            )
-            return ReportText(windows=cut, record=record)
-
+        read = partial(super().report, model, source, how, most, unlike)
         return self._confirmation.get(key, read)
 
     def tasks(self, spec: JobSpec) -> LoadedTasks:
-        """
-        The tasks of a job that has some, with their examples.
-
-        Raises:
-            ModuleNotFoundError: The extra ``eval`` is not installed.
-            InvalidInput: One is not there, or its folder or data set may not be named here.
-            TextError: Examples cannot be read.
-        """
+        """The tasks of a job that has some, with their examples."""
         names = tuple(spec.tasks or ())
         folder = None if spec.tasks_dir is None else self.access.task_folder(spec.tasks_dir)
-        state = None if folder is None else _FileState.of(folder)
+        state = None if folder is None else _state(folder)
         return self._tasks.get(
             (names, folder, state),
             lambda: load_tasks(
@@ -287,12 +217,7 @@ class Inputs:
         )
 
     def calibrate(self, spec: JobSpec, seal: Seal, progress: Progress) -> ProxyBundle:
-        """
-        The bundle of a job, made if nobody has made it yet.
-
-        Raises:
-            PhoError: As :meth:`model`, :meth:`calibration_text` and :meth:`BundleStore.ensure`.
-        """
+        """The bundle of a job, made if nobody has made it yet."""
         text = self.calibration_text(spec, seal)
         settings = spec.calibration.settings()
         return self._bundle.get(
@@ -301,21 +226,12 @@ class Inputs:
         )
 
     def bundle(self, spec: JobSpec, seal: Seal, key: str, progress: Progress) -> ProxyBundle:
-        """
-        The bundle with this key; if it was lost, it is made again.
-
-        A job that an older version calibrated goes on with what this one makes of the same weights
-        and text, which the seal compares: an upgrade alone must not end it.
-
-        Raises:
-            ChangedInput: What it was made from is no longer there, so that it would be
-                another one.
-        """
+        """The bundle with this key; if it was lost, it is made again, from what is the same."""
         try:
             return self._bundle.get(key, lambda: self.bundles.read(key))
         except BundleError:
             bundle = self.calibrate(spec, seal, progress)
-        if bundle.key != key and seal.calibration is not None:
+        if bundle.key != key:
             raise ChangedInput(
                 f"the bundle {key[:12]} of the job is lost, and what is made now is another one, "
                 f"{bundle.key[:12]}: a package has another version, or the "

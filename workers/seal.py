@@ -9,7 +9,6 @@ from typing import Any, Self
 from pho_service.errors import ChangedInput
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
-from pho_service.models.weights_hash import SCHEME
 from pho_service.pipeline.rating import ReportText, windows_key
 
 
@@ -22,9 +21,7 @@ class Seal:
         local: Whether the model lay on this service's disks, and not on the hub.
         revision: Commit of a hub model.
         weights_sha256: Hash of the weights, as loaded.
-        weights_scheme: How that was made; see :mod:`pho_service.models.weights_hash`.
         dtype: Type that the weights were loaded in.
-        documents: Hash of the documents that the calibration windows were drawn from.
         calibration: Hash of the calibration windows.
         confirmation: Hash of the windows that perplexities are measured on.
     """
@@ -32,9 +29,7 @@ class Seal:
     local: bool | None = None
     revision: str | None = None
     weights_sha256: str | None = None
-    weights_scheme: int = 1
     dtype: str | None = None
-    documents: str | None = None
     calibration: str | None = None
     confirmation: str | None = None
 
@@ -52,9 +47,7 @@ class Seal:
             local=local,
             revision=model.revision,
             weights_sha256=model.weights_sha256,
-            weights_scheme=SCHEME,
             dtype=model.to_dict()["dtype"],
-            documents=text.record.sha256,
             calibration=windows_key(text.calibration),
             confirmation=None if confirmation is None else confirmation.key,
         )
@@ -64,7 +57,7 @@ class Seal:
         return asdict(self)
 
     def check_place(self, name: str, *, local: bool) -> None:
-        """Raise ChangedInput if a local model is no longer there."""
+        """Raise ChangedInput if the model was local, and would be asked of the hub now."""
         if self.local and not local:
             raise ChangedInput(
                 f"the model {name} was a local one when the job began, and is no longer there; "
@@ -72,22 +65,19 @@ class Seal:
                 "job."
             )
 
-    def check_model(self, name: str, weights_sha256: Callable[[str | None, int], str]) -> None:
-        """Raise ChangedInput if the weights, hashed by the seal's dtype and scheme, are others."""
+    def check_model(self, name: str, weights_sha256: Callable[[str | None], str]) -> None:
+        """Raise ChangedInput if the hash of the weights, in the given dtype, is another one."""
         if self.weights_sha256 is not None:
-            found = weights_sha256(self.dtype, self.weights_scheme)
-            _compare(f"the model {name}", self.weights_sha256, found)
+            _compare(f"the model {name}", self.weights_sha256, weights_sha256(self.dtype))
 
     def check_calibration(self, name: str, text: CalibrationText) -> None:
-        """Raise ChangedInput if the windows are not those of the calibration."""
-        what = f"the calibration text {name}"
+        """Raise ChangedInput if these are not the windows that the job was calibrated on."""
         if self.calibration is not None:
-            _compare(what, self.calibration, windows_key(text.calibration))
-        elif self.documents is not None:
-            _compare(what, self.documents, text.record.sha256)
+            now = windows_key(text.calibration)
+            _compare(f"the calibration text {name}", self.calibration, now)
 
     def check_confirmation(self, name: str, text: ReportText) -> None:
-        """Raise ChangedInput if the windows are not those that the job began with."""
+        """Raise ChangedInput if these are not the windows that the job began with."""
         if self.confirmation is not None:
             _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
                      text.key)  # fmt: skip

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pho_service.errors import ChangedInput, PhoError
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.transfer import Target, own_search, transfer_job
+from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.progress import Run
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.request import SearchRequest
@@ -61,7 +62,7 @@ def transfer_piece(
     bundle = inputs.calibrate(target, seal, run.progress)
     watch.look(now=True)
     transfer = transfer_job(
-        Target(
+        Calibrated(
             name=target.model,
             bundle=bundle,
             model=inputs.model(target, seal),

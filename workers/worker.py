@@ -34,13 +34,14 @@ from tenacity import (
 )
 from tenacity.wait import wait_exponential
 
-from pho_service.errors import DeviceLost, OutOfMemory, PhoError
+from pho_service.errors import DeviceLost, OutOfMemory, PhoError, renamed
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore, store_url
 from pho_service.host.faults import let_go_of_memory
 from pho_service.host.logs import about
 from pho_service.host.settings import Settings
 from pho_service.host.tracing import span
+from pho_service.spec.job_options import document_fields
 from storage.claims import worker_name
 from storage.database import Database
 from storage.jobs import JobStore
@@ -413,11 +414,21 @@ def _device_name(device: torch.device, *, spread: bool) -> str:
     return str(device)
 
 
+@functools.cache
+def _fields() -> dict[str, str]:
+    """The fields of a job's document by the names of their options, which messages have."""
+    return {
+        name.removeprefix("--"): path.replace("/", ".")
+        for path, field in document_fields().items()
+        for name in field.names
+    }
+
+
 def _described(error: Exception, claim: Claim) -> dict[str, Any]:
     """Return what a job keeps of an error."""
     described: dict[str, Any] = {
         "type": type(error).__name__,
-        "message": str(error) or type(error).__name__,
+        "message": renamed(str(error), _fields()) or type(error).__name__,
     }
     known = {
         "layer": getattr(error, "layer", None),

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from pho_service.library.entries import ModelFacts
 from pho_service.spec.perplexities import Perplexities
@@ -86,7 +86,7 @@ class Best(_Answer):
     perplexities: Perplexities | None = Field(
         None,
         description="Perplexities of the dense model, the pruned one, Wanda and RIA on the text "
-        "that confirmed it; null where none was measured, and of older versions.",
+        "that confirmed it; null where none was measured.",
     )
 
 
@@ -234,24 +234,11 @@ class Gains(_Answer):
     )
 
 
-def _gains(share: Any, by: Any) -> dict[str, Any]:
-    return {} if by is None else {by: share}
-
-
 class MeasuredElsewhere(_Answer):
     """What a configuration was worth on a model that it was not found on."""
 
     model: ModelFacts
     gains: Gains
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_an_older_service(cls, value: Any) -> Any:
-        """One ``gain`` with what it is ``by``, as it was told before."""
-        if isinstance(value, dict) and "gain" in value:
-            gain = value["gain"] or {}
-            return {"gains": _gains(gain.get("share"), gain.get("by")), **value}
-        return value
 
 
 class ConfigurationMatch(_Answer):
@@ -272,17 +259,6 @@ class ConfigurationMatch(_Answer):
         "it follows from."
     )
     reasons: list[str]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_an_older_service(cls, value: Any) -> Any:
-        """``gain``, ``expected_gain`` and ``expected_by``, as they were told before."""
-        if isinstance(value, dict) and "expected_gain" in value:
-            gain = value.get("gain") or {}
-            expected = _gains(value["expected_gain"], value.get("expected_by"))
-            gains = _gains(gain.get("share"), gain.get("by"))
-            return {"gains": gains, "expected_gains": expected, **value}
-        return value
 
 
 class ConfigurationMatches(_Answer):
@@ -349,9 +325,7 @@ class PlanAnswer(_Answer):
     stream: bool
     windows_at_once: int = Field(description="Number of calibration windows that run at once.")
     recompute: bool = Field(description="Whether its blocks run twice to save memory.")
-    pruned: PlannedFolder | None = Field(
-        None, description="The pruned model; null in answers of older versions."
-    )
+    pruned: PlannedFolder = Field(description="The pruned model.")
     peak: MemoryPeak = Field(description="Peak of all stages; the disk is their sum.")
     seconds: tuple[float, float] = Field(description="Seconds of all stages, at least and at most.")
     stages: list[PlannedStage]

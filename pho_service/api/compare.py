@@ -21,8 +21,7 @@ from storage import records as stored
 router = APIRouter(include_in_schema=False)
 
 FEWEST, MOST = 2, 8  # jobs on a page
-# Which follow from other fields, or would fill the page.
-_HIDDEN = ("preset_meaning", "preset_meanings", "configuration")
+_HIDDEN = "configuration"  # it would fill the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +93,9 @@ def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:
     """The leaves of a document by their paths; what is not given is left out."""
     found: dict[str, str] = {}
     for name, value in document.items():
-        if isinstance(value, Mapping) and value and name not in _HIDDEN:
+        if isinstance(value, Mapping) and value and name != _HIDDEN:
             found |= _flat(value, f"{above}{name}.")
-        elif value is not None and name not in _HIDDEN:
+        elif value is not None and name != _HIDDEN:
             found[f"{above}{name}"] = value if isinstance(value, str) else json.dumps(value)
     return found
 

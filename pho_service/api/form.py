@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pho_service.spec.job_fields import MEANINGS, JobField, job_fields, within
-from pho_service.spec.presets import PRESETS
+from pho_service.spec.job_fields import JobField, job_fields, within
 
 MORE = "more"  # takes as JSON what has no field
 
@@ -151,7 +150,7 @@ class FormField:
         unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
         if self.job.schema.get("type") == "boolean":
             return [unsaid, ("yes", "yes"), ("no", "no")]
-        known = PRESETS if self.path == "preset" else self.job.schema["enum"]
+        known = self.job.schema["enum"]
         named = [(value, value) for value in known if value != default]
         return [unsaid if default is None else ("", f"{default} (default)"), *named]
 
@@ -227,7 +226,7 @@ def form_fields() -> dict[str, FormField]:
     """The fields of the form by their paths, in the order of the document."""
     found = {}
     for path, field in job_fields().items():
-        kind = None if path.partition("/")[0] in MEANINGS else _kind(field)
+        kind = _kind(field)
         if kind is not None:
             found[path] = FormField(job=field, label=_label(path), kind=kind)
     return found
@@ -236,9 +235,7 @@ def form_fields() -> dict[str, FormField]:
 def without_field() -> list[str]:
     """What a job has and the form has not, by path."""
     return [
-        path
-        for path, field in job_fields().items()
-        if not (path in form_fields() or field.is_part or path.partition("/")[0] in MEANINGS)
+        path for path, field in job_fields().items() if not (path in form_fields() or field.is_part)
     ]
 
 

@@ -158,7 +158,7 @@ def _studies(
 
 
 def _layers(job: stored.Job) -> dict[str, list[LayerCell]]:
-    """By model; jobs of older versions have none."""
+    """By model; none of a job that has not ended well."""
     for stage in job.of_kind(StageKind.FINISH):
         layers = (stage.result or {}).get("layers") or {}
         return {model: [LayerCell.of(cell) for cell in cells] for model, cells in layers.items()}

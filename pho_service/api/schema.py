@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pho_service.library.files import TRANSFER_VERSION, TransferFile
-from pho_service.spec.configuration import FORMAT, READABLE, TRANSFER_FORMAT, Configuration
+from pho_service.spec.configuration import FORMAT, TRANSFER_FORMAT, VERSION, Configuration
 from pho_service.spec.linears import LONGEST, MOST
 from pho_service.spec.steps import CHOOSING, UPDATES
 
@@ -63,7 +63,7 @@ def library_document() -> dict[str, Any]:
 def _configuration() -> dict[str, Any]:
     schema = _inlined(Configuration.model_json_schema())
     fields = schema["properties"]
-    fields |= {"format": {"const": FORMAT}, "version": {"enum": [*READABLE]}}
+    fields |= {"format": {"const": FORMAT}, "version": {"enum": [VERSION]}}
     schema["required"] += ["format", "version"]
     coefficients = fields["coefficients"]
     for name in ("row", "column", "neighbourhood", "activation_exponent", "gradient_exponent"):

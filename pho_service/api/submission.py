@@ -97,7 +97,7 @@ def enter(
 
     Args:
         store: Store of the jobs.
-        spec: The document to be stored; that of a search with what its preset means now.
+        spec: The document to be stored.
         asked: The document as it came, if that is another one: by it the key is recognised.
         owner_id, idempotency_key: As :meth:`JobStore.submit`.
         settings: Settings of the service, for how many jobs an owner may have.
@@ -111,9 +111,8 @@ def enter(
         "max_urgent": settings.max_urgent_jobs,
         "max_finished": settings.max_finished_jobs,
     }  # fmt: skip
-    settled = spec.settled() if isinstance(spec, JobSpec) else spec
     job, _ = store.submit(
-        settled.model_dump(mode="json"),
+        spec.model_dump(mode="json"),
         asked=(asked or spec).model_dump(mode="json"),
         name=spec.title,
         first=first,

@@ -4,14 +4,12 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_models,
     device_options,
     json_option,
-    open_model,
     out_file,
-    read_calibration_text,
 )
 from pho_service.cli.terminal import print_json, progress, verb
 
@@ -26,9 +24,7 @@ from pho_service.cli.terminal import print_json, progress, verb
 @device_options
 @json_option
 @verb
-def calibrate(
-    model: str, given: Given, out: str, device: str, device_map: str | None, as_json: bool
-) -> None:
+def calibrate(model: str, given: Given, out: str, inputs: Terminal, as_json: bool) -> None:
     """
     Run MODEL once over a text and write its proxy bundle.
 
@@ -50,8 +46,8 @@ def calibrate(
     check_models([model], given("revision"))
     calibration = given.calibration()
     settings, source = calibration.settings(), calibration_source(calibration)
-    loaded = open_model(model, ModelOptions.of(given, device, device_map))
-    text = read_calibration_text(loaded, source, settings)
+    loaded = inputs.model(model)
+    text = inputs.windows(loaded, source, settings)
     bundle = make_bundle(loaded, text, settings, progress)
     write_bundle(bundle, path)
     size = path.expanduser().stat().st_size

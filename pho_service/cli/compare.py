@@ -10,24 +10,17 @@ import click
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.evaluate import TASK_FIELDS, load_asked_tasks
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_models,
-    confirm_text,
     device_options,
-    file_source,
     json_option,
-    open_bundle,
-    open_model,
-    read_calibration_text,
     report_options,
     report_spec,
-    report_text,
     text_source,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, verb
+from pho_service.cli.terminal import print_json, print_table, verb
 from pho_service.errors import InvalidInput
-from pho_service.progress import Run
 from pho_service.spec.document import check_choice
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
@@ -36,7 +29,8 @@ from pho_service.spec.seed import SEEDS
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import TextSource
-    from pho_service.pipeline.repeated import Calibrated, Compared
+    from pho_service.pipeline.inputs import Calibrated
+    from pho_service.pipeline.repeated import Compared
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
 
@@ -104,8 +98,7 @@ def compare(
     ablation: bool,
     seeds: str | None,
     other_family: bool,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -156,29 +149,21 @@ def compare(
     calibration, drawn = given.calibration(), _seeds(seeds, given)
     loaded_tasks = load_asked_tasks(given)
     settings = calibration.settings()
-    check_models([model], given("revision"))
+    check_models([model], given("revision"), given("confirm/text"))
     report_source = text_source(measured, measured=True)
     source = calibration_source(calibration)
-    if given("confirm/text") is not None:
-        file_source(given("confirm/text"))
-    loaded = open_model(model, ModelOptions.of(given, device, device_map))
+    loaded = inputs.model(model)
     for path, configuration in named:
         check_family(configuration, loaded, path, other_family=other_family)
-    text = report_text(
-        loaded,
-        report_source,
-        context_length=settings.context_length,
-        bos=settings.bos,
-        max_windows=measured.windows,
-    )
+    text = inputs.report(loaded, report_source, settings, measured.windows)
     search = next(iter(searches.values()), None)  # all are confirmed on the same text
     compared = compare_over_seeds(
         loaded,
         text,
         request,
-        {seed: _calibration(loaded, source, calibration, seed, search) for seed in drawn},
+        {seed: _calibration(loaded, source, calibration, seed, search, inputs) for seed in drawn},
         also=also_tasks(loaded_tasks, bos=settings.bos, limit=given("tasks_limit")),
-        run=Run(device=str(loaded.device), progress=progress),
+        run=inputs.run(loaded),
     )
     if as_json:
         print_json(compared.to_dict())
@@ -241,26 +226,12 @@ def _calibration(
     spec: "CalibrationSpec",
     seed: int,
     search: "JobSpec | None",
+    inputs: Terminal,
 ) -> "Callable[[], Calibrated]":
     """What calibrates on the windows of a seed, when its turn comes."""
-    from pho_service.pipeline.repeated import Calibrated
-
-    def calibrate() -> Calibrated:
-        settings = replace(spec.settings(), seed=seed)
-        text = read_calibration_text(model, source, settings)
-        confirm = None
-        if search is not None and search.confirm is not None:
-            windows = search.confirm.windows
-            confirm = confirm_text(model, text, search.confirm.text, settings, windows)
-        bundle = open_bundle(model, text, settings)
-        return Calibrated(
-            bundle=bundle,
-            calibration=text.calibration,
-            confirm=confirm,
-            left=len(text.held_out),
-        )
-
-    return calibrate
+    settings = replace(spec.settings(), seed=seed)
+    confirm = None if search is None else search.confirm
+    return lambda: inputs.calibrated(model, source, settings, confirm)
 
 
 def show_comparison(compared: "Compared") -> None:

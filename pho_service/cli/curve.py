@@ -1,9 +1,7 @@
 """`pho curve`."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +9,15 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_models,
-    confirm_text,
     device_options,
-    file_source,
     is_bundle,
     json_option,
-    open_bundle,
-    open_model,
-    read_calibration_text,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, say, tell, verb
-from pho_service.errors import InvalidInput, OutputError, TextError
-from pho_service.progress import Run
+from pho_service.cli.terminal import print_json, print_table, say, tell, verb
+from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
 from pho_service.spec.pattern import Pattern
 
@@ -33,7 +25,7 @@ if TYPE_CHECKING:
     from optuna import Study
 
     from pho_service.pipeline.curve import CurvePoint, CurvePoints
-    from pho_service.pipeline.rating import Subject
+    from pho_service.pipeline.inputs import Calibrated
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.request import SearchRequest
 
@@ -75,8 +67,7 @@ def curve(
     patterns: str,
     study: str,
     out: str,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -108,11 +99,9 @@ def curve(
     requests = [spec.request(0) for spec in specs]
     folder = _folder(out)
     _refuse_bundle(model)
-    check_models([model], given("revision"))
-    if given("confirm/text") is not None:
-        file_source(given("confirm/text"))
-    opened = OpenedCurve.of(specs[0], given, requests, ModelOptions.of(given, device, device_map))
-    with opened.points(study, specs) as (points, pareto):
+    check_models([model], given("revision"), given("confirm/text"))
+    opened = open_curve(specs[0], given, requests, inputs)
+    with opened_points(opened, study, specs, inputs) as (points, pareto):
         found = find_points(points, requests)
     document = curve_document(
         found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
@@ -136,89 +125,51 @@ def point_spec(model: str, given: Given, pattern: Pattern) -> "JobSpec":
     return given.job({**document, "pattern": str(pattern), **scope})
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenedCurve:
+def open_curve(
+    spec: "JobSpec", given: Given, requests: "Sequence[SearchRequest]", inputs: Terminal
+) -> "Calibrated":
+    """Load the model of several searches, see that all patterns fit, and calibrate it."""
+    from pho_service.pipeline.curve import check_patterns
+
+    _refuse_bundle(spec.model)
+    source, settings = calibration_source(spec.calibration), given.calibration().settings()
+    patterns, linears = [each.pattern for each in requests], requests[0].steps.linears
+    return inputs.calibrated(
+        spec.model,
+        source,
+        settings,
+        spec.confirm,
+        why="there is no text to confirm on. Give --confirm-text or a longer text.",
+        check=lambda model: check_patterns(model, patterns, linears),
+    )
+
+
+@contextmanager
+def opened_points(
+    opened: "Calibrated", study: str, specs: "Sequence[JobSpec]", inputs: Terminal
+) -> "Iterator[tuple[CurvePoints, str]]":
     """
-    A model that is loaded and calibrated for several searches.
+    What finds the points, and the name of the study that has the trials of all of them.
 
-    Attributes:
-        subject: It, with the text that all is confirmed on.
-        seconds: Duration of the calibration; None if it was in the cache.
+    The study of each point, in the database ``study``, keeps the document of its search.
     """
+    from pho_service.cli.search import DOCUMENT
+    from pho_service.pipeline.curve import CurvePoints, opened_pareto
+    from pho_service.pipeline.search import opened_study
+    from storage.studies import keep_record
 
-    subject: "Subject"
-    seconds: float | None
-
-    @classmethod
-    def of(
-        cls,
-        spec: "JobSpec",
-        given: Given,
-        requests: "Sequence[SearchRequest]",
-        options: ModelOptions,
-    ) -> "OpenedCurve":
-        """
-        Load, see that all patterns fit, and calibrate.
-
-        Raises:
-            InvalidInput: The model is a bundle, or a pattern does not fit it.
-            TextError: There is no text to confirm on.
-        """
-        from pho_service.host.settings import Settings
-        from pho_service.pipeline.bundles import bundle_path
-        from pho_service.pipeline.curve import check_patterns
-        from pho_service.pipeline.rating import Subject
-
-        _refuse_bundle(spec.model)
-        assert spec.confirm is not None  # there is no option for that
-        source, settings = calibration_source(spec.calibration), given.calibration().settings()
-        model = open_model(spec.model, options)
-        check_patterns(model, [each.pattern for each in requests], requests[0].steps.linears)
-        text = read_calibration_text(model, source, settings)
-        confirm = confirm_text(model, text, spec.confirm.text, settings, spec.confirm.windows)
-        if confirm is None:
-            raise TextError("there is no text to confirm on. Give --confirm-text or a longer text.")
-        kept = bundle_path(Settings().cache_dir, text.bundle_key).is_file()
-        started = time.monotonic()
-        bundle = open_bundle(model, text, settings)
-        return cls(
-            subject=Subject(model=model, bundle=bundle, text=confirm, calibration=text.calibration),
-            seconds=None if kept else round(time.monotonic() - started, 3),
-        )
+    subject = opened.subject
+    documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
 
     @contextmanager
-    def points(self, study: str, specs: "Sequence[JobSpec]") -> "Iterator[tuple[CurvePoints, str]]":
-        """
-        What finds the points, and the name of the study that has the trials of all of them.
+    def record(request: "SearchRequest") -> "Iterator[Study]":
+        with opened_study(study, request, subject.bundle, subject.text) as kept:
+            keep_record(kept, DOCUMENT, documents[str(request.pattern)])
+            yield kept
 
-        Args:
-            study: URL of the studies' database.
-            specs: The document of each point's search, which its study keeps.
-        """
-        from pho_service.cli.search import DOCUMENT
-        from pho_service.pipeline.curve import CurvePoints, opened_pareto
-        from pho_service.pipeline.search import opened_study
-        from storage.studies import keep_record
-
-        subject = self.subject
-        documents = {str(each.pruning()): each.model_dump(mode="json") for each in specs}
-
-        @contextmanager
-        def record(request: "SearchRequest") -> "Iterator[Study]":
-            with opened_study(study, request, subject.bundle, subject.text) as kept:
-                keep_record(kept, DOCUMENT, documents[str(request.pattern)])
-                yield kept
-
-        with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:
-            yield (
-                CurvePoints(
-                    subject,
-                    record,
-                    pareto=pareto,
-                    run=Run(device=str(subject.model.device), progress=progress),
-                ),
-                pareto.study_name,
-            )
+    with opened_pareto(study, [each.request(0) for each in specs], subject) as pareto:
+        run = inputs.run(subject.model)
+        yield CurvePoints(subject, record, pareto=pareto, run=run), pareto.study_name
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:

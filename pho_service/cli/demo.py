@@ -12,11 +12,9 @@ import click
 from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     file_source,
     json_option,
-    open_model,
-    report_text,
     text_source,
 )
 from pho_service.cli.search import DOCUMENT, describe
@@ -24,12 +22,8 @@ from pho_service.cli.terminal import print_json, progress, say, verb
 from pho_service.progress import Run
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.compare import ComparisonRow
-    from pho_service.pipeline.rating import ReportText
-    from pho_service.pruning.bundle import ProxyBundle
+    from pho_service.pipeline.rating import ReportText, Subject
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
@@ -45,30 +39,28 @@ BASELINES = ("wanda", "ria-row", "sparsegpt")
 class _Place:
     """Model, texts and study that all searches of the demo share."""
 
-    model: "LanguageModel"
-    bundle: "ProxyBundle"
-    calibration: "Tensor"
-    confirm: "ReportText"
+    subject: "Subject"
     report: "ReportText"
     study: str
+    run: Run
 
     def searched(self, spec: "JobSpec") -> "SearchResult":
         """Search; confirm where that takes seconds, not where each finalist takes minutes."""
         from pho_service.pipeline.search import opened_study, search_job
         from storage.studies import keep_record
 
-        request = spec.request(0)
+        request, subject = spec.request(0), self.subject
         confirmed = not request.steps.needs_text
-        with opened_study(self.study, request, self.bundle, self.confirm) as record:
+        with opened_study(self.study, request, subject.bundle, subject.text) as record:
             keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
             return search_job(
                 request,
-                self.bundle,
+                subject.bundle,
                 study=record,
-                model=self.model if confirmed else None,
-                confirm_text=self.confirm if confirmed else None,
-                calibration=self.calibration,
-                run=Run(device=str(self.model.device), progress=progress),
+                model=subject.model if confirmed else None,
+                confirm_text=subject.text if confirmed else None,
+                calibration=subject.calibration,
+                run=self.run,
             )
 
     def pruned(
@@ -88,23 +80,27 @@ class _Place:
         from pho_service.pruning.memory import peak_memory
         from pho_service.spec.configuration import Confirmation
 
-        started = time.perf_counter()
-        with peak_memory(*self.model.devices) as peak:
+        model, confirm, started = self.subject.model, self.subject.text, time.perf_counter()
+        with peak_memory(*model.devices) as peak:
             pruned = prune_in_place(
-                self.model, self.bundle, found, calibration=self.calibration, progress=progress
+                model,
+                self.subject.bundle,
+                found,
+                calibration=self.subject.calibration,
+                progress=progress,
             )
-            windows = len(self.report.windows) + len(self.confirm.windows)
+            windows = len(self.report.windows) + len(confirm.windows)
             with progress("Measuring what was pruned", windows) as advance:
                 measured, confirmed = (
-                    measure_perplexity(self.model, text.windows, advance=advance).perplexity
-                    for text in (self.report, self.confirm)
+                    measure_perplexity(model, text.windows, advance=advance).perplexity
+                    for text in (self.report, confirm)
                 )
         others = judged_by.perplexities
         good = None if others is None else others.model_copy(update={"pruned": confirmed})
-        confirmation = Confirmation(perplexity=confirmed, **self.confirm.measured_on())
+        confirmation = Confirmation(perplexity=confirmed, **confirm.measured_on())
         found = found.model_copy(update={"confirmation": confirmation, "perplexities": good})
         recipe = {**pruned.recipe, "configuration": found.model_dump(mode="json")}
-        save_pruned(self.model, folder, pruned.masks.items(), recipe)
+        save_pruned(model, folder, pruned.masks.items(), recipe)
         return found, ComparisonRow(
             method="best", scope=found.scope, perplexity=measured, sparsity=pruned.sparsity,
             proxy=found.objective["value"], seconds=time.perf_counter() - started,
@@ -141,9 +137,7 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     """
     from pho_service.host.files import check_free
     from pho_service.models.builtin import smollm2, write_texts
-    from pho_service.models.calibration import calibration_text
-    from pho_service.pipeline.bundles import cached_bundle
-    from pho_service.pipeline.repeated import Calibrated, ComparisonRequest, compare_over_seeds
+    from pho_service.pipeline.repeated import ComparisonRequest, compare_over_seeds
     from pho_service.pipeline.studies import check_study_url
     from pho_service.spec.configuration import write_configuration
 
@@ -172,39 +166,25 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     study = f"sqlite:///{folder / 'study.db'}"
     check_study_url(study)
     settings, parsed = specs["score"].calibration.settings(), specs["score"].pruning()
-    model = open_model(str(gguf), ModelOptions())
-    text = calibration_text(model, text_source(specs["score"].calibration), settings)
-
-    def read(path: str, windows: int) -> "ReportText":
-        return report_text(
-            model,
-            file_source(path),
-            context_length=CONTEXT_LENGTH,
-            bos=settings.bos,
-            max_windows=windows,
-        )
-
-    place = _Place(
-        model=model,
-        bundle=cached_bundle(model, text, settings, folder / "cache", progress),
-        calibration=text.calibration,
-        confirm=read(texts["confirmation"], CONFIRMATION_WINDOWS),
-        report=read(texts["report"], REPORT_WINDOWS),
-        study=study,
-    )  # fmt: skip
+    inputs = Terminal(cache_dir=folder / "cache")
+    source = text_source(specs["score"].calibration)
+    opened = inputs.calibrated(str(gguf), source, settings, specs["score"].confirm)
+    subject = opened.subject
+    report = inputs.report(subject.model, file_source(texts["report"]), settings, REPORT_WINDOWS)
+    place = _Place(subject=subject, report=report, study=study, run=inputs.run(subject.model))
     results = {name: place.searched(spec) for name, spec in specs.items()}
     found = {name: result.configuration for name, result in results.items()}
     first = [(name, found[name]) for name in SHOWN[:-1]]
     compared = compare_over_seeds(
-        model,
-        place.report,
+        subject.model,
+        report,
         ComparisonRequest(
             pattern=parsed,
             configurations=first,
             methods=BASELINES,
         ),
-        {settings.seed: lambda: Calibrated(bundle=place.bundle, calibration=text.calibration)},
-        run=Run(device=str(model.device), progress=progress),
+        {settings.seed: lambda: opened},
+        run=place.run,
     )
     found["best"], row = place.pruned(found["best"], found["score"], folder / "pruned")
     compared = replace(

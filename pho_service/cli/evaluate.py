@@ -7,13 +7,11 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     at_least,
     check_models,
     device_options,
     json_option,
-    open_model,
-    report_text,
     text_source,
 )
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb, working
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
     from pho_service.models.loading import LanguageModel
     from pho_service.models.task_files import LoadedTasks
+    from pho_service.pipeline.rating import ReportText
     from pho_service.spec.fields import CalibrationSpec, TextSpec
     from pho_service.spec.tasks import TaskScore
 
@@ -58,8 +57,7 @@ def evaluate(
     given: Given,
     split: str | None,
     max_windows: int | None,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -82,10 +80,13 @@ def evaluate(
     check_models([model], given("revision"))
     measured = loaded_tasks is None or any(field in given.said for field in _TEXT)
     source = text_source(_measured_on(given, split), measured=True) if measured else None
-    loaded = open_model(model, ModelOptions.of(given, device, device_map))
+    loaded = inputs.model(model)
     document: dict[str, Any] = {"model": loaded.to_dict(), "device": str(loaded.device)}
     if source is not None:
-        document = {**_perplexity(loaded, how, source, max_windows), **document}
+        document = {
+            **_perplexity(loaded, inputs.report(loaded, source, how, max_windows), how),
+            **document,
+        }
     scores: Sequence[TaskScore] = ()
     if loaded_tasks is not None:
         from pho_service.pipeline.tasks import measure_tasks, tasks_document
@@ -151,18 +152,11 @@ def load_asked_tasks(given: Given) -> "LoadedTasks | None":
 
 
 def _perplexity(
-    loaded: "LanguageModel", how: "CalibrationSpec", source: Any, max_windows: int | None
+    loaded: "LanguageModel", text: "ReportText", how: "CalibrationSpec"
 ) -> dict[str, Any]:
     """The perplexity, with all that it depends on."""
     from pho_service.models.blockwise import measure_perplexity
 
-    text = report_text(
-        loaded,
-        source,
-        context_length=how.context_length,
-        bos=how.bos,
-        max_windows=max_windows,
-    )
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
     return {

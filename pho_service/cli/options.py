@@ -3,17 +3,20 @@ Options that several verbs share, and what they stand for.
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from pho_service.cli.terminal import progress, say, working
-from pho_service.errors import BundleError, InvalidInput
+from pho_service.errors import BundleError, InvalidInput, TextError
 from pho_service.host.usual_texts import USUAL_TEXTS
+from pho_service.pipeline.inputs import Calibrated, Inputs
+from pho_service.progress import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +24,11 @@ if TYPE_CHECKING:
     from pho_service.cli.document import Given
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
-    from pho_service.models.texts import TextSource
+    from pho_service.models.texts import Text, TextSource
+    from pho_service.pipeline.inputs import Cut
     from pho_service.pipeline.rating import ReportText
-    from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.calibration import CalibrationSettings
-    from pho_service.spec.fields import CalibrationSpec, TextSpec
+    from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
     from pho_service.spec.transfer import ReportSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,64 +47,49 @@ def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
-device_options = all_options(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option(
-        "--device-map",
-        type=click.Choice(["auto"]),
-        help="auto: put the model on all GPUs together, for models larger than one.",
-    ),
-)
 
+def device_options(function: F) -> F:
+    """The options of where a model runs; with those of its fields they become ``inputs``."""
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """
-    How a model is loaded.
-
-    Attributes:
-        revision: Revision of a hub model: branch, tag or commit.
-        dtype: ``auto``, or that of the weights.
-        stream: Whether the weights are left in their files.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        device_map: ``auto`` for all GPUs together.
-    """
-
-    revision: str | None = None
-    dtype: str = "auto"
-    stream: bool = False
-    device: str = "auto"
-    device_map: str | None = None
-
-    @classmethod
-    def of(cls, given: "Given", device: str, device_map: str | None) -> Self:
-        """From the options of a verb."""
-        return cls(
+    @functools.wraps(function)
+    def run(*args: Any, given: "Given", device: str, device_map: str | None, **kwargs: Any) -> Any:
+        inputs = Terminal(
             revision=given("revision"),
             dtype=given("dtype"),
             stream=given("stream"),
             device=device,
             device_map=device_map,
         )
+        return function(*args, given=given, inputs=inputs, **kwargs)
+
+    options = all_options(
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+        click.option(
+            "--device-map",
+            type=click.Choice(["auto"]),
+            help="auto: put the model on all GPUs together, for models larger than one.",
+        ),
+    )
+    return cast("F", options(run))
 
 
-def check_models(names: Sequence[str], revision: str | None = None) -> None:
-    """
-    See that models, or bundles of them, can be there, before torch is loaded and any long work.
-
-    Raises:
-        ModelError, BundleError, InvalidInput: One of them cannot.
-        ModuleNotFoundError: There is no torch, which is to be said before anything is looked up.
-    """
+def check_models(
+    names: Sequence[str], revision: str | None = None, text: str | None = None
+) -> None:
+    """See that models, bundles and a text file can be there, before any long work."""
     from pho_service.models.names import check_name
 
-    if find_spec("torch") is None:
+    if find_spec("torch") is None:  # said before anything is looked up
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
     for name in names:
         if is_bundle(name):
             check_bundle(name)
         else:
             check_name(name, revision)
+    if text is not None:
+        file_source(text)
 
 
 def check_bundle(name: str) -> None:
@@ -114,16 +102,7 @@ def check_bundle(name: str) -> None:
 
 
 def text_source(spec: "TextSpec", *, measured: bool = False) -> "TextSource":
-    """
-    The text that is named, of which the first row was read: before any long work.
-
-    Args:
-        spec: What names it.
-        measured: Whether perplexities are measured on it; otherwise a model is calibrated.
-
-    Raises:
-        TextError, InvalidInput: It cannot be read.
-    """
+    """The text that is named, to calibrate or to measure on; its first row was read."""
     from pho_service.models.texts import TextSource, check_text
 
     source = TextSource(
@@ -189,12 +168,7 @@ def report_options(function: F) -> F:
 
 
 def report_spec(said: Mapping[str, Any]) -> "ReportSpec | None":
-    """
-    The text to measure on that the options name; None if they name none.
-
-    Raises:
-        InvalidInput: They break a rule.
-    """
+    """The text to measure on that the options name; None if they name none."""
     from pydantic import ValidationError
 
     from pho_service.spec.transfer import ReportSpec
@@ -218,102 +192,111 @@ def is_bundle(name: str) -> bool:
     return Path(name).suffix == ".safetensors"
 
 
-def open_model(name: str, options: ModelOptions) -> "LanguageModel":
-    """Load a model as the options say."""
-    with working(f"Loading {name}"):
-        from transformers.utils.logging import disable_progress_bar
+@dataclass(frozen=True, kw_only=True)
+class Terminal(Inputs):
+    """Opens models as the options of a verb say, and says what it does."""
 
-        from pho_service.models.loading import load_model
+    revision: str | None = None
+    dtype: str = "auto"
+    stream: bool = False
+    device: str = "auto"
+    device_map: str | None = None
+    cache_dir: Path | None = None  # of bundles; by default that of the settings
 
-        disable_progress_bar()  # ours is shown
-        return load_model(
-            name,
-            revision=options.revision,
-            device=options.device,
-            dtype=options.dtype,
-            stream=options.stream,
-            device_map=options.device_map,
-        )
+    def run(self, model: "LanguageModel | None" = None) -> Run:
+        """What a verb runs with: where the model is, or else where the options say."""
+        from pho_service.models.devices import pick_device
 
+        device = pick_device(self.device) if model is None else model.device
+        return Run(device=str(device), progress=progress)
 
-def read_calibration_text(
-    model: "LanguageModel", source: "TextSource", settings: "CalibrationSettings"
-) -> "CalibrationText":
-    """The calibration windows; says so if the text had fewer than asked for."""
-    from pho_service.models.calibration import calibration_text
+    def model(self, name: str) -> "LanguageModel":
+        """Load a model."""
+        with working(f"Loading {name}"):
+            from transformers.utils.logging import disable_progress_bar
 
-    with working(f"Reading {source}"):
-        text = calibration_text(model, source, settings)
-    if len(text.calibration) < settings.samples:
-        say(
-            f"The text fills {len(text.calibration)} windows of {settings.context_length} tokens, "
-            f"fewer than the {settings.samples} asked for: all of it is used."
-        )
-    return text
+            from pho_service.models.loading import load_model
 
+            disable_progress_bar()  # ours is shown
+            return load_model(
+                name,
+                revision=self.revision,
+                device=self.device,
+                dtype=self.dtype,
+                stream=self.stream,
+                device_map=self.device_map,
+            )
 
-def open_bundle(
-    model: "LanguageModel", text: "CalibrationText", settings: "CalibrationSettings"
-) -> "ProxyBundle":
-    """Calibrate, or take the bundle from the cache."""
-    from pho_service.host.settings import Settings
-    from pho_service.pipeline.bundles import cached_bundle
+    def windows(
+        self, model: "LanguageModel", source: "Text", settings: "CalibrationSettings"
+    ) -> "CalibrationText":
+        """Says so if the text had fewer windows than asked for."""
+        with working(f"Reading {source}"):
+            text = super().windows(model, source, settings)
+        if len(text.calibration) < settings.samples:
+            say(
+                f"The text fills {len(text.calibration)} windows of {settings.context_length} "
+                f"tokens, fewer than the {settings.samples} asked for: all of it is used."
+            )
+        return text
 
-    return cached_bundle(model, text, settings, Settings().cache_dir, progress)
+    def report(
+        self,
+        model: "LanguageModel",
+        source: "Text",
+        how: "Cut",
+        most: int | None,
+        unlike: "Tensor | None" = None,
+    ) -> "ReportText":
+        """Says what is read."""
+        with working(f"Reading {source}"):
+            return super().report(model, source, how, most, unlike)
 
-
-def report_text(
-    model: "LanguageModel",
-    source: "TextSource",
-    *,
-    context_length: int,
-    bos: str,
-    max_windows: int | None,
-    unlike: "Tensor | None" = None,
-) -> "ReportText":
-    """A text, cut for perplexity; without what overlaps with the windows ``unlike``."""
-    from pho_service.models.texts import read_windows
-    from pho_service.pipeline.rating import ReportText
-
-    with working(f"Reading {source}"):
-        windows, record = read_windows(
-            model,
-            source,
-            context_length=context_length,
-            bos=bos,
-            max_windows=max_windows,
-            unlike=unlike,
-        )
-    return ReportText(windows=windows, record=record)
-
-
-def confirm_text(
-    model: "LanguageModel",
-    text: "CalibrationText",
-    path: str | None,
-    settings: "CalibrationSettings",
-    max_windows: int,
-) -> "ReportText | None":
-    """
-    The windows to confirm on: of ``path``, or those that calibration left of its own text.
-
-    None of them overlaps with the calibration's. None, with a sentence, if there are none.
-    """
-    from pho_service.pipeline.rating import ReportText
-
-    if path is not None:
-        return report_text(
-            model,
-            file_source(path),
-            context_length=settings.context_length,
-            bos=settings.bos,
-            max_windows=max_windows,
-            unlike=text.calibration,
-        )
-    if len(text.held_out) == 0:
+    def nothing_left(self) -> None:
+        """Says which option gives a text."""
         say("The text has no windows left beside the calibration. Give --confirm-text.")
-        return None
-    return ReportText(windows=text.held_out[:max_windows], record=text.record)
+
+    def calibrated(
+        self,
+        model: "LanguageModel | str",
+        source: "TextSource",
+        settings: "CalibrationSettings",
+        confirm: "ConfirmSpec | None" = None,
+        *,
+        why: str = "",
+        check: "Callable[[LanguageModel], None]" = lambda _: None,
+    ) -> Calibrated:
+        """
+        Load a model unless it is, read its texts, and calibrate it or take what is in the cache.
+
+        ``check`` sees the model before its text is read; ``why`` is raised if there is no text to
+        confirm on.
+        """
+        from pho_service.host.settings import Settings
+        from pho_service.pipeline.bundles import bundle_path, cached_bundle
+
+        loaded = self.model(model) if isinstance(model, str) else model
+        check(loaded)
+        text = self.windows(loaded, source, settings)
+        confirmed = None
+        if confirm is not None:
+            other = None if confirm.text is None else file_source(confirm.text)
+            confirmed = self.confirmation(loaded, other, settings, confirm.windows, text)
+            if confirmed is None and why:
+                raise TextError(why)
+        cache_dir = self.cache_dir or Settings().cache_dir
+        kept = bundle_path(cache_dir, text.bundle_key).is_file()
+        started = time.monotonic()
+        bundle = cached_bundle(loaded, text, settings, cache_dir, progress)
+        return Calibrated(
+            bundle=bundle,
+            name=loaded.name,
+            model=loaded,
+            calibration=text.calibration,
+            confirm=confirmed,
+            left=len(text.held_out),
+            seconds=None if kept else round(time.monotonic() - started, 3),
+        )
 
 
 def at_least(least: int, **values: int | None) -> None:

@@ -123,12 +123,11 @@ def _show(found: PlanAnswer, name: str) -> None:
         f"rates {rates}; windows of the calibration: {how}"
         f"{', blocks run twice' if found.recompute and not found.stream else ''}",
     )
-    if found.pruned is not None:
-        saved, packed = found.pruned.saved_bytes / GIB, found.pruned.packed_bytes / GIB
-        click.echo(
-            f"The pruned model takes {saved:.2f} GiB on a disk, and about {packed:.2f} GiB once it "
-            "is packed."
-        )
+    saved, packed = found.pruned.saved_bytes / GIB, found.pruned.packed_bytes / GIB
+    click.echo(
+        f"The pruned model takes {saved:.2f} GiB on a disk, and about {packed:.2f} GiB once it is "
+        "packed."
+    )
     if found.fits:
         click.echo("It fits.")
         return

@@ -13,29 +13,24 @@ from pho_service.cli.library import (
     library_option,
 )
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_bundle,
     check_models,
     device_options,
     json_option,
-    open_bundle,
-    open_model,
-    read_calibration_text,
 )
 from pho_service.cli.prune_source import Source, given_configuration
 from pho_service.cli.push import public_option, push_folder
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
 from pho_service.errors import InvalidInput, ModelError
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.spec.pattern import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
     from pho_service.models.loading import LanguageModel
-    from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.fields import CalibrationSpec
 
@@ -104,8 +99,7 @@ def prune(
     public: bool,
     bundle_path: str | None,
     check_path: str | None,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -144,7 +138,6 @@ def prune(
     named = {given.names[path]: path for path in given.said if path.startswith("steps/linears/")}
     of_library = {"--library": library, "--force": force or None}
     asked = {**of_library, "--pattern": pattern, "--scope": scope, **named}
-    options = ModelOptions.of(given, device, device_map)
     if check_path:
         asked["--deployable"] = given("steps/deployable")
         others = {**chosen, **asked, "--out": out, "--push": repository, "--bundle": bundle_path}
@@ -153,7 +146,7 @@ def prune(
             raise InvalidInput(
                 f"--check takes a folder and prunes nothing: leave {', '.join(too_many)} out."
             )
-        _check(Path(check_path), model, as_json, options)
+        _check(Path(check_path), model, as_json, inputs)
         return
     if not (model and out) or sum(value is not None for value in chosen.values()) != 1:
         raise InvalidInput(
@@ -181,7 +174,7 @@ def prune(
         calibration=given.calibration(),
         named=bool({"calibration/text", "calibration/dataset"} & {*given.said}),
     )
-    _prune(model, source, Path(out), statistics, as_json, options)
+    _prune(model, source, Path(out), statistics, as_json, inputs)
     if repository is not None:
         push_folder(Path(out), repository, public, as_json=False)
 
@@ -228,43 +221,44 @@ def _prune(
     folder: Path,
     statistics: _Statistics,
     as_json: bool,
-    options: ModelOptions,
+    inputs: Terminal,
 ) -> None:
     from pho_service.host.files import check_free
     from pho_service.pipeline.prune import orders_in_words, prune_job
     from pho_service.pruning.reconstruction import summary
 
     check_free(folder)
-    check_models([name], options.revision)
+    check_models([name], inputs.revision)
     if statistics.bundle is not None:
         check_bundle(statistics.bundle)
     found = None
     if source.configuration is None:
         check_library(source.library, str(source.pattern), source.scope)
-        model = open_model(name, options)
+        model = inputs.model(name)
         promising = _prunable(source.of_library(model), statistics)
         configurations = [each.configuration for each in promising]
-        loaded, bundle, calibration = _inputs(name, model, statistics, configurations, options)
-        found = source.chosen(promising, loaded, bundle)
+        opened = _opened(model, statistics, configurations, inputs)
+        found = source.chosen(promising, model, opened.bundle)
         configuration = found.configuration
     else:
         configuration = source.configuration
-        loaded, bundle, calibration = _inputs(name, None, statistics, [configuration], options)
+        opened = _opened(name, statistics, [configuration], inputs)
         key = configuration.calibration.get("key")
-        if key and key != bundle.key:
+        if key and key != opened.bundle.key:
             say(
                 "Note: these statistics are not those of the search (other text, settings, model "
                 "or versions), so the perplexity may differ from the one in the configuration."
             )
     if source.deployable:
         configuration = configuration.deployable()
+    assert opened.model is not None
     result = prune_job(
-        loaded,
-        bundle,
+        opened.model,
+        opened.bundle,
         configuration,
         folder,
         origin=found.origin if found else None,
-        calibration=calibration,
+        calibration=opened.calibration,
         progress=progress,
     )
     if as_json:
@@ -294,39 +288,25 @@ def _prunable(found: "list[Found]", statistics: _Statistics) -> "list[Found]":
     return without or found
 
 
-def _inputs(
-    name: str,
-    model: "LanguageModel | None",
+def _opened(
+    model: "LanguageModel | str",
     statistics: _Statistics,
     configurations: "Sequence[Configuration]",
-    options: ModelOptions,
-) -> "tuple[LanguageModel, ProxyBundle, Tensor | None]":
-    """
-    The model, its statistics, and the calibration windows if there is a text.
-
-    Args:
-        name: Name of the model.
-        model: If it is loaded already.
-        statistics: Where they come from.
-        configurations: One of them will be pruned with; a library's are rated by the proxy, so a
-            new bundle must have their kernel sizes.
-        options: How the model is loaded.
-    """
+    inputs: Terminal,
+) -> "Calibrated":
+    """The model, its statistics, and the calibration windows if there is a text."""
     from pho_service.models.bundle_file import read_bundle
 
     settings = statistics.calibration.settings()
-    if model is not None:
+    if not isinstance(model, str):  # the proxy rates what a library has
         sizes = {each.coefficients.kernel_size for each in configurations}
         missing = sorted(sizes - {*settings.kernel_sizes})
         settings = replace(settings, kernel_sizes=(*settings.kernel_sizes, *missing))
     needs_text = any(each.candidate().steps.needs_text for each in configurations)
     named = statistics.named
     if statistics.bundle is None:
-        source = calibration_source(statistics.calibration)
-        loaded = model or open_model(name, options)
-        text = read_calibration_text(loaded, source, settings)
-        return loaded, open_bundle(loaded, text, settings), text.calibration
-    if named and not (needs_text or options.stream):  # streamed ones needed it once
+        return inputs.calibrated(model, calibration_source(statistics.calibration), settings)
+    if named and not (needs_text or inputs.stream):  # streamed ones needed it once
         raise InvalidInput("--bundle and a text are both given. Give one of them.")
     if needs_text and not named:
         raise InvalidInput(
@@ -335,14 +315,15 @@ def _inputs(
             "What --preset score finds needs none."
         )
     bundle = read_bundle(Path(statistics.bundle))
-    if not named:
-        return model or open_model(name, options), bundle, None
-    source = calibration_source(statistics.calibration)
-    loaded = model or open_model(name, options)
-    return loaded, bundle, read_calibration_text(loaded, source, settings).calibration
+    source = calibration_source(statistics.calibration) if named else None
+    loaded = inputs.model(model) if isinstance(model, str) else model
+    text = None if source is None else inputs.windows(loaded, source, settings)
+    return Calibrated(
+        bundle=bundle, model=loaded, calibration=None if text is None else text.calibration
+    )
 
 
-def _check(folder: Path, original: str | None, as_json: bool, options: ModelOptions) -> None:
+def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) -> None:
     from dataclasses import asdict
 
     from transformers.utils.logging import disable_progress_bar
@@ -354,10 +335,10 @@ def _check(folder: Path, original: str | None, as_json: bool, options: ModelOpti
     disable_progress_bar()  # ours is shown
     loaded = None
     if original is not None:
-        if options.dtype == "auto":  # the hash of the original's weights depends on it
+        if inputs.dtype == "auto":  # the hash of the original's weights depends on it
             with small_files(folder) as small:
-                options = replace(options, dtype=read_recipe(small).model.dtype)
-        loaded = open_model(original, options)
+                inputs = replace(inputs, dtype=read_recipe(small).model.dtype)
+        loaded = inputs.model(original)
     checks = check_folder(folder, original=loaded, progress=progress)
     if as_json:
         shown = [{**asdict(check), "skipped": check.skipped} for check in checks]

@@ -1,9 +1,9 @@
 """`pho search`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,31 +11,21 @@ from pho_service.cli import warm_start
 from pho_service.cli import within as within_target
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_models,
-    confirm_text,
     device_options,
-    file_source,
     is_bundle,
     json_option,
-    open_bundle,
-    open_model,
     out_file,
-    read_calibration_text,
 )
-from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.cli.terminal import print_json, say, verb
 from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
-from pho_service.progress import Run
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.spec.job_options import OF_A_SERVICE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.rating import ReportText
-    from pho_service.pipeline.search import Bundles
     from pho_service.pipeline.target import TargetFound
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.job import JobSpec
@@ -71,8 +61,7 @@ def search(
     step: float | None,
     lowest: float | None,
     highest: float | None,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -103,34 +92,32 @@ def search(
 
     path = out_file(out)
     check_study_url(study)
-    check_models(models, given("revision"))
-    if given("confirm/text") is not None and len(models) == 1:  # several take none
-        file_source(given("confirm/text"))
+    text = given("confirm/text") if len(models) == 1 else None  # several take none
+    check_models(models, given("revision"), text)
     bounds = {"step": step, "lowest": lowest, "highest": highest}
     target = within_target.given_target(within, given, bounds)
     if target is not None:
-        options = ModelOptions.of(given, device, device_map)
-        _finish_target(
-            within_target.search_within(models, given, target, study, options), path, study, as_json
-        )
+        answer = within_target.search_within(models, given, target, study, inputs)
+        _finish_target(answer, path, study, as_json)
         return
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
     request = replace(spec.request(0), warm_start=tuple(warm_start.of_files(given, spec)))
-    subject = _subject(spec, given, bundles, ModelOptions.of(given, device, device_map))
-    found = warm_start.of_libraries(given, request.pattern, subject.about)
+    bundles, opened = _opened(spec, given, bundles, inputs)
+    about = {} if spec.more_models else bundles[spec.model].provenance.get("model", {})
+    found = warm_start.of_libraries(given, request.pattern, about)
     request = replace(request, warm_start=(*request.warm_start, *found))
-    with opened_study(study, request, subject.bundles, subject.confirm) as record:
+    with opened_study(study, request, bundles, opened.confirm) as record:
         keep_record(record, DOCUMENT, spec.model_dump(mode="json"))
         keep_record(record, WARM, given("warm_start/found") or [])
         result = search_job(
             request,
-            subject.bundles,
+            bundles,
             study=record,
-            model=subject.model,
-            confirm_text=subject.confirm,
-            calibration=subject.calibration,
-            run=Run(device=subject.device, progress=progress),
+            model=opened.model,
+            confirm_text=opened.confirm,
+            calibration=opened.calibration,
+            run=inputs.run(opened.model),
         )
     _finish(result, path, study, as_json)
 
@@ -167,65 +154,22 @@ def _asked(
     return given.job(document)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """
-    Models, texts and bundles of a search.
-
-    Attributes:
-        bundles: Bundles of the model, or of several by their names.
-        about: The model, as it describes itself; of several nothing.
-        device: For the proxies.
-        model: If there is one, to measure perplexities.
-        confirm: The text to measure them on.
-        calibration: The windows that the bundle was made of.
-    """
-
-    bundles: "Bundles"
-    about: Mapping[str, Any]
-    device: str
-    model: "LanguageModel | None" = None
-    confirm: "ReportText | None" = None
-    calibration: "Tensor | None" = None
-
-
-def _subject(
-    spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", options: ModelOptions
-) -> _Subject:
-    """The models of a search, loaded and calibrated unless they are bundles."""
-    from pho_service.models.devices import pick_device
-
+def _opened(
+    spec: "JobSpec", given: Given, bundles: "dict[str, ProxyBundle]", inputs: Terminal
+) -> "tuple[dict[str, ProxyBundle], Calibrated]":
+    """The bundles of a search, made of the models that are none; and its only model, if it has."""
     if spec.models == [*bundles]:
-        device = str(pick_device(options.device))
-        if spec.more_models:
-            return _Subject(bundles=bundles, about={}, device=device)
-        bundle = bundles[spec.model]
-        return _Subject(bundles=bundle, about=bundle.provenance.get("model", {}), device=device)
-    source, settings = calibration_source(spec.calibration), given.calibration().settings()
-    if not spec.more_models:
-        model = open_model(spec.model, options)
-        text = read_calibration_text(model, source, settings)
-        confirm = None
-        if spec.confirm is not None:
-            windows = spec.confirm.windows
-            confirm = confirm_text(model, text, spec.confirm.text, settings, windows)
-        return _Subject(
-            bundles=open_bundle(model, text, settings),
-            about=model.to_dict(),
-            device=str(model.device),
-            model=model,
-            confirm=confirm,
-            calibration=text.calibration,
-        )
-    found = {**bundles}
+        return bundles, Calibrated(bundle=bundles[spec.model])
+    found, source = {**bundles}, calibration_source(spec.calibration)
+    settings, alone = given.calibration().settings(), not spec.more_models
     for name in spec.models:
         if name not in bundles:
-            model = open_model(name, options)
-            text = read_calibration_text(model, source, settings)
-            found[name] = open_bundle(model, text, settings)
-            del model  # two may not fit
-    in_order = {name: found[name] for name in spec.models}
-    return _Subject(bundles=in_order, about={}, device=str(pick_device(options.device)))
+            opened = inputs.calibrated(name, source, settings, spec.confirm if alone else None)
+            found[name] = opened.bundle
+            if alone:
+                return found, opened
+            del opened  # two may not fit
+    return {name: found[name] for name in spec.models}, Calibrated(bundle=found[spec.model])
 
 
 def _finish(result: "SearchResult", path: Path, study: str, as_json: bool) -> None:

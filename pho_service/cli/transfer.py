@@ -10,28 +10,22 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     at_least,
     calibration_source,
     check_models,
-    confirm_text,
     device_options,
-    file_source,
     is_bundle,
     json_option,
-    open_bundle,
-    open_model,
     out_file,
-    read_calibration_text,
     report_options,
     report_spec,
-    report_text,
     text_source,
 )
 from pho_service.cli.plots import plot_file, plot_transfer
-from pho_service.cli.terminal import print_json, print_table, progress, say, verb
+from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.errors import InvalidInput
-from pho_service.progress import Run
+from pho_service.pipeline.inputs import Calibrated
 
 if TYPE_CHECKING:
     from pho_service.pipeline.transfer import Transfer
@@ -79,8 +73,7 @@ def transfer(
     study: str,
     out: str,
     plot: str | None,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -100,16 +93,15 @@ def transfer(
           --text book.txt --report-text other.txt --search
     """
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.models.devices import pick_device
     from pho_service.pipeline.studies import check_study_url
     from pho_service.pipeline.transfer import (
-        Target,
         check_configuration,
         own_search,
         transfer_job,
         transfer_key,
     )
     from pho_service.spec.configuration import read_configuration
+    from pho_service.spec.fields import ConfirmSpec
     from pho_service.spec.samplers import SearchOptions
 
     path = out_file(out)
@@ -121,7 +113,6 @@ def transfer(
     check_configuration(configuration, found, pattern, scope)
     calibration = given.calibration()
     settings = calibration.settings()
-    options = ModelOptions.of(given, device, device_map)
     if found.coefficients.kernel_size not in settings.kernel_sizes:
         sizes = (*settings.kernel_sizes, found.coefficients.kernel_size)
         settings = replace(settings, kernel_sizes=sizes)
@@ -137,44 +128,27 @@ def transfer(
             "Give --report-text or --report-dataset, or a bundle instead of the model: then only "
             "proxies are compared."
         )
-    check_models(models, given("revision"))
-    if given("confirm/text") is not None:
-        file_source(given("confirm/text"))
+    check_models(models, given("revision"), given("confirm/text"))
     if whole and measured_on is not None:
         report_source = text_source(measured_on, measured=True)
         source = calibration_source(calibration)
+    confirm = None
+    if request is not None:
+        confirm = ConfirmSpec(text=given("confirm/text"), windows=confirm_windows)
     document = _Document.open(path, configuration, found)
     shown = []
 
     def measured(name: str) -> dict[str, Any]:
         """Measure one model, and release it before the next is loaded: two may not fit."""
         if is_bundle(name):
-            run = Run(device=str(pick_device(options.device)), progress=progress)
-            target = Target(name=name, bundle=read_bundle(Path(name)))
+            target = Calibrated(name=name, bundle=read_bundle(Path(name)))
         else:
             assert measured_on is not None  # it is a model
-            model = open_model(name, options)
-            run = Run(device=str(model.device), progress=progress)
-            text = read_calibration_text(model, source, settings)
-            confirm = None
-            if request is not None:
-                confirm = confirm_text(
-                    model, text, given("confirm/text"), settings, confirm_windows
-                )
-            target = Target(
-                name=name,
-                model=model,
-                bundle=open_bundle(model, text, settings),
-                calibration=text.calibration,
-                confirm=confirm,
-                report=report_text(
-                    model,
-                    report_source,
-                    context_length=settings.context_length,
-                    bos=settings.bos,
-                    max_windows=measured_on.windows,
-                ),
-            )
+            target = inputs.calibrated(name, source, settings, confirm)
+            assert target.model is not None
+            text = inputs.report(target.model, report_source, settings, measured_on.windows)
+            target = replace(target, report=text)
+        run = inputs.run(target.model)
         return document.known(transfer_key(target, found, request)) or document.add(
             transfer_job(target, found, search=request, study_url=study, run=run)
         )

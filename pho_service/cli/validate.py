@@ -8,20 +8,14 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
-    ModelOptions,
+    Terminal,
     calibration_source,
     check_models,
-    confirm_text,
     device_options,
-    file_source,
     json_option,
-    open_bundle,
-    open_model,
-    read_calibration_text,
 )
 from pho_service.cli.plots import plot_file, plot_validation
-from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.progress import Run
+from pho_service.cli.terminal import print_json, print_table, say, verb
 from pho_service.spec.objective import Objective
 
 if TYPE_CHECKING:
@@ -46,8 +40,7 @@ def validate(
     model: str,
     given: Given,
     plot: str | None,
-    device: str,
-    device_map: str | None,
+    inputs: Terminal,
     as_json: bool,
 ) -> None:
     """
@@ -63,7 +56,6 @@ def validate(
       pho validate HuggingFaceTB/SmolLM2-135M --pattern 0.5 --text book.txt \\
           --candidates 40 --plot proxy.html
     """
-    from pho_service.errors import TextError
     from pho_service.pipeline.validate import validate_job
 
     plot_path = plot_file(plot) if plot else None
@@ -71,28 +63,22 @@ def validate(
     confirm, validation, parsed = spec.confirm, spec.validation, spec.pruning()
     assert confirm is not None  # the document says so
     assert validation is not None
-    check_models([model], given("revision"))
-    if confirm.text is not None:
-        file_source(confirm.text)
+    check_models([model], given("revision"), confirm.text)
     space = spec.plan(0).space  # of the preset, with its allocation
     settings, source = spec.calibration.settings(), calibration_source(spec.calibration)
-    loaded = open_model(model, ModelOptions.of(given, device, device_map))
-    text = read_calibration_text(loaded, source, settings)
-    rating_text = confirm_text(loaded, text, confirm.text, settings, confirm.windows)
-    if rating_text is None:
-        raise TextError("there is no text to measure perplexity on. Give --confirm-text.")
-    bundle = open_bundle(loaded, text, settings)
+    why = "there is no text to measure perplexity on. Give --confirm-text."
+    subject = inputs.calibrated(model, source, settings, confirm, why=why).subject
     result = validate_job(
-        loaded,
-        bundle,
-        rating_text,
+        subject.model,
+        subject.bundle,
+        subject.text,
         parsed,
         linears=spec.request(0).steps.linears,
         bounds={field.name: getattr(space, field.name) for field in fields(space)},
         count=validation.candidates,
         seed=validation.seed,
-        calibration=text.calibration,
-        run=Run(device=str(loaded.device), progress=progress),
+        calibration=subject.calibration,
+        run=inputs.run(subject.model),
     )
     if plot_path:
         plot_validation(result, plot_path, f"{Path(model).name} at {parsed}")
@@ -112,15 +98,15 @@ def validate(
                     }
                     for i, candidate in enumerate(result.candidates)
                 ],
-                "text": rating_text.to_dict(),
-                "model": loaded.to_dict(),
+                "text": subject.text.to_dict(),
+                "model": subject.model.to_dict(),
                 "seed": validation.seed,
-                "calibration": bundle.provenance,
+                "calibration": subject.bundle.provenance,
                 "warning": _warning(result),
             }
         )
     else:
-        _show(result, f"{Path(loaded.name).name} at {parsed}, scope {parsed.scope.value}")
+        _show(result, f"{Path(subject.model.name).name} at {parsed}, scope {parsed.scope.value}")
     warning = _warning(result)
     if warning:
         say(warning)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.curve import OpenedCurve, show_points
+from pho_service.cli.curve import open_curve, opened_points, show_points
 from pho_service.cli.document import Given
-from pho_service.cli.options import ModelOptions, all_options
+from pho_service.cli.options import Terminal, all_options
 from pho_service.cli.terminal import tell
 from pho_service.errors import InvalidInput
 from pho_service.spec.curve import HIGHEST, LOWEST, STEP, Target, parse_rise
@@ -81,7 +81,7 @@ def search_within(
     given: Given,
     target: Target,
     study: str,
-    options: ModelOptions,
+    inputs: Terminal,
 ) -> "TargetFound":
     """
     Find the highest sparsity that is within a target.
@@ -110,8 +110,8 @@ def search_within(
     specs = {each: _spec(models[0], given, each) for each in target.sparsities}
     requests: dict[float, SearchRequest] = {s: spec.request(0) for s, spec in specs.items()}
     of_all = [*requests.values()]
-    opened = OpenedCurve.of(specs[target.sparsities[0]], given, of_all, options)
-    with opened.points(study, [*specs.values()]) as (points, _):
+    opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
+    with opened_points(opened, study, [*specs.values()], inputs) as (points, _):
         return target_job(points, target, requests.__getitem__)
 
 

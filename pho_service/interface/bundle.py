@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pho_service.errors import InvalidInput
+from pho_service.interface.asked import arguments
 from pho_service.interface.models import Model, opened
 from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import length_of, text_of
@@ -17,12 +18,10 @@ from pho_service.models.calibration import calibrate as make_bundle
 from pho_service.models.given_texts import GivenWindows
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.calibration import Bos, CalibrationSettings
+from pho_service.spec.calibration import CalibrationSettings
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
-
-_DEFAULT = CalibrationSettings()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -66,30 +65,12 @@ class Bundle(Shown, ProxyBundle):
         )
 
 
-def calibrate(
-    model: Model,
-    tokenizer: Any,
-    texts: "Texts",
-    *,
-    samples: int = _DEFAULT.samples,
-    context_length: int | None = None,
-    fisher_samples: int | None = _DEFAULT.fisher_samples,
-    rows_per_layer: int = _DEFAULT.rows_per_layer,
-    projection_rows: int = _DEFAULT.projection_rows,
-    kernel_sizes: tuple[int, ...] = _DEFAULT.kernel_sizes,
-    bos: Bos = _DEFAULT.bos,
-    seed: int = _DEFAULT.seed,
-    mixed_precision: bool = _DEFAULT.mixed_precision,
-    memory_bytes: int | None = _DEFAULT.memory_bytes,
-    progress: bool = False,
-) -> Bundle:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrateArguments(CalibrationSettings):
     """
-    Run a dense model once over a text, and keep what a search needs of it.
+    Arguments of ``pho.calibrate``.
 
-    The model stays as it is. The same model, text and settings give the bundle of
-    `pho calibrate`.
-
-    Args:
+    Attributes:
         model: A model of transformers in memory, on any device; or a folder, a hub id or a .gguf
             file, which is loaded for this call.
         tokenizer: The model's own. None where texts are token windows, or where the model is
@@ -99,18 +80,37 @@ def calibrate(
             context_length), whole numbers, which are taken in their order.
         samples: Windows of text for the forward pass; fewer if the text is short.
         context_length: Tokens of a window; None is 2048, or the length of windows that are given.
-        fisher_samples: Windows that are run backward too; None is a quarter of ``samples``.
-        rows_per_layer: Output rows of each linear that the bundle keeps; 0 keeps all.
-        projection_rows: Rows of the random projection of the activations; 0 keeps the full Gram
-            matrix.
-        kernel_sizes: Windows that candidates may use, odd.
         bos: Whether windows start with BOS: ``auto`` (as the tokenizer does), ``always``,
             ``never``. Windows that are given as tokens are not changed.
-        seed: Seed of the text sample, the row sample and the projection.
-        mixed_precision: Matrix products of a float32 model are in bfloat16.
-        memory_bytes: What the model's device may have in use at the peak, the model included;
-            None is a GPU's free memory, and no limit on a CPU.
         progress: Show a bar on stderr.
+    """
+
+    model: Model = field(kw_only=False)
+    tokenizer: Any = field(kw_only=False)
+    texts: "Texts" = field(kw_only=False)
+    context_length: int | None = None  # type: ignore[assignment]  # until the texts are seen
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Leave the checks to :meth:`settings`."""
+
+    def settings(self, **known: Any) -> CalibrationSettings:
+        """The settings alone, with what the texts say."""
+        given = {each.name: getattr(self, each.name) for each in fields(CalibrationSettings)}
+        length = length_of(self.texts, self.context_length, CalibrationSettings.context_length)
+        sizes = tuple(self.kernel_sizes)
+        return CalibrationSettings(
+            **{**given, "context_length": length, "kernel_sizes": sizes, **known}
+        )
+
+
+@arguments(CalibrateArguments)
+def calibrate(asked: CalibrateArguments) -> Bundle:
+    """
+    Run a dense model once over a text, and keep what a search needs of it.
+
+    The model stays as it is. The same model, text and settings give the bundle of
+    `pho calibrate`.
 
     Raises:
         InvalidInput: A setting breaks a rule; or the model is in training mode, has hooks or
@@ -120,29 +120,18 @@ def calibrate(
         NumericalError: A weight, an activation or a gradient is NaN or infinite.
         OutOfMemory: It does not fit.
     """
-    source = text_of(texts)
-    if isinstance(source, GivenWindows):
-        if bos == "always":
-            raise InvalidInput(
-                "bos='always' has no effect on windows that are given as tokens. Put BOS into "
-                "them, or give the text."
-            )
-        bos = "never"  # nothing is put before them
-    settings = CalibrationSettings(
-        samples=samples,
-        context_length=length_of(texts, context_length, _DEFAULT.context_length),
-        fisher_samples=fisher_samples,
-        rows_per_layer=rows_per_layer,
-        projection_rows=projection_rows,
-        kernel_sizes=tuple(kernel_sizes),
-        bos=bos,
-        seed=seed,
-        mixed_precision=mixed_precision,
-        memory_bytes=memory_bytes,
-    )
-    loaded = opened(model, tokenizer)
+    source = text_of(asked.texts)
+    given = isinstance(source, GivenWindows)
+    if given and asked.bos == "always":
+        raise InvalidInput(
+            "bos='always' has no effect on windows that are given as tokens. Put BOS into "
+            "them, or give the text."
+        )
+    # Nothing is put before windows that are given.
+    settings = asked.settings(bos="never") if given else asked.settings()
+    loaded = opened(asked.model, asked.tokenizer)
     text = calibration_text(loaded, source, settings)
-    bundle = make_bundle(loaded, text, settings, bars(progress))
+    bundle = make_bundle(loaded, text, settings, bars(asked.progress))
     parts = {part.name: getattr(bundle, part.name) for part in fields(bundle)}
     # As its file has it, so that what comes of it has the bytes of the command line.
     parts["provenance"] = json.loads(json.dumps(bundle.provenance, sort_keys=True))

@@ -4,31 +4,22 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 
 from pho_service.errors import TextError
 from pho_service.host.files import new_file, write_json
-from pho_service.interface.asked import (
-    Asked,
-    Given,
-    Patterns,
-    Sparsities,
-    given_linears,
-)
+from pho_service.interface.asked import Given, SearchArguments, arguments
 from pho_service.interface.models import (
     Model,
-    check_dense,
-    check_prefix,
-    opened,
     opened_bundle,
     run_on,
 )
 from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibration_windows, confirmation_text
+from pho_service.interface.texts import calibrated, opened_for
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
@@ -43,17 +34,11 @@ from pho_service.pipeline.search import memory_study, opened_study
 from pho_service.pipeline.studies import check_study_url
 from pho_service.pipeline.target import TargetFound, target_job
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
-from pho_service.spec.objective import Objective, ObjectiveName, Weighting
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import DEFAULT_PRESET
+from pho_service.spec.samplers import Sampler
 from pho_service.tuning.request import SearchRequest
 
-if TYPE_CHECKING:
-    from pho_service.interface.texts import Texts
-
 _ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
-_OBJECTIVE = Objective()
-_WINDOWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -116,107 +101,92 @@ class Within(Shown, TargetFound):
         )
 
 
-def curve(
-    bundle: Given,
-    patterns: Sequence[str | float | Pattern],
-    *,
-    model: Model,
-    tokenizer: Any = None,
-    confirm: "Texts | None" = None,
-    texts: "Texts | None" = None,
-    scope: str | None = None,
-    preset: str = DEFAULT_PRESET,
-    objective: ObjectiveName = _OBJECTIVE.name,
-    weighting: Weighting = _OBJECTIVE.weighting,
-    space: Mapping[str, Any] | None = None,
-    steps: Mapping[str, Any] | None = None,
-    targets: Patterns = (),
-    ignore: Patterns = (),
-    sparsities: Sparsities | None = None,
-    sampler: str = "cmaes",
-    trials: int = _ASKED.trials,
-    seed: int = _ASKED.seed,
-    finalists: int = CURVE_FINALISTS,
-    corrections: int = _ASKED.corrections,
-    confirm_windows: int = _WINDOWS,
-    study: str | None = None,
-    progress: bool = False,
-) -> Curve:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PointsArguments(SearchArguments):
+    """
+    Arguments of functions that search at several sparsities.
+
+    Attributes:
+        bundle: What ``pho.calibrate`` gave, or the path of its file.
+        model: That of the bundle, in memory or by its name.
+        sampler: A name; an object of Optuna would carry what it learnt into the next point.
+        finalists: How many found candidates of each point are confirmed, beside the baselines.
+        study: URL of a database for the studies, where an interrupted curve goes on; None keeps
+            them in memory.
+    """
+
+    bundle: Given = field(kw_only=False)
+    model: Model
+    sampler: Sampler = "cmaes"
+    finalists: int = _ASKED.finalists
+    study: str | None = None
+
+    def request(self, pattern: str | float | Pattern, **more: Any) -> SearchRequest:
+        """The request of one point."""
+        return super().request(pattern, sampler=self.sampler, finalists=self.finalists, **more)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CurveArguments(PointsArguments):
+    """
+    Arguments of ``pho.curve``.
+
+    Attributes:
+        patterns: Shares of the weights to remove and N:M: ``[0.3, 0.5, 0.7, "2:4"]``.
+        scope: Scope of the ratios: ``row``, ``layer`` or ``global``; N:M has only ``row``.
+    """
+
+    patterns: Sequence[str | float | Pattern] = field(kw_only=False)
+    finalists: int = CURVE_FINALISTS
+
+
+@arguments(CurveArguments)
+def curve(asked: CurveArguments) -> Curve:
     """
     Search at several sparsities, and measure each beside the dense model, Wanda and RIA.
 
     The model is left dense. Each point is what ``pho.search`` finds in its pattern with the same
     options.
 
-    Args:
-        bundle, tokenizer, confirm, texts: As of ``pho.search``.
-        patterns: Shares of the weights to remove and N:M: ``[0.3, 0.5, 0.7, "2:4"]``.
-        model: That of the bundle, in memory or by its name.
-        scope: Scope of the ratios: ``row``, ``layer`` or ``global``; N:M has only ``row``.
-        preset, objective, weighting, space, steps, targets, ignore, sparsities, trials, seed,
-            corrections, confirm_windows: As of ``pho.search``, for every point.
-        sampler: A name; an object of Optuna would carry what it learnt into the next point.
-        finalists: How many found candidates of each point are confirmed, beside the baselines.
-        study: URL of a database for the studies, where an interrupted curve goes on; None keeps
-            them in memory.
-        progress: Show bars on stderr.
-
     Raises:
         InvalidInput: A pattern is not one, is given twice or does not fit the model; or as of
             ``pho.search``.
         ModelError, BundleError, TextError, StudyError: As of ``pho.search``.
     """
-    asked = Asked(
-        pattern="0.5", scope=None, preset=preset, objective=objective, weighting=weighting,
-        over=None, space=space, steps=steps, linears=given_linears(targets, ignore, sparsities),
-    )  # fmt: skip
-    requests = [
-        replace(asked, pattern=each).request(
-            sampler=sampler, trials=trials, seed=seed, finalists=finalists, corrections=corrections
-        )
-        for each in curve_patterns(patterns, scope)
-    ]
-    subject = _subject(bundle, model, tokenizer, confirm, texts, confirm_windows, requests)
-    with _points(subject, requests, study, progress) as (points, pareto):
+    each = replace(asked, scope=None)
+    requests = [each.request(pattern) for pattern in curve_patterns(asked.patterns, asked.scope)]
+    subject = _subject(asked, requests)
+    with _points(subject, requests, asked.study, asked.progress) as (points, pareto):
         found = find_points(points, requests)
         name = pareto.study_name
-    told = {"url": study, "name": name}
+    told = {"url": asked.study, "name": name}
     return Curve(
         points=found,
-        study=pareto if study is None else None,
+        study=pareto if asked.study is None else None,
         document=curve_document(found, subject, seconds=None, study=told),
     )
 
 
-def search_within(
-    bundle: Given,
-    perplexity_rise: float,
-    *,
-    model: Model,
-    tokenizer: Any = None,
-    confirm: "Texts | None" = None,
-    texts: "Texts | None" = None,
-    step: float = STEP,
-    lowest: float = LOWEST,
-    highest: float = HIGHEST,
-    scope: str | None = None,
-    preset: str = DEFAULT_PRESET,
-    objective: ObjectiveName = _OBJECTIVE.name,
-    weighting: Weighting = _OBJECTIVE.weighting,
-    space: Mapping[str, Any] | None = None,
-    steps: Mapping[str, Any] | None = None,
-    targets: Patterns = (),
-    ignore: Patterns = (),
-    sparsities: Sparsities | None = None,
-    sampler: str = "cmaes",
-    trials: int = _ASKED.trials,
-    seed: int = _ASKED.seed,
-    finalists: int = _ASKED.finalists,
-    corrections: int = _ASKED.corrections,
-    confirm_windows: int = _WINDOWS,
-    study: str | None = None,
-    progress: bool = False,
-) -> Within:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WithinArguments(PointsArguments):
+    """
+    Arguments of ``pho.search_within``.
+
+    Attributes:
+        perplexity_rise: Most that the perplexity may rise, as a share: 0.05 is 5 %.
+        step: Distance of the sparsities that may be the answer, 0.005 to 0.25.
+        lowest: The lowest of them.
+        highest: The highest of them.
+    """
+
+    perplexity_rise: float = field(kw_only=False)
+    step: float = STEP
+    lowest: float = LOWEST
+    highest: float = HIGHEST
+
+
+@arguments(WithinArguments)
+def search_within(asked: WithinArguments) -> Within:
     """
     Find the highest sparsity whose confirmed perplexity is within so much of the dense model's.
 
@@ -224,59 +194,31 @@ def search_within(
     measured, and so was the sparsity one step above it, which is outside. Between measured ones the
     perplexity is assumed to rise with the sparsity.
 
-    Args:
-        perplexity_rise: Most that the perplexity may rise, as a share: 0.05 is 5 %.
-        step: Distance of the sparsities that may be the answer, 0.005 to 0.25.
-        lowest, highest: The lowest and the highest of them.
-        bundle, model, tokenizer, confirm, texts, scope, preset, objective, weighting, space, steps,
-            targets, ignore, sparsities, sampler, trials, seed, finalists, corrections,
-            confirm_windows, study, progress: As of ``pho.curve``.
-
     Raises:
         TargetMissed: The lowest sparsity is outside already.
         InvalidInput, ModelError, BundleError, TextError, StudyError: As of ``pho.curve``.
     """
-    target = Target.of(perplexity_rise=perplexity_rise, step=step, lowest=lowest, highest=highest)
-    asked = Asked(
-        pattern="0.5", scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=None, space=space, steps=steps, linears=given_linears(targets, ignore, sparsities),
-    )  # fmt: skip
-    requests = {
-        each: replace(asked, pattern=each).request(
-            sampler=sampler, trials=trials, seed=seed, finalists=finalists, corrections=corrections
-        )
-        for each in target.sparsities
-    }
+    target = Target.of(**{name: getattr(asked, name) for name in Target.model_fields})
+    requests = {each: asked.request(each) for each in target.sparsities}
     of_all = [*requests.values()]
-    subject = _subject(bundle, model, tokenizer, confirm, texts, confirm_windows, of_all)
-    with _points(subject, of_all, study, progress) as (points, _):
+    subject = _subject(asked, of_all)
+    with _points(subject, of_all, asked.study, asked.progress) as (points, _):
         found = target_job(points, target, requests.__getitem__)
     return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
 
 
-def _subject(
-    bundle: Given,
-    model: Model,
-    tokenizer: Any,
-    confirm: "Texts | None",
-    texts: "Texts | None",
-    windows: int,
-    requests: Sequence[SearchRequest],
-) -> Subject:
+def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subject:
     """What all points are measured on."""
-    known = opened_bundle(bundle)
-    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
-    check_dense(loaded, known)
-    check_prefix(loaded, known)
+    taken = opened_bundle(asked.bundle)
+    loaded = opened_for(taken, asked.model, asked.tokenizer)
     check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)
-    calibration = calibration_windows(loaded, known, texts)
-    text = confirmation_text(loaded, known, confirm, calibration, windows)
-    if text is None:
+    known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
+    if known.confirm is None:
         raise TextError(
             "the calibration's text has no windows left to confirm on. Give another text as "
             "confirm, or calibrate on fewer samples."
         )
-    return Subject(model=loaded, bundle=known, text=text, calibration=calibration)
+    return known.subject
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.asked import Patterns, Sparsities, given_linears, preset_request
+from pho_service.interface.asked import LinearArguments, MethodArguments, arguments
 from pho_service.interface.bundle import calibrate
 from pho_service.interface.models import (
     Choice,
     Model,
-    check_dense,
-    check_prefix,
     chosen,
     opened,
     opened_bundle,
@@ -26,18 +24,18 @@ from pho_service.interface.models import (
 )
 from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
-    calibration_windows,
-    confirmation_text,
+    calibrated,
     length_of,
     measured_text,
+    opened_for,
     settings_of,
 )
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.models.task_files import LoadedTasks, load_tasks
 from pho_service.pipeline.compare import check_family, common_linears
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.repeated import (
-    Calibrated,
     Compared,
     ComparisonRequest,
     compare_over_seeds,
@@ -47,9 +45,11 @@ from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.fields import ConfirmSpec
+from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SearchOptions
+from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.tasks import TaskScore, mean_accuracy, task_names
+from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -188,13 +188,9 @@ def _perplexity(
     progress: Progress,
 ) -> dict[str, Any]:
     """Result of an evaluation on a text."""
-    text = measured_text(
-        loaded,
-        texts,
-        context_length=length_of(texts, context_length, _DEFAULT.context_length),
-        bos=bos,
-        max_windows=max_windows,
-    )
+    length = length_of(texts, context_length, _DEFAULT.context_length)
+    how = replace(_DEFAULT, context_length=length, bos=bos)
+    text = measured_text(loaded, texts, how, max_windows)
     with progress("Measuring perplexity", len(text.windows)) as advance:
         result = measure_perplexity(loaded, text.windows, advance=advance)
     return {
@@ -222,45 +218,14 @@ class Comparison(Shown, Compared):
         )
 
 
-def compare(
-    model: Model,
-    tokenizer: Any,
-    pattern: str | Pattern,
-    *,
-    report: "Texts",
-    texts: "Texts | None" = None,
-    bundle: ProxyBundle | str | Path | None = None,
-    configurations: Mapping[str, Choice] | None = None,
-    methods: Sequence[str] | None = None,
-    presets: Sequence[str] = (),
-    confirm: "Texts | None" = None,
-    ablation: bool = False,
-    seeds: Sequence[int] = (),
-    scope: str | None = None,
-    targets: Patterns = (),
-    ignore: Patterns = (),
-    sparsities: Sparsities | None = None,
-    samples: int = _DEFAULT.samples,
-    context_length: int | None = None,
-    seed: int = _DEFAULT.seed,
-    trials: int = SearchOptions.trials,
-    corrections: int = SearchOptions.corrections,
-    finalists: int = ConfirmSpec().candidates,
-    confirm_windows: int = ConfirmSpec().windows,
-    report_windows: int | None = None,
-    tasks: str | Sequence[str] = (),
-    tasks_dir: str | Path | None = None,
-    limit: int | None = None,
-    other_family: bool = False,
-    progress: bool = False,
-) -> Comparison:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompareArguments(SearchOptions, LinearArguments):
     """
-    Measure a model on one text: dense, pruned by the published methods, and as was found.
+    Arguments of ``pho.compare``.
 
-    The model is left dense.
-
-    Args:
-        model, tokenizer: As of ``pho.calibrate``.
+    Attributes:
+        model: As of ``pho.calibrate``.
+        tokenizer: As of ``pho.calibrate``.
         pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
         report: The text that perplexities are measured on; nothing may have been chosen on it.
         texts: The text to calibrate on; not needed with a bundle that ``pho.calibrate`` gave.
@@ -277,16 +242,58 @@ def compare(
         seeds: Repeat all with these seeds of calibration and search, and give means and standard
             deviations; () is ``seed`` alone.
         scope: ``row``, ``layer`` or ``global``: for CRePE with equal coefficients, and searches.
-        targets, ignore, sparsities: Which linears the published methods and searches prune, as of
-            ``pho.search``; by default those of the configurations, which must agree.
-        samples, context_length, seed: Settings of the calibration where there is no bundle, see
-            ``pho.calibrate``; for more settings, calibrate first.
-        trials, corrections, finalists, confirm_windows: Settings of searches, as in ``pho.search``.
+        targets: Linears that the published methods and searches prune, as of ``pho.search``; by
+            default those of the configurations, which must agree.
+        samples: Number of calibration windows where there is no bundle; for more settings,
+            calibrate first.
+        context_length: Tokens of a window, without a bundle.
+        seed: Seed of the calibration, without a bundle, and of searches.
+        finalists: How many found candidates of a search are looked at again.
+        confirm_windows: Windows of the text that searches are confirmed on.
         report_windows: Only the first windows of ``report``; None takes all.
-        tasks, tasks_dir, limit: What each model scores in zero-shot tasks, too, as of
-            ``pho.evaluate``.
+        tasks: What each model scores in these zero-shot tasks, too, as of ``pho.evaluate``.
+        tasks_dir: Folder with task files of one's own.
+        limit: Only the first so many examples of each task; None takes all.
         other_family: Compare configurations that were found on another family of models.
         progress: Show a bar on stderr.
+    """
+
+    model: Model = field(kw_only=False)
+    tokenizer: Any = field(kw_only=False)
+    pattern: str | Pattern = field(kw_only=False)
+    report: "Texts"
+    texts: "Texts | None" = None
+    bundle: ProxyBundle | str | Path | None = None
+    configurations: Mapping[str, Choice] | None = None
+    methods: Sequence[str] | None = None
+    presets: Sequence[str] = ()
+    confirm: "Texts | None" = None
+    ablation: bool = False
+    seeds: Sequence[int] = ()
+    scope: str | None = None
+    samples: int = _DEFAULT.samples
+    context_length: int | None = None
+    finalists: int = ConfirmSpec().candidates
+    confirm_windows: int = ConfirmSpec().windows
+    report_windows: int | None = None
+    tasks: str | Sequence[str] = ()
+    tasks_dir: str | Path | None = None
+    limit: int | None = None
+    other_family: bool = False
+    progress: bool = False
+
+    def search(self, preset: str, pattern: Pattern, linears: Linears) -> SearchRequest:
+        """A preset's search, with the defaults for all else."""
+        method = MethodArguments(preset=preset, steps={"linears": linears} if linears else None)
+        return method.request(pattern, finalists=self.finalists, **options_of(self))
+
+
+@arguments(CompareArguments)
+def compare(asked: CompareArguments) -> Comparison:
+    """
+    Measure a model on one text: dense, pruned by the published methods, and as was found.
+
+    The model is left dense.
 
     Raises:
         ConfigurationError: A configuration is for another pattern or other linears, or of another
@@ -298,67 +305,54 @@ def compare(
         BundleError: The bundle is of another model.
         TextError: A text cannot be read, or does not fill one window.
     """
-    asked = parsed(pattern, scope)
-    named = [(name, chosen(each)) for name, each in (configurations or {}).items()]
-    linears = common_linears(named, asked, given_linears(targets, ignore, sparsities) or None)
+    pattern = parsed(asked.pattern, asked.scope)
+    named = [(name, chosen(each)) for name, each in (asked.configurations or {}).items()]
+    linears = common_linears(named, pattern, asked.linears or None)
     request = ComparisonRequest(
-        pattern=asked,
+        pattern=pattern,
         configurations=named,
-        methods=methods,
-        searches={
-            name: preset_request(
-                name,
-                asked,
-                linears,
-                trials=trials,
-                finalists=finalists,
-                corrections=corrections,
-            )
-            for name in presets
-        },
+        methods=asked.methods,
+        searches={name: asked.search(name, pattern, linears) for name in asked.presets},
         linears=linears,
-        ablation=ablation,
+        ablation=asked.ablation,
     )
-    loaded_tasks = _tasks(tasks, tasks_dir)
-    known = _known_bundle(texts, bundle, seeds)
-    loaded = opened(model, tokenizer or getattr(known, "tokenizer", None))
+    loaded_tasks = _tasks(asked.tasks, asked.tasks_dir)
+    texts, known = asked.texts, _known_bundle(asked.texts, asked.bundle, asked.seeds)
+    loaded = (
+        opened(asked.model, asked.tokenizer)
+        if known is None
+        else opened_for(known, asked.model, asked.tokenizer)
+    )
     for name, each in named:
-        check_family(each, loaded, name, other_family=other_family)
-    if known is not None:
-        check_dense(loaded, known)
-        check_prefix(loaded, known)
+        check_family(each, loaded, name, other_family=asked.other_family)
 
-    def calibrated(drawn: int) -> Calibrated:
+    def drawn(number: int) -> Calibrated:
         made, given = known, texts
         if made is None:
             assert texts is not None
             made, given = calibrate(
-                loaded, None, texts, samples=samples, context_length=context_length, seed=drawn,
-                progress=progress,
+                loaded, None, texts, samples=asked.samples, context_length=asked.context_length,
+                seed=number, progress=asked.progress,
             ), None  # fmt: skip
-        windows = calibration_windows(loaded, made, given)
-        text = None
-        if presets:
-            text = confirmation_text(loaded, made, confirm, windows, confirm_windows)
-        drawn_from = getattr(made, "text", None)
-        left = None if drawn_from is None else len(drawn_from.held_out)
-        return Calibrated(bundle=made, calibration=windows, confirm=text, left=left)
+        most = asked.confirm_windows if asked.presets else None
+        return calibrated(loaded, made, given, asked.confirm, most)
 
     if known is None:
         assert texts is not None
-        length = length_of(texts, context_length, _DEFAULT.context_length)
-        bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
-        numbers = [*seeds] or [seed]
+        length = length_of(texts, asked.context_length, _DEFAULT.context_length)
+        bos: Bos = "never" if isinstance(texts, Tensor) else _DEFAULT.bos  # as pho.calibrate
+        how = replace(_DEFAULT, context_length=length, bos=bos)
+        numbers = [*asked.seeds] or [asked.seed]
     else:
-        settings = settings_of(known)
-        length, bos, numbers = settings.context_length, settings.bos, [settings.seed]
+        how = settings_of(known)
+        numbers = [how.seed]
     found = compare_over_seeds(
         loaded,
-        measured_text(loaded, report, context_length=length, bos=bos, max_windows=report_windows),
+        measured_text(loaded, asked.report, how, asked.report_windows),
         request,
-        {number: partial(calibrated, number) for number in numbers},
-        also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=limit),
-        run=run_on(loaded, progress),
+        {number: partial(drawn, number) for number in numbers},
+        also=also_tasks(loaded_tasks, bos=_DEFAULT.bos, limit=asked.limit),
+        run=run_on(loaded, asked.progress),
     )
     return Comparison(**{part.name: getattr(found, part.name) for part in fields(found)})
 

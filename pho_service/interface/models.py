@@ -26,17 +26,7 @@ _PRUNED = 0.01  # share of the sampled weights that are zero in the model and no
 
 
 def opened(model: Model, tokenizer: Any = None) -> LanguageModel:
-    """
-    Take a model in memory as it is, or load one by its name.
-
-    Args:
-        model: A model of transformers, on any device; what ``load_model`` gave; or the name of
-            one: a folder, a hub id, a .gguf file.
-        tokenizer: Tokenizer of the model; None takes the one beside a model that is loaded by name.
-
-    Raises:
-        InvalidInput, ModelError, NumericalError: As of ``given_model`` and ``load_model``.
-    """
+    """Take a model in memory as it is, or load one by its name, with its own tokenizer."""
     if isinstance(model, PreTrainedModel):
         return given_model(model, tokenizer)
     if isinstance(model, LanguageModel):
@@ -68,13 +58,7 @@ def run_on(model: LanguageModel | None, progress: bool) -> Run:
 
 
 def opened_bundle(bundle: ProxyBundle | str | Path) -> ProxyBundle:
-    """
-    Take a bundle as it is, or read one from a file of `pho calibrate`.
-
-    Raises:
-        BundleError: The file is not a bundle.
-        InvalidInput: Something else is given.
-    """
+    """Take a bundle as it is, or read one from a file of `pho calibrate`."""
     if isinstance(bundle, (str, Path)):
         return read_bundle(Path(bundle).expanduser())
     if not isinstance(bundle, ProxyBundle):
@@ -86,13 +70,7 @@ def opened_bundle(bundle: ProxyBundle | str | Path) -> ProxyBundle:
 
 
 def check_dense(model: LanguageModel, bundle: ProxyBundle) -> None:
-    """
-    See that a bundle was made of a model as it is.
-
-    Raises:
-        ModelError: The model has been pruned since.
-        BundleError: The bundle is of another model.
-    """
+    """See that a bundle was made of a model as it is, which was not pruned since."""
     try:
         bundle.check_model(model.linears)
     except BundleError as error:
@@ -119,12 +97,7 @@ def _zeros(model: LanguageModel, bundle: ProxyBundle) -> float:
 
 
 def check_prefix(model: LanguageModel, bundle: ProxyBundle) -> None:
-    """
-    See that a tokenizer begins windows as that of the calibration did.
-
-    Raises:
-        ModelError: It does not: it is of another model.
-    """
+    """See that a tokenizer begins windows as that of the calibration did."""
     prefix = bundle.provenance.get("prefix")
     if model.tokenizer is None or prefix is None:
         return
@@ -138,17 +111,7 @@ def check_prefix(model: LanguageModel, bundle: ProxyBundle) -> None:
 
 
 def chosen(choice: Choice) -> Configuration:
-    """
-    Take a configuration in any of its forms.
-
-    Args:
-        choice: What ``pho.search`` found, a configuration (of ``pho.configuration``, or
-            of a service's client), its JSON values, or the path of a config.json.
-
-    Raises:
-        ConfigurationError: It is broken, or of another format version.
-        InvalidInput: Something else is given.
-    """
+    """Take a configuration in any of its forms: found, parsed, its JSON values, or a path."""
     found = choice.configuration if isinstance(choice, SearchResult) else choice
     if isinstance(found, Configuration):
         return found
@@ -163,12 +126,7 @@ def chosen(choice: Choice) -> Configuration:
 
 
 def parsed(pattern: str | float | Pattern, scope: str | None) -> Pattern:
-    """
-    Take a pattern in any of its forms: ``"2:4"``, ``"0.5"``, 0.5, or parsed already.
-
-    Raises:
-        InvalidInput: It is none, or a scope is given beside a parsed one.
-    """
+    """Take a pattern in any of its forms: ``"2:4"``, ``"0.5"``, 0.5, or parsed already."""
     if not isinstance(pattern, Pattern):
         return Pattern.parse(str(pattern), scope)
     if scope is not None:

@@ -5,7 +5,7 @@
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -13,13 +13,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.interface.asked import (
-    Asked,
     Given,
-    Patterns,
-    Sparsities,
+    MethodArguments,
+    arguments,
     check_bundle_of,
     check_study_is_of,
-    given_linears,
     plain_bundle,
 )
 from pho_service.interface.models import opened_bundle
@@ -29,9 +27,8 @@ from pho_service.pipeline.studies import check_study
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.objective import OBJECTIVES, WEIGHTINGS, Objective, ObjectiveName, Weighting
+from pho_service.spec.objective import OBJECTIVES, WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import DEFAULT_PRESET
 from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -41,8 +38,6 @@ from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import chosen_in, describe_study, search_result
 from pho_service.tuning.search import ranked
 from storage.studies import record_of
-
-_OBJECTIVE = Objective()
 
 
 class ProxyObjective:
@@ -138,49 +133,41 @@ def _suggested(trial: optuna.Trial, name: str, distribution: Any) -> Any:
     return trial.suggest_float(name, distribution.low, distribution.high)
 
 
-def objective(
-    bundle: Given,
-    pattern: str | float | Pattern,
-    *,
-    scope: str | None = None,
-    preset: str = DEFAULT_PRESET,
-    objective: ObjectiveName = _OBJECTIVE.name,
-    weighting: Weighting = _OBJECTIVE.weighting,
-    space: Mapping[str, Any] | None = None,
-    steps: Mapping[str, Any] | None = None,
-    targets: Patterns = (),
-    ignore: Patterns = (),
-    sparsities: Sparsities | None = None,
-    device: str = "cpu",
-) -> ProxyObjective:
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveArguments(MethodArguments):
+    """
+    Arguments of ``pho.objective``.
+
+    Attributes:
+        bundle: What ``pho.calibrate`` gave, or the path of its file.
+        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        device: Where candidates are rated.
+    """
+
+    bundle: Given = field(kw_only=False)
+    pattern: str | float | Pattern = field(kw_only=False)
+    device: str = "cpu"
+
+
+@arguments(ObjectiveArguments)
+def objective(asked: ObjectiveArguments) -> ProxyObjective:
     """
     Give a plain objective for a study of Optuna: any sampler, storage and number of processes.
 
     A search of one's own has no baselines among its trials, and nothing is confirmed;
     ``pho.configuration`` gives its best trial as a configuration, and ``pho.compare`` compares it.
 
-    Args:
-        bundle: What ``pho.calibrate`` gave, or the path of its file.
-        pattern, scope, preset, weighting, space, steps, targets, ignore, sparsities: As of
-            ``pho.search``.
-        objective: ``activation-reconstruction``, or ``gini``, for which the study is to be created
-            with ``direction="maximize"``.
-        device: Where candidates are rated.
-
     Raises:
         InvalidInput: An option breaks a rule.
         BundleError: The bundle cannot be read.
     """
-    if objective == "perplexity":
+    if asked.objective == "perplexity":
         raise InvalidInput(
             "the objective 'perplexity' needs a model, and this one rates on a bundle. Use "
             "pho.search(..., objective='perplexity', model=...)."
         )
-    asked = Asked(
-        pattern=pattern, scope=scope, preset=preset, objective=objective, weighting=weighting,
-        over=None, space=space, steps=steps, linears=given_linears(targets, ignore, sparsities),
-    )  # fmt: skip
-    return ProxyObjective(opened_bundle(bundle), asked.request(), device)
+    bundle = opened_bundle(asked.bundle)
+    return ProxyObjective(bundle, asked.request(asked.pattern), asked.device)
 
 
 def configuration(study: optuna.Study, bundle: Given) -> Configuration:

@@ -22,7 +22,7 @@ from pho_service.interface.models import (
     opened_bundle,
 )
 from pho_service.interface.tables import Shown, Table
-from pho_service.interface.texts import calibration_windows
+from pho_service.interface.texts import calibrated
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel
 from pho_service.models.saving import save_pruned
@@ -116,7 +116,7 @@ def prune(
         pattern.check_width(linear.weight.shape[1], name)
     if texts is not None:
         check_prefix(loaded, taken)
-    windows = calibration_windows(loaded, taken, texts)
+    windows = calibrated(loaded, taken, texts).calibration
     with _dense_if_it_fails(loaded):
         done = pipeline.prune_in_place(
             loaded, taken, found, calibration=windows, progress=bars(progress)

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput, TextError
 from pho_service.host.usual_texts import USUAL_TEXTS
-from pho_service.models.calibration import drawn_windows
+from pho_service.interface.models import Model, check_dense, check_prefix, opened
+from pho_service.models.calibration import CalibrationText, drawn_windows
 from pho_service.models.given_texts import GivenText, GivenWindows
 from pho_service.models.loading import LanguageModel
-from pho_service.models.texts import Text, TextSource, read_windows
+from pho_service.models.texts import Text, TextSource
+from pho_service.pipeline.inputs import Calibrated, Inputs
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 
 if TYPE_CHECKING:
     import datasets
+
+    from pho_service.pipeline.inputs import Cut
 
     Texts: TypeAlias = (
         str | Path | Sequence[str] | Tensor | datasets.Dataset | datasets.IterableDataset
@@ -30,18 +34,7 @@ FIELD = "text"  # column of a data set in memory
 
 
 def text_of(texts: "Texts") -> Text:
-    """
-    Take a text in any of its forms.
-
-    Args:
-        texts: The path of a .txt, .jsonl or .parquet file; ``"c4"`` or ``"wikitext2"``, for what
-            papers take; a list of documents; a data set of the library ``datasets`` with a column
-            ``text``; or token windows, (windows, context_length), whole numbers.
-
-    Raises:
-        TextError: The data set has no such column, or there is nothing in the list.
-        InvalidInput: Something else is given.
-    """
+    """Take a text in any of its forms: a path or a usual name, documents, a data set, windows."""
     if isinstance(texts, str) and texts in USUAL_TEXTS:
         return TextSource(dataset=texts)
     if isinstance(texts, (str, Path)):
@@ -99,51 +92,16 @@ def length_of(texts: "Texts", asked: int | None, default: int) -> int:
 
 
 def measured_text(
-    model: LanguageModel,
-    texts: "Texts",
-    *,
-    context_length: int,
-    bos: str,
-    max_windows: int | None,
-    unlike: Tensor | None = None,
+    model: LanguageModel, texts: "Texts", how: "Cut", most: int | None, unlike: Tensor | None = None
 ) -> ReportText:
-    """
-    A text cut into windows to measure on, as `pho evaluate` does.
-
-    Args:
-        model: Whose tokenizer counts.
-        texts: As of :func:`text_of`.
-        context_length: Tokens of a window.
-        bos: ``auto``, ``always`` or ``never``.
-        max_windows: Only the first so many; None takes all.
-        unlike: Windows that none may overlap with.
-
-    Raises:
-        TextError: It cannot be read, or does not fill one window.
-        InvalidInput: A length or a number that breaks a rule.
-    """
-    if context_length < 8:
-        raise InvalidInput(f"context_length={context_length} is below 8.")
-    if max_windows is not None and max_windows < 1:
-        raise InvalidInput(f"{max_windows} windows are asked for, but at least 1 is needed.")
-    windows, record = read_windows(
-        model,
-        text_of(texts),
-        context_length=context_length,
-        bos=bos,
-        max_windows=max_windows,
-        unlike=unlike,
-    )
-    return ReportText(windows=windows, record=record)
+    """A text cut into windows to measure on, as `pho evaluate` does."""
+    if most is not None and most < 1:
+        raise InvalidInput(f"{most} windows are asked for, but at least 1 is needed.")
+    return Inputs().report(model, text_of(texts), how, most, unlike)
 
 
 def settings_of(bundle: ProxyBundle) -> CalibrationSettings:
-    """
-    The settings that a bundle was made with.
-
-    Raises:
-        InvalidInput: It does not say them: it was put together by hand.
-    """
+    """The settings that a bundle was made with; one that was put together by hand has none."""
     stored = bundle.provenance.get("settings")
     if not stored:
         raise InvalidInput(
@@ -153,58 +111,42 @@ def settings_of(bundle: ProxyBundle) -> CalibrationSettings:
     return CalibrationSettings(**{**stored, "kernel_sizes": tuple(stored["kernel_sizes"])})
 
 
-def confirmation_text(
+def opened_for(bundle: ProxyBundle, model: Model, tokenizer: Any) -> LanguageModel:
+    """Take a bundle's model, dense, with the tokenizer that it was calibrated with."""
+    loaded = opened(model, tokenizer or getattr(bundle, "tokenizer", None))
+    check_dense(loaded, bundle)
+    check_prefix(loaded, bundle)
+    return loaded
+
+
+def calibrated(
     model: LanguageModel,
     bundle: ProxyBundle,
     texts: "Texts | None",
-    calibration: Tensor | None,
-    max_windows: int,
-) -> ReportText | None:
+    confirm: "Texts | None" = None,
+    windows: int | None = None,
+) -> Calibrated:
     """
-    The windows that finalists are measured on.
+    A model with its bundle and texts.
 
-    Args:
-        model: Model of the bundle.
-        bundle: Windows are cut as its settings say.
-        texts: None takes windows that the calibration of a bundle in memory held out.
-        calibration: Windows that none may overlap with.
-        max_windows: Only the first so many.
-
-    Returns:
-        None if there are none.
+    What ``pho.calibrate`` gave includes the windows of its text, and some that were held out; a
+    bundle from a file does not. None of the first ``windows`` to confirm on overlaps with those of
+    the calibration; without ``windows`` there are none.
     """
+    drawn: CalibrationText | None = getattr(bundle, "text", None)
+    calibration = None if drawn is None else drawn.calibration
     if texts is not None:
         settings = settings_of(bundle)
-        return measured_text(
-            model,
-            texts,
-            context_length=settings.context_length,
-            bos=settings.bos,
-            max_windows=max_windows,
-            unlike=calibration,
-        )
-    known = getattr(bundle, "text", None)
-    if known is None or not len(known.held_out):
-        return None
-    return ReportText(windows=known.held_out[:max_windows], record=known.record)
-
-
-def calibration_windows(
-    model: LanguageModel, bundle: ProxyBundle, texts: "Texts | None"
-) -> Tensor | None:
-    """
-    The windows of a bundle's calibration, for steps that run a text through the model.
-
-    Args:
-        model: Model of the bundle.
-        bundle: What ``pho.calibrate`` gave includes the windows; one from a file does not.
-        texts: The text of the calibration, to draw them again; None takes those of the bundle.
-
-    Returns:
-        (windows, context_length), int64; None if there is no text.
-    """
-    if texts is not None:
-        settings = settings_of(bundle)
-        return drawn_windows(model, text_of(texts), settings)[0][: settings.samples]
-    known = getattr(bundle, "text", None)
-    return None if known is None else known.calibration
+        calibration = drawn_windows(model, text_of(texts), settings)[0][: settings.samples]
+    text = None
+    if windows is not None and confirm is not None:
+        text = measured_text(model, confirm, settings_of(bundle), windows, calibration)
+    elif windows is not None:
+        text = Inputs().held_out(drawn, windows)
+    return Calibrated(
+        bundle=bundle,
+        model=model,
+        calibration=calibration,
+        confirm=text,
+        left=None if drawn is None else len(drawn.held_out),
+    )

@@ -37,7 +37,7 @@ class ModelFacts:
     name: str
     family: Annotated[
         str | None,
-        Field(description="model_type; null if an older PHO did not record it."),
+        Field(description="model_type; null if it is not known."),
     ] = None
     parameters: Annotated[int | None, Field(description="Number of parameters.")] = None
 

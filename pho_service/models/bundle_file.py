@@ -185,8 +185,8 @@ def _assemble(document: dict[str, Any], tensors: _Tensors) -> ProxyBundle:
             f"{tensors.path} is damaged: it has no layers or kernel sizes. {_WAY_OUT}"
         )
     bundle = ProxyBundle(layers=layers, inputs=inputs, provenance=provenance)
-    written = document.get("sha256")  # older versions wrote none
-    if written is not None and written != bundle.contents_sha256:
+    written = document.get("sha256")
+    if written != bundle.contents_sha256:
         raise BundleError(
             f"{tensors.path} is damaged: its contents have the hash "
             f"{bundle.contents_sha256[:12]}, but its header says {shown(written)[:12]}. {_WAY_OUT}"

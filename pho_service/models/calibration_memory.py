@@ -99,7 +99,7 @@ def _ways_out(
         )  # fmt: skip
         return plan.fits
 
-    ways = ["allow it more (--calibration-memory; memory_bytes of a job)"]
+    ways = ["allow it more (--calibration-memory)"]
     shorter = settings.context_length // 2
     while shorter >= 64 and not fits(replace(settings, context_length=shorter)):
         shorter //= 2

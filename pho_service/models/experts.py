@@ -8,7 +8,6 @@ dict and files on disk stay those of the fused module.
 """
 
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -171,37 +170,6 @@ def separate_weights(model: nn.Module) -> dict[str, Tensor]:
             weights.pop(f"{experts}.{module.parameter}", None)
             weights[f"{name}.weight"] = module.weight
     return weights
-
-
-def fused_weights(
-    model: nn.Module,
-) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, list[Tensor]]]:
-    """
-    All parameters of a model in its order, those of separate experts as if they were fused.
-
-    Yields:
-        Name, shape, dtype, and the parts that the values are cut into along the first dimensions.
-    """
-    done: set[nn.Module | nn.Parameter] = set()
-    for name, module in model.named_modules():
-        if module in done:
-            continue
-        prefix = f"{name}." if name else ""
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter not in done:
-                done.add(parameter)
-                yield f"{prefix}{key}", tuple(parameter.shape), parameter.dtype, [parameter]
-        experts = [e for e in experts_of(module) if isinstance(e.down_proj, nn.Linear)]
-        done.update(each for expert in experts for each in expert.modules())
-        for key, matrices in (
-            ("gate_up_proj", [m for e in experts for m in (e.gate_proj, e.up_proj)]),
-            ("down_proj", [e.down_proj for e in experts]),
-        ):
-            parts: list[Tensor] = [matrix.get_parameter("weight") for matrix in matrices]
-            if parts:
-                rows = sum(len(part) for part in parts) // len(experts)
-                shape = (len(experts), rows, parts[0].shape[1])
-                yield f"{prefix}{key}", shape, parts[0].dtype, parts
 
 
 def _is_fused(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
 from pho_service.models.hub_or_cache import hub_or_cache
 from pho_service.models.names import is_on_hub
-from pho_service.models.weights_hash import SCHEME, weights_sha256
+from pho_service.models.weights_hash import weights_sha256
 from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import check_choice
@@ -87,25 +87,17 @@ class LanguageModel:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of every parameter's name, shape, dtype and bytes, as loaded: scheme 2."""
+        """Hash of every parameter's name, shape, dtype and bytes, as loaded."""
         return weights_sha256(self.model)
 
-    def sha256_by(self, scheme: int) -> str:
-        """``weights_sha256`` by an older scheme of :func:`~weights_hash.weights_sha256`, too."""
-        return self.weights_sha256 if scheme == SCHEME else self._first_sha256
-
-    @cached_property
-    def _first_sha256(self) -> str:
-        return weights_sha256(self.model, scheme=1)
-
-    def weights_sha256_as(self, dtype: torch.dtype, scheme: int = SCHEME) -> str:
+    def weights_sha256_as(self, dtype: torch.dtype) -> str:
         """
         Return the hash of the weights as if they had been loaded in another dtype.
 
         The same file is float32 on a CPU and bfloat16 on a GPU. Where one of the two is the
         stored dtype, the cast is exact, so that both give the same hash.
         """
-        return weights_sha256(self.model, scheme=scheme, dtype=dtype)
+        return weights_sha256(self.model, dtype=dtype)
 
     def check_unchanged(self) -> None:
         """
@@ -145,7 +137,6 @@ class LanguageModel:
             "parameters": self.parameters,
             "revision": self.revision,
             "weights_sha256": self.weights_sha256,
-            "weights_scheme": SCHEME,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 

@@ -145,25 +145,18 @@ def _how(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 def _how_good(configuration: Mapping[str, Any]) -> Iterator[str]:
     """The perplexities that were measured when the configuration was found."""
-    measured = configuration.get("confirmation")
-    if not measured:
+    measured, beside = configuration.get("confirmation"), configuration.get("perplexities")
+    if not measured or not beside:
         yield "Its perplexity was not measured."
         return
     where = f"{measured['tokens']:,} tokens in windows of {measured['context_length']}"
     yield f"Perplexity when it was found, on {_text(measured)} ({where}); lower is better:\n"
     yield "| model | perplexity |\n| --- | --- |"
-    beside = configuration.get("perplexities")
-    if beside:  # older configurations have none
-        told = Perplexities.model_validate(beside)
-        yield f"| dense | {told.dense:.2f} |"
-        yield f"| this one | {told.pruned:.2f} ({told.rise:+.0%}) |"
-        for name, value in (("Wanda", told.wanda), ("RIA", told.ria)):
-            yield from [] if value is None else [f"| {name}, same pattern | {value:.2f} |"]
-        return
-    yield f"| this one | {measured['perplexity']:.2f} |"
-    for rating in configuration.get("baselines") or ():
-        if rating.get("perplexity") is not None:
-            yield f"| {rating['method']}, same pattern | {rating['perplexity']:.2f} |"
+    told = Perplexities.model_validate(beside)
+    yield f"| dense | {told.dense:.2f} |"
+    yield f"| this one | {told.pruned:.2f} ({told.rise:+.0%}) |"
+    for name, value in (("Wanda", told.wanda), ("RIA", told.ria)):
+        yield from [] if value is None else [f"| {name}, same pattern | {value:.2f} |"]
 
 
 def _tasks(configuration: Mapping[str, Any]) -> Iterator[str]:

@@ -83,17 +83,11 @@ class Folded(_Document):
 
 
 class ModelRecord(_Document):
-    """
-    Which model was pruned: :meth:`pho_service.models.loading.LanguageModel.to_dict`.
-
-    Attributes:
-        weights_scheme: How ``weights_sha256`` was made; recipes of older versions do not say it.
-    """
+    """Which model was pruned: :meth:`pho_service.models.loading.LanguageModel.to_dict`."""
 
     name: str
     revision: str | None
     weights_sha256: str
-    weights_scheme: Literal[1, 2] = 1
     dtype: str
 
 
@@ -201,11 +195,6 @@ def recipe_document(folder: Path) -> dict[str, Any]:
             f"{path} is not a recipe: its format is not {FORMAT!r}. {_WAY_OUT}"
         )
     version = document.get("version")
-    if version == 1:
-        raise ConfigurationError(
-            f"{folder} was pruned by an older PHO, which saved no masks to check against. "
-            f"{_WAY_OUT}"
-        )
     if version != VERSION:
         raise ConfigurationError(
             f"{path} has format version {shown(version)}, but this PHO reads version {VERSION}. "

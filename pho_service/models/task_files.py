@@ -70,9 +70,7 @@ def load_tasks(
         TextError: Its examples cannot be read: the hub is away, or a file is missing.
     """
     if folder is not None and not folder.is_dir():
-        raise InvalidInput(
-            f"the folder for tasks {folder} does not exist. Check --tasks-dir (tasks_dir)."
-        )
+        raise InvalidInput(f"the folder for tasks {folder} does not exist. Check --tasks-dir.")
     manager = _manager(names, folder)
     _check_kinds(manager, names)
     for dataset in _hub_datasets(manager, names):

@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pho_service.models.experts import fused_weights, separate_weights
+from pho_service.models.experts import separate_weights
 
-SCHEME = 2  # of :func:`weights_sha256`; what is stored without a scheme has the first one
 PIECE = 2**25  # bytes that are copied from a GPU at a time, by each thread
 MOST_THREADS = 32  # a GPU's link is full long before
 
@@ -23,36 +22,21 @@ MOST_THREADS = 32  # a GPU's link is full long before
 def weights_sha256(
     model: nn.Module,
     *,
-    scheme: int = SCHEME,
     threads: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
     """
     Hash a model's weights: every parameter's name, shape, dtype and bytes.
 
-    Scheme 2 is the SHA-256 of a line for each tensor, in the order of their
-    names: name, shape, dtype and the SHA-256 of its bytes. In fused experts
-    each matrix is a tensor, so it does not matter how they lie in memory.
-    Scheme 1 hashed all bytes in one go, in the model's order, on one core.
+    It is the SHA-256 of a line for each tensor, in the order of their names:
+    name, shape, dtype and the SHA-256 of its bytes. In fused experts each
+    matrix is a tensor, so it does not matter how they lie in memory.
 
     Args:
         model: Its parameters may lie anywhere; shared ones count once.
-        scheme: 1 or 2.
         threads: The hash is the same with any number; None takes torch's number.
         dtype: Hash every parameter as if it were of this type; None leaves them as they are.
-
-    Raises:
-        ValueError: Another scheme.
     """
-    if scheme == 1:
-        digest = hashlib.sha256()
-        for name, shape, stored, parts in fused_weights(model):
-            digest.update(f"{name} {shape} {dtype or stored}".encode())
-            for part in parts:
-                _update(digest, part if dtype is None else part.to(dtype))
-        return digest.hexdigest()
-    if scheme != SCHEME:
-        raise ValueError(f"scheme={scheme} is neither 1 nor {SCHEME}")
     tensors = dict(sorted(separate_weights(model).items()))
     hashes = sha256_each(tensors.values(), threads=threads, dtype=dtype)
     digest = hashlib.sha256()

@@ -297,7 +297,7 @@ def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel 
             detail=f"{original.name} is loaded in {dtype}, but the model was pruned in "
             f"{recipe.model.dtype}: load it in that (--dtype {recipe.model.dtype})",
         )
-    found = original.sha256_by(recipe.model.weights_scheme)
+    found = original.weights_sha256
     if found != recipe.model.weights_sha256 or _shapes(original) != _shapes(model):
         return Check(
             name=name,

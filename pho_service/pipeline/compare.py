@@ -279,5 +279,5 @@ def check_family(
         raise ConfigurationError(
             f"{name} was found on {' and '.join(sorted(set(known)))}, but {model.name} is of the "
             f"family {model.family}, where it may be no better than a baseline. Search on this "
-            "model; or give --other-family (other_family=True), and compare it with the baselines."
+            "model; or give --other-family, and compare it with the baselines."
         )

@@ -9,16 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from torch import Tensor
-
 from pho_service.errors import InvalidInput
 from pho_service.host.versions import versions
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.compare import STDERR, Also, ComparisonRow, common_linears, compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.progress import Run
-from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.memory import peak_memory
 from pho_service.spec.baselines import ALL, OWL_AT_NM, named_baselines, shown_baselines
 from pho_service.spec.configuration import Configuration
@@ -72,24 +70,6 @@ class ComparisonRequest:
     def shows_all_at_nm(self) -> bool:
         """Whether one would look for a row of OWL, which has none at N:M."""
         return bool(self.pattern.group) and (self.methods is None or ALL in self.methods)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
-    """
-    A model's calibration on one draw of the text.
-
-    Attributes:
-        bundle: Bundle of the model.
-        calibration: The windows that it was made of, for methods that need a text.
-        confirm: Windows that searches are confirmed on; not the report's.
-        left: How many windows of the text were not drawn; None where that is not known.
-    """
-
-    bundle: ProxyBundle
-    calibration: Tensor | None = None
-    confirm: ReportText | None = None
-    left: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

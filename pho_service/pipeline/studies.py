@@ -71,7 +71,7 @@ def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
     found = [*bundles]
     rows = [bundle.rows_sha256 for bundle in found]
     known = record_of(study).get(_ROWS)
-    if known is None:  # new, or of an older version
+    if known is None:
         keep_record(study, _ROWS, rows)
     elif known != rows:
         raise StudyError(

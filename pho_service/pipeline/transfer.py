@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.versions import versions
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Run
@@ -27,33 +26,7 @@ from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
-if TYPE_CHECKING:
-    from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.rating import ReportText
-
 MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """
-    A model that a configuration is taken to.
-
-    Attributes:
-        name: For messages.
-        bundle: Its bundle.
-        model: Dense; None: only proxies are known.
-        report: What perplexities are measured on, with a model; nothing may have been chosen on it.
-        calibration: Windows that the bundle was made of, for steps that need a text.
-        confirm: What the target's own best is confirmed on.
-    """
-
-    name: str
-    bundle: ProxyBundle
-    model: "LanguageModel | None" = None
-    report: "ReportText | None" = None
-    calibration: Tensor | None = None
-    confirm: "ReportText | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +185,9 @@ def _uncorrected(configuration: Configuration) -> Steps:
     return replace(steps, allocation=replace(steps.allocation, offsets={}, depth=()))
 
 
-def transfer_key(target: Target, configuration: Configuration, search: SearchRequest | None) -> str:
+def transfer_key(
+    target: Calibrated, configuration: Configuration, search: SearchRequest | None
+) -> str:
     """Names everything that the numbers of a transfer depend on."""
     candidate = configuration.candidate()
     own = None
@@ -271,7 +246,7 @@ def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
 
 
 def transfer_job(
-    target: Target,
+    target: Calibrated,
     configuration: Configuration,
     *,
     search: SearchRequest | None = None,

@@ -242,7 +242,7 @@ def _layers(report: Report) -> Section:
             True: "A study does not keep the errors and sparsities of layers; a job of the service "
             "does.",
             False: "Errors and sparsities of layers are not known: they are stored when a job ends "
-            "well, and older versions of PHO did not store them.",
+            "well.",
         }[report.subject == "study"]
         return Section(id="layers", title="Layers", texts=[missing])
     estimated, steps = False, "none"

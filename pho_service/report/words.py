@@ -9,8 +9,6 @@ from typing import Any
 
 from pho_service.spec.fields import CalibrationSpec, ConfirmSpec
 from pho_service.spec.job import JobSpec, island_seed
-from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
 from pho_service.spec.transfer import TransferSpec
 
 
@@ -145,12 +143,12 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
     The document of the search whose study this is.
 
     Args:
-        known: The study's record. Those of older versions have no document: what they
-            say of the search is put together, all but how it was confirmed.
+        known: The study's record. Those of Python have no document: what they say of the search
+            is put together, all but how it was confirmed.
         trials: That it has.
     """
     if isinstance(known.get("document"), dict):
-        return _as_it_was(known["document"], known)
+        return dict(known["document"])
     provenance = _dict(known.get("calibration"))
     pattern = str(known.get("pattern"))
     name, _, weighting = str(known.get("objective", "")).partition("/")
@@ -173,18 +171,6 @@ def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
         "calibration": {**settings, **_source(str(text.get("source", "")))},
         **({"confirm": None} if others else {}),
     }
-
-
-def _as_it_was(document: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's document; with all steps and bounds of then if its preset has changed since."""
-    then = {"steps": _dict(known.get("steps")), "search_space": _dict(known.get("space"))}
-    try:
-        plan = JobSpec.model_validate(document).plan(0)
-        space = SearchSpace(**{name: tuple(each) for name, each in then["search_space"].items()})
-        same = (plan.steps, plan.space) == (Steps.from_dict(then["steps"]), space)
-    except (ValueError, TypeError):  # others may have written it
-        same = True
-    return document if same else {**document, "preset": "score", **then}
 
 
 # Tells a file of a data set from a configuration.

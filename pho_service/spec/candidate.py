@@ -47,7 +47,7 @@ class Candidate:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], pattern: Pattern) -> Self:
         """
-        Read what :meth:`to_dict` gave, among other keys; older versions wrote no ``steps``.
+        Read what :meth:`to_dict` gave, among other keys.
 
         Args:
             values: JSON values.
@@ -60,5 +60,5 @@ class Candidate:
             method=values["method"],
             coefficients=Coefficients(**values["coefficients"]),
             pattern=pattern.within(Scope(values["scope"])),
-            steps=Steps.from_dict(values.get("steps", {})),
+            steps=Steps.from_dict(values["steps"]),
         )

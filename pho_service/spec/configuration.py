@@ -1,7 +1,7 @@
 """
 config.json: a pruning that was found, with everything that is needed to trust or repeat it.
 
-Format version 2; version 1, which had no ``steps``, is read too.
+Format version 2; another one is refused.
 ``docs/configuration.md`` describes every key. The file has
 no times in it, so that the same search writes the same bytes.
 """
@@ -29,7 +29,6 @@ from pho_service.spec.tasks import TaskScores
 FORMAT = "pho-configuration"
 TRANSFER_FORMAT = "pho-transfer"  # pho_service.library.files reads it whole
 VERSION = 2
-READABLE = (1, 2)
 MAX_BYTES = 2**20
 DEPTH = 100  # of lists and objects in each other; a search writes fewer than ten
 _SHOWN = 5  # faults of a file that are told
@@ -76,8 +75,7 @@ class Configuration(Document):
 
     Attributes:
         perplexities: How good the result is: of the dense model, of the result, and of Wanda and
-            RIA, on the text of the confirmation. None if no perplexity was measured, and in files
-            of older versions.
+            RIA, on the text of the confirmation. None if no perplexity was measured.
         method: ``crepe``, or the baseline that nothing found was better than.
         coefficients: The score.
         steps: What happens beside the score.
@@ -247,10 +245,10 @@ def parse_configuration(document: Any, name: str) -> Configuration:
             f"{name} is not a configuration of PHO: its format is not {FORMAT!r}. "
             "`pho search` writes one with --out."
         )
-    if document.get("version") not in READABLE:
+    if document.get("version") != VERSION:
         raise ConfigurationError(
             f"{name} has format version {shown(document.get('version'))}, but this PHO reads "
-            f"versions {READABLE[0]} to {VERSION}. Install the PHO that wrote it, or search again."
+            f"version {VERSION}. Install the PHO that wrote it, or search again."
         )
     try:
         found = Configuration.model_validate(document)

@@ -32,7 +32,7 @@ from pho_service.spec.points import (
     curve_confirmation,
     first_of_kinds,
 )
-from pho_service.spec.presets import DEFAULT_PRESET, FIRST_PRESET, PresetMeaning, PresetName
+from pho_service.spec.presets import DEFAULT_PRESET, PresetName
 from pho_service.spec.samplers import (
     MAX_CORRECTIONS,
     MAX_TRIALS,
@@ -88,19 +88,7 @@ class JobSpec(Document):
         "say more. With score, a cheap look, by the score alone. With crepe, the score as "
         "published, without a gradient exponent. With crepe-plus, the best that leaves kept "
         "weights untouched. With best, kept weights are updated, too, and each block of the "
-        "winner is trained. Documents of older versions call it best-reconstructed.",
-    )
-    preset_meaning: PresetMeaning | None = Field(
-        None,
-        exclude_if=lambda meaning: meaning is None,
-        description="What the preset meant when the job was submitted, so that the job keeps its "
-        "meaning in later versions. The service writes it down; leave it out in a new job.",
-    )
-    preset_meanings: list[PresetMeaning] = Field(
-        [],
-        max_length=2,
-        exclude_if=lambda meanings: not meanings,
-        description="The same of a job with several patterns: of its shares, and of its N:M.",
+        "winner is trained.",
     )
     steps: StepsSpec = StepsSpec()
     name: Title | None = Field(
@@ -203,8 +191,6 @@ class JobSpec(Document):
     _are_patterns = field_validator("patterns")(rules.are_patterns)
     _is_pattern = field_validator("pattern")(rules.is_pattern)
     _fits_pattern = field_validator("scope")(rules.fits_pattern)
-    _of_this_preset = field_validator("preset_meaning")(rules.of_this_preset)
-    _of_these_patterns = field_validator("preset_meanings")(rules.of_these_patterns)
     _can_be_measured = field_validator("objective", "validation")(rules.can_be_measured)
     _was_calibrated = field_validator("search_space")(rules.was_calibrated)
     _more_than_baselines = field_validator("trials")(rules.more_than_baselines)
@@ -225,14 +211,6 @@ class JobSpec(Document):
             return {"confirm": None, **values}
         if isinstance(values, dict) and values.get("patterns"):
             return {**values, "confirm": curve_confirmation(values.get("confirm", {}))}
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_older_versions(cls, values: Any) -> Any:
-        """A job that was stored without a preset meant the default of then."""
-        if isinstance(values, dict) and values.get("preset_meaning") is not None:
-            return {"preset": FIRST_PRESET, **values}
         return values
 
     @model_validator(mode="after")
@@ -271,17 +249,12 @@ class JobSpec(Document):
         """The same with one of its patterns alone, for what is done with each."""
         if not self.several:
             return self
-        meanings = zip(first_of_kinds(self.points), self.preset_meanings, strict=False)
-        mine = [meaning for each, meaning in meanings if bool(each.group) == bool(pattern.group)]
-        words = PresetMeaning.words(self.preset, str(pattern), pattern)
         return self.model_copy(
             update={
                 "pattern": str(pattern),
                 "patterns": None,
                 "target": None,
                 "scope": None if pattern.group else pattern.scope.value,
-                "preset_meaning": mine[0].model_copy(update={"of": words}) if mine else None,
-                "preset_meanings": [],
             }
         )
 
@@ -373,18 +346,6 @@ class JobSpec(Document):
             "calibration": self.calibration.placed(access),
         }
         return self.model_copy(update=changes)
-
-    def settled(self) -> "JobSpec":
-        """The same with what its preset means now written down, unless it says what it meant."""
-        if self.preset_meaning is not None or self.preset_meanings:
-            return self
-        meanings = [
-            PresetMeaning.now(self.preset, self.pattern or str(each), each)
-            for each in first_of_kinds(self.points)
-        ]
-        if self.several:
-            return self.model_copy(update={"preset_meanings": meanings})
-        return self.model_copy(update={"preset_meaning": meanings[0]})
 
 
 def island_seed(seed: int, island: int) -> int:

@@ -14,11 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pho_service.spec.job import JobSpec  # which takes long to import
 
-MEANINGS = {
-    "preset_meaning",
-    "preset_meanings",
-}  # fields that are written down when a job is stored
-
 
 @dataclass(frozen=True, kw_only=True)
 class JobField:
@@ -93,12 +88,8 @@ def value_at(document: Mapping[str, Any], path: str, default: Any = None) -> Any
 
 
 def minimal_document(spec: "JobSpec") -> dict[str, Any]:
-    """
-    The document that asks for the same job and says no default.
-
-    What a preset meant when a job was stored is left out: it means what it means now.
-    """
-    whole = spec.model_dump(mode="json", exclude=MEANINGS)
+    """The document that asks for the same job and says no default."""
+    whole = spec.model_dump(mode="json")
     sparse = {
         name: _changed(name, whole[name])
         for name in ("pattern", "patterns", "target")
@@ -152,4 +143,4 @@ def _same(document: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
         made = JobSpec.model_validate(document)
     except ValueError:
         return False
-    return made.model_dump(mode="json", exclude=MEANINGS) == whole
+    return made.model_dump(mode="json") == whole

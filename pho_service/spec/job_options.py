@@ -18,7 +18,7 @@ from pho_service.spec.job_fields import JobField, job_fields, value_at, within
 from pho_service.spec.sizes import parse_bytes
 from pho_service.spec.tasks import USUAL_TASKS
 
-# What an option is called, if not as its field; more names are hidden, of older versions.
+# What an option is called, if not as its field.
 _NAMES = {
     "steps/allocation/method": ("--allocation",),
     "steps/allocation/unit": ("--allocation-unit",),
@@ -37,7 +37,7 @@ _NAMES = {
     "confirm": ("--no-confirm",),
     "confirm/text": ("--confirm-text",),
     "confirm/windows": ("--confirm-windows",),
-    "confirm/candidates": ("--finalists", "--candidates"),
+    "confirm/candidates": ("--finalists",),
     "validation/candidates": ("--validate",),
     "validation/seed": ("--validation-seed",),
     "objective/name": ("--objective",),
@@ -66,8 +66,6 @@ _DEFAULTS = {
 WITHOUT = {
     "model": "the argument MODEL",
     "more_models": "further arguments MODEL",
-    "preset_meaning": "written down when a job is stored",
-    "preset_meanings": "written down when a job is stored",
 }
 
 # Fields that only a service has a use for, and why `pho search` has not.

@@ -15,7 +15,7 @@ from pho_service.spec.fields import ConfirmSpec, ValidationSpec
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.points import asked_patterns, first_of_kinds, one_of
-from pho_service.spec.presets import Preset, PresetMeaning
+from pho_service.spec.presets import Preset
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.tasks import task_names
 from pho_service.tuning.request import SearchRequest
@@ -72,29 +72,6 @@ def fits_pattern(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
-def of_this_preset(value: PresetMeaning | None, info: ValidationInfo) -> PresetMeaning | None:
-    """What the preset meant is of this preset and this pattern."""
-    given = info.data
-    if value is not None and _PATTERN | {"preset"} <= given.keys():
-        if given["pattern"] is None:
-            raise ValueError("preset_meaning is of one pattern: leave it out")
-        pattern = Pattern.parse(given["pattern"], given["scope"])
-        _check_meaning(value, PresetMeaning.words(given["preset"], given["pattern"], pattern))
-    return value
-
-
-def of_these_patterns(value: list[PresetMeaning], info: ValidationInfo) -> list[PresetMeaning]:
-    """So it is of several patterns."""
-    given = info.data
-    if value and _PATTERN | {"preset"} <= given.keys():
-        kinds = [] if given["pattern"] else first_of_kinds(asked_patterns(given))
-        if len(kinds) != len(value):
-            raise ValueError("they are not those of this job's patterns: leave them out")
-        for meaning, each in zip(value, kinds, strict=True):
-            _check_meaning(meaning, PresetMeaning.words(given["preset"], str(each), each))
-    return value
-
-
 def can_be_measured(value: Any, info: ValidationInfo) -> Any:
     """Perplexities need a text."""
     needed = isinstance(value, ValidationSpec) or (
@@ -124,7 +101,7 @@ def was_calibrated(value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceS
 
 def more_than_baselines(value: int, info: ValidationInfo) -> int:
     """The plan of the search is one."""
-    needed = {"preset", "preset_meaning", "steps", "calibration", "search_space"}
+    needed = {"preset", "steps", "calibration", "search_space"}
     if _PATTERN | needed <= info.data.keys():
         given = info.data
         for pattern in first_of_kinds(asked_patterns(given)):
@@ -181,14 +158,5 @@ def in_memory(value: int, info: ValidationInfo) -> int:
 
 def preset_of(given: Mapping[str, Any], pattern: Pattern) -> Preset:
     """The preset of a job with these fields, with its steps and bounds."""
-    meaning = given["preset_meaning"]
-    preset = Preset.of(given["preset"], pattern) if meaning is None else meaning.preset()
+    preset = Preset.of(given["preset"], pattern)
     return preset.changed(given["steps"].given(), given["search_space"].bounds())
-
-
-def _check_meaning(meaning: PresetMeaning, mine: str) -> None:
-    if meaning.of != mine:
-        raise ValueError(
-            f"preset_meaning is that of {meaning.of}, but the job is for {mine}: leave it out, for "
-            "what the preset means now"
-        )

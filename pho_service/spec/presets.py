@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
-from pydantic import Field
-
 from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import Allocation
-from pho_service.spec.document import Document, Title
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.reconstruction import Reconstruction
-from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps
 
-PresetName = Literal["score", "crepe", "crepe-plus", "best", "best-reconstructed"]
-PRESETS: tuple[PresetName, ...] = ("score", "crepe", "crepe-plus", "best")
+PresetName = Literal["score", "crepe", "crepe-plus", "best"]
+PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 DEFAULT_PRESET: PresetName = "best"
-FIRST_PRESET: PresetName = "score"  # the default of older versions
 SHRINKAGE = 1.0  # of best
 
 
@@ -44,14 +39,13 @@ class Preset:
                 ``crepe``: as published: no gradient exponent. ``crepe-plus``:
                 the best that leaves kept weights untouched. ``best``: kept
                 weights are updated, and the winner's blocks trained, too.
-                ``best-reconstructed`` is what documents of older versions call it.
             pattern: What is pruned. Allocation is for scopes row and layer;
                 permutation for N:M.
 
         Raises:
             InvalidInput: Another name.
         """
-        if name not in get_args(PresetName):
+        if name not in PRESETS:
             raise InvalidInput(f"preset {name!r} is not one of {', '.join(PRESETS)}.")
         if name == "score":
             return cls()
@@ -106,45 +100,3 @@ class Preset:
             steps=Steps(allocation=Allocation(method="fisher"), repruning="swaps"),
             bounds={"allocation_spread": (0.05, 0.4)},
         )
-
-
-class PresetMeaning(Document):
-    """
-    What a preset meant when a job was submitted: presets may change from version to version.
-
-    A step or a bound that a later version adds is left out here, and so has the default that
-    changes nothing.
-    """
-
-    of: Title = Field(description="The preset, the pattern and the scope, in words.")
-    steps: Steps = Field(Steps(), description="Steps that every candidate goes through.")
-    search_space: SearchSpaceSpec = Field(
-        SearchSpaceSpec(), description="Bounds that differ from those of every search."
-    )
-
-    @classmethod
-    def now(cls, name: str, text: str, pattern: Pattern) -> Self:
-        """
-        What a preset means in this version.
-
-        Args:
-            name: Name of the preset.
-            text: The pattern, as it is written in the job.
-            pattern: The same with its scope.
-        """
-        preset = Preset.of(name, pattern)
-        bounds: dict[str, Any] = {bound: [*values] for bound, values in preset.bounds.items()}
-        return cls(
-            of=cls.words(name, text, pattern),
-            steps=preset.steps,
-            search_space=SearchSpaceSpec.model_validate(bounds),
-        )
-
-    @staticmethod
-    def words(name: str, text: str, pattern: Pattern) -> str:
-        """What the meaning is of; for the arguments see :meth:`now`."""
-        return f"{name} at {text}, scope {pattern.scope.value}"
-
-    def preset(self) -> Preset:
-        """The preset of then."""
-        return Preset(steps=self.steps, bounds=self.search_space.bounds())

@@ -172,7 +172,7 @@ class Steps:
         return replace(self, reconstruction=Reconstruction())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON; those that older versions had not, only where they say something."""
+        """The fields as JSON; what few searches have, only where it says something."""
         values = asdict(self)
         del values["linears"], values["reconstruction"]
         if self.statistics == "dense":

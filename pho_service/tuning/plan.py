@@ -134,7 +134,7 @@ class RatedCandidate:
         params: Its place in the search space.
         value: Its rating by the objective.
         second_opinion: Its rating by the weighting that also proposes finalists, lower is better;
-            None if there is none, or the version that rated it had none.
+            None if there is none.
     """
 
     number: int

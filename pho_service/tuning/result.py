@@ -106,7 +106,7 @@ def mark_chosen(
 
 
 def chosen_in(study: optuna.Study) -> int | None:
-    """The trial of a study that :func:`mark_chosen` marked; None in those of older versions."""
+    """The trial of a study that :func:`mark_chosen` marked; None if it is in another study."""
     mark = study.user_attrs.get(CHOSEN) or {}
     return int(mark["trial"]) if mark.get("study") == study.study_name else None
 
@@ -224,7 +224,7 @@ def _at_chance(provenance: Mapping[str, Any]) -> Iterator[str]:
     for each, model in (
         zip(several, parts, strict=True) if several else [(provenance, provenance.get("model", {}))]
     ):
-        dense = each.get("dense")  # bundles of older versions do not say
+        dense = each.get("dense")  # bundles that were put together by hand do not say
         if dense and dense["perplexity"] > CHANCE * dense["vocabulary"]:
             yield (
                 f"The dense model {Path(model.get('name', 'model')).name} predicts no better than "

@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pho_service.errors import StudyError
 from pho_service.progress import Fence
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import (
     CORRECTS,
     SECOND_OPINION,
@@ -264,8 +263,7 @@ class _Recorder:
 
     def _is_of(self, trial: FrozenTrial, candidate: Candidate) -> bool:
         """Whether a recorded trial is a candidate's, but for rounding."""
-        known = {"steps": Steps().to_dict(), **trial.user_attrs}  # older versions wrote no steps
-        asked = candidate.to_dict()
+        known, asked = trial.user_attrs, candidate.to_dict()
         return all(_alike(known.get(part), asked[part]) for part in ("coefficients", "steps"))
 
     def _other(self, trial: FrozenTrial) -> StudyError:

@@ -51,20 +51,6 @@ def test_local_stays_local(client: TestClient, tmp_path: Path) -> None:
     assert hub["spec"]["model"] == "org/name"
 
 
-def test_preset_is_written_down(client: TestClient) -> None:
-    """A stored job has what its preset meant; the same document with its key is the same job."""
-    document, headers = {**DOCUMENT, "preset": "best"}, {"Idempotency-Key": "preset"}
-    job = client.post("/v1/jobs", json=document, headers=headers).json()
-    again = client.post("/v1/jobs", json=document, headers=headers).json()
-    copied = client.post("/v1/jobs", json=job["spec"]).json()
-
-    assert job["spec"]["preset"] == "best"
-    assert job["spec"]["preset_meaning"]["of"] == "best at 0.5, scope layer"
-    assert job["spec"]["preset_meaning"]["steps"]["allocation"]["method"] == "fisher"
-    assert again["id"] == job["id"]
-    assert copied["spec"] == job["spec"]
-
-
 def test_submitted(client: TestClient) -> None:
     """A submit is answered at once with 202 and the place where the job is."""
     answer = client.post("/v1/jobs", json=DOCUMENT)
@@ -89,7 +75,7 @@ def test_defaults(submit: Submit) -> None:
     """What is left out of a document has the documented defaults, and the job shows them."""
     spec = submit()["spec"]
 
-    assert spec == JobSpec.model_validate(DOCUMENT).settled().model_dump(mode="json")
+    assert spec == JobSpec.model_validate(DOCUMENT).model_dump(mode="json")
     assert spec["scope"] is None
     assert spec["sampler"] == "cmaes"
     assert (spec["trials"], spec["islands"], spec["seed"], spec["priority"]) == (200, 1, 0, 0)

@@ -69,7 +69,7 @@ def test_search(client: TestClient, hand: Any, submit: Any, configuration: Confi
     for said in (
         job["name"], "model org/name", "seed 11", "It lies on the border.",
         "1 of 8 trials failed", "perplexity 1 of 1 1.5",
-        "older versions of PHO did not store them", "pho submit --job job.json",
+        "they are stored when a job ends well", "pho submit --job job.json",
     ):  # fmt: skip
         assert said in text
     assert f"kernel size {configuration.coefficients.kernel_size}" in text

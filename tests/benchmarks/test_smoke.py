@@ -190,7 +190,7 @@ def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path
 
     assert cells["crepe", 0]["preset_steps"]["update"] == "none"
     kept.write_text(before.replace('"update": "none"', '"update": "obs"'))
-    missing = benchmark(*words, "--no-measure")  # what a preset meant in another version
+    missing = benchmark(*words, "--no-measure")  # of another version
     assert "`crepe`" not in missing
     assert missing["Wanda"] == table["Wanda"]
 

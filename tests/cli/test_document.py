@@ -217,17 +217,6 @@ def test_without_options(document: dict[str, Any]) -> None:
     assert submit_command(document) is None
 
 
-def test_old_names() -> None:
-    """What `pho submit` called an option before is still read, and not shown."""
-    for verb in ("search", "submit"):
-        found = given(verb, "org/a", "--pattern", "0.5", "--candidates", "3")
-
-        assert found.document()["confirm"] == {"candidates": 3}
-        assert "--candidates" not in command(verb).get_help(
-            click.Context(command(verb), parent=PARENT)
-        )
-
-
 def test_defaults_are_left_out() -> None:
     """What is not given is not in the document, so that it has the service's default."""
     assert given("submit", "org/a", "--pattern", "0.5").document() == {"pattern": "0.5"}

@@ -118,11 +118,13 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     assert plan.steps.linears.ignore == ("*.down_proj",)
     assert asked["calibration"]["kernel_sizes"] == [3, 5]  # the bundle's
 
-    keep_record(study, "document", None)  # as older versions, which kept what was searched alone
+    keep_record(
+        study, "document", None
+    )  # as the studies of Python, which keep what was searched alone
     found = again(name)
-    older = found.job(found.document({"model": "of the bundle"}))
-    assert older.plan(0) == plan
-    assert older.calibration.settings().samples == 6
+    alone = found.job(found.document({"model": "of the bundle"}))
+    assert alone.plan(0) == plan
+    assert alone.calibration.settings().samples == 6
 
 
 def test_same_page(pho: Pho, searched: str) -> None:

@@ -103,7 +103,7 @@ def test_submit(remote: Pho, client: Client) -> None:
     assert result.exit_code == 0
     assert result.stdout == f"{job.id}\n"
     assert f"pho watch {job.id}" in result.stderr
-    assert job.spec == JobSpec.model_validate(SPEC).settled().model_dump(mode="json")
+    assert job.spec == JobSpec.model_validate(SPEC).model_dump(mode="json")
 
 
 def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> None:
@@ -112,7 +112,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
     result = remote(
         "submit", "org/name", "--pattern", "2:4", "--scope", "row", "--name", "mine",
         "--text", calibration, "--samples", 6, "--context-length", 32,
-        "--confirm-text", confirmation, "--candidates", 3, "--validate", 9,
+        "--confirm-text", confirmation, "--finalists", 3, "--validate", 9,
         "--objective", "perplexity", "--weighting", "fisher", "--sampler", "tpe",
         "--space", "row_share=0.25:0.75", "--space", "activation_exponent=1",
         "--space", "kernel_sizes=9,3", "--trials", 50, "--islands", 2, "--seed", 7,
@@ -135,7 +135,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
 
     assert result.exit_code == 0, result.stderr
     (job,) = client.jobs()
-    assert job.spec == expected.settled().model_dump(mode="json")
+    assert job.spec == expected.model_dump(mode="json")
 
 
 def test_other_options(remote: Pho, client: Client) -> None:
@@ -203,11 +203,11 @@ def test_job_file(remote: Pho, client: Client) -> None:
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
     remote("submit", "--job", "job.json")
-    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--candidates", 4,
+    remote("submit", "org/other", "--job", "job.json", "--trials", 50, "--finalists", 4,
            "--space", "gradient_exponent=0")  # fmt: skip
     changed, plain = client.jobs()
 
-    assert plain.spec == JobSpec.model_validate(document).settled().model_dump(mode="json")
+    assert plain.spec == JobSpec.model_validate(document).model_dump(mode="json")
     assert (changed.spec["model"], changed.spec["trials"]) == ("org/other", 50)
     assert changed.spec["confirm"]["candidates"] == 4
     assert changed.spec["search_space"]["row_share"] == [0.5, 0.5]
@@ -254,8 +254,8 @@ def test_no_file(remote: Pho) -> None:
 
 
 NO_PLACES: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
-    ({"confirm": None}, ("--candidates", 3)),
-    ({"confirm": "all"}, ("--candidates", 3)),
+    ({"confirm": None}, ("--finalists", 3)),
+    ({"confirm": "all"}, ("--finalists", 3)),
     ({"calibration": None}, ("--samples", 3)),
     ({"calibration": [1]}, ("--text", "x")),
     ({"search_space": None}, ("--space", "row_share=0.5")),

@@ -1,5 +1,6 @@
 """Searches from Python: what the command line finds, on any study, with any sampler of Optuna."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -16,26 +17,34 @@ import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import BundleError, InvalidInput, ModelError, StudyError
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.samplers import SearchOptions
 from pho_service.tuning.request import SearchRequest
 
 
 def test_options_are_complete() -> None:
-    """Every field of a calibration and of a search is a parameter, with the same default."""
-    for function, fields, elsewhere in (
+    """Every field of a calibration and of a search is an argument that is described."""
+    elsewhere = {"pattern", "objective", "bounds", "steps", "warm_start", "validation"}
+    asked = SearchRequest(pattern=pho.Pattern.parse("0.5"))
+    for function, values, other in (
         (pho.calibrate, CalibrationSettings(), {"context_length"}),
-        (
-            inspect.unwrap(pho.search),
-            SearchRequest(pattern=pho.Pattern.parse("0.5")),
-            {"pattern", "objective", "bounds", "steps", "warm_start", "validation"},
-        ),
+        (pho.search, asked, elsewhere),
+        (pho.curve, SearchOptions(), set()),
+        (pho.search_within, SearchOptions(), set()),
+        (pho.compare, SearchOptions(), set()),
     ):
         parameters = inspect.signature(function).parameters
-        names = [name for name in fields.__dataclass_fields__ if name not in elsewhere]
+        names = [each.name for each in dataclasses.fields(values) if each.name not in other]
 
-        assert len(names) >= 5
         assert {name: parameters[name].default for name in names} == {
-            name: getattr(fields, name) for name in names
+            name: getattr(values, name) for name in names
         }
+        assert not [each for each in parameters if f"\n    {each}: " not in function.__doc__]
+
+
+def test_unknown_argument() -> None:
+    """An argument that is not known is refused with the name of the function."""
+    with pytest.raises(TypeError, match=r"^search\(\) got an unexpected .* 'trails'"):
+        pho.search(None, "0.5", trails=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

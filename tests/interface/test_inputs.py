@@ -1,5 +1,6 @@
 """What the API takes for models and texts, and what it refuses."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,14 @@ def test_bad_bundle(tiny_llama: PreTrainedModel, windows: Tensor, tmp_path: Path
         pho.compare(tiny_llama, None, "0.5", bundle={}, report=windows)
     with pytest.raises(BundleError, match="does not exist"):
         pho.compare(tiny_llama, None, "0.5", bundle=tmp_path / "no.safetensors", report=windows)
+
+
+def test_messages_name_arguments(bundle: Any, tmp_path: Path) -> None:
+    """What a message of the command line calls an option is an argument here."""
+    with pytest.raises(InvalidInput, match=r"instead of a bundle, and confirm\.") as caught:
+        pho.search(bundle, "0.5", objective="perplexity")
+    with pytest.raises(InvalidInput, match="revision main is for hub ids"):
+        pho.load_model(str(tmp_path), revision="main")
+
+    assert "--" not in str(caught.value)
+    assert pickle.loads(pickle.dumps(pho.search)) is pho.search  # noqa: S301 - our own

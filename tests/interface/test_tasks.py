@@ -214,7 +214,7 @@ def test_refused(
     assert "words cannot be read: Unable to find" in refused("words", **files)
     away = refused("words", dataset_path="org/name", dataset_kwargs={})
     assert "cannot be read: Couldn't reach 'org/name'" in away
-    assert "--tasks-dir" in away
+    assert "with tasks_dir (" in away
     assert "cannot be loaded" in refused("words", doc_to_text="{{ question ")
     assert "words is named twice" in refused("words,words")
     with pytest.raises(InvalidInput, match="nothing to measure"):

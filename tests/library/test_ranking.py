@@ -601,14 +601,6 @@ def test_transfer_of_nothing() -> None:
     assert parsed(transfer()) == parsed(document())
 
 
-def test_older_version() -> None:
-    """A configuration of version 1, which had no steps, is read, and stays what it is."""
-    found = parsed(document(version=1))
-
-    assert found.configuration.steps.update == "none"
-    assert parsed(found.to_dict("s")) == found
-
-
 def nested(depth: int) -> Any:
     """Lists in lists."""
     value: Any = 1
@@ -620,7 +612,7 @@ def nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (document(version=3), "it has format version 3, but this PHO reads versions 1 to 2"),
+        (document(version=3), "it has format version 3, but this PHO reads version 2"),
         (transfer(version=2), "it is a transfer of format version 2, but this PHO reads version 1"),
         (transfer(TARGET, configuration=document(version=3)), "it: configuration has format vers"),
         (transfer(TARGET, configuration=transfer()), "it: configuration is not a configuration"),

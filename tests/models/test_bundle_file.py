@@ -281,13 +281,3 @@ def test_changed_contents(file: Path) -> None:
 
     with pytest.raises(BundleError, match="its contents have the hash"):
         read_bundle(file)
-
-
-def test_of_the_last_version(bundle: ProxyBundle, file: Path) -> None:
-    """A file without a hash, as older versions wrote them, is read as before."""
-    with safe_open(file, framework="pt") as opened:
-        document = json.loads(opened.metadata()[FORMAT])
-    del document["sha256"]
-    save_file(load_file(file), file, metadata={FORMAT: json.dumps(document)})
-
-    assert read_bundle(file).contents_sha256 == bundle.contents_sha256

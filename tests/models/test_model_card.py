@@ -19,12 +19,12 @@ from pho_service.models import hub
 from pho_service.models.model_card import licence_of, model_card
 from pho_service.models.shared_recipe import shareable
 
-RECIPE = Path(__file__).parents[1] / "stored" / "7e0434d" / "pruning.json"
+RECIPE = Path(__file__).parents[1] / "stored" / "0.1.0" / "pruning.json"
 
 
 @pytest.fixture
 def recipe() -> dict[str, Any]:
-    """What a version before this one wrote."""
+    """What `pho prune` wrote of a search."""
     found: dict[str, Any] = json.loads(RECIPE.read_text())
     return found
 
@@ -48,9 +48,9 @@ def test_card(recipe: dict[str, Any]) -> None:
         "tags": ["pho", "pruned", "sparse", "sparsity-0.5"],
     }
     for said in (
-        "50.00% of the weights of 14 linears", "Method: `crepe`", "Pattern: `0.5`", "row 0.3067",
-        "`text.txt`, 6 samples", "496 tokens in windows of 32", "| this one | 85.42 |",
-        "| wanda, same pattern | 87.10 |", "from_pretrained", "`apache-2.0`",
+        "50.00% of the weights of 14 linears", "Method: `ria-row`", "Pattern: `0.5`", "row 1",
+        "`text.txt`, 6 samples", "93 tokens in windows of 32", "| this one | 71.18 (-9%) |",
+        "| Wanda, same pattern | 79.96 |", "from_pretrained", "`apache-2.0`",
     ):  # fmt: skip
         assert said in card
 

@@ -13,9 +13,6 @@ from pho_service.models import weights_hash
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.weights_hash import sha256_each, weights_sha256
 
-# Of `mixtral()`, as PHO made it before there were schemes.
-FIRST = "54638955405e4474a4f9c8ba30edc875df8906f9e7f6148b2fb7c25478f51875"
-
 
 def mixtral() -> MixtralForCausalLM:
     """A bfloat16 Mixtral whose weights count up, in the order of their names."""
@@ -31,7 +28,7 @@ def mixtral() -> MixtralForCausalLM:
 
 
 def expected(tensors: dict[str, Tensor]) -> str:
-    """The second scheme, without the code under test."""
+    """The hash, without the code under test."""
     lines = b""
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().view(torch.int16).numpy().tobytes()
@@ -76,17 +73,6 @@ def test_everything_counts() -> None:
     assert weights_sha256(tied) == weights_sha256(base)
 
 
-def test_first_scheme() -> None:
-    """What was stored before is the same still, whether the experts have modules or not."""
-    model = mixtral()
-    before = weights_sha256(model, scheme=1)
-    prunable_linears(model)
-
-    assert before == weights_sha256(model, scheme=1) == FIRST
-    with pytest.raises(ValueError, match="scheme=3"):
-        weights_sha256(model, scheme=3)
-
-
 def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's weights come in pieces of bounded size, and give the hash that the CPU's give."""
     monkeypatch.setattr(weights_hash, "PIECE", 1000)
@@ -112,8 +98,5 @@ def test_cast() -> None:
     loaded.load_state_dict(stored.state_dict())
 
     assert weights_sha256(loaded) != weights_sha256(stored)
-    for scheme in (1, 2):
-        as_stored = weights_sha256(loaded, scheme=scheme, dtype=torch.bfloat16)
-        assert as_stored == weights_sha256(stored, scheme=scheme)
-        as_loaded = weights_sha256(stored, scheme=scheme, dtype=torch.float32)
-        assert as_loaded == weights_sha256(loaded, scheme=scheme)
+    assert weights_sha256(loaded, dtype=torch.bfloat16) == weights_sha256(stored)
+    assert weights_sha256(stored, dtype=torch.float32) == weights_sha256(loaded)

@@ -98,27 +98,6 @@ def test_same_key_for_two_models(
         search(second)
 
 
-def test_study_of_the_last_version(
-    by_hand: Any, request_here: SearchRequest, searched: Any, study_url: str
-) -> None:
-    """A study that does not say of which weights it is goes on, and says so from now on."""
-    import optuna
-
-    from storage.studies import keep_record, open_storage, record_of
-
-    bundle = by_hand(provenance={"key": "mine"})
-    found = searched(request_here, bundle)
-    with open_storage(study_url) as storage:
-        study = optuna.load_study(study_name=found.study_name, storage=storage)
-        marks = record_of(study)
-        keep_record(study, "bundle_rows_sha256", None)
-
-    assert marks["bundle_rows_sha256"] == [bundle.rows_sha256]
-    assert searched(request_here, bundle) == found
-    with pytest.raises(StudyError):
-        searched(request_here, by_hand(3.0, provenance={"key": "mine"}))
-
-
 def test_written_into_while_it_is_calibrated(
     model_folder: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:

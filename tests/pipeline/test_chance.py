@@ -21,7 +21,7 @@ SETTINGS = CalibrationSettings(
 
 
 def with_dense(bundle: ProxyBundle, perplexity: float | None) -> ProxyBundle:
-    """The bundle of a model that has this perplexity; None as an older version made it."""
+    """The bundle of a model that has this perplexity; None does not say it."""
     provenance = {k: v for k, v in bundle.provenance.items() if k != "dense"}
     if perplexity is not None:
         provenance["dense"] = {**bundle.provenance["dense"], "perplexity": perplexity}

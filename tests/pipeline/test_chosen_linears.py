@@ -11,11 +11,12 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.recipe_file import read_recipe
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import Target, transfer_job
+from pho_service.pipeline.transfer import transfer_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.allocation import Allocation
@@ -143,11 +144,11 @@ def test_transferred(request_of_some: SearchRequest, bundle: ProxyBundle) -> Non
         layers=[replace(la, name=la.name.replace("o_proj", "dense")) for la in bundle.layers],
         provenance={"model": {"name": "other/model"}, "key": "other"},
     )
-    transfer = transfer_job(Target(name="same", bundle=bundle), found)
+    transfer = transfer_job(Calibrated(name="same", bundle=bundle), found)
 
     assert transfer.proxies["transferred"] == found.objective["value"]
     with pytest.raises(InvalidInput, match=r"'\*\.o_proj' matches none of the 14 .* other/model"):
-        transfer_job(Target(name="other", bundle=other), found)
+        transfer_job(Calibrated(name="other", bundle=other), found)
 
 
 def test_over_models(request_of_some: SearchRequest, bundle: ProxyBundle) -> None:

@@ -12,10 +12,10 @@ from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import ComparisonRow, check_family, compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.repeated import (
-    Calibrated,
     Compared,
     ComparisonRequest,
     compare_over_seeds,

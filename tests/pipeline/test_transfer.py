@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pho_service.errors import BundleError, ConfigurationError
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.transfer import (
-    Target,
     Transfer,
     check_configuration,
     own_search,
@@ -73,7 +73,7 @@ def test_regret(values: dict[str, float | None], expected: float | None) -> None
 
 def test_bundle(bundle: ProxyBundle) -> None:
     """Of a bundle the proxies are known, those of the very candidates, and no perplexity."""
-    done = transfer_job(Target(name="b", bundle=bundle), GOOD)
+    done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD)
     candidates = [*reference_methods(Pattern.parse("0.5", "layer")).values(), GOOD.candidate()]
     ratings = ProxyEvaluator(bundle).evaluate(candidates)
 
@@ -88,7 +88,7 @@ def test_model(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequest
 ) -> None:
     """Of a model every perplexity is on the report text, that of its own best among them."""
-    target = Target(name="m", bundle=bundle, model=model, report=report, confirm=report)
+    target = Calibrated(name="m", bundle=bundle, model=model, report=report, confirm=report)
     done = transfer_job(target, GOOD, search=request_of_own)
     assert done.own is not None
 
@@ -106,7 +106,7 @@ def test_model(
 
 def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest) -> None:
     """Without a model the own best is the best by the proxy, and so the regret."""
-    done = transfer_job(Target(name="b", bundle=bundle), GOOD, search=request_of_own)
+    done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
     assert own is not None
     assert mine is not None
@@ -118,11 +118,11 @@ def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest
 
 def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
     """Where the configuration is no better than RIA, a sentence says so, and what to do."""
-    (warning,) = transfer_job(Target(name="b", bundle=bundle), BAD).warnings()
+    (warning,) = transfer_job(Calibrated(name="b", bundle=bundle), BAD).warnings()
 
     assert "b: the proxy of the transferred configuration" in warning
     assert "it does not transfer. Search there: pho search b" in warning
-    assert transfer_job(Target(name="b", bundle=bundle), GOOD).warnings() == []
+    assert transfer_job(Calibrated(name="b", bundle=bundle), GOOD).warnings() == []
 
 
 @pytest.mark.parametrize(("transferred", "warned"), [(24.0, 0), (26.0, 1), (31.0, 1)])
@@ -136,7 +136,7 @@ def test_half_of_the_gain(transferred: float, warned: int) -> None:
 
 def test_key(bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequest) -> None:
     """All that the numbers depend on changes the key, and nothing else does."""
-    target = Target(name="a", bundle=bundle)
+    target = Calibrated(name="a", bundle=bundle)
     key = transfer_key(target, GOOD, None)
 
     assert transfer_key(replace(target, name="b"), GOOD, None) == key
@@ -158,7 +158,9 @@ def test_steps_that_need_a_text(
     """The configuration's steps are taken along."""
     steps = Steps(repruning="swaps")
     configuration = GOOD.model_copy(update={"steps": steps})
-    target = Target(name="m", bundle=bundle, model=model, report=report, calibration=windows % 30)
+    target = Calibrated(
+        name="m", bundle=bundle, model=model, report=report, calibration=windows % 30
+    )
     plain, swapped = (transfer_job(target, each) for each in (GOOD, configuration))
 
     assert swapped.perplexities["transferred"] != plain.perplexities["transferred"]
@@ -171,7 +173,7 @@ def test_missing_kernel_size(bundle: ProxyBundle) -> None:
     configuration = GOOD.model_copy(update={"coefficients": coefficients})
 
     with pytest.raises(BundleError, match=r"kernel size 9, only for 3, 5. Calibrate again"):
-        transfer_job(Target(name="b", bundle=bundle), configuration)
+        transfer_job(Calibrated(name="b", bundle=bundle), configuration)
 
 
 @pytest.mark.parametrize(("pattern", "scope"), [(None, None), ("0.5", None), ("0.5", "layer")])

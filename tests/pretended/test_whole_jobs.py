@@ -16,9 +16,10 @@ from pretended_subjects import SETTINGS, Subject, unchanged
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import Target, transfer_job
+from pho_service.pipeline.transfer import transfer_job
 from pho_service.pipeline.validate import validate_job
 from pho_service.progress import Run
 from pho_service.spec.configuration import Configuration, read_configuration
@@ -184,7 +185,7 @@ def test_validate(subject: Subject, path: Path_) -> None:
 
 def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
     """A configuration that was found elsewhere, and the model's own best."""
-    target = Target(
+    target = Calibrated(
         name=subject.name,
         bundle=subject.bundle,
         model=subject.model,

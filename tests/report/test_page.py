@@ -292,7 +292,7 @@ def test_happened(page_of: Any) -> None:
                 "result": "There is no configuration yet",
                 "search": "No trial is rated yet",
                 "finalists": "No perplexity is known",
-                "layers": "older versions of PHO did not store them",
+                "layers": "they are stored when a job ends well",
                 "transfer": "There is no configuration yet that could be measured",
             },
         ),

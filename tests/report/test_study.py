@@ -17,8 +17,6 @@ from pho_service.report.study import (
     trials_of,
     with_measurements,
 )
-from pho_service.report.words import study_document
-from pho_service.spec.job import JobSpec
 
 SPACE = {
     "row_share": FloatDistribution(0, 1), "spread": FloatDistribution(0, 1),
@@ -114,16 +112,3 @@ def test_configuration_goes_before(report_of: Any) -> None:
     found = with_measurements(trials, measured, configuration)
 
     assert [trial.perplexity for trial in found] == [19.0, 22.0]
-
-
-def test_preset_that_changed() -> None:
-    """The document of a study says its steps and bounds in full once its preset means others."""
-    asked = {"model": "m", "pattern": "0.5", "preset": "crepe"}
-    plan = JobSpec.model_validate(asked).plan(0)
-    space = {**plan.space.to_dict(), "gradient_exponent": [0.0, 0.5]}
-    known = {"document": asked, "space": plan.space.to_dict(), "steps": plan.steps.to_dict()}
-    older = study_document({**known, "space": space}, 20)
-
-    assert study_document(known, 20) == asked
-    assert older["preset"] == "score"
-    assert JobSpec.model_validate(older).plan(0).space.to_dict() == space

@@ -80,7 +80,7 @@ def test_by_hand(tmp_path: Path) -> None:
     ("document", "message"),
     [
         (changed(speed=1), "speed: Extra inputs"),
-        (changed(version=3), "format version 3, but this PHO reads versions 1 to 2"),
+        (changed(version=3), "format version 3, but this PHO reads version 2"),
         (changed(format="other"), "is not a configuration of PHO"),
         ([], "is not a configuration of PHO"),
         (changed(coefficients__row=-1.0), "row=-1.0 is not allowed"),

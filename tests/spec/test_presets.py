@@ -6,7 +6,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import Allocation
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS, Preset, PresetMeaning
+from pho_service.spec.presets import PRESETS, Preset
 from pho_service.spec.steps import Steps
 from pho_service.tuning.request import SearchRequest
 
@@ -39,7 +39,6 @@ def test_kept_weights(pattern: Pattern) -> None:
 
     assert (plus.update, plus.reconstruction.wanted) == ("none", False)
     assert (best.update, best.reconstruction.wanted) == ("least-squares", True)
-    assert Preset.of("best-reconstructed", pattern) == Preset.of("best", pattern)
 
 
 def test_changed() -> None:
@@ -83,44 +82,11 @@ def test_shrinkage_of_a_preset() -> None:
 
 
 def test_default() -> None:
-    """A new job is `best`; one that an older version stored without a preset is `score`."""
-    job = {"model": "org/name", "pattern": "0.5"}
-    meaning = PresetMeaning.now("score", "0.5", LAYER).model_dump(mode="json")
-    stored = JobSpec.model_validate({**job, "preset_meaning": meaning})
-
-    assert JobSpec.model_validate(job).preset == "best"
-    assert stored.preset == "score"
-    assert stored.plan(0).steps == Steps()
+    """A job without a preset is `best`."""
+    assert JobSpec.model_validate({"model": "org/name", "pattern": "0.5"}).preset == "best"
 
 
 def test_unknown() -> None:
     """Another name is refused with those that exist."""
     with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
         Preset.of("worst", LAYER)
-
-
-def test_meaning_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stored job goes by what its preset meant; a new document by what it means now."""
-    document = {"model": "org/name", "pattern": "0.5", "preset": "best"}
-    spec = JobSpec.model_validate(document)
-    stored = spec.settled().model_dump(mode="json")
-    further = {**stored, "steps": {"update": "obs"}, "search_space": {"row_share": [0, 1]}}
-    then = spec.plan(0)
-    changed = Preset(steps=Steps(repruning="dsnot"), bounds={"row_share": (0.5, 0.5)})
-    monkeypatch.setattr(Preset, "of", lambda *_: changed)
-    again = JobSpec.model_validate(stored)
-
-    assert "preset_meaning" not in spec.model_dump(mode="json")  # as it was asked, its hash too
-    assert again.plan(0) == then
-    assert again.settled() is again
-    assert JobSpec.model_validate(further).plan(0).steps.update == "obs"
-    assert JobSpec.model_validate(document).plan(0).steps.repruning == "dsnot"
-
-
-def test_meaning_of_another() -> None:
-    """What a preset meant at one pattern is not taken for another: the message says what to do."""
-    stored = JobSpec(model="org/name", pattern="0.5", preset="best").settled()
-    document = {**stored.model_dump(mode="json"), "pattern": "2:4"}
-
-    with pytest.raises(ValueError, match=r"of best at 0.5, scope layer, .* best at 2:4.*leave it"):
-        JobSpec.model_validate(document)

@@ -63,6 +63,7 @@ def test_out_of_memory(own_crew: Any, spec_of: Any) -> None:
 
     assert (error["type"], error["attempts"]) == ("OutOfMemory", 1)
     assert "Tried to allocate 2.00 GiB. Use a smaller model" in error["message"]
+    assert "shorter windows (calibration.context_length)" in error["message"]
     assert own_crew.alive == {process}
 
 

@@ -11,9 +11,10 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.transfer import Target, own_search, transfer_job
+from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.configurations import ConfigurationStore
@@ -87,7 +88,7 @@ def alone(spec: TransferSpec, folder: Path) -> dict[str, Any]:
         finalists=spec.search.confirm.candidates,
     )
     return transfer_job(
-        Target(
+        Calibrated(
             name=target.model,
             bundle=cached_bundle(model, text, settings, folder),
             model=model,
