@@ -23,6 +23,10 @@ def silent(title: str, steps: int) -> Iterator[Advance]:
     yield lambda _: None
 
 
+def never(*_: object) -> None:
+    """Refuse nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
@@ -37,7 +41,7 @@ class Run:
 
     device: str = "cpu"
     progress: Progress = silent
-    look: Look = lambda: None
+    look: Look = never
     fence: Fence = nullcontext
 
 

@@ -39,24 +39,13 @@ _LONGEST_MESSAGE = 5000  # characters of an error; those of libraries may hold w
 
 
 class ClaimStore:
-    """
-    The stages of a database, as a worker sees them.
-
-    Args:
-        database: Migrated.
-    """
+    """The stages of a database, as a worker sees them."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def claim(self, stage_id: int, queue_id: int, worker_id: uuid.UUID) -> Claim | None:
-        """
-        Take a stage that the queue gave out.
-
-        Returns:
-            The right to work on it; None if there is nothing to do: the job
-            may not work now, or another entry of the queue stands for the stage.
-        """
+        """Take a stage that the queue gave out."""
         with self.database.transaction() as connection:
             row = connection.execute(select(stages.c.job_id).where(stages.c.id == stage_id)).first()
             if row is None:
@@ -112,14 +101,6 @@ class ClaimStore:
 
         The old entry stands for nothing then: if the worker was only frozen,
         what it does to its entry when it wakes harms nobody.
-
-        Args:
-            queue_id: The entry.
-            alive_s: A worker that reported in so many seconds lives, and keeps its stage: it was
-                cut off from the queue, and works on.
-
-        Returns:
-            True if the old entry no longer has a purpose.
         """
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id
@@ -154,13 +135,6 @@ class ClaimStore:
         What Optuna writes meanwhile is in one transaction with the check of the
         claim: whole or not at all, and never by a worker that has lost its stage,
         even one that was frozen or cut off in the midst of it.
-
-        Args:
-            claim: Claim of the stage.
-            storage: That Optuna writes to.
-
-        Raises:
-            LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             check_claim(connection, claim)
@@ -168,16 +142,7 @@ class ClaimStore:
                 yield
 
     def watch(self, claim: Claim, step: Mapping[str, Any] | None = None) -> JobState:
-        """
-        The state of the job now.
-
-        Args:
-            claim: Claim of the stage.
-            step: What the stage is at: ``title``, ``done`` and ``steps``; None leaves it as it was.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """The state of the job now."""
         mine = (stages.c.id == claim.stage.id, stages.c.attempt == claim.attempt)
         query = select(jobs.c.state).join(stages, stages.c.job_id == jobs.c.id).where(*mine)
         with self.database.transaction() as connection:
@@ -191,12 +156,7 @@ class ClaimStore:
     def progress(
         self, claim: Claim, *, done: int, elapsed_s: float, best_value: float | None
     ) -> JobState:
-        """
-        Note how far a stage is, and give the state of the job.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Note how far a stage is, and give the state of the job."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             update_stage(
@@ -216,14 +176,7 @@ class ClaimStore:
             return job.state
 
     def log(self, claim: Claim, lines: Sequence[str], *, worker: str) -> None:
-        """
-        Keep lines that a worker has logged of a stage, also of one that is another's by now.
-
-        Args:
-            claim: Claim of the stage; nothing is kept of a job that was deleted.
-            lines: The oldest first.
-            worker: Its name.
-        """
+        """Keep lines that a worker has logged of a stage, also of one that is another's by now."""
         data = {
             "stage": claim.stage.kind,
             "number": claim.stage.number,
@@ -237,21 +190,7 @@ class ClaimStore:
                 add_event(connection, claim.job.id, LOG, data)
 
     def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
-        """
-        Note that an attempt failed.
-
-        Args:
-            claim: Claim of the stage.
-            error: ``type``, ``message`` and what else is known.
-            retry: Whether another attempt may help.
-
-        Returns:
-            True if the queue should give the stage out again. Otherwise the job
-            has failed, and keeps the error.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Note that an attempt failed."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             failures = claim.stage.failures + 1
@@ -275,15 +214,7 @@ class ClaimStore:
             return False
 
     def hand_back(self, claim: Claim) -> bool:
-        """
-        Put a stage down unfinished.
-
-        Returns:
-            Whether the queue should give it out again: the job may still work.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Put a stage down unfinished."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
@@ -296,15 +227,7 @@ class ClaimStore:
             return something_waits(connection, kinds, priority=job.priority, but_of=job.id)
 
     def end_turn(self, claim: Claim) -> bool:
-        """
-        Put a search down unfinished, behind whatever waits by now; other islands, too.
-
-        Returns:
-            False: its entry in the queue has done its part, another one stands for the stage.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Put a search down unfinished, behind whatever waits by now; other islands, too."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             put_down(connection, job, claim.stage.id, claim.stage.failures)
@@ -322,9 +245,6 @@ class ClaimStore:
         Put a stage down for a worker that cannot stop to work on it, and so ends.
 
         Its entry is taken out of the queue, and a new one put in if the job may still work.
-
-        Raises:
-            LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)

@@ -1,11 +1,12 @@
 """
-What workers' stages have given, and what follows: the end of a stage, of its parts, and of a job.
+How a stage ends: with a result, and what follows from it; or put down until its parts are done.
 
 Each method is one transaction; :mod:`storage.jobs` says in which order rows are locked.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
@@ -29,6 +30,28 @@ from storage.states import JobState, StageKind, StageState
 from storage.tables import jobs, stages
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """
+    The result of a job.
+
+    Attributes:
+        best: The configuration; None of a job that has one for each of its patterns.
+        warnings: What must be said of it.
+    """
+
+    best: Mapping[str, Any] | None
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration for the library; or, with ``transfer``, what it was worth on a model."""
+
+    configuration: Mapping[str, Any]
+    transfer: Mapping[str, Any] | None = None
+
+
 class OutcomeStore(ClaimStore):
     """
     The stages of a database, as a worker ends them.
@@ -42,48 +65,69 @@ class OutcomeStore(ClaimStore):
         claim: Claim,
         result: Mapping[str, Any],
         *,
-        add: Sequence[NewStage] = (),
         then: Sequence[NewStage] = (),
-        trials: int | None = None,
+        ended: bool = False,
+        found: Found | None = None,
+        library: Sequence[Entry] = (),
         spec: Mapping[str, Any] | None = None,
-        configuration: Mapping[str, Any] | None = None,
+        seen: Job | None = None,
     ) -> bool:
         """
-        Store what a stage gave, and make the stages that follow.
+        Store what a stage gave, and what follows from it.
 
         Args:
             claim: Claim of the stage.
             result: What it gave, as JSON values.
-            add: Stages that follow at once; those that exist already stay as they are.
-            then: Stages that follow if nothing of the job is left to do.
-            trials: That a search has brought its study to.
-            spec: The job's document from now on, if nothing of the job is left to do.
-            configuration: One for the library.
+            then: Stages that follow once nothing of the job is left to do; those that exist
+                already stay as they are.
+            ended: Whether nothing follows: the job has succeeded.
+            found: What the job was for, if this is it. A job that was cancelled meanwhile is
+                cancelled, without it.
+            library: What the library gets.
+            spec: The job's document from now on.
+            seen: The job as it was when all of this was decided.
 
         Returns:
-            False, and nothing is stored, if the job was extended beyond ``trials``.
+            False, and nothing is stored, if the job was extended or another of its stages was done
+            since it was ``seen``.
 
         Raises:
             LostClaim: The stage is another worker's.
         """
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
-            if trials is not None and trials < job.trials:
+            if seen is not None and _moved(seen, job):
                 return False
-            _finish_stage(connection, claim, result)
-            if configuration is not None:
-                keep(connection, configuration, owner_id=job.owner_id, job_id=job.id)
-            add_stages(connection, job, add)
-            if not _has_unfinished(connection, job.id):
+            cancelled = job.state is JobState.CANCELLING
+            update_stage(
+                connection, claim.stage.id, state=StageState.DONE, result=dict(result),
+                worker_id=None, finished_at=func.now(),
+            )  # fmt: skip
+            for entry in library:
+                if entry.transfer is None:
+                    keep(connection, entry.configuration, owner_id=job.owner_id, job_id=job.id)
+                else:
+                    keep_transfer(
+                        connection, entry.configuration, entry.transfer, owner_id=job.owner_id
+                    )
+            if found is not None and not cancelled:
+                _keep_found(connection, job, found)
+            _tell(connection, job, claim)
+            left = _has_unfinished(connection, job.id)
+            if not left:
                 add_stages(connection, job, then)
                 if spec is not None:
                     connection.execute(
                         update(jobs).where(jobs.c.id == job.id).values(spec=dict(spec))
                     )
-            settle(connection, job)
+            if ended and not left and not cancelled:
+                best = job.best if found is None else found.best
+                set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
+            else:
+                settle(connection, job)
             return True
 
-    def share(
+    def wait(
         self,
         claim: Claim,
         parts: Sequence[NewStage] = (),
@@ -111,145 +155,41 @@ class OutcomeStore(ClaimStore):
             put_down(connection, job, claim.stage.id, claim.stage.failures)
             _give_out_whole(connection, job.id, claim.stage.kind, claim.stage.number)
 
-    def complete_part(self, claim: Claim, result: Mapping[str, Any]) -> None:
-        """
-        Store what a part of a stage gave; after the last one, the stage itself is given out.
 
-        Raises:
-            LostClaim: The part is another worker's.
-        """
-        whole = claim.stage.part_of
-        assert whole is not None
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            _finish_stage(connection, claim, result)
-            settle(connection, job)
-            done = _give_out_whole(connection, job.id, claim.stage.kind, whole)
-            data = {"stage": claim.stage.kind, "number": whole, "done": done, "best_value": None}
-            add_event(connection, job.id, "progress", data)
+def _moved(seen: Job, job: Job) -> bool:
+    """Whether a job has more to do, or has done more, than when it was seen."""
+    done, now = (
+        {stage.id for stage in each.stages if stage.state is StageState.DONE}
+        for each in (seen, job)
+    )
+    return seen.trials != job.trials or done != now
 
-    def succeed(
-        self,
-        claim: Claim,
-        *,
-        best: Mapping[str, Any] | None,
-        warnings: Sequence[str],
-        result: Mapping[str, Any],
-        then: Sequence[NewStage] = (),
-    ) -> None:
-        """
-        Store the configuration that a job was for, in the library too, and what else the stage
-        gave. A job that was cancelled meanwhile is cancelled, without a configuration.
 
-        Args:
-            claim: Claim of the stage.
-            best: The configuration; None of a job that has one for each of its patterns.
-            warnings: What must be said of it.
-            result: What else the stage gave.
-            then: Stages that follow; without any, the job has succeeded.
+def _keep_found(connection: Connection, job: Job, found: Found) -> None:
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job.id)
+        .values(
+            best=found.best and dict(found.best),
+            warnings=[*found.warnings],
+            **found_columns(found.best),
+        )
+    )
+    if found.best is not None:
+        keep(connection, found.best, owner_id=job.owner_id, job_id=job.id)
 
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            _finish_stage(connection, claim, result)
-            if job.state is JobState.CANCELLING:
-                settle(connection, job)
-                return
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job.id)
-                .values(best=best and dict(best), warnings=[*warnings], **found_columns(best))
-            )
-            if best is not None:
-                keep(connection, best, owner_id=job.owner_id, job_id=job.id)
-            add_stages(connection, job, then)
-            if then:
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED, told=_good(best))
 
-    def pruned(self, claim: Claim, result: Mapping[str, Any]) -> None:
-        """
-        Store which files the pruned model of a job has. The job has succeeded; if it was cancelled
-        meanwhile, it is cancelled.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            _finish_stage(connection, claim, result)
-            _go_on(connection, job, ())
-
-    def scored(
-        self,
-        claim: Claim,
-        result: Mapping[str, Any],
-        *,
-        then: Sequence[NewStage],
-        check: Callable[[Job], None],
-    ) -> None:
-        """
-        Store what a model scored in tasks. After the last of a job's models come the stages that
-        follow; without any, the job has succeeded, or is cancelled if it was cancelled meanwhile.
-
-        Args:
-            claim: Claim of the stage.
-            result: What was measured.
-            then: Stages that follow.
-            check: Called with the job, which nobody else can change meanwhile, before anything is
-                stored; may refuse by raising.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            check(job)
-            _finish_stage(connection, claim, result)
-            _go_on(connection, job, then)
-
-    def transferred(
-        self,
-        claim: Claim,
-        result: Mapping[str, Any],
-        *,
-        configuration: Mapping[str, Any],
-        own: Mapping[str, Any] | None,
-        check: Callable[[Job], None] = lambda _: None,
-    ) -> None:
-        """
-        Store what a configuration was worth on a model, in the library too; the last one ends
-        the job, as cancelled if it was cancelled meanwhile.
-
-        Args:
-            claim: Claim of the stage.
-            result: What was measured; with an ``error``, nothing was.
-            configuration: What was transferred.
-            own: The model's own best, if it was searched for.
-            check: Called with the job, which nobody else can change meanwhile, before anything is
-                stored; may refuse by raising.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            check(job)
-            _finish_stage(connection, claim, result)
-            data = {"stage": claim.stage.kind, "number": claim.stage.number, "done": 1}
-            add_event(connection, job.id, "progress", {**data, "best_value": None})
-            if "error" not in result:
-                kept = {name: value for name, value in result.items() if name != "own"}
-                keep_transfer(connection, configuration, kept, owner_id=job.owner_id)
-            if own is not None:
-                keep(connection, own, owner_id=job.owner_id, job_id=job.id)
-            if job.state is JobState.CANCELLING or _has_unfinished(connection, job.id):
-                settle(connection, job)
-            else:
-                set_state(connection, job, JobState.SUCCEEDED)
+def _tell(connection: Connection, job: Job, claim: Claim) -> None:
+    """Say that a model of a transfer, or a part of a stage, is done; its whole may be given out."""
+    stage = claim.stage
+    done, number = 1, stage.number
+    if stage.part_of is not None:
+        number = stage.part_of
+        done = _give_out_whole(connection, job.id, stage.kind, number)
+    elif stage.kind is not StageKind.TRANSFER:
+        return
+    data = {"stage": stage.kind, "number": number, "done": done, "best_value": None}
+    add_event(connection, job.id, "progress", data)
 
 
 def _good(best: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -267,25 +207,6 @@ def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, 
     if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
         enqueue_again(connection, job, whole)
     return done
-
-
-def _go_on(connection: Connection, job: Job, then: Sequence[NewStage]) -> None:
-    """A job that has a result: what follows once none of its stages is left, or its end."""
-    if job.state is JobState.CANCELLING or _has_unfinished(connection, job.id):
-        settle(connection, job)
-        return
-    add_stages(connection, job, then)
-    if then:
-        settle(connection, job)
-    else:
-        set_state(connection, job, JobState.SUCCEEDED, told=_good(job.best))
-
-
-def _finish_stage(connection: Connection, claim: Claim, result: Mapping[str, Any]) -> None:
-    update_stage(
-        connection, claim.stage.id, state=StageState.DONE, result=dict(result), worker_id=None,
-        finished_at=func.now(),
-    )  # fmt: skip
 
 
 def _has_unfinished(connection: Connection, job_id: uuid.UUID) -> bool:

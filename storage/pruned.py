@@ -28,16 +28,7 @@ _WAY_OUT = {
 
 
 def chosen(job: Job, pattern: str | None) -> dict[str, Any]:
-    """
-    The configuration that a job has found; of several patterns, that of one.
-
-    Args:
-        job: With its stages.
-        pattern: As a stage's params name it; None: what the whole job was for.
-
-    Raises:
-        LookupError: There is none, or not yet.
-    """
+    """The configuration that a job has found; of several patterns, that of one."""
     found = job.best
     if pattern is not None:
         results = (s.result or {} for s in job.of_kind(StageKind.POINT) if s.about == pattern)
@@ -54,19 +45,7 @@ def ask_to_prune(
     visible_to: uuid.UUID | None = None,
     pattern: str | None = None,
 ) -> Job:
-    """
-    Have the pruned model of a job written, if it is not there or on its way already.
-
-    Args:
-        database: Database of the jobs.
-        job_id: Which.
-        visible_to: Only if this key submitted it; None sees all.
-        pattern: One of several that it has searched; None: what the whole job was for.
-
-    Raises:
-        NoSuchJob: It is not there, or not visible.
-        StateConflict: It has not succeeded; says what to do.
-    """
+    """Have the pruned model of a job written, if it is not there or on its way already."""
     with database.transaction() as connection:
         job = find_job(connection, job_id, visible_to=visible_to, lock=True)
         stage = job.pruning
@@ -86,14 +65,7 @@ def ask_to_prune(
 
 
 def note_removed(database: Database, job_id: uuid.UUID, when: str) -> None:
-    """
-    Note that the files of a job's pruned model are deleted.
-
-    Args:
-        database: Database of the jobs.
-        job_id: Which.
-        when: The time, as text.
-    """
+    """Note that the files of a job's pruned model are deleted."""
     with database.transaction() as connection:
         stage = find_job(connection, job_id, lock=True).pruning
         if stage is not None and stage.result is not None:

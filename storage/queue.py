@@ -27,20 +27,7 @@ def enqueue(
     lock: str | None,
     behind: bool = False,
 ) -> int:
-    """
-    Put a stage into the queue, in the caller's transaction.
-
-    Args:
-        connection: Connection of :meth:`storage.database.Database.transaction`.
-        stage_id: What to run.
-        kind: The queue's name. Later kinds go first, so begun jobs end before new ones begin.
-        priority: Priority of the job; higher goes first.
-        lock: Entries with the same lock run one after the other.
-        behind: Whether it waits behind whatever of this priority waits by now.
-
-    Returns:
-        The id of the queue's entry.
-    """
+    """Put a stage into the queue, in the caller's transaction."""
     lowest = priority * len(StageKind)
     place = lowest + kind.rank
     if behind:
@@ -63,15 +50,7 @@ def enqueue(
 def something_waits(
     connection: Connection, kinds: Sequence[StageKind], *, priority: int, but_of: uuid.UUID
 ) -> bool:
-    """
-    Tell whether a stage of another job is in the queue that a worker could take now.
-
-    Args:
-        connection: Connection of :meth:`storage.database.Database.transaction`.
-        kinds: Stages that the worker does.
-        priority: The lowest that the job may have.
-        but_of: The job that does not count.
-    """
+    """Tell whether a stage of another job is in the queue that a worker could take now."""
     query = text(
         "SELECT EXISTS (SELECT FROM procrastinate_jobs entry"
         " JOIN pho.stages ON stages.queue_id = entry.id"
@@ -88,26 +67,11 @@ def something_waits(
 
 
 def take_out(connection: Connection, queue_id: int) -> None:
-    """
-    Take an entry out of the queue, in the caller's transaction, whoever has it.
-
-    Args:
-        connection: Connection of :meth:`storage.database.Database.transaction`.
-        queue_id: The entry's; nothing happens if it is out already.
-    """
+    """Take an entry out of the queue, in the caller's transaction, whoever has it."""
     connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), {"id": queue_id})
 
 
 def take_out_waiting(connection: Connection, queue_id: int | None) -> bool:
-    """
-    Take an entry out of the queue, in the caller's transaction, if no worker has it.
-
-    Args:
-        connection: Connection of :meth:`storage.database.Database.transaction`.
-        queue_id: The entry's.
-
-    Returns:
-        True if it waited, and is out now.
-    """
+    """Take an entry out of the queue, in the caller's transaction, if no worker has it."""
     query = text("DELETE FROM procrastinate_jobs WHERE id = :id AND status = 'todo' RETURNING id")
     return connection.execute(query, {"id": queue_id}).first() is not None

@@ -5,8 +5,8 @@ A study holds every finished trial once; nothing else is stored about a search.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,6 +269,42 @@ def keep_record(study: optuna.Study, key: str, value: Any) -> None:
         value: A JSON value; another one of the same name is replaced.
     """
     study._storage.set_study_system_attr(study._study_id, f"{_RECORD}{key}", value)
+
+
+def kept(study: optuna.Study, key: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study's record of this name holds, if it is about this; nothing if it is not."""
+    stored: dict[str, Any] = record_of(study).get(key) or {}
+    return stored if about.items() <= stored.items() else {}
+
+
+def once(
+    study: optuna.Study,
+    key: str,
+    about: Mapping[str, Any],
+    make: Callable[[], Mapping[str, Any]],
+    *,
+    fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+    note: tuple[int, str] | None = None,
+) -> dict[str, Any]:
+    """
+    Return what a study's record of this name holds; if it is not about this, make and keep it.
+
+    Args:
+        study: Study of the record.
+        key: Name of the record.
+        about: What the record depends on; it is kept with it.
+        make: Makes it, as JSON values.
+        fence: Entered around the write; may refuse by raising.
+        note: A trial, and which of the values is also kept as its user attribute, to be read.
+    """
+    found = kept(study, key, about)
+    if not found:
+        found = {**make(), **about}
+        with fence():
+            if note is not None:
+                note_trial(study, *note, found[note[1]])
+            keep_record(study, key, found)  # last: with it nothing is made again
+    return found
 
 
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:

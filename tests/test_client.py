@@ -26,6 +26,7 @@ from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.outcomes import Found
 from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.studies import open_storage
@@ -124,10 +125,13 @@ def take(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> Claim:
 def succeed(store: JobStore, job_id: uuid.UUID) -> None:
     """Do a job as far as a client can see."""
     finish = [NewStage(kind=StageKind.FINISH)]
-    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, add=finish)
+    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
     best = Configuration.model_validate(CONFIGURATION).model_dump(mode="json")
-    store.succeed(
-        take(store, job_id, StageKind.FINISH), best=best, warnings=["on the border"], result={}
+    store.complete(
+        take(store, job_id, StageKind.FINISH),
+        {},
+        found=Found(best=best, warnings=["on the border"]),
+        ended=True,
     )
 
 

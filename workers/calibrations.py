@@ -7,13 +7,14 @@ stages that they are parts of by their parameters.
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pho_service.models.calibration import CalibrationText, cut, measure_shard
+from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
-from storage.jobs import JobStore
 from storage.records import Claim, NewStage
 from storage.states import StageKind, StageState
 from workers.inputs import Inputs
@@ -25,36 +26,27 @@ logger = logging.getLogger(__name__)
 PARTS = 1_000_000  # parts have numbers from here, models below
 
 
-def calibrated(
-    store: JobStore, inputs: Inputs, claim: Claim, spec: JobSpec, watch: Watch
-) -> tuple[ProxyBundle, Seal] | None:
-    """
-    Give the bundle of a model, and what it was made from; None if its parts are to be done first.
+class Unshared(Exception):
+    """The parts of a calibration are to be done first; those that nobody knows of yet are new."""
 
-    Args:
-        store: Store of the jobs.
-        inputs: Inputs of this worker.
-        claim: Claim of the stage.
-        spec: The job, with this model alone.
-        watch: Watch of the stage.
+    def __init__(self, parts: Sequence[NewStage] = (), known: dict[str, Any] | None = None) -> None:
+        super().__init__(parts)
+        self.parts, self.known = parts, known
 
-    Raises:
-        PhoError: As :meth:`Inputs.seal` and :meth:`Inputs.calibrate`.
-    """
+
+def calibrated(inputs: Inputs, claim: Claim, spec: JobSpec, run: Run) -> tuple[ProxyBundle, Seal]:
+    """Return the bundle of a model, and what it was made from."""
     parts = claim.job.parts(StageKind.CALIBRATE, claim.stage.number)
     if any(part.state is not StageState.DONE for part in parts):
-        store.share(claim)
-        return None
-    before = Seal(**(claim.stage.params or {}).get("inputs", {}))
-    seal = inputs.seal(spec, before)
+        raise Unshared
+    seal = inputs.seal(spec, Seal(**(claim.stage.params or {}).get("inputs", {})))
     text = inputs.calibration_text(spec, seal)
     if not parts and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
         if shards > 1:
             known = {"inputs": seal.to_dict()}
-            store.share(claim, _parts(claim, inputs, text, shards, known), params=known)
-            return None
-    return inputs.calibrate(spec, seal, watch.progress), seal
+            raise Unshared(_parts(claim, inputs, text, shards, known), known)
+    return inputs.calibrate(spec, seal, run.progress), seal
 
 
 def _parts(
@@ -79,28 +71,16 @@ def _parts(
     ]
 
 
-def calibrate_part(
-    store: JobStore, inputs: Inputs, claim: Claim, spec: JobSpec, watch: Watch
-) -> None:
+def calibrate_part(inputs: Inputs, claim: Claim, watch: Watch) -> dict[str, Any]:
     """
     Gather the sums of a shard, if nobody has yet, and keep them for the stage.
 
     A worker that would give other last digits, since it has another kind of device or other
     versions of packages, leaves the shard to the one that adds up.
-
-    Args:
-        store: Store of the jobs.
-        inputs: Inputs of this worker.
-        claim: Claim of the part.
-        spec: The job, with the part's model alone.
-        watch: Watch of the part.
-
-    Raises:
-        PhoError: As :meth:`Inputs.calibration_text`, :func:`measure_shard` and
-            :meth:`LanguageModel.check_unchanged`.
     """
     began = time.monotonic()
     params = claim.stage.params or {}
+    spec = JobSpec.model_validate(claim.job.spec).of_model(int(params["part_of"]))
     key, shard = str(params["key"]), int(params["shard"])
     made = False
     bundles = inputs.bundles
@@ -118,5 +98,4 @@ def calibrate_part(
             made = True
     if not there and not made:
         logger.warning("shard %d is left to the worker that adds up", shard)
-    seconds = round(time.monotonic() - began, 3)
-    store.complete_part(claim, {"seconds": seconds, "made": made})
+    return {"seconds": round(time.monotonic() - began, 3), "made": made}

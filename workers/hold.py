@@ -18,13 +18,7 @@ PATIENCE_S = 5.0  # with a stage that should be put down
 
 
 class Hold:
-    """
-    At most one stage at a time.
-
-    Args:
-        store: Store of the stages.
-        worker: Its name.
-    """
+    """At most one stage at a time."""
 
     def __init__(self, store: JobStore, worker: str) -> None:
         self._store, self._worker = store, worker
@@ -43,12 +37,7 @@ class Hold:
             self._log = self._claim = None
 
     def is_stuck(self) -> bool:
-        """
-        Tell whether the stage should have been put down a few seconds ago; store its log.
-
-        Raises:
-            DatabaseGone: Nobody knows.
-        """
+        """Tell whether the stage should have been put down a few seconds ago; store its log."""
         claim, log, since = self._claim, self._log, self._late_since
         if claim is None:
             return False

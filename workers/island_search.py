@@ -6,15 +6,16 @@ import time
 from collections.abc import Sequence
 
 import optuna
-from optuna.storages import RDBStorage
 
 from pho_service.errors import PhoError
+from pho_service.progress import Fence
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
 from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan
 from pho_service.tuning.search import run_search
 from storage.jobs import JobStore
 from storage.records import Claim
+from workers.board import show_search
 from workers.watch import HandBack, Watch
 
 
@@ -36,42 +37,35 @@ class _TimeIsUp(Exception):
 
 
 class IslandSearch:
-    """One island's search, watched and counted."""
+    """The search of one island, or of one of several patterns: watched and counted."""
 
-    def __init__(self, store: JobStore, claim: Claim, spec: JobSpec, watch: Watch) -> None:
-        self._store = store
-        self._claim = claim
-        self._spec = spec
-        self._watch = watch
+    def __init__(
+        self, store: JobStore, claim: Claim, spec: JobSpec, watch: Watch, fence: Fence
+    ) -> None:
+        self._store, self._claim, self._spec, self._watch = store, claim, spec, watch
+        self._fence = fence
         self._began = time.monotonic()
         self._best = claim.stage.best_value
-        self._failed = 0
+        self._failed = self._done = 0
         self._fresh = False
-        self.done = 0
-        self.out_of_time = False
 
     @property
     def _elapsed_s(self) -> float:
         return self._claim.stage.elapsed_s + time.monotonic() - self._began
 
-    def run(
-        self, storage: RDBStorage, study: optuna.Study, plan: SearchPlan, rate: Evaluate
-    ) -> None:
-        """Bring the study to the plan's trials, or to the end of the time."""
-        self.done = 0
+    def __call__(self, study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> bool:
+        """Bring the study to the plan's trials; True if its time was up before."""
+        show_search(study, self._spec)
+        self._done = 0
         self._failed = sum(
             t.state is optuna.trial.TrialState.FAIL for t in study.get_trials(deepcopy=False)
         )
+        evaluate = self._evaluate(plan, rate)
         try:
-            run_search(
-                study,
-                plan,
-                self._evaluate(plan, rate),
-                self._advance,
-                fence=lambda: self._store.fence(self._claim, storage),
-            )
+            run_search(study, plan, evaluate, self._advance, fence=self._fence)
         except _TimeIsUp:
-            self.out_of_time = True
+            return True
+        return False
 
     def _evaluate(self, plan: SearchPlan, rate: Evaluate) -> Evaluate:
         better = min if plan.direction == "minimize" else max
@@ -83,7 +77,7 @@ class IslandSearch:
             for some in [[each] for each in candidates] if slow else [candidates]:
                 self._watch.look()
                 limit = self._spec.timeout_s
-                if limit is not None and self.done and self._elapsed_s > limit:
+                if limit is not None and self._done and self._elapsed_s > limit:
                     raise _TimeIsUp
                 outcomes += rate(some)
             values = [o.value for o in outcomes if o.value is not None]
@@ -99,20 +93,21 @@ class IslandSearch:
         failed = [i for i, outcome in enumerate(outcomes) if outcome.value is None]
         self._failed += len(failed)
         if failed and self._failed > self._spec.max_failed_trials:
-            last = failed[-1]
+            last, about = failed[-1], self._claim.stage.about
+            at = "" if about is None else f" at {about}"
             raise TrialsFailed(
-                f"{self._failed} trials failed, more than max_failed_trials="
+                f"{self._failed} trials{at} failed, more than max_failed_trials="
                 f"{self._spec.max_failed_trials}. The last: {outcomes[last].failure}",
                 candidate=candidates[last],
             )
 
     def _advance(self, count: int) -> None:
-        self.done += count
+        self._done += count
         if not self._fresh:  # a trial of an earlier attempt
             return
         self._fresh = False
         state = self._store.progress(
-            self._claim, done=self.done, elapsed_s=self._elapsed_s, best_value=self._best
+            self._claim, done=self._done, elapsed_s=self._elapsed_s, best_value=self._best
         )
         if not state.may_work:
             raise HandBack

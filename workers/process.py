@@ -26,9 +26,6 @@ def own_folder(parent: Path | None = None) -> Iterator[Path]:
     An empty folder for as long as the block runs.
 
     Those of workers that were killed are removed: their locks are free.
-
-    Args:
-        parent: Where it lies; the system's temporary folder by default.
     """
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
@@ -55,9 +52,6 @@ def start_anew(arguments: Sequence[str]) -> NoReturn:
     Become a new worker process, with the same number and parent, whatever this one's threads do.
 
     Nothing of this process is left: a model that is being loaded, or a broken context of a GPU.
-
-    Args:
-        arguments: Arguments of ``python -m workers``.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

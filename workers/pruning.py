@@ -1,5 +1,5 @@
 """
-The stage that writes the pruned model of a job into the artifact store.
+The piece of a job that writes the pruned model into the artifact store.
 """
 
 import hashlib
@@ -9,33 +9,31 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pho_service.errors import OutputError
 from pho_service.models.saving import RECIPE
 from pho_service.pipeline.prune import prune_job
+from pho_service.progress import Run
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.job import JobSpec
 from storage.jobs import JobStore
 from storage.pruned import chosen
-from storage.records import Claim, Job, LostClaim, NoSuchJob
+from storage.records import Claim, Job, NoSuchJob
 from workers.inputs import Inputs
-from workers.seal import Seal
-from workers.subjects import bundle_of
 from workers.watch import Watch
 
+if TYPE_CHECKING:
+    from workers.conductor import Opened
 
-def prune_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> None:
+
+def prune_piece(
+    opened: "Opened", inputs: Inputs, claim: Claim, watch: Watch, run: Run
+) -> dict[str, Any]:
     """
     Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
 
     What an attempt before has written whole is taken up; so are the blocks that its reconstruction
     had trained.
-
-    Raises:
-        ChangedInput: The model, or a text, is not the one that the job began with.
-        OutputError: The artifact store is full, or away.
-        LostClaim: Another worker has it, or the job is deleted.
     """
     began = time.monotonic()
     found = chosen(claim.job, claim.stage.about)
@@ -43,17 +41,11 @@ def prune_stage(store: JobStore, inputs: Inputs, claim: Claim, watch: Watch) -> 
     folder = inputs.pruned.workplace(claim.job.id, key)
     if not (folder / RECIPE).is_file():
         configuration = Configuration.model_validate(claim.job.with_tasks(found))
-        _prune(inputs, claim.job, configuration, folder, watch)
-    files = described(folder, watch)
+        _prune(opened, inputs, configuration, folder, run)
+    files = described(folder, run)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
-    try:
-        store.pruned(
-            claim, {"key": key, "files": files, "seconds": round(time.monotonic() - began, 3)}
-        )
-    except LostClaim:
-        _remove_if_deleted(store, inputs, claim.job)
-        raise
+    return {"key": key, "files": files, "seconds": round(time.monotonic() - began, 3)}
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
@@ -62,11 +54,11 @@ def configuration_key(configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
-def described(folder: Path, watch: Watch) -> list[dict[str, Any]]:
+def described(folder: Path, run: Run) -> list[dict[str, Any]]:
     """Name, size and SHA-256 of each file of a folder, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     found = []
-    with watch.progress("Hashing the files", len(paths)) as advance:
+    with run.progress("Hashing the files", len(paths)) as advance:
         for path in paths:
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,25 +69,20 @@ def described(folder: Path, watch: Watch) -> list[dict[str, Any]]:
 
 
 def _prune(
-    inputs: Inputs,
-    job: Job,
-    configuration: Configuration,
-    folder: Path,
-    watch: Watch,
+    opened: "Opened", inputs: Inputs, configuration: Configuration, folder: Path, run: Run
 ) -> None:
-    spec, seal = JobSpec.model_validate(job.spec), Seal.of_job(job, 0)
     try:
         with store_faults_told():
             folder.parent.mkdir(parents=True, exist_ok=True)
             for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
             prune_job(
-                inputs.model(spec, seal),
-                bundle_of(inputs, job, spec, watch),
+                opened.model(),
+                opened.bundle(),
                 configuration,
                 folder,
-                calibration=inputs.calibration_text(spec, seal).calibration,
-                progress=watch.progress,
+                calibration=opened.calibration(),
+                progress=run.progress,
             )
     finally:
         inputs.clear()  # the model is not dense any more
@@ -113,7 +100,7 @@ def store_faults_told() -> Iterator[None]:
         ) from error
 
 
-def _remove_if_deleted(store: JobStore, inputs: Inputs, job: Job) -> None:
+def remove_if_deleted(store: JobStore, inputs: Inputs, job: Job) -> None:
     """A job that was deleted meanwhile leaves nothing behind."""
     try:
         store.get(job.id)

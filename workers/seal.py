@@ -10,8 +10,6 @@ from pho_service.errors import ChangedInput
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import ReportText, windows_key
-from storage.records import Job
-from storage.states import StageKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +51,6 @@ class Seal:
             calibration=windows_key(text.calibration),
             confirmation=None if confirmation is None else confirmation.key,
         )
-
-    @classmethod
-    def of_job(cls, job: Job, number: int) -> Self:
-        """Return what the calibration of a job's model wrote down."""
-        (result,) = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE) if s.number == number)
-        return cls(**result["inputs"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

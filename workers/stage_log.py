@@ -25,11 +25,6 @@ class StageLog(logging.Handler):
     Takes the lines that are logged about a stage, until they are stored.
 
     Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
-
-    Args:
-        store: Store of the job.
-        claim: Claim of the stage; lines about others are left out.
-        worker: Its name.
     """
 
     def __init__(self, store: JobStore, claim: Claim, worker: str) -> None:

@@ -46,15 +46,7 @@ class Turns:
 
 
 class Watch:
-    """
-    Looks now and then whether a stage may go on.
-
-    Args:
-        store: Store of the jobs.
-        claim: Claim of the stage.
-        stopping: Set when the worker is to stop.
-        turns: How it shares the worker, if it is a search.
-    """
+    """Looks now and then whether a stage may go on."""
 
     def __init__(
         self,

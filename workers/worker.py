@@ -51,11 +51,11 @@ from storage.records import Claim, LostClaim
 from storage.states import StageKind
 from storage.studies import DatabaseGone, StorageError
 from workers.bundles import BundleStore
+from workers.conductor import Conductor
 from workers.devices import ALL, take_device
 from workers.hold import PATIENCE_S, Hold
 from workers.inputs import Inputs
 from workers.process import own_folder, start_anew
-from workers.stages import Stages
 from workers.watch import HandBack, TurnOver, Turns
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,6 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
 
     Where this process can do no more, because its GPU failed or it cannot put down a stage, a
     new one takes its place: see :func:`start_anew`.
-
-    Raises:
-        StorageError: The database cannot be used at all.
-        InvalidInput: The device or a setting is wrong.
     """
     idle_limit_s = max(10.0, settings.stalled_after_s)
     database = Database(database_url, pool=4, idle_limit_s=idle_limit_s)
@@ -164,7 +160,7 @@ class _Worker:
         self._entered = False  # once the tables are there
         self._inputs = inputs
         turns = Turns(seconds=settings.turn_s, kinds=options.kinds)
-        self._stages = Stages(self._store, inputs, self._stopping, turns)
+        self._conductor = Conductor(self._store, inputs, self._stopping, turns)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -312,7 +308,7 @@ class _Worker:
         """Do a stage; how to report that it is not done, and after how long it may come again."""
         after_s = self._settings.retry_after_s
         try:
-            self._stages.run(claim)
+            self._conductor.run(claim)
         except LostClaim:
             logger.warning("%s of job %s is another worker's now", claim.stage.kind, claim.job.id)
             return None, 0.0

@@ -2,44 +2,23 @@
 Which of the finalists is the best: by what the pruned model predicts, not by the proxy.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pho_service.errors import NumericalError
-from pho_service.pipeline.rating import (
-    Glances,
-    ReportText,
-    Subject,
-    compared_count,
-    measure,
-    racing_pays,
-)
+from pho_service.pipeline.rating import Glances, ReportText, Subject, compared_count, racing_pays
 from pho_service.progress import Advance, Run
-from pho_service.tuning.finalists import (
-    Divergences,
-    Measurements,
-    confirm,
-    confirmed_before,
-    finalists,
-    keep,
-    keep_losses,
-    kept_losses,
-    kept_value,
-    united,
-)
+from pho_service.spec.candidate import Candidate
+from pho_service.tuning.finalists import Divergences, confirmed_before, finalists, united
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import RatedCandidate
-from pho_service.tuning.race import (
-    Losses,
-    race_looks,
-    race_order,
-    still_racing,
-)
+from pho_service.tuning.race import Losses, race_looks, race_order, still_racing
+from storage.studies import keep_record, kept, once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class Raced:
     """
     The finalists that are left, and what choosing them took.
 
@@ -54,76 +33,15 @@ class Chosen:
     evaluations: float
 
 
-def confirm_finalists(
-    islands: Islands,
-    rated: Sequence[RatedCandidate],
-    count: int,
-    subject: Subject,
-    corrected: Sequence[RatedCandidate] = (),
-    run: Run = Run(),
-) -> Measurements:
-    """
-    Let finalists race where that pays, then measure what is left of them on the whole text.
-
-    What a shorter search has measured on the same text stays a finalist, beside those that this
-    search would have had from the start.
-
-    Args:
-        islands: The record; what it holds is not measured again.
-        rated: Every finished trial, best first by the objective.
-        count: How many found candidates are finalists, see
-            :func:`~pho_service.tuning.finalists.finalists`.
-        subject: What is pruned and measured.
-        corrected: Candidates beside those of the search that are measured, too.
-        run: Who watches it.
-    """
-    text = subject.text
-    rated = [*rated, *corrected]
-    before = confirmed_before(islands, rated, text_sha256=text.key)
-    chosen = choose_finalists(
-        islands,
-        rated,
-        count,
-        before,
-        lambda: subject,
-        stream=subject.model.stream,
-        entered=corrected,
-        run=run,
-    )
-
-    def perplexity(each: RatedCandidate) -> float:
-        known = kept_losses(islands, each.number, text_sha256=text.key)
-        with _named(each):
-            return measure(subject, each.candidate, known=known).perplexity
-
-    with run.progress("Confirming by perplexity", len(chosen.finalists)) as advance:
-        perplexities = confirm(
-            islands,
-            chosen.finalists,
-            perplexity,
-            text_sha256=text.key,
-            advance=advance,
-            fence=run.fence,
-        )
-    return Measurements(
-        perplexities=perplexities,
-        measured_on=text.measured_on(),
-        divergences=chosen.divergences,
-        evaluations=chosen.evaluations,
-    )
-
-
 def choose_finalists(
     islands: Islands,
     rated: Sequence[RatedCandidate],
     count: int,
-    before: Sequence[RatedCandidate],
-    subject: Callable[[], Subject],
-    *,
-    stream: bool,
-    entered: Sequence[RatedCandidate] = (),
+    subject: Subject,
     run: Run,
-) -> Chosen:
+    *,
+    entered: Sequence[RatedCandidate] = (),
+) -> Raced:
     """
     Choose the finalists that get a perplexity on the whole text: those that a race leaves.
 
@@ -132,40 +50,29 @@ def choose_finalists(
     was measured is kept at once, so that another attempt goes on. Where a race saves nothing,
     all finalists get a perplexity, see :func:`~pho_service.pipeline.rating.racing_pays`.
 
-    Args:
-        islands: The record; what it holds is not measured again.
-        rated: Every finished trial, best first by the objective.
-        count: How many found candidates are finalists.
-        before: Those that got a perplexity in a shorter search: they stay.
-        subject: Gives what is pruned and measured; called only if anything is.
-        stream: Whether the model is streamed.
-        entered: Those that are finalists whatever their objective is.
-        run: Who watches it.
-
-    Raises:
-        NumericalError: A candidate gives NaN or infinity; the error says which.
+    What a shorter search has measured on the same text stays a finalist, beside those that this
+    search would have had from the start.
     """
+    before = confirmed_before(islands, rated, text_sha256=subject.text.key)
     pool = united(rated, finalists(rated, count), before, entered)
-    if len(pool) == 1 or not racing_pays([each.candidate for each in pool], stream=stream):
-        return Chosen(finalists=pool, evaluations=float(len(pool)))
-    race = _Race(islands, pool, subject(), run)
+    pays = racing_pays([each.candidate for each in pool], stream=subject.model.stream)
+    if len(pool) == 1 or not pays:
+        return Raced(finalists=pool, evaluations=float(len(pool)))
+    race = _Race(islands, pool, subject, run)
     with run.progress("Racing finalists", len(pool) * race.windows) as advance:
         left = united(rated, race.run(advance), before)
-    return Chosen(
-        finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left)
-    )
+    return Raced(finalists=left, divergences=race.divergences(), evaluations=race.evaluations(left))
+
+
+def known_losses(islands: Islands, number: int, text_sha256: str) -> Losses:
+    """Losses of a trial on single windows of a text, as far as a race has measured them."""
+    study, there = islands.place(number)
+    stored = kept(study, f"losses:{there}", {"text_sha256": text_sha256})
+    return {int(window): blocks for window, blocks in stored.get("losses", {}).items()}
 
 
 class _Race:
-    """
-    A race of finalists over the windows of a text.
-
-    Args:
-        islands: The record.
-        pool: The finalists.
-        subject: What is pruned and measured.
-        run: As for :func:`choose_finalists`.
-    """
+    """A race of finalists over the windows of a text."""
 
     def __init__(
         self,
@@ -176,7 +83,7 @@ class _Race:
     ) -> None:
         text = subject.text
         self.islands, self.pool, self.text = islands, pool, text
-        self.look, self.fence = run.look, run.fence
+        self.on = run
         self.windows = len(text.windows)
         self.order = race_order(self.windows, islands.plan.seed)
         self.compared = self.order[: compared_count(text.windows)]
@@ -204,33 +111,37 @@ class _Race:
     ) -> Losses:
         """The losses of a finalist on some windows; those that are not known are measured."""
         key = self.text.key
-        known = kept_losses(self.islands, each.number, text_sha256=key)
+        known = known_losses(self.islands, each.number, key)
         missing = [number for number in seen if number not in known]
         if missing:
-            self.look()
-            with _named(each):
+            self.on.look()
+            with named(each.candidate):
                 glance = glances(each.candidate, missing)
             known = {**known, **glance.losses}
-            with self.fence():
+            study, there = self.islands.place(each.number)
+            with self.on.fence():
                 if glance.divergence is not None:
-                    keep(
-                        self.islands, "divergence", each, glance.divergence,
-                        text_sha256=self.compared_key,
+                    about, value = {"text_sha256": self.compared_key}, glance.divergence
+                    once(
+                        study, f"divergence:{there}", about, lambda: {"divergence": value},
+                        note=(there, "divergence"),
                     )  # fmt: skip
-                keep_losses(self.islands, each.number, known, text_sha256=key)
+                losses = {str(window): list(blocks) for window, blocks in known.items()}
+                keep_record(study, f"losses:{there}", {"text_sha256": key, "losses": losses})
         advance(len(seen) - self.seen.get(each.number, 0))
         self.seen[each.number] = len(seen)
         return known
 
     def divergences(self) -> Divergences:
         """From the dense model, of all finalists."""
-        by_number = {
-            each.number: kept_value(self.islands, "divergence", each, text_sha256=self.compared_key)
-            for each in self.pool
-        }
+        by_number = {}
+        for each in self.pool:
+            study, there = self.islands.place(each.number)
+            stored = kept(study, f"divergence:{there}", {"text_sha256": self.compared_key})
+            if stored:
+                by_number[each.number] = float(stored["divergence"])
         return Divergences(
-            by_number={n: value for n, value in by_number.items() if value is not None},
-            tokens=len(self.compared) * (self.text.windows.shape[1] - 1),
+            by_number=by_number, tokens=len(self.compared) * (self.text.windows.shape[1] - 1)
         )
 
     def evaluations(self, left: Sequence[RatedCandidate]) -> float:
@@ -244,10 +155,11 @@ class _Race:
 
 
 @contextmanager
-def _named(each: RatedCandidate) -> Iterator[None]:
+def named(candidate: Candidate) -> Iterator[None]:
     """Say of which candidate a number is NaN or infinite."""
     try:
         yield
     except NumericalError as error:
-        failed = each.candidate.to_dict()
-        raise NumericalError(str(error), layer=error.layer, candidate=failed) from error
+        raise NumericalError(
+            str(error), layer=error.layer, candidate=candidate.to_dict()
+        ) from error

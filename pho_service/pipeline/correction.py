@@ -34,10 +34,10 @@ from pho_service.spec.objective import Objective
 from pho_service.spec.samplers import corrected_windows
 from pho_service.spec.steps import Steps
 from pho_service.tuning.correction import Array, Correction, Measured, next_point
-from pho_service.tuning.finalists import measure_once
 from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import CORRECTS, Evaluate, Outcome, RatedCandidate
 from pho_service.tuning.search import finished_trial
+from storage.studies import once
 
 DIVERGENCE: Final = "calibration_divergence"  # user attribute of a trial
 _TEXT = "calibration_sha256"  # user attribute of a correction: of the windows
@@ -68,7 +68,7 @@ def correct_best(
         bundle: Bundle of the model.
         calibration: (windows, context_length), int64: the last, which are not those that were run
             backward, are compared on.
-        run: Where it runs, and who watches it.
+        run: What it is done with.
 
     Raises:
         InvalidInput: All linears have a sparsity by hand, or the best candidate's spread is 0.
@@ -84,14 +84,16 @@ def correct_best(
     with run.progress("Correcting the allocation", count) as advance:
         divergence = _Divergence(model, bundle.statistics(), calibration, lambda _: advance(0))
         run.look()
-        before = measure_once(
-            islands,
-            DIVERGENCE,
-            start,
-            lambda rated: divergence(rated.candidate),
-            text_sha256=divergence.key,
+        study, there = islands.place(start.number)
+        stored = once(
+            study,
+            f"{DIVERGENCE}:{there}",
+            {"text_sha256": divergence.key},
+            lambda: {DIVERGENCE: divergence(start.candidate)},
             fence=run.fence,
+            note=(there, DIVERGENCE),
         )
+        before = float(stored[DIVERGENCE])
         measured = [numbers.measured(start.candidate.steps.allocation, before)]
         trials = record.known(divergence.key)[:count]
         for number in range(count):
@@ -186,12 +188,7 @@ class _Divergence:
         return dense_reference(self._model.model, self._windows)
 
     def __call__(self, candidate: Candidate) -> float:
-        """
-        Give the divergence in nats.
-
-        Raises:
-            NumericalError: A score or a logit is NaN or infinite.
-        """
+        """Give the divergence in nats."""
         reference = self._reference
         masked = replace(candidate, steps=candidate.steps.rated)
         with pruned_model(self._model, self._statistics, masked, None, advance=self._advance):

@@ -15,8 +15,7 @@ from optuna.storages import BaseStorage
 from pho_service.errors import StudyError
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import Subject
-from pho_service.pipeline.references import keep_dense
-from pho_service.pipeline.search import name_of_study, search_job
+from pho_service.pipeline.search import IslandSearch, name_of_study, search_job
 from pho_service.progress import Advance, Run
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
@@ -24,8 +23,7 @@ from pho_service.spec.pattern import Pattern
 from pho_service.tuning.pareto import add_point, pareto_name, pareto_study
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
-from pho_service.tuning.search import Callback
-from storage.studies import StorageError, keep_record, open_storage, record_of
+from storage.studies import StorageError, keep_record, once, open_storage, record_of
 
 FORMAT = "pho-curve"
 _TIME = "curve_time"  # record of a study
@@ -107,7 +105,7 @@ class CurvePoints:
         pareto: Study of (sparsity, objective) that takes the trials of each point.
         run: Where it runs, and who watches it.
         dense: The dense model's perplexity on that text, if it is known.
-        callbacks: Called after each trial, as :func:`search_job` says.
+        search: How each is searched, as :func:`search_job` says.
     """
 
     def __init__(
@@ -118,10 +116,10 @@ class CurvePoints:
         pareto: optuna.Study | None = None,
         run: Run = Run(),
         dense: float | None = None,
-        callbacks: Sequence[Callback] = (),
+        search: IslandSearch | None = None,
     ) -> None:
         self._subject, self._record, self._pareto = subject, record, pareto
-        self._run, self._dense, self._callbacks = run, dense, callbacks
+        self._run, self._dense, self._search = run, dense, search
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
         """
@@ -136,8 +134,9 @@ class CurvePoints:
         """
         subject = self._subject
         with self._record(request) as study:
-            if self._dense is not None:
-                keep_dense(study, self._dense, subject.text)
+            if self._dense is not None:  # as another search has measured it on these windows
+                about = {"text_sha256": subject.text.key}
+                once(study, "reference:dense", about, lambda: {"perplexity": self._dense})
             with _timed(study, request, subject.text.key) as seconds:
                 result = search_job(
                     request,
@@ -146,7 +145,7 @@ class CurvePoints:
                     model=subject.model,
                     confirm_text=subject.text,
                     calibration=subject.calibration,
-                    callbacks=self._callbacks,
+                    search=self._search,
                     run=_titled(self._run, title),
                 )
             if self._pareto is not None:

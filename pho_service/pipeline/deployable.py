@@ -19,18 +19,7 @@ def priced(
     subject: Subject,
     run: Run = Run(),
 ) -> SearchResult:
-    """
-    Say of a result whose orders must fold what it would be with every order free.
-
-    Args:
-        result: Confirmed, and not yet reconstructed; another one is given back as it is.
-        study: The record; what it holds is not measured again.
-        subject: What it was confirmed on.
-        run: Who watches it.
-
-    Returns:
-        The result with ``any_order`` in its confirmation, and a sentence on it.
-    """
+    """Say of a result whose orders must fold what it would be with every order free."""
     configuration = result.configuration
     steps, confirmation = configuration.steps, configuration.confirmation
     if confirmation is None or not steps.gives_up_orders:

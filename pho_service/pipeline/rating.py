@@ -38,6 +38,7 @@ from pho_service.pruning.perplexity import (
 )
 from pho_service.pruning.statistics import Statistics
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.results import Measured
 from pho_service.tuning.plan import Evaluate, Outcome
 from pho_service.tuning.race import Losses
 
@@ -133,26 +134,6 @@ class Subject:
     bundle: ProxyBundle
     text: ReportText
     calibration: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """
-    What was measured of a candidate.
-
-    Attributes:
-        perplexity: Perplexity of the pruned model.
-        sparsity: The share removed of all prunable weights.
-        seconds: What pruning and measuring took.
-        measured_on: The fields of a confirmation that say what on.
-        text_sha256: Hash of the windows.
-    """
-
-    perplexity: float
-    sparsity: float
-    seconds: float
-    measured_on: dict[str, Any]
-    text_sha256: str
 
 
 def measure(

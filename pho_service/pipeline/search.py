@@ -2,35 +2,53 @@
 The main job: search one or several bundles, confirm the winner, give a configuration.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from torch import Tensor
 
-from pho_service.errors import BundleError, InvalidInput, StudyError
+from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError
 from pho_service.pipeline.joint_search import joint_provenance, with_each_model
+from pho_service.pipeline.journal import Journal, Piece
 from pho_service.pipeline.known_ratings import KnownRatings
 from pho_service.pipeline.objectives import objective_function, only_one, rated_on
+from pho_service.pipeline.references import (
+    references,
+    with_perplexities,
+    without_perplexity,
+)
 from pho_service.pipeline.studies import check_study, study_name
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Confirmation
+from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.perplexities import REFERENCES as NAMES
+from pho_service.spec.quality import ProxyQuality
+from pho_service.spec.results import Chosen, Measured, Searched, Wanted
 from pho_service.tuning.correction import Correction
-from pho_service.tuning.finalists import Measurements
+from pho_service.tuning.finalists import Divergences
 from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import RatedCandidate, SearchPlan
+from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
-from pho_service.tuning.search import Callback, run_search
-from storage.studies import StorageError, open_storage, open_study, quiet_optuna
+from pho_service.tuning.search import Callback, run_search, searched
+from pho_service.tuning.validation import finalists_wanted, planned_candidates
+from storage.states import REFERENCES, VALIDATION
+from storage.studies import StorageError, once, open_storage, open_study, quiet_optuna
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
-    from pho_service.pipeline.rating import ReportText
+    from pho_service.pipeline.rating import ReportText, Subject
 
+T = TypeVar("T")
+# Brings a study to the trials of its plan; whether its time was up before.
+IslandSearch = Callable[[optuna.Study, SearchPlan, Evaluate], bool]
 Bundles = ProxyBundle | Mapping[str, ProxyBundle]  # of one model; or of several, by their names
 
 
@@ -43,6 +61,7 @@ def search_job(
     confirm_text: "ReportText | None" = None,
     calibration: Tensor | None = None,
     callbacks: Sequence[Callback] = (),
+    search: "IslandSearch | None" = None,
     run: Run = Run(),
 ) -> SearchResult:
     """
@@ -51,24 +70,6 @@ def search_job(
 
     On several bundles, a candidate's value is the mean, or the worst, over the models of its
     proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
-
-    Args:
-        request: What is asked; for several bundles its objective says how they count.
-        bundles: One to search on, or several by a name for messages.
-        study: The record: :func:`opened_study` opens one in a database. None: a new one in memory.
-        model: The bundle's model; needed for perplexities.
-        confirm_text: For perplexities; not the calibration windows. Without
-            it, or without the model, the best by the objective is not confirmed.
-        calibration: Windows that the bundle was made of, for steps that need a text.
-        callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
-        run: Where it runs, and who watches it.
-
-    Raises:
-        InvalidInput: The request breaks a rule, asks for perplexity without a model, or N:M does
-            not divide a width; a model is given beside several bundles.
-        BundleError: The bundle is of another model; several have no kernel size in common.
-        NumericalError: RIA has no value on one of several bundles.
-        StudyError: The study holds the trials of another search or of another bundle.
     """
     named = by_name(bundles)
     plan = search_plan(request, named)
@@ -84,143 +85,386 @@ def search_job(
             f"corrections={plan.corrections} compares pruned models with the dense one on "
             "calibration windows: give the model instead of a bundle, and its text."
         )
-    evaluate = objective_function(
-        request.objective, plan, named, model, confirm_text, run.device, calibration
-    )
     origin = origin_of([bundle.origin for bundle in named.values()])
-    if study is None:
-        study = memory_study(request, bundles, confirm_text)
-    check_study(study, named.values())
-    describe_study(study, request, plan, origin)
-    keys = [str(origin.get("key", "")), *(bundle.rows_sha256 for bundle in named.values())]
-    known = KnownRatings(study, request, plan, keys)
-    evaluate = known.before(evaluate)
-    with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
-        rated = run_search(study, plan, evaluate, advance, fence=run.fence, callbacks=callbacks)
-    islands = Islands([study], [plan])
-    correction = None
-    if plan.corrections and model is not None and calibration is not None:
-        from pho_service.pipeline.correction import correct_best  # loads transformers
+    record = study or memory_study(request, bundles, confirm_text)
 
-        correction = correct_best(
-            islands,
-            rated,
-            request.objective,
-            model,
-            only_one(named, "a model"),
-            calibration,
-            run=run,
-        )
-    measurements = Measurements()
-    subject = doubt = qualities = None
-    if model is not None and confirm_text is not None:
+    def at_once(study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> bool:
+        with run.progress(f"Searching ({request.objective.label})", plan.trials) as advance:
+            run_search(study, plan, rate, advance, fence=run.fence, callbacks=callbacks)
+        return False
+
+    return conduct(
+        Asked(requests=[request], plans=[plan], origin=origin),
+        SearchInputs(
+            bundles=lambda: named,
+            model=lambda: model,
+            text=lambda: confirm_text,
+            calibration=lambda: calibration,
+            study=lambda _: record,
+        ),
+        Journal(run),
+        search or at_once,
+        lambda result: result,
+        SearchResult,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """
+    What a search is to do.
+
+    Attributes:
+        requests, plans: One for each island; the first has the seed that was asked for.
+        origin: Where what is searched comes from, see :func:`origin_of`.
+        timeout_s: Time limit of each island.
+    """
+
+    requests: Sequence[SearchRequest]
+    plans: Sequence[SearchPlan]
+    origin: Mapping[str, Any]
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchInputs:
+    """
+    What a search works on; each is opened when it is asked for.
+
+    Attributes:
+        bundles: The bundles of all models, by name.
+        model, text: The model, and what perplexities are measured on; None if none are to be.
+        calibration: The windows that the bundle was made of.
+        study: The record of an island.
+        check: Refuses files that have changed meanwhile; gives the hash of the weights, if known.
+    """
+
+    bundles: Callable[[], Mapping[str, ProxyBundle]]
+    model: "Callable[[], LanguageModel | None]"
+    text: "Callable[[], ReportText | None]"
+    calibration: Callable[[], Tensor | None]
+    study: Callable[[int], optuna.Study]
+    check: Callable[[], str | None] = lambda: None
+
+
+def conduct(
+    asked: Asked,
+    inputs: SearchInputs,
+    journal: Journal,
+    search: IslandSearch,
+    finished: Callable[[SearchResult], T],
+    kind: type[T],
+) -> T:
+    """The way of every search: on the command line, in Python, and in a service."""
+    steps = _Steps(asked, inputs, search)
+    islands = [Piece(number=number) for number in range(len(asked.plans))]
+    searched = journal.each("search", islands, steps.search, Searched)
+    validated = journal.each(
+        "perplexity", steps.validation(), steps.measure, Measured,
+        title="Validating the proxy by perplexity",
+    )  # fmt: skip
+    chosen = journal.once("confirm", lambda run: steps.choose(validated, run), Chosen)
+    measured = journal.each(
+        "perplexity", [_piece(each) for each in chosen.wanted], steps.measure, Measured,
+        title="Confirming by perplexity",
+    )  # fmt: skip
+    return journal.once(
+        "finish", lambda run: finished(steps.finish(searched, chosen, measured, run)), kind
+    )
+
+
+def _piece(wanted: Wanted) -> Piece:
+    about = {"candidate": wanted.candidate, "trial": wanted.trial}
+    return Piece(number=wanted.number, about=about)
+
+
+class _Steps:
+    """The pieces of a search."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        inputs: SearchInputs,
+        search: IslandSearch,
+    ) -> None:
+        self._asked, self._inputs, self._search = asked, inputs, search
+        self._request, self._plan = asked.requests[0], asked.plans[0]
+        self._by_perplexity = self._request.objective.name == "perplexity"
+
+    @cached_property
+    def _islands(self) -> Islands:
+        plans = self._asked.plans
+        return Islands([self._inputs.study(number) for number in range(len(plans))], plans)
+
+    @cached_property
+    def _subject(self) -> "Subject | None":
+        """What perplexities are measured of; None if none are to be."""
+        text = self._inputs.text()
+        model = None if text is None else self._inputs.model()
+        if text is None or model is None:
+            return None
         from pho_service.pipeline.rating import Subject  # loads transformers
 
-        bundle = only_one(named, "a model")
-        subject = Subject(model=model, bundle=bundle, text=confirm_text, calibration=calibration)
-    if request.objective.name == "perplexity" and confirm_text is not None:
-        measurements = of_objective(rated, confirm_text.measured_on())
-    elif subject is not None:
-        from pho_service.pipeline.confirmation import confirm_finalists
+        bundle = only_one(self._inputs.bundles(), "a model")
+        calibration = self._inputs.calibration()
+        return Subject(model=model, bundle=bundle, text=text, calibration=calibration)
 
-        count = request.finalists
-        if request.validation is not None:
-            from pho_service.pipeline.validate import doubted
-
-            qualities, count, doubt = doubted(request, plan, study, subject, run)
-        measurements = confirm_finalists(
-            islands, rated, count, subject, islands.corrected(correction), run
+    def search(self, piece: Piece, run: Run) -> Searched:
+        """Search on one island, or go on with it."""
+        request, plan = self._asked.requests[piece.number], self._asked.plans[piece.number]
+        inputs, study = self._inputs, self._inputs.study(piece.number)
+        bundles = inputs.bundles()
+        model = text = calibration = None
+        if self._by_perplexity:
+            model, text, calibration = inputs.model(), inputs.text(), inputs.calibration()
+        rate = objective_function(
+            request.objective, plan, bundles, model, text, run.device, calibration
         )
-    result = finish(request, islands, origin, rated, measurements, correction=correction)
-    if subject is not None:
-        from pho_service.pipeline.deployable import priced
+        check_study(study, bundles.values())
+        describe_study(study, request, plan, self._asked.origin)
+        rows = [bundle.rows_sha256 for bundle in bundles.values()]
+        key = str(self._asked.origin.get("key", ""))
+        known = KnownRatings(study, request, plan, [key, *rows])
+        out_of_time = self._search(study, plan, known.before(rate))
+        if self._by_perplexity:
+            inputs.check()
+        return Searched(
+            trials=len(searched(study, plan)), out_of_time=out_of_time, rated_before=known.taken
+        )
 
-        result = priced(result, study, subject, run)
-    if request.steps.reconstruction.wanted:
+    def validation(self) -> list[Piece]:
+        """The perplexities of random candidates, which the proxy is validated by."""
+        if self._request.validation is None:
+            return []
+        candidates = planned_candidates(self._plan, self._request.validation)
+        return [
+            _piece(Wanted(number=VALIDATION + i, candidate=each.to_dict()))
+            for i, each in enumerate(candidates)
+        ]
+
+    def measure(self, piece: Piece, run: Run) -> Measured:
+        """Measure a perplexity; the study keeps it at once."""
+        from pho_service.pipeline.confirmation import known_losses, named
+        from pho_service.pipeline.rating import measure
+
+        subject, trial = self._subject, piece.about.get("trial")
+        assert subject is not None  # else none is wanted
+        given, text = piece.about["candidate"], subject.text
+        candidate = given and Candidate.from_dict(given, self._plan.pattern)
+        study, key, note = self._record(piece.number)
+
+        def make() -> dict[str, Any]:
+            known = {} if trial is None else known_losses(self._islands, trial, text.key)
+            with run.progress("Measuring", len(text.windows)) as advance:
+                advance(len(known))
+                try:
+                    with named(candidate) if candidate else nullcontext():
+                        found = measure(subject, candidate, advance, known=known)
+                except NumericalError as error:
+                    if candidate is None or piece.number < REFERENCES:
+                        raise
+                    name = NAMES[piece.number - REFERENCES]
+                    return {"perplexity": None, "failure": without_perplexity(name, error)}
+            self._inputs.check()  # before it is kept
+            return {name: getattr(found, name) for name in ("perplexity", "sparsity", "seconds")}
+
+        stored = once(study, key, {"text_sha256": text.key}, make, fence=run.fence, note=note)
+        names = [each.name for each in fields(Measured) if each.name in stored]
+        return Measured(
+            **{"measured_on": text.measured_on(), **{name: stored[name] for name in names}},
+            weights_sha256=self._inputs.check(),
+        )
+
+    def _record(self, number: int) -> tuple[optuna.Study, str, tuple[int, str] | None]:
+        """Where a perplexity is kept: the study, the name, and the trial that it is of."""
+        first = self._islands.studies[0]
+        if number >= REFERENCES:
+            return first, f"reference:{NAMES[number - REFERENCES]}", None
+        if number >= VALIDATION:
+            assert self._request.validation is not None
+            seed = self._request.validation.seed
+            return first, f"validation:{seed}:{number - VALIDATION}", None
+        study, there = self._islands.place(number)
+        return study, f"perplexity:{there}", (there, "perplexity")
+
+    def choose(self, validated: Sequence[Measured], run: Run) -> Chosen:
+        """Correct the best, if that is asked for, and choose whose perplexities are measured."""
+        islands, request = self._islands, self._request
+        rated = islands.ranked()
+        correction = self._corrected(rated, run)
+        kept = None if correction is None else correction.to_dict()
+        if self._inputs.text() is None or self._subject is None:
+            return Chosen(correction=kept)
+        count, doubt, validation = request.finalists, None, None
+        if request.validation is not None:
+            validation = self._judged(request.validation, validated, run)
+            name = request.objective.label
+            if name in validation:
+                count, doubt = finalists_wanted(count, name, validation[name])
+        if self._by_perplexity:
+            measured = {each.number for each in rated}
+            wanted = self._judges(rated, measured)
+            return Chosen(wanted=wanted, correction=kept, validation=validation, doubt=doubt)
+        from pho_service.pipeline.confirmation import choose_finalists  # loads transformers
+
+        entered = islands.corrected(correction)
+        rated = [*rated, *entered]
+        raced = choose_finalists(islands, rated, count, self._subject, run, entered=entered)
+        if raced.divergences.by_number:
+            self._inputs.check()
+        finalists = [
+            Wanted(number=each.number, candidate=each.candidate.to_dict(), trial=each.number)
+            for each in raced.finalists
+        ]
+        numbers = [each.number for each in raced.finalists]
+        return Chosen(
+            finalists=numbers,
+            wanted=[*finalists, *self._judges(rated, {*numbers})],
+            divergences=dict(raced.divergences.by_number),
+            divergence_tokens=raced.divergences.tokens,
+            evaluations=raced.evaluations,
+            correction=kept,
+            validation=validation,
+            doubt=doubt,
+        )
+
+    def _corrected(self, rated: Sequence[RatedCandidate], run: Run) -> Correction | None:
+        if not self._plan.corrections:
+            return None
+        from pho_service.pipeline.correction import correct_best  # loads transformers
+
+        inputs = self._inputs
+        model, calibration = inputs.model(), inputs.calibration()
+        assert model is not None  # it was checked
+        assert calibration is not None
+        bundle = only_one(inputs.bundles(), "a model")
+        objective = self._request.objective
+        found = correct_best(self._islands, rated, objective, model, bundle, calibration, run=run)
+        inputs.check()
+        return found
+
+    def _judged(
+        self, asked: ValidationSpec, validated: Sequence[Measured], run: Run
+    ) -> dict[str, ProxyQuality]:
+        """How well each proxy ranks the random candidates."""
+        from pho_service.pipeline.validate import judge  # loads transformers
+
+        bundle = only_one(self._inputs.bundles(), "a validation")
+        perplexities = [float(each.perplexity or math.nan) for each in validated]
+        candidates = planned_candidates(self._plan, asked)
+        return judge(bundle, candidates, perplexities, seed=asked.seed, device=run.device)
+
+    def _judges(self, rated: Sequence[RatedCandidate], measured: Container[int]) -> list[Wanted]:
+        """What a result is judged by, but for trials that have a perplexity or get one."""
+        return [
+            Wanted(
+                number=REFERENCES + i,
+                candidate=None if each.candidate is None else each.candidate.to_dict(),
+                trial=each.trial,
+            )
+            for i, each in enumerate(references(self._plan, rated))
+            if each.trial is None or each.trial not in measured
+        ]
+
+    def finish(
+        self, done: Sequence[Searched], chosen: Chosen, measured: Sequence[Measured], run: Run
+    ) -> SearchResult:
+        """Choose the best of all that was found, and write down how, and what is known of it."""
+        islands, request = self._islands, self._request
+        correction = None if chosen.correction is None else Correction.from_dict(chosen.correction)
+        found = islands.ranked()
+        rated = [*islands.corrected(correction), *found]
+        own = {each.number: value for each, value in zip(chosen.wanted, measured, strict=True)}
+        perplexities, measured_on = self._perplexities(found, chosen, own)
+        confirmed = sorted(
+            ((perplexities[each.number], each) for each in rated if each.number in perplexities),
+            key=lambda pair: pair[0],
+        )
+        confirmation, best = None, rated[0]
+        if confirmed:
+            perplexity, best = confirmed[0]
+            confirmation = Confirmation(perplexity=perplexity, **measured_on)
+        study, number = islands.place(best.number)
+        finished, out_of_time = islands.finished, any(each.out_of_time for each in done)
+        result = search_result(
+            request,
+            islands.plan,
+            self._asked.origin,
+            study.study_name,
+            rated,
+            confirmed,
+            confirmation,
+            Divergences(by_number=chosen.divergences, tokens=chosen.divergence_tokens),
+            ended_after=finished if finished < islands.asked and not out_of_time else None,
+            correction=correction,
+        )
+        if request.objective.over is not None:
+            result = with_each_model(result, islands.attributes(rated[0].number)["relative_to_ria"])
+        more: dict[str, Any] = {}
+        if len(islands.studies) > 1:
+            more = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
+        if out_of_time:
+            more = {**more, "timeout_s": self._asked.timeout_s, "finished": finished}
+        search = {**result.configuration.search, **more}
+        configuration = result.configuration.model_copy(update={"search": search})
+        result = replace(result, configuration=configuration, trial=number)
+        result = self._looked_at_again(result, run)
+        result = with_perplexities(result, self._judged_by(found, perplexities, own))
+        for each in islands.studies:
+            with run.fence():
+                mark_chosen(each, result.configuration, result.study_name, result.trial)
+        return replace(
+            result,
+            rated_before=sum(each.rated_before for each in done),
+            validation=chosen.validation,
+            warnings=[*result.warnings, *([chosen.doubt] if chosen.doubt else [])],
+        )
+
+    def _perplexities(
+        self, found: Sequence[RatedCandidate], chosen: Chosen, own: Mapping[int, Measured]
+    ) -> tuple[dict[int, float], dict[str, Any]]:
+        """The perplexities that decide, by trial, and what they were measured on."""
+        text = self._inputs.text() if self._by_perplexity else None
+        if text is not None:
+            return {each.number: each.value for each in found}, text.measured_on()
+        values = {number: own[number] for number in chosen.finalists}
+        on = next((value.measured_on for value in values.values()), {})
+        took = {"evaluations": chosen.evaluations, "divergence_tokens": chosen.divergence_tokens}
+        known = {n: v.perplexity for n, v in values.items() if v.perplexity is not None}
+        return known, {**on, **took}
+
+    def _judged_by(
+        self,
+        found: Sequence[RatedCandidate],
+        perplexities: Mapping[int, float],
+        own: Mapping[int, Measured],
+    ) -> dict[str, float | str]:
+        """The perplexities of what a result is judged by, or why there is none, by name."""
+        known: dict[str, float | str] = {}
+        for i, each in enumerate(references(self._plan, found)):
+            value = own.get(REFERENCES + i)
+            if each.trial is not None and each.trial in perplexities:
+                known[each.name] = perplexities[each.trial]
+            elif value is not None:
+                known[each.name] = value.perplexity or str(value.failure)
+        return known
+
+    def _looked_at_again(self, result: SearchResult, run: Run) -> SearchResult:
+        """With what orders that fold cost it, and reconstructed, if that makes it better."""
+        steps, study = self._request.steps, self._islands.studies[0]
+        if not (steps.reconstruction.wanted or steps.gives_up_orders):
+            return result
+        from pho_service.pipeline.deployable import priced  # loads transformers
         from pho_service.pipeline.winner import reconstruct_winner
 
-        settings = request.steps.reconstruction
-        result = reconstruct_winner(result, settings, study, subject, run)
-    if subject is not None:
-        from pho_service.pipeline.references import measure_references, with_perplexities
-
-        good = measure_references(islands, rated, measurements, subject, run)
-        result = with_perplexities(result, good)
-    mark_chosen(study, result.configuration, result.study_name, result.trial)
-    return replace(
-        result,
-        rated_before=known.taken,
-        validation=qualities,
-        warnings=[*result.warnings, *([doubt] if doubt else [])],
-    )
-
-
-def of_objective(rated: Sequence[RatedCandidate], measured_on: Mapping[str, Any]) -> Measurements:
-    """Return the measurements of a search by perplexity, which are its values."""
-    return Measurements(perplexities={r.number: r.value for r in rated}, measured_on=measured_on)
-
-
-def finish(
-    request: SearchRequest,
-    islands: Islands,
-    origin: Mapping[str, Any],
-    rated: Sequence[RatedCandidate],
-    measurements: Measurements,
-    *,
-    correction: Correction | None = None,
-    out_of_time: bool = False,
-) -> SearchResult:
-    """
-    Choose the best of all that was found, and write down how.
-
-    Args:
-        request: What was asked, of the first island.
-        islands: The studies.
-        origin: Where what was searched comes from, see :func:`origin_of`.
-        rated: Every finished trial, best first by the objective.
-        measurements: Measurements of the finalists.
-        correction: What corrections of the best came to, if there were any. Without perplexities
-            the nearest to the dense model is the result.
-        out_of_time: Whether the search ended because its time was used up.
-
-    Returns:
-        The result, with the study that the best is in, and its number there.
-    """
-    rated = [*islands.corrected(correction), *rated]
-    measured = measurements.best_first(rated)
-    divergences = measurements.divergences
-    confirmation = None
-    if measured:
-        on = {
-            **(measurements.measured_on or {}),
-            "divergence_tokens": divergences.tokens,
-            "evaluations": measurements.evaluations,
-        }
-        confirmation = Confirmation(perplexity=measured[0][0], **on)
-    best = measured[0][1] if measured else rated[0]
-    study, number = islands.place(best.number)
-    finished = islands.finished
-    result = search_result(
-        request,
-        islands.plan,
-        origin,
-        study.study_name,
-        [*rated],
-        measured,
-        confirmation,
-        divergences,
-        ended_after=finished if finished < islands.asked and not out_of_time else None,
-        correction=correction,
-    )
-    if request.objective.over is not None:
-        result = with_each_model(result, islands.attributes(rated[0].number)["relative_to_ria"])
-    if len(islands.studies) > 1:
-        of = {"islands": len(islands.studies), "island": islands.of_island(best.number)}
-        search = {**result.configuration.search, **of}
-        result = replace(
-            result, configuration=result.configuration.model_copy(update={"search": search})
-        )
-    return replace(result, trial=number)
+        subject = self._subject
+        if subject is not None:
+            result = priced(result, study, subject, run)
+        if steps.reconstruction.wanted:
+            result = reconstruct_winner(result, steps.reconstruction, study, subject, run)
+        if subject is not None:
+            self._inputs.check()
+        return result
 
 
 @contextmanager
@@ -234,16 +478,6 @@ def opened_study(
     Open the study of a search in a database, with what the storage says turned into ours.
 
     Its name says what is searched: the same request on the same bundles finds it again.
-
-    Args:
-        url: URL of the database: ``sqlite:///study.db``.
-        request: As for :func:`search_job`.
-        bundles: The same.
-        confirm_text: The same.
-
-    Raises:
-        InvalidInput, BundleError: As for :func:`search_job`.
-        StudyError: It cannot be opened, or fails in the ``with`` block.
     """
     name = name_of_study(request, bundles, confirm_text)
     try:
@@ -256,12 +490,7 @@ def opened_study(
 def memory_study(
     request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None" = None
 ) -> optuna.Study:
-    """
-    Make a new study in memory, with the name that :func:`opened_study` would give it.
-
-    Raises:
-        InvalidInput, BundleError: As for :func:`search_job`.
-    """
+    """Make a new study in memory, with the name that :func:`opened_study` would give it."""
     name = name_of_study(request, bundles, confirm_text)
     with quiet_optuna():
         return optuna.create_study(study_name=name, direction=request.objective.direction)
@@ -270,7 +499,7 @@ def memory_study(
 def name_of_study(
     request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None"
 ) -> str:
-    """What a study of a search is called; for the arguments see :func:`search_job`."""
+    """What a study of a search is called."""
     named = by_name(bundles)
     origin = origin_of([bundle.origin for bundle in named.values()])
     plan = search_plan(request, named)
@@ -285,14 +514,7 @@ def by_name(bundles: Bundles) -> Mapping[str, ProxyBundle]:
 
 
 def search_plan(request: SearchRequest, bundles: Mapping[str, ProxyBundle]) -> SearchPlan:
-    """
-    The plan of a search on bundles, in the kernel sizes that all of them have.
-
-    Raises:
-        InvalidInput: The request breaks a rule, does not say how several bundles count, or N:M or
-            what is said of linears does not fit a model.
-        BundleError: The bundles have no kernel size in common.
-    """
+    """The plan of a search on bundles, in the kernel sizes that all of them have."""
     first, *others = (set(bundle.kernel_sizes) for bundle in bundles.values())
     common = tuple(sorted(first.intersection(*others)))
     if not common:

@@ -14,7 +14,7 @@ from pho_service.spec.candidate import Candidate
 from pho_service.spec.numbers import number
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.tuning.result import SearchResult
-from storage.studies import keep_record, record_of
+from storage.studies import once
 
 
 def reconstruct_winner(
@@ -24,22 +24,7 @@ def reconstruct_winner(
     subject: Subject | None,
     run: Run = Run(),
 ) -> SearchResult:
-    """
-    Add a reconstruction to what a search found, if it makes it better.
-
-    Args:
-        result: Found without one.
-        settings: Settings of the reconstruction.
-        study: The record; what it holds is not measured again.
-        subject: What was confirmed, with a calibration text. None: nothing can be measured, and
-            the reconstruction is added as it was asked for.
-        run: Who watches it.
-
-    Returns:
-        The result with the reconstruction among its steps; its perplexity is that of the
-        reconstructed model, beside the one before. Where that is no better, the result as it was,
-        with a warning.
-    """
+    """Add a reconstruction to what a search found, if it makes it better."""
     configuration = result.configuration
     steps = replace(configuration.steps, reconstruction=settings)
     rebuilt = configuration.model_copy(update={"steps": steps})
@@ -74,23 +59,13 @@ def measured_once(
     kept: str,
     title: str,
 ) -> float:
-    """
-    The perplexity that the study holds; measured and kept at once if it is not there.
-
-    Args:
-        study, subject, run: As of :func:`reconstruct_winner`.
-        candidate: What to prune with.
-        kept: Record of the study that the last that was measured is in.
-        title: What is being done, for who is told of it.
-    """
+    """The perplexity that the study holds; measured and kept at once if it is not there."""
     about = {"candidate": candidate.to_dict(), "text_sha256": subject.text.key}
-    stored = record_of(study).get(kept, {})
-    if {key: stored.get(key) for key in about} == about:
-        return float(stored["perplexity"])
-    perplexity = _measure(subject, candidate, run, title)
-    with run.fence():
-        keep_record(study, kept, {**about, "perplexity": perplexity})
-    return perplexity
+
+    def make() -> dict[str, float]:
+        return {"perplexity": _measure(subject, candidate, run, title)}
+
+    return float(once(study, kept, about, make, fence=run.fence)["perplexity"])
 
 
 def _measure(subject: Subject, candidate: Candidate, run: Run, title: str) -> float:

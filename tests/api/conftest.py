@@ -20,6 +20,7 @@ from pho_service.spec.configuration import Configuration
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.outcomes import Entry, Found
 from storage.records import Claim, NewStage
 from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
@@ -157,7 +158,7 @@ class Hand:
         islands = [
             NewStage(kind=StageKind.SEARCH, number=i) for i in range(claim.job.spec["islands"])
         ]
-        self.store.complete(claim, {"provenance": {}}, add=islands)
+        self.store.complete(claim, {"provenance": {}}, then=islands)
 
     def search(self, job_id: str) -> None:
         """From there to the choice of finalists."""
@@ -167,11 +168,11 @@ class Hand:
 
     def confirm(self, job_id: str, *trials: int) -> None:
         """From there to the perplexities of some trials."""
+        measured = [NewStage(kind=StageKind.PERPLEXITY, number=n) for n in trials]
         self.store.complete(
             self.take(job_id, StageKind.CONFIRM),
             {"finalists": [*trials]},
-            add=[NewStage(kind=StageKind.PERPLEXITY, number=n) for n in trials],
-            then=[NewStage(kind=StageKind.FINISH)],
+            then=measured or [NewStage(kind=StageKind.FINISH)],
         )
 
     def measure(self, job_id: str, trial: int, perplexity: float, seconds: float) -> None:
@@ -191,11 +192,11 @@ class Hand:
             self.search(job_id)
         if StageKind.FINISH not in kinds:
             self.confirm(job_id)
-        self.store.succeed(
+        self.store.complete(
             self.take(job_id, StageKind.FINISH),
-            best=CONFIGURATION.model_dump(mode="json"),
-            warnings=warnings,
-            result={},
+            {},
+            found=Found(best=CONFIGURATION.model_dump(mode="json"), warnings=warnings),
+            ended=True,
         )
 
     def fail(self, job_id: str, **error: Any) -> None:
@@ -290,7 +291,7 @@ def begin(submit: Any, hand: Any) -> Any:
             for i, each in enumerate(about)
         ]
         provenance = {"model": {"name": "org/name"}}
-        hand.store.complete(claim, {"provenance": provenance, "seconds": 1.0}, add=stages)
+        hand.store.complete(claim, {"provenance": provenance, "seconds": 1.0}, then=stages)
         return job
 
     return of
@@ -305,7 +306,7 @@ def measure(hand: Any, point: Any) -> Any:
         result: dict[str, Any] = point(claim.stage.about, perplexity, f"study {number}")
         finish = [NewStage(kind=StageKind.FINISH)]
         found = result["configuration"]
-        hand.store.complete(claim, result, then=finish, configuration=found)
+        hand.store.complete(claim, result, then=finish, library=[Entry(found)])
         return result
 
     return of

@@ -16,6 +16,7 @@ from pho_service.api import listing
 from pho_service.api.job_list import PAGE_SIZE
 from pho_service.spec.perplexities import Perplexities
 from storage.keys import KeyStore
+from storage.outcomes import Entry, Found
 from storage.states import JobState, StageKind
 
 HEAVIEST = 300_000  # bytes of a page that is not a report
@@ -61,12 +62,16 @@ def jobs(
     document = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
     layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
     claim = hand.take(best["id"], StageKind.FINISH)
-    hand.store.succeed(claim, best=document, warnings=["Care."], result={"layers": layers})
+    hand.store.complete(
+        claim, {"layers": layers}, found=Found(best=document, warnings=["Care."]), ended=True
+    )
     assert client.post(f"/v1/jobs/{best['id']}:prune").status_code == 202
-    hand.store.pruned(hand.take(best["id"], StageKind.PRUNE), {"key": "key", "files": [FILE]})
+    hand.store.complete(
+        hand.take(best["id"], StageKind.PRUNE), {"key": "key", "files": [FILE]}, ended=True
+    )
     moved = client.post(f"/v1/jobs/{best['id']}:transfer", json={"models": ["org/other"]}).json()
     claim = hand.take(moved["id"], StageKind.TRANSFER)
-    hand.store.transferred(claim, TRANSFER, configuration=document, own=None)
+    hand.store.complete(claim, TRANSFER, library=[Entry(document, TRANSFER)], ended=True)
     points = begin(["0.3", "2:4"], patterns=["0.3", "2:4"])
     measure(points, 0, 22.0)
     measure(points, 1, 24.0)

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
+from storage.outcomes import Found
 from storage.records import NewStage
 from storage.states import JobState, StageKind
 
@@ -55,7 +56,9 @@ def history(submit: Submit, hand: Any, configuration: Configuration) -> str:
         hand.store.progress(claim, done=done, elapsed_s=1.0, best_value=1 / done)
     hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.FINISH)])
     best = configuration.model_dump(mode="json")
-    hand.store.succeed(hand.take(job, StageKind.FINISH), best=best, warnings=[], result={})
+    hand.store.complete(
+        hand.take(job, StageKind.FINISH), {}, found=Found(best=best, warnings=[]), ended=True
+    )
     return job
 
 

@@ -17,6 +17,7 @@ from pho_service.api import job_list
 from pho_service.shown import parts
 from pho_service.shown.parts import policy_hash
 from storage.keys import KeyStore
+from storage.outcomes import Found
 from storage.states import JobState, StageKind
 
 Submit = Callable[..., dict[str, Any]]
@@ -223,7 +224,9 @@ def test_result(client: TestClient, submit: Submit, hand: Any, configuration: An
     hand.confirm(job["id"])
     found = {"dense": 13.8, "pruned": 17.25, "wanda": 30.0, "ria": 23.0}
     best = {**configuration.model_dump(mode="json"), "perplexities": found}
-    hand.store.succeed(hand.take(job["id"], StageKind.FINISH), best=best, warnings=[], result={})
+    hand.store.complete(
+        hand.take(job["id"], StageKind.FINISH), {}, found=Found(best=best, warnings=[]), ended=True
+    )
     page = Page(client.get("/"))
 
     assert "succeeded 17.25 13.80 +25.0% 25.0%" in row(page, job)

@@ -18,6 +18,7 @@ from pho_service.shown.parts import policy_hash
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.perplexities import Perplexities
+from storage.outcomes import Found
 from storage.states import REFERENCES, JobState, StageKind
 from workers.stage_log import MOST_LINES, StageLog
 
@@ -104,7 +105,9 @@ def test_result(
     best = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
     layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
     claim = hand.take(job_id, StageKind.FINISH)
-    hand.store.succeed(claim, best=best, warnings=["Take care."], result={"layers": layers})
+    hand.store.complete(
+        claim, {"layers": layers}, found=Found(best=best, warnings=["Take care."]), ended=True
+    )
     text = source(client, job_id)
 
     assert section(text, "result").startswith(

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from pho_service.tuning.pareto import add_point, pareto_study
+from storage.outcomes import Found
 from storage.records import NewStage
 from storage.rows import add_stages
 from storage.states import JobState, StageKind
@@ -24,7 +25,9 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     first = measure(job, 0, 22.0)
     begun = client.get(path).json()
     second = measure(job, 1, 24.0)
-    hand.store.succeed(hand.take(job, StageKind.FINISH), best=None, warnings=["w"], result={})
+    hand.store.complete(
+        hand.take(job, StageKind.FINISH), {}, found=Found(best=None, warnings=["w"]), ended=True
+    )
     over = client.get(path).json()
 
     assert [p["pattern"] for p in begun["points"]] == PATTERNS
@@ -95,12 +98,14 @@ def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal
     path = f"/v1/jobs/{job}"
     for number in (0, 1):
         measure(job, number, 22.0)
-    hand.store.succeed(hand.take(job, StageKind.FINISH), best=None, warnings=[], result={})
+    hand.store.complete(
+        hand.take(job, StageKind.FINISH), {}, found=Found(best=None, warnings=[]), ended=True
+    )
     refusal(client.post(f"{path}:prune"), 409, "several_patterns")
     refusal(client.post(f"{path}:prune?pattern=0.9"), 409, "no_such_pattern")
     asked = client.post(f"{path}:prune?pattern=2:4").json()
     same = client.post(f"{path}:prune?pattern=2:4").json()
-    hand.store.pruned(hand.take(job, StageKind.PRUNE), {"key": "key", "files": []})
+    hand.store.complete(hand.take(job, StageKind.PRUNE), {"key": "key", "files": []}, ended=True)
     other = client.post(f"{path}:prune?pattern=0.3").json()
 
     assert (asked["pruned"], asked["pruned_pattern"], asked["state"]) == (
@@ -122,7 +127,9 @@ def test_target(client: TestClient, begin: Any, measure: Any, hand: Any) -> None
         add_stages(connection, hand.store.get(uuid.UUID(job)), [outside])
     answer = hand.store.get(uuid.UUID(job)).of_kind(StageKind.POINT)[0].result["configuration"]
     measure(job, 1, 25.0)
-    hand.store.succeed(hand.take(job, StageKind.FINISH), best=answer, warnings=[], result={})
+    hand.store.complete(
+        hand.take(job, StageKind.FINISH), {}, found=Found(best=answer, warnings=[]), ended=True
+    )
     found = client.get(f"/v1/jobs/{job}").json()
 
     assert [p["within"] for p in found["points"]] == [True, False]

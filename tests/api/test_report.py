@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
 from storage.keys import KeyStore
+from storage.outcomes import Entry, Found
 from storage.states import JobState, StageKind
 
 Refusal = Callable[..., dict[str, Any]]
@@ -39,8 +40,8 @@ def transfer(client: TestClient, hand: Any, job_id: str, *results: dict[str, Any
     job = client.post(f"/v1/jobs/{job_id}:transfer", json={"models": models}).json()
     for number, result in enumerate(results):
         claim = hand.take(job["id"], StageKind.TRANSFER, number)
-        hand.store.transferred(
-            claim, result, configuration=claim.job.spec["configuration"], own=None
+        hand.store.complete(
+            claim, result, library=[Entry(claim.job.spec["configuration"], result)], ended=True
         )
     return str(job["id"])
 
@@ -92,11 +93,11 @@ def test_layers(client: TestClient, hand: Any, submit: Any, configuration: Confi
     hand.search(job_id)
     hand.confirm(job_id)
     cells = [["model.layers.0", "mlp.up_proj", 0.25, 0.5]]
-    hand.store.succeed(
+    hand.store.complete(
         hand.take(job_id, StageKind.FINISH),
-        best=configuration.model_dump(mode="json"),
-        warnings=[],
-        result={"layers": {"org/name": cells}},
+        {"layers": {"org/name": cells}},
+        found=Found(best=configuration.model_dump(mode="json"), warnings=[]),
+        ended=True,
     )
 
     assert "The largest is 0.2500, of model.layers.0.mlp.up_proj" in visible(page(client, job_id))

@@ -13,6 +13,7 @@ from pho_service.api.answers import Job
 from pho_service.cli.jobs_shown import show_tasks
 from pho_service.host import task_names
 from pho_service.spec.configuration import Configuration, published
+from storage.outcomes import Found
 from storage.records import NewStage
 from storage.states import StageKind
 
@@ -52,13 +53,13 @@ def test_scores(
     finish = hand.take(job_id, StageKind.FINISH)
     best = published("wanda", "0.5").model_dump(mode="json")
     two = [NewStage(kind=StageKind.TASKS, number=number) for number in range(2)]
-    hand.store.succeed(finish, best=best, warnings=[], result={}, then=two)
+    hand.store.complete(finish, {}, found=Found(best=best, warnings=[]), then=two)
     states = []
     for number, value in enumerate((0.75, 0.5)):
         states.append(client.get(f"/v1/jobs/{job_id}").json())
         scores = [score("acc", value), score("acc_norm", value + 0.125)]
         claim = hand.take(job_id, StageKind.TASKS, number)
-        hand.store.scored(claim, {"scores": scores, **HOW}, then=[], check=lambda _: None)
+        hand.store.complete(claim, {"scores": scores, **HOW}, ended=True)
     job = client.get(f"/v1/jobs/{job_id}").json()
     found = Configuration.model_validate(client.get(f"/v1/jobs/{job_id}/best").json())
     rows = [

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from pho_service.library.files import parse_library_file
 from pho_service.spec.configuration import Configuration
 from storage.keys import KeyStore
+from storage.outcomes import Entry
 from storage.states import JobState, StageKind
 
 Refusal = Callable[..., dict[str, Any]]
@@ -55,7 +56,7 @@ def done(hand: Any, job_id: str, *results: dict[str, Any]) -> None:
     for number, each in enumerate(results):
         claim = hand.take(job_id, StageKind.TRANSFER, number)
         configuration = claim.job.spec["configuration"]
-        hand.store.transferred(claim, each, configuration=configuration, own=None)
+        hand.store.complete(claim, each, library=[Entry(configuration, each)], ended=True)
 
 
 def test_submit(client: TestClient, hand: Any, searched: str, configuration: Configuration) -> None:
@@ -90,8 +91,11 @@ def test_measured(client: TestClient, hand: Any, searched: str) -> None:
     done(hand, job["id"], result("org/one"))
     one = client.get(path).json()
     claim = hand.take(job["id"], StageKind.TRANSFER, 1)
-    hand.store.transferred(
-        claim, result("org/two", 26.0), configuration=job["spec"]["configuration"], own=None
+    hand.store.complete(
+        claim,
+        result("org/two", 26.0),
+        library=[Entry(job["spec"]["configuration"], result("org/two", 26.0))],
+        ended=True,
     )
     both = client.get(path).json()
     file = parse_library_file(client.get(f"{path}/transfer").json(), "it")

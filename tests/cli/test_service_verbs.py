@@ -24,6 +24,7 @@ from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.outcomes import Found
 from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.tables import stages
@@ -74,12 +75,14 @@ def take(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> Claim:
 def succeed(store: JobStore, job_id: uuid.UUID) -> None:
     """Do a job as far as a client can see."""
     finish = [NewStage(kind=StageKind.FINISH)]
-    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, add=finish)
-    store.succeed(
+    store.complete(take(store, job_id, StageKind.CALIBRATE), {}, then=finish)
+    store.complete(
         take(store, job_id, StageKind.FINISH),
-        best=CONFIGURATION.model_dump(mode="json"),
-        warnings=["the best lies on the border"],
-        result={},
+        {},
+        found=Found(
+            best=CONFIGURATION.model_dump(mode="json"), warnings=["the best lies on the border"]
+        ),
+        ended=True,
     )
 
 
@@ -329,7 +332,7 @@ def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
     """While it searches, the time left is shown."""
     job = client.submit({**SPEC, "trials": 40}).id
     search = [NewStage(kind=StageKind.SEARCH)]
-    store.complete(take(store, job, StageKind.CALIBRATE), {}, add=search)
+    store.complete(take(store, job, StageKind.CALIBRATE), {}, then=search)
     claim = take(store, job, StageKind.SEARCH)
     store.progress(claim, done=10, elapsed_s=20.0, best_value=0.125)
     shown = remote("show", job).stdout
@@ -344,14 +347,14 @@ def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
     ]
-    store.share(take(store, job, StageKind.CALIBRATE), parts)
+    store.wait(take(store, job, StageKind.CALIBRATE), parts)
     part = store.get(job).parts(StageKind.CALIBRATE)[0]
     with store.database.transaction() as connection:
         query = select(stages.c.queue_id).where(stages.c.id == part.id)
         entry = connection.execute(query).scalar_one()
     claim = store.claim(part.id, entry, uuid.uuid4())
     assert claim is not None
-    store.complete_part(claim, {})
+    store.complete(claim, {})
 
     assert "calibration  1 of 3 shards\ntrials       0 of 40" in remote("show", job).stdout
     progress = client.job(job).progress

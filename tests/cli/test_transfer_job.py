@@ -13,6 +13,7 @@ from pho_service.client import Client
 from pho_service.spec.configuration import Configuration
 from storage.database import Database
 from storage.jobs import JobStore
+from storage.outcomes import Entry, Found
 from storage.records import Claim, NewStage
 from storage.states import StageKind
 from storage.tables import stages
@@ -67,7 +68,7 @@ def work(store: JobStore, job_id: uuid.UUID) -> None:
     }  # fmt: skip
     for number, result in enumerate((done, bad)):
         claim = take(store, job_id, StageKind.TRANSFER, number)
-        store.transferred(claim, result, configuration=document, own=None)
+        store.complete(claim, result, library=[Entry(document, result)], ended=True)
 
 
 @pytest.fixture
@@ -76,9 +77,11 @@ def searched(url: str, store: JobStore) -> str:
     with Client(url) as client:
         job = client.submit({"model": "org/name", "pattern": "0.5"})
     finish = [NewStage(kind=StageKind.FINISH)]
-    store.complete(take(store, job.id, StageKind.CALIBRATE), {}, add=finish)
+    store.complete(take(store, job.id, StageKind.CALIBRATE), {}, then=finish)
     claim = take(store, job.id, StageKind.FINISH)
-    store.succeed(claim, best=FOUND.model_dump(mode="json"), warnings=[], result={})
+    store.complete(
+        claim, {}, found=Found(best=FOUND.model_dump(mode="json"), warnings=[]), ended=True
+    )
     return str(job.id)
 
 

@@ -10,7 +10,7 @@ import pytest
 from pho_service.errors import NumericalError
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline import confirmation, references
+from pho_service.pipeline import confirmation, search
 from pho_service.pipeline.rating import ReportText, Subject, measure, rate_pruned
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
@@ -66,7 +66,7 @@ def test_race(
     runs: list[int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The winner has its perplexity of the whole text, and what that took is counted."""
-    monkeypatch.setattr(references, "measure_references", lambda *_: {})  # is not counted
+    monkeypatch.setattr(search._Steps, "_judges", lambda *_: [])  # is not counted
     request = request_of(finalists=3)
     found = search_job(request, bundle, model=model, confirm_text=report).configuration
     spent = sum(runs)

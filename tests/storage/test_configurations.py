@@ -19,6 +19,7 @@ from storage.configurations import (
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
+from storage.outcomes import Found
 from storage.records import Claim, Job, LostClaim, NewStage
 from storage.states import JobState, StageKind
 from storage.tables import stages
@@ -63,7 +64,7 @@ def succeeded(
 ) -> Job:
     """A new job that has found this."""
     claim = finishing(store, owner_id)
-    store.succeed(claim, best=best, warnings=[], result={})
+    store.complete(claim, {}, found=Found(best=best, warnings=[]), ended=True)
     return store.get(claim.job.id)
 
 
@@ -95,7 +96,7 @@ def test_lost_claim_keeps_nothing(store: JobStore, library: ConfigurationStore) 
     store.hand_back(claim)
 
     with pytest.raises(LostClaim):
-        store.succeed(claim, best=BEST, warnings=[], result={})
+        store.complete(claim, {}, found=Found(best=BEST, warnings=[]), ended=True)
     assert library.all() == []
 
 
@@ -111,7 +112,7 @@ def test_one_transaction(
     monkeypatch.setattr(storage.outcomes, "set_state", broken)
 
     with pytest.raises(ZeroDivisionError):
-        store.succeed(claim, best=BEST, warnings=[], result={})
+        store.complete(claim, {}, found=Found(best=BEST, warnings=[]), ended=True)
     assert library.all() == []
     assert store.get(claim.job.id).best is None
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from storage.database import Database, DatabaseGone
 from storage.jobs import JobStore
 from storage.keys import KeyStore
 from storage.listing import JobFilter
+from storage.outcomes import Entry, Found
 from storage.queue import enqueue
 from storage.records import (
     Claim,
@@ -96,19 +98,29 @@ def islands(store: JobStore, count: int, **changes: Any) -> list[Claim]:
     """The claims on all islands of a new job."""
     first = begun(store, **changes)
     searches = [NewStage(kind=StageKind.SEARCH, number=i) for i in range(count)]
-    store.complete(first, {"provenance": {}}, add=searches)
+    store.complete(first, {"provenance": {}}, then=searches)
     return [claim(store, s.id) for s in store.get(first.job.id).of_kind(StageKind.SEARCH)]
 
 
 def succeeded(store: JobStore, **changes: Any) -> Job:
     """A job of one island that has its configuration."""
     (search,) = islands(store, 1, **changes)
-    store.complete(search, {}, then=[CONFIRM], trials=10)
+    store.complete(search, {}, then=[CONFIRM])
     confirm = claim(store, only(store, search.job.id, StageKind.CONFIRM))
     store.complete(confirm, {"finalists": []}, then=[FINISH])
     finish = claim(store, only(store, search.job.id, StageKind.FINISH))
-    store.succeed(finish, best={"pattern": "2:4"}, warnings=["w"], result={})
+    store.complete(finish, {}, found=Found(best={"pattern": "2:4"}, warnings=["w"]), ended=True)
     return store.get(search.job.id)
+
+
+def searched(store: JobStore, taken: Claim, *, trials: int = 10) -> bool:
+    """End a search as a worker does: again, if another has moved the job; not if it is longer."""
+    seen = store.get(taken.job.id)
+    while seen.trials == trials:
+        if store.complete(taken, {"r": 1}, then=[CONFIRM], seen=seen):
+            return True
+        seen = store.get(taken.job.id)
+    return False
 
 
 def only(store: JobStore, job_id: uuid.UUID, kind: StageKind) -> int:
@@ -706,9 +718,9 @@ class TestClaim:
         """The entry of a stage that is done or has failed does nothing."""
         taken = begun(store)
         if finished == "complete":
-            store.complete(taken, {}, add=[CONFIRM])
+            store.complete(taken, {}, then=[CONFIRM])
         elif finished == "succeed":
-            store.succeed(taken, best={}, warnings=[], result={})
+            store.complete(taken, {}, found=Found(best={}, warnings=[]), ended=True)
         else:
             store.fail(taken, ERROR, retry=False)
         before = everything(store)
@@ -719,15 +731,17 @@ class TestClaim:
 
 WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "progress": lambda s, c: s.progress(c, done=7, elapsed_s=9.0, best_value=0.5),
-    "complete": lambda s, c: s.complete(c, {"r": 1}, add=[CONFIRM], then=[FINISH], trials=99),
-    "too few trials": lambda s, c: s.complete(c, {"r": 1}, trials=1),
-    "succeed": lambda s, c: s.succeed(c, best={"b": 1}, warnings=["w"], result={}),
+    "complete": lambda s, c: s.complete(c, {"r": 1}, then=[CONFIRM]),
+    "moved": lambda s, c: s.complete(c, {"r": 1}, seen=replace(c.job, trials=1)),
+    "succeed": lambda s, c: s.complete(
+        c, {}, found=Found(best={"b": 1}, warnings=["w"]), ended=True
+    ),
     "retry": lambda s, c: s.fail(c, ERROR, retry=True),
     "fail": lambda s, c: s.fail(c, ERROR, retry=False),
     "hand_back": lambda s, c: s.hand_back(c),
     "give_up": lambda s, c: s.give_up(c),
     "end_turn": lambda s, c: s.end_turn(c),
-    "share": lambda s, c: s.share(c, parts_of(0, 1), params={"known": 1}),
+    "share": lambda s, c: s.wait(c, parts_of(0, 1), params={"known": 1}),
     "fence": lambda s, c: s.fence(c).__enter__(),
     "watch": lambda s, c: s.watch(c),
 }
@@ -740,7 +754,7 @@ def lose_to_another(store: JobStore, lost: Claim) -> None:
 
 def lose_to_another_that_finished(store: JobStore, lost: Claim) -> None:
     """Another worker has done the stage."""
-    store.complete(claim(store, lost.stage.id, OTHER), {"of": "the other"}, add=[CONFIRM])
+    store.complete(claim(store, lost.stage.id, OTHER), {"of": "the other"}, then=[CONFIRM])
 
 
 def lose_to_another_that_failed(store: JobStore, lost: Claim) -> None:
@@ -771,7 +785,7 @@ def lose_for_good(store: JobStore, lost: Claim) -> None:
 
 def use_up(store: JobStore, lost: Claim) -> None:
     """The worker has done the stage itself."""
-    store.complete(lost, {"of": "mine"}, add=[CONFIRM])
+    store.complete(lost, {"of": "mine"}, then=[CONFIRM])
 
 
 TAKEN = [lose_to_another, lose_to_another_that_finished, lose_to_another_that_failed]
@@ -926,7 +940,7 @@ class TestWork:
         """What follows at once waits in the queue; the stage keeps its result."""
         first = begun(store)
         searches = [NewStage(kind=StageKind.SEARCH, number=i, params={"p": i}) for i in range(3)]
-        done = store.complete(first, {"b": 1, "a": [2]}, add=searches)
+        done = store.complete(first, {"b": 1, "a": [2]}, then=searches)
         job = store.get(first.job.id)
         made = job.of_kind(StageKind.SEARCH)
 
@@ -942,7 +956,7 @@ class TestWork:
         one, two = islands(store, 2)
         store.complete(one, {"mine": 1})
         before = everything(store)
-        store.complete(two, {}, add=[NewStage(kind=StageKind.SEARCH, number=0, params={"x": 1})])
+        store.complete(two, {}, then=[NewStage(kind=StageKind.SEARCH, number=0, params={"x": 1})])
         after = everything(store)
 
         assert after[1][:2] == before[1][:2]
@@ -958,21 +972,22 @@ class TestWork:
 
         assert made == [0, 0, 1]
 
-    def test_then_waits_for_what_is_added(self, store: JobStore) -> None:
-        """What is added goes before what follows."""
-        first = begun(store)
-        store.complete(first, {}, add=[CONFIRM], then=[FINISH])
+    def test_others_have_moved_it(self, store: JobStore) -> None:
+        """What was decided before another stage was done stores nothing, and is decided again."""
+        one, two = islands(store, 2)
+        store.complete(two, {"r": 2})
+        before = everything(store)
 
-        assert [s.kind for s in store.get(first.job.id).stages] == ["calibrate", "confirm"]
+        assert store.complete(one, {"r": 1}, seen=one.job) is False
+        assert everything(store) == before
+        assert store.complete(one, {"r": 1}, seen=store.get(one.job.id)) is True
 
     @pytest.mark.parametrize("count", [2, 5, 8])
     def test_islands_at_once(self, store: JobStore, count: int) -> None:
         """Islands that end at the same moment make what follows exactly once."""
         for _ in range(4):
             claims = islands(store, count)
-            answers = together(
-                *(lambda c=c: store.complete(c, {}, then=[CONFIRM], trials=10) for c in claims)
-            )
+            answers = together(*(lambda c=c: searched(store, c) for c in claims))
             job = store.get(claims[0].job.id)
             (confirm,) = job.of_kind(StageKind.CONFIRM)
 
@@ -985,7 +1000,7 @@ class TestWork:
         for _ in range(8):
             claims = islands(store, 2)
             *done, extended = together(
-                *(lambda c=c: store.complete(c, {}, then=[CONFIRM], trials=10) for c in claims),
+                *(lambda c=c: searched(store, c) for c in claims),
                 lambda c=claims[0]: store.ask(c.job.id, "extend", trials=5),
             )
             job = store.get(claims[0].job.id)
@@ -1004,9 +1019,9 @@ class TestWork:
         store.ask(search.job.id, "extend", trials=5)
         before = everything(store)
 
-        assert store.complete(search, {"r": 1}, then=[CONFIRM], trials=10) is False
+        assert store.complete(search, {"r": 1}, then=[CONFIRM], seen=search.job) is False
         assert everything(store) == before
-        assert store.complete(search, {"r": 1}, then=[CONFIRM], trials=15) is True
+        assert searched(store, search, trials=15)
 
     def test_another_island_failed(self, store: JobStore) -> None:
         """An island that ends after another failed is kept, and nothing follows."""
@@ -1023,7 +1038,7 @@ class TestWork:
         """What follows a stage that ends while pausing waits for the resume, then comes once."""
         first = begun(store)
         store.ask(first.job.id, "pause")
-        store.complete(first, {}, add=[NewStage(kind=StageKind.SEARCH)])
+        store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
         paused = store.get(first.job.id).state
         search = only(store, first.job.id, StageKind.SEARCH)
         waiting = search in runnable(store)
@@ -1037,7 +1052,7 @@ class TestWork:
         """A stage that ends while its job is cancelled cancels it."""
         first = begun(store)
         store.ask(first.job.id, "cancel")
-        store.complete(first, {}, add=[NewStage(kind=StageKind.SEARCH)])
+        store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
 
         assert store.get(first.job.id).state is JobState.CANCELLED
         assert only(store, first.job.id, StageKind.SEARCH) not in runnable(store)
@@ -1046,7 +1061,7 @@ class TestWork:
         """The configuration is kept in its order, with the warnings."""
         taken = begun(store)
         best = {"z": 0.1 + 0.2, "a": {"y": 1, "b": "\ud800\0"}}
-        store.succeed(taken, best=best, warnings=["one", "two"], result={"r": 1})
+        store.complete(taken, {"r": 1}, found=Found(best=best, warnings=["one", "two"]), ended=True)
         job = store.get(taken.job.id)
 
         assert job.best == best
@@ -1061,7 +1076,7 @@ class TestWork:
         """A job that is cancelled while its last stage ends is cancelled, without a result."""
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
-        store.succeed(taken, best={"a": 1}, warnings=[], result={"r": 1})
+        store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
         job = store.get(taken.job.id)
 
         assert (job.state, job.best) == (JobState.CANCELLED, None)
@@ -1072,7 +1087,9 @@ class TestWork:
         """So it is with a transfer."""
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
-        store.transferred(taken, {"error": "none"}, configuration={"a": 1}, own=None)
+        store.complete(
+            taken, {"error": "none"}, library=[Entry({"a": 1}, {"error": "none"})], ended=True
+        )
 
         assert store.get(taken.job.id).state is JobState.CANCELLED
 
@@ -1080,7 +1097,7 @@ class TestWork:
         """A job that is to pause while its last stage ends has nothing left to wait for."""
         taken = begun(store)
         store.ask(taken.job.id, "pause")
-        store.succeed(taken, best={"a": 1}, warnings=[], result={"r": 1})
+        store.complete(taken, {"r": 1}, found=Found(best={"a": 1}, warnings=[]), ended=True)
 
         assert store.get(taken.job.id).state is JobState.SUCCEEDED
 
@@ -1181,11 +1198,11 @@ class TestShare:
     def test_in_turn(self, store: JobStore) -> None:
         """The parts can be taken at once, the stage itself after the last of them."""
         taken = begun(store)
-        store.share(taken, parts_of(0, 2), params={"known": 1})
+        store.wait(taken, parts_of(0, 2), params={"known": 1})
         first, second = part_claims(store, taken.job.id)
-        store.complete_part(first, {"r": 1})
+        store.complete(first, {"r": 1})
         before = runnable(store)
-        store.complete_part(second, {"r": 2})
+        store.complete(second, {"r": 2})
         job = store.get(taken.job.id)
 
         assert before == []
@@ -1203,27 +1220,27 @@ class TestShare:
         more = NewStage(kind=StageKind.CALIBRATE, number=1)
         one = begun(store, more=[more])
         (other,) = (s for s in one.job.of_kind(StageKind.CALIBRATE) if s.number == 1)
-        store.share(one, parts_of(0, 1))
-        store.share(claim(store, other.id), parts_of(1, 1))
+        store.wait(one, parts_of(0, 1))
+        store.wait(claim(store, other.id), parts_of(1, 1))
         parts = part_claims(store, one.job.id)
-        store.complete_part(parts[1], {})
+        store.complete(parts[1], {})
 
         assert runnable(store) == [other.id]
         store.complete(claim(store, other.id), {}, then=[CONFIRM])
-        store.complete_part(parts[0], {})
+        store.complete(parts[0], {})
         assert runnable(store) == [one.stage.id]
 
     def test_taken_up_too_soon(self, store: JobStore) -> None:
         """Resumed before its parts are done, a stage waits for them again; each is there once."""
         taken = begun(store)
-        store.share(taken, parts_of(0, 2))
+        store.wait(taken, parts_of(0, 2))
         store.ask(taken.job.id, "pause")
         paused = store.get(taken.job.id).state
         store.ask(taken.job.id, "resume")
-        store.share(claim(store, taken.stage.id), parts_of(0, 2))
+        store.wait(claim(store, taken.stage.id), parts_of(0, 2))
         parts = part_claims(store, taken.job.id)
         for part in parts:
-            store.complete_part(part, {})
+            store.complete(part, {})
 
         assert paused is JobState.PAUSED
         assert len(parts) == 2
@@ -1232,20 +1249,20 @@ class TestShare:
     def test_done_before(self, store: JobStore) -> None:
         """Put down when its parts are done already, a stage comes again at once."""
         taken = begun(store)
-        store.share(taken, parts_of(0, 1))
+        store.wait(taken, parts_of(0, 1))
         (part,) = part_claims(store, taken.job.id)
-        store.complete_part(part, {})
-        store.share(claim(store, taken.stage.id))
+        store.complete(part, {})
+        store.wait(claim(store, taken.stage.id))
 
         assert runnable(store) == [taken.stage.id]
 
     def test_cancelled(self, store: JobStore) -> None:
         """The last part of a job that is cancelled calls nothing up."""
         taken = begun(store)
-        store.share(taken, parts_of(0, 1))
+        store.wait(taken, parts_of(0, 1))
         (part,) = part_claims(store, taken.job.id)
         store.ask(taken.job.id, "cancel")
-        store.complete_part(part, {})
+        store.complete(part, {})
 
         assert store.get(taken.job.id).state is JobState.CANCELLED
         assert runnable(store) == []
@@ -1397,7 +1414,7 @@ class TestResume:
 def at_confirm(store: JobStore) -> Job:
     """A job whose finalists are being chosen."""
     (search,) = islands(store, 1)
-    store.complete(search, {}, then=[CONFIRM], trials=10)
+    store.complete(search, {}, then=[CONFIRM])
     return claim(store, only(store, search.job.id, StageKind.CONFIRM)).job
 
 
@@ -1406,7 +1423,7 @@ def at_perplexity(store: JobStore) -> Job:
     job = at_confirm(store)
     confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
     measure = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in range(2)]
-    store.complete(confirm, {"finalists": [0, 1]}, add=measure, then=[FINISH])
+    store.complete(confirm, {"finalists": [0, 1]}, then=measure)
     (first, _) = store.get(job.id).of_kind(StageKind.PERPLEXITY)
     return claim(store, first.id).job
 
@@ -1427,9 +1444,9 @@ def end(store: JobStore, job_id: uuid.UUID) -> list[StageKind]:
         taken = claim(store, stage.id)
         ran.append(stage.kind)
         if stage.kind is StageKind.FINISH:
-            store.succeed(taken, best={}, warnings=[], result={})
+            store.complete(taken, {}, found=Found(best={}, warnings=[]), ended=True)
         elif stage.kind is StageKind.SEARCH:
-            store.complete(taken, {}, then=[CONFIRM], trials=taken.job.trials)
+            store.complete(taken, {}, then=[CONFIRM])
         else:
             store.complete(taken, {}, then=[FINISH])
     return ran
@@ -1451,19 +1468,19 @@ class TestExtend:
     def test_running(self, store: JobStore) -> None:
         """Islands at work stay at work; those that are done begin again."""
         one, two = islands(store, 2)
-        store.complete(one, {"r": 1}, then=[CONFIRM], trials=10)
+        store.complete(one, {"r": 1}, then=[CONFIRM])
         extended = store.ask(one.job.id, "extend", trials=5)
 
         assert extended.state is JobState.RUNNING
         assert [s.state for s in extended.of_kind(StageKind.SEARCH)] == ["waiting", "running"]
         assert runnable(store) == [one.stage.id]
-        assert store.complete(two, {}, then=[CONFIRM], trials=15)
+        assert store.complete(two, {}, then=[CONFIRM])
         assert end(store, one.job.id) == ["search", "confirm", "finish"]
 
     def test_paused(self, store: JobStore) -> None:
         """A paused job stays paused; resumed, it does the trials that it was given."""
         one, two = islands(store, 2)
-        store.complete(one, {}, then=[CONFIRM], trials=10)
+        store.complete(one, {}, then=[CONFIRM])
         store.ask(one.job.id, "pause")
         store.hand_back(two)
         extended = store.ask(one.job.id, "extend", trials=5)
@@ -1491,8 +1508,11 @@ class TestExtend:
         job = at_perplexity(store)
         for stage in job.of_kind(StageKind.PERPLEXITY):
             store.complete(claim(store, stage.id), {"perplexity": 1.0}, then=[FINISH])
-        store.succeed(
-            claim(store, only(store, job.id, StageKind.FINISH)), best={}, warnings=[], result={}
+        store.complete(
+            claim(store, only(store, job.id, StageKind.FINISH)),
+            {},
+            found=Found(best={}, warnings=[]),
+            ended=True,
         )
         extended = store.ask(job.id, "extend", trials=5)
         kept = extended.of_kind(StageKind.PERPLEXITY)
@@ -1517,7 +1537,7 @@ class TestExtend:
         claims = islands(store, 2)
         job_id = claims[0].job.id
         for taken in claims:
-            store.complete(taken, {}, then=[CONFIRM], trials=10)
+            store.complete(taken, {}, then=[CONFIRM])
         if pause:
             store.ask(job_id, "pause")
         with suppress(StateConflict):  # or it is too late: that is all right as well
@@ -1788,8 +1808,8 @@ class TestWorkers:
     @pytest.mark.parametrize(
         "stop",
         [
-            lambda s, c: s.complete(c, {}, add=[CONFIRM]),
-            lambda s, c: s.succeed(c, best={}, warnings=[], result={}),
+            lambda s, c: s.complete(c, {}, then=[CONFIRM]),
+            lambda s, c: s.complete(c, {}, found=Found(best={}, warnings=[]), ended=True),
             lambda s, c: s.fail(c, ERROR, retry=True),
             lambda s, c: s.fail(c, ERROR, retry=False),
             lambda s, c: s.hand_back(c),

@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL, make_url
 
 from storage.database import Database
 from storage.jobs import JobStore
+from storage.outcomes import Found
 from storage.queue import TASK, enqueue
 from storage.records import Claim, Job, LostClaim, NewStage, StateConflict
 from storage.states import JobState, StageKind, StageState
@@ -221,7 +222,7 @@ class TestOrder:
         store = JobStore(database)
         job = submitted(store, 0)
         entry, claim = taken(store, job)
-        store.complete(claim, {}, add=[NewStage(kind=SEARCH, number=i) for i in range(3)])
+        store.complete(claim, {}, then=[NewStage(kind=SEARCH, number=i) for i in range(3)])
         finish(database, entry)
         entry, claim = taken(store, job)
         taken(store, job)  # by another worker, which keeps it
@@ -456,21 +457,19 @@ class Life:
     def complete(self, claim: Claim) -> None:
         """Do a stage as the workers do it."""
         if claim.stage.kind is FINISH:
-            self.store.succeed(claim, best={}, warnings=[], result={})
+            self.store.complete(claim, {}, found=Found(best={}, warnings=[]), ended=True)
             return
-        add, then, trials = [], [], None
+        then = [NewStage(kind=FINISH)]
         if claim.stage.kind is CALIBRATE:
-            add = [NewStage(kind=SEARCH, number=i) for i in range(2)]
+            then = [NewStage(kind=SEARCH, number=i) for i in range(2)]
         elif claim.stage.kind is SEARCH:
-            then, trials = [NewStage(kind=StageKind.CONFIRM)], claim.job.trials
+            then = [NewStage(kind=StageKind.CONFIRM)]
         elif claim.stage.kind is StageKind.CONFIRM:
             numbers = self.random.sample(range(4), 2)
-            add = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in numbers]
-            then = [NewStage(kind=FINISH)]
-        else:
-            then = [NewStage(kind=FINISH)]
-        while not self.store.complete(claim, {}, add=add, then=then, trials=trials):
-            trials = self.store.get(self.job_id).trials  # extended
+            then = [NewStage(kind=StageKind.PERPLEXITY, number=i) for i in numbers]
+        seen = claim.job
+        while not self.store.complete(claim, {}, then=then, seen=seen):
+            seen = self.store.get(self.job_id)  # another stage was done, or it was extended
 
     def end(self, entry: int, *, again: bool) -> None:
         """What procrastinate does with an entry that a worker is through with."""

@@ -18,13 +18,11 @@ from pho_service.errors import InvalidInput, StudyError
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.tuning.finalists import keep
-from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Outcome, SearchPlan
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import describe_study
 from pho_service.tuning.search import run_search
-from storage.studies import open_storage, open_study
+from storage.studies import note_trial, open_storage, open_study
 
 PATTERN = Pattern.parse("0.5", "layer")
 PLAN = SearchPlan(
@@ -168,10 +166,9 @@ def test_measured_on_the_trial(tmp_path: Path, where: str) -> None:
             else quietly_made(direction="minimize", storage=url if where == "cached" else None)
         )
         rated = run_search(study, PLAN, evaluate)
-        islands = Islands([study], [PLAN])
         for perplexity in (30.0, 20.0):
-            keep(islands, "perplexity", rated[0], perplexity, text_sha256="a")
-        keep(islands, "divergence", rated[1], 0.25, text_sha256="a")
+            note_trial(study, rated[0].number, "perplexity", perplexity)
+        note_trial(study, rated[1].number, "divergence", 0.25)
         trials = study.trials
         if where == "cached":
             trials = optuna.load_study(study_name=study.study_name, storage=url).trials

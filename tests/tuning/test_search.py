@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,11 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import (
-    Measurements,
-    confirm,
     finalists,
-    measure_once,
 )
-from pho_service.tuning.islands import Islands
 from pho_service.tuning.plan import Outcome, RatedCandidate, SearchPlan
 from pho_service.tuning.search import run_search
-from storage.studies import open_storage, open_study, record_of
+from storage.studies import once, open_storage, open_study, record_of
 
 PATTERN = Pattern.parse("0.5", "layer")
 PLAN = SearchPlan(pattern=PATTERN, space=SearchSpace(), trials=30, seed=3)
@@ -331,46 +326,9 @@ def test_finalists(url: str) -> None:
     assert [c.value for c in chosen] == sorted(c.value for c in chosen)
 
 
-def test_confirmed_once(url: str) -> None:
-    """A perplexity is kept when it is measured, and an interrupted confirmation goes on."""
-    rated = search(url, PLAN)[:4]
-    measured: list[int] = []
-
-    def perplexity(each: RatedCandidate) -> float:
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        measured.append(1)
-        return 30 - loss(each.candidate)
-
-    with open_storage(url) as storage:
-        study = open_study(storage, "s", direction="minimize")
-        islands = Islands([study], [PLAN])
-        with pytest.raises(KeyboardInterrupt):
-            confirm(islands, rated, perplexity, text_sha256="a")
-        calls: Iterator[float] = iter([5.0, 7.0])
-        measured_again = confirm(islands, rated, lambda _: next(calls), text_sha256="a")
-        result = Measurements(perplexities=measured_again).best_first(rated)
-
-    assert [p for p, _ in result] == sorted(p for p, _ in result)
-    assert [p for p, _ in result][:2] == [5.0, 7.0]
-    assert result[0][1] == rated[2]
-
-
-def test_other_text_is_measured_again(url: str) -> None:
-    """A perplexity on one text says nothing of another."""
-    rated = search(url, PLAN)[:2]
-    with open_storage(url) as storage:
-        study = open_study(storage, "s", direction="minimize")
-        islands = Islands([study], [PLAN])
-        confirm(islands, rated, lambda _: 10.0, text_sha256="a")
-        again = confirm(islands, rated, lambda _: 20.0, text_sha256="b")
-
-    assert [*again.values()] == [20.0, 20.0]
-
-
 def test_measured_once(url: str) -> None:
-    """A divergence is kept beside the perplexity, inside of the fence, for one text alone."""
-    rated = next(each for each in search(url, PLAN) if each.number == 7)
+    """What is measured is kept inside of the fence, and noted on its trial, for one text alone."""
+    search(url, PLAN)
     inside = []
 
     @contextmanager
@@ -381,11 +339,16 @@ def test_measured_once(url: str) -> None:
 
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
-        measure = partial(measure_once, Islands([study], [PLAN]), "divergence", rated, fence=fence)
         values = [
-            measure(lambda _: 0.5, text_sha256="a"),
-            measure(lambda _: 0.6, text_sha256="a"),
-            measure(lambda _: 0.7, text_sha256="b"),
+            once(
+                study,
+                "divergence:7",
+                {"text": text},
+                lambda value=value: {"divergence": value},
+                fence=fence,
+                note=(7, "divergence"),
+            )["divergence"]
+            for text, value in (("a", 0.5), ("a", 0.6), ("b", 0.7))
         ]
 
     assert values == [0.5, 0.5, 0.7]

@@ -45,8 +45,8 @@ from storage.states import JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
 from workers.bundles import BundleStore
+from workers.conductor import Conductor
 from workers.inputs import Inputs
-from workers.stages import Stages
 from workers.watch import Turns
 
 PATIENCE_S = 240.0  # then a test fails
@@ -631,7 +631,7 @@ class Hand:
         """Do the next stage; if it fails, the job has failed."""
         claim = self.take(job)
         try:
-            Stages(self.store, self.inputs, Event(), Turns()).run(claim)
+            Conductor(self.store, self.inputs, Event(), Turns()).run(claim)
         except PhoError as error:
             described = {"type": type(error).__name__, "message": str(error)}
             self.store.fail(claim, described, retry=False)

@@ -17,6 +17,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.overlap import apart
 from pho_service.pipeline.rating import measure
 from pho_service.spec.transfer import TransferRequest, TransferSpec
+from storage.outcomes import Entry
 from storage.records import LostClaim
 from storage.states import JobState, StageKind
 from storage.tables import stages
@@ -129,7 +130,7 @@ def test_model_changed_while_it_is_measured(
         return measure(*args, **options)
 
     job = hand.until(hand.submit(small(stream=stream)), StageKind.PERPLEXITY)
-    monkeypatch.setattr("workers.judges.measure", measured)
+    monkeypatch.setattr("pho_service.pipeline.rating.measure", measured)
 
     with pytest.raises(ChangedInput):
         hand.step(job)
@@ -320,7 +321,7 @@ def test_claims_still_count(hand: Any, transfer: Any) -> None:
     lost = replace(claim, stage=replace(claim.stage, attempt=99))
 
     with pytest.raises(LostClaim):
-        hand.store.transferred(lost, {}, configuration={}, own=None)
+        hand.store.complete(lost, {}, library=[Entry({}, {})], ended=True)
 
 
 def test_confirmed_on_the_calibration_text(hand: Any, small: Any) -> None:

@@ -16,12 +16,12 @@ from workers.worker import WorkerOptions, _Worker
 
 BROKEN = """
 import torch
-from workers.stages import Stages
+from pho_service.pipeline.search import _Steps
 
-def fail(self, claim, spec, watch):
+def fail(self, validated, run):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-Stages._confirm = fail
+_Steps.choose = fail
 """
 ENDLESS = """
 import time

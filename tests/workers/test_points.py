@@ -13,7 +13,7 @@ from storage.jobs import JobStore
 from storage.records import Claim, Job, LostClaim, NewStage
 from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
-from workers.points import pareto_of_job
+from workers.conductor import pareto_of_job
 
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
@@ -168,7 +168,7 @@ def claims(hand: Any, small: Any) -> list[Claim]:
         NewStage(kind=StageKind.POINT, number=i, params={"pattern": pattern})
         for i, pattern in enumerate(("0.3", "0.5"))
     ]
-    hand.store.complete(hand.take(job), {}, add=points)
+    hand.store.complete(hand.take(job), {}, then=points)
     return [hand.take(job, number) for number in (0, 1)]
 
 

@@ -22,7 +22,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from storage.pruned import ask_to_prune, note_removed
 from storage.records import LostClaim
-from storage.states import JobState
+from storage.states import JobState, StageKind
 from storage.tables import jobs
 from workers.seal import Seal
 
@@ -77,7 +77,7 @@ def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
 def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the files were written, a worker's successor prunes nothing a second time."""
     with monkeypatch.context() as killed:
-        killed.setattr(hand.store, "pruned", _killed)
+        killed.setattr(hand.store, "complete", _killed)
         with pytest.raises(SystemExit):
             hand.step(job)
     written = sums(folder_of(hand, job))
@@ -104,7 +104,9 @@ def test_full_store(hand: Any, job: Any, limited_disk: Any) -> None:
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     spec = JobSpec.model_validate(job.spec)
-    hand.inputs.calibrate(spec, Seal.of_job(job, 0), silent)  # before the disk is full
+    hand.inputs.calibrate(
+        spec, Seal(**job.of_kind(StageKind.CALIBRATE)[0].result["inputs"]), silent
+    )  # before the disk is full
     dense = hand.inputs.model(spec).weights_sha256
     with limited_disk(20_000), pytest.raises(OutputError, match=r"resume the job|was not written"):
         hand.step(job)

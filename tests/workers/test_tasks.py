@@ -71,7 +71,7 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
     job = hand.until(hand.submit(spec), StageKind.TASKS)
     hand.step(job)
     with monkeypatch.context() as killed:
-        killed.setattr(hand.store, "scored", _killed)
+        killed.setattr(hand.store, "complete", _killed)
         with pytest.raises(SystemExit):
             hand.step(job)
     trained = [*hand.bundles.glob(f"pruned/{job.id}/.*.blocks/*.safetensors")]

@@ -1,0 +1,477 @@
+"""
+What a job is, in a service: a function that is run from the top by whoever has one of its pieces.
+
+What other workers have done is read; the worker's own piece is done; what is not done yet is put
+into the queue, and the function ends there. With the last piece it comes to its own end.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import optuna
+from optuna.storages import RDBStorage
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from pho_service.errors import DeviceLost, PhoError
+from pho_service.host.faults import faults_told
+from pho_service.host.task_names import harness_folder
+from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.curve import CurvePoint, CurvePoints, point_warnings
+from pho_service.pipeline.journal import Journal, Piece
+from pho_service.pipeline.rating import ReportText, Subject
+from pho_service.pipeline.search import Asked, SearchInputs, conduct, origin_of
+from pho_service.pipeline.target import next_sparsity, target_found
+from pho_service.progress import Run
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.job import JobSpec
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.results import Calibrated, Finished
+from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.pareto import pareto_study
+from pho_service.tuning.result import SearchResult
+from storage.jobs import JobStore
+from storage.outcomes import Entry, Found
+from storage.pruned import PATTERN
+from storage.records import Claim, Job, LostClaim, NewStage
+from storage.states import StageKind, StageState
+from storage.studies import open_storage, open_study, pareto_study_name, study_name
+from workers.board import of_layers, show_curve, show_result
+from workers.calibrations import Unshared, calibrate_part, calibrated
+from workers.inputs import Inputs
+from workers.island_search import IslandSearch
+from workers.pruning import prune_piece, remove_if_deleted
+from workers.seal import Seal
+from workers.tasks import DENSE, PRUNED, check_tasks, tasks_piece
+from workers.transfers import check_report, failed, transfer_piece
+from workers.warm_start import started, warmed
+from workers.watch import Turns, Watch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Later(Exception):
+    """The job goes on once other pieces are done; those that nobody knows of yet are new."""
+
+    def __init__(self, new: Sequence[NewStage]) -> None:
+        super().__init__(new)
+        self.new = new
+
+
+class StoredJournal(Journal):
+    """
+    Reads what the stages of a job hold. Does the piece of one of them, and no other.
+
+    Attributes:
+        mine: What the piece gave, as JSON values; None before it is done.
+        found, library, spec: What goes with it: see :meth:`storage.jobs.JobStore.complete`.
+    """
+
+    def __init__(self, claim: Claim, run: Run) -> None:
+        super().__init__(run)
+        self.claim = claim
+        self.mine: dict[str, Any] | None = None
+        self.found: Found | None = None
+        self.library: list[Entry] = []
+        self.spec: Mapping[str, Any] | None = None
+
+    def each(
+        self,
+        name: str,
+        pieces: Sequence[Piece],
+        do: Callable[[Piece, Run], T],
+        kind: type[T],
+        *,
+        title: str | None = None,
+    ) -> list[T]:
+        """Return what each piece gave."""
+        del title
+        values: TypeAdapter[T] = TypeAdapter(kind)
+        known = {stage.number: stage for stage in self.claim.job.of_kind(StageKind(name))}
+        found: list[T] = []
+        new: list[NewStage] = []
+        for piece in pieces:
+            stage = known.get(piece.number)
+            if stage is None:
+                new.append(
+                    NewStage(
+                        kind=StageKind(name), number=piece.number, params=piece.about,
+                        lock=piece.lock,
+                    )
+                )  # fmt: skip
+            elif stage.id == self.claim.stage.id:
+                if self.mine is None:
+                    self.mine = values.dump_python(do(piece, self.run), mode="json")
+                found.append(values.validate_python(self.mine))
+            elif stage.state is StageState.DONE:
+                found.append(values.validate_python(stage.result))
+        if len(found) < len(pieces):
+            raise Later(new)
+        return found
+
+
+class Conductor:
+    """Does stages, one at a time."""
+
+    def __init__(
+        self, store: JobStore, inputs: Inputs, stopping: threading.Event, turns: Turns
+    ) -> None:
+        self.store, self.inputs = store, inputs
+        self.stopping, self.turns = stopping, turns
+
+    def run(self, claim: Claim) -> None:
+        """Do a stage, and store what it gave and what follows."""
+        watch = Watch(self.store, claim, self.stopping, self.turns)
+        with faults_told(), ExitStack() as stack:
+            job = _Job(self.store, self.inputs, claim, watch, stack)
+            if claim.stage.part_of is not None:
+                part = calibrate_part(self.inputs, claim, watch)
+                self.store.complete(claim, part)
+                return
+            while True:
+                try:
+                    job.conduct()
+                except Later as later:
+                    done = job.complete(then=later.new)
+                except Unshared as unshared:
+                    self.store.wait(claim, unshared.parts, params=unshared.known)
+                    return
+                else:
+                    done = job.complete(ended=True)
+                if done:
+                    return
+                job.read_again()
+
+
+class _Job:
+    """One job, with one of its stages claimed."""
+
+    _opened: "Opened"  # once it is calibrated
+
+    def __init__(
+        self, store: JobStore, inputs: Inputs, claim: Claim, watch: Watch, stack: ExitStack
+    ) -> None:
+        self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
+        self._journal = StoredJournal(
+            claim,
+            Run(
+                device=str(inputs.device),
+                progress=watch.progress,
+                look=watch.look,
+                fence=self._fence,
+            ),
+        )
+
+    @property
+    def _claim(self) -> Claim:
+        return self._journal.claim
+
+    @cached_property
+    def _storage(self) -> RDBStorage:
+        """The studies, opened when they are needed."""
+        return self._stack.enter_context(open_storage(self._store.database.studies_url))
+
+    def _fence(self) -> AbstractContextManager[None]:
+        return self._store.fence(self._claim, self._storage)
+
+    def read_again(self) -> None:
+        """See what others have done meanwhile; a search that was extended goes on."""
+        before, job = self._claim, self._store.get(self._claim.job.id)
+        (stage,) = (each for each in job.stages if each.id == before.stage.id)
+        self._journal.claim = Claim(job=job, stage=stage)
+        if before.job.trials != job.trials:
+            self._journal.mine = None
+
+    def complete(self, *, then: Sequence[NewStage] = (), ended: bool = False) -> bool:
+        """Store what the claimed stage gave; False if the job has moved meanwhile."""
+        journal, job = self._journal, self._claim.job
+        assert journal.mine is not None, f"nobody needs {self._claim.stage.kind} of job {job.id}"
+        library = journal.library
+        if self._claim.stage.kind is StageKind.TASKS:
+            check_tasks(journal.mine, job)
+        if self._claim.stage.kind is StageKind.TRANSFER:
+            journal.mine = check_report(journal.mine, job)
+            library = _of_transfer(job.spec["configuration"], journal.mine)
+        try:
+            return self._store.complete(
+                self._claim, journal.mine, then=then, ended=ended, found=journal.found,
+                library=library, spec=journal.spec, seen=job,
+            )  # fmt: skip
+        except LostClaim:
+            if self._claim.stage.kind is StageKind.PRUNE:
+                remove_if_deleted(self._store, self._inputs, job)
+            raise
+
+    def conduct(self) -> None:
+        """Go through the job from the top."""
+        job, each, once = self._claim.job, self._journal.each, self._journal.once
+        if job.spec.get("kind") == "transfer":
+            asked = TransferSpec.model_validate(job.spec)
+            targets = [asked.target(number) for number in range(len(asked.models))]
+            each("transfer", _of_models(targets), self._transfer, dict[str, Any])
+            return
+        spec = JobSpec.model_validate(job.spec)
+        models = [spec.of_model(number) for number in range(len(spec.models))]
+        made = each("calibrate", _of_models(models), self._calibrate, Calibrated)
+        spec = self._warmed(spec, made)
+        self._opened = opened = Opened(
+            self._inputs, job, spec, made, lambda: self._storage, self._journal.run
+        )
+        if spec.several:
+            points = self._points(spec)
+            once("finish", lambda _: self._finish_points(spec, points), Finished)
+        else:
+            islands = range(spec.islands)
+            conduct(
+                Asked(
+                    requests=[spec.request(number) for number in islands],
+                    plans=[spec.plan(number) for number in islands],
+                    origin=origin_of([one.provenance for one in made]),
+                    timeout_s=spec.timeout_s,
+                ),
+                SearchInputs(
+                    bundles=opened.bundles,
+                    model=opened.model,
+                    text=opened.text,
+                    calibration=opened.calibration,
+                    study=opened.study,
+                    check=opened.check,
+                ),
+                self._journal,
+                self._island_search(spec),
+                partial(self._finish, spec),
+                Finished,
+            )
+        if spec.tasks is not None:
+            both = [Piece(number=DENSE), Piece(number=PRUNED)]
+            each("tasks", both, self._tasks, dict[str, Any])
+        if spec.prune or job.pruning is not None:
+            once("prune", self._prune, dict[str, Any])
+
+    # The pieces.
+
+    def _transfer(self, piece: Piece, run: Run) -> dict[str, Any]:
+        """Measure on one model. What a user can act on is its result, and ends no other."""
+        spec = TransferSpec.model_validate(self._claim.job.spec)
+        try:
+            with faults_told():
+                return transfer_piece(spec, self._inputs, piece.number, self._watch, run)
+        except DeviceLost:
+            raise  # no fault of this model
+        except PhoError as error:
+            logger.warning("a model of job %s failed: %s", self._claim.job.id, error)
+            return failed(spec.models[piece.number], error)
+
+    def _calibrate(self, piece: Piece, run: Run) -> Calibrated:
+        # Reads all texts, and what is missing fails before the search.
+        began, whole = time.monotonic(), JobSpec.model_validate(self._claim.job.spec)
+        spec = whole.of_model(piece.number)
+        if spec.tasks is not None and harness_folder() is not None:
+            self._inputs.tasks(spec)
+        bundle, seal = calibrated(self._inputs, self._claim, spec, run)
+        self._inputs.model(spec, seal)  # its files were read all the time
+        for pattern in whole.points:
+            bundle.choose(whole.plan(0).steps.linears, pattern)
+        seconds = round(time.monotonic() - began, 3)
+        provenance = dict(bundle.provenance)
+        return Calibrated(provenance=provenance, inputs=seal.to_dict(), seconds=seconds)
+
+    def _warmed(self, spec: JobSpec, made: Sequence[Calibrated]) -> JobSpec:
+        """With what the library has to begin with, which the job's document then says."""
+        model = made[0].provenance.get("model", {})
+        document = warmed(self._store.database, self._claim.job, spec, model)
+        if document is None:
+            return spec
+        self._journal.spec = document
+        return JobSpec.model_validate(document)
+
+    def _island_search(self, spec: JobSpec) -> IslandSearch:
+        return IslandSearch(self._store, self._claim, spec, self._watch, self._fence)
+
+    def _points(self, spec: JobSpec) -> list[CurvePoint]:
+        """A point for each pattern, independent of each other; or those that a target asks for."""
+        if spec.target is None:
+            return self._found(spec, [*enumerate(spec.points)])
+        named, found = {each.sparsity: each for each in spec.points}, list[CurvePoint]()
+        while (sparsity := next_sparsity(spec.target, found)) is not None:
+            found += self._found(spec, [(len(found), named[sparsity])])
+        return found
+
+    def _found(self, spec: JobSpec, patterns: Sequence[tuple[int, Pattern]]) -> list[CurvePoint]:
+        pieces = [Piece(number=number, about={PATTERN: str(each)}) for number, each in patterns]
+        named = {str(each): each for _, each in patterns}
+
+        def search(piece: Piece, run: Run) -> dict[str, Any]:
+            return self._point(spec, named[piece.about[PATTERN]], piece.number, run)
+
+        found = self._journal.each("point", pieces, search, dict[str, Any])
+        return [CurvePoint.from_dict(each) for each in found]
+
+    def _point(self, whole: JobSpec, pattern: Pattern, number: int, run: Run) -> dict[str, Any]:
+        """
+        Search one pattern, confirm what was found, and measure the published methods beside it, as
+        `pho curve` does; the study holds whatever another attempt has done.
+        """
+        spec, opened = whole.of_pattern(pattern), self._opened
+        known = [each.result for each in self._claim.job.of_kind(StageKind.POINT) if each.result]
+        study = opened.study(number)
+        points = CurvePoints(
+            opened.subject(),
+            lambda _: nullcontext(study),
+            pareto=pareto_of_job(self._store, self._claim, self._storage),
+            dense=CurvePoint.from_dict(known[0]).dense if known else None,
+            search=self._island_search(spec),
+            run=run,
+        )
+        point = points.find(spec.request(0), str(pattern))
+        with run.fence():
+            show_result(study, spec, point.result.configuration, {})
+        opened.check()
+        result = point.to_dict()
+        if whole.target is None:
+            self._journal.library = [Entry(result["configuration"])]
+        return result
+
+    def _finish_points(self, spec: JobSpec, points: Sequence[CurvePoint]) -> Finished:
+        """A target has an answer, patterns have one each; TargetMissed if there is no answer."""
+        best, warnings = None, point_warnings(points)
+        if spec.target is not None:
+            found = target_found(spec.target, points).result
+            best, warnings = found.configuration.model_dump(mode="json"), found.warnings
+        self._journal.found = Found(best=best, warnings=warnings)
+        return Finished()
+
+    def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
+        """Keep what is shown of a result."""
+        configuration, opened = result.configuration, self._opened
+        plots, layers = of_layers(
+            opened.bundles(), configuration.candidate(), str(self._inputs.device)
+        )
+        for number in range(spec.islands):
+            with self._fence():
+                show_result(opened.study(number), spec, configuration, plots)
+        self._journal.found = Found(
+            best=configuration.model_dump(mode="json"),
+            warnings=[*result.warnings, *started(spec, configuration)],
+        )
+        validation = None if result.validation is None else dict(result.validation)
+        return Finished(layers=layers, validation=validation)
+
+    def _tasks(self, piece: Piece, run: Run) -> dict[str, Any]:
+        check = partial(check_tasks, job=self._store.get(self._claim.job.id))
+        return tasks_piece(self._opened, self._inputs, self._claim.job, piece.number, run, check)
+
+    def _prune(self, run: Run) -> dict[str, Any]:
+        return prune_piece(self._opened, self._inputs, self._claim, self._watch, run)
+
+
+class Opened:
+    """
+    What a job works on: its models, texts, bundles and studies, each opened when it is needed.
+
+    Whatever is read is compared with what the calibrations have read.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        job: Job,
+        spec: JobSpec,
+        made: Sequence[Calibrated],
+        storage: Callable[[], RDBStorage],
+        run: Run,
+    ) -> None:
+        self.spec = spec
+        self._inputs, self._job, self._storage, self._run = inputs, job, storage, run
+        self._keys = [str(each.provenance["key"]) for each in made]
+        self._seals = [Seal(**each.inputs) for each in made]
+
+    def bundles(self) -> dict[str, ProxyBundle]:
+        """The bundles of all models, by name."""
+        return {
+            name: self._inputs.bundle(self.spec.of_model(i), seal, key, self._run.progress)
+            for i, (name, seal, key) in enumerate(
+                zip(self.spec.models, self._seals, self._keys, strict=True)
+            )
+        }
+
+    def bundle(self) -> ProxyBundle:
+        """The bundle of the only model."""
+        return self.bundles()[self.spec.model]
+
+    def model(self) -> LanguageModel:
+        """The only model."""
+        return self._inputs.model(self.spec, self._seals[0])
+
+    def text(self) -> ReportText | None:
+        """What perplexities are measured on; None if nothing is confirmed."""
+        if self.spec.confirm is None:
+            return None
+        return self._inputs.confirmation_text(self.spec, self._seals[0])
+
+    def calibration(self) -> Tensor:
+        """The windows that the bundle was made of."""
+        return self._inputs.calibration_text(self.spec, self._seals[0]).calibration
+
+    def subject(self) -> Subject:
+        """All of it together, of a job that is confirmed."""
+        text = self.text()
+        assert text is not None
+        return Subject(
+            model=self.model(), bundle=self.bundle(), text=text, calibration=self.calibration()
+        )
+
+    def study(self, number: int) -> optuna.Study:
+        """The record of an island, or of a pattern."""
+        direction = self.spec.request(0).objective.direction
+        return open_study(self._storage(), study_name(self._job.name, number), direction=direction)
+
+    def check(self) -> str | None:
+        """
+        Compare the model once more, if its files have changed: they were read all the time.
+
+        Not only a streamed model's: on a CPU, weights in their stored type are the file's own
+        pages, and change with it when somebody writes into it.
+        """
+        self.model()
+        return self._seals[0].weights_sha256
+
+
+def _of_models(specs: Sequence[JobSpec]) -> list[Piece]:
+    """A piece for each model; those that may share a bundle are done one after the other."""
+    return [Piece(number=n, lock=each.calibration_key) for n, each in enumerate(specs)]
+
+
+def _of_transfer(configuration: Mapping[str, Any], result: Mapping[str, Any]) -> list[Entry]:
+    """What the library gets of a model that a configuration was taken to."""
+    if "error" in result:
+        return []
+    measured = {name: value for name, value in result.items() if name != "own"}
+    own = [] if result["own"] is None else [Entry(result["own"])]
+    return [Entry(configuration, measured), *own]
+
+
+def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:
+    """
+    Make or open a job's study of sparsity and objective; None of a job that has one point alone.
+
+    The fence makes it whole or not at all, and never for a job that was deleted. Workers that
+    write to it at once wait for each other: Optuna locks the row of a study that trials are added
+    to, until the fence is left.
+    """
+    spec = JobSpec.model_validate(claim.job.spec)
+    if len(spec.points) == 1:
+        return None
+    objective = spec.request(0).objective
+    name = pareto_study_name(claim.job.name)
+    with store.fence(claim, storage):
+        study = pareto_study(name, objective.direction, objective.label, storage)
+        show_curve(study, spec)
+    return study
