@@ -1,5 +1,5 @@
 """
-The cells of `make bench-quality` as tables: on a terminal, and as Markdown for docs/measurements/quality.md.
+The cells of `make bench-quality` as tables, on a terminal and for docs/measurements/quality.md.
 """
 
 import platform

@@ -1,5 +1,5 @@
 """
-Draw which part of PHO imports which, docs/architecture.svg, and list its files on docs/architecture.md.
+Draw which part of PHO imports which, and list its files: docs/architecture.svg and .md.
 
     python docs/site/architecture.py
 

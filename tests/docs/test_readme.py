@@ -1,4 +1,4 @@
-"""The README: its ten lines are run, its numbers and its picture are those of docs/measurements/quality.md."""
+"""The README: its ten lines are run, its numbers and picture are those of the measurements."""
 
 import re
 import shutil
@@ -54,7 +54,7 @@ def test_ten_lines(
 
 
 def test_picture(drawing: Any) -> None:
-    """The picture is drawn from the table of docs/measurements/quality.md: `python docs/site/results.py`."""
+    """The picture is that of the table in docs/measurements: `python docs/site/results.py`."""
     found = drawing.table((ROOT / "docs" / "measurements" / "quality.md").read_text())
 
     assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
