@@ -8,7 +8,7 @@ two runs are the same bits, ratings and masks those of the CPU, and statistics t
 
     python benchmarks/gpu.py                                  # all shapes, into bench-gpu.json
     python benchmarks/gpu.py --shape llama-2-7b               # ten minutes at most on an H100
-    python benchmarks/gpu.py --tables bench-gpu.json          # docs/speed.md's part on GPUs
+    python benchmarks/gpu.py --tables bench-gpu.json          # for docs/measurements/speed.md
     python benchmarks/gpu.py --device cpu --shape tiny --context-length 64   # tries it out
 """
 
@@ -141,7 +141,7 @@ def main(
         with new_file(out) as partial:
             partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print_shape(name, found[name])
-    say(f"All of it is in {out}; --tables {out} prints it for docs/speed.md.")
+    say(f"All of it is in {out}; --tables {out} prints it for docs/measurements/speed.md.")
 
 
 class _Job:

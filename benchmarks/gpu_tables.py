@@ -1,5 +1,5 @@
 """
-What `make bench-gpu` found, as tables on a terminal and as Markdown for docs/speed.md.
+What `make bench-gpu` found, as tables on a terminal and as Markdown for docs/measurements/speed.md.
 """
 
 from collections.abc import Mapping, Sequence

@@ -77,7 +77,7 @@ def main(
     folder: str,
     seconds: float | None,
 ) -> None:
-    """Measure what is missing and print the table of docs/proxy.md."""
+    """Measure what is missing and print the table of docs/measurements/proxy.md."""
     began = time.monotonic()
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)

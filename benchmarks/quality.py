@@ -107,7 +107,9 @@ def _seeds(_context: click.Context, _option: click.Parameter, words: str) -> tup
     help="Folder for calibrations.  [default: PHO's cache]",
 )  # fmt: skip
 @click.option("--measure/--no-measure", default=True, help="Or print what is there.")
-@click.option("--markdown", is_flag=True, help="The tables as they stand in docs/quality.md.")
+@click.option(
+    "--markdown", is_flag=True, help="The tables as they stand in docs/measurements/quality.md."
+)
 def main(
     models: tuple[str, ...],
     patterns: tuple[str, ...],
@@ -119,7 +121,7 @@ def main(
     markdown: bool,
     **options: Any,
 ) -> None:
-    """Print the tables of docs/quality.md."""
+    """Print the tables of docs/measurements/quality.md."""
     conditions = Conditions(**options)
     kept = KeptResults(Path(out))
     models = models or tuple(MODELS)

@@ -1,5 +1,5 @@
 """
-The cells of `make bench-quality` as tables: on a terminal, and as Markdown for docs/quality.md.
+The cells of `make bench-quality` as tables, on a terminal and for docs/measurements/quality.md.
 """
 
 import platform
@@ -154,13 +154,13 @@ def _cost(cells: list[dict[str, Any]]) -> str:
 
 
 def _spread(values: list[float], form: str = ".2f", unit: str = "") -> str:
-    """``27.71 ± 0.12 (3)``: mean, standard deviation of a sample, and of how many values."""
+    """``27.71 ± 0.12``: mean and standard deviation of a sample; one value has no deviation."""
     if not values:
         return NOTHING
     mean = format(fmean(values), form)
     if len(values) == 1:
-        return f"{mean}{unit} (1)"
-    return f"{mean} ± {format(stdev(values), form.lstrip('+'))}{unit} ({len(values)})"
+        return f"{mean}{unit}"
+    return f"{mean} ± {format(stdev(values), form.lstrip('+'))}{unit}"
 
 
 def _title(method: str) -> str:
@@ -180,7 +180,7 @@ def _caption(conditions: Conditions, text: str) -> str:
     domain = "the same" if text == c.source else "another"
     confirmed = "" if c.confirm_steps else " where no step needs a text"
     return (
-        "Perplexity: mean ± standard deviation over calibrations (how many). "
+        "Perplexity: mean ± standard deviation over calibrations, or of one calibration. "
         f"{windows} windows of {CONTEXT_LENGTH} tokens; calibrated on {c.samples} of "
         f"{TITLES[c.source]}, which is {domain} domain; searches of {c.trials} trials, "
         f"{c.finalists} finalists confirmed on {c.confirm_windows} windows{confirmed}; {c.dtype}. "

@@ -1,5 +1,5 @@
 """
-Draw the perplexities of SmolLM2-135M in docs/quality.md for the README: docs/results.svg.
+Draw docs/results.svg for the README from the perplexities in docs/measurements/quality.md.
 
     python docs/site/results.py
 """
@@ -31,7 +31,9 @@ text{font:14px system-ui,sans-serif;fill:#24292f}.value{font-size:12px}.dense{st
 
 def main() -> None:
     """Write the picture."""
-    (DOCS / "results.svg").write_text(picture(*table((DOCS / "quality.md").read_text())))
+    (DOCS / "results.svg").write_text(
+        picture(*table((DOCS / "measurements" / "quality.md").read_text()))
+    )
 
 
 def table(page: str) -> tuple[float, dict[str, list[float]]]:

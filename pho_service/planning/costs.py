@@ -1,7 +1,7 @@
 """
 How long the stages of a job take on a machine: FLOP, bytes and launches over its rates.
 
-What the factors stand for was measured on CPUs (docs/speed.md); on GPUs they are computed.
+What the factors stand for was measured on CPUs (docs/measurements/speed.md), not on GPUs.
 """
 
 from collections.abc import Iterator

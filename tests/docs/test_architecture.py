@@ -29,6 +29,36 @@ def test_picture(drawing: Any) -> None:
     }
 
 
+def test_tree(drawing: Any) -> None:
+    """The page lists the files as they are now, a line each: `python docs/site/architecture.py`."""
+    (tree,) = drawing.TREE.findall(PAGE)
+    files = [path for package in drawing.LISTED for path in (ROOT / package).rglob("*.py")]
+    listed = [
+        path for path in files if path.name != "__init__.py" and "migrations" not in path.parts
+    ]
+
+    assert tree == drawing.tree()
+    assert len(re.findall(r"^ +\S+\.py\b", tree, re.MULTILINE)) == len(listed)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "shown"),
+    [
+        ('"""The queue: what waits."""', "The queue"),
+        ('"""\nA line that goes\non, and on. And.\n\nMore.\n"""', "A line that goes on, and on"),
+        ('"""A line of ten words or more, whose comma ends it."""', "A line of ten words or more"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_line(drawing: Any, tmp_path: Path, docstring: str, shown: str) -> None:
+    """A file is shown with the first clause of its docstring, if it has one."""
+    for name in drawing.LISTED:
+        (tmp_path / name).mkdir()
+    (tmp_path / "storage" / "queue.py").write_text(docstring)
+
+    assert drawing.tree(tmp_path).splitlines()[2] == f"  queue.py               {shown}".rstrip()
+
+
 def test_cycle(drawing: Any) -> None:
     """Parts that import each other cannot be drawn, and are named."""
     with pytest.raises(ValueError, match=r"cycle.*(api.*cli|cli.*api)"):

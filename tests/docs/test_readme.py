@@ -1,4 +1,4 @@
-"""The README: its ten lines are run, its numbers and its picture are those of docs/quality.md."""
+"""The README: its ten lines are run, its numbers and picture are those of the measurements."""
 
 import re
 import shutil
@@ -54,38 +54,18 @@ def test_ten_lines(
 
 
 def test_picture(drawing: Any) -> None:
-    """The picture is drawn from the table of docs/quality.md: `python docs/site/results.py`."""
-    found = drawing.table((ROOT / "docs" / "quality.md").read_text())
+    """The picture is that of the table in docs/measurements: `python docs/site/results.py`."""
+    found = drawing.table((ROOT / "docs" / "measurements" / "quality.md").read_text())
 
     assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
 
 
 def test_numbers() -> None:
-    """Each row of the table of numbers is one of docs/quality.md."""
-    measured = (ROOT / "docs" / "quality.md").read_text()
+    """Each row of the table of numbers is one of docs/measurements/quality.md."""
+    measured = (ROOT / "docs" / "measurements" / "quality.md").read_text()
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
     found = re.findall(r"^\| [^ |-].*", section, re.MULTILINE)
 
     assert any(row.startswith("| dense |") for row in found)
     assert len(found) >= 6
     assert all(row in measured for row in found)
-
-
-def test_tree() -> None:
-    """Each file and folder of the tree in docs/architecture.md is there."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    (tree,) = re.findall(r"## The tree\n\n```text\n(.*?)```", page, re.DOTALL)
-    folders: list[str] = []
-    paths = []
-    for line in tree.splitlines():
-        names = line.strip().partition("  ")[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        if depth > 2:  # a description that continues
-            continue
-        above = folders[:depth]
-        paths += ["/".join([*above, name]) for name in re.findall(r"[\w./-]+", names)]
-        if names.endswith("/"):
-            folders[depth:] = [names.rstrip("/")]
-
-    assert len(paths) > 150
-    assert not [path for path in paths if not (ROOT / path).exists()]
