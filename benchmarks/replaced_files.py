@@ -93,7 +93,8 @@ def mixtures(job: Job) -> Iterator[str]:
     }
     for number, (model, bundle, each) in enumerate(zip(models, bundles, inputs, strict=True)):
         found[f"weights of model {number}"] = [model["weights_sha256"], each["weights_sha256"]]
-        found[f"calibration text {number}"] = [bundle["text"]["sha256"], each["documents"]]
+        made = results[StageKind.CALIBRATE][number]["provenance"]
+        found[f"calibration text {number}"] = [text["text"]["sha256"] for text in (bundle, made)]
     for what, hashes in found.items():
         if len({*hashes}) > 1:
             yield f"{what}: {hashes}"

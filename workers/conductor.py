@@ -159,15 +159,10 @@ class _Job:
         self, store: JobStore, inputs: Inputs, claim: Claim, watch: Watch, stack: ExitStack
     ) -> None:
         self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
-        self._journal = StoredJournal(
-            claim,
-            Run(
-                device=str(inputs.device),
-                progress=watch.progress,
-                look=watch.look,
-                fence=self._fence,
-            ),
+        run = Run(
+            device=str(inputs.device), progress=watch.progress, look=watch.look, fence=self._fence
         )
+        self._journal = StoredJournal(claim, run)
 
     @property
     def _claim(self) -> Claim:
@@ -297,22 +292,26 @@ class _Job:
 
     def _points(self, spec: JobSpec) -> list[CurvePoint]:
         """A point for each pattern, independent of each other; or those that a target asks for."""
+        found: list[CurvePoint] = []
         if spec.target is None:
-            return self._found(spec, [*enumerate(spec.points)])
-        named, found = {each.sparsity: each for each in spec.points}, list[CurvePoint]()
+            return self._each_point(spec, found, spec.points)
+        named = {each.sparsity: each for each in spec.points}
         while (sparsity := next_sparsity(spec.target, found)) is not None:
-            found += self._found(spec, [(len(found), named[sparsity])])
+            found = self._each_point(spec, found, [named[sparsity]])
         return found
 
-    def _found(self, spec: JobSpec, patterns: Sequence[tuple[int, Pattern]]) -> list[CurvePoint]:
-        pieces = [Piece(number=number, about={PATTERN: str(each)}) for number, each in patterns]
-        named = {str(each): each for _, each in patterns}
+    def _each_point(
+        self, spec: JobSpec, known: Sequence[CurvePoint], patterns: Sequence[Pattern]
+    ) -> list[CurvePoint]:
+        """Those that are known, and those of some patterns after them."""
+        numbered = dict(enumerate(patterns, len(known)))
+        pieces = [Piece(number=n, about={PATTERN: str(each)}) for n, each in numbered.items()]
 
         def search(piece: Piece, run: Run) -> dict[str, Any]:
-            return self._point(spec, named[piece.about[PATTERN]], piece.number, run)
+            return self._point(spec, numbered[piece.number], piece.number, run)
 
         found = self._journal.each("point", pieces, search, dict[str, Any])
-        return [CurvePoint.from_dict(each) for each in found]
+        return [*known, *map(CurvePoint.from_dict, found)]
 
     def _point(self, whole: JobSpec, pattern: Pattern, number: int, run: Run) -> dict[str, Any]:
         """

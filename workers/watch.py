@@ -7,12 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from optuna.storages import RDBStorage
-
-from pho_service.progress import Advance, Run
+from pho_service.progress import Advance
 from storage.jobs import JobStore
 from storage.records import Claim
 from storage.states import StageKind
@@ -63,13 +61,6 @@ class Watch:
         self._turns = turns
         self._turn_ends: float | None = None  # once the search rates
         self._other_waited = False
-
-    def run(self, device: object, storage: RDBStorage | None = None) -> Run:
-        """What the stage's work is run with: fenced, if it writes into ``storage``."""
-        run = Run(device=str(device), progress=self.progress, look=self.look)
-        if storage is None:
-            return run
-        return replace(run, fence=lambda: self._store.fence(self._claim, storage))
 
     def look(self, *, now: bool = False) -> None:
         """

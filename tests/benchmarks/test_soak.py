@@ -139,7 +139,10 @@ def test_mixtures(changed: Callable[[Any], None], told: str | None) -> None:
     results = {
         StageKind.PERPLEXITY: [measured(), measured()],
         StageKind.CALIBRATE: [
-            {"inputs": {"weights_sha256": "w", "confirmation": "t", "documents": "c"}}
+            {
+                "inputs": {"weights_sha256": "w", "confirmation": "t"},
+                "provenance": {"text": {"sha256": "c"}},
+            }
         ],
     }
     job = SimpleNamespace(

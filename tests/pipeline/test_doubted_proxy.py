@@ -9,7 +9,7 @@ import pytest
 from pho_service.errors import InvalidInput
 from pho_service.interface.asked import validation_of
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline import validate
+from pho_service.pipeline import rating, validate
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.fields import ValidationSpec
@@ -66,15 +66,15 @@ def test_wrong_order(name: str, found: ProxyQuality, said: str) -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What was measured for the validation, call by call; and nobody believes the proxy."""
+    """What was measured, call by call; and nobody believes the proxy."""
     calls: list[int] = []
-    original = validate.measure
+    original = rating.measure
 
-    def measure(*given: Any) -> Any:
+    def measure(*given: Any, **more: Any) -> Any:
         calls.append(1)
-        return original(*given)
+        return original(*given, **more)
 
-    monkeypatch.setattr(validate, "measure", measure)
+    monkeypatch.setattr(rating, "measure", measure)
     monkeypatch.setattr(validate, "judge", lambda *_, **__: {BLEND: quality(0.2)})
     return calls
 
@@ -84,14 +84,16 @@ def test_confirmation_takes_over(
 ) -> None:
     """More finalists are looked at, the result says why, and what is measured is kept."""
     options = {"model": model, "confirm_text": report}
-    plain = searched(replace(REQUEST, validation=None), bundle, **options)
     wide = searched(REQUEST, bundle, **options)
+    count = len(measured)
     again = searched(REQUEST, bundle, **options)
+    at_once = len(measured)
+    plain = searched(replace(REQUEST, validation=None), bundle, **options)
 
     def compared(result: Any) -> int:
         return sum(each.divergence is not None for each in result.configuration.candidates)
 
-    assert len(measured) == 8
+    assert 8 < count == at_once
     assert compared(wide) > compared(plain)
     assert any("4 by it are finalists instead of 1" in warning for warning in wide.warnings)
     assert again.configuration == wide.configuration
