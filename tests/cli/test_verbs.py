@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from pho_service.cli import VERBS, main
+from pho_service.cli import main
 from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.numbers import number
 from pho_service.spec.objective import WEIGHTINGS
@@ -54,15 +54,6 @@ def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path)
         "--trials", 20, "--study", f"sqlite:///{tmp_path / 'study.db'}",
         "--out", tmp_path / "config.json",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help(verb: str) -> None:
-    """The help of each verb shows an example."""
-    result = pho(verb, "--help")
-
-    assert result.exit_code == 0
-    assert f"Example:\n    pho {verb}" in result.output
 
 
 def test_calibrate(bundle: Path) -> None:
