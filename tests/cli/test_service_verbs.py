@@ -784,7 +784,6 @@ def test_bad_data_folder(pho: Pho) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ((), 2, "PHO_DATABASE_URL"),
         (
             ("--stages", "dance", "--database-url", "postgresql://h/x"),
             2,
