@@ -27,7 +27,7 @@ def configured(folder: Path, **coefficients: Any) -> Path:
         "activation_exponent": 0.5,
     }  # fmt: skip
     document = {
-        "format": "pho-configuration", "version": 1, "method": "crepe", "pattern": "0.5",
+        "format": "pho-configuration", "version": 2, "method": "crepe", "pattern": "0.5",
         "scope": "layer", "coefficients": score | coefficients,
     }  # fmt: skip
     path = folder / "by-hand.json"

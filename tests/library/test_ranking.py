@@ -540,7 +540,7 @@ _wanted = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(settings.get_profile("suite"))
 @given(st.lists(st.tuples(_documents, _targets), max_size=4), _wanted)
 def test_rank_takes_all(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
     """Whatever a file that is taken holds, it is ranked once, with numbers that JSON has."""
