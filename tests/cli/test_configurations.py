@@ -11,6 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 
 from pho_service.cli import configurations
+from pho_service.spec import numbers
 
 Pho = Callable[..., Result]
 
@@ -371,7 +372,7 @@ def test_whether_it_holds(
         pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
     )["targets"][0]["proxies"]  # fmt: skip
     ria, mine = proxies["ria"], proxies["transferred"]
-    (said,) = [line for line in result.stderr.splitlines() if f"{mine:.6g}" in line]
+    (said,) = [line for line in result.stderr.splitlines() if numbers.number(mine) in line]
 
     assert result.exit_code == 0, result.output
     assert "Taking best.json" in result.stderr
