@@ -19,13 +19,13 @@ demo: install ## the main job on a real model; what an interrupted run has found
 	rm -rf demo/pruned # which pho demo would not write over
 	$(BIN)/pho demo --out demo
 
-test: install ## everything that must hold
+test: install ## what must hold at each change: units, numerics, each face once from end to end, the browser, kills; 12 minutes on 2 cores
 	$(MAKE) --no-print-directory --jobs 2 check suite
 
 thorough: export MORE = --thorough
-thorough: test ## make test, with the tests of benchmarks and those that show on other models what it shows on one
+thorough: test ## make test, with images, long fuzzing, tutorial, notebook, every path on pretended GPUs, tests of benchmarks, other models
 
-suite: install ## the tests alone
+suite: install ## the tests alone; MORE=--thorough for all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(MORE) $(ARGS)
 
 install: .venv/installed ## .venv with all that the demo, the tests and `pho` need, by requirements/; LOCK= takes the newest
@@ -77,8 +77,8 @@ audit: install ## a bill of materials (sbom.json), undeclared and unused depende
 fuzz: install ## ten minutes of odd files and weights, each time others from ARGS="600 SEED"; prints what it found
 	$(BIN)/python benchmarks/fuzz.py $(ARGS)
 
-fuzz-api: install ## the API against its OpenAPI document, ten times as long as in `make test`, each time otherwise
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/api/test_openapi.py $(ARGS)
+fuzz-api: install ## the API against its OpenAPI document, ten times as long as in `make thorough`, each time otherwise
+	$(BIN)/python -m pytest --thorough --hypothesis-profile=fuzz tests/api/test_openapi.py $(ARGS)
 
 load: install ## 100 clients for a minute, against a service of its own on this machine
 	$(BIN)/python benchmarks/load.py

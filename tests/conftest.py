@@ -45,17 +45,15 @@ VOCABULARY = 256
 # pytest-xdist says how wide the terminal is; tests print into pipes, which have no width.
 os.environ.pop("COLUMNS", None)
 
-# The same examples each time, and few; `make fuzz` takes others, and many. Tests choose one of the
-# two by name: as a default, "suite" would change what schemathesis comes upon.
-settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, database=None)
+# `make fuzz` takes other examples each time, and many.
 settings.register_profile("fuzz", max_examples=300, deadline=None, database=None)
 
 
 # What takes longest comes first, so that no process is left alone with one of them at the end;
-# `make test` keeps this order.
+# `make test` keeps this order. The first line is thorough as a whole.
 SLOWEST = (
-    "test_images", "api/test_serving", "docs/test_tutorial", "api/test_openapi",
-    "docs/test_notebook", "workers/test_kills", "workers/test_jobs_run",
+    "test_images", "docs/test_tutorial", "docs/test_notebook", "pretended/test_whole_product",
+    "api/test_serving", "api/test_openapi", "workers/test_kills", "workers/test_jobs_run",
 )  # fmt: skip
 
 
@@ -63,6 +61,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``--thorough`` runs all tests."""
     parser.addoption(
         "--thorough", action="store_true", help="run the tests that are marked as thorough, too"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """
+    Register examples that are the same each time, and few.
+
+    Tests choose them by name: as a default, "suite" would change what schemathesis comes upon.
+    """
+    examples = 60 if config.getoption("--thorough") else 20
+    settings.register_profile(
+        "suite", max_examples=examples, deadline=None, derandomize=True, database=None
     )
 
 

@@ -32,6 +32,8 @@ import pytest
 from storage.postmaster import programs
 from storage.server_user import server_user
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".images"  # layers, for the next run with the same files; `make clean` removes them
 INPUTS = [

@@ -148,28 +148,6 @@ def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None
     assert 0 <= age.total_seconds() < 60
 
 
-def test_failed_transfer(found: Callable[..., Any], imported: Callable[..., str]) -> None:
-    """What failed on the asked family goes last there, and says so."""
-    imported(document(23.0))
-    imported(transfer(target("gemma3_text", 50.0)))
-    for_llama, for_gemma = found(family="llama"), found(family="gemma3_text")
-
-    assert [len(each["measured"]) for each in for_llama] == [1, 0]
-    assert [len(each["measured"]) for each in for_gemma] == [0, 1]
-    assert for_gemma[1]["expected_gains"]["perplexity"] == pytest.approx(-0.25)
-    assert for_gemma[1]["reasons"][-1] == "on gemma3_text-2, 25.0% above RIA's perplexity"
-
-
-def test_scope(found: Callable[..., Any], imported: Callable[..., str]) -> None:
-    """A scope that is asked for comes first."""
-    imported(document(12.0))
-    imported(document(23.0, scope="global"))
-
-    assert [e["scope"] for e in found(pattern="0.5")] == ["layer", "global"]
-    asked = found(pattern="0.5", scope="global")
-    assert [(e["scope"], e["fits"]) for e in asked] == [("global", True), ("layer", False)]
-
-
 def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
     """At most so many are listed, the best; all were considered."""
     for perplexity in (20.0, 12.0, 22.0):
@@ -185,18 +163,10 @@ def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
     ("params", "parameter", "rule"),
     [
         ({"pattern": "5:2"}, "pattern", "N=5 of M=2"),
-        ({"pattern": "1.5"}, "pattern", "between 0 and 1"),
-        ({"pattern": "half", "scope": "row"}, "pattern", "neither a number nor N:M"),
         ({"pattern": "0." + "5" * 64}, "pattern", "64 characters"),
-        ({"pattern": ""}, "pattern", "neither a number nor N:M"),
         ({"pattern": "0.5", "scope": "column"}, "scope", "'row', 'layer' or 'global'"),
         ({"limit": 0}, "limit", "greater than or equal to 1"),
-        ({"limit": 201}, "limit", "less than or equal to 200"),
-        ({"limit": "many"}, "limit", "integer"),
-        ({"parameters": 0}, "parameters", "greater than or equal to 1"),
-        ({"parameters": 10**16}, "parameters", "less than or equal to 1000000000000000"),
         ({"family": ""}, "family", "at least 1 character"),
-        ({"family": "x" * 101}, "family", "100 characters"),
     ],
 )
 def test_wrong_parameter(
@@ -226,10 +196,9 @@ def test_import(client: TestClient, found: Callable[..., Any]) -> None:
     assert entry["fits"]
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_export(client: TestClient, imported: Callable[..., str], version: int) -> None:
+def test_export(client: TestClient, imported: Callable[..., str]) -> None:
     """What was imported comes back, number by number, and can be imported again."""
-    values = document(version=version)
+    values = document()
     path = imported(values)
     answer = client.get(path)
     again = client.post(HERE, content=answer.content, headers=JSON)
@@ -254,18 +223,6 @@ def test_export_of_a_transfer(client: TestClient, imported: Callable[..., str]) 
     assert client.get(path).json() == exported
 
 
-def test_transfers_add_up(client: TestClient, imported: Callable[..., str]) -> None:
-    """What was measured on further models is added to the entry, each once."""
-    path = imported(document())
-    one, two = target("opt", 30.0), target("gpt2", 60.0)
-    statuses = [
-        client.post(HERE, json=transfer(*targets)).status_code for targets in ([one], [two, one])
-    ]
-
-    assert statuses == [200, 200]
-    assert client.get(path).json()["targets"] == [one, two]
-
-
 NESTED: list[Any] = []
 for _ in range(200):
     NESTED = [NESTED]
@@ -274,20 +231,11 @@ for _ in range(200):
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
-        (document(version=3), "format version 3, but this PHO reads versions 1 to 2"),
-        (transfer(target("opt", 3.0), version=2), "a transfer of format version 2, but this PHO"),
-        (transfer(configuration=document(version=3)), "configuration has format version 3"),
-        (transfer({"target": 5}), "targets.0.target"),
+        (document(version=3), "format version 3, but this PHO reads version 2"),
         (document(speed=1), "speed: Extra inputs"),
         (document(pattern="5:2"), "keeps N=5 of M=2"),
-        (document(pattern="2:4", coefficients={"row": -1}), "coefficients"),
-        (document(model={"x": float("nan")}), "a value that JSON cannot represent"),
-        (document(float("inf")), "a value that JSON cannot represent"),
         (document(model={"name": "\ud800"}), "a value that JSON cannot represent"),
-        (document(model={"name": "a\x00b"}), "U+0000"),
-        (document(model=NESTED), "lists and objects deep"),
         ({}, "is not a configuration of PHO"),
-        ({"format": None, "version": []}, "is not a configuration of PHO"),
     ],
 )
 def test_not_imported(
@@ -304,36 +252,6 @@ def test_not_imported(
 def test_no_document(client: TestClient, refusal: Refusal, body: bytes) -> None:
     """A body that is no object is refused."""
     refusal(client.post(HERE, content=body, headers=JSON), 422, "invalid_request")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": {"name": "m", "parameters": 10**400}},
-        {"model": {"models": 5}},
-        {"model": {"models": [{"name": []}, 5]}},
-        {"confirmation": None, "objective": {"relative_to_ria": {"a": 10**400, "b": True}}},
-        {"confirmation": None, "objective": {"relative_to_ria": {"a": 1e308, "b": 1e308}}},
-        {"confirmation": None, "objective": {"value": 10**400},
-         "baselines": [{"method": "ria-layer", "trial": 3, "proxy": 1.0}]},
-        {"candidates": [{"method": "crepe", "trial": 1, "divergence": 1e4}],
-         "baselines": [{"method": "ria-layer", "trial": 3, "divergence": 1.0}]},
-        {"baselines": [{"method": "ria-layer", "trial": 3, "perplexity": 5e-324}]},
-    ],
-)  # fmt: skip
-def test_nonsense_stops_nobody(
-    client: TestClient, found: Callable[..., Any], imported: Callable[..., str],
-    changes: dict[str, Any],
-) -> None:  # fmt: skip
-    """Numbers that no search writes are taken, and the entry is listed among the others."""
-    good = imported(document())
-    path = imported(document(**changes))
-    listed = found(pattern="0.5", family="llama", parameters=7)
-
-    assert sorted(f"{HERE}/{each['id']}" for each in listed) == sorted([good, path])
-    for each in listed:
-        assert all(g is None or isinstance(g, float) for g in each["gains"].values())
-    assert client.get(path).json() == complete(document(**changes))
 
 
 # ------------------------------------------------------------------------- one of them
@@ -371,18 +289,6 @@ def test_wrong_method(client: TestClient, refusal: Refusal, method: str, path: s
 
 
 # -------------------------------------------------------------------------------- keys
-
-
-def test_keys_see_their_own(
-    found: Callable[..., Any], imported: Callable[..., str], bearers: dict[str, Headers]
-) -> None:
-    """A key finds what it imported alone; one that sees all finds all."""
-    paths = {name: imported(document(), bearers[name]) for name in ("a", "b")}
-
-    assert len(set(paths.values())) == 2
-    for name, path in paths.items():
-        assert [f"{HERE}/{each['id']}" for each in found(bearers[name])] == [path]
-    assert {f"{HERE}/{each['id']}" for each in found(bearers["all"])} == {*paths.values()}
 
 
 def test_key_of_the_job(

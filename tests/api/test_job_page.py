@@ -14,7 +14,6 @@ from fastapi.testclient import TestClient
 
 from pho_service.api.form_document import Typed, typed_as
 from pho_service.host.logs import about
-from pho_service.shown.parts import policy_hash
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.perplexities import Perplexities
@@ -278,16 +277,6 @@ def test_beginning_of_an_id(
         assert answer.status_code == 404
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
         assert "nor one that begins so" in answer.text
-
-
-def test_policy(client: TestClient, submit: Submit) -> None:
-    """One script may run on the page, ours, and ask this service alone."""
-    answer = client.get(f"/jobs/{submit()['id']}")
-    policy = answer.headers["content-security-policy"]
-    (script,) = re.findall(r"<script>(.*?)</script>", answer.text, flags=re.DOTALL)
-
-    assert f"script-src {policy_hash(script)}; connect-src 'self'" in policy
-    assert "form-action 'self'; frame-ancestors 'none'" in policy
 
 
 def test_buttons_lead_back(client: TestClient, hand: Any, submit: Submit) -> None:

@@ -1,11 +1,8 @@
 """What one can do with jobs over HTTP, and what they tell of themselves."""
 
-import contextlib
 import shutil
-import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +117,6 @@ def test_same_key_twice(client: TestClient, submit: Submit) -> None:
     assert ids(client.get("/v1/jobs")) == [first["id"]]
 
 
-def test_same_key_later(submit: Submit, hand: Any) -> None:
-    """The second time shows the job as it is by then."""
-    headers = {"Idempotency-Key": "a-b-c"}
-    first = submit(headers=headers)
-    hand.succeed(first["id"])
-
-    assert submit(headers=headers)["state"] == "succeeded"
-
-
 def test_same_key_other_document(client: TestClient, submit: Submit, refusal: Refusal) -> None:
     """With another document it is refused, and no job is made."""
     headers = {"Idempotency-Key": "a-b-c"}
@@ -138,22 +126,6 @@ def test_same_key_other_document(client: TestClient, submit: Submit, refusal: Re
     problem = refusal(answer, 422, "idempotency_key_reused")
     assert problem["errors"][0]["parameter"] == "Idempotency-Key"
     assert ids(client.get("/v1/jobs")) == [job["id"]]
-
-
-def test_same_key_at_once(client: TestClient) -> None:
-    """Eight submitters with the same key at the same time make one job."""
-    barrier = threading.Barrier(8)
-
-    def ask(_: int) -> Any:
-        barrier.wait()
-        return client.post("/v1/jobs", json=DOCUMENT, headers={"Idempotency-Key": "one"})
-
-    with ThreadPoolExecutor(8) as pool:
-        answers = [*pool.map(ask, range(8))]
-
-    assert {a.status_code for a in answers} == {202}
-    assert len({a.json()["id"] for a in answers}) == 1
-    assert len(ids(client.get("/v1/jobs"))) == 1
 
 
 @pytest.mark.parametrize("key", ["", "with space", "x" * 256, "tab\t", "caf\xe9"])
@@ -211,11 +183,6 @@ def test_full_last_page(client: TestClient, submit: Submit) -> None:
     assert answer.json()["next_page_token"] is None
 
 
-def test_no_jobs(client: TestClient) -> None:
-    """Without jobs, the page is empty."""
-    assert client.get("/v1/jobs").json() == {"jobs": [], "next_page_token": None}
-
-
 def test_states(client: TestClient, submit: Submit, hand: Any) -> None:
     """A list of states leaves the jobs in one of them, over several pages too."""
     by_state = {}
@@ -261,15 +228,9 @@ def test_filters(client: TestClient, submit: Submit) -> None:
     ("params", "parameter", "says"),
     [
         ({"page_token": "x"}, "page_token", "not one of our tokens"),
-        ({"page_token": ""}, "page_token", "not one of our tokens"),
-        ({"page_token": "-1"}, "page_token", "not one of our tokens"),
         ({"page_token": "9223372036854775808"}, "page_token", "not one of our tokens"),  # 2**63
-        ({"page_token": "\xe9"}, "page_token", "not one of our tokens"),
         ({"page_token": "\x00"}, "page_token", "not one of our tokens"),
-        ({"page_token": "M" * 101}, "page_token", "not one of our tokens"),
         ({"page_size": "0"}, "page_size", "greater than or equal to 1"),
-        ({"page_size": "201"}, "page_size", "less than or equal to 200"),
-        ({"page_size": "many"}, "page_size", "integer"),
         ({"state": "done"}, "state", "'queued', 'running', 'pausing'"),
         ({"sort": "size"}, "sort", "'created', '-created', 'name'"),
     ],
@@ -622,23 +583,6 @@ def test_verb_on_no_job(shared_client: TestClient, refusal: Refusal, verb: str) 
     refusal(answer, 404, "no_such_job")
 
 
-def test_resume_keeps_what_is_done(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A job that is paused in its search goes on from there."""
-    job = submit()["id"]
-    hand.calibrate(job)
-    hand.take(job, StageKind.SEARCH)
-    claim = hand.take(job, StageKind.SEARCH)
-    hand.store.progress(claim, done=9, elapsed_s=1.0, best_value=0.5)
-    client.post(f"/v1/jobs/{job}:pause")
-    hand.store.hand_back(claim)
-    paused = client.get(f"/v1/jobs/{job}").json()
-    resumed = client.post(f"/v1/jobs/{job}:resume").json()
-
-    assert paused["state"] == "paused"
-    assert (resumed["state"], resumed["stage"]) == ("queued", "search")
-    assert resumed["progress"]["trials_done"] == 9
-
-
 # ---------------------------------------------------------------------------- extend
 
 
@@ -689,45 +633,14 @@ def test_extend_beyond_the_maximum(client: TestClient, submit: Submit, refusal: 
     assert client.post(url, json={"trials": 5}).json()["spec"]["trials"] == MAX_TRIALS
 
 
-def test_extend_twice_at_once(
-    client: TestClient, submit: Submit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor do two who extend it at the same time get it beyond."""
-    job = submit(trials=MAX_TRIALS - 5)["id"]
-    store = client.app.state.service.jobs  # type: ignore[attr-defined]
-    get, both_looked = store.get, threading.Barrier(2)
-
-    def slow_get(*args: Any, **kwargs: Any) -> Any:
-        found = get(*args, **kwargs)
-        with contextlib.suppress(threading.BrokenBarrierError):
-            both_looked.wait(timeout=1.0)
-        return found
-
-    monkeypatch.setattr(store, "get", slow_get)
-
-    def ask(_: int) -> Any:
-        return client.post(f"/v1/jobs/{job}:extend", json={"trials": 4})
-
-    with ThreadPoolExecutor(2) as pool:
-        answers = [*pool.map(ask, range(2))]
-    monkeypatch.setattr(store, "get", get)
-
-    assert sorted(a.status_code for a in answers) == [202, 422]
-    assert store.get(uuid.UUID(job)).trials == MAX_TRIALS - 1
-
-
 @pytest.mark.parametrize(
     ("document", "pointer", "says"),
     [
         ({}, "/trials", "required"),
         ({"trials": 0}, "/trials", "greater than or equal to 1"),
-        ({"trials": -1}, "/trials", "greater than or equal to 1"),
         ({"trials": "5"}, "/trials", "integer"),
-        ({"trials": 1.5}, "/trials", "integer"),
-        ({"trials": True}, "/trials", "integer"),
         ({"trials": MAX_TRIALS + 1}, "/trials", "10000"),
         ([5], "", "not a JSON object"),
-        (None, "", ""),
     ],
 )
 def test_bad_extension(
@@ -769,15 +682,6 @@ def test_delete_all_islands(client: TestClient, submit: Submit, hand: Any) -> No
     assert ids(client.get("/v1/jobs")) == [other["id"]]
 
 
-def test_delete_twice(client: TestClient, submit: Submit, hand: Any, refusal: Refusal) -> None:
-    """Once deleted, a job is not there."""
-    job = submit()["id"]
-    hand.bring(job, JobState.SUCCEEDED)
-    client.delete(f"/v1/jobs/{job}")
-
-    refusal(client.delete(f"/v1/jobs/{job}"), 404, "no_such_job")
-
-
 def test_delete_that_was_cut_off(client: TestClient, submit: Submit, hand: Any) -> None:
     """A deletion that got as far as one of the studies is finished by the next."""
     job = submit(islands=2)
@@ -786,25 +690,3 @@ def test_delete_that_was_cut_off(client: TestClient, submit: Submit, hand: Any) 
 
     assert client.delete(f"/v1/jobs/{job['id']}").status_code == 204
     assert hand.studies() == []
-
-
-def test_delete_at_once(client: TestClient, submit: Submit, hand: Any) -> None:
-    """Of several who delete a job at the same time, none sees a crash."""
-    job = submit(islands=2)
-    for island in range(2):
-        hand.record(job, 2, island=island)
-    hand.bring(job["id"], JobState.CANCELLED)
-    with ThreadPoolExecutor(4) as pool:
-        answers = [*pool.map(lambda _: client.delete(f"/v1/jobs/{job['id']}"), range(4))]
-
-    assert {a.status_code for a in answers} <= {204, 404}
-    assert hand.studies() == []
-
-
-def test_free_key_after_delete(client: TestClient, submit: Submit, hand: Any) -> None:
-    """The Idempotency-Key of a deleted job makes a new one."""
-    first = submit(headers={"Idempotency-Key": "k"})["id"]
-    hand.bring(first, JobState.SUCCEEDED)
-    client.delete(f"/v1/jobs/{first}")
-
-    assert submit(headers={"Idempotency-Key": "k"}, seed=1)["id"] != first

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from storage.keys import KeyStore
-from storage.states import JobState, StageKind
+from storage.states import StageKind
 
 Refusal = Callable[..., dict[str, Any]]
 Headers = dict[str, str]
@@ -307,30 +307,6 @@ def test_sees_all(client: TestClient, keys: KeyStore, others: dict[str, Any]) ->
     assert client.delete(url, headers=headers).status_code == 204
 
 
-def test_same_idempotency_key(client: TestClient, keys: KeyStore) -> None:
-    """The same Idempotency-Key of two keys makes two jobs."""
-    jobs = {
-        client.post(
-            "/v1/jobs",
-            json=DOCUMENT,
-            headers={**bearer(keys.create(name, sees_all=False)[1]), "Idempotency-Key": "one"},
-        ).json()["id"]
-        for name in ("a", "b")
-    }
-
-    assert len(jobs) == 2
-
-
-def test_quota_is_per_key(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
-    """One key's jobs do not use up the number that another may have."""
-    client = client_of(max_unfinished_jobs=1)
-    a, b = (bearer(keys.create(name, sees_all=False)[1]) for name in ("a", "b"))
-    first = [client.post("/v1/jobs", json=DOCUMENT, headers=h).status_code for h in (a, b)]
-
-    assert first == [202, 202]
-    refusal(client.post("/v1/jobs", json=DOCUMENT, headers=a), 429, "too_many_jobs")
-
-
 def test_urgent_jobs_are_few(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
     """A key may have few unfinished jobs that go before others', and as many others as before."""
     client = client_of(max_urgent_jobs=1)
@@ -456,16 +432,6 @@ def test_secrets_stay_secret(
         assert secret not in caplog.text
 
 
-def test_not_in_the_database(keys: KeyStore) -> None:
-    """The database does not have a key itself."""
-    _, secret = keys.create("k", sees_all=True)
-    with keys.database.transaction() as connection:
-        rows = str(connection.exec_driver_sql("SELECT * FROM pho.keys").all())
-
-    assert secret not in rows
-    assert secret[10:] not in rows
-
-
 def test_many_at_once(client: TestClient, keys: KeyStore) -> None:
     """Callers with different keys at the same time get their own jobs each."""
     headers = [bearer(keys.create(str(i), sees_all=False)[1]) for i in range(4)]
@@ -482,14 +448,3 @@ def test_many_at_once(client: TestClient, keys: KeyStore) -> None:
         found = [*pool.map(ask, range(8))]
 
     assert all(expected == seen for expected, seen in found)
-
-
-def test_revoked_keys_jobs_stay(client: TestClient, keys: KeyStore, hand: Any) -> None:
-    """The jobs of a key that was revoked go on."""
-    key, secret = keys.create("k", sees_all=False)
-    job = client.post("/v1/jobs", json=DOCUMENT, headers=bearer(secret)).json()["id"]
-    keys.revoke(str(key.id))
-    hand.succeed(job)
-    admin = bearer(keys.create("admin", sees_all=True)[1])
-
-    assert client.get(f"/v1/jobs/{job}", headers=admin).json()["state"] == JobState.SUCCEEDED

@@ -20,7 +20,8 @@ from storage.states import JobState
 # `make fuzz-api` takes more, and others each time.
 LONG = hypothesis.settings.get_current_profile_name() == "fuzz"
 EXAMPLES = 200 if LONG else 10  # of each operation and phase that makes them up
-PHASES = ("examples", "coverage", "fuzzing", "stateful")
+LONGER = ("coverage", "stateful")
+PHASES = ("examples", "fuzzing", *LONGER)
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance",
     "response_schema_conformance", "response_headers_conformance", "negative_data_rejection",
@@ -107,7 +108,9 @@ def jobs(client: TestClient, headers: dict[str, str], hand: Any) -> list[str]:
     return ids
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", ["examples", "fuzzing", *(pytest.param(p, marks=pytest.mark.thorough) for p in LONGER)]
+)
 def test_operations(
     client: TestClient,
     headers: dict[str, str],

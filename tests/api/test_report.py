@@ -103,16 +103,6 @@ def test_layers(client: TestClient, hand: Any, submit: Any, configuration: Confi
     assert "The largest is 0.2500, of model.layers.0.mlp.up_proj" in visible(page(client, job_id))
 
 
-def test_failed(client: TestClient, hand: Any, submit: Any) -> None:
-    """Why a job failed is said."""
-    job_id = submit()["id"]
-    hand.fail(job_id, type="NumericalError", message="NaN in 4.q", layer="4.q")
-
-    assert "The job failed in calibrate at 4.q: NaN in 4.q (NumericalError)" in visible(
-        page(client, job_id)
-    )
-
-
 def test_transfer(client: TestClient, hand: Any, submit: Any) -> None:
     """A transfer's page has its models; the page of the search that it is of has them, too."""
     job_id = submit()["id"]
@@ -127,36 +117,6 @@ def test_transfer(client: TestClient, hand: Any, submit: Any) -> None:
     assert "transfer 1 of 2" in mine
     for text in (mine, source):
         assert "other 25.00 20.00 20.0%" in text
-
-
-def test_hostile_name(client: TestClient, submit: Any) -> None:
-    """A name with tags is shown as it is."""
-    job_id = submit(name="<script>alert(1)</script>")["id"]
-    found = page(client, job_id)
-
-    assert "<script>alert" not in found
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in found
-
-
-def test_way_back(client: TestClient, submit: Any) -> None:
-    """A browser gets a link to the job's page; what `pho report` writes to a file has none."""
-    path = f"/v1/jobs/{(job_id := submit()['id'])}/report"
-    shown = client.get(path, headers={"Accept": "text/html,*/*;q=0.8"})
-    written = client.get(path, headers={"Accept": "*/*"})
-
-    assert f'<a href="/jobs/{job_id}">Back to the job</a>' in shown.text
-    assert f'href="/jobs/{job_id}"' not in written.text
-    assert shown.headers["vary"] == "Accept"
-
-
-def test_policy(client: TestClient, submit: Any) -> None:
-    """A browser is told to run no script, and to fetch nothing."""
-    answer = client.get(f"/v1/jobs/{submit()['id']}/report")
-    policy = answer.headers["content-security-policy"]
-
-    assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    assert "unsafe-inline" not in policy.partition("style-src")[0]
-    assert "http" not in policy
 
 
 def test_many_trials(

@@ -357,6 +357,7 @@ def test_killed(place: Place) -> None:
     assert not place.postgresql  # which the first had started
 
 
+@pytest.mark.thorough
 def test_second(place: Place) -> None:
     """
     A data folder serves one service at a time; the other verbs work beside it.
@@ -386,15 +387,16 @@ def test_second(place: Place) -> None:
 
 def test_keys_without_a_service(place: Place) -> None:
     """Keys can be made before the first service; what was started for it stops again."""
-    created = place.pho("keys", "create", "first")
-    listed = place.pho("keys", "list", "--json")
+    created = CliRunner().invoke(main, ["keys", "create", "first", "--data-dir", str(place.data)])
+    listed = CliRunner().invoke(main, ["keys", "list", "--json", "--data-dir", str(place.data)])
 
-    assert created.returncode == 0, created.stderr
+    assert created.exit_code == 0, created.stderr
     assert created.stdout.startswith("pho_")
     assert [key["name"] for key in json.loads(listed.stdout)] == ["first"]
     assert not place.postgresql
 
 
+@pytest.mark.thorough
 def test_backup(place: Place) -> None:
     """
     What is backed up while a job runs is restored elsewhere, where the job ends as it does here.
@@ -435,14 +437,15 @@ def test_backup(place: Place) -> None:
     assert elsewhere.stop(signal.SIGTERM) == 0
 
 
-def test_restore_of_nothing(place: Place) -> None:
+def test_restore_of_nothing() -> None:
     """A file that is not there is bad usage."""
-    result = place.pho("restore", "missing")
+    result = CliRunner().invoke(main, ["restore", "missing"])
 
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "missing is not a file. Give one that `pho backup` wrote." in result.stderr
 
 
+@pytest.mark.thorough
 def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     """
     Every line of the service and its workers is JSON and says what it is about.
@@ -526,6 +529,7 @@ def test_password_on_the_command_line(place: Place) -> None:
     assert "planted" not in said
 
 
+@pytest.mark.thorough
 def test_own_database(place: Place, database: Database, database_url: str) -> None:
     """A database that was given is used, and left running."""
     with database.transaction() as connection:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
 
-@pytest.mark.thorough
+
 def test_attack(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Attacks that hold are counted, with the slowest health check beside each."""
     monkeypatch.chdir(tmp_path)

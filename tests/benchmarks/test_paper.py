@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
 Benchmark = Callable[..., dict[str, list[str]]]

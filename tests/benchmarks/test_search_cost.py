@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 SMALL = [
     "--samples", "4", "--context-length", "16", "--confirm-windows", "2", "--report-windows", "2",
     "--evaluations", "4", "--trials", "9", "--finalists", "1",
@@ -30,7 +32,6 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "cost.json"
 
 
-@pytest.mark.thorough
 def test_all_rows(model_folder: Path, kept: Path) -> None:
     """Every search that was asked for has a row in each table, and its ratio to PHO."""
     methods = ("hill-climb", "cmaes", "tpe", "pho")

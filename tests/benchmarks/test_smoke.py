@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click import ClickException
 
+pytestmark = pytest.mark.thorough
+
 Benchmark = Callable[..., dict[str, list[str]]]
 
 
@@ -122,7 +124,6 @@ def test_pretended_gpu(benchmark: Benchmark) -> None:
     assert written["checks"]["bits of masks that differ from the CPU's"][0] == 0
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_load(capfd: pytest.CaptureFixture[str]) -> None:
     """Locust's table has a row for each kind of request, and nothing failed."""
@@ -135,7 +136,6 @@ def test_load(capfd: pytest.CaptureFixture[str]) -> None:
         assert request in table
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_service_throughput(benchmark: Benchmark) -> None:
     """A row for each number of workers."""
@@ -146,7 +146,6 @@ def test_service_throughput(benchmark: Benchmark) -> None:
     assert float(jobs_a_minute) > 0
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_service_overhead(benchmark: Benchmark) -> None:
     """A row for each round: both sides' seconds and their ratio."""

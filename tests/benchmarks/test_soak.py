@@ -15,8 +15,9 @@ import pytest
 
 from storage.states import StageKind
 
+pytestmark = pytest.mark.thorough
 
-@pytest.mark.thorough
+
 def test_soak(benchmark: Callable[..., Any], tmp_path: Path) -> None:
     """A few jobs under fire: every rule was looked at, none is broken, all of it is written."""
     out = tmp_path / "soak.json"

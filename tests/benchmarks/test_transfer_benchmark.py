@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.thorough
+
 Benchmark = Callable[..., dict[str, list[str]]]
 
 SMALL = (
@@ -16,7 +18,6 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.thorough
 def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -> None:
     """
     Each model has the other's best, its own and the joint one, and its saved trials.

@@ -11,6 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 
 from pho_service.cli import configurations
+from pho_service.spec import numbers
 
 Pho = Callable[..., Result]
 
@@ -175,17 +176,11 @@ def test_empty_folder(pho: Pho, tmp_path: Path) -> None:
     ("words", "code", "message"),
     [
         ("--library {folder}/good.json", 1, "good.json is no folder"),
-        ("--library {folder} --pattern 5:2", 2, "keeps N=5 of M=2"),
-        ("--library {folder} --pattern 2:4 --scope layer", 2, "'layer' has no meaning for it"),
-        ("--library {folder} --limit 0", 2, "--limit 0 is below 1"),
-        ("--library {folder} --parameters 0", 2, "--parameters 0 is below 1"),
         ("--library http://127.0.0.1:9", 1, "the service at http://127.0.0.1:9 cannot be reached"),
         ("import {folder}/good.json {folder}/notes.json", 1, "notes.json is not a configuration"),
-        ("import none.json", 1, "none.json cannot be read"),
         ("import {folder}/sub", 1, "sub holds no configuration"),
         ("export --out {folder}/good.json", 2, "good.json is a file. Give a folder"),
         ("delete x", 2, "'x' is not a configuration's id"),
-        ("export x --out out", 2, "'x' is not a configuration's id"),
     ],
 )
 def test_refusals(pho: Pho, folder: Path, words: str, code: int, message: str) -> None:
@@ -377,7 +372,7 @@ def test_whether_it_holds(
         pho("transfer", places["folder"] / "best.json", places["bundle"], "--json")
     )["targets"][0]["proxies"]  # fmt: skip
     ria, mine = proxies["ria"], proxies["transferred"]
-    (said,) = [line for line in result.stderr.splitlines() if f"{mine:.6g}" in line]
+    (said,) = [line for line in result.stderr.splitlines() if numbers.number(mine) in line]
 
     assert result.exit_code == 0, result.output
     assert "Taking best.json" in result.stderr
@@ -469,25 +464,13 @@ def test_prune_from_a_service(
         ("{model} --out pruned --from-library --library {folder}", 2, "needs a --pattern"),
         ("{model} --out pruned --from-library --config {config} --pattern 0.5", 2,
          "one of --config, --method and --from-library"),
-        ("{model} --from-library --pattern 0.5", 2, "--out"),
         ("{model} --out pruned --config {config} --library {folder}", 2,
          "--library: for --from-library alone"),
-        ("{model} --out pruned --config {config} --pattern 0.5 --scope row", 2,
-         "--pattern, --scope: a configuration has its pattern, scope and linears"),
         ("{model} --out pruned --config {config} --force", 2, "--force: for --from-library alone"),
-        ("{model} --check {folder} --library {folder} --from-library", 2,
-         "leave --from-library, --library out"),
-        ("none --out pruned --from-library --library {folder} --pattern 5:2", 2, "N=5 of M=2"),
-        ("none --out pruned --from-library --library {folder} --pattern 2:4 --scope layer", 2,
-         "'layer' has no meaning for it"),
         (PRUNE[6:] + " --library {empty} --pattern 0.5", 1, "empty is empty. Search on any model"),
         (PRUNE[6:] + " --library {folder} --pattern 0.6", 1,
          "has nothing for 0.6, and the best coefficients differ from pattern to pattern. It has "
          "0.5 in scope layer, 2:4 in scope row."),
-        (PRUNE[6:] + " --library {folder} --pattern 0.5 --scope row", 1,
-         "has nothing for 0.5 in scope row, "),
-        (PRUNE[6:] + " --library {config} --pattern 0.5", 1, "good.json is no folder"),
-        (PRUNE[6:] + " --library none --pattern 0.5", 1, "none is no folder"),
         (PRUNE[6:] + " --library http://127.0.0.1:9 --pattern 0.5", 1, "cannot be reached"),
     ],
 )  # fmt: skip

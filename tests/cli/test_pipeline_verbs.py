@@ -166,27 +166,6 @@ def test_streamed(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--pattern", "0.5", "--permutation", "score"), "permutation 'score' changes nothing"),
-        (("--pattern", "0.5", "--scope", "global", "--allocation", "owl"), "both say how much"),
-        (("--pattern", "2:4", "--repruning", "swaps", "--update", "sparsegpt"), "no mask to start"),
-        (("--pattern", "0.5", "--space", "allocations=fair"), "is not understood"),
-        (
-            ("--pattern", "0.5", "--allocation", "owl", "--allocation-spread", 3),
-            "spread 3.0 is above 1",
-        ),
-    ],
-)
-def test_refused(pho: Pho, bundle_file: Path, words: tuple[object, ...], message: str) -> None:
-    """A step without a meaning is refused before any work, with the way out."""
-    result = pho("search", bundle_file, *words)
-
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
 def test_bundle_is_not_enough(
     pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
 ) -> None:

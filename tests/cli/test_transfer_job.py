@@ -153,15 +153,12 @@ def test_files(remote: Any, transferred: str) -> None:
     [
         ("{searched}", 2, "give MODEL..."),
         ("{searched} org/one --trials 5", 2, "are for --search"),
-        ("{searched} org/one --report-windows 5", 2, "a text or a dataset is required"),
-        ("{searched} org/one --report-windows 0 --report-text r", 2, "--report-windows 0 is below"),
         ("{searched} org/one org/one", 1, "org/one is given twice"),
         ("{searched} /etc/passwd", 1, "/models/0"),
         ("{searched} --out t.json", 1, "The job is a search"),
         ("{searched} org/one --pattern 2:4", 1, "The job has no pattern 2:4"),
         ("{searched} --pattern 0.5 --out t.json", 2, "says which of several patterns"),
         ("{transferred} org/one", 1, "The job is a transfer"),
-        ("nothing org/one", 2, "is not a job's id"),
         ("{searched} org/one --out no/t.json", 1, "does not exist"),
     ],
 )

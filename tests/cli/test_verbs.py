@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from pho_service.cli import VERBS, main
+from pho_service.cli import main
 from pho_service.spec.baselines import shown_baselines
 from pho_service.spec.numbers import number
 from pho_service.spec.objective import WEIGHTINGS
@@ -51,18 +51,9 @@ def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path)
         "search", model_folder, "--pattern", "0.5", "--preset", "score", "--scope", "global",
         *CALIBRATION,
         "--text", texts["calibration"], "--confirm-text", texts["confirmation"],
-        "--trials", 20, "--study", f"sqlite:///{tmp_path / 'study.db'}",
+        "--trials", 12, "--study", f"sqlite:///{tmp_path / 'study.db'}",
         "--out", tmp_path / "config.json",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help(verb: str) -> None:
-    """The help of each verb shows an example."""
-    result = pho(verb, "--help")
-
-    assert result.exit_code == 0
-    assert f"Example:\n    pho {verb}" in result.output
 
 
 def test_calibrate(bundle: Path) -> None:
@@ -127,17 +118,15 @@ def test_search_again(search_arguments: list[object], tmp_path: Path) -> None:
 
 
 def test_same_seed_same_file(search_arguments: list[object], tmp_path: Path) -> None:
-    """From nothing, the same search writes the same bytes; another seed finds another way."""
+    """From nothing, the same search writes the same bytes."""
     files = []
-    for place, seed in enumerate((5, 5, 6)):
-        arguments = [str(a).replace("study.db", f"study{place}.db") for a in search_arguments]
-        done(*arguments, "--seed", seed)
+    for place in range(2):
+        done(*[str(a).replace("study.db", f"study{place}.db") for a in search_arguments])
         files.append((tmp_path / "config.json").read_bytes())
         for kept in tmp_path.glob("cache/bundles/*"):
             kept.unlink()
 
     assert files[0] == files[1]
-    assert files[0] != files[2]
 
 
 def test_objective_perplexity(search_arguments: list[object]) -> None:
@@ -145,14 +134,6 @@ def test_objective_perplexity(search_arguments: list[object]) -> None:
     found = done(*search_arguments, "--objective", "perplexity", "--trials", 12)["configuration"]
 
     assert found["objective"]["value"] == found["confirmation"]["perplexity"]
-
-
-def test_objective_gini(search_arguments: list[object]) -> None:
-    """Gini is maximised."""
-    found = done(*search_arguments, "--objective", "gini")["configuration"]
-
-    assert found["objective"]["direction"] == "maximize"
-    assert 0 < found["objective"]["value"] < 1
 
 
 def test_prune(search_arguments: list[object], texts: dict[str, Path], tmp_path: Path) -> None:

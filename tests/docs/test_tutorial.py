@@ -62,6 +62,7 @@ def shell(folder: Path) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.thorough
 def test_commands(folder: Path) -> None:
     """Every command of the page succeeds, and prints what the page shows."""
     script = f"{STOP}\n" + "".join(f"{commands}echo '{END}'\n" for commands, _ in BLOCKS)

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import pho_service as pho
-from pho_service.cli import main
 from pho_service.errors import (
     BundleError,
     ConfigurationError,
@@ -23,43 +21,6 @@ from pho_service.errors import (
 )
 from pho_service.pipeline import prune as pipeline
 from pho_service.spec.steps import Steps
-
-
-@pytest.mark.parametrize("steps", [Steps(), Steps(repruning="swaps", update="least-squares")])
-def test_as_pho_prune(
-    model_folder: Path,
-    texts: dict[str, Path],
-    with_steps: Callable[[Steps], pho.Configuration],
-    steps: Steps,
-    tmp_path: Path,
-) -> None:
-    """The folder that is saved of a model in memory has the bytes that `pho prune` writes."""
-    path = tmp_path / "config.json"
-    pho.write_configuration(with_steps(steps), path)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    bundle = pho.calibrate(
-        model, tokenizer, texts["calibration"], samples=6, context_length=32, rows_per_layer=4
-    )
-    pruned = pho.prune(model, path, bundle)
-    pho.save(model, tokenizer, pruned, tmp_path / "mine")
-    result = CliRunner().invoke(
-        main,
-        [str(word) for word in (
-            "prune", model_folder, "--config", path, "--out", tmp_path / "theirs",
-            "--text", texts["calibration"], "--samples", 6, "--context-length", 32,
-            "--rows-per-layer", 4, "--device", "cpu",
-        )],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    written = [p.relative_to(tmp_path / "mine") for p in (tmp_path / "mine").rglob("*.*")]
-
-    assert Path("pruning/masks.safetensors") in written
-    assert all(
-        (tmp_path / "mine" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
-        for name in written
-        if (tmp_path / "mine" / name).is_file()
-    )
 
 
 def test_in_place(

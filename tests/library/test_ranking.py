@@ -354,11 +354,8 @@ def test_what_was_measured() -> None:
         (("llama", 100), ("llama", 100), 0.2),
         (("gemma3_text", 100), ("gemma3", 100), 0.2),
         (("gemma2", 100), ("gemma3_text", 100), 0.2 * 0.95),
-        (("gemma3_text", 100), ("gemma", None), 0.2),
         (("gemma2", 100), ("llama", 100), 0.2 * 0.85),
-        ((None, 100), ("llama", 100), 0.2 * 0.85),
         (("llama", 100), ("llama", 800), 0.2 * 0.98**3),
-        (("llama", 800), (None, 100), 0.2 * 0.98**3),
         (("llama", None), ("llama", 100), 0.2 * 0.85),
         (("qwen2", 400), ("llama", 100), 0.2 * 0.85 * 0.98**2),
     ],
@@ -543,7 +540,7 @@ _wanted = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(settings.get_profile("suite"))
 @given(st.lists(st.tuples(_documents, _targets), max_size=4), _wanted)
 def test_rank_takes_all(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
     """Whatever a file that is taken holds, it is ranked once, with numbers that JSON has."""
@@ -614,36 +611,18 @@ def nested(depth: int) -> Any:
     [
         (document(version=3), "it has format version 3, but this PHO reads version 2"),
         (transfer(version=2), "it is a transfer of format version 2, but this PHO reads version 1"),
-        (transfer(TARGET, configuration=document(version=3)), "it: configuration has format vers"),
         (transfer(TARGET, configuration=transfer()), "it: configuration is not a configuration"),
         (transfer(TARGET, configuration=5), "breaks the format: configuration"),
-        (transfer(TARGET, targets={}), "breaks the format: targets"),
         (transfer({}), r"breaks the format: targets\.0\.target"),
-        (transfer({**TARGET, "perplexities": {"ria": "much"}}), r"targets\.0\.perplexities\.ria"),
-        (transfer({**TARGET, "model": []}), r"targets\.0\.model"),
         (transfer(TARGET, more=1), "breaks the format: more"),
         (transfer(*[TARGET] * 1001), "breaks the format: targets: .* at most 1000 items"),
         (document(pattern="-0.5"), "sparsity -0.5 is not between 0 and 1"),
-        (document(pattern=0.5), "breaks the format: pattern"),
-        (document(pattern="2:4", coefficients={}), r"coefficients\.row"),
         (document(model={"name": float("nan")}), "it contains a value that JSON cannot represent"),
-        (
-            document(objective={"value": float("inf")}),
-            "it contains a value that JSON cannot represent",
-        ),
-        (
-            transfer({**TARGET, "gain": float("-inf")}),
-            "it contains a value that JSON cannot represent",
-        ),
-        (document(model={"name": "\ud800"}), "it contains a value that JSON cannot represent"),
         (document(model={"\udfff": 1}), "it contains a value that JSON cannot represent"),
         (document(model={"name": "a\x00b"}), r"it holds the character U\+0000"),
-        (transfer({**TARGET, "\x00": 1}), r"it holds the character U\+0000"),
         (document(model={"name": nested(100)}), "more than 100 lists and objects deep"),
         (document(model={"name": nested(100_000)}), "more than 100 lists and objects deep"),
-        (nested(5), "it is not a configuration of PHO"),
         (None, "it is not a configuration of PHO"),
-        ("pho-configuration", "it is not a configuration of PHO"),
         ({"format": ["pho-transfer"]}, "it is not a configuration of PHO"),
     ],
 )

@@ -322,6 +322,7 @@ def peaks_of(folder: Path, store: Path) -> dict[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.thorough
 def test_memory(model_folder: Path, tmp_path: Path) -> None:
     """A model is measured, pruned and saved in the memory of two blocks and what they compute."""
     config = LlamaConfig(

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
-from pho_service.errors import BundleError, InvalidInput, StudyError
+from pho_service.errors import InvalidInput, StudyError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.proxy_rating import rate_by_proxy
 from pho_service.pipeline.rating import ReportText
@@ -234,17 +234,6 @@ def test_width_and_groups(bundle: ProxyBundle, request_of: Any, searched: Any) -
     """A width that M does not divide is refused before a study is made, and the layer named."""
     with pytest.raises(InvalidInput, match=r"model\.layers\.0\.\S+: in_features=32 .* M=5"):
         searched(request_of(pattern=Pattern.parse("2:5")), bundle)
-
-
-def test_other_model(
-    bundle: ProxyBundle, request_of: Any, model: LanguageModel, searched: Any
-) -> None:
-    """A bundle of other weights is refused."""
-    for linear in model.linears.values():
-        linear.weight.mul_(2)
-
-    with pytest.raises(BundleError, match="of another model: the weights of"):
-        searched(request_of(), bundle, model=model)
 
 
 def test_studies_do_not_mix(

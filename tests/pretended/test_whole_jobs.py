@@ -1,5 +1,7 @@
 """
 What users ask for as a whole, on a pretended GPU: jobs from the model to the result, and verbs.
+
+`make test` runs the verbs; all else is thorough.
 """
 
 import json
@@ -41,36 +43,23 @@ SEARCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "best": ("0.5", "layer", {"preset": "best"}),
     "best at 2:4": ("2:4", "row", {"preset": "best"}),
 }
-# What each kind of model is searched for in the first place; the rest is thorough.
-FIRST = {
-    ("llama", "row"), ("llama", "gini"), ("llama-bfloat16", "layer"), ("llama-streamed", "global"),
-    ("mixtral", "2:4"), ("gpt-2", "global"),
-}  # fmt: skip
 LONG = ("perplexity", "crepe-plus", "best", "best at 2:4")  # each finalist is pruned with a text
 
 
 MODELS = ("llama", "llama-bfloat16", "llama-streamed", "mixtral", "gpt-2")
 
 
-def searches() -> list[Any]:
+def searches() -> list[tuple[str, str]]:
     """Each kind of model with each search that is not long, but where one is as scope layer."""
     return [
-        pytest.param(
-            name,
-            how,
-            marks=() if (name, how) in FIRST else pytest.mark.thorough,
-            id=f"{name}-{how}",
-        )
+        (name, how)
         for name in MODELS
         for how in SEARCHES
         if how not in LONG and (how not in ("row", "gini") or name in ("llama", "gpt-2"))
     ]
 
 
-@pytest.fixture(
-    params=[pytest.param("llama", marks=pytest.mark.thorough), *MODELS[1:3],
-            pytest.param("mixtral", marks=pytest.mark.thorough), "gpt-2"]
-)  # fmt: skip
+@pytest.fixture(params=MODELS)
 def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
     """Each kind of model; tests/pipeline/test_two_gpus.py takes the one on two cards."""
     return subject_of(request.param)
@@ -100,6 +89,7 @@ def search(subject: Subject, how: str, folder: Path) -> SearchResult:
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "how"), searches())
 def test_search(
     subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
@@ -112,10 +102,9 @@ def test_search(
     path(f"{name}: search, {how}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", LONG)
-@pytest.mark.parametrize(
-    "name", ["llama-bfloat16", pytest.param("gpt-2", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("name", ["llama-bfloat16", "gpt-2"])
 def test_long_search(
     subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
 ) -> None:
@@ -144,6 +133,7 @@ def configuration_of(subject: Subject, pattern: str, preset: str) -> Configurati
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_compare(subject: Subject, path: Path_) -> None:
     """Baselines of each kind beside a configuration."""
     pattern = "0.5" if "bfloat16" in subject.name else "2:4"
@@ -167,6 +157,7 @@ def test_compare(subject: Subject, path: Path_) -> None:
     path(f"{subject.name}: compare, {pattern}")
 
 
+@pytest.mark.thorough
 def test_validate(subject: Subject, path: Path_) -> None:
     """Random candidates by every proxy and by perplexity."""
     result = validate_job(
@@ -183,6 +174,7 @@ def test_validate(subject: Subject, path: Path_) -> None:
     path(f"{subject.name}: validate")
 
 
+@pytest.mark.thorough
 def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
     """A configuration that was found elsewhere, and the model's own best."""
     target = Calibrated(
@@ -209,6 +201,7 @@ def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
     path(f"{subject.name}: transfer")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("over", ["mean", "worst"])
 def test_joint_search(
     subject_of: Callable[[str], Subject], over: str, path: Path_, tmp_path: Path
@@ -227,6 +220,7 @@ def test_joint_search(
     path(f"joint search, {over}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("pattern", "preset"), [("0.5", "best"), ("2:4", "crepe-plus")])
 def test_prune_and_check(
     subject_of: Callable[[str], Subject],

@@ -37,6 +37,8 @@ from pho_service.spec.pattern import Pattern
 from pho_service.spec.score import Coefficients
 from pho_service.spec.steps import CHOOSING, PERMUTATIONS, REPRUNINGS, UPDATES, Steps
 
+pytestmark = pytest.mark.thorough
+
 Path_ = Callable[[str], None]
 SUBJECTS = tuple(CONFIGS)
 CREPE = Coefficients(
@@ -58,12 +60,7 @@ FEW = {("none", "none"), ("swaps", "obs"), ("dsnot", "least-squares")}
 ALIKE = ("llama-bfloat16-streamed", "llama-two-cards")  # as others in most
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.thorough) if name in ALIKE else name
-        for name in SUBJECTS
-    ]
-)
+@pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject]) -> Subject:
     """Each kind of model."""
     return subject_of(request.param)
@@ -190,7 +187,7 @@ def test_proxies(subject: Subject, pattern: Pattern, path: Path_) -> None:
     )
 
 
-def combinations() -> list[Any]:
+def combinations() -> list[tuple[str, ...]]:
     """
     Of steps, for every way that a model is loaded.
 
@@ -207,12 +204,7 @@ def combinations() -> list[Any]:
         return steps in (FEW if name in ALIKE else once)
 
     return [
-        pytest.param(
-            name,
-            pattern,
-            *steps,
-            marks=() if name == "llama" or pattern == "2:4 row" else pytest.mark.thorough,
-        )
+        (name, pattern, *steps)
         for name, pattern in product(SUBJECTS, ("0.5 row", "0.5 layer", "2:4 row"))
         for steps in AFTERWARDS
         if wanted(name, pattern, steps)

@@ -14,7 +14,6 @@ from torch import Tensor
 from pho_service.pruning import kernels
 from pho_service.pruning.scores import plain_combine_terms
 from pho_service.pruning.selection import (
-    count_below,
     keep_highest,
     plain_add_digits,
     plain_keep_highest,
@@ -98,15 +97,6 @@ def test_add_digits(shift: int, width: int, prefix: int) -> None:
 
     assert float(plain.sum()) > 0
     assert torch.allclose(ours, plain, rtol=1e-12)
-
-
-def test_count_below() -> None:
-    """Scores below a threshold and equal to it are counted line by line."""
-    score = drawn("ties", 9, 700)
-    below, tied = count_below(score, 2.0)
-
-    assert below.tolist() == (score < 2).sum(dim=1).tolist()
-    assert tied.tolist() == (score == 2).sum(dim=1).tolist()
 
 
 @pytest.fixture

@@ -65,44 +65,6 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(bits, before[name]) for name, bits in bits_of(model).items())
 
 
-@pytest.mark.parametrize("tenths", [1, 3, 5, 7, 9])
-def test_row_counts(linears: Linears, statistics: Statistics, tenths: int) -> None:
-    """In scope row every output row loses the same number, rounded down."""
-    for name, mask in masks_of(linears, statistics, f"0.{tenths}", "row").items():
-        width = linears[name].weight.shape[1]
-
-        assert mask.shape == linears[name].weight.shape
-        assert set((~mask).sum(dim=1).tolist()) == {width * tenths // 10}
-
-
-@pytest.mark.parametrize("tenths", [1, 3, 5, 7, 9])
-def test_layer_counts(linears: Linears, statistics: Statistics, tenths: int) -> None:
-    """In scope layer every linear loses the same share, rounded down."""
-    for name, mask in masks_of(linears, statistics, f"0.{tenths}", "layer").items():
-        assert int((~mask).sum()) == linears[name].weight.numel() * tenths // 10
-
-
-@pytest.mark.parametrize("ratio", ["0.1", "0.33333", "0.5", "0.777", "0.9"])
-def test_global_count(linears: Linears, statistics: Statistics, ratio: str) -> None:
-    """In scope global the whole model loses exactly its share, and linears differ in theirs."""
-    masks = masks_of(linears, statistics, ratio, "global")
-    total = sum(mask.numel() for mask in masks.values())
-    shares = {float((~mask).float().mean()) for mask in masks.values()}
-
-    assert total == 18_432
-    assert sum(int((~mask).sum()) for mask in masks.values()) == Pattern.parse(ratio).removed(total)
-    assert len(shares) > 1
-
-
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
-def test_group_counts(linears: Linears, statistics: Statistics, pattern: str) -> None:
-    """In N:M every run of M neighbouring input channels keeps exactly N."""
-    keep, group = map(int, pattern.split(":"))
-
-    for mask in masks_of(linears, statistics, pattern).values():
-        assert mask.view(len(mask), -1, group).sum(dim=-1).unique().tolist() == [keep]
-
-
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("coefficients", [RIA, CREPE], ids=["ria", "crepe"])
 def test_kept_are_the_top(

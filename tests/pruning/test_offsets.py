@@ -8,7 +8,7 @@ import torch
 
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.layer_view import LayerView
-from pho_service.spec.allocation import Allocation
+from pho_service.spec.allocation import ALLOCATIONS, Allocation
 from pho_service.spec.pattern import Pattern
 
 SHAPES = {
@@ -49,7 +49,7 @@ def kept_odds(name: str, sparsity: float) -> float:
     return math.log((1 - sparsity) / sparsity) + OFFSETS.get(name.split(".")[2], 0.0) + curve
 
 
-@pytest.mark.parametrize("method", ["uniform", "owl", "fisher", "curves"])
+@pytest.mark.parametrize("method", ALLOCATIONS)
 @pytest.mark.parametrize("pattern", ["0.3", "0.6", "0.9"])
 def test_total_and_bounds(method: str, pattern: str) -> None:
     """The model loses exactly what the pattern says, and each linear lies within the spread."""

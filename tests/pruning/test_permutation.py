@@ -377,27 +377,3 @@ def test_no_error_to_lower() -> None:
 
     order = permute_for_error([linear], random_gram(16), keep=2, group=4)
     assert torch.equal(order, torch.arange(16))
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ({"keep": 4, "group": 4}, "1 <= keep < group"),
-        ({"keep": 0, "group": 4}, "1 <= keep < group"),
-        ({"keep": 2, "group": 5}, "not a multiple of M=5"),
-        ({"keep": 2, "group": 4, "sweeps": -1}, "at least 0"),
-        ({"keep": 2, "group": 4, "max_rows": 0}, "at least 1"),
-    ],
-)
-def test_numbers_out_of_range(numbers: dict[str, int], message: str) -> None:
-    """A number out of range is a programmer's fault."""
-    with pytest.raises(ValueError, match=message):
-        permute_channels(random_score(3, 8), **numbers)
-
-
-def test_shapes_must_fit() -> None:
-    """Linears share one input, and there is at least one."""
-    with pytest.raises(ValueError, match="no linears"):
-        permute_for_error([], random_gram(8), keep=2, group=4)
-    with pytest.raises(ValueError, match="do not fit a weight of 3 x 8"):
-        permute_for_error([random_linear(3, 8)], random_gram(12), keep=2, group=4)

@@ -282,17 +282,6 @@ def test_nothing_to_rate(linears: Linears, statistics: Statistics) -> None:
     assert ProxyEvaluator(bundle_of(linears, statistics)).evaluate([]) == []
 
 
-@pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_more_sparsity_more_error(linears: Linears, statistics: Statistics, scope: str) -> None:
-    """Removing far more weights costs more in every measure."""
-    evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
-    mild, harsh = evaluator.evaluate([candidate_of("ria", r, scope) for r in ("0.2", "0.8")])
-
-    assert mild.fisher < harsh.fisher
-    assert mild.relative < harsh.relative
-    assert mild.absolute < harsh.absolute
-
-
 @pytest.mark.parametrize(("pattern", "scope"), PATTERNS)
 def test_gini(linears: Linears, statistics: Statistics, pattern: str, scope: str) -> None:
     """Gini is that of the scores with removed ones at 0, averaged over layers by weights."""

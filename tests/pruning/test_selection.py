@@ -17,65 +17,11 @@ def sorted_mask(line: list[float], removed: int) -> list[bool]:
     return [i in kept for i in range(len(line))]
 
 
-def with_ties(*shape: int) -> Tensor:
-    """Few distinct whole numbers, so most scores are tied."""
-    return torch.randint(4, shape, generator=torch.Generator().manual_seed(0)).float()
-
-
-@pytest.mark.parametrize("removed", range(14))
-def test_keep_highest_ties(removed: int) -> None:
-    """With many ties a line still loses exactly ``removed``, and the lower index stays."""
-    score = with_ties(5, 13)
-    mask = keep_highest(score, removed)
-
-    assert mask.sum(dim=1).tolist() == [13 - removed] * 5
-    assert mask.tolist() == [sorted_mask(line, removed) for line in score.tolist()]
-
-
-@pytest.mark.parametrize("removed", [1, 50, 199])
-def test_keep_highest_distinct(removed: int) -> None:
-    """Without ties the highest scores of each line stay."""
-    score = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    mask = keep_highest(score, removed)
-
-    assert mask.tolist() == [sorted_mask(line, removed) for line in score.tolist()]
-
-
-@pytest.mark.parametrize("removed", [0, 3, 8])
-def test_keep_highest_all_equal(removed: int) -> None:
-    """If all scores are equal, the last ones go."""
-    mask = keep_highest(torch.zeros(2, 8), removed)
-
-    assert mask.tolist() == [[True] * (8 - removed) + [False] * removed] * 2
-
-
 @pytest.mark.parametrize("removed", [-1, 5])
 def test_keep_highest_out_of_range(removed: int) -> None:
     """More than all, or fewer than none, cannot be removed."""
     with pytest.raises(ValueError, match=f"removed={removed}"):
         keep_highest(torch.zeros(2, 4), removed)
-
-
-@pytest.mark.parametrize(
-    ("keep", "group"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (2, 3), (63, 64), (1, 64)]
-)
-@pytest.mark.parametrize("ties", [True, False])
-def test_nm_mask(keep: int, group: int, *, ties: bool) -> None:
-    """Every run keeps exactly its N highest scores of M; on a tie the lower index stays."""
-    width = 2 * group
-    score = (
-        with_ties(6, width)
-        if ties
-        else torch.randn(6, width, generator=torch.Generator().manual_seed(0))
-    )
-    expected = [
-        sorted_mask(line[:group], group - keep) + sorted_mask(line[group:], group - keep)
-        for line in score.tolist()
-    ]
-    mask = nm_mask(score, keep=keep, group=group)
-
-    assert mask.tolist() == expected
-    assert mask.view(6, 2, group).sum(dim=-1).unique().tolist() == [keep]
 
 
 def test_nm_mask_all_orders() -> None:
@@ -134,14 +80,6 @@ def test_threshold(kind: str, share: float) -> None:
     removed = share * sum(values.numel() * weight for values, weight in chunks)
 
     assert threshold_of(lambda: chunks, removed) == sorted_threshold(chunks, removed)
-
-
-def test_threshold_every_count() -> None:
-    """With weight 1, removing c makes the threshold the c-th smallest score, for every c."""
-    values = with_ties(23)
-    ordered = sorted(values.tolist())
-
-    assert [threshold_of(lambda: [(values, 1.0)], c) for c in range(1, 24)] == ordered
 
 
 def test_threshold_chunks_do_not_matter() -> None:

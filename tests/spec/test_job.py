@@ -359,7 +359,7 @@ def accepted(document: dict[str, Any]) -> JobSpec:
         raise
 
 
-@examples(max_examples=150, deadline=None, derandomize=True)
+@examples(examples.get_profile("suite"))
 @given(documents)
 def test_round_trip(document: dict[str, Any]) -> None:
     """An accepted document comes out of JSON, and so out of the database, as it went in."""
@@ -371,7 +371,7 @@ def test_round_trip(document: dict[str, Any]) -> None:
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-@examples(max_examples=150, deadline=None, derandomize=True)
+@examples(examples.get_profile("suite"))
 @given(documents)
 def test_accepted_can_be_searched(document: dict[str, Any]) -> None:
     """An accepted document gives a plan for each island, and a name that a study can have."""
@@ -392,7 +392,7 @@ json_values = st.recursive(
 )
 
 
-@examples(max_examples=150, deadline=None, derandomize=True)
+@examples(examples.get_profile("suite"))
 @given(documents, st.sampled_from(sorted(JobSpec.model_fields)), json_values)
 def test_anything_is_refused_in_order(document: dict[str, Any], field: str, value: Any) -> None:
     """Whatever JSON a field holds, the document is taken or refused by a ValidationError."""

@@ -90,12 +90,6 @@ def test_removed(sparsity: float, count: int, expected: int) -> None:
     assert Pattern(sparsity=sparsity).removed(count) == expected
 
 
-@pytest.mark.parametrize("hundredths", range(1, 100))
-def test_removed_hundredths(hundredths: int) -> None:
-    """h hundredths of 1000 are exactly 10 h, whatever the binary value of the ratio."""
-    assert Pattern.parse(f"0.{hundredths:02}").removed(1000) == 10 * hundredths
-
-
 @pytest.mark.parametrize("text", ["1:4", "2:4", "3:4", "4:8", "63:64"])
 def test_removed_of_groups(text: str) -> None:
     """N:M removes exactly M - N of M."""

@@ -172,7 +172,10 @@ class TestFolder:
         assert running_url(folder) is None
         assert running_url(folder / "not there") is None
 
-    @pytest.mark.parametrize("name", ["~a+b", "100%41", "ümläut"])
+    @pytest.mark.parametrize(
+        "name",
+        ["~a+b", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("100%41", "ümläut"))],
+    )
     def test_odd_names(self, folder: Path, name: str) -> None:
         """A folder with an odd name serves as well, for the queue and Optuna too."""
         with embedded_postgresql(folder / name) as url:

@@ -417,16 +417,6 @@ class TestSubmit:
 class TestReading:
     """Pages, and who sees what."""
 
-    def test_no_jobs(self, store: JobStore) -> None:
-        """An empty database has an empty page."""
-        assert store.page() == []
-
-    def test_newest_first(self, store: JobStore) -> None:
-        """A page has the newest jobs, with their stages."""
-        made = [submit(store) for _ in range(4)]
-
-        assert store.page(limit=3) == made[:0:-1]
-
     @pytest.mark.parametrize("limit", [1, 2, 7])
     def test_walk(self, store: JobStore, limit: int) -> None:
         """Page by page, each job comes once, though new ones arrive meanwhile."""
@@ -437,22 +427,6 @@ class TestReading:
             submit(store)
 
         assert [job.id for job in seen] == [job.id for job in reversed(made)]
-
-    def test_states(self, store: JobStore) -> None:
-        """Only jobs in the given states are listed."""
-        jobs_ = [submit(store) for _ in range(4)]
-        store.ask(jobs_[1].id, "pause")
-        store.ask(jobs_[2].id, "cancel")
-        page = store.page(JobFilter(states=[JobState.PAUSED, JobState.CANCELLED]))
-
-        assert [job.id for job in page] == [jobs_[2].id, jobs_[1].id]
-
-    def test_visible_to(self, store: JobStore) -> None:
-        """A key sees its own jobs, not those of others nor those of nobody."""
-        mine, yours = (KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab")
-        made = [submit(store, owner_id=owner) for owner in (mine, yours, None, mine)]
-
-        assert [j.id for j in store.page(JobFilter(visible_to=mine))] == [made[3].id, made[0].id]
 
     def test_filters_together(self, store: JobStore) -> None:
         """States, owner, cursor and limit hold all at once."""
@@ -505,10 +479,6 @@ class TestReading:
             (StageKind.SEARCH, StageState.RUNNING): 2,
         }
 
-    def test_no_counts(self, store: JobStore) -> None:
-        """An empty database counts nothing."""
-        assert store.counts() == ({}, {})
-
 
 class TestClaim:
     """A stage is one worker's, until it is another's."""
@@ -558,20 +528,6 @@ class TestClaim:
         assert store.claim(stage, outdated, OTHER) is None
         assert store.watch(taken) is JobState.RUNNING
         assert store.get(job.id).stages[0].failures == 0
-
-    def test_no_such_stage(self, store: JobStore) -> None:
-        """An entry whose stage is not there is nothing to do."""
-        assert store.claim(123_456, 1, WORKER) is None
-
-    def test_deleted_job(self, store: JobStore) -> None:
-        """An entry whose job was deleted is nothing to do."""
-        job = submit(store)
-        stage = job.stages[0].id
-        entry = queue_id(store, stage)
-        store.ask(job.id, "cancel")
-        remove(store, job.id)
-
-        assert store.claim(stage, entry, WORKER) is None
 
     def test_deleted_while_claiming(self, store: JobStore) -> None:
         """A job that goes while a claim waits for it is nothing to do."""

@@ -40,6 +40,7 @@ class TestOptunaStorage(StorageTestCase):
             copy.engine.dispose()
 
 
+@pytest.mark.thorough
 class TestOptunaStorageInAFile(StorageTestCase):
     """The same of a file, as `pho search` opens it."""
 

@@ -177,6 +177,7 @@ class TestOnlyItsOwners:
         assert (theirs / "postgresql").owner() == "nobody"
 
     @pytest.mark.parametrize("runs", [True, False], ids=["running", "stopped"])
+    @pytest.mark.thorough
     def test_folder_of_the_last_version(self, folder: Path, runs: bool) -> None:
         """
         A folder that trusts everybody is closed before it is used, and keeps what it holds.

@@ -512,7 +512,9 @@ class Life:
 class TestLife:
     """No order of events leaves a job with nobody to do its work."""
 
-    @pytest.mark.parametrize("seed", range(25))
+    @pytest.mark.parametrize(
+        "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(8, 25))]
+    )
     def test_ends(self, database: Database, seed: int) -> None:
         """Whatever happened to a job: resumed, and then left alone, it succeeds."""
         life = Life(database, seed)

@@ -15,6 +15,7 @@ from cmaes import CatCMAwM
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.finalists import (
@@ -94,7 +95,7 @@ def undisturbed(tmp_path: Path, plan: SearchPlan) -> list[tuple[object, ...]]:
     return trials_of(url)
 
 
-@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_resumed(tmp_path: Path, url: str, sampler: str) -> None:
     """Interrupted and continued, a search has the trials of an undisturbed one, bit for bit."""
     plan = replace(PLAN, sampler=sampler, trials=16 if sampler == "gp" else 30)

@@ -12,6 +12,7 @@ from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.score import Coefficients
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
@@ -58,7 +59,7 @@ def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_first_trials(sampler: str) -> None:
     """What was found elsewhere is rated right after the baselines, whatever the sampler."""
     plan = replace(WARM, sampler=sampler, trials=24)

@@ -54,9 +54,13 @@ def bundles(crew: Any) -> dict[str, int]:
             id="confirmed-on-held-out-windows",
             marks=pytest.mark.thorough,
         ),
-        pytest.param({"confirm": None}, id="not-confirmed"),
+        pytest.param({"confirm": None}, id="not-confirmed", marks=pytest.mark.thorough),
         pytest.param({"objective": {"name": "gini"}}, id="gini", marks=pytest.mark.thorough),
-        pytest.param({"objective": {"name": "perplexity"}, "trials": 15}, id="perplexity"),
+        pytest.param(
+            {"objective": {"name": "perplexity"}, "trials": 15},
+            id="perplexity",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             {"objective": {"name": "perplexity"}, "sampler": "hill-climb", "trials": 300},
             id="hill-climb-to-its-end",
@@ -76,10 +80,12 @@ def bundles(crew: Any) -> dict[str, int]:
                 "stream": True,
             },
             id="4:8-streamed",
+            marks=pytest.mark.thorough,
         ),
         pytest.param(
             {"scope": "global", "sampler": "tpe", "search_space": {"row_share": [0.2, 0.8]}},
             id="tpe-global",
+            marks=pytest.mark.thorough,
         ),
     ],
 )
@@ -130,6 +136,7 @@ def test_layers(crew: Any, spec_of: Any) -> None:
     assert len({sparsity for _, _, _, sparsity in cells}) > 3
 
 
+@pytest.mark.thorough
 def test_some_linears(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """A job that leaves linears dense finds what `pho search` finds, and shows which they are."""
     linears = {"ignore": ["*.o_proj"], "sparsities": {"*.down_proj": 0.25}}
@@ -168,6 +175,7 @@ def test_extend(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     assert found(job)["confirmation"]["perplexity"] == min(perplexities)
 
 
+@pytest.mark.thorough
 def test_extend_unconfirmed(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Where nothing is confirmed, it ends as if it had been that long from the start."""
     job = crew.done(spec_of(trials=20, confirm=None))
@@ -188,6 +196,7 @@ def test_extend_while_it_runs(crew: Any, spec_of: Any, undisturbed: Any, found: 
     assert found(job) == alone.configuration
 
 
+@pytest.mark.thorough
 def test_extend_what_has_ended(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """A hill climb that ended by itself has nothing more to do when it is given more trials."""
     job = crew.done(spec_of(sampler="hill-climb", trials=300))
@@ -213,6 +222,7 @@ def test_timeout(crew: Any, spec_of: Any, undisturbed: Any) -> None:
     assert search.result["out_of_time"]
 
 
+@pytest.mark.thorough
 def test_one_bundle(crew: Any, spec_of: Any) -> None:
     """Jobs with the same calibration share one bundle, which is made once."""
     before = bundles(crew)
@@ -256,6 +266,7 @@ def test_text_is_missing(crew: Any, spec_of: Any, folder: Path) -> None:
     assert job.error is None
 
 
+@pytest.mark.thorough
 def test_confirmation_text_is_missing(crew: Any, spec_of: Any, folder: Path) -> None:
     """A text that is only needed later is missed before the search."""
     error = crew.failed(spec_of(confirm={"text": str(folder / "nothing.jsonl")}))
@@ -272,6 +283,7 @@ def test_model_outside(crew: Any, spec_of: Any) -> None:
     assert "PHO_MODEL_ROOTS" in error["message"]
 
 
+@pytest.mark.thorough
 def test_width_and_groups(crew: Any, spec_of: Any) -> None:
     """A width that M does not divide fails before the search, and the layer is named."""
     error = crew.failed(spec_of(pattern="2:5"))
@@ -280,6 +292,7 @@ def test_width_and_groups(crew: Any, spec_of: Any) -> None:
     assert "model.layers.0.self_attn.q_proj: in_features=32" in error["message"]
 
 
+@pytest.mark.thorough
 def test_broken_weights(crew: Any, spec_of: Any, folder: Path) -> None:
     """An error in a layer keeps the layer."""
     model = LlamaForCausalLM.from_pretrained(folder / "model")
@@ -310,6 +323,7 @@ def test_too_many_failed_trials(crew: Any, spec_of: Any) -> None:
     assert error["candidate"]["coefficients"].keys() >= {"row", "column", "neighbourhood"}
 
 
+@pytest.mark.thorough
 def test_failed_perplexity(crew: Any, spec_of: Any, folder: Path) -> None:
     """A perplexity that cannot be measured fails the job, and the candidate is kept."""
     text = folder / "confirmation.jsonl"
@@ -401,6 +415,7 @@ def test_worker_is_seen(crew: Any, spec_of: Any) -> None:
     assert crew.at_work()[process].stage is None
 
 
+@pytest.mark.thorough
 def test_restricted(own_crew: Any, spec_of: Any) -> None:
     """A worker with --stages does those alone, and is listed with them."""
     worker = own_crew.start("--stages", "calibrate, search")
@@ -419,6 +434,7 @@ def test_restricted(own_crew: Any, spec_of: Any) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_four_workers(crew: Any, spec_of: Any, found: Any) -> None:
     """Four workers find what one does: the same trials in all islands, the same best."""
     one = crew.done(spec_of(islands=3, trials=24))

@@ -135,6 +135,7 @@ def test_frozen(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     assert found(job) == alone.configuration
 
 
+@pytest.mark.thorough
 def test_frozen_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """Also if it froze in the midst of a write: its locks hold up nobody for long."""
     alone = undisturbed(spec_of(trials=TRIALS))
@@ -150,6 +151,7 @@ def test_frozen_in_a_write(crew: Any, spec_of: Any, undisturbed: Any, found: Any
     assert found(job) == alone.configuration
 
 
+@pytest.mark.thorough
 def test_woken_after_a_kill(crew: Any, spec_of: Any, undisturbed: Any, found: Any) -> None:
     """A worker that has lost its stage does not take it out of the queue when it wakes."""
     alone = undisturbed(spec_of(trials=TRIALS))

@@ -134,6 +134,7 @@ def test_without_report(crew: Any, transfer_of: Any, other: Path) -> None:
     assert mine["report"] is None
 
 
+@pytest.mark.thorough
 def test_does_not_hold(crew: Any, searched: Any, transfer_of: Any, other: Path) -> None:
     """Where the configuration is worse than RIA, a warning says so and what to do."""
     nonsense = {"row": 0.0, "column": 1.0, "neighbourhood": 0.0, "kernel_size": 3,
@@ -174,6 +175,7 @@ def test_killed(crew: Any, transfer_of: Any, other: Path, home: Path) -> None:
     assert any(stage.failures for stage in done.of_kind(StageKind.TRANSFER))
 
 
+@pytest.mark.thorough
 def test_paused_and_cancelled(crew: Any, transfer_of: Any, other: Path) -> None:
     """A transfer is paused, resumed and cancelled as any job."""
     job = crew.submit(transfer_of(other, search={"trials": 2000, "confirm": {"windows": 3}}))
@@ -210,6 +212,7 @@ def test_joint(crew: Any, spec_of: Any, found: Any, other: Path, tmp_path: Path)
     assert list(job.of_kind(StageKind.FINISH)[0].result["layers"]) == spec.models
 
 
+@pytest.mark.thorough
 def test_joint_transfer(crew: Any, spec_of: Any, transfer_of: Any, other: Path) -> None:
     """What a joint search has found can be measured on each of its models."""
     joint = crew.done(spec_of(trials=20, confirm=None, more_models=[str(other)]))
