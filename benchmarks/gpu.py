@@ -29,10 +29,9 @@ from gpu_parts import (
     statistics_apart,
     tensors_apart,
 )
-from gpu_shapes import SHAPES, Shape, write_model
+from gpu_shapes import SHAPES, Shape, random_text, write_model
 from gpu_tables import print_shape, write_tables
 from machine import card, conditions, software
-from random_llama import random_text
 
 from pho_service.cli.terminal import progress, say, verb
 from pho_service.host.files import new_file
@@ -46,6 +45,7 @@ from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
+from pho_service.planning.headers import read_header
 from pho_service.planning.machines import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
 from pho_service.progress import Run
@@ -181,7 +181,8 @@ class _Job:
                 "confirm": {"windows": len(self.report.windows)},
             }
         )  # fmt: skip
-        return plan_job(spec, json.loads(self.shape.config().to_json_string()), self.machine())
+        header = read_header(self.shape.like, path=str(self.folder / "model"))
+        return plan_job(spec, header, self.machine())
 
     def machine(self) -> Machine:
         """One with this memory; its rates are not looked at."""

@@ -46,11 +46,6 @@ class Part:
     main: int | None
     times: float = 1.0
 
-    @property
-    def tokens_a_second(self) -> float | None:
-        """How fast the model ran."""
-        return self.tokens / self.seconds if self.tokens else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:

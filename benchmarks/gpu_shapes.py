@@ -2,6 +2,7 @@
 Models with the shapes of published ones and random weights, as folders that `pho` reads.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+
+from pho_service.models.calibration import CalibrationText
+from pho_service.models.texts import TextRecord
+from pho_service.spec.calibration import CalibrationSettings
 
 SHARD = "2GB"
 
@@ -104,3 +109,17 @@ def write_model(shape: Shape, folder: Path, *, device: torch.device, seed: int) 
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer = Tokenizer(WordLevel({"a": 0}))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def random_text(settings: CalibrationSettings, vocabulary: int) -> CalibrationText:
+    """As many windows of random tokens as the settings ask for, none held out."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.samples, settings.context_length)
+    windows = torch.randint(vocabulary, shape, generator=generator)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return CalibrationText(
+        calibration=windows,
+        beside=windows[:0],
+        record=TextRecord(source="random tokens", sha256=digest, documents=0),
+        bundle_key=digest,
+    )

@@ -13,12 +13,6 @@ from pho_service.spec.presets import Preset
 from pho_service.tuning.request import SearchRequest
 
 
-def request_of(name: str, pattern: Pattern, **options: Any) -> SearchRequest:
-    """The search of a preset, with options such as ``trials``."""
-    preset = Preset.of(name, pattern)
-    return SearchRequest(pattern=pattern, steps=preset.steps, bounds=preset.bounds, **options)
-
-
 def searched(
     subject: Subject,
     name: str,
@@ -43,7 +37,15 @@ def searched(
     Returns:
         What was found, and JSON values that say what it is.
     """
-    request = request_of(name, pattern, trials=trials, seed=seed, finalists=finalists)
+    preset = Preset.of(name, pattern)
+    request = SearchRequest(
+        pattern=pattern,
+        steps=preset.steps,
+        bounds=preset.bounds,
+        trials=trials,
+        seed=seed,
+        finalists=finalists,
+    )
     confirm = confirm_steps or not request.steps.needs_text
     result = search_job(
         request,

@@ -1,11 +1,9 @@
 """A model with the texts and statistics that a benchmark prunes it with."""
 
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from domains import DOMAINS
 from torch import Tensor
@@ -102,12 +100,6 @@ def load_subject(
         confirmation=first_windows(model, texts["confirmation"], confirm_windows, context_length),
         report=first_windows(model, texts["report"], report_windows, context_length),
     )
-
-
-def passing_subject(model: str, **options: Any) -> Subject:
-    """As :func:`load_subject` in float32, with texts and bundle in a folder that is gone again."""
-    with tempfile.TemporaryDirectory() as folder:
-        return load_subject(model, Path(folder), dtype="float32", **options)
 
 
 def first_windows(model: LanguageModel, path: Path, count: int, context_length: int) -> ReportText:

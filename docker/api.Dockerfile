@@ -24,7 +24,9 @@ RUN --mount=type=bind,source=requirements/api.txt,target=/requirements.txt \
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir --root-user-action=ignore --no-deps /wheel/*.whl && pip check
 
+# The hub's library keeps the configurations that plans are made from in HF_HOME.
 ENV PYTHONUNBUFFERED=1 \
+    HF_HOME=/tmp/huggingface \
     PHO_HOST=0.0.0.0 \
     PHO_WORKERS=0
 USER 10001

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from pho_service.interface.measured import evaluate as evaluate
     from pho_service.interface.objective import configuration as configuration
     from pho_service.interface.objective import objective as objective
-    from pho_service.interface.packed import load_packed as load_packed
-    from pho_service.interface.packed import pack as pack
-    from pho_service.interface.packed import unpack as unpack
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
     from pho_service.interface.semi_structured import load_semi_structured as load_semi_structured
     from pho_service.models.bundle_file import read_bundle as read_bundle
     from pho_service.models.hub import push as push
     from pho_service.models.loading import load_model as load_model
+    from pho_service.models.loading import load_packed as load_packed
+    from pho_service.models.packed import pack as pack
+    from pho_service.models.packed import unpack as unpack
     from pho_service.spec.configuration import Configuration as Configuration
     from pho_service.spec.configuration import read_configuration as read_configuration
     from pho_service.spec.configuration import write_configuration as write_configuration
@@ -51,10 +51,10 @@ _HOME = {
     "curve": "interface.curve",
     "evaluate": "interface.measured",
     "load_model": "models.loading",
-    "load_packed": "interface.packed",
+    "load_packed": "models.loading",
     "load_semi_structured": "interface.semi_structured",
     "objective": "interface.objective",
-    "pack": "interface.packed",
+    "pack": "models.packed",
     "prune": "interface.pruned",
     "push": "models.hub",
     "read_bundle": "models.bundle_file",
@@ -62,7 +62,7 @@ _HOME = {
     "save": "interface.pruned",
     "search": "interface.found",
     "search_within": "interface.curve",
-    "unpack": "interface.packed",
+    "unpack": "models.packed",
     "write_configuration": "spec.configuration",
 }
 

@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import text
 
 from storage import studies
-from storage.database import SCHEMAS, Database, known_versions
+from storage.database import SCHEMAS, Database, check_version
 from storage.postmaster import programs
 from storage.studies import StorageError
 
@@ -57,12 +57,7 @@ def restore(database: Database, file: Path) -> None:
             "overwritten. Give the --data-dir of a new folder, or the --database-url of a new "
             "database."
         )
-    revision, known = _revision(database, file, "pho"), known_versions()
-    if revision not in known:
-        raise StorageError(
-            f"{file} was written by a newer PHO: its tables are of version {revision}, and this "
-            f"PHO knows versions up to {max(known)}. Install that PHO, or a newer one."
-        )
+    check_version(_revision(database, file, "pho"), str(file))
     revision = _revision(database, file, "optuna")
     if revision not in studies.known_versions():
         raise StorageError(

@@ -10,7 +10,6 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
@@ -141,18 +140,17 @@ class Database:
 
         Raises:
             DatabaseGone: The server cannot be reached.
-            StorageError: It refuses, or was migrated by a newer PHO or a newer Optuna.
+            StorageError: It refuses, or its tables are of a newer PHO, of a newer Optuna, or of one
+                before the first release.
         """
         config = Config()
         config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
         with self._taking_turns() as connection:
+            check_version(_version(connection), "the database")
             for schema in SCHEMAS:
                 connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
             config.attributes["connection"] = connection
-            try:
-                command.upgrade(config, "head")
-            except CommandError as error:
-                raise StorageError(_newer(str(error))) from error
+            command.upgrade(config, "head")
         with self._taking_turns(), open_storage(self._studies_url(_NO_LIMIT), upgrade=True):
             pass
 
@@ -190,15 +188,13 @@ class Database:
         """
         Raises:
             DatabaseGone: The server cannot be reached, or this version's tables are not there yet.
-            StorageError: It was migrated by a newer PHO.
+            StorageError: Its tables are of a newer PHO, or of one before the first release.
         """
         with self.transaction() as connection:
-            versions = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
-            found = versions.get_current_revision()
+            found = _version(connection)
             # What Optuna writes last of its tables, which come after ours.
             whole = connection.scalar(text("SELECT to_regclass('optuna.alembic_version')"))
-        if found is not None and found not in known_versions():
-            raise StorageError(_newer(f"its version {found!r} is not known here"))
+        check_version(found, "the database")
         if found != ScriptDirectory(_MIGRATIONS).get_current_head() or whole is None:
             raise DatabaseGone(
                 "the database does not have the tables of this version yet: `pho serve` makes them "
@@ -219,11 +215,35 @@ def known_versions() -> set[str]:
     return {script.revision for script in ScriptDirectory(_MIGRATIONS).walk_revisions()}
 
 
-def _newer(cause: str) -> str:
-    return (
-        f"the database was migrated by another version of PHO: {cause}. Install the newest of the "
-        "versions that use it. What it holds is kept."
+def check_version(found: str | None, what: str) -> None:
+    """
+    Args:
+        found: Version of the tables; None if there are none yet.
+        what: What they are in, for the message.
+
+    Raises:
+        StorageError: This PHO cannot upgrade them.
+    """
+    known = known_versions()
+    if found is None or found in known:
+        return
+    if found < min(known):
+        raise StorageError(
+            f"{what} has tables of version {found}, of a PHO before the first release, and this "
+            f"one upgrades those of version {min(known)} and newer ones. Start a PHO with version "
+            f"{min(known)} on it first, or begin with the --data-dir of a new folder or the "
+            "--database-url of a new database. What it holds is kept."
+        )
+    raise StorageError(
+        f"{what} was written by a newer PHO: its tables are of version {found}, and this PHO knows "
+        f"versions up to {max(known)}. Install that PHO, or a newer one. What it holds is kept."
     )
+
+
+def _version(connection: Connection) -> str | None:
+    """The version of our tables."""
+    options = {"version_table_schema": SCHEMA}
+    return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
 def _parse(url: str) -> URL:

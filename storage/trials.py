@@ -28,6 +28,7 @@ def read_trials(
     first: int = 0,
     limit: int | None = None,
     attributes: Sequence[str] | None = None,
+    params: bool = True,
 ) -> list[FrozenTrial]:
     """
     Trials of a study with one objective, by number.
@@ -38,6 +39,7 @@ def read_trials(
         first: The first number.
         limit: At most so many.
         attributes: User attributes that are wanted; None wants all.
+        params: Whether parameters are wanted.
     """
 
     def rows(query: Any) -> Any:
@@ -66,7 +68,8 @@ def read_trials(
         value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
         trials[row.trial_id].value = value
     known: dict[str, BaseDistribution] = {}
-    for row in rows(select(_PARAMS).join(ids, ids.c.trial_id == _PARAMS.c.trial_id)):
+    of_params = select(_PARAMS).join(ids, ids.c.trial_id == _PARAMS.c.trial_id)
+    for row in rows(of_params) if params else ():
         if row.distribution_json not in known:
             known[row.distribution_json] = json_to_distribution(row.distribution_json)
         distribution = known[row.distribution_json]
@@ -79,26 +82,6 @@ def read_trials(
     for row in rows(of_attributes):
         trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
     return [*trials.values()]
-
-
-def read_values(connection: Connection, study_name: str) -> list[tuple[int, float]]:
-    """
-    The number and the value of each finished trial of a study, by number.
-
-    Args:
-        connection: To the database of a service.
-        study_name: Name of the study; one that is not there has no trials.
-    """
-    query = (
-        select(_TRIALS.c.number, _VALUES.c.value, _VALUES.c.value_type)
-        .join(_VALUES, _VALUES.c.trial_id == _TRIALS.c.trial_id)
-        .join(_STUDIES, _STUDIES.c.study_id == _TRIALS.c.study_id)
-        .where(_STUDIES.c.study_name == study_name, _TRIALS.c.state == TrialState.COMPLETE)
-        .order_by(_TRIALS.c.number)
-    )
-    to_value = models.TrialValueModel.stored_repr_to_value
-    rows = connection.execute(query, execution_options=_IN_SCHEMA)
-    return [(row.number, to_value(row.value, row.value_type)) for row in rows]
 
 
 def read_course(

@@ -26,9 +26,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from pho_service.models.architecture import prunable_linears
+from pho_service.planning.shapes import Header, Stored
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -194,6 +201,39 @@ def bos_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     tiny_llama.save_pretrained(folder)
     small_tokenizer(adds_bos=True).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def header_of() -> Callable[[PreTrainedConfig], Header]:
+    """Return the header of the model that transformers builds of a configuration."""
+
+    def header(config: PreTrainedConfig) -> Header:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        tensors = {name: Stored(tuple(p.shape), "BF16") for name, p in model.named_parameters()}
+        return Header(config=json.loads(config.to_json_string()), tensors=tensors)
+
+    return header
+
+
+@pytest.fixture(scope="session")
+def write_header(
+    header_of: Callable[[PreTrainedConfig], Header],
+) -> Callable[[Path, PreTrainedConfig], None]:
+    """Write a model folder with a configuration, and a file of weights that is a header alone."""
+
+    def write(folder: Path, config: PreTrainedConfig) -> None:
+        header = header_of(config)
+        listed = {
+            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [0, 0]}
+            for name, tensor in header.tensors.items()
+        }
+        text = json.dumps(listed).encode()
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(header.config))
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return write
 
 
 def _write_texts(folder: Path) -> dict[str, Path]:

@@ -655,7 +655,7 @@ def test_asked_too_often_for_events(slept: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("code", "after"),
-    [("too_many_requests", "600"), ("too_many_jobs", "60"), ("too_many_streams", "5")],
+    [("too_many_requests", "600"), ("too_many_jobs", "60"), ("too_many_urgent_jobs", "5")],
 )
 def test_not_waited_for(slept: list[float], code: str, after: str) -> None:
     """What takes too long, or until something else is over, is an error with the time."""

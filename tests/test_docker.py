@@ -113,6 +113,30 @@ def test_kubernetes_security(name: str) -> None:
     assert not pod["enableServiceLinks"]
 
 
+def test_proxy(tmp_path: Path) -> None:
+    """nginx accepts its configuration, and only it is reached from outside."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: see extra dev")
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    published = [name for name, service in services.items() if "ports" in service]
+    service = objects()["Service/pho"]["spec"]
+
+    assert published == ["proxy"]
+    assert service["selector"] == {"app": "pho-proxy"}
+    if not (shutil.which("nginx") and shutil.which("openssl")):
+        pytest.skip("nginx or openssl is not installed")
+    key = ["-keyout", str(tmp_path / "tls.key"), "-out", str(tmp_path / "tls.crt")]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*made, *key], check=True, capture_output=True)
+    text = (DOCKER / "nginx.conf").read_text().replace("pho-api:", "127.0.0.1:")
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(text.replace("/etc/tls", str(tmp_path)).replace(" /tmp/", f" {tmp_path}/"))
+    tested = subprocess.run(
+        ["nginx", "-t", "-c", conf], capture_output=True, text=True, check=False
+    )
+
+    assert tested.returncode == 0, tested.stderr
+
+
 @pytest.mark.parametrize("name", ["worker.slurm", "build.sh"])
 def test_scripts(name: str) -> None:
     """bash and shellcheck find nothing to say of a script."""

@@ -22,13 +22,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pho_service.errors import PhoError
+from pho_service.errors import InvalidInput, PhoError
 from pho_service.library.files import read_library_file
 from pho_service.models import bundle_file, mask_file
 from pho_service.models.bundle_file import read_bundle, write_bundle
-from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.mask_file import LayerMask, read_masks, write_masks
 from pho_service.models.recipe_file import read_recipe
+from pho_service.planning.gguf_header import gguf_read_once
+from pho_service.planning.headers import read_header
+from pho_service.planning.machines import CARDS
+from pho_service.planning.plan import plan_job
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
 from pho_service.pruning.second_moments import InputStatistics
 from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
@@ -172,6 +175,14 @@ RECIPE = {
     "calibration": {"seed": 0},
     "versions": {"torch": "2.7"},
 }
+PLANNED = {
+    f"model.layers.{name}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 64]}
+    for name, shape in {
+        "0.self_attn.q_proj": [4, 8], "0.norm": [8], "1.mlp.experts.0.up_proj": [4, 8],
+        "1.mlp.experts.1.up_proj": [4, 8], "1.mlp.gate": [2, 8],
+        "1.mlp.experts.down_proj": [2, 8, 4],
+    }.items()
+}  # fmt: skip
 JOB = {
     "model": "org/name", "pattern": "0.5", "scope": "layer", "name": "n", "seed": 1, "trials": 40,
     "calibration": {"dataset": "org/d", "samples": 8, "kernel_sizes": [3, 5]},
@@ -257,12 +268,24 @@ def _read_gguf(path: Path) -> None:
             raise PhoError(str(path)) from error
 
 
+def _read_plan(path: Path) -> None:
+    """What `pho plan` reads of a model."""
+    source = path if path.suffix == ".gguf" else path.parent
+    (path.parent / "config.json").write_text('{"model_type": "llama"}')
+    spec = JobSpec.model_validate({"model": "m", "pattern": "0.5", "stream": True})
+    try:
+        plan_job(spec, read_header(str(path), path=str(source)), CARDS["H100"])
+    except InvalidInput as error:  # which knows the model's name
+        raise InvalidInput(f"{path}: {error}") from error
+
+
 def _gguf(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
     writer.add_array("tokenizer.ggml.scores", [0.5, 0.25, 0.125])
     writer.add_tensor("output.weight", torch.ones(4, 8).numpy())
+    writer.add_tensor("blk.0.ffn_up_exps.weight", torch.ones(2, 4, 8).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -288,6 +311,14 @@ def _tensors(content: bytes, key: str) -> tuple[bytes, st.SearchStrategy[bytes]]
     return content, odd
 
 
+def _header(document: Any) -> tuple[bytes, st.SearchStrategy[bytes]]:
+    """A file of weights that is a header alone."""
+    content = header_of(document)
+    odd = mutated_json(document).map(lambda text: text.encode(errors="surrogatepass"))
+    odd = odd.map(lambda text: struct.pack("<Q", len(text)) + text)
+    return content, odd | mutated_bytes(content) | st.binary(max_size=300)
+
+
 def _formats(folder: Path) -> dict[str, Format]:
     gguf_file = _written(_gguf, folder)
     kinds = {
@@ -301,6 +332,8 @@ def _formats(folder: Path) -> dict[str, Format]:
         "masks": ("m.safetensors", _read_masks, _tensors(_written(_masks, folder),
                                                          mask_file.FORMAT)),
         "gguf": ("m.gguf", _read_gguf, (gguf_file, mutated_bytes(gguf_file))),
+        "plan": ("model.safetensors", _read_plan, _header(PLANNED)),
+        "plan of gguf": ("m.gguf", _read_plan, (gguf_file, mutated_bytes(gguf_file))),
     }  # fmt: skip
     return {
         kind: Format(name=name, valid=valid, read=read, mutants=mutants)
@@ -308,7 +341,10 @@ def _formats(folder: Path) -> dict[str, Format]:
     }
 
 
-KINDS = ("configuration", "transfer", "library", "recipe", "bundle", "masks", "gguf")
+KINDS = (
+    "configuration", "transfer", "library", "recipe", "bundle", "masks", "gguf", "plan",
+    "plan of gguf",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ LIGHT = (
     "pho_service.host.files", "pho_service.library.ranking", "pho_service.library.files",
     "pho_service.tuning.samplers", "pho_service.tuning.search", "pho_service.spec.space",
     "pho_service.tuning.validation", "pho_service.spec.job", "pho_service.client",
-    "pho_service.api.app", "pho_service.api.serving", "pho_service.report.page",
+    "pho_service.api.app", "pho_service.api.serving", "pho_service.shown.page",
     "storage.studies", "storage.jobs", "storage.embedded",
 )  # fmt: skip
 

@@ -331,7 +331,7 @@ class _Job:
         )
         point = points.find(spec.request(0), str(pattern))
         with run.fence():
-            show_result(study, spec, point.result.configuration, {})
+            show_result(study, spec, point.result.configuration)
         opened.check()
         result = point.to_dict()
         if whole.target is None:
@@ -350,12 +350,10 @@ class _Job:
     def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
         """Keep what is shown of a result."""
         configuration, opened = result.configuration, self._opened
-        plots, layers = of_layers(
-            opened.bundles(), configuration.candidate(), str(self._inputs.device)
-        )
+        layers = of_layers(opened.bundles(), configuration.candidate(), str(self._inputs.device))
         for number in range(spec.islands):
             with self._fence():
-                show_result(opened.study(number), spec, configuration, plots)
+                show_result(opened.study(number), spec, configuration)
         self._journal.found = Found(
             best=configuration.model_dump(mode="json"),
             warnings=[*result.warnings, *started(spec, configuration)],

@@ -12,6 +12,7 @@ from pho_service.library.ranking import Wanted, rank
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
+from pho_service.spec.numbers import number
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.records import Job
@@ -65,4 +66,6 @@ def started(spec: JobSpec, configuration: Configuration) -> list[str]:
         return []
     better = min if configuration.objective["direction"] == "minimize" else max
     best = better(known, key=lambda point: point["value"])
-    return [f"Warm start: {best['value']:.6g} at trial {best['trial']}, the best of {len(points)}."]
+    return [
+        f"Warm start: {number(best['value'])} at trial {best['trial']}, the best of {len(points)}."
+    ]

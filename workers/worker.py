@@ -418,9 +418,8 @@ def _device_name(device: torch.device, *, spread: bool) -> str:
 def _fields() -> dict[str, str]:
     """The fields of a job's document by the names of their options, which messages have."""
     return {
-        name.removeprefix("--"): path.replace("/", ".")
+        field.name.removeprefix("--"): path.replace("/", ".")
         for path, field in document_fields().items()
-        for name in field.names
     }
 
 

@@ -31,7 +31,7 @@ from pho_service.api import (
 from pho_service.api.answers import Problem
 from pho_service.api.bodies import BodyLimit
 from pho_service.api.dashboard import Dashboard
-from pho_service.api.guard import KeyGuard, StreamLimit
+from pho_service.api.guard import KeyGuard
 from pho_service.api.notify import AT_ONCE, keep_telling
 from pho_service.api.pages import Pages, SafeHeaders, icon
 from pho_service.api.requests import RequestLog
@@ -81,7 +81,6 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
     app.add_route("/favicon.ico", icon, include_in_schema=False)
     app.router.default = dashboard  # after our own routes, and their 405s
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(StreamLimit, most=settings.max_streams)
     app.add_middleware(KeyGuard, service=service)
     app.add_middleware(Pages)
     app.add_middleware(RequestLog)  # around all others

@@ -1,8 +1,6 @@
 """
-How large the body of a request may be, and how slowly it may come.
+Limit on the size of the body of a request.
 """
-
-import asyncio
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -10,16 +8,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pho_service.api.problems import problem
 
-_BODY_S = 30.0  # for a whole body to come, which is small
-
 
 class BodyLimit:
-    """Refuses bodies that are too large, before they are read into memory, or come too slowly."""
+    """Refuses bodies that are too large, before they are read into memory."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float = _BODY_S) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self.max_s = max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -34,18 +29,11 @@ class BodyLimit:
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
             await self._refusal()(scope, receive, send)
             return
-        taken, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.max_s
+        taken = 0
 
         async def counted() -> Message:
-            nonlocal taken, complete
-            try:
-                async with asyncio.timeout_at(None if complete else deadline):
-                    message = await receive()
-            except TimeoutError:
-                detail = f"The body did not come within {self.max_s:g} seconds. Send it at once."
-                raise HTTPException(408, detail, headers={"Connection": "close"}) from None
-            complete = not message.get("more_body", False)
+            nonlocal taken
+            message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:
                 raise HTTPException(413, self._detail())

@@ -11,12 +11,13 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Response
 
-from pho_service.api.cards import Card, card
-from pho_service.api.chart import Chart, Search, draw_searches
+from pho_service.api.job_view import JobHead
 from pho_service.api.pages import draw
 from pho_service.api.problems import wrong_parameter
-from pho_service.api.service import CallerParam, Service, ServiceParam
-from storage import records as stored
+from pho_service.api.report import rated_values
+from pho_service.api.service import CallerParam, ServiceParam
+from pho_service.shown.charts import searches_chart
+from pho_service.spec.numbers import number, percent
 
 router = APIRouter(include_in_schema=False)
 
@@ -25,14 +26,8 @@ _HIDDEN = "configuration"  # it would fill the page
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """
-    A setting or a figure of all jobs.
-
-    Attributes:
-        name: What it is.
-        values: One of each job, as text; empty where a job has none.
-    """
+class Line:
+    """A setting or a figure of all jobs, as text; empty where a job has none."""
 
     name: str
     values: Sequence[str]
@@ -55,37 +50,39 @@ def compare(
         )
     found = [service.jobs.get(each, visible_to=caller.visible_to) for each in chosen]
     now = datetime.now(UTC)
-    cards = [card(each, {}, now) for each in found]
+    heads = [JobHead.of(each, now) for each in found]
     return draw(
         "compare.html",
         caller=caller,
-        cards=cards,
-        figures=_figures(cards),
+        heads=heads,
+        figures=_figures(heads),
         settings=_settings([each.spec for each in found]),
-        chart=_chart(service, found),
+        chart=searches_chart([(each.name, *rated_values(service, each)) for each in found]),
     )
 
 
-def _figures(cards: Sequence[Card]) -> list[Row]:
+def _figures(heads: Sequence[JobHead]) -> list[Line]:
     """What the jobs have found."""
-    measured = [None if each.job.best is None else each.job.best.perplexities for each in cards]
-    rows = [("State", [str(each.job.state) for each in cards])]
+    measured = [None if each.job.best is None else each.job.best.perplexities for each in heads]
+    rows = [("State", [str(each.job.state) for each in heads])]
     for title, name in (
         ("Perplexity, pruned", "pruned"), ("Dense", "dense"), ("Wanda", "wanda"), ("RIA", "ria"),
     ):  # fmt: skip
-        rows.append((title, [_number(getattr(each, name, None)) for each in measured]))
-    rows.append(("Above dense", ["" if e is None else f"{100 * e.rise:+.1f} %" for e in measured]))
-    rows.append(("Objective", [_number(each.job.progress.best_value) for each in cards]))
-    rows.append(("Trials", [f"{e.job.progress.trials_done}" for e in cards]))
-    rows.append(("Time", [each.time for each in cards]))
-    return [Row(name=name, values=values) for name, values in rows if any(values)]
+        rows.append((title, [number(getattr(each, name, None)) for each in measured]))
+    rows.append(
+        ("Above dense", [percent(None if e is None else e.rise, signed=True) for e in measured])
+    )
+    rows.append(("Objective", [number(each.job.progress.best_value) for each in heads]))
+    rows.append(("Trials", [f"{e.job.progress.trials_done}" for e in heads]))
+    rows.append(("Time", [each.time for each in heads]))
+    return [Line(name=name, values=values) for name, values in rows if any(values)]
 
 
-def _settings(specs: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _settings(specs: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Every field that a job has, those that differ first."""
     flat = [_flat(spec) for spec in specs]
     names = dict.fromkeys(name for each in flat for name in each)
-    rows = [Row(name=name, values=[each.get(name, "") for each in flat]) for name in names]
+    rows = [Line(name=name, values=[each.get(name, "") for each in flat]) for name in names]
     return sorted(rows, key=lambda row: not row.differs)
 
 
@@ -98,13 +95,3 @@ def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:
         elif value is not None and name != _HIDDEN:
             found[f"{above}{name}"] = value if isinstance(value, str) else json.dumps(value)
     return found
-
-
-def _chart(service: Service, found: Sequence[stored.Job]) -> Chart | None:
-    with service.database.transaction() as connection:
-        searches = [Search.read(connection, job) for job in found]
-    return draw_searches(searches)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pho_service.api.form import MORE, form_fields, sections, without_field
 from pho_service.api.problems import field_problem
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import minimal_document, value_at, within
+from pho_service.spec.job_fields import minimal_document, remove_at, value_at, within
 
 Errors = dict[str, list[str]]
 
@@ -40,7 +40,7 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
         text = each.write(value)
         if text and each.read(text) == value:
             typed[path] = text
-            _remove(left, path)
+            remove_at(left, path)
     return {**typed, **({MORE: json.dumps(left, indent=2, ensure_ascii=False)} if left else {})}
 
 
@@ -144,7 +144,7 @@ class Typed:
             )  # fmt: skip
             off = form_fields()[path].label
             self.add(typed, f"{off!r} says no. Say yes there, or leave this empty.")
-        elif text == "no" and form_fields()[path].job.default is not None:
+        elif text == "no" and form_fields()[path].default is not None:
             self.document[path] = None
         elif text and text != "no":
             self.document.setdefault(path, value)
@@ -210,12 +210,3 @@ def _merge(document: dict[str, Any], more: Mapping[str, Any], above: str) -> Ite
             yield from _merge(own, value, pointer)
         else:
             yield pointer
-
-
-def _remove(document: dict[str, Any], path: str) -> None:
-    """Take a value out, and the parts that are empty then."""
-    name, _, rest = path.partition("/")
-    if rest:
-        _remove(document[name], rest)
-    if not rest or not document[name]:
-        del document[name]

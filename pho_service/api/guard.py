@@ -33,7 +33,6 @@ SESSION = "pho_session"  # the cookie of a login
 
 _KNOWN = 100_000  # keys that are remembered
 _KNOWN_S = 1.0  # before those that are right are asked for again
-_STREAM_RETRY_S = 5
 
 
 class Rate:
@@ -273,11 +272,7 @@ def _session(headers: Headers) -> bytes | None:
 
 def host_of(scope: Scope) -> str:
     """The address of who asks; of IPv6 the network, for one host has as many as it likes."""
-    return address_of(str((scope.get("client") or [""])[0]))
-
-
-def address_of(name: str) -> str:
-    """What limits are counted by: an IPv4 address, or an IPv6 network."""
+    name = str((scope.get("client") or [""])[0])
     try:
         address = ipaddress.ip_address(name)
     except ValueError:  # a socket without addresses
@@ -349,37 +344,3 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-class StreamLimit:
-    """Refuses event streams of a caller who has as many open as one may have."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app = app
-        self.most = most
-        self._open: Counter[str] = Counter()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http" or not scope["path"].endswith("/events"):
-            await self.app(scope, receive, send)
-            return
-        key_id = scope["state"]["caller"].key_id
-        who = str(key_id) if key_id else host_of(scope)
-        if self._open[who] >= self.most:
-            answer = problem(
-                429,
-                "too_many_streams",
-                f"You have {self.most} streams of events open, the most for one key, or for one "
-                "host without a key. Close some; the operator sets PHO_MAX_STREAMS.",
-                headers={"Retry-After": str(_STREAM_RETRY_S)},
-            )
-            await answer(scope, receive, send)
-            return
-        self._open[who] += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._open[who] -= 1
-            if not self._open[who]:
-                del self._open[who]

@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from pho_service.api import jobs
-from pho_service.api.cards import span
-from pho_service.api.job_rows import Row, rows
+from pho_service.api.job_rows import JobRow, rows
+from pho_service.api.job_view import span
 from pho_service.api.listing import page_of, which_jobs
 from pho_service.api.operations import workers
 from pho_service.api.pages import draw
@@ -306,7 +306,7 @@ def _with(counted: Sequence[tuple[str, int]], chosen: Sequence[str]) -> list[tup
     return [*counted, *((value, 0) for value in dict.fromkeys(chosen) if value not in known)]
 
 
-def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[Row]) -> str | None:
+def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[JobRow]) -> str | None:
     """The name of the job that others are chosen beside, if it is not in the list itself."""
     if view.chosen is None or view.chosen in [str(each.job.id) for each in shown]:
         return None
@@ -316,6 +316,6 @@ def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[Row]) 
         return None
 
 
-def _waiting(shown: Sequence[Row]) -> bool:
+def _waiting(shown: Sequence[JobRow]) -> bool:
     """Tell whether somebody must work on one of them."""
     return any(each.job.state in (JobState.QUEUED, JobState.RUNNING) for each in shown)

@@ -17,9 +17,8 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from pho_service.api import artifacts, jobs, listing, transfers
-from pho_service.api.cards import card
 from pho_service.api.job_list import REFRESH_S, View, draw_list
-from pho_service.api.job_view import view
+from pho_service.api.job_view import JobHead, view
 from pho_service.api.pages import draw
 from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, problem, sentence
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
@@ -117,7 +116,8 @@ def confirm_deletion(
     """Ask once more before a job is deleted."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
     asked = View.of(request.query_params.multi_items())
-    return draw("delete.html", caller=caller, card=card(job, {}, datetime.now(UTC)), view=asked)
+    head = JobHead.of(job, datetime.now(UTC))
+    return draw("delete.html", caller=caller, head=head, view=asked)
 
 
 @router.api_route("/jobs/{job_id:uuid}/files", methods=["GET", "HEAD"])
@@ -166,7 +166,7 @@ def _page(
         caller=caller,
         view=shown,
         problem=problem,
-        refresh_s=REFRESH_S if shown.card.moves and problem is None else 0,
+        refresh_s=REFRESH_S if shown.head.moves and problem is None else 0,
         address=f"/jobs/{job_id}",
     )
 

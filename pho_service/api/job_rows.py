@@ -9,9 +9,11 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from pho_service.api.answers import Job
-from pho_service.api.cards import asked_sparsity, models_of, span
 from pho_service.api.describe import describe, failure, is_transfer, study_names
+from pho_service.api.job_view import asked_sparsity, models_of, moves, span
 from pho_service.api.points import is_several
+from pho_service.shown.charts import best_so_far
+from pho_service.spec.objective import is_maximised
 from storage import records as stored
 from storage.states import JobState, StageKind
 from storage.trials import read_course
@@ -21,19 +23,16 @@ STEPS = 40  # of a drawing, at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class JobRow:
     """
     A job.
 
     Attributes:
         job: As the API shows it.
         title: Its name without the part of its id.
-        models: All of them.
         pattern: How sparse they are to be, in short.
         preset: Its name, or "transfer".
         done: Part of ``total``, what its stage counts; 0 of 0 if that counts nothing.
-        total: See ``done``.
-        rise: Share by which its perplexity is above the dense model's.
         gain: Share by which its perplexity is below RIA's.
         error: Why it failed.
         line: The best objective so far, as the points of a line; empty without two values.
@@ -47,7 +46,6 @@ class Row:
     preset: str
     done: int
     total: int
-    rise: float | None
     gain: float | None
     error: str | None
     line: str
@@ -56,28 +54,21 @@ class Row:
     @property
     def moves(self) -> bool:
         """Whether it may be another one soon, by itself."""
-        return not (self.job.state.is_over or self.job.state is JobState.PAUSED)
+        return moves(self.job)
 
 
-def rows(connection: Connection, found: Sequence[stored.Job], now: datetime) -> list[Row]:
-    """
-    Jobs as rows.
-
-    Args:
-        connection: In a transaction.
-        found: With their stages.
-        now: The time.
-    """
+def rows(connection: Connection, found: Sequence[stored.Job], now: datetime) -> list[JobRow]:
+    """Jobs, with their stages, as rows."""
     lines = _lines(connection, found)
     return [_row(job, lines.get(job.name, ""), now) for job in found]
 
 
-def _row(job: stored.Job, line: str, now: datetime) -> Row:
+def _row(job: stored.Job, line: str, now: datetime) -> JobRow:
     shown = describe(job)
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
     good = None if shown.best is None else shown.best.perplexities
     done, total = _progress(shown)
-    return Row(
+    return JobRow(
         job=shown,
         title=job.name.rpartition(" ")[0] or job.name,
         models=models_of(job),
@@ -85,7 +76,6 @@ def _row(job: stored.Job, line: str, now: datetime) -> Row:
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
         done=done,
         total=total,
-        rise=None if good is None else good.rise,
         gain=None if good is None or not good.ria else 1 - good.pruned / good.ria,
         error=failure(job),
         line=line,
@@ -122,8 +112,7 @@ def _lines(connection: Connection, found: Sequence[stored.Job]) -> Mapping[str, 
     runs: dict[str, dict[int, list[float]]] = {}
     for name, place, lowest, highest in read_course(connection, sizes):
         job = job_of[name]
-        maximised = job.spec.get("objective", {}).get("name") == "gini"
-        value = -highest if maximised else lowest
+        value = -highest if is_maximised(job.spec.get("objective", {}).get("name")) else lowest
         runs.setdefault(job.name, {}).setdefault(place, []).append(value)
     return {
         job.name: _drawn(runs[job.name], -(-job.trials // max(1, -(-job.trials // STEPS))))
@@ -134,18 +123,13 @@ def _lines(connection: Connection, found: Sequence[stored.Job]) -> Mapping[str, 
 
 def _drawn(runs: Mapping[int, Sequence[float]], places: int) -> str:
     """
-    The best so far, as the points of a line from the top left.
+    The lowest so far of the values of each place, as the points of a line from the top left.
 
-    Args:
-        runs: Values of which the lowest is the best, by their place in the search.
-        places: How many there are when the search is over: the line ends where it has come to.
+    A search that is over has so many places: the line ends where it has come to.
     """
     if len(runs) < 2:
         return ""
-    best: list[float] = []
-    for place in sorted(runs):
-        value = min(runs[place])
-        best.append(min(best[-1], value) if best else value)
+    best = best_so_far([min(runs[place]) for place in sorted(runs)], maximised=False)
     height = (best[0] - best[-1]) or 1.0
     width = WIDTH / (max(places, max(runs) + 1) - 1)
     return " ".join(

@@ -1,74 +1,83 @@
 """
-What the page of a job shows: its result, its stages, its search as a chart, and what happened.
+What the page of a job shows: a head that is alive, over the sections of its report.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from pho_service.api import artifacts
-from pho_service.api.answers import ArtifactList
-from pho_service.api.cards import Card, card, span
-from pho_service.api.chart import Search, draw_search
-from pho_service.api.describe import is_transfer, step_of, studies_in_words
+from pho_service.api.answers import ArtifactList, Job
+from pho_service.api.describe import describe, failure, is_transfer, step_of, studies_in_words
 from pho_service.api.points import is_several
+from pho_service.api.report import TITLES, collected
 from pho_service.api.service import Caller, Service
-from pho_service.report.drawing import Drawing
-from pho_service.report.layers import LayerCell
-from pho_service.spec.configuration import Configuration, Rating
+from pho_service.shown.page import sections
+from pho_service.shown.parts import Section
+from pho_service.spec.curve import Target
 from storage import records as stored
-from storage.states import VALIDATION, VERBS, StageKind, StageState
+from storage.states import VERBS, JobState, StageKind, StageState
 from storage.studies import study_ids
 
-EVENTS = 50  # that are shown, the newest
 LOGS = 100  # parts of logs that are shown, the newest
 LOG_LINES = 300  # the newest
-FINALISTS = 20  # that are shown, the best
-_TITLES = {
-    StageKind.TRANSFER: "Measure on other models",
-    StageKind.CALIBRATE: "Calibrate",
-    StageKind.POINT: "Search and confirm each pattern",
-    StageKind.SEARCH: "Search",
-    StageKind.CONFIRM: "Choose the finalists",
-    StageKind.PERPLEXITY: "Measure perplexities",
-    StageKind.FINISH: "Choose the best",
-    StageKind.TASKS: "Measure tasks, dense and pruned",
-    StageKind.PRUNE: "Write the pruned model",
-}
+_ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
+_FIRST = ("result", "curve")  # above the buttons
+_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class JobHead:
     """
-    A perplexity in the table of the result.
+    A job: what was asked, how far it is, and what can be asked of it.
 
     Attributes:
-        name: Name of the model or method.
-        perplexity: None if its model gives none.
-        rise: Share by which it is above the dense model's; None for the dense model.
-        found: Whether it is the result.
+        job: As the API shows it.
+        facts: What was asked, in some words: a name and a value each.
+        error: Why it failed.
+        time: How long it takes still, or took.
+        verbs: What can be asked of it.
     """
 
-    name: str
-    perplexity: float | None
-    rise: float | None
-    found: bool = False
+    job: Job
+    models: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    error: str | None
+    time: str
+    verbs: Sequence[str]
+    deletable: bool
+
+    @classmethod
+    def of(cls, job: stored.Job, now: datetime) -> "JobHead":
+        """The head of a job, with its stages."""
+        shown = describe(job)
+        return cls(
+            job=shown,
+            models=models_of(job),
+            facts=_facts(job),
+            error=failure(job),
+            time=_time(shown, now),
+            verbs=_verbs(job),
+            deletable=job.state in VERBS["delete"],
+        )
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may be another one soon, by itself."""
+        return moves(self.job)
+
+
+def moves(job: Job) -> bool:
+    """Whether a job may be another one soon, by itself."""
+    return not (job.state.is_over or job.state is JobState.PAUSED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRow:
     """
-    All stages of a kind.
-
-    Attributes:
-        title: What they do.
-        state: ``failed``, ``running``, ``waiting`` or ``done``.
-        done: Part of ``total`` that is done: trials of searches, steps of one stage, or
-            stages of several.
-        total: 0 if it is not known.
-        at: What they are at, and for how long.
-        attempts: How often one was begun, if more than once.
+    All stages of a kind: what they are at, and the part that is done: trials of searches, steps of
+    one stage, or stages of several.
     """
 
     title: str
@@ -80,14 +89,6 @@ class StageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Happened:
-    """An event, in words."""
-
-    at: datetime
-    told: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Logged:
     """Lines that a worker has logged of a stage, and the stage."""
 
@@ -96,41 +97,27 @@ class Logged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers:
-    """The sparsity of each kind of linear in each block of a model."""
-
-    model: str
-    kinds: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[float | None]]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class JobView:
     """
     A job, whole.
 
     Attributes:
-        card: What the list shows of it, too.
-        results: Perplexities of the result and of what it is judged by.
+        studies: A word and the number in optuna-dashboard of each, for those who may look there.
         stages: By kind, in the order of the work.
-        chart: None before there are trials, of transfers, and of several patterns.
-        trials: That the chart is of.
-        finalists: The best first.
-        layers: By model.
-        events: The newest first.
+        first: Sections of the report that stand above the buttons.
+        sections: Those below them.
+        happened: The last of them.
         logs: What workers have logged, the oldest first.
         files: Files of the pruned model; None if there are none.
         extensible: Whether it can be given more trials.
     """
 
-    card: Card
-    results: Sequence[Row]
+    head: JobHead
+    studies: Sequence[tuple[str, int]]
     stages: Sequence[StageRow]
-    chart: Drawing | None
-    trials: int
-    finalists: Sequence[Rating]
-    layers: Sequence[Layers]
-    events: Sequence[Happened]
+    first: Sequence[Section]
+    sections: Sequence[Section]
+    happened: Section
     logs: Sequence[Logged]
     files: ArtifactList | None
     extensible: bool
@@ -138,50 +125,24 @@ class JobView:
 
 def view(service: Service, caller: Caller, job: stored.Job, now: datetime) -> JobView:
     """Everything that is known of a job."""
-    studies = {}
-    with service.database.transaction() as connection:
-        if caller.sees_all:  # others may not look into the dashboard
-            studies = study_ids(connection, [*studies_in_words(job)])
-        search = Search.read(connection, job)
-    shown = card(job, studies, now, service.notes(job))
-    found = None if job.best is None else Configuration.model_validate(job.best)
+    known, head = {}, JobHead.of(job, now)
+    if caller.sees_all:  # others may not look into the dashboard
+        with service.database.transaction() as connection:
+            known = study_ids(connection, [*studies_in_words(job)])
+    found = {section.id: section for section in sections(collected(service, job))}
     return JobView(
-        card=shown,
-        results=[] if found is None else _results(found),
+        head=head,
+        studies=[(w, known[name]) for name, w in studies_in_words(job).items() if name in known],
         stages=_stages(job, now),
-        chart=draw_search(search),
-        trials=len(search.values),
-        finalists=_finalists(job, found),
-        layers=_layers(job),
-        events=[
-            Happened(at=event.created_at, told=told(event))
-            for event in service.jobs.history(job.id, limit=EVENTS)
-        ],
+        first=[found[name] for name in _FIRST if name in found],
+        sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
+        happened=Section(id="happened", title="What happened", events=found["happened"].events),
         logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
-        files=artifacts.listed(job) if shown.job.pruned == "done" else None,
+        files=artifacts.listed(job) if head.job.pruned == "done" else None,
         extensible=not is_transfer(job)
         and not is_several(job.spec)
         and job.state in VERBS["extend"],
     )
-
-
-def _results(found: Configuration) -> list[Row]:
-    measured = found.perplexities
-    if measured is None:
-        return []
-    rows = [Row(name="dense", perplexity=measured.dense, rise=None)]
-    rows += [
-        Row(
-            name=name,
-            perplexity=value,
-            rise=None if value is None else value / measured.dense - 1,
-            found=name == "pruned",
-        )
-        for name, value in (
-            ("pruned", measured.pruned), ("Wanda", measured.wanda), ("RIA", measured.ria)
-        )
-    ]  # fmt: skip
-    return rows
 
 
 def _stages(job: stored.Job, now: datetime) -> list[StageRow]:
@@ -198,7 +159,7 @@ def _stages(job: stored.Job, now: datetime) -> list[StageRow]:
         at += _seconds(mine, job.finished_at or now)
         rows.append(
             StageRow(
-                title=_TITLES.get(kind, kind.value.capitalize()),
+                title=TITLES.get(kind, kind.value.capitalize()),
                 state=_state(mine),
                 done=done,
                 total=total,
@@ -227,33 +188,6 @@ def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
     return [span((max(ended) - min(begun)).total_seconds())]
 
 
-def _finalists(job: stored.Job, found: Configuration | None) -> list[Rating]:
-    if found is not None and found.candidates:
-        return found.candidates[:FINALISTS]
-    measured = [
-        Rating(
-            method=((each.params or {}).get("candidate") or {}).get("method", ""),
-            trial=each.number,
-            perplexity=(each.result or {}).get("perplexity"),
-        )
-        for each in job.of_kind(StageKind.PERPLEXITY)
-        if each.number < VALIDATION
-    ]
-    return sorted(measured, key=lambda each: each.perplexity or math.inf)[:FINALISTS]
-
-
-def _layers(job: stored.Job) -> list[Layers]:
-    found = []
-    for stage in job.of_kind(StageKind.FINISH):
-        for model, cells in ((stage.result or {}).get("layers") or {}).items():
-            shares = {(c.block, c.kind): c.sparsity for c in map(LayerCell.of, cells)}
-            kinds = list(dict.fromkeys(kind for _, kind in shares))
-            blocks = dict.fromkeys(block for block, _ in shares)
-            rows = [(block, [shares.get((block, kind)) for kind in kinds]) for block in blocks]
-            found.append(Layers(model=model, kinds=kinds, rows=rows))
-    return found
-
-
 def _logs(events: Sequence[stored.Event], *, named: bool) -> list[Logged]:
     """The last lines, those of a kind of stage, a worker and an attempt together."""
     found: dict[str, list[str]] = {}
@@ -261,7 +195,7 @@ def _logs(events: Sequence[stored.Event], *, named: bool) -> list[Logged]:
     for event in reversed(events):
         data = event.data
         kind = StageKind(data["stage"])
-        title = _TITLES.get(kind, kind.value.capitalize())
+        title = TITLES.get(kind, kind.value.capitalize())
         title += f", {data['worker']}" * named
         if data["attempt"] > 1:
             title += f", attempt {data['attempt']}"
@@ -272,14 +206,64 @@ def _logs(events: Sequence[stored.Event], *, named: bool) -> list[Logged]:
     return [Logged(title=title, lines=lines) for title, lines in reversed(found.items())]
 
 
-def told(event: stored.Event) -> str:
-    """An event, in words."""
-    data = event.data
-    if event.kind == "stage":
-        kind = StageKind(data["stage"])
-        return f"began: {_TITLES.get(kind, kind.value).lower()}"
-    if event.kind == "retry":
-        return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
-    error = data.get("error")
-    why = f": {error['message']} ({error['type']})" if error else ""
-    return f"{data.get('state', event.kind)}{why}"
+def _verbs(job: stored.Job) -> list[str]:
+    """What has a button, because it changes something."""
+    found = [v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state]
+    prunable = job.state is JobState.SUCCEEDED and not is_transfer(job)
+    if (
+        prunable
+        and job.best is not None
+        and not job.spec.get("more_models")
+        and describe(job).pruned != "done"
+    ):
+        found.append("prune")
+    return found
+
+
+def span(seconds: float) -> str:
+    """A time in words, as exact as one cares."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    if hours < 72:
+        return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
+    return f"{round(hours / 24)} days"
+
+
+def models_of(job: stored.Job) -> list[str]:
+    """The models of a search or a transfer, as its document names them."""
+    if is_transfer(job):
+        return [*job.spec["models"]]
+    return [job.spec["model"], *job.spec.get("more_models", ())]
+
+
+def _facts(job: stored.Job) -> list[tuple[str, str]]:
+    spec = job.spec["configuration"] if is_transfer(job) else job.spec
+    facts = [asked_sparsity(spec)]
+    if spec.get("scope"):
+        facts.append(("Scope", str(spec["scope"])))
+    if is_transfer(job):
+        return [*facts, ("Transfer of", f"job {job.spec['source']}")]
+    return [*facts, ("Preset", str(spec.get("preset", "score")))]
+
+
+def asked_sparsity(spec: Mapping[str, Any]) -> tuple[str, str]:
+    """How sparse a model is to be: a name and a value."""
+    if spec.get("patterns"):
+        return ("Patterns", ", ".join(map(str, spec["patterns"])))
+    if spec.get("target"):
+        return ("Target", f"within {Target.model_validate(spec['target'])}")
+    return ("Pattern", str(spec["pattern"]))
+
+
+def _time(job: Job, now: datetime) -> str:
+    if job.progress.seconds_left is not None:
+        return f"{job.stage}: about {span(job.progress.seconds_left)} left"
+    if job.started_at is None:
+        return "not begun"
+    if job.finished_at is None:
+        return f"{span((now - job.started_at).total_seconds())} since it began"
+    return f"took {span((job.finished_at - job.started_at).total_seconds())}"

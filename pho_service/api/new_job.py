@@ -28,7 +28,7 @@ from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.api.submission import checks, longest_window
 from pho_service.api.typed import Typed as Fields
 from pho_service.host.listing import list_roots
-from pho_service.planning.config_files import config_at_hand
+from pho_service.planning.headers import config_at_hand
 from pho_service.planning.machines import named_machine
 from pho_service.planning.plan import format_span
 from pho_service.spec.fields import FieldError
@@ -236,7 +236,7 @@ def _fit(typed: Typed, service: Service) -> dict[str, str]:
 
 def _in_words(text: str) -> str:
     """A message with the names of fields instead of options: ``--dtype bfloat16``."""
-    names = {name: path for path, each in document_fields().items() for name in each.names}
+    names = {each.name: path for path, each in document_fields().items()}
 
     def said(option: re.Match[str]) -> str:
         path = names.get(option[1])

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pho_service.report.html import policy_hash, template_environment
+from pho_service.shown.parts import policy_hash, template_environment
 
 _PATHS = re.compile(r"/|/new(/check)?|/compare|/login|/logout|/jobs|/jobs/.*")
 _SAFE = {

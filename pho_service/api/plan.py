@@ -11,7 +11,7 @@ from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from pho_service.api.submission import checks
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.planning.config_files import read_config
+from pho_service.planning.headers import read_header
 from pho_service.planning.machines import Machine, named_machine
 from pho_service.planning.plan import plan_job
 from pho_service.spec.fields import FieldError
@@ -34,7 +34,7 @@ def plan(
     device_memory: Memory = None,
     main_memory: Memory = None,
 ) -> PlanAnswer:
-    """Estimate what a job takes, by the configuration of its (first) model alone."""
+    """Estimate what a job takes, by the headers of its (first) model's files alone."""
     del caller
     for check in checks(spec, service):
         check()
@@ -46,12 +46,12 @@ def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
     The plan of a job that keeps to the rules of a service.
 
     Raises:
-        FieldError: The model's configuration cannot be read, or it cannot be planned.
+        FieldError: The model's headers cannot be read, or it cannot be planned.
     """
     path = service.access.model(spec.model)
     try:
-        config = read_config(spec.model, revision=spec.revision, path=path)
-        found = plan_job(spec, config, machine)
+        header = read_header(spec.model, revision=spec.revision, path=path)
+        found = plan_job(spec, header, machine)
     except (InvalidInput, ModelError) as error:
         raise FieldError("/model", str(error)) from error
     return PlanAnswer.model_validate(found.to_dict())

@@ -1,9 +1,9 @@
 """
-``/v1/jobs/{id}/report``: a job as a page, from all that is stored of it.
+All that is stored of a job, as a report; ``/v1/jobs/{id}/report`` shows it as one page.
 """
 
+import math
 from dataclasses import replace
-from datetime import UTC, datetime
 from uuid import UUID
 
 from fastapi import APIRouter, Request
@@ -11,17 +11,18 @@ from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
 from pho_service.api.describe import failure, is_transfer, islands, study_names
-from pho_service.api.job_view import EVENTS, told
-from pho_service.api.points import answer_stage, curve, is_several
+from pho_service.api.points import answer_stage, curve, is_several, points
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.report import words
-from pho_service.report.data import Report, StageTime
-from pho_service.report.layers import LayerCell
-from pho_service.report.page import content_security_policy, render
-from pho_service.report.study import MeasuredTrials, importances, trials_of, with_measurements
+from pho_service.shown import words
+from pho_service.shown.layers import LayerCell
+from pho_service.shown.page import render
+from pho_service.shown.parts import content_security_policy
+from pho_service.shown.report import Report, StageTime
+from pho_service.shown.study import MeasuredTrials, importances, trials_of, with_measurements
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
+from pho_service.spec.objective import is_maximised
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import CORRECTS
 from storage import records as stored
@@ -30,6 +31,18 @@ from storage.trials import read_trials
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+EVENTS = 50  # that are shown, the newest
+TITLES = {
+    StageKind.TRANSFER: "Measure on other models",
+    StageKind.CALIBRATE: "Calibrate",
+    StageKind.POINT: "Search and confirm each pattern",
+    StageKind.SEARCH: "Search",
+    StageKind.CONFIRM: "Choose the finalists",
+    StageKind.PERPLEXITY: "Measure perplexities",
+    StageKind.FINISH: "Choose the best",
+    StageKind.TASKS: "Measure tasks, dense and pruned",
+    StageKind.PRUNE: "Write the pruned model",
+}
 MOST_TRIALS = 10_000  # that are read, which takes seconds; of whole islands, the first in any case
 
 
@@ -59,10 +72,35 @@ async def report(
 
 def _page(job_id: UUID, service: Service, caller: Caller, back: str | None) -> str:
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    found = _of_transfer(job) if is_transfer(job) else _of_search(service, job)
+    return render(replace(collected(service, job, whole=True), job_page=back))
+
+
+def collected(service: Service, job: stored.Job, *, whole: bool = False) -> Report:
+    """What is known of a job; the whole also says how much each coefficient mattered."""
+    found = _of_transfer(job) if is_transfer(job) else _of_search(service, job, whole=whole)
     events = service.jobs.history(job.id, limit=EVENTS)
-    happened = [(event.created_at, told(event)) for event in events]
-    return render(replace(found, happened=happened, job_page=back))
+    return replace(found, happened=[(event.created_at, told(event)) for event in events])
+
+
+def told(event: stored.Event) -> str:
+    """An event, in words."""
+    data = event.data
+    if event.kind == "stage":
+        kind = StageKind(data["stage"])
+        return f"began: {TITLES.get(kind, kind.value).lower()}"
+    if event.kind == "retry":
+        return f"{data['stage']} failed, and is tried again: {data['message']} ({data['type']})"
+    error = data.get("error")
+    why = f": {error['message']} ({error['type']})" if error else ""
+    return f"{data.get('state', event.kind)}{why}"
+
+
+def rated_values(service: Service, job: stored.Job) -> tuple[list[float], bool]:
+    """The values of a search with one pattern, by trial, and whether high ones are good."""
+    found = [] if is_several(job.spec) else _studies(service, job, None, whole=False)
+    values = [trial.value for trial in trials_of(found, islands(job))]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return finite, is_maximised(job.spec.get("objective", {}).get("name"))
 
 
 def _of_transfer(job: stored.Job) -> Report:
@@ -72,7 +110,6 @@ def _of_transfer(job: stored.Job) -> Report:
     return Report(
         title=job.name,
         subject="transfer",
-        made_at=datetime.now(UTC),
         state=job.state.value,
         asked=words.transfer_in_words(spec),
         error=failure(job),
@@ -85,14 +122,14 @@ def _of_transfer(job: stored.Job) -> Report:
     )
 
 
-def _of_search(service: Service, job: stored.Job) -> Report:
+def _of_search(service: Service, job: stored.Job, *, whole: bool) -> Report:
     spec = JobSpec.model_validate(job.spec)
     configuration = (
         None if job.best is None else Configuration.model_validate(job.with_tasks(job.best))
     )
     several = is_several(job.spec)
     answer = answer_stage(job) if several else None
-    studies = _studies(service, job, answer)
+    studies = _studies(service, job, answer, whole=whole)
     measured = {
         stage.number: float(stage.result["perplexity"])
         for stage in job.of_kind(StageKind.PERPLEXITY)
@@ -104,7 +141,8 @@ def _of_search(service: Service, job: stored.Job) -> Report:
         for number, value in ((stage.result or {}).get("divergences") or {}).items()
     }
     trials = trials_of(studies, 1 if several else islands(job))
-    maximised = spec.plan(0).direction == "maximize"
+    objective = spec.request(0).objective
+    maximised = is_maximised(objective.name)
     transfers = (
         []
         if job.best is None
@@ -113,21 +151,20 @@ def _of_search(service: Service, job: stored.Job) -> Report:
     return Report(
         title=job.name,
         subject="search",
-        made_at=datetime.now(UTC),
         state=job.state.value,
         asked=words.search_in_words(spec),
         error=failure(job),
-        warnings=job.warnings or [],
+        warnings=[*(job.warnings or ()), *service.notes(job)],
         configuration=configuration,
-        objective=spec.request(0).objective.label,
+        objective=objective.label,
         maximised=maximised,
         trials=with_measurements(
             trials, MeasuredTrials(perplexities=measured, divergences=compared), configuration
         ),
         left_out=sum(stage.done for stage in job.of_kind(StageKind.SEARCH)[len(studies) :]),
-        several=several,
+        points=[each.model_dump() for each in points(job) or ()] if several else None,
         curve=curve(job),
-        importance=importances(studies, maximised=maximised),
+        importance=importances(studies, maximised=maximised) if whole else {},
         layers=_layers(job),
         transfers=transfers,
         stages=[_time(stage) for stage in job.stages],
@@ -139,7 +176,7 @@ def _of_search(service: Service, job: stored.Job) -> Report:
 
 
 def _studies(
-    service: Service, job: stored.Job, answer: stored.Stage | None
+    service: Service, job: stored.Job, answer: stored.Stage | None, *, whole: bool
 ) -> list[list[FrozenTrial]]:
     """
     Return the trials of the first islands; none for a search that has not begun. With several
@@ -151,7 +188,8 @@ def _studies(
         names = [] if answer is None else [names[answer.number]]
     for name in names:
         with service.database.transaction() as connection:
-            found.append(read_trials(connection, name, attributes=["method", CORRECTS]))
+            attributes = ["method", CORRECTS] if whole else ["method"]
+            found.append(read_trials(connection, name, attributes=attributes, params=whole))
         if sum(map(len, found)) >= MOST_TRIALS:
             break
     return found

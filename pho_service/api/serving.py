@@ -21,7 +21,6 @@ from sqlalchemy.engine import make_url
 
 from pho_service.api.app import create_app
 from pho_service.api.guard import is_local
-from pho_service.api.protocol import bounded_protocol
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import Settings
 from storage.claims import worker_name
@@ -38,6 +37,7 @@ _SLOWEST_S = 30.0
 _SOON_S = 3.0  # in which a worker stops, but for one that loads a model or has no database
 _ANSWERS_S = 2.0
 _THREADS_S = 0.5
+_CONNECTIONS = 1000  # at once; beyond, uvicorn answers 503
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
@@ -78,7 +78,8 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         app = create_app(database, settings, keys_needed=keys_needed)
         config = uvicorn.Config(
             app,
-            http=bounded_protocol(settings.max_connections_per_host),
+            http="h11",
+            limit_concurrency=_CONNECTIONS,
             ws="none",
             log_config=None,
             access_log=False,

@@ -12,7 +12,7 @@ from pho_service.errors import InvalidInput
 from pho_service.host.access import Access
 from pho_service.host.settings import Settings
 from pho_service.host.task_names import check_tasks
-from pho_service.planning.config_files import config_at_hand, longest_context
+from pho_service.planning.headers import config_at_hand, longest_context
 from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
 from pho_service.spec.job_size import check_size

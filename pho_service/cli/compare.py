@@ -19,11 +19,12 @@ from pho_service.cli.options import (
     report_spec,
     text_source,
 )
-from pho_service.cli.terminal import print_json, print_table, verb
+from pho_service.cli.terminal import print_json, show_table, verb
 from pho_service.errors import InvalidInput
 from pho_service.spec.document import check_choice
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.seed import SEEDS
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from pho_service.spec.fields import CalibrationSpec
     from pho_service.spec.job import JobSpec
 
+# The seed is the calibration's.
 _OF_SEARCHES = (
-    "trials", "corrections", "confirm/text", "confirm/windows", "confirm/candidates",
+    *(name for name in options_of(SearchOptions()) if name != "seed"),
+    "confirm/text", "confirm/windows", "confirm/candidates",
 )  # fmt: skip
 
 
@@ -236,23 +239,10 @@ def _calibration(
 
 def show_comparison(compared: "Compared") -> None:
     """How good it is in a line, and the table; what else was measured has one of its own."""
-    more = slice(3, len(compared.columns) - 4)
-
-    def without(row: list[str | None]) -> list[str | None]:
-        return row[: more.start] + row[more.stop :]
-
     click.echo(f"Perplexity: {compared.summary}")
-    print_table(
-        compared.title,
-        [*compared.columns[: more.start], *compared.columns[more.stop :]],
-        [without(row) for row in compared.cells],
-        caption=compared.caption,
-        spare=("peak memory", "seconds", "proxy", "scope"),
-    )
-    if compared.columns[more]:
-        print_table(
-            f"{compared.title}: tasks",
-            ("method", *compared.columns[more]),
-            [(row[0], *row[more]) for row in compared.cells],
-            caption="Share of right answers, ± standard error over the questions.",
-        )
+    table, extra = compared.table, compared.extra
+    show_table(table.columns_but(extra), spare=("peak memory", "seconds", "proxy", "scope"))
+    if extra:
+        tasks = table.columns_but([c for c in table.columns if c not in ("method", *extra)])
+        note = "Share of right answers, ± standard error over the questions."
+        show_table(replace(tasks, title=f"{compared.title}: tasks", notes=(note,)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from pho_service.cli.options import (
     is_bundle,
     json_option,
 )
-from pho_service.cli.terminal import print_json, print_table, say, tell, verb
+from pho_service.cli.terminal import print_json, say, show_table, tell, verb
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.spec.curve import CURVE_FINALISTS, curve_patterns
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.samplers import SearchOptions, options_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     cls=DocumentCommand,
     fields=(
         "scope", "preset", "steps", "search_space", "calibration", "confirm/text",
-        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "trials",
-        "corrections", "seed", "revision", "dtype", "stream",
+        "confirm/windows", "confirm/candidates", "validation", "objective", "sampler", "revision",
+        "dtype", "stream", *options_of(SearchOptions()),
     ),
 )  # fmt: skip
 @click.argument("model")
@@ -174,19 +176,13 @@ def opened_points(
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
     """The table of a curve."""
-    from pho_service.report.curve import curve_table
+    from pho_service.shown.tables import points_table, text_of
 
     text = points[0].result.configuration.confirmation
     assert text is not None
-    table = curve_table([each.to_dict() for each in points], points[0].dense)
-    caption = (
-        f"{text.tokens} tokens of {text.text['source']}; what was found was chosen on them. "
-        f"{table.note}"
-    )
-    print_table(
-        table.caption, table.columns, table.rows, caption=caption,
-        spare=("trials", "seconds", "proxy", "scope"),
-    )  # fmt: skip
+    table = points_table([each.to_dict() for each in points])
+    table = replace(table, notes=(f"Perplexities are of {text_of(text)}.", *table.notes))
+    show_table(table, spare=("trials", "seconds", "proxy", "scope"))
 
 
 def _refuse_bundle(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.groups import GroupedCommand, group_of_field
+from pho_service.cli.groups import GroupedCommand
 from pho_service.errors import InvalidInput
 from pho_service.spec.job_fields import within
 from pho_service.spec.job_options import Field, document_fields
@@ -147,9 +147,10 @@ class DocumentCommand(GroupedCommand):
     A verb with options for fields of the job's document, which are made when they are needed.
 
     Args:
-        fields: Their paths, or those of parts; those that begin with ``-`` are left out.
+        fields: Their paths, or those of parts.
         names: What some are called in this verb.
         required: Fields that must be given.
+        of_a_service: Whether those are among them that only a service has a use for.
     """
 
     def __init__(
@@ -158,20 +159,21 @@ class DocumentCommand(GroupedCommand):
         fields: Sequence[str],
         names: Mapping[str, str] | None = None,
         required: Sequence[str] = (),
+        of_a_service: bool = True,
         **attributes: Any,
     ) -> None:
         super().__init__(*args, **attributes)
         self._asked, self._renamed, self._required = fields, names or {}, required
+        self._of_a_service = of_a_service
 
     @cached_property
     def fields(self) -> list[Field]:
         """The fields that have an option."""
-        left = tuple(path[1:] for path in self._asked if path.startswith("-"))
         return [
             field
             for path, field in document_fields().items()
             if any(within(path, part) for part in self._asked)
-            and not any(within(path, part) for part in left)
+            and (self._of_a_service or not field.shown.service)
         ]
 
     @cached_property
@@ -179,18 +181,10 @@ class DocumentCommand(GroupedCommand):
         """By the names of their parameters."""
         found = {}
         for field in self.fields:
-            shown, *hidden = self._names(field)
-            for name in (shown, *hidden):
-                option = field.option(
-                    [name],
-                    required=field.path in self._required,
-                    hidden=name != shown,
-                )
-                found[str(option.name)] = (field, option)
+            name = self._renamed.get(field.path, field.name)
+            option = field.option(name, required=field.path in self._required)
+            found[str(option.name)] = (field, option)
         return found
-
-    def _names(self, field: Field) -> tuple[str, ...]:
-        return (self._renamed[field.path],) if field.path in self._renamed else field.names
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """All of them, those of the document first."""
@@ -213,7 +207,7 @@ class DocumentCommand(GroupedCommand):
     def groups(self) -> Mapping[str, str]:
         """Those of the document's options, too."""
         of_fields = {
-            parameter: group_of_field(field.path) for parameter, (field, _) in self._options.items()
+            parameter: field.shown.section for parameter, (field, _) in self._options.items()
         }
         return {**super().groups(), **of_fields}
 

@@ -1,5 +1,6 @@
 """`pho evaluate`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from pho_service.cli.options import (
     json_option,
     text_source,
 )
-from pho_service.cli.terminal import print_json, print_table, progress, say, verb, working
+from pho_service.cli.terminal import print_json, progress, say, show_table, verb, working
 from pho_service.errors import InvalidInput
 from pho_service.host.usual_texts import USUAL_TEXTS
-from pho_service.spec.tasks import mean_accuracy, task_names
+from pho_service.spec.numbers import number
+from pho_service.spec.tasks import task_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from pho_service.models.task_files import LoadedTasks
     from pho_service.pipeline.rating import ReportText
     from pho_service.spec.fields import CalibrationSpec, TextSpec
-    from pho_service.spec.tasks import TaskScore
+    from pho_service.spec.numbers import number
+from pho_service.spec.tasks import TaskScore
 
 _TEXT = ("calibration/text", "calibration/dataset")
 
@@ -172,7 +175,7 @@ def _perplexity(
 
 def _show_perplexity(document: dict[str, Any]) -> None:
     click.echo(
-        f"perplexity {document['perplexity']:.4f}\n"
+        f"perplexity {number(document['perplexity'])}\n"
         f"tokens     {document['tokens']} in {document['windows']} windows of "
         f"{document['context_length']}, {'with' if document['bos'] else 'without'} BOS\n"
         f"text       {document['text']}\n"
@@ -181,18 +184,17 @@ def _show_perplexity(document: dict[str, Any]) -> None:
 
 
 def _show_scores(document: dict[str, Any], scores: "Sequence[TaskScore]") -> None:
-    mean = mean_accuracy(scores)
+    from pho_service.shown.tables import scores_table
+
     used = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    print_table(
-        f"{Path(document['model']['name']).name}: zero-shot tasks",
-        ("task", "metric", "score", "examples", "shots", "version"),
-        [
-            *(
-                (score.task, score.metric, score.shown, score.examples, score.shots, score.version)
-                for score in scores
-            ),
-            *([("mean", "acc", f"{mean * 100:.2f}", "", "", "")] if mean is not None else []),
-        ],
-        caption=f"{'with' if document['bos'] else 'without'} BOS; accuracies in percent, ± "
-        f"standard error; {document['model']['dtype']} on {document['device']}; {used}",
+    where = f"{document['model']['dtype']} on {document['device']}"
+    bos = "with" if document["bos"] else "without"
+    table = scores_table(scores)
+    name = Path(document["model"]["name"]).name
+    show_table(
+        replace(
+            table,
+            title=f"{name}: zero-shot tasks",
+            notes=(*table.notes, f"{bos.capitalize()} BOS; {where}; {used}."),
+        )
     )

@@ -5,7 +5,8 @@ Jobs in words and tables, as the verbs for jobs print them.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pho_service.cli.terminal import print_table, tell
+from pho_service.cli.terminal import show_table, tell
+from pho_service.spec.numbers import number, percent
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -41,29 +42,18 @@ def outcome(job: "Job") -> list[str]:
 def show_tasks(job: "Job") -> None:
     """What the dense model and the pruned one of a job scored in tasks."""
     if job.tasks is not None:
-        print_table("Zero-shot tasks", job.tasks.columns, job.tasks.rows(), caption=job.tasks.note)
+        from pho_service.shown.tables import tasks_table
+
+        show_table(tasks_table(job.tasks))
 
 
 def show_points(job: "Job") -> None:
     """The table of a job with several patterns."""
+    from pho_service.shown.tables import points_table
+
     if not job.points:
         return
-    rows = [
-        [
-            each.pattern,
-            each.state,
-            *(number(value, digits=5) for value in (each.perplexity, each.dense)),
-            None if each.rise is None else f"{each.rise:+.1%}",
-            *(number(value, digits=5) for value in (each.wanda, each.ria)),
-            None if each.within is None else ("yes" if each.within else "no"),
-            number(each.seconds, digits=4),
-        ]
-        for each in job.points
-    ]
-    columns = [
-        "pattern", "state", "found", "dense", "rise", "Wanda", "RIA", "within", "seconds",
-    ]  # fmt: skip
-    print_table("Perplexity at each sparsity", columns, rows, spare=("seconds",))
+    show_table(points_table([each.model_dump() for each in job.points]), spare=("seconds",))
     if job.best is None and any(each.state == "done" for each in job.points):
         tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
 
@@ -86,15 +76,14 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
         tell(f"note         {warning}")
 
 
-def good(job: "Job") -> list[str | None]:
+def good(job: "Job") -> list[str]:
     """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
     if job.best is None or job.best.perplexities is None:
         found = job.best.perplexity if job.best else None
-        return [None, number(found, digits=4), None, None, None]
+        return ["", number(found), "", "", ""]
     good = job.best.perplexities
-    values = (good.dense, good.pruned, good.wanda, good.ria)
-    dense, pruned, wanda, ria = (number(value, digits=4) for value in values)
-    return [dense, pruned, f"{good.rise:+.1%}", wanda, ria]
+    dense, pruned, wanda, ria = map(number, (good.dense, good.pruned, good.wanda, good.ria))
+    return [dense, pruned, percent(good.rise, signed=True), wanda, ria]
 
 
 def done(job: "Job") -> str:
@@ -113,8 +102,3 @@ def short_ids(ids: Iterable[str]) -> dict[str, str]:
         if len({*short.values()}) == len(known):
             return short
     return {each: each for each in known}
-
-
-def number(value: float | None, digits: int = 6) -> str | None:
-    """A number for a table; None stays None."""
-    return None if value is None else f"{value:.{digits}g}"

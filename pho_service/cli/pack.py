@@ -1,30 +1,23 @@
 """`pho pack` and `pho unpack`."""
 
-from pathlib import Path
-
 import click
 
 from pho_service.cli.options import json_option
-from pho_service.cli.terminal import print_json, progress, verb
+from pho_service.cli.terminal import print_json, verb
 
 
 @click.command()
 @click.argument("folder")
-@click.option(
-    "--out",
-    required=True,
-    help="One file if its name ends in .pho; otherwise a new or empty folder, in which the "
-    "small files stay as they are.",
-)
+@click.option("--out", required=True, help="A file whose name ends in .pho.")
 @json_option
 @verb
 def pack(folder: str, out: str, as_json: bool) -> None:
     """
     Make a model folder smaller, without losing a bit.
 
-    Zeros take one bit each, and of what is left the exponents are compressed by
-    zstd. `pho unpack` restores the folder, and wherever a MODEL is
-    asked for, what is packed can be given: it is read one tensor at a time.
+    Each file is compressed by zstandard. `pho unpack` restores the folder, and
+    wherever a MODEL is asked for, what is packed can be given: it is unpacked
+    into the cache for as long as it is needed.
 
     \b
     Example:
@@ -32,9 +25,9 @@ def pack(folder: str, out: str, as_json: bool) -> None:
       pho prune --check pruned.pho
       pho evaluate pruned.pho --text report.txt
     """
-    from pho_service.models.packing import pack as pack_folder
+    from pho_service.models.packed import pack as pack_folder
 
-    size = pack_folder(Path(folder), Path(out), progress=progress)
+    size = pack_folder(folder, out, progress=True)
     if as_json:
         print_json(
             {"out": out, "bytes": size.after, "unpacked_bytes": size.before, "ratio": size.ratio}
@@ -52,16 +45,16 @@ def unpack(packed: str, out: str, as_json: bool) -> None:
     """
     Restore the folder that `pho pack` has packed, bit for bit.
 
-    Each tensor is compared with its hash; if one is damaged, nothing is written.
+    Each file is compared with its checksum; if one is damaged, nothing is written.
 
     \b
     Example:
       pho unpack pruned.pho --out pruned
     """
-    from pho_service.models.packed_file import unpack as unpack_folder
+    from pho_service.models.packed import unpack as unpack_file
 
-    tensors = unpack_folder(Path(packed), Path(out), progress=progress)
+    files = unpack_file(packed, out, progress=True)
     if as_json:
-        print_json({"out": out, "tensors": tensors})
+        print_json({"out": out, "files": files})
         return
-    click.echo(f"{out}: {tensors} tensors, each as its hash says")
+    click.echo(f"{out}: {files} files, each as its checksum says")

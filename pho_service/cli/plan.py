@@ -42,10 +42,10 @@ def plan(
     """
     Say what a search on MODEL would take: memory, disk and time, before anything is read.
 
-    MODEL is a hub id, a local folder or a .gguf file; its configuration alone is read. The other
-    options are those of `pho submit`. Peaks are of all that a stage holds, the process included.
-    Times are ranges: those of a CPU follow from a short measurement, those of a card from its data
-    sheet. Exit code 1: it does not fit.
+    MODEL is a hub id, a local folder or a .gguf file; the headers of its files alone are read. The
+    other options are those of `pho submit`. Peaks are of all that a stage holds, the process
+    included. Times are ranges: those of a CPU follow from a short measurement, those of a card from
+    its data sheet. Exit code 1: it does not fit.
 
     \b
     Example:
@@ -73,7 +73,7 @@ def plan(
 
 def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> PlanAnswer:
     """The plan, made in this process."""
-    from pho_service.planning.config_files import read_config
+    from pho_service.planning.headers import read_header
     from pho_service.planning.machines import named_machine
     from pho_service.planning.plan import plan_job
     from pho_service.spec.job import JobSpec
@@ -81,8 +81,8 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
     job = JobSpec.model_validate(spec)
     machine = named_machine(card) if card else _this_machine()
     machine = machine.resized(memory.get("device_memory"), memory.get("main_memory"))
-    config = read_config(job.model, revision=job.revision)
-    return PlanAnswer.model_validate(plan_job(job, config, machine).to_dict())
+    header = read_header(job.model, revision=job.revision)
+    return PlanAnswer.model_validate(plan_job(job, header, machine).to_dict())
 
 
 def _this_machine() -> "Machine":

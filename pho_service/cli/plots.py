@@ -31,9 +31,8 @@ def plot_file(name: str) -> Path:
 
 def plot_validation(result: "Validation", path: Path, title: str) -> None:
     """Write a page with a chart for each proxy: its value against perplexity."""
-    from pho_service.report.charts import validation_charts
-    from pho_service.report.page import page
-    from pho_service.report.section import Section
+    from pho_service.shown.charts import validation_charts
+    from pho_service.shown.parts import Section, page
 
     drawn = validation_charts(result.proxies, result.perplexity, result.qualities)
     count = f"{len(result.candidates)} random candidates, rated by each proxy and by perplexity."
@@ -43,7 +42,8 @@ def plot_validation(result: "Validation", path: Path, title: str) -> None:
 
 def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Write a page with what a configuration was worth on each model, as a report shows it."""
-    from pho_service.report.page import page, transfer_section
+    from pho_service.shown.page import transfer_section
+    from pho_service.shown.parts import page
 
     if all("error" in record for record in records):
         raise InvalidInput("there is nothing to plot: no model could be measured.")
@@ -52,7 +52,7 @@ def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> 
 
 def plot_curve(document: dict[str, Any], path: Path) -> None:
     """Write a page with perplexity against sparsity, and the table of the points."""
-    from pho_service.report.page import curve_page
+    from pho_service.shown.page import curve_page
 
     _write(path, curve_page(document))
 

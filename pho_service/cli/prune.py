@@ -328,7 +328,7 @@ def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) 
 
     from transformers.utils.logging import disable_progress_bar
 
-    from pho_service.models.packed_file import small_files
+    from pho_service.models.packed import as_folder
     from pho_service.models.recipe_file import read_recipe
     from pho_service.pipeline.check import check_folder
 
@@ -336,7 +336,7 @@ def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) 
     loaded = None
     if original is not None:
         if inputs.dtype == "auto":  # the hash of the original's weights depends on it
-            with small_files(folder) as small:
+            with as_folder(folder) as small:
                 inputs = replace(inputs, dtype=read_recipe(small).model.dtype)
         loaded = inputs.model(original)
     checks = check_folder(folder, original=loaded, progress=progress)

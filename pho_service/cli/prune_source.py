@@ -11,6 +11,7 @@ from pho_service.cli.library import Found, best_of_library, wanted_for
 from pho_service.cli.terminal import say
 from pho_service.errors import ConfigurationError
 from pho_service.spec.linears import Linears
+from pho_service.spec.numbers import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,8 +70,8 @@ class Source:
                 if no_better_than_ria(proxies) and not self.force:
                     say(
                         f"Leaving {about} out: its proxy on {model.name}, "
-                        f"{proxies['transferred']:.6g}, is no better than RIA's, "
-                        f"{proxies['ria']:.6g}."
+                        f"{number(proxies['transferred'])}, is no better than RIA's, "
+                        f"{number(proxies['ria'])}."
                     )
                     continue
                 sentence = proxy_sentence(model.name, proxies)

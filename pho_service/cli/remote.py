@@ -8,7 +8,6 @@ import click
 from pho_service.cli.jobs_shown import (
     done,
     good,
-    number,
     outcome,
     say_transfer,
     short_ids,
@@ -18,6 +17,7 @@ from pho_service.cli.jobs_shown import (
 from pho_service.cli.options import at_least, json_option
 from pho_service.cli.terminal import print_json, print_table, say, table_width, tell, verb
 from pho_service.errors import InvalidInput, ServiceError
+from pho_service.spec.numbers import number
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
@@ -96,7 +96,7 @@ def jobs(
             job.state,
             done(job),
             *good(job),
-            number(job.progress.best_value, digits=4),
+            number(job.progress.best_value),
         ]
         for job in found
     ]

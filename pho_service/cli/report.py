@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
     from pho_service.library.files import LibraryFile
-    from pho_service.report.data import Report
+    from pho_service.shown.report import Report
 
 
 @click.command()
@@ -75,7 +75,7 @@ def _check_id(name: str) -> None:
 
 def _of_study(name: str, url: str, config: str | None) -> str:
     from pho_service.library.files import read_library_file
-    from pho_service.report.page import render
+    from pho_service.shown.page import render
     from storage.studies import StorageError, open_storage
 
     file = None if config is None else read_library_file(Path(config))
@@ -113,13 +113,11 @@ def _load(name: str, storage: Any, url: str) -> "optuna.Study":
 def _collected(
     study: "optuna.Study", url: str, file: "LibraryFile | None", config: str | None
 ) -> "Report":
-    from datetime import UTC, datetime
-
     from optuna.study import StudyDirection
 
-    from pho_service.report import words
-    from pho_service.report.data import Report
-    from pho_service.report.study import (
+    from pho_service.shown import words
+    from pho_service.shown.report import Report
+    from pho_service.shown.study import (
         MeasuredTrials,
         importances,
         measured_in,
@@ -145,7 +143,6 @@ def _collected(
     return Report(
         title=study.study_name,
         subject="study",
-        made_at=datetime.now(UTC),
         asked=words.study_in_words(known),
         configuration=configuration,
         objective=str(known.get("objective", "objective")),
@@ -166,7 +163,7 @@ def _collected(
 def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
     """The `pho search` whose study has this record."""
     from pho_service.cli.search import WARM
-    from pho_service.report.words import study_document
+    from pho_service.shown.words import study_document
 
     warm = [word for name in known.get(WARM, []) for word in ("--warm-start", name)]
     return search_command(study_document(known, trials), *warm, "--study", _shown(url))
@@ -174,7 +171,7 @@ def _again(known: "Mapping[str, Any]", trials: int, url: str) -> str:
 
 def _prunes(known: "Mapping[str, Any]", config: str) -> list[str]:
     """The `pho prune` of each model of a study, with its configuration."""
-    from pho_service.report.words import study_document
+    from pho_service.shown.words import study_document
 
     document = study_document(known, 0)
     models = [document["model"], *(document.get("more_models") or [])]

@@ -20,10 +20,9 @@ from pho_service.cli.options import (
     out_file,
 )
 from pho_service.cli.terminal import print_json, say, verb
-from pho_service.cli.within import target_options
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.spec.job_options import OF_A_SERVICE
+from pho_service.spec.numbers import number
 
 if TYPE_CHECKING:
     from pho_service.pipeline.target import TargetFound
@@ -38,7 +37,8 @@ DOCUMENT, WARM = "document", "warm_start_names"
 
 @click.command(
     cls=DocumentCommand,
-    fields=("", *(f"-{path}" for path in OF_A_SERVICE)),
+    fields=("",),
+    of_a_service=False,
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
@@ -48,7 +48,6 @@ DOCUMENT, WARM = "document", "warm_start_names"
     help="Database of the Optuna study; an interrupted search continues from it.",
 )
 @click.option("--out", default="config.json", show_default=True, help="The configuration.")
-@target_options
 @device_options
 @json_option
 @verb
@@ -57,10 +56,6 @@ def search(
     given: Given,
     study: str,
     out: str,
-    within: str | None,
-    step: float | None,
-    lowest: float | None,
-    highest: float | None,
     inputs: Terminal,
     as_json: bool,
 ) -> None:
@@ -94,8 +89,7 @@ def search(
     check_study_url(study)
     text = given("confirm/text") if len(models) == 1 else None  # several take none
     check_models(models, given("revision"), text)
-    bounds = {"step": step, "lowest": lowest, "highest": highest}
-    target = within_target.given_target(within, given, bounds)
+    target = within_target.given_target(given)
     if target is not None:
         answer = within_target.search_within(models, given, target, study, inputs)
         _finish_target(answer, path, study, as_json)
@@ -210,37 +204,15 @@ def _finish_target(found: "TargetFound", path: Path, study: str, as_json: bool) 
 
 def describe(result: "SearchResult", path: Path, study: str) -> str:
     """What was found, in a few lines."""
+    from pho_service.shown.tables import configuration_rows
     from pho_service.tuning.correction import Correction
 
     found = result.configuration
-    c = found.coefficients
     good = found.perplexities
     lines = [
         *([] if good is None else [f"result       {good} (perplexities)"]),
-        f"method       {found.method}, pattern {found.pattern}, scope {found.scope}",
-        f"coefficients row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
-        f"{c.neighbourhood:.4f}, kernel {c.kernel_size}",
-        f"exponents    activation {c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
-        f"steps        {found.steps}",
-        f"objective    {found.objective['name']} {found.objective['value']:.6g}",
+        *(f"{name:<12} {value}" for name, value in configuration_rows(found)),
     ]
-    for name, value in found.objective.get("relative_to_ria", {}).items():
-        lines.append(f"             {value:.4f} of RIA's on {name}")
-    if found.confirmation:
-        lines.append(
-            f"perplexity   {found.confirmation.perplexity:.4f} on "
-            f"{found.confirmation.tokens} tokens of {found.confirmation.text['source']}"
-        )
-        before = found.confirmation.before_reconstruction
-        if before is not None:
-            lines.append(f"             {before:.4f} before the reconstruction of its blocks")
-        tokens = found.confirmation.divergence_tokens
-        evaluations = found.confirmation.evaluations
-        if tokens is not None and evaluations is not None:
-            lines.append(
-                f"confirmed    the best of {len(found.candidates)} finalists and baselines, which "
-                f"took as long as {evaluations:.1f} perplexities of that text"
-            )
     if result.validation is not None:
         quality = result.validation[found.objective["name"]]
         low, high = quality.spearman_interval
@@ -273,6 +245,6 @@ def _started(result: "SearchResult") -> list[str]:
     better = min if objective["direction"] == "minimize" else max
     best = better(known, key=lambda point: point["value"])
     return [
-        f"warm start   {best['value']:.6g} at trial {best['trial']}, the best of {len(points)}; "
-        f"the result is trial {result.trial}"
+        f"warm start   {number(best['value'])} at trial {best['trial']}, the best of "
+        f"{len(points)}; the result is trial {result.trial}"
     ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
+    from pho_service.shown import parts as shown
+
 P = ParamSpec("P")
 
 _ENDLESS = 100_000  # characters of a line that is never folded
@@ -162,6 +164,11 @@ def print_table(
     console.print(drawn)
     for note in notes:
         console.print(Text(f"\n{note}", style="dim"))
+
+
+def show_table(table: "shown.Table", *, spare: Sequence[str] = ()) -> None:
+    """Print a table of a result; see :func:`print_table`."""
+    print_table(table.title, table.columns, table.cells, caption=" ".join(table.notes), spare=spare)
 
 
 def _table(

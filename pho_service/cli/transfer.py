@@ -23,7 +23,7 @@ from pho_service.cli.options import (
     text_source,
 )
 from pho_service.cli.plots import plot_file, plot_transfer
-from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.cli.terminal import print_json, say, show_table, verb
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 
@@ -226,37 +226,10 @@ def show_transfer(
     records: Sequence[dict[str, Any]], name: str, configuration: "Configuration"
 ) -> None:
     """A table of perplexities, where they were measured, and one of proxies."""
-    for what, measured, regret in (
-        ("perplexities", ("dense", *METHODS), "regret"),
-        ("proxies", METHODS, "proxy_regret"),
-    ):
-        rows = [record for record in records if record.get(what)]
-        shown = [m for m in measured if any(m in record[what] for record in rows)]
-        if not rows:
-            continue
-        print_table(
-            f"{name} at {configuration.pattern}, scope {configuration.scope}: {what}",
-            ("model", *shown, "below RIA's", "regret"),
-            [
-                (
-                    Path(record["target"]).name,
-                    *(_number(record[what].get(method)) for method in shown),
-                    _yes(record[what]),
-                    None if record[regret] is None else f"{record[regret]:.0%}",
-                )
-                for record in rows
-            ],
-            caption="Regret: the share of the own best's gain over RIA that the transferred "
-            "configuration loses; empty where there is no own best that gains.",
-        )
+    from pho_service.shown.tables import MEASURES, transfer_table
 
-
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.5g}"
-
-
-def _yes(values: dict[str, float | None]) -> str | None:
-    ria, mine = values["ria"], values["transferred"]
-    if ria is None or mine is None:
-        return None
-    return "yes" if mine < ria else "NO"
+    for what in MEASURES:
+        table = transfer_table(records, what)
+        if table is not None:
+            where = f"at {configuration.pattern}, scope {configuration.scope}"
+            show_table(replace(table, title=f"{name} {where}: {what}"))

@@ -16,6 +16,7 @@ from pho_service.cli.options import (
 )
 from pho_service.cli.plots import plot_file, plot_validation
 from pho_service.cli.terminal import print_json, print_table, say, verb
+from pho_service.spec.numbers import number
 from pho_service.spec.objective import Objective
 
 if TYPE_CHECKING:
@@ -138,6 +139,6 @@ def _show(result: "Validation", title: str) -> None:
             for name, q in result.qualities.items()
         ],
         caption=f"{len(result.candidates)} random candidates, perplexity "
-        f"{min(result.perplexity):.2f} to {max(result.perplexity):.2f}",
+        f"{number(min(result.perplexity))} to {number(max(result.perplexity))}",
         spare=("better half", "Kendall (95 %)"),
     )

@@ -2,65 +2,37 @@
 `pho search --within`: the highest sparsity that is still good enough.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from pho_service.cli.curve import open_curve, opened_points, show_points
 from pho_service.cli.document import Given
-from pho_service.cli.options import Terminal, all_options
+from pho_service.cli.options import Terminal
 from pho_service.cli.terminal import tell
 from pho_service.errors import InvalidInput
-from pho_service.spec.curve import HIGHEST, LOWEST, STEP, Target, parse_rise
+from pho_service.spec.curve import Target
+from pho_service.spec.job_fields import within
+from pho_service.spec.numbers import number, percent
 
 if TYPE_CHECKING:
     from pho_service.pipeline.target import TargetFound
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.request import SearchRequest
 
-target_options = all_options(
-    click.option(
-        "--within",
-        help="Instead of --pattern: find the highest sparsity whose perplexity is at most so much "
-        "above the dense model's, such as 5%. Several sparsities are searched.",
-    ),
-    click.option(
-        "--step",
-        type=float,
-        help=f"With --within: distance between possible answers, as a sparsity.  [default: {STEP}]",
-    ),
-    click.option(
-        "--lowest",
-        type=float,
-        help=f"With --within: the lowest sparsity that may be the answer.  [default: {LOWEST}]",
-    ),
-    click.option(
-        "--highest",
-        type=float,
-        help=f"With --within: the highest sparsity that may be the answer.  [default: {HIGHEST}]",
-    ),
-)
 
-
-def given_target(within: str | None, given: Given, bounds: Mapping[str, Any]) -> Target | None:
+def given_target(given: Given) -> Target | None:
     """
     The target of a search; None if it has a pattern instead.
-
-    Args:
-        within: The rise of the perplexity, as it was written.
-        given: The options of the document.
-        bounds: What --step, --lowest and --highest say.
 
     Raises:
         InvalidInput: Neither or both are given, or a value breaks a rule.
     """
-    said = {name: value for name, value in bounds.items() if value is not None}
-    if within is None:
+    said = [path for path in given.said if within(path, "target")]
+    if "target/perplexity_rise" not in said:
         if said:
             raise InvalidInput(
-                f"--{', --'.join(said)} is for --within alone. Leave it out, or give --within."
+                f"{', '.join(given.names[path] for path in said)} is for --within alone. Leave it "
+                "out, or give --within."
             )
         if "pattern" not in given.said:
             raise InvalidInput(
@@ -71,9 +43,9 @@ def given_target(within: str | None, given: Given, bounds: Mapping[str, Any]) ->
     if "pattern" in given.said:
         raise InvalidInput(
             f"--pattern {given('pattern')} says how sparse the model is to be, and --within "
-            f"{within} asks for it. Give one of them."
+            f"{given('target/perplexity_rise')} asks for it. Give one of them."
         )
-    return Target.of(perplexity_rise=parse_rise(within, "--within"), **said)
+    return Target.of(**given.document()["target"])
 
 
 def search_within(
@@ -116,7 +88,9 @@ def search_within(
 
 
 def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
-    return given.job(given.document({"model": model, "pattern": str(sparsity)}))
+    document = given.document({"model": model, "pattern": str(sparsity)})
+    del document["target"]
+    return given.job(document)
 
 
 def show_target(found: "TargetFound") -> None:
@@ -124,11 +98,12 @@ def show_target(found: "TargetFound") -> None:
     answer, limit = found.answer, found.target.limit(found.answer.dense)
     show_points(found.points)
     told = "" if found.outside is None else (
-        f"; {found.outside.pattern} is outside, with {found.outside.perplexity:.4f}"
+        f"; {found.outside.pattern} is outside, with {number(found.outside.perplexity)}"
     )  # fmt: skip
     tell(
-        f"target       at most {limit:.4f}, {found.target}\n"
-        f"answer       {answer.pattern}, with {answer.perplexity:.4f} ({answer.rise:+.1%}){told}; "
+        f"target       at most {number(limit)}, {found.target}\n"
+        f"answer       {answer.pattern}, with {number(answer.perplexity)} "
+        f"({percent(answer.rise, signed=True)}){told}; "
         f"steps of {found.target.step:g} were looked at"
     )
 

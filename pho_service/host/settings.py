@@ -54,9 +54,7 @@ class Settings(BaseSettings):
         max_text_bytes: That are read of a text, unpacked.
         max_requests_per_minute: Limit for one key, or for one host without a key; 0 means no limit.
         max_wrong_keys_per_minute: Limit for one host; 0 means no limit.
-        max_streams: Limit of event streams that one key, or one host without a key, may have open.
         login_hours: How long a browser stays logged in with a key.
-        max_connections_per_host: Open at once, of one host.
         trusted_proxies: Addresses and networks whose ``X-Forwarded-For`` is believed.
         notify_hosts: Shell patterns of the hosts that webhooks of jobs may go to; none without any.
         notify_secret: Key that webhooks are signed with; without it none are sent.
@@ -100,9 +98,7 @@ class Settings(BaseSettings):
     max_text_bytes: int = Field(default=2**30, ge=1024)
     max_requests_per_minute: int = Field(default=12_000, ge=0)
     max_wrong_keys_per_minute: int = Field(default=60, ge=0)
-    max_streams: int = Field(default=50, ge=1)
     login_hours: float = Field(default=168.0, gt=0, le=8760, allow_inf_nan=False)
-    max_connections_per_host: int = Field(default=500, ge=1)
     trusted_proxies: Patterns = ()
     notify_hosts: Patterns = ()
     notify_secret: SecretStr | None = None

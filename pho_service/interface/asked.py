@@ -209,7 +209,7 @@ class MethodArguments(LinearArguments):
                 )
             steps["linears"] = linears
         if isinstance(steps.get("linears"), Mapping):
-            steps["linears"] = Linears.from_dict(steps["linears"])
+            steps["linears"] = Linears(**steps["linears"])
         return steps
 
     def _bounds(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.tables import Shown, Table
 from pho_service.pipeline import bench as pipeline
 from pho_service.progress import bars
+from pho_service.shown.parts import Shown, Table
 
 _DEFAULT = pipeline.BenchSettings()
 

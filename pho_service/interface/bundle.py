@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from pho_service.errors import InvalidInput
 from pho_service.interface.asked import arguments
 from pho_service.interface.models import Model, opened
-from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import length_of, text_of
 from pho_service.models.bundle_file import write_bundle
 from pho_service.models.calibration import CalibrationText, calibration_text
@@ -18,7 +17,9 @@ from pho_service.models.calibration import calibrate as make_bundle
 from pho_service.models.given_texts import GivenWindows
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.shown.parts import Shown, Table
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.numbers import number
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts
@@ -58,7 +59,7 @@ class Bundle(Shown, ProxyBundle):
                 ("text", f"{windows} windows of {length} tokens of {self.text.record.source}"),
                 ("rows", settings["rows_per_layer"] or "all"),
                 ("kernel sizes", ", ".join(map(str, self.kernel_sizes))),
-                ("dense", f"perplexity {dense['perplexity']:.5g} on {dense['tokens']} tokens"),
+                ("dense", f"perplexity {number(dense['perplexity'])} on {dense['tokens']} tokens"),
                 ("key", self.key[:12]),
             ],
             numbers=False,

@@ -18,8 +18,10 @@ from pho_service.interface.models import (
     opened_bundle,
     run_on,
 )
-from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibrated, opened_for
+from pho_service.interface.texts import (
+    calibrated,
+    opened_for,
+)
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
@@ -33,7 +35,10 @@ from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import memory_study, opened_study
 from pho_service.pipeline.studies import check_study_url
 from pho_service.pipeline.target import TargetFound, target_job
+from pho_service.shown.parts import Shown, Table
+from pho_service.shown.tables import points_table, text_of
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
+from pho_service.spec.numbers import number, percent
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import Sampler
 from pho_service.tuning.request import SearchRequest
@@ -73,7 +78,7 @@ class Curve(Shown):
         Raises:
             OutputError: The file cannot be written.
         """
-        from pho_service.report.page import curve_page
+        from pho_service.shown.page import curve_page
 
         with new_file(Path(path)) as partial:
             partial.write_text(curve_page(self.document), encoding="utf-8")
@@ -93,8 +98,8 @@ class Within(Shown, TargetFound):
     def _shown(self) -> Table:
         shown = _table(self.points)
         answer = (
-            f"answer: {self.answer.pattern}, {self.answer.rise:+.1%}, within {self.target}; at "
-            f"most {self.target.limit(self.answer.dense):.4f} was wanted"
+            f"answer: {self.answer.pattern}, {percent(self.answer.rise, signed=True)}, within "
+            f"{self.target}; at most {number(self.target.limit(self.answer.dense))} was wanted"
         )
         return replace(
             shown, notes=(answer, *shown.notes, *(f"Note: {each}" for each in self.warnings))
@@ -249,19 +254,5 @@ def _points(
 def _table(points: Sequence[CurvePoint]) -> Table:
     confirmation = points[0].result.configuration.confirmation
     assert confirmation is not None
-    return Table(
-        ("pattern", "scope", "found", "rise", "wanda", "ria", "proxy", "seconds"),
-        [
-            (
-                each.pattern, each.scope, f"{each.perplexity:.3f}", f"{each.rise:+.1%}",
-                number(each.wanda, ".3f"), number(each.ria, ".3f"),
-                f"{each.proxy:.6g}", f"{each.seconds:.1f}",
-            )
-            for each in points
-        ],
-        title=f"perplexity at each sparsity; dense {points[0].dense:.3f}",
-        notes=(
-            f"perplexities: {confirmation.tokens} tokens of {confirmation.text['source']}, which "
-            "what was found was chosen on",
-        ),
-    )  # fmt: skip
+    table = points_table([each.to_dict() for each in points])
+    return replace(table, notes=(f"Perplexities are of {text_of(confirmation)}.", *table.notes))

@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,10 @@ from pho_service.interface.models import (
     chosen,
     run_on,
 )
-from pho_service.interface.tables import Shown, Table, number
-from pho_service.interface.texts import calibrated, opened_for
+from pho_service.interface.texts import (
+    calibrated,
+    opened_for,
+)
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.objectives import only_one
 from pho_service.pipeline.search import (
@@ -38,6 +40,9 @@ from pho_service.pipeline.search import (
     search_job,
 )
 from pho_service.pipeline.studies import check_study_url
+from pho_service.shown.parts import Shown, Table
+from pho_service.shown.report import Report
+from pho_service.shown.tables import configuration_rows, results_table
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.objective import Over
 from pho_service.spec.pattern import Pattern
@@ -108,37 +113,16 @@ class Found(Shown, SearchResult):
 
     def _shown(self) -> Table:
         found = self.configuration
-        c = found.coefficients
-        confirmation = found.confirmation
-        return Table(
-            ("method", "trial", "perplexity", "divergence", "proxy"),
-            [
-                (
-                    row.method,
-                    row.trial,
-                    number(row.perplexity, ".3f"),
-                    number(row.divergence, ".4g"),
-                    number(row.proxy, ".6g"),
-                )
-                for row in self.table
-            ],
-            title=("" if found.perplexities is None else f"perplexity: {found.perplexities}\n")
-            + f"{found.method} at {found.pattern} in scope {found.scope}, trial {self.trial} "
-            f"of study {self.study_name!r}",
+        table = results_table(Report.of(found))
+        assert table is not None  # it has its own trial
+        lines = [(name, value) for name, value in configuration_rows(found) if value]
+        good = "" if found.perplexities is None else f"perplexity: {found.perplexities}\n"
+        return replace(
+            table,
+            title=f"{good}trial {self.trial} of study {self.study_name!r}",
             notes=(
-                f"coefficients: row {c.row:.4f}, column {c.column:.4f}, neighbourhood "
-                f"{c.neighbourhood:.4f}, kernel {c.kernel_size}; exponents: activation "
-                f"{c.activation_exponent:.4f}, gradient {c.gradient_exponent:.4f}",
-                f"steps: {found.steps}",
-                f"objective: {found.objective['name']} {found.objective['value']:.6g}",
-                *(
-                    []
-                    if confirmation is None
-                    else [
-                        f"perplexities: {confirmation.tokens} tokens of "
-                        f"{confirmation.text['source']}"
-                    ]
-                ),
+                *(f"{name}: {value}" if name else value for name, value in lines),
+                *table.notes,
                 *(f"Note: {warning}" for warning in self.warnings),
             ),
         )

@@ -22,7 +22,6 @@ from pho_service.interface.models import (
     parsed,
     run_on,
 )
-from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import (
     calibrated,
     length_of,
@@ -43,12 +42,15 @@ from pho_service.pipeline.repeated import (
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.shown.parts import Shown, Table
+from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
 from pho_service.spec.fields import ConfirmSpec
 from pho_service.spec.linears import Linears
+from pho_service.spec.numbers import number
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions, options_of
-from pho_service.spec.tasks import TaskScore, mean_accuracy, task_names
+from pho_service.spec.tasks import TaskScore, task_names
 from pho_service.tuning.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class Evaluation(Shown):
         if self.tasks:
             return self._scores(where)
         return Table(
-            ("perplexity", f"{self.perplexity:.4f}"),
+            ("perplexity", number(self.perplexity)),
             [
                 ("tokens", f"{self.tokens} in {self.windows} windows of {self.context_length}"),
                 ("BOS", "with" if self.bos else "without"),
@@ -103,15 +105,11 @@ class Evaluation(Shown):
         )
 
     def _scores(self, where: str) -> Table:
-        mean = mean_accuracy(self.tasks)
-        return Table(
-            ("task", "metric", "score", "examples"),
-            [
-                *((each.task, each.metric, each.shown, each.examples) for each in self.tasks),
-                *([("mean", "acc", f"{mean * 100:.2f}", None)] if mean is not None else []),
-            ],
-            title="" if self.perplexity is None else f"perplexity {self.perplexity:.4f}",
-            notes=(f"accuracies in percent, ± standard error; {where}",),
+        table = scores_table(self.tasks)
+        return replace(
+            table,
+            title="" if self.perplexity is None else f"perplexity {number(self.perplexity)}",
+            notes=(*table.notes, where),
         )
 
 
@@ -213,9 +211,7 @@ class Comparison(Shown, Compared):
     """
 
     def _shown(self) -> Table:
-        return Table(
-            self.columns, self.cells, title=f"{self.title}: {self.summary}", notes=(self.caption,)
-        )
+        return replace(self.table, title=f"{self.title}: {self.summary}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,6 @@ from pho_service.interface.models import (
     opened,
     opened_bundle,
 )
-from pho_service.interface.tables import Shown, Table
 from pho_service.interface.texts import calibrated
 from pho_service.models.architecture import decoder_blocks
 from pho_service.models.loading import LanguageModel
@@ -32,6 +31,7 @@ from pho_service.pipeline.compare import check_family
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.reconstruction import summary
+from pho_service.shown.parts import Shown, Table
 
 if TYPE_CHECKING:
     from pho_service.interface.texts import Texts

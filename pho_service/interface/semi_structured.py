@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.tables import Shown, Table
 from pho_service.models.devices import pick_device
 from pho_service.models.loading import load_model
 from pho_service.pipeline.semi_structured import Conversion, check_gpu, convert_
 from pho_service.progress import bars
+from pho_service.shown.parts import Shown, Table
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

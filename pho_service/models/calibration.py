@@ -211,7 +211,7 @@ def _measured_blockwise(how: Run, text: CalibrationText) -> Statistics:
     title = "Calibrating the dense model, block by block"
     spill = None
     if how.plan.spill:
-        footprint, tokens = footprint_of(model.model, model.linears), how.settings.context_length
+        footprint, tokens = footprint_of(model.model), how.settings.context_length
         spill = scratch_folder(block_inputs(footprint, tokens, how.fisher_windows))
     with how.progress(title, steps) as advance, how.products():
         return collect_statistics_blockwise(

@@ -36,7 +36,7 @@ def plan_calibration(
     Raises:
         InvalidInput: Not even the most frugal plan fits; says what would.
     """
-    footprint = footprint_of(model.model, model.linears)
+    footprint = footprint_of(model.model)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
     in_use = sum(map(memory_in_use, model.devices))
     loaded = 0 if model.stream else footprint.weights  # of what is in use
@@ -70,7 +70,7 @@ def plan_calibration(
 
 def would_fit(model: LanguageModel, settings: CalibrationSettings, *, fisher_windows: int) -> str:
     """What would fit, in words, where a plan that should have fitted ran out of memory."""
-    footprint = footprint_of(model.model, model.linears)
+    footprint = footprint_of(model.model)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
     limit = _free(model) if place.on_gpu else available_memory()
     limit += 0 if model.stream else footprint.weights

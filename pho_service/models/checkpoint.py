@@ -26,10 +26,9 @@ from transformers.utils.hub import cached_file
 from pho_service.errors import ModelError, PhoError
 from pho_service.host.faults import device_is_lost, ran_out_of_memory
 from pho_service.host.model_folder import NAMING_FILES, check_model_folder, check_names
-from pho_service.models.gguf_header import gguf_read_once
 from pho_service.models.names import AWAY, check_local_name, is_on_hub
-from pho_service.models.packed_file import SUFFIX, is_packed
-from pho_service.models.packed_model import PackedModel
+from pho_service.models.packed import SUFFIX, Unpacked, is_packed, unpacked
+from pho_service.planning.gguf_header import gguf_read_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ class Checkpoint:
         name: As the user gave it.
         source: The same as transformers' arguments.
         is_gguf: Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
-        packed: The packed model that it is, if it is one; ``source`` is then its small files.
+        unpacked: Holds the folder that ``source`` names, where the model is a packed one.
     """
 
     name: str
     source: dict[str, str]
     is_gguf: bool = False
-    packed: PackedModel | None = None
+    unpacked: Unpacked | None = None
 
     @property
     def revision(self) -> str | None:
@@ -114,19 +113,16 @@ class Checkpoint:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded: Any
         with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
-            if self.packed is not None:
-                loaded = self.packed.read(self.config(), wanted, **extra)
-            else:
-                loaded = reader.from_pretrained(
-                    **self.source,
-                    **extra,
-                    use_safetensors=None if self.is_gguf else True,
-                    trust_remote_code=False,
-                    dtype=wanted,
-                    output_loading_info=True,
-                )
+            loaded = reader.from_pretrained(
+                **self.source,
+                **extra,
+                use_safetensors=None if self.is_gguf else True,
+                trust_remote_code=False,
+                dtype=wanted,
+                output_loading_info=True,
+            )
             tokenizer: Any = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
-            tokenizer.packed_model = self.packed  # some save what they find in its folder
+            tokenizer.unpacked = self.unpacked  # some save what they find in its folder
         model, info = loaded  # as output_loading_info asks for
         missing = sorted(info["missing_keys"])
         if missing:  # transformers has filled them with random numbers
@@ -160,15 +156,14 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
             check_names(beside)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return Checkpoint(name=name, source=source, is_gguf=True)
-    if is_packed(path):
-        packed = PackedModel(path)
-        source = {"pretrained_model_name_or_path": str(packed.folder)}
-        return Checkpoint(name=name, source=source, packed=packed)
-    if not path.is_dir():
+    held = unpacked(path) if is_packed(path) else None
+    folder = path if held is None else held.folder
+    if not folder.is_dir():
         raise ModelError(f"{name} is neither a folder nor a .gguf or {SUFFIX} file.")
-    _check_folder(path)
-    check_model_folder(path)
-    return Checkpoint(name=name, source={"pretrained_model_name_or_path": str(path)})
+    _check_folder(folder)
+    check_model_folder(folder)
+    source = {"pretrained_model_name_or_path": str(folder)}
+    return Checkpoint(name=name, source=source, unpacked=held)
 
 
 def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pho_service.models.devices import pick_device
 from pho_service.models.expert_files import expert_files
 from pho_service.models.hub_or_cache import hub_or_cache
 from pho_service.models.names import is_on_hub
+from pho_service.models.packed import SUFFIX, is_packed
 from pho_service.models.weights_hash import weights_sha256
 from pho_service.pruning.folding import foldable
 from pho_service.pruning.statistics import PrunableLinear
@@ -229,7 +231,7 @@ def load_model(
             weights, or an architecture that cannot be pruned as a whole.
         NumericalError: A weight is NaN or infinite.
         InvalidInput: An unknown device, dtype or device map, or a model that cannot be
-            streamed: GGUF, a packed one, weights that transformers converts when it reads
+            streamed: GGUF, weights that transformers converts when it reads
             them (those of experts in the usual layout are kept apart instead), or
             another dtype than the stored one.
     """
@@ -280,6 +282,35 @@ def load_model(
         )
 
 
+def load_packed(
+    packed: str | Path, *, device: str = "auto", dtype: str = "auto", device_map: str | None = None
+) -> LanguageModel:
+    """
+    Load a packed model; its ``model`` and ``tokenizer`` are those of transformers.
+
+    It is unpacked into the user's cache for as long as the model is there: the disk needs room for
+    its weights.
+
+    Args:
+        packed: What ``pho.pack`` wrote.
+        device: ``auto`` takes a GPU if torch sees one.
+        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
+        device_map: ``auto`` puts the model on all GPUs together.
+
+    Raises:
+        ModelError: It is not a packed model, is cut short or damaged, or cannot be loaded.
+        InvalidInput: An unknown device, dtype or device map.
+        OutputError: There is no room for its weights.
+    """
+    path = Path(packed).expanduser()
+    if not is_packed(path):
+        raise ModelError(
+            f"{packed} is not a packed model, a file whose name ends in {SUFFIX}. Give what "
+            "`pho pack` or pho.pack wrote; pho.load_model loads others."
+        )
+    return load_model(str(path), device=device, dtype=dtype, device_map=device_map)
+
+
 def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     The arguments of :meth:`Checkpoint.read` with which all weights stay in their files.
@@ -291,11 +322,6 @@ def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:
         raise InvalidInput(
             f"{checkpoint.name} cannot be streamed: GGUF is dequantised into memory when it is "
             "read. Load it without streaming, or give the safetensors folder that it was made from."
-        )
-    if checkpoint.packed is not None:
-        raise InvalidInput(
-            f"{checkpoint.name} cannot be streamed: its weights are packed. Unpack it with "
-            "`pho unpack`, and give the folder; or load it without streaming."
         )
     config, stored = checkpoint.config(), checkpoint.stored_names()
     with loading_errors(checkpoint.name):

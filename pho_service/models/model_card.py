@@ -15,11 +15,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
 from pho_service.errors import ModelError
-from pho_service.models.gguf_header import text_fields
-from pho_service.models.packed_file import small_files
+from pho_service.models.packed import as_folder
+from pho_service.planning.gguf_header import read_gguf
 from pho_service.pruning.reconstruction import Reconstructed, summary
-from pho_service.spec.perplexities import Perplexities
-from pho_service.spec.tasks import TaskScores
+from pho_service.shown.report import Report
+from pho_service.shown.tables import (
+    configuration_rows,
+    results_table,
+    tasks_table,
+    text_of,
+    verdict_table,
+)
+from pho_service.spec.configuration import Configuration
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,7 +37,7 @@ _LICENCE_FIELDS = {
     "general.license.link": "license_link",
 }
 _PLAIN = re.compile(r"[\w.+:/#?=&%~-]{1,300}")  # what is taken over from another card
-_STEPS = ("statistics", "permutation", "repruning", "update", "shrinkage")
+_TOLD = ("method", "coefficients", "exponents", "normalised", "steps")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:
@@ -45,10 +52,14 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
     path = Path(name).expanduser()
     try:
         if path.is_file() and path.suffix == ".gguf":
-            fields = text_fields(path, _LICENCE_FIELDS)
-            said = {_LICENCE_FIELDS[field]: value for field, value in fields.items()}
+            fields, _ = read_gguf(path)
+            said = {
+                ours: fields[field]
+                for field, ours in _LICENCE_FIELDS.items()
+                if isinstance(fields.get(field), str)
+            }
         elif path.exists():
-            with small_files(path) as folder:
+            with as_folder(path) as folder:
                 said = _head(folder / CARD)
         elif is_hub_id(name):
             said = _head(Path(hf_hub_download(name, CARD, revision=revision)))
@@ -84,7 +95,8 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         recipe: What ``pruning.json`` says.
         licence: That of the base model; see :func:`licence_of`.
     """
-    name, configuration = str(recipe["model"]["name"]), recipe["configuration"]
+    name = str(recipe["model"]["name"])
+    found = Configuration.model_validate(recipe["configuration"])
     on_hub = is_hub_id(name) and not Path(name).exists()
     base = name if on_hub else PurePath(name).name or "a model in memory"
     known: dict[str, Any] = {"license": "unknown", **licence}
@@ -93,7 +105,7 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         base_model=name if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pho", "pruned", "sparse", f"sparsity-{configuration['pattern']}"],
+        tags=["pho", "pruned", "sparse", f"sparsity-{found.pattern}"],
     ).to_yaml()
     parts = [
         f"---\n{head}\n---\n\n# {base}, pruned\n",
@@ -101,12 +113,11 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
         f"with {recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears set to "
         "zero by PHO.\n",
         "## How it was pruned\n",
-        *(f"* {line}" for line in _how(recipe)),
+        *(f"* {line}" for line in _how(recipe, found)),
         "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
         "`pho prune --check FOLDER` compares the weights with both.\n",
         "## How good it is\n",
-        *_how_good(configuration),
-        *_tasks(configuration),
+        *_how_good(found),
         "\n## How to load it\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
@@ -119,21 +130,11 @@ def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _how(recipe: Mapping[str, Any]) -> Iterator[str]:
+def _how(recipe: Mapping[str, Any], found: Configuration) -> Iterator[str]:
     """The method, its numbers, and the text."""
-    configuration = recipe["configuration"]
-    yield f"Method: `{configuration['method']}`"
-    yield f"Pattern: `{configuration['pattern']}`, weights compared by `{configuration['scope']}`"
-    numbers = configuration.get("coefficients") or {}
-    if numbers:
-        said = ", ".join(f"{key} {_short(value)}" for key, value in numbers.items())
-        yield f"Coefficients: {said}"
-    steps = configuration.get("steps") or {}
-    done = [f"{key} `{steps[key]}`" for key in _STEPS if steps.get(key) not in (None, "none")]
-    for step in ("allocation", "reconstruction"):
-        method = (steps.get(step) or {}).get("method")
-        done += [f"{step} `{method}`"] if method not in (None, "none") else []
-    yield f"Steps: {', '.join(done) or 'none beside the score'}"
+    for name, value in configuration_rows(found):
+        if name in _TOLD:
+            yield f"{name.capitalize()}: `{value}`"
     yield f"Calibration: {_text(recipe.get('calibration') or {})}"
     if blocks := recipe.get("blocks"):
         trained = {name: Reconstructed(**block) for name, block in blocks.items()}
@@ -143,31 +144,19 @@ def _how(recipe: Mapping[str, Any]) -> Iterator[str]:
     yield f"PHO {recipe['versions'].get('pho-service', '')}"
 
 
-def _how_good(configuration: Mapping[str, Any]) -> Iterator[str]:
-    """The perplexities that were measured when the configuration was found."""
-    measured, beside = configuration.get("confirmation"), configuration.get("perplexities")
-    if not measured or not beside:
+def _how_good(found: Configuration) -> Iterator[str]:
+    """What was measured when the configuration was found."""
+    if found.confirmation is None:
         yield "Its perplexity was not measured."
         return
-    where = f"{measured['tokens']:,} tokens in windows of {measured['context_length']}"
-    yield f"Perplexity when it was found, on {_text(measured)} ({where}); lower is better:\n"
-    yield "| model | perplexity |\n| --- | --- |"
-    told = Perplexities.model_validate(beside)
-    yield f"| dense | {told.dense:.2f} |"
-    yield f"| this one | {told.pruned:.2f} ({told.rise:+.0%}) |"
-    for name, value in (("Wanda", told.wanda), ("RIA", told.ria)):
-        yield from [] if value is None else [f"| {name}, same pattern | {value:.2f} |"]
-
-
-def _tasks(configuration: Mapping[str, Any]) -> Iterator[str]:
-    """What it scored in zero-shot tasks when it was found."""
-    if not configuration.get("tasks"):
-        return
-    scores = TaskScores.model_validate(configuration["tasks"])
-    asked = "" if scores.limit is None else f", the first {scores.limit} examples of each"
-    yield f"\nZero-shot tasks by lm-evaluation-harness{asked}. {scores.note}\n"
-    yield f"| {' | '.join(scores.columns)} |\n|{' --- |' * len(scores.columns)}"
-    yield from (f"| {' | '.join(row)} |" for row in scores.rows())
+    yield f"Measured when it was found, on {text_of(found.confirmation)}.\n"
+    good = found.perplexities
+    table = results_table(Report.of(found)) if good is None else verdict_table(good)
+    yield "" if table is None else table.markdown()
+    if found.tasks is not None:
+        limit = found.tasks.limit
+        asked = "" if limit is None else f", the first {limit} examples of each"
+        yield f"\nBy lm-evaluation-harness{asked}:\n\n{tasks_table(found.tasks).markdown()}"
 
 
 def _text(about: Mapping[str, Any]) -> str:
@@ -186,7 +175,3 @@ def _licence(base: str, licence: Mapping[str, str]) -> str:
     name = licence.get("license_name") or licence.get("license")
     link = f" ({licence['license_link']})" if "license_link" in licence else ""
     return f"That of the base model: `{name}`{link}."
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

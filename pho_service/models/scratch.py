@@ -35,8 +35,8 @@ def scratch_folder(needed: int) -> Path:
         ) from error
     if free < needed:
         raise OutputError(
-            f"{folder} has room for {format_bytes(free)}, but a streamed model may write "
-            f"{format_bytes(needed)} there. Free some space, or set PHO_CACHE_DIR to a folder on "
+            f"{folder} has room for {format_bytes(free)}, but {format_bytes(needed)} may be "
+            "written there. Free some space, or set PHO_CACHE_DIR to a folder on "
             "another disk."
         )
     return folder

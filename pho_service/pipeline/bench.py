@@ -17,7 +17,7 @@ from pho_service.host.machine import conditions
 from pho_service.host.versions import versions
 from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.packed_file import is_packed
+from pho_service.models.packed import is_packed
 from pho_service.pipeline.semi_structured import convert_
 from pho_service.progress import Advance, Progress, silent
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pho_service.models.loading import DTYPES, LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, MaskFile, read_masks, weight_sha256
-from pho_service.models.packed_file import small_files
+from pho_service.models.packed import as_folder
 from pho_service.models.recipe_file import (
     Folded,
     LayerRecord,
@@ -83,7 +83,7 @@ def check_folder(
         NumericalError: A weight is NaN or infinite.
     """
     folder = folder.expanduser()
-    with small_files(folder, MASKS) as small:
+    with as_folder(folder) as small:
         return _check_files(folder, small, original, progress)
 
 

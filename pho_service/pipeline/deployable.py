@@ -9,6 +9,7 @@ import optuna
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.winner import measured_once
 from pho_service.progress import Run
+from pho_service.spec.numbers import number
 from pho_service.tuning.result import SearchResult
 
 
@@ -34,8 +35,8 @@ def priced(
     sentence = (
         f"Deployable: {given_up} of {len(chosen.names)} linears keep the model's own order of "
         "channels, since no other one can be folded into their weights. The perplexity is "
-        f"{confirmation.perplexity:.5g}; permuted as well, which a runtime would have to do, it "
-        f"would be {perplexity:.5g}."
+        f"{number(confirmation.perplexity)}; permuted as well, which a runtime would have to do, "
+        f"it would be {number(perplexity)}."
     )
     told = confirmation.model_copy(update={"any_order": perplexity})
     return replace(

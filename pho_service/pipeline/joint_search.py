@@ -15,6 +15,7 @@ from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.linears import Linears
+from pho_service.spec.numbers import number
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.plan import Evaluate, Outcome
@@ -25,8 +26,8 @@ def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> Sear
     """A joint search's result with its proxy on each model, RIA's being 1, and what to say."""
     objective = {**result.configuration.objective, "relative_to_ria": dict(relative)}
     worse = [
-        f"On {model} the proxy of the result is {value:.3f} times RIA's: it is good for the others "
-        "only. Let the worst count instead of the mean (over), or leave that model out."
+        f"On {model} the proxy of the result is {number(value)} times RIA's: it is good for the "
+        "others only. Let the worst count instead of the mean (over), or leave that model out."
         for model, value in relative.items()
         if value >= 1
     ]

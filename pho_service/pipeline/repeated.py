@@ -18,9 +18,11 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.progress import Run
 from pho_service.pruning.memory import peak_memory
+from pho_service.shown.parts import Table
 from pho_service.spec.baselines import ALL, OWL_AT_NM, named_baselines, shown_baselines
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.linears import Linears
+from pho_service.spec.numbers import number, seconds
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.perplexities import in_words
 from pho_service.tuning.request import SearchRequest
@@ -128,31 +130,35 @@ class Compared:
         return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria})
 
     @property
-    def columns(self) -> list[str]:
-        """The headings of the table."""
+    def extra(self) -> list[str]:
+        """The names of what else was measured."""
         names = (name for row in self.rows for name in row.extra if not name.endswith(STDERR))
-        extra = dict.fromkeys(names)
-        measured = ("method", "scope", "perplexity", *extra)
-        return [*measured, "sparsity", "proxy", "seconds", "peak memory"]
+        return [*dict.fromkeys(names)]
 
     @property
-    def cells(self) -> list[list[str | None]]:
-        """Its rows; an empty cell is None."""
-        extra = self.columns[3:-4]
-        return [
+    def table(self) -> Table:
+        """All rows, with the conditions of the numbers."""
+        return Table(
+            (
+                "method", "scope", "perplexity", *self.extra, "sparsity", "proxy", "seconds",
+                "peak memory",
+            ),
             [
-                row.method,
-                row.scope,
-                f"{row.perplexity:.3f}"
-                + ("" if row.deviation is None else f" ± {row.deviation:.3f}"),
-                *(_extra(row, name) for name in extra),
-                f"{row.sparsity:.4%}",
-                None if row.proxy is None else f"{row.proxy:.4g}",
-                f"{row.seconds:.1f}",
-                None if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f} GiB",
-            ]
-            for row in self.rows
-        ]
+                [
+                    row.method,
+                    row.scope,
+                    _with_error(row.perplexity, row.deviation),
+                    *(_with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
+                    f"{row.sparsity:.4%}",
+                    number(row.proxy),
+                    seconds(row.seconds),
+                    None if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f} GiB",
+                ]
+                for row in self.rows
+            ],
+            title=self.title,
+            notes=(self.caption,),
+        )  # fmt: skip
 
     @property
     def caption(self) -> str:
@@ -171,12 +177,8 @@ class Compared:
         )
 
 
-def _extra(row: ComparisonRow, name: str) -> str | None:
-    """What else was measured, with its standard error where it has one."""
-    if name not in row.extra:
-        return None
-    error = row.extra.get(name + STDERR)
-    return f"{row.extra[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _with_error(value: float | None, error: float | None) -> str:
+    return number(value) + ("" if error is None else f" ± {number(error)}")
 
 
 def compare_over_seeds(

@@ -12,7 +12,7 @@ from torch import nn
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, read_masks
-from pho_service.models.packed_file import small_files
+from pho_service.models.packed import as_folder
 from pho_service.models.recipe_file import Recipe, read_recipe
 from pho_service.models.saving import RECIPE
 from pho_service.progress import Progress, silent
@@ -78,7 +78,7 @@ def convert_(model: LanguageModel, folder: Path, *, progress: Progress = silent)
             'dtype="bfloat16".'
         )
     converted, left = [], {}
-    with small_files(folder, MASKS) as small, progress("Converting", len(model.linears)) as advance:
+    with as_folder(folder) as small, progress("Converting", len(model.linears)) as advance:
         why_broken = _reasons(small)
         for name, linear in model.linears.items():
             reason = _convert_linear(linear, why_broken)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pho_service.errors import TargetMissed
 from pho_service.pipeline.curve import CurvePoint, CurvePoints
 from pho_service.spec.curve import Target
+from pho_service.spec.numbers import number
 from pho_service.tuning.request import SearchRequest
 from pho_service.tuning.result import SearchResult
 
@@ -143,11 +144,11 @@ def _is_inside(target: Target, point: CurvePoint) -> bool:
 
 
 def _missed(target: Target, points: Sequence[CurvePoint]) -> str:
-    shown = ", ".join(f"{each.perplexity:.5g} at {each.pattern}" for each in points)
+    shown = ", ".join(f"{number(each.perplexity)} at {each.pattern}" for each in points)
     dense = points[0].dense
     return (
-        f"no sparsity is within {target}: the dense model's perplexity is {dense:.5g}, so at most "
-        f"{target.limit(dense):.5g} is wanted, and already the lowest sparsity, "
+        f"no sparsity is within {target}: the dense model's perplexity is {number(dense)}, so at "
+        f"most {number(target.limit(dense))} is wanted, and already the lowest sparsity, "
         f"{target.lowest:g}, is above. Measured: {shown}. Allow a higher rise, or search with a "
         "better --preset, such as best."
     )

@@ -19,6 +19,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
+from pho_service.spec.numbers import number
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import SearchOptions, options_of
@@ -77,8 +78,8 @@ class Transfer:
             if no_better_than_ria(values):
                 found.append(
                     f"{self.target}: the {what} of the transferred configuration, "
-                    f"{values['transferred']:.6g}, is no better than RIA's, {values['ria']:.6g}: "
-                    f"it does not transfer. {way_out}"
+                    f"{number(values['transferred'])}, is no better than RIA's, "
+                    f"{number(values['ria'])}: it does not transfer. {way_out}"
                 )
         lost = self.regret if self.perplexities else self.proxy_regret
         if not found and lost is not None and lost > MUCH:
@@ -242,7 +243,7 @@ def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
     ria, mine = proxies["ria"], proxies["transferred"]
     if ria is None or mine is None:
         return f"Note: no proxy knows what the steps do to the masks of {name}: measure it."
-    return f"By the proxy it holds on {name}: {mine:.6g}, {1 - mine / ria:.1%} below RIA's."
+    return f"By the proxy it holds on {name}: {number(mine)}, {1 - mine / ria:.1%} below RIA's."
 
 
 def transfer_job(

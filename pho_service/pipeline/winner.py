@@ -11,6 +11,7 @@ from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import Subject
 from pho_service.progress import Run
 from pho_service.spec.candidate import Candidate
+from pho_service.spec.numbers import number
 from pho_service.spec.reconstruction import Reconstruction
 from pho_service.tuning.result import SearchResult
 from storage.studies import once
@@ -41,8 +42,8 @@ def reconstruct_winner(
     )
     if not after < before:
         warning = (
-            f"The reconstruction was left out: with it the perplexity is {after:.5g}, without it "
-            f"{before:.5g}. A lower --reconstruction-rate or more --samples may change that."
+            f"The reconstruction was left out: with it the perplexity is {number(after)}, without "
+            f"it {number(before)}. A lower --reconstruction-rate or more --samples may change that."
         )
         return replace(result, warnings=[*result.warnings, warning])
     told = confirmation.model_copy(update={"perplexity": after, "before_reconstruction": before})

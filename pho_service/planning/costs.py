@@ -7,9 +7,8 @@ What the factors stand for was measured on CPUs (docs/speed.md); on GPUs they ar
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pho_service.planning.layouts import LinearShape
 from pho_service.planning.machines import Machine
-from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
+from pho_service.planning.shapes import DTYPE_BYTES, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.samplers import corrected_windows
@@ -171,7 +170,7 @@ class _Costs:
     def inputs(self) -> Iterator[LinearShape]:
         """One linear for each distinct input of a block, of all blocks."""
         for block in self.shapes.blocks:
-            yield from {linear.reads: linear for linear in block}.values()
+            yield from {linear.reads: linear for linear in block.linears}.values()
 
     def grams(self) -> float:
         """Second moments of all inputs: half of the products of a square matrix."""
@@ -185,8 +184,7 @@ class _Costs:
         sampled = sum(
             linear.count * linear.in_features
             * min(settings.rows_per_layer or linear.out_features, linear.out_features)
-            for block in self.shapes.blocks
-            for linear in block
+            for linear in self.shapes.linears
         )  # fmt: skip
         roots = sum(i.count * (settings.projection_rows or i.in_features) * i.in_features
                     for i in self.inputs())  # fmt: skip
@@ -275,9 +273,7 @@ class _Costs:
     def products_of_weights(self) -> float:
         """Each linear's weights times its second moments, once."""
         flops = sum(
-            2 * li.count * li.out_features * li.in_features**2
-            for block in self.shapes.blocks
-            for li in block
+            2 * li.count * li.out_features * li.in_features**2 for li in self.shapes.linears
         )
         return flops / self.machine.float_products
 
@@ -289,7 +285,7 @@ class _Costs:
     def updates(self) -> float:
         """Inverses of the second moments, and what is done with them."""
         machine = self.machine
-        columns = sum(li.count * li.in_features for block in self.shapes.blocks for li in block)
+        columns = sum(li.count * li.in_features for li in self.shapes.linears)
         seconds = INVERSE_FLOPS * self.cubes() * 2 / machine.float_products
         seconds += columns * OBS_LAUNCHES * machine.launch_s
         seconds += self.shapes.prunable * UPDATED / machine.bandwidth

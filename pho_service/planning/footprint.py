@@ -5,10 +5,10 @@ What the factors stand for was measured on the families of the tests, which hold
 against what is really taken.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pho_service.planning.layouts import LinearShape
-from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes
+from pho_service.planning.shapes import DTYPE_BYTES, BlockShape, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 
 FLOAT = 4  # bytes: norms, sums and scores are float32, whatever the weights are
@@ -19,55 +19,39 @@ HEAD_TOKENS = 256  # whose logits a backward pass holds at a time, see pruning.p
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """
-    Sizes of a decoder block.
+    """Sizes of a decoder block."""
 
-    Attributes:
-        weights: Bytes of its parameters.
-        kept: Bytes that it keeps of each token for its backward pass.
-        widest: Inputs or outputs of its widest linear.
-        prunable: Number of weights of its linears.
-        largest: The same of its largest linear.
-        widths: in_features of each linear.
-        outputs: out_features of all linears.
-    """
-
-    weights: int
-    kept: float
-    widest: int
-    prunable: int
-    largest: int
-    widths: tuple[int, ...]
-    outputs: int
+    linears: tuple[LinearShape, ...]
+    weights: int  # bytes of its parameters
+    kept: float  # bytes of each token, for its backward pass
+    widest: int  # inputs or outputs of a linear
+    width: int  # inputs of a linear
+    prunable: int  # weights of its linears
+    largest: int  # weights of a linear
 
     def sums(self, rows: int) -> int:
         """Bytes of the statistics of its linears, as if each read an input of its own."""
-        elements = sum(((rows or width) + 1) * width for width in self.widths)
-        return FLOAT * (elements + self.outputs)
+        return FLOAT * sum(
+            li.count * (((rows or li.in_features) + 1) * li.in_features + li.out_features)
+            for li in self.linears
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """
-    Bytes that a model takes in each stage.
+    """Bytes that a model takes in each stage."""
 
-    Attributes:
-        itemsize: Bytes of a weight, and of an activation.
-        blocks: In their order.
-        outside: Bytes of the parameters outside the blocks.
-        hidden: Bytes of a token's hidden state.
-        vocabulary: Number of a token's logits.
-        heads: Number of attention heads if attention is not fused; 0 if it is.
-        rows: out_features of each linear.
-    """
-
-    itemsize: int
+    itemsize: int  # of a weight, and of an activation
     blocks: tuple[BlockSizes, ...]
-    outside: int
-    hidden: int
-    vocabulary: int
-    heads: int
-    rows: tuple[int, ...]
+    outside: int  # bytes of the parameters outside the blocks
+    hidden: int  # bytes of a token's hidden state
+    vocabulary: int  # logits of a token
+    heads: int  # where attention is not fused; 0 where it is
+
+    @property
+    def linears(self) -> Iterator[LinearShape]:
+        """What can be pruned, of all blocks."""
+        return (linear for block in self.blocks for linear in block.linears)
 
     @property
     def weights(self) -> int:
@@ -87,10 +71,7 @@ class Footprint:
         """
         Bytes that a pass without gradients, and without the head, takes at its peak.
 
-        Args:
-            tokens: Number of tokens of a window.
-            windows: Run at once.
-            watched: Whether statistics of the linears' inputs are gathered.
+        It is watched if statistics of the linears' inputs are gathered.
         """
         widest = max(block.widest for block in self.blocks)
         # Inputs of the widest linears, and states beside them; a copy and squares in float32.
@@ -103,10 +84,7 @@ class Footprint:
         """
         Bytes that a pass forward and backward takes at its peak.
 
-        Args:
-            tokens: Number of tokens of a window.
-            windows: Run at once.
-            recompute: Blocks keep only their inputs, and run again.
+        To recompute, blocks keep only their inputs, and run again.
         """
         kept = [tokens * block.kept for block in self.blocks]
         attention = FLOAT * ATTENTION * self.heads * tokens * tokens
@@ -146,31 +124,26 @@ class Footprint:
 
     def _samples(self, settings: CalibrationSettings) -> int:
         """Bytes of sampled rows and their window means."""
-        widths = (width for block in self.blocks for width in block.widths)
         most = settings.rows_per_layer
         sampled = sum(
-            min(most or rows, rows) * width for rows, width in zip(self.rows, widths, strict=True)
+            li.count * min(most or li.out_features, li.out_features) * li.in_features
+            for li in self.linears
         )
         return FLOAT * sampled * (1 + len(settings.kernel_sizes))
 
     def sampling(self, settings: CalibrationSettings) -> int:
         """Bytes that the sampling of a linear's rows takes."""
-        widest = max(width for block in self.blocks for width in block.widths)
+        widest = max(block.width for block in self.blocks)
         largest = max(block.largest for block in self.blocks)
+        most = max(linear.out_features for linear in self.linears)
         copies = 1 if self.itemsize == FLOAT else 2  # the weight in float32, and its magnitudes
-        root = (settings.projection_rows or widest) * (widest + 2 * max(self.rows))
-        rows = 4 * min(settings.rows_per_layer or max(self.rows), max(self.rows)) * widest
+        root = (settings.projection_rows or widest) * (widest + 2 * most)
+        rows = 4 * min(settings.rows_per_layer or most, most) * widest
         return FLOAT * (copies * largest + root + rows)
 
 
-def shapes_footprint(shapes: ModelShapes, dtype: str) -> Footprint:
-    """
-    The footprint of a model of which only the configuration is known.
-
-    Args:
-        shapes: Shapes of the model; its attention is taken to be fused.
-        dtype: That it will be loaded in.
-    """
+def shapes_footprint(shapes: ModelShapes, dtype: str, *, heads: int = 0) -> Footprint:
+    """Add up the shapes of a model, as it will be loaded."""
     itemsize = DTYPE_BYTES[dtype]
     blocks = tuple(_block_sizes(shapes, block, itemsize) for block in shapes.blocks)
     return Footprint(
@@ -179,25 +152,28 @@ def shapes_footprint(shapes: ModelShapes, dtype: str) -> Footprint:
         outside=shapes.bytes(dtype) - sum(block.weights for block in blocks),
         hidden=itemsize * shapes.hidden,
         vocabulary=shapes.vocabulary,
-        heads=0,
-        rows=tuple(li.out_features for block in shapes.blocks for li in block
-                   for _ in range(li.count)),
-    )  # fmt: skip
+        heads=heads,
+    )
 
 
-def _block_sizes(shapes: ModelShapes, block: tuple[LinearShape, ...], itemsize: int) -> BlockSizes:
-    kept = float(FLOAT * shapes.norms)  # what norms read is kept in float32
-    for linear in block:
+def _block_sizes(shapes: ModelShapes, block: BlockShape, itemsize: int) -> BlockSizes:
+    """
+    Add up a block, with what it keeps of a token for a backward pass through frozen weights.
+
+    Linears keep nothing then. Their outputs are kept by what reads them, and so is the input of a
+    linear that does not read the hidden states, by what makes it; norms keep theirs in float32.
+    """
+    kept = float(FLOAT * block.norms)
+    for linear in block.linears:
         width = linear.in_features if linear.in_features != shapes.hidden else 0
         kept += itemsize * linear.count * linear.share * (linear.out_features + width)
-    largest = max(max(linear.out_features, linear.in_features) for linear in block)
-    kept += itemsize * shapes.activations * largest
+    widest = max(max(linear.out_features, linear.in_features) for linear in block.linears)
     return BlockSizes(
-        weights=itemsize * (sum(linear.weights for linear in block) + shapes.beside),
-        kept=kept,
-        widest=largest,
-        prunable=sum(linear.weights for linear in block),
-        largest=max(linear.out_features * linear.in_features for linear in block),
-        widths=tuple(li.in_features for li in block for _ in range(li.count)),
-        outputs=sum(linear.count * linear.out_features for linear in block),
+        linears=block.linears,
+        weights=itemsize * block.parameters,
+        kept=kept + itemsize * shapes.activations * widest,
+        widest=widest,
+        width=max(linear.in_features for linear in block.linears),
+        prunable=sum(linear.weights for linear in block.linears),
+        largest=max(linear.out_features * linear.in_features for linear in block.linears),
     )

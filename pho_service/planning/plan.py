@@ -2,7 +2,7 @@
 What a job needs: peaks of memory and disk, seconds of each stage, and what would make it fit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from pho_service.planning.calibration_run import CalibrationPlan, choose_run
 from pho_service.planning.costs import Work, stage_seconds
 from pho_service.planning.footprint import Footprint, shapes_footprint
 from pho_service.planning.machines import Machine
-from pho_service.planning.shapes import DTYPE_BYTES, ModelShapes, model_shapes
+from pho_service.planning.shapes import DTYPE_BYTES, Header, ModelShapes, model_shapes
 from pho_service.planning.stage_memory import (
     MOST,
     Peak,
@@ -29,7 +29,9 @@ from pho_service.spec.steps import Steps
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA
 CONTEXT = 2**30  # what a CUDA context and its libraries take of a card
 FREE = 0.95  # of a card that can be used: the rest is lost between blocks
-PACKED_BYTE = 0.34  # of a kept weight's sign and exponent, as `pho pack` has them in bfloat16
+# What `pho pack` leaves of a kept weight's sign and exponent and of a removed weight, in bytes, in
+# bfloat16.
+PACKED_BYTE, PACKED_ZERO = 0.53, 0.36
 _AT_EACH_PATTERN = ("search", "correct", "confirm by perplexity")  # stages
 SEARCHED = 3  # times its bundle that a search holds at its peak
 
@@ -98,9 +100,10 @@ class Plan:
     def pruned_bytes(self) -> tuple[int, int]:
         """Size of the pruned weights and masks, as they are saved and as they are packed."""
         shapes, bits = self.shapes, self.shapes.prunable // 8  # one for each weight
-        kept = shapes.outside + (1 - self.work.pattern.sparsity) * shapes.prunable
-        each = DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE
-        return shapes.bytes() + bits, round(kept * each) + bits
+        kept = shapes.parameters - self.work.pattern.sparsity * shapes.prunable
+        packed = kept * (DTYPE_BYTES[shapes.dtype] - 1 + PACKED_BYTE)
+        packed += (shapes.parameters - kept) * PACKED_ZERO
+        return shapes.bytes() + bits, round(packed) + bits
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, those of ``POST /v1/plan``."""
@@ -131,21 +134,21 @@ class Plan:
         }
 
 
-def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan:
+def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
     """
     Plan a search job, and what would make it fit if it does not.
 
     Args:
         spec: The job; its first model is planned.
-        config: That model's configuration, as ``planning.config_files`` reads it.
+        header: Header of that model, as ``planning.headers`` reads it.
         machine: Where it would run.
 
     Raises:
-        InvalidInput: A family whose layout is not known, or windows longer than the model reads.
+        InvalidInput: A model that cannot be pruned, or windows longer than it reads.
     """
     if spec.several:
-        return _of_several(spec, config, machine)
-    shapes = model_shapes(spec.model, config)
+        return _of_several(spec, header, machine)
+    shapes = model_shapes(spec.model, header)
     settings = spec.calibration.settings()
     if shapes.context is not None and settings.context_length > shapes.context:
         raise InvalidInput(
@@ -163,21 +166,21 @@ def plan_job(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan
         stream=spec.stream,
         corrections=spec.corrections,
     )
-    for width in {linear.in_features for block in shapes.blocks for linear in block}:
+    for width in {linear.in_features for linear in shapes.linears}:
         work.pattern.check_width(width, spec.model)
     plan = _plan(shapes, work, machine)
     return plan if plan.fits else replace(plan, ways_out=tuple(_ways_out(plan)))
 
 
-def _of_several(spec: JobSpec, config: Mapping[str, Any], machine: Machine) -> Plan:
+def _of_several(spec: JobSpec, header: Header, machine: Machine) -> Plan:
     """
     The plan of a job with several patterns: what is done at each of them takes as long as at the
     first of its kind. The model that is pruned in the end is that of the first.
     """
     points, kinds = spec.points, first_of_kinds(spec.points)
-    plans = [plan_job(spec.of_pattern(each), config, machine) for each in kinds]
+    plans = [plan_job(spec.of_pattern(each), header, machine) for each in kinds]
     shapes = plans[0].shapes
-    for width in {linear.in_features for block in shapes.blocks for linear in block}:
+    for width in {linear.in_features for linear in shapes.linears}:
         for each in points:
             each.check_width(width, spec.model)
     counts = [sum(bool(p.group) == bool(kind.group) for p in points) for kind in kinds]

@@ -15,7 +15,7 @@ from pho_service.spec.steps import Steps
 LIBRARIES = 96 * 2**20  # what the matrix library keeps for itself, on either device
 ROOT = 32  # bytes of a Gram matrix's element while its root is taken, in float64
 SCORES = 10  # of a linear's size in float32, while it is scored and its weights are selected
-# Of a linear's size in float32, in each of the steps: what benchmarks/step_times.py prints.
+# Of a linear's size in float32, in each of the steps: as measured at commit 7b7fffb.
 STEPS = {
     "none": 1,
     "score": 4, "error": 8,
@@ -200,7 +200,7 @@ def _roots(footprint: Footprint, rows: int) -> int:
     """Bytes that the root of a Gram matrix takes; a projection is its own."""
     if rows:
         return 0
-    return ROOT * max(width for block in footprint.blocks for width in block.widths) ** 2
+    return ROOT * max(block.width for block in footprint.blocks) ** 2
 
 
 def pruning_peak(
@@ -268,8 +268,8 @@ def _text_steps(footprint: Footprint, steps: Steps, scoring: int) -> int:
     """Bytes of the steps that see a text, in the block where they take most."""
     most = 0
     for block in footprint.blocks:
-        widest = max(block.widths)
-        grams = FLOAT * sum(width * width for width in block.widths)
+        widest = block.width
+        grams = FLOAT * sum(li.count * li.in_features**2 for li in block.linears)
         grams += FLOAT * widest**2 if steps.shrinkage else 0
         # Weights in float32 and masks of all linears that read an input, or their scores.
         copies = 0 if footprint.itemsize == FLOAT else FLOAT * block.prunable

@@ -354,19 +354,3 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """0 where ``below`` is not positive: a row that is done stays as it is."""
     return torch.where(below > 0, above / below, 0)
-
-
-def output_error(weight: Tensor, changed: Tensor, gram: Tensor) -> Tensor:
-    """
-    Say how far the outputs move when ``weight`` becomes ``changed``: E[(y - y')^2] by output row.
-
-    Args:
-        weight: (out_features, in_features), any floating dtype.
-        changed: The same shape.
-        gram: (in_features, in_features), float32: E[x x^T].
-
-    Returns:
-        (out_features,), float32, >= 0.
-    """
-    difference = weight.detach().float() - changed.detach().float()
-    return _dot(difference, difference @ gram).squeeze(1).clamp_min(0)

@@ -2,13 +2,13 @@
 How the sparsity is spread over the linears of a model.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, check_choice, check_number
+from pho_service.spec.document import STRICT, Number, Shown, Stored, check_choice, check_number
 from pho_service.spec.linears import LONGEST, MOST
 
 AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
@@ -30,7 +30,7 @@ def _check_kind(kind: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allocation:
+class Allocation(Stored):
     """
     How the sparsity is spread over the linears of a model.
 
@@ -44,6 +44,7 @@ class Allocation:
 
     method: Annotated[
         AllocationMethod,
+        Shown(option="--allocation", default="the preset's"),
         Field(
             description="uniform: the same sparsity everywhere. owl: less where many scores are "
             "far above the mean. fisher: one threshold on A * x * sqrt(g) for the whole model. "
@@ -52,10 +53,12 @@ class Allocation:
     ] = "uniform"
     unit: Annotated[
         AllocationUnit,
+        Shown(option="--allocation-unit"),
         Field(description="What shares one sparsity: a linear, or a whole block."),
     ] = "linear"
     spread: Annotated[
         Number,
+        Shown(option="--allocation-spread"),
         Field(
             ge=0,
             le=1,
@@ -64,6 +67,7 @@ class Allocation:
     ] = 0.2
     outlier_ratio: Annotated[
         Number,
+        Shown(option="--allocation-outlier-ratio"),
         Field(
             ge=1,
             le=1e6,
@@ -73,6 +77,7 @@ class Allocation:
     ] = 5.0
     offsets: Annotated[
         dict[str, Shift],
+        Shown(option="--allocation-offset"),
         Field(
             max_length=MOST,
             description="Added to the log-odds of the share that linears keep, by the last part "
@@ -83,6 +88,7 @@ class Allocation:
     ] = field(default_factory=dict, hash=False)
     depth: Annotated[
         tuple[Shift, ...],
+        Shown(option="--allocation-depth"),
         Field(
             max_length=MOST_DEPTHS,
             description="Added to the same log-odds over the depth of the model: a slope, which "
@@ -126,12 +132,6 @@ class Allocation:
     def is_even(self) -> bool:
         """Tell whether all linears lose the same share."""
         return self.method == "uniform" and not self.offsets and not self.depth
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``offsets`` and ``depth`` only where they say something."""
-        values = asdict(self)
-        shifts = {"offsets": values.pop("offsets"), "depth": [*values.pop("depth")]}
-        return {**values, **{name: value for name, value in shifts.items() if value}}
 
     def __str__(self) -> str:
         """In a few words, for people."""

@@ -21,10 +21,15 @@ _WANDA = replace(_MAGNITUDE, activation_exponent=1)
 _RIA = Coefficients(row=1, column=1, neighbourhood=0, normalisation="sum")
 _EQUAL = Coefficients(row=1, column=1, neighbourhood=1)
 _FISHER = replace(_WANDA, gradient_exponent=0.5)
-BASELINES = (
-    "magnitude", "wanda", "ria-row", "ria-layer", "crepe-equal", "fisher", "fisher-bounded",
-)  # fmt: skip
-
+# The published scores, each in its own scope; None is that of the pattern.
+_SCORES = (
+    ("magnitude", _MAGNITUDE, Scope.LAYER),
+    ("wanda", _WANDA, Scope.ROW),
+    ("ria-row", _RIA, Scope.ROW),
+    ("ria-layer", _RIA, Scope.LAYER),
+    ("crepe-equal", _EQUAL, None),
+)
+BASELINES = (*(method for method, _, _ in _SCORES), "fisher", "fisher-bounded")
 
 ALL = "all"  # stands for the name of every method
 SEQUENTIAL, PERMUTED = "-sequential", "-permuted"
@@ -49,14 +54,8 @@ def score_baselines(pattern: Pattern) -> list[Candidate]:
         "Plug-and-Play" (RIA: sums, exponent 0.5).
     """
     return [
-        Candidate(method=method, coefficients=coefficients, pattern=pattern.within(scope))
-        for method, coefficients, scope in (
-            ("magnitude", _MAGNITUDE, Scope.LAYER),
-            ("wanda", _WANDA, Scope.ROW),
-            ("ria-row", _RIA, Scope.ROW),
-            ("ria-layer", _RIA, Scope.LAYER),
-            ("crepe-equal", _EQUAL, pattern.scope),
-        )
+        Candidate(method=method, coefficients=each, pattern=pattern.within(scope or pattern.scope))
+        for method, each, scope in _SCORES
     ]
 
 

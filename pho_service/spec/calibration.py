@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, Strict
 
 from pho_service.errors import InvalidInput
 from pho_service.host.usual_texts import USUAL_TEXTS
-from pho_service.spec.document import STRICT, Flag, Whole
+from pho_service.spec.document import STRICT, Flag, Shown, Whole
 from pho_service.spec.score import KERNEL_SIZES
 from pho_service.spec.seed import Seed, check_seed
 
@@ -51,10 +51,12 @@ class CalibrationSettings:
     __pydantic_config__ = STRICT
 
     samples: Annotated[
-        Whole, Field(ge=1, le=100_000, description="Number of calibration windows.")
+        Whole,
+        Shown(rank=3),
+        Field(ge=1, le=100_000, description="Number of calibration windows."),
     ] = 128
     context_length: Annotated[
-        Whole, Field(ge=8, le=1_000_000, description="Tokens of a window.")
+        Whole, Shown(rank=4), Field(ge=8, le=1_000_000, description="Tokens of a window.")
     ] = 2048
     fisher_samples: Annotated[
         Whole | None,
@@ -85,10 +87,14 @@ class CalibrationSettings:
         KernelSizes, Field(description="Sizes of the windows that candidates may use, odd.")
     ] = KERNEL_SIZES
     bos: Annotated[
-        Bos, Field(description="Whether windows begin with BOS; auto: as the tokenizer does.")
+        Bos,
+        Shown(label="BOS"),
+        Field(description="Whether windows begin with BOS; auto: as the tokenizer does."),
     ] = "auto"
     seed: Annotated[
-        Seed, Field(description="Seed of the text sample, the row sample and the projection.")
+        Seed,
+        Shown(option="--calibration-seed", label="Seed of the calibration"),
+        Field(description="Seed of the text sample, the row sample and the projection."),
     ] = 0
     mixed_precision: Annotated[
         Flag,
@@ -99,6 +105,7 @@ class CalibrationSettings:
     ] = False
     memory_bytes: Annotated[
         Whole | None,
+        Shown(option="--calibration-memory", label="Memory in bytes", kind="size"),
         Field(
             ge=1,
             le=2**50,

@@ -3,12 +3,12 @@ Several sparsities in one question: the patterns of a curve, and a target that i
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import Document
+from pho_service.spec.document import Document, Shown
 from pho_service.spec.pattern import Pattern
 
 MOST_PATTERNS = 32
@@ -48,17 +48,33 @@ def curve_patterns(asked: Sequence[str | float | Pattern], scope: str | None) ->
 class Target(Document):
     """The highest sparsity is wanted whose perplexity is still within so much of dense."""
 
-    perplexity_rise: float = Field(
+    perplexity_rise: Annotated[
+        float,
+        Shown(
+            rank=4,
+            option="--within",
+            label="Or the most that the perplexity may rise",
+            help="Instead of --pattern: find the highest sparsity whose perplexity is at most so "
+            "much above the dense model's, such as 5%. Several sparsities are searched.",
+            kind="rise",
+        ),
+    ] = Field(
         gt=0,
         le=10,
         description="Most that the perplexity may rise, as a share of the dense model's: 0.05 is "
         "5 %.",
     )
-    step: float = Field(
+    step: Annotated[
+        float, Shown(help="With --within: distance between possible answers, as a sparsity.")
+    ] = Field(
         STEP, ge=0.005, le=0.25, description="Distance of the sparsities that may be the answer."
     )
-    lowest: float = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
-    highest: float = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
+    lowest: Annotated[
+        float, Shown(help="With --within: the lowest sparsity that may be the answer.")
+    ] = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
+    highest: Annotated[
+        float, Shown(help="With --within: the highest sparsity that may be the answer.")
+    ] = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
 
     @model_validator(mode="after")
     def _has_sparsities(self) -> Self:

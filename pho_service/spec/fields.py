@@ -4,7 +4,7 @@ The parts of the documents that jobs are submitted as, each checked field by fie
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -13,7 +13,7 @@ from pho_service.host.access import Access, check_data_file
 from pho_service.host.usual_texts import check_usual
 from pho_service.spec.allocation import Allocation
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
-from pho_service.spec.document import Document, Name
+from pho_service.spec.document import Document, Name, Shown
 from pho_service.spec.score import Coefficients
 from pho_service.spec.seed import Seed
 
@@ -67,8 +67,10 @@ def check_models(names: Mapping[str, str], access: Access) -> None:
 class TextSpec(Document):
     """Where a text is: in a file, or in a data set of the hub or in a folder."""
 
-    text: Name | None = Field(None, description="Text file: .txt, .jsonl or .parquet.")
-    dataset: Name | None = Field(
+    text: Annotated[Name | None, Shown(rank=1, label="Text file", picks="texts")] = Field(
+        None, description="Text file: .txt, .jsonl or .parquet."
+    )
+    dataset: Annotated[Name | None, Shown(rank=2, label="Data set")] = Field(
         None,
         description="Data set instead of a file: hub id or folder; or c4 or wikitext2, for what "
         "papers take.",
@@ -170,13 +172,13 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 class ConfirmSpec(Document):
     """How the best candidates are confirmed by perplexity."""
 
-    text: Name | None = Field(
+    text: Annotated[Name | None, Shown(rank=1, option="--confirm-text", picks="texts")] = Field(
         None, description="A text file; by default windows that the calibration did not use."
     )
-    candidates: int = Field(
+    candidates: Annotated[int, Shown(rank=2, option="--finalists")] = Field(
         5, ge=1, le=100, description="Number of candidates that are confirmed beside the baselines."
     )
-    windows: int = Field(
+    windows: Annotated[int, Shown(rank=3, option="--confirm-windows")] = Field(
         16, ge=1, le=100_000, description="Most windows of that text that are measured on."
     )
 
@@ -184,8 +186,12 @@ class ConfirmSpec(Document):
 class ValidationSpec(Document):
     """Random candidates rated by every proxy and by perplexity: does the proxy rank here?"""
 
-    candidates: int = Field(40, ge=8, le=1000, description="Number of random candidates.")
-    seed: Seed = Field(0, description="Seed of the random candidates.")
+    candidates: Annotated[int, Shown(option="--validate", default="")] = Field(
+        40, ge=8, le=1000, description="Number of random candidates."
+    )
+    seed: Annotated[Seed, Shown(option="--validation-seed")] = Field(
+        0, description="Seed of the random candidates."
+    )
 
 
 class WarmPoint(Document):
@@ -200,10 +206,20 @@ class WarmPoint(Document):
 class WarmStartSpec(Document):
     """A search that begins with what was found for similar models."""
 
-    count: int = Field(
+    count: Annotated[int, Shown(option="--warm-start-count")] = Field(
         3, ge=1, le=20, description="Most configurations of the library to begin with."
     )
-    found: list[WarmPoint] | None = Field(
+    found: Annotated[
+        list[WarmPoint] | None,
+        Shown(
+            option="--warm-start",
+            help="A configuration that was found elsewhere, in the same pattern and scope; or a "
+            "library, that is, a folder of them or the URL of a service, for the most promising; "
+            "without a value, that of the service. They are rated first, and the sampler begins "
+            "around the best; may be given several times.",
+            kind="points",
+        ),
+    ] = Field(
         None,
         max_length=20,
         description="What to begin with; null: the library is asked when the search begins, and "

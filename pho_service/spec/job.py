@@ -15,7 +15,7 @@ from pho_service.host.access import Access
 from pho_service.spec import job_rules as rules
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.curve import MOST_PATTERNS, Target
-from pho_service.spec.document import Document, Name, Title, printable
+from pho_service.spec.document import Document, Name, Shown, Title, printable
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -34,33 +34,51 @@ from pho_service.spec.points import (
 )
 from pho_service.spec.presets import DEFAULT_PRESET, PresetName
 from pho_service.spec.samplers import (
-    MAX_CORRECTIONS,
     MAX_TRIALS,
+    Corrections,
     Sampler,
+    SamplerSeed,
     SearchOptions,
+    Trials,
     options_of,
 )
-from pho_service.spec.seed import Seed
 from pho_service.spec.space import SearchSpaceSpec
 from pho_service.spec.steps import Steps, StepsSpec
-from pho_service.spec.tasks import MOST_TASKS
+from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS
 from pho_service.tuning.plan import SearchPlan
 from pho_service.tuning.request import SearchRequest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
 
+# Sections of --help and of the form that several fields name; what names none is of the search.
+_PRUNED, _REPORT = "What to prune", "Confirmation and report"
+_AFTER, _JOB = "After it", "The job itself"
+
 
 class JobSpec(Document):
     """A search job: a model, and a pattern, several, or a target; the rest has defaults."""
 
-    model: Name = Field(description="Hub id, model folder or .gguf file.")
-    more_models: list[Name] = Field(
+    model: Annotated[
+        Name,
+        Shown(section="Model", rank=1, option="", label="Model (needed)", picks="models"),
+    ] = Field(description="Hub id, model folder or .gguf file.")
+    more_models: Annotated[list[Name], Shown(section="Model", option="")] = Field(
         [],
         max_length=31,
         description="Other models that the same configuration is to be good for.",
     )
-    patterns: list[PatternText] | None = Field(
+    patterns: Annotated[
+        list[PatternText] | None,
+        Shown(
+            section=_PRUNED,
+            rank=3,
+            label="Or several patterns",
+            help="Instead of --pattern: several, with commas between, each searched and confirmed.",
+            kind="words",
+            service=True,  # `pho curve` searches at several
+        ),
+    ] = Field(
         None,
         min_length=1,
         max_length=MOST_PATTERNS,
@@ -68,21 +86,26 @@ class JobSpec(Document):
         description="Patterns instead of one: each is searched and confirmed, with one calibration "
         "for all.",
     )
-    target: Target | None = Field(
+    target: Annotated[
+        Target | None,
+        Shown(section=_PRUNED, fold="Sparsities that are tried for a rise"),
+    ] = Field(
         None,
         exclude_if=lambda target: target is None,
         description="How much the perplexity may rise, instead of a pattern: the highest sparsity "
         "within it is found.",
     )
-    pattern: PatternText | None = Field(
-        None,
-        validate_default=True,
-        description="Share of weights to remove (0.5), or N kept of M (2:4).",
+    pattern: Annotated[PatternText | None, Shown(section=_PRUNED, rank=1, picks="patterns")] = (
+        Field(
+            None,
+            validate_default=True,
+            description="Share of weights to remove (0.5), or N kept of M (2:4).",
+        )
     )
-    scope: Literal["row", "layer", "global"] | None = Field(
-        None, description="Where weights compete; layer by default, row for N:M."
+    scope: Annotated[Literal["row", "layer", "global"] | None, Shown(section=_PRUNED, rank=2)] = (
+        Field(None, description="Where weights compete; layer by default, row for N:M.")
     )
-    preset: PresetName = Field(
+    preset: Annotated[PresetName, Shown(section=_PRUNED, rank=5)] = Field(
         DEFAULT_PRESET,
         description="What is searched, and what candidates go through; steps and search_space "
         "say more. With score, a cheap look, by the score alone. With crepe, the score as "
@@ -90,23 +113,39 @@ class JobSpec(Document):
         "weights untouched. With best, kept weights are updated, too, and each block of the "
         "winner is trained.",
     )
-    steps: StepsSpec = StepsSpec()
-    name: Title | None = Field(
+    steps: Annotated[StepsSpec, Shown(section=_PRUNED)] = StepsSpec()
+    # A study of `pho search` is named after what it searches.
+    name: Annotated[Title | None, Shown(section=_JOB, service=True)] = Field(
         None, description="Name of the job's study; the model and the pattern by default."
     )
-    revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: Dtype = Field("auto", description="Data type that the weights are loaded in.")
-    stream: bool = Field(
+    revision: Annotated[Name | None, Shown(section="Model")] = Field(
+        None, description="Branch, tag or commit of a hub model."
+    )
+    dtype: Annotated[Dtype, Shown(section="Model", label="Data type")] = Field(
+        "auto", description="Data type that the weights are loaded in."
+    )
+    stream: Annotated[bool, Shown(section="Model")] = Field(
         False,
         description="Whether to leave the weights on disk, one block at a time on the device.",
     )
-    calibration: CalibrationSpec = CalibrationSpec()
-    confirm: ConfirmSpec | None = Field(
+    calibration: Annotated[CalibrationSpec, Shown(section="Text and calibration")] = (
+        CalibrationSpec()
+    )
+    confirm: Annotated[
+        ConfirmSpec | None,
+        Shown(
+            section=_REPORT,
+            option="--no-confirm",
+            label="Confirm by perplexity",
+            help="Measure no perplexity: the best by the objective alone.",
+            kind="off",
+        ),
+    ] = Field(
         ConfirmSpec(),
         description="How the best candidates are confirmed; null takes the best by the objective "
         "alone.",
     )
-    validation: ValidationSpec | None = Field(
+    validation: Annotated[ValidationSpec | None, Shown(section=_REPORT)] = Field(
         None,
         description="Rating of random candidates by each proxy and by perplexity on the text that "
         "confirms, as `pho validate` does it. Where the search's own proxy does not rank, four "
@@ -117,28 +156,38 @@ class JobSpec(Document):
         None,
         description="Start from what the library has for similar models; {} is enough.",
     )
-    sampler: Sampler = Field("cmaes", description="Sampler that candidates come from.")
-    search_space: SearchSpaceSpec = SearchSpaceSpec()
-    trials: int = Field(
-        SearchOptions.trials,
-        ge=1,
-        le=MAX_TRIALS,
-        description="Number of trials of each island, baselines included; a hill climb may end "
-        "earlier.",
+    sampler: Annotated[Sampler, Shown(rank=3)] = Field(
+        "cmaes", description="Sampler that candidates come from."
     )
-    islands: int = Field(
+    search_space: Annotated[
+        SearchSpaceSpec,
+        Shown(
+            fold="Search space",
+            option="--space",
+            help="Bounds of the search, name=low:high, or name=value, which fixes it; may be "
+            "given several times. Names: neighbourhood_share, row_share, activation_exponent, "
+            "gradient_exponent, kernel_sizes=3,5, allocations=uniform,fisher, allocation_spread.",
+            kind="bounds",
+        ),
+    ] = SearchSpaceSpec()
+    trials: Trials = SearchOptions.trials
+    # One process is one island.
+    islands: Annotated[int, Shown(rank=4, service=True)] = Field(
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."
     )
-    seed: Seed = Field(0, description="Seed of the sampler.")
-    corrections: int = Field(
-        SearchOptions.corrections,
-        ge=0,
-        le=MAX_CORRECTIONS,
-        description="Number of allocations that are compared with the dense model on calibration "
-        "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
-        "as it is.",
-    )
-    tasks: list[Name] | None = Field(
+    seed: SamplerSeed = SearchOptions.seed
+    corrections: Corrections = SearchOptions.corrections
+    # `pho evaluate --tasks` measures what was pruned.
+    tasks: Annotated[
+        list[Name] | None,
+        Shown(
+            section=_AFTER,
+            help="Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
+            f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
+            kind="words",
+            service=True,
+        ),
+    ] = Field(
         None,
         min_length=1,
         max_length=MOST_TASKS,
@@ -146,42 +195,52 @@ class JobSpec(Document):
         description="Zero-shot tasks of lm-evaluation-harness that the dense model and the pruned "
         "one are measured on, such as boolq or arc_easy. Needs the extra eval.",
     )
-    tasks_dir: Name | None = Field(
+    tasks_dir: Annotated[Name | None, Shown(section=_AFTER, service=True)] = Field(
         None,
         exclude_if=lambda folder: folder is None,
         description="Folder with task files of one's own, which come before the harness's. What "
         "they name as !function is run: a service allows folders below PHO_TASK_ROOTS.",
     )
-    tasks_limit: int | None = Field(
-        None,
-        ge=1,
-        exclude_if=lambda limit: limit is None,
-        description="Only the first N examples of each task.",
+    tasks_limit: Annotated[int | None, Shown(section=_AFTER, option="--limit", service=True)] = (
+        Field(
+            None,
+            ge=1,
+            exclude_if=lambda limit: limit is None,
+            description="Only the first N examples of each task.",
+        )
     )
-    prune: bool = Field(
+    # `pho prune` does it, with what was found.
+    prune: Annotated[
+        bool, Shown(section=_AFTER, rank=1, label="Write the pruned model", service=True)
+    ] = Field(
         False,
         exclude_if=lambda wanted: not wanted,
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
-    notify: Name | None = Field(
+    notify: Annotated[Name | None, Shown(section=_AFTER, rank=2, service=True)] = Field(
         None,
         exclude_if=lambda url: url is None,
         description="URL of a webhook that is called when the job has ended; the service must "
         "allow its host.",
     )
-    priority: int = Field(0, ge=-100, le=100, description="Place in the queue: higher goes first.")
-    timeout_s: float | None = Field(
+    priority: Annotated[int, Shown(section=_JOB, service=True)] = Field(
+        0, ge=-100, le=100, description="Place in the queue: higher goes first."
+    )
+    # An interrupted search goes on with the same command.
+    timeout_s: Annotated[
+        float | None, Shown(option="--timeout", label="Time limit in seconds", service=True)
+    ] = Field(
         None,
         gt=0,
         le=1e7,
         description="Time limit in seconds for each island's search; the best result so far is "
         "used then.",
     )
-    max_failed_trials: int = Field(
+    max_failed_trials: Annotated[int, Shown(service=True)] = Field(
         20, ge=0, le=MAX_TRIALS, description="Number of failed trials above which the job fails."
     )
-    max_attempts: int = Field(
+    max_attempts: Annotated[int, Shown(section=_JOB, service=True)] = Field(
         3, ge=1, le=20, description="Number of attempts at each stage before the job fails."
     )
 

@@ -90,7 +90,8 @@ def can_be_measured(value: Any, info: ValidationInfo) -> Any:
 def was_calibrated(value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceSpec:
     """Only kernel sizes that are calibrated can be searched."""
     calibration = info.data.get("calibration")
-    missing = set(value.kernel_sizes or ()) - set(calibration.kernel_sizes if calibration else ())
+    sizes = value.given().get("kernel_sizes", ())
+    missing = set(sizes) - set(calibration.kernel_sizes if calibration else ())
     if calibration is not None and missing:
         raise ValueError(
             f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
@@ -159,4 +160,4 @@ def in_memory(value: int, info: ValidationInfo) -> int:
 def preset_of(given: Mapping[str, Any], pattern: Pattern) -> Preset:
     """The preset of a job with these fields, with its steps and bounds."""
     preset = Preset.of(given["preset"], pattern)
-    return preset.changed(given["steps"].given(), given["search_space"].bounds())
+    return preset.changed(given["steps"].given(), given["search_space"].given())

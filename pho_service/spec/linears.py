@@ -5,16 +5,16 @@ Which linears of a model are pruned, and which of them lose a share of their own
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number
+from pho_service.spec.document import STRICT, Number, Shown, Stored
 from pho_service.spec.pattern import Pattern
 
 REGULAR = "re:"  # begins a regular expression
@@ -44,7 +44,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linears:
+class Linears(Stored):
     """
     Which linears are pruned, by their full names (``model.layers.3.mlp.up_proj``).
 
@@ -61,6 +61,7 @@ class Linears:
 
     targets: Annotated[
         tuple[str, ...],
+        Shown(label="Linears to prune"),
         Field(
             description="Linears to prune, all by default: full names, globs (*.down_proj), or "
             "regular expressions after re: (re:.*[qk]_proj), each of which matches whole names."
@@ -68,10 +69,12 @@ class Linears:
     ] = ()
     ignore: Annotated[
         tuple[str, ...],
+        Shown(label="Linears that stay dense"),
         Field(description="Linears that stay dense, in the same form; they come before targets."),
     ] = ()
     sparsities: Annotated[
         dict[str, Number | str],
+        Shown(option="--sparsity", label="Linears with a sparsity of their own"),
         Field(
             description="Linears with a sparsity of their own, by the same patterns: for a ratio "
             "the share of weights to remove (0.3); for N:M the N to keep of the same M (3:4)."
@@ -103,23 +106,6 @@ class Linears:
         own = [f"{pattern}={value}" for pattern, value in self.sparsities.items()]
         parts = {"only": self.targets, "without": self.ignore, "by hand": own}
         return ", ".join(f"{word} {' '.join(values)}" for word, values in parts.items() if values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """
-        What :meth:`to_dict` gave.
-
-        Raises:
-            InvalidInput: A value breaks a rule.
-        """
-        return cls(**values)
 
     def check_pattern(self, pattern: Pattern) -> None:
         """

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, check_choice
+from pho_service.spec.document import STRICT, Shown, check_choice
 
 ObjectiveName = Literal["activation-reconstruction", "gini", "perplexity"]
 Weighting = Literal["blend", "geometric", "fisher", "relative", "absolute"]
@@ -27,9 +27,11 @@ class Objective:
 
     __pydantic_config__ = STRICT
 
-    name: Annotated[ObjectiveName, Field(description="Measure that candidates are rated by.")] = (
-        "activation-reconstruction"
-    )
+    name: Annotated[
+        ObjectiveName,
+        Shown(option="--objective", label="Objective"),
+        Field(description="Measure that candidates are rated by."),
+    ] = "activation-reconstruction"
     weighting: Annotated[
         Weighting,
         Field(description="How activation reconstruction adds up the errors of layers and rows."),
@@ -84,5 +86,10 @@ class Objective:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """Gini is maximised: higher went with lower perplexity in our measurements."""
-        return "maximize" if self.name == "gini" else "minimize"
+        """What is good: low values, or high ones."""
+        return "maximize" if is_maximised(self.name) else "minimize"
+
+
+def is_maximised(name: str | None) -> bool:
+    """Whether high values are good: of Gini they went with lower perplexity in our measurements."""
+    return name == "gini"

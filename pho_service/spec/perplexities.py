@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from pho_service.spec.document import Document
+from pho_service.spec.numbers import number, percent
 
 REFERENCES = ("dense", "wanda", "ria")  # what a result is judged by, in this order
 _TITLES = {"wanda": "Wanda", "ria": "RIA"}
@@ -44,36 +45,20 @@ class Perplexities(Document):
         return self.pruned / self.dense - 1
 
     def __str__(self) -> str:
-        """In one line: ``22.6 dense, 27.7 pruned (+23 %), Wanda 39.9, RIA 41.2``."""
+        """In one line: ``22.60 dense, 27.70 pruned (+22.6%), Wanda 39.90, RIA 41.20``."""
         return in_words(self.dense, {"pruned": self.pruned}, {"wanda": self.wanda, "ria": self.ria})
 
 
 def in_words(dense: float, found: Mapping[str, float], methods: Mapping[str, float | None]) -> str:
     """
-    Perplexities of one text in a line.
-
-    Args:
-        dense: Perplexity of the dense model.
-        found: Perplexities of results, by their names; each is shown with its rise over dense.
-        methods: Perplexities of ``wanda``, ``ria`` or others, by their names; None is left out.
+    Perplexities of one text in a line: of results, with their rise over dense, and of ``wanda``,
+    ``ria`` or others, where they have one.
     """
-    parts = [f"{_number(dense)} dense"]
-    parts += [f"{_number(each)} {name} ({_rise(each / dense - 1)})" for name, each in found.items()]
-    parts += [
-        f"{_TITLES.get(name, name)} {_number(each)}"
-        for name, each in methods.items()
-        if each is not None
-    ]
-    return ", ".join(parts)
-
-
-def _rise(share: float) -> str:
-    digits = 1 if abs(share) < 0.0995 else 0
-    return f"{100 * share:+,.{digits}f} %"
-
-
-def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    if value >= 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+    rises = {name: percent(each / dense - 1, signed=True) for name, each in found.items()}
+    return ", ".join(
+        [
+            f"{number(dense)} dense",
+            *(f"{number(each)} {name} ({rises[name]})" for name, each in found.items()),
+            *(f"{_TITLES.get(n, n)} {number(each)}" for n, each in methods.items() if each),
+        ]
+    )

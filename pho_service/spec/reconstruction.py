@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, Whole, check_choice
+from pho_service.spec.document import STRICT, Number, Shown, Whole, check_choice
 from pho_service.spec.seed import SEEDS, check_seed
 
 ReconstructionMethod = Literal["none", "block"]
@@ -18,9 +18,6 @@ RECONSTRUCTIONS: tuple[ReconstructionMethod, ...] = get_args(ReconstructionMetho
 def _whole(value: object) -> object:
     """An integer for a number like 3.0, which JSON does not tell from 3; all else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-RECONSTRUCTION = "Training of the kept weights, block by block; only the winner of a search has it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +33,7 @@ class Reconstruction:
 
     method: Annotated[
         ReconstructionMethod,
+        Shown(option="--reconstruction", default="the preset's"),
         Field(
             description="none. block: the kept weights of each pruned block are trained until its "
             "output is near the dense block's."
@@ -43,11 +41,13 @@ class Reconstruction:
     ] = "none"
     passes: Annotated[
         Whole,
+        Shown(option="--reconstruction-passes"),
         Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
         BeforeValidator(_whole),
     ] = 2
     learning_rate: Annotated[
         Number,
+        Shown(option="--reconstruction-rate"),
         Field(
             gt=0,
             le=1,
@@ -57,6 +57,7 @@ class Reconstruction:
     ] = 5e-3
     seed: Annotated[
         Whole,
+        Shown(option="--reconstruction-seed"),
         Field(ge=0, lt=SEEDS, description="Seed of the order of the windows."),
         BeforeValidator(_whole),
     ] = 0

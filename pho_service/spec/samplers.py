@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from pho_service.spec.document import STRICT, Whole
+from pho_service.spec.document import STRICT, Shown, Whole
 from pho_service.spec.seed import Seed
 
 Sampler = Literal["cmaes", "tpe", "random", "qmc", "gp", "hill-climb"]
@@ -23,35 +23,43 @@ _LENGTHS = ("trials", "corrections")
 CORRECTED_TOKENS = 1024  # of the calibration text, on which pruned models are compared with it
 
 
+Trials = Annotated[
+    Whole,
+    Shown(rank=1),
+    Field(
+        ge=1,
+        le=MAX_TRIALS,
+        description="Number of trials of each island, baselines included; a hill climb may end "
+        "earlier.",
+    ),
+]
+SamplerSeed = Annotated[Seed, Shown(rank=2), Field(description="Seed of the sampler.")]
+Corrections = Annotated[
+    Whole,
+    Field(
+        ge=0,
+        le=MAX_CORRECTIONS,
+        description="Number of allocations that are compared with the dense model on calibration "
+        "windows after the search, to correct the best one where the proxy is wrong; 0 leaves it "
+        "as it is.",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """
     The options of a search that are plain values, from the document to the plan.
 
-    A new one is in requests, plans, transfers, studies and config.json by being here, and in jobs
-    by a field of the same name.
+    A new one is in requests, plans, transfers, studies, config.json and in the arguments of Python
+    by being here, and in jobs, the form and the options of all verbs by a field of the same name.
     """
 
     __pydantic_config__ = STRICT
 
-    trials: Annotated[
-        Whole,
-        Field(
-            ge=1,
-            le=MAX_TRIALS,
-            description="Number of trials, baselines included; a hill climb may end earlier.",
-        ),
-    ] = 200
-    seed: Annotated[Seed, Field(description="Seed of the sampler.")] = 0
-    corrections: Annotated[
-        Whole,
-        Field(
-            ge=0,
-            le=MAX_CORRECTIONS,
-            description="Number of allocations that are compared with the dense model, to correct "
-            "the proxy's best one where the proxy is wrong; 0 leaves it as it is.",
-        ),
-    ] = 0
+    trials: Trials = 200
+    seed: SamplerSeed = 0
+    corrections: Corrections = 0
 
     def identity(self) -> dict[str, Any]:
         """

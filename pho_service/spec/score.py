@@ -2,13 +2,13 @@
 The importance score of a weight: the coefficients of its parts.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import STRICT, Number, Whole, check_choice
+from pho_service.spec.document import STRICT, Number, Stored, Whole, check_choice
 
 KERNEL_SIZES = (3, 5, 9, 15)  # that a bundle is made for, and that a search chooses from
 Normalisation = Literal["mean", "sum", "none"]
@@ -16,7 +16,7 @@ NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coefficients:
+class Coefficients(Stored):
     """
     One importance score: how much each part of it counts.
 
@@ -83,7 +83,3 @@ class Coefficients:
                 "have a middle."
             )
         check_choice("normalisation", self.normalisation, NORMALISATIONS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)

@@ -8,7 +8,7 @@ between row and column.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -19,13 +19,13 @@ from pho_service.spec.allocation import ALLOCATIONS, Allocation, AllocationMetho
 from pho_service.spec.baselines import BASELINES
 from pho_service.spec.calibration import KernelSizes
 from pho_service.spec.candidate import Candidate
-from pho_service.spec.document import Document
+from pho_service.spec.document import STRICT, Number, Partial, Stored, optional
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.score import KERNEL_SIZES, Coefficients
 from pho_service.spec.steps import Steps
 
-Bounds = tuple[float, float]
-GivenBounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+# Low and high; equal ones fix a value.
+Bounds = Annotated[tuple[Number, ...], Field(min_length=2, max_length=2)]
 
 # RIA's coefficients as a point of a search space, but for its sums instead of means: where a
 # hill climb begins, with the first of the kernel sizes.
@@ -48,27 +48,42 @@ _HIGHEST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSpace:
+class SearchSpace(Stored):
     """
     The box of a search. A bound whose two ends are equal fixes the value.
-
-    Attributes:
-        neighbourhood_share: The neighbourhood's part of the three coefficients.
-        row_share: The row's part of what the neighbourhood leaves.
-        activation_exponent: 0.5 is RIA's choice, 1 Wanda's.
-        gradient_exponent: 0.5 is the second-order choice. It cancels in scope row.
-        kernel_sizes: Odd sizes, ascending; those that the bundle has.
-        allocations: Methods of :class:`pho_service.spec.steps.Allocation`.
-        allocation_spread: The spread of the methods that are not ``uniform``.
     """
 
-    neighbourhood_share: Bounds = (0.0, 1.0)
-    row_share: Bounds = (0.0, 1.0)
-    activation_exponent: Bounds = (0.0, 1.5)
-    gradient_exponent: Bounds = (0.0, 1.0)
-    kernel_sizes: tuple[int, ...] = KERNEL_SIZES
-    allocations: tuple[AllocationMethod, ...] = ("uniform",)
-    allocation_spread: Bounds = (0.2, 0.2)
+    __pydantic_config__ = STRICT
+
+    neighbourhood_share: Annotated[
+        Bounds,
+        Field(description="The neighbourhood's part of the three coefficients, within [0, 1]."),
+    ] = (0.0, 1.0)
+    row_share: Annotated[
+        Bounds,
+        Field(description="The row's part of what the neighbourhood leaves, within [0, 1]."),
+    ] = (0.0, 1.0)
+    activation_exponent: Annotated[
+        Bounds, Field(description="Exponent of the activations, within [0, 4].")
+    ] = (0.0, 1.5)
+    gradient_exponent: Annotated[
+        Bounds, Field(description="Exponent of the gradients, within [0, 2].")
+    ] = (0.0, 1.0)
+    kernel_sizes: Annotated[
+        KernelSizes,
+        Field(description="Sizes of the neighbourhood, odd; all that were calibrated by default."),
+    ] = KERNEL_SIZES
+    allocations: Annotated[
+        tuple[AllocationMethod, ...],
+        Field(
+            min_length=1,
+            max_length=4,
+            description="Methods of allocation, instead of steps.allocation.method.",
+        ),
+    ] = ("uniform",)
+    allocation_spread: Annotated[
+        Bounds, Field(description="Spread of the allocation, within [0, 1].")
+    ] = (0.2, 0.2)
 
     def __post_init__(self) -> None:
         for name, highest in _HIGHEST.items():
@@ -119,10 +134,6 @@ class SearchSpace:
         space["allocation"] = CategoricalDistribution(ALLOCATIONS)
         space["method"] = CategoricalDistribution(("crepe", *BASELINES))
         return space
-
-    def to_dict(self) -> dict[str, Any]:
-        """The bounds as JSON values."""
-        return {name: list(values) for name, values in asdict(self).items()}
 
     def candidate(self, params: Mapping[str, Any], pattern: Pattern, steps: Steps) -> Candidate:
         """
@@ -214,50 +225,22 @@ class SearchSpace:
         return names
 
 
-class SearchSpaceSpec(Document):
+@optional(SearchSpace)
+class SearchSpaceSpec(Partial):
     """Bounds [low, high] of what is searched; equal ones fix a value, null is the preset's."""
 
-    neighbourhood_share: GivenBounds | None = Field(
-        None, description="The neighbourhood's part of the three coefficients, within [0, 1]."
-    )
-    row_share: GivenBounds | None = Field(
-        None, description="The row's part of what the neighbourhood leaves, within [0, 1]."
-    )
-    activation_exponent: GivenBounds | None = Field(
-        None, description="Exponent of the activations, within [0, 4]."
-    )
-    gradient_exponent: GivenBounds | None = Field(
-        None, description="Exponent of the gradients, within [0, 2]."
-    )
-    kernel_sizes: KernelSizes | None = Field(
-        None, description="Sizes of the neighbourhood, odd; all that were calibrated by default."
-    )
-    allocations: list[AllocationMethod] | None = Field(
-        None,
-        min_length=1,
-        max_length=4,
-        description="Methods of allocation, instead of steps.allocation.method.",
-    )
-    allocation_spread: GivenBounds | None = Field(
-        None, description="Spread of the allocation, within [0, 1]."
-    )
-
-    @field_validator(*_HIGHEST)
+    @field_validator("*")
     @classmethod
-    def _in_range(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
-            bounds: dict[str, Any] = {str(info.field_name): tuple(value)}
-            SearchSpace(**bounds)  # raises with the rule
+            SearchSpace(**{str(info.field_name): tuple(value)})  # raises with the rule
+        if value is not None and info.field_name == "allocations":
+            return [method for method in ALLOCATIONS if method in value]
         return value
 
-    @field_validator("allocations")
-    @classmethod
-    def _each_once(cls, value: list[AllocationMethod] | None) -> list[AllocationMethod] | None:
-        return value and [method for method in ALLOCATIONS if method in value]
-
-    def bounds(self) -> dict[str, Any]:
-        """The fields of a search space that were given."""
-        return {name: tuple(values) for name, values in self if values is not None}
+    def given(self) -> dict[str, Any]:
+        """The bounds that are given, as a space has them."""
+        return {name: tuple(values) for name, values in super().given().items()}
 
 
 def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:

@@ -3,18 +3,27 @@ What a pruning does beside the score: linears, allocation, permutation, re-pruni
 reconstruction.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, Self, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.allocation import Allocation
-from pho_service.spec.document import STRICT, Document, Flag, Number, check_choice, check_number
+from pho_service.spec.document import (
+    STRICT,
+    Flag,
+    Number,
+    Partial,
+    Shown,
+    Stored,
+    check_choice,
+    check_number,
+    optional,
+)
 from pho_service.spec.linears import Linears
 from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.reconstruction import RECONSTRUCTION, Reconstruction
+from pho_service.spec.reconstruction import Reconstruction
 
 NormSource = Literal["dense", "sequential"]
 Permutation = Literal["none", "score", "error"]
@@ -27,40 +36,9 @@ UPDATES: tuple[Update, ...] = get_args(Update)
 CHOOSING: tuple[Update, ...] = ("sparsegpt", "admm", "alps")  # the mask too
 MOST_SHRINKAGE = 1000.0
 
-_LINEARS = "Which linears are pruned, and which have a sparsity of their own."
-_STATISTICS = (
-    "Model that the activation norms of a score come from: dense; sequential, where the blocks "
-    "before are pruned already, as in the code of Wanda and RIA, which needs the calibration text."
-)
-_ALLOCATION = "How the sparsity is spread over the linears."
-_PERMUTATION = (
-    "Order of the input channels before N:M groups are cut: none; score keeps the most score; "
-    "error gives the least error of the outputs."
-)
-_DEPLOYABLE = (
-    "Whether only those input channels are permuted whose order can be folded into the stored "
-    "weights, so that N:M holds as they are stored and no runtime has to permute."
-)
-_REPRUNING = (
-    "Improvement of the finished mask: none; dsnot; swaps, each of which lowers the error of its "
-    "row; admm, which looks for the mask whose kept weights, changed by the update, make the least "
-    "error."
-)
-_UPDATE = (
-    "Change of the weights that stay. With none, they stay as they are. obs works column by "
-    "column, like SparseGPT, with a given mask; least-squares continues towards the least error "
-    "that the mask allows. sparsegpt, admm and alps, as published, choose the mask themselves, so "
-    "that the score has no effect."
-)
-_SHRINKAGE = (
-    "How much the second moments that re-pruning and update work with are shrunk towards their "
-    "diagonal, so that they do not follow chance: all others are multiplied by tokens / (tokens + "
-    "shrinkage * in_features). 0: not at all, as published."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class Steps(Stored):
     """
     Steps of a pruning beside the score.
     """
@@ -68,31 +46,81 @@ class Steps:
     __pydantic_config__ = STRICT
 
     linears: Annotated[
-        Linears, Field(description=_LINEARS, exclude_if=lambda linears: not linears)
+        Linears,
+        Shown(fold="Which linears"),
+        Field(
+            description="Which linears are pruned, and which have a sparsity of their own.",
+            exclude_if=lambda linears: not linears,
+        ),
     ] = Linears()
     statistics: Annotated[
         NormSource,
-        Field(description=_STATISTICS, exclude_if=lambda statistics: statistics == "dense"),
+        Field(
+            description="Model that the activation norms of a score come from: dense; sequential, "
+            "where the blocks before are pruned already, as in the code of Wanda and RIA, which "
+            "needs the calibration text.",
+            exclude_if=lambda statistics: statistics == "dense",
+        ),
     ] = "dense"
-    allocation: Annotated[Allocation, Field(description=_ALLOCATION)] = Allocation()
-    permutation: Annotated[Permutation, Field(description=_PERMUTATION)] = "none"
+    allocation: Annotated[
+        Allocation,
+        Field(
+            description="How the sparsity is spread over the linears; in a search, its method is "
+            "the only one."
+        ),
+    ] = Allocation()
+    permutation: Annotated[
+        Permutation,
+        Field(
+            description="Order of the input channels before N:M groups are cut: none; score keeps "
+            "the most score; error gives the least error of the outputs."
+        ),
+    ] = "none"
     deployable: Annotated[
-        Flag, Field(description=_DEPLOYABLE, exclude_if=lambda deployable: not deployable)
+        Flag,
+        Field(
+            description="Whether only those input channels are permuted whose order can be folded "
+            "into the stored weights, so that N:M holds as they are stored and no runtime has to "
+            "permute.",
+            exclude_if=lambda deployable: not deployable,
+        ),
     ] = False
-    repruning: Annotated[Repruning, Field(description=_REPRUNING)] = "none"
-    update: Annotated[Update, Field(description=_UPDATE)] = "none"
+    repruning: Annotated[
+        Repruning,
+        Field(
+            description="Improvement of the finished mask: none; dsnot; swaps, each of which "
+            "lowers the error of its row; admm, which looks for the mask whose kept weights, "
+            "changed by the update, make the least error."
+        ),
+    ] = "none"
+    update: Annotated[
+        Update,
+        Field(
+            description="Change of the weights that stay. With none, they stay as they are. obs "
+            "works column by column, like SparseGPT, with a given mask; least-squares continues "
+            "towards the least error that the mask allows. sparsegpt, admm and alps, as "
+            "published, choose the mask themselves, so that the score has no effect."
+        ),
+    ] = "none"
     shrinkage: Annotated[
         Number,
         Field(
             ge=0,
             le=MOST_SHRINKAGE,
-            description=_SHRINKAGE,
+            description="How much the second moments that re-pruning and update work with are "
+            "shrunk towards their diagonal, so that they do not follow chance: all others are "
+            "multiplied by tokens / (tokens + shrinkage * in_features). 0: not at all, as "
+            "published.",
             exclude_if=lambda shrinkage: not shrinkage,
         ),
     ] = 0.0
     reconstruction: Annotated[
         Reconstruction,
-        Field(description=RECONSTRUCTION, exclude_if=lambda given: not given.wanted),
+        Field(
+            description="Training of the kept weights, block by block; only the winner of a "
+            "search has it.",
+            exclude_if=lambda given: not given.wanted,
+        ),
     ] = Reconstruction()
 
     def __post_init__(self) -> None:
@@ -171,38 +199,6 @@ class Steps:
         """The same without the reconstruction, which only the winner of a search goes through."""
         return replace(self, reconstruction=Reconstruction())
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON; what few searches have, only where it says something."""
-        values = asdict(self)
-        del values["linears"], values["reconstruction"]
-        if self.statistics == "dense":
-            del values["statistics"]
-        if not self.deployable:
-            del values["deployable"]
-        if not self.shrinkage:
-            del values["shrinkage"]
-        values["allocation"] = self.allocation.to_dict()
-        if self.linears:
-            values["linears"] = self.linears.to_dict()
-        if self.reconstruction.wanted:
-            values["reconstruction"] = asdict(self.reconstruction)
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """
-        What :meth:`to_dict` gave.
-
-        Raises:
-            InvalidInput: A value breaks a rule.
-        """
-        parts = {
-            "linears": Linears.from_dict(values.get("linears", {})),
-            "allocation": Allocation(**values.get("allocation", {})),
-            "reconstruction": Reconstruction(**values.get("reconstruction", {})),
-        }
-        return cls(**{**values, **parts})
-
     def __str__(self) -> str:
         """All steps in one line, for people."""
         where = " where it can be folded" if self.gives_up_orders else ""
@@ -233,21 +229,6 @@ class Steps:
             )
 
 
-class StepsSpec(Document):
+@optional(Steps)
+class StepsSpec(Partial):
     """Describe the steps of candidates beside the score. What is null is the preset's."""
-
-    linears: Linears | None = Field(None, description=_LINEARS)
-    statistics: NormSource | None = Field(None, description=_STATISTICS)
-    allocation: Allocation | None = Field(
-        None, description=f"{_ALLOCATION} Its method is the only one that is searched then."
-    )
-    permutation: Permutation | None = Field(None, description=_PERMUTATION)
-    deployable: bool | None = Field(None, description=_DEPLOYABLE)
-    repruning: Repruning | None = Field(None, description=_REPRUNING)
-    update: Update | None = Field(None, description=_UPDATE)
-    shrinkage: Number | None = Field(None, ge=0, le=MOST_SHRINKAGE, description=_SHRINKAGE)
-    reconstruction: Reconstruction | None = Field(None, description=RECONSTRUCTION)
-
-    def given(self) -> dict[str, Any]:
-        """The fields of :class:`Steps` that are not the preset's."""
-        return {name: value for name, value in self if value is not None}

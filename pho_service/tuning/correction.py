@@ -2,13 +2,15 @@
 How a cheap proxy is corrected by a few dear measurements: where it is wrong about each number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from cmaes import CMA
 from numpy.typing import NDArray
+
+from pho_service.spec.document import Stored
+from pho_service.spec.numbers import number
 
 Array = NDArray[np.float64]
 Proxies = Callable[[Array], Array]  # (points, numbers) -> (points,)
@@ -40,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(Stored):
     """
     Result of the corrections of a search.
 
@@ -60,22 +62,13 @@ class Correction:
     count: int
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**asdict(self), "divergences": [*self.divergences]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Correction":
-        """What :meth:`to_dict` gave."""
-        before, after = values["divergences"]
-        return cls(**{**values, "divergences": (before, after)})
-
     def __str__(self) -> str:
         before, after = self.divergences
         what = f"{self.count} allocations compared with the dense model on {self.tokens} tokens"
         if self.trial is None:
-            return f"{what}: none is nearer than trial {self.corrects}, {before:.4g}"
-        return f"{what}: {before:.4g} at trial {self.corrects}, {after:.4g} at trial {self.trial}"
+            return f"{what}: none is nearer than trial {self.corrects}, {number(before)}"
+        found = f"{number(after)} at trial {self.trial}"
+        return f"{what}: {number(before)} at trial {self.corrects}, {found}"
 
 
 def next_point(measured: Sequence[Measured], proxies: Proxies, *, seed: Sequence[int]) -> Array:

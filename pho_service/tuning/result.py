@@ -12,6 +12,7 @@ import optuna
 
 from pho_service.host.versions import versions
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
+from pho_service.spec.numbers import number
 from pho_service.spec.quality import ProxyQuality
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
@@ -228,10 +229,10 @@ def _at_chance(provenance: Mapping[str, Any]) -> Iterator[str]:
         if dense and dense["perplexity"] > CHANCE * dense["vocabulary"]:
             yield (
                 f"The dense model {Path(model.get('name', 'model')).name} predicts no better than "
-                f"chance: its perplexity on {dense['tokens']} tokens is {dense['perplexity']:.5g}, "
-                f"and its vocabulary has {dense['vocabulary']}. No pruning of it can be told from "
-                "another. Check that its weights are trained ones, that the tokenizer is its own, "
-                "and the language of the text."
+                f"chance: its perplexity on {dense['tokens']} tokens is "
+                f"{number(dense['perplexity'])}, and its vocabulary has {dense['vocabulary']}. No "
+                "pruning of it can be told from another. Check that its weights are trained ones, "
+                "that the tokenizer is its own, and the language of the text."
             )
 
 

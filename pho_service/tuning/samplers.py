@@ -15,7 +15,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.samplers import SAMPLERS, SearchOptions
 from pho_service.spec.space import RIA
 from pho_service.tuning.distributions import ascending, from_unit, listed, searchable, to_unit
 from pho_service.tuning.hill_climb import HillClimbSampler
@@ -25,8 +25,8 @@ POPULATION = SAMPLERS["cmaes"]  # small populations win at budgets of 100 to 400
 
 def make_sampler(
     name: str,
+    options: SearchOptions,
     *,
-    seed: int,
     search_space: Mapping[str, BaseDistribution],
     start: Mapping[str, Any] | None = None,
     effective: Callable[[dict[str, Any]], dict[str, Any]] = dict,
@@ -36,7 +36,7 @@ def make_sampler(
 
     Args:
         name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
-        seed: Seed of all its random choices; the hill climb makes none.
+        options: The seed of all its random choices, of which the hill climb makes none.
         search_space: The whole space.
         start: Where the hill climb begins, RIA's coefficients without it; and what the CMA-ES
             first draws around, which covers the whole space without it.
@@ -49,20 +49,23 @@ def make_sampler(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "cmaes":
-            return CmaSampler(seed=seed, search_space=search_space, start=start)
+            return CmaSampler(seed=options.seed, search_space=search_space, start=start)
         if name == "tpe":
-            return optuna.samplers.TPESampler(seed=seed)
+            return optuna.samplers.TPESampler(seed=options.seed)
         if name == "random":
-            return RandomSampler(seed=seed)
+            return RandomSampler(seed=options.seed)
         if name == "qmc":
             return optuna.samplers.QMCSampler(
-                seed=seed, scramble=True, warn_independent_sampling=False
+                seed=options.seed, scramble=True, warn_independent_sampling=False
             )
         if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+            return optuna.samplers.GPSampler(seed=options.seed, deterministic_objective=True)
         if name == "hill-climb":
             return HillClimbSampler(
-                seed=seed, search_space=search_space, start=start or RIA, effective=effective
+                seed=options.seed,
+                search_space=search_space,
+                start=start or RIA,
+                effective=effective,
             )
     raise InvalidInput(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}.")
 

@@ -99,7 +99,7 @@ def run_search(
     if isinstance(sampler, str):
         sampler = make_sampler(
             sampler,
-            seed=plan.seed,
+            plan,
             search_space=space,
             start=start,
             effective=plan.space.effective,

@@ -13,6 +13,7 @@ from scipy import stats
 from pho_service.spec.candidate import Candidate
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.linears import Linears
+from pho_service.spec.objective import is_maximised
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.quality import WIDER, Interval, ProxyQuality
 from pho_service.spec.space import SearchSpace
@@ -131,7 +132,7 @@ def _cosine(a: Values, b: Values, *, axes: tuple[int, ...]) -> Values:
 
 def verdict(name: str, quality: ProxyQuality) -> str | None:
     """One plain sentence if a proxy does not rank, or not where a search ends; None if it does."""
-    sign = -1 if _higher_is_better(name) else 1
+    sign = -1 if is_maximised(name) else 1
     whole, better_half = sign * quality.spearman, sign * quality.spearman_better_half
     said = f"rank correlation with perplexity is {quality.spearman:+.2f}"
     if whole < RANKS:
@@ -170,11 +171,6 @@ def qualities(
 ) -> dict[str, ProxyQuality]:
     """:func:`proxy_quality` of every proxy, by name."""
     return {
-        name: proxy_quality(values, perplexity, higher_is_better=_higher_is_better(name), seed=seed)
+        name: proxy_quality(values, perplexity, higher_is_better=is_maximised(name), seed=seed)
         for name, values in proxies.items()
     }
-
-
-def _higher_is_better(name: str) -> bool:
-    """How a proxy is meant: all but the Gini coefficient are errors."""
-    return name == "gini"

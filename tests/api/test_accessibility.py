@@ -2,6 +2,7 @@
 
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser
+from transformers import LlamaConfig
 
 from pho_service.api import listing
 from pho_service.api.job_list import PAGE_SIZE
@@ -23,10 +25,10 @@ DARK = (  # what is looked at on a phone in the dark mode, too
     "report of a search", "login",
 )  # fmt: skip
 SHOWN = ("running", "failed", "best", "transfer", "points")  # each with a page of its own
-CONFIG = (
-    '{"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,'
-    ' "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}'
-)
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+    vocab_size=512, max_position_embeddings=128,
+)  # fmt: skip
 UNFOLD = "for (const each of document.querySelectorAll('details')) each.open = true"
 FILE = {"name": "model.safetensors", "bytes": 10, "sha256": "0" * 64}
 TRANSFER = {
@@ -87,10 +89,10 @@ def pages(
     tmp_path: Path,
     keys: KeyStore,
     monkeypatch: pytest.MonkeyPatch,
+    write_header: Callable[[Path, LlamaConfig], None],
 ) -> dict[str, str]:
     """The HTML of every kind of page."""
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "config.json").write_text(CONFIG)
+    write_header(tmp_path / "small", CONFIG)
     # Of more than 16 ids, two begin with the same digit.
     monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")
     beginning = Counter(job[0] for job in {*jobs.values()}).most_common(1)[0][0]

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import pytest
 from fastapi.testclient import TestClient
+from transformers import LlamaConfig
 
 import pho_service.client
 from pho_service.api import form
@@ -21,17 +22,18 @@ from pho_service.api.new_job import router
 from pho_service.cli import main
 from pho_service.cli.submit import job_document
 from pho_service.cli.submit import submit as submit_verb
+from pho_service.spec.document import Shown
+from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import JobField, job_fields
+from pho_service.spec.job_fields import fields_of, job_fields
 from storage.keys import KeyStore
 
 Send = Callable[..., Any]
 TYPED = {"model": "org/name", "pattern": "0.5"}
-CONFIG = {
-    "model_type": "llama", "dtype": "float32", "hidden_size": 64, "intermediate_size": 192,
-    "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512,
-    "max_position_embeddings": 128,
-}  # fmt: skip
+CONFIG = LlamaConfig(
+    dtype="float32", hidden_size=64, intermediate_size=192, num_hidden_layers=1,
+    num_attention_heads=4, vocab_size=512, max_position_embeddings=128,
+)  # fmt: skip
 
 # A document that says something in every field; all others are parts of such ones.
 WHOLE = {
@@ -157,11 +159,10 @@ def document_of(client: TestClient) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(shared_folder: Path) -> str:
-    """A model that reads 128 tokens, of which only the configuration is there; and a text."""
+def model(shared_folder: Path, write_header: Callable[[Path, LlamaConfig], None]) -> str:
+    """A model that reads 128 tokens, of which only the headers are there; and a text."""
     folder = shared_folder / "small"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_header(folder, CONFIG)
     (folder / "merges.txt").touch()
     (shared_folder / "text.txt").write_text("text")
     return "small"
@@ -185,19 +186,24 @@ def test_every_field() -> None:
 
 
 def test_new_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field that a job has one day is in the form: in its part's group, or in the last one."""
-    new = [
-        JobField(path=path, schema={"type": kind}, default=None, nullable=True)
-        for path, kind in (("calibration/novel", "integer"), ("novel", "string"))
-    ]
-    with_new = {**job_fields(), **{field.path: field for field in new}}
-    monkeypatch.setattr(form, "job_fields", lambda: with_new)
+    """A field that a job has one day is in the form: where it says, or with the search."""
+
+    class NewCalibration(CalibrationSpec):
+        novel: int | None = None
+
+    class NewSpec(JobSpec):
+        calibration: Annotated[NewCalibration, Shown(section="Text and calibration")] = (
+            NewCalibration()
+        )
+        novel: str | None = None
+
+    monkeypatch.setattr(form, "job_fields", lambda: fields_of(NewSpec))
     fields = form.form_fields.__wrapped__()
     monkeypatch.setattr(form, "form_fields", lambda: fields)
     found = {s.title: [f.path for f in s.fields] for s in sections.__wrapped__()}
 
     assert found["Text and calibration"][-1] == "calibration/novel"
-    assert found["The job itself"][-1] == "novel"
+    assert found["Search"][-1] == "novel"
 
 
 def test_from_the_document(shared_client: TestClient) -> None:
@@ -488,8 +494,8 @@ def test_context_on_the_hub(
     shared_client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model on the hub the cache of this machine tells it, and nothing is asked of the hub."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cached = tmp_path / "models--org--cached"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
@@ -537,14 +543,15 @@ def test_plan(shared_client: TestClient, model: str) -> None:
     assert len(shared_client.get("/v1/jobs").json()["jobs"]) == before
 
 
-def test_large(shared_client: TestClient, shared_folder: Path) -> None:
+def test_large(
+    shared_client: TestClient,
+    shared_folder: Path,
+    write_header: Callable[[Path, LlamaConfig], None],
+) -> None:
     """What does not fit says what would make it fit, in the words of the form."""
-    large = {
-        **CONFIG, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 4096,
-    }  # fmt: skip
-    (shared_folder / "large").mkdir()
-    (shared_folder / "large" / "config.json").write_text(json.dumps(large))
+    write_header(
+        shared_folder / "large", LlamaConfig(dtype="float32", max_position_embeddings=4096)
+    )
     shown = words(send(shared_client, "/new/check", model="large", card="4090").text)
 
     assert "It does not fit." in shown
@@ -553,12 +560,12 @@ def test_large(shared_client: TestClient, shared_folder: Path) -> None:
 
 
 def test_no_plan(shared_client: TestClient, shared_folder: Path) -> None:
-    """A family that cannot be planned is named, and can be submitted all the same."""
+    """A model that cannot be planned is named, and can be submitted all the same."""
     (shared_folder / "odd").mkdir()
     (shared_folder / "odd" / "config.json").write_text('{"model_type": "odd"}')
     shown = words(send(shared_client, "/new/check", model="odd").text)
 
-    assert "No plan can be made. odd: the family 'odd' cannot be planned" in shown
+    assert "No plan can be made. odd has neither model.safetensors nor" in shown
     assert send(shared_client, model="odd").status_code == 303
 
 
@@ -576,7 +583,7 @@ def test_check(shared_client: TestClient) -> None:
 
 def test_quiet_asks_nobody(shared_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """While somebody types the hub is not asked; the button asks it, and says if it is away."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     quiet = words(send(shared_client, "/new/check", quiet="on").text)
     asked = words(send(shared_client, "/new/check").text)
 

@@ -1,6 +1,5 @@
 """The pages for people in a real browser, where there is one: with the keyboard, on a phone."""
 
-import json
 import re
 import socket
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
+from transformers import LlamaConfig
 
 from pho_service.api import job_list
 from pho_service.api.app import create_app
@@ -24,17 +24,18 @@ from storage.states import JobState, StageKind
 
 WIDTH, HEIGHT = 390, 800  # of a phone
 MOST_TABS = 60
-CONFIG = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 128,
-}  # fmt: skip
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+    vocab_size=512, max_position_embeddings=128,
+)  # fmt: skip
 
 
 @pytest.fixture
-def url(database_url: str, tmp_path: Path) -> Iterator[str]:
+def url(
+    database_url: str, tmp_path: Path, write_header: Callable[[Path, LlamaConfig], None]
+) -> Iterator[str]:
     """Of a front end that listens on a free port."""
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "config.json").write_text(json.dumps(CONFIG))
+    write_header(tmp_path / "small", CONFIG)
     app = create_app(
         Database(database_url, pool=4), read_settings(model_roots=(tmp_path,), text_roots=())
     )

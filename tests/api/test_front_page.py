@@ -14,7 +14,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.api import job_list
-from pho_service.report.html import policy_hash
+from pho_service.shown import parts
+from pho_service.shown.parts import policy_hash
 from storage.keys import KeyStore
 from storage.outcomes import Found
 from storage.states import JobState, StageKind
@@ -22,7 +23,7 @@ from storage.states import JobState, StageKind
 Submit = Callable[..., dict[str, Any]]
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
-STYLE = Path(job_list.__file__).parent / "templates" / "style.css"
+STYLE = Path(parts.__file__).with_name("parts.css")
 TYPED = {"model": "org/name", "pattern": "0.5"}
 
 
@@ -228,7 +229,7 @@ def test_result(client: TestClient, submit: Submit, hand: Any, configuration: An
     )
     page = Page(client.get("/"))
 
-    assert "succeeded 17.25 13.80 +25.0 % 25.0 %" in row(page, job)
+    assert "succeeded 17.25 13.80 +25.0% 25.0%" in row(page, job)
     assert not page.of("progress")
 
 

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.api.form_document import Typed, typed_as
 from pho_service.host.logs import about
-from pho_service.report.html import policy_hash
+from pho_service.shown.parts import policy_hash
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.perplexities import Perplexities
@@ -70,7 +70,7 @@ def test_calibration(client: TestClient, hand: Any, submit: Submit) -> None:
 
     assert before is None
     assert "Calibrate running 3 of 16 Calibrating the dense model, " in section(text, "stages")
-    assert "There is no result yet." in section(text, "result")
+    assert "There is no configuration yet." in section(text, "result")
     assert during == {"title": "Calibrating the dense model", "done": 3, "steps": 16}
     assert client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"] is None
     assert "Calibrate done 1 of 1" in section(source(client, job_id), "stages")
@@ -89,9 +89,9 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     finalists = section(source(client, job["id"]), "finalists")
 
     assert 'id="search"' not in empty
-    assert "7 trials. The line is the best objective so far;" in section(drawn, "search")
-    assert drawn.count('class="dot"><title>trial ') == 7
-    assert "Trial Method Perplexity Divergence Proxy 5 - 21.5 - - 2 - - - -" in finalists
+    assert "7 rated trials. The best value, 0, is that of trial" in section(drawn, "search")
+    assert drawn.count('class="dot"><title>found, trial ') == 6
+    assert "found (best so far) 21.50 0.5000 5" in finalists
 
 
 def test_result(
@@ -111,11 +111,11 @@ def test_result(
     text = source(client, job_id)
 
     assert section(text, "result").startswith(
-        "Result Model Perplexity Above dense Dense 20 Pruned by this job 25 +25.0 % "
-        "Wanda 40 +100.0 % RIA - Best: crepe; perplexity 17.25"
+        "Result Perplexity: lower is better model perplexity above dense dense 20.00 pruned 25.00 "
+        "+25.0% Wanda 40.00 +100.0% RIA none"
     )
     assert "Take care." in section(text, "result")
-    assert "Block mlp.up_proj model.layers.0 46 %" in section(text, "layers")
+    assert "model.layers.0.mlp.up_proj: 0.1000" in section(text, "layers")
     assert f'href="/v1/jobs/{job_id}/best"' in text
 
 
@@ -318,7 +318,7 @@ def test_side_by_side(client: TestClient, hand: Any, submit: Submit) -> None:
     marked = re.findall(r'<tr class="differs">(.*?)</tr>', answer.text, flags=re.DOTALL)
 
     assert answer.status_code == 200
-    assert answer.text.count("<polyline") == 4  # two searches, and the key to them
+    assert answer.text.count("<polyline") == 2
     assert "State succeeded running" in map(words, marked)
     assert [words(row) for row in marked if "seed" in row] == ["seed 0 3"]
     assert words(answer.text).index(" seed 0 3 ") < words(answer.text).index(" pattern 0.5 0.5 ")

@@ -1,23 +1,16 @@
 """How large a job may be, and how much and how often somebody may ask."""
 
 import asyncio
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Scope
 
-from pho_service.api.bodies import BodyLimit
-from pho_service.api.guard import KeyGuard, Rate, StreamLimit, host_of
-from pho_service.api.protocol import BoundedProtocol, Connections
-from pho_service.api.service import Caller
+from pho_service.api.guard import KeyGuard, Rate, host_of
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
 from pho_service.spec.limits import JobLimits
@@ -242,6 +235,11 @@ def test_wrong_keys(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
         assert client.get("/v1/jobs", headers=bearer(right)).status_code == 200
 
 
+SCOPE: Scope = {
+    "type": "http", "method": "GET", "path": "/v1/jobs", "headers": [], "client": ("192.0.2.7", 1),
+}  # fmt: skip
+
+
 def test_wrong_keys_at_once(client_of: Any, keys: KeyStore) -> None:
     """Those that are tried at the same time count before it is known that they are wrong."""
     keys.create("some", sees_all=False)
@@ -249,12 +247,17 @@ def test_wrong_keys_at_once(client_of: Any, keys: KeyStore) -> None:
     guard = KeyGuard(lambda *_: None, client.app.state.service)  # type: ignore[arg-type, return-value]
 
     async def run() -> list[int | None]:
-        answers = [
-            Answer(guard, {**SCOPE, "headers": [(b"authorization", b"Bearer %d" % i)]}, nothing)
-            for i in range(30)
-        ]
-        await asyncio.gather(*(answer.task for answer in answers))
-        return [answer.status for answer in answers]
+        statuses: list[int | None] = []
+
+        async def ask(number: int) -> None:
+            async def send(message: Message) -> None:
+                statuses.append(message.get("status"))
+
+            headers = [(b"authorization", b"Bearer %d" % number)]
+            await guard({**SCOPE, "headers": headers}, asyncio.Event().wait, send)
+
+        await asyncio.gather(*map(ask, range(30)))
+        return statuses
 
     statuses = asyncio.run(run())
     assert statuses.count(401) == 5
@@ -310,254 +313,6 @@ def test_host(address: str | None, expected: str) -> None:
     assert host_of({"client": None if address is None else (address, 50_000)}) == expected
 
 
-# ------------------------------------------------------------------------ streams
-
-
-SCOPE: Scope = {
-    "type": "http", "method": "GET", "path": "/v1/jobs", "headers": [], "client": ("192.0.2.7", 1),
-}  # fmt: skip
-
-
-def ask(app: Any, path: str, receive: Receive, caller: Caller | None = None) -> "Answer":
-    """Begin one request of an ASGI application."""
-    state = {"caller": caller or Caller(key_id=None, sees_all=True)}
-    scope: Scope = {**SCOPE, "path": path, "state": state}
-    return Answer(app, scope, receive)
-
-
-class Answer:
-    """A request that is being answered."""
-
-    def __init__(self, app: Any, scope: Scope, receive: Receive) -> None:
-        self.messages: list[Message] = []
-
-        async def send(message: Message) -> None:
-            self.messages.append(message)
-
-        self.task = asyncio.ensure_future(app(scope, receive, send))
-
-    @property
-    def status(self) -> int | None:
-        """None before it begins."""
-        return self.messages[0]["status"] if self.messages else None
-
-
-async def nothing() -> Message:
-    """What comes of a body that does not come."""
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-async def forever(_scope: Scope, _receive: Receive, send: Send) -> None:
-    """An application that answers, and goes on."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await asyncio.Event().wait()
-
-
-def test_streams() -> None:
-    """One more open stream than is allowed is refused; a closed one makes room again."""
-
-    async def run() -> list[int | None]:
-        app = StreamLimit(forever, most=2)
-        first, second, third = (ask(app, "/v1/jobs/x/events", nothing) for _ in range(3))
-        other = ask(app, "/v1/jobs/x", nothing)
-        await asyncio.sleep(0.01)
-        first.task.cancel()
-        await asyncio.sleep(0.01)
-        fourth = ask(app, "/v1/jobs/x/events", nothing)
-        await asyncio.sleep(0.01)
-        for answer in (second, fourth, other):
-            answer.task.cancel()
-        await asyncio.sleep(0.01)
-        assert not app._open  # nobody is remembered for nothing
-        return [answer.status for answer in (first, second, third, other, fourth)]
-
-    assert asyncio.run(run()) == [200, 200, 429, 200, 200]
-
-
-def test_streams_of_the_service(client_of: Any) -> None:
-    """The service has that limit, with the place where it is set."""
-    client = client_of(max_streams=1)
-    limit = next(m for m in client.app.user_middleware if m.cls is StreamLimit)
-    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
-    client.post(f"/v1/jobs/{job}:cancel")
-
-    assert limit.kwargs == {"most": 1}
-    for _ in range(3):  # each is over before the next
-        assert client.get(f"/v1/jobs/{job}/events").status_code == 200
-
-
-# --------------------------------------------------------------------- slow bodies
-
-
-def test_slow_body() -> None:
-    """A body that does not come in time is given up, and no one that came is hurried."""
-
-    async def read(_scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive()).get("more_body"):
-            pass
-        await asyncio.sleep(0.2)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def run(*messages: Message) -> Answer:
-        left = iter(messages)
-
-        async def receive() -> Message:
-            return next(left, None) or await nothing()
-
-        answer = ask(BodyLimit(read, max_bytes=100, max_s=0.1), "/", receive)
-        await asyncio.wait([answer.task])
-        return answer
-
-    part = {"type": "http.request", "body": b"x", "more_body": True}
-    slow, quick = asyncio.run(run(part, part)), asyncio.run(run(part, {**part, "more_body": False}))
-
-    assert "within 0.1 seconds" in str(slow.task.exception())
-    assert quick.status == 200
-
-
-class Impatient(BoundedProtocol):
-    """For a test that does not wait for half a minute."""
-
-    headers_s = 1.0
-
-
-async def hello(_scope: Scope, _receive: Receive, send: Send) -> None:
-    """An application that answers."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"hello"})
-
-
-@pytest.fixture
-def connection() -> Iterator[socket.socket]:
-    """To a server that soon loses patience."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(
-            hello, http=Impatient, timeout_keep_alive=3, log_config=None, lifespan="off"
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        with socket.create_connection(listener.getsockname()) as opened:
-            opened.settimeout(60)
-            yield opened
-        server.should_exit = True
-        thread.join()
-
-
-REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", REQUEST[:-2]])
-def test_slow_headers(connection: socket.socket, sent: bytes) -> None:
-    """A connection on which no whole request comes is closed, whatever has come of it."""
-    began = time.monotonic()
-    connection.sendall(sent)
-
-    assert connection.recv(100) == b""
-    assert time.monotonic() - began < 30
-
-
-def test_slow_next_headers(connection: socket.socket) -> None:
-    """So is one whose first request came in time, and the second does not."""
-    connection.sendall(REQUEST)
-    assert b"200 OK" in connection.recv(1000)
-    connection.sendall(REQUEST[:10])
-
-    while connection.recv(1000):
-        pass
-
-
-def test_patient_with_requests(connection: socket.socket) -> None:
-    """One that is used on and on stays open."""
-    for _ in range(6):
-        connection.sendall(REQUEST)
-        answer = b""
-        while not answer.endswith(b"hello\r\n0\r\n\r\n"):
-            part = connection.recv(1000)
-            assert part
-            answer += part
-        time.sleep(0.25)
-
-
-class Slow(BoundedProtocol):
-    """For a test of clients that do not read."""
-
-    write_s = 0.2
-
-
-async def large(_scope: Scope, _receive: Receive, send: Send) -> None:
-    """An application whose answers no buffer of a system holds."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"x" * 2**25})
-
-
-@contextmanager
-def served(app: Any, protocol: type[BoundedProtocol]) -> Iterator[tuple[str, int]]:
-    """The address of an application that is served."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, http=protocol, log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield listener.getsockname()
-        server.should_exit = True
-        thread.join()
-
-
-def test_slow_reader() -> None:
-    """A client that reads next to nothing of its answer is given up; one that reads gets all."""
-    with served(large, Slow) as address:
-        with socket.create_connection(address) as connection:
-            connection.sendall(REQUEST)
-            connection.settimeout(60)
-            while not Slow.connections_open._all:
-                time.sleep(0.01)
-            while Slow.connections_open._all:  # the server closes it, though nothing is read
-                time.sleep(0.01)
-        with socket.create_connection(address) as connection:
-            connection.sendall(REQUEST)
-            read = 0
-            while read < 2**25:
-                read += len(connection.recv(2**22))
-                time.sleep(0.01)
-
-
-def test_idle_connections_make_room() -> None:
-    """Who opens many connections that do nothing keeps nobody out; the oldest are closed."""
-    protocol = type("Few", (BoundedProtocol,), {"connections_open": Connections(4, 4)})
-    with served(hello, protocol) as address:
-        idle = [socket.create_connection(address) for _ in range(12)]
-        answers = []
-        for _ in range(5):
-            with socket.create_connection(address) as connection:
-                connection.settimeout(60)
-                connection.sendall(REQUEST)
-                answers.append(connection.recv(100)[:15])
-        for connection in idle:
-            connection.close()
-
-    assert answers == [b"HTTP/1.1 200 OK"] * 5
-
-
-def test_busy_connections_of_a_host() -> None:
-    """One host's connections that all are busy leave room for others', and are not ended."""
-
-    class Busy:
-        rests, host, transport = False, "", None
-
-    connections = Connections(10, 2)
-    mine: list[Any] = [Busy() for _ in range(4)]
-
-    assert [connections.enter(each, "a") for each in mine] == [True, True, False, False]
-    assert connections.enter(Busy(), "b")  # type: ignore[arg-type]
-    connections.leave(mine[0], "a")
-    assert connections.enter(mine[2], "a")
-    for each in mine:
-        connections.leave(each, "a")
-    assert "a" not in connections._of
-
-
 def test_forwarded_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose X-Forwarded-For is believed is set; nobody's is, unless it is."""
     assert read_settings().trusted_proxies == ()
@@ -571,7 +326,7 @@ def test_forwarded_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that is no number, or below none, is refused with its name."""
     for name, value in (
-        ("PHO_MAX_TRIALS", "0"), ("PHO_MAX_TOKENS", "many"), ("PHO_MAX_STREAMS", "0"),
+        ("PHO_MAX_TRIALS", "0"), ("PHO_MAX_TOKENS", "many"),
         ("PHO_MAX_REQUESTS_PER_MINUTE", "-1"), ("PHO_MAX_WRONG_KEYS_PER_MINUTE", "-1"),
     ):  # fmt: skip
         with monkeypatch.context() as changed:

@@ -1,29 +1,23 @@
 """``POST /v1/plan``: a job's document, and what it would take."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
+from transformers import LlamaConfig
 
 from pho_service.api.plan import Card
 from pho_service.planning.machines import CARDS
 
-CONFIG = {
-    "model_type": "llama", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}  # fmt: skip
-
 
 @pytest.fixture
-def model(shared_folder: Path) -> str:
-    """A model of which only the configuration is there."""
-    folder = shared_folder / "seven"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "model.safetensors").touch()
+def model(shared_folder: Path, write_header: Callable[[Path, LlamaConfig], None]) -> str:
+    """A model of which only the headers are there."""
+    write_header(
+        shared_folder / "seven", LlamaConfig(dtype="bfloat16", max_position_embeddings=4096)
+    )
     return "seven"
 
 

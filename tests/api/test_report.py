@@ -72,7 +72,7 @@ def test_search(client: TestClient, hand: Any, submit: Any, configuration: Confi
         "they are stored when a job ends well", "pho submit --job job.json",
     ):  # fmt: skip
         assert said in text
-    assert f"kernel size {configuration.coefficients.kernel_size}" in text
+    assert f"kernel {configuration.coefficients.kernel_size}" in text
     assert "17.25" in text
 
 
@@ -100,7 +100,7 @@ def test_layers(client: TestClient, hand: Any, submit: Any, configuration: Confi
         ended=True,
     )
 
-    assert "The largest is 0.25, of model.layers.0.mlp.up_proj" in visible(page(client, job_id))
+    assert "The largest is 0.2500, of model.layers.0.mlp.up_proj" in visible(page(client, job_id))
 
 
 def test_failed(client: TestClient, hand: Any, submit: Any) -> None:
@@ -126,7 +126,7 @@ def test_transfer(client: TestClient, hand: Any, submit: Any) -> None:
     assert "Transfer, running." in mine
     assert "transfer 1 of 2" in mine
     for text in (mine, source):
-        assert "other 25 20 20.0%" in text
+        assert "other 25.00 20.00 20.0%" in text
 
 
 def test_hostile_name(client: TestClient, submit: Any) -> None:

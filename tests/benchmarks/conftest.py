@@ -9,10 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pho_service.models.bundle_file import write_bundle
-from pho_service.pruning.bundle import sample_bundle
-from pho_service.pruning.statistics import PrunableLinear, Statistics
-
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 Table = dict[str, list[str]]
@@ -26,17 +22,6 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(SCRIPTS)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def tiny_bundle(linears: dict[str, PrunableLinear], statistics: Statistics, tmp_path: Path) -> Path:
-    """A bundle file of the tests' tiny model, sixteen rows a linear."""
-    path = tmp_path / "tiny.safetensors"
-    bundle = sample_bundle(
-        linears, statistics, rows_per_layer=16, kernel_sizes=(3, 5, 9, 15), seed=0
-    )
-    write_bundle(bundle, path)
-    return path
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click import ClickException
 
 Benchmark = Callable[..., dict[str, list[str]]]
 
@@ -20,23 +21,6 @@ def database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def numbers(cells: list[str]) -> list[float]:
     """All cells of a row, which have to be numbers."""
     return [float(cell) for cell in cells]
-
-
-def test_proxy_fidelity(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path]) -> None:
-    """A row for each number of rows and second moment, and the full proxy agrees with itself."""
-    table = benchmark(
-        "proxy_fidelity", model_folder, "--text", texts["calibration"], "--candidates", 6,
-        "--samples", 4, "--context-length", 32,
-    )  # fmt: skip
-    moments = ["Gram", "projection 64", "projection 128", "projection 256"]
-
-    assert numbers(table["all, Gram"])[:4] == [1, 1, 1, 1]
-    for height in (16, 32, 64):
-        for moment in moments:
-            *correlations, size, seconds = numbers(table[f"{height}, {moment}"])
-            assert all(-1 <= c <= 1 for c in correlations)
-            assert size >= 0
-            assert seconds > 0
 
 
 def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
@@ -54,104 +38,6 @@ def test_proxy_ranking(benchmark: Benchmark, model_folder: Path, tmp_path: Path)
     assert len(kept.splitlines()) == 8
     assert benchmark(*words) == table
     assert results.read_text() == kept
-
-
-def test_weightings(benchmark: Benchmark, model_folder: Path) -> None:
-    """A perplexity of each pattern by each weighting, with the masks alone or with all steps."""
-    words = [
-        "weightings", "--model", model_folder, "--pattern", "0.5", "--trials", 8,
-        "--samples", 4, "--context-length", 16, "--report-windows", 2, "--preset", "best",
-    ]  # fmt: skip
-    masks, trained = (
-        numbers(benchmark(*words, each)["0.5"]) for each in ("--masks-alone", "--steps")
-    )
-
-    assert len(masks) == len(trained) == 2
-    assert min(*masks, *trained) > 1
-    assert masks != trained
-
-
-def test_second_opinion(benchmark: Benchmark, model_folder: Path) -> None:
-    """Two perplexities of each pattern: of finalists by one weighting, and by two."""
-    table = benchmark(
-        "second_opinion", "--model", model_folder, "--pattern", "0.5", "--trials", 12,
-        "--samples", 4, "--context-length", 16, "--confirm-windows", 2, "--report-windows", 2,
-        "--finalists", 1,
-    )  # fmt: skip
-    by_one, by_two = numbers(table["0.5"])
-
-    assert by_one == by_two > 1  # one finalist is the objective's own
-
-
-def test_corrections(benchmark: Benchmark, model_folder: Path) -> None:
-    """A row before and one after the corrections, the second no farther from the dense model."""
-    table = benchmark(
-        "corrections", "--model", model_folder, "--pattern", "0.6", "--corrections", 1,
-        "--trials", 8, "--samples", 4, "--context-length", 16, "--report-windows", 2,
-    )  # fmt: skip
-
-    before, after = numbers(table["0.6, 0"]), numbers(table["corrected, 0"])
-    assert 0 < after[0] <= before[0]
-    assert all(perplexity > 1 for perplexity in (*before[1:], *after[1:]))
-
-
-def test_confirmation(benchmark: Benchmark, model_folder: Path, tmp_path: Path) -> None:
-    """Races are replayed over losses that were measured once."""
-    kept = tmp_path / "losses.json"
-    words = (
-        "confirmation", "--model", model_folder, "--scope", "layer", "--trials", 8,
-        "--finalists", 2, "--samples", 4, "--context-length", 16, "--windows", 3,
-        "--seeds", 4, "--losses", kept,
-    )  # fmt: skip
-    table = benchmark(*words)
-    same, mean, most, regret = numbers(table["4"])
-
-    assert 0 <= same <= 4
-    assert 1 < mean <= most <= 8 + 1 / 3  # the finalists, and a window of the dense model
-    assert regret >= 0
-    assert len(json.loads(kept.read_text())["losses"]) == 8
-
-
-def test_step_times(benchmark: Benchmark) -> None:
-    """A row for each step, with the seconds at each width."""
-    table = benchmark("step_times", "--width", 32, "--width", 64)
-
-    assert table["step"] == ["32", "64"]
-    for step in (
-        "allocation owl", "allocation fisher", "allocation curves", "permutation score",
-        "permutation error", "re-pruning dsnot", "re-pruning swaps", "re-pruning swaps, 2:4",
-        "re-pruning admm", "update admm", "update alps", "inverse", "update obs",
-        "least squares on top", "update sparsegpt",
-        "update sparsegpt, 2:4",
-    ):  # fmt: skip
-        assert all(seconds >= 0 for seconds in numbers(table[step]))
-
-
-def test_mask_errors(benchmark: Benchmark, model_folder: Path) -> None:
-    """A row for each method, whose error is compared with that of ALPS; rows may be weighted."""
-    table = benchmark(
-        "mask_errors", "--model", model_folder, "--pattern", "0.5", "--pattern", "2:4",
-        "--scope", "layer", "--samples", 2, "--context-length", 16,
-    )  # fmt: skip
-
-    assert table["method"] == ["0.5 layer", "2:4"]
-    assert all(cell.startswith("+0.0% +0.0% ") for cell in table["alps"])
-    assert table["admm, least squares"] != table["sparsegpt"]
-    assert table["the same, shrunk"] != table["admm, least squares"]
-    assert table["the same with row weights"][0]
-    assert table["the same, permuted"][0] == "-"
-
-
-def test_assignments(benchmark: Benchmark) -> None:
-    """A row for each width: seconds, and the gain where all pairs were looked at too."""
-    table = benchmark(
-        "assignments", "--width", 1024, "--width", 1040, "--rows", 8, "--all-pairs", 1024,
-        "--permuted", 1024,
-    )  # fmt: skip
-
-    assert table["1024"][3] == table["1024"][6] == "100.00%"
-    assert all(seconds > 0 for seconds in numbers([cell for cell in table["1040"] if cell]))
-    assert len(table["exponent"]) > 1
 
 
 def test_quality(benchmark: Benchmark, model_folder: Path, texts: dict[str, Path]) -> None:
@@ -236,25 +122,6 @@ def test_pretended_gpu(benchmark: Benchmark) -> None:
     assert written["checks"]["bits of masks that differ from the CPU's"][0] == 0
 
 
-def test_evaluation_floor(benchmark: Benchmark, tiny_bundle: Path) -> None:
-    """The floor, how far each pattern is from it, and what was tried beside."""
-    table = benchmark("evaluation_floor", tiny_bundle, "--rounds", 2, "--candidates", 8)
-    reading, multiplying, (floor, one) = (
-        numbers(table[row]) for row in ("reading", "multiply-adds", "floor: the larger")
-    )
-
-    larger = max(*reading, *multiplying)
-    assert larger <= floor <= larger + 0.011  # the median of each round's larger one, not this
-    assert one == 1
-    for pattern in ("0.5, scope row", "0.5, scope layer", "0.5, scope global", "2:4, scope row"):
-        milliseconds, ratio = numbers(table[pattern])
-        assert milliseconds > 0
-        assert ratio > 0
-    for lever in ("tf32 products", "bfloat16 products", "half of the rows"):
-        assert -1 <= numbers(table[lever])[2] <= 1
-    assert len(table["one candidate at a time"]) == 2
-
-
 @pytest.mark.thorough
 @pytest.mark.usefixtures("database")
 def test_load(capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,3 +153,13 @@ def test_service_overhead(benchmark: Benchmark) -> None:
     table = benchmark("service_overhead", "--tiny", "--trials", 8, "--rounds", 1)
 
     assert all(number > 0 for number in numbers(table["0"]))
+
+
+def test_torn_line(tmp_path: Path) -> None:
+    """A line of the kept results that is not JSON is named, with the way out."""
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"a": 1}\n{"a":\n')
+    results = import_module("kept_results").KeptResults(kept)
+
+    with pytest.raises(ClickException, match=r"kept\.jsonl, line 2 is not JSON.*Delete that line"):
+        results.find({"a": 1})

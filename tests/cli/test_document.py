@@ -10,16 +10,11 @@ import pytest
 
 from pho_service.cli import main
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.groups import GROUPS, group_of_field
+from pho_service.cli.groups import TITLES
 from pho_service.errors import InvalidInput
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_options import (
-    OF_A_SERVICE,
-    WITHOUT,
-    document_fields,
-    search_command,
-    submit_command,
-)
+from pho_service.spec.job_fields import SECTIONS, job_fields
+from pho_service.spec.job_options import document_fields, search_command, submit_command
 from pho_service.spec.sizes import parse_bytes
 
 MINE = {"model": "org/a", "pattern": "0.5"}
@@ -42,7 +37,7 @@ def given(verb: str, *words: str) -> Given:
 
 
 def shown(verb: str) -> dict[str, dict[str, Any]]:
-    """What --help says of each field's option, by the field; hidden names are left out."""
+    """What --help says of each field's option, by the field."""
     made = command(verb)._options.values()
     return {
         field.path: {
@@ -50,10 +45,9 @@ def shown(verb: str) -> dict[str, dict[str, Any]]:
             "type": option.type.to_info_dict(),
             "multiple": option.multiple,
             "help": option.help,
-            "section": group_of_field(field.path),
+            "section": field.shown.section,
         }
         for field, option in made
-        if not option.hidden
     }
 
 
@@ -69,7 +63,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
 
 
 def test_every_field() -> None:
-    """Each field of a job's document has an option, or a reason why not; and no other has one."""
+    """Each field of a job's document has an option, but for the models."""
     parts = {
         "calibration": {"dataset": "org/texts", "dataset_config": "en"},
         "validation": {},
@@ -91,18 +85,18 @@ def test_every_field() -> None:
         document = JobSpec.model_validate(several).model_dump(mode="json")
         paths |= leaves({name: document[name] for name in instead})
 
-    assert paths - {*WITHOUT} == {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
-    assert document_fields()["confirm"].names == ("--no-confirm",)
-    assert all(WITHOUT.values())
+    options = {*document_fields()} - {"confirm"}  # --no-confirm is of the whole
+    assert paths - options == {"model", "more_models"}
+    assert options <= paths
+    assert document_fields()["confirm"].name == "--no-confirm"
 
 
 def test_same_options() -> None:
-    """`pho search` and `pho submit` have the same option for a field, or a reason why not."""
+    """`pho search` and `pho submit` have the same option for a field, but for a service's own."""
     searching, submitting = shown("search"), shown("submit")
 
     assert {*submitting} == {*document_fields()}
-    assert {path.partition("/")[0] for path in {*submitting} - {*searching}} == {*OF_A_SERVICE}
-    assert all(OF_A_SERVICE.values())
+    assert all(job_fields()[path].shown.service for path in {*submitting} - {*searching})
     assert "--pattern" in submitting["pattern"]["names"]
     for path, option in searching.items():
         assert option == submitting[path]
@@ -112,13 +106,14 @@ def test_same_options() -> None:
 def test_sections(verb: str) -> None:
     """The help has its sections in order, each option in one of them and with a description."""
     help_ = command(verb).get_help(click.Context(command(verb), info_name=verb, parent=PARENT))
-    titles = [title for title in GROUPS if title != "Job" or verb == "submit"]
+    sections = {option["section"] for option in shown(verb).values()}
+    titles = [title for title in TITLES if title in {*sections, "Output"}]
     places = [help_.index(f"\n{title}:\n") for title in titles]
 
     assert places == sorted(places)
     assert "\nOptions:\n" not in help_
     assert all(option["help"] for option in shown(verb).values())
-    assert {option["section"] for option in shown(verb).values()} == {*titles} - {"Output"}
+    assert sections <= {*SECTIONS}
 
 
 def test_section_of_each_option() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from transformers import LlamaConfig
 
 Pho = Callable[..., Result]
 
@@ -13,9 +14,10 @@ FEW = ["--samples", 8, "--context-length", 32]
 
 
 def test_here(pho: Pho, model_folder: Path) -> None:
-    """Each stage has a range of seconds and its peaks; nothing but the configuration is read."""
-    for weights in model_folder.glob("*.safetensors"):
-        weights.unlink()
+    """Each stage has a range of seconds and its peaks; nothing but the headers is read."""
+    weights = model_folder / "model.safetensors"
+    with weights.open("rb+") as file:
+        file.truncate(8 + int.from_bytes(file.read(8), "little"))
     asked = (*FEW, "--corrections", 9, "--card", "H100", "--json")
     found = json.loads(pho("plan", model_folder, *asked).stdout)
 
@@ -37,13 +39,15 @@ def test_table(pho: Pho, model_folder: Path) -> None:
     assert "It fits." in done.stdout
 
 
-def test_does_not_fit(pho: Pho, tmp_path: Path) -> None:
+def test_does_not_fit(
+    pho: Pho, tmp_path: Path, write_header: Callable[[Path, LlamaConfig], None]
+) -> None:
     """Exit code 1, why, and what would do."""
-    config = {
-        "model_type": "llama", "dtype": "bfloat16", "hidden_size": 8192, "vocab_size": 32000,
-        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = LlamaConfig(
+        dtype="bfloat16", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64,
+    )  # fmt: skip
+    write_header(tmp_path, config)
     done = pho("plan", tmp_path, "--preset", "score", "--card", "A100", "--device-memory", "40GiB")
 
     assert done.exit_code == 1

@@ -323,7 +323,7 @@ def test_show(remote: Pho, client: Client, store: JobStore) -> None:
     assert "state        queued, stage none yet\n" in before
     assert "trials       0 of 40, best none yet\n" in before
     assert "state        succeeded, stage finish\n" in after
-    assert "best         crepe, objective 0.0123, perplexity 17.25\n" in after
+    assert "best         crepe, objective 0.01230, perplexity 17.25\n" in after
     assert f"pho best {job.id}" in after
     assert "note         the best lies on the border\n" in after
 
@@ -338,7 +338,7 @@ def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
     shown = remote("show", job).stdout
 
     assert "state        running, stage search, 60 s left\n" in shown
-    assert "trials       10 of 40, best 0.125\n" in shown
+    assert "trials       10 of 40, best 0.1250\n" in shown
 
 
 def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:

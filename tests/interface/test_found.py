@@ -17,6 +17,7 @@ import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import BundleError, InvalidInput, ModelError, StudyError
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.numbers import number
 from pho_service.spec.samplers import SearchOptions
 from pho_service.tuning.request import SearchRequest
 
@@ -98,9 +99,9 @@ def test_table(
     assert found.configuration.confirmation.text["source"] == str(texts["confirmation"])
     assert found.table[3].trial == found.trial
     assert found.table[3].perplexity == found.configuration.confirmation.perplexity
-    assert "| dense |" in found._repr_markdown_()
+    assert "| wanda |" in found._repr_markdown_()
     assert "<td>wanda</td>" in found._repr_html_()
-    assert f"{dense.perplexity:.3f}" in repr(found)
+    assert f"{number(dense.perplexity)} dense" in repr(found)
 
 
 def test_attributes_of_trials(tiny_llama: PreTrainedModel, bundle: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import BundleError, ConfigurationError, InvalidInput
+from pho_service.spec.numbers import number
 
 
 def printed(*words: object) -> Any:
@@ -39,7 +40,7 @@ def test_evaluate(bos_folder: Path, texts: dict[str, Path]) -> None:
 
     assert {name: getattr(found, name) for name in document} == document
     assert repr(found).startswith("perplexity")
-    assert f"{found.perplexity:.4f}" in found._repr_markdown_()
+    assert number(found.perplexity) in found._repr_markdown_()
 
 
 def test_compare(

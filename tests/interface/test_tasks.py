@@ -19,6 +19,7 @@ from pho_service.models import hub_or_cache, task_files
 from pho_service.models.task_files import load_tasks
 from pho_service.pipeline.tasks import TaskModel, measure_tasks
 from pho_service.progress import silent
+from pho_service.spec.numbers import number
 
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
@@ -167,7 +168,7 @@ def test_compare(model_folder: Path, texts: dict[str, Path], task_folder: Write)
     assert wanda.extra["words acc"] < 1
     assert result.exit_code == 0, result.stderr
     for row in found.rows:
-        shown = f"{row.extra['words acc']:.4f} ± {row.extra['words acc stderr']:.4f}"
+        shown = f"{number(row.extra['words acc'])} ± {number(row.extra['words acc stderr'])}"
         assert shown in result.stdout
         assert shown in repr(found)
 

@@ -377,7 +377,7 @@ class _TensorBytes(TorchDispatchMode):
 def test_memory_estimate(model: PreTrainedModel, *, recompute: bool) -> None:
     """What is estimated for a forward and a backward pass is more than what they take."""
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
-    footprint = footprint_of(model, prunable_linears(model))
+    footprint = footprint_of(model)
     blocks = [block for _, block in decoder_blocks(model)]
     running_again = recomputed(blocks if recompute else (), nullcontext)
     with frozen(model), running_again, _TensorBytes() as taken:

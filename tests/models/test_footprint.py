@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pho_service.models.architecture import prunable_linears
 from pho_service.models.footprint import footprint_of
 from pho_service.planning.calibration_run import choose_run
 from pho_service.planning.footprint import Footprint
@@ -42,8 +41,8 @@ def llama(width: int, inner: int, blocks: int, heads: int, groups: int, words: i
             num_attention_heads=heads, num_key_value_heads=groups,
         )
     )  # fmt: skip
-    few = footprint_of(model, prunable_linears(model))
-    return replace(few, blocks=few.blocks[:1] * blocks, rows=few.rows[:7] * blocks)
+    few = footprint_of(model)
+    return replace(few, blocks=few.blocks[:1] * blocks)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +59,13 @@ def seventy() -> Footprint:
 
 def test_no_weights(tiny_llama: LlamaForCausalLM) -> None:
     """A model without weights has the footprint of one with them; a dtype that is asked counts."""
-    loaded = footprint_of(tiny_llama, prunable_linears(tiny_llama))
+    loaded = footprint_of(tiny_llama)
     model = empty(tiny_llama.config)
-    bare = footprint_of(model, prunable_linears(model), dtype=torch.float32)
+    bare = footprint_of(model, dtype=torch.float32)
 
     assert bare == loaded
     assert loaded.weights == sum(p.nbytes for p in tiny_llama.parameters())
-    assert footprint_of(model, prunable_linears(model)).weights == loaded.weights // 2
+    assert footprint_of(model).weights == loaded.weights // 2
 
 
 def test_seven(seven: Footprint) -> None:

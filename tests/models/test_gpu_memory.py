@@ -74,7 +74,7 @@ def test_plan_of_a_calibration(
     model = llama(dtype).to("cuda")
     linears = prunable_linears(model)
     planned = calibration_peak(
-        footprint_of(model, linears), replace(SETTINGS, projection_rows=rows), ON_GPU, run,
+        footprint_of(model), replace(SETTINGS, projection_rows=rows), ON_GPU, run,
         windows=WINDOWS, fisher_windows=FISHER,
     )  # fmt: skip
     pretended_gpu.reset_peak()
@@ -121,7 +121,7 @@ def test_plan_of_a_streamed_calibration(
     """So does a streamed one, with the hidden states on the card and without."""
     model = load_model(str(folder(dtype)), device="cuda", stream=True)
     planned = calibration_peak(
-        footprint_of(model.model, model.linears), SETTINGS, STREAMED,
+        footprint_of(model.model), SETTINGS, STREAMED,
         CalibrationRun(recompute=True, states_on_device=on_device),
         windows=WINDOWS, fisher_windows=FISHER,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def test_plan_of_a_confirmation(
 ) -> None:
     """To prune a model, measure it, and make it dense again takes what is planned as well."""
     model = load_model(str(folder(dtype)), device="cuda", dtype="auto", stream=stream)
-    footprint, place = footprint_of(model.model, model.linears), Place(on_gpu=True, stream=stream)
+    footprint, place = footprint_of(model.model), Place(on_gpu=True, stream=stream)
     few = windows[:4]
     statistics = streamed_statistics(model, few, on_device=True) if stream else None
     statistics = statistics or collect_statistics(

@@ -7,7 +7,7 @@ import pytest
 
 import pho_service as pho
 from pho_service.errors import InvalidInput
-from pho_service.models.packing import pack
+from pho_service.models.packed import pack
 from pho_service.pipeline import bench as measuring
 from pho_service.pipeline.bench import LOADS, BenchSettings, bench
 

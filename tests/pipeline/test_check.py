@@ -30,7 +30,7 @@ from transformers import (
 from pho_service.errors import ConfigurationError, ModelError, NumericalError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, read_masks, write_masks
-from pho_service.models.packing import pack
+from pho_service.models.packed import pack
 from pho_service.models.recipe_file import read_recipe
 from pho_service.pipeline.check import Check, check_folder
 
@@ -192,15 +192,14 @@ def test_good(pruned: Pruned, model: LanguageModel) -> None:
         assert detail(alone, name) == "not checked: no original model was given"
 
 
-@pytest.mark.parametrize("out", ["pruned.pho", "packed"])
-def test_packed_folder(pruned: Pruned, model: LanguageModel, tmp_path: Path, out: str) -> None:
+def test_packed_folder(pruned: Pruned, model: LanguageModel, tmp_path: Path) -> None:
     """A packed folder is checked as it is, and found to be of another model or changed."""
-    pack(pruned.path, tmp_path / out)
-    good = check_folder(tmp_path / out, original=model)
+    pack(pruned.path, tmp_path / "pruned.pho")
+    good = check_folder(tmp_path / "pruned.pho", original=model)
     with torch.no_grad():
         model.linears[UP].weight[0, 0] += 1
     other = replace(model, name="other")  # whose hash is not known yet
-    bad = check_folder(tmp_path / out, original=other)
+    bad = check_folder(tmp_path / "pruned.pho", original=other)
 
     assert [*good] == [*check_folder(pruned.path, original=load_model(model.name, device="cpu"))]
     assert failed(bad) == ["original model"]

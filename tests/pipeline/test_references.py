@@ -118,13 +118,13 @@ def test_without_a_perplexity(
 
 
 def test_in_words() -> None:
-    """A line of numbers with three digits, and the rise over dense in per cent."""
+    """A line of numbers with four digits, and the rise over dense in per cent."""
     good = Perplexities(dense=22.6, pruned=27.71, wanda=39.9, ria=41.24)
 
-    assert str(good) == "22.6 dense, 27.7 pruned (+23 %), Wanda 39.9, RIA 41.2"
-    assert "22.5 pruned (-0.4 %)" in str(good.model_copy(update={"pruned": 22.5}))
+    assert str(good) == "22.60 dense, 27.71 pruned (+22.6%), Wanda 39.90, RIA 41.24"
+    assert "22.50 pruned (-0.4%)" in str(good.model_copy(update={"pruned": 22.5}))
     assert in_words(5.5, {"a": 12345.6}, {"wanda": 3e7, "ria": None}) == (
-        "5.50 dense, 12,346 a (+224,365 %), Wanda 3e+07"
+        "5.500 dense, 12,346 a (+224,365.5%), Wanda 3.000e+07"
     )
 
 

@@ -156,7 +156,7 @@ def test_seeds(
     assert [r.perplexity for r in again.rows] == [r.perplexity for r in found.seeds[3]]
     assert again.configurations[3]["crepe"] == found.configurations[3]["crepe"]
     assert found.configurations[3]["crepe"].search["seed"] == 3
-    assert "±" in str(found.cells[2][2])
+    assert "±" in found.table.cells[2][2]
     assert "seeds 0, 3" in found.caption
 
 

@@ -11,9 +11,14 @@ from pho_service.pruning.weight_update import (
     inverse_factor,
     least_squares_update,
     obs_update,
-    output_error,
     sparsegpt,
 )
+
+
+def output_error(weight: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """E[(y - y')^2] of each output row, when ``weight`` becomes ``changed``."""
+    difference = weight.float() - changed.float()
+    return (difference * (difference @ gram)).sum(dim=1).clamp_min(0)
 
 
 def inputs_gram(width, *, tokens=None, seed=0):

@@ -47,10 +47,7 @@ def test_search_options() -> None:
     assert (
         options_of(request)
         == options_of(request.plan((3,)))
-        == {
-            **{"trials": 31, "seed": 7},
-            "corrections": 0,
-        }
+        == {**options_of(SearchOptions()), "trials": 31, "seed": 7}
     )
     for name, known in TypeAdapter(SearchOptions).json_schema()["properties"].items():
         asked = JobSpec.model_json_schema()["properties"][name]

@@ -153,7 +153,9 @@ def test_no_dump(empty_database: Database, tmp_path: Path) -> None:
     [
         ("DROP TABLE pho.alembic_version", "is a dump, but not one of PHO"),
         ("UPDATE pho.alembic_version SET version_num = '4711'",
-         r"by a newer PHO.*4711.*up to 0010\. Install"),
+         r"dump was written by a newer PHO.*4711.*up to 0011\. Install"),
+        ("UPDATE pho.alembic_version SET version_num = '0004'",
+         r"dump has tables of version 0004.*before the first release.*those of version 0010"),
         ("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'",
          r"with a newer Optuna: .*v9\.0\.0\.a.* Install that"),
     ],

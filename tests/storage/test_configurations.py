@@ -1,16 +1,11 @@
-"""The library's table: what a job leaves in it, who sees it, and how it came from older jobs."""
+"""The library's table: what a job leaves in it, and who sees it."""
 
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import insert, select, text
+from sqlalchemy import select
 
 import storage.configurations
 import storage.outcomes
@@ -27,7 +22,7 @@ from storage.keys import KeyStore
 from storage.outcomes import Found
 from storage.records import Claim, Job, LostClaim, NewStage
 from storage.states import JobState, StageKind
-from storage.tables import jobs, keys, stages
+from storage.tables import stages
 
 BEST = {"pattern": "0.5", "scope": "layer", "coefficients": {"row": 0.1 + 0.2, "ü": [None, 1]}}
 FINISH = NewStage(kind=StageKind.FINISH)
@@ -300,84 +295,3 @@ def test_document_without_a_pattern(library: ConfigurationStore) -> None:
         None,
         "-",
     ]
-
-
-# ------------------------------------------------------------------------- the migration
-
-
-@pytest.fixture
-def older(empty_database: Database) -> Database:
-    """A database as it was before there was a library."""
-    config = Config()
-    migrations = Path(storage.outcomes.__file__).parent / "migrations"
-    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
-    with empty_database.transaction() as connection:
-        for schema in ("pho", "procrastinate", "optuna"):
-            connection.execute(text(f"CREATE SCHEMA {schema}"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0002")
-    return empty_database
-
-
-@pytest.fixture
-def old_job(older: Database) -> Callable[..., uuid.UUID]:
-    """Make a job of that time."""
-
-    def make(best: dict[str, Any] | None, **changes: Any) -> uuid.UUID:
-        values: dict[str, Any] = {
-            "id": uuid.uuid4(), "name": "old", "spec": {}, "state": JobState.SUCCEEDED,
-            "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b"", "best": best,
-        }  # fmt: skip
-        with older.transaction() as connection:
-            connection.execute(insert(jobs).values(values | changes))
-        return values["id"]
-
-    return make
-
-
-def test_migration(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
-    """Whatever jobs have found is in the library afterwards, with its owner and its time."""
-    owner = uuid.uuid4()
-    key = {"id": owner, "name": "old", "prefix": "pho_", "sha256": b"", "sees_all": False}
-    with older.transaction() as connection:
-        connection.execute(insert(keys).values(key))  # with the columns of that time
-    finished = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
-    first = old_job(BEST, owner_id=owner, finished_at=finished)
-    old_job(None, state=JobState.FAILED)
-    second = old_job({"pattern": "2:4"}, state=JobState.QUEUED)  # it was extended
-    older.migrate()
-    newest, oldest = ConfigurationStore(older).all()
-
-    assert (oldest.document, oldest.job_id, oldest.created_at) == (BEST, first, finished)
-    assert (newest.document, newest.job_id) == ({"pattern": "2:4"}, second)
-    assert newest.created_at == JobStore(older).get(second).created_at
-    assert (newest.transfers, oldest.transfers) == ([], [])
-    assert ConfigurationStore(older).all(visible_to=owner) == [oldest]
-
-
-def test_migration_knows_the_document(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
-    """What came from a job of that time is not stored again when it is imported."""
-    old_job(BEST)
-    older.migrate()
-    entry, new = ConfigurationStore(older).add(BEST, transfers=[], owner_id=None)
-
-    assert not new
-    assert ConfigurationStore(older).all() == [entry]
-
-
-def test_migration_of_equal_results(older: Database, old_job: Callable[..., uuid.UUID]) -> None:
-    """Of jobs of one owner that found the same, the first is in the library."""
-    first = old_job(BEST)
-    old_job(BEST)
-    older.migrate()
-    (entry,) = ConfigurationStore(older).all()
-
-    assert entry.job_id == first
-    assert len(JobStore(older).page()) == 2
-
-
-def test_migration_of_nothing(older: Database) -> None:
-    """A service without jobs has an empty library."""
-    older.migrate()
-
-    assert ConfigurationStore(older).all() == []

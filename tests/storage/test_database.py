@@ -2,6 +2,8 @@
 
 import socket
 import time
+import uuid
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -9,11 +11,13 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, scoped_session
 
+from storage import tables
 from storage.database import Database
+from storage.states import JobState, StageKind, StageState
 from storage.studies import (
     DatabaseFull,
     DatabaseGone,
@@ -55,7 +59,7 @@ def test_tables_of_this_version(database: Database) -> None:
     """What is migrated is known to be; what an older version made is waited for."""
     database.check_migrated()
     with database.transaction() as connection:
-        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0002'")
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
 
     with pytest.raises(DatabaseGone, match="`pho serve` makes them"):
         database.check_migrated()
@@ -85,8 +89,50 @@ def test_tables_of_a_newer_version(database: Database) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
 
-    with pytest.raises(StorageError, match=r"9999.*Install the newest"):
+    with pytest.raises(StorageError, match=r"by a newer PHO.*9999.*Install that PHO"):
         database.check_migrated()
+
+
+@pytest.mark.parametrize("asked", [Database.migrate, Database.check_migrated])
+def test_tables_of_before_the_first_release(
+    database: Database, asked: Callable[[Database], None]
+) -> None:
+    """They are refused, with what they are, the rule and the way out, and kept."""
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0009'")
+
+    with pytest.raises(StorageError, match=r"version 0009, .* those of version 0010 .*kept"):
+        asked(database)
+    with database.transaction() as connection:
+        assert connection.scalar(text("SELECT version_num FROM pho.alembic_version")) == "0009"
+
+
+def test_tables_before_fields_were_left_out(database: Database) -> None:
+    """Documents of version 0010 are read on, without the fields that nothing asks for any more."""
+    now = {"preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3}}
+    then = {
+        "preset": "best-reconstructed", "preset_meaning": {"of": "best"},
+        "calibration": {"samples": 6, "stop": "early"},
+        "warm_start": {"count": 3, "compare_cold": True},
+    }  # fmt: skip
+    sealed = {"local": True, "documents": "d", "weights_scheme": 2}
+    with database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0010'")
+        values = {"id": uuid.uuid4(), "name": "old", "spec": then, "state": JobState.QUEUED,
+                  "priority": 0, "trials": 1, "max_attempts": 1, "fingerprint": b""}  # fmt: skip
+        connection.execute(insert(tables.jobs).values(values))
+        stage = {"job_id": values["id"], "kind": StageKind.CALIBRATE, "number": 0,
+                 "state": StageState.DONE, "result": {"inputs": sealed}}  # fmt: skip
+        connection.execute(insert(tables.stages).values(stage))
+    database.migrate()
+    with database.transaction() as connection:
+        found = connection.scalar(select(tables.jobs.c.spec))
+        params, result = connection.execute(
+            select(tables.stages.c.params, tables.stages.c.result)
+        ).one()
+
+    assert found == now
+    assert (params, result) == (None, {"inputs": {"local": True}})
 
 
 def test_no_tables(postgresql: str) -> None:

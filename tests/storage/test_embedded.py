@@ -491,7 +491,7 @@ class TestMigrate:
         job = submit(database)
         with database.transaction() as connection:
             connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
-        with pytest.raises(StorageError, match=r"Install the newest .* What it holds is kept"):
+        with pytest.raises(StorageError, match=r"Install that PHO, .* What it holds is kept"):
             database.migrate()
         found = jobs(database)
         database.close()

@@ -1,15 +1,11 @@
-"""Lists of jobs: filtered, sorted, counted, and of older versions."""
+"""Lists of jobs: filtered, sorted and counted."""
 
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import text
 
-from storage import database as database_module
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
@@ -147,32 +143,3 @@ def test_columns() -> None:
     assert found_columns({"confirmation": None}) == found_columns(None)
     assert found_columns({"confirmation": {"perplexity": 3.0}})["perplexity"] == 3.0
     assert {*found_columns(None).values()} == {None}
-
-
-def test_jobs_of_before(empty_database: Database) -> None:
-    """Jobs that an older version stored are listed as if this one had."""
-    config = Config()
-    config.set_main_option("script_location", database_module._MIGRATIONS)
-    with empty_database.transaction() as connection:
-        for schema in ("pho", "procrastinate"):
-            connection.execute(text(f"CREATE SCHEMA {schema}"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0007")
-        connection.execute(
-            text(
-                "INSERT INTO pho.jobs (id, name, spec, state, priority, trials, max_attempts, "
-                "fingerprint, best) VALUES (gen_random_uuid(), 'old', :spec, 'succeeded', 0, 1, 1, "
-                "'', :best)"
-            ),
-            {
-                "spec": '{"model": "org/a", "pattern": "0.5", "preset_meaning": {}}',
-                "best": '{"perplexities": {"dense": 20, "pruned": 25, "ria": 50}}',
-            },
-        )
-    empty_database.migrate()
-    with empty_database.transaction() as connection:
-        row = connection.execute(
-            text("SELECT models, patterns, perplexity, rise, gain FROM pho.jobs")
-        ).one()
-
-    assert tuple(row) == (["org/a"], ["0.5"], 25.0, 0.25, 0.5)

@@ -61,7 +61,7 @@ def test_starts_anywhere() -> None:
 
 @pytest.mark.parametrize(
     ("trial", "words"),
-    [(7, "0.5 at trial 3, 0.4 at trial 7"), (None, "none is nearer than trial 3")],
+    [(7, "0.5000 at trial 3, 0.4000 at trial 7"), (None, "none is nearer than trial 3")],
 )
 def test_outcome(trial: int | None, words: str) -> None:
     """What came of it is stored and read again, and said in a sentence."""

@@ -15,6 +15,7 @@ from optuna.testing.pytest_samplers import (
 )
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.samplers import SearchOptions
 from pho_service.tuning.samplers import POPULATION, CmaSampler, make_sampler
 
 SPACE = {
@@ -65,7 +66,9 @@ def test_seeded(name: str) -> None:
     def drawn(seed: int) -> list[dict[str, float]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=make_sampler(name, seed=seed, search_space=SPACE))
+            study = optuna.create_study(
+                sampler=make_sampler(name, SearchOptions(seed=seed), search_space=SPACE)
+            )
             params = []
             for _ in range(20):
                 trial = study.ask(SPACE)
@@ -143,4 +146,4 @@ def test_adopted() -> None:
 def test_unknown_name() -> None:
     """Another name is refused, with those that exist."""
     with pytest.raises(InvalidInput, match="'annealing' is not one of cmaes, tpe"):
-        make_sampler("annealing", seed=0, search_space=SPACE)
+        make_sampler("annealing", SearchOptions(), search_space=SPACE)

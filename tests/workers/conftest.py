@@ -112,7 +112,7 @@ def spec_of(home: Path) -> Callable[..., JobSpec]:
 
 WARM = """
 import json, os, signal, sys
-import optuna_dashboard, plotly.graph_objects, workers.worker
+import optuna_dashboard, workers.worker
 from workers.__main__ import main
 
 exits = sys.argv[1]

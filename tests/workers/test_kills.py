@@ -287,7 +287,7 @@ def test_started_before_the_service(own_crew: Any, spec_of: Any) -> None:
 
     with own_crew.database.transaction() as connection:
         head = connection.scalar(text("SELECT version_num FROM pho.alembic_version"))
-    migrated_to("0001")
+    migrated_to("0010")
     job = own_crew.submit(spec_of())
     own_crew.start()
     own_crew.until(lambda: "`pho serve` makes them" in own_crew.logs())

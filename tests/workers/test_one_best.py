@@ -7,8 +7,8 @@ import pytest
 from optuna_dashboard import get_note
 
 from pho_service.api.describe import describe
-from pho_service.report.data import Report
-from pho_service.report.study import trials_of
+from pho_service.shown.report import Report
+from pho_service.shown.study import trials_of
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning.result import chosen_in
 from storage.records import Job

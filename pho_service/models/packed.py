@@ -1,0 +1,259 @@
+"""
+A model folder as one smaller file, without losing a bit.
+
+A packed model is a zip archive in which each file is compressed by zstandard: `unzip` and `zstd -d`
+open it, too. zstandard's checksum is compared with the content of each file.
+"""
+
+import shutil
+import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+import zstandard
+
+from pho_service.errors import InvalidInput, ModelError, OutputError
+from pho_service.host.files import new_file, new_folder
+from pho_service.host.model_folder import is_plain
+from pho_service.host.plain import shown
+from pho_service.models.scratch import scratch_folder
+from pho_service.progress import Progress, bars, silent
+from pho_service.pruning.memory import format_bytes
+
+SUFFIX = ".pho"
+_WRITTEN_BY = b"pho pack 1"  # the comment of the archive
+_LEVEL = 3
+_CHUNK = 2**22  # bytes that are in memory at a time
+_HEADER = 18  # bytes of zstandard's largest header
+_WAY_OUT = "Get the file again, or pack the model again with `pho pack`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """
+    Result of a packing.
+
+    Attributes:
+        before: Bytes of the folder's files.
+        after: Bytes of what was written for them.
+    """
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Share of the bytes that is left."""
+        return self.after / self.before
+
+
+def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size:
+    """
+    Make a model folder smaller without losing a bit, as `pho pack`.
+
+    The same folder gives the same bytes. An old file is replaced only when the new one is whole.
+
+    Args:
+        folder: With safetensors: what ``pho.save`` wrote, or any other model. Hidden files and
+            folders are left out.
+        out: A file whose name ends in ``.pho``.
+        progress: Show a bar on stderr.
+
+    Returns:
+        Its bytes ``before`` and ``after``, and their ``ratio``.
+
+    Raises:
+        InvalidInput: ``folder`` is not a model folder, or packed already, or ``out`` is in it or
+            has another name.
+        ModelError: A file of it changes meanwhile.
+        OutputError: ``out`` cannot be written.
+    """
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    names = _files(folder)
+    if out.suffix != SUFFIX:
+        raise InvalidInput(f"{out} does not end in {SUFFIX}. Give a name that does.")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise InvalidInput(f"{out} would lie in {folder}, which is packed. Give another place.")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+    with (
+        new_file(out) as partial,
+        ZipFile(partial, "w") as archive,
+        bars(progress)("Packing", sum(map(_chunks, sizes.values()))) as advance,
+    ):
+        archive.comment = _WRITTEN_BY
+        for name, size in sizes.items():
+            info = ZipInfo(f"{name}.zst")  # without the time: the same folder gives the same bytes
+            info.external_attr = 0o644 << 16
+            with (
+                (folder / name).open("rb") as file,
+                archive.open(info, "w", force_zip64=True) as entry,
+            ):
+                try:
+                    with compressor.stream_writer(entry, size=size, closefd=False) as stream:
+                        while data := file.read(_CHUNK):
+                            stream.write(data)
+                            advance(1)
+                except zstandard.ZstdError as error:
+                    raise ModelError(
+                        f"{folder / name} has changed while it was packed. Pack the folder again."
+                    ) from error
+    return Size(before=sum(sizes.values()), after=out.stat().st_size)
+
+
+def _files(folder: Path) -> list[str]:
+    if is_packed(folder):
+        raise InvalidInput(f"{folder} is packed already. Unpack it with `pho unpack`.")
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder} is not a folder. Give a model folder, as `pho prune` writes.")
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = [p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts)]
+    if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
+        raise InvalidInput(
+            f"{folder} has no config.json or no safetensors, so it is not a model folder that can "
+            "be packed. Give one as `pho prune` writes, or as a hub has them."
+        )
+    return sorted(names)
+
+
+def unpack(packed: str | Path, out: str | Path, *, progress: bool = False) -> int:
+    """
+    Make a packed model's folder again, bit for bit, as `pho unpack`.
+
+    Args:
+        packed: What ``pho.pack`` wrote.
+        out: A new or empty folder.
+        progress: Show a bar on stderr.
+
+    Returns:
+        How many files there are.
+
+    Raises:
+        ModelError: It is cut short or damaged; then nothing is written.
+        OutputError: The folder is in use, cannot be written, or has no room for it.
+    """
+    packed, out = Path(packed).expanduser(), Path(out).expanduser()
+    with _opened(packed) as archive, new_folder(out) as partial:
+        sizes = _sizes(archive, packed)
+        needed, free = sum(sizes.values()), shutil.disk_usage(partial).free
+        if needed > free:
+            raise OutputError(
+                f"{out} has room for {format_bytes(free)}, but {packed} has {format_bytes(needed)} "
+                "in it. Free some space, or give a folder on another disk."
+            )
+        _write(archive, sizes, partial, bars(progress))
+    return len(sizes)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a path is a packed file, by its name alone."""
+    return path.suffix == SUFFIX and path.is_file()
+
+
+class Unpacked:
+    """A packed model's folder in the user's cache, which is removed when this object is."""
+
+    def __init__(self, path: Path) -> None:
+        with _opened(path) as archive:
+            sizes = _sizes(archive, path)
+            place = mkdtemp(prefix="pho-", dir=scratch_folder(sum(sizes.values())))
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            self.folder = Path(place) / path.name  # messages tell of it
+            try:
+                _write(archive, sizes, self.folder, silent)
+            except OSError as error:
+                raise OutputError(f"{self.folder} cannot be written: {error.strerror}.") from error
+
+
+# By path, time and size: a model that is in use is not unpacked again for its masks or its card.
+_IN_USE: weakref.WeakValueDictionary[tuple[Path, int, int], Unpacked] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def unpacked(path: Path) -> Unpacked:
+    """
+    The folder of a packed model, for as long as somebody holds what is returned.
+
+    Raises:
+        ModelError: It is cut short or damaged.
+        OutputError: There is no room for it.
+    """
+    stat = path.stat()
+    key = (path.resolve(), stat.st_mtime_ns, stat.st_size)
+    found = _IN_USE.get(key) or Unpacked(path)
+    _IN_USE[key] = found
+    return found
+
+
+@contextmanager
+def as_folder(path: Path) -> Iterator[Path]:
+    """The folder of a model, packed or not."""
+    if not is_packed(path):
+        yield path
+        return
+    held = unpacked(path)
+    yield held.folder
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ZipFile]:
+    """Turn what zip and zstandard say of a damaged file into a ModelError."""
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist. Give what `pho pack` wrote with --out.")
+    try:
+        with ZipFile(path) as archive:
+            if archive.comment != _WRITTEN_BY:
+                raise ModelError(
+                    f"{path} is a zip archive, but `pho pack` of this version did not write it."
+                )
+            yield archive
+    except (
+        BadZipFile, zstandard.ZstdError, zlib.error, EOFError, ValueError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise ModelError(
+            f"{path} is damaged or cut short: {shown(str(error), 300)}. {_WAY_OUT}"
+        ) from error
+
+
+def _sizes(archive: ZipFile, path: Path) -> dict[str, int]:
+    """The unpacked size of each file, from zstandard's headers, which its reader holds to them."""
+    sizes: dict[str, int] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".zst")
+        if name == info.filename or not all(is_plain(part) for part in name.split("/")):
+            raise ModelError(f"{path} names a file {shown(name)!r}, which leads elsewhere.")
+        with archive.open(info) as entry:
+            size = zstandard.frame_content_size(entry.read(_HEADER))
+        if size < 0 or name in sizes:
+            raise ValueError(f"{shown(name)} has no size of its own")
+        sizes[name] = size
+    return sizes
+
+
+def _write(archive: ZipFile, sizes: dict[str, int], folder: Path, progress: Progress) -> None:
+    with progress("Unpacking", sum(map(_chunks, sizes.values()))) as advance:
+        for name, size in sizes.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            left = size
+            with archive.open(f"{name}.zst") as entry, place.open("wb") as file:
+                with zstandard.ZstdDecompressor().stream_reader(entry, closefd=False) as stream:
+                    while data := stream.read(_CHUNK):
+                        left -= len(data)
+                        if left < 0:
+                            break
+                        file.write(data)
+                        advance(1)
+                # What a reader of a zip archive has read to the end, it compares with its CRC.
+                if left or entry.read(1):
+                    raise EOFError(f"{shown(name)} is not as long as it says")
+
+
+def _chunks(size: int) -> int:
+    return -(-size // _CHUNK)

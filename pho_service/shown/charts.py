@@ -1,0 +1,343 @@
+"""
+The charts of a result: drawings with a title and a sentence that says the same in words.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
+
+from pho_service.shown.drawing import (
+    Bar,
+    Drawing,
+    Mark,
+    Series,
+    bars,
+    heat_map,
+    plot,
+    worth_showing,
+)
+from pho_service.shown.layers import LayerCell
+from pho_service.shown.parts import Chart
+from pho_service.shown.report import Report, ReportTrial
+from pho_service.spec.numbers import number, percent, seconds
+from pho_service.spec.quality import ProxyQuality
+
+MOST_POINTS = 500  # of a line or a cloud: more are not seen, and make the page slow
+_T = TypeVar("_T")
+ALIKE = 1e-3  # a difference in sparsity that is none
+METHODS = ("dense", "wanda", "ria", "transferred", "own")  # in this order; each has a look
+
+
+def best_so_far(values: Sequence[float], *, maximised: bool) -> list[float]:
+    """The best of the values up to each of them."""
+    return [*accumulate(values, max if maximised else min)]
+
+
+def history_chart(report: Report) -> Chart | None:
+    """The objective of every trial, and the best so far; None without trials."""
+    known = [t for t in report.trials if t.value is not None and math.isfinite(t.value)]
+    if not known:
+        return None
+    values = [trial.value or 0.0 for trial in known]
+    best = best_so_far(values, maximised=report.maximised)
+    series = [
+        _trials("found", "dot", [t for t in known if not t.is_baseline]),
+        _trials("baseline", "diamond", [t for t in known if t.is_baseline]),
+        _course("best so far", "best", [trial.number for trial in known], best),
+    ]
+    within = worth_showing(values, maximised=report.maximised)
+    beyond = sum(not within[0] <= value <= within[1] for value in values)
+    return Chart(
+        id="history",
+        title="Objective by trial",
+        text=f"{len(known)} rated trials. The best value, {number(best[-1])}, is that of trial "
+        f"{known[best.index(best[-1])].number}; the first trial had {number(best[0])}. "
+        + ("Higher" if report.maximised else "Lower")
+        + " is better."
+        + (f" {beyond} that are far worse are drawn at the edge." if beyond else ""),
+        drawing=plot(series, x="trial", y=report.objective, log_y=True, within=within),
+    )
+
+
+def searches_chart(searches: Sequence[tuple[str, Sequence[float], bool]]) -> Chart | None:
+    """
+    The best so far of each search, all on one scale; None if none has two trials.
+
+    A search has a name, its values in the order of its trials, and whether it is maximised.
+    """
+    ranges = [worth_showing(values, maximised=m) for _, values, m in searches if len(values) > 1]
+    if not ranges:
+        return None
+    series = [
+        _course(name, f"line-{place}", range(len(values)), best_so_far(values, maximised=m))
+        for place, (name, values, m) in enumerate(searches, 1)
+        if len(values) > 1
+    ]
+    within = min(low for low, _ in ranges), max(high for _, high in ranges)
+    most = max(len(values) for _, values, _ in searches)
+    return Chart(
+        id="searches",
+        title="Best objective so far",
+        text=f"The best objective so far of each job, over {most} trials. Objectives of other "
+        "models or patterns have other sizes.",
+        drawing=plot(series, x="trial", y="objective", within=within),
+    )
+
+
+def _trials(name: str, mark: Mark, trials: Sequence[ReportTrial]) -> Series:
+    points = [
+        (t.number, t.value or 0.0, f"{_named(t)}: {number(t.value)}") for t in _thinned(trials)
+    ]
+    return Series(name=name, look=name, points=points, mark=mark)
+
+
+def _course(name: str, look: str, places: Sequence[int], best: Sequence[float]) -> Series:
+    """A line in steps: where it changes, and its ends."""
+    last = len(best) - 1
+    turns = [i for i in range(len(best)) if i in (0, last) or best[i] != best[i - 1]]
+    points = [(places[i], best[i], "") for i in _thinned(turns)]
+    return Series(name=name, look=look, points=points, mark=None, line="steps")
+
+
+def importance_chart(report: Report) -> Chart | None:
+    """How much each parameter mattered; None where that is not known."""
+    if not report.importance:
+        return None
+    first = next(iter(report.importance))
+    shown = [
+        Bar(label=_words(name), look="found", value=share, text=f"{share:.0%}")
+        for name, share in report.importance.items()
+    ]
+    return Chart(
+        id="importance",
+        title="Importance of each coefficient",
+        text=f"{_words(first).capitalize()} matters most, with {report.importance[first]:.0%}: how "
+        "much each parameter decides whether a candidate is among the best tenth (PED-ANOVA).",
+        drawing=bars([("", shown)]),
+    )
+
+
+def confirmed_chart(report: Report) -> Chart | None:
+    """The proxy of what was confirmed against its perplexity; None where nothing was."""
+    measured = [trial for trial in report.measured if trial.value is not None]
+    if not measured or report.objective == "perplexity":
+        return None
+    kinds: tuple[tuple[str, Mark, list[ReportTrial]], ...] = (
+        ("found", "dot", [t for t in measured if not t.is_baseline]),
+        ("baseline", "diamond", [t for t in measured if t.is_baseline]),
+        ("chosen", "ring", [t for t in measured if t == report.winner]),
+    )
+    series = [
+        Series(
+            name=name, look=name, mark=mark,
+            points=[
+                (
+                    t.value or 0.0, t.perplexity or 0.0,
+                    f"{_named(t)}: proxy {number(t.value)}, perplexity {number(t.perplexity)}",
+                )
+                for t in some
+            ],
+        )
+        for name, mark, some in kinds
+    ]  # fmt: skip
+    best, worst = measured[0], measured[-1]
+    return Chart(
+        id="confirmed",
+        title="Proxy against perplexity",
+        text=f"{len(measured)} candidates have a perplexity: from {number(best.perplexity)} "
+        f"({_named(best)}) to {number(worst.perplexity)} ({_named(worst)}).",
+        drawing=plot(series, x=report.objective, y="perplexity"),
+    )
+
+
+def layer_charts(
+    place: int, model: str, cells: Sequence[LayerCell], *, several: bool
+) -> list[Chart]:
+    """Maps of error and, where it differs, of sparsity over blocks and kinds of linears."""
+    of_model = f" on {model}" if several else ""
+    worst = max(cells, key=lambda cell: cell.error)
+    least = min(cells, key=lambda cell: cell.sparsity)
+    most = max(cells, key=lambda cell: cell.sparsity)
+    errors = Chart(
+        id=f"errors-{place}",
+        title=f"Error of each linear{of_model}",
+        text=f"Relative to the energy of its output. The largest is {number(worst.error)}, of "
+        f"{_place(worst)}; the smallest {number(min(cell.error for cell in cells))}.",
+        drawing=_heat_map(cells, "error"),
+    )
+    if most.sparsity - least.sparsity < ALIKE:
+        return [errors]
+    sparsities = Chart(
+        id=f"sparsities-{place}",
+        title=f"Sparsity of each linear{of_model}",
+        text=f"From {percent(least.sparsity)} in {_place(least)} to {percent(most.sparsity)} in "
+        f"{_place(most)}.",
+        drawing=_heat_map(cells, "sparsity"),
+    )
+    return [errors, sparsities]
+
+
+def transfer_chart(
+    rows: Sequence[tuple[str, Mapping[str, float | None]]],
+    what: Literal["perplexity", "proxy"],
+) -> Chart | None:
+    """What a configuration was worth on other models, by name, beside the other methods."""
+    if not rows:
+        return None
+    groups = [
+        (
+            name,
+            [
+                Bar(
+                    label={"own": "own best"}.get(method, method),
+                    look=method,
+                    value=value,
+                    text=number(value),
+                )
+                for method in METHODS
+                if (value := values.get(method)) is not None and math.isfinite(value)
+            ],
+        )
+        for name, values in rows
+    ]
+    return Chart(
+        id=f"transfer-{what}",
+        title=f"By {what}, on each model",
+        text=f"Bars of the {what} by method, for {len(rows)} "
+        f"{'model' if len(rows) == 1 else 'models'}; lower is better. The table has the numbers.",
+        drawing=bars(groups),
+    )
+
+
+def validation_charts(
+    proxies: Mapping[str, Sequence[float]],
+    perplexities: Sequence[float],
+    qualities: Mapping[str, ProxyQuality],
+) -> list[Chart]:
+    """Each proxy of the candidates against their perplexity, and how well it ranks in words."""
+    charts = []
+    for place, (name, values) in enumerate(proxies.items()):
+        quality = qualities[name]
+        low, high = quality.spearman_interval
+        points = [
+            (proxy, perplexity, f"proxy {number(proxy)}, perplexity {number(perplexity)}")
+            for proxy, perplexity in zip(values, perplexities, strict=True)
+        ]
+        charts.append(
+            Chart(
+                id=f"proxy-{place}",
+                title=name,
+                text=f"Spearman {quality.spearman:+.2f} (95 %: {low:+.2f} to {high:+.2f}), Kendall "
+                f"{quality.kendall:+.2f}, regret of the top {quality.top_k} "
+                f"{percent(quality.regret)}.",
+                drawing=plot(
+                    [Series(name="candidate", look="found", points=points)],
+                    x="proxy",
+                    y="perplexity",
+                    log_x=name != "gini",  # which is a share
+                    log_y=True,
+                ),
+            )
+        )
+    return charts
+
+
+def timings_chart(spent: Mapping[str, float]) -> Chart | None:
+    """Seconds of work by stage; None where none is known."""
+    if not spent:
+        return None
+    longest = max(spent, key=lambda name: spent[name])
+    shown = [
+        Bar(label=name, look="found", value=each, text=f"{seconds(each)} s")
+        for name, each in spent.items()
+    ]
+    return Chart(
+        id="timings",
+        title="Seconds of work by stage",
+        text=f"{seconds(sum(spent.values()))} s in all, most of it in {longest}. The table has "
+        "the numbers.",
+        drawing=bars([("", shown)]),
+    )
+
+
+def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
+    """Perplexity against sparsity: a line through the ratios, N:M beside it."""
+    ratios = [each for each in points if ":" not in each["pattern"]]
+    groups = [each for each in points if ":" in each["pattern"]]
+    series = []
+    for name, key in (("found", "perplexity"), ("wanda", "wanda"), ("ria", "ria")):
+        if ratios:
+            marks = _marks(ratios, name, key)
+            series.append(Series(name=name, look=name, points=marks, line="straight"))
+        if groups:
+            marks = _marks(groups, name, key)
+            series.append(Series(name=f"{name}, N:M", look=name, points=marks, mark="cross"))
+    ends = [min(0.0, *(p["sparsity"] for p in points)), max(p["sparsity"] for p in points)]
+    level = [(end, dense, "") for end in ends]
+    series.append(Series(name="dense", look="dense", points=level, mark=None, line="straight"))
+    first, last = points[0], points[-1]
+    return Chart(
+        id="curve-perplexity",
+        title="Perplexity by sparsity",
+        text=f"From {number(first['perplexity'])} at {first['pattern']} to "
+        f"{number(last['perplexity'])} at {last['pattern']}; dense {number(dense)}. Lower is "
+        "better. The table has the numbers.",
+        drawing=plot(series, x="weights removed", y="perplexity", log_y=True, percent_x=True),
+    )
+
+
+def _marks(
+    points: Sequence[Mapping[str, Any]], name: str, key: str
+) -> list[tuple[float, float, str]]:
+    """The points of a method that has a perplexity there."""
+    return [
+        (each["sparsity"], each[key], f"{name}, {each['pattern']}: {number(each[key])}")
+        for each in points
+        if each[key] is not None
+    ]
+
+
+def _heat_map(cells: Sequence[LayerCell], what: Literal["error", "sparsity"]) -> Drawing:
+    blocks = [*dict.fromkeys(cell.block for cell in cells)]
+    kinds = [*dict.fromkeys(cell.kind for cell in cells)]
+    told = number if what == "error" else percent
+    return heat_map(
+        _short(kinds),
+        _short(blocks),
+        {
+            (kinds.index(cell.kind), blocks.index(cell.block)): (
+                getattr(cell, what),
+                f"{_place(cell)}: {told(getattr(cell, what))}",
+            )
+            for cell in cells
+        },
+        log=what == "error",  # they differ by orders of magnitude
+        title="block",
+        form=".2g" if what == "error" else ".0%",
+    )
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """The last part of each name where these differ."""
+    last = [name.rpartition(".")[2] for name in names]
+    return last if len({*last}) == len(last) else [*names]
+
+
+def _thinned(points: Sequence[_T]) -> list[_T]:
+    """At most so many, evenly, the last among them."""
+    step = math.ceil(len(points) / MOST_POINTS)
+    return [*points] if step <= 1 else [*reversed(points[::-step])]
+
+
+def _named(trial: ReportTrial) -> str:
+    name = trial.method if trial.is_baseline else "found"
+    return f"{name}, trial {trial.number}"
+
+
+def _place(cell: LayerCell) -> str:
+    return f"{cell.block}.{cell.kind}" if cell.block else cell.kind
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

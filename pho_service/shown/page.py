@@ -1,0 +1,301 @@
+"""
+The sections of a result, which the report and the page of a job have in common.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from pho_service.library.entries import measured_gain
+from pho_service.shown import charts, tables, words
+from pho_service.shown.parts import Chart, Section, Table, page, pairs_table
+from pho_service.shown.report import Report
+from pho_service.shown.study import ENOUGH
+from pho_service.spec.configuration import Confirmation
+from pho_service.spec.numbers import number, seconds
+from pho_service.spec.tasks import TaskScores
+
+_CAPTIONS = {"search": "The job", "transfer": "The job", "study": "The study"}
+
+
+def render(report: Report) -> str:
+    """The whole page of a report as HTML."""
+    what = f"{report.subject}, {report.state}" if report.state else "study of a search"
+    lead = f"{what.capitalize()}. Report of {report.made_at:%Y-%m-%d %H:%M %Z}."
+    return page(report.title, sections(report), lead=lead, error=report.error, back=report.job_page)
+
+
+def curve_page(document: Mapping[str, Any]) -> str:
+    """The curve of `pho curve`, its JSON values given, as one page of HTML."""
+    name = PurePath(str(document["model"].get("name", "the model"))).name
+    return page(f"{name}: perplexity against sparsity", [curve_section(document)])
+
+
+def curve_section(
+    document: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]] | None = None
+) -> Section:
+    """The chart and the table of a curve: its document, and all points where some are not there."""
+    if document is None:
+        shown = [tables.points_table(points)] if points else []
+        return Section(
+            id="curve",
+            title="Perplexity against sparsity",
+            texts=["Nothing is measured yet."],
+            tables=shown,
+        )
+    how = Confirmation.model_validate(document["confirmation"])
+    texts = [f"Perplexities are of {tables.text_of(how)}."]
+    spent = document["calibration"]["seconds"]
+    if spent is not None:
+        texts.append(f"The calibration took {seconds(spent)} s, once for all points.")
+    return Section(
+        id="curve",
+        title="Perplexity against sparsity",
+        texts=texts,
+        tables=[tables.points_table(points or document["points"])],
+        charts=[charts.curve_chart(document["points"], document["dense"])],
+    )
+
+
+def sections(report: Report) -> list[Section]:
+    """All sections of a report, in their order."""
+    curve = [] if report.points is None else [curve_section(report.curve, report.points)]
+    if report.points is not None and report.configuration is None:
+        found = replace(curve[0], texts=[*curve[0].texts, *report.warnings])
+        return [found, _settings(report), _happened(report)]
+    parts = [_result(report), *curve]
+    if report.subject != "transfer":
+        scores = None if report.configuration is None else report.configuration.tasks
+        parts += [] if scores is None else [_tasks(scores)]
+        parts += [_search(report), _finalists(report), _layers(report), _importances(report)]
+    return [*parts, _transfers(report), _settings(report), _happened(report)]
+
+
+def _result(report: Report) -> Section:
+    found, good = report.configuration, report.perplexities
+    texts = []
+    if report.subject == "transfer":
+        texts.append(
+            "A transfer searches nothing: it measures the configuration of another job on other "
+            "models. The report of that job says how it was found."
+        )
+    elif found is None:
+        best = report.rated[:1]
+        texts.append(
+            "There is no configuration yet."
+            + "".join(f" Best objective so far: {number(trial.value)}." for trial in best)
+            if report.subject == "search"
+            else "Without its configuration (--config) it is not known what was chosen: the first "
+            "row of the finalists is the best of what the study holds."
+        )
+    else:
+        texts += _how_good(report)
+    if report.subject != "transfer":
+        texts += report.warnings
+    return Section(
+        id="result",
+        title="Result",
+        texts=texts,
+        tables=[] if good is None else [tables.verdict_table(good)],
+        commands=report.prune_commands if found is not None else (),
+    )
+
+
+def _how_good(report: Report) -> list[str]:
+    """Sentences on the result of a search: its gain, its sparsity, and how it was measured."""
+    found = report.configuration
+    assert found is not None
+    gain, how = measured_gain(found), found.confirmation
+    texts = [] if gain is None else [f"The result is {gain}."]
+    texts.append(f"Pattern {words.pattern_in_words(found.pattern)}, scope {found.scope}.")
+    if how is not None:
+        before = how.before_reconstruction
+        rebuilt = (
+            "" if before is None else f" Before its blocks were reconstructed: {number(before)}."
+        )
+        texts.append(
+            f"Confirmed by perplexity, {number(how.perplexity)} on {tables.text_of(how)}.{rebuilt}"
+        )
+    elif report.subject == "search":
+        texts.append("No perplexity was measured: the result is the best by the proxy.")
+    return texts
+
+
+def _tasks(scores: TaskScores) -> Section:
+    asked = "all examples" if scores.limit is None else f"the first {scores.limit} of each task"
+    used = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+    return Section(
+        id="tasks",
+        title="Zero-shot tasks",
+        texts=[
+            f"Asked of the dense model and of the pruned one: {asked}, "
+            f"{'with' if scores.bos else 'without'} BOS. Measured by {used}."
+        ],
+        tables=[tables.tasks_table(scores)],
+    )
+
+
+def _search(report: Report) -> Section:
+    history = charts.history_chart(report)
+    failed = sum(trial.value is None for trial in report.trials)
+    texts = []
+    if history is None:
+        texts.append("No trial is rated yet.")
+    if failed:
+        texts.append(f"{failed} of {len(report.trials)} trials failed and are not drawn.")
+    if report.left_out:
+        texts.append(
+            f"{report.left_out} more trials are left out here, for they are too many to read; the "
+            "result counts them."
+        )
+    drawn = [] if history is None else [history]
+    return Section(id="search", title="Search", texts=texts, charts=drawn)
+
+
+def _importances(report: Report) -> Section:
+    chart = charts.importance_chart(report)
+    candidates = sum(not trial.is_baseline for trial in report.rated)
+    texts = []
+    if chart is None and candidates < ENOUGH:
+        texts.append(
+            f"How much each coefficient mattered is not known: {candidates} rated candidates are "
+            f"too few, {ENOUGH} are needed."
+        )
+    elif chart is None:
+        texts.append(
+            "How much each coefficient mattered is not known: the candidates do not differ in what "
+            "was searched, or it made no difference."
+        )
+    drawn = [] if chart is None else [chart]
+    return Section(id="importances", title="Importances", texts=texts, charts=drawn)
+
+
+def _finalists(report: Report) -> Section:
+    chart, results = charts.confirmed_chart(report), tables.results_table(report)
+    texts = []
+    if results is None:
+        texts.append("No trial has a value yet: there are neither results nor baselines.")
+    if report.objective == "perplexity":
+        texts.append("The search was by perplexity itself: there is no proxy to compare with it.")
+    elif chart is None:
+        texts.append("No perplexity is known, so the proxy cannot be compared with it.")
+    return Section(
+        id="finalists",
+        title="Finalists",
+        texts=texts,
+        tables=[] if results is None else [results],
+        charts=[] if chart is None else [chart],
+    )
+
+
+def _layers(report: Report) -> Section:
+    if not report.layers:
+        missing = {
+            True: "A study does not keep the errors and sparsities of layers; a job of the service "
+            "does.",
+            False: "Errors and sparsities of layers are not known: they are stored when a job ends "
+            "well.",
+        }[report.subject == "study"]
+        return Section(id="layers", title="Layers", texts=[missing])
+    estimated, steps = False, "none"
+    if report.configuration is not None:
+        asked = report.configuration.steps
+        estimated = report.configuration.scope == "global" or not asked.allocation.is_even
+        steps = ", ".join(asked.beside_mask)
+    texts = [
+        "Errors are estimated from the rows of each linear that the calibration sampled.",
+        "So are sparsities, for in this scope or allocation each linear gets its own; all together "
+        "have the pattern's."
+        if estimated
+        else "Every linear has the sparsity of the pattern, exactly.",
+    ]
+    if steps:
+        texts.append(f"Both are as they are before the later steps ({steps}).")
+    shown = []
+    for place, (model, cells) in enumerate(report.layers.items()):
+        if cells:
+            shown += charts.layer_charts(place, model, cells, several=len(report.layers) > 1)
+    return Section(id="layers", title="Layers", texts=texts, charts=shown)
+
+
+def transfer_section(transfers: Sequence[Mapping[str, Any]]) -> Section:
+    """What a configuration was worth on other models: the targets of a transfer's file."""
+    found: list[Table] = []
+    drawn: list[Chart] = []
+    for what in tables.MEASURES:
+        table = tables.transfer_table(transfers, what)
+        chart = charts.transfer_chart(tables.transfer_rows(transfers, what), what)
+        found += [] if table is None else [table]
+        drawn += [] if chart is None else [chart]
+    return Section(
+        id="transfer",
+        title="On other models",
+        texts=tables.failed_transfers(transfers),
+        tables=found,
+        charts=drawn,
+    )
+
+
+def _transfers(report: Report) -> Section:
+    section = transfer_section(report.transfers)
+    if report.transfers:
+        return section
+    missing = {
+        "search": "There is no configuration yet that could be measured on other models."
+        if report.configuration is None
+        else "This configuration was not measured on other models: `pho transfer-job` does it.",
+        "transfer": "Nothing is measured yet.",
+        "study": "Nothing is known of other models: `pho transfer` measures it, and its "
+        "transfer.json can be given as --config.",
+    }[report.subject]
+    return replace(section, texts=[missing])
+
+
+def _settings(report: Report) -> Section:
+    """What was asked and what was found, in full, and how to do it again."""
+    found = report.configuration
+    shown = []
+    if report.asked:
+        caption = _CAPTIONS[report.subject]
+        shown.append(pairs_table(caption, "part", [*report.asked.items()]))
+    if found is not None:
+        shown.append(pairs_table("The configuration", "part", tables.configuration_rows(found)))
+    if report.versions:
+        shown.append(pairs_table("Versions", "package", [*report.versions.items()]))
+    blocks = [("To do the same again", "\n".join(report.commands))] if report.commands else []
+    if report.document is not None:
+        blocks.append(("Document", json.dumps(report.document, indent=2, ensure_ascii=False)))
+    if found is not None:
+        document = found.model_dump(mode="json")
+        blocks.append(("config.json", json.dumps(document, indent=2, ensure_ascii=False)))
+    texts = [] if report.asked else ["What was asked is not known."]
+    texts.append(
+        "The same document and seeds on the same kind of machine, with the same versions and "
+        "number of threads, give the same configuration."
+    )
+    return Section(id="settings", title="Settings", texts=texts, tables=shown, blocks=blocks)
+
+
+def _happened(report: Report) -> Section:
+    found = Section(id="happened", title="What happened", events=report.happened)
+    if report.stages:
+        chart = charts.timings_chart(tables.seconds_by_stage(report.stages))
+        return replace(
+            found,
+            tables=[tables.timings_table(report)],
+            charts=[] if chart is None else [chart],
+        )
+    texts = ["The time of each stage is not known." if report.subject == "study"
+             else "No stage has begun."]  # fmt: skip
+    if report.recorded is not None:
+        first, last = report.recorded
+        spent = (last - first).total_seconds()
+        count = max(1, len(report.trials) + report.left_out)
+        texts.append(
+            f"Its trials were written down from {first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} on "
+            f"{last:%Y-%m-%d}: {seconds(spent)} s, {seconds(1000 * spent / count)} ms a "
+            "trial, breaks included."
+        )
+    return replace(found, texts=texts)

@@ -1,0 +1,189 @@
+"""
+What is known of a result: plain values, whoever has collected them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+from pho_service.library.entries import Gain, MeasuredBy
+from pho_service.shown.layers import LayerCell
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.perplexities import Perplexities
+
+Subject = Literal["search", "transfer", "study"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTrial:
+    """A trial, by its number among all islands; without a value it has failed."""
+
+    number: int
+    method: str
+    value: float | None
+    perplexity: float | None = None
+    divergence: float | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a published method."""
+        return self.method != "crepe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTime:
+    """Duration of a stage; None before it began."""
+
+    kind: str
+    done: bool
+    seconds: float | None
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """
+    All that is known of a job or of a study. What is empty or None is not known.
+
+    Attributes:
+        title: Its name.
+        subject: A search or a transfer of a service, or a study of `pho search`.
+        state: State of the job; empty for a study.
+        asked: What was asked, in words.
+        error: Why the job failed.
+        warnings: What must be said of the result.
+        configuration: What was found; of a transfer, what is transferred.
+        objective: Its label: ``activation-reconstruction/blend``.
+        maximised: Whether high values of it are good.
+        trials: Trials of all islands, by number.
+        left_out: Trials that are too many to be shown.
+        chosen: The trial that a study without a configuration marks as its result.
+        importance: Importance of each parameter of the search, the shares adding up to 1.
+        layers: By model.
+        points: The patterns of a job that has several, as the API shows them.
+        curve: What was measured of them, as curve.json has it.
+        transfers: The targets of a transfer's file.
+        stages: Stages of the job.
+        happened: With the time of each, in words; the newest first.
+        recorded: When the first and the last trial of a study were written down.
+        document: As it was submitted.
+        commands: That do the same again.
+        prune_commands: That prune a model with the result.
+        job_page: The address of the job's page; None where there is none, as in a file.
+        versions: Versions of the packages that searched and calibrated.
+    """
+
+    title: str
+    subject: Subject
+    made_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    state: str = ""
+    asked: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+    warnings: Sequence[str] = ()
+    configuration: Configuration | None = None
+    objective: str = "objective"
+    maximised: bool = False
+    trials: Sequence[ReportTrial] = ()
+    left_out: int = 0
+    chosen: int | None = None
+    importance: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)
+    points: Sequence[Mapping[str, Any]] | None = None
+    curve: Mapping[str, Any] | None = None
+    transfers: Sequence[Mapping[str, Any]] = ()
+    stages: Sequence[StageTime] = ()
+    happened: Sequence[tuple[datetime, str]] = ()
+    recorded: tuple[datetime, datetime] | None = None
+    document: Mapping[str, Any] | None = None
+    commands: Sequence[str] = ()
+    prune_commands: Sequence[str] = ()
+    job_page: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rated(self) -> list[ReportTrial]:
+        """The trials that have a value, best first."""
+        sign = -1 if self.maximised else 1
+        known = [trial for trial in self.trials if trial.value is not None]
+        return sorted(known, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    @property
+    def measured(self) -> list[ReportTrial]:
+        """The trials that have a perplexity, best first."""
+        known = [trial for trial in self.trials if trial.perplexity is not None]
+        return sorted(known, key=lambda trial: (trial.perplexity or 0.0, trial.number))
+
+    @property
+    def winner(self) -> ReportTrial | None:
+        """What was chosen; or what would be now, while nothing is."""
+        if self.configuration is not None and self.configuration.candidates:
+            return self._trial(self.configuration.candidates[0].trial)
+        if self.chosen is not None:
+            return self._trial(self.chosen)
+        best = [*self.measured, *self.rated]
+        if self.configuration is not None:  # by the objective alone, if it says by how much
+            value = self.configuration.objective.get("value")
+            best = [*(trial for trial in self.rated if trial.value == value), *best]
+        return next(iter(best), None)
+
+    def _trial(self, number: int) -> ReportTrial | None:
+        return next((trial for trial in self.trials if trial.number == number), None)
+
+    @property
+    def ria(self) -> ReportTrial | None:
+        """What gains are counted from: RIA in the widest scope that was rated."""
+        known = [trial for trial in self.trials if trial.method.startswith("ria")]
+        return known[-1] if known else None
+
+    @property
+    def perplexities(self) -> Perplexities | None:
+        """How good the result is; None where that was not measured."""
+        return None if self.configuration is None else self.configuration.perplexities
+
+    @classmethod
+    def of(cls, found: Configuration) -> Self:
+        """The report of a configuration alone: what it says of its finalists and baselines."""
+        ratings = {each.trial: each for each in (*found.baselines, *found.candidates)}
+        return cls(
+            title=found.method,
+            subject="search",
+            configuration=found,
+            objective=str(found.objective.get("name", "objective")),
+            maximised=found.objective.get("direction") == "maximize",
+            trials=[
+                ReportTrial(
+                    number=number,
+                    method=each.method,
+                    value=each.proxy,
+                    perplexity=each.perplexity,
+                    divergence=each.divergence,
+                )
+                for number, each in sorted(ratings.items())
+            ],
+        )
+
+    def gain(self, trial: ReportTrial, by: MeasuredBy) -> Gain | None:
+        """How much better than RIA a trial is by one measure; None where it is not known."""
+        ria = self.ria
+        if by == "perplexity":
+            published = None if self.perplexities is None else self.perplexities.ria
+            if published is None and ria is not None:
+                published = ria.perplexity
+            return gain_over(by, published, trial.perplexity)
+        if ria is None or (by == "proxy" and self.maximised):
+            return None
+        values = [(each.divergence, each.value)[by == "proxy"] for each in (ria, trial)]
+        return gain_over(by, *values)
+
+
+def gain_over(by: MeasuredBy, ria: float | None, mine: float | None) -> Gain | None:
+    """The gain over RIA of what was measured; low values are good."""
+    if ria is None or mine is None:
+        return None
+    if by == "divergence":
+        return Gain(value=ria - mine, by=by)
+    if not (ria > 0 and mine > 0):
+        return None
+    return Gain(value=math.log(ria / mine) if by == "perplexity" else 1 - mine / ria, by=by)

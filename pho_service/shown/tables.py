@@ -1,0 +1,296 @@
+"""
+The tables and sentences of a result, for every face.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from pho_service.library.entries import MeasuredBy
+from pho_service.shown.parts import Table
+from pho_service.shown.report import Report, ReportTrial, StageTime, gain_over
+from pho_service.spec.configuration import Configuration, Confirmation
+from pho_service.spec.numbers import listed, number, percent, seconds
+from pho_service.spec.perplexities import Perplexities
+from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
+
+MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")
+METHODS = ("wanda", "ria", "transferred", "own")
+# Headings of the gains over RIA; they are of different things, so each has a column of its own.
+GAINS: dict[MeasuredBy, str] = {
+    "perplexity": "gain in perplexity",
+    "divergence": "gain by divergence",
+    "proxy": "gain in the proxy",
+}
+_KEYS = {"perplexity": "perplexities", "proxy": "proxies"}
+MOST = 20  # measured trials that are shown
+BEST = 5  # rated trials that are shown where nothing was measured
+
+
+def configuration_rows(found: Configuration) -> list[tuple[str, str]]:
+    """What was found and how it was chosen, as names and values."""
+    c, how = found.coefficients, found.confirmation
+    shares = [("row", c.row), ("column", c.column), ("neighbourhood", c.neighbourhood)]
+    exponents = [("activation", c.activation_exponent), ("gradient", c.gradient_exponent)]
+    rows = [
+        ("method", f"{found.method}, pattern {found.pattern}, scope {found.scope}"),
+        ("coefficients", listed([*shares, ("kernel", c.kernel_size)])),
+        ("exponents", listed(exponents)),
+        *([] if c.normalisation == "mean" else [("normalised", c.normalisation)]),
+        ("steps", str(found.steps)),
+    ]
+    if "value" in found.objective:
+        value = number(found.objective["value"])
+        rows.append(("objective", f"{found.objective.get('name', 'objective')} {value}"))
+    for name, value in found.objective.get("relative_to_ria", {}).items():
+        rows.append(("", f"{number(value)} of RIA's on {name}"))
+    if how is not None:
+        rows.append(("perplexity", f"{number(how.perplexity)} on {text_of(how)}"))
+        if how.before_reconstruction is not None:
+            before = number(how.before_reconstruction)
+            rows.append(("", f"{before} before the reconstruction of its blocks"))
+        if how.divergence_tokens is not None and how.evaluations is not None:
+            rows.append((
+                "confirmed",
+                f"the best of {len(found.candidates)} finalists and baselines, which took as long "
+                f"as {how.evaluations:.1f} perplexities of that text",
+            ))  # fmt: skip
+    return rows
+
+
+def text_of(how: Confirmation) -> str:
+    """What perplexities were measured on, without the folder that it lay in."""
+    source = str(how.text.get("source", "a text"))
+    name = PurePath(source).name if source.startswith(("/", ".", "~")) else source
+    return f"{how.tokens} tokens of {name}, in windows of {how.context_length}"
+
+
+def verdict_table(good: Perplexities) -> Table:
+    """The dense model, the result, Wanda and RIA."""
+    rows = []
+    for name, perplexity in (
+        ("dense", good.dense), ("pruned", good.pruned), ("Wanda", good.wanda), ("RIA", good.ria),
+    ):  # fmt: skip
+        gain = rise = None
+        if name != "dense" and perplexity is not None:
+            rise = perplexity / good.dense - 1
+            gain = None if name == "RIA" else gain_over("perplexity", good.ria, perplexity)
+        share = None if gain is None else gain.share
+        rows.append(
+            (name, number(perplexity) or "none", percent(rise, signed=True), percent(share))
+        )
+    return Table(
+        ("model", "perplexity", "above dense", GAINS["perplexity"]),
+        rows,
+        title="Perplexity: lower is better",
+        notes=(
+            "Wanda and RIA are as published, in the same pattern. The gain is the share of RIA's "
+            "perplexity that is saved.",
+        ),
+        marked=1,
+    ).without_empty()
+
+
+def results_table(report: Report) -> Table | None:
+    """The result, what else was measured or is best, and baselines; None without trials."""
+    winner = report.winner
+    if winner is None:
+        return None
+    compared = [trial for trial in report.trials if trial.divergence is not None]
+    shown = [winner, *report.measured[:MOST]]
+    shown += sorted(compared, key=lambda trial: trial.divergence or 0.0)[:MOST]
+    if not report.measured:
+        shown += [trial for trial in report.rated if not trial.is_baseline][:BEST]
+    shown += [trial for trial in report.trials if trial.is_baseline]
+    rows = [*{trial.number: trial for trial in shown}.values()]
+    mark = "chosen" if report.configuration is not None else "best so far"
+    return Table(
+        (
+            "candidate", "perplexity", GAINS["perplexity"], "divergence", GAINS["divergence"],
+            "objective", GAINS["proxy"], "trial",
+        ),
+        [
+            (
+                (trial.method if trial.is_baseline else "found")
+                + (f" ({mark})" if trial == winner else ""),
+                number(trial.perplexity),
+                _gain(report, trial, "perplexity"),
+                number(trial.divergence),
+                _gain(report, trial, "divergence"),
+                number(trial.value) or "failed",
+                _gain(report, trial, "proxy"),
+                trial.number,
+            )
+            for trial in rows
+        ],
+        title="Finalists and baselines",
+        notes=(
+            f"Objective: {report.objective}"
+            + (", higher is better. " if report.maximised else ", lower is better. ")
+            + "Divergence: from the dense model, in nats a token. Gains are over RIA: in "
+            "perplexity, the share of its perplexity that is saved; by divergence, the same as the "
+            "divergence tells; in the proxy, the share of its objective.",
+        ),
+        marked=0,
+    ).without_empty()  # fmt: skip
+
+
+def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each sparsity of a curve or a target, with what is measured of it."""
+    dense = next((each["dense"] for each in points if each.get("dense")), None)
+    return Table(
+        (
+            "pattern", "scope", "state", "found", "rise", "Wanda", "RIA", "within", "proxy",
+            "trials", "seconds",
+        ),
+        [
+            (
+                each["pattern"],
+                each["scope"],
+                each.get("state"),
+                number(each["perplexity"]),
+                percent(each["rise"], signed=True),
+                number(each["wanda"]),
+                number(each["ria"]),
+                {True: "yes", False: "no"}.get(each.get("within")),  # type: ignore[arg-type]
+                number(each["proxy"]),
+                each["trials"],
+                seconds(each["seconds"]),
+            )
+            for each in points
+        ],
+        title="Perplexity at each sparsity"
+        + (f"; the dense model has {number(dense)}" if dense else ""),
+        notes=(
+            "Seconds are of search, confirmation, Wanda and RIA, without the calibration."
+            " What was found was chosen on the text that it is measured on.",
+        ),
+    ).without_empty()  # fmt: skip
+
+
+def scores_table(scores: Sequence[TaskScore]) -> Table:
+    """What one model scored in zero-shot tasks."""
+    mean = mean_accuracy(scores)
+    return Table(
+        ("task", "metric", "score", "examples", "shots", "version"),
+        [
+            *((s.task, s.metric, s.shown, s.examples, s.shots, s.version) for s in scores),
+            *([("mean", "acc", f"{mean * 100:.2f}", None, None, None)] if mean is not None else []),
+        ],
+        notes=("Accuracies in percent, ± standard error.",),
+    )
+
+
+def tasks_table(scores: TaskScores) -> Table:
+    """What a model scored in zero-shot tasks before and after it was pruned."""
+    return Table(scores.columns, scores.rows(), title="Zero-shot tasks", notes=(scores.note,))
+
+
+def transfer_rows(
+    targets: Sequence[Mapping[str, Any]], what: Literal["perplexity", "proxy"]
+) -> list[tuple[str, Mapping[str, float | None]]]:
+    """The name of each model that this was measured on, and what was."""
+    key = _KEYS[what]
+    return [
+        (name, target[key])
+        for name, target in zip(_names(targets), targets, strict=True)
+        if target.get(key)
+    ]
+
+
+def transfer_table(
+    targets: Sequence[Mapping[str, Any]], what: Literal["perplexity", "proxy"]
+) -> Table | None:
+    """What a configuration was worth on other models; None where that was not measured."""
+    measured = [target for target in targets if target.get(_KEYS[what])]
+    if not measured:
+        return None
+    rows = transfer_rows(targets, what)
+    methods = ("dense", *METHODS) if what == "perplexity" else METHODS
+    shown = [method for method in methods if any(values.get(method) for _, values in rows)]
+    table = []
+    for (name, values), target in zip(rows, measured, strict=True):
+        gain = gain_over(what, values.get("ria"), values.get("transferred"))
+        regret = target.get("regret" if what == "perplexity" else "proxy_regret")
+        table.append(
+            (
+                name,
+                *(number(values.get(method)) for method in shown),
+                percent(None if gain is None else gain.share),
+                percent(regret) if isinstance(regret, (int, float)) else "",
+            )
+        )
+    return Table(
+        (
+            "model", *({"own": "own best"}.get(method, method) for method in shown), GAINS[what],
+            f"regret in {what}",
+        ),
+        table,
+        title=f"On other models, by {what}",
+        notes=(
+            "Regret: the share of the own best's gain over RIA that the transferred configuration "
+            "loses; empty where there is no own best that gains.",
+        )
+        if any(row[-1] for row in table)
+        else (),
+    ).without_empty()  # fmt: skip
+
+
+def failed_transfers(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each model that nothing could be measured on, or where it does not hold."""
+    said = [target.get("warnings") for target in targets]  # of files that others may have written
+    return [str(warning) for each in said if isinstance(each, list) for warning in each]
+
+
+def seconds_by_stage(stages: Sequence[StageTime]) -> dict[str, float]:
+    """Work on all stages of a kind together, where it is known."""
+    spent: dict[str, float] = {}
+    for stage in stages:
+        if stage.seconds is not None:
+            spent[stage.kind] = spent.get(stage.kind, 0.0) + stage.seconds
+    return spent
+
+
+def timings_table(report: Report) -> Table:
+    """Return what each kind of stage took."""
+    rows = []
+    spent = seconds_by_stage(report.stages)
+    for kind in dict.fromkeys(stage.kind for stage in report.stages):
+        mine = [stage for stage in report.stages if stage.kind == kind]
+        known = [stage.seconds for stage in mine if stage.seconds is not None]
+        per = ""
+        if known and kind == "search" and report.trials:
+            count = len(report.trials) + report.left_out
+            per = f"{seconds(1000 * spent[kind] / count)} ms a trial"
+        elif len(known) > 1:
+            per = f"{seconds(spent[kind] / len(known))} s each"
+        rows.append(
+            (
+                kind,
+                f"{sum(stage.done for stage in mine)} of {len(mine)}",
+                seconds(spent.get(kind)),
+                seconds(max(known, default=None)),
+                per,
+                sum(stage.attempts for stage in mine),
+            )
+        )
+    return Table(
+        ("stage", "done", "seconds", "longest", "pace", "attempts"),
+        rows,
+        title="Stages",
+        notes=("Seconds of all stages of a kind together; several workers do them side by side.",),
+    ).without_empty()
+
+
+def _gain(report: Report, trial: ReportTrial, by: MeasuredBy) -> str:
+    gain = report.gain(trial, by)
+    if gain is not None and gain.value == 0 and trial == report.ria:
+        return "reference"
+    return percent(None if gain is None else gain.share)
+
+
+def _names(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of models, without their folders where the names still differ."""
+    whole = [str(target.get("target", "")) for target in targets]
+    last = [Path(name).name or "unknown" for name in whole]
+    return last if len({*last}) == len(last) else whole

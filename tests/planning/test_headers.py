@@ -1,0 +1,291 @@
+"""Where headers come from: folders, GGUF files, a stand-in of the hub; and odd ones."""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gguf
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from huggingface_hub import hf_api
+
+from pho_service.errors import InvalidInput, ModelError
+from pho_service.models.builtin import smollm2
+from pho_service.planning.headers import MOST_BYTES, MOST_HEADER, read_header
+from pho_service.planning.shapes import Stored, model_shapes
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 1}
+NAME = "model.layers.0.up_proj.weight"
+TENSORS = {NAME: Stored((8, 4), "BF16")}
+ENTRY = {"dtype": "BF16", "shape": [8, 4], "data_offsets": [0, 64]}
+
+
+def safetensors(document: Any) -> bytes:
+    """A file of weights that is a header alone."""
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+FILES = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "model.safetensors": safetensors({"__metadata__": {"format": "pt"}, NAME: ENTRY}),
+}
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one model, to who has the token."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        """The file, or why not."""
+        self.asked.append(self.path)
+        content = FILES.get(self.path.rpartition("/")[2])
+        private = "private" in self.path and self.headers.get("authorization") != "Bearer right"
+        status = 401 if private else 500 if "broken" in self.path else 200 if content else 404
+        self.send_response(status)
+        self.send_header("content-length", str(len(content or b"") if status == 200 else 0))
+        self.send_header("etag", '"x"')
+        self.send_header("x-repo-commit", COMMIT)
+        self.end_headers()
+        if status == 200 and self.command == "GET":
+            self.wfile.write(content or b"")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub that does not answer, and an empty cache."""
+    point(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def point(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """HF_ENDPOINT, which the hub's library reads when it is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+
+
+@pytest.fixture
+def hub(away: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A stand-in of the hub."""
+    del away
+    Hub.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        point(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        yield Hub
+        server.shutdown()
+
+
+def written(folder: Path, **files: bytes | None) -> str:
+    """A model folder with these files instead of the usual ones."""
+    for name, content in {**FILES, **files}.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def test_folder(tmp_path: Path) -> None:
+    """Of a folder the configuration and the headers are read; no weights need be there."""
+    found = read_header(written(tmp_path))
+
+    assert found.config == CONFIG
+    assert found.tensors == TENSORS
+
+
+def test_shards(tmp_path: Path) -> None:
+    """The files that the index names, and no others."""
+    index = {"weight_map": {NAME: "a.safetensors", "x": "b.safetensors"}}
+    shards = {
+        "model.safetensors": None,
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "a.safetensors": safetensors({NAME: ENTRY}),
+        "consolidated.safetensors": b"",
+    }
+    with pytest.raises(ModelError, match=r"has no b\.safetensors, which its index names"):
+        read_header(written(tmp_path, **shards))
+    more = safetensors({"x": {**ENTRY, "shape": []}})
+    found = read_header(written(tmp_path, **shards, **{"b.safetensors": more}))
+    outside = {"weight_map": {NAME: "../a.safetensors"}}
+
+    assert found.tensors == {**TENSORS, "x": Stored((), "BF16")}
+    with pytest.raises(InvalidInput, match="may only name files that lie in the same folder"):
+        read_header(
+            written(
+                tmp_path, **{**shards, "model.safetensors.index.json": json.dumps(outside).encode()}
+            )
+        )
+
+
+def test_gguf() -> None:
+    """SmolLM2's header gives the shapes of its weights, tied embeddings included."""
+    shapes = model_shapes("smollm2", read_header(str(smollm2())))
+
+    assert shapes.parameters == 134_515_008
+    assert shapes.prunable == 106_168_320
+    assert len(shapes.blocks) == 30
+    assert shapes.vocabulary == 49152
+    assert (shapes.dtype, shapes.context) == ("float32", 8192)
+
+
+def test_gguf_of_experts(tmp_path: Path) -> None:
+    """All experts are in one tensor; their router and a shared expert are beside it."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen2moe")
+    writer.add_block_count(1)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_token_list(["a", "b", "c"])
+    for name, shape in {
+        "token_embd": (3, 64), "blk.0.attn_norm": (64,), "blk.0.attn_q": (64, 64),
+        "blk.0.attn_q_norm": (16,), "blk.0.ffn_gate_exps": (4, 32, 64),
+        "blk.0.ffn_down_exps": (4, 64, 32), "blk.0.ffn_gate_inp": (4, 64),
+        "blk.0.ffn_gate_shexp": (96, 64), "blk.0.ffn_down_shexp": (64, 96),
+    }.items():  # fmt: skip
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shapes = model_shapes("m", read_header(str(path)))
+    (block,) = shapes.blocks
+
+    assert shapes.vocabulary == 3
+    assert block.norms == 64 + 64
+    assert {li.name: (li.count, li.share) for li in block.linears} == {
+        "attn.q": (1, 1), "ffn.experts.gate": (4, 0.5), "ffn.experts.down": (4, 0.5),
+        "ffn.shared.gate": (1, 1), "ffn.shared.down": (1, 1),
+    }  # fmt: skip
+
+
+def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headers are asked for, in the revision that is named, with the user's token, once."""
+    assert read_header("org/name").tensors == TENSORS
+    assert read_header("org/name", revision="v2").config == CONFIG
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert read_header("org/private").tensors == TENSORS
+    assert "/org/name/resolve/main/config.json" in hub.asked
+    assert "/org/name/resolve/v2/config.json" in hub.asked
+    assert hub.asked.count(f"/org/name/resolve/{COMMIT}/model.safetensors") == 2  # HEAD and GET
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("org/private", "private or gated"),
+        ("org/broken", "answered 500"),
+        ("a b", "neither a folder or file here nor a name on the hub"),
+    ],
+)
+def test_hub_says_no(name: str, words: str) -> None:
+    """What the hub says is said in words."""
+    with pytest.raises(ModelError, match=words):
+        read_header(name)
+
+
+@pytest.mark.usefixtures("away")
+def test_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that does not answer is named, with the way out; so it is where it may not be asked."""
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ModelError, match="the Hugging Face hub cannot be reached"):
+            read_header("org/name")
+    folder = tmp_path / "hub" / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    written(folder / "snapshots" / COMMIT)
+
+    assert read_header("org/name").tensors == TENSORS  # that of the cache
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b" " * (MOST_BYTES + 1), "has more than"),
+        (None, "has no config.json"),
+    ],
+)
+def test_odd_configurations(content: bytes | None, words: str, tmp_path: Path) -> None:
+    """A config.json that is none is named."""
+    with pytest.raises(ModelError, match=words):
+        read_header(written(tmp_path, **{"config.json": content}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "has neither model.safetensors nor"),
+        (b"", "it has no header"),
+        (struct.pack("<Q", 2**62), "it has no header"),
+        (struct.pack("<Q", MOST_HEADER + 1) + b"{" * 9, "it has no header"),
+        (struct.pack("<Q", 9) + b"{}", "cut short"),
+        (safetensors(b"[" * 100_000), "cannot be read"),
+        (safetensors([1]), "cannot be read"),
+        (safetensors({"x": 1}), "cannot be read"),
+        (safetensors({"x": {**ENTRY, "shape": 4}}), "no shape"),
+        (safetensors({"x": {**ENTRY, "shape": [2**31]}}), "not a whole number above 0"),
+        (safetensors({"x": {**ENTRY, "shape": [True]}}), "not a whole number above 0"),
+        (safetensors({"x": {**ENTRY, "shape": [0]}}), "not a whole number above 0"),
+        (safetensors({"x": {**ENTRY, "shape": [1] * 9}}), "no shape"),
+        (safetensors(b'{"x": ' + b"9" * 5000 + b"}"), "cannot be read"),
+    ],
+)
+def test_odd_weights(content: bytes | None, words: str, tmp_path: Path) -> None:
+    """A header that is none ends at once in words."""
+    with pytest.raises(ModelError, match=words):
+        read_header(written(tmp_path, **{"model.safetensors": content}))
+
+
+ONE = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not a whole GGUF file"),
+        (b"GGML" + bytes(40), "GGUF magic invalid"),
+        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "is not a whole GGUF file"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "is not a whole GGUF file"),
+        (ONE + struct.pack("<IIQ", 9, 9, 2**60), "arrays of arrays"),
+        (ONE + struct.pack("<IIQ", 9, 4, 2**60), "the file ends in what is declared"),
+        (ONE + struct.pack("<IIQ", 9, 8, 2**60), "its header has more than"),
+        (ONE + struct.pack("<IIQ", 9, 8, 2), "is not a whole GGUF file"),
+        (ONE + struct.pack("<I", 77), "is not a valid GGUFValueType"),
+    ],
+)
+def test_odd_gguf(content: bytes, words: str, tmp_path: Path) -> None:
+    """A header that declares more than it has, or what is not known, ends at once in words."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        read_header(str(path))
+
+
+def test_missing(tmp_path: Path) -> None:
+    """A path that is not there is never asked of the hub; messages have the name alone."""
+    with pytest.raises(ModelError, match=r"\./m does not exist on this machine"):
+        read_header("./m")
+    with pytest.raises(ModelError) as found:
+        read_header("m", path=str(tmp_path))
+    assert str(tmp_path) not in str(found.value)

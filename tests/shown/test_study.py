@@ -1,0 +1,114 @@
+"""What is read of studies."""
+
+import random
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pho_service.shown.report import ReportTrial
+from pho_service.shown.study import (
+    ENOUGH,
+    MeasuredTrials,
+    importances,
+    measured_in,
+    trials_of,
+    with_measurements,
+)
+
+SPACE = {
+    "row_share": FloatDistribution(0, 1), "spread": FloatDistribution(0, 1),
+    "fixed": FloatDistribution(0, 1), "method": CategoricalDistribution(("crepe", "ria-row")),
+}  # fmt: skip
+
+
+def frozen(number: int, value: float | None, method: str = "crepe", **params: Any) -> FrozenTrial:
+    """A trial as a search records it."""
+    trial = create_trial(
+        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+        value=value,
+        params={"row_share": 0.5, "spread": 0.5, "fixed": 0.5, "method": method, **params},
+        distributions=SPACE,
+        user_attrs={"method": method},
+    )
+    trial.number = number
+    return trial
+
+
+def candidates(count: int, sign: int = 1) -> list[FrozenTrial]:
+    """Candidates whose value depends on ``row_share`` alone."""
+    rng = random.Random(0)
+    shares = [rng.random() for _ in range(count)]
+    return [
+        frozen(n, sign * (share - 0.3) ** 2, row_share=share, spread=rng.random())
+        for n, share in enumerate(shares)
+    ]
+
+
+def test_islands() -> None:
+    """Numbers count all islands in turn, and baselines are there once."""
+    island = [frozen(0, 0.5, "ria-row"), frozen(1, 0.25), frozen(2, None)]
+    found = trials_of([island, island], 2)
+
+    assert [(t.number, t.method, t.value) for t in found] == [
+        (0, "ria-row", 0.5), (2, "crepe", 0.25), (3, "crepe", 0.25), (4, "crepe", None),
+        (5, "crepe", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_importances(sign: int) -> None:
+    """What decides the value is the most important, and what was not searched has no part."""
+    shares = importances([candidates(60, sign)], maximised=sign < 0)
+
+    assert list(shares) == ["row_share", "spread"]
+    assert shares["row_share"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_too_few() -> None:
+    """Of fewer candidates than optuna asks for nothing is told; baselines, corrections are none."""
+    others = [frozen(n, 1.0, "ria-row") for n in range(60)]
+    for correction in (corrections := candidates(60)):
+        correction.set_user_attr("corrects", 3)
+
+    assert importances([[*candidates(ENOUGH - 1), *others, *corrections]], maximised=False) == {}
+
+
+def test_nothing_searched() -> None:
+    """Where all candidates are the same there is nothing to tell."""
+    assert importances([[frozen(n, n / 10) for n in range(60)]], maximised=False) == {}
+
+
+def test_measured_in() -> None:
+    """A study keeps perplexities and divergences by trial."""
+    study = optuna.create_study()
+    study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
+    study.set_user_attr("divergence:4", {"divergence": 0.5, "text_sha256": "a"})
+    study.set_user_attr("pattern", "0.5")
+
+    assert measured_in(study) == MeasuredTrials(perplexities={3: 20.0}, divergences={4: 0.5})
+
+
+def test_measured_on_several_texts() -> None:
+    """Perplexities of several texts cannot be compared: none counts."""
+    study = optuna.create_study()
+    study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
+    study.set_user_attr("perplexity:4", {"perplexity": 10.0, "text_sha256": "b"})
+
+    assert measured_in(study) == MeasuredTrials()
+
+
+def test_configuration_goes_before(report_of: Any) -> None:
+    """What the configuration says of a trial counts more than what a study does."""
+    configuration = report_of().configuration
+    rating = configuration.candidates[0].model_copy(update={"perplexity": 19.0})
+    configuration = configuration.model_copy(update={"candidates": [rating]})
+    trials = [ReportTrial(number=n, method="crepe", value=1.0) for n in (4, 5)]
+    measured = MeasuredTrials(perplexities={4: 30.0, 5: 22.0})
+
+    found = with_measurements(trials, measured, configuration)
+
+    assert [trial.perplexity for trial in found] == [19.0, 22.0]
