@@ -148,11 +148,11 @@ def _how_good(found: Configuration) -> Iterator[str]:
     """What was measured when the configuration was found."""
     if found.confirmation is None:
         yield "Its perplexity was not measured."
-        return
-    yield f"Measured when it was found, on {text_of(found.confirmation)}.\n"
-    good = found.perplexities
-    table = results_table(Report.of(found)) if good is None else verdict_table(good)
-    yield "" if table is None else table.markdown()
+    else:
+        yield f"Measured when it was found, on {text_of(found.confirmation)}.\n"
+        good = found.perplexities
+        table = results_table(Report.of(found)) if good is None else verdict_table(good)
+        yield "" if table is None else table.markdown()
     if found.tasks is not None:
         limit = found.tasks.limit
         asked = "" if limit is None else f", the first {limit} examples of each"

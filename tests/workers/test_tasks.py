@@ -14,6 +14,7 @@ from pho_service.cli import main
 from pho_service.errors import ChangedInput, InvalidInput
 from pho_service.models import task_files
 from pho_service.models.kept_blocks import KeptBlocks
+from pho_service.shown.tables import tasks_table
 from pho_service.spec.configuration import Configuration
 from storage.states import JobState, StageKind
 from workers.__main__ import chosen_kinds
@@ -91,8 +92,7 @@ def test_as_pho_evaluate(hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch)
     assert job.tasks["pruned"] != job.tasks["dense"]
     recipe = json.loads((pruned / "pruning.json").read_text())
     assert recipe["configuration"]["tasks"] == job.tasks
-    rows = ["| " + " | ".join(row) + " |" for row in found.tasks.rows()]
-    assert all(row in (pruned / "README.md").read_text() for row in rows)
+    assert tasks_table(found.tasks).markdown() in (pruned / "README.md").read_text()
 
 
 def test_target(hand: Any, small: Any) -> None:
