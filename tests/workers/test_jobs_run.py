@@ -205,7 +205,8 @@ def test_extend_what_has_ended(crew: Any, spec_of: Any, undisturbed: Any, found:
     (search,) = job.of_kind(StageKind.SEARCH)
 
     assert crew.trials(job) == before
-    assert search.result == {"trials": len(before[0]), "out_of_time": False}
+    assert search.result["trials"] == len(before[0])
+    assert not search.result["out_of_time"]
     assert found(job) == undisturbed(spec_of(sampler="hill-climb", trials=320)).configuration
     assert any(f"after {len(before[0])} of 320 trials" in warning for warning in job.warnings)
 
