@@ -129,7 +129,7 @@ def test_proxy(tmp_path: Path) -> None:
     subprocess.run([*made, *key], check=True, capture_output=True)
     text = (DOCKER / "nginx.conf").read_text().replace("pho-api:", "127.0.0.1:")
     conf = tmp_path / "nginx.conf"
-    conf.write_text(text.replace("/etc/tls", str(tmp_path)).replace(" /tmp/", f" {tmp_path}/"))
+    conf.write_text(text.replace(" /tmp/", f" {tmp_path}/").replace("/etc/tls", str(tmp_path)))
     tested = subprocess.run(
         ["nginx", "-t", "-c", conf], capture_output=True, text=True, check=False
     )

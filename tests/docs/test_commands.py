@@ -24,7 +24,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)  # lists are indented by less
-ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):\d+([^?]*)")
+ADDRESS = re.compile(r"(?:https?://)?(?:localhost|127\.0\.0\.1):\d+([^?]*)")
 SHELL = ("sh", "bash", "console")
 WORDS = {"do", "then", "time", "until", "while"}  # a command may come after them
 
