@@ -28,7 +28,11 @@ CLAUSE, SENTENCE = re.compile(r"[.:;?](?=\s|$)"), re.compile(r"[.;](?=\s|$)")
 LONG = 9  # words of a line; longer ones end at a comma
 
 PACKAGES = ("workers", "pho_service", "storage")
-TOGETHER = {"errors": "host", "progress": "host", "__main__": "cli"}  # modules that belong to no folder
+TOGETHER = {
+    "errors": "host",
+    "progress": "host",
+    "__main__": "cli",
+}  # modules that belong to no folder
 PUBLIC = "interface"  # and the names that `import pho_service` gives
 UPWARDS = {("spec", "tuning")}  # the document of a job builds the plan that it asks for
 LABELS = {"host": "host, errors, progress", PUBLIC: "interface, __init__"}

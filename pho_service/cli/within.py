@@ -45,6 +45,16 @@ def given_target(given: Given) -> Target | None:
             f"--pattern {given('pattern')} says how sparse the model is to be, and --within "
             f"{given('target/perplexity_rise')} asks for it. Give one of them."
         )
+    refused = [
+        given.names[path]
+        for path in given.said
+        if path == "confirm" or path.startswith("warm_start/")
+    ]
+    if refused:
+        raise InvalidInput(
+            f"{', '.join(refused)} cannot be used with --within: each sparsity is confirmed by "
+            "perplexity, in a search of its own. Leave it out."
+        )
     return Target.of(**given.document()["target"])
 
 
@@ -68,16 +78,6 @@ def search_within(
         raise InvalidInput(
             "--within is of one model's perplexity, and several models are given. Search for each "
             "of them alone."
-        )
-    refused = [
-        given.names[path]
-        for path in given.said
-        if path == "confirm" or path.startswith("warm_start/")
-    ]
-    if refused:
-        raise InvalidInput(
-            f"{', '.join(refused)} cannot be used with --within: each sparsity is confirmed by "
-            "perplexity, in a search of its own. Leave it out."
         )
     specs = {each: _spec(models[0], given, each) for each in target.sparsities}
     requests: dict[float, SearchRequest] = {s: spec.request(0) for s, spec in specs.items()}

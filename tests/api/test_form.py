@@ -522,7 +522,7 @@ def test_plan(shared_client: TestClient, model: str) -> None:
     assert answer.status_code == 200
     assert re.search(r"\d+ to \d+ s on 4090, by its data sheet. It fits.", shown)
     assert "search, 200 trials" in shown
-    assert "0.12 million parameters (llama)" in shown
+    assert "0.119 million parameters (llama)" in shown
     assert "<option selected>4090</option>" in answer.text
     assert len(shared_client.get("/v1/jobs").json()["jobs"]) == before
 

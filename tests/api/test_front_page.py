@@ -23,6 +23,7 @@ from storage.states import JobState, StageKind
 Submit = Callable[..., dict[str, Any]]
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
+SCRIPTS = Path(job_list.__file__).with_name("templates")
 STYLE = Path(parts.__file__).with_name("parts.css")
 TYPED = {"model": "org/name", "pattern": "0.5"}
 
@@ -135,7 +136,7 @@ def test_policy(shared_client: TestClient) -> None:
         policy = answer.headers["content-security-policy"]
         runs = ""
         if script is not None:
-            ours = STYLE.with_name(script).read_text().removesuffix("\n")
+            ours = (SCRIPTS / script).read_text().removesuffix("\n")
             runs = f"script-src {policy_hash(ours)}; connect-src 'self'; "
 
         assert answer.text.count("<script") == bool(runs)

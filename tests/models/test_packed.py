@@ -144,7 +144,9 @@ def test_no_room(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ["../out.json", "/out.json", "a/../../out.json", "C:\\a"])
 def test_names_that_lead_out(packed: Path, tmp_path: Path, name: str) -> None:
     """No name leads out of the folder that is written to."""
-    bad = rewritten(packed, lambda old, data: (f"{name}.zst" if "config" in old else old, data))
+    bad = rewritten(
+        packed, lambda old, data: (f"{name}.zst" if old == "config.json.zst" else old, data)
+    )
     with pytest.raises(ModelError, match="leads elsewhere"):
         unpack(bad, tmp_path / "sub" / "back")
 
