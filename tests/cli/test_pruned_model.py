@@ -10,6 +10,8 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from pho_service.spec.numbers import number
+
 Pho = Callable[..., Result]
 
 SMALL = ("--context-length", 32, "--samples", 6, "--kernel-sizes", "3,5")

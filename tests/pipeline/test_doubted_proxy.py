@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,15 +81,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_confirmation_takes_over(
-    bundle: ProxyBundle, model: LanguageModel, report: ReportText, searched: Any, measured: Any
-) -> None:
+    bundle: ProxyBundle, model: LanguageModel, report: ReportText, searched: Any, measured: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """More finalists are looked at, the result says why, and what is measured is kept."""
     options = {"model": model, "confirm_text": report}
     wide = searched(REQUEST, bundle, **options)
     count = len(measured)
     again = searched(REQUEST, bundle, **options)
     at_once = len(measured)
-    plain = searched(replace(REQUEST, validation=None), bundle, **options)
+    alone = f"sqlite:///{tmp_path / 'alone.db'}"
+    plain = searched(replace(REQUEST, validation=None), bundle, url=alone, **options)
 
     def compared(result: Any) -> int:
         return sum(each.divergence is not None for each in result.configuration.candidates)
