@@ -45,22 +45,20 @@ from pho_service.pipeline.pipeline import finished_block
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
-from pho_service.planning.headers import read_header
-from pho_service.planning.machines import CARDS, Machine
+from pho_service.planning.costs import CARDS, Machine
 from pho_service.planning.plan import Plan, plan_job
+from pho_service.planning.shapes import read_header
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.steps import InputMoments
 from pho_service.spec.baselines import comparison_baselines
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.job import JobSpec
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.space import Preset
+from pho_service.spec.steps import Candidate, Steps
+from pho_service.tuning.plan import SearchRequest
 
 WHOLE = ("llama-2-7b", "llama-3-8b", "llama-3-70b-block", "mixtral-block")
 HALF, GROUPS = Pattern.parse("0.5", "layer"), Pattern.parse("2:4")

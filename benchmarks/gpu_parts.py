@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pho_service.models.loading import LanguageModel
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_masks
-from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Candidate
 from pho_service.tuning.validation import random_candidates
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from tenacity.wait import wait_random
 from pho_service.api.answers import Job
 from pho_service.client import Client
 from pho_service.errors import ServiceError, ServiceUnavailable
-from storage.states import JobState
+from storage.records import JobState
 
 PATIENCE_S = 300.0  # for the service to come back
 MORE = 10  # trials of an extension

@@ -3,8 +3,7 @@
 import shutil
 import subprocess
 
-from pho_service.host.machine import conditions, machine
-from pho_service.host.versions import versions
+from pho_service.host.machine import conditions, machine, versions
 
 __all__ = ["card", "conditions", "machine", "software"]
 

@@ -29,18 +29,18 @@ from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel
-from pho_service.models.task_files import LoadedTasks, load_tasks
+from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import C4, TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.tasks import as_extra, measure_tasks
+from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.memory import peak_memory
 from pho_service.spec.baselines import named_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS
+from pho_service.spec.space import PRESETS
 from pho_service.spec.tasks import task_names
 
 # Wanda and DSnoT take norms from the pruned blocks before, as their authors' code does.

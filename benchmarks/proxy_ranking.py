@@ -17,11 +17,11 @@ from kept_results import KeptResults
 from subject import MODELS, Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
+from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import rate_pruned
-from pho_service.pipeline.validate import rate_by_all_proxies
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
+from pho_service.spec.steps import Candidate
 from pho_service.tuning.validation import qualities, random_candidates
 
 CELLS = ("0.6", "0.6 layer fisher", "0.7", "0.7 layer fisher", "2:4", "4:8", "0.5 global")

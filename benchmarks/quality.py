@@ -33,12 +33,12 @@ from pho_service.host.settings import Settings
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.pipeline import pruned_model
+from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.memory import peak_memory
 from pho_service.spec.baselines import comparison_baselines, named_baselines
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS
+from pho_service.spec.space import PRESETS
+from pho_service.spec.steps import Candidate
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 # Nobody's method, and a search that adds little to crepe.

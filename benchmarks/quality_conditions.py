@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS, Preset
+from pho_service.spec.space import PRESETS, Preset
 
 CONTEXT_LENGTH = 512
 Place = tuple[int, str, str]  # seed, pattern, method

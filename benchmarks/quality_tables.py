@@ -15,7 +15,7 @@ from kept_results import KeptResults
 from quality_conditions import CONTEXT_LENGTH, Conditions
 
 from pho_service.cli.terminal import print_table
-from pho_service.host.versions import versions
+from pho_service.host.machine import versions
 from pho_service.spec.baselines import PERMUTED, SEQUENTIAL
 
 MODEL_TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}

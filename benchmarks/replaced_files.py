@@ -9,8 +9,7 @@ from pathlib import Path
 
 from local_service import write_text, write_tiny_model
 
-from storage.records import Job
-from storage.states import StageKind
+from storage.records import JobRecord, StageKind
 
 MODEL, TEXT = "changing", "changing.txt"
 
@@ -64,7 +63,7 @@ class ReplacedFiles:
         new.replace(self._folder / name)
 
 
-def mixtures(job: Job) -> Iterator[str]:
+def mixtures(job: JobRecord) -> Iterator[str]:
     """
     What of a succeeded search was measured on several things: nothing, if all is well.
 

@@ -30,19 +30,19 @@ from machine import conditions
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.host.versions import versions
+from pho_service.host.machine import versions
 from pho_service.models.devices import pick_device
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Advance
-from pho_service.pruning.memory import peak_memory
+from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import parse_bounds
-from pho_service.tuning.hill_climb import FIRST_STEP, LAST_STEP
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
+from pho_service.tuning.samplers import FIRST_STEP, LAST_STEP
 from storage.studies import open_storage
 
 METHODS = ("hill-climb", "cmaes", "tpe", "pho")  # all but the last rate by perplexity

@@ -7,10 +7,10 @@ from subject import Subject
 from pho_service.cli.terminal import progress
 from pho_service.pipeline.search import search_job
 from pho_service.progress import Run
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.space import Preset
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.plan import SearchRequest
 
 
 def searched(

@@ -20,7 +20,7 @@ from local_service import service, wait_for_workers, write_tiny_model
 from machine import conditions
 
 from pho_service.client import Client
-from pho_service.host.versions import versions
+from pho_service.host.machine import versions
 
 PHO = [sys.executable, "-c", "from pho_service.cli import main; main()"]
 SMOLLM2 = {

@@ -45,8 +45,7 @@ from pho_service.spec.job import JobSpec
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.records import Job, NoSuchJob
-from storage.states import JobState, StageKind, StageState
+from storage.records import JobRecord, JobState, NoSuchJob, StageKind, StageState
 from storage.studies import study_name
 from storage.tables import configurations, stages
 
@@ -253,7 +252,7 @@ class Soak:
         print(f"disturbed for {seconds:.0f} s; the jobs that are left end now", flush=True)
 
     def _check_jobs(self, people: Sequence[Person]) -> None:
-        """Job by job, as their owners see them."""
+        """JobRecord by job, as their owners see them."""
         with ThreadPoolExecutor(len(people)) as pool:
             for states in pool.map(self._check_jobs_of, people):
                 self.states += states
@@ -473,7 +472,7 @@ def _measured(transfer: str) -> str:
     )
 
 
-def _stored(store: JobStore, person: Person) -> Iterator[Job]:
+def _stored(store: JobStore, person: Person) -> Iterator[JobRecord]:
     for sent in person.jobs.values():
         if sent.deleted == "no":
             with suppress(NoSuchJob):  # counted as lost
@@ -489,7 +488,7 @@ def _stages_done(folder: Path) -> Counter[tuple[str, StageKind]]:
     return found
 
 
-def _check_events(check: Any, store: JobStore, job: Job, runs: int) -> None:
+def _check_events(check: Any, store: JobStore, job: JobRecord, runs: int) -> None:
     """The history of a job: it goes forwards, and nothing comes after its end."""
     history = []
     while page := store.events(job.id, after=history[-1].id if history else 0):

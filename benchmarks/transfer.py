@@ -29,12 +29,11 @@ from machine import conditions
 from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
-from pho_service.host.versions import versions
-from pho_service.models.builtin import write_texts
-from pho_service.models.small_model import Training, train_small_model
+from pho_service.host.machine import versions
+from pho_service.models.builtin import Training, train_small_model, write_texts
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.compare import compare_candidates
-from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import regret
 from pho_service.progress import Run
@@ -44,8 +43,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.plan import RatedCandidate
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import RatedCandidate, SearchRequest
 from pho_service.tuning.search import run_search
 
 

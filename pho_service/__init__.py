@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pho_service.client import Client as Client
     from pho_service.errors import PhoError as PhoError
-    from pho_service.interface.baseline import baseline as baseline
-    from pho_service.interface.benched import bench as bench
-    from pho_service.interface.bundle import calibrate as calibrate
     from pho_service.interface.curve import curve as curve
     from pho_service.interface.curve import search_within as search_within
-    from pho_service.interface.found import search as search
+    from pho_service.interface.measured import bench as bench
     from pho_service.interface.measured import compare as compare
     from pho_service.interface.measured import evaluate as evaluate
+    from pho_service.interface.objective import baseline as baseline
     from pho_service.interface.objective import configuration as configuration
     from pho_service.interface.objective import objective as objective
+    from pho_service.interface.pruned import load_semi_structured as load_semi_structured
     from pho_service.interface.pruned import prune as prune
     from pho_service.interface.pruned import save as save
-    from pho_service.interface.semi_structured import load_semi_structured as load_semi_structured
+    from pho_service.interface.search import calibrate as calibrate
+    from pho_service.interface.search import search as search
     from pho_service.models.bundle_file import read_bundle as read_bundle
-    from pho_service.models.hub import push as push
     from pho_service.models.loading import load_model as load_model
     from pho_service.models.loading import load_packed as load_packed
     from pho_service.models.packed import pack as pack
     from pho_service.models.packed import unpack as unpack
+    from pho_service.models.saving import push as push
     from pho_service.spec.configuration import Configuration as Configuration
     from pho_service.spec.configuration import read_configuration as read_configuration
     from pho_service.spec.configuration import write_configuration as write_configuration
@@ -43,56 +43,30 @@ _HOME = {
     "Configuration": "spec.configuration",
     "Pattern": "spec.pattern",
     "PhoError": "errors",
-    "baseline": "interface.baseline",
-    "bench": "interface.benched",
-    "calibrate": "interface.bundle",
+    "baseline": "interface.objective",
+    "bench": "interface.measured",
+    "calibrate": "interface.search",
     "compare": "interface.measured",
     "configuration": "interface.objective",
     "curve": "interface.curve",
     "evaluate": "interface.measured",
     "load_model": "models.loading",
     "load_packed": "models.loading",
-    "load_semi_structured": "interface.semi_structured",
+    "load_semi_structured": "interface.pruned",
     "objective": "interface.objective",
     "pack": "models.packed",
     "prune": "interface.pruned",
-    "push": "models.hub",
+    "push": "models.saving",
     "read_bundle": "models.bundle_file",
     "read_configuration": "spec.configuration",
     "save": "interface.pruned",
-    "search": "interface.found",
+    "search": "interface.search",
     "search_within": "interface.curve",
     "unpack": "models.packed",
     "write_configuration": "spec.configuration",
 }
 
-__all__ = [
-    "Client",
-    "Configuration",
-    "Pattern",
-    "PhoError",
-    "baseline",
-    "bench",
-    "calibrate",
-    "compare",
-    "configuration",
-    "curve",
-    "evaluate",
-    "load_model",
-    "load_packed",
-    "load_semi_structured",
-    "objective",
-    "pack",
-    "prune",
-    "push",
-    "read_bundle",
-    "read_configuration",
-    "save",
-    "search",
-    "search_within",
-    "unpack",
-    "write_configuration",
-]
+__all__ = [*_HOME]
 
 
 # The arguments by the names of the options that messages have.

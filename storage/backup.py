@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from storage import studies
 from storage.database import SCHEMAS, Database, check_version
-from storage.postmaster import programs
+from storage.embedded import programs
 from storage.studies import StorageError
 
 

@@ -1,9 +1,11 @@
 """
-One PostgreSQL database with three schemas: ``pho``, ``procrastinate`` and ``optuna``.
+One PostgreSQL database with three schemas, and taking turns with everybody who uses it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from alembic import command
@@ -11,9 +13,9 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from storage.studies import (
@@ -159,7 +161,7 @@ class Database:
         Make a role that reads all studies and does nothing else, or bring it up to date.
 
         It has no password: the server says who may be it. That of a service's own
-        PostgreSQL lets in who runs the service; see :class:`~storage.postmaster.Postmaster`.
+        PostgreSQL lets in who runs the service; see :class:`~storage.embedded.Postmaster`.
 
         Raises:
             DatabaseGone: The server cannot be reached.
@@ -275,3 +277,68 @@ def _with_schema(url: URL, schema: str, *more: str, before: str = "") -> URL:
     given = (given,) if isinstance(given, str) else given
     options = " ".join(filter(None, (before, *given, f"-csearch_path={schema}", *more)))
     return url.update_query_dict({"options": options})
+
+
+# Taking turns with everybody else who uses a database.
+logger = logging.getLogger(__name__)
+
+_AWAY = (SQLAlchemyError, DatabaseGone)
+_PING_S = 2.0  # well below the time after which the server ends a transaction that rests
+
+
+@contextmanager
+def taking_turns(database: Database, name: str, wait: Callable[[], None]) -> Iterator[None]:
+    """
+    Inside, nobody else of this database is inside with the same name.
+
+    It is a help and no guarantee: while the database is away, all go on. A process that dies, or is
+    frozen, holds up nobody for long: its transaction, which is kept awake from here, is ended.
+
+    Args:
+        database: Database of all who take turns.
+        name: What to take turns with.
+        wait: Called again and again while another one is inside; may leave by raising.
+    """
+    connection = _begun(database, name, wait)
+    if connection is None:
+        yield
+        return
+    left = threading.Event()
+    awake = threading.Thread(target=_keep_awake, args=[connection, left], daemon=True)
+    awake.start()
+    try:
+        yield
+    finally:
+        left.set()
+        awake.join()
+        _end(connection)
+
+
+def _begun(database: Database, name: str, wait: Callable[[], None]) -> Connection | None:
+    """A connection whose transaction holds the lock; None if the database does not answer."""
+    lock = select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))
+    while True:
+        try:
+            with ExitStack() as stack:
+                connection = stack.enter_context(database.engine.connect())
+                if connection.scalar(lock):
+                    stack.pop_all()
+                    return connection
+        except _AWAY as error:
+            logger.warning("no turns are taken, the database is away: %s", error)
+            return None
+        wait()  # without a connection, which another thread may need
+
+
+def _keep_awake(connection: Connection, left: threading.Event) -> None:
+    while not left.wait(_PING_S):
+        try:
+            connection.scalar(select(1))
+        except _AWAY as error:
+            logger.warning("others may take their turns too, the database is away: %s", error)
+            return
+
+
+def _end(connection: Connection) -> None:
+    with suppress(*_AWAY):
+        connection.close()  # which ends its transaction

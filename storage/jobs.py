@@ -1,10 +1,5 @@
 """
-The store of jobs: what the API does to them, beside the workers' half of :mod:`storage.claims` and
-:mod:`storage.outcomes`.
-
-Each method is one transaction. Whoever changes a job locks its row first and
-its stages' rows after it, so that no two wait for each other, and the events
-of a job become visible in the order of their ids.
+The store of jobs: what the API does to them and to their pruned models.
 """
 
 import hashlib
@@ -12,55 +7,59 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from storage.listing import (
-    EVERYTHING,
-    NEWEST,
-    Facets,
-    JobFilter,
-    Sort,
-    columns_of,
-    ordered,
-    read_facets,
-)
-from storage.outcomes import OutcomeStore
+from storage.claims import OutcomeStore
+from storage.database import Database
 from storage.records import (
-    Event,
+    VERBS,
+    EventRecord,
     IdempotencyKeyReused,
-    Job,
+    JobRecord,
+    JobState,
     NewStage,
     NoSuchJob,
     Stage,
+    StageKind,
+    StageState,
     StateConflict,
     TooManyJobs,
     TooManyTrials,
     WorkerRecord,
+    settled,
 )
 from storage.rows import (
+    EVERYTHING,
     LOG,
+    NEWEST,
+    Facets,
+    JobFilter,
+    Sort,
     add_event,
     add_stages,
+    columns_of,
     enqueue_again,
     enqueue_stage,
     find_job,
     find_jobs,
     interval,
+    ordered,
+    read_facets,
     set_state,
     update_stage,
 )
-from storage.states import VERBS, JobState, StageKind, StageState, settled
-from storage.tables import events, jobs, stages, workers
+from storage.tables import events, jobs, notifications, stages, workers
 
 
 class JobStore(OutcomeStore):
     """
     All jobs of a database.
 
-    A worker needs the half that is a :class:`~storage.outcomes.OutcomeStore`.
+    A worker needs the half that is a :class:`~storage.claims.OutcomeStore`.
 
     Args:
         database: Migrated.
@@ -82,7 +81,7 @@ class JobStore(OutcomeStore):
         max_unfinished: int = 1000,
         max_urgent: int | None = None,
         max_finished: int | None = None,
-    ) -> tuple[Job, bool]:
+    ) -> tuple[JobRecord, bool]:
         """
         Store a job and put its first stage, or stages, into the queue.
 
@@ -160,7 +159,7 @@ class JobStore(OutcomeStore):
             add_stages(connection, job, [first, *more])
             return find_job(connection, job_id), True
 
-    def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> Job:
+    def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> JobRecord:
         """
         A job with its stages.
 
@@ -182,7 +181,7 @@ class JobStore(OutcomeStore):
         before: int | None = None,
         skip: int = 0,
         limit: int = 50,
-    ) -> list[Job]:
+    ) -> list[JobRecord]:
         """
         Jobs of a list.
 
@@ -218,7 +217,7 @@ class JobStore(OutcomeStore):
         visible_to: uuid.UUID | None = None,
         trials: int = 0,
         max_trials: int | None = None,
-    ) -> Job:
+    ) -> JobRecord:
         """
         Cancel, pause, resume or extend a job.
 
@@ -226,7 +225,7 @@ class JobStore(OutcomeStore):
 
         Args:
             job_id: Which.
-            verb: A key of :data:`storage.states.VERBS`.
+            verb: A key of :data:`storage.records.VERBS`.
             visible_to: Only if this key submitted it; None sees all.
             trials: How many more each island gets; only for ``extend``.
             max_trials: That an island may have in the end.
@@ -258,7 +257,9 @@ class JobStore(OutcomeStore):
             return find_job(connection, job_id)
 
     @contextmanager
-    def deleting(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> Iterator[Job]:
+    def deleting(
+        self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
+    ) -> Iterator[JobRecord]:
         """
         Forget a job that is over or paused, after what the caller deletes of it elsewhere.
 
@@ -289,7 +290,7 @@ class JobStore(OutcomeStore):
         with self.database.transaction() as connection:
             return [*connection.execute(query).scalars()]
 
-    def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[Event]:
+    def events(self, job_id: uuid.UUID, *, after: int = 0, limit: int = 500) -> list[EventRecord]:
         """What happened to a job after the event with this id, oldest first; without logs."""
         query = (
             select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
@@ -298,9 +299,9 @@ class JobStore(OutcomeStore):
             .limit(limit)
         )
         with self.database.transaction() as connection:
-            return [Event(**row._mapping) for row in connection.execute(query)]
+            return [EventRecord(**row._mapping) for row in connection.execute(query)]
 
-    def history(self, job_id: uuid.UUID, *, limit: int) -> list[Event]:
+    def history(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last events of a job, newest first, without logs and what tells how far it is."""
         query = (
             select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
@@ -309,9 +310,9 @@ class JobStore(OutcomeStore):
             .limit(limit)
         )
         with self.database.transaction() as connection:
-            return [Event(**row._mapping) for row in connection.execute(query)]
+            return [EventRecord(**row._mapping) for row in connection.execute(query)]
 
-    def logs(self, job_id: uuid.UUID, *, limit: int) -> list[Event]:
+    def logs(self, job_id: uuid.UUID, *, limit: int) -> list[EventRecord]:
         """The last lines that workers have logged of a job's stages, oldest first: see ``log``."""
         query = (
             select(events.c.id, events.c.kind, events.c.data, events.c.created_at)
@@ -320,7 +321,7 @@ class JobStore(OutcomeStore):
             .limit(limit)
         )
         with self.database.transaction() as connection:
-            return [Event(**row._mapping) for row in connection.execute(query)][::-1]
+            return [EventRecord(**row._mapping) for row in connection.execute(query)][::-1]
 
     def workers(self, *, alive_s: float) -> list[WorkerRecord]:
         """The workers that reported in the last ``alive_s`` seconds, oldest first."""
@@ -353,7 +354,7 @@ class JobStore(OutcomeStore):
             )
 
 
-def _take_up(connection: Connection, job: Job) -> None:
+def _take_up(connection: Connection, job: JobRecord) -> None:
     """Put everything that a job has left to do into the queue."""
     connection.execute(update(jobs).where(jobs.c.id == job.id).values(error=None))
     for stage in job.stages:
@@ -362,7 +363,7 @@ def _take_up(connection: Connection, job: Job) -> None:
             enqueue_again(connection, job, stage)
 
 
-def _extend(connection: Connection, job: Job, trials: int) -> None:
+def _extend(connection: Connection, job: JobRecord, trials: int) -> None:
     """More trials for each island; what follows the searches is done again."""
     if job.state is not JobState.SUCCEEDED and any(_is_late(s) for s in job.stages):
         raise StateConflict(
@@ -402,3 +403,158 @@ def _is_late(stage: Stage) -> bool:
     if stage.kind is StageKind.PERPLEXITY:
         return stage.state is not StageState.DONE  # those that are done may be of a shorter search
     return stage.kind is StageKind.FINISH
+
+
+# The pruned models of jobs, as the API asks for them: which are wanted, and which are old.
+PATTERN = "pattern"  # in the params of a stage: which of a job's patterns it is about
+REMOVED = "removed"  # in the stage's result: when the files were deleted, if they were
+
+_LATER = "Wait until it has succeeded; `prune` in a job's document prunes as soon as that."
+_WAY_OUT = {
+    JobState.FAILED: "Its error says why; resume it first.",
+    JobState.PAUSED: "Resume it, and wait until it has succeeded.",
+    JobState.CANCELLING: "Submit it again.",
+    JobState.CANCELLED: "Submit it again.",
+}
+
+
+def chosen(job: JobRecord, pattern: str | None) -> dict[str, Any]:
+    """The configuration that a job has found; of several patterns, that of one."""
+    found = job.best
+    if pattern is not None:
+        results = (s.result or {} for s in job.of_kind(StageKind.POINT) if s.about == pattern)
+        found = next(results, {}).get("configuration")
+    if found is None:
+        raise LookupError(f"the job has no configuration for {pattern or 'its pattern'}")
+    return found
+
+
+def ask_to_prune(
+    database: Database,
+    job_id: uuid.UUID,
+    *,
+    visible_to: uuid.UUID | None = None,
+    pattern: str | None = None,
+) -> JobRecord:
+    """Have the pruned model of a job written, if it is not there or on its way already."""
+    with database.transaction() as connection:
+        job = find_job(connection, job_id, visible_to=visible_to, lock=True)
+        stage = job.pruning
+        ended = job.state in (JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED)
+        mine = stage is not None and stage.about == pattern
+        if stage and mine and not ended and REMOVED not in (stage.result or {}):
+            return job
+        if job.state is not JobState.SUCCEEDED:
+            raise StateConflict("prune", job.state, _WAY_OUT.get(job.state, _LATER))
+        pruning = (stages.c.job_id == job.id, stages.c.kind == StageKind.PRUNE)
+        connection.execute(delete(stages).where(*pruning))
+        set_state(connection, job, JobState.QUEUED)
+        params = None if pattern is None else {PATTERN: pattern}
+        new = NewStage(kind=StageKind.PRUNE, params=params)
+        add_stages(connection, find_job(connection, job_id), [new])
+        return find_job(connection, job_id)
+
+
+def note_removed(database: Database, job_id: uuid.UUID, when: str) -> None:
+    """Note that the files of a job's pruned model are deleted."""
+    with database.transaction() as connection:
+        stage = find_job(connection, job_id, lock=True).pruning
+        if stage is not None and stage.result is not None:
+            update_stage(connection, stage.id, result={**stage.result, REMOVED: when})
+
+
+def pruned_for(database: Database, days: float, limit: int = 100) -> list[uuid.UUID]:
+    """Some jobs that are over, and whose pruned model has been there for so many days."""
+    query = (
+        select(jobs.c.id)
+        .join(stages, stages.c.job_id == jobs.c.id)
+        .where(
+            jobs.c.state.in_([s for s in JobState if s.is_over]),
+            stages.c.kind == StageKind.PRUNE,
+            stages.c.state == StageState.DONE,
+            stages.c.finished_at < func.now() - interval(days * 86_400),
+            stages.c.result[REMOVED].as_string().is_(None),
+        )
+        .order_by(stages.c.finished_at)
+        .limit(limit)
+    )
+    with database.transaction() as connection:
+        return [*connection.execute(query).scalars()]
+
+
+# Messages that a job has ended: kept until they are delivered, or given up.
+LEASE_S = 120.0  # longer than an attempt takes
+KEEP_S = 30 * 86_400.0  # what was delivered, or given up
+GIVE_UP_AFTER = 12  # attempts; the last is 17 hours after the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notification:
+    """
+    A message to be sent.
+
+    Attributes:
+        id: The same in every attempt.
+        url: Where to.
+        document: JSON values.
+        attempts: How many were made, this one included.
+    """
+
+    id: uuid.UUID
+    url: str
+    document: dict[str, Any]
+    attempts: int
+
+
+def take(database: Database) -> Notification | None:
+    """The message that is due for longest, for :data:`LEASE_S`; None if none is."""
+    due = (
+        select(notifications.c.id)
+        .where(notifications.c.ended_at.is_(None), notifications.c.due_at <= func.now())
+        .order_by(notifications.c.due_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    taken = (
+        update(notifications)
+        .where(notifications.c.id.in_(due.scalar_subquery()))
+        .values(attempts=notifications.c.attempts + 1, due_at=func.now() + interval(LEASE_S))
+        .returning(
+            notifications.c.id,
+            notifications.c.url,
+            notifications.c.document,
+            notifications.c.attempts,
+        )
+    )
+    with database.transaction() as connection:
+        row = connection.execute(taken).first()
+    return None if row is None else Notification(**row._mapping)
+
+
+def end(database: Database, taken: Notification, *, error: str | None = None) -> None:
+    """Note that a message was delivered, or, with an error, that it never will be."""
+    _change(database, taken, ended_at=func.now(), error=error)
+    old = notifications.c.ended_at < func.now() - interval(KEEP_S)
+    with database.transaction() as connection:
+        connection.execute(delete(notifications).where(old))
+
+
+def put_off(database: Database, taken: Notification, *, error: str) -> bool:
+    """
+    Note that a message could not be delivered.
+
+    Returns:
+        Whether it is tried again, later each time; otherwise it is given up.
+    """
+    if taken.attempts >= GIVE_UP_AFTER:
+        end(database, taken, error=error)
+        return False
+    wait_s = 30.0 * 2 ** (taken.attempts - 1)
+    _change(database, taken, due_at=func.now() + interval(wait_s), error=error)
+    return True
+
+
+def _change(database: Database, taken: Notification, **values: Any) -> None:
+    mine = notifications.c.id == taken.id
+    with database.transaction() as connection:
+        connection.execute(update(notifications).where(mine).values(values))

@@ -1,24 +1,111 @@
 """
-The rows of jobs and stages: what the API's half and the workers' half of the store share.
-
-Each function works on the connection of the caller's transaction.
+The rows of jobs and stages: locked, read, listed, and put into the queue.
 """
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, get_args
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from procrastinate import App, SyncPsycopgConnector
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Text,
+    case,
+    cast,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from storage.queue import enqueue
-from storage.records import Claim, Job, LostClaim, NewStage, NoSuchJob, Stage
-from storage.states import JobState, StageKind, StageState, settled
+from storage.records import (
+    Claim,
+    JobRecord,
+    JobState,
+    LostClaim,
+    NewStage,
+    NoSuchJob,
+    Stage,
+    StageKind,
+    StageState,
+    settled,
+)
 from storage.tables import events, jobs, notifications, stages
 
-_JOB = [jobs.c[field.name] for field in fields(Job) if field.name != "stages"]
+# The queue: one procrastinate task, ``run_stage``, which carries the number of a stage.
+TASK = "run_stage"
+
+# Never opened: entries are written on the connection of the caller's transaction.
+_app = App(connector=SyncPsycopgConnector())
+
+
+def enqueue(
+    connection: Connection,
+    stage_id: int,
+    kind: StageKind,
+    *,
+    priority: int,
+    lock: str | None,
+    behind: bool = False,
+) -> int:
+    """Put a stage into the queue, in the caller's transaction."""
+    lowest = priority * len(StageKind)
+    place = lowest + kind.rank
+    if behind:
+        query = text(
+            "SELECT min(priority) FROM procrastinate_jobs"
+            " WHERE status = 'todo' AND priority BETWEEN :lowest AND :place"
+        )
+        last = connection.scalar(query, {"lowest": lowest, "place": place})
+        place = place if last is None else last
+    task = _app.configure_task(
+        TASK,
+        queue=kind.value,
+        priority=place,
+        lock=lock,
+        connection=connection.connection.driver_connection,
+    )
+    return int(task.defer(stage_id=stage_id))
+
+
+def something_waits(
+    connection: Connection, kinds: Sequence[StageKind], *, priority: int, but_of: uuid.UUID
+) -> bool:
+    """Tell whether a stage of another job is in the queue that a worker could take now."""
+    query = text(
+        "SELECT EXISTS (SELECT FROM procrastinate_jobs entry"
+        " JOIN pho.stages ON stages.queue_id = entry.id"
+        " JOIN pho.jobs ON jobs.id = stages.job_id"
+        " WHERE entry.status = 'todo' AND entry.queue_name = ANY(:kinds)"
+        " AND jobs.state = ANY(:states) AND jobs.priority >= :priority AND jobs.id <> :but_of"
+        " AND (entry.scheduled_at IS NULL OR entry.scheduled_at <= now())"
+        " AND NOT EXISTS (SELECT FROM procrastinate_jobs other"
+        "  WHERE other.lock = entry.lock AND other.status = 'doing'))"
+    )
+    states = [state for state in JobState if state.may_work]
+    values = {"kinds": [*kinds], "states": states, "priority": priority, "but_of": but_of}
+    return bool(connection.scalar(query, values))
+
+
+def take_out(connection: Connection, queue_id: int) -> None:
+    """Take an entry out of the queue, in the caller's transaction, whoever has it."""
+    connection.execute(text("DELETE FROM procrastinate_jobs WHERE id = :id"), {"id": queue_id})
+
+
+def take_out_waiting(connection: Connection, queue_id: int | None) -> bool:
+    """Take an entry out of the queue, in the caller's transaction, if no worker has it."""
+    query = text("DELETE FROM procrastinate_jobs WHERE id = :id AND status = 'todo' RETURNING id")
+    return connection.execute(query, {"id": queue_id}).first() is not None
+
+
+_JOB = [jobs.c[field.name] for field in fields(JobRecord) if field.name != "stages"]
 _STAGE = [stages.c[field.name] for field in fields(Stage)]
 
 
@@ -28,7 +115,7 @@ def find_job(
     *,
     visible_to: uuid.UUID | None = None,
     lock: bool = False,
-) -> Job:
+) -> JobRecord:
     """
     A job with its stages.
 
@@ -49,7 +136,7 @@ def find_jobs(
     skip: int = 0,
     limit: int | None = None,
     lock: bool = False,
-) -> list[Job]:
+) -> list[JobRecord]:
     """Jobs with their stages, newest first or in another order, of all keys or of one."""
     query = select(*_JOB).where(*which).order_by(*order).offset(skip).limit(limit)
     if visible_to is not None:
@@ -59,7 +146,7 @@ def find_jobs(
     own = select(*_STAGE).where(stages.c.job_id.in_(of_job)).order_by(stages.c.id)
     for row in connection.execute(own):
         of_job[row.job_id].append(Stage(**row._mapping))
-    return [Job(**row._mapping, stages=of_job[row.id]) for row in rows]
+    return [JobRecord(**row._mapping, stages=of_job[row.id]) for row in rows]
 
 
 def lock_stage(connection: Connection, stage_id: int) -> Row[Any] | None:
@@ -75,7 +162,7 @@ def check_claim(connection: Connection, claim: Claim) -> None:
         raise LostClaim
 
 
-def add_stages(connection: Connection, job: Job, new: Sequence[NewStage]) -> None:
+def add_stages(connection: Connection, job: JobRecord, new: Sequence[NewStage]) -> None:
     """Make stages, and put them into the queue if the job may work; those that exist stay."""
     for stage in new:
         inserted = connection.execute(
@@ -96,7 +183,7 @@ def add_stages(connection: Connection, job: Job, new: Sequence[NewStage]) -> Non
 
 def enqueue_stage(
     connection: Connection,
-    job: Job,
+    job: JobRecord,
     stage_id: int,
     kind: StageKind,
     lock: str | None,
@@ -109,7 +196,7 @@ def enqueue_stage(
 
 
 def enqueue_again(
-    connection: Connection, job: Job, stage: Stage | Row[Any], *, behind: bool = False
+    connection: Connection, job: JobRecord, stage: Stage | Row[Any], *, behind: bool = False
 ) -> None:
     """Put a stage that was in the queue into it again, with the lock that it had."""
     lock = (stage.params or {})["lock"]
@@ -123,7 +210,7 @@ def update_stage(connection: Connection, stage_id: int, **values: Any) -> None:
 
 def set_state(
     connection: Connection,
-    job: Job,
+    job: JobRecord,
     state: JobState,
     *,
     error: Mapping[str, Any] | None = None,
@@ -143,7 +230,7 @@ def set_state(
 
 
 def _add_notification(
-    connection: Connection, job: Job, state: JobState, error: Mapping[str, Any] | None
+    connection: Connection, job: JobRecord, state: JobState, error: Mapping[str, Any] | None
 ) -> None:
     """Store a message that a job has ended, for who asked for it."""
     document = {
@@ -161,7 +248,7 @@ def _add_notification(
     )
 
 
-def settle(connection: Connection, job: Job) -> None:
+def settle(connection: Connection, job: JobRecord) -> None:
     """Write a job's state as it is once no worker is busy with it, if none is."""
     running = connection.execute(
         select(func.count())
@@ -181,7 +268,7 @@ def add_event(
     connection.execute(insert(events).values(job_id=job_id, kind=kind, data=dict(data)))
 
 
-def claimed_job(connection: Connection, claim: Claim) -> Job:
+def claimed_job(connection: Connection, claim: Claim) -> JobRecord:
     """The job, locked, if the claim still holds."""
     try:
         job = find_job(connection, claim.job.id, lock=True)
@@ -191,7 +278,7 @@ def claimed_job(connection: Connection, claim: Claim) -> Job:
     return job
 
 
-def put_down(connection: Connection, job: Job, stage_id: int, failures: int) -> None:
+def put_down(connection: Connection, job: JobRecord, stage_id: int, failures: int) -> None:
     """Nobody works on the stage now; the queue may give it out again."""
     update_stage(connection, stage_id, state=StageState.WAITING, failures=failures, worker_id=None)
     settle(connection, job)
@@ -200,3 +287,173 @@ def put_down(connection: Connection, job: Job, stage_id: int, failures: int) -> 
 def interval(seconds: float) -> Any:
     """So many seconds, in SQL."""
     return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+
+# The list of jobs: which of them, in what order, and how many there are of each kind.
+Sort = Literal[
+    "created", "-created", "name", "-name", "model", "-model", "pattern", "-pattern",
+    "state", "-state", "perplexity", "-perplexity", "rise", "-rise", "gain", "-gain",
+]  # fmt: skip
+SORTS: tuple[Sort, ...] = get_args(Sort)
+NEWEST: Sort = "-created"
+TARGET = "target"  # stands for the pattern of a job that looks for one
+
+_RANKS = {state.value: rank for rank, state in enumerate(JobState)}
+_VALUES: dict[str, ColumnElement[Any]] = {
+    "created": jobs.c.number,
+    "name": func.lower(jobs.c.name),
+    "model": func.lower(jobs.c.models[1]),
+    "pattern": jobs.c.patterns[1],
+    "state": case(_RANKS, value=cast(jobs.c.state, Text)),
+    "perplexity": jobs.c.perplexity,
+    "rise": jobs.c.rise,
+    "gain": jobs.c.gain,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFilter:
+    """
+    Which jobs are listed: those for which everything holds that is given.
+
+    Attributes:
+        visible_to: The key that submitted them; None sees the jobs of all keys.
+        states: They are in one of these.
+        models: They are for one of these models, among others or alone.
+        patterns: They have one of these patterns, or :data:`TARGET` and look for one.
+        name: It is in their name, in capitals or not, or their id begins with it.
+        id_begins: Their id begins so, in lower case and without hyphens.
+    """
+
+    visible_to: uuid.UUID | None = None
+    states: Sequence[JobState] = ()
+    models: Sequence[str] = ()
+    patterns: Sequence[str] = ()
+    name: str | None = None
+    id_begins: str | None = None
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """The same in SQL, but for ``visible_to``."""
+        found: list[ColumnElement[bool]] = []
+        if self.states:
+            found.append(jobs.c.state.in_([*self.states]))
+        if self.models:
+            found.append(jobs.c.models.overlap(_storable(self.models)))
+        if self.patterns:
+            found.append(jobs.c.patterns.overlap(_storable(self.patterns)))
+        digits = func.replace(cast(jobs.c.id, Text), "-", "")
+        if self.name:
+            (name,) = _storable([self.name])
+            begins = name.replace("-", "").lower()
+            named = jobs.c.name.icontains(name, autoescape=True)
+            found.append(
+                or_(named, digits.startswith(begins, autoescape=True)) if begins else named
+            )
+        if self.id_begins is not None:
+            found.append(digits.startswith(self.id_begins, autoescape=True))
+        return found
+
+
+EVERYTHING = JobFilter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facets:
+    """
+    How many jobs there are of each state, model and pattern; each counted as if it alone were not
+    filtered by.
+
+    Attributes:
+        states: All that occur.
+        models: Those that are filtered by first, then the most frequent.
+        patterns: The same.
+    """
+
+    states: Mapping[JobState, int]
+    models: Sequence[tuple[str, int]]
+    patterns: Sequence[tuple[str, int]]
+
+
+def ordered(sort: Sort) -> list[ColumnElement[Any]]:
+    """
+    The order of a list in SQL. Jobs without the value come last, and equal ones newest first.
+
+    Args:
+        sort: What it is sorted by; with a hyphen before it, the highest first.
+    """
+    value = _VALUES[sort.removeprefix("-")]
+    first = value.desc() if sort.startswith("-") else value.asc()
+    return [first.nulls_last(), jobs.c.number.desc()]
+
+
+def read_facets(connection: Connection, which: JobFilter, *, limit: int) -> Facets:
+    """
+    Count the jobs of a list.
+
+    Args:
+        connection: In a transaction.
+        which: The list.
+        limit: At most so many models, and so many patterns.
+    """
+
+    def count(value: Any, without: JobFilter, chosen: Sequence[str] = ()) -> list[tuple[Any, int]]:
+        query = select(value.label("value")).where(*without.conditions())
+        if which.visible_to is not None:
+            query = query.where(jobs.c.owner_id == which.visible_to)
+        each = query.subquery().c.value
+        number = func.count()
+        first = each.in_(_storable(chosen)).desc()
+        counts = select(each, number).group_by(each).order_by(first, number.desc(), each)
+        return [(row[0], row[1]) for row in connection.execute(counts.limit(limit))]
+
+    return Facets(
+        states=dict(count(jobs.c.state, replace(which, states=()))),
+        models=count(func.unnest(jobs.c.models), replace(which, models=()), which.models),
+        patterns=count(func.unnest(jobs.c.patterns), replace(which, patterns=()), which.patterns),
+    )
+
+
+def columns_of(spec: Mapping[str, Any]) -> dict[str, list[str]]:
+    """
+    What a job is listed by from the beginning.
+
+    Args:
+        spec: The document of a search, or of a transfer.
+
+    Returns:
+        Values of the columns ``models`` and ``patterns``.
+    """
+    models = spec.get("models") or [spec.get("model"), *(spec.get("more_models") or ())]
+    asked = spec.get("configuration") or spec
+    patterns = asked.get("patterns") or [TARGET if asked.get("target") else asked.get("pattern")]
+    return {
+        "models": _storable([str(model) for model in models if model]),
+        "patterns": _storable([str(pattern) for pattern in patterns if pattern]),
+    }
+
+
+def found_columns(best: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """
+    What a job is listed by once it has a configuration.
+
+    Args:
+        best: The configuration.
+
+    Returns:
+        Values of the columns ``perplexity``, ``rise`` (its share above the dense model's) and
+        ``gain`` (its share below RIA's).
+    """
+    best = best or {}
+    measured = best.get("perplexities") or {}
+    pruned = measured.get("pruned") or (best.get("confirmation") or {}).get("perplexity")
+    dense, ria = measured.get("dense"), measured.get("ria")
+    return {
+        "perplexity": pruned,
+        "rise": pruned / dense - 1 if pruned and dense else None,
+        "gain": 1 - pruned / ria if pruned and ria else None,
+    }
+
+
+def _storable(texts: Sequence[str]) -> list[str]:
+    """Texts as PostgreSQL takes them: it knows no U+0000."""
+    return [text.replace("\0", "\N{REPLACEMENT CHARACTER}") for text in texts]

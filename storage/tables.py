@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from storage.states import JobState, StageKind, StageState
+from storage.records import JobState, StageKind, StageState
 
 SCHEMA = "pho"
 READER = "pho_reader"  # the role that reads studies, and nothing else
@@ -102,7 +102,7 @@ jobs = Table(
     Column("error", JSON(none_as_null=True)),
     Column("best", JSON(none_as_null=True)),  # the configuration
     Column("warnings", JSON(none_as_null=True)),
-    # What lists are filtered and sorted by: see storage/listing.py.
+    # What lists are filtered and sorted by: see storage/rows.py.
     Column("models", ARRAY(Text), nullable=False, server_default="{}"),
     Column("patterns", ARRAY(Text), nullable=False, server_default="{}"),
     Column("perplexity", Float),

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pho_service.models.architecture import prunable_linears
-from pho_service.planning.shapes import Header, Stored
+from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
 from storage.database import Database
 from storage.embedded import embedded_postgresql
@@ -220,7 +220,9 @@ def header_of() -> Callable[[PreTrainedConfig], Header]:
     def header(config: PreTrainedConfig) -> Header:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tensors = {name: Stored(tuple(p.shape), "BF16") for name, p in model.named_parameters()}
+        tensors = {
+            name: TensorHeader(tuple(p.shape), "BF16") for name, p in model.named_parameters()
+        }
         return Header(config=json.loads(config.to_json_string()), tensors=tensors)
 
     return header

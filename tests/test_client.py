@@ -23,12 +23,11 @@ from pho_service.errors import InvalidInput, PhoError, ServiceError, ServiceUnav
 from pho_service.host.settings import read_settings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
+from storage.claims import Found
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.outcomes import Found
-from storage.records import Claim, NewStage
-from storage.states import StageKind
+from storage.records import Claim, NewStage, StageKind
 from storage.studies import open_storage
 from storage.tables import events, jobs, stages
 

@@ -23,20 +23,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pho_service.errors import InvalidInput, PhoError
-from pho_service.library.files import read_library_file
+from pho_service.library import read_library_file
 from pho_service.models import bundle_file, mask_file
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.mask_file import LayerMask, read_masks, write_masks
-from pho_service.models.recipe_file import read_recipe
-from pho_service.planning.gguf_header import gguf_read_once
-from pho_service.planning.headers import read_header
-from pho_service.planning.machines import CARDS
+from pho_service.models.saving import read_recipe
+from pho_service.planning.costs import CARDS
 from pho_service.planning.plan import plan_job
+from pho_service.planning.shapes import gguf_read_once, read_header
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.second_moments import InputStatistics
+from pho_service.pruning.statistics import InputStatistics
 from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
 from pho_service.spec.job import JobSpec
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients
 from pho_service.spec.transfer import TransferRequest
 
 MEMORY_BYTES = 256 * 2**20  # that all examples together may take beside what the tests have
@@ -330,7 +329,7 @@ def _formats(folder: Path) -> dict[str, Format]:
                    _tensors(_written(lambda p: write_bundle(_bundle(), p), folder),
                             bundle_file.FORMAT)),
         "masks": ("m.safetensors", _read_masks, _tensors(_written(_masks, folder),
-                                                         mask_file.FORMAT)),
+                                                         mask_file.MASK_FORMAT)),
         "gguf": ("m.gguf", _read_gguf, (gguf_file, mutated_bytes(gguf_file))),
         "plan": ("model.safetensors", _read_plan, _header(PLANNED)),
         "plan of gguf": ("m.gguf", _read_plan, (gguf_file, mutated_bytes(gguf_file))),
@@ -451,7 +450,7 @@ def test_declared_sizes(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from pho_service.errors import PhoError
-from pho_service.models.recipe_file import read_recipe
+from pho_service.models.saving import read_recipe
 from pho_service.spec.configuration import read_configuration
 from pho_service.models.bundle_file import read_bundle
 from pho_service.models.loading import load_model

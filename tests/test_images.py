@@ -29,8 +29,7 @@ import httpx
 import psycopg
 import pytest
 
-from storage.postmaster import programs
-from storage.server_user import server_user
+from storage.embedded import programs, server_user
 
 pytestmark = pytest.mark.thorough
 

@@ -9,8 +9,8 @@ import pytest
 from pho_service.cli import VERBS
 
 LIGHT = (
-    "pho_service.spec.candidate", "pho_service.spec.configuration", "pho_service.host.settings",
-    "pho_service.host.files", "pho_service.library.ranking", "pho_service.library.files",
+    "pho_service.spec.steps", "pho_service.spec.configuration", "pho_service.host.settings",
+    "pho_service.host.files", "pho_service.library", "pho_service.library",
     "pho_service.tuning.samplers", "pho_service.tuning.search", "pho_service.spec.space",
     "pho_service.tuning.validation", "pho_service.spec.job", "pho_service.client",
     "pho_service.api.app", "pho_service.api.serving", "pho_service.shown.page",

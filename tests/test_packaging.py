@@ -108,7 +108,7 @@ def test_all_is_both(extras: dict[str, dict[str, Requirement]]) -> None:
 def test_base_is_enough(extras: dict[str, dict[str, Requirement]]) -> None:
     """Remote verbs, client, configuration, library and search need no extra."""
     code = """
-import pho_service.client, pho_service.spec.configuration, pho_service.library.files
+import pho_service.client, pho_service.spec.configuration, pho_service.library
 import pho_service.tuning.search, pho_service.tuning.validation, pho_service.host.settings
 from pho_service.cli import main
 main(["configurations", "--pattern", "2:4", "--library", "."], standalone_mode=False)

@@ -19,37 +19,51 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pho_service.errors import DeviceLost, PhoError
-from pho_service.host.faults import faults_told
-from pho_service.host.task_names import harness_folder
+from pho_service.host.data_sets import harness_folder
+from pho_service.host.machine import faults_told
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline.curve import CurvePoint, CurvePoints, point_warnings
-from pho_service.pipeline.journal import Journal, Piece
+from pho_service.pipeline.curve import (
+    CurvePoint,
+    CurvePoints,
+    next_sparsity,
+    point_warnings,
+    target_found,
+)
 from pho_service.pipeline.rating import ReportText, Subject
-from pho_service.pipeline.search import Asked, SearchInputs, conduct, origin_of
-from pho_service.pipeline.target import next_sparsity, target_found
+from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, conduct, origin_of
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.results import Calibrated, Finished
 from pho_service.spec.transfer import TransferSpec
-from pho_service.tuning.pareto import pareto_study
 from pho_service.tuning.result import SearchResult
-from storage.jobs import JobStore
-from storage.outcomes import Entry, Found
-from storage.pruned import PATTERN
-from storage.records import Claim, Job, LostClaim, NewStage
-from storage.states import StageKind, StageState
+from pho_service.tuning.search import pareto_study
+from storage.claims import Entry, Found
+from storage.jobs import PATTERN, JobStore
+from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind, StageState
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
-from workers.board import of_layers, show_curve, show_result
-from workers.calibrations import Unshared, calibrate_part, calibrated
-from workers.inputs import Inputs
-from workers.island_search import IslandSearch
-from workers.pruning import prune_piece, remove_if_deleted
-from workers.seal import Seal
-from workers.tasks import DENSE, PRUNED, check_tasks, tasks_piece
-from workers.transfers import check_report, failed, transfer_piece
-from workers.warm_start import started, warmed
+from workers.inputs import Seal, WorkerInputs
+from workers.pieces import (
+    DENSE,
+    PRUNED,
+    IslandSearch,
+    Unshared,
+    calibrate_part,
+    calibrated,
+    check_report,
+    check_tasks,
+    failed,
+    of_layers,
+    prune_piece,
+    remove_if_deleted,
+    show_curve,
+    show_result,
+    started,
+    tasks_piece,
+    transfer_piece,
+    warmed,
+)
 from workers.watch import Turns, Watch
 
 logger = logging.getLogger(__name__)
@@ -121,7 +135,7 @@ class Conductor:
     """Does stages, one at a time."""
 
     def __init__(
-        self, store: JobStore, inputs: Inputs, stopping: threading.Event, turns: Turns
+        self, store: JobStore, inputs: WorkerInputs, stopping: threading.Event, turns: Turns
     ) -> None:
         self.store, self.inputs = store, inputs
         self.stopping, self.turns = stopping, turns
@@ -156,7 +170,7 @@ class _Job:
     _opened: "Opened"  # once it is calibrated
 
     def __init__(
-        self, store: JobStore, inputs: Inputs, claim: Claim, watch: Watch, stack: ExitStack
+        self, store: JobStore, inputs: WorkerInputs, claim: Claim, watch: Watch, stack: ExitStack
     ) -> None:
         self._store, self._inputs, self._watch, self._stack = store, inputs, watch, stack
         run = Run(
@@ -378,8 +392,8 @@ class Opened:
 
     def __init__(
         self,
-        inputs: Inputs,
-        job: Job,
+        inputs: WorkerInputs,
+        job: JobRecord,
         spec: JobSpec,
         made: Sequence[Calibrated],
         storage: Callable[[], RDBStorage],

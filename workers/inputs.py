@@ -1,31 +1,289 @@
 """
-What stages work with: models, texts and bundles, the last of each kept for the next stage.
+What stages work with, models, texts and bundles, and hashes of what a job began with.
 """
 
+import logging
+import tempfile
+import time
+import uuid
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from pho_service.errors import BundleError, ChangedInput, TextError
+from pho_service.errors import BundleError, ChangedInput, OutputError, TextError
 from pho_service.host.access import Access, check_data_file
-from pho_service.host.artifacts import PrunedStore
+from pho_service.host.artifacts import PrunedStore, open_store
+from pho_service.host.files import new_file
+from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import CalibrationText
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.task_files import LoadedTasks, load_tasks
+from pho_service.models.tasks import LoadedTasks, load_tasks
 from pho_service.models.texts import Text, TextSource
 from pho_service.pipeline import inputs
+from pho_service.pipeline.bundles import bundle_path, cached_bundle, kept_bundle
 from pho_service.pipeline.rating import ReportText, windows_key
-from pho_service.progress import Progress
+from pho_service.progress import Advance, Progress
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.statistics import Sums
+from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.fields import TextSpec
 from pho_service.spec.job import JobSpec
 from pho_service.spec.transfer import ReportSpec
-from workers.bundles import BundleStore
-from workers.seal import Seal
+
+
+# What the first stage of a job read, so that later stages notice when a file has changed since.
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """
+    Hashes of the inputs of one model of a job. A None is not compared.
+
+    Attributes:
+        local: Whether the model lay on this service's disks, and not on the hub.
+        revision: Commit of a hub model.
+        weights_sha256: Hash of the weights, as loaded.
+        dtype: Type that the weights were loaded in.
+        calibration: Hash of the calibration windows.
+        confirmation: Hash of the windows that perplexities are measured on.
+    """
+
+    local: bool | None = None
+    revision: str | None = None
+    weights_sha256: str | None = None
+    dtype: str | None = None
+    calibration: str | None = None
+    confirmation: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        text: CalibrationText,
+        confirmation: ReportText | None,
+        *,
+        local: bool,
+    ) -> Self:
+        """Write down what was read."""
+        return cls(
+            local=local,
+            revision=model.revision,
+            weights_sha256=model.weights_sha256,
+            dtype=model.to_dict()["dtype"],
+            calibration=windows_key(text.calibration),
+            confirmation=None if confirmation is None else confirmation.key,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    def check_place(self, name: str, *, local: bool) -> None:
+        """Raise ChangedInput if the model was local, and would be asked of the hub now."""
+        if self.local and not local:
+            raise ChangedInput(
+                f"the model {name} was a local one when the job began, and is no longer there; "
+                "the hub is not asked for a model of the same name. Put it back, then resume the "
+                "job."
+            )
+
+    def check_model(self, name: str, weights_sha256: Callable[[str | None], str]) -> None:
+        """Raise ChangedInput if the hash of the weights, in the given dtype, is another one."""
+        if self.weights_sha256 is not None:
+            _compare(f"the model {name}", self.weights_sha256, weights_sha256(self.dtype))
+
+    def check_calibration(self, name: str, text: CalibrationText) -> None:
+        """Raise ChangedInput if these are not the windows that the job was calibrated on."""
+        if self.calibration is not None:
+            now = windows_key(text.calibration)
+            _compare(f"the calibration text {name}", self.calibration, now)
+
+    def check_confirmation(self, name: str, text: ReportText) -> None:
+        """Raise ChangedInput if these are not the windows that the job began with."""
+        if self.confirmation is not None:
+            _compare(f"the text {name}, which perplexities are measured on,", self.confirmation,
+                     text.key)  # fmt: skip
+
+
+def _compare(what: str, before: str, now: str) -> None:
+    if before != now:
+        raise ChangedInput(
+            f"{what} has changed since the job began (hash {before[:12]} then, {now[:12]} now): "
+            "what would be measured now cannot be compared with what was measured before. Put "
+            "the former files back and resume the job, or submit it again for the present ones."
+        )
+
+
+# Where all workers keep their bundles: a folder, or an object store behind an fsspec URL.
+logger = logging.getLogger(__name__)
+
+Turns = Callable[[str, Callable[[], None]], AbstractContextManager[None]]
+
+_ABANDONED = timedelta(days=7)  # the shards of a calibration that nobody has ended
+_LOOK_S = 0.5  # while another one makes the bundle
+
+
+def _wait(advance: Advance) -> None:
+    time.sleep(_LOOK_S)
+    advance(0)
+
+
+class BundleStore:
+    """
+    Bundles by their key, in a folder, or copied to ``cache_dir`` from what fsspec understands.
+
+    What ``turns`` gives nobody else is inside of with the same name; it calls its second argument
+    while somebody is.
+    """
+
+    def __init__(self, url: str, cache_dir: Path, turns: Turns = lambda *_: nullcontext()) -> None:
+        self._turns = turns
+        self._files, root = open_store(url)
+        local = isinstance(self._files, LocalFileSystem)
+        self._root = root
+        self._remote = None if local else f"{root}/bundles"
+        self._folder = Path(root) if local else cache_dir
+
+    def read(self, key: str) -> ProxyBundle:
+        """The bundle with this key, unless it is damaged or another one has its name."""
+        self._download(key)
+        return kept_bundle(self._folder, key)
+
+    def ensure(
+        self,
+        model: LanguageModel,
+        text: CalibrationText,
+        settings: CalibrationSettings,
+        progress: Progress,
+    ) -> ProxyBundle:
+        """
+        The bundle of a calibration; it is made if it is not there, or damaged.
+
+        If several need it at the same time, one makes it, from the shards that are kept and
+        those that are missing.
+        """
+        key = text.bundle_key
+        bundle = self._found(key)
+        if bundle is not None:
+            return bundle
+        with ExitStack() as stack:
+            with progress("Looking for the bundle", 1) as advance:
+                stack.enter_context(self._turns(f"bundle {key}", lambda: _wait(advance)))
+            bundle = self._found(key)  # since another one has made it
+            if bundle is not None:
+                return bundle
+            known = partial(self.sums, key)
+            bundle = cached_bundle(model, text, settings, self._folder, progress, known)
+            self._upload(key, replace=True)
+            self._tidy(key)
+        return bundle
+
+    def _found(self, key: str) -> ProxyBundle | None:
+        try:
+            bundle = self.read(key)
+        except BundleError:
+            return None
+        self._upload(key, replace=False)  # if it is in our cache alone
+        return bundle
+
+    def has(self, key: str) -> bool:
+        """Whether there is a bundle with this key, damaged or not."""
+        path = bundle_path(self._folder, key)
+        try:
+            return path.is_file() or bool(self._remote and self._files.exists(self._place(path)))
+        except OSError as error:
+            raise OutputError(f"the bundle {path.name} cannot be looked for: {error}.") from error
+
+    def keep_sums(self, key: str, shard: int, sums: Sums) -> None:
+        """Keep what a shard of a calibration gave, until the bundle is made."""
+        place = self._shard(key, shard)
+        try:
+            with tempfile.TemporaryDirectory(prefix="pho-") as folder:
+                self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
+                if self._remote is None:
+                    write_sums(sums, Path(place), key=key, shard=shard)
+                    return
+                path = Path(folder) / "sums"
+                write_sums(sums, path, key=key, shard=shard)
+                self._put(path, place)
+        except (OSError, OutputError) as error:
+            if self.has(key):  # made meanwhile, and the shards' folder removed
+                return
+            raise OutputError(f"the shard {place} cannot be stored: {error}") from error
+
+    def sums(self, key: str, shard: int) -> Sums | None:
+        """What a shard of a calibration gave; None if it is not there, or damaged."""
+        place = self._shard(key, shard)
+        try:
+            with tempfile.TemporaryDirectory(prefix="pho-") as folder:
+                path = Path(place)
+                if self._remote is not None:
+                    path = Path(folder) / "sums"
+                    self._files.get_file(place, str(path))
+                return read_sums(path, key=key, shard=shard)
+        except (BundleError, FileNotFoundError):
+            return None
+        except OSError as error:
+            raise OutputError(f"the shard {place} cannot be read: {error}.") from error
+
+    def _tidy(self, key: str) -> None:
+        """Remove the shards of a bundle that is made, and those that nobody has come back to."""
+        try:
+            for place in self._files.ls(f"{self._root}/shards", detail=False):
+                if place.endswith(f"/{key}") or self._is_old(place):
+                    self._files.rm(place, recursive=True)
+        except FileNotFoundError:
+            pass  # there are none
+        except OSError as error:
+            logger.warning("shards of a calibration could not be removed: %s", error)
+
+    def _is_old(self, place: str) -> bool:
+        times = [self._files.modified(file).astimezone(UTC) for file in self._files.find(place)]
+        return bool(times) and datetime.now(UTC) - max(times) > _ABANDONED
+
+    def _shard(self, key: str, shard: int) -> str:
+        return f"{self._root}/shards/{key}/{shard}.safetensors"
+
+    def _place(self, path: Path) -> str:
+        return f"{self._remote}/{path.name}"
+
+    def _put(self, path: Path, place: str) -> None:
+        """Under a name of its own first: nobody ever sees half a file."""
+        partial_place = f"{place}.{uuid.uuid4().hex}.part"
+        self._files.put_file(str(path), partial_place)
+        self._files.mv(partial_place, place)
+
+    def _download(self, key: str) -> None:
+        path = bundle_path(self._folder, key)
+        if self._remote is None or path.is_file():
+            return
+        remote = f"{self._remote}/{path.name}"
+        try:
+            if self._files.exists(remote):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with new_file(path) as partial:
+                    self._files.get_file(remote, str(partial))
+        except OSError as error:
+            raise OutputError(f"the bundle {remote} cannot be read: {error}.") from error
+
+    def _upload(self, key: str, *, replace: bool) -> None:
+        path = bundle_path(self._folder, key)
+        if self._remote is None:
+            return
+        remote = f"{self._remote}/{path.name}"
+        try:
+            if replace or not self._files.exists(remote):
+                self._files.makedirs(self._remote, exist_ok=True)
+                self._put(path, remote)
+        except OSError as error:
+            raise OutputError(f"the bundle {remote} cannot be stored: {error}.") from error
+
 
 T = TypeVar("T")
 
@@ -61,7 +319,7 @@ def _state(source: TextSource | str) -> Hashable:
     return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
 
 
-class Inputs(inputs.Inputs):
+class WorkerInputs(inputs.Inputs):
     """
     Opens what a job names where it may lie on this machine, and keeps the last of each.
 

@@ -1,7 +1,8 @@
 """
-The process that a worker is: the folder that it works in, and a new process in its place.
+The process that a worker is: its folder, its GPU, and a new process in its place.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -9,11 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from filelock import FileLock, Timeout
+
+from pho_service.errors import InvalidInput
+from pho_service.host.machine import first_words
+from pho_service.models.devices import gpus, pick_device
 
 _PREFIX = "pho-worker-"
 _LOCK = "in-use"
@@ -61,3 +67,87 @@ def start_anew(arguments: Sequence[str]) -> NoReturn:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a GPU's memory is free once its files are closed
     command = [sys.executable, "-m", "workers", *arguments]
     os.execv(sys.executable, command)  # noqa: S606 - our own interpreter
+
+
+# One GPU for each worker of a machine.
+logger = logging.getLogger(__name__)
+
+ALL = "all"  # GPUs of this machine, together
+
+
+@contextmanager
+def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
+    """
+    The device to work on; of GPUs, one that no other worker of this machine has.
+
+    What is locked is the card, whichever number a process knows it by. With ``auto`` and
+    ``cuda`` it is the first that is free and works. If none is free, ``auto`` shares the first
+    one, with a warning.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or ``all``: every GPU, for models that lie
+            on several. The first is given.
+        locks: Where the files lie that workers of this machine lock; the
+            system's temporary folder by default.
+
+    Raises:
+        InvalidInput: torch does not know the device, it does not exist or does not work, or
+            another worker has it.
+    """
+    if name == ALL:
+        with ExitStack() as stack:
+            taken_all = [stack.enter_context(take_device(str(card), locks)) for card in gpus()]
+            if not taken_all:
+                raise InvalidInput("--device all needs GPUs, and torch sees none. Use auto or cpu.")
+            yield taken_all[0]
+        return
+    device = pick_device(name)
+    if device.type != "cuda":
+        yield device
+        return
+    indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    folder = locks or Path(tempfile.gettempdir())
+    taken, why_not = [], []
+    for card in (torch.device("cuda", index) for index in indices):
+        broken = _why_broken(card)
+        if broken is not None:
+            why_not.append(f"{card} does not work{broken}")
+            logger.warning("%s", why_not[-1])
+            continue
+        lock = FileLock(folder / f"pho-gpu-{_uuid(card)}.lock", mode=0o666)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken.append(card)
+            why_not.append(f"{card} (GPU {_uuid(card)}) is another worker's on this machine")
+            continue
+        except PermissionError:
+            words = "whether another user's worker has %s is not known: %s may not be opened"
+            logger.warning(words, card, lock.lock_file)
+        try:
+            yield card
+        finally:
+            lock.release()
+        return
+    if name == "auto" and taken:
+        logger.warning("all GPUs are taken by other workers: sharing %s", taken[0])
+        yield taken[0]
+        return
+    raise InvalidInput(
+        f"--device {name}: {'; '.join(why_not)}. One worker has one GPU: start no more workers "
+        "than there are GPUs, or use --device cpu."
+    )
+
+
+def _uuid(card: torch.device) -> str:
+    """Return the card's own id: its number depends on CUDA_VISIBLE_DEVICES."""
+    return str(torch.cuda.get_device_properties(card).uuid)
+
+
+def _why_broken(card: torch.device) -> str | None:
+    """What is wrong with a card; None if something can be computed on it."""
+    try:
+        torch.ones(1, device=card).sum().item()
+    except RuntimeError as error:
+        return first_words(error)
+    return None

@@ -1,5 +1,5 @@
 """
-Whether a stage may go on: its job may be paused, cancelled or deleted, and its worker stopped.
+Whether a stage may go on, what it logs, and how it is let go of by force.
 """
 
 import logging
@@ -8,15 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from pho_service.errors import plain_line
+from pho_service.host.logs import is_about, redact
 from pho_service.progress import Advance
 from storage.jobs import JobStore
-from storage.records import Claim
-from storage.states import StageKind
-from storage.studies import DatabaseGone
+from storage.records import Claim, LostClaim, StageKind
+from storage.studies import DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)
+
 
 LOOK_EVERY_S = 1.0  # between two looks at whether the job may go on
 
@@ -110,3 +114,119 @@ class Watch:
             self.look()
 
         yield advance
+
+
+# What a worker logs while it works on a stage, kept with the job for its page.
+MOST_LINES = 200  # of an attempt; the worker's own log has all
+_LONGEST = 500  # characters of a line
+# What every record has, and every line of a stage.
+_SAME = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
+_SAME |= {"job", "stage", "number", "attempt", "worker", "trace", "span"}
+
+
+class StageLog(logging.Handler):
+    """
+    Takes the lines that are logged about a stage, until they are stored.
+
+    Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
+    """
+
+    def __init__(self, store: JobStore, claim: Claim, worker: str) -> None:
+        super().__init__(logging.INFO)
+        self._store, self._claim, self._worker = store, claim, worker
+        self._lines: list[str] = []
+        self._count = 0
+        self._storing = threading.Lock()
+
+    def __enter__(self) -> "StageLog":
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+        self.store()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line."""
+        if not is_about(job=str(self._claim.job.id)) or self._count > MOST_LINES:
+            return
+        self._count += 1
+        at = datetime.fromtimestamp(record.created, UTC)
+        said = record.getMessage().replace(f" of job {self._claim.job.id}", "")
+        said = plain_line(redact(" ".join([said, *_more(record)])))[:_LONGEST]
+        if self._count > MOST_LINES:
+            said = "... The worker's own log has the rest."
+        self._lines.append(f"{at:%H:%M:%S} {record.levelname} {said}")
+
+    def store(self) -> None:
+        """Store the lines that are not stored yet; later, if the database is away."""
+        with self._storing:
+            lines = self._lines[:]
+            if not lines:
+                return
+            try:
+                self._store.log(self._claim, lines, worker=self._worker)
+            except DatabaseGone:
+                return
+            del self._lines[: len(lines)]
+
+
+def _more(record: logging.LogRecord) -> list[str]:
+    """The fields of a line; folders of the machine are nobody's business."""
+    fields = {n: v for n, v in record.__dict__.items() if n not in _SAME and v is not None}
+    return [f"{n}={v}" for n, v in fields.items() if not Path(str(v)).is_absolute()]
+
+
+# The stage that a worker has in hand, and how it is let go of where its own thread does not.
+PATIENCE_S = 5.0  # with a stage that should be put down
+
+
+class Hold:
+    """At most one stage at a time."""
+
+    def __init__(self, store: JobStore, worker: str) -> None:
+        self._store, self._worker = store, worker
+        self._log: StageLog | None = None
+        self._claim: Claim | None = None
+        self._late_since: float | None = None  # when it was seen that it should be put down
+
+    @contextmanager
+    def of(self, claim: Claim) -> Iterator[None]:
+        """Inside, a thread works on a stage, and what it logs is kept with the job."""
+        self._late_since, self._claim = None, claim
+        try:
+            with StageLog(self._store, claim, self._worker) as self._log:
+                yield
+        finally:
+            self._log = self._claim = None
+
+    def is_stuck(self) -> bool:
+        """Tell whether the stage should have been put down a few seconds ago; store its log."""
+        claim, log, since = self._claim, self._log, self._late_since
+        if claim is None:
+            return False
+        if log is not None:
+            log.store()
+        try:
+            late = not self._store.watch(claim).may_work
+        except LostClaim:
+            late = True
+        if claim is not self._claim:  # that one was put down meanwhile
+            return False
+        now = time.monotonic()
+        self._late_since = (since or now) if late else None
+        return late and since is not None and now - since > PATIENCE_S
+
+    def give_up(self) -> None:
+        """Hand the stage in hand back, if there is one: its thread ends with the process."""
+        claim = self._claim
+        if claim is None:
+            return
+        logger.warning(
+            "%s of job %s does not stop by itself: it is handed back, and this process ends",
+            claim.stage.kind, claim.job.id,
+        )  # fmt: skip
+        try:
+            self._store.give_up(claim)
+        except (LostClaim, StorageError) as error:
+            logger.warning("it was not handed back: %s", error or "it is another worker's")

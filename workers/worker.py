@@ -37,26 +37,20 @@ from tenacity.wait import wait_exponential
 from pho_service.errors import DeviceLost, OutOfMemory, PhoError, renamed
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore, store_url
-from pho_service.host.faults import let_go_of_memory
-from pho_service.host.logs import about
+from pho_service.host.logs import about, span
+from pho_service.host.machine import let_go_of_memory
 from pho_service.host.settings import Settings
-from pho_service.host.tracing import span
 from pho_service.spec.job_options import document_fields
 from storage.claims import worker_name
-from storage.database import Database
+from storage.database import Database, taking_turns
 from storage.jobs import JobStore
-from storage.locks import taking_turns
-from storage.queue import TASK
-from storage.records import Claim, LostClaim
-from storage.states import StageKind
+from storage.records import Claim, LostClaim, StageKind
+from storage.rows import TASK
 from storage.studies import DatabaseGone, StorageError
-from workers.bundles import BundleStore
 from workers.conductor import Conductor
-from workers.devices import ALL, take_device
-from workers.hold import PATIENCE_S, Hold
-from workers.inputs import Inputs
-from workers.process import own_folder, start_anew
-from workers.watch import HandBack, TurnOver, Turns
+from workers.inputs import BundleStore, WorkerInputs
+from workers.process import ALL, own_folder, start_anew, take_device
+from workers.watch import PATIENCE_S, HandBack, Hold, TurnOver, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +125,7 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
             )
             pruned = PrunedStore.of(settings)
             os.chdir(folder)  # so that no name of a job is by chance a file's here
-            inputs = Inputs(access, bundles, pruned, device, spread=options.device == ALL)
+            inputs = WorkerInputs(access, bundles, pruned, device, spread=options.device == ALL)
             worker = _Worker(database, settings, options, inputs)
             try:
                 asyncio.run(worker.run())
@@ -145,7 +139,7 @@ def run_worker(database_url: str, settings: Settings, options: WorkerOptions) ->
 
 class _Worker:
     def __init__(
-        self, database: Database, settings: Settings, options: WorkerOptions, inputs: Inputs
+        self, database: Database, settings: Settings, options: WorkerOptions, inputs: WorkerInputs
     ) -> None:
         self._id = uuid.uuid4()
         self._database = database

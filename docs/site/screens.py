@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from pho_service.client import Client
 from pho_service.models.builtin import smollm2, write_texts
-from storage.states import JobState
+from storage.records import JobState
 
 SCREENS = Path(__file__).parents[1] / "screens"
 SIZES = {"wide": (1280, "light"), "narrow": (420, "light"), "dark": (1280, "dark")}

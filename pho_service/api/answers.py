@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pho_service.library.entries import ModelFacts
-from pho_service.spec.perplexities import Perplexities
-from pho_service.spec.quality import ProxyQuality
+from pho_service.library import ModelFacts
+from pho_service.spec.configuration import Perplexities, ProxyQuality
 from pho_service.spec.tasks import TaskScores
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 
 class _Answer(BaseModel):

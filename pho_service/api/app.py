@@ -15,29 +15,25 @@ from fastapi_offline import FastAPIOffline
 
 from pho_service.api import (
     artifacts,
-    compare,
     configurations,
+    guard,
     job_list,
     job_page,
     jobs,
-    login,
     new_job,
     operations,
     plan,
     problems,
     report,
-    transfers,
 )
 from pho_service.api.answers import Problem
-from pho_service.api.bodies import BodyLimit
 from pho_service.api.dashboard import Dashboard
 from pho_service.api.guard import KeyGuard
-from pho_service.api.notify import AT_ONCE, keep_telling
+from pho_service.api.operations import AT_ONCE, keep_telling, keep_up
 from pho_service.api.pages import Pages, SafeHeaders, icon
-from pho_service.api.requests import RequestLog
+from pho_service.api.requests import BodyLimit, RequestLog
 from pho_service.api.schema import without_null
 from pho_service.api.service import Service
-from pho_service.api.upkeep import keep_up
 from pho_service.host.settings import Settings
 from storage.database import Database
 
@@ -72,8 +68,8 @@ def create_app(database: Database, settings: Settings, *, keys_needed: bool = Fa
         redirect_slashes=False,
     )
     app.state.service = service
-    pages = (job_list, new_job, job_page, compare, login)
-    parts = (*pages, jobs, artifacts, plan, report, transfers, configurations, operations)
+    pages = (job_list, new_job, job_page, guard)
+    parts = (*pages, jobs, artifacts, plan, report, configurations, operations)
     routers = tuple(part.router for part in parts)
     problems.add_handlers(app, [route for router in routers for route in router.routes])
     for router in routers:

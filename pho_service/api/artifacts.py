@@ -13,14 +13,13 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from pho_service.api.answers import Artifact, ArtifactList, Job
-from pho_service.api.describe import check_search, configuration_of, describe
+from pho_service.api.describe import check_search, configuration_of, describe, pattern_named
 from pho_service.api.jobs import OnePattern
-from pho_service.api.points import pattern_named
 from pho_service.api.problems import Conflict, documented, problem
 from pho_service.api.service import CallerParam, Service, ServiceParam
 from storage import records as stored
-from storage.pruned import REMOVED, ask_to_prune, note_removed
-from storage.states import JobState
+from storage.jobs import REMOVED, ask_to_prune, note_removed
+from storage.records import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
 
@@ -48,7 +47,7 @@ def prune(
 
 def asked(
     service: Service, job_id: UUID, *, visible_to: UUID | None, pattern: str | None = None
-) -> stored.Job:
+) -> stored.JobRecord:
     """
     The job, whose pruned model is written or on its way.
 
@@ -81,7 +80,7 @@ def artifacts(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Artif
     return listed(service.jobs.get(job_id, visible_to=caller.visible_to))
 
 
-def listed(job: stored.Job) -> ArtifactList:
+def listed(job: stored.JobRecord) -> ArtifactList:
     """
     The files of a job's pruned model, by name.
 
@@ -95,7 +94,7 @@ def listed(job: stored.Job) -> ArtifactList:
     return ArtifactList(job_id=job.id, files=files, bytes=sum(file.bytes for file in files))
 
 
-def _pruned(job: stored.Job) -> dict[str, Any]:
+def _pruned(job: stored.JobRecord) -> dict[str, Any]:
     """What the stage that wrote the pruned model has stored."""
     check_search(job)
     result = job.pruning.result if job.pruning else None

@@ -15,9 +15,17 @@ from pho_service.api.problems import TooManyConfigurations, documented, wrong_pa
 from pho_service.api.schema import PATTERN, library_document
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.library.entries import FACTS_VERSION, Entry, gains_by
-from pho_service.library.files import LibraryFile, parse_library_file, stored_file
-from pho_service.library.ranking import Match, Wanted, rank
+from pho_service.library import (
+    FACTS_VERSION,
+    Entry,
+    LibraryFile,
+    Match,
+    Wanted,
+    gains_by,
+    parse_library_file,
+    rank,
+    stored_file,
+)
 from pho_service.spec.fields import FieldError
 from pho_service.spec.pattern import Scope
 from storage.configurations import NoSuchConfiguration, StoredConfiguration, StoredFacts

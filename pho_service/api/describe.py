@@ -1,32 +1,153 @@
 """
-Jobs as the API shows them.
+Jobs as the API shows them, those with several patterns included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pho_service.api.answers import Best, Job, JobError, Progress, Step
-from pho_service.api.points import (
-    is_several,
-    most_points,
-    pattern_named,
-    points,
-    several_found,
-)
-from pho_service.api.problems import Conflict
-from pho_service.spec.quality import ProxyQuality
+from pho_service.api.answers import Best, Job, JobError, Point, Progress, Step
+from pho_service.api.problems import Conflict, wrong_parameter
+from pho_service.errors import InvalidInput
+from pho_service.spec.configuration import ProxyQuality
+from pho_service.spec.curve import Target
+from pho_service.spec.pattern import Pattern
 from pho_service.spec.tasks import TaskScores
 from storage import records as stored
-from storage.pruned import REMOVED, chosen
-from storage.states import JobState, StageKind, StageState
+from storage.jobs import REMOVED, chosen
+from storage.records import JobState, StageKind, StageState
 from storage.studies import pareto_study_name, study_name
+
+
+# Jobs with several patterns as the API shows them: a point for each, and the curve of all.
+def is_several(spec: Mapping[str, Any]) -> bool:
+    """Whether a job's document asks for several patterns, or for a target."""
+    return bool(spec.get("patterns") or spec.get("target"))
+
+
+def most_points(job: stored.JobRecord) -> int:
+    """The most patterns that a job searches; once it is over, those that it has."""
+    target = job.spec.get("target")
+    if target is None:
+        return len(job.spec["patterns"])
+    stages = job.of_kind(StageKind.POINT)
+    done = bool(job.of_kind(StageKind.FINISH))
+    return len(stages) if done else Target.model_validate(target).most_points
+
+
+def points(job: stored.JobRecord) -> list[Point] | None:
+    """What there is of each pattern, by sparsity; None of a job with one pattern."""
+    if not is_several(job.spec):
+        return None
+    found = [_point(job, stage) for stage in job.of_kind(StageKind.POINT)]
+    return sorted(found, key=lambda each: (each.sparsity, each.pattern))
+
+
+def _point(job: stored.JobRecord, stage: stored.Stage) -> Point:
+    text = str(stage.about)
+    pattern = Pattern.parse(text, None if ":" in text else job.spec.get("scope"))
+    known = {name: value for name, value in (stage.result or {}).items() if name in _MEASURED}
+    target = job.spec.get("target")
+    within = None
+    if target is not None and known:
+        limit = Target.model_validate(target).limit(known["dense"])
+        within = bool(known["perplexity"] <= limit)
+    return Point(
+        pattern=text,
+        scope=pattern.scope.value,
+        sparsity=pattern.sparsity,
+        state=stage.state.value,
+        trials_done=stage.done,
+        within=within,
+        **known,
+    )
+
+
+_MEASURED = ("perplexity", "rise", "dense", "wanda", "ria", "proxy", "trials", "seconds")
+
+
+def curve(job: stored.JobRecord) -> dict[str, Any] | None:
+    """The measured points as the curve.json of `pho curve` has them; None without any."""
+    results = [s.result for s in job.of_kind(StageKind.POINT) if s.result is not None]
+    if not results:
+        return None
+    ordered = sorted(results, key=lambda each: (each["sparsity"], each["pattern"]))
+    (calibrated,) = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE))
+    return {
+        "model": dict(calibrated["provenance"].get("model", {})),
+        "dense": ordered[0]["dense"],
+        "confirmation": ordered[0]["configuration"]["confirmation"],
+        "calibration": {"seconds": calibrated.get("seconds")},
+        "points": ordered,
+    }
+
+
+def answer_stage(job: stored.JobRecord) -> stored.Stage | None:
+    """The point that a target's answer is; None where there is no answer, or not one alone."""
+    study = ((job.best or {}).get("search") or {}).get("study")
+    stages = job.of_kind(StageKind.POINT)
+    return next((s for s in stages if s.result and s.result["study"] == study), None)
+
+
+def pattern_named(job: stored.JobRecord, pattern: str) -> str | None:
+    """
+    One of a job's patterns as its stages name it; None if it is the only one.
+
+    Raises:
+        RequestValidationError: It is not a pattern.
+        Conflict: The job does not have it, or has not searched it yet.
+    """
+    try:
+        wanted = str(Pattern.parse(pattern))
+    except InvalidInput as error:
+        raise wrong_parameter("pattern", str(error)) from error
+    if not is_several(job.spec) and wanted == str(Pattern.parse(job.spec["pattern"])):
+        return None
+    stages = {str(s.about): s for s in job.of_kind(StageKind.POINT)}
+    if wanted not in stages:
+        mine = ", ".join(stages) or job.spec.get("pattern") or "none yet"
+        raise Conflict(
+            "no_such_pattern", f"The job has no pattern {pattern}. Its patterns: {mine}.", job.state
+        )
+    if stages[wanted].state is not StageState.DONE:
+        raise Conflict(
+            "no_configuration",
+            f"The job is {job.state} and has no configuration at {pattern} yet.",
+            job.state,
+        )
+    return wanted
+
+
+def several_found(job: stored.JobRecord) -> dict[str, Any]:
+    """
+    What the target of a job with several patterns has found.
+
+    Raises:
+        Conflict: There is nothing yet; or each pattern has a configuration, and none is named.
+    """
+    if job.best is not None:
+        return job.best
+    done = [str(s.about) for s in job.of_kind(StageKind.POINT) if s.result is not None]
+    if job.spec.get("target") or not done:
+        raise Conflict(
+            "no_configuration",
+            f"The job is {job.state} and has no configuration yet. Its points show what was "
+            "measured so far.",
+            job.state,
+        )
+    raise Conflict(
+        "several_patterns",
+        "The job has a configuration for each of its patterns: say which, as "
+        f"?pattern={done[0]}. Found: {', '.join(done)}.",
+        job.state,
+    )
+
 
 _QUALITIES = TypeAdapter(dict[str, ProxyQuality])  # by proxy
 
 
-def describe(job: stored.Job, notes: Sequence[str] = ()) -> Job:
+def describe(job: stored.JobRecord, notes: Sequence[str] = ()) -> Job:
     """A job as the API shows it, with notes beside its warnings."""
     best = None
     if job.best is not None:
@@ -60,7 +181,7 @@ def describe(job: stored.Job, notes: Sequence[str] = ()) -> Job:
     )
 
 
-def configuration_of(job: stored.Job, pattern: str | None = None) -> dict[str, Any]:
+def configuration_of(job: stored.JobRecord, pattern: str | None = None) -> dict[str, Any]:
     """
     Result of a search.
 
@@ -89,7 +210,7 @@ def configuration_of(job: stored.Job, pattern: str | None = None) -> dict[str, A
     return job.best
 
 
-def check_search(job: stored.Job) -> None:
+def check_search(job: stored.JobRecord) -> None:
     """
     Raises:
         Conflict: The job is a transfer, not a search.
@@ -103,7 +224,7 @@ def check_search(job: stored.Job) -> None:
         )
 
 
-def failure(job: stored.Job) -> str | None:
+def failure(job: stored.JobRecord) -> str | None:
     """Why a job failed, as a sentence."""
     if job.error is None:
         return None
@@ -112,12 +233,12 @@ def failure(job: stored.Job) -> str | None:
     return f"The job failed in {error.stage}{where}: {error.message} ({error.type})"
 
 
-def is_transfer(job: stored.Job) -> bool:
+def is_transfer(job: stored.JobRecord) -> bool:
     """Whether a job measures a configuration on other models, and searches nothing."""
     return job.spec.get("kind") == "transfer"
 
 
-def check_one_pattern(job: stored.Job) -> None:
+def check_one_pattern(job: stored.JobRecord) -> None:
     """
     Raises:
         Conflict: The job has several patterns, each with a search of its own.
@@ -131,19 +252,19 @@ def check_one_pattern(job: stored.Job) -> None:
         )
 
 
-def islands(job: stored.Job) -> int:
+def islands(job: stored.JobRecord) -> int:
     """How many studies a job has: of its islands, or of its patterns; a transfer has none."""
     if is_several(job.spec):
         return len(job.of_kind(StageKind.POINT))
     return int(job.spec.get("islands", 0))
 
 
-def study_names(job: stored.Job) -> list[str]:
+def study_names(job: stored.JobRecord) -> list[str]:
     """The names of its studies, island by island."""
     return [study_name(job.name, island) for island in range(islands(job))]
 
 
-def studies_in_words(job: stored.Job) -> dict[str, str]:
+def studies_in_words(job: stored.JobRecord) -> dict[str, str]:
     """
     What to call each study of a job, by the study's name: those of its islands, or of its patterns,
     with the one that has the trials of all of these. Some may not have begun.
@@ -160,13 +281,13 @@ def studies_in_words(job: stored.Job) -> dict[str, str]:
     }
 
 
-def _warnings(job: stored.Job) -> list[str]:
+def _warnings(job: stored.JobRecord) -> list[str]:
     """Those of all models of a transfer."""
     results = (stage.result or {} for stage in job.of_kind(StageKind.TRANSFER))
     return [warning for result in results for warning in result.get("warnings", [])]
 
 
-def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
+def _validation(job: stored.JobRecord) -> dict[str, ProxyQuality] | None:
     for stage in job.of_kind(StageKind.FINISH):
         found = (stage.result or {}).get("validation")
         if found is not None:
@@ -174,7 +295,7 @@ def _validation(job: stored.Job) -> dict[str, ProxyQuality] | None:
     return None
 
 
-def _pruned(job: stored.Job) -> Literal["waiting", "done", "removed"] | None:
+def _pruned(job: stored.JobRecord) -> Literal["waiting", "done", "removed"] | None:
     if job.pruning is None:
         return None
     if job.pruning.result is None:
@@ -182,7 +303,7 @@ def _pruned(job: stored.Job) -> Literal["waiting", "done", "removed"] | None:
     return "removed" if REMOVED in job.pruning.result else "done"
 
 
-def _progress(job: stored.Job) -> Progress:
+def _progress(job: stored.JobRecord) -> Progress:
     several = job.of_kind(StageKind.POINT)
     searches = several or job.of_kind(StageKind.SEARCH)
     perplexities = job.of_kind(StageKind.PERPLEXITY)
@@ -218,7 +339,7 @@ def step_of(stage: stored.Stage) -> Step | None:
 
 
 def _seconds_left(
-    job: stored.Job,
+    job: stored.JobRecord,
     searches: list[stored.Stage],
     perplexities: list[stored.Stage],
     measured: list[stored.Stage],

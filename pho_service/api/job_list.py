@@ -1,11 +1,8 @@
 """
-The front page: a table of jobs that is filtered, searched and sorted by its query, what can be
-asked of several of them at once, and the workers.
-
-Its script only keeps it as it is now; without, the browser loads it again by itself.
+The front page: a table of jobs that is filtered, searched and sorted by its query.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -14,22 +11,408 @@ from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
+from sqlalchemy import Connection
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from pho_service.api import jobs
-from pho_service.api.job_rows import JobRow, rows
-from pho_service.api.job_view import span
-from pho_service.api.listing import page_of, which_jobs
+from pho_service.api import artifacts, jobs
+from pho_service.api.answers import ArtifactList, Job
+from pho_service.api.describe import (
+    describe,
+    failure,
+    is_several,
+    is_transfer,
+    step_of,
+    studies_in_words,
+    study_names,
+)
+from pho_service.api.jobs import page_of, which_jobs
 from pho_service.api.operations import workers
-from pho_service.api.pages import draw
+from pho_service.api.pages import Pairs, draw
 from pho_service.api.problems import sentence, wrong_parameter
+from pho_service.api.report import TITLES, collected
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.typed import Pairs
 from pho_service.errors import OutputError
-from storage.listing import NEWEST, SORTS, Sort
-from storage.records import NoSuchJob, StateConflict
-from storage.states import VERBS, JobState
+from pho_service.shown.charts import best_so_far
+from pho_service.shown.page import sections
+from pho_service.shown.parts import Section
+from pho_service.spec.curve import Target
+from pho_service.spec.objective import is_maximised
+from storage import records as stored
+from storage.records import VERBS, JobState, NoSuchJob, StageKind, StageState, StateConflict
+from storage.rows import NEWEST, SORTS, Sort
+from storage.studies import read_course, study_ids
+
+# What the page of a job shows: a head that is alive, over the sections of its report.
+LOGS = 100  # parts of logs that are shown, the newest
+LOG_LINES = 300  # the newest
+_ASKED_HERE = ("pause", "resume", "cancel")  # with a button; the others need more than that
+_FIRST = ("result", "curve")  # above the buttons
+_SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobHead:
+    """
+    A job: what was asked, how far it is, and what can be asked of it.
+
+    Attributes:
+        job: As the API shows it.
+        facts: What was asked, in some words: a name and a value each.
+        error: Why it failed.
+        time: How long it takes still, or took.
+        verbs: What can be asked of it.
+    """
+
+    job: Job
+    models: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    error: str | None
+    time: str
+    verbs: Sequence[str]
+    deletable: bool
+
+    @classmethod
+    def of(cls, job: stored.JobRecord, now: datetime) -> "JobHead":
+        """The head of a job, with its stages."""
+        shown = describe(job)
+        return cls(
+            job=shown,
+            models=models_of(job),
+            facts=_facts(job),
+            error=failure(job),
+            time=_time(shown, now),
+            verbs=_verbs(job),
+            deletable=job.state in VERBS["delete"],
+        )
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may be another one soon, by itself."""
+        return moves(self.job)
+
+
+def moves(job: Job) -> bool:
+    """Whether a job may be another one soon, by itself."""
+    return not (job.state.is_over or job.state is JobState.PAUSED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """
+    All stages of a kind: what they are at, and the part that is done: trials of searches, steps of
+    one stage, or stages of several.
+    """
+
+    title: str
+    state: str
+    done: int
+    total: int
+    at: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged:
+    """Lines that a worker has logged of a stage, and the stage."""
+
+    title: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """
+    A job, whole.
+
+    Attributes:
+        studies: A word and the number in optuna-dashboard of each, for those who may look there.
+        stages: By kind, in the order of the work.
+        first: Sections of the report that stand above the buttons.
+        sections: Those below them.
+        happened: The last of them.
+        logs: What workers have logged, the oldest first.
+        files: Files of the pruned model; None if there are none.
+        extensible: Whether it can be given more trials.
+    """
+
+    head: JobHead
+    studies: Sequence[tuple[str, int]]
+    stages: Sequence[StageRow]
+    first: Sequence[Section]
+    sections: Sequence[Section]
+    happened: Section
+    logs: Sequence[Logged]
+    files: ArtifactList | None
+    extensible: bool
+
+
+def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime) -> JobView:
+    """Everything that is known of a job."""
+    known, head = {}, JobHead.of(job, now)
+    if caller.sees_all:  # others may not look into the dashboard
+        with service.database.transaction() as connection:
+            known = study_ids(connection, [*studies_in_words(job)])
+    found = {section.id: section for section in sections(collected(service, job))}
+    return JobView(
+        head=head,
+        studies=[(w, known[name]) for name, w in studies_in_words(job).items() if name in known],
+        stages=_stages(job, now),
+        first=[found[name] for name in _FIRST if name in found],
+        sections=[found[name] for name in _SHOWN if name in found and found[name].is_known],
+        happened=Section(id="happened", title="What happened", events=found["happened"].events),
+        logs=_logs(service.jobs.logs(job.id, limit=LOGS), named=caller.sees_all),
+        files=artifacts.listed(job) if head.job.pruned == "done" else None,
+        extensible=not is_transfer(job)
+        and not is_several(job.spec)
+        and job.state in VERBS["extend"],
+    )
+
+
+def _stages(job: stored.JobRecord, now: datetime) -> list[StageRow]:
+    rows = []
+    for kind in dict.fromkeys(stage.kind for stage in job.stages):
+        mine = [stage for stage in job.stages if stage.kind is kind]
+        done, total = sum(stage.state is StageState.DONE for stage in mine), len(mine)
+        if kind is StageKind.SEARCH:
+            done, total = sum(stage.done for stage in mine), job.trials * len(mine)
+        step = next(filter(None, map(step_of, mine)), None)
+        if step is not None and len(mine) == 1:
+            done, total = step.done, step.steps
+        at = [] if step is None else [step.title]
+        at += _seconds(mine, job.finished_at or now)
+        rows.append(
+            StageRow(
+                title=TITLES.get(kind, kind.value.capitalize()),
+                state=_state(mine),
+                done=done,
+                total=total,
+                at=", ".join(at),
+                attempts=max(stage.attempt for stage in mine),
+            )
+        )
+    return rows
+
+
+def _state(stages: Sequence[stored.Stage]) -> str:
+    """Return the state of several stages: the one that a user must know first."""
+    states = {stage.state for stage in stages}
+    for state in (StageState.FAILED, StageState.RUNNING, StageState.WAITING):
+        if state in states:
+            return state.value
+    return StageState.DONE.value
+
+
+def _seconds(stages: Sequence[stored.Stage], by: datetime) -> list[str]:
+    """How long it took from the first to the last of them, or to this time if they are not done."""
+    begun = [stage.started_at for stage in stages if stage.started_at is not None]
+    if not begun:
+        return []
+    ended = [stage.finished_at or by for stage in stages]
+    return [span((max(ended) - min(begun)).total_seconds())]
+
+
+def _logs(events: Sequence[stored.EventRecord], *, named: bool) -> list[Logged]:
+    """The last lines, those of a kind of stage, a worker and an attempt together."""
+    found: dict[str, list[str]] = {}
+    left = LOG_LINES
+    for event in reversed(events):
+        data = event.data
+        kind = StageKind(data["stage"])
+        title = TITLES.get(kind, kind.value.capitalize())
+        title += f", {data['worker']}" * named
+        if data["attempt"] > 1:
+            title += f", attempt {data['attempt']}"
+        lines = data["lines"][-left:] if left else []
+        left -= len(lines)
+        if lines:
+            found[title] = [*lines, *found.get(title, [])]
+    return [Logged(title=title, lines=lines) for title, lines in reversed(found.items())]
+
+
+def _verbs(job: stored.JobRecord) -> list[str]:
+    """What has a button, because it changes something."""
+    found = [v for v in _ASKED_HERE if VERBS[v].get(job.state, job.state) is not job.state]
+    prunable = job.state is JobState.SUCCEEDED and not is_transfer(job)
+    if (
+        prunable
+        and job.best is not None
+        and not job.spec.get("more_models")
+        and describe(job).pruned != "done"
+    ):
+        found.append("prune")
+    return found
+
+
+def span(seconds: float) -> str:
+    """A time in words, as exact as one cares."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    if hours < 72:
+        return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours} h"
+    return f"{round(hours / 24)} days"
+
+
+def models_of(job: stored.JobRecord) -> list[str]:
+    """The models of a search or a transfer, as its document names them."""
+    if is_transfer(job):
+        return [*job.spec["models"]]
+    return [job.spec["model"], *job.spec.get("more_models", ())]
+
+
+def _facts(job: stored.JobRecord) -> list[tuple[str, str]]:
+    spec = job.spec["configuration"] if is_transfer(job) else job.spec
+    facts = [asked_sparsity(spec)]
+    if spec.get("scope"):
+        facts.append(("Scope", str(spec["scope"])))
+    if is_transfer(job):
+        return [*facts, ("Transfer of", f"job {job.spec['source']}")]
+    return [*facts, ("Preset", str(spec.get("preset", "score")))]
+
+
+def asked_sparsity(spec: Mapping[str, Any]) -> tuple[str, str]:
+    """How sparse a model is to be: a name and a value."""
+    if spec.get("patterns"):
+        return ("Patterns", ", ".join(map(str, spec["patterns"])))
+    if spec.get("target"):
+        return ("Target", f"within {Target.model_validate(spec['target'])}")
+    return ("Pattern", str(spec["pattern"]))
+
+
+def _time(job: Job, now: datetime) -> str:
+    if job.progress.seconds_left is not None:
+        return f"{job.stage}: about {span(job.progress.seconds_left)} left"
+    if job.started_at is None:
+        return "not begun"
+    if job.finished_at is None:
+        return f"{span((now - job.started_at).total_seconds())} since it began"
+    return f"took {span((job.finished_at - job.started_at).total_seconds())}"
+
+
+# Jobs as rows of the list: a line each, with the search so far drawn small.
+WIDTH, HEIGHT = 80.0, 18.0  # of a drawing, in pixels
+STEPS = 40  # of a drawing, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRow:
+    """
+    A job.
+
+    Attributes:
+        job: As the API shows it.
+        title: Its name without the part of its id.
+        pattern: How sparse they are to be, in short.
+        preset: Its name, or "transfer".
+        done: Part of ``total``, what its stage counts; 0 of 0 if that counts nothing.
+        gain: Share by which its perplexity is below RIA's.
+        error: Why it failed.
+        line: The best objective so far, as the points of a line; empty without two values.
+        age: How long ago it was submitted.
+    """
+
+    job: Job
+    title: str
+    models: Sequence[str]
+    pattern: str
+    preset: str
+    done: int
+    total: int
+    gain: float | None
+    error: str | None
+    line: str
+    age: str
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may be another one soon, by itself."""
+        return moves(self.job)
+
+
+def rows(connection: Connection, found: Sequence[stored.JobRecord], now: datetime) -> list[JobRow]:
+    """Jobs, with their stages, as rows."""
+    lines = _lines(connection, found)
+    return [_row(job, lines.get(job.name, ""), now) for job in found]
+
+
+def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
+    shown = describe(job)
+    spec = job.spec["configuration"] if is_transfer(job) else job.spec
+    good = None if shown.best is None else shown.best.perplexities
+    done, total = _progress(shown)
+    return JobRow(
+        job=shown,
+        title=job.name.rpartition(" ")[0] or job.name,
+        models=models_of(job),
+        pattern=asked_sparsity(spec)[1],
+        preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
+        done=done,
+        total=total,
+        gain=None if good is None or not good.ria else 1 - good.pruned / good.ria,
+        error=failure(job),
+        line=line,
+        age=span((now - job.created_at).total_seconds()),
+    )
+
+
+def _progress(job: Job) -> tuple[int, int]:
+    """How much of its stage is done, of a job that works."""
+    if job.state is not JobState.RUNNING:
+        return 0, 0
+    done = job.progress
+    if done.step is not None and job.stage not in (StageKind.SEARCH, StageKind.POINT):
+        return done.step.done, done.step.steps
+    counted = {
+        StageKind.CALIBRATE: (done.shards_done, done.shards),
+        StageKind.SEARCH: (done.trials_done, done.trials),
+        StageKind.PERPLEXITY: (done.perplexities_done, done.perplexities),
+        StageKind.POINT: (done.points_done, done.points),
+        StageKind.TRANSFER: (done.models_done, done.models),
+    }
+    return (0, 0) if job.stage is None else counted.get(job.stage, (0, 0))
+
+
+def _lines(connection: Connection, found: Sequence[stored.JobRecord]) -> Mapping[str, str]:
+    """The best objective so far of each job with one pattern, by its name."""
+    sizes: dict[str, int] = {}
+    job_of: dict[str, stored.JobRecord] = {}
+    for job in found:
+        if not is_several(job.spec):  # whose values do not compare
+            for name in study_names(job):
+                sizes[name] = max(1, -(-job.trials // STEPS))
+                job_of[name] = job
+    runs: dict[str, dict[int, list[float]]] = {}
+    for name, place, lowest, highest in read_course(connection, sizes):
+        job = job_of[name]
+        value = -highest if is_maximised(job.spec.get("objective", {}).get("name")) else lowest
+        runs.setdefault(job.name, {}).setdefault(place, []).append(value)
+    return {
+        job.name: _drawn(runs[job.name], -(-job.trials // max(1, -(-job.trials // STEPS))))
+        for job in found
+        if job.name in runs
+    }
+
+
+def _drawn(runs: Mapping[int, Sequence[float]], places: int) -> str:
+    """
+    The lowest so far of the values of each place, as the points of a line from the top left.
+
+    A search that is over has so many places: the line ends where it has come to.
+    """
+    if len(runs) < 2:
+        return ""
+    best = best_so_far([min(runs[place]) for place in sorted(runs)], maximised=False)
+    height = (best[0] - best[-1]) or 1.0
+    width = WIDTH / (max(places, max(runs) + 1) - 1)
+    return " ".join(
+        f"{width * place:.4g},{HEIGHT * (best[0] - value) / height:.3g}"
+        for place, value in zip(sorted(runs), best, strict=True)
+    )
+
 
 router = APIRouter(include_in_schema=False)
 
@@ -61,7 +444,7 @@ ORDERS: dict[Sort, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class ListView:
     """
     Which part of the list is looked at, and how; the query of the page.
 
@@ -132,12 +515,12 @@ class View:
         """The same as a query, with its question mark."""
         return f"?{urlencode(self.pairs)}" if self.pairs else ""
 
-    def but(self, **changes: Any) -> "View":
+    def but(self, **changes: Any) -> "ListView":
         """The first page of the list with some things changed."""
         return replace(self, **{"token": None, **changes})
 
     @property
-    def filters(self) -> list[tuple[str, "View"]]:
+    def filters(self) -> list[tuple[str, "ListView"]]:
         """What it is filtered by, in words, each with the list without it."""
         named = {states: name for name, states in FILTERS.items()}
         found = []
@@ -153,7 +536,7 @@ class View:
         return found
 
     @property
-    def unfiltered(self) -> "View":
+    def unfiltered(self) -> "ListView":
         """The same list with all jobs."""
         return self.but(states=(), models=(), patterns=(), name="")
 
@@ -161,7 +544,7 @@ class View:
 @router.api_route("/", methods=["GET", "HEAD"])
 def show(request: Request, service: ServiceParam, caller: CallerParam) -> Response:
     """Show jobs and workers."""
-    return draw_list(service, caller, View.of(request.query_params.multi_items()))
+    return draw_list(service, caller, ListView.of(request.query_params.multi_items()))
 
 
 @router.api_route("/jobs", methods=["GET", "HEAD"])
@@ -174,7 +557,7 @@ def lead(request: Request) -> Response:
 def ask(pairs: Pairs, service: ServiceParam, caller: CallerParam) -> Response:
     """Do what a button says to all jobs that are chosen; before they are deleted, ask once more."""
     typed = dict(pairs)
-    view = View.of(parse_qsl(typed.get("view", "").removeprefix("?")))
+    view = ListView.of(parse_qsl(typed.get("view", "").removeprefix("?")))
     verb = typed.get("verb", "")
     if verb not in BULK:
         raise HTTPException(422, f"verb={verb!r} must be one of {', '.join(BULK)}.")
@@ -225,7 +608,7 @@ def _tried(
     return None
 
 
-def _confirm(service: Service, caller: Caller, view: View, chosen: Sequence[UUID]) -> Response:
+def _confirm(service: Service, caller: Caller, view: ListView, chosen: Sequence[UUID]) -> Response:
     """Ask once more before jobs are deleted."""
     found = []
     for job_id in chosen:
@@ -245,7 +628,7 @@ def _confirm(service: Service, caller: Caller, view: View, chosen: Sequence[UUID
 def draw_list(
     service: Service,
     caller: Caller,
-    view: View,
+    view: ListView,
     status: int = HTTPStatus.OK,
     problem: str | None = None,
     details: Sequence[str] = (),
@@ -306,7 +689,9 @@ def _with(counted: Sequence[tuple[str, int]], chosen: Sequence[str]) -> list[tup
     return [*counted, *((value, 0) for value in dict.fromkeys(chosen) if value not in known)]
 
 
-def _chosen(service: Service, caller: Caller, view: View, shown: Sequence[JobRow]) -> str | None:
+def _chosen(
+    service: Service, caller: Caller, view: ListView, shown: Sequence[JobRow]
+) -> str | None:
     """The name of the job that others are chosen beside, if it is not in the list itself."""
     if view.chosen is None or view.chosen in [str(each.job.id) for each in shown]:
         return None

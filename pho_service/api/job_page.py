@@ -1,28 +1,36 @@
 """
-The page of a job, which follows it while it runs, and what its buttons do.
-
-What they do is done by the code of ``/v1``. Without scripts the page loads itself again.
+The pages of a job and of several jobs side by side: results, stages, charts and buttons.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 from uuid import UUID
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
-from pho_service.api import artifacts, jobs, listing, transfers
-from pho_service.api.job_list import REFRESH_S, View, draw_list
-from pho_service.api.job_view import JobHead, view
-from pho_service.api.pages import draw
-from pho_service.api.problems import TOO_MANY_JOBS, Conflict, field_problem, problem, sentence
+from pho_service.api import artifacts, jobs
+from pho_service.api.job_list import REFRESH_S, JobHead, ListView, draw_list, view
+from pho_service.api.pages import Typed, draw
+from pho_service.api.problems import (
+    TOO_MANY_JOBS,
+    Conflict,
+    field_problem,
+    problem,
+    sentence,
+    wrong_parameter,
+)
+from pho_service.api.report import rated_values
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.typed import Typed
+from pho_service.shown.charts import searches_chart
+from pho_service.spec.document import number, percent
 from pho_service.spec.fields import FieldError
 from pho_service.spec.transfer import TransferRequest
 from storage import records as stored
@@ -42,9 +50,9 @@ def show(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
 @router.api_route("/jobs/{beginning}", methods=["GET", "HEAD"])
 def find(beginning: str, service: ServiceParam, caller: CallerParam) -> Response:
     """Lead from the beginning of an id to the page of its job; if it fits several, show those."""
-    fits: list[stored.Job] = []
-    if re.fullmatch(listing.BEGINNING, beginning):
-        which = listing.which_jobs(caller, id_begins=beginning)
+    fits: list[stored.JobRecord] = []
+    if re.fullmatch(jobs.BEGINNING, beginning):
+        which = jobs.which_jobs(caller, id_begins=beginning)
         fits = service.jobs.page(which, limit=MOST_FITTING)
     if not fits:
         told = f"No job has the id {beginning[:40]}, nor one that begins so. It may be deleted."
@@ -74,7 +82,7 @@ def transfer(job_id: UUID, typed: Typed, service: ServiceParam, caller: CallerPa
     def ask() -> UUID:
         names = [line.strip() for line in typed.get("models", "").splitlines() if line.strip()]
         request = TransferRequest.model_validate({"models": names})
-        return transfers.transfer(job_id, request, service, caller, Response()).id
+        return jobs.transfer(job_id, request, service, caller, Response()).id
 
     return _asked(service, caller, job_id, ask, TransferRequest)
 
@@ -88,7 +96,7 @@ def ask(
     caller: CallerParam,
 ) -> Response:
     """Do what a button says, and go back to the page that it was on."""
-    asked = View.of(parse_qsl(typed.get("view", "").removeprefix("?")))
+    asked = ListView.of(parse_qsl(typed.get("view", "").removeprefix("?")))
     on_job_page = typed.get("back") == "job"
     try:
         if verb == "delete":
@@ -115,7 +123,7 @@ def confirm_deletion(
 ) -> Response:
     """Ask once more before a job is deleted."""
     job = service.jobs.get(job_id, visible_to=caller.visible_to)
-    asked = View.of(request.query_params.multi_items())
+    asked = ListView.of(request.query_params.multi_items())
     head = JobHead.of(job, datetime.now(UTC))
     return draw("delete.html", caller=caller, head=head, view=asked)
 
@@ -173,3 +181,80 @@ def _page(
 
 def _sentence(told: str) -> str:
     return f"{sentence(told.rstrip('.'))}."
+
+
+# Jobs side by side: what was asked differently, what each found, and their searches on one scale.
+FEWEST, MOST = 2, 8  # jobs on a page
+_HIDDEN = "configuration"  # it would fill the page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A setting or a figure of all jobs, as text; empty where a job has none."""
+
+    name: str
+    values: Sequence[str]
+
+    @property
+    def differs(self) -> bool:
+        """Tell whether they differ."""
+        return len({*self.values}) > 1
+
+
+@router.api_route("/compare", methods=["GET", "HEAD"])
+def compare(
+    service: ServiceParam, caller: CallerParam, job: Annotated[Sequence[UUID], Query()] = ()
+) -> Response:
+    """Show jobs side by side."""
+    chosen = list(dict.fromkeys(job))
+    if not FEWEST <= len(chosen) <= MOST:
+        raise wrong_parameter(
+            "job", f"names {len(chosen)} jobs, but {FEWEST} to {MOST} are shown side by side"
+        )
+    found = [service.jobs.get(each, visible_to=caller.visible_to) for each in chosen]
+    now = datetime.now(UTC)
+    heads = [JobHead.of(each, now) for each in found]
+    return draw(
+        "compare.html",
+        caller=caller,
+        heads=heads,
+        figures=_figures(heads),
+        settings=_settings([each.spec for each in found]),
+        chart=searches_chart([(each.name, *rated_values(service, each)) for each in found]),
+    )
+
+
+def _figures(heads: Sequence[JobHead]) -> list[Line]:
+    """What the jobs have found."""
+    measured = [None if each.job.best is None else each.job.best.perplexities for each in heads]
+    rows = [("State", [str(each.job.state) for each in heads])]
+    for title, name in (
+        ("Perplexity, pruned", "pruned"), ("Dense", "dense"), ("Wanda", "wanda"), ("RIA", "ria"),
+    ):  # fmt: skip
+        rows.append((title, [number(getattr(each, name, None)) for each in measured]))
+    rows.append(
+        ("Above dense", [percent(None if e is None else e.rise, signed=True) for e in measured])
+    )
+    rows.append(("Objective", [number(each.job.progress.best_value) for each in heads]))
+    rows.append(("Trials", [f"{e.job.progress.trials_done}" for e in heads]))
+    rows.append(("Time", [each.time for each in heads]))
+    return [Line(name=name, values=values) for name, values in rows if any(values)]
+
+
+def _settings(specs: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Every field that a job has, those that differ first."""
+    flat = [_flat(spec) for spec in specs]
+    names = dict.fromkeys(name for each in flat for name in each)
+    rows = [Line(name=name, values=[each.get(name, "") for each in flat]) for name in names]
+    return sorted(rows, key=lambda row: not row.differs)
+
+
+def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """The leaves of a document by their paths; what is not given is left out."""
+    found: dict[str, str] = {}
+    for name, value in document.items():
+        if isinstance(value, Mapping) and value and name != _HIDDEN:
+            found |= _flat(value, f"{above}{name}.")
+        elif value is not None and name != _HIDDEN:
+            found[f"{above}{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return found

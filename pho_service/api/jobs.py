@@ -1,16 +1,19 @@
 """
-``/v1/jobs``: submit, look, and say what to do with a job.
+``/v1/jobs``: submit, list, look, transfer, and say what to do with a job.
 """
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
 import optuna
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -21,23 +24,272 @@ from pho_service.api.describe import (
     check_search,
     configuration_of,
     describe,
+    is_transfer,
     islands,
     studies_in_words,
 )
-from pho_service.api.listing import Asked, PageSize, PageToken, Sorted, decode, page_of
-from pho_service.api.problems import RETRY_AFTER_S, NoSuchIsland, documented
-from pho_service.api.schema import EVENT, PATTERN
+from pho_service.api.problems import (
+    RETRY_AFTER_S,
+    Conflict,
+    NoSuchIsland,
+    documented,
+    wrong_parameter,
+)
+from pho_service.api.schema import EVENT, PAGE_TOKEN, PATTERN
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.submission import checks, enter
-from pho_service.errors import OutputError
+from pho_service.errors import InvalidInput, OutputError
+from pho_service.host.access import Access
+from pho_service.host.data_sets import check_tasks
+from pho_service.host.settings import Settings
+from pho_service.library import TransferFile, TransferTarget
+from pho_service.planning.shapes import config_at_hand, longest_context
+from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_size import check_size
-from pho_service.spec.samplers import MAX_TRIALS
+from pho_service.spec.limits import check_size
+from pho_service.spec.objective import MAX_TRIALS
+from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
-from storage.listing import NEWEST
-from storage.states import StageKind
-from storage.studies import DatabaseGone, open_storage, study_name
-from storage.trials import read_trials
+from storage.jobs import JobStore
+from storage.records import JobRecord, JobState, NewStage, StageKind
+from storage.rows import NEWEST, JobFilter, Sort
+from storage.studies import DatabaseGone, open_storage, read_trials, study_name
+
+
+# How a document becomes a job: what it must keep to here, and the stages that it begins with.
+def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
+    """
+    What a job must keep to on this service, one by one; each raises FieldError if it does not.
+
+    Args:
+        spec: A search.
+        service: What it is submitted to.
+    """
+    yield from spec.access_checks(service.access)
+    yield partial(check_size, spec, service.limits)
+    yield partial(_check_context, spec, service.access)
+    if spec.notify is not None:
+        yield partial(check_field, "notify", service.webhooks.check, spec.notify)
+    if spec.tasks is not None:
+        yield partial(_check_tasks, spec.tasks, spec.tasks_dir, service.access)
+
+
+def _check_tasks(tasks: Sequence[str], tasks_dir: str | None, access: Access) -> None:
+    """See that the tasks are known, if their folder is allowed, which is checked by itself."""
+    try:
+        folder = None if tasks_dir is None else Path(access.task_folder(tasks_dir))
+    except InvalidInput:
+        return
+    try:
+        check_tasks(tasks, folder)
+    except InvalidInput as error:
+        raise FieldError("/tasks", str(error)) from error
+
+
+def _check_context(spec: JobSpec, access: Access) -> None:
+    """See that no window is longer than a model reads, as far as this machine knows."""
+    asked = spec.calibration.context_length
+    for name in spec.models:
+        longest = longest_window(name, access, spec.revision)
+        if longest is not None and asked > longest:
+            raise FieldError(
+                "/calibration/context_length",
+                f"{asked} is more than {name} can read: {longest}. Give {longest} or less.",
+            )
+
+
+def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
+    """
+    The tokens of the longest window that a model reads, by its configuration.
+
+    Args:
+        name: As a job has it.
+        access: The rules of this machine.
+        revision: Revision of a hub model.
+
+    Returns:
+        None if the model is not on this machine, is not allowed, or does not say.
+    """
+    try:
+        config = config_at_hand(name, access.model(name), revision=revision)
+    except InvalidInput:
+        return None
+    return None if config is None else longest_context(config)
+
+
+def enter(
+    store: JobStore,
+    spec: JobSpec | TransferSpec,
+    *,
+    asked: JobSpec | TransferSpec | None = None,
+    owner_id: UUID | None = None,
+    idempotency_key: str | None = None,
+    settings: Settings | None = None,
+) -> JobRecord:
+    """
+    Store a job and put its first stages into the queue; it is the one of that time if the
+    idempotency key was used before.
+
+    Args:
+        store: Store of the jobs.
+        spec: The document to be stored.
+        asked: The document as it came, if that is another one: by it the key is recognised.
+        owner_id, idempotency_key: As :meth:`JobStore.submit`.
+        settings: Settings of the service, for how many jobs an owner may have.
+
+    Raises:
+        IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
+    """
+    first, *more = first_stages(spec)
+    limits = {} if settings is None else {
+        "max_unfinished": settings.max_unfinished_jobs,
+        "max_urgent": settings.max_urgent_jobs,
+        "max_finished": settings.max_finished_jobs,
+    }  # fmt: skip
+    job, _ = store.submit(
+        spec.model_dump(mode="json"),
+        asked=(asked or spec).model_dump(mode="json"),
+        name=spec.title,
+        first=first,
+        more=more,
+        priority=spec.priority,
+        trials=spec.trials if isinstance(spec, JobSpec) else 0,
+        max_attempts=spec.max_attempts,
+        owner_id=owner_id,
+        idempotency_key=idempotency_key,
+        **limits,
+    )
+    return job
+
+
+def first_stages(spec: JobSpec | TransferSpec) -> list[NewStage]:
+    """One for each model; those that may share a bundle run one after the other."""
+    if isinstance(spec, JobSpec):
+        kind, each = StageKind.CALIBRATE, [spec.of_model(i) for i in range(len(spec.models))]
+    else:
+        kind, each = StageKind.TRANSFER, [spec.target(i) for i in range(len(spec.models))]
+    return [
+        NewStage(kind=kind, number=number, lock=one.calibration_key)
+        for number, one in enumerate(each)
+    ]
+
+
+# Which jobs a list has, and in which order: what ``GET /v1/jobs`` and the page for people share.
+BEGINNING = "[0-9a-fA-F-]{4,36}"  # of an id that is looked for
+
+PageSize = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
+PageToken = Annotated[
+    str | None,
+    Query(
+        description="The next_page_token of the page before.",
+        json_schema_extra={"pattern": PAGE_TOKEN},
+    ),
+]
+Sorted = Annotated[
+    Sort,
+    Query(
+        description="What the list is sorted by; with a hyphen before it, the highest or the "
+        "newest first. `rise` is the share by which the perplexity is above the dense model's, "
+        "`gain` the share by which it is below RIA's. Jobs without the value come last."
+    ),
+]
+
+
+def which_jobs(
+    caller: Caller,
+    *,
+    states: Sequence[JobState] = (),
+    models: Sequence[str] = (),
+    patterns: Sequence[str] = (),
+    name: str | None = None,
+    id_begins: str | None = None,
+) -> JobFilter:
+    """The jobs of a list that a caller may see."""
+    return JobFilter(
+        visible_to=caller.visible_to,
+        states=states,
+        models=models,
+        patterns=patterns,
+        name=(name or "").strip() or None,
+        id_begins=None if id_begins is None else id_begins.replace("-", "").lower(),
+    )
+
+
+async def _asked(
+    caller: CallerParam,
+    state: Annotated[list[JobState] | None, Query(description="Only jobs in these states.")] = None,
+    model: Annotated[
+        list[str] | None,
+        Query(description="Only jobs for one of these models, as their documents name them."),
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        Query(
+            description="Only jobs that have one of these patterns, among others or alone; "
+            "`target` has those that look for the highest sparsity."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        Query(
+            description="Only jobs whose name contains this, in capitals or not, or whose id "
+            "begins with it."
+        ),
+    ] = None,
+    id_begins: Annotated[
+        str | None,
+        Query(
+            alias="id",
+            pattern=f"^{BEGINNING}$",
+            description="Only jobs whose id begins with it; four digits or more, hyphens or not.",
+        ),
+    ] = None,
+) -> JobFilter:
+    return which_jobs(
+        caller,
+        states=state or (),
+        models=model or (),
+        patterns=pattern or (),
+        name=name,
+        id_begins=id_begins,
+    )
+
+
+Asked = Annotated[JobFilter, Depends(_asked)]
+
+
+def page_of(
+    service: Service, which: JobFilter, sort: Sort, size: int, token: str | None
+) -> tuple[list[stored.JobRecord], str | None]:
+    """
+    The jobs of a page, and the token of the next page if there is one.
+
+    That of the newest first is a job's number, so that jobs which come or go meanwhile move no
+    other; in other orders, whose values change while jobs run, it is how many were given before.
+    """
+    after = decode(token)
+    if sort == NEWEST:
+        found = service.jobs.page(which, before=after, limit=size + 1)
+        last = str(found[size - 1].number) if len(found) > size else None
+    else:
+        skip = after or 0
+        found = service.jobs.page(which, sort=sort, skip=skip, limit=size + 1)
+        last = str(skip + size) if len(found) > size else None
+    return found[:size], last
+
+
+def decode(token: str | None) -> int | None:
+    """
+    What a page token stands for; None begins with the first page.
+
+    Raises:
+        RequestValidationError: It is not one of ours.
+    """
+    if token is not None and not re.fullmatch(PAGE_TOKEN, token):
+        raise wrong_parameter(
+            "page_token", "is not one of our tokens: leave it out to begin with the first page"
+        )
+    return None if token is None else int(token)
+
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +339,7 @@ def submit(
 
 def take(
     spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
-) -> stored.Job:
+) -> stored.JobRecord:
     """
     Store the job of a document, if it keeps to the rules of this service.
 
@@ -327,8 +579,74 @@ async def events(
     return EventSourceResponse(stream())
 
 
-def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.Job | None:
+def _unless_deleted(service: ServiceParam, job_id: UUID) -> stored.JobRecord | None:
     try:
         return service.jobs.get(job_id)
     except stored.NoSuchJob:
         return None
+
+
+# What a job has found, on other models: ``:transfer`` asks for it, ``/transfer`` shows it.
+@router.post(
+    "/{job_id:uuid}:transfer",
+    status_code=202,
+    response_model=Job,
+    responses=documented(404, 409, 413, 422),
+)
+def transfer(
+    job_id: UUID,
+    request: TransferRequest,
+    service: ServiceParam,
+    caller: CallerParam,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+    pattern: OnePattern = None,
+) -> Job:
+    """Measure a job's configuration on other models, in a job with a stage for each model."""
+    source = service.jobs.get(job_id, visible_to=caller.visible_to)
+    found = configuration_of(source, pattern)
+    request.check_access(service.access)
+    asked = TransferSpec.of(request, str(source.id), found, source.spec)
+    asked.check_size(service.limits)
+    if request.notify is not None:
+        check_field("notify", service.webhooks.check, request.notify)
+    placed = request.placed(service.access)
+    job = enter(
+        service.jobs,
+        TransferSpec.of(placed, str(source.id), found, source.spec),
+        asked=asked,
+        owner_id=caller.key_id,
+        idempotency_key=idempotency_key,
+        settings=service.settings,
+    )
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return describe(job)
+
+
+@router.get(
+    "/{job_id:uuid}/transfer",
+    responses={
+        200: {"description": "transfer.json", "content": {"application/json": {"schema": {
+            "type": "object"}}}},
+        **documented(404, 409, 422),
+    },
+    response_class=Response,
+)  # fmt: skip
+def measured(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Response:
+    """Get what a transfer has measured so far: the transfer.json that `pho transfer` writes."""
+    job = service.jobs.get(job_id, visible_to=caller.visible_to)
+    if not is_transfer(job):
+        raise Conflict(
+            "not_a_transfer",
+            "The job is a search. POST :transfer measures its configuration on other models, as a "
+            "job of its own.",
+            job.state,
+        )
+    results = [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
+    document = TransferFile(
+        source=job.spec["source"],
+        configuration=job.spec["configuration"],
+        targets=[TransferTarget.model_validate(result) for result in results if result],
+    )
+    text = json.dumps(document.model_dump(mode="json"), indent=2) + "\n"
+    return Response(text, media_type="application/json")

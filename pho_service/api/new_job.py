@@ -1,40 +1,485 @@
 """
-The form that submits a job, with what it would take and what else submits it beside it.
-
-It works without scripts; with them, what stands beside follows what is typed.
+The form that submits a job: its fields, what was typed into them, and what the job would take.
 """
 
+import json
 import re
 import secrets
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import get_args
+from functools import cache
+from typing import Any, get_args
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from pho_service.api import jobs
 from pho_service.api.answers import PlanAnswer
 from pho_service.api.describe import check_search
-from pho_service.api.equivalents import equivalents
-from pho_service.api.form import MORE, field_label, form_fields, sections
-from pho_service.api.form_document import Typed, hint_of_json, is_place, typed_as
+from pho_service.api.jobs import checks, longest_window
 from pho_service.api.operations import workers
+from pho_service.api.pages import Typed as Fields
 from pho_service.api.pages import draw
 from pho_service.api.plan import Card, planned
-from pho_service.api.problems import TOO_MANY_JOBS
+from pho_service.api.problems import TOO_MANY_JOBS, field_problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from pho_service.api.submission import checks, longest_window
-from pho_service.api.typed import Typed as Fields
-from pho_service.host.listing import list_roots
-from pho_service.planning.headers import config_at_hand
-from pho_service.planning.machines import named_machine
+from pho_service.host.access import list_roots
+from pho_service.planning.costs import named_machine
 from pho_service.planning.plan import format_span
+from pho_service.planning.shapes import config_at_hand
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_options import document_fields
+from pho_service.spec.job_options import (
+    SECTIONS,
+    JobField,
+    document_fields,
+    job_fields,
+    minimal_document,
+    number,
+    remove_at,
+    submit_command,
+    value_at,
+    within,
+)
 from storage.records import IdempotencyKeyReused, TooManyJobs
+
+# The fields of the form that submits a job: made from the fields of the document, in sections.
+MORE = "more"  # takes as JSON what has no field
+
+# Parts whose fields go by their own names where no other field has them.
+_SHORT = ("calibration", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormField(JobField):
+    """A field of the form."""
+
+    @property
+    def kind(self) -> str:
+        """As of any field, but ``switch`` for a part that may be null."""
+        if self.is_part:
+            of_the_job = self.nullable and "/" not in self.path
+            return "switch" if of_the_job and not self.schema.get("required") else ""
+        kind = super().kind
+        return "choice" if kind == "flag" and self.default is not False else kind
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        *above, last = self.path.split("/")
+        short = len(above) == 1 and above[0] in _SHORT
+        own = " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
+        return self.shown.label or own
+
+    @property
+    def unsaid(self) -> Any:
+        """What an empty field stands for, or would once its part is there."""
+        return self.schema.get("default", self.default)
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """Values and what they are called; an empty one stands for the default."""
+        default = self.default
+        if self.kind == "switch":
+            on = default is not None
+            return [("", "yes" if on else "no"), ("no", "no") if on else ("yes", "yes")]
+        unsaid = ("", "the preset's" if within(self.path, "steps") else "default")
+        if self.schema.get("type") == "boolean":
+            return [unsaid, ("yes", "yes"), ("no", "no")]
+        known = self.schema["enum"]
+        named = [(value, value) for value in known if value != default]
+        return [unsaid if default is None else ("", f"{default} (default)"), *named]
+
+    @property
+    def hint(self) -> str:
+        """Hint that stands beside the field."""
+        how = {
+            "lines": "One a line.",
+            "pairs": "NAME = VALUE, one a line.",
+            "numbers": "With commas between.",
+            "words": "With commas between.",
+        }
+        said = [str(self.schema.get("description", "")), _bounds(self.schema)]
+        is_range = self.schema.get("minItems") == 2
+        said.append("Two numbers, or one that fixes it." if is_range else how.get(self.kind, ""))
+        if self.kind not in ("choice", "switch", "flag") and (default := self.write(self.unsaid)):
+            said.append(f"By default {default}.")
+        return " ".join(filter(None, said))
+
+    def read(self, typed: str) -> Any:
+        """
+        The value that a text stands for; what is not of its kind is left to the document's rules.
+
+        Args:
+            typed: Not empty.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        if self.kind == "switch":
+            return {"yes": {}, "no": None}.get(typed, typed)
+        if self.kind == "flag" or self.schema.get("type") == "boolean":
+            return {"on": True, "yes": True, "no": False}.get(typed, typed)
+        if self.kind in ("integer", "number"):
+            return number(typed, whole=self.kind == "integer")
+        if self.kind == "words":
+            return [word for word in re.split(r"[,\s]+", typed) if word]
+        if self.kind == "numbers":
+            values = self.numbers(each for each in re.split(r"[,;:\s]+", typed) if each)
+            fixed = len(values) == 1 and self.schema.get("minItems") == 2
+            return values * 2 if fixed else values
+        lines = [line.strip() for line in typed.split("\n") if line.strip()]
+        if self.kind == "pairs":
+            return dict(_pair(line) for line in lines)
+        return lines if self.kind == "lines" else typed
+
+    def write(self, value: Any) -> str:
+        """What to type for a value; empty for what is said by an empty field."""
+        if self.kind == "switch":
+            return "no" if value is None else "" if value else "yes"
+        if value is None:
+            return ""
+        if isinstance(value, bool):
+            said = "on" if self.kind == "flag" else "yes"
+            return said if value else "" if self.kind == "flag" else "no"
+        if self.kind in ("words", "numbers"):
+            return ", ".join(map(str, value))
+        if self.kind == "lines":
+            return "\n".join(value)
+        if self.kind == "pairs":
+            return "\n".join(f"{name} = {each}" for name, each in value.items())
+        return str(value)
+
+
+@cache
+def form_fields() -> dict[str, FormField]:
+    """The fields of the form by their paths, in the order of the document."""
+    fields = (FormField(**vars(field)) for field in job_fields().values())
+    return {field.path: field for field in fields if field.kind}
+
+
+def without_field() -> list[str]:
+    """What a job has and the form has not, by path."""
+    return [
+        path for path, field in job_fields().items() if not (path in form_fields() or field.is_part)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormSection:
+    """
+    A group with its fields.
+
+    Attributes:
+        title: Title of the group.
+        shown: Fields that are always seen.
+        folded: Others, by their heading.
+    """
+
+    title: str
+    shown: tuple[FormField, ...]
+    folded: Mapping[str, tuple[FormField, ...]]
+
+    @property
+    def fields(self) -> list[FormField]:
+        """All of them, in their order."""
+        return [*self.shown, *(field for fields in self.folded.values() for field in fields)]
+
+
+@cache
+def sections() -> tuple[FormSection, ...]:
+    """All fields, each in one place."""
+    found = []
+    for title, more in SECTIONS.items():
+        mine = [each for each in form_fields().values() if each.shown.section == title]
+        shown = [each for each in mine if each.shown.rank]
+        folds = dict.fromkeys(each.shown.fold for each in mine if each not in shown)
+        folded = {
+            fold or more: tuple(
+                each for each in mine if each not in shown and each.shown.fold == fold
+            )
+            for fold in sorted(folds, key=lambda fold: not fold)  # the others come last
+        }
+        in_order = tuple(sorted(shown, key=lambda each: each.shown.rank))
+        found.append(FormSection(title=title, shown=in_order, folded=folded))
+    return tuple(found)
+
+
+def field_label(path: str) -> str:
+    """What a field is called in messages."""
+    if path == MORE:
+        return "As JSON"
+    return form_fields()[path].label.removesuffix(" (needed)")
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    least = _bound("from", low) or _bound("above", above)
+    most = _bound("up to", high) or _bound("below", below)
+    words = ", ".join(filter(None, (least, most)))
+    words = re.sub(r"^from (\S+), up to", r"\1 to", words)
+    return f"{words[:1].upper()}{words[1:]}." if words else ""
+
+
+def _bound(word: str, value: float | None) -> str:
+    return "" if value is None else f"{word} {value:,.10g}"
+
+
+def _pair(line: str) -> tuple[str, float | str]:
+    name, sign, value = (part.strip() for part in line.rpartition("="))
+    if not sign or not name or not value:
+        raise ValueError(f"{line!r} is not NAME = VALUE. Write one pair a line.")
+    return name, number(value)
+
+
+# From what was typed into the form to the document of a job, and back; errors by field.
+Errors = dict[str, list[str]]
+
+# What the rules of this machine look at: checked also where other fields are wrong.
+_PLACES = (
+    "model", "more_models", "calibration/text", "calibration/dataset", "calibration/data_file",
+    "calibration/context_length", "confirm/text", "notify",
+)  # fmt: skip
+
+
+def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
+    """
+    What to type for the job that has this document; what is as it is by default is left out.
+
+    Args:
+        document: Document of a search, as it is stored.
+    """
+    left = minimal_document(JobSpec.model_validate(document))
+    typed = {}
+    for path, each in form_fields().items():
+        value = value_at(left, path, left)
+        if value is left:
+            continue
+        text = each.write(value)
+        if text and each.read(text) == value:
+            typed[path] = text
+            remove_at(left, path)
+    return {**typed, **({MORE: json.dumps(left, indent=2, ensure_ascii=False)} if left else {})}
+
+
+@dataclass(kw_only=True)
+class Typed:
+    """
+    A form that was filled in.
+
+    Attributes:
+        fields: What was typed, by field.
+        document: What that is in a job's document; what cannot be read is not in it.
+        errors: What is wrong, by field; "" is of none.
+    """
+
+    fields: Mapping[str, str]
+    document: dict[str, Any] = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)
+    _as_json: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, str]) -> "Typed":
+        """Read a form."""
+        made = cls(fields=fields)
+        switches = {}
+        for path, each in form_fields().items():
+            text = fields.get(path, "").strip()
+            try:
+                value = each.read(text) if text else None
+            except ValueError as error:
+                made.add(path, str(error))
+                continue
+            if each.kind == "switch":
+                switches[path] = (text, value)
+            elif text:
+                _put(made.document, path, value)
+        for path, (text, value) in switches.items():
+            made._switch(path, text, value)
+        made._read_json(fields.get(MORE, ""))
+        return made
+
+    def add(self, name: str, detail: str) -> None:
+        """Note an error; the same one is said once."""
+        said = self.errors.setdefault(name, [])
+        if detail not in said:
+            said.append(detail)
+
+    def add_at(self, pointer: str, detail: str) -> None:
+        """Note an error at a place in the document, at the field that stands for it."""
+        path = "/".join(
+            part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]
+        )
+        nothing = object()
+        if not path:
+            self.add("", detail)
+        elif value_at(self._as_json, path, nothing) is not nothing:
+            self.add(MORE, f"{pointer}: {detail}")
+        elif above := [each for each in form_fields() if within(path, each)]:
+            self.add(above[-1], detail)
+        elif below := [each for each in form_fields() if within(each, path)]:
+            typed = [each for each in below if self.fields.get(each, "").strip()]
+            self.add((typed or below)[0], detail)
+        else:
+            self.add(MORE, f"{pointer}: {detail}")
+
+    def spec(self) -> JobSpec | None:
+        """The job, if the document is one; its rules that are broken are noted."""
+        try:
+            return JobSpec.model_validate(self.document)
+        except ValidationError as error:
+            for each in error.errors():
+                found = field_problem({**each, "loc": ("body", *each["loc"])}, JobSpec)
+                self.add_at(found["pointer"], _rule_in_words(found["detail"]))
+            return None
+
+    def places(self) -> JobSpec | None:
+        """A job with the models and texts of this one, as far as these can be read."""
+        found: dict[str, Any] = {"model": "org/model", "pattern": "0.5"}
+        for path in _PLACES:
+            value = value_at(self.document, path)
+            if value is not None and path not in self.errors:
+                _put(found, path, value)
+        for tried in (found, {"model": found["model"], "pattern": "0.5"}):
+            try:
+                return JobSpec.model_validate(tried)
+            except ValidationError:
+                continue
+        return None
+
+    @property
+    def in_order(self) -> Errors:
+        """The errors in the order of the page."""
+        order = ["", *(field.path for section in sections() for field in section.fields), MORE]
+        return {name: self.errors[name] for name in order if name in self.errors}
+
+    def _switch(self, path: str, text: str, value: Any) -> None:
+        """Put in a part that is there or null."""
+        if text == "no" and path in self.document:
+            typed = next(
+                each for each in form_fields() if self.fields.get(each) and within(each, path)
+                and each != path
+            )  # fmt: skip
+            off = form_fields()[path].label
+            self.add(typed, f"{off!r} says no. Say yes there, or leave this empty.")
+        elif text == "no" and form_fields()[path].default is not None:
+            self.document[path] = None
+        elif text and text != "no":
+            self.document.setdefault(path, value)
+
+    def _read_json(self, text: str) -> None:
+        """Put in what was given as JSON, unless it was typed above, too."""
+        if not text.strip():
+            return
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            self.add(MORE, f"This is not JSON: {error.msg} in {where}.")
+            return
+        except (ValueError, RecursionError):
+            self.add(MORE, "This cannot be read as JSON.")
+            return
+        if not isinstance(found, dict):
+            self.add(MORE, 'This is not a JSON object. Write, for example, {"trials": 100}.')
+            return
+        twice = [*_merge(self.document, found, "")]
+        for pointer in twice:
+            self.add(MORE, f"{pointer}: is given above, too. Give it in one of the two places.")
+        self._as_json = found
+
+
+def _rule_in_words(rule: str) -> str:
+    """A rule as a sentence of the page, which shows the value beside it."""
+    words = {"Field required": "This is needed", "Input should": "This should"}
+    for theirs, ours in words.items():
+        rule = rule.replace(theirs, ours)
+    return f"{rule.rstrip('.')}."
+
+
+def is_place(pointer: str) -> bool:
+    """Whether a rule of this machine is broken by what :meth:`Typed.places` has been told."""
+    return any(within(pointer[1:], place) for place in _PLACES)
+
+
+def hint_of_json() -> str:
+    """Return the hint beside the field for JSON."""
+    return (
+        "A JSON object, or nothing. All of a job can be given here instead of above; only here: "
+        f"{', '.join(without_field())}."
+    )
+
+
+def _put(document: dict[str, Any], path: str, value: Any) -> None:
+    *parts, last = path.split("/")
+    for part in parts:
+        document = document.setdefault(part, {})
+    document[last] = value
+
+
+def _merge(document: dict[str, Any], more: Mapping[str, Any], above: str) -> Iterable[str]:
+    """Put in what is not there; gives pointers to what is."""
+    for name, value in more.items():
+        pointer = f"{above}/{name.replace('~', '~0').replace('/', '~1')}"
+        own = document.get(name)
+        if name not in document:
+            document[name] = deepcopy(value)
+        elif isinstance(own, dict) and isinstance(value, dict):
+            yield from _merge(own, value, pointer)
+        else:
+            yield pointer
+
+
+# How a job is submitted without the form: the same document from a shell, by HTTP and in Python.
+_END = "END"  # of the document; no line of JSON is this word
+
+
+def equivalents(spec: JobSpec, url: str, *, with_key: bool) -> list[tuple[str, str]]:
+    """
+    What submits a job, by its title; no key is in it.
+
+    Args:
+        spec: The job.
+        url: URL of the service.
+        with_key: Whether the service needs a key, which PHO_API_KEY has then.
+    """
+    document = minimal_document(spec)
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    at = ["--url", url]
+    command = submit_command(document, *at)
+    if command is None:  # no options say it
+        command = f"{shlex.join(['pho', 'submit', *at])} --job - <<'{_END}'\n{text}\n{_END}"
+    key = ['  -H "Authorization: Bearer $PHO_API_KEY" \\'] if with_key else []
+    curl = [
+        f"curl -sS {shlex.quote(f'{url}/v1/jobs')} \\",
+        *key,
+        "  -H 'Content-Type: application/json' \\",
+        f"  -d {shlex.quote(text)}",
+    ]
+    python = [
+        "from pho_service import Client",
+        "",
+        f"document = {_literal(document)}",
+        f"with Client({url!r}) as client:",
+        "    job = client.submit(document)",
+        "    print(job.id)",
+    ]
+    return [("curl", "\n".join(curl)), ("pho submit", command), ("Python", "\n".join(python))]
+
+
+def _literal(value: Any, above: str = "") -> str:
+    """A value as Python, each field of an object in a line of its own."""
+    if not isinstance(value, dict) or not value:
+        return repr(value)
+    inner = f"{above}    "
+    lines = [f"{inner}{name!r}: {_literal(each, inner)},\n" for name, each in value.items()]
+    return f"{{\n{''.join(lines)}{above}}}"
+
 
 router = APIRouter(include_in_schema=False)
 

@@ -1,19 +1,34 @@
 """
-For those who look after the service: workers, health, metrics.
+For those who look after the service: workers, health, metrics, old jobs, webhooks.
 """
 
+import asyncio
+import json
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from uuid import UUID
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+from starlette.concurrency import run_in_threadpool
 
 from pho_service.api.answers import Health, Worker, WorkerList
+from pho_service.api.artifacts import remove_files
+from pho_service.api.jobs import forget
 from pho_service.api.problems import documented, problem
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
-from storage.records import NoSuchJob
-from storage.states import JobState, StageKind, StageState
+from pho_service.errors import InvalidInput, OutputError
+from pho_service.host.webhooks import NotDelivered, send
+from storage.jobs import end, pruned_for, put_off, take
+from storage.records import JobState, NoSuchJob, StageKind, StageState, StateConflict
+from storage.studies import StorageError
+
+logger = logging.getLogger(__name__)
+
 
 router = APIRouter(tags=["operations"])
 
@@ -108,3 +123,102 @@ class _Counts:
         workers.add_metric(["busy"], busy)
         workers.add_metric(["idle"], len(alive) - busy)
         yield workers
+
+
+# What the service deletes by itself: jobs and library entries that are older than the settings
+# keep.
+EVERY_S = 3600.0
+
+
+async def keep_up(service: Service) -> None:
+    """Delete what is too old, now and every hour, until this is cancelled."""
+    kept = service.settings
+    while kept.keep_jobs_days or kept.keep_configurations_days or kept.keep_pruned_days:
+        try:
+            await run_in_threadpool(sweep, service)
+        except (StorageError, OutputError) as error:
+            logger.warning("what is too old stays for now: %s", error)
+        await asyncio.sleep(EVERY_S)
+
+
+def sweep(service: Service) -> None:
+    """
+    Delete what is older than the settings keep. Several at once do no harm.
+
+    Raises:
+        StorageError: The database is away.
+        OutputError: The artifact store is away.
+    """
+    pruned_days = service.settings.keep_pruned_days
+    removed = 0
+    while pruned_days and (old := pruned_for(service.database, pruned_days)):
+        for job_id in old:
+            with suppress(NoSuchJob):  # deleted since
+                remove_files(service, job_id)
+                removed += 1
+    jobs_days = service.settings.keep_jobs_days
+    deleted = 0
+    while jobs_days and (found := service.jobs.over_for(jobs_days)):
+        for job_id in found:
+            try:
+                forget(service, job_id)
+                deleted += 1
+            except (NoSuchJob, StateConflict):  # another process was faster, or it was resumed
+                continue
+    days = service.settings.keep_configurations_days
+    entries = service.configurations.delete_older(days) if days else 0
+    if deleted or entries or removed:
+        logger.info(
+            "deleted %d jobs, %d library entries and %d pruned models of old age",
+            deleted, entries, removed,
+        )  # fmt: skip
+
+
+# Who tells those who asked that their jobs have ended: some tasks of each front end, in turns.
+NOTIFY_EVERY_S = 2.0  # how often a task looks when there is nothing to send
+AT_ONCE = 4  # of one front end: a receiver that is slow holds up one of them
+
+
+async def keep_telling(service: Service) -> None:
+    """Send what is due, until this is cancelled; what is cut off then is sent again later."""
+    limiter = CapacityLimiter(1)
+    while service.webhooks.secret is not None and service.webhooks.hosts:
+        try:
+            told = await run_sync(tell_next, service, abandon_on_cancel=True, limiter=limiter)
+        except StorageError as error:
+            logger.warning("who asked to be told must wait: %s", error)
+            told = False
+        if not told:
+            await asyncio.sleep(NOTIFY_EVERY_S)
+
+
+def tell_next(service: Service) -> bool:
+    """
+    Send the message that is due for longest, and note what came of it.
+
+    Returns:
+        True if there was one.
+
+    Raises:
+        StorageError: The database is away.
+    """
+    due = take(service.database)
+    if due is None:
+        return False
+    body = json.dumps({"id": str(due.id), **due.document}).encode()
+    fields = {"job": due.document["job_id"], "notification": str(due.id)}
+    try:
+        send(service.webhooks, due.url, str(due.id), body)
+    except InvalidInput as error:  # the rules have changed since, or its name's address
+        logger.warning("a webhook may not be sent: %s", error, extra=fields)
+        end(service.database, due, error=str(error))
+    except NotDelivered as error:
+        again = put_off(service.database, due, error=str(error))
+        logger.warning(
+            "a webhook was not delivered, and is %s: %s",
+            "tried again" if again else "given up", error, extra=fields,
+        )  # fmt: skip
+    else:
+        logger.info("a webhook was delivered", extra=fields)
+        end(service.database, due)
+    return True

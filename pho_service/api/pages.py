@@ -5,11 +5,14 @@ Pages for people: how they are put together, what a browser may do with them, an
 import json
 import re
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
+from fastapi import Depends
 from jinja2 import Environment
 from markupsafe import Markup
 from starlette.datastructures import URL, Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -181,3 +184,31 @@ class Pages:
                 await page(scope, receive, send)
 
         await self.app(scope, receive, unless_problem)
+
+
+# Values that a browser sends with a form.
+_MOST_FIELDS = 250  # of a form: all jobs of a page, and what is asked of them
+
+
+async def _pairs(request: Request) -> list[tuple[str, str]]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(
+            415, "This takes a form, as application/x-www-form-urlencoded. /v1/jobs takes JSON."
+        )
+    body = await request.body()
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+    except ValueError as error:
+        raise HTTPException(422, "The form cannot be read. Go back, and send it again.") from error
+    return [(name, value.replace("\r\n", "\n")) for name, value in pairs]
+
+
+Pairs = Annotated[list[tuple[str, str]], Depends(_pairs)]  # all fields of a form, in their order
+
+
+async def _typed(pairs: Pairs) -> dict[str, str]:
+    return dict(pairs)
+
+
+Typed = Annotated[dict[str, str], Depends(_typed)]  # the same, each once; the last counts

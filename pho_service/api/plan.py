@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from pho_service.api.answers import PlanAnswer
+from pho_service.api.jobs import checks
 from pho_service.api.problems import documented
 from pho_service.api.service import CallerParam, Service, ServiceParam
-from pho_service.api.submission import checks
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.planning.headers import read_header
-from pho_service.planning.machines import Machine, named_machine
+from pho_service.planning.costs import Machine, named_machine
 from pho_service.planning.plan import plan_job
+from pho_service.planning.shapes import read_header
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec
 

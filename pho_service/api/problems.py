@@ -24,12 +24,12 @@ from pho_service.spec.job import JobSpec
 from storage.configurations import NoSuchConfiguration
 from storage.records import (
     IdempotencyKeyReused,
+    JobState,
     NoSuchJob,
     StateConflict,
     TooManyJobs,
     TooManyTrials,
 )
-from storage.states import JobState
 from storage.studies import DatabaseFull, DatabaseGone, StorageError
 
 logger = logging.getLogger(__name__)

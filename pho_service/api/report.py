@@ -10,24 +10,30 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from optuna.trial import FrozenTrial
 
-from pho_service.api.describe import failure, is_transfer, islands, study_names
-from pho_service.api.points import answer_stage, curve, is_several, points
+from pho_service.api.describe import (
+    answer_stage,
+    curve,
+    failure,
+    is_several,
+    is_transfer,
+    islands,
+    points,
+    study_names,
+)
 from pho_service.api.problems import documented
 from pho_service.api.service import Caller, CallerParam, Service, ServiceParam
 from pho_service.shown import words
-from pho_service.shown.layers import LayerCell
-from pho_service.shown.page import render
+from pho_service.shown.page import MeasuredTrials, importances, render, trials_of, with_measurements
 from pho_service.shown.parts import content_security_policy
-from pho_service.shown.report import Report, StageTime
-from pho_service.shown.study import MeasuredTrials, importances, trials_of, with_measurements
+from pho_service.shown.report import LayerCell, Report, StageTime
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
 from pho_service.spec.objective import is_maximised
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.plan import CORRECTS
 from storage import records as stored
-from storage.states import StageKind, StageState
-from storage.trials import read_trials
+from storage.records import StageKind, StageState
+from storage.studies import read_trials
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -75,14 +81,14 @@ def _page(job_id: UUID, service: Service, caller: Caller, back: str | None) -> s
     return render(replace(collected(service, job, whole=True), job_page=back))
 
 
-def collected(service: Service, job: stored.Job, *, whole: bool = False) -> Report:
+def collected(service: Service, job: stored.JobRecord, *, whole: bool = False) -> Report:
     """What is known of a job; the whole also says how much each coefficient mattered."""
     found = _of_transfer(job) if is_transfer(job) else _of_search(service, job, whole=whole)
     events = service.jobs.history(job.id, limit=EVENTS)
     return replace(found, happened=[(event.created_at, told(event)) for event in events])
 
 
-def told(event: stored.Event) -> str:
+def told(event: stored.EventRecord) -> str:
     """An event, in words."""
     data = event.data
     if event.kind == "stage":
@@ -95,7 +101,7 @@ def told(event: stored.Event) -> str:
     return f"{data.get('state', event.kind)}{why}"
 
 
-def rated_values(service: Service, job: stored.Job) -> tuple[list[float], bool]:
+def rated_values(service: Service, job: stored.JobRecord) -> tuple[list[float], bool]:
     """The values of a search with one pattern, by trial, and whether high ones are good."""
     found = [] if is_several(job.spec) else _studies(service, job, None, whole=False)
     values = [trial.value for trial in trials_of(found, islands(job))]
@@ -103,7 +109,7 @@ def rated_values(service: Service, job: stored.Job) -> tuple[list[float], bool]:
     return finite, is_maximised(job.spec.get("objective", {}).get("name"))
 
 
-def _of_transfer(job: stored.Job) -> Report:
+def _of_transfer(job: stored.JobRecord) -> Report:
     spec = TransferSpec.model_validate(job.spec)
     results = [stage.result for stage in job.of_kind(StageKind.TRANSFER)]
     found = spec.found()
@@ -122,7 +128,7 @@ def _of_transfer(job: stored.Job) -> Report:
     )
 
 
-def _of_search(service: Service, job: stored.Job, *, whole: bool) -> Report:
+def _of_search(service: Service, job: stored.JobRecord, *, whole: bool) -> Report:
     spec = JobSpec.model_validate(job.spec)
     configuration = (
         None if job.best is None else Configuration.model_validate(job.with_tasks(job.best))
@@ -176,7 +182,7 @@ def _of_search(service: Service, job: stored.Job, *, whole: bool) -> Report:
 
 
 def _studies(
-    service: Service, job: stored.Job, answer: stored.Stage | None, *, whole: bool
+    service: Service, job: stored.JobRecord, answer: stored.Stage | None, *, whole: bool
 ) -> list[list[FrozenTrial]]:
     """
     Return the trials of the first islands; none for a search that has not begun. With several
@@ -195,7 +201,7 @@ def _studies(
     return found
 
 
-def _layers(job: stored.Job) -> dict[str, list[LayerCell]]:
+def _layers(job: stored.JobRecord) -> dict[str, list[LayerCell]]:
     """By model; none of a job that has not ended well."""
     for stage in job.of_kind(StageKind.FINISH):
         layers = (stage.result or {}).get("layers") or {}

@@ -1,5 +1,5 @@
 """
-What is known of each request: its id, and a line in the log.
+Every request of the API: its id, its line in the log, and how large its body may be.
 """
 
 import asyncio
@@ -9,13 +9,13 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pho_service.api.guard import OPEN
 from pho_service.api.pages import as_page, is_page
 from pho_service.api.problems import problem
-from pho_service.host.logs import about
-from pho_service.host.tracing import request_span
+from pho_service.host.logs import about, request_span
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +84,53 @@ class RequestLog:
             "key": caller.key_prefix if caller is not None else None,
         }
         logger.log(level, "%s %s %d", scope["method"], scope["path"], status, extra=fields)
+
+
+# Limit on the size of the body of a request.
+class BodyLimit:
+    """Refuses bodies that are too large, before they are read into memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if declared and "transfer-encoding" in headers:  # a proxy may go by the other one
+            await _two_lengths()(scope, receive, send)
+            return
+        if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
+            await self._refusal()(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.max_bytes:
+                raise HTTPException(413, self._detail())
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _detail(self) -> str:
+        return f"The body is larger than {self.max_bytes} bytes, which is the most that is read."
+
+    def _refusal(self) -> ASGIApp:
+        return problem(413, "body_too_large", self._detail())
+
+
+def _two_lengths() -> ASGIApp:
+    """For a body that ends in two places: what follows the first may be somebody's request."""
+    return problem(
+        400,
+        "two_lengths",
+        "The request has both Content-Length and Transfer-Encoding. Send one of them.",
+        headers={"Connection": "close"},
+    )

@@ -7,9 +7,9 @@ A document that is valid by these is not refused for its form.
 from collections.abc import Mapping
 from typing import Any
 
-from pho_service.library.files import TRANSFER_VERSION, TransferFile
+from pho_service.library import TRANSFER_VERSION, TransferFile
 from pho_service.spec.configuration import FORMAT, TRANSFER_FORMAT, VERSION, Configuration
-from pho_service.spec.linears import LONGEST, MOST
+from pho_service.spec.pattern import LONGEST, MOST
 from pho_service.spec.steps import CHOOSING, UPDATES
 
 _GROUPS = 64

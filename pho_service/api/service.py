@@ -1,16 +1,20 @@
 """
-State that all operations of the API share.
+State that all operations of the API share: the stores, the settings, and what bounds their work.
 """
 
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated
+from functools import cached_property, partial
+from typing import Annotated, ParamSpec, TypeVar
 from uuid import UUID
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
-from pho_service.api.heavy import Heavy
-from pho_service.api.probe import Probe
 from pho_service.errors import InvalidInput, OutputError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
@@ -20,10 +24,77 @@ from pho_service.spec.limits import JobLimits
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import KeyStore
-from storage.records import Job
-from storage.sessions import SessionStore
-from storage.states import StageKind, StageState
+from storage.keys import KeyStore, SessionStore
+from storage.records import JobRecord, StageKind, StageState
+from storage.studies import DatabaseGone
+
+# Requests that take seconds of a core: a few at a time, so that the others are answered meanwhile.
+AT_ONCE = 2
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Heavy:
+    """
+    Threads for what takes long. Who comes when all are busy waits for a turn, and needs none.
+    """
+
+    def __init__(self) -> None:
+        self._threads = CapacityLimiter(AT_ONCE)
+
+    async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``work`` gives, done in one of the threads."""
+        return await run_sync(partial(work, *args, **kwargs), limiter=self._threads)
+
+
+# Whether the database answers, asked beside all other requests.
+ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
+
+
+class Probe:
+    """
+    Asks a database in a thread of its own, on a connection of its own, one question at a time.
+
+    However many requests wait for the threads and connections of the others, and however long a
+    server that is frozen does not answer, who asks gets to know within a second.
+
+    Args:
+        database: Whose server is asked.
+    """
+
+    def __init__(self, database: Database) -> None:
+        url = database.url.render_as_string(hide_password=False)
+        self._database = Database(url, pool=1)
+        self._asked: Future[None] | None = None
+
+    async def check(self) -> None:
+        """
+        Raises:
+            DatabaseGone: The server does not answer.
+        """
+        if self._asked is None or self._asked.done():
+            self._asked = Future()
+            # A daemon: the process need not wait for a server that is frozen.
+            threading.Thread(target=self._ask, args=(self._asked,), daemon=True).start()
+        asked = asyncio.wrap_future(self._asked)
+        try:
+            await asyncio.wait_for(asyncio.shield(asked), ANSWER_S)
+        except TimeoutError:
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard
+            raise DatabaseGone(f"the database has not answered for {ANSWER_S:g} s") from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+    def _ask(self, asked: "Future[None]") -> None:
+        try:
+            self._database.check()
+        except BaseException as error:
+            asked.set_exception(error)
+        else:
+            asked.set_result(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +155,7 @@ class Service:
         except InvalidInput as error:
             raise OutputError(str(error)) from error
 
-    def notes(self, job: Job) -> list[str]:
+    def notes(self, job: JobRecord) -> list[str]:
         """What a job waits for that nobody gives at present."""
         if not job.spec.get("tasks") or job.state.is_over:
             return []

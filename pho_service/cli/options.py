@@ -1,5 +1,5 @@
 """
-Options that several verbs share, and what they stand for.
+Options that several verbs share, what they stand for, and `--plot`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import click
 
 from pho_service.cli.terminal import progress, say, working
 from pho_service.errors import BundleError, InvalidInput, TextError
-from pho_service.host.usual_texts import USUAL_TEXTS
+from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.pipeline.inputs import Calibrated, Inputs
 from pho_service.progress import Run
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from pho_service.models.calibration import CalibrationText
     from pho_service.models.loading import LanguageModel
     from pho_service.models.texts import Text, TextSource
+    from pho_service.pipeline.confirmation import Validation
     from pho_service.pipeline.inputs import Cut
     from pho_service.pipeline.rating import ReportText
     from pho_service.spec.calibration import CalibrationSettings
     from pho_service.spec.fields import CalibrationSpec, ConfirmSpec, TextSpec
     from pho_service.spec.transfer import ReportSpec
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,7 +81,7 @@ def check_models(
     names: Sequence[str], revision: str | None = None, text: str | None = None
 ) -> None:
     """See that models, bundles and a text file can be there, before any long work."""
-    from pho_service.models.names import check_name
+    from pho_service.models.loading import check_name
 
     if find_spec("torch") is None:  # said before anything is looked up
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
@@ -312,3 +314,54 @@ def out_file(path: str) -> Path:
 
     check_file(Path(path))
     return Path(path)
+
+
+def plot_file(name: str) -> Path:
+    """
+    The file that a plot will be written to, checked before any long work.
+
+    Raises:
+        InvalidInput: Its name does not end in ``.html``.
+        OutputError: It cannot be written.
+    """
+    if Path(name).suffix.lower() not in (".html", ".htm"):
+        raise InvalidInput(
+            f"--plot {name} is not a name of a page: plots are drawn in HTML, which a browser "
+            f"shows and saves as a picture. Give {Path(name).with_suffix('.html')}."
+        )
+    return out_file(name)
+
+
+def plot_validation(result: "Validation", path: Path, title: str) -> None:
+    """Write a page with a chart for each proxy: its value against perplexity."""
+    from pho_service.shown.charts import validation_charts
+    from pho_service.shown.parts import Section, page
+
+    drawn = validation_charts(result.proxies, result.perplexity, result.qualities)
+    count = f"{len(result.candidates)} random candidates, rated by each proxy and by perplexity."
+    section = Section(id="proxies", title="Proxies against perplexity", texts=[count], charts=drawn)
+    _write(path, page(title, [section]))
+
+
+def plot_transfer(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Write a page with what a configuration was worth on each model, as a report shows it."""
+    from pho_service.shown.page import transfer_section
+    from pho_service.shown.parts import page
+
+    if all("error" in record for record in records):
+        raise InvalidInput("there is nothing to plot: no model could be measured.")
+    _write(path, page(title, [transfer_section(records)]))
+
+
+def plot_curve(document: dict[str, Any], path: Path) -> None:
+    """Write a page with perplexity against sparsity, and the table of the points."""
+    from pho_service.shown.page import curve_page
+
+    _write(path, curve_page(document))
+
+
+def _write(path: Path, text: str) -> None:
+    from pho_service.host.files import new_file
+
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -7,13 +7,12 @@ import click
 from pho_service.api.answers import PlanAnswer
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import json_option
-from pho_service.cli.remote import open_client
-from pho_service.cli.submit import job_document
+from pho_service.cli.remote import job_document, open_client
 from pho_service.cli.terminal import print_json, print_table, verb
-from pho_service.spec.sizes import parse_bytes
+from pho_service.spec.document import parse_bytes
 
 if TYPE_CHECKING:
-    from pho_service.planning.machines import Machine
+    from pho_service.planning.costs import Machine
 
 GIB = 2**30
 
@@ -73,9 +72,9 @@ def plan(
 
 def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> PlanAnswer:
     """The plan, made in this process."""
-    from pho_service.planning.headers import read_header
-    from pho_service.planning.machines import named_machine
+    from pho_service.planning.costs import named_machine
     from pho_service.planning.plan import plan_job
+    from pho_service.planning.shapes import read_header
     from pho_service.spec.job import JobSpec
 
     job = JobSpec.model_validate(spec)
@@ -87,7 +86,7 @@ def _here(spec: dict[str, Any], card: str | None, memory: dict[str, int]) -> Pla
 
 def _this_machine() -> "Machine":
     """Describe the first GPU that torch sees, with the rates of a similar card, or the CPU."""
-    from pho_service.planning.machines import CARDS, named_machine
+    from pho_service.planning.costs import CARDS, named_machine
 
     try:
         import torch

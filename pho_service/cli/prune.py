@@ -1,4 +1,6 @@
-"""`pho prune`."""
+"""
+`pho prune`, `pho pack`, `pho unpack` and `pho push`: from a configuration to a model folder.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +10,11 @@ import click
 
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.library import (
-    Found,
+    LibraryEntry,
+    best_of_library,
     check_library,
     library_option,
+    wanted_for,
 )
 from pho_service.cli.options import (
     Terminal,
@@ -20,19 +24,138 @@ from pho_service.cli.options import (
     device_options,
     json_option,
 )
-from pho_service.cli.prune_source import Source, given_configuration
-from pho_service.cli.push import public_option, push_folder
 from pho_service.cli.terminal import print_json, print_table, progress, say, verb
-from pho_service.errors import InvalidInput, ModelError
+from pho_service.errors import ConfigurationError, InvalidInput, ModelError
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.document import number
+from pho_service.spec.pattern import Linears, Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pho_service.models.loading import LanguageModel
+    from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.configuration import Configuration
     from pho_service.spec.fields import CalibrationSpec
+
+
+# Where `pho prune` has its configuration from: a file, a published method, a library.
+TRIED = 5  # configurations of a library that are rated by the proxy, the most promising first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """
+    Where the configuration comes from: it is given, or else chosen from a library.
+
+    Attributes:
+        deployable: Whether it may only permute what can be folded into the weights.
+    """
+
+    configuration: "Configuration | None"
+    library: str | None
+    pattern: str | None
+    scope: str | None
+    force: bool
+    deployable: bool
+
+    def of_library(self, model: "LanguageModel") -> "list[LibraryEntry]":
+        """The most promising configurations for a model, the best first."""
+        wanted = wanted_for(
+            {"name": model.name, "family": model.family, "parameters": model.parameters},
+            str(self.pattern),
+            self.scope,
+        )
+        return best_of_library(self.library, wanted, 1 if self.force else TRIED)
+
+    def chosen(
+        self, found: "Sequence[LibraryEntry]", model: "LanguageModel", bundle: "ProxyBundle"
+    ) -> "LibraryEntry":
+        """
+        The first that the proxy does not judge worse than RIA.
+
+        Raises:
+            ConfigurationError: It judges all of them so.
+        """
+        from pho_service.errors import BundleError
+        from pho_service.pipeline.transfer import no_better_than_ria, proxies_of, proxy_sentence
+
+        for each in found:
+            about = f"{each.origin['id']} of the library"
+            try:
+                proxies = proxies_of(bundle, each.configuration, str(model.device))
+            except BundleError as error:
+                sentence = f"Note: whether it holds on {model.name} is not known: {error}"
+            else:
+                if no_better_than_ria(proxies) and not self.force:
+                    say(
+                        f"Leaving {about} out: its proxy on {model.name}, "
+                        f"{number(proxies['transferred'])}, is no better than RIA's, "
+                        f"{number(proxies['ria'])}."
+                    )
+                    continue
+                sentence = proxy_sentence(model.name, proxies)
+            say(f"Taking {about}: {'; '.join(each.origin['reasons'])}.")
+            say(sentence)
+            return each
+        raise ConfigurationError(
+            f"none of the library's {len(found)} most promising configurations for {self.pattern} "
+            f"holds on {model.name}: by the proxy each is no better than RIA. Search there: `pho "
+            f"search {model.name} --pattern {self.pattern}`; or take the most promising one in "
+            "spite of that with --force."
+        )
+
+
+def given_configuration(
+    path: str | None, method: str | None, pattern: str | None, scope: str | None, given: Given
+) -> "Configuration | None":
+    """What a file or a method's name says; None if a library is asked."""
+    from pho_service.spec.configuration import published, read_configuration
+
+    if path is not None:
+        return read_configuration(Path(path))
+    if method is None:
+        return None
+    linears = Linears.from_dict(given.document().get("steps", {}).get("linears", {}))
+    return published(method, str(pattern), scope, linears)
+
+
+public_option = click.option(
+    "--public", is_flag=True, help="Everybody can see a new repository; by default only you can."
+)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repository")
+@public_option
+@json_option
+@verb
+def push(folder: Path, repository: str, public: bool, as_json: bool) -> None:
+    """
+    Upload a pruned FOLDER to the Hugging Face hub, as REPOSITORY (org/name).
+
+    The token is that of HF_TOKEN, or of `hf auth login`. A repository that is
+    not there is made, private unless --public is given; one that is there stays
+    as visible as it is. All files go there; in pruning.json, models and texts of
+    this machine are named without their folders.
+
+    \b
+    Example:
+      pho push pruned my-org/SmolLM2-135M-pruned
+    """
+    push_folder(folder, repository, public, as_json)
+
+
+def push_folder(folder: Path, repository: str, public: bool, as_json: bool) -> None:
+    """Upload, and say where to."""
+    from pho_service.models.saving import push as upload
+
+    address = upload(folder, repository, public=public)
+    if as_json:
+        print_json({"folder": str(folder), "repository": repository, "commit": address})
+        return
+    say(f"{folder} is at {address}")
 
 
 @click.command(
@@ -280,7 +403,7 @@ def _prune(
         click.echo(f"{summary(result.blocks)}.")
 
 
-def _prunable(found: "list[Found]", statistics: _Statistics) -> "list[Found]":
+def _prunable(found: "list[LibraryEntry]", statistics: _Statistics) -> "list[LibraryEntry]":
     """Without those that need a text where there is none, unless all do."""
     if statistics.bundle is None or statistics.named:
         return found
@@ -329,7 +452,7 @@ def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) 
     from transformers.utils.logging import disable_progress_bar
 
     from pho_service.models.packed import as_folder
-    from pho_service.models.recipe_file import read_recipe
+    from pho_service.models.saving import read_recipe
     from pho_service.pipeline.check import check_folder
 
     disable_progress_bar()  # ours is shown
@@ -354,3 +477,57 @@ def _check(folder: Path, original: str | None, as_json: bool, inputs: Terminal) 
         raise ModelError(
             f"{folder} is not what its recipe says: {', '.join(failed)}. Prune the model again."
         )
+
+
+@click.command()
+@click.argument("folder")
+@click.option("--out", required=True, help="A file whose name ends in .pho.")
+@json_option
+@verb
+def pack(folder: str, out: str, as_json: bool) -> None:
+    """
+    Make a model folder smaller, without losing a bit.
+
+    Each file is compressed by zstandard. `pho unpack` restores the folder, and
+    wherever a MODEL is asked for, what is packed can be given: it is unpacked
+    into the cache for as long as it is needed.
+
+    \b
+    Example:
+      pho pack pruned --out pruned.pho
+      pho prune --check pruned.pho
+      pho evaluate pruned.pho --text report.txt
+    """
+    from pho_service.models.packed import pack as pack_folder
+
+    size = pack_folder(folder, out, progress=True)
+    if as_json:
+        print_json(
+            {"out": out, "bytes": size.after, "unpacked_bytes": size.before, "ratio": size.ratio}
+        )
+        return
+    click.echo(f"{out}: {size.after:,} bytes, {size.ratio:.3f} of the {size.before:,} of {folder}")
+
+
+@click.command()
+@click.argument("packed")
+@click.option("--out", required=True, help="A new or empty folder.")
+@json_option
+@verb
+def unpack(packed: str, out: str, as_json: bool) -> None:
+    """
+    Restore the folder that `pho pack` has packed, bit for bit.
+
+    Each file is compared with its checksum; if one is damaged, nothing is written.
+
+    \b
+    Example:
+      pho unpack pruned.pho --out pruned
+    """
+    from pho_service.models.packed import unpack as unpack_file
+
+    files = unpack_file(packed, out, progress=True)
+    if as_json:
+        print_json({"out": out, "files": files})
+        return
+    click.echo(f"{out}: {files} files, each as its checksum says")

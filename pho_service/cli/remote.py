@@ -1,27 +1,135 @@
-"""The verbs for jobs that are there: `pho jobs`, `show`, `watch`, `best` and the like."""
+"""
+The verbs that ask a service: submit, jobs, show, watch, best, transfer-job and the like.
+"""
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pho_service.cli.jobs_shown import (
-    done,
-    good,
-    outcome,
-    say_transfer,
-    short_ids,
-    show_points,
-    show_tasks,
+from pho_service.cli import library
+from pho_service.cli.document import DocumentCommand, Given, GroupedCommand
+from pho_service.cli.options import (
+    at_least,
+    json_option,
+    out_file,
+    plot_file,
+    plot_transfer,
+    report_options,
+    report_spec,
 )
-from pho_service.cli.options import at_least, json_option
-from pho_service.cli.terminal import print_json, print_table, say, table_width, tell, verb
+from pho_service.cli.terminal import (
+    print_json,
+    print_table,
+    say,
+    show_table,
+    table_width,
+    tell,
+    verb,
+)
 from pho_service.errors import InvalidInput, ServiceError
-from pho_service.spec.numbers import number
+from pho_service.spec.document import number, percent
 
 if TYPE_CHECKING:
     from pho_service.api.answers import Job
     from pho_service.client import Client
+    from pho_service.library import TransferFile
+
+
+# Jobs in words and tables, as the verbs for jobs print them.
+_SHORTEST = 8  # characters of an id, as in the names that jobs have by default
+
+
+def outcome(job: "Job") -> list[str]:
+    """What has come of a job, in lines."""
+    lines = []
+    if job.best is not None:
+        if job.best.perplexities is not None:
+            lines.append(f"result       {job.best.perplexities} (perplexities)")
+        lines.append(
+            f"best         {job.best.method}, objective {number(job.best.objective)}, "
+            f"perplexity {number(job.best.perplexity) or 'not measured'}"
+        )
+        lines.append(f"configuration: pho best {job.id} --out config.json")
+    if job.pruned == "done":
+        lines.append(f"pruned model:  pho pull {job.id} --out pruned")
+    elif job.pruned == "removed":
+        lines.append(f"pruned model:  deleted by age; pho pull {job.id} --prune --out pruned")
+    for name, quality in (job.validation or {}).items():
+        lines.append(f"rank         {name}: Spearman {quality.spearman:+.2f} with perplexity")
+    if job.error is not None:
+        where = f" at {job.error.layer}" if job.error.layer else ""
+        lines.append(f"error        {job.error.type} in {job.error.stage}{where}: ")
+        lines[-1] += job.error.message
+    return [*lines, *(f"note         {warning}" for warning in job.warnings)]
+
+
+def show_tasks(job: "Job") -> None:
+    """What the dense model and the pruned one of a job scored in tasks."""
+    if job.tasks is not None:
+        from pho_service.shown.tables import tasks_table
+
+        show_table(tasks_table(job.tasks))
+
+
+def show_points(job: "Job") -> None:
+    """The table of a job with several patterns."""
+    from pho_service.shown.tables import points_table
+
+    if not job.points:
+        return
+    show_table(points_table([each.model_dump() for each in job.points]), spare=("seconds",))
+    if job.best is None and any(each.state == "done" for each in job.points):
+        tell(f"configuration: pho best {job.id} --pattern PATTERN --out config.json")
+
+
+def say_transfer(job: "Job", measured: "TransferFile") -> None:
+    """What a transfer has measured so far, and what must be said of it."""
+    from pho_service.cli.transfer import show_transfer
+    from pho_service.spec.configuration import Configuration
+
+    done = job.progress
+    tell(f"models       {done.models_done} of {done.models}")
+    show_transfer(
+        [target.model_dump(mode="json") for target in measured.targets],
+        f"what job {measured.source} found",
+        Configuration.model_validate(measured.configuration),
+    )
+    if job.error is not None:
+        tell(f"error        {job.error.type}: {job.error.message}")
+    for warning in job.warnings:
+        tell(f"note         {warning}")
+
+
+def good(job: "Job") -> list[str]:
+    """Perplexities: dense, found, how much higher that is, Wanda, RIA."""
+    if job.best is None or job.best.perplexities is None:
+        found = job.best.perplexity if job.best else None
+        return ["", number(found), "", "", ""]
+    good = job.best.perplexities
+    dense, pruned, wanda, ria = map(number, (good.dense, good.pruned, good.wanda, good.ria))
+    return [dense, pruned, percent(good.rise, signed=True), wanda, ria]
+
+
+def done(job: "Job") -> str:
+    """Progress of a job."""
+    done = job.progress
+    if job.kind == "transfer":
+        return f"{done.models_done}/{done.models} models"
+    return f"{done.trials_done}/{done.trials}"
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """Return the beginnings that tell ids apart, of the same length, at least 8 characters."""
+    known = {*ids}
+    for length in range(_SHORTEST, 36):
+        short = {each: each[:length] for each in known}
+        if len({*short.values()}) == len(known):
+            return short
+    return {each: each for each in known}
+
 
 url_option = click.option(
     "--url", help="Address of the service.  [default: PHO_API_URL, or http://127.0.0.1:8000]"
@@ -385,3 +493,224 @@ def end(client: "Client", job: "Job", as_json: bool) -> None:
     if job.state != "succeeded":
         reason = job.error.message if job.error else "it was cancelled."
         raise ServiceError(f"job {job.id} {job.state}: {reason}")
+
+
+@click.command(cls=DocumentCommand, fields=("",))
+@click.argument("models", metavar="[MODEL...]", nargs=-1)
+@click.option("--job", "job_file", help="A job document as a JSON file; - reads stdin.")
+@click.option("--idempotency-key", help="The same key twice makes one job.")
+@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
+@url_option
+@json_option
+@verb
+def submit(
+    models: tuple[str, ...],
+    given: Given,
+    job_file: str | None,
+    idempotency_key: str | None,
+    wait: bool,
+    url: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Submit a search job for MODEL, a hub id or a path that the workers see.
+
+    With several models, the search is for a configuration that is good on all
+    of them. What is left out has the defaults of `pho search`. The job's id is printed.
+
+    \b
+    Example:
+      pho submit org/name --pattern 2:4 --text texts/c4.jsonl --watch
+      pho submit org/small org/other --pattern 0.5 --over worst
+      pho submit org/name --patterns 0.3,0.5,0.7,2:4 --text texts/c4.jsonl
+      pho submit org/name --within 5% --text texts/c4.jsonl
+      pho submit org/name --pattern 0.5 --tasks boolq,arc_easy --limit 500
+      pho submit --job job.json
+    """
+    spec = job_document(models, job_file, given)
+    with open_client(url) as client:
+        job = client.submit(spec, idempotency_key=idempotency_key)
+        for warning in job.warnings if wait or not as_json else ():
+            say(f"note: {warning}")
+        if not wait:
+            if as_json:
+                print_json(job.model_dump(mode="json"))
+            else:
+                say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
+                click.echo(job.id)
+            return
+        end(client, client.wait(job.id), as_json)
+
+
+def job_document(
+    models: tuple[str, ...], job_file: str | None, given: Given, *, pattern: str | None = None
+) -> dict[str, Any]:
+    """
+    The document of a job, from a file and from options, which count more.
+
+    Args:
+        models: MODEL and others, if not those of the file.
+        job_file: Name of the file.
+        given: The options.
+        pattern: If neither says one.
+
+    Raises:
+        InvalidInput: A file that is none; a rule is broken, or there is no model or no pattern.
+    """
+    document = given.document(_read_document(job_file) if job_file else {})
+    if models:
+        document["model"], document["more_models"] = models[0], [*models[1:]]
+    if pattern is not None and not (document.get("patterns") or document.get("target")):
+        document.setdefault("pattern", pattern)
+    for fields, way in (
+        (("model",), "MODEL"),
+        (("pattern", "patterns", "target"), "--pattern 0.5 or 2:4, --patterns or --within"),
+    ):
+        if not any(document.get(field) for field in fields):
+            raise InvalidInput(
+                f"no {fields[0]} is given. Give {way}, or a document with one by --job."
+            )
+    spec = given.job(document)
+    found = library.of_files(given, spec)
+    if any(given("warm_start/found") or ()):  # nothing named: the service's own library
+        found += library.of_libraries(given, spec.pruning(), {})
+        document["warm_start"]["found"] = library.points(found)
+        given.job(document)
+    return document
+
+
+def _read_document(path: str) -> dict[str, Any]:
+    try:
+        with click.open_file(path, encoding="utf-8") as file:
+            document = json.load(file)
+    except OSError as error:
+        raise InvalidInput(f"--job {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"--job {path} is not JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise InvalidInput(f"--job {path} is not a job document: it must be a JSON object.")
+    return document
+
+
+@click.command("transfer-job", cls=GroupedCommand)
+@click.argument("job_id")
+@click.argument("models", metavar="[MODEL...]", nargs=-1)
+@pattern_option
+@report_options
+@click.option("--search", is_flag=True, help="Find the own best of each model, too.")
+@click.option("--trials", type=int, help="Number of trials of those searches.  [default: 200]")
+@click.option("--seed", type=int, help="Seed of those searches.  [default: 0]")
+@click.option("--confirm-text", help="Text to confirm on.  [default: what the calibration leaves]")
+@click.option("--text", help="To calibrate on.  [default: as the job]")
+@click.option("--stream", is_flag=True, help="Leave the weights on disk.")
+@click.option("--name", help="Name of the new job.")
+@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
+@click.option("--notify", help="URL of a webhook that is called when it has ended.")
+@click.option("--idempotency-key", help="The same key twice makes one job.")
+@click.option("--watch", "wait", is_flag=True, help="Wait for it, as `pho watch` does.")
+@click.option("--out", help="Write what is measured to this file; implies --watch.")
+@click.option("--plot", help="Draw it on this HTML page; implies --watch.")
+@url_option
+@json_option
+@verb
+def transfer_job(
+    job_id: str,
+    models: tuple[str, ...],
+    pattern: str | None,
+    report: Mapping[str, Any],
+    search: bool,
+    trials: int | None,
+    seed: int | None,
+    confirm_text: str | None,
+    text: str | None,
+    stream: bool,
+    name: str | None,
+    priority: int,
+    notify: str | None,
+    idempotency_key: str | None,
+    wait: bool,
+    out: str | None,
+    plot: str | None,
+    url: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Measure what the job JOB_ID has found on MODEL..., hub ids or paths that the workers see.
+
+    It is a job of its own, a stage for each model; its id is printed. Without
+    --report-text or --report-dataset only proxies are compared. Without MODEL, JOB_ID is such a
+    job: --out and --plot give what it has measured.
+
+    \b
+    Example:
+      pho transfer-job d5aed9d3-7b7c-40f9-9896-b5f528363229 org/other \\
+          --report-text texts/report.jsonl --search --watch
+    """
+    from pho_service.host.files import new_file
+
+    at_least(1, trials=trials)
+    measured_on = report_spec(report)
+    path = None if out is None else out_file(out)
+    picture = None if plot is None else plot_file(plot)
+    if not models and path is None and picture is None:
+        raise InvalidInput("give MODEL..., or --out or --plot for a transfer that is there.")
+    if pattern is not None and not models:
+        raise InvalidInput(
+            f"--pattern {pattern} says which of several patterns is measured: give MODEL..., too."
+        )
+    own = {
+        "trials": trials,
+        "seed": seed,
+        "confirm": None if confirm_text is None else {"text": confirm_text},
+    }
+    if any(value is not None for value in own.values()) and not search:
+        raise InvalidInput("--trials, --seed and --confirm-text are for --search: give it, too.")
+    document: dict[str, Any] = {"stream": stream, "priority": priority}
+    searched = _given(**own) if search else None
+    document |= _given(
+        name=name,
+        notify=notify,
+        report=measured_on and measured_on.model_dump(exclude_unset=True),
+        search=searched,
+    )
+    with open_client(url) as client:
+        job = client.job(job_id)
+        if models:
+            if text is not None:
+                document["calibration"] = _calibration(job.spec["calibration"], text)
+            job = client.transfer(
+                job_id, models, pattern=pattern, idempotency_key=idempotency_key, **document
+            )
+            say(f"{job.name}: {job.state}. Follow it with: pho watch {job.id}")
+            if not (wait or path or picture):
+                if as_json:
+                    print_json(job.model_dump(mode="json"))
+                else:
+                    click.echo(job.id)
+                return
+            job = client.wait(job.id)
+        measured = client.transferred(job.id).model_dump(mode="json")
+        if path is not None:
+            with new_file(path) as partial:
+                partial.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+            say(f"written {path}")
+        if picture is not None:
+            found = measured["configuration"]
+            title = f"{job.name} at {found['pattern']}, {found['scope']}"
+            plot_transfer(measured["targets"], picture, title)
+            say(f"written {picture}")
+        end(client, job, as_json)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _calibration(of_job: dict[str, Any], text: str) -> dict[str, Any]:
+    """The job's calibration on another text."""
+    source = ("dataset", "data_file", "split", "field")
+    return {
+        **{name: value for name, value in of_job.items() if name not in source},
+        "text": text,
+    }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import optuna
 
-    from pho_service.library.files import LibraryFile
+    from pho_service.library import LibraryFile
     from pho_service.shown.report import Report
 
 
@@ -74,7 +74,7 @@ def _check_id(name: str) -> None:
 
 
 def _of_study(name: str, url: str, config: str | None) -> str:
-    from pho_service.library.files import read_library_file
+    from pho_service.library import read_library_file
     from pho_service.shown.page import render
     from storage.studies import StorageError, open_storage
 
@@ -116,14 +116,14 @@ def _collected(
     from optuna.study import StudyDirection
 
     from pho_service.shown import words
-    from pho_service.shown.report import Report
-    from pho_service.shown.study import (
+    from pho_service.shown.page import (
         MeasuredTrials,
         importances,
         measured_in,
         trials_of,
         with_measurements,
     )
+    from pho_service.shown.report import Report
     from pho_service.tuning.result import chosen_in
     from storage.studies import record_of
 

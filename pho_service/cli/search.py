@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pho_service.cli import warm_start
-from pho_service.cli import within as within_target
+from pho_service.cli import curve as within_target
+from pho_service.cli import library
 from pho_service.cli.document import DocumentCommand, Given
 from pho_service.cli.options import (
     Terminal,
@@ -22,10 +22,10 @@ from pho_service.cli.options import (
 from pho_service.cli.terminal import print_json, say, verb
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.spec.numbers import number
+from pho_service.spec.document import number
 
 if TYPE_CHECKING:
-    from pho_service.pipeline.target import TargetFound
+    from pho_service.pipeline.curve import TargetFound
     from pho_service.pruning.bundle import ProxyBundle
     from pho_service.spec.job import JobSpec
     from pho_service.tuning.result import SearchResult
@@ -81,8 +81,7 @@ def search(
           --text book.txt --trials 200 --study sqlite:///study.db
       pho search HuggingFaceTB/SmolLM2-135M --within 5% --text book.txt
     """
-    from pho_service.pipeline.search import opened_study, search_job
-    from pho_service.pipeline.studies import check_study_url
+    from pho_service.pipeline.search import check_study_url, opened_study, search_job
     from storage.studies import keep_record
 
     path = out_file(out)
@@ -96,10 +95,10 @@ def search(
         return
     bundles = _bundles(models, given)
     spec = _asked(models, given, bundles)
-    request = replace(spec.request(0), warm_start=tuple(warm_start.of_files(given, spec)))
+    request = replace(spec.request(0), warm_start=tuple(library.of_files(given, spec)))
     bundles, opened = _opened(spec, given, bundles, inputs)
     about = {} if spec.more_models else bundles[spec.model].provenance.get("model", {})
-    found = warm_start.of_libraries(given, request.pattern, about)
+    found = library.of_libraries(given, request.pattern, about)
     request = replace(request, warm_start=(*request.warm_start, *found))
     with opened_study(study, request, bundles, opened.confirm) as record:
         keep_record(record, DOCUMENT, spec.model_dump(mode="json"))

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from pho_service.errors import InvalidInput, PhoError
-from pho_service.host.extras import missing_extra
-from pho_service.host.faults import faults_told
-from pho_service.host.plain import plain, plain_line
+from pho_service.errors import InvalidInput, PhoError, plain, plain_line
+from pho_service.host.machine import faults_told, missing_extra
 from pho_service.progress import bar
 
 if TYPE_CHECKING:

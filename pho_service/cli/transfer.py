@@ -18,11 +18,12 @@ from pho_service.cli.options import (
     is_bundle,
     json_option,
     out_file,
+    plot_file,
+    plot_transfer,
     report_options,
     report_spec,
     text_source,
 )
-from pho_service.cli.plots import plot_file, plot_transfer
 from pho_service.cli.terminal import print_json, say, show_table, verb
 from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
@@ -93,7 +94,7 @@ def transfer(
           --text book.txt --report-text other.txt --search
     """
     from pho_service.models.bundle_file import read_bundle
-    from pho_service.pipeline.studies import check_study_url
+    from pho_service.pipeline.search import check_study_url
     from pho_service.pipeline.transfer import (
         check_configuration,
         own_search,
@@ -102,7 +103,7 @@ def transfer(
     )
     from pho_service.spec.configuration import read_configuration
     from pho_service.spec.fields import ConfirmSpec
-    from pho_service.spec.samplers import SearchOptions
+    from pho_service.spec.objective import SearchOptions
 
     path = out_file(out)
     picture = None if plot is None else plot_file(plot)
@@ -184,7 +185,7 @@ class _Document:
             OutputError: It is something else, or of another configuration.
         """
         from pho_service.errors import OutputError
-        from pho_service.library.files import TRANSFER_VERSION
+        from pho_service.library import TRANSFER_VERSION
         from pho_service.spec.configuration import TRANSFER_FORMAT
 
         kind = {"format": TRANSFER_FORMAT, "version": TRANSFER_VERSION}

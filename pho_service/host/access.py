@@ -1,23 +1,134 @@
 """
 What jobs may name: models and texts below certain folders, and certain names on the hub.
-
-The front end asks at the door, and each worker asks again before it opens
-anything: only the worker sees its own disk.
 """
 
+import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pho_service.errors import InvalidInput, PhoError
-from pho_service.host.dataset_card import check_cards
-from pho_service.host.model_folder import NAMING_FILES, check_model_folder
+from pho_service.errors import InvalidInput, ModelError, PhoError, shown
+from pho_service.host.data_sets import USUAL_TEXTS, check_cards
 from pho_service.host.settings import Settings
-from pho_service.host.usual_texts import USUAL_TEXTS
+
+# What a model folder's own files name: only files that lie beside them.
+MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
+# Files of a folder that name others, beside its *.index.json.
+NAMING_FILES = ("config.json", "tokenizer_config.json")
+# What loaders never open, although transformers writes paths into them.
+_NOT_OPENED = frozenset({"special_tokens_map_file"})
+_PLAIN = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
+
+
+def check_model_folder(folder: Path) -> None:
+    """
+    Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``.
+
+    Nothing else in the folder is looked at, and no weights are read: this takes
+    milliseconds, and may be asked before a job is accepted.
+
+    Args:
+        folder: Folder of a model. Files that are not there are not missed.
+
+    Raises:
+        InvalidInput: A name leads, or could lead, out of the folder.
+        ModelError: A file that may name others cannot be read, is not a JSON object, or is too
+            large to be one of these.
+    """
+    indices = sorted(folder.glob("*.index.json"))
+    for file in (*indices, *(folder / name for name in NAMING_FILES)):
+        if file.is_file():
+            check_names(file)
+
+
+def check_names(file: Path) -> None:
+    """
+    Check the names in one of these files, wherever it lies; its name says what it is.
+
+    Raises:
+        InvalidInput, ModelError: As :func:`check_model_folder`.
+    """
+    document = _read(file)
+    if file.name.endswith(".index.json"):
+        names = _of_index(document, file)
+    elif file.name == "tokenizer_config.json":
+        names = _of_tokenizer(document)
+    else:
+        weights = document.get("transformers_weights")
+        names = iter([] if weights is None else [("transformers_weights", weights)])
+    for key, name in names:
+        if not is_plain(name):
+            raise InvalidInput(
+                f"{file.name} names {shown(str(name))!r} ({shown(key)}): a model's files may only "
+                "name files that lie in the same folder, by their plain names, without '/', '\\', "
+                "':' and '..'. Put the file into the model's folder and write its plain name, or "
+                "take the entry out."
+            )
+
+
+def is_plain(name: object) -> bool:
+    """Whether a value is a file's name without any path, drive or URL."""
+    return isinstance(name, str) and name not in (".", "..") and bool(_PLAIN.fullmatch(name))
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """A small JSON object."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{file.name} cannot be read: {error.strerror}.") from error
+    if len(content) > MAX_BYTES:
+        raise ModelError(f"{file.name} is larger than {MAX_BYTES >> 20} MiB, which no model's is.")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file.name} is not JSON: {shown(str(error))}. The download is not complete, or the "
+            "file is damaged: get it again."
+        ) from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{file.name} is not a JSON object. Get the model again.")
+    return document
+
+
+def _of_index(document: Mapping[str, Any], file: Path) -> Iterator[tuple[str, object]]:
+    """Which file each tensor is in; the first tensor of each file stands for it."""
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{file.name} has no weight_map. Get the model again.")
+    seen: set[object] = set()
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            yield f"weight_map of {tensor}", name
+        elif name not in seen:
+            seen.add(name)
+            yield f"weight_map of {tensor}", name
+
+
+def _of_tokenizer(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """
+    Values that a tokenizer's class may open.
+
+    ``vocab`` and ``merges`` are paths where they are strings, and so are the
+    arguments in ``init_inputs``. Empty ones are not looked at.
+    """
+    for key, value in document.items():
+        is_file = key.endswith(("_file", "_files")) and key not in _NOT_OPENED
+        if is_file or key in ("vocab", "merges", "init_inputs"):
+            yield from ((key, name) for name in _strings(value) if name)
+
+
+def _strings(value: object) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, str)]
+
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _DATA_FILE = re.compile(r"[A-Za-z0-9_*?\[\]][A-Za-z0-9._*?\[\]/-]*")
@@ -325,3 +436,146 @@ def _on_hub(name: str, patterns: tuple[str, ...], thing: str, variable: str) -> 
             f"{', '.join(patterns) or 'none'}."
         )
     return name
+
+
+# What lies below the folders that jobs may name models and texts of, to choose from.
+DEEPEST = 5  # folders below a root
+MOST = 200  # names of a kind
+MOST_ENTRIES = 3000  # files and folders that are looked at for a kind, over all its roots
+MOST_S = 0.3  # for a kind
+_LONGEST = 500  # characters of a name; a job's may have 512
+_TEXTS = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """
+    Names as a job would have them, those near the roots first.
+
+    Attributes:
+        models: Folders with a config.json, and .gguf files.
+        texts: Text files that are not a model's.
+        is_whole: Whether all of them are here.
+    """
+
+    models: tuple[str, ...]
+    texts: tuple[str, ...]
+    is_whole: bool
+
+
+def list_roots(model_roots: Sequence[Path], text_roots: Sequence[Path]) -> Listing:
+    """
+    List models and texts, as far as little time and depth allow.
+
+    Hidden folders are left out, and so are links that lead out of the root that they lie below.
+
+    Args:
+        model_roots: Absolute folders, links in their paths resolved.
+        text_roots: The same.
+    """
+    models, texts = _Budget(), _Budget()
+    return Listing(
+        models=_names(model_roots, models)[0],
+        texts=_names(text_roots, texts)[1],
+        is_whole=models.is_kept and texts.is_kept,
+    )
+
+
+class _Budget:
+    """How much may be looked at."""
+
+    def __init__(self) -> None:
+        self._entries, self._end = MOST_ENTRIES, time.monotonic() + MOST_S
+        self.is_kept = True
+
+    def spend(self) -> bool:
+        """Count one more; False if that is one too many."""
+        self._entries -= 1
+        within = self._entries >= 0 and time.monotonic() < self._end
+        self.is_kept = self.is_kept and within
+        return within
+
+    def cut(self) -> None:
+        """Note that something is left out."""
+        self.is_kept = False
+
+
+def _names(roots: Sequence[Path], budget: _Budget) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of models and of texts below the roots."""
+    models: list[str] = []
+    texts: list[str] = []
+    for number, root in enumerate(roots):
+        for path, is_model in _walk(root, budget):
+            name = _name(path, root, roots[:number])
+            found = models if is_model else texts
+            if name is None or len(found) >= MOST:
+                budget.cut()
+            else:
+                found.append(name)
+    return tuple(models), tuple(texts)
+
+
+def _name(path: Path, root: Path, before: Sequence[Path]) -> str | None:
+    """What a job calls a path: relative to its root, unless an earlier root has that, too."""
+    name = str(path.relative_to(root))
+    if name.startswith("~"):
+        name = f"./{name}"
+    if any((other / name).exists() for other in before):
+        name = str(path)
+    return name if name.isprintable() and len(name) <= _LONGEST else None
+
+
+def _walk(root: Path, budget: _Budget) -> list[tuple[Path, bool]]:
+    """Paths of models (True) and texts (False) below a root, level by level and by name."""
+    found: list[tuple[Path, bool]] = []
+    folders = deque([(root, 0)])
+    seen = {root}
+    while folders:
+        folder, depth = folders.popleft()
+        entries = _listed_entries(folder, root, budget)
+        if any(entry.name == "config.json" for entry in entries) and folder != root:
+            found.append((folder, True))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if _is_folder(entry):
+                real = path.resolve()
+                if depth == DEEPEST:
+                    budget.cut()
+                elif real not in seen:
+                    seen.add(real)
+                    folders.append((path, depth + 1))
+            elif entry.name.endswith(".gguf"):
+                found.append((path, True))
+            elif entry.name.endswith(_TEXTS):
+                found.append((path, False))
+    return found
+
+
+def _listed_entries(folder: Path, root: Path, budget: _Budget) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name, without what is hidden and links that lead out of the root."""
+    kept = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not budget.spend():
+                    break
+                if not entry.name.startswith(".") and _stays(entry, root):
+                    kept.append(entry)
+    except OSError:  # that cannot be read, or is gone
+        return []
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def _stays(entry: os.DirEntry[str], root: Path) -> bool:
+    try:
+        return not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -1,7 +1,7 @@
 """
 The artifact store: a folder, or an object store behind an fsspec URL, that the service shares.
 
-Bundles are in it (:mod:`workers.bundles`), and the pruned models of jobs, which the API hands out:
+Bundles are in it (:mod:`workers.inputs`), and the pruned models of jobs, which the API hands out:
 ``pruned/JOB/KEY/`` has the files of one, ``KEY`` naming the configuration that it was pruned with.
 """
 

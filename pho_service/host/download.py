@@ -13,9 +13,8 @@ from typing import Protocol
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential
 
-from pho_service.errors import ServiceError, ServiceUnavailable
+from pho_service.errors import ServiceError, ServiceUnavailable, shown
 from pho_service.host.files import check_free, new_folder
-from pho_service.host.plain import shown
 from pho_service.progress import Advance
 
 

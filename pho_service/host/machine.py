@@ -1,11 +1,19 @@
 """
-The machine that something was measured on, to be told with the figures.
+This machine: its name, its package versions, missing packages, and its faults in words.
 """
 
+import gc
 import os
 import platform
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
+
+from pho_service.errors import DeviceLost, ModelError, OutOfMemory, PhoError
 
 
 def machine() -> str:
@@ -22,3 +30,129 @@ def _processor() -> str:
     about = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)", about.read_text() if about.is_file() else "", re.M)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of PHO and of ``packages``."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("pho-service", *packages)},
+    }
+
+
+# What to install when a package is missing that only some parts of PHO need.
+_EXTRAS = ("worker", "api", "eval")  # what both bring is missed first where a model is to be run
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """
+    What is needed, and how to install it: ``needs torch: pip install 'pho-service[worker]'``.
+
+    Returns:
+        None if no extra brings the module: the fault is not the installation's.
+    """
+    if error.name is None:
+        return None
+    module = error.name.partition(".")[0]
+    for extra in _EXTRAS:
+        for requirement in requires("pho-service") or ():
+            found = re.fullmatch(rf"([\w.-]+).*extra == ['\"]{extra}['\"]", requirement)
+            if found is not None and re.sub(r"[.-]", "_", found[1]) == module:
+                return f"needs {module}: pip install 'pho-service[{extra}]'"
+    return None
+
+
+# What goes wrong with the machine rather than with the input, told in words.
+LONGEST = 300  # characters of a library's message
+
+# What allocators say in a RuntimeError: torch's on a CPU, CUDA's outside of torch's own.
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of the machine, was not enough."""
+    if isinstance(error, (MemoryError, _torch("OutOfMemoryError"))):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def device_is_lost(error: BaseException) -> bool:
+    """
+    Whether an error says that a GPU failed: nothing more can be done on it by this process.
+
+    An illegal access or an uncorrectable memory error breaks the CUDA context; a card that fell
+    off its bus looks the same.
+    """
+    if ran_out_of_memory(error):
+        return False
+    if isinstance(error, _torch("AcceleratorError")):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error:" in str(error)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a panic of a library in Rust, which is no :class:`Exception` in Python."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def faults_told() -> Iterator[None]:
+    """
+    Inside, what goes wrong with the machine is raised as an error that a user can act on.
+
+    Raises:
+        OutOfMemory: Memory ran out.
+        DeviceLost: A GPU failed.
+        ModelError: A library panicked.
+    """
+    try:
+        yield
+    except PhoError:
+        raise
+    except BaseException as error:
+        told = _told(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: BaseException) -> PhoError | None:
+    said = first_words(error)
+    if ran_out_of_memory(error):
+        return OutOfMemory(
+            f"memory ran out{said}. Use a smaller model, shorter windows (--context-length), "
+            "--dtype bfloat16 or --stream, or give it more memory."
+        )
+    if device_is_lost(error):
+        return DeviceLost(
+            f"the GPU failed{said}. A new process may work; if this happens again, see what "
+            "nvidia-smi and the kernel's log say of the card, or use another --device."
+        )
+    if is_panic(error):
+        return ModelError(
+            f"a library stopped inside its own code (a panic){said}. It was given something that "
+            "it cannot work with: if it is the tokenizer, check the model's tokenizer.json, or "
+            "give another text."
+        )
+    return None
+
+
+def first_words(error: BaseException) -> str:
+    """What a library says, up to the advice that it gives to programmers: ``: CUDA error ...``."""
+    line = " ".join(str(error).split("\n\n")[0].split())
+    said = re.split(r" If reserved but| CUDA kernel errors| Search for `", line)[0]
+    said = re.sub(r"^\[enforce fail at [^]]*\] *", "", said).rstrip(". ")
+    return f": {said[:LONGEST]}" if said else ""
+
+
+def let_go_of_memory() -> None:
+    """Release what is no longer in use: cycles of objects, and the cache of torch."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _torch(name: str) -> Any:
+    """One of torch's errors; an empty tuple, which nothing is an instance of, where it has none."""
+    return getattr(sys.modules.get("torch"), name, ())

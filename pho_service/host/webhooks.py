@@ -21,8 +21,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential
 
-from pho_service.errors import InvalidInput, PhoError
-from pho_service.host.plain import shown
+from pho_service.errors import InvalidInput, PhoError, shown
 from pho_service.host.settings import Settings
 
 _TIMEOUT_S = 10.0

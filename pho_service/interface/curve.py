@@ -12,36 +12,28 @@ import optuna
 
 from pho_service.errors import TextError
 from pho_service.host.files import new_file, write_json
-from pho_service.interface.asked import Given, SearchArguments, arguments
-from pho_service.interface.models import (
-    Model,
-    opened_bundle,
-    run_on,
-)
-from pho_service.interface.texts import (
-    calibrated,
-    opened_for,
-)
+from pho_service.interface.inputs import Model, calibrated, opened_bundle, opened_for, run_on
+from pho_service.interface.search import Given, SearchArguments, arguments
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
+    TargetFound,
     check_patterns,
     curve_document,
     find_points,
     opened_pareto,
     pareto_of,
+    target_job,
 )
 from pho_service.pipeline.rating import Subject
-from pho_service.pipeline.search import memory_study, opened_study
-from pho_service.pipeline.studies import check_study_url
-from pho_service.pipeline.target import TargetFound, target_job
+from pho_service.pipeline.search import check_study_url, memory_study, opened_study
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import points_table, text_of
 from pho_service.spec.curve import CURVE_FINALISTS, HIGHEST, LOWEST, STEP, Target, curve_patterns
-from pho_service.spec.numbers import number, percent
+from pho_service.spec.document import number, percent
+from pho_service.spec.objective import Sampler
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import Sampler
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 _ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
 

@@ -1,9 +1,9 @@
 """
-`pho.evaluate` and `pho.compare`: perplexities of a model, dense and pruned.
+`pho.evaluate`, `pho.compare` and `pho.bench`: how good and how fast models are.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,50 +11,49 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.asked import LinearArguments, MethodArguments, arguments
-from pho_service.interface.bundle import calibrate
-from pho_service.interface.models import (
+from pho_service.interface.inputs import (
     Choice,
     Model,
-    chosen,
-    opened,
-    opened_bundle,
-    parsed,
-    run_on,
-)
-from pho_service.interface.texts import (
     calibrated,
+    chosen,
     length_of,
     measured_text,
+    opened,
+    opened_bundle,
     opened_for,
+    parsed,
+    run_on,
     settings_of,
 )
+from pho_service.interface.search import LinearArguments, MethodArguments, arguments, calibrate
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.task_files import LoadedTasks, load_tasks
-from pho_service.pipeline.compare import check_family, common_linears
-from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.repeated import (
+from pho_service.models.tasks import LoadedTasks, load_tasks
+from pho_service.pipeline import bench as pipeline
+from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
+    check_family,
+    common_linears,
     compare_over_seeds,
 )
+from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.tasks import also_tasks, measure_tasks
 from pho_service.progress import Progress, bars
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.shown.parts import Shown, Table
 from pho_service.shown.tables import scores_table
 from pho_service.spec.calibration import Bos, CalibrationSettings
+from pho_service.spec.document import number
 from pho_service.spec.fields import ConfirmSpec
-from pho_service.spec.linears import Linears
-from pho_service.spec.numbers import number
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SearchOptions, options_of
+from pho_service.spec.objective import SearchOptions, options_of
+from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.tasks import TaskScore, task_names
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 if TYPE_CHECKING:
-    from pho_service.interface.texts import Texts
+    from pho_service.interface.inputs import Texts
+
 
 _DEFAULT = CalibrationSettings()
 
@@ -369,3 +368,68 @@ def _known_bundle(
     if len({*seeds}) < len(seeds):
         raise InvalidInput(f"seeds={[*seeds]}: one is given twice, which counts it twice.")
     return None if bundle is None else opened_bundle(bundle)
+
+
+_BENCH_DEFAULT = pipeline.BenchSettings()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Bench(Shown, pipeline.BenchResult):
+    """
+    A measurement: ``sides`` has the seconds of each load and round, ``conditions`` the machine.
+    """
+
+    def _shown(self) -> Table:
+        return Table(
+            pipeline.COLUMNS,
+            [pipeline.row(self, side) for side in self.sides],
+            title=pipeline.title(self.settings),
+            notes=(*self.conditions, pipeline.NOTE),
+        )
+
+
+def bench(
+    models: str | Path | Sequence[str | Path],
+    *,
+    batch: int = _BENCH_DEFAULT.batch,
+    prompt: int = _BENCH_DEFAULT.prompt,
+    new_tokens: int = _BENCH_DEFAULT.new_tokens,
+    rounds: int = _BENCH_DEFAULT.rounds,
+    seed: int = _BENCH_DEFAULT.seed,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = False,
+) -> Bench:
+    """
+    Measure how fast models load, read a prompt and write, beside each other, as `pho bench`.
+
+    Args:
+        models: Folders, packed or not, hub ids or .gguf files; all are in memory at once, and the
+            others are compared with the first.
+        batch: Prompts at once.
+        prompt: Tokens of each, drawn at random.
+        new_tokens: Tokens to write after it, one by one.
+        rounds: How often all is measured.
+        seed: Seed of the prompts' tokens.
+        device: ``auto`` takes a GPU if torch sees one.
+        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
+        progress: Show bars on stderr.
+
+    Raises:
+        InvalidInput: A number is below 1, a model is given twice, or reads fewer tokens.
+        ModelError: A model cannot be loaded.
+    """
+    given = [models] if isinstance(models, (str, Path)) else models
+    if not given:
+        raise InvalidInput("no model is given. Name at least one.")
+    settings = pipeline.BenchSettings(
+        batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed
+    )
+    for name, value in asdict(settings).items():
+        if name != "seed" and value < 1:
+            raise InvalidInput(f"{name}={value} is not at least 1.")
+    found = pipeline.bench(
+        [str(each) for each in given], settings, device=device, dtype=dtype,
+        progress=bars(progress),
+    )  # fmt: skip
+    return Bench(**{part.name: getattr(found, part.name) for part in fields(found)})

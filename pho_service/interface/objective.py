@@ -1,5 +1,5 @@
 """
-`pho.objective` and `pho.configuration`: the proxy as a plain objective of Optuna.
+`pho.objective`, `pho.configuration` and `pho.baseline`: parts for a search of one's own.
 """
 
 import math
@@ -12,31 +12,28 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.interface.asked import (
+from pho_service.interface.inputs import opened_bundle, parsed
+from pho_service.interface.search import (
     Given,
+    LinearArguments,
     MethodArguments,
     arguments,
     check_bundle_of,
     check_study_is_of,
     plain_bundle,
 )
-from pho_service.interface.models import opened_bundle
-from pho_service.pipeline.proxy_rating import rate_by_proxy
-from pho_service.pipeline.search import search_plan
-from pho_service.pipeline.studies import check_study
+from pho_service.pipeline.objectives import rate_by_proxy
+from pho_service.pipeline.search import check_study, search_plan
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.configuration import Configuration
-from pho_service.spec.objective import OBJECTIVES, WEIGHTINGS, Objective
+from pho_service.spec.configuration import Configuration, published
+from pho_service.spec.objective import OBJECTIVES, SAMPLERS, WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
-from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import Evaluate, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import Evaluate, SearchPlan, SearchRequest
 from pho_service.tuning.result import chosen_in, describe_study, search_result
-from pho_service.tuning.search import ranked
+from pho_service.tuning.search import Islands, ranked
 from storage.studies import record_of
 
 
@@ -240,3 +237,35 @@ def _objective_of(study: optuna.Study) -> Objective:
         f"study {study.study_name!r} is rated by {label}, which a single bundle does not know. "
         "Use the configuration that its search gave."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineArguments(LinearArguments):
+    """
+    Arguments of ``pho.baseline``.
+
+    Attributes:
+        method: Its name in `pho compare`: ``wanda``, ``ria-row-sequential``,
+            ``sparsegpt-permuted``. A name that is not known is refused with all that are.
+        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        scope: None is the method's own; ``crepe-equal`` takes ``row``, ``layer`` or ``global``.
+    """
+
+    method: str = field(kw_only=False)
+    pattern: str | float | Pattern = field(kw_only=False)
+    scope: str | None = None
+
+
+@arguments(BaselineArguments)
+def baseline(asked: BaselineArguments) -> Configuration:
+    """
+    Give the configuration that prunes as a published method does, as `pho prune --method NAME`.
+
+    It is taken wherever one that was found is: ``pho.prune(model, pho.baseline("wanda", "2:4"),
+    bundle)``.
+
+    Raises:
+        InvalidInput: The method is not known, not defined in this pattern, or has another scope.
+    """
+    pattern = parsed(asked.pattern, asked.scope)
+    return published(asked.method, pattern, asked.scope, asked.linears)

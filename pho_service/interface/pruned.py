@@ -1,5 +1,5 @@
 """
-`pho.prune` and `pho.save`: a model pruned in memory, and written as a folder.
+`pho.prune`, `pho.save`, `pho.pack` and their like: pruned models in memory and on disk.
 """
 
 from collections.abc import Iterator
@@ -8,25 +8,27 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.host.files import check_free
-from pho_service.interface.models import (
+from pho_service.interface.inputs import (
     Choice,
     Model,
+    calibrated,
     check_dense,
     check_prefix,
     chosen,
     opened,
     opened_bundle,
 )
-from pho_service.interface.texts import calibrated
 from pho_service.models.architecture import decoder_blocks
-from pho_service.models.loading import LanguageModel
+from pho_service.models.devices import pick_device
+from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.saving import save_pruned
-from pho_service.models.weights_hash import sha256_each
 from pho_service.pipeline import prune as pipeline
+from pho_service.pipeline.bench import Conversion, check_gpu, convert_
 from pho_service.pipeline.compare import check_family
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
@@ -34,11 +36,11 @@ from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
 
 if TYPE_CHECKING:
-    from pho_service.interface.texts import Texts
+    from pho_service.interface.inputs import Texts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Pruned(Shown, pipeline.Pruned):
+class Pruned(Shown, pipeline.PrunedFolder):
     """
     Result of a pruning.
 
@@ -142,7 +144,7 @@ def _dense_if_it_fails(model: LanguageModel) -> Iterator[None]:
 
 
 def save(
-    model: PreTrainedModel, tokenizer: Any, pruned: pipeline.Pruned, folder: str | Path
+    model: PreTrainedModel, tokenizer: Any, pruned: pipeline.PrunedFolder, folder: str | Path
 ) -> None:
     """
     Write a pruned model as `pho prune` writes it: a Hugging Face folder with masks and recipe.
@@ -187,3 +189,64 @@ def save(
                 "cast since is saved with its own save_pretrained."
             )
     save_pruned(loaded, path, pruned.masks.items(), pruned.recipe)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class SemiStructured(Shown, Conversion):
+    """
+    A model whose 2:4 linears torch's kernels multiply.
+
+    Attributes:
+        model: On its GPU, to be run, not trained or saved.
+        tokenizer: Its own.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+    def _shown(self) -> Table:
+        return Table(
+            ("linear", "stays dense because"),
+            [*self.left.items()],
+            title=f"{len(self.converted)} of {len(self.converted) + len(self.left)} linears run "
+            "as 2:4",
+        )
+
+
+def load_semi_structured(
+    folder: str | Path, *, device: str = "cuda", dtype: str = "auto", progress: bool = False
+) -> SemiStructured:
+    """
+    Load a 2:4 model with torch's semi-structured tensors in place of its weights.
+
+    Only linears are converted whose groups hold in the stored order; ``left`` says of each
+    other one why it stays dense. `pho search --deployable` and `pho prune --deployable` leave no
+    group in another order.
+
+    Args:
+        folder: What ``pho.save`` or ``pho.pack`` wrote; or any folder whose zeros are 2:4.
+        device: A GPU of the Ampere generation or newer: ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` is the stored one; ``bfloat16`` or ``float16``.
+        progress: Show a bar on stderr.
+
+    Raises:
+        InvalidInput: There is no such GPU, or the weights are in float32.
+        ModelError: The model cannot be loaded, or its masks are damaged.
+        ConfigurationError: Its recipe is broken.
+    """
+    if not torch.cuda.is_available():
+        raise InvalidInput(
+            f"{folder} cannot run as 2:4: torch sees no GPU, and has kernels for it on NVIDIA "
+            "Ampere and newer alone. Load it with pho.load_model: it gives the same outputs "
+            "anywhere, as fast as a dense model."
+        )
+    check_gpu(pick_device(device))
+    path = Path(folder).expanduser()
+    loaded = load_model(str(path), device=device, dtype=dtype)
+    done = convert_(loaded, path, progress=bars(progress))
+    return SemiStructured(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        converted=done.converted,
+        left=done.left,
+    )

@@ -1,33 +1,249 @@
 """
-From a model and a text to a proxy bundle.
+From a model and a text to a proxy bundle, within the memory that is there.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from pho_service.host.versions import versions
-from pho_service.models.architecture import decoder_blocks
+from pho_service.errors import InvalidInput, OutOfMemory
+from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
+from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
-from pho_service.models.calibration_run import Run, Shard, within_memory
-from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel
-from pho_service.models.overlap import apart
 from pho_service.models.scratch import scratch_folder
-from pho_service.models.texts import Text, TextRecord, record_to_dict, sample_windows
-from pho_service.planning.stage_memory import block_inputs
-from pho_service.progress import Progress, silent
+from pho_service.models.texts import Text, TextRecord, apart, record_to_dict, sample_windows
+from pho_service.planning.stage_memory import (
+    CalibrationPlan,
+    CalibrationRun,
+    Footprint,
+    Place,
+    block_inputs,
+    choose_run,
+)
+from pho_service.progress import Advance, Progress, silent
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
-from pho_service.pruning.statistics import Collector, Statistics
-from pho_service.pruning.sums import Sums, shard_seed
+from pho_service.pruning.hardware import available_memory, format_bytes, free_memory, memory_in_use
+from pho_service.pruning.statistics import Collector, Statistics, Sums, gather, shard_seed
 from pho_service.spec.calibration import CalibrationSettings
 
+# How a calibration stays within a memory: planned before the work starts.
+USED = 0.9  # of what is free; the rest is lost between blocks of torch's allocator
+
+
+def plan_calibration(
+    model: LanguageModel, settings: CalibrationSettings, *, windows: int, fisher_windows: int
+) -> CalibrationPlan:
+    """
+    The fastest plan that fits into ``settings.memory_bytes``, or, without it, into a GPU.
+
+    What torch's allocator holds and no tensor uses counts as free. For a model on several GPUs
+    the memory of all counts, since each has about as many blocks.
+
+    Args:
+        model: Loaded, so that what is in use counts it.
+        settings: Settings of the calibration.
+        windows: How many there are.
+        fisher_windows: How many of them are run backward.
+
+    Raises:
+        InvalidInput: Not even the most frugal plan fits; says what would.
+    """
+    footprint = footprint_of(model.model)
+    place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
+    in_use = sum(map(memory_in_use, model.devices))
+    loaded = 0 if model.stream else footprint.weights  # of what is in use
+    limit, size, host_limit = settings.memory_bytes, None, None
+    if place.on_gpu:
+        size = sum(torch.cuda.mem_get_info(device)[1] for device in model.devices)
+        if limit is None:
+            limit = in_use + int(USED * _free(model))
+        host_limit = available_memory()
+    ours = None if limit is None else limit - in_use + loaded
+    plan = choose_run(
+        footprint, settings, place, windows=windows, fisher_windows=fisher_windows,
+        device_limit=ours if place.on_gpu else None,
+        host_limit=host_limit if place.on_gpu else ours,
+        device_size=size,
+    )  # fmt: skip
+    if plan.fits:
+        return plan
+    needed = plan.peak.device if place.on_gpu else plan.peak.host
+    what, needed, used, allowed = "memory", needed - loaded + in_use, in_use, limit
+    if host_limit is not None and plan.peak.host > host_limit:
+        what, needed, used, allowed = "main memory", plan.peak.host, 0, host_limit
+    assert allowed is not None  # with no limit the first plan is taken
+    ways = _ways_out(footprint, settings, place, ours or 0, fisher_windows)
+    raise InvalidInput(
+        f"the calibration of {model.name} on windows of {settings.context_length} tokens needs up "
+        f"to {format_bytes(needed)} of {what}, {format_bytes(used)} of them in use already, but "
+        f"may take {format_bytes(allowed)}. {ways}"
+    )
+
+
+def would_fit(model: LanguageModel, settings: CalibrationSettings, *, fisher_windows: int) -> str:
+    """What would fit, in words, where a plan that should have fitted ran out of memory."""
+    footprint = footprint_of(model.model)
+    place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
+    limit = _free(model) if place.on_gpu else available_memory()
+    limit += 0 if model.stream else footprint.weights
+    return _ways_out(footprint, settings, place, limit, fisher_windows)
+
+
+def _free(model: LanguageModel) -> int:
+    """Bytes that a model's GPUs have for work that each does as much of: the fullest one counts."""
+    return len(model.devices) * min(map(free_memory, model.devices))
+
+
+def _ways_out(
+    footprint: Footprint,
+    settings: CalibrationSettings,
+    place: Place,
+    limit: int,
+    fisher_windows: int,
+) -> str:
+    """Return the settings that would fit."""
+
+    def fits(changed: CalibrationSettings) -> bool:
+        plan = choose_run(
+            footprint, changed, place, windows=changed.samples, fisher_windows=fisher_windows,
+            device_limit=limit if place.on_gpu else None,
+            host_limit=None if place.on_gpu else limit,
+        )  # fmt: skip
+        return plan.fits
+
+    ways = ["allow it more (--calibration-memory)"]
+    shorter = settings.context_length // 2
+    while shorter >= 64 and not fits(replace(settings, context_length=shorter)):
+        shorter //= 2
+    if shorter >= 64:
+        ways.append(f"take shorter windows (--context-length {shorter})")
+    if not settings.projection_rows and fits(replace(settings, projection_rows=128)):
+        ways.append("project the activations (--projection-rows 128)")
+    if not place.stream:
+        ways.append("leave the weights on disk (--stream, for safetensors)")
+    else:
+        ways.append("take fewer windows (--samples, --fisher-samples)")
+    return f"A{', or '.join(ways)[1:]}."
+
+
+# One try at a calibration, and another one in smaller pieces where memory runs out.
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """
+    Some of a calibration's windows, whose sums are gathered together.
+
+    Attributes:
+        windows: (windows, context_length), int64; those that are run backward too come first.
+        fisher_windows: How many of them are.
+        seed: Seed of the random projection.
+    """
+
+    windows: Tensor
+    fisher_windows: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationTry:
+    """One try at a calibration."""
+
+    model: LanguageModel
+    settings: CalibrationSettings
+    plan: CalibrationRun
+    fisher_windows: int
+    progress: Progress
+
+    def products(self) -> AbstractContextManager[None]:
+        """Inside, matrix products are in the precision that is asked for."""
+        return torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=self.settings.mixed_precision
+        )
+
+    def gather(self, shard: Shard, advance: Advance) -> Collector:
+        """The sums of a shard."""
+        blocks = [block for _, block in decoder_blocks(self.model.model)]
+        with self.products():
+            return gather(
+                self.model.model,
+                self.model.linears,
+                shard.windows,
+                fisher_windows=shard.fisher_windows,
+                projection_rows=self.settings.projection_rows,
+                seed=shard.seed,
+                batch_windows=self.plan.windows,
+                forward_windows=self.plan.forward_windows,
+                recompute=blocks if self.plan.recompute else (),
+                advance=advance,
+            )
+
+
+def within_memory(
+    model: LanguageModel,
+    windows: int,
+    fisher_windows: int,
+    settings: CalibrationSettings,
+    progress: Progress,
+    run: Callable[[CalibrationTry], T],
+) -> T:
+    """
+    What a run gives, planned to fit; if it does not, tried once more in smaller pieces.
+
+    Args:
+        model: Dense.
+        windows: Windows of the calibration.
+        fisher_windows: How many of them are run backward.
+        settings: Settings of the calibration.
+        progress: Progress of the run.
+        run: Does it.
+
+    Raises:
+        InvalidInput, OutOfMemory: As :func:`~pho_service.models.calibration.measure`.
+    """
+    if settings.mixed_precision and model.dtype != torch.float32:
+        raise InvalidInput(
+            f"mixed precision is for float32 models, but {model.name} is loaded as "
+            f"{str(model.dtype).removeprefix('torch.')}, which is as fast. Leave --mixed-precision "
+            "out."
+        )
+    plan = plan_calibration(model, settings, windows=windows, fisher_windows=fisher_windows)
+    logger.info("calibration planned", extra={**asdict(plan.run), **asdict(plan.peak)})
+    how, smaller = plan.run, plan.run.halved()
+    while True:
+        try:
+            return run(
+                CalibrationTry(
+                    model=model, settings=settings, plan=how, fisher_windows=fisher_windows,
+                    progress=progress,
+                )
+            )  # fmt: skip
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            if smaller is None:
+                ways = would_fit(model, settings, fisher_windows=fisher_windows)
+                raise OutOfMemory(
+                    f"the calibration of {model.name} on windows of {settings.context_length} "
+                    f"tokens ran out of memory{first_words(error)}. {ways}"
+                ) from error
+        # After the error, which holds on to what was computed.
+        logger.warning("memory ran out: calibrating in smaller pieces", extra=asdict(smaller))
+        how, smaller = smaller, None
+        let_go_of_memory()
+
 
 ALGORITHM = 2  # goes up when the same settings give a bundle other numbers
 DENSE_TOKENS = 512  # that tell whether the dense model predicts anything at all
@@ -160,7 +376,7 @@ def measure(
     """
     shards = cut(text, settings, stream=model.stream)
 
-    def run(how: Run) -> Statistics:
+    def run(how: CalibrationTry) -> Statistics:
         count = len(text.calibration)
         if model.stream:
             return _measured_blockwise(how, text)
@@ -197,14 +413,14 @@ def measure_shard(
     """
     shard = cut(text, settings, stream=model.stream)[number]
 
-    def run(how: Run) -> Sums:
+    def run(how: CalibrationTry) -> Sums:
         with how.progress(f"Calibrating, shard {number}", len(shard.windows)) as advance:
             return how.gather(shard, advance).sums()
 
     return _within_memory(model, text, settings, progress, run)
 
 
-def _measured_blockwise(how: Run, text: CalibrationText) -> Statistics:
+def _measured_blockwise(how: CalibrationTry, text: CalibrationText) -> Statistics:
     model = how.model
     blocks = len(decoder_blocks(model.model))
     steps = blocks * (len(text.calibration) + how.fisher_windows)
@@ -236,7 +452,7 @@ def _within_memory(
     text: CalibrationText,
     settings: CalibrationSettings,
     progress: Progress,
-    run: Callable[[Run], T],
+    run: Callable[[CalibrationTry], T],
 ) -> T:
     """What a run over the windows of a text gives, in pieces that fit."""
     fisher = _fisher_windows(text, settings)

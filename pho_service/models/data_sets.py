@@ -1,32 +1,310 @@
 """
-The rows of a data set: of the Hugging Face hub, of its cache, or of a folder.
+Rows of text from data sets and files of any size, in little memory.
 """
 
-from collections.abc import Iterator
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from pho_service.errors import InvalidInput, TextError
+from pho_service.errors import InvalidInput, TextError, shown
 from pho_service.host.access import is_path
-from pho_service.host.dataset_card import CARDS, MOST_BYTES, check_card, check_cards
-from pho_service.host.plain import shown
-from pho_service.host.usual_texts import USUAL_TEXTS
-from pho_service.models.hub_or_cache import hub_is_away
-from pho_service.models.text_files import (
-    Budget,
-    kind_of,
-    listed,
-    read_csv,
-    read_json,
-    read_lines,
-    read_parquet,
-    unpacked,
-)
+from pho_service.host.data_sets import CARDS, MOST_BYTES, USUAL_TEXTS, check_card, check_cards
+from pho_service.host.settings import Settings
+from pho_service.models.loading import hub_is_away
 
 if TYPE_CHECKING:
     from pho_service.models.texts import TextSource
+
+
+# Rows of text from files of any size, in little memory: nothing is read that is beyond a limit.
+_NAMES_SHOWN = 10  # columns, in a message
+_BATCH = 64  # rows of a parquet file, whose texts are looked at one by one
+_GULP = 2**20
+# What `datasets` knows by these endings, and what it is read as.
+_KINDS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "lines",
+    ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+_PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+
+
+class TextTooLong(TextError):
+    """More would have to be read of a text than the limits allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLimits:
+    """
+    The most that is read.
+
+    Attributes:
+        document_bytes: Largest size of a document, a line or a text that is tokenised whole.
+        text_bytes: Largest size of all of a text, unpacked.
+    """
+
+    document_bytes: int
+    text_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "TextLimits":
+        """Read the settings."""
+        return cls(document_bytes=settings.max_document_bytes, text_bytes=settings.max_text_bytes)
+
+
+class Budget:
+    """
+    Rest of a text that may still be read.
+
+    Args:
+        limits: Limits of the text.
+        whole: Whether all of it is wanted, which is tokenised at once.
+    """
+
+    def __init__(self, limits: TextLimits, *, whole: bool) -> None:
+        self.limits = limits
+        self._most = min(limits.text_bytes, limits.document_bytes) if whole else limits.text_bytes
+        self._variable = (
+            "PHO_MAX_DOCUMENT_BYTES" if self._most < limits.text_bytes else "PHO_MAX_TEXT_BYTES"
+        )
+        self._taken = 0
+
+    def take(self, count: int, where: str) -> None:
+        """
+        Note that so many bytes were read.
+
+        Raises:
+            TextTooLong: They are too many in all.
+        """
+        self._taken += count
+        if self._taken > self._most:
+            raise TextTooLong(
+                f"{where}: more than {self._most} bytes would have to be read, unpacked. Give a "
+                f"shorter text, or let the operator raise {self._variable}."
+            )
+
+    def check_document(self, count: int, where: str) -> None:
+        """
+        Raises:
+            TextTooLong: A document of so many bytes is too long.
+        """
+        if count > self.limits.document_bytes:
+            raise TextTooLong(
+                f"{where} is longer than {self.limits.document_bytes} bytes. Cut it into "
+                "documents, or let the operator raise PHO_MAX_DOCUMENT_BYTES."
+            )
+
+
+def kind_of(name: str) -> tuple[str, str | None]:
+    """
+    What a file of a data set is read as, and how it is packed.
+
+    Raises:
+        TextError: Its ending is of no such file.
+    """
+    path = PurePath(name)
+    packing = _PACKED.get(path.suffix.lower())
+    suffix = PurePath(path.stem).suffix if packing else path.suffix
+    kind = _KINDS.get(suffix.lower())
+    if kind is None:
+        raise TextError(
+            f"the file {shown(path.name)} cannot be read as text: only .json, .jsonl, .parquet, "
+            ".txt, .csv and .tsv can, also packed as .gz, .bz2, .xz or .zst. Name others out of "
+            "the way with --data-file."
+        )
+    return kind, packing
+
+
+def unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
+    """The content of a file that may be packed, read a little at a time."""
+    if packing is None:
+        return _buffered(file)
+    if packing == "zstd":
+        import pyarrow
+
+        return _buffered(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd"))
+    kinds: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    return cast(BinaryIO, kinds[packing](file))
+
+
+def _buffered(file: Any) -> BinaryIO:
+    """With lines of a bounded length, which files of the hub and of pyarrow do not have."""
+    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
+
+
+def read_text(file: BinaryIO, where: str, budget: Budget) -> str:
+    """
+    A whole file as one document.
+
+    Raises:
+        TextError: It is too long, or not UTF-8.
+    """
+    return _decoded(_whole(file, where, budget), where).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(file: BinaryIO, where: str, budget: Budget) -> Iterator[str]:
+    """
+    Each line of a file as a document.
+
+    Raises:
+        TextError: One is too long, or not UTF-8.
+    """
+    for _, line in _lines(file, where, budget):
+        yield line
+
+
+def read_json(
+    file: BinaryIO, field: str, where: str, budget: Budget, *, lists: bool = False
+) -> Iterator[str]:
+    """
+    The texts of JSON: an object a line, or, with ``lists``, a list of objects as well.
+
+    Raises:
+        TextError: It is too long, no JSON, or lacks the field.
+    """
+    for number, line in _lines(file, where, budget):
+        if not line.strip():
+            continue
+        if lists and number == 1 and line.lstrip().startswith("["):
+            rest = _decoded(_whole(file, where, budget), where)
+            yield from _rows_of_list(line + "\n" + rest, field, where)
+            return
+        here = f"{where}, line {number}"
+        yield _text_of(_parsed(line, here), field, here)
+
+
+def read_csv(
+    file: BinaryIO, field: str, delimiter: str, where: str, budget: Budget
+) -> Iterator[str]:
+    """
+    The texts of a table whose first line names its columns.
+
+    Raises:
+        TextError: It is too long, no such table, or lacks the column.
+    """
+    csv.field_size_limit(budget.limits.document_bytes)
+    lines = (f"{line}\n" for _, line in _lines(file, where, budget))
+    rows = csv.DictReader(lines, delimiter=delimiter)
+    try:
+        for row in rows:
+            here = f"{where}, line {rows.line_num}"
+            text = _text_of(row, field, here)
+            budget.check_document(len(text), here)
+            yield text
+    except csv.Error as error:
+        here = f"{where}, line {rows.line_num}"
+        if "field limit" in str(error):
+            budget.check_document(budget.limits.document_bytes + 1, f"a cell at {here}")
+        raise TextError(f"{here} is not CSV: {shown(str(error))}.") from error
+
+
+def read_parquet(file: BinaryIO, field: str, where: str, budget: Budget) -> Iterator[str]:
+    """
+    The texts of a column of a parquet file.
+
+    They are read as a dictionary, so that what the file has once is in memory once.
+
+    Raises:
+        TextError: It is too long, no parquet, or lacks the column.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    strings = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+        if field not in schema.names:
+            raise TextError(
+                f"{where} has no column {shown(field)!r}, only {listed(schema.names)}. Name the "
+                "column with --field."
+            )
+        kind = schema.field(field).type
+        if getattr(kind, "value_type", kind) not in strings or pyarrow.types.is_nested(kind):
+            raise TextError(f"{where}: the column {shown(field)!r} does not hold text.")
+        file.seek(0)
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=[field]) as table:
+            for batch in table.iter_batches(batch_size=_BATCH, columns=[field]):
+                for scalar in batch.column(0):
+                    content = scalar.value
+                    if content is None or not content.is_valid:
+                        raise TextError(f"{where}: the column {shown(field)!r} does not hold text.")
+                    size = content.as_buffer().size
+                    budget.check_document(size, f"a row of {where}")
+                    budget.take(size, where)
+                    yield content.as_py()
+    except pyarrow.ArrowException as error:
+        reason = shown(" ".join(str(error).split()), 300)
+        raise TextError(f"{where} is not a readable parquet file: {reason}") from error
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
+    told = ", ".join(shown(name) for name in names[:_NAMES_SHOWN])
+    left = len(names) - _NAMES_SHOWN
+    return told if left <= 0 else f"{told} and {left} more"
+
+
+def _whole(file: BinaryIO, where: str, budget: Budget) -> bytes:
+    parts = []
+    size = 0
+    while part := file.read(_GULP):
+        size += len(part)
+        budget.check_document(size, where)
+        budget.take(len(part), where)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _lines(file: BinaryIO, where: str, budget: Budget) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without their ends; none is read that is too long."""
+    number, at = 0, 0
+    while line := file.readline(budget.limits.document_bytes + 2):
+        budget.check_document(len(line.rstrip(b"\r\n")), f"line {number + 1} of {where}")
+        budget.take(len(line), where)
+        for part in line.splitlines():
+            number += 1
+            yield number, _decoded(part, where, at)
+        at += len(line)
+
+
+def _decoded(content: bytes, where: str, at: int = 0) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"the text {where} is not UTF-8: {error.reason} at byte {at + error.start}."
+        ) from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{where} is not JSON: {shown(str(error))}.") from error
+
+
+def _rows_of_list(text: str, field: str, where: str) -> Iterator[str]:
+    for number, row in enumerate(_parsed(text, where), start=1):
+        yield _text_of(row, field, f"{where}, object {number}")
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        return value
+    names = [str(name) for name in row] if isinstance(row, dict) else []
+    only = f", only {listed(names)}" if names else ""
+    raise TextError(
+        f"{where} has no text in the field {shown(field)!r}{only}. Name the field with --field."
+    )
+
 
 # The options of a data set's fields, of calibrations and of reports.
 _OPTIONS = {

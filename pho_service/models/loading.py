@@ -1,33 +1,506 @@
 """
-Open a model by hub id, folder, .gguf or packed file. Never runs remote code or unpickles weights.
+Open a model by hub id, folder, .gguf or packed file. Never runs remote code, unpickles nothing.
 """
 
 import gc
+import hashlib
+import json
 import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import httpx
+import huggingface_hub
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
-from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError
-from pho_service.models.architecture import prunable_linears
-from pho_service.models.checkpoint import Checkpoint, find_checkpoint, loading_errors
-from pho_service.models.device_map import DEVICE_MAPS, devices_of, spread
-from pho_service.models.devices import pick_device
-from pho_service.models.expert_files import expert_files
-from pho_service.models.hub_or_cache import hub_or_cache
-from pho_service.models.names import is_on_hub
-from pho_service.models.packed import SUFFIX, is_packed
-from pho_service.models.weights_hash import weights_sha256
-from pho_service.pruning.folding import foldable
+from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError, PhoError
+from pho_service.host.access import NAMING_FILES, check_model_folder, check_names, is_path
+from pho_service.host.machine import device_is_lost, ran_out_of_memory
+from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
+from pho_service.models.devices import gpus, pick_device
+from pho_service.models.packed import SUFFIX, Unpacked, is_packed, unpacked
+from pho_service.planning.shapes import gguf_read_once
+from pho_service.pruning.hardware import format_bytes, free_memory
+from pho_service.pruning.permutation import foldable
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import check_choice
 
 logger = logging.getLogger(__name__)
+
+
+# One model over several GPUs: which module lies on which, by accelerate.
+DEVICE_MAPS = ("auto",)
+USED = 0.9  # of what is free on a card; the rest is lost between blocks of torch's allocator
+
+
+def spread(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> dict[str, torch.device]:
+    """
+    Say for each module of a model which GPU it lies on, before any weight is read.
+
+    Each card gets about as much, so that all have room left to work in, and no decoder
+    block is cut.
+
+    Args:
+        name: Name of the model, for messages.
+        config: Configuration of the model.
+        dtype: Dtype of the weights once they are loaded; None is the stored one.
+
+    Returns:
+        Cards by the names of modules, as ``from_pretrained`` takes them.
+
+    Raises:
+        InvalidInput: There is no GPU.
+        ModelError: The cards are too small: a part would lie in main memory or on disk.
+    """
+    cards = gpus()
+    if not cards:
+        raise InvalidInput("--device-map needs a GPU, and torch sees none. Leave it out.")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+    model.tie_weights()
+    room = {card.index: int(USED * free_memory(card)) for card in cards}
+    blocks = list(model._no_split_modules or ())
+    memory = get_balanced_memory(model, dict(room), no_split_module_classes=blocks)
+    found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    elsewhere = [module for module, place in found.items() if not isinstance(place, int)]
+    if elsewhere:
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        places = ", ".join(f"cuda:{card} {format_bytes(free)}" for card, free in room.items())
+        raise ModelError(
+            f"{name} takes {format_bytes(size)} in {str(model.dtype).removeprefix('torch.')}, but "
+            f"the GPUs have room for: {places}. {len(elsewhere)} modules, {elsewhere[0]} first, "
+            "would lie in main memory or on disk, where nothing is computed. Use more or "
+            "freer GPUs, --dtype bfloat16, or --stream."
+        )
+    return {module: torch.device("cuda", place) for module, place in found.items()}
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that a model's parameters lie on, the first parameter's first."""
+    return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+# Work with the cache alone while the Hugging Face hub is away, instead of waiting for it.
+PATIENCE_S = 5.0  # with a hub that does not answer, before it counts as away
+
+
+def hub_is_away() -> bool:
+    """Return whether nothing may be asked of the hub, or it cannot be reached; asks once."""
+    if any(place.HF_HUB_OFFLINE for place in _places()):  # or HF_DATASETS_OFFLINE
+        return True
+    try:
+        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE_S)
+    except httpx.HTTPError:
+        return True
+    return False
+
+
+@contextmanager
+def hub_or_cache(*, wanted: bool = True) -> Iterator[None]:
+    """
+    Let the hub's libraries read the cache alone, inside, if the hub is away.
+
+    Args:
+        wanted: Whether anything is on the hub; if not, it is not asked whether it is there.
+    """
+    if not wanted or not hub_is_away():
+        yield
+        return
+    logger.info("the hub is away: models and data sets are looked for in the cache alone")
+    places = _places()
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = was
+
+
+def _places() -> list[Any]:
+    """Where the libraries look whether they may ask the hub; `datasets` is not loaded for it."""
+    datasets = sys.modules.get("datasets")
+    return [huggingface_hub.constants, *([datasets.config] if datasets else [])]
+
+
+# What the name of a model stands for: something on this machine, or on the Hugging Face hub.
+# Why a model of the hub cannot be had, in the sentence that begins with its name.
+AWAY = (
+    "no folder or file here has this name, and as a name on the hub it cannot be looked up: the "
+    "hub cannot be reached, and no copy is in the local cache. Check the spelling, the network "
+    "and HF_ENDPOINT, or give a local folder or a .gguf file."
+)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_on_hub(name: str, revision: str | None) -> bool:
+    """
+    Return whether a name is one of the hub: nothing here has it, and it does not look like a path.
+
+    What would lie in a folder that is there is missing: somebody else may have its name on the
+    hub, which a revision asks for.
+    """
+    if Path(name).expanduser().exists() or is_path(name):
+        return False
+    folder = name.rpartition("/")[0]
+    return folder == "" or revision is not None or not Path(folder).is_dir()
+
+
+def check_name(name: str, revision: str | None) -> None:
+    """
+    See that a model can be there, before anything long: the hub is asked once whether it answers.
+
+    Raises:
+        InvalidInput: A revision of what is local.
+        ModelError: A path that does not exist, or a name that cannot be one of the hub; or the
+            hub is away, and the model is not in its cache.
+    """
+    if not is_on_hub(name, revision):
+        check_local_name(name, revision)
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{name!r} is neither a folder or file here nor a name on the hub, which looks like "
+            "org/name. Check the spelling."
+        ) from error
+    if not isinstance(kept, str) and hub_is_away():
+        raise ModelError(f"{name} cannot be loaded: {AWAY}")
+
+
+def check_local_name(name: str, revision: str | None) -> None:
+    """
+    See that what is on this machine is there.
+
+    Raises:
+        InvalidInput: A revision is given.
+        ModelError: It does not exist.
+    """
+    path = Path(name).expanduser()
+    if revision:
+        raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
+    if path.exists():
+        return
+    beside = path.parent != Path() and path.parent.is_dir()
+    though = f", though the folder {path.parent} does" if beside else ""
+    hint = f" For the hub's {name} give --revision main." if _HUB_ID.fullmatch(name) else ""
+    raise ModelError(
+        f"{name} does not exist{though}. Give a hub id, a model folder or a .gguf file.{hint}"
+    )
+
+
+# Find a checkpoint on the hub or on a disk, and read it with transformers.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """
+    Location of a model.
+
+    Attributes:
+        name: As the user gave it.
+        source: The same as transformers' arguments.
+        is_gguf: Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
+        unpacked: Holds the folder that ``source`` names, where the model is a packed one.
+    """
+
+    name: str
+    source: dict[str, str]
+    is_gguf: bool = False
+    unpacked: Unpacked | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """Commit hash on the hub, or None for local files."""
+        return self.source.get("revision")
+
+    def config(self) -> PreTrainedConfig:
+        """
+        Read the model's configuration.
+
+        Raises:
+            ModelError: It cannot be read.
+        """
+        with loading_errors(self.name):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                **self.source, trust_remote_code=False
+            )
+            return config
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that the configuration declares; GGUF is dequantised to float32."""
+        if self.is_gguf:
+            return torch.float32
+        dtype = getattr(self.config(), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def stored_names(self) -> list[str]:
+        """
+        The names of the tensors, from the only file of weights or its index; none if it has none.
+
+        Raises:
+            ModelError: They cannot be read.
+        """
+        source = dict(self.source)
+        name = source.pop("pretrained_model_name_or_path")
+        with loading_errors(self.name):
+            for filename in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                found = cached_file(
+                    name, filename, **source, _raise_exceptions_for_missing_entries=False
+                )
+                if found is not None and filename == SAFE_WEIGHTS_INDEX_NAME:
+                    return list(json.loads(Path(found).read_bytes())["weight_map"])
+                if found is not None:
+                    with safe_open(found, framework="pt") as file:
+                        return list(file.keys())
+        return []  # whoever reads it says so
+
+    def read(
+        self, dtype: str, *, reader: Any = AutoModelForCausalLM, **extra: Any
+    ) -> tuple[PreTrainedModel, Any]:
+        """
+        Read model and tokenizer with transformers; its errors become ours, with the way out.
+
+        Args:
+            dtype: ``auto`` for the stored one, or its name.
+            reader: Whose ``from_pretrained`` is asked.
+            extra: More arguments for that.
+
+        Raises:
+            ModelError: It cannot be read, or lacks weights.
+        """
+        if self.is_gguf:
+            extra["quantization_config"] = GgufConfig(dequantize=True)
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        loaded: Any
+        with loading_errors(self.name), gguf_read_once() if self.is_gguf else nullcontext():
+            loaded = reader.from_pretrained(
+                **self.source,
+                **extra,
+                use_safetensors=None if self.is_gguf else True,
+                trust_remote_code=False,
+                dtype=wanted,
+                output_loading_info=True,
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+            tokenizer.unpacked = self.unpacked  # some save what they find in its folder
+        model, info = loaded  # as output_loading_info asks for
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers has filled them with random numbers
+            raise ModelError(
+                f"{self.name} lacks {len(missing)} weights that its config asks for: "
+                f"{', '.join(missing[:4])}. The download is not complete, or the config is of "
+                "another model: get it again."
+            )
+        return model, tokenizer
+
+
+def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """
+    Find a model by hub id, local folder, .gguf or packed file, and check what its files name.
+
+    Raises:
+        InvalidInput: A revision of what is local, or a file that names another outside the folder.
+        ModelError: Not there, or without a config or safetensors.
+    """
+    path = Path(name).expanduser()
+    if is_on_hub(name, revision):
+        revision_argument = _pinned(name, revision)
+        _check_hub_files(name, revision_argument)
+        return Checkpoint(
+            name=name, source={"pretrained_model_name_or_path": name, **revision_argument}
+        )
+    check_local_name(name, revision)
+    if path.suffix == ".gguf":
+        beside = path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            check_names(beside)
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return Checkpoint(name=name, source=source, is_gguf=True)
+    held = unpacked(path) if is_packed(path) else None
+    folder = path if held is None else held.folder
+    if not folder.is_dir():
+        raise ModelError(f"{name} is neither a folder nor a .gguf or {SUFFIX} file.")
+    _check_folder(folder)
+    check_model_folder(folder)
+    source = {"pretrained_model_name_or_path": str(folder)}
+    return Checkpoint(name=name, source=source, unpacked=held)
+
+
+def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
+    """Check what a hub model's files name; what cannot be had is told when the model is read."""
+    for filename in (SAFE_WEIGHTS_INDEX_NAME, *NAMING_FILES):
+        with suppress(OSError):
+            file = cached_file(
+                name,
+                filename,
+                **revision,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if file is not None:
+                check_names(Path(file))
+
+
+def _pinned(name: str, revision: str | None) -> dict[str, str]:
+    """
+    Return the argument that names one commit of a hub model, so that all its files are of that.
+
+    Raises:
+        ModelError: Its configuration cannot be had, without which nothing else is of use.
+    """
+    given = {"revision": revision} if revision else {}
+    with loading_errors(name):
+        config = cached_file(name, "config.json", **given)
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(config)).as_posix())
+    return given if commit is None else {"revision": commit[1]}
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ModelError unless the folder has a config and safetensors."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
+    if pickled:
+        raise ModelError(
+            f"{path} has only pickled weights ({pickled[0]}), which can run any code when they are "
+            "read. Only safetensors and GGUF are accepted: convert them where you trust the file, "
+            "with save_pretrained of transformers."
+        )
+    raise ModelError(f"{path} has no weights: no *.safetensors file is in it.")
+
+
+@contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises into a ModelError with the way out."""
+    try:
+        yield
+    except Exception as error:  # transformers raises a dozen unrelated types here
+        if isinstance(error, PhoError) or ran_out_of_memory(error) or device_is_lost(error):
+            raise
+        raise ModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One paragraph for a user, from whatever the loaders raised."""
+    text = " ".join(str(error).split())
+    if any(
+        sign in text
+        for sign in ("not a valid model identifier", "Repository Not Found", "gated repo")
+    ):
+        return (
+            "no folder or file here has this name, and the hub has no such model, or it is private "
+            "or gated. Check the spelling, accept its licence on the hub and set HF_TOKEN, or give "
+            "a local folder or a .gguf file."
+        )
+    if any(sign in text for sign in ("couldn't connect", "offline", "Max retries", "resolve")):
+        return AWAY
+    if "safetensors" in text and "does not appear to have" in text:
+        return (
+            "it has no safetensors weights. Only safetensors and GGUF are accepted, since pickled "
+            "weights can run any code when they are read."
+        )
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and code from a model repository is never run."
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+# Hashes of weights, made by all cores: hashlib lets other threads run while it reads.
+PIECE = 2**25  # bytes that are copied from a GPU at a time, by each thread
+MOST_THREADS = 32  # a GPU's link is full long before
+
+
+def weights_sha256(
+    model: nn.Module,
+    *,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """
+    Hash a model's weights: every parameter's name, shape, dtype and bytes.
+
+    It is the SHA-256 of a line for each tensor, in the order of their names:
+    name, shape, dtype and the SHA-256 of its bytes. In fused experts each
+    matrix is a tensor, so it does not matter how they lie in memory.
+
+    Args:
+        model: Its parameters may lie anywhere; shared ones count once.
+        threads: The hash is the same with any number; None takes torch's number.
+        dtype: Hash every parameter as if it were of this type; None leaves them as they are.
+    """
+    tensors = dict(sorted(separate_weights(model).items()))
+    hashes = sha256_each(tensors.values(), threads=threads, dtype=dtype)
+    digest = hashlib.sha256()
+    for (name, tensor), each in zip(tensors.items(), hashes, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype or tensor.dtype} {each}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_each(
+    tensors: Iterable[Tensor], *, threads: int | None = None, dtype: torch.dtype | None = None
+) -> Iterator[str]:
+    """
+    The SHA-256 of each tensor's bytes in its dtype, the last dimension's neighbours first.
+
+    Args:
+        tensors: On any device.
+        threads: That share the work; None takes torch's number.
+        dtype: To cast each to before; None leaves them as they are.
+    """
+    with ThreadPoolExecutor(min(threads or torch.get_num_threads(), MOST_THREADS)) as pool:
+        yield from pool.map(partial(_sha256, dtype=dtype), tensors)
+
+
+def _sha256(tensor: Tensor, dtype: torch.dtype | None) -> str:
+    digest = hashlib.sha256()
+    _update(digest, tensor if dtype is None else tensor.to(dtype))
+    return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
+    """Feed a tensor's bytes to a hash."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.device.type == "cpu":
+        digest.update(data.numpy().data)
+        return
+    with torch.cuda.device(data.device):
+        buffer = torch.empty(min(PIECE, len(data)), dtype=torch.uint8, pin_memory=True)
+        for piece in data.split(PIECE):
+            copied = buffer[: len(piece)].copy_(piece, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            digest.update(copied.numpy().data)
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -376,3 +849,96 @@ def check_weights(linears: dict[str, PrunableLinear]) -> None:
                 "when it was converted: get it again.",
                 layer=name,
             )
+
+
+# A model that a program has loaded already, taken as it is: nothing of it changes here.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def given_model(model: PreTrainedModel, tokenizer: Any = None) -> LanguageModel:
+    """
+    Take a model in memory, on whatever device it lies.
+
+    Fused experts are given modules of their own, see :func:`~experts.unfuse_experts`;
+    what the model computes stays the same.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        tokenizer: Its own; None where only tokens are given.
+
+    Raises:
+        InvalidInput: It is in training mode, has hooks or adapters, is quantised, or a weight has
+            no value or a dtype that is not computed in.
+        ModelError: It cannot be pruned as a whole.
+        NumericalError: A weight is NaN or infinite.
+    """
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InvalidInput(
+            f"tokenizer is a {type(tokenizer).__name__}, not a tokenizer of transformers. Give "
+            f"what AutoTokenizer.from_pretrained({name!r}) loads."
+        )
+    for fault in _faults(model):
+        raise InvalidInput(f"the model {name} {fault}")
+    linears = prunable_linears(model)
+    for linear, found in linears.items():
+        weight = found.weight
+        if weight.is_meta or weight.dtype not in _DTYPES:
+            raise InvalidInput(
+                f"the model {name} has a weight, {linear}, "
+                + (
+                    "on the device meta, which holds no values. Load the model without offloading."
+                    if weight.is_meta
+                    else f"of {weight.dtype}. Only float32, bfloat16 and float16 can be pruned: "
+                    "load the model in one of them, without quantisation."
+                )
+            )
+    check_weights(linears)
+    return LanguageModel(
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        model=model,
+        tokenizer=tokenizer,
+        stored_dtype=model.dtype,
+        linears=linears,
+    )
+
+
+def _faults(model: PreTrainedModel) -> Iterator[str]:
+    """What keeps a model from being measured as it is, each with the way out."""
+    modules = dict(model.named_modules())
+    training = [path or "the whole model" for path, module in modules.items() if module.training]
+    if training:
+        yield (
+            f"is in training mode ({training[0]}), in which dropout would change what is "
+            "measured. Call model.eval() first."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        yield (
+            "has adapters beside its weights, which would be pruned as weights of their own. "
+            "Merge them first: merge_and_unload() of peft."
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        yield (
+            "is quantised already, and its weights can no longer be pruned one by one. Prune "
+            "the model that it was made from, then quantise."
+        )
+    parametrised = [path for path, module in modules.items() if hasattr(module, "parametrizations")]
+    if parametrised:
+        yield (
+            f"has parametrised weights ({parametrised[0]}), which cannot be changed in place. "
+            "Make them plain first: torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    hooked = [path or "the whole model" for path, module in modules.items() if _hooked(module)]
+    if hooked:
+        yield (
+            f"has hooks ({hooked[0]}), which may change what it computes, or see passes that "
+            "they are not meant for. Remove them first: handle.remove(), or load it again."
+        )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)

@@ -24,14 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pho_service.errors import ModelError
+from pho_service.errors import ModelError, shown
 from pho_service.host.files import new_file
-from pho_service.host.plain import shown
 from pho_service.models.bundle_file import os_errors
-from pho_service.models.weights_hash import sha256_each
+from pho_service.models.loading import sha256_each
 
-FORMAT = "pho-masks"
-VERSION = 1
+MASK_FORMAT = "pho-masks"
+MASK_VERSION = 1
 # In a folder of its own: some servers take every *.safetensors beside a model for weights.
 MASKS = "pruning/masks.safetensors"
 MAX_DOCUMENT = 16 * 2**20  # characters; 45,000 experts have about 4 million
@@ -137,11 +136,11 @@ def write_masks(
     bits = sha256_each(tensors[f"{name}.keep"] for name in shapes)
     hashes = dict(zip(shapes, bits, strict=True))
     document = {
-        "version": VERSION,
+        "version": MASK_VERSION,
         "layers": [{"name": name, "shape": shape} for name, shape in shapes.items()],
         "metadata": metadata,
     }
-    header = {FORMAT: json.dumps(document, sort_keys=True)}
+    header = {MASK_FORMAT: json.dumps(document, sort_keys=True)}
     with new_file(path) as partial, os_errors():
         save_file(tensors, partial, metadata=header)
     return hashes
@@ -263,7 +262,7 @@ def read_masks(path: Path) -> MaskFile:
 
 
 def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    text = metadata.get(FORMAT)
+    text = metadata.get(MASK_FORMAT)
     if text is None:
         raise ModelError(f"{path} is a safetensors file, but holds no masks. {_WAY_OUT}")
     try:
@@ -272,10 +271,10 @@ def _document(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         document = None
     if not isinstance(document, dict):
         raise ModelError(f"{path} is damaged: its header holds no document. {_WAY_OUT}")
-    if document.get("version") != VERSION:
+    if document.get("version") != MASK_VERSION:
         raise ModelError(
             f"{path} has format version {shown(document.get('version'))}, but this PHO reads "
-            f"version {VERSION}. Install the PHO that pruned the model, or prune it again."
+            f"version {MASK_VERSION}. Install the PHO that pruned the model, or prune it again."
         )
     return document
 

@@ -17,13 +17,12 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import zstandard
 
-from pho_service.errors import InvalidInput, ModelError, OutputError
+from pho_service.errors import InvalidInput, ModelError, OutputError, shown
+from pho_service.host.access import is_plain
 from pho_service.host.files import new_file, new_folder
-from pho_service.host.model_folder import is_plain
-from pho_service.host.plain import shown
 from pho_service.models.scratch import scratch_folder
 from pho_service.progress import Progress, bars, silent
-from pho_service.pruning.memory import format_bytes
+from pho_service.pruning.hardware import format_bytes
 
 SUFFIX = ".pho"
 _WRITTEN_BY = b"pho pack 1"  # the comment of the archive

@@ -1,18 +1,228 @@
 """
-A pruned model as a Hugging Face folder.
+A pruned model as a folder: weights, recipe (``pruning.json``), card, and its way to the hub.
 """
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Annotated, Any, Literal, Self
 
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import metadata_load
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pho_service.errors import ConfigurationError, InvalidInput, ModelError, ServiceError, shown
 from pho_service.host.files import new_folder
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import LanguageModel
 from pho_service.models.mask_file import MASKS, PackedMask, write_masks
-from pho_service.models.model_card import CARD, licence_of, model_card
-from pho_service.models.shared_recipe import shareable
+from pho_service.models.packed import as_folder
+from pho_service.planning.shapes import read_gguf
+from pho_service.pruning.reconstruction import Reconstructed, summary
+from pho_service.shown.report import Report
+from pho_service.shown.tables import (
+    configuration_rows,
+    results_table,
+    tasks_table,
+    text_of,
+    verdict_table,
+)
+from pho_service.spec.configuration import Configuration
+
+# What a recipe says to others: of files of this machine their names, not where they lie.
+_ROOTED = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+_WEIGHTS = ("layers", "folded", "dense", "blocks")  # parts that are of linears, by their names
+
+
+def shareable(value: Any) -> Any:
+    """
+    The same JSON values with the last part of each path of this machine in place of it.
+
+    Paths are absolute ones, those that begin with ``~``, ``.`` or ``..``, and others with a folder
+    in them that are there. Names of the hub and files of its data sets stay.
+    """
+    if isinstance(value, dict):
+        return {k: each if k in _WEIGHTS else shareable(each) for k, each in value.items()}
+    if isinstance(value, list):
+        return [shareable(each) for each in value]
+    return _name(value) if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    if _ROOTED.match(text):
+        return True
+    try:
+        return "/" in text and Path(text).exists()
+    except (OSError, ValueError):  # too long, or no name that a file could have
+        return False
+
+
+def _name(path: str) -> str:
+    """The last part, by the rules of any system."""
+    return PureWindowsPath(path).name or "a local folder"
+
+
+# The card of a pruned model: ``README.md`` in its folder, with the head that the hub reads.
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_LICENCE_FIELDS = {
+    "general.license": "license",
+    "general.license.name": "license_name",
+    "general.license.link": "license_link",
+}
+_PLAIN = re.compile(r"[\w.+:/#?=&%~-]{1,300}")  # what is taken over from another card
+_TOLD = ("method", "coefficients", "exponents", "normalised", "steps")
+
+
+def licence_of(name: str, revision: str | None) -> dict[str, str]:
+    """
+    What a model says of its licence, in the keys of the hub; empty if nothing is known.
+
+    Args:
+        name: A hub id, a folder, packed or not, whose card is read; or a .gguf file, which says
+            it in its header. Other models say nothing.
+        revision: Revision of a hub id.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file() and path.suffix == ".gguf":
+            fields, _ = read_gguf(path)
+            said = {
+                ours: fields[field]
+                for field, ours in _LICENCE_FIELDS.items()
+                if isinstance(fields.get(field), str)
+            }
+        elif path.exists():
+            with as_folder(path) as folder:
+                said = _head(folder / CARD)
+        elif is_hub_id(name):
+            said = _head(Path(hf_hub_download(name, CARD, revision=revision)))
+        else:
+            said = {}
+    except (
+        OSError,
+        ValueError,
+        ModelError,
+        EntryNotFoundError,
+        yaml.YAMLError,
+    ):  # no network, no card, or not one to be read
+        return {}
+    found = {key: said.get(key) for key in _LICENCE_KEYS}
+    return {k: v for k, v in found.items() if isinstance(v, str) and _PLAIN.fullmatch(v)}
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """Metadata of a card for the hub."""
+    return (metadata_load(card) or {}) if card.is_file() else {}
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be that of a model on the hub."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
+    """
+    Return the card of a pruned model.
+
+    Args:
+        recipe: What ``pruning.json`` says.
+        licence: That of the base model; see :func:`licence_of`.
+    """
+    name = str(recipe["model"]["name"])
+    found = Configuration.model_validate(recipe["configuration"])
+    on_hub = is_hub_id(name) and not Path(name).exists()
+    base = name if on_hub else PurePath(name).name or "a model in memory"
+    known: dict[str, Any] = {"license": "unknown", **licence}
+    head = ModelCardData(
+        **known,
+        base_model=name if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pho", "pruned", "sparse", f"sparsity-{found.pattern}"],
+    ).to_yaml()
+    parts = [
+        f"---\n{head}\n---\n\n# {base}, pruned\n",
+        f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        f"with {recipe['sparsity']:.2%} of the weights of {len(recipe['layers'])} linears set to "
+        "zero by PHO.\n",
+        "## How it was pruned\n",
+        *(f"* {line}" for line in _how(recipe, found)),
+        "\n`pruning.json` has the whole recipe, `pruning/masks.safetensors` the masks; "
+        "`pho prune --check FOLDER` compares the weights with both.\n",
+        "## How good it is\n",
+        *_how_good(found),
+        "\n## How to load it\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n',
+        "The zeros alone make it neither smaller nor faster: that needs a format or a runtime that "
+        "leaves them out.\n",
+        "## Licence\n",
+        _licence(base, licence),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _how(recipe: Mapping[str, Any], found: Configuration) -> Iterator[str]:
+    """The method, its numbers, and the text."""
+    for name, value in configuration_rows(found):
+        if name in _TOLD:
+            yield f"{name.capitalize()}: `{value}`"
+    yield f"Calibration: {_text(recipe.get('calibration') or {})}"
+    if blocks := recipe.get("blocks"):
+        trained = {name: Reconstructed(**block) for name, block in blocks.items()}
+        yield f"Training: {summary(trained)}"
+    if few := recipe.get("few_tokens"):
+        yield f"Take care: {few}"
+    yield f"PHO {recipe['versions'].get('pho-service', '')}"
+
+
+def _how_good(found: Configuration) -> Iterator[str]:
+    """What was measured when the configuration was found."""
+    if found.confirmation is None:
+        yield "Its perplexity was not measured."
+    else:
+        yield f"Measured when it was found, on {text_of(found.confirmation)}.\n"
+        good = found.perplexities
+        table = results_table(Report.of(found)) if good is None else verdict_table(good)
+        yield "" if table is None else table.markdown()
+    if found.tasks is not None:
+        limit = found.tasks.limit
+        asked = "" if limit is None else f", the first {limit} examples of each"
+        yield f"\nBy lm-evaluation-harness{asked}:\n\n{tasks_table(found.tasks).markdown()}"
+
+
+def _text(about: Mapping[str, Any]) -> str:
+    """What is known of a text, without the folders that it lay in."""
+    name = str((about.get("text") or {}).get("source") or "")
+    settings = about.get("settings") or {}
+    sizes = [f"{settings[k]} {k.replace('_', ' ')}" for k in ("samples", "context_length")
+             if k in settings]  # fmt: skip
+    said = f"`{PurePath(name).name if name[0] in '/.~' else name}`" if name else "a text"
+    return ", ".join([said, *sizes])
+
+
+def _licence(base: str, licence: Mapping[str, str]) -> str:
+    if not licence:
+        return f"Unknown here: that of {base} applies; see the base model."
+    name = licence.get("license_name") or licence.get("license")
+    link = f" ({licence['license_link']})" if "license_link" in licence else ""
+    return f"That of the base model: `{name}`{link}."
+
 
 RECIPE = "pruning.json"
 SHARD = "2GB"  # a file is put together in memory
@@ -51,3 +261,278 @@ def save_pruned(
         (partial / RECIPE).write_text(text, encoding="utf-8")
         card = model_card(recipe, licence_of(model.name, model.revision))
         (partial / CARD).write_text(card, encoding="utf-8")
+
+
+# The recipe of a pruned folder, ``pruning.json``: what was done to each linear, read with care.
+FORMAT = "pho-pruning"
+VERSION = 2
+MAX_BYTES = 2**28  # a mixture of experts names each expert, and each folded channel
+MAX_CONTAINERS = 2**20  # lists and objects; each takes many times its two bytes in memory
+MAX_GROUP = 64  # M of N:M, as in pho_service.spec.pattern.Pattern
+_SHOWN = 3  # problems of one check that are told in full
+_FAULTS = 100  # wrong records of a recipe that are counted
+_WAY_OUT = "Prune the model again with `pho prune`."
+
+
+class _Document(BaseModel):
+    """No infinities, no coercion; keys that are not looked at may be there."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class LayerRecord(_Document):
+    """
+    Entry of the recipe for one linear.
+
+    Attributes:
+        sparsity: Share removed.
+        mask_sha256: As :func:`pho_service.models.mask_file.write_masks` gives it.
+        weights_sha256: As :func:`pho_service.models.mask_file.weight_sha256` gives it, of the
+            weight in its saved dtype.
+        keep: N of N:M.
+        group: M of N:M; None where the linear has no groups.
+    """
+
+    sparsity: float = Field(ge=0, le=1)
+    mask_sha256: str
+    weights_sha256: str
+    keep: int | None
+    group: int | None = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _is_a_pattern(self) -> Self:
+        if (self.keep is None) != (self.group is None):
+            raise ValueError("keep and group must both be given, or neither")
+        if self.group is not None and not 0 <= (self.keep or 0) <= self.group <= MAX_GROUP:
+            raise ValueError(
+                f"keep={self.keep} of group={self.group} is not a pattern up to {MAX_GROUP}"
+            )
+        return self
+
+
+class Folded(_Document):
+    """
+    Channels that were renumbered in the saved model: position p holds what was order[p].
+
+    Attributes:
+        reader: The linear whose input channels they are.
+        writers: The linears whose outputs they are.
+        order: A permutation of the channels.
+    """
+
+    reader: str
+    writers: Annotated[list[str], FailFast()]
+    order: Annotated[list[int], FailFast()]
+
+
+class ModelRecord(_Document):
+    """Which model was pruned: :meth:`pho_service.models.loading.LanguageModel.to_dict`."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    dtype: str
+
+
+class BlockRecord(_Document):
+    """
+    Entry of the recipe for the reconstruction of a block.
+
+    Attributes:
+        before: Squared error over energy, a token, on windows that were not trained on.
+        after: The same of the weights that were saved.
+        passes: That were made over the calibration windows.
+        kept: Whether the trained weights were taken.
+    """
+
+    before: float | None
+    after: float | None
+    passes: int = Field(ge=0)
+    kept: bool
+
+
+class PatternRecord(_Document):
+    """What of the configuration is looked at."""
+
+    pattern: str
+
+
+class Recipe(_Document):
+    """
+    ``pruning.json``, version 2.
+
+    Attributes:
+        updated: Weights that stayed were changed.
+        dense: Linears that were left out, with the hash of each one's weight. They have no masks.
+        blocks: What the reconstruction of each block came to, if there was one.
+    """
+
+    format: Literal["pho-pruning"]
+    version: Literal[2]
+    configuration: PatternRecord
+    model: ModelRecord
+    updated: bool
+    folded: Annotated[list[Folded], FailFast()]
+    sparsity: float = Field(ge=0, le=1)
+    layers: dict[str, LayerRecord] = Field(min_length=1)
+    dense: dict[str, str] = Field(default_factory=dict)
+    blocks: dict[str, BlockRecord] = Field(default_factory=dict)
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _first_faults(cls, value: Any) -> Any:
+        """Keep the first of very many wrong records: each fault takes a thousand bytes."""
+        if not isinstance(value, dict):
+            return value
+        fits = LayerRecord.__pydantic_validator__.isinstance_python
+        wrong = (name for name, record in value.items() if not fits(record))
+        some = list(islice(wrong, _FAULTS))
+        return {name: value[name] for name in some} if len(some) == _FAULTS else value
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """
+    Read what a pruned folder says of itself.
+
+    Raises:
+        ModelError: No such folder.
+        ConfigurationError: No recipe, another format or version, or a key that is missing or
+            breaks a rule.
+    """
+    document = recipe_document(folder.expanduser())
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"{folder / RECIPE} breaks the format: {reasons(error)}. {_WAY_OUT}"
+        ) from error
+
+
+def recipe_document(folder: Path) -> dict[str, Any]:
+    """The recipe as JSON, of the version that this PHO reads."""
+    path = folder / RECIPE
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is no folder. Give what `pho prune` wrote with --out.")
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{folder} has no {RECIPE}, so `pho prune` did not write it. Give a folder that it did."
+        )
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigurationError(f"{path} is larger than {MAX_BYTES} bytes: no recipe.")
+        if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+            raise ConfigurationError(
+                f"{path} has more than {MAX_CONTAINERS} lists and objects: no recipe."
+            )
+        document = json.loads(content.decode())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}. {_WAY_OUT}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ConfigurationError(
+            f"{path} is not a recipe: its format is not {FORMAT!r}. {_WAY_OUT}"
+        )
+    version = document.get("version")
+    if version != VERSION:
+        raise ConfigurationError(
+            f"{path} has format version {shown(version)}, but this PHO reads version {VERSION}. "
+            "Install the PHO that wrote it, or prune the model again."
+        )
+    return document
+
+
+def reasons(error: ValidationError) -> str:
+    """What is wrong with a document, each fault after its place."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    problems = (f"{shown('.'.join(map(str, e['loc'])))}: {e['msg']}" for e in faults)
+    return listed(list(problems))
+
+
+def listed(problems: list[str]) -> str:
+    """The first problems in full, and how many more there are."""
+    more = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+# A pruned folder on the Hugging Face hub.
+# Of the HTTP library that huggingface_hub takes: httpx, or in newer versions httpx2.
+_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, without those of tools, which are hidden."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [p for p in files if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+
+
+def _added(folder: Path, path: Path) -> CommitOperationAdd:
+    """A file as it is uploaded."""
+    name = path.relative_to(folder).as_posix()
+    if name != RECIPE:
+        return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+    recipe = shareable(json.loads(path.read_bytes()))
+    text = json.dumps(recipe, indent=2) + "\n"
+    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=text.encode())
+
+
+def push(folder: str | Path, repository: str, *, public: bool = False) -> str:
+    """
+    Upload a pruned folder, as one commit.
+
+    ``pruning.json`` then only has the names of models, texts and libraries on this machine, not
+    their folders; the file in the folder stays as it is.
+
+    The token is that of ``HF_TOKEN``, or of `hf auth login`.
+
+    Args:
+        folder: What `pho prune` wrote.
+        repository: ``org/name``; made if it is not there. One that is there stays private or
+            public, as it is.
+        public: Whether a new one can be seen by everybody.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ModelError, ConfigurationError: The folder is not one that `pho prune` wrote.
+        InvalidInput: ``repository`` is not a name of the hub.
+        ServiceError: The hub says no, or cannot be reached.
+    """
+    folder = Path(folder).expanduser()
+    recipe = read_recipe(folder)
+    if repository.count("/") != 1:
+        raise InvalidInput(
+            f"{repository!r} is not a repository of the hub. Write org/name, or user/name."
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        commit = api.create_commit(
+            repo_id=repository,
+            operations=[_added(folder, path) for path in _files(folder)],
+            commit_message=f"Pruned to {recipe.configuration.pattern} with PHO",
+        )
+    except HFValidationError as error:
+        raise InvalidInput(f"{repository!r} is not a name of the hub: {error}") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        way_out = (
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
+            if status in (401, 403)
+            else "Nothing of the folder was lost; push it again."
+        )
+        raise ServiceError(
+            f"the hub refuses {repository}: {error.server_message or error}. {way_out}",
+            status=status,
+        ) from error
+    except (OSError, _HTTPError) as error:
+        raise ServiceError(
+            f"the hub at {api.endpoint} cannot be reached: {error}. Push again: "
+            f"`pho push {folder} {repository}`."
+        ) from error
+    return str(commit.commit_url)

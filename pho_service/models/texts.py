@@ -5,31 +5,158 @@ Texts for calibration, confirmation and reports: a file, a data set by name, or 
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import TextError
+from pho_service.errors import InvalidInput, TextError
+from pho_service.host.data_sets import USUAL_TEXTS, separator_of
 from pho_service.host.settings import read_settings
-from pho_service.host.usual_texts import USUAL_TEXTS, separator_of
-from pho_service.models.data_sets import read_dataset, with_split
-from pho_service.models.given_texts import GivenText, GivenWindows
-from pho_service.models.loading import LanguageModel
-from pho_service.models.overlap import apart
-from pho_service.models.text_files import (
+from pho_service.models.data_sets import (
     Budget,
     TextLimits,
     TextTooLong,
+    read_dataset,
     read_json,
     read_parquet,
     read_text,
+    with_split,
 )
+from pho_service.models.loading import LanguageModel
 from pho_service.pruning.perplexity import cut_windows
 from pho_service.spec.calibration import C4_DATASET, C4_FILE
+
+# Texts that a program has in memory: documents, or windows that are cut already.
+SHORTEST = 8  # tokens of a window
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenText:
+    """
+    Documents in memory.
+
+    Attributes:
+        documents: Can be iterated over again and again.
+        name: For messages, and what is stored with a number that was measured on it.
+    """
+
+    documents: Iterable[str] = field(repr=False)
+    name: str = "a text in memory"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenWindows:
+    """
+    Tokens in memory, one window a row; they are taken as they are, in their order.
+
+    Attributes:
+        tokens: (windows, context_length), whole numbers.
+        name: As of :class:`GivenText`.
+    """
+
+    tokens: Tensor
+    name: str = "token windows in memory"
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype is torch.bool:
+            raise InvalidInput(
+                f"{self.name}: a tensor {tuple(tokens.shape)} of {tokens.dtype} is given, but "
+                "windows are (windows, context_length), int64."
+            )
+        if not len(tokens) or tokens.shape[1] < SHORTEST:
+            raise TextError(
+                f"{self.name}: {tuple(tokens.shape)} is {len(tokens)} windows of "
+                f"{tokens.shape[1]} tokens, but at least one of {SHORTEST} is needed."
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    def windows(self, context_length: int, vocabulary: int) -> Tensor:
+        """
+        (windows, context_length), int64, on the CPU.
+
+        Raises:
+            InvalidInput: They have another length.
+            TextError: A token is not one of the vocabulary.
+        """
+        if self.tokens.shape[1] != context_length:
+            raise InvalidInput(
+                f"{self.name} have {self.tokens.shape[1]} tokens each, but "
+                f"context_length={context_length} is asked for. Leave it out, or cut them again."
+            )
+        windows = self.tokens.detach().to("cpu", torch.int64).contiguous()
+        lowest, highest = int(windows.min()), int(windows.max())
+        if lowest < 0 or highest >= vocabulary:
+            odd = lowest if lowest < 0 else highest
+            raise TextError(
+                f"{self.name}: token {odd} is not in 0..{vocabulary - 1}, the model's vocabulary: "
+                "the tokenizer was of another model."
+            )
+        return windows
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens, in their order."""
+        tokens = self.tokens.detach().to("cpu", torch.int64).contiguous()
+        return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+# Windows that no calibration has seen: texts may be the same, or share documents.
+RUN = 32  # tokens in a row that two texts do not share by chance
+_BASE = 6_364_136_223_846_793_005  # odd, so that it has an inverse modulo 2^64
+_INVERSE = pow(_BASE, -1, 2**64) - 2**64  # as a signed number; negative, as it is above 2^63
+_CHUNK = 64  # windows that are looked at together
+
+
+def apart(windows: Tensor, others: Tensor, most: int | None = None) -> Tensor:
+    """
+    Return the windows that share no run of 32 tokens with others, in their order.
+
+    In windows of fewer than 128 tokens a quarter of one is a run, but no less than 8 tokens.
+
+    Args:
+        windows: (windows, context_length), int64.
+        others: (any, context_length), int64: what must not be seen again.
+        most: Stop when there are so many.
+
+    Returns:
+        (up to ``most``, context_length), int64; none may be left.
+    """
+    seen = _runs(others).unique()
+    kept: list[Tensor] = []
+    count = 0
+    for chunk in windows.split(_CHUNK):
+        fresh = chunk[~torch.isin(_runs(chunk), seen).any(dim=1)]
+        kept.append(fresh)
+        count += len(fresh)
+        if most is not None and count >= most:
+            break
+    return torch.cat([windows[:0], *kept])[:most]
+
+
+def _runs(windows: Tensor) -> Tensor:
+    """
+    Return a number for each run of tokens: (windows, context_length - run + 1), int64.
+
+    The polynomial hash of Rabin and Karp, modulo 2^64, from sums along the window.
+    """
+    count, length = windows.shape
+    run = min(length, RUN, max(SHORTEST, length // 4))
+    powers = torch.full((length,), _BASE, dtype=torch.int64).cumprod(dim=0)
+    inverse = torch.full((length - run + 1,), _INVERSE, dtype=torch.int64).cumprod(dim=0)
+    terms = (windows + 1) * powers
+    sums = torch.cat([torch.zeros(count, 1, dtype=torch.int64), terms.cumsum(dim=1)], dim=1)
+    return (sums[:, run:] - sums[:, :-run]) * inverse
+
 
 POOL = 20_000  # documents that a sample is drawn from; C4's first file has 356,317
 SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol

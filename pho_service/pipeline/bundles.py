@@ -2,8 +2,12 @@
 Bundles made once and kept: the second job on a model starts at once.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+
+from torch import Tensor
 
 from pho_service.errors import BundleError, OutputError
 from pho_service.models.bundle_file import read_bundle, write_bundle
@@ -11,8 +15,9 @@ from pho_service.models.calibration import CalibrationText, calibrate
 from pho_service.models.loading import LanguageModel
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.sums import Sums
+from pho_service.pruning.statistics import PrunableLinear, Sums
 from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.steps import Candidate
 
 
 def bundle_path(cache_dir: Path, key: str) -> Path:
@@ -76,3 +81,45 @@ def cached_bundle(
     model.check_unchanged()
     write_bundle(bundle, path)
     return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see
+
+
+# What to say of a calibration with fewer tokens than a step needs.
+logger = logging.getLogger(__name__)
+
+
+def few_tokens(
+    linears: Mapping[str, PrunableLinear], candidate: Candidate, windows: Tensor | None
+) -> str | None:
+    """
+    Say that weights are fitted to fewer tokens than they have inputs, and how many would do.
+
+    The second moments of so few tokens are singular. Damping makes weights computable all the
+    same, but they fit what they see more than the text that it stands for.
+
+    Args:
+        linears: Linears of the model, by name.
+        candidate: Only its update is looked at, and which linears it prunes.
+        windows: (windows, tokens), int64, of the calibration.
+
+    Returns:
+        A sentence, or None where there are enough or no weight is changed.
+    """
+    if windows is None or candidate.steps.update == "none":
+        return None
+    chosen = candidate.steps.linears.choose(list(linears), candidate.pattern).names
+    widths = {name: linears[name].weight.shape[1] for name in linears if name in chosen}
+    name = max(widths, key=lambda name: widths[name])
+    if windows.numel() >= widths[name]:
+        return None
+    enough = -(-widths[name] // windows.shape[1])
+    return (
+        f"The calibration has {windows.numel()} tokens, fewer than the {widths[name]} inputs of "
+        f"{name}: update {candidate.steps.update!r} fits them, held back only by damping. Take "
+        f"{enough} windows of {windows.shape[1]} tokens or more (--samples {enough})."
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that this process has it: finalists share a calibration."""
+    logger.warning(message)

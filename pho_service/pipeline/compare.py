@@ -4,29 +4,42 @@ The table that every claim rests on: dense, the published methods, and what was 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 from torch import Tensor
 
-from pho_service.errors import BundleError, ConfigurationError
+from pho_service.errors import BundleError, ConfigurationError, InvalidInput
+from pho_service.host.machine import versions
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
+from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.pipeline import pruned_model
-from pho_service.pipeline.proxy_rating import mask_proxy
 from pho_service.pipeline.rating import ReportText, rate_pruned
+from pho_service.pipeline.search import search_job
 from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.hardware import peak_memory
 from pho_service.pruning.masks import model_sparsity
-from pho_service.pruning.memory import peak_memory
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics
-from pho_service.spec.ablation import step_by_step
-from pho_service.spec.baselines import shown_baselines
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.configuration import Configuration
-from pho_service.spec.linears import Linears
+from pho_service.shown.parts import Table
+from pho_service.spec.baselines import (
+    ALL,
+    OWL_AT_NM,
+    named_baselines,
+    shown_baselines,
+    step_by_step,
+)
+from pho_service.spec.configuration import Configuration, in_words
+from pho_service.spec.document import number, seconds
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.plan import SearchRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,3 +294,335 @@ def check_family(
             f"family {model.family}, where it may be no better than a baseline. Search on this "
             "model; or give --other-family, and compare it with the baselines."
         )
+
+
+# A comparison with searches of its own, repeated over calibrations.
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRequest:
+    """
+    Rows of a comparison, and what they share.
+
+    Attributes:
+        pattern: Pattern of all rows.
+        configurations: (name, configuration) pairs.
+        methods: Names of published methods; None is those that are shown by default.
+        searches: Searches by name, usually that of a preset; what each finds has a row.
+        linears: What all rows prune; None is what the configurations prune.
+        ablation: Configurations and what is found have a row for each step more.
+    """
+
+    pattern: Pattern
+    configurations: Sequence[tuple[str, Configuration]] = ()
+    methods: Sequence[str] | None = None
+    searches: Mapping[str, SearchRequest] = field(default_factory=dict)
+    linears: Linears | None = None
+    ablation: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigurationError: The configurations have no pattern or linears in common.
+            InvalidInput: A method is not known, or there is nothing to take apart.
+        """
+        linears = common_linears(self.configurations, self.pattern, self.linears)
+        shown_baselines(self.methods, self.pattern, linears)
+        taken = {"dense", *named_baselines(self.pattern)}
+        for name in (*(name for name, _ in self.configurations), *self.searches):
+            if name in taken:
+                raise InvalidInput(f"two rows would be called {name!r}. Give one another name.")
+            taken.add(name)
+        if self.ablation and not (self.configurations or self.searches):
+            raise InvalidInput(
+                "an ablation takes configurations apart, and there is none. Give --config FILE or "
+                "--preset NAME."
+            )
+
+    @property
+    def shows_all_at_nm(self) -> bool:
+        """Whether one would look for a row of OWL, which has none at N:M."""
+        return bool(self.pattern.group) and (self.methods is None or ALL in self.methods)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """
+    Perplexities of one model on one text: dense, the published methods, and what was found.
+
+    Attributes:
+        pattern: Pattern of all rows.
+        rows: As `pho compare` prints them: means over the calibrations.
+        report: The text that they were measured on.
+        model: Name, family, number of parameters, revision, hash of the weights, dtype.
+        device: Where it was measured.
+        versions: Versions of the packages that measured.
+        notes: What the rows do not say, in sentences.
+        seeds: The rows of each calibration, by its seed.
+        configurations: What the searches of each calibration found, by seed and name.
+    """
+
+    pattern: str
+    rows: Sequence[ComparisonRow]
+    report: dict[str, Any]
+    model: dict[str, Any]
+    device: str
+    versions: dict[str, str]
+    notes: Sequence[str]
+    seeds: dict[int, Sequence[ComparisonRow]]
+    configurations: dict[int, dict[str, Configuration]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON values that `pho compare --json` prints."""
+        return {
+            **asdict(self),
+            "configurations": {
+                seed: {name: each.model_dump(mode="json") for name, each in found.items()}
+                for seed, found in self.configurations.items()
+            },
+        }
+
+    @property
+    def title(self) -> str:
+        """Title of the table."""
+        return f"{Path(self.model['name']).name} at {self.pattern}"
+
+    @property
+    def summary(self) -> str:
+        """How good what was found is, in a line: dense, found, Wanda and RIA."""
+        means = {row.method: row.perplexity for row in self.rows}
+        known = named_baselines(Pattern.parse(self.pattern))
+        found = {
+            name: value
+            for name, value in means.items()
+            if name != "dense" and name not in known and ": " not in name  # no row of an ablation
+        }
+        ria = means.get("ria-layer", means.get("ria-row"))
+        return in_words(means["dense"], found, {"wanda": means.get("wanda"), "ria": ria})
+
+    @property
+    def extra(self) -> list[str]:
+        """The names of what else was measured."""
+        names = (name for row in self.rows for name in row.extra if not name.endswith(STDERR))
+        return [*dict.fromkeys(names)]
+
+    @property
+    def table(self) -> Table:
+        """All rows, with the conditions of the numbers."""
+        return Table(
+            (
+                "method", "scope", "perplexity", *self.extra, "sparsity", "proxy", "seconds",
+                "peak memory",
+            ),
+            [
+                [
+                    row.method,
+                    row.scope,
+                    _with_error(row.perplexity, row.deviation),
+                    *(_with_error(row.extra.get(n), row.extra.get(n + STDERR)) for n in self.extra),
+                    f"{row.sparsity:.4%}",
+                    number(row.proxy),
+                    seconds(row.seconds),
+                    None if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f} GiB",
+                ]
+                for row in self.rows
+            ],
+            title=self.title,
+            notes=(self.caption,),
+        )  # fmt: skip
+
+    @property
+    def caption(self) -> str:
+        """The conditions of the numbers."""
+        of_all = (
+            f"; mean ± standard deviation over calibrations with the seeds "
+            f"{', '.join(map(str, self.seeds))}"
+            if len(self.seeds) > 1
+            else ""
+        )
+        return (
+            f"{self.report['windows']} windows of {self.report['context_length']} tokens of "
+            f"{self.report['source']} (sha256 {self.report['sha256'][:12]}), "
+            f"{self.model['dtype']} on {self.device}{of_all}"
+            + "".join(f". {note.removesuffix('.')}" for note in self.notes)
+        )
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return number(value) + ("" if error is None else f" ± {number(error)}")
+
+
+def compare_over_seeds(
+    model: LanguageModel,
+    report: ReportText,
+    request: ComparisonRequest,
+    calibrations: Mapping[int, Callable[[], Calibrated]],
+    *,
+    also: Also | None = None,
+    run: Run = Run(),
+) -> Compared:
+    """
+    Compare on each calibration, and give the means.
+
+    Args:
+        model: Dense; it is given back dense.
+        report: Not the text that anything was chosen on.
+        request: What is compared.
+        calibrations: By seed, made when their turn comes; the seed is that of searches, too.
+        also: What else is measured of each pruned model.
+        run: Where it runs, and who watches it.
+
+    Raises:
+        ConfigurationError, InvalidInput, BundleError: As of :func:`compare_job` and
+            :func:`search_job`; or there is no text to confirm a search on, or it is the report's.
+    """
+    seeds: dict[int, Sequence[ComparisonRow]] = {}
+    configurations: dict[int, dict[str, Configuration]] = {}
+    dense = None
+    for seed, calibrate in calibrations.items():
+        given = calibrate()
+        _check_texts(request, given, report)
+        _check_draws(given, len(calibrations))
+        found = {
+            name: _searched(model, given, replace(each, seed=seed), run)
+            for name, each in request.searches.items()
+        }
+        rows = compare_job(
+            model,
+            given.bundle,
+            report,
+            request.pattern,
+            [*request.configurations, *((name, each.found) for name, each in found.items())],
+            methods=request.methods,
+            ablation=request.ablation,
+            linears=request.linears,
+            calibration=given.calibration,
+            also=also,
+            dense=dense,
+            run=run,
+        )
+        dense = rows[0]
+        seeds[seed] = [_with_search(row, found.get(row.method)) for row in rows]
+        configurations[seed] = {name: each.found for name, each in found.items()}
+    return Compared(
+        pattern=str(request.pattern),
+        rows=mean_rows([*seeds.values()]),
+        report={
+            **report.to_dict(),
+            "context_length": report.windows.shape[1],
+            "tokens": report.windows.shape[0] * (report.windows.shape[1] - 1),
+        },
+        model=model.to_dict(),
+        device=str(model.device),
+        versions=versions("torch", "transformers"),
+        notes=[OWL_AT_NM] if request.shows_all_at_nm else [],
+        seeds=seeds,
+        configurations=configurations,
+    )
+
+
+def _check_texts(request: ComparisonRequest, given: Calibrated, report: ReportText) -> None:
+    if not request.searches:
+        return
+    if given.confirm is None:
+        raise InvalidInput(
+            f"the preset {next(iter(request.searches))} is searched, and what it finds confirmed "
+            "on a text of its own. Give --confirm-text."
+        )
+    shown = {window.numpy().tobytes() for window in report.windows}
+    if any(window.numpy().tobytes() in shown for window in given.confirm.windows):
+        raise InvalidInput(
+            f"the text that searches are confirmed on, {given.confirm.record.source}, has windows "
+            "of the report text: what is chosen on a text must not be reported on it. Give "
+            "another --confirm-text."
+        )
+
+
+def _check_draws(given: Calibrated, count: int) -> None:
+    """See that another seed draws other windows."""
+    if count > 1 and given.left == 0 and given.calibration is not None:
+        raise InvalidInput(
+            f"the calibration text fills {len(given.calibration)} windows, and all of them are "
+            "drawn with each seed, so the deviation would say nothing. Give a longer text, or "
+            "fewer windows: --samples."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """What a search found, and what it took."""
+
+    found: Configuration
+    seconds: float
+    memory_bytes: int | None
+
+
+def _searched(
+    model: LanguageModel,
+    given: Calibrated,
+    request: SearchRequest,
+    run: Run,
+) -> _Search:
+    started = time.perf_counter()
+    with peak_memory(*model.devices) as peak:
+        result = search_job(
+            request,
+            given.bundle,
+            model=model,
+            confirm_text=given.confirm,
+            calibration=given.calibration,
+            run=run,
+        )
+    return _Search(
+        found=result.configuration,
+        seconds=time.perf_counter() - started,
+        memory_bytes=peak(),
+    )
+
+
+def _with_search(row: ComparisonRow, search: _Search | None) -> ComparisonRow:
+    """A row of what was found, with what it took to find it; none of an ablation has its name."""
+    if search is None:
+        return row
+    return replace(
+        row,
+        seconds=row.seconds + search.seconds,
+        memory_bytes=_most([row.memory_bytes, search.memory_bytes]),
+    )
+
+
+def mean_rows(tables: Sequence[Sequence[ComparisonRow]]) -> list[ComparisonRow]:
+    """
+    Give one row for each method of several tables: means, and the spread of the perplexity.
+
+    The standard deviation is that of a sample (n - 1); memory is the most of all.
+
+    Args:
+        tables: Tables of one comparison on different calibrations. A row that some of them do not
+            have, such as a step that only one search chose, is the mean of those that have it.
+    """
+    together: dict[str, list[ComparisonRow]] = {}
+    for table in tables:
+        for row in table:
+            together.setdefault(row.method, []).append(row)
+    return [_mean(rows) for rows in together.values()]
+
+
+def _mean(rows: Sequence[ComparisonRow]) -> ComparisonRow:
+    if len(rows) == 1:
+        return rows[0]
+    proxies = [row.proxy for row in rows if row.proxy is not None]
+    return replace(
+        rows[0],
+        perplexity=fmean(row.perplexity for row in rows),
+        deviation=None if rows[0].method == "dense" else stdev(row.perplexity for row in rows),
+        sparsity=fmean(row.sparsity for row in rows),
+        proxy=fmean(proxies) if len(proxies) == len(rows) else None,
+        seconds=fmean(row.seconds for row in rows),
+        memory_bytes=_most([row.memory_bytes for row in rows]),
+        calibrations=len(rows),
+        extra={name: fmean(row.extra[name] for row in rows) for name in rows[0].extra},
+    )
+
+
+def _most(found: Sequence[int | None]) -> int | None:
+    known = [each for each in found if each is not None]
+    return max(known) if known else None

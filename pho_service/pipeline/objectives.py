@@ -1,24 +1,178 @@
 """
-What candidates of a search are rated by: a proxy on one or several bundles, or perplexity.
+What candidates of a search are rated by: proxies on bundles, perplexity, known ratings.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
+import optuna
 from torch import Tensor
 
-from pho_service.errors import InvalidInput
-from pho_service.pipeline.joint_search import rate_jointly
-from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.errors import InvalidInput, NumericalError
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.document import number
 from pho_service.spec.objective import Objective
-from pho_service.tuning.plan import Evaluate, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.finalists import What
+from pho_service.tuning.plan import (
+    CORRECTS,
+    SECOND_OPINION,
+    Evaluate,
+    Outcome,
+    SearchPlan,
+    SearchRequest,
+)
+from pho_service.tuning.result import CHOSEN, SearchResult
+from storage.studies import keep_record, marked_alike, record_of
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.rating import ReportText
+
+
+# Rate candidates by the proxy, on a bundle: no model is needed, and transformers is not loaded.
+def proxy_value(rating: ProxyRating, objective: Objective) -> float:
+    """The number that an objective takes from a rating."""
+    value = rating.gini if objective.name == "gini" else getattr(rating, objective.weighting)
+    assert isinstance(value, float)
+    return value
+
+
+def mask_proxy(
+    evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
+) -> float | None:
+    """
+    A candidate's value, or None if its update chooses the mask, which no bundle knows.
+
+    Raises:
+        BundleError: The bundle lacks what the candidate needs.
+    """
+    if candidate.steps.chooses_mask:
+        return None
+    (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
+    return proxy_value(rating, objective)
+
+
+def rate_by_proxy(evaluator: ProxyEvaluator, objective: Objective) -> Evaluate:
+    """A function for the search that rates candidates on a bundle."""
+
+    def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+        started = time.perf_counter()
+        try:
+            ratings = evaluator.evaluate(candidates, with_gini=objective.name == "gini")
+        except NumericalError as error:
+            if len(candidates) == 1:
+                return [Outcome(value=None, failure=str(error))]
+            return [outcome for candidate in candidates for outcome in rate([candidate])]
+        seconds = round((time.perf_counter() - started) / len(candidates), 5)
+        second = objective.second_weighting
+        return [
+            Outcome(
+                value=proxy_value(rating, objective),
+                attributes={
+                    "fisher": rating.fisher,
+                    "relative": rating.relative,
+                    "absolute": rating.absolute,
+                    "error_by_kind": rating.error_by_kind,
+                    "seconds": seconds,
+                    **({} if second is None else {SECOND_OPINION: getattr(rating, second)}),
+                },
+            )
+            for rating in ratings
+        ]
+
+    return rate
+
+
+# What makes a search over several models one: a candidate's value on all of them, and their
+# origin.
+def with_each_model(result: SearchResult, relative: Mapping[str, float]) -> SearchResult:
+    """A joint search's result with its proxy on each model, RIA's being 1, and what to say."""
+    objective = {**result.configuration.objective, "relative_to_ria": dict(relative)}
+    worse = [
+        f"On {model} the proxy of the result is {number(value)} times RIA's: it is good for the "
+        "others only. Let the worst count instead of the mean (over), or leave that model out."
+        for model, value in relative.items()
+        if value >= 1
+    ]
+    return replace(
+        result,
+        configuration=result.configuration.model_copy(update={"objective": objective}),
+        warnings=[*result.warnings, *worse],
+    )
+
+
+def rate_jointly(
+    evaluators: Mapping[str, ProxyEvaluator],
+    pattern: Pattern,
+    objective: Objective,
+    linears: Linears = Linears(),
+) -> Evaluate:
+    """
+    A function for a search over several models.
+
+    Args:
+        evaluators: By name of the model.
+        pattern: Pattern of the search.
+        objective: How the models count.
+        linears: What RIA prunes, as every candidate does.
+
+    Raises:
+        NumericalError: RIA has no value on one of them, or one of 0.
+    """
+    ria = reference_methods(pattern, linears)["ria"]
+    references = {}
+    for name, evaluator in evaluators.items():
+        (rating,) = evaluator.evaluate([ria])
+        references[name] = proxy_value(rating, objective)
+        if not references[name] > 0:
+            raise NumericalError(f"{name}: the proxy of RIA is {references[name]}, no scale.")
+    rates = {name: rate_by_proxy(each, objective) for name, each in evaluators.items()}
+
+    def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+        outcomes = {name: rate(candidates) for name, rate in rates.items()}
+        return [
+            _joint({name: of[i] for name, of in outcomes.items()}, references, objective)
+            for i in range(len(candidates))
+        ]
+
+    return rate
+
+
+def _joint(
+    outcomes: Mapping[str, Outcome], references: Mapping[str, float], objective: Objective
+) -> Outcome:
+    """One candidate's outcome on all models."""
+    seconds = round(sum(o.attributes.get("seconds", 0.0) for o in outcomes.values()), 5)
+    relative = {}
+    for name, outcome in outcomes.items():
+        if outcome.value is None:
+            return Outcome(value=None, failure=f"{name}: {outcome.failure}")
+        relative[name] = outcome.value / references[name]
+    value = max(relative.values())
+    if objective.over == "mean":
+        value = sum(relative.values()) / len(relative)
+    return Outcome(value=value, attributes={"relative_to_ria": relative, "seconds": seconds})
+
+
+def joint_provenance(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """That of all bundles together, in the order in which they count."""
+    keys = [provenance.get("key", "") for provenance in provenances]
+    models = [provenance.get("model", {}) for provenance in provenances]
+    names = [Path(model.get("name", "model")).name for model in models]
+    return {
+        "key": hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
+        "model": {"name": " + ".join(names), "models": models},
+        "bundles": [{k: v for k, v in p.items() if k != "model"} for p in provenances],
+    }
 
 
 def objective_function(
@@ -84,3 +238,83 @@ def _needs_text() -> InvalidInput:
         "the objective perplexity needs the model and a text to measure it on: give a model "
         "instead of a bundle, and --confirm-text."
     )
+
+
+# Ratings that another search has made of the same candidates.
+_MARK = "ratings_sha256"  # record of a study: what the values of its trials depend on
+_NOTED = (*get_args(What), CHOSEN)  # what may be noted of a trial later
+_STUDIES = 3  # most that are read, the newest first
+
+
+class KnownRatings:
+    """
+    What other studies of the same storage hold; a search by perplexity, or in memory, has none.
+
+    Args:
+        study: Study of the search. It is marked, for the next one to find.
+        request: What is asked.
+        plan: Plan of the search.
+        bundles: The keys of what it rates on.
+
+    Attributes:
+        taken: How many ratings were taken.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        request: SearchRequest,
+        plan: SearchPlan,
+        bundles: Sequence[str],
+    ) -> None:
+        self.taken = 0
+        self._known: dict[str, Outcome] = {}
+        if request.objective.name == "perplexity":
+            return  # which depends on all steps
+        mark = _mark(request, plan, bundles)
+        for name in reversed(marked_alike(study, _MARK, mark)[-_STUDIES:]):
+            if len(study.get_trials(deepcopy=False)) < plan.trials:
+                self._read(optuna.load_study(study_name=name, storage=study._storage), plan)
+        if _MARK not in record_of(study):
+            keep_record(study, _MARK, mark)
+
+    def before(self, evaluate: Evaluate) -> Evaluate:
+        """A function that asks ``evaluate`` for what is not known, and for nothing else."""
+        if not self._known:
+            return evaluate
+
+        def rate(candidates: Sequence[Candidate]) -> list[Outcome]:
+            found = [self._known.get(_key(candidate)) for candidate in candidates]
+            missing = [c for c, known in zip(candidates, found, strict=True) if known is None]
+            rated = iter(evaluate(missing) if missing else [])
+            self.taken += len(candidates) - len(missing)
+            return [next(rated) if known is None else known for known in found]
+
+        return rate
+
+    def _read(self, other: optuna.Study, plan: SearchPlan) -> None:
+        for trial in other.get_trials(deepcopy=False):
+            if trial.value is None or not {"method", "coefficients"} <= trial.user_attrs.keys():
+                continue
+            if CORRECTS in trial.user_attrs:
+                continue  # not of a search
+            candidate = Candidate.from_dict(trial.user_attrs, plan.pattern)
+            own = {*candidate.to_dict(), *_NOTED}
+            attributes = {n: value for n, value in trial.user_attrs.items() if n not in own}
+            self._known.setdefault(
+                _key(candidate), Outcome(value=trial.value, attributes=attributes)
+            )
+
+
+def _mark(request: SearchRequest, plan: SearchPlan, bundles: Sequence[str]) -> str:
+    """A hash of all that a rating depends on, the candidate aside."""
+    parts = [
+        [*bundles], str(plan.pattern), plan.pattern.scope, request.objective.label,
+        plan.steps.rated.linears.to_dict(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _key(candidate: Candidate) -> str:
+    """Return what a proxy sees of a candidate."""
+    return json.dumps(replace(candidate, steps=candidate.steps.rated).to_dict(), sort_keys=True)

@@ -11,25 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-from pho_service.host.versions import versions
-from pho_service.models.kept_blocks import KeptBlocks
-from pho_service.models.loading import LanguageModel
+from pho_service.host.machine import versions
+from pho_service.models.loading import LanguageModel, sha256_each
 from pho_service.models.mask_file import LayerMask, PackedMask
 from pho_service.models.saving import save_pruned
-from pho_service.models.weights_hash import sha256_each
-from pho_service.pipeline.few_tokens import few_tokens
+from pho_service.models.scratch import KeptBlocks
+from pho_service.pipeline.bundles import few_tokens
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.rating import windows_key
 from pho_service.progress import Progress, silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.folding import fold_order
 from pho_service.pruning.masks import LinearMask, model_sparsity
+from pho_service.pruning.permutation import fold_order
 from pho_service.pruning.reconstruction import Reconstructed
 from pho_service.spec.configuration import Configuration
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruned:
+class PrunedFolder:
     """
     Changes that were made to a model.
 
@@ -110,7 +109,7 @@ def prune_job(
     origin: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
     progress: Progress = silent,
-) -> Pruned:
+) -> PrunedFolder:
     """
     Prune with a configuration, and write a Hugging Face folder with masks and recipe.
 
@@ -183,7 +182,7 @@ def prune_in_place(
     calibration: Tensor | None = None,
     done: KeptBlocks | None = None,
     progress: Progress = silent,
-) -> Pruned:
+) -> PrunedFolder:
     """
     Prune a model with a configuration for good; no model is written.
 
@@ -260,7 +259,7 @@ def prune_in_place(
         "versions": versions("torch", "transformers"),
     }
     masks = {name: kept[name].mask for name in layers}
-    return Pruned(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe, blocks=blocks)
+    return PrunedFolder(sparsity=sparsity, layers=layers, masks=masks, recipe=recipe, blocks=blocks)
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:

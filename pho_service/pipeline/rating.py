@@ -23,24 +23,22 @@ from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.divergence import (
-    DenseReference,
-    dense_reference,
-    window_divergence,
-)
 from pho_service.pruning.masks import model_sparsity, pruned
 from pho_service.pruning.perplexity import (
+    DenseReference,
     Perplexity,
     block_losses,
+    dense_reference,
     perplexity_of,
     require_finite_loss,
+    window_divergence,
     window_logits,
 )
 from pho_service.pruning.statistics import Statistics
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.results import Measured
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.finalists import Losses
 from pho_service.tuning.plan import Evaluate, Outcome
-from pho_service.tuning.race import Losses
 
 COMPARED_TOKENS = 512  # of the text that finalists are compared with the dense model on
 

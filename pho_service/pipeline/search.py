@@ -1,52 +1,247 @@
 """
-The main job: search one or several bundles, confirm the winner, give a configuration.
+The main job as a function that is run from the top: search, confirm, give a configuration.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from torch import Tensor
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError, StudyError
-from pho_service.pipeline.joint_search import joint_provenance, with_each_model
-from pho_service.pipeline.journal import Journal, Piece
-from pho_service.pipeline.known_ratings import KnownRatings
-from pho_service.pipeline.objectives import objective_function, only_one, rated_on
-from pho_service.pipeline.references import (
-    references,
-    with_perplexities,
-    without_perplexity,
+from pho_service.pipeline.objectives import (
+    KnownRatings,
+    joint_provenance,
+    objective_function,
+    only_one,
+    rated_on,
+    with_each_model,
 )
-from pho_service.pipeline.studies import check_study, study_name
-from pho_service.progress import Run
+from pho_service.progress import Advance, Run
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.configuration import Confirmation
+from pho_service.spec.baselines import reference_methods
+from pho_service.spec.configuration import REFERENCES, Confirmation, Perplexities, ProxyQuality
+from pho_service.spec.configuration import REFERENCES as NAMES
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.perplexities import REFERENCES as NAMES
-from pho_service.spec.quality import ProxyQuality
 from pho_service.spec.results import Chosen, Measured, Searched, Wanted
+from pho_service.spec.steps import Allocation, Candidate
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
-from pho_service.tuning.islands import Islands
-from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import Evaluate, RatedCandidate, SearchPlan, SearchRequest
 from pho_service.tuning.result import SearchResult, describe_study, mark_chosen, search_result
-from pho_service.tuning.search import Callback, run_search, searched
+from pho_service.tuning.search import Callback, Islands, run_search, searched
 from pho_service.tuning.validation import finalists_wanted, planned_candidates
-from storage.states import REFERENCES, VALIDATION
-from storage.studies import StorageError, once, open_storage, open_study, quiet_optuna
+from storage.records import REFERENCE_NUMBERS, VALIDATION
+from storage.studies import (
+    StorageError,
+    check_url,
+    keep_record,
+    once,
+    open_storage,
+    open_study,
+    quiet_optuna,
+    record_of,
+)
 
 if TYPE_CHECKING:
     from pho_service.models.loading import LanguageModel
     from pho_service.pipeline.rating import ReportText, Subject
 
+
+# A job is a function that is run from the top: what its journal holds is not done again.
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """
+    One of several pieces of a job that do not depend on each other.
+
+    Attributes:
+        number: Tells it from the others with the same name.
+        about: What to do, as JSON values.
+        lock: Pieces with the same lock are done one after the other, of all jobs.
+    """
+
+    number: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+    lock: str | None = None
+
+
+class Journal:
+    """Does each piece as it comes."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def each(
+        self,
+        name: str,
+        pieces: Sequence[Piece],
+        do: Callable[[Piece, Run], T],
+        kind: type[T],
+        *,
+        title: str | None = None,
+    ) -> list[T]:
+        """Return what each piece gives."""
+        del name, kind
+        if title is None or not pieces:
+            return [do(piece, self.run) for piece in pieces]
+        found = []
+        with self.run.progress(title, len(pieces)) as advance:
+            quiet = replace(self.run, progress=_within(advance))
+            for piece in pieces:
+                found.append(do(piece, quiet))
+                advance(1)
+        return found
+
+    def once(self, name: str, do: Callable[[Run], T], kind: type[T]) -> T:
+        """Return what a piece gives that is the only one of its name."""
+        (found,) = self.each(name, [Piece()], lambda _, run: do(run), kind)
+        return found
+
+
+def _within(advance: Advance) -> Callable[[str, int], Any]:
+    """Progress that only shows that something goes on."""
+
+    @contextmanager
+    def progress(title: str, steps: int) -> Iterator[Advance]:
+        del title, steps
+        yield lambda _: advance(0)
+
+    return progress
+
+
+# What the study of a search is called, and whose it is.
+_ROWS = "bundle_rows_sha256"  # record of a study
+
+
+def check_study_url(url: str) -> None:
+    """
+    See before any long work that a study may be kept at ``url``.
+
+    Raises:
+        StudyError: It is not the URL of a database, or one that keeps nothing.
+    """
+    try:
+        check_url(url)
+    except StorageError as error:
+        raise StudyError(f"--study {url}: {error}") from error
+
+
+def study_name(
+    request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any], rated_on: str = ""
+) -> str:
+    """
+    Names a study after what it searches, so that the same request finds it again.
+
+    The number of trials is left out: a longer search goes on with a shorter one.
+
+    Args:
+        request: What is asked.
+        plan: Plan of the search.
+        provenance: Provenance of the bundle.
+        rated_on: Hash of the text, if candidates are rated by perplexity.
+    """
+    options = plan.identity()
+    identity = [
+        provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
+        request.objective.label, plan.space.to_dict(),
+        plan.sampler_name, options.pop("seed"), plan.fisher, rated_on, plan.steps.to_dict(),
+        *([list(plan.warm_start)] if plan.warm_start else []), *([options] if options else []),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
+    model_name = Path(provenance.get("model", {}).get("name", "model")).name
+    return f"{model_name} {plan.pattern} {plan.pattern.scope.value} {plan.sampler} {digest}"
+
+
+def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
+    """
+    See that a study is of these bundles and no others, and note it in a new one.
+
+    The key of a bundle is in the study's name. Who puts bundles together by hand may give two
+    of them the same, so the sampled weights are compared, too.
+
+    Raises:
+        StudyError: Its trials are of a bundle with other weights.
+    """
+    found = [*bundles]
+    rows = [bundle.rows_sha256 for bundle in found]
+    known = record_of(study).get(_ROWS)
+    if known is None:
+        keep_record(study, _ROWS, rows)
+    elif known != rows:
+        raise StudyError(
+            f"study {study.study_name!r} is of a bundle with other weights under the same key, "
+            f"{', '.join(bundle.key for bundle in found)}. Give each bundle's provenance a key "
+            "of its own, or none, which names it by its contents; or use another --study."
+        )
+
+
+# What a result is judged by: the dense model, Wanda and RIA on the windows that chose the result.
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """
+    Something that a result is judged by.
+
+    Attributes:
+        name: ``dense``, ``wanda`` or ``ria``.
+        candidate: What the model is pruned with; None leaves it dense.
+        trial: The trial of the search that is the same candidate; None if no trial is.
+    """
+
+    name: str
+    candidate: Candidate | None
+    trial: int | None = None
+
+
+def references(plan: SearchPlan, rated: Sequence[RatedCandidate]) -> list[Reference]:
+    """What the result of a search is judged by; published baselines may be trials of it."""
+    methods = reference_methods(plan.pattern, plan.steps.linears)
+    found = []
+    for name in REFERENCES:
+        candidate = methods.get(name)
+        same = (r.number for r in rated if candidate and _prune_alike(r.candidate, candidate))
+        found.append(Reference(name=name, candidate=candidate, trial=next(same, None)))
+    return found
+
+
+def _prune_alike(one: Candidate, other: Candidate) -> bool:
+    """Whether two scores without a neighbourhood remove the same weights."""
+    if one.coefficients.neighbourhood or one.pattern != other.pattern:
+        return False
+    sized = replace(one.coefficients, kernel_size=other.coefficients.kernel_size)
+    even = replace(one.steps, allocation=Allocation())  # whose spread nothing uses
+    steps = even if one.steps.allocation.is_even else one.steps
+    return sized == other.coefficients and steps == other.steps
+
+
+def without_perplexity(name: str, error: NumericalError) -> str:
+    """Why a published method has no perplexity, which is not a fault of the result."""
+    return f"The result is not compared with {name}, which has no perplexity here: {error}"
+
+
+def with_perplexities(result: SearchResult, measured: Mapping[str, float | str]) -> SearchResult:
+    """A confirmed result with the perplexities that it is judged by, or why there is none."""
+    confirmation = result.configuration.confirmation
+    values = {name: value for name, value in measured.items() if not isinstance(value, str)}
+    found = confirmation and Perplexities.of(confirmation.perplexity, values)
+    if not found:
+        return result
+    return replace(
+        result,
+        configuration=result.configuration.model_copy(update={"perplexities": found}),
+        warnings=[*result.warnings, *(why for why in measured.values() if isinstance(why, str))],
+    )
+
+
 # Brings a study to the trials of its plan; whether its time was up before.
 IslandSearch = Callable[[optuna.Study, SearchPlan, Evaluate], bool]
 Bundles = ProxyBundle | Mapping[str, ProxyBundle]  # of one model; or of several, by their names
@@ -261,9 +456,9 @@ class _Steps:
                     with named(candidate) if candidate else nullcontext():
                         found = measure(subject, candidate, advance, known=known)
                 except NumericalError as error:
-                    if candidate is None or piece.number < REFERENCES:
+                    if candidate is None or piece.number < REFERENCE_NUMBERS:
                         raise
-                    name = NAMES[piece.number - REFERENCES]
+                    name = NAMES[piece.number - REFERENCE_NUMBERS]
                     return {"perplexity": None, "failure": without_perplexity(name, error)}
             self._inputs.check()  # before it is kept
             return {name: getattr(found, name) for name in ("perplexity", "sparsity", "seconds")}
@@ -278,8 +473,8 @@ class _Steps:
     def _record(self, number: int) -> tuple[optuna.Study, str, tuple[int, str] | None]:
         """Where a perplexity is kept: the study, the name, and the trial that it is of."""
         first = self._islands.studies[0]
-        if number >= REFERENCES:
-            return first, f"reference:{NAMES[number - REFERENCES]}", None
+        if number >= REFERENCE_NUMBERS:
+            return first, f"reference:{NAMES[number - REFERENCE_NUMBERS]}", None
         if number >= VALIDATION:
             assert self._request.validation is not None
             seed = self._request.validation.seed
@@ -331,7 +526,7 @@ class _Steps:
     def _corrected(self, rated: Sequence[RatedCandidate], run: Run) -> Correction | None:
         if not self._plan.corrections:
             return None
-        from pho_service.pipeline.correction import correct_best  # loads transformers
+        from pho_service.pipeline.confirmation import correct_best  # loads transformers
 
         inputs = self._inputs
         model, calibration = inputs.model(), inputs.calibration()
@@ -347,7 +542,7 @@ class _Steps:
         self, asked: ValidationSpec, validated: Sequence[Measured], run: Run
     ) -> dict[str, ProxyQuality]:
         """How well each proxy ranks the random candidates."""
-        from pho_service.pipeline.validate import judge  # loads transformers
+        from pho_service.pipeline.confirmation import judge  # loads transformers
 
         bundle = only_one(self._inputs.bundles(), "a validation")
         perplexities = [float(each.perplexity or math.nan) for each in validated]
@@ -358,7 +553,7 @@ class _Steps:
         """What a result is judged by, but for trials that have a perplexity or get one."""
         return [
             Wanted(
-                number=REFERENCES + i,
+                number=REFERENCE_NUMBERS + i,
                 candidate=None if each.candidate is None else each.candidate.to_dict(),
                 trial=each.trial,
             )
@@ -442,7 +637,7 @@ class _Steps:
         """The perplexities of what a result is judged by, or why there is none, by name."""
         known: dict[str, float | str] = {}
         for i, each in enumerate(references(self._plan, found)):
-            value = own.get(REFERENCES + i)
+            value = own.get(REFERENCE_NUMBERS + i)
             if each.trial is not None and each.trial in perplexities:
                 known[each.name] = perplexities[each.trial]
             elif value is not None:
@@ -454,8 +649,10 @@ class _Steps:
         steps, study = self._request.steps, self._islands.studies[0]
         if not (steps.reconstruction.wanted or steps.gives_up_orders):
             return result
-        from pho_service.pipeline.deployable import priced  # loads transformers
-        from pho_service.pipeline.winner import reconstruct_winner
+        from pho_service.pipeline.confirmation import (
+            priced,  # loads transformers
+            reconstruct_winner,
+        )
 
         subject = self._subject
         if subject is not None:

@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 from pho_service.errors import InvalidInput
-from pho_service.host.versions import versions
-from pho_service.models.likelihoods import Continuation, Likelihood, rate_continuations
+from pho_service.host.machine import versions
 from pho_service.models.loading import LanguageModel
-from pho_service.models.task_files import LoadedTasks
+from pho_service.models.tasks import Continuation, Likelihood, LoadedTasks, rate_continuations
 from pho_service.pipeline.compare import STDERR, Also
 from pho_service.progress import Progress, silent
 from pho_service.spec.tasks import TaskScore, mean_accuracy

@@ -10,22 +10,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.host.versions import versions
+from pho_service.host.machine import versions
 from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.proxy_rating import mask_proxy
+from pho_service.pipeline.objectives import mask_proxy
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.numbers import number
-from pho_service.spec.objective import Objective
+from pho_service.spec.document import number
+from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SearchOptions, options_of
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
 

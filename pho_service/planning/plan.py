@@ -7,23 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pho_service.errors import InvalidInput
-from pho_service.planning.calibration_run import CalibrationPlan, choose_run
-from pho_service.planning.costs import Work, stage_seconds
-from pho_service.planning.footprint import Footprint, shapes_footprint
-from pho_service.planning.machines import Machine
+from pho_service.planning.costs import Machine, Work, stage_seconds
 from pho_service.planning.shapes import DTYPE_BYTES, Header, ModelShapes, model_shapes
 from pho_service.planning.stage_memory import (
     MOST,
+    CalibrationPlan,
+    Footprint,
     Peak,
     Place,
+    choose_run,
     confirmation_peak,
     pruning_peak,
     saving_peak,
+    shapes_footprint,
     states_fit,
     windows_at_once,
 )
+from pho_service.spec.curve import first_of_kinds
 from pho_service.spec.job import JobSpec
-from pho_service.spec.points import first_of_kinds
 from pho_service.spec.steps import Steps
 
 PROCESS = 2**30  # Python with torch and transformers, before any model; thrice with CUDA

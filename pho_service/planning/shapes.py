@@ -1,15 +1,24 @@
 """
-The shapes of a model's weights, from the header of its files: no weights, no torch.
+The shapes of a model's weights, from the headers of its files: no weights, no torch.
 """
 
+import json
 import re
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from pho_service.errors import InvalidInput
+import gguf
+import numpy as np
+
+from pho_service.errors import InvalidInput, ModelError, shown
+from pho_service.host.access import check_names, is_path
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -22,7 +31,7 @@ _IN_BLOCK = re.compile(r"(.+?)\.(\d{1,6})\.(.+)")
 _EXPERT = re.compile(r"(.*\bexperts)\.(?:\d+\.)?(.+)")
 
 
-class Stored(NamedTuple):
+class TensorHeader(NamedTuple):
     """A tensor of a file."""
 
     shape: tuple[int, ...]
@@ -34,7 +43,7 @@ class Header:
     """What a model's files say before its weights are read: config.json, and the tensors."""
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorHeader]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +163,12 @@ def _number(name: str, config: Mapping[str, Any], *fields: str) -> int | None:
     return value
 
 
-_Tensors = dict[str, Stored]
+_Tensors = dict[str, TensorHeader]
 
 
-def _split(tensors: Mapping[str, Stored], layers: int | None) -> tuple[list[_Tensors], _Tensors]:
+def _split(
+    tensors: Mapping[str, TensorHeader], layers: int | None
+) -> tuple[list[_Tensors], _Tensors]:
     """The tensors of each block of the decoder, by their names inside of it; and all others."""
     lists: dict[str, dict[int, _Tensors]] = defaultdict(lambda: defaultdict(dict))
     for full_name, tensor in tensors.items():
@@ -181,7 +192,7 @@ def _split(tensors: Mapping[str, Stored], layers: int | None) -> tuple[list[_Ten
     return blocks, outside
 
 
-def _is_parameter(name: str, tensor: Stored) -> bool:
+def _is_parameter(name: str, tensor: TensorHeader) -> bool:
     """Whether a tensor is not a buffer: old checkpoints of GPT-2 have its attention masks."""
     return not (name.endswith("bias") and len(tensor.shape) > 2)
 
@@ -215,7 +226,7 @@ def _linears(name: str, block: _Tensors, chosen: int | None) -> list[LinearShape
             found[short] = _linear(short, shape, count=before + 1)
             experts[expert[1]] = before + 1
         else:
-            bias = block.get(f"{path}.bias", Stored((), "")).shape
+            bias = block.get(f"{path}.bias", TensorHeader((), "")).shape
             # GPT-2 keeps its weights as (in, out): the bias has the size of what comes out.
             found[path] = _linear(path, shape if bias in ((), shape[:1]) else shape[::-1])
     routers = {each for where, count in experts.items() for each in _routers(found, where, count)}
@@ -288,3 +299,355 @@ def _read_by_norm(norm: str, size: int, linears: Mapping[str, list[LinearShape]]
         if lead and li.name.removeprefix(f"{parent}.").startswith(lead)
     ]
     return outs[0] if outs else size
+
+
+# What the files of a model say before its weights are read: a folder's, a GGUF file's, or the
+# hub's.
+MOST_BYTES = 2**22  # of a configuration; those of the hub have some kilobytes
+MOST_HEADER = 2**24  # bytes of a safetensors header; a hundred thousand tensors have 12 MB
+MOST_TENSORS = 2**20  # of a model
+TIMEOUT_S = 10.0
+CONFIG = "config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_GGUF_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "expert_used_count": "num_experts_per_tok",
+}
+# Tensors of GGUF in the words of transformers: blk.0.ffn_up_exps.weight.
+_GGUF_NAMES = (
+    (re.compile(r"\.(attn|ffn)_"), r".\1."),
+    (re.compile(r"\.(\w+)_exps\b"), r".experts.\1"),
+    (re.compile(r"\.(\w+)_shexp\b"), r".shared.\1"),
+)
+
+
+def read_header(name: str, *, revision: str | None = None, path: str | None = None) -> Header:
+    """
+    Read the configuration of a model and the headers of its weights, and nothing else of it.
+
+    ``path`` is where it lies, if that is not its name, which messages have.
+    """
+    place = Path(path or name).expanduser()
+    if not place.exists() and not is_path(str(path or name)):
+        return _of_hub(name, revision)
+    if not place.exists():
+        raise ModelError(
+            f"{name} does not exist on this machine. Give a hub id, a model folder or a .gguf file."
+        )
+    with _readable(name):
+        if place.suffix == ".gguf":
+            return _of_gguf(name, place)
+        return Header(config=_config(name, place), tensors=_of_folder(name, place))
+
+
+def config_at_hand(
+    name: str, path: str, *, revision: str | None = None
+) -> Mapping[str, Any] | None:
+    """
+    Read the configuration of a model if that needs no network.
+
+    None if it is not on this machine, or cannot be read: whoever loads the model says why.
+    """
+    place = Path(path) if Path(path).is_absolute() else _cached(path, revision)
+    if place is None:
+        return None
+    try:
+        with _readable(name):
+            is_gguf = place.suffix == ".gguf"
+            return _of_gguf(name, place).config if is_gguf else _config(name, place)
+    except ModelError:
+        return None
+
+
+def longest_context(config: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest window that a model reads; None if its configuration is silent."""
+    text = config.get("text_config")
+    values = text if isinstance(text, Mapping) else config
+    for name in ("max_position_embeddings", "n_positions"):
+        value = values.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def _config(name: str, folder: Path) -> dict[str, Any]:
+    """The object that a config.json is."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.")
+    with file.open("rb") as opened:
+        content = opened.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ModelError(f"{name}: its config.json has more than {MOST_BYTES} bytes.")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ModelError(f"{name}: its config.json is not JSON. Get the file again.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{name}: its config.json is not a JSON object. Get the file again.")
+    return values
+
+
+def _of_folder(name: str, folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of a folder's files, those that transformers would read."""
+    files = [folder / _WEIGHTS]
+    if not files[0].is_file():
+        index = folder / _INDEX
+        if not index.is_file():
+            raise _without_weights(name)
+        check_names(index)
+        named = json.loads(index.read_bytes())["weight_map"].values()
+        files = [folder / each for each in sorted({*named})]
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{name} has no {file.name}, which its index names. Get it again.")
+        tensors |= _of_safetensors(name, file)
+        _check_number(name, tensors)
+    return tensors
+
+
+def _of_safetensors(name: str, file: Path) -> dict[str, TensorHeader]:
+    """The tensors that the header of a file lists."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(length) if length <= MOST_HEADER else b""
+    if not 0 < length == len(header):
+        raise _damaged(name, file.name, "it has no header, or one that is cut short")
+    try:
+        document = json.loads(header)
+        document.pop("__metadata__", None)
+        return {key: _stored(entry["shape"], entry["dtype"]) for key, entry in document.items()}
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise _damaged(name, file.name, f"its header cannot be read: {error}") from error
+
+
+def _stored(shape: Any, dtype: Any) -> TensorHeader:
+    if not isinstance(shape, list | tuple) or len(shape) > 8 or not isinstance(dtype, str):
+        raise ValueError("a tensor has no shape or no dtype")
+    if not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise ValueError("a size is not a whole number above 0")
+    return TensorHeader(tuple(shape), dtype)
+
+
+def _damaged(name: str, file: str, reason: str) -> ModelError:
+    return ModelError(f"{name}: {file} is damaged: {shown(reason)}. Get the file again.")
+
+
+def _without_weights(name: str) -> ModelError:
+    return ModelError(
+        f"{name} has neither {_WEIGHTS} nor {_INDEX}, whose headers say how large a model is. Only "
+        "safetensors and GGUF are accepted, since pickled weights can run any code."
+    )
+
+
+def _check_number(name: str, tensors: Mapping[str, Any]) -> None:
+    if len(tensors) > MOST_TENSORS:
+        raise ModelError(f"{name} has more than {MOST_TENSORS} tensors, which no model has.")
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the hub's cache on this machine; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if ".." in (revision or "") or (revision or "").startswith("/"):
+        return None
+    try:
+        found = try_to_load_from_cache(name, CONFIG, revision=revision)
+    except (HFValidationError, OSError, ValueError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _of_hub(name: str, revision: str | None) -> Header:
+    """What the hub has of a model; where it cannot be asked, what its cache has."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    away: type[BaseException] = HfHubHTTPError.__bases__[0]  # of its HTTP library
+    try:
+        # hf_hub_download alone would ask a hub that is away for 23 seconds.
+        about = get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=revision), timeout=TIMEOUT_S)
+        if (about.size or 0) > MOST_BYTES:
+            raise ModelError(f"{name}: its config.json has more than {MOST_BYTES} bytes.")
+        commit = about.commit_hash or revision
+        folder = Path(hf_hub_download(name, CONFIG, revision=commit)).parent
+        config = _config(name, folder)
+        if (folder / _WEIGHTS).is_file():
+            return Header(config=config, tensors=_of_folder(name, folder))
+        return Header(config=config, tensors=_on_hub(name, commit))
+    except HFValidationError as error:
+        raise ModelError(
+            f"{name!r} is neither a folder or file here nor a name on the hub, which looks like "
+            "org/name. Check the spelling."
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status in (401, 403, 404):
+            raise ModelError(
+                f"{name}: the hub has no such model or revision, or it is private or gated. Check "
+                "the spelling, accept its licence on the hub and set HF_TOKEN, or give a local "
+                "folder."
+            ) from error
+        raise ModelError(f"{name}: the hub answered {status}. Try again later.") from error
+    except (OSError, away) as error:
+        kept = _cached(name, revision)
+        if kept is not None and any(kept.glob("model*.safetensors")):
+            return Header(config=_config(name, kept), tensors=_of_folder(name, kept))
+        raise ModelError(
+            f"{name} is not a folder here, and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}). Check the network and HF_ENDPOINT, or give a local folder."
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _on_hub(name: str, commit: str | None) -> dict[str, TensorHeader]:
+    """The tensors of a model's files on the hub, whose headers alone are asked for."""
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        files = get_safetensors_metadata(name, revision=commit).files_metadata.values()
+        tensors = {
+            key: _stored(info.shape, info.dtype)
+            for file in files
+            for key, info in file.tensors.items()
+        }
+    except NotASafetensorsRepoError as error:
+        raise _without_weights(name) from error
+    except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(name, "one of its files", str(error)) from error
+    _check_number(name, tensors)
+    return tensors
+
+
+def _of_gguf(name: str, file: Path) -> Header:
+    """The header of a GGUF file in the words of transformers."""
+
+    try:
+        fields, shapes = read_gguf(file)
+        tensors = {key: _stored(shape, "F32") for key, shape in shapes.items()}
+    except ValueError as error:
+        reason = shown(str(error))
+        raise ModelError(f"{name} is not a whole GGUF file: {reason}. Get it again.") from error
+    kind = str(fields.get("general.architecture"))
+    config = {ours: fields.get(f"{kind}.{field}") for field, ours in _GGUF_FIELDS.items()}
+    config |= {"model_type": kind, "dtype": "float32"}  # as transformers makes it dense
+    for pattern, words in _GGUF_NAMES:
+        tensors = {pattern.sub(words, key): tensor for key, tensor in tensors.items()}
+    return Header(config=config, tensors=tensors)
+
+
+# GGUF files, read without doing the same work again and again, or more than they hold.
+MAX_READS = 2**22  # values of a header, some 400 bytes each in memory; Gemma's has two million
+
+
+class BoundedReader(gguf.GGUFReader):
+    """
+    gguf's reader, but what a header declares must be in the file.
+
+    gguf itself reads on beyond the end, value by value: 60 bytes that declare
+    an array of 2**60 values would fill the memory.
+    """
+
+    _reads = 0
+
+    def __init__(self, path: Any, mode: Any = "r") -> None:
+        super().__init__(path, mode)
+        parts = self.get_field("split.count")
+        if parts is not None and int(parts.contents()) > 1:  # transformers reads this file alone
+            raise ValueError(
+                f"it is one of {int(parts.contents())} parts. Put them together first, with "
+                "`llama-gguf-split --merge` of llama.cpp"
+            )
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        self._reads += 1
+        if isinstance(self.data, np.memmap):  # which takes several times as long for each slice
+            self.data: Any = self.data.view(np.ndarray)
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < int(count):
+            raise ValueError(f"the file ends in what is declared at byte {int(offset)}")
+        if self._reads > MAX_READS:
+            raise ValueError(f"its header has more than {MAX_READS} values")
+        return values
+
+
+class _WithoutArrays(BoundedReader):
+    """The header alone: of an array the number of its values, which are passed over."""
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        length = self._get(orig_offs + 4, np.uint64)
+        count, end = int(length[0]), orig_offs + 12
+        if kind in self.gguf_scalar_to_np:
+            end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        elif kind == gguf.GGUFValueType.STRING:
+            self._reads += count
+            if self._reads > MAX_READS:
+                raise ValueError(f"its header has more than {MAX_READS} values")
+            text_length = struct.Struct("<Q" if self.byte_order == "I" else ">Q")
+            for _ in range(count):
+                end += 8 + text_length.unpack_from(self.data, end)[0]
+        else:
+            raise ValueError("its header has arrays of arrays")
+        if end > len(self.data):
+            raise ValueError(f"the file ends in what is declared at byte {int(orig_offs)}")
+        return end - orig_offs, [length], [0], [gguf.GGUFValueType.UINT64]
+
+    def _build_tensors(self, _start_offs: Any, fields: Any) -> None:
+        """Nothing of the weights is looked at."""
+        self.shapes = {
+            bytes(field.parts[1]).decode(): tuple(map(int, field.parts[3][8::-1]))  # 9 at most
+            for field in fields
+        }
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """
+    Read the fields of a header, of an array the number of its values, and the tensors' shapes.
+
+    What is not a whole GGUF file is a ValueError.
+    """
+    try:
+        reader = _WithoutArrays(path)
+    except (KeyError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(str(error)) from error
+    return {name: field.contents() for name, field in reader.fields.items()}, reader.shapes
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """
+    Inside, the header of a GGUF file is parsed once, and so is the table of its tensors' names.
+
+    transformers parses the header (with all tokens, one by one) for the config,
+    the weights and the tokenizer, and makes the table for each module of the
+    model. For a small model that is most of the time that loading takes.
+    """
+    ours = {  # transformers looks them up at each call
+        "GGUFReader": cache(BoundedReader),
+        "get_tensor_name_map": cache(gguf.get_tensor_name_map),
+    }
+    originals = {name: getattr(gguf, name) for name in ours}
+    try:
+        for name, replacement in ours.items():
+            setattr(gguf, name, replacement)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)

@@ -1,16 +1,183 @@
 """
-How much memory each stage of a job takes at its peak: on the device, in main memory, on disk.
-
-Everything follows from a model's :class:`~pho_service.planning.footprint.Footprint`, so the model
-need not be loaded; what is free is passed in where it decides something.
+How much memory each stage of a job takes at its peak, from the model's shapes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pho_service.planning.footprint import FLOAT, Footprint
+from pho_service.planning.shapes import DTYPE_BYTES, BlockShape, LinearShape, ModelShapes
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.steps import Steps
+
+# What a model's passes, statistics and bundle take, in bytes, from its shapes alone.
+FLOAT = 4  # bytes: norms, sums and scores are float32, whatever the weights are
+MARGIN = 1.15  # on what passes keep, for what differs between families
+ATTENTION = 3  # (heads, tokens, tokens) in a block whose attention is not fused
+HEAD_TOKENS = 256  # whose logits a backward pass holds at a time, see pruning.passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Sizes of a decoder block."""
+
+    linears: tuple[LinearShape, ...]
+    weights: int  # bytes of its parameters
+    kept: float  # bytes of each token, for its backward pass
+    widest: int  # inputs or outputs of a linear
+    width: int  # inputs of a linear
+    prunable: int  # weights of its linears
+    largest: int  # weights of a linear
+
+    def sums(self, rows: int) -> int:
+        """Bytes of the statistics of its linears, as if each read an input of its own."""
+        return FLOAT * sum(
+            li.count * (((rows or li.in_features) + 1) * li.in_features + li.out_features)
+            for li in self.linears
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that a model takes in each stage."""
+
+    itemsize: int  # of a weight, and of an activation
+    blocks: tuple[BlockSizes, ...]
+    outside: int  # bytes of the parameters outside the blocks
+    hidden: int  # bytes of a token's hidden state
+    vocabulary: int  # logits of a token
+    heads: int  # where attention is not fused; 0 where it is
+
+    @property
+    def linears(self) -> Iterator[LinearShape]:
+        """What can be pruned, of all blocks."""
+        return (linear for block in self.blocks for linear in block.linears)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return self.outside + sum(block.weights for block in self.blocks)
+
+    @property
+    def prunable(self) -> int:
+        """Number of weights of all linears."""
+        return sum(block.prunable for block in self.blocks)
+
+    def states(self, windows: int, tokens: int) -> int:
+        """Bytes of the hidden states between two blocks."""
+        return windows * tokens * self.hidden
+
+    def forward(self, tokens: int, windows: int, *, watched: bool = True) -> int:
+        """
+        Bytes that a pass without gradients, and without the head, takes at its peak.
+
+        It is watched if statistics of the linears' inputs are gathered.
+        """
+        widest = max(block.widest for block in self.blocks)
+        # Inputs of the widest linears, and states beside them; a copy and squares in float32.
+        each = 3 * self.itemsize * widest + 4 * self.hidden
+        if watched:
+            each += 2 * FLOAT * widest
+        return int(windows * (MARGIN * tokens * each + self._mask(tokens)))
+
+    def backward(self, tokens: int, windows: int, *, recompute: bool) -> int:
+        """
+        Bytes that a pass forward and backward takes at its peak.
+
+        To recompute, blocks keep only their inputs, and run again.
+        """
+        kept = [tokens * block.kept for block in self.blocks]
+        attention = FLOAT * ATTENTION * self.heads * tokens * tokens
+        running = self._running(tokens) + attention
+        head = self.head(tokens, windows) / windows
+        if recompute:
+            passing = max(max(kept) + attention + running, head) + tokens * self.hidden * len(kept)
+        else:
+            passing = sum(kept) + attention * len(kept) + max(running, head)
+        states = 2 * tokens * self.hidden
+        return int(windows * (MARGIN * (passing + states) + self._mask(tokens)))
+
+    def block_backward(self, tokens: int) -> int:
+        """Bytes that one block, alone, takes for one window forward and backward."""
+        kept = tokens * max(block.kept for block in self.blocks)
+        attention = FLOAT * ATTENTION * self.heads * tokens * tokens
+        return int(MARGIN * (kept + attention + self._running(tokens)) + self._mask(tokens))
+
+    def _running(self, tokens: int) -> float:
+        """Bytes that live for a moment while a block runs backward."""
+        widest = max(block.widest for block in self.blocks)
+        return tokens * (3 * FLOAT + 4 * self.itemsize) * widest
+
+    def head(self, tokens: int, windows: int) -> int:
+        """Bytes of some tokens' logits, their logarithms, and the gradients of both."""
+        at_once = min(windows * tokens, max(HEAD_TOKENS, windows))
+        return at_once * self.vocabulary * (4 * FLOAT + self.itemsize)
+
+    @staticmethod
+    def _mask(tokens: int) -> int:
+        return FLOAT * tokens * tokens
+
+    def bundle(self, settings: CalibrationSettings) -> int:
+        """Bytes of a proxy bundle, in memory and on disk."""
+        sums = sum(block.sums(settings.projection_rows) for block in self.blocks)
+        return self._samples(settings) + sums
+
+    def _samples(self, settings: CalibrationSettings) -> int:
+        """Bytes of sampled rows and their window means."""
+        most = settings.rows_per_layer
+        sampled = sum(
+            li.count * min(most or li.out_features, li.out_features) * li.in_features
+            for li in self.linears
+        )
+        return FLOAT * sampled * (1 + len(settings.kernel_sizes))
+
+    def sampling(self, settings: CalibrationSettings) -> int:
+        """Bytes that the sampling of a linear's rows takes."""
+        widest = max(block.width for block in self.blocks)
+        largest = max(block.largest for block in self.blocks)
+        most = max(linear.out_features for linear in self.linears)
+        copies = 1 if self.itemsize == FLOAT else 2  # the weight in float32, and its magnitudes
+        root = (settings.projection_rows or widest) * (widest + 2 * most)
+        rows = 4 * min(settings.rows_per_layer or most, most) * widest
+        return FLOAT * (copies * largest + root + rows)
+
+
+def shapes_footprint(shapes: ModelShapes, dtype: str, *, heads: int = 0) -> Footprint:
+    """Add up the shapes of a model, as it will be loaded."""
+    itemsize = DTYPE_BYTES[dtype]
+    blocks = tuple(_block_sizes(shapes, block, itemsize) for block in shapes.blocks)
+    return Footprint(
+        itemsize=itemsize,
+        blocks=blocks,
+        outside=shapes.bytes(dtype) - sum(block.weights for block in blocks),
+        hidden=itemsize * shapes.hidden,
+        vocabulary=shapes.vocabulary,
+        heads=heads,
+    )
+
+
+def _block_sizes(shapes: ModelShapes, block: BlockShape, itemsize: int) -> BlockSizes:
+    """
+    Add up a block, with what it keeps of a token for a backward pass through frozen weights.
+
+    Linears keep nothing then. Their outputs are kept by what reads them, and so is the input of a
+    linear that does not read the hidden states, by what makes it; norms keep theirs in float32.
+    """
+    kept = float(FLOAT * block.norms)
+    for linear in block.linears:
+        width = linear.in_features if linear.in_features != shapes.hidden else 0
+        kept += itemsize * linear.count * linear.share * (linear.out_features + width)
+    widest = max(max(linear.out_features, linear.in_features) for linear in block.linears)
+    return BlockSizes(
+        linears=block.linears,
+        weights=itemsize * block.parameters,
+        kept=kept + itemsize * shapes.activations * widest,
+        widest=widest,
+        width=max(linear.in_features for linear in block.linears),
+        prunable=sum(linear.weights for linear in block.linears),
+        largest=max(linear.out_features * linear.in_features for linear in block.linears),
+    )
+
 
 LIBRARIES = 96 * 2**20  # what the matrix library keeps for itself, on either device
 ROOT = 32  # bytes of a Gram matrix's element while its root is taken, in float64
@@ -381,3 +548,85 @@ def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> 
         disk += footprint.itemsize * footprint.prunable  # changed weights, until it is closed
         return Peak(host=host, disk=disk)
     return Peak.at(place, device=max(footprint.weights, stored), host=host, disk=disk)
+
+
+# The fastest way to run a calibration that fits a memory.
+AT_ONCE = 8192  # tokens that a GPU runs at once, if they fit
+BATCHED = 0.75  # of a card, for more windows than one at once: so its other users matter little
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """
+    Way in which a calibration is run. Its result only differs by rounding; on a CPU it is the same.
+
+    Attributes:
+        run: How.
+        peak: What it takes, the model included.
+        fits: Whether that is within the limits.
+    """
+
+    run: CalibrationRun
+    peak: Peak
+    fits: bool
+
+
+def choose_run(
+    footprint: Footprint,
+    settings: CalibrationSettings,
+    place: Place,
+    *,
+    windows: int,
+    fisher_windows: int,
+    device_limit: int | None = None,
+    host_limit: int | None = None,
+    device_size: int | None = None,
+) -> CalibrationPlan:
+    """
+    The fastest run that fits, or the most frugal one if none does; no model need be loaded.
+
+    On a CPU windows are run one by one: more at once are not faster there.
+
+    Args:
+        footprint: Footprint of the model.
+        settings: Settings of the calibration; its ``memory_bytes`` is not looked at.
+        place: Where the model will run.
+        windows: How many there are.
+        fisher_windows: How many of them are run backward.
+        device_limit: Bytes of a GPU that model and calibration may take; None means no limit.
+        host_limit: The same of main memory; on a CPU the model is in it, too.
+        device_size: Bytes of the GPU. Several windows are run at once only if that takes no more
+            than three quarters of it, so results depend on the card, and hardly on who uses it.
+    """
+    plans = []
+    for run in _runs(footprint, settings, place, fisher_windows):
+        peak = calibration_peak(
+            footprint, settings, place, run, windows=windows, fisher_windows=fisher_windows
+        )
+        fits = _within(peak.device, device_limit) and _within(peak.host, host_limit)
+        if max(run.windows, run.forward_windows) > 1 and device_size is not None:
+            fits = fits and peak.device <= BATCHED * device_size
+        plans.append(CalibrationPlan(run=run, peak=peak, fits=fits))
+        if fits:
+            break
+    return plans[-1]
+
+
+def _within(needed: int, limit: int | None) -> bool:
+    return limit is None or needed <= limit
+
+
+def _runs(
+    footprint: Footprint, settings: CalibrationSettings, place: Place, fisher_windows: int
+) -> list[CalibrationRun]:
+    """Ways to run a calibration, the fastest first."""
+    if place.stream:
+        inputs = block_inputs(footprint, settings.context_length, fisher_windows)
+        run = CalibrationRun(recompute=True, spill=inputs > HELD)
+        return [replace(run, states_on_device=True), run] if place.on_gpu else [run]
+    most = max(1, AT_ONCE // settings.context_length) if place.on_gpu else 1
+    counts = [2**i for i in reversed(range(most.bit_length()))]
+    both = [CalibrationRun(windows=count, forward_windows=counts[0]) for count in counts]
+    few = [CalibrationRun(forward_windows=count) for count in counts]
+    recomputing = [replace(run, recompute=True) for run in few]
+    return [*both, *few, *recomputing]

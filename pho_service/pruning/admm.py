@@ -1,20 +1,99 @@
 """
-Masks by ADMM: weights that follow the dense outputs and weights that keep to a mask, made to agree.
-
-With H the normalised second moments, each iteration moves all weights towards
-the dense outputs and the masked ones at once, (H + rho I)^-1 of both, and masks
-what comes out again. In an iteration's state a weight that stays has its value,
-and one that is removed the negative of its multiplier.
+Masks and weights by ADMM, and by ALPS with its growing penalty.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pho_service.pruning.normalised import Normalised
-from pho_service.pruning.support import Support
+from pho_service.errors import NumericalError
+from pho_service.pruning.masks import Support
+
+# Second moments with each input scaled to one size, as masks by ADMM want them.
+DAMPING = 0.01  # share of the mean diagonal that is added to it, as in the literature
+_DEAD = 1e-15  # square of an input that is always 0, as a share of the mean: its weights go first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalised:
+    """
+    A damped Gram matrix with a diagonal of 1, and the scales that made it so.
+
+    Weights times their input's scale give the same outputs on inputs divided by it. A magnitude of
+    such a weight is Wanda's score.
+
+    Attributes:
+        gram: (in_features, in_features), float32, its diagonal 1.
+        scale: (in_features,), float32, > 0: root of the damped diagonal.
+    """
+
+    gram: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, *, damping: float, layer: str) -> Self:
+        """
+        Normalise a Gram matrix, which is left as it is.
+
+        Args:
+            gram: (in_features, in_features), float32, symmetric: E[x x^T]. An input
+                that is always 0 stands alone and is scaled to almost 0, so its
+                weights are the first to go. A matrix of zeros counts as the identity.
+            damping: Share of the mean diagonal that is added to the diagonal, >= 0.
+            layer: Name of the linear, for the message of an error.
+
+        Raises:
+            NumericalError: NaN or infinity in ``gram``.
+        """
+        if not bool(torch.isfinite(gram).all()):
+            raise NumericalError(
+                f"{layer}: the second moments of its inputs are NaN or infinite. Check the model's "
+                "weights, or calibrate in float32 (--dtype float32).",
+                layer=layer,
+            )
+        diagonal = gram.diagonal()
+        added = damping * diagonal.mean()
+        alone = torch.where(diagonal.mean() > 0, _DEAD * diagonal.mean(), 1)
+        damped = torch.where(diagonal > 0, diagonal + added, alone)
+        scale = damped.sqrt()
+        normalised = gram / scale / scale[:, None]
+        normalised.diagonal().fill_(1)
+        return cls(gram=normalised, scale=scale)
+
+    def inverse(self, penalty: float, *, layer: str) -> Tensor:
+        """
+        (gram + penalty I)^-1, (in_features, in_features), float32, in float64 where that fails.
+
+        Raises:
+            NumericalError: It is not positive definite in either; names ``layer``.
+        """
+        for dtype in (torch.float32, torch.float64):
+            matrix = self.gram.to(dtype, copy=True)
+            matrix.diagonal().add_(penalty)
+            lower, failed = torch.linalg.cholesky_ex(matrix)
+            del matrix
+            if not bool(failed):
+                inverse: Tensor = torch.cholesky_inverse(lower).float()
+                return inverse
+        raise NumericalError(
+            f"{layer}: the second moments of its inputs are not positive definite with a penalty "
+            f"of {penalty:g}, in float32 and in float64. Calibrate on more text.",
+            layer=layer,
+        )
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """The weights on scaled inputs, float32; raises ``ValueError`` if shapes do not fit."""
+        if weight.dim() != 2 or weight.shape[1] != len(self.gram):
+            raise ValueError(f"weight {tuple(weight.shape)} is not of in_features={len(self.gram)}")
+        return weight.detach().float() * self.scale
+
+    def unscaled(self, weight: Tensor) -> Tensor:
+        """The weights on the inputs as they are."""
+        return weight / self.scale
+
 
 _FIRST, _LAST = 0.05, 1.0  # penalties at the first and the last step
 _STEPS = 12  # of the penalty, each a constant factor; each needs an inverse
@@ -171,3 +250,113 @@ def admm(
         moved = (masked - multiplier - dense) @ inverse
         free = torch.add(dense, moved, alpha=PUBLISHED_PENALTY)
     return moments.unscaled((free + multiplier) * keep), keep
+
+
+# ALPS: mask and weights of a linear together, by ADMM with a growing penalty.
+_PENALTY = 0.1  # rho at the start
+_MOST = 300  # iterations
+_CHANGE_EVERY = 3  # iterations between two looks at how much the mask changes
+_SETTLED_AFTER = 30  # iterations before a mask that hardly changes is settled
+_SETTLED = 0.0003  # share of the weights that stay
+_GROWTH = ((0.1, 1.3), (0.005, 1.2))  # change beyond which share, and what the penalty grows by
+_LAST_GROWTH = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """
+    A normalised Gram matrix with its eigenvectors: its inverse for any penalty is one product.
+
+    Attributes:
+        input: The matrix, and the scale of each input.
+        values: (in_features,), float64, ascending.
+        vectors: (in_features, in_features), float64, in columns.
+    """
+
+    input: Normalised
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, *, layer: str) -> Self:
+        """
+        Return the spectrum of E[x x^T], (in_features, in_features), float32, damped by 0.01 of
+        its mean diagonal.
+
+        Raises:
+            NumericalError: NaN or infinity in ``gram``; names ``layer``.
+        """
+        matrix = Normalised.of(gram, damping=DAMPING, layer=layer)
+        values, vectors = torch.linalg.eigh(matrix.gram.double())
+        return cls(input=matrix, values=values, vectors=vectors)
+
+    def inverse(self, penalty: float) -> Tensor:
+        """(gram + penalty I)^-1, (in_features, in_features), float32."""
+        product: Tensor = (self.vectors / (self.values + penalty)) @ self.vectors.T
+        return product.float()
+
+
+def alps(weight: Tensor, spectrum: Spectrum, support: Support) -> tuple[Tensor, Tensor]:
+    """
+    Choose which weights stay, and what they become, by ADMM; least squares goes on from there.
+
+    Free weights B follow the dense outputs, masked weights D keep to the
+    support, and a multiplier V pulls them together. The penalty rho grows
+    while the mask changes, by less and less as it settles.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype, finite.
+        spectrum: Spectrum of the second moments of its input.
+        support: How many weights stay, and which compete. The published one lets
+            all weights of a linear compete, or those of an N:M run.
+
+    Returns:
+        The new weights, (out_features, in_features), float32, and the mask,
+        bool, True = kept, with the counts of ``support``. The same on every run.
+
+    Raises:
+        ValueError: Shapes do not fit.
+
+    Source:
+        Meng et al. 2024, arXiv:2406.07831, algorithm 1, with the schedule and the
+        constants of their code; algorithm 2 is
+        :func:`~pho_service.pruning.weight_update.least_squares_update`, whose
+        preconditioner is their normalisation. Ties fall to the
+        lower index, and the weights of inputs that are always 0 are removed first.
+    """
+    dense = spectrum.input.scaled(weight)
+    target = dense @ spectrum.input.gram  # (out_features, in_features)
+    before = first = support.choose(dense.square())
+    stays = max(int(first.count_nonzero()), 1)
+    penalty, grown = _PENALTY, False
+    inverse = spectrum.inverse(penalty)
+    masked, multiplier = dense * first, torch.zeros_like(dense)
+    for iteration in range(1, _MOST + 1):
+        free = (target - multiplier + penalty * masked) @ inverse
+        masked = free + multiplier / penalty
+        mask = support.choose(masked.square())
+        masked.masked_fill_(~mask, 0)
+        multiplier += penalty * (free - masked)
+        if iteration % _CHANGE_EVERY:
+            continue
+        changed = int((mask != before).count_nonzero())
+        before = mask
+        grown = grown or changed > 0.005 * stays
+        if not grown:  # the penalty was too large to move: once more with a smaller one
+            penalty /= 5
+            if changed:
+                masked, multiplier = dense * first, torch.zeros_like(dense)
+        elif not changed:
+            break
+        else:
+            penalty = min(penalty * _growth(changed / stays), 1e6)
+        if iteration > _SETTLED_AFTER and changed < _SETTLED * stays:
+            break
+        inverse = spectrum.inverse(penalty)
+    mask = support.choose(free.square())
+    return spectrum.input.unscaled(free * mask), mask
+
+
+def _growth(changed: float) -> float:
+    """What the penalty grows by, when this share of the weights that stay has changed."""
+    return next((factor for share, factor in _GROWTH if changed > share), _LAST_GROWTH)

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from pho_service.errors import BundleError
 from pho_service.pruning.scores import sampled_window_mean
-from pho_service.pruning.second_moments import InputStatistics
-from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.linears import Chosen, Linears
-from pho_service.spec.pattern import Pattern
+from pho_service.pruning.statistics import InputStatistics, PrunableLinear, Statistics
+from pho_service.spec.pattern import ChosenLinears, Linears, Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,7 @@ class ProxyBundle:
             fisher={layer.name: layer.fisher for layer in self.layers},
         )
 
-    def choose(self, linears: Linears, pattern: Pattern) -> Chosen:
+    def choose(self, linears: Linears, pattern: Pattern) -> ChosenLinears:
         """
         Find out which linears are pruned, and whether the pattern fits them.
 

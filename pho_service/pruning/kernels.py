@@ -21,7 +21,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from pho_service.pruning.threads import in_threads
+from pho_service.pruning.hardware import in_threads
 
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.int32]

@@ -1,27 +1,360 @@
 """
-What candidates do to each linear of a bundle: the error of its output, summed up in several ways.
+What candidates do to each linear of a bundle, many linears at once in stacks.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from threading import local
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import NumericalError
+from pho_service.errors import BundleError, NumericalError
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.bundle import LayerSample, ProxyBundle
-from pho_service.pruning.layer_view import LayerView, LinearSize, View
+from pho_service.pruning.hardware import in_threads
+from pho_service.pruning.layer_view import (
+    CURVE_ROWS,
+    DIGIT_BITS,
+    LayerView,
+    LinearSize,
+    View,
+    curve_rows,
+    require_finite_curve,
+    require_finite_scores,
+)
 from pho_service.pruning.masks import over_rows, share_ties
-from pho_service.pruning.scores import gini
-from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
-from pho_service.pruning.stacked_view import StackedView
-from pho_service.pruning.stacks import Stack, stack_bundle
-from pho_service.pruning.threads import in_threads
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern, Scope
+from pho_service.pruning.scores import TINY, gini, importance
+from pho_service.pruning.selection import (
+    beaten_by,
+    count_below,
+    keep_highest,
+    nm_mask,
+    threshold_of,
+)
+from pho_service.spec.pattern import Coefficients, Pattern, Scope
+from pho_service.spec.steps import Candidate
+
+
+# The sampled linears of a bundle, stacked so that many of them are rated at once.
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """
+    I inputs of n channels, each read by L linears with R sampled rows.
+
+    Linears that read one input are multiplied with its root together, and
+    nothing of a root's size is copied for a candidate.
+    """
+
+    first: str  # name of a linear, for messages
+    positions: Tensor  # (I * L,), int64, in the bundle, on the CPU; an input's readers side by side
+    rows: Tensor  # (I, L, R, n)
+    magnitude: Tensor  # (I, L, R, n)
+    row_mean: Tensor  # (I, L, R)
+    column_mean: Tensor  # (I, L, n)
+    kernel_sizes: tuple[int, ...]  # K of them
+    window_means: Tensor  # (K, I, L, R, n)
+    activation_norm: Tensor  # (I, L, n)
+    fisher: Tensor  # (I, L, R), of the sampled rows
+    row_energy: Tensor  # (I, L, R): W H W^T, a row's error if all of it goes; >= TINY
+    out_features: Tensor  # (I, L, 1)
+    weights_per_value: Tensor  # (I * L,), float64: weights that each sampled one stands for
+    roots: Tensor  # (I, rows of the root, n)
+
+    def importance(self, coefficients: Sequence[Coefficients], out: Tensor) -> Tensor:
+        """
+        Score all weights of the stack.
+
+        Args:
+            coefficients: How much each part counts, of C candidates.
+            out: (I, C, L, R, n), contiguous, is written and given back.
+
+        Raises:
+            BundleError: There are no window means for a kernel size.
+        """
+        windows = []
+        for c in coefficients:
+            needs_window = c.neighbourhood and c.normalisation != "none"
+            if needs_window and c.kernel_size not in self.kernel_sizes:
+                raise BundleError(
+                    f"the bundle has no window means for kernel size {c.kernel_size}, only for "
+                    f"{', '.join(map(str, self.kernel_sizes))}. Calibrate again with "
+                    "--kernel-sizes."
+                )
+            windows.append(self.kernel_sizes.index(c.kernel_size) if needs_window else 0)
+        return importance(
+            self.magnitude,
+            row_mean=self.row_mean,
+            column_mean=self.column_mean,
+            window_means=self.window_means,
+            windows=windows,
+            activation_norm=self.activation_norm,
+            fisher=self.fisher,
+            out_features=self.out_features,
+            coefficients=coefficients,
+            out=out,
+        )
+
+    def plain_importance(self, gradient_exponent: float, out: Tensor | None = None) -> Tensor:
+        """
+        Score all weights of the stack by :func:`pho_service.pruning.masks.plain_score`.
+
+        Args:
+            gradient_exponent: Gradient exponent of that score.
+            out: (I, L, R, n), is written and given back.
+
+        Returns:
+            (I, L, R, n), float32.
+        """
+        out = torch.mul(self.magnitude, self.activation_norm[..., None, :], out=out)
+        return out.mul_((self.fisher**gradient_exponent)[..., None]) if gradient_exponent else out
+
+    def row_errors(self, keep: Tensor, out: Tensor) -> Tensor:
+        """
+        D H D^T of each row, D being the weights that are not kept.
+
+        Args:
+            keep: (I, C, L, R, n), bool, of C candidates.
+            out: The same shape, float32, contiguous: is written.
+
+        Returns:
+            (I, C, L, R), float32.
+        """
+        rows = self.rows[:, None]
+        kept = out.copy_(keep.view(torch.uint8))  # 1 or 0
+        return _row_errors(torch.addcmul(rows, rows, kept, value=-1, out=out), self.roots)
+
+
+def _row_errors(rows: Tensor, roots: Tensor) -> Tensor:
+    """D H D^T of each row: (I, ..., n) rows and (I, m, n) roots of H give (I, ...)."""
+    flat = rows.flatten(1, -2).to(roots.dtype)
+    outputs = torch.bmm(flat, roots.transpose(1, 2)).float()  # (I, ..., m), but flat
+    return outputs.square_().sum(dim=-1).view(rows.shape[:-1])
+
+
+def stack_bundle(
+    bundle: ProxyBundle, device: torch.device, dtype: torch.dtype, *, values: int | None
+) -> list[Stack]:
+    """
+    Copy a bundle's layers into as few stacks as their shapes allow.
+
+    A stack's inputs are equally wide, with equally many readers, and those
+    have equally many sampled rows. Linears of one input whose numbers of rows
+    differ are stacked apart. Where nothing has to be converted, the bundle's
+    large tensors become views of the stacks, so that they are not held twice.
+
+    Args:
+        bundle: All of it.
+        device: Where the stacks are kept.
+        dtype: Dtype of the matrix products with the roots.
+        values: The most sampled weights of a stack, if it has more than one input.
+    """
+    readers: dict[tuple[int, int], list[int]] = {}
+    for position, layer in enumerate(bundle.layers):
+        readers.setdefault((layer.input_index, len(layer.rows)), []).append(position)
+    shapes: dict[tuple[int, int, int], list[list[int]]] = {}
+    for (_, rows), together in readers.items():
+        shape = (bundle.layers[together[0]].in_features, rows, len(together))
+        shapes.setdefault(shape, []).append(together)
+    stacks = []
+    for (n, rows, linears), groups in shapes.items():
+        most = len(groups) if values is None else max(1, values // (n * rows * linears))
+        stacks += [
+            _stack(bundle, groups[start : start + most], device, dtype)
+            for start in range(0, len(groups), most)
+        ]
+    return stacks
+
+
+def _stack(
+    bundle: ProxyBundle,
+    groups: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Stack:
+    """Stack the linears whose positions are given, those of one input together."""
+    positions = [position for group in groups for position in group]
+    layers = [bundle.layers[position] for position in positions]
+    inputs = [bundle.inputs[bundle.layers[group[0]].input_index] for group in groups]
+    rows, n = layers[0].rows.shape
+    count, linears = len(groups), len(groups[0])
+
+    def stacked(of: Callable[[LayerSample], Tensor], *shape: int) -> Tensor:
+        tensors = torch.stack([of(layer) for layer in layers])
+        return tensors.view(count, linears, *shape).to(device)
+
+    weights = stacked(lambda layer: layer.rows, rows, n)
+    means = torch.empty(len(bundle.kernel_sizes), *weights.shape, device=device)
+    for k, of_size in zip(bundle.kernel_sizes, means, strict=True):
+        of_size.copy_(torch.stack([la.window_means[k] for la in layers]).view_as(of_size))
+    roots = torch.stack([entry.root for entry in inputs]).to(device, dtype)
+    out_features = torch.tensor([layer.out_features for layer in layers], device=device)
+    norms = torch.stack([entry.activation_norm for entry in inputs]).to(device)
+    stack = Stack(
+        first=layers[0].name,
+        positions=torch.tensor(positions),
+        rows=weights,
+        magnitude=weights.abs(),
+        row_mean=stacked(lambda layer: layer.row_mean, rows),
+        column_mean=stacked(lambda layer: layer.column_mean, n),
+        kernel_sizes=bundle.kernel_sizes,
+        window_means=means,
+        activation_norm=norms[:, None].repeat(1, linears, 1),
+        fisher=stacked(lambda layer: layer.fisher[layer.row_index], rows),
+        row_energy=_row_errors(weights, roots).clamp_min_(TINY),
+        out_features=out_features.view(count, linears, 1),
+        weights_per_value=out_features.double() / rows,
+        roots=roots,
+    )
+    if device.type == "cpu" and dtype is torch.float32:
+        _share(bundle, stack, groups)
+    return stack
+
+
+def _share(bundle: ProxyBundle, stack: Stack, groups: Sequence[Sequence[int]]) -> None:
+    """Let the large tensors of a bundle be views of a stack's, which has the same values."""
+    for i, group in enumerate(groups):
+        for j, position in enumerate(group):
+            bundle.layers[position] = replace(
+                bundle.layers[position],
+                rows=stack.rows[i, j],
+                window_means={
+                    k: means[i, j]
+                    for k, means in zip(stack.kernel_sizes, stack.window_means, strict=True)
+                },
+            )
+        index = bundle.layers[group[0]].input_index
+        bundle.inputs[index] = replace(bundle.inputs[index], root=stack.roots[i])
+
+
+# All linears of a bundle as allocations see them on a GPU: some launches for each stack of them.
+_BINS = 1 << DIGIT_BITS
+
+
+@dataclass(frozen=True)
+class StackedView:
+    """
+    Every linear of a bundle, on a device; it measures what a ``LayerView`` of each measures.
+
+    Attributes:
+        linears: In the order of the bundle.
+        stacks: Stacks of these linears.
+    """
+
+    linears: Sequence[LinearSize]
+    stacks: Sequence[Stack]
+
+    def wanda_sums(self) -> list[float]:
+        """See ``layer_view.View``."""
+        sums = self._each(
+            lambda stack: _scores(stack, 0.0).sum(dim=1, dtype=torch.float64)
+        )  # (linears,)
+        values: list[float] = sums.tolist()
+        self._require_finite(values)  # a sum is not if a score is not
+        return values
+
+    def outliers(self, limits: Sequence[float]) -> list[int]:
+        """See ``layer_view.View``."""
+        of_all = torch.tensor(limits)
+
+        def above(stack: Stack) -> Tensor:
+            score = _scores(stack, 0.0)
+            return (score > of_all[stack.positions, None].to(score.device)).sum(dim=1)
+
+        counts: list[int] = self._each(above).tolist()
+        return counts
+
+    def digit_counts(self, shift: int, prefix: int) -> list[Tensor]:
+        """See ``layer_view.View``."""
+        self._require_finite(self._highest)
+
+        def counted(stack: Stack) -> Tensor:
+            score = _scores(stack, 0.5)
+            digits = score.view(torch.int32) >> shift
+            inside = (digits >> DIGIT_BITS == prefix).int()
+            counts = inside.new_zeros(len(score), _BINS)
+            return counts.scatter_add_(1, (digits & (_BINS - 1)).long(), inside)
+
+        return list(self._each(counted).double())
+
+    def error_curves(self, grid: Sequence[float], group: int) -> list[list[float]]:
+        """See ``layer_view.View``."""
+        self._require_finite(self._highest)
+        errors = self._each(lambda stack: _error_curves(_sampled(stack), grid, group))
+        scales = torch.tensor(
+            [linear.out_features / min(CURVE_ROWS, linear.rows) for linear in self.linears],
+            dtype=torch.float64,
+        )
+        curves: list[list[float]] = (errors * scales[:, None]).tolist()
+        for linear, curve in zip(self.linears, curves, strict=True):
+            require_finite_curve(curve, linear.name)
+        return curves
+
+    @cached_property
+    def _highest(self) -> list[float]:
+        """The highest score A * x * sqrt(g) of each linear."""
+        values: list[float] = self._each(lambda stack: _scores(stack, 0.5).amax(dim=1)).tolist()
+        return values
+
+    def _each(self, measure: Callable[[Stack], Tensor]) -> Tensor:
+        """What ``measure`` gives for the I * L linears of a stack, in the bundle's order."""
+        found = torch.cat([measure(stack) for stack in self.stacks]).cpu()
+        ordered = torch.empty_like(found)
+        ordered[torch.cat([stack.positions for stack in self.stacks])] = found
+        return ordered
+
+    def _require_finite(self, highest: Sequence[float]) -> None:
+        for linear, value in zip(self.linears, highest, strict=True):
+            require_finite_scores(value, linear.name)
+
+
+def _scores(stack: Stack, gradient_exponent: float) -> Tensor:
+    """(I * L, R * n), float32: A * x * g**gradient_exponent of each linear."""
+    return stack.plain_importance(gradient_exponent).flatten(0, 1).flatten(1)
+
+
+def _sampled(stack: Stack) -> Stack:
+    """At most CURVE_ROWS rows of each linear, evenly spaced."""
+    rows = stack.rows.shape[2]
+    index = curve_rows(rows, stack.rows.device)
+    if len(index) == rows:
+        return stack
+    return replace(
+        stack,
+        rows=stack.rows[:, :, index],
+        magnitude=stack.magnitude[:, :, index],
+        fisher=stack.fisher[:, :, index],
+    )
+
+
+def _error_curves(stack: Stack, grid: Sequence[float], group: int) -> Tensor:
+    """(I * L, points), float32: the error of each linear's rows at each sparsity."""
+    score = stack.plain_importance(0.5)  # (I, L, R, n)
+    if group:
+        rank = beaten_by(score.view(-1, score.shape[-1]), group).view(score.shape)
+        limits = [round((1 - sparsity) * group) for sparsity in grid]  # fewer are better
+    else:
+        rank = _rank_from_highest(score)
+        values = score.shape[2] * score.shape[3]
+        limits = [values - round(sparsity * values) for sparsity in grid]
+    errors = []
+    for kept in limits:
+        keep = (rank < kept)[:, None]
+        change = torch.empty_like(score)[:, None]
+        lost = stack.row_errors(keep, out=change)[:, 0]  # (I, L, R)
+        errors.append((lost * stack.fisher).sum(dim=-1))
+    return torch.stack(errors, dim=-1).flatten(0, 1)
+
+
+def _rank_from_highest(score: Tensor) -> Tensor:
+    """(I, L, R, n), int64: how many scores of its linear come before one; of equals the first."""
+    flat = score.flatten(2)
+    order = flat.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(flat.shape[-1], device=flat.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places).view(score.shape)
+
 
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")

@@ -2,23 +2,24 @@
 The masks of a whole model for one candidate, and a model with them applied.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from pho_service.pruning.allocation import allocate
+from pho_service.pruning.hardware import free_memory
 from pho_service.pruning.layer_view import LayerView
-from pho_service.pruning.memory import free_memory
 from pho_service.pruning.permutation import permute_channels, permuted_mask
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.selection import count_below, keep_highest, nm_mask, threshold_of
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern, Scope
+from pho_service.spec.steps import Candidate
 
 
 def plain_score(gradient_exponent: float) -> Coefficients:
@@ -407,3 +408,110 @@ def model_sparsity(linears: Mapping[str, PrunableLinear], sparsity: Mapping[str,
     """
     sizes = {name: each.weight.numel() for name, each in linears.items() if name in sparsity}
     return sum(sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
+# Which weights of a linear compete for the places that a mask has, and how many places there are.
+@dataclass(frozen=True, kw_only=True)
+class Support:
+    """
+    The counts of a mask, without the mask: what a better one may change, and what not.
+
+    Attributes:
+        removed: (lines,), int64: weights that each line loses. A line is an
+            output row, or the whole linear; empty with a ``group``.
+        keep: N of N:M; 0 without a group.
+        group: M of N:M; 0 for a ratio.
+    """
+
+    removed: Tensor
+    keep: int = 0
+    group: int = 0
+
+    @classmethod
+    def of(cls, mask: Tensor, *, by_row: bool = False, keep: int = 0, group: int = 0) -> Self:
+        """
+        The counts of a mask.
+
+        Args:
+            mask: (out_features, in_features), bool, True = kept.
+            by_row: Each output row keeps its own number of weights; otherwise all rows compete.
+            keep: N of N:M; only with ``group``.
+            group: M of N:M; 0 for a ratio.
+        """
+        if group:
+            return cls(removed=mask.new_zeros(0, dtype=torch.int64), keep=keep, group=group)
+        lines = mask if by_row else mask.reshape(1, -1)
+        return cls(removed=(~lines).sum(dim=1))
+
+    def choose(self, score: Tensor) -> Tensor:
+        """
+        The mask of these counts that keeps the highest scores.
+
+        Args:
+            score: (out_features, in_features), float32, no NaN.
+
+        Returns:
+            The same shape, bool.
+        """
+        if self.group:
+            return nm_mask(score, keep=self.keep, group=self.group)
+        return self._highest(score, self.removed)
+
+    def choose_part(self, score: Tensor, share: float) -> Tensor:
+        """
+        A mask that removes only a share of what :meth:`choose` does: the lowest scores of it.
+
+        With N:M, the N highest of each run are out of danger, and the others of the linear compete.
+
+        Args:
+            score: As for :meth:`choose`.
+            share: 0 to 1.
+        """
+        if not self.group:
+            return self._highest(score, (self.removed.double() * share).long())
+        safe = nm_mask(score, keep=self.keep, group=self.group)
+        removed = score.numel() // self.group * (self.group - self.keep)
+        part = torch.tensor([int(removed * share)])
+        return self._highest(score.masked_fill(safe, torch.inf), part)
+
+    @staticmethod
+    def _highest(score: Tensor, removed: Tensor) -> Tensor:
+        lines = score.reshape(len(removed), -1)
+        return keep_highest(lines, removed).view(score.shape)
+
+
+# Weights in torch's format for 2:4: two of each four neighbours, and where they stood.
+KEEP, GROUP = 2, 4  # the only pattern that GPUs have kernels for
+
+
+def to_semi_structured(weight: Tensor) -> Tensor:
+    """
+    Turn a weight into torch's semi-structured tensor, which multiplies as the weight does.
+
+    Args:
+        weight: (out_features, in_features), 16-bit, on a GPU, contiguous; at most two of
+            each four neighbours of a row are not zero. More are lost without a word: see
+            :func:`broken_groups`.
+
+    Raises:
+        RuntimeError: A dtype or a shape that torch's kernels do not take, or no kernels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is a prototype
+        found: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+        return found
+
+
+def broken_groups(weight: Tensor) -> int:
+    """
+    Count the groups of four neighbouring inputs that keep more than two weights.
+
+    Args:
+        weight: (out_features, in_features). All groups count as broken where in_features is not
+            a multiple of four.
+    """
+    out_features, in_features = weight.shape
+    if in_features % GROUP:
+        return out_features * -(-in_features // GROUP)
+    kept = weight.ne(0).view(out_features, -1, GROUP).sum(dim=-1, dtype=torch.uint8)
+    return int((kept > KEEP).count_nonzero())

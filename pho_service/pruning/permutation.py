@@ -1,19 +1,97 @@
 """
-Which input channels share an N:M group: an order of the channels that loses less.
-
-Inside a group the best N of M weights stay, so a group of channels that all
-matter loses important weights while its neighbour keeps useless ones. Any order
-of the channels gives the same dense layer, so one is chosen that spreads them.
-Here the aim is to keep more of a score; :mod:`pho_service.pruning.error_permutation`
-makes less error in the layers' outputs.
+Which input channels share an N:M group, and how an order of channels is folded into the weights.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 
-from pho_service.pruning.assignment import assign
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from torch import Tensor, nn
+
+from pho_service.pruning.hardware import chunk_size
+from pho_service.pruning.repruning import row_errors
 from pho_service.pruning.scores import TINY
 from pho_service.pruning.selection import nm_mask
+from pho_service.pruning.statistics import PrunableLinear
+
+# Which of K candidates goes to which of K places, so that the gains add up to the most.
+_WHOLE = 256  # up to so many candidates all pairs are looked at
+_BEST = 16  # otherwise: pairs that each candidate and each place has at least
+_ROUNDS = 10  # of balancing
+_TEMPERATURE = 0.3  # of the balance, in standard deviations of the gains
+
+
+def assign(gain: Tensor) -> Tensor:
+    """
+    Give each place a candidate of its own, so that the gains add up to the most.
+
+    Exact up to 256 candidates. Beyond that a candidate is matched with places
+    that are among the 16 best for it, or that it is among the 16 best for, or
+    with the place of its own index. The sum is never below that of the diagonal. What is good
+    is measured against what a place can get elsewhere and a candidate elsewhere.
+    Channel permutations kept 98.9 % of the gain or more.
+
+    Args:
+        gain: (K, K), float32, finite: of candidate i at place j.
+
+    Returns:
+        (K,), int64, on ``gain.device``: the candidate that each place gets.
+
+    Raises:
+        ValueError: ``gain`` is not square, or NaN or infinite somewhere.
+
+    Source:
+        Crouse 2016, IEEE TAES 52(4), for the exact one. Beyond: prices of
+        candidates and places by Sinkhorn's balancing (Cuturi 2013,
+        arXiv:1306.0895), then LAPJVsp (Jonker & Volgenant 1987) on the pairs
+        that are best at these prices. That the two go together is ours.
+    """
+    if gain.dim() != 2 or gain.shape[0] != gain.shape[1]:
+        raise ValueError(f"gain of shape {tuple(gain.shape)} is not square")
+    if len(gain) <= _WHOLE:
+        candidate, place = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
+    else:
+        candidate, place = min_weight_full_bipartite_matching(_best_pairs(gain), maximize=True)
+    chosen = torch.empty(len(gain), dtype=torch.int64)
+    chosen[torch.from_numpy(place).long()] = torch.from_numpy(candidate).long()
+    return chosen.to(gain.device)
+
+
+def _best_pairs(gain: Tensor) -> csr_array:
+    """The pairs that are matched, (K, K), sparse: what each gains at the prices, all above 0."""
+    count = len(gain)
+    net = _balanced(gain)
+    paired = torch.eye(count, dtype=torch.bool, device=gain.device)
+    for dim in (0, 1):
+        paired.scatter_(dim, net.topk(_BEST, dim=dim).indices, True)
+    pair = paired.flatten().nonzero()[:, 0]
+    values = net.flatten()[pair].double().cpu()
+    if not bool(values.isfinite().all()):
+        raise ValueError("a gain is NaN or infinite")
+    values += 1 - values.min()  # SciPy takes 0 for no pair
+    row, column = pair.cpu() // count, pair.cpu() % count
+    return csr_array((values.numpy(), (row.numpy(), column.numpy())), shape=(count, count))
+
+
+def _balanced(gain: Tensor) -> Tensor:
+    """
+    The gains less a price for each candidate and each place, in units of the temperature.
+
+    Prices are the same for all assignments, so the best one stays the best. At
+    them, the exponentials of each row and each column add up to about 1: a
+    large channel, say, that gains much everywhere is no better than others.
+    """
+    net = gain - gain.mean(dim=1, keepdim=True)
+    net -= net.mean(dim=0, keepdim=True)
+    net /= (_TEMPERATURE * net.std()).clamp_min(TINY)
+    for _ in range(_ROUNDS):
+        net -= net.logsumexp(dim=1, keepdim=True)
+        net -= net.logsumexp(dim=0, keepdim=True)
+    return net
 
 
 def permute_channels(
@@ -188,3 +266,390 @@ def _swept(channels: Tensor, groups: Tensor, keep: int) -> Tensor:
         staying = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
         groups[:, place] = moving[assign(moved_scores(channels, moving, staying, keep))]
     return groups.flatten()
+
+
+# Which input channels share an N:M group, by the error that is made in the layers' outputs.
+_SWAPS = 16  # tried for each pair of groups in a round; all of them up to M = 4
+_CHUNK = 1 << 18  # weights that a CPU looks at at a time: 1 MiB a tensor stays in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutedLinear:
+    """
+    One of the linears that read one input, and so share its order.
+
+    Attributes:
+        weight: (out_features, in_features), float32.
+        score: (out_features, in_features), float32, >= 0, in the original order.
+        fisher: (out_features,), float32, >= 0: what an error of each row costs.
+    """
+
+    weight: Tensor
+    score: Tensor
+    fisher: Tensor
+
+
+def permute_for_error(
+    linears: Sequence[PermutedLinear],
+    gram: Tensor,
+    *,
+    keep: int,
+    group: int,
+    sweeps: int = 2,
+    rounds: int = 12,
+    max_rows: int = 512,
+) -> Tensor:
+    """
+    An order of the input channels under which N:M makes less error in the outputs.
+
+    Masks still keep the highest scores of a group: the order only decides who
+    shares one. The best of three orders (as they are, by the score, by the
+    error without correlations) is improved by swaps of channels. In each round
+    the groups are paired at random, and the best swap of each pair is made if
+    all of them together lower the exact error. Never worse than the channels as
+    they are; the same input gives the same order.
+
+    Args:
+        linears: All linears that read this input, at least one.
+        gram: (in_features, in_features), float32: E[x x^T] of the input.
+        keep: N, weights kept per group. 1 <= keep < group.
+        group: M, channels of a group. Divides in_features.
+        sweeps: Number of sweeps of :func:`permute_channels`.
+        rounds: Number of rounds of swaps, >= 0.
+        max_rows: Output rows that proposals look at: those that would make the
+            largest errors. What decides is the error of all rows.
+
+    Returns:
+        (in_features,), int64, as from :func:`permute_channels`.
+
+    Raises:
+        ValueError: No linears, shapes that differ, or a number out of range.
+
+    Source:
+        Ours. PermLLM (2025) observes that a higher retained score
+        can raise the error of the output, and learns its order by gradients.
+    """
+    _check_linears(linears, gram)
+    score = torch.cat([linear.score for linear in linears])
+    check_groups(score, keep=keep, group=group, sweeps=sweeps, max_rows=max_rows)
+    fisher = torch.cat([linear.fisher for linear in linears])[:, None]
+    weight = torch.cat([linear.weight for linear in linears]) * fisher.sqrt()
+    alone = weight.square() * gram.diagonal()  # the error of each weight, if only it went
+    rows = alone.sum(dim=1).argsort(descending=True, stable=True)[:max_rows]
+    orders = [torch.arange(score.shape[1], device=score.device)] + [
+        permute_channels(each, keep=keep, group=group, sweeps=sweeps, max_rows=max_rows)
+        for each in (score, alone[rows])
+    ]
+
+    def error_of(order: Tensor) -> float:
+        return sum(
+            reconstruction_error(
+                linear, gram, permuted_mask(linear.score, order, keep=keep, group=group)
+            )
+            for linear in linears
+        )
+
+    errors = [error_of(order) for order in orders]
+    least = min(errors)
+    order = orders[errors.index(least)]
+    sample = _Sample(
+        weight=weight[rows].T.contiguous(),
+        score=score[rows].T.contiguous(),
+        gram=gram,
+        keep=keep,
+        group=group,
+    )
+    return _after_swaps(order, least, error_of, sample, rounds)
+
+
+def reconstruction_error(linear: PermutedLinear, gram: Tensor, mask: Tensor) -> float:
+    """
+    What a mask costs: the squared error of each output row, weighted by its Fisher weight.
+
+    With D the weights removed: the sum over rows i of g_i D_i H D_i^T.
+
+    Args:
+        linear: Its score is not looked at.
+        gram: (in_features, in_features), float32: H = E[x x^T].
+        mask: (out_features, in_features), bool, True = kept.
+    """
+    errors = row_errors(linear.weight, mask, gram)
+    return float(errors.double() @ linear.fisher.double())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """The output rows that proposals are rated on, channel by channel."""
+
+    weight: Tensor  # (in_features, rows), times the root of the Fisher weight
+    score: Tensor  # (in_features, rows)
+    gram: Tensor  # (in_features, in_features)
+    keep: int
+    group: int
+
+    def best_swaps(self, order: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The swap in each pair of groups that lowers the error most.
+
+        Args:
+            order: (in_features,), int64, as it is now.
+            pairs: (P, 2 M), int64: the channels of two groups.
+
+        Returns:
+            (P, 2 M), the channels after it, and (P,), the change of the error
+            if this were the only swap. Equal scores may give a wrong change.
+        """
+        kept = permuted_mask(self.score.T, order, keep=self.keep, group=self.group).T
+        removed = self.weight.masked_fill(kept, 0)  # (in_features, rows)
+        slope = 2 * (self.gram @ removed)
+        size = chunk_size(removed.device, _CHUNK) // (2 * self.group * removed.shape[1])
+        change = torch.cat(
+            [self._changes(chunk, removed, slope) for chunk in pairs.split(max(1, size))]
+        )  # (P, swaps)
+        least, swap = change.min(dim=1)
+        swapped = pairs.clone()
+        places = _swaps(self.group).to(pairs.device)[swap]  # (P, 2)
+        swapped.scatter_(1, places, pairs.gather(1, places.flip(1)))
+        return swapped, least
+
+    def _changes(self, pairs: Tensor, removed: Tensor, slope: Tensor) -> Tensor:
+        """
+        (P, swaps), float32: the change of the error for each swap alone.
+
+        A swap moves no data: it only changes the score below which the weights
+        of each group go. Who leaves a group is held against the other one's.
+        """
+        score, weight = self.score[pairs], self.weight[pairs]  # (P, 2 M, rows)
+        gram = self.gram[pairs[:, :, None], pairs[:, None, :]]  # (P, 2 M, 2 M)
+        now = removed[pairs]
+        outside = slope[pairs] - 2 * (gram @ now)  # what the other channels contribute
+        lower, upper = self._bars(score)
+        changes = []
+        for first, second in _swaps(self.group).tolist():
+            bar = score[:, second].clamp(lower[:, first], upper[:, first])[:, None]
+            other = score[:, first].clamp(lower[:, second], upper[:, second])[:, None]
+            below = torch.cat([score[:, : self.group] < bar, score[:, self.group :] < other], 1)
+            below[:, first] = score[:, first] < other[:, 0]
+            below[:, second] = score[:, second] < bar[:, 0]
+            changes.append(_error(weight * below, outside, gram))
+        return torch.stack(changes, dim=1) - _error(now, outside, gram)[:, None]
+
+    def _bars(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The N-th highest score of the others in each group, and the one above it.
+
+        With a newcomer of score s in its place, weights below s.clamp(lower,
+        upper) go.
+        """
+        groups = score.unflatten(1, (2, self.group))  # (P, 2, M, rows)
+        highest = groups.topk(self.keep + 1, dim=2).values
+        nth, below = highest[:, :, self.keep - 1, None], highest[:, :, self.keep, None]
+        lower = torch.where(groups >= nth, below, nth)
+        upper = torch.full_like(groups, torch.inf)
+        if self.keep > 1:
+            above = highest[:, :, self.keep - 2, None]
+            upper = torch.where(groups >= above, nth, above)
+        return lower.flatten(1, 2), upper.flatten(1, 2)
+
+
+def _error(removed: Tensor, outside: Tensor, gram: Tensor) -> Tensor:
+    """(P,): the part of the error that some channels' removed weights (P, c, rows) make."""
+    linear = torch.linalg.vecdot(removed.flatten(1), outside.flatten(1))
+    error: Tensor = linear + ((removed @ removed.mT) * gram).sum(dim=(1, 2))
+    return error
+
+
+def _after_swaps(
+    order: Tensor,
+    error: float,
+    error_of: Callable[[Tensor], float],
+    sample: _Sample,
+    rounds: int,
+) -> Tensor:
+    """Make, round by round, as many of the best swaps together as lower the exact error."""
+    generator = torch.Generator().manual_seed(0)
+    most = len(order)  # swaps that are tried together
+    for _ in range(rounds):
+        pairs, rest = _paired(shuffled_groups(order.view(-1, sample.group), generator))
+        swapped, change = sample.best_swaps(order, pairs)
+        helpful = change.argsort(stable=True)[: int((change < 0).sum())]
+        count = min(len(helpful), most)
+        while count:
+            made = helpful[:count]
+            trial = pairs.clone()
+            trial[made] = swapped[made]
+            trial_order = canonical_order(
+                torch.cat([trial.flatten(), rest.flatten()]), sample.group
+            )
+            trial_error = error_of(trial_order)
+            if trial_error < error:
+                order, error = trial_order, trial_error
+                break
+            count //= 2
+        most = max(1, 2 * count)
+    return order
+
+
+def _check_linears(linears: Sequence[PermutedLinear], gram: Tensor) -> None:
+    if not linears:
+        raise ValueError("no linears: at least one must read the input")
+    for linear in linears:
+        out_features, in_features = linear.weight.shape
+        shapes = tuple(linear.score.shape), tuple(linear.fisher.shape), tuple(gram.shape)
+        if shapes != ((out_features, in_features), (out_features,), (in_features, in_features)):
+            raise ValueError(
+                f"score, fisher and gram of shapes {shapes} do not fit a weight of "
+                f"{out_features} x {in_features}"
+            )
+
+
+def _paired(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """(K // 2, 2 M), two groups a row, and the group that is left over, if any."""
+    even = len(groups) // 2 * 2
+    return groups[:even].reshape(even // 2, 2 * groups.shape[1]), groups[even:]
+
+
+def _swaps(group: int) -> Tensor:
+    """(swaps, 2), int64: a place in the first group, and one in the second that follows it."""
+    places = torch.cartesian_prod(torch.arange(group), torch.arange(group))
+    shift = (places[:, 1] - places[:, 0]) % group  # so that the first few leave no place out
+    return (places + torch.tensor([0, group]))[shift.argsort(stable=True)][:_SWAPS]
+
+
+# Put an order of hidden channels into a model's weights, so that no input is permuted at run time.
+_TOKENS = 16  # of the random input that a module is tried on
+_TOLERANCE = 1e-9  # of the output's norm; float64 sums in another order differ by about 1e-15
+
+
+def find_writers(
+    model: nn.Module, reader: PrunableLinear, linears: Mapping[str, PrunableLinear]
+) -> list[PrunableLinear]:
+    """
+    The linears beside ``reader`` that may write its input: by place and width only.
+
+    Args:
+        model: The model that ``reader`` is a part of.
+        reader: Its ``name`` is dotted, as from ``model.named_modules()``.
+        linears: Linears of the model, by name.
+
+    Returns:
+        Direct children of the same parent module, in its order, with as many
+        outputs as ``reader`` has inputs.
+    """
+    parent_name, _, _ = reader.name.rpartition(".")
+    prefix = f"{parent_name}." if parent_name else ""
+    beside = [
+        linears[prefix + name]
+        for name, module in model.get_submodule(parent_name).named_children()
+        if module is not reader.module and prefix + name in linears
+    ]
+    width = reader.weight.shape[1]
+    return [linear for linear in beside if linear.weight.shape[0] == width]
+
+
+def foldable(model: nn.Module, linears: Mapping[str, PrunableLinear]) -> frozenset[str]:
+    """
+    The linears whose input channels may stand in any order, if it is folded into the weights.
+
+    Each is proven as :func:`fold_order` proves it, with a random order; the model stays as it is.
+    """
+    found = set()
+    for name, reader in linears.items():
+        writers = find_writers(model, reader, linears)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(reader.weight.shape[1], generator=generator)
+        if writers and _is_exact(model, reader, writers, order):
+            found.add(name)
+    return frozenset(found)
+
+
+def fold_order(
+    model: nn.Module,
+    reader: PrunableLinear,
+    linears: Mapping[str, PrunableLinear],
+    order: Tensor,
+) -> list[str]:
+    """
+    Renumber the input channels of a linear, and the outputs of those that write them.
+
+    Weights and biases are changed in place. Position p of the reader's input is
+    then what channel ``order[p]`` was, so a mask in the permuted order becomes
+    N:M of neighbours. Statistics and scores that were taken before keep the old
+    order: the caller permutes them, or takes them again.
+
+    A float64 copy of the parent module is run on random tokens before and after;
+    only if both outputs agree, the model is changed. In float64 a wrong fold of
+    two channels among thousands still shows. A parameter that is shared with a
+    module outside of the parent is not noticed.
+
+    Args:
+        model: Changed in place.
+        reader: The linear whose input channels move.
+        linears: Linears of the model, by name; the writers are among them.
+        order: (in_features,), int64, a permutation of the reader's input channels.
+
+    Returns:
+        Names of the writers. Empty if there are none, or if the module computes
+        something else in this order, or cannot be run on one tensor: then the
+        model is unchanged.
+
+    Raises:
+        ValueError: ``order`` is not a permutation of the reader's input channels.
+    """
+    width = reader.weight.shape[1]
+    channels = torch.arange(width, device=order.device)
+    if order.shape != (width,) or not torch.equal(order.sort().values, channels):
+        raise ValueError(f"order is not a permutation of the {width} inputs of {reader.name}")
+    writers = find_writers(model, reader, linears)
+    if not writers or not _is_exact(model, reader, writers, order):
+        return []
+    _renumber_(reader, writers, order)
+    return [writer.name for writer in writers]
+
+
+def _is_exact(
+    model: nn.Module, reader: PrunableLinear, writers: list[PrunableLinear], order: Tensor
+) -> bool:
+    """Whether the parent module computes the same in this order."""
+    parent_name, _, _ = reader.name.rpartition(".")
+    parent = deepcopy(model.get_submodule(parent_name)).double().eval()
+    copies = [_twin(linear, parent) for linear in (reader, *writers)]
+    tokens = torch.randn(
+        1, _TOKENS, writers[0].weight.shape[1], generator=torch.Generator().manual_seed(0)
+    ).to(reader.weight.device, torch.float64)
+    before = _output(parent, tokens)
+    _renumber_(copies[0], copies[1:], order)
+    after = _output(parent, tokens)
+    if before is None or after is None:
+        return False
+    return bool((after - before).norm() <= _TOLERANCE * before.norm())  # a NaN is not
+
+
+def _twin(linear: PrunableLinear, parent: nn.Module) -> PrunableLinear:
+    """The same linear in a copy of its parent."""
+    _, _, name = linear.name.rpartition(".")
+    return PrunableLinear(
+        name=name, module=parent.get_submodule(name), transposed=linear.transposed
+    )
+
+
+@torch.no_grad()
+def _output(module: nn.Module, tokens: Tensor) -> Tensor | None:
+    """What the module gives for one tensor, or None if it isn't a function of one tensor."""
+    try:
+        output = module(tokens)
+    except Exception:  # an attention without its positions raises whatever it stumbles over
+        return None
+    return output if isinstance(output, Tensor) else None
+
+
+def _renumber_(reader: PrunableLinear, writers: list[PrunableLinear], order: Tensor) -> None:
+    """Move the channels; ``Parameter`` objects stay the same."""
+    order = order.to(reader.weight.device)
+    reader.weight.copy_(reader.weight[:, order])
+    for writer in writers:
+        rows = order.to(writer.weight.device)
+        writer.weight.copy_(writer.weight[rows])
+        bias = getattr(writer.module, "bias", None)  # an expert's linear has none
+        if isinstance(bias, Tensor):
+            bias.detach().copy_(bias.detach()[rows])

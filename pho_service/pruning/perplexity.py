@@ -1,21 +1,25 @@
 """
-Perplexity over windows of one length: the protocol of the pruning literature.
+Perplexity over windows of one length, and the divergence of a pruned model from the dense one.
 """
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
-from pho_service.errors import NumericalError, OutOfMemory, TextError
-from pho_service.host.faults import first_words, let_go_of_memory, ran_out_of_memory
-from pho_service.planning.footprint import FLOAT
-from pho_service.planning.stage_memory import MOST, ROOM, windows_at_once
-from pho_service.pruning.memory import free_memory
+from pho_service.errors import ModelError, NumericalError, OutOfMemory, TextError
+from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory
+from pho_service.planning.stage_memory import FLOAT, MOST, ROOM, windows_at_once
+from pho_service.pruning.hardware import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -252,3 +256,264 @@ def require_finite_loss(mean: float) -> float:
             "Use --dtype float32."
         )
     return mean
+
+
+# How far a pruned model's predictions are from the dense model's: far fewer tokens than a
+# perplexity.
+TOP_K = 64
+TINY = 1e-6  # smallest probability of all other tokens: what float32 leaves of 1 minus a sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseReference:
+    """
+    The dense model's most likely next tokens at every position of a text.
+
+    Attributes:
+        windows: (windows, context_length), int64: the text.
+        tokens: (windows, context_length - 1, k), int64: ids, on the CPU.
+        log_probabilities: The same shape, float32: theirs.
+    """
+
+    windows: Tensor
+    tokens: Tensor
+    log_probabilities: Tensor
+
+    @property
+    def predictions(self) -> int:
+        """Number of predicted tokens in all windows."""
+        return self.tokens[..., 0].numel()
+
+
+def dense_reference(
+    model: nn.Module, windows: Tensor, *, top_k: int = TOP_K, most: int = MOST
+) -> DenseReference:
+    """
+    Keep what the dense model predicts, to compare pruned ones with.
+
+    Args:
+        model: Dense, in evaluation mode.
+        windows: (windows, context_length), int64.
+        top_k: Tokens kept at each position, 12 bytes each; all if the vocabulary is smaller.
+        most: Windows that may be run at once: see :func:`window_logits`.
+
+    Raises:
+        NumericalError: A logit is NaN or infinite.
+    """
+    tokens, logs = [], []
+    with torch.inference_mode():
+        for logits in window_logits(model, windows, most=most):
+            for _, all_logs in log_probabilities(logits[:-1]):
+                top = all_logs.topk(min(top_k, all_logs.shape[1]), dim=-1)
+                tokens.append(top.indices.cpu())
+                logs.append(top.values.cpu())
+    shape = (len(windows), windows.shape[1] - 1, -1)
+    kept = torch.cat(logs)
+    require_finite_loss(float(kept[:, 0].sum()))
+    return DenseReference(
+        windows=windows,
+        tokens=torch.cat(tokens).view(shape),
+        log_probabilities=kept.view(shape),
+    )
+
+
+def rate_divergence(
+    model: nn.Module,
+    reference: DenseReference,
+    *,
+    most: int = MOST,
+    advance: Callable[[int], None] = lambda _: None,
+) -> float:
+    """
+    Measure the Kullback-Leibler divergence of a model's predictions from the dense model's.
+
+    At each position the dense model gives its k most likely tokens the
+    probabilities p_1 .. p_k, and this model gives the same tokens q_1 .. q_k.
+    All other tokens count as one event: p_0 = 1 - sum p_i and q_0 = 1 - sum q_i:
+
+        KL = sum over i = 0 .. k of p_i * log(p_i / q_i)
+
+    By the log-sum inequality that is never more than the divergence over the
+    whole vocabulary, and never less than 0, which it is for the dense model.
+
+    Args:
+        model: In evaluation mode.
+        reference: Reference from the dense model.
+        most: Windows that may be run at once: see :func:`window_logits`.
+        advance: Called with 1 after each window.
+
+    Returns:
+        The mean over all predicted tokens, in nats.
+
+    Raises:
+        NumericalError: A logit is NaN or infinite.
+
+    Source:
+        Kullback & Leibler 1951; log-sum inequality: Cover & Thomas 2006, theorem 2.7.1.
+    """
+    total = 0.0
+    with torch.inference_mode():
+        for number, logits in enumerate(window_logits(model, reference.windows, most=most)):
+            total += window_divergence(logits, reference, number)
+            advance(1)
+    return require_finite_loss(total / reference.predictions)
+
+
+def window_divergence(logits: Tensor, reference: DenseReference, number: int) -> float:
+    """
+    The divergence that :func:`rate_divergence` gives, summed over the tokens of one window.
+
+    Args:
+        logits: (context_length, vocabulary), any floating dtype, of the window.
+        reference: Reference from the dense model.
+        number: Which of its windows.
+    """
+    tokens = reference.tokens[number].to(logits.device)
+    dense = reference.log_probabilities[number].to(logits.device)
+    return sum(
+        float(_divergence(dense[rows], logs.gather(1, tokens[rows])).sum())
+        for rows, logs in log_probabilities(logits[:-1])
+    )
+
+
+def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
+    """
+    Return the divergence at each position, by the formula of :func:`rate_divergence`.
+
+    Args:
+        dense: (positions, k), float32: log p_i.
+        pruned: (positions, k), float32: log q_i.
+
+    Returns:
+        (positions,), float64.
+    """
+    log_p, log_q = dense.double(), pruned.double()
+    p = log_p.exp()
+    rest_p = (1 - p.sum(dim=-1)).clamp_min(TINY)
+    rest_q = (1 - log_q.exp().sum(dim=-1)).clamp_min(TINY)
+    return (p * (log_p - log_q)).sum(dim=-1) + rest_p * (rest_p / rest_q).log()
+
+
+# Forward and backward passes of a causal language model that compute no more than is asked for.
+HEAD_TOKENS = 256  # whose logits are held at a time
+
+
+def run_decoder(model: nn.Module, batch: Tensor) -> None:
+    """
+    Run a model without gradients and without its head, for what hooks see.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: (windows, tokens), int64.
+    """
+    with torch.no_grad():
+        model.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
+
+
+def run_backward(model: nn.Module, batch: Tensor) -> None:
+    """
+    Run a model forward, and the loss of every predicted token backward.
+
+    Logits are made for 256 tokens at a time, each with its way back to the
+    head's input, so a large vocabulary takes little memory.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: (windows, tokens), int64.
+
+    Raises:
+        ModelError: Its logits do not come from what its decoder gives.
+    """
+    decoder = cast(Any, model).get_decoder()
+    outputs: list[Any] = []
+    handle = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        model.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
+    finally:
+        handle.remove()
+    (output,) = outputs
+    output.last_hidden_state.backward(_loss_gradient(model, decoder, output, batch))
+
+
+def _loss_gradient(model: nn.Module, decoder: nn.Module, output: Any, batch: Tensor) -> Tensor:
+    """(windows, tokens, hidden): of the summed loss, by the hidden states in a decoder's output."""
+    hidden = output.last_hidden_state.detach()
+    gradient = torch.zeros_like(hidden)
+    windows, tokens = batch.shape
+    step = max(1, HEAD_TOKENS // windows)
+    for start in range(0, tokens - 1, step):  # the last token predicts nothing
+        stop = min(start + step, tokens - 1)
+        leaf = hidden[:, start:stop].clone().requires_grad_()
+        given = type(output)(**{**output, "last_hidden_state": leaf})
+        with forward_replaced(decoder, lambda *_args, given=given, **_kwargs: given):
+            logits = model(input_ids=batch[:, start:stop], use_cache=False).logits
+        loss = cross_entropy(
+            logits.flatten(end_dim=1).float(),  # (windows * step, vocabulary)
+            batch[:, start + 1 : stop + 1].flatten(),
+            reduction="sum",
+        )
+        (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        if found is None:
+            raise ModelError(
+                f"{type(model).__name__}: its logits do not come from what its decoder "
+                f"({type(decoder).__name__}) gives, so their gradients are not known. This "
+                "model's architecture is not supported."
+            )
+        gradient[:, start:stop] = found
+    return gradient
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module has another forward."""
+    own = vars(module).get("forward")  # of the module alone: it hides that of its class
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def recomputed(
+    blocks: Iterable[nn.Module], again: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """
+    Inside, blocks keep only their inputs for a backward pass, and run again when it comes to them.
+
+    Args:
+        blocks: Modules.
+        again: What their second runs happen in.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            forward = partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again()),
+            )
+            stack.enter_context(forward_replaced(block, forward))
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Weights get no gradients; activations do, from the embedding on."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]  # of PreTrainedModel
+    handle = embedding.register_forward_hook(
+        lambda _module, _args, output: output.requires_grad_() if torch.is_grad_enabled() else None
+    )
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)

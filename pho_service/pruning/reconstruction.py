@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pho_service.errors import InvalidInput
 from pho_service.progress import Advance
 from pho_service.pruning.scores import TINY
-from pho_service.spec.reconstruction import Reconstruction
+from pho_service.spec.steps import Reconstruction
 
 HELD_OUT = 8  # every so many windows one is held out, and at least one
 _RETRIES = 2  # passes of a block that may make it worse

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool1d, pad
 
 from pho_service.errors import NumericalError
 from pho_service.pruning import kernels
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients
 
 TINY = 1e-30  # smallest denominator: a row of zeros scores 0, not NaN
 

@@ -13,20 +13,20 @@ from typing import Self
 from torch import Tensor
 
 from pho_service.pruning.admm import (
+    DAMPING,
     PUBLISHED_DAMPING,
     PUBLISHED_PENALTY,
     Masked,
+    Normalised,
+    Spectrum,
     admm,
     admm_refine,
+    alps,
 )
-from pho_service.pruning.alps import Spectrum, alps
-from pho_service.pruning.dsnot import dsnot_refine
-from pho_service.pruning.error_permutation import PermutedLinear, permute_for_error
-from pho_service.pruning.masks import LinearMask, mask_of
-from pho_service.pruning.normalised import DAMPING, Normalised
+from pho_service.pruning.masks import LinearMask, Support, mask_of
+from pho_service.pruning.permutation import PermutedLinear, permute_for_error
+from pho_service.pruning.repruning import dsnot_refine, swap_refine
 from pho_service.pruning.scores import TINY
-from pho_service.pruning.support import Support
-from pho_service.pruning.swaps import swap_refine
 from pho_service.pruning.weight_update import (
     inverse_factor,
     least_squares_update,

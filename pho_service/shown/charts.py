@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
-from pho_service.shown.drawing import (
+from pho_service.shown.parts import (
     Bar,
+    Chart,
     Drawing,
     Mark,
     Series,
@@ -17,11 +18,9 @@ from pho_service.shown.drawing import (
     plot,
     worth_showing,
 )
-from pho_service.shown.layers import LayerCell
-from pho_service.shown.parts import Chart
-from pho_service.shown.report import Report, ReportTrial
-from pho_service.spec.numbers import number, percent, seconds
-from pho_service.spec.quality import ProxyQuality
+from pho_service.shown.report import LayerCell, Report, ReportTrial
+from pho_service.spec.configuration import ProxyQuality
+from pho_service.spec.document import number, percent, seconds
 
 MOST_POINTS = 500  # of a line or a cloud: more are not seen, and make the page slow
 _T = TypeVar("_T")

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from pho_service.library.entries import MeasuredBy
+from pho_service.library import MeasuredBy
 from pho_service.shown.parts import Table
 from pho_service.shown.report import Report, ReportTrial, StageTime, gain_over
-from pho_service.spec.configuration import Configuration, Confirmation
-from pho_service.spec.numbers import listed, number, percent, seconds
-from pho_service.spec.perplexities import Perplexities
+from pho_service.spec.configuration import Configuration, Confirmation, Perplexities
+from pho_service.spec.document import listed, number, percent, seconds
 from pho_service.spec.tasks import TaskScore, TaskScores, mean_accuracy
 
 MEASURES: tuple[Literal["perplexity", "proxy"], ...] = ("perplexity", "proxy")

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, Strict
 
 from pho_service.errors import InvalidInput
-from pho_service.host.usual_texts import USUAL_TEXTS
-from pho_service.spec.document import STRICT, Flag, Shown, Whole
-from pho_service.spec.score import KERNEL_SIZES
-from pho_service.spec.seed import Seed, check_seed
+from pho_service.host.data_sets import USUAL_TEXTS
+from pho_service.spec.document import STRICT, FieldShown, Flag, Seed, Whole, check_seed
+from pho_service.spec.pattern import KERNEL_SIZES
 
 Bos = Literal["auto", "always", "never"]
 
@@ -52,11 +51,11 @@ class CalibrationSettings:
 
     samples: Annotated[
         Whole,
-        Shown(rank=3),
+        FieldShown(rank=3),
         Field(ge=1, le=100_000, description="Number of calibration windows."),
     ] = 128
     context_length: Annotated[
-        Whole, Shown(rank=4), Field(ge=8, le=1_000_000, description="Tokens of a window.")
+        Whole, FieldShown(rank=4), Field(ge=8, le=1_000_000, description="Tokens of a window.")
     ] = 2048
     fisher_samples: Annotated[
         Whole | None,
@@ -88,12 +87,12 @@ class CalibrationSettings:
     ] = KERNEL_SIZES
     bos: Annotated[
         Bos,
-        Shown(label="BOS"),
+        FieldShown(label="BOS"),
         Field(description="Whether windows begin with BOS; auto: as the tokenizer does."),
     ] = "auto"
     seed: Annotated[
         Seed,
-        Shown(option="--calibration-seed", label="Seed of the calibration"),
+        FieldShown(option="--calibration-seed", label="Seed of the calibration"),
         Field(description="Seed of the text sample, the row sample and the projection."),
     ] = 0
     mixed_precision: Annotated[
@@ -105,7 +104,7 @@ class CalibrationSettings:
     ] = False
     memory_bytes: Annotated[
         Whole | None,
-        Shown(option="--calibration-memory", label="Memory in bytes", kind="size"),
+        FieldShown(option="--calibration-memory", label="Memory in bytes", kind="size"),
         Field(
             ge=1,
             le=2**50,

@@ -1,33 +1,83 @@
 """
-config.json: a pruning that was found, with everything that is needed to trust or repeat it.
-
-Format version 2; another one is refused.
-``docs/configuration.md`` describes every key. The file has
-no times in it, so that the same search writes the same bytes.
+config.json: a pruning that was found, how good it is, and all that is needed to repeat it.
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from pho_service.errors import ConfigurationError, InvalidInput
+from pho_service.errors import shown as shown
 from pho_service.host.files import write_json
-from pho_service.host.plain import shown as shown
 from pho_service.spec.baselines import baseline
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.document import Document
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.perplexities import Perplexities
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.document import Document, number, percent
+from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.steps import Candidate, Steps
 from pho_service.spec.tasks import TaskScores
 
+# How good a pruned model is: its perplexity beside those of the dense model, Wanda and RIA.
+REFERENCES = ("dense", "wanda", "ria")  # what a result is judged by, in this order
+_TITLES = {"wanda": "Wanda", "ria": "RIA"}
+
+
+class Perplexities(Document):
+    """
+    Perplexities on the same windows of one text, which the search did not see.
+
+    Attributes:
+        dense: Perplexity of the model before it is pruned.
+        pruned: Perplexity of the result.
+        wanda: Perplexity of Wanda in the pattern of the search, as published: without the
+            search's steps and, at N:M, in the model's own channel order. None if it has none:
+            its model gives NaN.
+        ria: The same of RIA, in the widest scope of the pattern that is not global.
+    """
+
+    dense: float
+    pruned: float
+    wanda: float | None = None
+    ria: float | None = None
+
+    @classmethod
+    def of(cls, pruned: float, references: Mapping[str, float | None]) -> Self | None:
+        """Those of a result; None where the dense model was not measured."""
+        dense = references.get("dense")
+        if dense is None:
+            return None
+        found: dict[str, Any] = {name: references.get(name) for name in REFERENCES}
+        return cls(pruned=pruned, **found)
+
+    @property
+    def rise(self) -> float:
+        """Share by which pruning raises the perplexity."""
+        return self.pruned / self.dense - 1
+
+    def __str__(self) -> str:
+        """In one line: ``22.60 dense, 27.70 pruned (+22.6%), Wanda 39.90, RIA 41.20``."""
+        return in_words(self.dense, {"pruned": self.pruned}, {"wanda": self.wanda, "ria": self.ria})
+
+
+def in_words(dense: float, found: Mapping[str, float], methods: Mapping[str, float | None]) -> str:
+    """
+    Perplexities of one text in a line: of results, with their rise over dense, and of ``wanda``,
+    ``ria`` or others, where they have one.
+    """
+    rises = {name: percent(each / dense - 1, signed=True) for name, each in found.items()}
+    return ", ".join(
+        [
+            f"{number(dense)} dense",
+            *(f"{number(each)} {name} ({rises[name]})" for name, each in found.items()),
+            *(f"{_TITLES.get(n, n)} {number(each)}" for n, each in methods.items() if each),
+        ]
+    )
+
+
 FORMAT = "pho-configuration"
-TRANSFER_FORMAT = "pho-transfer"  # pho_service.library.files reads it whole
+TRANSFER_FORMAT = "pho-transfer"  # pho_service.library reads it whole
 VERSION = 2
 MAX_BYTES = 2**20
 DEPTH = 100  # of lists and objects in each other; a search writes fewer than ten
@@ -296,3 +346,37 @@ def _check_value(value: Any, name: str, depth: int) -> None:
         raise ConfigurationError(f"{name} is more than {DEPTH} lists and objects deep.")
     for each in [*value, *value.values()] if isinstance(value, dict) else value:
         _check_value(each, name, depth - 1)
+
+
+# How well a proxy ranks candidates, as validations give it and the API answers it.
+WIDER = 4  # times as many finalists are confirmed where the proxy does not rank
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyQuality:
+    """How well a proxy ranks, against perplexity; intervals are 95 %, bootstrap over candidates."""
+
+    spearman: Annotated[
+        float,
+        Field(
+            description="Rank correlation with perplexity, -1 to 1; 1 is perfect for a proxy to be "
+            "minimised, -1 for Gini."
+        ),
+    ]
+    spearman_interval: Interval
+    spearman_better_half: Annotated[
+        float, Field(description="The same among the half with the lower perplexity.")
+    ]
+    kendall: Annotated[float, Field(description="Kendall's tau-b.")]
+    kendall_interval: Interval
+    regret: Annotated[
+        float,
+        Field(
+            description="Relative excess of the best perplexity among the proxy's top k over the "
+            "best of all; 0 if the best candidate is in the top k."
+        ),
+    ]
+    regret_interval: Interval
+    top_k: Annotated[int, Field(description="k of the regret.")]

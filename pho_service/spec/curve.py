@@ -1,15 +1,19 @@
 """
-Several sparsities in one question: the patterns of a curve, and a target that is searched for.
+Several sparsities in one question, and jobs that have several patterns.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.document import Document, Shown
+from pho_service.spec.document import Document, FieldShown
 from pho_service.spec.pattern import Pattern
+
+if TYPE_CHECKING:
+    from pho_service.spec.job import JobSpec
+
 
 MOST_PATTERNS = 32
 CURVE_FINALISTS = 2  # of each pattern: a confirmation is most of what a further pattern takes
@@ -50,7 +54,7 @@ class Target(Document):
 
     perplexity_rise: Annotated[
         float,
-        Shown(
+        FieldShown(
             rank=4,
             option="--within",
             label="Or the most that the perplexity may rise",
@@ -65,15 +69,15 @@ class Target(Document):
         "5 %.",
     )
     step: Annotated[
-        float, Shown(help="With --within: distance between possible answers, as a sparsity.")
+        float, FieldShown(help="With --within: distance between possible answers, as a sparsity.")
     ] = Field(
         STEP, ge=0.005, le=0.25, description="Distance of the sparsities that may be the answer."
     )
     lowest: Annotated[
-        float, Shown(help="With --within: the lowest sparsity that may be the answer.")
+        float, FieldShown(help="With --within: the lowest sparsity that may be the answer.")
     ] = Field(LOWEST, gt=0, lt=1, description="The lowest sparsity that is tried.")
     highest: Annotated[
-        float, Shown(help="With --within: the highest sparsity that may be the answer.")
+        float, FieldShown(help="With --within: the highest sparsity that may be the answer.")
     ] = Field(HIGHEST, gt=0, lt=1, description="The highest sparsity that is tried.")
 
     @model_validator(mode="after")
@@ -149,3 +153,81 @@ def parse_rise(text: str, name: str) -> float:
             f"{value * 100:g}%, as it is meant."
         )
     return value
+
+
+# Jobs with several patterns: which they are, and what such a job cannot ask for.
+def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target | None) -> None:
+    """
+    Raises:
+        ValueError: Not exactly one of them is given.
+    """
+    given = {"pattern": pattern, "patterns": patterns, "target": target}
+    said = [name for name, value in given.items() if value is not None]
+    if not said:
+        raise ValueError(
+            "there is none: give pattern, such as 0.5 or 2:4; patterns, for several; or target, "
+            "for the highest sparsity that is still good enough"
+        )
+    if len(said) > 1:
+        raise ValueError(
+            f"{' and '.join(said)} are given, and each says how sparse the model is to be: give "
+            "one of them"
+        )
+
+
+def asked_patterns(given: Mapping[str, Any]) -> list[Pattern]:
+    """
+    What may be pruned, by sparsity.
+
+    Args:
+        given: Fields of a job, checked: ``pattern``, ``patterns``, ``target`` and ``scope``, which
+            is that of shares.
+    """
+    target: Target | None = given["target"]
+    if target is not None:
+        return [Pattern.parse(str(each), given["scope"]) for each in target.sparsities]
+    if given["patterns"] is not None:
+        return curve_patterns(given["patterns"], given["scope"])
+    return [Pattern.parse(given["pattern"], given["scope"])]
+
+
+def first_of_kinds(patterns: Sequence[Pattern]) -> list[Pattern]:
+    """The first share and the first N:M: what a preset means differs between these two alone."""
+    kinds: dict[bool, Pattern] = {}
+    for each in patterns:
+        kinds.setdefault(bool(each.group), each)
+    return [*kinds.values()]
+
+
+def curve_confirmation(confirm: Any) -> Any:
+    """How each of several patterns is confirmed, with its own default."""
+    return {"candidates": CURVE_FINALISTS, **confirm} if isinstance(confirm, dict) else confirm
+
+
+def check_several(spec: "JobSpec") -> None:
+    """
+    See that a job with several patterns asks for nothing that is of one.
+
+    Raises:
+        ValueError: It does; names the field and the way out.
+    """
+    what = "a target" if spec.patterns is None else "several patterns"
+    refused = {
+        "more_models": (bool(spec.more_models), "each pattern is confirmed on one model's text"),
+        "confirm: null": (spec.confirm is None, "they are compared by perplexity"),
+        "islands": (spec.islands > 1, "each pattern has one study"),
+        "warm_start": (spec.warm_start is not None, "what was found elsewhere is of one pattern"),
+        "timeout_s": (spec.timeout_s is not None, "each pattern is searched to its end"),
+        "prune": (
+            spec.prune and spec.patterns is not None,
+            "it must be said which is pruned, when they are measured: :prune with its pattern",
+        ),
+        "tasks": (
+            spec.tasks is not None and spec.patterns is not None,
+            "one pruned model is measured on them: submit the chosen pattern alone, or measure "
+            "its folder with `pho evaluate --tasks`",
+        ),
+    }
+    for field, (wrong, why) in refused.items():
+        if wrong:
+            raise ValueError(f"{field} cannot be asked for with {what}: {why}. Leave it out")

@@ -1,12 +1,9 @@
 """
-The base of all documents, and the types of the values in them.
-
-A part of a document is a frozen dataclass of its own, which pydantic reads and writes as it is:
-the same value is asked for in Python, sent to the service, stored and run. ``STRICT`` makes such a
-part as strict as a document, with :data:`Number`, :data:`Whole` and :data:`Flag` for its values.
+The base of all documents, and the types of the values in them: sizes, seeds, names.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -31,7 +28,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class FieldShown:
     """
     How a field is shown as an option of the command line and in the form, beside its type.
 
@@ -85,7 +82,7 @@ def _adapter(of: type) -> TypeAdapter[Any]:
     return TypeAdapter(of)
 
 
-class Stored:
+class JsonDocument:
     """A dataclass that is written as JSON, and read again, as its fields say."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,3 +158,66 @@ def optional(of: type) -> Callable[[type[P]], type[P]]:
         )
 
     return decorate
+
+
+# Sizes of memory as people write them.
+def parse_bytes(text: str, option: str) -> int:
+    """
+    The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say.
+
+    Raises:
+        InvalidInput: It is not a size; names the option.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    try:
+        number, unit = found.groups()  # type: ignore[union-attr]
+        # ByteSize reads neither 8e9 nor 8Gi.
+        one = TypeAdapter(ByteSize).validate_python(f"1{unit}b" if unit[-1:] == "i" else f"1{unit}")
+        return int(float(number) * one)
+    except (AttributeError, ValidationError, ValueError, OverflowError):
+        raise InvalidInput(
+            f"{option} {text!r} is not a size. Give a number with a unit: 8GiB, 800MB."
+        ) from None
+
+
+# The seeds that every generator in use takes.
+SEEDS = 2**32  # what every generator in use takes
+Seed = Annotated[Whole, Field(ge=0, lt=SEEDS)]
+
+
+def check_seed(seed: int) -> None:
+    """Raise InvalidInput unless 0 <= seed < 2**32."""
+    if seed < 0:
+        raise InvalidInput(f"seed={seed} is below 0.")
+    if seed >= SEEDS:
+        raise InvalidInput(f"seed={seed} is too large: it must be below {SEEDS}.")
+
+
+# The one format of measured numbers: a terminal, a page and a card show the same digits.
+def number(value: float | None) -> str:
+    """Four significant digits, or all before the point; empty where there is none."""
+    if value is None:
+        return ""
+    if 999.95 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if value else "0"
+
+
+def percent(share: float | None, *, signed: bool = False) -> str:
+    """A share in percent, with one digit after the point."""
+    return "" if share is None else f"{share:{'+' if signed else ''},.1%}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration, with one digit after the point."""
+    return "" if value is None else f"{value:,.1f}"
+
+
+def listed(values: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> str:
+    """Names and their values in a line: ``row 0.2500, kernel 5``."""
+    pairs = values.items() if isinstance(values, Mapping) else values
+    return ", ".join(
+        f"{name} {number(value) if isinstance(value, float) else value}" for name, value in pairs
+    )

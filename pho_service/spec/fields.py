@@ -10,12 +10,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access, check_data_file
-from pho_service.host.usual_texts import check_usual
-from pho_service.spec.allocation import Allocation
+from pho_service.host.data_sets import check_usual
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
-from pho_service.spec.document import Document, Name, Shown
-from pho_service.spec.score import Coefficients
-from pho_service.spec.seed import Seed
+from pho_service.spec.document import Document, FieldShown, Name, Seed
+from pho_service.spec.pattern import Coefficients
+from pho_service.spec.steps import Allocation
 
 
 class FieldError(ValueError):
@@ -67,10 +66,10 @@ def check_models(names: Mapping[str, str], access: Access) -> None:
 class TextSpec(Document):
     """Where a text is: in a file, or in a data set of the hub or in a folder."""
 
-    text: Annotated[Name | None, Shown(rank=1, label="Text file", picks="texts")] = Field(
+    text: Annotated[Name | None, FieldShown(rank=1, label="Text file", picks="texts")] = Field(
         None, description="Text file: .txt, .jsonl or .parquet."
     )
-    dataset: Annotated[Name | None, Shown(rank=2, label="Data set")] = Field(
+    dataset: Annotated[Name | None, FieldShown(rank=2, label="Data set")] = Field(
         None,
         description="Data set instead of a file: hub id or folder; or c4 or wikitext2, for what "
         "papers take.",
@@ -172,13 +171,13 @@ class CalibrationSpec(TextSpec, CalibrationSettings):  # pydantic reads a datacl
 class ConfirmSpec(Document):
     """How the best candidates are confirmed by perplexity."""
 
-    text: Annotated[Name | None, Shown(rank=1, option="--confirm-text", picks="texts")] = Field(
-        None, description="A text file; by default windows that the calibration did not use."
+    text: Annotated[Name | None, FieldShown(rank=1, option="--confirm-text", picks="texts")] = (
+        Field(None, description="A text file; by default windows that the calibration did not use.")
     )
-    candidates: Annotated[int, Shown(rank=2, option="--finalists")] = Field(
+    candidates: Annotated[int, FieldShown(rank=2, option="--finalists")] = Field(
         5, ge=1, le=100, description="Number of candidates that are confirmed beside the baselines."
     )
-    windows: Annotated[int, Shown(rank=3, option="--confirm-windows")] = Field(
+    windows: Annotated[int, FieldShown(rank=3, option="--confirm-windows")] = Field(
         16, ge=1, le=100_000, description="Most windows of that text that are measured on."
     )
 
@@ -186,10 +185,10 @@ class ConfirmSpec(Document):
 class ValidationSpec(Document):
     """Random candidates rated by every proxy and by perplexity: does the proxy rank here?"""
 
-    candidates: Annotated[int, Shown(option="--validate", default="")] = Field(
+    candidates: Annotated[int, FieldShown(option="--validate", default="")] = Field(
         40, ge=8, le=1000, description="Number of random candidates."
     )
-    seed: Annotated[Seed, Shown(option="--validation-seed")] = Field(
+    seed: Annotated[Seed, FieldShown(option="--validation-seed")] = Field(
         0, description="Seed of the random candidates."
     )
 
@@ -206,12 +205,12 @@ class WarmPoint(Document):
 class WarmStartSpec(Document):
     """A search that begins with what was found for similar models."""
 
-    count: Annotated[int, Shown(option="--warm-start-count")] = Field(
+    count: Annotated[int, FieldShown(option="--warm-start-count")] = Field(
         3, ge=1, le=20, description="Most configurations of the library to begin with."
     )
     found: Annotated[
         list[WarmPoint] | None,
-        Shown(
+        FieldShown(
             option="--warm-start",
             help="A configuration that was found elsewhere, in the same pattern and scope; or a "
             "library, that is, a folder of them or the URL of a service, for the most promising; "

@@ -1,21 +1,28 @@
 """
-The document that a job is submitted as, checked field by field.
+The document that a job is submitted as, checked field by field, and the rules between its fields.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.host.access import Access
-from pho_service.spec import job_rules as rules
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.curve import MOST_PATTERNS, Target
-from pho_service.spec.document import Document, Name, Shown, Title, printable
+from pho_service.spec.curve import (
+    MOST_PATTERNS,
+    Target,
+    asked_patterns,
+    check_several,
+    curve_confirmation,
+    curve_patterns,
+    first_of_kinds,
+    one_of,
+)
+from pho_service.spec.document import Document, FieldShown, Name, Title, printable
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
@@ -24,29 +31,165 @@ from pho_service.spec.fields import (
     check_field,
     check_models,
 )
-from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.points import (
-    asked_patterns,
-    check_several,
-    curve_confirmation,
-    first_of_kinds,
-)
-from pho_service.spec.presets import DEFAULT_PRESET, PresetName
-from pho_service.spec.samplers import (
+from pho_service.spec.objective import (
     MAX_TRIALS,
     Corrections,
+    Objective,
     Sampler,
     SamplerSeed,
     SearchOptions,
     Trials,
     options_of,
 )
-from pho_service.spec.space import SearchSpaceSpec
-from pho_service.spec.steps import Steps, StepsSpec
-from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS
-from pho_service.tuning.plan import SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Pattern
+from pho_service.spec.space import DEFAULT_PRESET, Preset, PresetName, SearchSpaceSpec
+from pho_service.spec.steps import Candidate, Steps, StepsSpec
+from pho_service.spec.tasks import MOST_TASKS, USUAL_TASKS, task_names
+from pho_service.tuning.plan import SearchPlan, SearchRequest
+
+# Rules of the fields of a job's document, each told of the fields before its own.
+_PATTERN = {"patterns", "target", "pattern", "scope"}  # what says which patterns are searched
+
+
+def each_model_once(value: list[str], info: ValidationInfo) -> list[str]:
+    """No model is given twice."""
+    names = [info.data.get("model"), *value]
+    twice = [name for name in value if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice")
+    return value
+
+
+def of_one_model(value: str | None, info: ValidationInfo) -> str | None:
+    """A revision is of one model."""
+    if value is not None and info.data.get("more_models"):
+        raise ValueError("a revision is of one model: leave it out where there are several")
+    return value
+
+
+def of_one_text(value: ConfirmSpec | None, info: ValidationInfo) -> ConfirmSpec | None:
+    """Several models have no text that all of them are measured on."""
+    if value is not None and info.data.get("more_models"):
+        raise ValueError(
+            "several models are searched by the proxy alone: leave it out, and measure the "
+            "result on each of them afterwards, with `pho transfer` or :transfer"
+        )
+    return value
+
+
+def are_patterns(value: list[str] | None) -> list[str] | None:
+    """Each is a pattern, and none is given twice."""
+    if value is not None:
+        curve_patterns(value, None)
+    return value
+
+
+def is_pattern(value: str | None, info: ValidationInfo) -> str | None:
+    """It is a pattern, or something else says how sparse the model is to be."""
+    if value is not None:
+        Pattern.parse(value)
+    if {"patterns", "target"} <= info.data.keys():
+        one_of(value, info.data["patterns"], info.data["target"])
+    return value
+
+
+def fits_pattern(value: str | None, info: ValidationInfo) -> str | None:
+    """The scope is one of the pattern."""
+    if value is not None and info.data.get("pattern") is not None:
+        Pattern.parse(info.data["pattern"], value)
+    return value
+
+
+def can_be_measured(value: Any, info: ValidationInfo) -> Any:
+    """Perplexities need a text."""
+    needed = isinstance(value, ValidationSpec) or (
+        isinstance(value, Objective) and value.name == "perplexity"
+    )
+    if needed and info.data.get("confirm", 0) is None:
+        raise ValueError("perplexities need a text: confirm must not be null")
+    if isinstance(value, Objective):
+        more = info.data.get("more_models") or []
+        if value.over is not None and not more:
+            raise ValueError(f"over={value.over} is for several models: give more_models")
+        value.over_models(1 + len(more))  # raises with the rule
+    return value
+
+
+def was_calibrated(value: SearchSpaceSpec, info: ValidationInfo) -> SearchSpaceSpec:
+    """Only kernel sizes that are calibrated can be searched."""
+    calibration = info.data.get("calibration")
+    sizes = value.given().get("kernel_sizes", ())
+    missing = set(sizes) - set(calibration.kernel_sizes if calibration else ())
+    if calibration is not None and missing:
+        raise ValueError(
+            f"kernel_sizes has {min(missing)}, which is not in calibration.kernel_sizes: "
+            f"{', '.join(map(str, calibration.kernel_sizes))}. Add it there"
+        )
+    return value
+
+
+def more_than_baselines(value: int, info: ValidationInfo) -> int:
+    """The plan of the search is one."""
+    needed = {"preset", "steps", "calibration", "search_space"}
+    if _PATTERN | needed <= info.data.keys():
+        given = info.data
+        for pattern in first_of_kinds(asked_patterns(given)):
+            preset = preset_of(given, pattern)
+            request = SearchRequest(
+                pattern=pattern, trials=value, steps=preset.steps, bounds=preset.bounds
+            )
+            request.plan(tuple(given["calibration"].kernel_sizes))
+    return value
+
+
+def has_one_model(value: Any, info: ValidationInfo) -> Any:
+    """One model is pruned, and measured on tasks."""
+    if value and info.data.get("more_models"):
+        what = "pruned" if info.field_name == "prune" else "measured on tasks"
+        raise ValueError(
+            f"one model is {what}, and this job searches for several: prune each of them with "
+            "the result, `pho prune MODEL --config`"
+            + (", and measure it, `pho evaluate FOLDER --tasks`" * (info.field_name == "tasks"))
+        )
+    return value
+
+
+def each_task_once(value: list[str] | None) -> list[str] | None:
+    """No task is named twice."""
+    return None if value is None else [*task_names(value)]
+
+
+def of_tasks(value: Any, info: ValidationInfo) -> Any:
+    """What says how tasks are measured needs some."""
+    if value is not None and info.data.get("tasks", ()) is None:
+        raise ValueError("it is of tasks, but none is named: give tasks, or leave it out")
+    return value
+
+
+def differ(value: int, info: ValidationInfo) -> int:
+    """Islands are not all the same."""
+    if value > 1 and info.data.get("sampler") == "hill-climb":
+        raise ValueError(
+            "a hill climb draws nothing at random, so all islands would be the same: give 1"
+        )
+    return value
+
+
+def in_memory(value: int, info: ValidationInfo) -> int:
+    """A streamed model is not corrected."""
+    if value and info.data.get("stream"):
+        raise ValueError(
+            "a streamed model is read again for each correction, which takes as long as a "
+            "calibration: give 0, or do not stream"
+        )
+    return value
+
+
+def preset_of(given: Mapping[str, Any], pattern: Pattern) -> Preset:
+    """The preset of a job with these fields, with its steps and bounds."""
+    preset = Preset.of(given["preset"], pattern)
+    return preset.changed(given["steps"].given(), given["search_space"].given())
+
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PatternText = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(printable)]
@@ -61,16 +204,16 @@ class JobSpec(Document):
 
     model: Annotated[
         Name,
-        Shown(section="Model", rank=1, option="", label="Model (needed)", picks="models"),
+        FieldShown(section="Model", rank=1, option="", label="Model (needed)", picks="models"),
     ] = Field(description="Hub id, model folder or .gguf file.")
-    more_models: Annotated[list[Name], Shown(section="Model", option="")] = Field(
+    more_models: Annotated[list[Name], FieldShown(section="Model", option="")] = Field(
         [],
         max_length=31,
         description="Other models that the same configuration is to be good for.",
     )
     patterns: Annotated[
         list[PatternText] | None,
-        Shown(
+        FieldShown(
             section=_PRUNED,
             rank=3,
             label="Or several patterns",
@@ -88,24 +231,24 @@ class JobSpec(Document):
     )
     target: Annotated[
         Target | None,
-        Shown(section=_PRUNED, fold="Sparsities that are tried for a rise"),
+        FieldShown(section=_PRUNED, fold="Sparsities that are tried for a rise"),
     ] = Field(
         None,
         exclude_if=lambda target: target is None,
         description="How much the perplexity may rise, instead of a pattern: the highest sparsity "
         "within it is found.",
     )
-    pattern: Annotated[PatternText | None, Shown(section=_PRUNED, rank=1, picks="patterns")] = (
-        Field(
-            None,
-            validate_default=True,
-            description="Share of weights to remove (0.5), or N kept of M (2:4).",
-        )
+    pattern: Annotated[
+        PatternText | None, FieldShown(section=_PRUNED, rank=1, picks="patterns")
+    ] = Field(
+        None,
+        validate_default=True,
+        description="Share of weights to remove (0.5), or N kept of M (2:4).",
     )
-    scope: Annotated[Literal["row", "layer", "global"] | None, Shown(section=_PRUNED, rank=2)] = (
-        Field(None, description="Where weights compete; layer by default, row for N:M.")
-    )
-    preset: Annotated[PresetName, Shown(section=_PRUNED, rank=5)] = Field(
+    scope: Annotated[
+        Literal["row", "layer", "global"] | None, FieldShown(section=_PRUNED, rank=2)
+    ] = Field(None, description="Where weights compete; layer by default, row for N:M.")
+    preset: Annotated[PresetName, FieldShown(section=_PRUNED, rank=5)] = Field(
         DEFAULT_PRESET,
         description="What is searched, and what candidates go through; steps and search_space "
         "say more. With score, a cheap look, by the score alone. With crepe, the score as "
@@ -113,27 +256,27 @@ class JobSpec(Document):
         "weights untouched. With best, kept weights are updated, too, and each block of the "
         "winner is trained.",
     )
-    steps: Annotated[StepsSpec, Shown(section=_PRUNED)] = StepsSpec()
+    steps: Annotated[StepsSpec, FieldShown(section=_PRUNED)] = StepsSpec()
     # A study of `pho search` is named after what it searches.
-    name: Annotated[Title | None, Shown(section=_JOB, service=True)] = Field(
+    name: Annotated[Title | None, FieldShown(section=_JOB, service=True)] = Field(
         None, description="Name of the job's study; the model and the pattern by default."
     )
-    revision: Annotated[Name | None, Shown(section="Model")] = Field(
+    revision: Annotated[Name | None, FieldShown(section="Model")] = Field(
         None, description="Branch, tag or commit of a hub model."
     )
-    dtype: Annotated[Dtype, Shown(section="Model", label="Data type")] = Field(
+    dtype: Annotated[Dtype, FieldShown(section="Model", label="Data type")] = Field(
         "auto", description="Data type that the weights are loaded in."
     )
-    stream: Annotated[bool, Shown(section="Model")] = Field(
+    stream: Annotated[bool, FieldShown(section="Model")] = Field(
         False,
         description="Whether to leave the weights on disk, one block at a time on the device.",
     )
-    calibration: Annotated[CalibrationSpec, Shown(section="Text and calibration")] = (
+    calibration: Annotated[CalibrationSpec, FieldShown(section="Text and calibration")] = (
         CalibrationSpec()
     )
     confirm: Annotated[
         ConfirmSpec | None,
-        Shown(
+        FieldShown(
             section=_REPORT,
             option="--no-confirm",
             label="Confirm by perplexity",
@@ -145,7 +288,7 @@ class JobSpec(Document):
         description="How the best candidates are confirmed; null takes the best by the objective "
         "alone.",
     )
-    validation: Annotated[ValidationSpec | None, Shown(section=_REPORT)] = Field(
+    validation: Annotated[ValidationSpec | None, FieldShown(section=_REPORT)] = Field(
         None,
         description="Rating of random candidates by each proxy and by perplexity on the text that "
         "confirms, as `pho validate` does it. Where the search's own proxy does not rank, four "
@@ -156,12 +299,12 @@ class JobSpec(Document):
         None,
         description="Start from what the library has for similar models; {} is enough.",
     )
-    sampler: Annotated[Sampler, Shown(rank=3)] = Field(
+    sampler: Annotated[Sampler, FieldShown(rank=3)] = Field(
         "cmaes", description="Sampler that candidates come from."
     )
     search_space: Annotated[
         SearchSpaceSpec,
-        Shown(
+        FieldShown(
             fold="Search space",
             option="--space",
             help="Bounds of the search, name=low:high, or name=value, which fixes it; may be "
@@ -172,7 +315,7 @@ class JobSpec(Document):
     ] = SearchSpaceSpec()
     trials: Trials = SearchOptions.trials
     # One process is one island.
-    islands: Annotated[int, Shown(rank=4, service=True)] = Field(
+    islands: Annotated[int, FieldShown(rank=4, service=True)] = Field(
         1, ge=1, le=64, description="Number of searches, each with a seed of its own."
     )
     seed: SamplerSeed = SearchOptions.seed
@@ -180,7 +323,7 @@ class JobSpec(Document):
     # `pho evaluate --tasks` measures what was pruned.
     tasks: Annotated[
         list[Name] | None,
-        Shown(
+        FieldShown(
             section=_AFTER,
             help="Zero-shot tasks of lm-evaluation-harness, with commas between; papers report "
             f"{','.join(USUAL_TASKS)}. Needs the extra eval.",
@@ -195,41 +338,41 @@ class JobSpec(Document):
         description="Zero-shot tasks of lm-evaluation-harness that the dense model and the pruned "
         "one are measured on, such as boolq or arc_easy. Needs the extra eval.",
     )
-    tasks_dir: Annotated[Name | None, Shown(section=_AFTER, service=True)] = Field(
+    tasks_dir: Annotated[Name | None, FieldShown(section=_AFTER, service=True)] = Field(
         None,
         exclude_if=lambda folder: folder is None,
         description="Folder with task files of one's own, which come before the harness's. What "
         "they name as !function is run: a service allows folders below PHO_TASK_ROOTS.",
     )
-    tasks_limit: Annotated[int | None, Shown(section=_AFTER, option="--limit", service=True)] = (
-        Field(
-            None,
-            ge=1,
-            exclude_if=lambda limit: limit is None,
-            description="Only the first N examples of each task.",
-        )
+    tasks_limit: Annotated[
+        int | None, FieldShown(section=_AFTER, option="--limit", service=True)
+    ] = Field(
+        None,
+        ge=1,
+        exclude_if=lambda limit: limit is None,
+        description="Only the first N examples of each task.",
     )
     # `pho prune` does it, with what was found.
     prune: Annotated[
-        bool, Shown(section=_AFTER, rank=1, label="Write the pruned model", service=True)
+        bool, FieldShown(section=_AFTER, rank=1, label="Write the pruned model", service=True)
     ] = Field(
         False,
         exclude_if=lambda wanted: not wanted,
         description="Whether the pruned model is written when the search is over, to be fetched "
         "with `pho pull`.",
     )
-    notify: Annotated[Name | None, Shown(section=_AFTER, rank=2, service=True)] = Field(
+    notify: Annotated[Name | None, FieldShown(section=_AFTER, rank=2, service=True)] = Field(
         None,
         exclude_if=lambda url: url is None,
         description="URL of a webhook that is called when the job has ended; the service must "
         "allow its host.",
     )
-    priority: Annotated[int, Shown(section=_JOB, service=True)] = Field(
+    priority: Annotated[int, FieldShown(section=_JOB, service=True)] = Field(
         0, ge=-100, le=100, description="Place in the queue: higher goes first."
     )
     # An interrupted search goes on with the same command.
     timeout_s: Annotated[
-        float | None, Shown(option="--timeout", label="Time limit in seconds", service=True)
+        float | None, FieldShown(option="--timeout", label="Time limit in seconds", service=True)
     ] = Field(
         None,
         gt=0,
@@ -237,27 +380,27 @@ class JobSpec(Document):
         description="Time limit in seconds for each island's search; the best result so far is "
         "used then.",
     )
-    max_failed_trials: Annotated[int, Shown(service=True)] = Field(
+    max_failed_trials: Annotated[int, FieldShown(service=True)] = Field(
         20, ge=0, le=MAX_TRIALS, description="Number of failed trials above which the job fails."
     )
-    max_attempts: Annotated[int, Shown(section=_JOB, service=True)] = Field(
+    max_attempts: Annotated[int, FieldShown(section=_JOB, service=True)] = Field(
         3, ge=1, le=20, description="Number of attempts at each stage before the job fails."
     )
 
-    _each_model_once = field_validator("more_models")(rules.each_model_once)
-    _of_one_model = field_validator("revision")(rules.of_one_model)
-    _of_one_text = field_validator("confirm")(rules.of_one_text)
-    _are_patterns = field_validator("patterns")(rules.are_patterns)
-    _is_pattern = field_validator("pattern")(rules.is_pattern)
-    _fits_pattern = field_validator("scope")(rules.fits_pattern)
-    _can_be_measured = field_validator("objective", "validation")(rules.can_be_measured)
-    _was_calibrated = field_validator("search_space")(rules.was_calibrated)
-    _more_than_baselines = field_validator("trials")(rules.more_than_baselines)
-    _each_task_once = field_validator("tasks")(rules.each_task_once)
-    _of_tasks = field_validator("tasks_dir", "tasks_limit")(rules.of_tasks)
-    _has_one_model = field_validator("prune", "tasks")(rules.has_one_model)
-    _differ = field_validator("islands")(rules.differ)
-    _in_memory = field_validator("corrections")(rules.in_memory)
+    _each_model_once = field_validator("more_models")(each_model_once)
+    _of_one_model = field_validator("revision")(of_one_model)
+    _of_one_text = field_validator("confirm")(of_one_text)
+    _are_patterns = field_validator("patterns")(are_patterns)
+    _is_pattern = field_validator("pattern")(is_pattern)
+    _fits_pattern = field_validator("scope")(fits_pattern)
+    _can_be_measured = field_validator("objective", "validation")(can_be_measured)
+    _was_calibrated = field_validator("search_space")(was_calibrated)
+    _more_than_baselines = field_validator("trials")(more_than_baselines)
+    _each_task_once = field_validator("tasks")(each_task_once)
+    _of_tasks = field_validator("tasks_dir", "tasks_limit")(of_tasks)
+    _has_one_model = field_validator("prune", "tasks")(has_one_model)
+    _differ = field_validator("islands")(differ)
+    _in_memory = field_validator("corrections")(in_memory)
 
     @model_validator(mode="before")
     @classmethod
@@ -328,7 +471,7 @@ class JobSpec(Document):
         """
         if self.several:
             return self.of_pattern(self.pruning()).request(island)
-        preset = rules.preset_of(dict(self), self.pruning())
+        preset = preset_of(dict(self), self.pruning())
         return SearchRequest(
             pattern=self.pruning(),
             objective=self.objective.over_models(len(self.models)),

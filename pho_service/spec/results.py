@@ -5,7 +5,7 @@ What the pieces of a job give, as it is stored and shown: JSON values with names
 from dataclasses import dataclass, field
 from typing import Any
 
-from pho_service.spec.quality import ProxyQuality
+from pho_service.spec.configuration import ProxyQuality
 
 
 @dataclass(frozen=True, kw_only=True)

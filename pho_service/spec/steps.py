@@ -1,29 +1,243 @@
 """
-What a pruning does beside the score: linears, allocation, permutation, re-pruning, update,
-reconstruction.
+What a candidate is made of beside its score: allocation, re-pruning, updates, reconstruction.
 """
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.document import (
+    SEEDS,
     STRICT,
+    FieldShown,
     Flag,
+    JsonDocument,
     Number,
     Partial,
-    Shown,
-    Stored,
+    Whole,
     check_choice,
     check_number,
+    check_seed,
     optional,
 )
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.reconstruction import Reconstruction
+from pho_service.spec.pattern import LONGEST, MOST, Coefficients, Linears, Pattern, Scope
+
+# How the sparsity is spread over the linears of a model.
+AllocationMethod = Literal["uniform", "owl", "fisher", "curves"]
+AllocationUnit = Literal["linear", "block"]
+ALLOCATIONS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
+ALLOCATION_UNITS: tuple[AllocationUnit, ...] = get_args(AllocationUnit)
+MOST_SHIFT = 10.0  # of log-odds: 1 / 22,000 of a linear
+MOST_DEPTHS = 2  # numbers of a curve over depth
+Shift = Annotated[Number, Field(ge=-MOST_SHIFT, le=MOST_SHIFT)]
+
+
+def _check_kind(kind: str) -> None:
+    """Raise InvalidInput if no linear can be of this kind."""
+    if not kind.isprintable() or not 0 < len(kind) <= LONGEST or {*"./* "} & {*kind}:
+        raise InvalidInput(
+            f"allocation offset {kind!r} is not the last part of a linear's name. Give q_proj for "
+            "all linears of that kind, not a full name and not a pattern."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation(JsonDocument):
+    """
+    How the sparsity is spread over the linears of a model.
+
+    Whatever the method, the model as a whole has the sparsity of the pattern.
+
+    Source:
+        Yin et al. 2024, arXiv:2310.05175 (OWL: M = outlier_ratio, lambda = spread).
+    """
+
+    __pydantic_config__ = STRICT
+
+    method: Annotated[
+        AllocationMethod,
+        FieldShown(option="--allocation", default="the preset's"),
+        Field(
+            description="uniform: the same sparsity everywhere. owl: less where many scores are "
+            "far above the mean. fisher: one threshold on A * x * sqrt(g) for the whole model. "
+            "curves: where the Fisher-weighted error of every linear rises equally steeply."
+        ),
+    ] = "uniform"
+    unit: Annotated[
+        AllocationUnit,
+        FieldShown(option="--allocation-unit"),
+        Field(description="What shares one sparsity: a linear, or a whole block."),
+    ] = "linear"
+    spread: Annotated[
+        Number,
+        FieldShown(option="--allocation-spread"),
+        Field(
+            ge=0,
+            le=1,
+            description="Every sparsity lies within the pattern's plus and minus this.",
+        ),
+    ] = 0.2
+    outlier_ratio: Annotated[
+        Number,
+        FieldShown(option="--allocation-outlier-ratio"),
+        Field(
+            ge=1,
+            le=1e6,
+            description="For owl: a score above this many times the mean of its block is an "
+            "outlier.",
+        ),
+    ] = 5.0
+    offsets: Annotated[
+        dict[str, Shift],
+        FieldShown(option="--allocation-offset"),
+        Field(
+            max_length=MOST,
+            description="Added to the log-odds of the share that linears keep, by the last part "
+            "of their names (q_proj): above 0 they keep more. Kinds that a model does not have "
+            "are ignored.",
+            exclude_if=lambda offsets: not offsets,
+        ),
+    ] = field(default_factory=dict, hash=False)
+    depth: Annotated[
+        tuple[Shift, ...],
+        FieldShown(option="--allocation-depth"),
+        Field(
+            max_length=MOST_DEPTHS,
+            description="Added to the same log-odds over the depth of the model: a slope, which "
+            "keeps more in late blocks if it is above 0, and a curvature, which keeps more in the "
+            "first and last ones.",
+            exclude_if=lambda depth: not depth,
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("allocation", self.method, ALLOCATIONS)
+        check_choice("allocation unit", self.unit, ALLOCATION_UNITS)
+        for name, value, low, high in (
+            ("spread", self.spread, 0.0, 1.0), ("outlier_ratio", self.outlier_ratio, 1.0, 1e6),
+        ):  # fmt: skip
+            check_number(f"allocation {name}", value, low, high)
+        object.__setattr__(self, "offsets", dict(self.offsets))
+        object.__setattr__(self, "depth", tuple(self.depth))
+        self._check_shifts()
+
+    def _check_shifts(self) -> None:
+        if self.offsets and self.unit == "block":
+            raise InvalidInput(
+                "allocation offsets tell the linears of a block apart, but unit 'block' gives them "
+                "one sparsity. Take unit 'linear', or leave the offsets out."
+            )
+        for what, count, most in (
+            ("offsets", len(self.offsets), MOST), ("depth", len(self.depth), MOST_DEPTHS),
+        ):  # fmt: skip
+            if count > most:
+                raise InvalidInput(
+                    f"allocation {what} has {count} numbers, and {most} are the most."
+                )
+        for kind, value in self.offsets.items():
+            _check_kind(kind)
+            check_number(f"allocation offset {kind}", value, -MOST_SHIFT, MOST_SHIFT)
+        for i, value in enumerate(self.depth):
+            check_number(f"allocation depth[{i}]", value, -MOST_SHIFT, MOST_SHIFT)
+
+    @property
+    def is_even(self) -> bool:
+        """Tell whether all linears lose the same share."""
+        return self.method == "uniform" and not self.offsets and not self.depth
+
+    def __str__(self) -> str:
+        """In a few words, for people."""
+        spread = "" if self.is_even else f" within {self.spread:.3f}"
+        offsets = [f"{kind} {value:+.2f}" for kind, value in self.offsets.items()]
+        depth = ["depth " + " ".join(f"{value:+.2f}" for value in self.depth)] if self.depth else []
+        shifts = f" ({', '.join([*offsets, *depth])})" if offsets or depth else ""
+        return f"{self.method}{spread}{shifts}"
+
+
+# Block reconstruction: what the kept weights of a block are trained with, after it is pruned.
+ReconstructionMethod = Literal["none", "block"]
+RECONSTRUCTIONS: tuple[ReconstructionMethod, ...] = get_args(ReconstructionMethod)
+
+
+def _whole(value: object) -> object:
+    """An integer for a number like 3.0, which JSON does not tell from 3; all else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """
+    How the kept weights of each block are trained towards what the dense block gave.
+
+    Masks stay as they are. Adam over the calibration windows, one window a step, with a learning
+    rate that falls to 0; every eighth window is held out, and says which weights are taken.
+    """
+
+    __pydantic_config__ = STRICT
+
+    method: Annotated[
+        ReconstructionMethod,
+        FieldShown(option="--reconstruction", default="the preset's"),
+        Field(
+            description="none. block: the kept weights of each pruned block are trained until its "
+            "output is near the dense block's."
+        ),
+    ] = "none"
+    passes: Annotated[
+        Whole,
+        FieldShown(option="--reconstruction-passes"),
+        Field(ge=1, le=1000, description="Passes over the calibration windows, at most."),
+        BeforeValidator(_whole),
+    ] = 2
+    learning_rate: Annotated[
+        Number,
+        FieldShown(option="--reconstruction-rate"),
+        Field(
+            gt=0,
+            le=1,
+            description="Learning rate of Adam in the first step, as a share of the root mean "
+            "square of a parameter's kept weights; it falls to 0.",
+        ),
+    ] = 5e-3
+    seed: Annotated[
+        Whole,
+        FieldShown(option="--reconstruction-seed"),
+        Field(ge=0, lt=SEEDS, description="Seed of the order of the windows."),
+        BeforeValidator(_whole),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        check_choice("reconstruction", self.method, RECONSTRUCTIONS)
+        passes = self.passes
+        if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= 1000:
+            raise InvalidInput(f"reconstruction passes={passes!r} is not in 1..1000.")
+        rate = self.learning_rate
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not number or not 0 < rate <= 1:
+            raise InvalidInput(f"reconstruction learning_rate={rate!r} is not above 0 and up to 1.")
+        check_seed(self.seed)
+        if not self.wanted and any(getattr(self, f.name) != f.default for f in fields(self)):
+            raise InvalidInput(
+                "reconstruction method 'none' trains nothing, so passes, learning_rate and seed "
+                "say nothing. Leave them out, or take method 'block'."
+            )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is trained."""
+        return self.method != "none"
+
+    def __str__(self) -> str:
+        """In words, for people."""
+        return (
+            f"reconstruction {self.method}, {self.passes} passes from rate {self.learning_rate:g}"
+            if self.wanted
+            else "reconstruction none"
+        )
+
 
 NormSource = Literal["dense", "sequential"]
 Permutation = Literal["none", "score", "error"]
@@ -38,7 +252,7 @@ MOST_SHRINKAGE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps(Stored):
+class Steps(JsonDocument):
     """
     Steps of a pruning beside the score.
     """
@@ -47,7 +261,7 @@ class Steps(Stored):
 
     linears: Annotated[
         Linears,
-        Shown(fold="Which linears"),
+        FieldShown(fold="Which linears"),
         Field(
             description="Which linears are pruned, and which have a sparsity of their own.",
             exclude_if=lambda linears: not linears,
@@ -232,3 +446,57 @@ class Steps(Stored):
 @optional(Steps)
 class StepsSpec(Partial):
     """Describe the steps of candidates beside the score. What is null is the preset's."""
+
+
+# What a search rates and a model is pruned with: score, pattern and steps together.
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """
+    Something a search can rate and a model can be pruned with.
+
+    Attributes:
+        method: ``crepe``, or the name of the baseline that it stands for.
+        coefficients: The score.
+        pattern: What is removed, and where it is counted.
+        steps: What happens beside the score.
+    """
+
+    method: str
+    coefficients: Coefficients
+    pattern: Pattern
+    steps: Steps = Steps()
+
+    def __post_init__(self) -> None:
+        self.steps.check_pattern(self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The candidate as JSON values, without the share that its pattern removes.
+
+        All candidates of a search have that in common; only their scopes differ.
+        """
+        return {
+            "method": self.method,
+            "scope": self.pattern.scope.value,
+            "coefficients": self.coefficients.to_dict(),
+            "steps": self.steps.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], pattern: Pattern) -> Self:
+        """
+        Read what :meth:`to_dict` gave, among other keys.
+
+        Args:
+            values: JSON values.
+            pattern: That of the search; it is counted in the scope of the candidate.
+
+        Raises:
+            InvalidInput: A value breaks a rule.
+        """
+        return cls(
+            method=values["method"],
+            coefficients=Coefficients(**values["coefficients"]),
+            pattern=pattern.within(Scope(values["scope"])),
+            steps=Steps.from_dict(values["steps"]),
+        )

@@ -18,7 +18,7 @@ from pho_service.spec.fields import (
 )
 from pho_service.spec.job import Dtype, JobSpec
 from pho_service.spec.limits import JobLimits
-from pho_service.spec.samplers import SearchOptions
+from pho_service.spec.objective import SearchOptions
 
 MOST_WINDOWS = 100_000  # of a text
 

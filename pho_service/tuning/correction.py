@@ -9,8 +9,7 @@ import numpy as np
 from cmaes import CMA
 from numpy.typing import NDArray
 
-from pho_service.spec.document import Stored
-from pho_service.spec.numbers import number
+from pho_service.spec.document import JsonDocument, number
 
 Array = NDArray[np.float64]
 Proxies = Callable[[Array], Array]  # (points, numbers) -> (points,)
@@ -26,7 +25,7 @@ _POPULATION = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredPoint:
     """
     A point whose value is known.
 
@@ -42,7 +41,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction(Stored):
+class Correction(JsonDocument):
     """
     Result of the corrections of a search.
 
@@ -71,7 +70,9 @@ class Correction(Stored):
         return f"{what}: {number(before)} at trial {self.corrects}, {found}"
 
 
-def next_point(measured: Sequence[Measured], proxies: Proxies, *, seed: Sequence[int]) -> Array:
+def next_point(
+    measured: Sequence[MeasuredPoint], proxies: Proxies, *, seed: Sequence[int]
+) -> Array:
     """
     Propose where to measure next.
 
@@ -104,7 +105,9 @@ def next_point(measured: Sequence[Measured], proxies: Proxies, *, seed: Sequence
     return np.round(center + _least(cost, len(center), int(generator.integers(2**31))), 4)
 
 
-def _drawn(measured: Sequence[Measured], generator: np.random.Generator) -> tuple[float, Array]:
+def _drawn(
+    measured: Sequence[MeasuredPoint], generator: np.random.Generator
+) -> tuple[float, Array]:
     """b and w of a model that fits, drawn at random: Bayesian linear regression."""
     start = measured[0]
     numbers = len(start.point)

@@ -1,5 +1,5 @@
 """
-A search in plain values: its plan, what a rating gives, and a candidate that was rated.
+A search in plain values: what is asked, its plan, and a candidate that was rated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import search_baselines
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS, SearchOptions
-from pho_service.spec.seed import check_seed
+from pho_service.spec.document import check_seed
+from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.objective import SAMPLERS, Objective, SearchOptions, options_of
+from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
+from pho_service.spec.steps import Candidate, Steps
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+
 
 CORRECTS = "corrects"  # user attribute of a trial: the trial whose allocation it corrects
 SECOND_OPINION = "second_opinion"  # and its rating by the other weighting that proposes finalists
@@ -53,7 +54,7 @@ class SearchPlan(SearchOptions):
         space: The box; fitted to the pattern.
         steps: What every candidate goes through; method and spread of its allocation are those
             of the space.
-        sampler: A name of :data:`pho_service.spec.samplers.SAMPLERS`, or a sampler of Optuna. That
+        sampler: A name of :data:`pho_service.spec.objective.SAMPLERS`, or a sampler of Optuna. That
             is used as it is, seed and state included, and recorded by the name of its class: with
             the study alone nobody can repeat the search.
         direction: Whether low or high values are good.
@@ -142,3 +143,108 @@ class RatedCandidate:
     params: dict[str, Any]
     value: float
     second_opinion: float | None = None
+
+
+# Request of a user for a search.
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(SearchOptions):
+    """
+    What a user asks a search for, besides the model and the texts.
+
+    Attributes:
+        pattern: What is pruned.
+        objective: What candidates are rated by.
+        bounds: Fields of the search space that differ from its defaults.
+        steps: What every candidate goes through beside the score. Its allocation is the only one
+            of the search unless ``bounds`` name ``allocations``; its reconstruction is only for
+            the winner.
+        sampler: Where candidates come from: a name, or a sampler of Optuna; see
+            :class:`~pho_service.tuning.plan.SearchPlan`.
+        finalists: How many found candidates are looked at again, beside the baselines.
+        warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
+            begins around the best of them.
+        validation: How the proxy is validated before the confirmation, which looks at more
+            finalists if it does not rank; None leaves that out.
+    """
+
+    pattern: Pattern
+    objective: Objective = field(default_factory=Objective)
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
+    sampler: "str | BaseSampler" = "cmaes"
+    finalists: int = 5
+    warm_start: tuple[Candidate, ...] = ()
+    validation: ValidationSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.finalists < 1:
+            raise InvalidInput(f"finalists={self.finalists} is below 1.")
+        self._check_corrections()
+
+    def _check_corrections(self) -> None:
+        if not self.corrections:
+            return
+        pattern = self.pattern
+        if pattern.group or pattern.scope is Scope.GLOBAL:
+            raise InvalidInput(
+                f"corrections={self.corrections} is for allocations of a ratio in scope layer or "
+                f"row: at {pattern} in scope {pattern.scope.value} nothing is shared out among the "
+                "linears that could be corrected. Give corrections=0."
+            )
+        if self.objective.name != "activation-reconstruction" or self.objective.over is not None:
+            raise InvalidInput(
+                f"corrections={self.corrections} is for activation reconstruction on one model, "
+                f"and the objective is {self.objective.label}. Give corrections=0."
+            )
+
+    def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
+        """
+        The plan on a bundle that has these kernel sizes.
+
+        Raises:
+            InvalidInput: Anything in the request breaks a rule.
+        """
+        allocation = self.steps.allocation
+        given = {
+            "kernel_sizes": kernel_sizes,
+            "allocations": (allocation.method,),
+            "allocation_spread": (allocation.spread, allocation.spread),
+        }
+        space = SearchSpace(**{**given, **self.bounds})
+        if self.corrections and space.allocation_spread[1] == 0:
+            raise InvalidInput(
+                f"corrections={self.corrections} has nothing to correct: with an allocation "
+                "spread of 0 all linears lose the same share. Give corrections=0, or a spread."
+            )
+        missing = sorted(set(space.kernel_sizes) - set(kernel_sizes))
+        if missing:
+            raise InvalidInput(
+                f"search space kernel_sizes: {missing[0]} is not in the bundle, which has "
+                f"{', '.join(map(str, kernel_sizes))}. Calibrate with --kernel-sizes."
+            )
+        return SearchPlan(
+            pattern=self.pattern,
+            space=space.fitted(self.pattern),
+            steps=self.steps.before_reconstruction,
+            sampler=self.sampler,
+            **options_of(self),
+            direction=self.objective.direction,
+            fisher=space.gradient_exponent[1] > 0,
+            warm_start=self._warm(space.fitted(self.pattern)),
+        )
+
+    def _warm(self, space: SearchSpace) -> tuple[dict[str, Any], ...]:
+        """The points to start from, each once; baselines are in every search anyway."""
+        points: list[dict[str, Any]] = []
+        for candidate in self.warm_start:
+            mine, found = candidate.pattern, candidate.method == "crepe"
+            if str(mine) != str(self.pattern) or (found and mine.scope is not self.pattern.scope):
+                raise InvalidInput(
+                    f"a configuration to start from is for {mine} in scope {mine.scope.value}, but "
+                    f"the search is for {self.pattern} in scope {self.pattern.scope.value}. Leave "
+                    "it out, or search in its pattern and scope."
+                )
+            point = space.nearest(candidate)
+            if found and point not in points:
+                points.append(point)
+        return tuple(points)

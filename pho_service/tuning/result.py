@@ -10,14 +10,12 @@ from typing import Any
 
 import optuna
 
-from pho_service.host.versions import versions
-from pho_service.spec.configuration import Configuration, Confirmation, Rating
-from pho_service.spec.numbers import number
-from pho_service.spec.quality import ProxyQuality
+from pho_service.host.machine import versions
+from pho_service.spec.configuration import Configuration, Confirmation, ProxyQuality, Rating
+from pho_service.spec.document import number
 from pho_service.tuning.correction import Correction
 from pho_service.tuning.finalists import Divergences
-from pho_service.tuning.plan import RatedCandidate, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import RatedCandidate, SearchPlan, SearchRequest
 from storage.studies import keep_record, note_trial, record_of
 
 CHOSEN = "chosen"  # user attribute of a study, and of its trials: whether it is that one

@@ -1,32 +1,32 @@
 """
 Run a search, or go on with one: candidates in generations, each finished trial recorded once.
-
-Nothing but the finished trials is stored. A search that was interrupted asks
-its sampler again for the candidates that are recorded already, checks that
-they are the same, tells their values, and goes on with the next: the result
-is that of an uninterrupted run. Where another machine recorded them, whose
-arithmetic rounds otherwise, they may differ a little, and those of the CMA-ES
-in the end altogether: an eigenvector has two directions. The record counts.
 """
 
+import hashlib
+import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pho_service.errors import StudyError
 from pho_service.progress import Fence
-from pho_service.spec.candidate import Candidate
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.correction import Correction
 from pho_service.tuning.plan import (
     CORRECTS,
     SECOND_OPINION,
+    Direction,
     Evaluate,
     Outcome,
     RatedCandidate,
@@ -336,3 +336,166 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
         raise StudyError(f"every trial of study {study.study_name!r} failed. The first: {cause}")
     sign = 1 if plan.direction == "minimize" else -1
     return sorted(rated, key=lambda r: (sign * r.value, r.number))
+
+
+# The studies of one search: one of the command line's, several of a job with islands.
+@dataclass(frozen=True)
+class Islands:
+    """
+    The studies of one search, whose trials have numbers of their own among all of them.
+
+    Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
+
+    Attributes:
+        studies: Studies of each island.
+        plans: Plans of each island; they differ in their seeds.
+    """
+
+    studies: Sequence[optuna.Study]
+    plans: Sequence[SearchPlan]
+
+    @property
+    def plan(self) -> SearchPlan:
+        """The plan of the first, whose seed is the one that was asked for."""
+        return self.plans[0]
+
+    def ranked(self) -> list[RatedCandidate]:
+        """
+        The finished trials of all islands, best first; equal values by number.
+
+        The baselines are the same in each island: only those of the first count.
+
+        Raises:
+            StudyError: All trials of an island failed.
+        """
+        rated = [
+            replace(each, number=each.number * len(self.studies) + island)
+            for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
+            for each in ranked(study, plan)
+            if island == 0 or each.candidate.method == "crepe"
+        ]
+        sign = 1 if self.plan.direction == "minimize" else -1
+        return sorted(rated, key=lambda r: (sign * r.value, r.number))
+
+    def corrected(self, correction: Correction | None) -> list[RatedCandidate]:
+        """The candidate that a correction found; none if it found none."""
+        number = None if correction is None else correction.trial
+        return [each for each in self.corrections() if each.number == number]
+
+    def corrections(self) -> list[RatedCandidate]:
+        """The corrected candidates of all islands, by island and number."""
+        return [
+            replace(each, number=each.number * len(self.studies) + island)
+            for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
+            for each in rated_trials(
+                [t for t in study.get_trials(deepcopy=False) if CORRECTS in t.user_attrs], plan
+            )
+        ]
+
+    def place(self, number: int) -> tuple[optuna.Study, int]:
+        """The study that a trial is in, and its number there."""
+        there, island = divmod(number, len(self.studies))
+        return self.studies[island], there
+
+    def of_island(self, number: int) -> int:
+        """The island that a trial is in, from 0."""
+        return number % len(self.studies)
+
+    def attributes(self, number: int) -> Mapping[str, Any]:
+        """The user attributes of a trial."""
+        study, there = self.place(number)
+        (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == there)
+        attributes: Mapping[str, Any] = trial.user_attrs
+        return attributes
+
+    @property
+    def finished(self) -> int:
+        """How many trials were rated, the baselines in each island."""
+        return sum(
+            len(searched(study, plan)) for study, plan in zip(self.studies, self.plans, strict=True)
+        )
+
+    @property
+    def asked(self) -> int:
+        """How many trials the plans ask for."""
+        return sum(plan.trials for plan in self.plans)
+
+
+# The trials of a curve as one study of two objectives: sparsity and what a search minimised.
+_OF = "of_study"  # user attribute of a trial: where it was searched
+_KEPT = ("method", "coefficients", "steps", "perplexity", "divergence")
+_AT_ONCE = 100  # trials that are written within one fence: about half a second
+
+
+def pareto_name(model: str, studies: Sequence[str]) -> str:
+    """What the study of a curve is called: the same studies give the same one."""
+    digest = hashlib.sha256(json.dumps(sorted(studies)).encode()).hexdigest()[:10]
+    return f"{model} curve of sparsities {digest}"
+
+
+def pareto_study(
+    name: str, direction: Direction, objective: str, storage: BaseStorage | None
+) -> optuna.Study:
+    """
+    Make or open a study of (sparsity, objective), whose Pareto front optuna-dashboard draws.
+
+    Args:
+        name: Name of the study.
+        direction: Direction of the objective; sparsity is maximised.
+        objective: What it is called.
+        storage: Where; None keeps it in memory.
+    """
+    with quiet_optuna(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["maximize", direction],
+            load_if_exists=True,
+        )  # fmt: skip
+        if study.metric_names is None:
+            study.set_metric_names(["sparsity", objective])
+    return study
+
+
+def add_point(
+    pareto: optuna.Study,
+    study: optuna.Study,
+    sparsity: float,
+    pattern: str,
+    fence: Fence = nullcontext,
+) -> None:
+    """
+    Add the trials of a search to the study of its curve; those that are there are left out.
+
+    Args:
+        pareto: Pareto study of the curve.
+        study: Study of the search.
+        sparsity: Sparsity of its pattern.
+        pattern: It, as text.
+        fence: Entered around the writes. One that lets in a single writer of ``study``, whoever
+            writes other points of the curve meanwhile, keeps each trial from being added twice.
+    """
+    known = {
+        (trial.user_attrs.get(_OF), trial.user_attrs.get("trial"))
+        for trial in pareto.get_trials(deepcopy=False)
+    }
+    points = [
+        _point(trial, study.study_name, (sparsity, trial.value), pattern)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.value is not None and (study.study_name, trial.number) not in known
+    ]
+    for first in range(0, len(points), _AT_ONCE):
+        with fence():
+            pareto.add_trials(points[first : first + _AT_ONCE])
+
+
+def _point(
+    trial: FrozenTrial, study: str, values: tuple[float, float], pattern: str
+) -> FrozenTrial:
+    kept = {name: trial.user_attrs[name] for name in _KEPT if name in trial.user_attrs}
+    point = create_trial(
+        state=TrialState.COMPLETE,
+        values=values,
+        user_attrs={"pattern": pattern, _OF: study, "trial": trial.number, **kept},
+    )
+    point.datetime_start, point.datetime_complete = trial.datetime_start, trial.datetime_complete
+    return point

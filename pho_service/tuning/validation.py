@@ -10,14 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from pho_service.spec.candidate import Candidate
+from pho_service.spec.configuration import WIDER, Interval, ProxyQuality
 from pho_service.spec.fields import ValidationSpec
-from pho_service.spec.linears import Linears
 from pho_service.spec.objective import is_maximised
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.quality import WIDER, Interval, ProxyQuality
+from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
+from pho_service.spec.steps import Candidate, Steps
 from pho_service.tuning.plan import SearchPlan
 
 RANKS = 0.5  # rank correlation with perplexity, from which on a proxy is trusted

@@ -17,12 +17,11 @@ from sqlalchemy import select
 from pho_service.api.app import create_app
 from pho_service.host.settings import Settings, read_settings
 from pho_service.spec.configuration import Configuration
+from storage.claims import Entry, Found
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.outcomes import Entry, Found
-from storage.records import Claim, NewStage
-from storage.states import JobState, StageKind
+from storage.records import Claim, JobState, NewStage, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import stages
 

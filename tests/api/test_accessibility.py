@@ -12,12 +12,12 @@ from fastapi.testclient import TestClient
 from playwright.sync_api import Browser
 from transformers import LlamaConfig
 
-from pho_service.api import listing
+from pho_service.api import jobs as listing
 from pho_service.api.job_list import PAGE_SIZE
-from pho_service.spec.perplexities import Perplexities
+from pho_service.spec.configuration import Perplexities
+from storage.claims import Entry, Found
 from storage.keys import KeyStore
-from storage.outcomes import Entry, Found
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 HEAVIEST = 300_000  # bytes of a page that is not a report
 DARK = (  # what is looked at on a phone in the dark mode, too

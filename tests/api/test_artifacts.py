@@ -14,11 +14,11 @@ from sqlalchemy import text
 
 from pho_service.api import artifacts
 from pho_service.api.answers import Artifact
-from pho_service.api.upkeep import sweep
+from pho_service.api.operations import sweep
 from pho_service.client import Client
 from pho_service.errors import OutputError, ServiceError, ServiceUnavailable
 from pho_service.host.download import pull
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 FILES = {"model.safetensors": bytes(range(256)) * 40, "pruning/masks.safetensors": b"masks"}
 WEIGHTS = FILES["model.safetensors"]

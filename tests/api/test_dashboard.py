@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from storage.database import Database
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 Submit = Callable[..., dict[str, Any]]
 Refusal = Callable[..., dict[str, Any]]

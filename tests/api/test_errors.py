@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.objective import SAMPLERS
 
 Refusal = Callable[..., dict[str, Any]]
 

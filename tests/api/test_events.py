@@ -13,9 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
-from storage.outcomes import Found
-from storage.records import NewStage
-from storage.states import JobState, StageKind
+from storage.claims import Found
+from storage.records import JobState, NewStage, StageKind
 
 Submit = Callable[..., dict[str, Any]]
 

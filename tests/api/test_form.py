@@ -15,16 +15,15 @@ from fastapi.testclient import TestClient
 from transformers import LlamaConfig
 
 import pho_service.client
-from pho_service.api import form
-from pho_service.api.form import MORE, form_fields, sections, without_field
-from pho_service.api.form_document import Typed, typed_as
+from pho_service.api import new_job
+from pho_service.api.new_job import MORE, Typed, form_fields, sections, typed_as, without_field
 from pho_service.cli import main
-from pho_service.cli.submit import job_document
-from pho_service.cli.submit import submit as submit_verb
-from pho_service.spec.document import Shown
+from pho_service.cli.remote import job_document
+from pho_service.cli.remote import submit as submit_verb
+from pho_service.spec.document import FieldShown
 from pho_service.spec.fields import CalibrationSpec
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import fields_of, job_fields
+from pho_service.spec.job_options import fields_of, job_fields
 from storage.keys import KeyStore
 
 Send = Callable[..., Any]
@@ -191,14 +190,14 @@ def test_new_field(monkeypatch: pytest.MonkeyPatch) -> None:
         novel: int | None = None
 
     class NewSpec(JobSpec):
-        calibration: Annotated[NewCalibration, Shown(section="Text and calibration")] = (
+        calibration: Annotated[NewCalibration, FieldShown(section="Text and calibration")] = (
             NewCalibration()
         )
         novel: str | None = None
 
-    monkeypatch.setattr(form, "job_fields", lambda: fields_of(NewSpec))
-    fields = form.form_fields.__wrapped__()
-    monkeypatch.setattr(form, "form_fields", lambda: fields)
+    monkeypatch.setattr(new_job, "job_fields", lambda: fields_of(NewSpec))
+    fields = new_job.form_fields.__wrapped__()
+    monkeypatch.setattr(new_job, "form_fields", lambda: fields)
     found = {s.title: [f.path for f in s.fields] for s in sections.__wrapped__()}
 
     assert found["Text and calibration"][-1] == "calibration/novel"

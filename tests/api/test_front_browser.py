@@ -20,7 +20,7 @@ from pho_service.host.settings import read_settings
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 WIDTH, HEIGHT = 390, 800  # of a phone
 MOST_TABS = 60

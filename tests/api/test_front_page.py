@@ -16,9 +16,9 @@ from fastapi.testclient import TestClient
 from pho_service.api import job_list
 from pho_service.shown import parts
 from pho_service.shown.parts import policy_hash
+from storage.claims import Found
 from storage.keys import KeyStore
-from storage.outcomes import Found
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 Submit = Callable[..., dict[str, Any]]
 

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api.form_document import Typed, typed_as
+from pho_service.api.new_job import Typed, typed_as
 from pho_service.host.logs import about
-from pho_service.spec.configuration import Configuration
+from pho_service.spec.configuration import Configuration, Perplexities
 from pho_service.spec.job import JobSpec
-from pho_service.spec.perplexities import Perplexities
-from storage.outcomes import Found
-from storage.states import REFERENCES, JobState, StageKind
-from workers.stage_log import MOST_LINES, StageLog
+from storage.claims import Found
+from storage.records import REFERENCE_NUMBERS, JobState, StageKind
+from workers.watch import MOST_LINES, StageLog
 
 Submit = Callable[..., dict[str, Any]]
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -83,7 +82,7 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     hand.record(job, 8, failed=3)
     drawn = source(client, job["id"])
     hand.search(job["id"])
-    hand.confirm(job["id"], 2, 5, REFERENCES)  # which is not a trial
+    hand.confirm(job["id"], 2, 5, REFERENCE_NUMBERS)  # which is not a trial
     hand.measure(job["id"], 5, 21.5, 1.0)
     finalists = section(source(client, job["id"]), "finalists")
 

@@ -12,8 +12,8 @@ from sqlalchemy import update
 
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.job import JobSpec
-from pho_service.spec.samplers import MAX_TRIALS
-from storage.states import JobState, StageKind
+from pho_service.spec.objective import MAX_TRIALS
+from storage.records import JobState, StageKind
 from storage.studies import open_storage, open_study, study_name
 from storage.tables import jobs
 

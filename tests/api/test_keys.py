@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from storage.keys import KeyStore
-from storage.states import StageKind
+from storage.records import StageKind
 
 Refusal = Callable[..., dict[str, Any]]
 Headers = dict[str, str]

@@ -15,8 +15,7 @@ from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
 from pho_service.spec.limits import JobLimits
 from storage.keys import KeyStore
-from storage.records import TooManyTrials
-from storage.states import JobState
+from storage.records import JobState, TooManyTrials
 
 Refusal = Callable[..., dict[str, Any]]
 Submit = Callable[..., dict[str, Any]]

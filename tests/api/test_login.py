@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, update
 
-from pho_service.api.login import local
+from pho_service.api.guard import local
 from pho_service.api.service import Caller
 from storage.keys import KeyStore, key_digest
 from storage.tables import sessions

@@ -15,11 +15,11 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from sqlalchemy import select, text
 
-from pho_service.api.notify import tell_next
+from pho_service.api.operations import tell_next
 from pho_service.errors import InvalidInput
 from pho_service.host.webhooks import NotDelivered, WebhookRules, is_public, send, signature
-from storage.notifications import GIVE_UP_AFTER, take
-from storage.states import JobState
+from storage.jobs import GIVE_UP_AFTER, take
+from storage.records import JobState
 from storage.tables import notifications
 
 DOCS = Path(__file__).parents[2] / "docs" / "service.md"

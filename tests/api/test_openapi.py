@@ -15,7 +15,7 @@ from schemathesis.engine import from_schema
 from schemathesis.engine.events import NonFatalError, ScenarioFinished
 
 from storage.keys import KeyStore
-from storage.states import JobState
+from storage.records import JobState
 
 # `make fuzz-api` takes more, and others each time.
 LONG = hypothesis.settings.get_current_profile_name() == "fuzz"

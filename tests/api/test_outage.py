@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from pho_service.api.app import create_app
 from pho_service.host.settings import Settings
 from storage.database import Database
+from storage.embedded import Postmaster
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.postmaster import Postmaster
 
 Refusal = Callable[..., dict[str, Any]]
 

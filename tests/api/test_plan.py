@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from transformers import LlamaConfig
 
 from pho_service.api.plan import Card
-from pho_service.planning.machines import CARDS
+from pho_service.planning.costs import CARDS
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from pho_service.tuning.pareto import add_point, pareto_study
-from storage.outcomes import Found
-from storage.records import NewStage
+from pho_service.tuning.search import add_point, pareto_study
+from storage.claims import Found
+from storage.records import JobState, NewStage, StageKind
 from storage.rows import add_stages
-from storage.states import JobState, StageKind
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 
 PATTERNS = ["0.3", "2:4"]

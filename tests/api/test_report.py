@@ -9,9 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
+from storage.claims import Entry, Found
 from storage.keys import KeyStore
-from storage.outcomes import Entry, Found
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 Refusal = Callable[..., dict[str, Any]]
 NOBODY = "00000000-0000-0000-0000-000000000000"

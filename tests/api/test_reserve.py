@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api.heavy import AT_ONCE, Heavy
-from pho_service.api.probe import Probe
+from pho_service.api.service import AT_ONCE, Heavy, Probe
 from storage.database import Database
-from storage.studies import DatabaseGone
-from storage.trials import read_trials
+from storage.studies import DatabaseGone, read_trials
 
 Submit = Callable[..., dict[str, Any]]
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
@@ -60,7 +58,7 @@ def test_health_while_all_wait(frozen: TestClient) -> None:
 def test_probe(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """One question is asked at a time; when the server wakes, the next is answered."""
     probe = Probe(database)
-    monkeypatch.setattr("pho_service.api.probe.ANSWER_S", 0.05)
+    monkeypatch.setattr("pho_service.api.service.ANSWER_S", 0.05)
     asked, thaw, check = [], threading.Event(), probe._database.check
 
     def slowly() -> None:
@@ -75,7 +73,7 @@ def test_probe(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(DatabaseGone, match="has not answered for"):
                 await probe.check()
         thaw.set()
-        monkeypatch.setattr("pho_service.api.probe.ANSWER_S", 60.0)
+        monkeypatch.setattr("pho_service.api.service.ANSWER_S", 60.0)
         await probe.check()
 
     asyncio.run(run())

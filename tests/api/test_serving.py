@@ -32,8 +32,8 @@ from pho_service.client import Client
 from pho_service.errors import InvalidInput, ServiceError
 from pho_service.host.settings import read_settings
 from storage.database import Database
+from storage.embedded import Postmaster
 from storage.keys import KeyStore
-from storage.postmaster import Postmaster
 
 PATIENCE_S = 240.0
 TRIALS = 300  # of a job that is stopped: long enough to be at it still

@@ -10,12 +10,11 @@ from fastapi.testclient import TestClient
 
 from pho_service.api import jobs
 from pho_service.api.answers import Job
-from pho_service.cli.jobs_shown import show_tasks
-from pho_service.host import task_names
+from pho_service.cli.remote import show_tasks
+from pho_service.host import data_sets
 from pho_service.spec.configuration import Configuration, published
-from storage.outcomes import Found
-from storage.records import NewStage
-from storage.states import StageKind
+from storage.claims import Found
+from storage.records import NewStage, StageKind
 
 Submit = Callable[..., dict[str, Any]]
 HOW = {"limit": None, "bos": True, "versions": {"lm-eval": "0.4.13"}, "seconds": 1.5}
@@ -35,7 +34,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "harness"
     folder.mkdir()
     (folder / "words.yaml").write_text("task: words\n")
-    monkeypatch.setattr(task_names, "harness_folder", lambda: folder)
+    monkeypatch.setattr(data_sets, "harness_folder", lambda: folder)
     return folder
 
 
@@ -145,7 +144,7 @@ def test_folder(
     status, text = asked("min", "mine")
     assert status == 422
     assert "Did you mean mine?" in text
-    monkeypatch.setattr(task_names, "harness_folder", lambda: None)
+    monkeypatch.setattr(data_sets, "harness_folder", lambda: None)
     assert asked("min", "mine")[0] == 202
 
 

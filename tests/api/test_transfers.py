@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.library.files import parse_library_file
+from pho_service.library import parse_library_file
 from pho_service.spec.configuration import Configuration
+from storage.claims import Entry
 from storage.keys import KeyStore
-from storage.outcomes import Entry
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 Refusal = Callable[..., dict[str, Any]]
 MODELS = {"models": ["org/one", "org/two"]}

@@ -6,9 +6,9 @@ from typing import Any
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from pho_service.api.upkeep import sweep
+from pho_service.api.operations import sweep
 from storage.database import Database
-from storage.states import JobState
+from storage.records import JobState
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 

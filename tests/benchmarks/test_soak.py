@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from storage.states import StageKind
+from storage.records import StageKind
 
 pytestmark = pytest.mark.thorough
 

@@ -11,7 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 
 from pho_service.cli import configurations
-from pho_service.spec import numbers
+from pho_service.spec import document as numbers
 
 Pho = Callable[..., Result]
 

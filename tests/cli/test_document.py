@@ -9,13 +9,17 @@ import click
 import pytest
 
 from pho_service.cli import main
-from pho_service.cli.document import DocumentCommand, Given
-from pho_service.cli.groups import TITLES
+from pho_service.cli.document import TITLES, DocumentCommand, Given
 from pho_service.errors import InvalidInput
+from pho_service.spec.document import parse_bytes
 from pho_service.spec.job import JobSpec
-from pho_service.spec.job_fields import SECTIONS, job_fields
-from pho_service.spec.job_options import document_fields, search_command, submit_command
-from pho_service.spec.sizes import parse_bytes
+from pho_service.spec.job_options import (
+    SECTIONS,
+    document_fields,
+    job_fields,
+    search_command,
+    submit_command,
+)
 
 MINE = {"model": "org/a", "pattern": "0.5"}
 PARENT = click.Context(main, **main.context_settings)
@@ -270,11 +274,10 @@ def test_no_sizes(text: str) -> None:
 
 def test_points_of_files(tmp_path: Path) -> None:
     """A configuration that a search begins with stands in the document that is sent."""
-    from pho_service.cli.submit import job_document
-    from pho_service.spec.candidate import Candidate
+    from pho_service.cli.remote import job_document
     from pho_service.spec.configuration import Configuration, write_configuration
-    from pho_service.spec.pattern import Pattern
-    from pho_service.spec.score import Coefficients
+    from pho_service.spec.pattern import Coefficients, Pattern
+    from pho_service.spec.steps import Candidate
 
     path = tmp_path / "found.json"
     score = Coefficients(row=1.0, column=0.5, neighbourhood=0.25, kernel_size=5)

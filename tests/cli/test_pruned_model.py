@@ -10,7 +10,7 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pho_service.spec.numbers import number
+from pho_service.spec.document import number
 
 Pho = Callable[..., Result]
 

@@ -20,12 +20,11 @@ from pho_service.cli import main
 from pho_service.client import Client
 from pho_service.spec.configuration import Configuration, write_configuration
 from pho_service.spec.job import JobSpec
+from storage.claims import Found
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.outcomes import Found
-from storage.records import Claim, NewStage
-from storage.states import StageKind
+from storage.records import Claim, NewStage, StageKind
 from storage.tables import stages
 
 Pho = Callable[..., Result]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pho_service.cli.jobs_shown import short_ids
+from pho_service.cli.remote import short_ids
 from pho_service.cli.terminal import print_table
 
 COLUMNS = ("id", "name", "state", "trials", "perplexity", "RIA")

@@ -11,11 +11,10 @@ from sqlalchemy import select
 
 from pho_service.client import Client
 from pho_service.spec.configuration import Configuration
+from storage.claims import Entry, Found
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.outcomes import Entry, Found
-from storage.records import Claim, NewStage
-from storage.states import StageKind
+from storage.records import Claim, NewStage, StageKind
 from storage.tables import stages
 
 FOUND = Configuration.model_validate(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pho_service.cli import main
 from pho_service.spec.baselines import shown_baselines
-from pho_service.spec.numbers import number
+from pho_service.spec.document import number
 from pho_service.spec.objective import WEIGHTINGS
 from pho_service.spec.pattern import Pattern
 

@@ -72,7 +72,7 @@ def test_files() -> None:
 
     assert len(paths) >= 15
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    assert "class SearchOptions" in (ROOT / "pho_service/spec/samplers.py").read_text()
+    assert "class SearchOptions" in (ROOT / "pho_service/spec/objective.py").read_text()
     assert "class ProxyRating" in (ROOT / "pho_service/pruning/proxy.py").read_text()
 
 

@@ -10,11 +10,10 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from pho_service.host.settings import Settings
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.configuration import Configuration, Confirmation, Rating
 from pho_service.spec.job import JobSpec
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients
+from pho_service.spec.steps import Allocation, Steps
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -6,7 +6,7 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access
-from pho_service.host.dataset_card import MOST_BYTES, check_card, check_cards
+from pho_service.host.data_sets import MOST_BYTES, check_card, check_cards
 from pho_service.host.settings import Settings
 
 

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from pho_service.errors import DeviceLost, InvalidInput, ModelError, OutOfMemory, PhoError
-from pho_service.host.faults import faults_told
+from pho_service.host.machine import faults_told
 
 CUDA = (
     "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in "

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pho_service.host import listing
-from pho_service.host.listing import list_roots
+from pho_service.host import access
+from pho_service.host.access import list_roots
 
 
 def make(root: Path, *names: str) -> Path:
@@ -62,7 +62,7 @@ def test_roots(tmp_path: Path) -> None:
 def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     """However large a tree is, few of its entries are looked at, and the rest is not denied."""
     root = make(tmp_path, *(f"folder/{n}.txt" for n in range(5)))
-    monkeypatch.setattr(listing, bound, value)
+    monkeypatch.setattr(access, bound, value)
     found = list_roots([root], [root])
 
     assert len(found.texts) < 5

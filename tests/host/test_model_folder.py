@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.host.model_folder import MAX_BYTES, check_model_folder, is_plain
+from pho_service.host.access import MAX_BYTES, check_model_folder, is_plain
 
 OUTSIDE = [
     "../secret/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "",

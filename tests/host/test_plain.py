@@ -2,8 +2,7 @@
 
 import pytest
 
-from pho_service.errors import ServiceError, TextError
-from pho_service.host.plain import MOST_CHARACTERS, bounded, plain, plain_line
+from pho_service.errors import MOST_CHARACTERS, ServiceError, TextError, bounded, plain, plain_line
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from pho_service.api.app import create_app
 from pho_service.api.requests import RequestLog
 from pho_service.errors import InvalidInput
-from pho_service.host.logs import _add_fields
+from pho_service.host.logs import _add_fields, configure_tracing, span, trace_with
 from pho_service.host.settings import read_settings
-from pho_service.host.tracing import configure_tracing, span, trace_with
 from storage.database import Database
 
 
@@ -122,7 +121,7 @@ def test_sent(tmp_path: Path) -> None:
             self.end_headers()
 
     code = """
-from pho_service.host.tracing import configure_tracing, request_span, span
+from pho_service.host.logs import configure_tracing, request_span, span
 configure_tracing("pho-worker")
 with span("search", job="j", attempt=2):
     pass
@@ -151,8 +150,8 @@ def test_not_wanted() -> None:
     """Nothing of OpenTelemetry's SDK is imported by the service unless it is asked for."""
     code = """
 import sys
-import pho_service.api.serving, pho_service.host.tracing
-with pho_service.host.tracing.span("x", job="j"):
+import pho_service.api.serving, pho_service.host.logs
+with pho_service.host.logs.span("x", job="j"):
     pass
 print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exp"))])
 """

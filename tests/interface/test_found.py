@@ -17,9 +17,9 @@ import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import BundleError, InvalidInput, ModelError, StudyError
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.numbers import number
-from pho_service.spec.samplers import SearchOptions
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.document import number
+from pho_service.spec.objective import SearchOptions
+from pho_service.tuning.plan import SearchRequest
 
 
 def test_options_are_complete() -> None:

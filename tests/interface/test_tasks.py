@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import pho_service as pho
 from pho_service.cli import main
 from pho_service.errors import InvalidInput, TextError
-from pho_service.interface.models import opened
-from pho_service.models import hub_or_cache, task_files
-from pho_service.models.task_files import load_tasks
+from pho_service.interface.inputs import opened
+from pho_service.models import loading
+from pho_service.models import tasks as task_files
+from pho_service.models.tasks import load_tasks
 from pho_service.pipeline.tasks import TaskModel, measure_tasks
 from pho_service.progress import silent
-from pho_service.spec.numbers import number
+from pho_service.spec.document import number
 
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")
 
@@ -208,7 +209,7 @@ def test_refused(
             pho.evaluate(tiny_llama, None, tasks=names, tasks_dir=folder)
         return str(told.value)
 
-    monkeypatch.setattr(hub_or_cache, "hub_is_away", lambda: True)
+    monkeypatch.setattr(loading, "hub_is_away", lambda: True)
     assert "Did you mean words?" in refused("word")
     assert "needs generated text" in refused("words", output_type="generate_until")
     files = {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}

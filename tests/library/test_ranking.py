@@ -11,22 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pho_service.errors import ConfigurationError, InvalidInput
-from pho_service.library.entries import (
+from pho_service.library import (
     Entry,
     Gain,
-    Measured,
-    ModelFacts,
-    measured_gain,
-    transferred_gain,
-)
-from pho_service.library.files import (
     LibraryFile,
+    MeasuredElsewhere,
+    ModelFacts,
     TransferTarget,
+    Wanted,
+    measured_gain,
     parse_library_file,
+    rank,
     read_folder,
     read_library_file,
+    transferred_gain,
 )
-from pho_service.library.ranking import Wanted, rank
 from pho_service.spec.pattern import Pattern, Scope
 
 CONFIRMED = {"perplexity": 18.0, "tokens": 9, "context_length": 8, "text": {}}
@@ -89,7 +88,7 @@ def entry(
         models=tuple(models),
         gain=None if share is None else saved(share, by),
         measured=tuple(
-            Measured(model=ModelFacts(name=f"m-{family}", family=family), gain=gain)
+            MeasuredElsewhere(model=ModelFacts(name=f"m-{family}", family=family), gain=gain)
             for family, gain in (elsewhere or {}).items()
         ),
     )
@@ -426,7 +425,7 @@ def test_good_transfer() -> None:
 def test_worst_transfer() -> None:
     """Of several models of the family the worst perplexity counts, and no proxy beside it."""
     on = [
-        Measured(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
+        MeasuredElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
         for i, gain in enumerate(
             [saved(0.3, "perplexity"), saved(-9.0), saved(0.1, "perplexity"), saved(0.2)]
         )

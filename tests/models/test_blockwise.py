@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError, OutputError
-from pho_service.models import block_calls, block_network
+from pho_service.models import blockwise
 from pho_service.models.architecture import decoder_blocks, prunable_linears
 from pho_service.models.blockwise import (
     collect_statistics_blockwise,
@@ -382,9 +382,9 @@ def test_advance(llama: LanguageModel, windows: Tensor) -> None:
 
 def test_arguments_are_kept_once(windows: Tensor) -> None:
     """Masks and position embeddings that all windows share take the memory of one window."""
-    network = block_network.BlockNetwork(language_model("gemma3"), windows)
+    network = blockwise.BlockNetwork(language_model("gemma3"), windows)
     tensors: set[int] = set()
-    block_calls.map_tensors(network._calls, lambda t: tensors.add(id(t)) or t)
+    blockwise.map_tensors(network._calls, lambda t: tensors.add(id(t)) or t)
 
     # cos, sin and mask for both layer types, and the positions
     assert len(tensors) <= 7

@@ -15,12 +15,11 @@ from pretended_cards import Card
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, OutOfMemory, OutputError
-from pho_service.models.calibration import calibrate, calibration_text, measure
-from pho_service.models.calibration_memory import CalibrationPlan, plan_calibration
+from pho_service.models.calibration import calibrate, calibration_text, measure, plan_calibration
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
-from pho_service.planning.stage_memory import CalibrationRun, Peak
-from pho_service.pruning.memory import available_memory, free_memory, memory_in_use
+from pho_service.planning.stage_memory import CalibrationPlan, CalibrationRun, Peak
+from pho_service.pruning.hardware import available_memory, free_memory, memory_in_use
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=4, context_length=24, projection_rows=8)
@@ -71,9 +70,7 @@ def crowded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, most: int) ->
     model.model.get_input_embeddings().register_forward_pre_hook(look)
     run = CalibrationRun(windows=4, forward_windows=4)
     plan = CalibrationPlan(run=run, peak=Peak(device=0, host=0), fits=True)
-    monkeypatch.setattr(
-        "pho_service.models.calibration_run.plan_calibration", lambda *_, **__: plan
-    )
+    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", lambda *_, **__: plan)
     return given
 
 
@@ -123,7 +120,7 @@ def test_card_without_memory(
         pretended_gpu.fault = None
 
     handle = model.model.get_output_embeddings().register_forward_pre_hook(fill)
-    monkeypatch.setattr("pho_service.models.calibration_run.let_go_of_memory", empty)
+    monkeypatch.setattr("pho_service.models.calibration.let_go_of_memory", empty)
     statistics = measure(model, text, SETTINGS)
 
     assert set(statistics.fisher) == set(model.linears)
@@ -201,7 +198,7 @@ def test_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
 ) -> None:
     """Of a container's memory, what its files' pages take can be had."""
-    monkeypatch.setattr("pho_service.pruning.memory.CGROUP", tmp_path)
+    monkeypatch.setattr("pho_service.pruning.hardware.CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 250\nfile 600\n")
@@ -213,9 +210,9 @@ SCRIPT = """
 import json, sys
 from dataclasses import replace
 import torch
-from pho_service.pruning.memory import memory_in_use, peak_memory
+from pho_service.pruning.hardware import memory_in_use, peak_memory
 from pho_service.models.calibration import CalibrationText, calibrate
-from pho_service.models.calibration_memory import plan_calibration
+from pho_service.models.calibration import plan_calibration
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextRecord
 from pho_service.spec.calibration import CalibrationSettings
@@ -291,7 +288,7 @@ def test_inputs_on_disk(
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
     expected = calibrate(streamed, text, SETTINGS)
     assert not own_cache.exists()  # few of them stay in memory
-    monkeypatch.setattr("pho_service.planning.calibration_run.HELD", 0)
+    monkeypatch.setattr("pho_service.planning.stage_memory.HELD", 0)
     actual = calibrate(streamed, text, SETTINGS)
 
     assert list((own_cache / "scratch").iterdir()) == []  # its files have no names
@@ -304,7 +301,7 @@ def test_no_room_for_inputs(
 ) -> None:
     """A disk that is too small for them is refused before anything is run."""
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
-    monkeypatch.setattr("pho_service.planning.calibration_run.HELD", 0)
+    monkeypatch.setattr("pho_service.planning.stage_memory.HELD", 0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     streamed.model.forward = None  # whoever runs it fails
 

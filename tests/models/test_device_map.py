@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError
-from pho_service.models import block_network
+from pho_service.models import blockwise
 from pho_service.models.blockwise import walk
 from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
@@ -103,7 +103,7 @@ def test_walk_over_two_gpus(
 ) -> None:
     """A walk hands hidden states from card to card, and prunes as it does on one."""
     expected, model = on_cpu(folder), load_model(str(folder), device_map="auto")
-    monkeypatch.setattr(block_network, "_states_fit", lambda *_: stays)
+    monkeypatch.setattr(blockwise, "_states_fit", lambda *_: stays)
     for here, there in zip(walk(expected, windows), walk(model, windows), strict=True):
         (moments, _), (others, _) = here.moments(), there.moments()
         for a, b in zip(moments, others, strict=True):

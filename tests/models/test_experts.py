@@ -13,8 +13,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from pho_service.errors import ModelError
-from pho_service.models.architecture import prunable_linears
-from pho_service.models.experts import Expert, experts_of, unfuse_experts
+from pho_service.models.architecture import Expert, experts_of, prunable_linears, unfuse_experts
 from pho_service.models.loading import load_model
 from pho_service.pruning.statistics import collect_statistics
 

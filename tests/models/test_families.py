@@ -42,15 +42,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pho_service.models.architecture import decoder_blocks, prunable_linears
-from pho_service.models.footprint import footprint_of
+from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.pruning.masks import model_masks, pruned
-from pho_service.pruning.passes import frozen, recomputed, run_backward
-from pho_service.pruning.perplexity import rate_perplexity
+from pho_service.pruning.perplexity import frozen, rate_perplexity, recomputed, run_backward
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate
 
 VOCABULARY = 96
 COMMON = {

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pho_service.models.footprint import footprint_of
-from pho_service.planning.calibration_run import choose_run
-from pho_service.planning.footprint import Footprint
+from pho_service.models.architecture import footprint_of
 from pho_service.planning.stage_memory import (
     CalibrationRun,
+    Footprint,
     Place,
     calibration_peak,
+    choose_run,
     confirmation_peak,
     pruning_peak,
     saving_peak,

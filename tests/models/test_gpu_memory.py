@@ -12,9 +12,8 @@ from pretended_cards import Card
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pho_service.models.architecture import decoder_blocks, prunable_linears
+from pho_service.models.architecture import decoder_blocks, footprint_of, prunable_linears
 from pho_service.models.blockwise import collect_statistics_blockwise
-from pho_service.models.footprint import footprint_of
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.planning.stage_memory import (
@@ -27,11 +26,8 @@ from pho_service.planning.stage_memory import (
 )
 from pho_service.pruning.statistics import Statistics, collect_statistics
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.reconstruction import Reconstruction
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate, Reconstruction, Steps
 
 TOKENS, WINDOWS, FISHER = 128, 8, 4
 ON_GPU, STREAMED = Place(on_gpu=True), Place(on_gpu=True, stream=True)

@@ -11,10 +11,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pho_service.errors import InvalidInput, ModelError, NumericalError
-from pho_service.models import checkpoint
+from pho_service.models import loading
 from pho_service.models.architecture import prunable_linears
-from pho_service.models.loading import load_model
-from pho_service.models.names import check_name
+from pho_service.models.loading import check_name, load_model
 
 
 def test_folder(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
@@ -62,7 +61,7 @@ def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
-    monkeypatch.setattr(checkpoint, "cached_file", lambda name, *_, **__: asked.append(name))
+    monkeypatch.setattr(loading, "cached_file", lambda name, *_, **__: asked.append(name))
 
     with pytest.raises(ModelError, match="does not exist") as told:
         load_model(name)
@@ -100,7 +99,7 @@ def test_hub_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cached_while_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in the hub's cache needs no hub."""
-    monkeypatch.setattr("pho_service.models.names.hub_is_away", lambda: True)
+    monkeypatch.setattr("pho_service.models.loading.hub_is_away", lambda: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "config.json")
 
     check_name("org/name", None)
@@ -163,7 +162,7 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         asked.append(filename)
         return str(index) if filename == index.name else None
 
-    monkeypatch.setattr(checkpoint, "cached_file", cached)
+    monkeypatch.setattr(loading, "cached_file", cached)
 
     with pytest.raises(InvalidInput, match="names '/etc/a"):
         load_model("org/name", device="cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pho_service.errors import ModelError, OutputError
 from pho_service.models.mask_file import (
-    FORMAT,
+    MASK_FORMAT,
     LayerMask,
     pack,
     read_masks,
@@ -178,7 +178,7 @@ def test_truncated(file: Path, share: float) -> None:
 def document_of(file: Path) -> dict[str, Any]:
     """The header's document."""
     with safe_open(file, framework="pt") as opened:
-        return json.loads(opened.metadata()[FORMAT])
+        return json.loads(opened.metadata()[MASK_FORMAT])
 
 
 def rewrite(
@@ -191,7 +191,7 @@ def rewrite(
         if tensor is not None:
             tensors[name] = tensor
     text = document if isinstance(document, str) else json.dumps(document)
-    save_file(tensors, file, metadata={FORMAT: text})
+    save_file(tensors, file, metadata={MASK_FORMAT: text})
 
 
 def test_other_version(file: Path) -> None:

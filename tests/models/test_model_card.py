@@ -15,9 +15,8 @@ import yaml
 from huggingface_hub import HfApi
 
 from pho_service.errors import ConfigurationError, InvalidInput, ServiceError
-from pho_service.models import hub
-from pho_service.models.model_card import licence_of, model_card
-from pho_service.models.shared_recipe import shareable
+from pho_service.models import saving
+from pho_service.models.saving import licence_of, model_card, shareable
 
 RECIPE = Path(__file__).parents[1] / "stored" / "0.1.0" / "pruning.json"
 
@@ -194,7 +193,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint=url))
+    monkeypatch.setattr(saving, "HfApi", partial(HfApi, endpoint=url))
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     yield server
     server.shutdown()
@@ -214,7 +213,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_push(listening: Hub, folder: Path) -> None:
     """All files are one commit in a repository that is private."""
-    address = hub.push(folder, "org/pruned")
+    address = saving.push(folder, "org/pruned")
 
     assert address.endswith("/org/pruned/commit/c")
     (created,) = (lines[0] for path, lines in listening.asked if path == "/api/repos/create")
@@ -236,7 +235,7 @@ def test_nothing_local(listening: Hub, folder: Path, tmp_path: Path) -> None:
     recipe["origin"] = {"library": "C:\\Users\\me\\library", "reasons": ["of 1/2"], "parts": ["."]}
     before = json.dumps(recipe)
     (folder / "pruning.json").write_text(before)
-    hub.push(folder, "org/pruned")
+    saving.push(folder, "org/pruned")
     pushed = json.loads(listening.files["pruning.json"])
 
     assert pushed["model"]["name"] == "base.gguf"
@@ -254,16 +253,16 @@ def test_push_refused(listening: Hub, folder: Path, tmp_path: Path) -> None:
     """A wrong token, a wrong name and a folder of somebody else are refused in words."""
     listening.token = "hf_other"  # noqa: S105 - of this test
     with pytest.raises(ServiceError, match="hf auth login"):
-        hub.push(folder, "org/pruned")
+        saving.push(folder, "org/pruned")
     for name in ("pruned", "a/b/c", "org/what is this"):
         with pytest.raises(InvalidInput, match=name):
-            hub.push(folder, name)
+            saving.push(folder, name)
     with pytest.raises(ConfigurationError, match=r"has no pruning\.json"):
-        hub.push(tmp_path, "org/pruned")
+        saving.push(tmp_path, "org/pruned")
 
 
 def test_push_to_nobody(listening: Hub, folder: Path) -> None:
     """A hub that cannot be reached is told."""
     listening.server_close()
     with pytest.raises(ServiceError, match="cannot be reached"):
-        hub.push(folder, "org/pruned")
+        saving.push(folder, "org/pruned")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from pho_service.errors import ModelError, NumericalError
-from pho_service.models import checkpoint
+from pho_service.models import loading
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.loading import load_model
 
@@ -132,7 +132,7 @@ def test_no_blocks(tiny_llama: LlamaForCausalLM) -> None:
 )
 def test_reasons(said: str, told: str) -> None:
     """What transformers says becomes a sentence with a way out."""
-    assert told in checkpoint._reason(OSError(said))
+    assert told in loading._reason(OSError(said))
 
 
 def test_gated_model() -> None:
@@ -143,4 +143,4 @@ def test_gated_model() -> None:
         "https://huggingface.co/a/b/resolve/main/config.json.\nAccess to model a/b is restricted."
     )
 
-    assert "gated" in checkpoint._reason(OSError(said))
+    assert "gated" in loading._reason(OSError(said))

@@ -13,8 +13,7 @@ from torch import Tensor
 from pho_service.errors import TextError
 from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.overlap import apart
-from pho_service.models.texts import TextSource, read_windows
+from pho_service.models.texts import TextSource, apart, read_windows
 from pho_service.spec.calibration import CalibrationSettings
 
 SETTINGS = CalibrationSettings(

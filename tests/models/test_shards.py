@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import BundleError
-from pho_service.models.architecture import prunable_linears
+from pho_service.models.architecture import prunable_linears, unfuse_experts
+from pho_service.models.bundle_file import read_sums, write_sums
 from pho_service.models.calibration import (
     CalibrationText,
     calibration_text,
@@ -19,9 +20,7 @@ from pho_service.models.calibration import (
     measure,
     measure_shard,
 )
-from pho_service.models.experts import unfuse_experts
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.sums_file import read_sums, write_sums
 from pho_service.models.texts import TextSource
 from pho_service.pruning.statistics import Collector, Statistics, collect_statistics, gather
 from pho_service.spec.calibration import CalibrationSettings

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from pho_service.models.builtin import EXAMPLE, train_small_model
 from pho_service.models.loading import load_model
-from pho_service.models.small_model import EXAMPLE, train_small_model
 from pho_service.models.texts import TextSource
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pho_service.errors import InvalidInput, NumericalError, OutputError
-from pho_service.models import experts
+from pho_service.models import architecture
 from pho_service.models.blockwise import (
     collect_statistics_blockwise,
     dense_afterwards,
@@ -201,7 +201,7 @@ def test_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_converted_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture whose experts are merged, and in no usual layout, is refused before it is read."""
-    monkeypatch.setattr(experts, "_is_fused", lambda _: False)
+    monkeypatch.setattr(architecture, "_is_fused", lambda _: False)
     MixtralForCausalLM(
         MixtralConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,

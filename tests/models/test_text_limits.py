@@ -17,7 +17,7 @@ import pytest
 
 from pho_service.errors import InvalidInput, TextError
 from pho_service.models import texts
-from pho_service.models.text_files import TextLimits, TextTooLong
+from pho_service.models.data_sets import TextLimits, TextTooLong
 from pho_service.models.texts import TextSource, read_documents
 
 MEMORY_BYTES = 64 * 2**20  # that any of them may take beside what the tests have

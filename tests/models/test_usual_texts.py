@@ -10,7 +10,7 @@ import pytest
 
 from pho_service.errors import InvalidInput, TextError
 from pho_service.host.access import Access
-from pho_service.host.usual_texts import USUAL_TEXTS
+from pho_service.host.data_sets import USUAL_TEXTS
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import (
     TextSource,

@@ -9,9 +9,9 @@ from pretended_cards import Card
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from pho_service.models import weights_hash
+from pho_service.models import loading
 from pho_service.models.architecture import prunable_linears
-from pho_service.models.weights_hash import sha256_each, weights_sha256
+from pho_service.models.loading import sha256_each, weights_sha256
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -75,7 +75,7 @@ def test_everything_counts() -> None:
 
 def test_on_a_gpu(pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's weights come in pieces of bounded size, and give the hash that the CPU's give."""
-    monkeypatch.setattr(weights_hash, "PIECE", 1000)
+    monkeypatch.setattr(loading, "PIECE", 1000)
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = GPT2LMHeadModel(config).half()
     weights = [linear.weight for linear in prunable_linears(model).values()]  # transposed

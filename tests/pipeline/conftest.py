@@ -13,7 +13,7 @@ from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
 

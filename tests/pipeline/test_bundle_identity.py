@@ -22,7 +22,7 @@ from pho_service.pruning.statistics import collect_statistics
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)

@@ -31,7 +31,7 @@ from pho_service.errors import ConfigurationError, ModelError, NumericalError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, read_masks, write_masks
 from pho_service.models.packed import pack
-from pho_service.models.recipe_file import read_recipe
+from pho_service.models.saving import read_recipe
 from pho_service.pipeline.check import Check, check_folder
 
 UP = "model.layers.1.mlp.up_proj"

@@ -8,7 +8,7 @@ import torch
 
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.recipe_file import read_recipe
+from pho_service.models.saving import read_recipe
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
 from pho_service.pipeline.inputs import Calibrated
@@ -19,15 +19,11 @@ from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.linears import Linears
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
+from pho_service.tuning.plan import SearchRequest
 
 LEFT_OUT = ("*.o_proj", "*.layers.1.mlp.up_proj")
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)

@@ -15,8 +15,8 @@ from pho_service.pipeline.rating import ReportText, Subject, measure, rate_prune
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.race import still_racing
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.finalists import still_racing
+from pho_service.tuning.plan import SearchRequest
 
 WINDOWS = 12
 

@@ -12,17 +12,12 @@ from pho_service.interface.objective import configuration
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
-from pho_service.pruning.allocation_proxy import AllocationProxy
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.allocation import Allocation
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.linears import Linears
+from pho_service.pruning.proxy import AllocationProxy, ProxyEvaluator
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
+from pho_service.tuning.plan import SearchRequest
 
 PATTERN = Pattern.parse("0.6", "layer")
 REQUEST = SearchRequest(

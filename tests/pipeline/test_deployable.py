@@ -9,17 +9,17 @@ import torch
 
 import pho_service as pho
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.pipeline import semi_structured
+from pho_service.pipeline import bench
+from pho_service.pipeline.bench import convert_
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import orders_in_words, prune_job
 from pho_service.pipeline.rating import ReportText, rate_pruned
-from pho_service.pipeline.semi_structured import convert_
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.semi_structured import broken_groups
+from pho_service.pruning.masks import broken_groups
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.steps import Permutation, Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
 PERMUTED = pho.baseline("wanda-permuted", "2:4")
@@ -48,8 +48,8 @@ def test_stored_order(
     pruned = prune_job(model, bundle, found, tmp_path / "out", calibration=report.windows)
     stored = load_model(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
     broken = {name for name, each in stored.linears.items() if broken_groups(each.weight)}
-    monkeypatch.setattr(semi_structured, "check_gpu", lambda _: None)
-    monkeypatch.setattr(semi_structured, "to_semi_structured", torch.clone)
+    monkeypatch.setattr(bench, "check_gpu", lambda _: None)
+    monkeypatch.setattr(bench, "to_semi_structured", torch.clone)
     done = convert_(stored, tmp_path / "out")
 
     readers = [name for name in model.linears if name.endswith("down_proj")]

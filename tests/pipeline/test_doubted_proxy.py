@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.interface.asked import validation_of
+from pho_service.interface.search import validation_of
 from pho_service.models.loading import LanguageModel
-from pho_service.pipeline import rating, validate
+from pho_service.pipeline import confirmation, rating
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.configuration import WIDER, ProxyQuality
 from pho_service.spec.fields import ValidationSpec
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.quality import WIDER, ProxyQuality
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.validation import finalists_wanted
 
 REQUEST = SearchRequest(
@@ -76,7 +76,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(*given, **more)
 
     monkeypatch.setattr(rating, "measure", measure)
-    monkeypatch.setattr(validate, "judge", lambda *_, **__: {BLEND: quality(0.2)})
+    monkeypatch.setattr(confirmation, "judge", lambda *_, **__: {BLEND: quality(0.2)})
     return calls
 
 

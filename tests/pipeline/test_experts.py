@@ -28,9 +28,8 @@ from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.reconstruction import Reconstruction
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients
+from pho_service.spec.steps import Reconstruction, Steps
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3,)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError
-from pho_service.pipeline.joint_search import rate_jointly
+from pho_service.pipeline.objectives import rate_jointly
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 PATTERN = Pattern.parse("0.5", "layer")
 MEAN, WORST = Objective(over="mean"), Objective(over="worst")

@@ -8,8 +8,8 @@ from pho_service.pipeline import search
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.space import Preset
+from pho_service.tuning.plan import SearchRequest
 
 PATTERN = Pattern.parse("0.5")
 

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from pho_service.errors import BundleError, ConfigurationError, NumericalError, OutputError
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import (
     Glances,
@@ -22,15 +23,13 @@ from pho_service.pipeline.rating import (
     rate_by_perplexity,
     rate_pruned,
 )
-from pho_service.pipeline.validate import validate_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import comparison_baselines
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate
 
 CONFIGURATION = Configuration(
     method="crepe",

@@ -18,11 +18,8 @@ from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask, model_masks
 from pho_service.pruning.statistics import collect_statistics
 from pho_service.pruning.weight_update import inverse_factor, obs_update
-from pho_service.spec.allocation import Allocation
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
 
 CREPE = Coefficients(row=0.4, column=1, neighbourhood=0.8, kernel_size=5, gradient_exponent=0.3)
 OBS = Candidate(

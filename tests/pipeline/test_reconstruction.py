@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pho_service.errors import InvalidInput
-from pho_service.models.kept_blocks import KeptBlocks
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.models.recipe_file import read_recipe
-from pho_service.pipeline import winner
+from pho_service.models.saving import read_recipe
+from pho_service.models.scratch import KeptBlocks
+from pho_service.pipeline import confirmation
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.pipeline import prune_model
 from pho_service.pipeline.prune import prune_job
@@ -22,14 +22,10 @@ from pho_service.pipeline.rating import ReportText, Subject
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
 from pho_service.pruning.reconstruction import Reconstructed
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.reconstruction import Reconstruction
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.steps import Candidate, Reconstruction, Steps
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
 TRAINED = Reconstruction(method="block", passes=3, learning_rate=3e-2)
@@ -215,7 +211,7 @@ def test_winner(
         measured.append(candidate)
         return factor * without.confirmation.perplexity
 
-    monkeypatch.setattr(winner, "_measure", measure)
+    monkeypatch.setattr(confirmation, "_measure", measure)
     texts = {"model": model, "confirm_text": report, "calibration": report.windows}
     request = SearchRequest(pattern=Pattern.parse("0.5"), trials=10, finalists=1)
     without: Any = searched(request, bundle, **texts).configuration

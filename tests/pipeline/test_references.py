@@ -14,12 +14,11 @@ from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import memory_study, search_job
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.configuration import published
+from pho_service.spec.configuration import Perplexities, in_words, published
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.perplexities import Perplexities, in_words
 from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 
 WINDOWS = 4
 

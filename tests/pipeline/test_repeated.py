@@ -11,26 +11,27 @@ from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.models.calibration import calibrate, calibration_text
 from pho_service.models.loading import LanguageModel
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.compare import ComparisonRow, check_family, compare_job
-from pho_service.pipeline.inputs import Calibrated
-from pho_service.pipeline.pipeline import prune_model
-from pho_service.pipeline.rating import ReportText, rate_pruned
-from pho_service.pipeline.repeated import (
+from pho_service.pipeline.compare import (
     Compared,
     ComparisonRequest,
+    ComparisonRow,
+    check_family,
+    compare_job,
     compare_over_seeds,
     mean_rows,
 )
+from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.pipeline import prune_model
+from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.masks import LinearMask
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import OWL_AT_NM, named_baselines
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.space import Preset
+from pho_service.spec.steps import Allocation, Steps
+from pho_service.tuning.plan import SearchRequest
 
 NM = Pattern.parse("2:4")
 HALF = Pattern.parse("0.5", "layer")

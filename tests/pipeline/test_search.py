@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pho_service.errors import InvalidInput, StudyError
 from pho_service.models.loading import LanguageModel, load_model
-from pho_service.pipeline.proxy_rating import rate_by_proxy
+from pho_service.pipeline.objectives import rate_by_proxy
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
 from pho_service.pruning.bundle import ProxyBundle
@@ -22,8 +22,7 @@ from pho_service.spec.objective import WEIGHTINGS, Objective
 from pho_service.spec.pattern import Pattern, Scope
 from pho_service.spec.space import parse_bounds
 from pho_service.spec.steps import Steps
-from pho_service.tuning.plan import SECOND_OPINION
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SECOND_OPINION, SearchRequest
 from pho_service.tuning.result import chosen_in
 from storage.studies import keep_record, open_storage, record_of
 

@@ -12,9 +12,9 @@ import pho_service as pho
 from pho_service.errors import InvalidInput
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, LayerMask, write_masks
-from pho_service.pipeline import semi_structured
-from pho_service.pipeline.semi_structured import check_gpu, convert_
-from pho_service.pruning.semi_structured import broken_groups
+from pho_service.pipeline import bench
+from pho_service.pipeline.bench import check_gpu, convert_
+from pho_service.pruning.masks import broken_groups
 
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -62,7 +62,7 @@ def loaded(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "layers": layers, "dense": {GATE: ""}, "calibration": {}, "versions": {},
     }  # fmt: skip
     (folder / "pruning.json").write_text(json.dumps(recipe))
-    monkeypatch.setattr(semi_structured, "check_gpu", lambda _: None)
+    monkeypatch.setattr(bench, "check_gpu", lambda _: None)
     return load_model(str(folder), device="cpu", dtype="bfloat16")
 
 
@@ -75,7 +75,7 @@ def refusing(weight: Tensor) -> Tensor:
 
 def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only groups that hold as they stand are converted; each other linear has its reason."""
-    monkeypatch.setattr(semi_structured, "to_semi_structured", refusing)
+    monkeypatch.setattr(bench, "to_semi_structured", refusing)
     before = {name: linear.weight.clone() for name, linear in loaded.linears.items()}
     small = [name for name, weight in before.items() if weight.shape[0] == 16]
     done = convert_(loaded, Path(loaded.name))
@@ -95,7 +95,7 @@ def test_which_linears(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_a_recipe(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that PHO did not prune is taken by its zeros."""
-    monkeypatch.setattr(semi_structured, "to_semi_structured", torch.clone)
+    monkeypatch.setattr(bench, "to_semi_structured", torch.clone)
     (Path(loaded.name) / "pruning.json").unlink()
     done = convert_(loaded, Path(loaded.name))
 
@@ -131,6 +131,6 @@ def test_no_gpu(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, answer)
     with pytest.raises(InvalidInput, match=r"Old has compute capability 7\.5, but 2:4 needs 8\.0"):
         check_gpu(torch.device("cuda", 0))
-    monkeypatch.setattr(semi_structured, "check_gpu", lambda _: None)
+    monkeypatch.setattr(bench, "check_gpu", lambda _: None)
     with pytest.raises(InvalidInput, match="is in float32"):
         convert_(load_model(str(model_folder), device="cpu"), model_folder)

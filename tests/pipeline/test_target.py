@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pho_service.errors import InvalidInput, TargetMissed
-from pho_service.pipeline.curve import CurvePoint, CurvePoints
-from pho_service.pipeline.target import next_asked, target_job
+from pho_service.pipeline.curve import CurvePoint, CurvePoints, next_asked, target_job
 from pho_service.spec.curve import Target, curve_patterns, parse_rise
 from pho_service.spec.pattern import Pattern
-from pho_service.tuning.request import SearchRequest
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
 

@@ -19,14 +19,12 @@ from pho_service.pipeline.transfer import (
 )
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.pruning.proxy import ProxyEvaluator
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SearchOptions
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.objective import SearchOptions
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Allocation, Steps
+from pho_service.tuning.plan import SearchRequest
 
 GOOD = Configuration(
     method="crepe",

@@ -14,17 +14,15 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.rating import ReportText
-from pho_service.pipeline.validate import validate_job
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.calibration import CalibrationSettings
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Allocation, Steps
 
 COEFFICIENTS = Coefficients(
     row=0.2, column=0.3, neighbourhood=0.5, kernel_size=3, activation_exponent=0.5

@@ -8,7 +8,7 @@ import pytest
 
 from pho_service.errors import ModelError
 from pho_service.models.loading import load_model
-from pho_service.planning.gguf_header import gguf_read_once
+from pho_service.planning.shapes import gguf_read_once
 
 
 @pytest.fixture

@@ -16,12 +16,17 @@ from huggingface_hub import hf_api
 
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.models.builtin import smollm2
-from pho_service.planning.headers import MOST_BYTES, MOST_HEADER, read_header
-from pho_service.planning.shapes import Stored, model_shapes
+from pho_service.planning.shapes import (
+    MOST_BYTES,
+    MOST_HEADER,
+    TensorHeader,
+    model_shapes,
+    read_header,
+)
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 1}
 NAME = "model.layers.0.up_proj.weight"
-TENSORS = {NAME: Stored((8, 4), "BF16")}
+TENSORS = {NAME: TensorHeader((8, 4), "BF16")}
 ENTRY = {"dtype": "BF16", "shape": [8, 4], "data_offsets": [0, 64]}
 
 
@@ -123,7 +128,7 @@ def test_shards(tmp_path: Path) -> None:
     found = read_header(written(tmp_path, **shards, **{"b.safetensors": more}))
     outside = {"weight_map": {NAME: "../a.safetensors"}}
 
-    assert found.tensors == {**TENSORS, "x": Stored((), "BF16")}
+    assert found.tensors == {**TENSORS, "x": TensorHeader((), "BF16")}
     with pytest.raises(InvalidInput, match="may only name files that lie in the same folder"):
         read_header(
             written(

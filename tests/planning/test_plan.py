@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.planning.machines import CARDS, Machine, named_machine
+from pho_service.planning.costs import CARDS, Machine, named_machine
 from pho_service.planning.plan import Plan, plan_job
-from pho_service.planning.shapes import Header, Stored
+from pho_service.planning.shapes import Header, TensorHeader
 from pho_service.spec.job import JobSpec
 
 GIB = 2**30
@@ -55,7 +55,7 @@ def header(config: dict[str, Any]) -> Header:
     if not config.get("tie_word_embeddings"):
         tensors["lm_head"] = tensors["model.embed_tokens"]
     return Header(
-        config=config, tensors={f"{n}.weight": Stored(s, "BF16") for n, s in tensors.items()}
+        config=config, tensors={f"{n}.weight": TensorHeader(s, "BF16") for n, s in tensors.items()}
     )
 
 

@@ -46,8 +46,14 @@ from transformers.activations import ACT2FN
 
 from pho_service.errors import InvalidInput
 from pho_service.models.architecture import decoder_blocks, prunable_linears
-from pho_service.planning.headers import read_header
-from pho_service.planning.shapes import ACTIVATIONS, Header, ModelShapes, Stored, model_shapes
+from pho_service.planning.shapes import (
+    ACTIVATIONS,
+    Header,
+    ModelShapes,
+    TensorHeader,
+    model_shapes,
+    read_header,
+)
 
 COMMON = {
     "vocab_size": 96, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4,
@@ -185,8 +191,8 @@ def test_what_is_not_loaded_is_not_counted(header_of: HeaderOf) -> None:
     """A mask of GPT-2, a second copy of tied embeddings, and blocks that help in training only."""
     plain = header_of(CONFIGS["llama-tied"])
     more = {name.replace("layers.0.", "layers.2."): t for name, t in plain.tensors.items()}
-    more["lm_head.weight"] = Stored((96, 16), "BF16")
-    more["model.layers.0.self_attn.bias"] = Stored((1, 1, 32, 32), "BOOL")
+    more["lm_head.weight"] = TensorHeader((96, 16), "BF16")
+    more["model.layers.0.self_attn.bias"] = TensorHeader((1, 1, 32, 32), "BOOL")
 
     found = model_shapes("m", replace(plain, tensors={**plain.tensors, **more}))
     assert found == model_shapes("m", plain)
@@ -233,11 +239,11 @@ def test_odd_configurations_are_refused(
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        (Stored((16, 8), "I4"), "stored as 'I4'"),
-        (Stored((16, 1, 4), "BF16"), r"model.layers.0.more.weight \(16, 1, 4\) of a block"),
+        (TensorHeader((16, 8), "I4"), "stored as 'I4'"),
+        (TensorHeader((16, 1, 4), "BF16"), r"model.layers.0.more.weight \(16, 1, 4\) of a block"),
     ],
 )
-def test_odd_weights_are_refused(tensor: Stored, words: str, header_of: HeaderOf) -> None:
+def test_odd_weights_are_refused(tensor: TensorHeader, words: str, header_of: HeaderOf) -> None:
     """What cannot be pruned is not planned."""
     header = header_of(CONFIGS["llama"])
     more = {**header.tensors, "model.layers.0.more.weight": tensor}
@@ -250,4 +256,4 @@ def test_states_are_refused(header_of: HeaderOf) -> None:
     with pytest.raises(InvalidInput, match="is not the weight of a linear"):
         model_shapes("m", header_of(MambaConfig(num_hidden_layers=1, hidden_size=16)))
     with pytest.raises(InvalidInput, match="not linears of numbered blocks"):
-        model_shapes("m", Header(config={}, tensors={"x.weight": Stored((4, 4), "F32")}))
+        model_shapes("m", Header(config={}, tensors={"x.weight": TensorHeader((4, 4), "F32")}))

@@ -18,17 +18,17 @@ from pretended_subjects import SETTINGS, Subject, unchanged
 from pho_service.cli import main
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.compare import compare_job
+from pho_service.pipeline.confirmation import validate_job
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import prune_job
 from pho_service.pipeline.search import search_job
 from pho_service.pipeline.transfer import transfer_job
-from pho_service.pipeline.validate import validate_job
 from pho_service.progress import Run
 from pho_service.spec.configuration import Configuration, read_configuration
 from pho_service.spec.objective import Objective
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import Preset
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.space import Preset
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 
 Path_ = Callable[[str], None]

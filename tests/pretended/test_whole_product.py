@@ -21,21 +21,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pho_service.models.architecture import prunable_linears
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.bundle_file import read_bundle, write_bundle
-from pho_service.models.calibration import calibrate, measure
-from pho_service.models.calibration_memory import plan_calibration
+from pho_service.models.calibration import calibrate, measure, plan_calibration
 from pho_service.pipeline.pipeline import pruned_model
 from pho_service.pipeline.rating import rate_pruned
-from pho_service.planning.calibration_run import CalibrationPlan
-from pho_service.pruning.divergence import dense_reference, rate_divergence
-from pho_service.pruning.error_permutation import permute_for_error
+from pho_service.planning.stage_memory import CalibrationPlan
+from pho_service.pruning.permutation import permute_for_error
+from pho_service.pruning.perplexity import dense_reference, rate_divergence
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import Statistics, collect_statistics
-from pho_service.spec.allocation import ALLOCATION_UNITS, ALLOCATIONS, Allocation
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import WEIGHTINGS
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import CHOOSING, PERMUTATIONS, REPRUNINGS, UPDATES, Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import (
+    ALLOCATION_UNITS,
+    ALLOCATIONS,
+    CHOOSING,
+    PERMUTATIONS,
+    REPRUNINGS,
+    UPDATES,
+    Allocation,
+    Candidate,
+    Steps,
+)
 
 pytestmark = pytest.mark.thorough
 
@@ -123,7 +129,7 @@ def test_recompute(subject: Subject, path: Path_, monkeypatch: pytest.MonkeyPatc
         plan = plan_calibration(*args, **kwargs)
         return replace(plan, run=replace(plan.run, windows=1, recompute=True))
 
-    monkeypatch.setattr("pho_service.models.calibration_run.plan_calibration", frugal)
+    monkeypatch.setattr("pho_service.models.calibration.plan_calibration", frugal)
     found = measure(subject.model, subject.text, SETTINGS)
 
     assert_close(found, subject.bundle.statistics(), rtol=1e-2)

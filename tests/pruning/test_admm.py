@@ -12,12 +12,13 @@ from pho_service.pruning.admm import (
     PUBLISHED_DAMPING,
     PUBLISHED_PENALTY,
     Masked,
+    Normalised,
+    Spectrum,
     admm,
     admm_refine,
+    alps,
 )
-from pho_service.pruning.alps import Spectrum, alps
-from pho_service.pruning.normalised import Normalised
-from pho_service.pruning.support import Support
+from pho_service.pruning.masks import Support
 from pho_service.pruning.weight_update import least_squares_update
 
 ROWS, WIDTH = 6, 24

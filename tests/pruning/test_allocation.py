@@ -11,8 +11,8 @@ import torch
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.pruning.allocation import allocate, apportion, block_of
 from pho_service.pruning.layer_view import LayerView
-from pho_service.spec.allocation import ALLOCATIONS, Allocation
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import ALLOCATIONS, Allocation
 
 METHODS = ("uniform", "owl", "fisher", "curves")
 UNITS = ("linear", "block")

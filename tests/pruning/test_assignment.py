@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pho_service.pruning import assignment
-from pho_service.pruning.assignment import assign
+from pho_service.pruning import permutation
+from pho_service.pruning.permutation import assign
 
 
 def gains(count: int, spread: float, seed: int = 0) -> Tensor:
@@ -68,7 +68,7 @@ def test_never_below_the_diagonal() -> None:
 def test_pairs_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """SciPy sees at most 33 pairs a candidate, so its work hardly grows faster than the width."""
     seen = {}
-    match = assignment.min_weight_full_bipartite_matching
+    match = permutation.min_weight_full_bipartite_matching
 
     def counted(pairs: Any, *, maximize: bool) -> Any:
         seen[pairs.shape[0]] = pairs.nnz
@@ -77,8 +77,8 @@ def test_pairs_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("all pairs were looked at")
 
-    monkeypatch.setattr(assignment, "min_weight_full_bipartite_matching", counted)
-    monkeypatch.setattr(assignment, "linear_sum_assignment", refused)
+    monkeypatch.setattr(permutation, "min_weight_full_bipartite_matching", counted)
+    monkeypatch.setattr(permutation, "linear_sum_assignment", refused)
     for count in (257, 512, 1024):
         assign(gains(count, spread=0.5))
 

@@ -12,12 +12,8 @@ from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.masks import layer_score, linear_masks, model_masks, model_sparsity
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.allocation import Allocation
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Linears, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
 
 Model = dict[str, PrunableLinear]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretended_cards import Card
 
-from pho_service.pruning.chunks import chunk_size
+from pho_service.pruning.hardware import chunk_size
 
 
 def test_a_cpu_takes_what_it_is_told() -> None:

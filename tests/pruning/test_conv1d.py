@@ -10,9 +10,8 @@ from pho_service.pruning.bundle import sample_bundle
 from pho_service.pruning.masks import model_masks, pruned
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate
 
 Linears = dict[str, PrunableLinear]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from pho_service.errors import NumericalError
-from pho_service.pruning.divergence import dense_reference, rate_divergence
+from pho_service.pruning.perplexity import dense_reference, rate_divergence
 
 
 @pytest.fixture

@@ -15,8 +15,12 @@ from transformers import (
 )
 
 from pho_service.models.architecture import prunable_linears
-from pho_service.pruning.folding import find_writers, fold_order
-from pho_service.pruning.permutation import permute_channels, permuted_mask
+from pho_service.pruning.permutation import (
+    find_writers,
+    fold_order,
+    permute_channels,
+    permuted_mask,
+)
 from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.statistics import PrunableLinear
 

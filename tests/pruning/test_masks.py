@@ -21,9 +21,8 @@ from pho_service.pruning.masks import (
 )
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate
 
 Linears = dict[str, PrunableLinear]
 

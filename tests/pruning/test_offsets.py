@@ -8,8 +8,8 @@ import torch
 
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.layer_view import LayerView
-from pho_service.spec.allocation import ALLOCATIONS, Allocation
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.steps import ALLOCATIONS, Allocation
 
 SHAPES = {
     f"layers.{block}.{kind}": shape

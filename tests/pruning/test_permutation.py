@@ -8,16 +8,14 @@ import torch
 from pretended_cards import Card
 from torch import Tensor
 
-from pho_service.pruning import assignment, error_permutation
-from pho_service.pruning.error_permutation import (
-    PermutedLinear,
-    permute_for_error,
-    reconstruction_error,
-)
+from pho_service.pruning import permutation
 from pho_service.pruning.permutation import (
+    PermutedLinear,
     moved_scores,
     permute_channels,
+    permute_for_error,
     permuted_mask,
+    reconstruction_error,
     retained_score,
 )
 from pho_service.pruning.selection import nm_mask
@@ -236,7 +234,7 @@ def test_wide_inputs(in_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 256 groups: the bits of assignments over all pairs. Beyond: 97 % of their gain."""
     score = random_score(48, in_features, seed=20)
     order = permute_channels(score, keep=2, group=4)
-    monkeypatch.setattr(assignment, "_WHOLE", in_features)
+    monkeypatch.setattr(permutation, "_WHOLE", in_features)
     exact = permute_channels(score, keep=2, group=4)
     before, found, most = (
         retained_score(score, each, keep=2, group=4)
@@ -314,7 +312,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of groups are rated the same one by one as all together."""
     linear, gram = random_linear(40, 64, seed=16), random_gram(64)
     whole = permute_for_error([linear], gram, keep=2, group=4)
-    monkeypatch.setattr(error_permutation, "_CHUNK", 1)
+    monkeypatch.setattr(permutation, "_CHUNK", 1)
 
     assert torch.equal(permute_for_error([linear], gram, keep=2, group=4), whole)
 

@@ -22,7 +22,6 @@ from pho_service.errors import NumericalError
 from pho_service.pruning import kernels
 from pho_service.pruning.masks import line_mask, model_masks
 from pho_service.pruning.scores import importance, layer_importance, plain_combine_terms
-from pho_service.pruning.second_moments import InputStatistics
 from pho_service.pruning.selection import (
     count_below,
     keep_highest,
@@ -32,10 +31,9 @@ from pho_service.pruning.selection import (
     plain_nm_mask,
     threshold_of,
 )
-from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.pruning.statistics import InputStatistics, PrunableLinear, Statistics
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Candidate
 
 PROFILE = "fuzz" if settings.get_current_profile_name() == "fuzz" else "suite"
 drawn = settings.get_profile(PROFILE)

@@ -11,15 +11,13 @@ from transformers import LlamaForCausalLM
 
 from pho_service.errors import BundleError, InvalidInput, NumericalError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
+from pho_service.pruning.layer_errors import BATCH
 from pho_service.pruning.masks import model_masks
-from pho_service.pruning.proxy import BATCH, ProxyEvaluator, ProxyRating
+from pho_service.pruning.proxy import ProxyEvaluator, ProxyRating
 from pho_service.pruning.scores import layer_importance
 from pho_service.pruning.statistics import PrunableLinear, Statistics, collect_statistics
-from pho_service.spec.allocation import Allocation
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
 
 Linears = dict[str, PrunableLinear]
 

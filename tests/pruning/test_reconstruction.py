@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.pruning.reconstruction import Reconstructed, Trainable, reconstruct, split, summary
-from pho_service.spec.reconstruction import Reconstruction
+from pho_service.spec.steps import Reconstruction
 
 SETTINGS = Reconstruction(method="block", passes=3, learning_rate=0.05)
 

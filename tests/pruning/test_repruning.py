@@ -7,10 +7,8 @@ import torch
 from pretended_cards import Card
 from torch import Tensor
 
-from pho_service.pruning.dsnot import dsnot_refine
-from pho_service.pruning.repruning import row_errors
+from pho_service.pruning.repruning import dsnot_refine, row_errors, swap_refine
 from pho_service.pruning.selection import keep_highest, nm_mask
-from pho_service.pruning.swaps import swap_refine
 
 GROUPS = pytest.mark.parametrize("group", [0, 2, 4, 8])
 
@@ -318,7 +316,7 @@ def test_a_gpu_takes_all_rows_at_once(
     low, few = refined(1)
     high, many = refined(9)
     monkeypatch.setattr("pho_service.pruning.repruning._CHUNK", 1)
-    monkeypatch.setattr("pho_service.pruning.chunks.GPU_CHUNK", 256 * 8 * 30)
+    monkeypatch.setattr("pho_service.pruning.hardware.GPU_CHUNK", 256 * 8 * 30)
     cut, more = refined(9)
 
     assert few == many

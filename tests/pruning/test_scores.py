@@ -17,8 +17,7 @@ from pho_service.pruning.scores import (
     sampled_window_mean,
     window_mean,
 )
-from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern, Scope
 
 OUT, IN = 20, 32
 RIA = Coefficients(row=1, column=1, neighbourhood=0, activation_exponent=0.5, normalisation="sum")

@@ -9,7 +9,7 @@ from pretended_cards import Card
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pho_service.pruning.second_moments import (
+from pho_service.pruning.statistics import (
     PANEL,
     SecondMoment,
     add_gram_,

@@ -10,11 +10,8 @@ from pho_service.errors import NumericalError
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.proxy import ProxyEvaluator
 from pho_service.pruning.statistics import PrunableLinear, Statistics
-from pho_service.spec.allocation import Allocation
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.steps import Allocation, Candidate, Steps
 
 METHODS = ("owl", "fisher", "curves")
 
@@ -58,7 +55,7 @@ def test_a_gpu_allocates_what_the_cpu_allocates(
 
     With ``rows=0`` a linear has 64 or 32 rows, of which an error curve takes some only.
     """
-    for module in ("layer_view", "stacked_view"):
+    for module in ("layer_view", "layer_errors"):
         monkeypatch.setattr(f"pho_service.pruning.{module}.CURVE_ROWS", 20)
     bundle = bundle_of(linears, statistics, rows)
     candidate = candidate_of(method, unit, pattern)

@@ -11,9 +11,8 @@ from pho_service.pruning.permutation import permute_channels
 from pho_service.pruning.selection import nm_mask
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.pruning.weight_update import inverse_factor, obs_update, sparsegpt
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.steps import Repruning, Steps
+from pho_service.spec.steps import Allocation, Repruning, Steps
 
 WIDTH, TOKENS = 16, 200
 

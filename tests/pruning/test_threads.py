@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pho_service.pruning.threads import in_threads
+from pho_service.pruning.hardware import in_threads
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from pho_service.shown.layers import LayerCell
 from pho_service.shown.page import render
-from pho_service.shown.report import Report, ReportTrial, StageTime
+from pho_service.shown.report import LayerCell, Report, ReportTrial, StageTime
 from pho_service.spec.configuration import Configuration
 
 CONFIGURATION = Configuration.model_validate(

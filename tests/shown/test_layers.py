@@ -2,7 +2,7 @@
 
 import pytest
 
-from pho_service.shown.layers import LayerCell, layer_cells
+from pho_service.shown.report import LayerCell, layer_cells
 
 
 def test_by_block_and_kind() -> None:

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from pho_service.shown.layers import LayerCell
 from pho_service.shown.page import render
-from pho_service.shown.report import ReportTrial
-from pho_service.spec.configuration import Rating
-from pho_service.spec.perplexities import Perplexities
+from pho_service.shown.report import LayerCell, ReportTrial
+from pho_service.spec.configuration import Perplexities, Rating
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></style></pre>{{ 7 * 7 }}"
 SEARCH = [

@@ -8,8 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pho_service.shown.report import ReportTrial
-from pho_service.shown.study import (
+from pho_service.shown.page import (
     ENOUGH,
     MeasuredTrials,
     importances,
@@ -17,6 +16,7 @@ from pho_service.shown.study import (
     trials_of,
     with_measurements,
 )
+from pho_service.shown.report import ReportTrial
 
 SPACE = {
     "row_share": FloatDistribution(0, 1), "spread": FloatDistribution(0, 1),

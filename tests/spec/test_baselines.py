@@ -5,13 +5,10 @@ from dataclasses import replace
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.ablation import step_by_step
-from pho_service.spec.baselines import named_baselines, shown_baselines
+from pho_service.spec.baselines import named_baselines, shown_baselines, step_by_step
 from pho_service.spec.configuration import Configuration
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.reconstruction import Reconstruction
-from pho_service.spec.steps import Steps
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.steps import Reconstruction, Steps
 
 HALF = Pattern.parse("0.5", "row")
 NM = Pattern.parse("2:4")

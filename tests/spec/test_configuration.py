@@ -8,8 +8,7 @@ import pytest
 
 from pho_service.errors import ConfigurationError, OutputError
 from pho_service.spec.configuration import Configuration, read_configuration, write_configuration
-from pho_service.spec.pattern import Scope
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Scope
 
 GOOD = Configuration(
     method="crepe",

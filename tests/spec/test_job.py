@@ -16,9 +16,8 @@ from pho_service.host.access import Access
 from pho_service.host.settings import Settings
 from pho_service.spec.fields import FieldError
 from pho_service.spec.job import JobSpec, island_seed
-from pho_service.spec.objective import WEIGHTINGS, Objective
+from pho_service.spec.objective import SAMPLERS, WEIGHTINGS, Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS, SearchOptions, options_of
 
 
 def spec_of(**changes: Any) -> JobSpec:

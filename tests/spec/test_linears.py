@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.linears import Linears
-from pho_service.spec.pattern import Pattern
+from pho_service.spec.pattern import Linears, Pattern
 from pho_service.spec.steps import Steps
 
 NAMES = [
@@ -125,7 +124,7 @@ def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str
 
 def test_a_slow_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A regular expression that would take years ends with a message after its time."""
-    monkeypatch.setattr("pho_service.spec.linears.SECONDS", 0.05)
+    monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.05)
 
     with pytest.raises(InvalidInput, match=r"takes more than 0.05 s on 9 names"):
         Linears(ignore=["re:(?:.|.|..)*(?<=v_proj)"]).choose(NAMES, HALF)

@@ -3,12 +3,11 @@
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.job import JobSpec
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.presets import PRESETS, Preset
-from pho_service.spec.steps import Steps
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.space import PRESETS, Preset
+from pho_service.spec.steps import Allocation, Steps
+from pho_service.tuning.plan import SearchRequest
 
 LAYER, TWO_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
 

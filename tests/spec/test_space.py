@@ -3,12 +3,10 @@
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import search_baselines
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.score import Coefficients
+from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.space import SearchSpace, parse_bounds
-from pho_service.spec.steps import Steps
+from pho_service.spec.steps import Allocation, Steps
 
 PATTERN = Pattern.parse("0.5", "layer")
 PARAMS = {

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.allocation import Allocation
 from pho_service.spec.baselines import BASELINES, comparison_baselines, search_baselines
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.objective import Objective
-from pho_service.spec.pattern import Pattern, Scope
-from pho_service.spec.score import Coefficients
-from pho_service.spec.steps import Steps, Update
+from pho_service.spec.pattern import Coefficients, Pattern, Scope
+from pho_service.spec.steps import Allocation, Candidate, Steps, Update
 
 PATTERNS = [
     Pattern.parse("0.5", "row"), Pattern.parse("0.5", "layer"), Pattern.parse("0.5", "global"),

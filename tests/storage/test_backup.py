@@ -13,8 +13,7 @@ from storage.configurations import ConfigurationStore
 from storage.database import SCHEMAS, Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.records import NewStage
-from storage.states import StageKind
+from storage.records import NewStage, StageKind
 from storage.studies import StorageError, open_storage, open_study
 
 FAKE = """#!/bin/sh

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+import storage.claims
 import storage.configurations
-import storage.outcomes
+from storage.claims import Found
 from storage.configurations import (
     ConfigurationStore,
     NoSuchConfiguration,
@@ -19,9 +20,7 @@ from storage.configurations import (
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.outcomes import Found
-from storage.records import Claim, Job, LostClaim, NewStage
-from storage.states import JobState, StageKind
+from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind
 from storage.tables import stages
 
 BEST = {"pattern": "0.5", "scope": "layer", "coefficients": {"row": 0.1 + 0.2, "ü": [None, 1]}}
@@ -61,7 +60,7 @@ def finishing(store: JobStore, owner_id: uuid.UUID | None = None) -> Claim:
 
 def succeeded(
     store: JobStore, best: dict[str, Any] = BEST, owner_id: uuid.UUID | None = None
-) -> Job:
+) -> JobRecord:
     """A new job that has found this."""
     claim = finishing(store, owner_id)
     store.complete(claim, {}, found=Found(best=best, warnings=[]), ended=True)
@@ -109,7 +108,7 @@ def test_one_transaction(
     def broken(*_arguments: Any, **_more: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(storage.outcomes, "set_state", broken)
+    monkeypatch.setattr(storage.claims, "set_state", broken)
 
     with pytest.raises(ZeroDivisionError):
         store.complete(claim, {}, found=Found(best=BEST, warnings=[]), ended=True)

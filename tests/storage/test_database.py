@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from storage import tables
 from storage.database import Database
-from storage.states import JobState, StageKind, StageState
+from storage.records import JobState, StageKind, StageState
 from storage.studies import (
     DatabaseFull,
     DatabaseGone,

@@ -14,13 +14,11 @@ import psycopg
 import pytest
 
 import storage.database
-from storage.database import Database, DatabaseGone
-from storage.embedded import embedded_postgresql, running_url
+from storage.database import Database
+from storage.embedded import Postmaster, embedded_postgresql, running_url
 from storage.jobs import JobStore
-from storage.postmaster import Postmaster
-from storage.records import NewStage
-from storage.states import StageKind
-from storage.studies import StorageError, open_storage
+from storage.records import NewStage, StageKind
+from storage.studies import DatabaseGone, StorageError, open_storage
 
 
 @contextmanager
@@ -524,7 +522,7 @@ def run(code: str) -> subprocess.Popen[str]:
         "from storage.database import Database\n"
         "from storage.embedded import embedded_postgresql\n"
         "from storage.jobs import JobStore\nfrom storage.records import NewStage\n"
-        "from storage.states import StageKind\n"
+        "from storage.records import StageKind\n"
         "def submit(database):\n"
         "    first = NewStage(kind=StageKind.CALIBRATE)\n"
         "    job, _ = JobStore(database).submit(\n"

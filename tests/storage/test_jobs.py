@@ -13,25 +13,26 @@ import pytest
 from sqlalchemy import Connection, delete, event, func, select, text, update
 
 import storage.rows
-from storage.claims import worker_name
-from storage.database import Database, DatabaseGone
+from storage.claims import Entry, Found, worker_name
+from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.listing import JobFilter
-from storage.outcomes import Entry, Found
-from storage.queue import enqueue
 from storage.records import (
     Claim,
     IdempotencyKeyReused,
-    Job,
+    JobRecord,
+    JobState,
     LostClaim,
     NewStage,
     NoSuchJob,
+    StageKind,
+    StageState,
     StateConflict,
     TooManyJobs,
     TooManyTrials,
 )
-from storage.states import JobState, StageKind, StageState
+from storage.rows import JobFilter, enqueue
+from storage.studies import DatabaseGone
 from storage.tables import events, jobs, keys, stages, workers
 
 WORKER, OTHER = uuid.UUID(int=1), uuid.UUID(int=2)
@@ -56,7 +57,7 @@ def store(database: Database) -> JobStore:
     return JobStore(database)
 
 
-def submit(store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any) -> Job:
+def submit(store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any) -> JobRecord:
     """A new job of 10 trials, each stage with 3 attempts."""
     job, new = submit_any(store, spec, **changes)
     assert new
@@ -65,7 +66,7 @@ def submit(store: JobStore, spec: Mapping[str, Any] | None = None, **changes: An
 
 def submit_any(
     store: JobStore, spec: Mapping[str, Any] | None = None, **changes: Any
-) -> tuple[Job, bool]:
+) -> tuple[JobRecord, bool]:
     """The same, which may be an earlier job."""
     given = {"name": "job", "first": CALIBRATE, "trials": 10, "max_attempts": 3} | changes
     return store.submit({"trials": 10} if spec is None else spec, **given)
@@ -102,7 +103,7 @@ def islands(store: JobStore, count: int, **changes: Any) -> list[Claim]:
     return [claim(store, s.id) for s in store.get(first.job.id).of_kind(StageKind.SEARCH)]
 
 
-def succeeded(store: JobStore, **changes: Any) -> Job:
+def succeeded(store: JobStore, **changes: Any) -> JobRecord:
     """A job of one island that has its configuration."""
     (search,) = islands(store, 1, **changes)
     store.complete(search, {}, then=[CONFIRM])
@@ -421,7 +422,7 @@ class TestReading:
     def test_walk(self, store: JobStore, limit: int) -> None:
         """Page by page, each job comes once, though new ones arrive meanwhile."""
         made = [submit(store) for _ in range(5)]
-        seen: list[Job] = []
+        seen: list[JobRecord] = []
         while page := store.page(before=seen[-1].number if seen else None, limit=limit):
             seen += page
             submit(store)
@@ -1367,14 +1368,14 @@ class TestResume:
         assert claim(store, taken.stage.id).attempt == 2
 
 
-def at_confirm(store: JobStore) -> Job:
+def at_confirm(store: JobStore) -> JobRecord:
     """A job whose finalists are being chosen."""
     (search,) = islands(store, 1)
     store.complete(search, {}, then=[CONFIRM])
     return claim(store, only(store, search.job.id, StageKind.CONFIRM)).job
 
 
-def at_perplexity(store: JobStore) -> Job:
+def at_perplexity(store: JobStore) -> JobRecord:
     """A job one of whose finalists is being measured."""
     job = at_confirm(store)
     confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
@@ -1384,7 +1385,7 @@ def at_perplexity(store: JobStore) -> Job:
     return claim(store, first.id).job
 
 
-def at_finish(store: JobStore) -> Job:
+def at_finish(store: JobStore) -> JobRecord:
     """A job whose best is being chosen."""
     job = at_confirm(store)
     confirm = claim(store, only(store, job.id, StageKind.CONFIRM))
@@ -1524,7 +1525,7 @@ class TestExtend:
         assert store.get(job.id).trials == 20
 
     @pytest.mark.parametrize("reach", [at_confirm, at_perplexity, at_finish])
-    def test_too_late(self, store: JobStore, reach: Callable[[JobStore], Job]) -> None:
+    def test_too_late(self, store: JobStore, reach: Callable[[JobStore], JobRecord]) -> None:
         """Once the finalists are being chosen, a job is not extended, and stays as it is."""
         job = reach(store)
         before = everything(store)

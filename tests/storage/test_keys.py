@@ -11,11 +11,9 @@ from sqlalchemy import delete, func, select, update
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.keys import KeyStore, NoSuchKey, key_digest
-from storage.listing import JobFilter
-from storage.records import NewStage
-from storage.sessions import SessionStore
-from storage.states import StageKind
+from storage.keys import KeyStore, NoSuchKey, SessionStore, key_digest
+from storage.records import NewStage, StageKind
+from storage.rows import JobFilter
 from storage.tables import configurations, jobs, keys
 
 WEIRD = [

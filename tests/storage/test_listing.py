@@ -9,12 +9,11 @@ import pytest
 from storage.database import Database
 from storage.jobs import JobStore
 from storage.keys import KeyStore
-from storage.listing import SORTS, JobFilter, columns_of, found_columns
-from storage.records import Job, NewStage
-from storage.states import JobState, StageKind
+from storage.records import JobRecord, JobState, NewStage, StageKind
+from storage.rows import SORTS, JobFilter, columns_of, found_columns
 from storage.tables import jobs
 
-Submit = Callable[..., Job]
+Submit = Callable[..., JobRecord]
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def submit(store: JobStore) -> Submit:
         name: str = "job",
         owner_id: uuid.UUID | None = None,
         **spec: Any,
-    ) -> Job:
+    ) -> JobRecord:
         document = {"model": model, "pattern": pattern, "islands": 1, **spec}
         first = NewStage(kind=StageKind.CALIBRATE)
         job, _ = store.submit(
@@ -45,7 +44,7 @@ def submit(store: JobStore) -> Submit:
     return make
 
 
-def measured(store: JobStore, job: Job, **values: float) -> None:
+def measured(store: JobStore, job: JobRecord, **values: float) -> None:
     """Give a job what it is sorted by, as if it had succeeded."""
     with store.database.transaction() as connection:
         connection.execute(jobs.update().where(jobs.c.id == job.id).values(values))
@@ -58,7 +57,7 @@ def test_filters(store: JobStore, submit: Submit) -> None:
     third = submit("org/b", "", name="gamma", patterns=["0.5", "2:4"])
     store.ask(third.id, "pause")
 
-    def listed(**given: Any) -> list[Job]:
+    def listed(**given: Any) -> list[JobRecord]:
         return [job.id for job in store.page(JobFilter(**given))][::-1]  # type: ignore[misc]
 
     assert listed(models=["org/a"]) == [first.id, second.id]

@@ -7,8 +7,7 @@ from contextlib import closing
 import pytest
 from sqlalchemy import text
 
-from storage.database import Database
-from storage.locks import taking_turns
+from storage.database import Database, taking_turns
 
 
 class Stop(Exception):

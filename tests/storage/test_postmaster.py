@@ -18,11 +18,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-import storage.postmaster
+import storage.embedded
 from storage.database import Database
-from storage.embedded import embedded_postgresql, reading_url, running_url
-from storage.postmaster import Postmaster, programs
-from storage.server_user import server_user
+from storage.embedded import (
+    Postmaster,
+    embedded_postgresql,
+    programs,
+    reading_url,
+    running_url,
+    server_user,
+)
 from storage.studies import DatabaseGone, StorageError
 
 SOCKET = ".s.PGSQL.5432"
@@ -234,8 +239,8 @@ class TestOnlyItsOwners:
             shutil.copytree(wheel / "pginstall18" / part, closed / wheel.name / "of18" / part)
         shutil.copytree(f"{wheel}.libs", closed / f"{wheel.name}.libs")
         at = closed / wheel.name / "of18" / "bin"
-        monkeypatch.setattr(storage.postmaster, "programs", lambda: {18: at})
-        monkeypatch.setattr(storage.postmaster, "_COPIES", folder / "copies")
+        monkeypatch.setattr(storage.embedded, "programs", lambda: {18: at})
+        monkeypatch.setattr(storage.embedded, "_COPIES", folder / "copies")
         with embedded_postgresql(folder / "data") as url:
             database = Database(url)
             database.check()

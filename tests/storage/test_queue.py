@@ -12,12 +12,20 @@ from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import delete, func, select, text
 from sqlalchemy.engine import URL, make_url
 
+from storage.claims import Found
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.outcomes import Found
-from storage.queue import TASK, enqueue
-from storage.records import Claim, Job, LostClaim, NewStage, StateConflict
-from storage.states import JobState, StageKind, StageState
+from storage.records import (
+    Claim,
+    JobRecord,
+    JobState,
+    LostClaim,
+    NewStage,
+    StageKind,
+    StageState,
+    StateConflict,
+)
+from storage.rows import TASK, enqueue
 from storage.studies import StorageError
 from storage.tables import jobs
 
@@ -287,13 +295,13 @@ class TestOrder:
 
 def submitted(
     store: JobStore, priority: int, *, kind: StageKind = CALIBRATE, lock: str | None = None
-) -> Job:
+) -> JobRecord:
     """A job whose first stage is in the queue."""
     first = NewStage(kind=kind, lock=lock)
     return store.submit({}, name="n", first=first, trials=1, max_attempts=1, priority=priority)[0]
 
 
-def taken(store: JobStore, job: Job) -> tuple[int, Claim]:
+def taken(store: JobStore, job: JobRecord) -> tuple[int, Claim]:
     """A worker's entry and its claim, after it took the first in the queue, which is the job's."""
     given = fetch(store.database)
     assert given is not None

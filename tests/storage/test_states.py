@@ -7,8 +7,7 @@ from sqlalchemy import select, update
 
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.records import NewStage, StateConflict
-from storage.states import VERBS, JobState, StageKind, StageState, settled
+from storage.records import VERBS, JobState, NewStage, StageKind, StageState, StateConflict, settled
 from storage.tables import events, jobs, stages
 
 # For each verb and state: what the job is then if no worker is busy with it, and if one is.

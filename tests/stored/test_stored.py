@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pho_service.models.bundle_file import read_bundle
-from pho_service.models.recipe_file import read_recipe
+from pho_service.models.saving import read_recipe
 from pho_service.spec.configuration import read_configuration, write_configuration
 from pho_service.spec.job import JobSpec
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pho_service.tuning.correction import Array, Correction, Measured, next_point
+from pho_service.tuning.correction import Array, Correction, MeasuredPoint, next_point
 
 WRONG = np.array([0.15, -0.1, 0.0, 0.05])  # what the proxy does not know, for each number
 
@@ -20,12 +20,14 @@ def truth(point: Array) -> float:
     return float(np.exp(0.8 * np.log(proxies(point[None])[0]) + WRONG @ point))
 
 
-def corrected(count: int, seed: int) -> list[Measured]:
+def corrected(count: int, seed: int) -> list[MeasuredPoint]:
     """A correction that starts from zeros."""
     point = np.zeros(4)
     measured = []
     for number in range(count):
-        measured.append(Measured(point=point, proxy=proxies(point[None])[0], value=truth(point)))
+        measured.append(
+            MeasuredPoint(point=point, proxy=proxies(point[None])[0], value=truth(point))
+        )
         point = next_point(measured, proxies, seed=[seed, number])
     return measured
 
@@ -52,7 +54,7 @@ def test_same_seed_same_points() -> None:
 
 def test_starts_anywhere() -> None:
     """Offsets that were given are where a correction starts: nothing pulls it back to zeros."""
-    start = Measured(point=np.full(4, 3.0), proxy=1.0, value=1.0)
+    start = MeasuredPoint(point=np.full(4, 3.0), proxy=1.0, value=1.0)
 
     found = next_point([start], lambda points: np.ones(len(points)), seed=[0])
 

@@ -16,7 +16,7 @@ from optuna.testing.pytest_samplers import (
 from optuna.trial import TrialState
 
 from pho_service.spec.space import RIA, SearchSpace
-from pho_service.tuning.hill_climb import HillClimbSampler
+from pho_service.tuning.samplers import HillClimbSampler
 
 LINE = {"x": FloatDistribution(0, 1)}
 SPACE = {

@@ -15,11 +15,10 @@ import pytest
 from optuna.samplers import RandomSampler, TPESampler
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.spec.candidate import Candidate
 from pho_service.spec.pattern import Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.tuning.plan import Outcome, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.steps import Candidate
+from pho_service.tuning.plan import Outcome, SearchPlan, SearchRequest
 from pho_service.tuning.result import describe_study
 from pho_service.tuning.search import run_search
 from storage.studies import note_trial, open_storage, open_study

@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from pho_service.tuning.race import (
-    Losses,
-    is_behind,
-    race_looks,
-    race_order,
-    still_racing,
-)
+from pho_service.tuning.finalists import Losses, is_behind, race_looks, race_order, still_racing
 
 WINDOWS, BLOCKS = 16, 8
 MEANS = (3.0, 3.01, 3.02, 3.03, 3.05, 3.08, 3.1, 3.15, 3.2, 3.3, 3.5, 4.0)  # nats a token

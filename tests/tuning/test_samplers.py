@@ -15,7 +15,7 @@ from optuna.testing.pytest_samplers import (
 )
 
 from pho_service.errors import InvalidInput
-from pho_service.spec.samplers import SearchOptions
+from pho_service.spec.objective import SearchOptions
 from pho_service.tuning.samplers import POPULATION, CmaSampler, make_sampler
 
 SPACE = {

@@ -13,14 +13,11 @@ import pytest
 from cmaes import CatCMAwM
 
 from pho_service.errors import InvalidInput, StudyError
-from pho_service.spec.candidate import Candidate
+from pho_service.spec.objective import SAMPLERS
 from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
-from pho_service.tuning.finalists import (
-    finalists,
-)
+from pho_service.spec.steps import Candidate, Steps
+from pho_service.tuning.finalists import finalists
 from pho_service.tuning.plan import Outcome, RatedCandidate, SearchPlan
 from pho_service.tuning.search import run_search
 from storage.studies import once, open_storage, open_study, record_of

@@ -10,14 +10,11 @@ import pytest
 
 from pho_service.errors import InvalidInput
 from pho_service.spec.baselines import reference_methods
-from pho_service.spec.candidate import Candidate
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.samplers import SAMPLERS
-from pho_service.spec.score import Coefficients
+from pho_service.spec.objective import SAMPLERS
+from pho_service.spec.pattern import Coefficients, Pattern
 from pho_service.spec.space import SearchSpace
-from pho_service.spec.steps import Steps
-from pho_service.tuning.plan import Outcome, SearchPlan
-from pho_service.tuning.request import SearchRequest
+from pho_service.spec.steps import Candidate, Steps
+from pho_service.tuning.plan import Outcome, SearchPlan, SearchRequest
 from pho_service.tuning.samplers import CmaSampler
 from pho_service.tuning.search import ranked, run_search
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from sqlalchemy import select, text, update
 
-from pho_service.api.submission import enter
+from pho_service.api.jobs import enter
 from pho_service.errors import PhoError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
@@ -31,22 +31,20 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
 from pho_service.pipeline.bundles import cached_bundle
+from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job
-from pho_service.pipeline.validate import rate_by_all_proxies
 from pho_service.spec.job import JobSpec
-from pho_service.spec.samplers import SAMPLERS
+from pho_service.spec.objective import SAMPLERS
 from pho_service.spec.transfer import TransferSpec
 from pho_service.tuning.validation import qualities, random_candidates
 from storage.database import Database
 from storage.jobs import JobStore
-from storage.records import Claim, Job
-from storage.states import JobState, StageKind, StageState
+from storage.records import Claim, JobRecord, JobState, StageKind, StageState
 from storage.studies import open_storage, study_name
 from storage.tables import stages, workers
-from workers.bundles import BundleStore
 from workers.conductor import Conductor
-from workers.inputs import Inputs
+from workers.inputs import BundleStore, WorkerInputs
 from workers.watch import Turns
 
 PATIENCE_S = 240.0  # then a test fails
@@ -274,14 +272,14 @@ class Crew:
             for w in self.store.workers(alive_s=float(SETTINGS["PHO_STALLED_AFTER_S"]))
         }
 
-    def submit(self, spec: JobSpec | TransferSpec) -> Job:
+    def submit(self, spec: JobSpec | TransferSpec) -> JobRecord:
         """As the API does."""
         return enter(self.store, spec)
 
-    def wait(self, job: Job, *states: JobState) -> Job:
+    def wait(self, job: JobRecord, *states: JobState) -> JobRecord:
         """The job once it is in one of these states, or over."""
 
-        def settled() -> Job | None:
+        def settled() -> JobRecord | None:
             now = self.store.get(job.id)
             return now if now.state in states or now.state.is_over else None
 
@@ -289,13 +287,13 @@ class Crew:
         assert found is not None
         return found
 
-    def succeeded(self, job: Job) -> Job:
+    def succeeded(self, job: JobRecord) -> JobRecord:
         """The job once it has succeeded."""
         found = self.wait(job)
         assert found.state is JobState.SUCCEEDED, (found.error, self.logs())
         return found
 
-    def done(self, spec: JobSpec | TransferSpec) -> Job:
+    def done(self, spec: JobSpec | TransferSpec) -> JobRecord:
         """Submit a job that must succeed."""
         return self.succeeded(self.submit(spec))
 
@@ -306,7 +304,7 @@ class Crew:
         assert found.error is not None
         return found.error
 
-    def busy(self, job: Job, kind: StageKind, *, done: int = 0, attempt: int = 1) -> int:
+    def busy(self, job: JobRecord, kind: StageKind, *, done: int = 0, attempt: int = 1) -> int:
         """The process that works on a stage of this kind, once it has ``done`` trials."""
 
         def look() -> int | None:
@@ -320,7 +318,7 @@ class Crew:
         assert process is not None
         return process
 
-    def _worker_of(self, job: Job, kind: StageKind, done: int, attempt: int) -> int | None:
+    def _worker_of(self, job: JobRecord, kind: StageKind, done: int, attempt: int) -> int | None:
         query = (
             select(workers.c.name)
             .join(stages, stages.c.worker_id == workers.c.id)
@@ -339,7 +337,7 @@ class Crew:
     @contextmanager
     def frozen(
         self,
-        job: Job,
+        job: JobRecord,
         kind: StageKind,
         *,
         done: int = 0,
@@ -372,7 +370,7 @@ class Crew:
                     os.kill(process, signal.SIGCONT)
             time.sleep(0.003)
 
-    def kill(self, job: Job, kind: StageKind, **moment: Any) -> int:
+    def kill(self, job: JobRecord, kind: StageKind, **moment: Any) -> int:
         """kill -9 the process that works on a stage, at the moment that :meth:`frozen` takes."""
         with self.frozen(job, kind, **moment) as process:
             os.kill(process, signal.SIGKILL)
@@ -395,7 +393,7 @@ class Crew:
         with self.database.transaction() as connection:
             return bool(connection.execute(query).scalar())
 
-    def between_trials(self, job: Job) -> bool:
+    def between_trials(self, job: JobRecord) -> bool:
         """Whether one transaction rests, and a part of a generation is recorded for good."""
         query = text(
             "SELECT (SELECT count(*) FROM optuna.trials JOIN optuna.studies USING (study_id)"
@@ -407,7 +405,7 @@ class Crew:
         of_generation = (recorded - BASELINES) % SAMPLERS["cmaes"]
         return bool(recorded > BASELINES and of_generation and resting == 1)
 
-    def queued(self, job: Job) -> list[str]:
+    def queued(self, job: JobRecord) -> list[str]:
         """The states of a job's entries in the queue."""
         query = text(
             "SELECT status::text FROM procrastinate.procrastinate_jobs entry "
@@ -417,7 +415,7 @@ class Crew:
         with self.database.transaction() as connection:
             return list(connection.execute(query, {"job": job.id}).scalars())
 
-    def trials(self, job: Job) -> list[Trials]:
+    def trials(self, job: JobRecord) -> list[Trials]:
         """What the studies of all islands hold."""
         islands = range(JobSpec.model_validate(job.spec).islands)
         with open_storage(self.database.studies_url) as storage:
@@ -569,10 +567,10 @@ def _searched(spec: JobSpec, folder: Path) -> Undisturbed:
 
 
 @pytest.fixture
-def found() -> Callable[[Job], dict[str, Any]]:
+def found() -> Callable[[JobRecord], dict[str, Any]]:
     """A job's configuration as `pho search` writes it: but for the name of the study."""
 
-    def strip(job: Job) -> dict[str, Any]:
+    def strip(job: JobRecord) -> dict[str, Any]:
         configuration = job.best
         assert configuration is not None
         search = {k: v for k, v in configuration["search"].items() if k != "study"}
@@ -596,7 +594,7 @@ class Hand:
         self.bundles = folder.parent / "bundles"
         self.inputs = self.new_inputs()
 
-    def new_inputs(self) -> Inputs:
+    def new_inputs(self) -> WorkerInputs:
         """Those of a worker that has nothing in memory."""
         access = Access(
             model_roots=(self.folder,), text_roots=(self.folder,), hub_models=("*",),
@@ -604,20 +602,20 @@ class Hand:
         )  # fmt: skip
         place = str(self.bundles)
         pruned = PrunedStore(place, self.bundles)
-        return Inputs(access, BundleStore(place, self.bundles), pruned, torch.device("cpu"))
+        return WorkerInputs(access, BundleStore(place, self.bundles), pruned, torch.device("cpu"))
 
-    def submit(self, spec: JobSpec | TransferSpec) -> Job:
+    def submit(self, spec: JobSpec | TransferSpec) -> JobRecord:
         """As the API does."""
         return enter(self.store, spec)
 
-    def waiting(self, job: Job) -> list[Any]:
+    def waiting(self, job: JobRecord) -> list[Any]:
         """The stages that could be begun now."""
         return [
             s for s in self.store.get(job.id).stages
             if s.state in (StageState.WAITING, StageState.RUNNING)
         ]  # fmt: skip
 
-    def take(self, job: Job, number: int | None = None) -> Claim:
+    def take(self, job: JobRecord, number: int | None = None) -> Claim:
         """Claim the first stage that could be begun now, or the first with a number."""
         stage = next(s for s in self.waiting(job) if number in (None, s.number))
         with self.store.database.transaction() as connection:
@@ -627,7 +625,7 @@ class Hand:
         assert claim is not None
         return claim
 
-    def step(self, job: Job) -> None:
+    def step(self, job: JobRecord) -> None:
         """Do the next stage; if it fails, the job has failed."""
         claim = self.take(job)
         try:
@@ -637,13 +635,13 @@ class Hand:
             self.store.fail(claim, described, retry=False)
             raise
 
-    def until(self, job: Job, kind: StageKind | None) -> Job:
+    def until(self, job: JobRecord, kind: StageKind | None) -> JobRecord:
         """Do what comes before the first stage of a kind; None: everything."""
         while (waiting := self.waiting(job)) and waiting[0].kind is not kind:
             self.step(job)
         return self.store.get(job.id)
 
-    def done(self, spec: JobSpec | TransferSpec) -> Job:
+    def done(self, spec: JobSpec | TransferSpec) -> JobRecord:
         """Submit a job that must succeed."""
         job = self.until(self.submit(spec), None)
         assert job.state is JobState.SUCCEEDED
@@ -651,7 +649,7 @@ class Hand:
 
     def edit(
         self,
-        job: Job,
+        job: JobRecord,
         kind: StageKind,
         change: Callable[[dict[str, Any]], None],
         number: int | None = None,

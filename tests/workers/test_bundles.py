@@ -18,9 +18,9 @@ from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
 from pho_service.progress import silent
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.sums import Sums
+from pho_service.pruning.statistics import Sums
 from pho_service.spec.calibration import CalibrationSettings
-from workers.bundles import BundleStore
+from workers.inputs import BundleStore
 
 SETTINGS = CalibrationSettings(
     samples=6, context_length=32, rows_per_layer=4, projection_rows=16, kernel_sizes=(3, 5)
@@ -197,7 +197,7 @@ def test_late_shard(
 ) -> None:
     """A shard whose folder has been removed, since the bundle is made, is no error."""
     store = worker("a")
-    monkeypatch.setattr("workers.bundles.write_sums", fail)
+    monkeypatch.setattr("workers.inputs.write_sums", fail)
     with pytest.raises(OutputError, match="no such folder"):
         store.keep_sums(source.key, 1, sums)
     source.ensure(store)

@@ -11,7 +11,7 @@ from pho_service.models.calibration import calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.bundles import bundle_path, cached_bundle
-from storage.states import JobState, StageKind, StageState
+from storage.records import JobState, StageKind, StageState
 
 SHARED = "import pho_service.spec; pho_service.spec.calibration.SHARDED_FROM = 1\n"
 
@@ -20,7 +20,7 @@ NOTED = """
 import os, time
 import {module} as module
 from storage.jobs import JobStore
-from workers.bundles import BundleStore
+from workers.inputs import BundleStore
 
 def note(line):
     with open("{notes}", "a") as file:
@@ -44,7 +44,7 @@ module.{function}, BundleStore.ensure, JobStore.share = noted, enter, share
 """
 DEADLY = """
 import os, signal
-import workers.calibrations as module
+import workers.pieces as module
 
 def measure(model, text, settings, number, progress, real=module.measure_shard):
     if number == 2 and not os.path.exists("{flag}"):
@@ -135,7 +135,7 @@ def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
 @pytest.mark.parametrize(
     ("before", "module", "function"),
     [
-        (SHARED, "workers.calibrations", "measure_shard"),
+        (SHARED, "workers.pieces", "measure_shard"),
         ("", "pho_service.pipeline.bundles", "calibrate"),
     ],
     ids=["in shards", "whole"],

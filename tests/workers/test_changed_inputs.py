@@ -14,12 +14,11 @@ from sqlalchemy import select
 
 from pho_service.errors import ChangedInput
 from pho_service.models.loading import load_model
-from pho_service.models.overlap import apart
+from pho_service.models.texts import apart
 from pho_service.pipeline.rating import measure
 from pho_service.spec.transfer import TransferRequest, TransferSpec
-from storage.outcomes import Entry
-from storage.records import LostClaim
-from storage.states import JobState, StageKind
+from storage.claims import Entry
+from storage.records import JobState, LostClaim, StageKind
 from storage.tables import stages
 
 COMMITS = ("a" * 40, "b" * 40)

@@ -14,11 +14,10 @@ from pretended_machine import Cards
 from pho_service.errors import DeviceLost, InvalidInput
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
-from pho_service.host.faults import faults_told
+from pho_service.host.machine import faults_told
 from pho_service.spec.job import JobSpec
-from workers.bundles import BundleStore
-from workers.devices import take_device
-from workers.inputs import Inputs
+from workers.inputs import BundleStore, WorkerInputs
+from workers.process import take_device
 
 Machine = Callable[..., None]
 
@@ -163,7 +162,7 @@ def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) 
     access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
     bundles = BundleStore(str(root / "bundles"), root / "bundles")
     pruned = PrunedStore(str(root / "bundles"), root / "bundles")
-    inputs = Inputs(access, bundles, pruned, pretended_gpus[0].device, spread=True)
+    inputs = WorkerInputs(access, bundles, pruned, pretended_gpus[0].device, spread=True)
     spec = JobSpec.model_validate({"model": "model", "pattern": "0.5"})
     spread = inputs.model(spec).devices
     streamed = inputs.model(spec.model_copy(update={"stream": True})).devices

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 from storage.studies import DatabaseGone
 from workers.worker import WorkerOptions, _Worker
 

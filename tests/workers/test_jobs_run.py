@@ -20,7 +20,7 @@ from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
 from pho_service.pipeline.bundles import bundle_path
 from pho_service.spec.job import island_seed
-from storage.states import JobState, StageKind, StageState
+from storage.records import JobState, StageKind, StageState
 
 TRIALS = 200
 LONG = 400  # trials; many seconds

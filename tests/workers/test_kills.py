@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import text
 
 from storage.database import Database
-from storage.postmaster import Postmaster
-from storage.states import JobState, StageKind
+from storage.embedded import Postmaster
+from storage.records import JobState, StageKind
 
 TRIALS = 60
 LONG = 600  # trials; long enough to be waited for

@@ -7,16 +7,15 @@ import pytest
 from optuna_dashboard import get_note
 
 from pho_service.api.describe import describe
+from pho_service.shown.page import trials_of
 from pho_service.shown.report import Report
-from pho_service.shown.study import trials_of
 from pho_service.spec.configuration import Configuration
 from pho_service.tuning.result import chosen_in
-from storage.records import Job
-from storage.states import REFERENCES, StageKind
+from storage.records import REFERENCE_NUMBERS, JobRecord, StageKind
 from storage.studies import open_storage, study_name
 
 
-def studies(hand: Any, job: Job) -> list[optuna.Study]:
+def studies(hand: Any, job: JobRecord) -> list[optuna.Study]:
     """Of all islands, with what they say read already."""
     found = []
     with open_storage(hand.store.database.studies_url) as storage:
@@ -31,12 +30,12 @@ def studies(hand: Any, job: Job) -> list[optuna.Study]:
     return found
 
 
-def measured(job: Job) -> dict[int, float]:
+def measured(job: JobRecord) -> dict[int, float]:
     """The perplexities of a job by trial."""
     return {
         s.number: s.result["perplexity"]
         for s in job.of_kind(StageKind.PERPLEXITY)
-        if s.result and s.number < REFERENCES
+        if s.result and s.number < REFERENCE_NUMBERS
     }
 
 

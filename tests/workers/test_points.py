@@ -8,17 +8,16 @@ import pytest
 from optuna.trial import create_trial
 
 from pho_service.errors import InvalidInput, TargetMissed
-from pho_service.tuning.pareto import add_point
+from pho_service.tuning.search import add_point
 from storage.jobs import JobStore
-from storage.records import Claim, Job, LostClaim, NewStage
-from storage.states import JobState, StageKind
+from storage.records import Claim, JobRecord, JobState, LostClaim, NewStage, StageKind
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 from workers.conductor import pareto_of_job
 
 TARGET = {"perplexity_rise": 0.02, "step": 0.2, "lowest": 0.1, "highest": 0.9}
 
 
-def found(job: Job) -> list[dict[str, Any]]:
+def found(job: JobRecord) -> list[dict[str, Any]]:
     """What the points have stored, without what differs from job to job."""
     return [
         {
@@ -36,7 +35,7 @@ def without_study(configuration: dict[str, Any]) -> dict[str, Any]:
     return {**configuration, "search": search}
 
 
-def assert_pareto(store: JobStore, job: Job) -> None:
+def assert_pareto(store: JobStore, job: JobRecord) -> None:
     """The Pareto study has each finished trial of each point once, with its sparsity."""
     with open_storage(store.database.studies_url) as storage:
         pareto = optuna.load_study(study_name=pareto_study_name(job.name), storage=storage)
@@ -174,7 +173,7 @@ def claims(hand: Any, small: Any) -> list[Claim]:
 
 def test_at_once(hand: Any, claims: list[Claim], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers whose points end at the same time make one Pareto study, which has both."""
-    monkeypatch.setattr("pho_service.tuning.pareto._AT_ONCE", 3)
+    monkeypatch.setattr("pho_service.tuning.search._AT_ONCE", 3)
     together = Barrier(2, timeout=60)
     failed: list[BaseException] = []
 

@@ -20,11 +20,10 @@ from pho_service.pipeline.prune import prune_job
 from pho_service.progress import silent
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.job import JobSpec
-from storage.pruned import ask_to_prune, note_removed
-from storage.records import LostClaim
-from storage.states import JobState, StageKind
+from storage.jobs import ask_to_prune, note_removed
+from storage.records import JobState, LostClaim, StageKind
 from storage.tables import jobs
-from workers.seal import Seal
+from workers.inputs import Seal
 
 _begun: list[Any] = []
 
@@ -81,7 +80,7 @@ def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(SystemExit):
             hand.step(job)
     written = sums(folder_of(hand, job))
-    monkeypatch.setattr("workers.pruning.prune_job", _killed)
+    monkeypatch.setattr("workers.pieces.prune_job", _killed)
     hand.step(job)
     found = hand.store.get(job.id)
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pho_service.cli import main
 from pho_service.errors import ChangedInput, InvalidInput
-from pho_service.models import task_files
-from pho_service.models.kept_blocks import KeptBlocks
+from pho_service.models import tasks as task_files
+from pho_service.models.scratch import KeptBlocks
 from pho_service.shown.tables import tasks_table
 from pho_service.spec.configuration import Configuration
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 from workers.__main__ import chosen_kinds
 
 pytest.importorskip("lm_eval", reason="it is not installed: see extra eval")

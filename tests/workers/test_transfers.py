@@ -18,7 +18,7 @@ from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage.configurations import ConfigurationStore
-from storage.states import JobState, StageKind
+from storage.records import JobState, StageKind
 
 
 @pytest.fixture(autouse=True)

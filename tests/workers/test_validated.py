@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pho_service.tuning import validation
-from storage.states import VALIDATION, JobState, StageKind
+from storage.records import VALIDATION, JobState, StageKind
 
 ASKED = {"validation": {"candidates": 8}}
 DOUBT = "The proxy does not rank."

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from storage.records import LostClaim
-from storage.states import JobState, StageKind
+from storage.records import JobState, LostClaim, StageKind
 from storage.studies import DatabaseGone
 from workers.watch import HandBack, TurnOver, Turns, Watch
 

@@ -1,0 +1,649 @@
+"""
+A Python client of the service: requests, refusals in words, and waiting where it is asked to.
+"""
+
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import httpx_sse
+from httpx_sse import EventSource, connect_sse
+from pydantic import BaseModel, ValidationError
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_before_delay,
+)
+from tenacity.wait import wait_exponential
+
+from pho_service.api.answers import (
+    ArtifactList,
+    ConfigurationMatch,
+    ConfigurationMatches,
+    Job,
+    JobPage,
+    PlanAnswer,
+    Problem,
+    Trial,
+    TrialPage,
+    Worker,
+    WorkerList,
+)
+from pho_service.errors import InvalidInput, ServiceError, ServiceUnavailable
+from pho_service.host.download import File, bar, pull
+from pho_service.host.settings import read_settings
+from pho_service.library import LibraryFile, TransferFile, parse_library_file
+from pho_service.progress import empty_bars
+from pho_service.spec.configuration import Configuration
+
+# How the client talks to a service: requests, refusals in words, and waiting where it is asked to.
+_PATIENCE_S = 120.0  # with a service that is asked too often
+
+_SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,35}")  # the beginning of an id
+_MOST_NAMED = 3  # jobs whose ids begin alike
+
+
+class Connection:
+    """
+    Requests to one service. Errors are ServiceError; an outage is ServiceUnavailable.
+
+    Args:
+        url, key, timeout_s: As of :class:`~pho_service.client.Client`.
+    """
+
+    def __init__(self, url: str | None, key: str | None, timeout_s: float) -> None:
+        settings = read_settings(api_url=url, api_key=key)
+        secret = settings.api_key.get_secret_value() if settings.api_key else None
+        if secret and not (secret.isascii() and secret.isprintable()):
+            raise InvalidInput(
+                "the key has characters that no key has. Copy it again from where `pho keys "
+                "create` printed it."
+            )
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        self.url = settings.api_url.rstrip("/")
+        try:
+            self._http = httpx.Client(
+                base_url=f"{self.url}/v1",
+                headers=headers,
+                timeout=timeout_s,
+                transport=httpx.HTTPTransport(retries=2),
+            )
+        except httpx.InvalidURL as error:
+            raise InvalidInput(
+                f"the service's URL {self.url!r} is not understood: {error}. Write "
+                "http://127.0.0.1:8000, say."
+            ) from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def job_path(self, given: uuid.UUID | str, rest: str = "") -> str:
+        """
+        The path of a job, or of what is below it.
+
+        Args:
+            given: Its id; the beginning of it is enough if no other job's id begins so.
+            rest: What follows the id.
+
+        Raises:
+            InvalidInput: It is none, no job's id begins so, or those of several do.
+        """
+        begins = str(given)
+        if not _SHORT_ID.fullmatch(begins) or len(begins.replace("-", "")) == 32:
+            return f"/jobs/{path_id(given)}{rest}"
+        params = {"id": begins, "page_size": _MOST_NAMED + 1}
+        found = read(JobPage, self.request("GET", "/jobs", params=params)).jobs
+        if not found:
+            raise InvalidInput(
+                f"no job's id begins with {begins!r}. `pho jobs` shows the ids of all."
+            )
+        if len(found) > 1:
+            named = ", ".join(f"{job.id} ({job.name})" for job in found[:_MOST_NAMED])
+            more = ", and more" if len(found) > _MOST_NAMED else ""
+            raise InvalidInput(
+                f"the ids of several jobs begin with {begins!r}: {named}{more}. Give more of it."
+            )
+        return f"/jobs/{found[0].id}{rest}"
+
+    @contextmanager
+    def part(self, path: str, file: File, first: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
+        """The bytes of a file from the first that is missing; whether they begin there."""
+        etag = f'"{file.sha256}"'
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={first}-", "If-Range": etag} if first else {}
+        try:
+            url = f"{path}/{quote(file.name)}"
+            with self._http.stream("GET", url, headers=headers) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _refused(answer)
+                yield answer.status_code == 206, answer.iter_raw()
+        except httpx.TransportError as error:
+            raise self.unreachable(error) from error
+
+    def stream(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
+        """A stream of events, which is open until the stack ends."""
+        return _retrying()(self._stream_once, stack, path, headers)
+
+    def _stream_once(self, stack: ExitStack, path: str, headers: dict[str, str]) -> EventSource:
+        request = connect_sse(self._http, "GET", path, headers=headers, timeout=None)
+        with ExitStack() as refused:
+            source = refused.enter_context(request)
+            if not source.response.is_success:
+                source.response.read()
+                raise _refused(source.response)
+            stack.push(refused.pop_all())
+        return source
+
+    def request(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """
+        The answer to a request.
+
+        Args:
+            method: HTTP method.
+            path: Below ``/v1``.
+            more: As of ``httpx.Client.request``.
+
+        Raises:
+            ServiceError: The service says no, or cannot be reached.
+        """
+        return _retrying()(self._request_once, method, path, **more)
+
+    def _request_once(self, method: str, path: str, **more: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **more)
+        except httpx.TransportError as error:
+            raise self.unreachable(error) from error
+        if not answer.is_success:
+            raise _refused(answer)
+        return answer
+
+    def unreachable(self, error: httpx.TransportError) -> ServiceUnavailable:
+        """What is raised where the service is away."""
+        return ServiceUnavailable(
+            f"the service at {self.url} cannot be reached: {error}. Start it with `pho serve`, or "
+            "set PHO_API_URL."
+        )
+
+
+def _retrying() -> Retrying:
+    """Again, when it may be, what was refused because it came too soon: nothing was done of it."""
+    return Retrying(
+        retry=retry_if_exception(_is_too_soon),
+        wait=_as_told,
+        stop=stop_before_delay(_PATIENCE_S),
+        sleep=time.sleep,
+        reraise=True,
+    )
+
+
+def _is_too_soon(error: BaseException) -> bool:
+    return isinstance(error, ServiceError) and error.code == "too_many_requests"
+
+
+def _as_told(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    told = error.retry_after_s if isinstance(error, ServiceError) else None
+    return 1.0 if told is None else told
+
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def read(kind: type[Answer], answer: httpx.Response) -> Answer:
+    """
+    Return what an answer says.
+
+    Raises:
+        ServiceError: It is not what PHO answers.
+    """
+    try:
+        return kind.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise no_pho() from error
+
+
+def no_pho() -> ServiceError:
+    """What is raised where somebody else answers."""
+    return ServiceError(
+        "the answer is not one that PHO gives: something else listens there, or a service of "
+        "another version. Check PHO_API_URL.",
+        code="unknown",
+    )
+
+
+def path_id(given: uuid.UUID | str, thing: str = "a job", verb: str = "jobs") -> str:
+    """
+    An id for a path.
+
+    Raises:
+        InvalidInput: It is none; says which verb lists those that there are.
+    """
+    try:
+        return str(uuid.UUID(str(given)))
+    except ValueError:
+        raise InvalidInput(
+            f"{str(given)!r} is not {thing}'s id. `pho {verb}` shows the ids of all."
+        ) from None
+
+
+def _refused(answer: httpx.Response) -> ServiceError:
+    try:
+        problem = Problem.model_validate_json(answer.content)
+    except ValidationError:  # a proxy's page, or no service of ours
+        problem = Problem(
+            title="", status=answer.status_code, detail=f"HTTP {answer.status_code}", code="unknown"
+        )
+    lines = [problem.detail]
+    if len(problem.errors or ()) > 1:
+        lines = [f"{e.pointer or e.parameter}: {e.detail}" for e in problem.errors or ()]
+    kind = ServiceUnavailable if problem.status in (502, 503, 504) else ServiceError
+    told = answer.headers.get("Retry-After", "")
+    return kind(
+        "\n".join(lines),
+        status=problem.status,
+        code=problem.code,
+        retry_after_s=float(told) if told.isdecimal() and len(told) < 10 else None,
+    )
+
+
+# A Python client of the service.
+_OUTAGE_S = 300.0  # that waiting for a job bears
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """
+    Something that happened to a job.
+
+    Attributes:
+        id: Give it to :meth:`Client.events` to go on after it.
+        kind: ``state``, ``stage``, ``progress`` or ``retry``.
+        data: JSON values.
+    """
+
+    id: int
+    kind: str
+    data: dict[str, Any]
+
+
+class Client:
+    """
+    Talks to one service. Errors are ServiceError; an outage is ServiceUnavailable.
+
+    Where the service says that it is asked too often, the request is sent again when it may be.
+
+    Args:
+        url: URL of the service; ``PHO_API_URL`` by default, or this machine.
+        key: ``PHO_API_KEY`` by default.
+        timeout_s: Time limit of one request.
+    """
+
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, timeout_s: float = 30.0
+    ) -> None:
+        self._service = Connection(url, key, timeout_s)
+
+    @property
+    def url(self) -> str:
+        """Address of the service."""
+        return self._service.url
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._service.close()
+
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
+        """
+        Submit a job document; docs/service.md describes it.
+
+        Args:
+            spec: At least ``model``, and ``pattern``, ``patterns`` or ``target``.
+            idempotency_key: The same twice makes one job. By default a fresh
+                one, so that a request that is repeated after an outage makes no second job.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        try:
+            answer = self._service.request("POST", "/jobs", json=dict(spec), headers=headers)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidInput(f"the job document cannot be sent as JSON: {error}.") from error
+        return read(Job, answer)
+
+    def job(self, job_id: uuid.UUID | str) -> Job:
+        """A job with its progress."""
+        return read(Job, self._service.request("GET", self._service.job_path(job_id)))
+
+    def jobs(
+        self,
+        states: Sequence[str] = (),
+        *,
+        models: Sequence[str] = (),
+        patterns: Sequence[str] = (),
+        name: str | None = None,
+        sort: str | None = None,
+    ) -> Iterator[Job]:
+        """
+        All jobs for which everything holds that is given, page by page.
+
+        Args:
+            states: They are in one of these.
+            models: They are for one of these.
+            patterns: They have one of these; ``target`` has those that look for one.
+            name: It is in their name, or their id begins with it.
+            sort: As ``GET /v1/jobs`` takes it, such as ``rise`` or ``-gain``; None is newest first.
+        """
+        params: dict[str, Any] = {"state": [*states], "model": [*models], "pattern": [*patterns]}
+        params |= {key: value for key, value in (("name", name), ("sort", sort)) if value}
+        while True:
+            answer = self._service.request("GET", "/jobs", params=params)
+            page = read(JobPage, answer)
+            yield from page.jobs
+            if page.next_page_token is None:
+                return
+            params["page_token"] = page.next_page_token
+
+    def trials(self, job_id: uuid.UUID | str, *, island: int = 0) -> Iterator[Trial]:
+        """The trials of an island by number, page by page."""
+        params: dict[str, Any] = {"island": island}
+        while True:
+            answer = self._service.request(
+                "GET", self._service.job_path(job_id, "/trials"), params=params
+            )
+            page = read(TrialPage, answer)
+            yield from page.trials
+            if page.next_page_token is None:
+                return
+            params["page_token"] = page.next_page_token
+
+    def best(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Configuration:
+        """
+        The best configuration of a job that has one.
+
+        Args:
+            job_id: Which.
+            pattern: One of a job with several; of a target, None is the answer.
+        """
+        path = self._service.job_path(job_id, "/best")
+        return read(Configuration, self._service.request("GET", path, params=_at(pattern)))
+
+    def report(self, job_id: uuid.UUID | str) -> str:
+        """A job as one page of HTML that needs no network; of any job in any state."""
+        answer = self._service.request("GET", self._service.job_path(job_id, "/report"))
+        if "PHO report</title>" not in answer.text:
+            raise no_pho()
+        return answer.text
+
+    def events(self, job_id: uuid.UUID | str, *, after: int = 0) -> Iterator[Event]:
+        """What happens to a job, from the event after ``after`` to the end of the job."""
+        headers = {"Last-Event-ID": str(after)} if after else {}
+        path = self._service.job_path(job_id, "/events")
+        try:
+            with ExitStack() as stack:
+                source = self._service.stream(stack, path, headers)
+                for event in source.iter_sse():
+                    try:
+                        found = Event(id=int(event.id), kind=event.event, data=event.json())
+                    except ValueError as error:
+                        raise no_pho() from error
+                    yield found
+        except httpx_sse.SSEError as error:
+            raise no_pho() from error
+        except httpx.TransportError as error:
+            raise self._service.unreachable(error) from error
+
+    def cancel(self, job_id: uuid.UUID | str) -> Job:
+        """Cancel a job for good."""
+        return self._verb(job_id, "cancel")
+
+    def pause(self, job_id: uuid.UUID | str) -> Job:
+        """Pause a job."""
+        return self._verb(job_id, "pause")
+
+    def resume(self, job_id: uuid.UUID | str) -> Job:
+        """Continue a job that is paused or has failed."""
+        return self._verb(job_id, "resume")
+
+    def prune(self, job_id: uuid.UUID | str, *, pattern: str | None = None) -> Job:
+        """
+        Have the pruned model of a search written; asked again, nothing is done twice.
+
+        Args:
+            job_id: Which.
+            pattern: One of a job with several; of a target, None is the answer.
+        """
+        return self._verb(job_id, "prune", params=_at(pattern))
+
+    def artifacts(self, job_id: uuid.UUID | str) -> ArtifactList:
+        """The files of a job's pruned model."""
+        return read(
+            ArtifactList, self._service.request("GET", self._service.job_path(job_id, "/artifacts"))
+        )
+
+    def pull(
+        self, job_id: uuid.UUID | str, folder: str | Path, *, show_progress: bool = False
+    ) -> Path:
+        """
+        Download the pruned model of a job, and check every file by its hash.
+
+        A download that was cut goes on, now or when this is called again: what is there already
+        is in ``.NAME.pull`` beside the folder until it is whole.
+
+        Args:
+            job_id: Which.
+            folder: New or empty.
+            show_progress: Draw a bar on stderr.
+
+        Raises:
+            OutputError: The folder is in use, or cannot be written.
+            ServiceError: There is no pruned model, or a file is not what the service says it is.
+        """
+        files = self.artifacts(job_id).files
+        path = self._service.job_path(job_id, "/artifacts")
+        with bar("Downloading", sum(f.bytes for f in files), shown=show_progress) as advance:
+            return pull(files, Path(folder), partial(self._service.part, path), advance)
+
+    def extend(self, job_id: uuid.UUID | str, *, trials: int) -> Job:
+        """Give each island of a search more trials."""
+        return self._verb(job_id, "extend", {"trials": trials})
+
+    def transfer(
+        self,
+        job_id: uuid.UUID | str,
+        models: Sequence[str],
+        *,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """
+        Measure what a job has found on other models; gives the job that does it.
+
+        Args:
+            job_id: Id of the search.
+            models: Hub ids, or paths that the workers see.
+            pattern: Pattern of a job with several, as for :meth:`best`.
+            idempotency_key: As for :meth:`submit`.
+            options: Other fields of the document: ``report``, ``search``, ``notify`` and the like.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        document = {"models": [*models], **options}
+        answer = self._service.request(
+            "POST",
+            self._service.job_path(job_id, ":transfer"),
+            json=document,
+            headers=headers,
+            params=_at(pattern),
+        )
+        return read(Job, answer)
+
+    def transferred(self, job_id: uuid.UUID | str) -> TransferFile:
+        """What a transfer has measured so far."""
+        return read(
+            TransferFile, self._service.request("GET", self._service.job_path(job_id, "/transfer"))
+        )
+
+    def delete(self, job_id: uuid.UUID | str) -> None:
+        """Delete a job that is over or paused."""
+        self._service.request("DELETE", self._service.job_path(job_id))
+
+    def configurations(
+        self,
+        *,
+        pattern: str | None = None,
+        scope: str | None = None,
+        family: str | None = None,
+        parameters: int | None = None,
+        limit: int = 10,
+    ) -> list[ConfigurationMatch]:
+        """The configurations of the library that are likely to be good, best first."""
+        asked = {"pattern": pattern, "scope": scope, "family": family, "parameters": parameters}
+        params: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
+        answer = self._service.request("GET", "/configurations", params={**params, "limit": limit})
+        return read(ConfigurationMatches, answer).configurations
+
+    def import_configuration(self, file: LibraryFile) -> ConfigurationMatch:
+        """Add a configuration that was found elsewhere to the library."""
+        document = file.to_dict("import")
+        return read(
+            ConfigurationMatch, self._service.request("POST", "/configurations", json=document)
+        )
+
+    def export_configuration(self, configuration_id: uuid.UUID | str) -> LibraryFile:
+        """A configuration of the library, with what it was worth elsewhere."""
+        path = f"/configurations/{path_id(configuration_id, 'a configuration', 'configurations')}"
+        answer = self._service.request("GET", path)
+        try:
+            return parse_library_file(answer.json(), f"{self.url}/v1{path}")
+        except ValueError as error:
+            raise no_pho() from error
+
+    def delete_configuration(self, configuration_id: uuid.UUID | str) -> None:
+        """Take a configuration out of the library."""
+        path = path_id(configuration_id, "a configuration", "configurations")
+        self._service.request("DELETE", f"/configurations/{path}")
+
+    def plan(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        card: str | None = None,
+        device_memory: int | None = None,
+        main_memory: int | None = None,
+    ) -> PlanAnswer:
+        """
+        What a job would take, before it is submitted.
+
+        Args:
+            spec: The document of the job.
+            card: ``H100``, ``A100``, ``cpu`` and others; the service's default if None.
+            device_memory: Bytes of that card, if it has others than usual.
+            main_memory: Bytes of main memory.
+        """
+        asked = {"card": card, "device_memory": device_memory, "main_memory": main_memory}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return read(
+            PlanAnswer, self._service.request("POST", "/plan", json=dict(spec), params=params)
+        )
+
+    def workers(self) -> list[Worker]:
+        """The workers that reported lately."""
+        return read(WorkerList, self._service.request("GET", "/workers")).workers
+
+    def wait(
+        self,
+        job_id: uuid.UUID | str,
+        *,
+        timeout_s: float | None = None,
+        show_progress: bool = True,
+    ) -> Job:
+        """
+        Wait until a job is over. Outages of up to five minutes are waited out.
+
+        Args:
+            job_id: Which.
+            timeout_s: Give up after so long.
+            show_progress: Draw bars on stderr.
+
+        Raises:
+            TimeoutError: The job is not over after ``timeout_s``; it goes on.
+            ServiceError: The service says no, or is away for too long.
+        """
+        patience_s = _OUTAGE_S if timeout_s is None else min(_OUTAGE_S, timeout_s)
+        patient = Retrying(
+            retry=retry_if_exception_type(ServiceUnavailable),
+            wait=wait_exponential(multiplier=0.5, max=10),
+            stop=stop_before_delay(patience_s),
+            reraise=True,
+        )
+        began = time.monotonic()
+        with empty_bars(shown=show_progress) as bars:
+            search = bars.add_task("queued", total=None)
+            confirmation = bars.add_task("perplexities", total=None, visible=False)
+            while True:
+                job = patient(self.job, job_id)
+                done = job.progress
+                completed, total = done.trials_done, done.trials
+                if job.kind == "transfer":
+                    completed, total = done.models_done, done.models
+                elif job.stage == "calibrate" and done.shards:
+                    completed, total = done.shards_done, done.shards
+                elif job.stage != "search" and done.step is not None:
+                    completed, total = done.step.done, done.step.steps
+                bars.update(
+                    search,
+                    completed=completed,
+                    total=total,
+                    description=f"{job.state}, {job.stage or 'waiting'}",
+                )  # fmt: skip
+                if done.points:
+                    bars.update(
+                        confirmation, completed=done.points_done, total=done.points,
+                        description="patterns", visible=True,
+                    )  # fmt: skip
+                if done.perplexities:
+                    bars.update(
+                        confirmation, completed=done.perplexities_done, total=done.perplexities,
+                        visible=True,
+                    )  # fmt: skip
+                if job.state.is_over:
+                    return job
+                if timeout_s is not None and time.monotonic() - began > timeout_s:
+                    raise TimeoutError(f"job {job_id} is {job.state} after {timeout_s:g} s.")
+                time.sleep(_POLL_S)
+
+    def _verb(
+        self,
+        job_id: uuid.UUID | str,
+        verb: str,
+        document: dict[str, Any] | None = None,
+        params: dict[str, str] | None = None,
+    ) -> Job:
+        path = self._service.job_path(job_id, f":{verb}")
+        return read(Job, self._service.request("POST", path, json=document, params=params))
+
+
+def _at(pattern: str | None) -> dict[str, str]:
+    """A query that names one of several patterns."""
+    return {} if pattern is None else {"pattern": pattern}

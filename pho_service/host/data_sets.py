@@ -1,0 +1,284 @@
+"""
+Data sets and tasks by name: their cards, what papers use, and what is installed.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+from pho_service.errors import InvalidInput, shown
+from pho_service.host.machine import versions
+
+# Data set cards: what they say of the files of a data set, before anything follows it.
+CARDS = ("README.md", ".huggingface.yaml")  # that `datasets` reads
+MOST_BYTES = 256 * 1024  # of a card's YAML; Wikipedia's 300 languages have 60 KB
+
+_YAML = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))")  # as huggingface_hub
+_DEPTH = 50
+_PLACES = ("data_files", "data_dir")
+_LEADS_OUT = re.compile(r"^[/~\\]|^[A-Za-z]:|://|::|(^|[/\\])\.\.([/\\]|$)")
+
+
+def check_cards(folder: Path, name: str) -> None:
+    """
+    Check the cards of a data set on this machine.
+
+    Args:
+        folder: Folder of the data set.
+        name: For messages.
+
+    Raises:
+        InvalidInput: As :func:`check_card`, or a card cannot be read.
+    """
+    for file in CARDS:
+        try:
+            with (folder / file).open("rb") as card:
+                content = card.read(MOST_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InvalidInput(
+                f"{name}: {file} cannot be read: {error.strerror or error}."
+            ) from error
+        check_card(file, content, name)
+
+
+def check_card(file: str, content: bytes, name: str) -> None:
+    """
+    Check that a card names nothing but what lies in its data set.
+
+    Args:
+        file: One of :data:`CARDS`.
+        content: What it holds; of a long one, the first bytes beyond :data:`MOST_BYTES`.
+        name: Name of the data set, for messages.
+
+    Raises:
+        InvalidInput: It is not YAML, is too long or deep, or it names an absolute path, a folder
+            above the data set, or a URL.
+    """
+    text = content.decode(errors="replace")
+    if file.endswith(".md"):
+        found = _YAML.search(text)
+        if found is None and not (text.lstrip().startswith("---") and len(content) > MOST_BYTES):
+            return  # without YAML, it says nothing of files
+        text = "" if found is None else found[2]
+    if len(content) > MOST_BYTES and (not text or not file.endswith(".md")):
+        raise InvalidInput(
+            f"{name}: the YAML of {file} is longer than {MOST_BYTES} bytes. Take out of it what is "
+            "not about `configs`."
+        )
+    try:
+        for value in _files(text):
+            if _LEADS_OUT.search(value):
+                raise InvalidInput(
+                    f"{name}: its {file} names the files {shown(value)!r}, but a data set's files "
+                    "lie in its folder: no absolute path, no '..', no URL. Copy them there, or "
+                    "give a file as --text."
+                )
+    except (yaml.YAMLError, _OddYaml) as error:
+        reason = shown(" ".join(str(error).split()))
+        raise InvalidInput(
+            f"{name}: the YAML of {file} cannot be read: {reason}. Mend it, or take it out."
+        ) from error
+
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is many times as fast
+
+
+class _OddYaml(ValueError):
+    """YAML that is small, and large when it is read."""
+
+
+@dataclass(kw_only=True)
+class _Level:
+    """A mapping or a list that is being read; the keys of a mapping are not of its values."""
+
+    is_mapping: bool
+    inside: bool
+    at_key: bool = True
+    at_place: bool = False
+
+
+def _files(text: str) -> Iterator[str]:
+    """
+    All texts below the keys that name files, without making anything of the document.
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+        _OddYaml: It is deep, or refers to parts of itself.
+    """
+    levels = [_Level(is_mapping=False, inside=False)]
+    for event in yaml.parse(text, Loader=_Loader):
+        level = levels[-1]
+        if isinstance(event, yaml.AliasEvent):
+            raise _OddYaml("it has an alias, which data set cards do not need")
+        if isinstance(event, yaml.CollectionEndEvent):
+            levels.pop()
+            level = levels[-1]
+            level.at_key = not level.at_key
+            continue
+        inside = level.inside or (level.is_mapping and not level.at_key and level.at_place)
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(levels) > _DEPTH:
+                raise _OddYaml(f"it is more than {_DEPTH} lists and mappings deep")
+            mapping = isinstance(event, yaml.MappingStartEvent)
+            levels.append(_Level(is_mapping=mapping, inside=inside))
+        elif isinstance(event, yaml.ScalarEvent):
+            if level.is_mapping and level.at_key:
+                level.at_place = event.value in _PLACES
+            elif inside:
+                yield str(event.value)
+            level.at_key = not level.at_key
+
+
+# Names for the texts that papers on pruning calibrate and measure on: ``c4`` and ``wikitext2``.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """
+    A part of a data set, and how its rows become one text.
+
+    Attributes:
+        config: Configuration of the data set.
+        data_file: One file of it.
+        split: Its split.
+        rows: How many are joined, the first; None takes all.
+        separator: What the rows are joined by; None leaves each a document of its own.
+        windows: How many windows are measured on, the first, if nothing is said; None takes all.
+    """
+
+    config: str | None = None
+    data_file: str | None = None
+    split: str
+    rows: int | None = None
+    separator: str | None = None
+    windows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualText:
+    """
+    Data set that a name stands for.
+
+    Attributes:
+        dataset: Its id on the hub.
+        calibration: What a model is calibrated on.
+        evaluation: What perplexities are measured on.
+    """
+
+    dataset: str
+    calibration: Part
+    evaluation: Part
+
+
+_WIKITEXT = "wikitext-2-raw-v1"
+
+# Source: the code of SparseGPT and Wanda, datautils.py and data.py. Of C4 they measure on the
+# first 1,100 documents of the first validation file, joined by spaces, and there on 256 windows.
+USUAL_TEXTS: Mapping[str, UsualText] = {
+    "c4": UsualText(
+        dataset="allenai/c4",
+        calibration=Part(data_file="en/c4-train.00000-of-01024.json.gz", split="train"),
+        evaluation=Part(
+            data_file="en/c4-validation.00000-of-00008.json.gz",
+            split="train",  # the only one that a single file has
+            rows=1100,
+            separator=" ",
+            windows=256,
+        ),
+    ),
+    "wikitext2": UsualText(
+        dataset="Salesforce/wikitext",
+        calibration=Part(config=_WIKITEXT, split="train", separator="\n\n"),
+        evaluation=Part(config=_WIKITEXT, split="test", separator="\n\n"),
+    ),
+}
+
+
+def separator_of(config: str | None) -> str | None:
+    """Return what joins the rows of a data set that are lines of one text, as WikiText's are."""
+    return "\n\n" if config is not None and config.startswith("wikitext-") else None
+
+
+def check_usual(dataset: str | None, **others: object) -> None:
+    """
+    See that nothing is said of a usual text but its name.
+
+    Args:
+        dataset: Name of a data set.
+        others: Its other fields, by name, where they differ from their defaults.
+
+    Raises:
+        InvalidInput: The name says it already.
+    """
+    usual = USUAL_TEXTS.get(dataset or "")
+    said = [name for name, value in others.items() if value is not None]
+    if usual is not None and said:
+        raise InvalidInput(
+            f"dataset {dataset!r} is a name for a usual text, its files and splits: leave "
+            f"{', '.join(said)} out, or give the data set by its own name, {usual.dataset!r}."
+        )
+
+
+# Which tasks lm-evaluation-harness and a folder have, read from the names in their files alone.
+_NAME = re.compile(rb"^(?:task|group)[ \t]*:[ \t]*['\"]?([^'\"\s#\[]+)", re.MULTILINE)
+_TAG = re.compile(rb"^tag[ \t]*:[ \t]*((?:\n[ \t]*-[^\n]*)+|[^\n]*)", re.MULTILINE)
+
+
+def harness_folder() -> Path | None:
+    """Where the harness has its tasks; None if it is not installed: it comes with ``eval``."""
+    found = find_spec("lm_eval")
+    return None if found is None or not found.origin else Path(found.origin).parent / "tasks"
+
+
+@cache
+def harness_tasks(folder: Path) -> Mapping[str, set[Path]]:
+    """The harness's tasks, as of :func:`tasks_in`; its 14,000 files are read once."""
+    return tasks_in(folder)
+
+
+def tasks_in(folder: Path) -> dict[str, set[Path]]:
+    """The files that define each task, group and tag, without reading more of them than names."""
+    found: dict[str, set[Path]] = {}
+    for file in folder.rglob("*.yaml"):
+        text = file.read_bytes()
+        tags = [word for block in _TAG.findall(text) for word in re.findall(rb"[\w.-]+", block)]
+        for name in (*_NAME.findall(text), *tags):
+            found.setdefault(name.decode(errors="replace"), set()).add(file)
+    return found
+
+
+def check_tasks(names: Sequence[str], folder: Path | None) -> None:
+    """
+    See that there are tasks with these names, as far as this machine knows.
+
+    Args:
+        names: Names of tasks, groups or tags.
+        folder: With task files of one's own; it may lie on the disk of workers alone.
+
+    Raises:
+        InvalidInput: The harness is installed, and neither it nor the folder has one of them.
+    """
+    harness = harness_folder()
+    if harness is None or (folder is not None and not folder.is_dir()):
+        return
+    mine = {} if folder is None else tasks_in(folder)
+    for name in names:
+        if name not in mine and name not in harness_tasks(harness):
+            raise unknown_task(name, [*harness_tasks(harness), *mine], folder)
+
+
+def unknown_task(name: str, known: Iterable[str], folder: Path | None) -> InvalidInput:
+    """The error for a task that is not there, with the names that are near."""
+    near = difflib.get_close_matches(name, {*known}, n=3)
+    return InvalidInput(
+        f"the task {name!r} is not one of lm-eval {versions('lm-eval')['lm-eval']}"
+        + (f", and not in {folder}." if folder else ".")
+        + (f" Did you mean {' or '.join(near)}?" if near else "")
+        + " Name the folder of task files of your own with --tasks-dir (a job's tasks_dir)."
+    )

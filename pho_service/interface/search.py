@@ -1,0 +1,694 @@
+"""
+`pho.calibrate` and `pho.search`: what is asked for in Python, and what was found.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+import optuna
+from optuna.samplers import BaseSampler
+from pydantic.fields import FieldInfo
+
+from pho_service.errors import InvalidInput, StudyError
+from pho_service.interface.inputs import (
+    Choice,
+    Model,
+    calibrated,
+    chosen,
+    length_of,
+    opened,
+    opened_bundle,
+    opened_for,
+    parsed,
+    run_on,
+    text_of,
+)
+from pho_service.models.bundle_file import write_bundle
+from pho_service.models.calibration import CalibrationText, calibration_text
+from pho_service.models.calibration import calibrate as make_bundle
+from pho_service.models.texts import GivenWindows
+from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.objectives import only_one
+from pho_service.pipeline.search import (
+    Bundles,
+    by_name,
+    check_study_url,
+    memory_study,
+    opened_study,
+    origin_of,
+    search_job,
+)
+from pho_service.progress import bars
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.shown.parts import Shown, Table
+from pho_service.shown.report import Report
+from pho_service.shown.tables import configuration_rows, results_table
+from pho_service.spec.calibration import CalibrationSettings
+from pho_service.spec.configuration import (
+    REFERENCES,
+    Configuration,
+    Perplexities,
+    write_configuration,
+)
+from pho_service.spec.document import number
+from pho_service.spec.fields import ValidationSpec
+from pho_service.spec.objective import (
+    Objective,
+    ObjectiveName,
+    Over,
+    Sampler,
+    SearchOptions,
+    Weighting,
+    options_of,
+)
+from pho_service.spec.pattern import Linears, Pattern
+from pho_service.spec.space import DEFAULT_PRESET, Preset, SearchSpace
+from pho_service.spec.steps import Allocation, Reconstruction, Steps
+from pho_service.tuning.plan import SearchRequest
+from pho_service.tuning.result import SearchResult
+from pho_service.tuning.search import Callback
+from storage.studies import note_trial, record_of
+
+if TYPE_CHECKING:
+    from pho_service.interface.inputs import Texts
+
+
+# What a search is asked for in Python: the arguments of its functions, each said once, as the
+# request that the command line makes of its options.
+_SPACE = tuple(field.name for field in fields(SearchSpace))
+_OBJECTIVE = Objective()
+_STEPS = tuple(field.name for field in fields(Steps))
+
+P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
+Patterns = str | Sequence[str]  # of the names of linears
+Sparsities = Mapping[str, float | str]
+Given = ProxyBundle | str | Path  # a bundle, or its file
+
+
+def arguments(asked: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
+    """
+    Make a function of one dataclass take that dataclass's fields as its arguments.
+
+    Its signature is the dataclass's, for `help`, notebooks and type checkers. Its docstring lists
+    each argument with what the ``Attributes`` of the dataclass or of its bases say, or else with
+    the description of the field.
+    """
+
+    def decorate(function: Callable[[A], R]) -> Callable[P, R]:
+        signature = inspect.signature(asked)
+        types = _plain({name: each.annotation for name, each in signature.parameters.items()})
+        parameters = [
+            each.replace(annotation=types[name]) for name, each in signature.parameters.items()
+        ]
+        returned = inspect.signature(function).return_annotation
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(asked(*args, **kwargs))
+
+        asked.__init__.__qualname__ = function.__name__  # for TypeErrors
+        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=returned
+        )
+        about, _, rest = (inspect.getdoc(function) or "").partition("\nRaises:")
+        lines = "".join(f"    {name}: {said}\n" for name, said in _described(asked).items())
+        call.__doc__ = f"{about}\nArgs:\n{lines}\nRaises:{rest}"
+        return call
+
+    return decorate
+
+
+def _described(asked: Any) -> dict[str, str]:
+    """What each field of a dataclass is, in the order of its arguments."""
+    said: dict[str, str] = {}
+    for each in reversed(asked.__mro__):
+        _, _, listed = (inspect.getdoc(each) or "").partition("\nAttributes:\n")
+        said |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+        for part in fields(each) if each is not object else ():
+            if part.name not in said:
+                infos = (each for each in get_args(part.type) if isinstance(each, FieldInfo))
+                for about in (each.description for each in infos if each.description):
+                    said[part.name] = "\n        ".join(wrap(about, 76))
+    return {name: said[name] for name in inspect.signature(asked).parameters}
+
+
+def _plain(annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Types without what pydantic reads of them; those that are text stay as they are."""
+    known = {name: each for name, each in annotations.items() if not isinstance(each, str)}
+    return {**annotations, **get_type_hints(type("", (), {"__annotations__": known}))}
+
+
+def validation_of(candidates: int | None) -> ValidationSpec | None:
+    """How a search's proxy is validated, on so many random candidates; None leaves it out."""
+    if candidates is None:
+        return None
+    if not 8 <= candidates <= 1000:
+        raise InvalidInput(
+            f"validate={candidates} is not in 8..1000: so many random candidates get a perplexity. "
+            "Give 40, say, or leave it out."
+        )
+    return ValidationSpec(candidates=candidates)
+
+
+def given_bundles(bundle: Given | Mapping[str, Given]) -> Bundles:
+    """One bundle, or several by the names of their models, each in memory or from its file."""
+    if isinstance(bundle, Mapping):
+        return {name: opened_bundle(each) for name, each in bundle.items()}
+    return opened_bundle(bundle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearArguments:
+    """
+    Which linears are pruned.
+
+    Attributes:
+        targets: Linears to prune, all by default: names, globs (``*.down_proj``), or regular
+            expressions after ``re:``.
+        ignore: Linears that stay dense, in the same form; they come before ``targets``.
+        sparsities: Linears with a sparsity of their own, by the same patterns:
+            ``{"*.layers.0.*": 0.3}``; for N:M the N to keep of the same M.
+    """
+
+    targets: Patterns = ()
+    ignore: Patterns = ()
+    sparsities: Sparsities | None = None
+
+    @property
+    def linears(self) -> Linears:
+        """The same as one value; one pattern may stand for a list of one."""
+        targets, ignore = self.targets, self.ignore
+        return Linears(
+            targets=(targets,) if isinstance(targets, str) else tuple(targets),
+            ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+            sparsities=dict(self.sparsities or {}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodArguments(LinearArguments):
+    """
+    What candidates are, and how they are rated.
+
+    Attributes:
+        scope: Where weights compete: ``row``, ``layer`` or ``global``; None is ``layer``, and
+            ``row`` for N:M.
+        preset: ``score``, ``crepe``, ``crepe-plus`` or ``best``.
+        objective: What candidates are rated by. With ``gini``, a study of one's own is to be
+            created with ``direction="maximize"``.
+        weighting: How activation reconstruction adds up the errors of layers and rows.
+        space: Bounds of the search by name, ``{"row_share": (0.2, 0.8), "kernel_sizes": (3, 5)}``;
+            one number fixes a value.
+        steps: What every candidate goes through, where it is not the preset's:
+            ``{"allocation": "owl", "permutation": ..., "repruning": ..., "update": ...,
+            "shrinkage": 1.0, "reconstruction": "block"}``.
+    """
+
+    scope: str | None = None
+    preset: str = DEFAULT_PRESET
+    objective: ObjectiveName = _OBJECTIVE.name
+    weighting: Weighting = _OBJECTIVE.weighting
+    space: Mapping[str, Any] | None = None
+    steps: Mapping[str, Any] | None = None
+
+    def request(
+        self,
+        pattern: str | float | Pattern,
+        *,
+        bundles: int = 1,
+        over: Over | None = None,
+        **options: Any,
+    ) -> SearchRequest:
+        """The request for a pattern, with more of its fields as ``options``."""
+        parts = parsed(pattern, self.scope)
+        preset = Preset.of(self.preset, parts).changed(self._steps(), self._bounds())
+        asked = Objective(name=self.objective, weighting=self.weighting, over=over)
+        return SearchRequest(
+            pattern=parts,
+            objective=asked.over_models(bundles),
+            bounds=preset.bounds,
+            steps=preset.steps,
+            **options,
+        )
+
+    def _steps(self) -> dict[str, Any]:
+        steps = dict(self.steps or {})
+        _check_names("steps", steps, _STEPS)
+        for name, part in (("allocation", Allocation), ("reconstruction", Reconstruction)):
+            if isinstance(steps.get(name), str):
+                steps[name] = part(method=steps[name])
+            if isinstance(steps.get(name), Mapping):
+                steps[name] = part(**steps[name])
+        if linears := self.linears:
+            if "linears" in steps:
+                raise InvalidInput(
+                    "steps has linears, and targets, ignore or sparsities are given too. Give one "
+                    "of them."
+                )
+            steps["linears"] = linears
+        if isinstance(steps.get("linears"), Mapping):
+            steps["linears"] = Linears(**steps["linears"])
+        return steps
+
+    def _bounds(self) -> dict[str, Any]:
+        space = dict(self.space or {})
+        _check_names("space", space, _SPACE)
+        return {
+            name: (float(value), float(value))
+            if isinstance(value, (int, float))
+            else tuple(sorted(value))
+            if name == "kernel_sizes"
+            else tuple(value)
+            for name, value in space.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments(SearchOptions, MethodArguments):
+    """
+    What every search takes besides.
+
+    Attributes:
+        tokenizer: The model's own; not needed with a bundle that ``pho.calibrate`` gave.
+        confirm: Text for the final perplexities. Without it, windows of the calibration's text
+            are used that were held out.
+        texts: The calibration's text, for steps that run it through the model; not needed with a
+            bundle that ``pho.calibrate`` gave.
+        confirm_windows: Windows of the text for the final perplexities.
+        progress: Show bars on stderr.
+    """
+
+    tokenizer: Any = None
+    confirm: "Texts | None" = None
+    texts: "Texts | None" = None
+    confirm_windows: int = 16
+    progress: bool = False
+
+    def request(self, pattern: str | float | Pattern, **more: Any) -> SearchRequest:
+        """The request for a pattern, with the options of the search."""
+        return super().request(pattern, **options_of(self), **more)
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidInput(f"{what}: {name!r} is not one of {', '.join(known)}.")
+
+
+def check_study_is_of(study: optuna.Study, bundles: Bundles, request: SearchRequest) -> None:
+    """
+    See before anything is written that a study is new, or of this search on these bundles.
+
+    Raises:
+        StudyError: It is of something else.
+    """
+    known = record_of(study)
+    if "pattern" not in known:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(
+                f"study {study.study_name!r} holds trials that were not made by PHO. Give a new "
+                "study."
+            )
+        return
+    for what, mine in (
+        ("pattern", str(request.pattern)),
+        ("scope", request.pattern.scope.value),
+        ("objective", request.objective.label),
+    ):
+        if known.get(what) != mine:
+            raise StudyError(
+                f"study {study.study_name!r} is of another search: its {what} is "
+                f"{known.get(what)}, and this is {mine}. Give another study."
+            )
+    theirs, ours = known.get("steps", {}).get("linears"), request.steps.to_dict().get("linears")
+    if theirs != ours:
+        raise StudyError(
+            f"study {study.study_name!r} is of another search: its linears are "
+            f"{theirs or 'all'}, and these are {ours or 'all'}. Give another study."
+        )
+    check_bundle_of(study, bundles)
+
+
+def check_bundle_of(study: optuna.Study, bundles: Bundles) -> None:
+    """
+    Raises:
+        StudyError: A study says that it is of another bundle.
+    """
+    named = by_name(bundles)
+    key = origin_of([bundle.origin for bundle in named.values()]).get("key")
+    known = record_of(study).get("calibration", {}).get("key")
+    if known is not None and known != key:
+        raise StudyError(
+            f"study {study.study_name!r} is of another bundle, {known[:12]}, and this one is "
+            f"{str(key)[:12]}: another model, or calibrated on another text or with other "
+            "settings. Give the bundle of the study, or another study."
+        )
+
+
+def plain_bundle(bundle: ProxyBundle) -> ProxyBundle:
+    """The bundle alone, without what is kept beside it in memory."""
+    return ProxyBundle(layers=bundle.layers, inputs=bundle.inputs, provenance=bundle.provenance)
+
+
+if TYPE_CHECKING:
+    pass
+
+_ASKED = SearchRequest(pattern=Pattern(sparsity=0.5))  # for its defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRow:
+    """
+    A line of the table of a search; all perplexities are of one text.
+
+    Attributes:
+        method: ``dense``, ``wanda``, ``ria``, or a finalist's method.
+        trial: Number of the finalist's trial; None for the others.
+        perplexity: None where it was not measured.
+        divergence: Mean Kullback-Leibler divergence from the dense model, in nats; None where it
+            was not measured.
+        proxy: The objective's value; None where the study has none.
+    """
+
+    method: str
+    trial: int | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
+    proxy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Found(Shown, SearchResult):
+    """
+    Result of a search.
+
+    Attributes:
+        study: The record of the search.
+        table: Dense, Wanda, RIA and the finalists; ``pandas.DataFrame(found.table)`` takes it.
+    """
+
+    study: optuna.Study
+    table: Sequence[FoundRow]
+
+    @property
+    def perplexities(self) -> Perplexities | None:
+        """
+        How good the result is: ``dense``, ``pruned``, ``wanda``, ``ria`` and the ``rise``.
+
+        None where no perplexity was measured; as text it is one line.
+        """
+        return self.configuration.perplexities
+
+    def write(self, path: str | Path) -> None:
+        """
+        Write the config.json that `pho search` writes.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        write_configuration(self.configuration, Path(path))
+
+    def _shown(self) -> Table:
+        found = self.configuration
+        table = results_table(Report.of(found))
+        assert table is not None  # it has its own trial
+        lines = [(name, value) for name, value in configuration_rows(found) if value]
+        good = "" if found.perplexities is None else f"perplexity: {found.perplexities}\n"
+        return replace(
+            table,
+            title=f"{good}trial {self.trial} of study {self.study_name!r}",
+            notes=(
+                *(f"{name}: {value}" if name else value for name, value in lines),
+                *table.notes,
+                *(f"Note: {warning}" for warning in self.warnings),
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FoundArguments(SearchArguments):
+    """
+    Arguments of ``pho.search``.
+
+    Attributes:
+        bundle: What ``pho.calibrate`` gave, or the path of its file; several by the names of
+            their models for coefficients that are good on all of them.
+        pattern: Share of the weights to remove (``"0.5"``), or N kept of M (``"2:4"``).
+        model: That of the bundle, in memory or by its name. Without it nothing is confirmed.
+        over: How several models count: their ``mean``, or the ``worst``.
+        sampler: Its name, or a sampler of Optuna, which has a seed of its own.
+        finalists: How many found candidates are looked at again, beside the baselines.
+        validate: Random candidates, 8 or more, that the proxy is validated on by perplexity before
+            the confirmation: where it does not rank, four times as many finalists are looked at.
+        warm_start: What was found elsewhere in the same pattern and scope: rated first.
+        study: The record: one of Optuna, or the URL of a database, is gone on with. None: a new
+            one in memory.
+        callbacks: As Optuna's: called with the study and a frozen trial after each new trial.
+    """
+
+    bundle: Given | Mapping[str, Given] = field(kw_only=False)
+    pattern: str | float | Pattern = field(kw_only=False)
+    model: Model | None = None
+    over: Over | None = None
+    sampler: Sampler | BaseSampler = "cmaes"
+    finalists: int = _ASKED.finalists
+    validate: int | None = None
+    warm_start: Sequence[Choice] = ()
+    study: optuna.Study | str | None = None
+    callbacks: Sequence[Callback] = ()
+
+
+@arguments(FoundArguments)
+def search(asked: FoundArguments) -> Found:
+    """
+    Find the best coefficients for a model, and confirm them by perplexity.
+
+    The model is left dense. The same bundle, texts, options and seed give the configuration of
+    `pho search`, byte for byte. ``found.perplexities`` says how good the result is: beside the
+    finalists the dense model, Wanda and RIA are measured.
+
+    Raises:
+        InvalidInput: An option breaks a rule, a pattern matches no linear, or a text is given
+            without the model.
+        ModelError: The model has been pruned already, or the tokenizer is of another model.
+        BundleError: The bundle is of another model.
+        TextError: A text cannot be read, or does not fill one window.
+        StudyError: The study is of another search or of another bundle, or cannot be opened.
+    """
+    bundles, study = given_bundles(asked.bundle), asked.study
+    request = asked.request(
+        asked.pattern,
+        bundles=len(bundles) if isinstance(bundles, Mapping) else 1,
+        over=asked.over,
+        sampler=asked.sampler,
+        finalists=asked.finalists,
+        warm_start=tuple(chosen(each).candidate() for each in asked.warm_start),
+        validation=validation_of(asked.validate),
+    )
+    if isinstance(study, str):
+        check_study_url(study)
+    elif study is not None:
+        check_study_is_of(study, bundles, request)
+    named = by_name(bundles)
+    known = Calibrated(bundle=next(iter(named.values())))
+    if asked.model is not None:
+        taken = only_one(named, "a model")
+        loaded = opened_for(taken, asked.model, asked.tokenizer)
+        known = calibrated(loaded, taken, asked.texts, asked.confirm, asked.confirm_windows)
+    elif asked.confirm is not None or asked.texts is not None:
+        raise InvalidInput(
+            "a text is given, but no perplexity can be measured without the model. Give model=, "
+            "too, or leave the text out."
+        )
+    return _searched(request, bundles, study, known, asked.callbacks, asked.progress)
+
+
+def _searched(
+    request: SearchRequest,
+    bundles: Bundles,
+    study: optuna.Study | str | None,
+    known: Calibrated,
+    callbacks: Sequence[Callback],
+    progress: bool,
+) -> Found:
+    record: AbstractContextManager[optuna.Study]
+    if isinstance(study, str):
+        record = opened_study(study, request, bundles, known.confirm)
+    else:
+        record = nullcontext(study or memory_study(request, bundles, known.confirm))
+    with record as kept:
+        result = search_job(
+            request,
+            bundles,
+            study=kept,
+            model=known.model,
+            confirm_text=known.confirm,
+            calibration=known.calibration,
+            run=run_on(known.model, progress),
+            callbacks=callbacks,
+        )
+        _note_ratings(kept, result.configuration)
+    parts = {part.name: getattr(result, part.name) for part in fields(SearchResult)}
+    table = _table(result.configuration, result.trial)
+    return Found(**parts, study=kept, table=table)
+
+
+def _note_ratings(study: optuna.Study, found: Configuration) -> None:
+    """Give trials that were searched by perplexity what was measured of them."""
+    trials = study.get_trials(deepcopy=False)
+    for rating in found.candidates:
+        for what in ("perplexity", "divergence"):
+            value = getattr(rating, what)
+            if value is not None and trials[rating.trial].user_attrs.get(what) != value:
+                note_trial(study, rating.trial, what, value)
+
+
+def _table(found: Configuration, trial: int) -> list[FoundRow]:
+    """The references, and every finalist; where nothing was measured, the baselines instead."""
+    ratings, good = found.candidates, found.perplexities
+    references = [
+        FoundRow(method=name, perplexity=getattr(good, name)) for name in REFERENCES if good
+    ]
+    if not ratings:
+        best = [FoundRow(method=found.method, trial=trial, proxy=found.objective["value"])]
+        baselines = [each for each in found.baselines if each.trial != trial]
+    else:
+        best, baselines = [], []
+    return [
+        *references,
+        *(
+            FoundRow(
+                method=each.method,
+                trial=each.trial,
+                perplexity=each.perplexity,
+                divergence=each.divergence,
+                proxy=each.proxy,
+            )
+            for each in [*baselines, *ratings]
+        ),
+        *best,
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Bundle(Shown, ProxyBundle):
+    """
+    A proxy bundle that was made in this process.
+
+    Attributes:
+        text: The windows that it was made of, and some that were held out; not in its file.
+        tokenizer: That cut them; None where windows were given as tokens.
+    """
+
+    text: CalibrationText = field(kw_only=True)
+    tokenizer: Any = None
+
+    def write(self, path: str | Path) -> None:
+        """
+        Write the file that `pho calibrate` writes; the windows are not in it.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        write_bundle(self, Path(path))
+
+    def _shown(self) -> Table:
+        model, settings = self.provenance["model"], self.provenance["settings"]
+        windows, length = self.text.calibration.shape
+        dense = self.provenance["dense"]
+        return Table(
+            ("bundle", ""),
+            [
+                ("model", f"{model['name']} ({model['family']}, {model['parameters']:,})"),
+                ("linears", f"{len(self.layers)}, {self.weights:,} weights"),
+                ("text", f"{windows} windows of {length} tokens of {self.text.record.source}"),
+                ("rows", settings["rows_per_layer"] or "all"),
+                ("kernel sizes", ", ".join(map(str, self.kernel_sizes))),
+                ("dense", f"perplexity {number(dense['perplexity'])} on {dense['tokens']} tokens"),
+                ("key", self.key[:12]),
+            ],
+            numbers=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrateArguments(CalibrationSettings):
+    """
+    Arguments of ``pho.calibrate``.
+
+    Attributes:
+        model: A model of transformers in memory, on any device; or a folder, a hub id or a .gguf
+            file, which is loaded for this call.
+        tokenizer: The model's own. None where texts are token windows, or where the model is
+            loaded by its name.
+        texts: The path of a .txt, .jsonl or .parquet file; a list of documents; a data set of the
+            library ``datasets`` with a column ``text``; or token windows, (windows,
+            context_length), whole numbers, which are taken in their order.
+        samples: Windows of text for the forward pass; fewer if the text is short.
+        context_length: Tokens of a window; None is 2048, or the length of windows that are given.
+        bos: Whether windows start with BOS: ``auto`` (as the tokenizer does), ``always``,
+            ``never``. Windows that are given as tokens are not changed.
+        progress: Show a bar on stderr.
+    """
+
+    model: Model = field(kw_only=False)
+    tokenizer: Any = field(kw_only=False)
+    texts: "Texts" = field(kw_only=False)
+    context_length: int | None = None  # type: ignore[assignment]  # until the texts are seen
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Leave the checks to :meth:`settings`."""
+
+    def settings(self, **known: Any) -> CalibrationSettings:
+        """The settings alone, with what the texts say."""
+        given = {each.name: getattr(self, each.name) for each in fields(CalibrationSettings)}
+        length = length_of(self.texts, self.context_length, CalibrationSettings.context_length)
+        sizes = tuple(self.kernel_sizes)
+        return CalibrationSettings(
+            **{**given, "context_length": length, "kernel_sizes": sizes, **known}
+        )
+
+
+@arguments(CalibrateArguments)
+def calibrate(asked: CalibrateArguments) -> Bundle:
+    """
+    Run a dense model once over a text, and keep what a search needs of it.
+
+    The model stays as it is. The same model, text and settings give the bundle of
+    `pho calibrate`.
+
+    Raises:
+        InvalidInput: A setting breaks a rule; or the model is in training mode, has hooks or
+            adapters, or is quantised.
+        ModelError: It cannot be pruned as a whole, or the tokenizer is of another model.
+        TextError: The text cannot be read, or does not fill one window.
+        NumericalError: A weight, an activation or a gradient is NaN or infinite.
+        OutOfMemory: It does not fit.
+    """
+    source = text_of(asked.texts)
+    given = isinstance(source, GivenWindows)
+    if given and asked.bos == "always":
+        raise InvalidInput(
+            "bos='always' has no effect on windows that are given as tokens. Put BOS into "
+            "them, or give the text."
+        )
+    # Nothing is put before windows that are given.
+    settings = asked.settings(bos="never") if given else asked.settings()
+    loaded = opened(asked.model, asked.tokenizer)
+    text = calibration_text(loaded, source, settings)
+    bundle = make_bundle(loaded, text, settings, bars(asked.progress))
+    parts = {part.name: getattr(bundle, part.name) for part in fields(bundle)}
+    # As its file has it, so that what comes of it has the bytes of the command line.
+    parts["provenance"] = json.loads(json.dumps(bundle.provenance, sort_keys=True))
+    return Bundle(**parts, text=text, tokenizer=loaded.tokenizer)

@@ -1,0 +1,175 @@
+"""
+Memory, threads, and how work is cut into pieces that fit a CPU's caches or a GPU.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+# How much memory is in use, and how much a piece of work takes at its peak.
+CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in
+
+
+@contextmanager
+def peak_memory(*devices: torch.device) -> Iterator[Callable[[], int | None]]:
+    """
+    Watch the most memory that is in use while the block runs.
+
+    Args:
+        devices: GPUs: their memory that torch handed out, added up. The CPU: resident
+            memory of this process, which Linux alone can start to watch again.
+
+    Yields:
+        Bytes when it is called, or None where the system does not tell.
+    """
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: sum(map(torch.cuda.max_memory_allocated, devices))
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again, see man 5 proc
+    except OSError:
+        yield lambda: None
+        return
+    yield _high_water_mark
+
+
+def _high_water_mark() -> int | None:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of a GPU, what torch handed out; of the CPU, what of this process is resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_memory(device: torch.device) -> int:
+    """
+    Bytes of a GPU that can be had: those that nobody has, and those that torch keeps for later.
+
+    Torch's allocator gives nothing back to the card: what an earlier stage had counts as used
+    there, though the next one gets it.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had: the system's, or what is left to this container."""
+    available = int(psutil.virtual_memory().available)
+    try:  # version 2, which docker, Kubernetes and SLURM set
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["file"])  # pages of files are dropped when others need the room
+    except (OSError, ValueError, KeyError):  # "max" is no limit
+        return available
+    return min(available, max(0, limit - used))
+
+
+def format_bytes(count: int) -> str:
+    """In GiB, or MiB below one: ``9.31 GiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+# Independent pieces of work in as many threads as torch has, none of which starts others.
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
+
+
+def in_threads(work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
+    """
+    Do pieces of work on the CPU, side by side.
+
+    In the threads torch itself takes one thread, so a piece gives the same bits
+    however many there are. That is faster than threads within each operation
+    where operations are small, and where some of them are not torch's.
+
+    Args:
+        work: Releases the interpreter most of the time, as torch and compiled loops do.
+        pieces: In the order of their results.
+
+    Raises:
+        Exception: What the first piece that fails raises.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(pieces) < 2:
+        return [work(piece) for piece in pieces]
+    done = list(_pool(threads).map(work, pieces))
+    torch.set_num_threads(threads)  # a new thread of the pool sets what others begin with
+    return done
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "pho-pruning", initializer=_alone)
+
+
+def _alone() -> None:
+    """Let torch take one thread in this one, whatever is said elsewhere from now on."""
+    torch.get_num_threads()  # until it is asked, torch takes what another thread has set last
+    torch.set_num_threads(1)
+
+
+# How much of a matrix is worked on at a time: what stays in a CPU's caches, or fills a GPU.
+GPU_CHUNK = 1 << 28  # values: all rows of a linear of 4,096 x 16,384 where 4 are held for a weight
+BYTES = 64  # of a GPU's free memory for each value; all temporaries of a chunk take 10 to 50
+
+
+def chunk_size(device: torch.device, on_cpu: int) -> int:
+    """
+    Give the number of values of a temporary tensor.
+
+    A GPU works on so many that a linear of a large model is one piece, for
+    each piece costs the same hundreds of launches, whatever its height. Where
+    its free memory is short, on a power of two that fits.
+
+    Args:
+        device: Where the tensor is.
+        on_cpu: The answer for any device but a CUDA GPU, and the least for that.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    fitting = max(1, free_memory(device) // BYTES)
+    return max(on_cpu, min(GPU_CHUNK, 1 << fitting.bit_length() - 1))
+
+
+# Copies between main memory and a GPU that nobody waits for.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """
+    The same values on a device; on the CPU, or if it is there already, the tensor itself.
+
+    Towards a GPU it goes through pinned memory, so the CPU need not wait for what the GPU still
+    does: the copy takes its turn after that.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_main_memory(tensor: Tensor) -> Tensor:
+    """
+    The same values in main memory; a tensor of the CPU itself.
+
+    From a GPU they come into pinned memory, and are there once :func:`arrived` was called, or the
+    GPU reads them again.
+    """
+    return tensor.to("cpu", non_blocking=True)
+
+
+def arrived(device: torch.device) -> None:
+    """Wait until all that :func:`to_main_memory` was given has come from a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,593 @@
+"""
+The pieces of a job that workers do: calibrate, search, measure, transfer, prune, and take notes.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from pho_service.errors import ChangedInput, OutputError, PhoError
+from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
+from pho_service.models.calibration import CalibrationText, cut, measure_shard
+from pho_service.models.saving import RECIPE
+from pho_service.models.tasks import LoadedTasks
+from pho_service.pipeline.inputs import Calibrated
+from pho_service.pipeline.prune import blocks_kept, prune_in_place, prune_job
+from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.tasks import measure_tasks, tasks_document
+from pho_service.pipeline.transfer import own_search, transfer_job
+from pho_service.progress import Fence, Run
+from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.proxy import ProxyEvaluator
+from pho_service.shown.parts import pairs_table
+from pho_service.shown.report import Report, layer_cells
+from pho_service.shown.tables import configuration_rows, results_table, verdict_table
+from pho_service.spec.calibration import SHARDS
+from pho_service.spec.configuration import Configuration
+from pho_service.spec.document import number
+from pho_service.spec.fields import WarmPoint
+from pho_service.spec.job import JobSpec
+from pho_service.spec.steps import Candidate
+from pho_service.spec.tasks import TaskScore
+from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.plan import Evaluate, Outcome, SearchPlan, SearchRequest
+from pho_service.tuning.result import CHOSEN
+from pho_service.tuning.search import run_search
+from storage.configurations import ConfigurationStore
+from storage.database import Database
+from storage.jobs import JobStore, chosen
+from storage.records import Claim, JobRecord, NewStage, NoSuchJob, StageKind, StageState
+from workers.inputs import Seal, WorkerInputs
+from workers.watch import HandBack, Watch
+
+if TYPE_CHECKING:
+    from workers.conductor import Opened
+
+
+logger = logging.getLogger(__name__)
+
+
+# What optuna-dashboard shows of a job: a note on its study.
+def show_search(study: optuna.Study, spec: JobSpec) -> None:
+    """Write on a study what is searched for."""
+    _save_note(study, "\n".join([*_asked(spec), "", "*Searching.*"]))
+
+
+def show_curve(study: optuna.Study, spec: JobSpec) -> None:
+    """Write on the study of all patterns of a job what it has."""
+    patterns = ", ".join(map(str, spec.points))
+    asked = f"**patterns** {patterns}" if spec.target is None else f"**target** {spec.target}"
+    lines = [
+        f"**Model** `{spec.model}`, {asked}",
+        "",
+        f"Sparsity and {spec.request(0).objective.label} of the trials of all patterns; those of a "
+        "pattern are added when its search is confirmed. Each has its pattern, its study and its "
+        "number there as attributes.",
+    ]
+    _save_note(study, "\n".join(lines))
+
+
+def show_result(study: optuna.Study, spec: JobSpec, configuration: Configuration) -> None:
+    """Write on a study, which has the mark of its result, what was found, and which trial it is."""
+    mark = study.user_attrs[CHOSEN]
+    where = "" if mark["study"] == study.study_name else f" of study `{mark['study']}`"
+    good = configuration.perplexities
+    tables = [
+        None if good is None else verdict_table(good),
+        pairs_table("The configuration", "part", configuration_rows(configuration)),
+        results_table(Report.of(configuration)),
+    ]
+    lines = [*_asked(spec), "", f"**Best** trial {mark['trial']}{where}"]
+    lines += [f"\n{table.markdown()}" for table in tables if table is not None]
+    _save_note(study, "\n".join(lines))
+
+
+def _asked(spec: JobSpec) -> list[str]:
+    models = ", ".join(f"`{name}`" for name in spec.models)
+    return [
+        f"**Model** {models}, **pattern** {spec.pattern}, **scope** {spec.pruning().scope}",
+        "",
+        f"Objective {spec.request(0).objective.label}, sampler {spec.sampler}, {spec.trials} trials"
+        f"{f' in each of {spec.islands} islands' if spec.islands > 1 else ''}, seed {spec.seed}, "
+        f"preset {spec.preset}",
+    ]
+
+
+def of_layers(
+    bundles: Mapping[str, ProxyBundle], candidate: Candidate, device: str
+) -> dict[str, list[list[Any]]]:
+    """What a candidate does to each linear by the proxy: the cells of each model."""
+    layers = {}
+    for name, bundle in bundles.items():
+        evaluator = ProxyEvaluator(bundle, device)
+        errors = evaluator.layer_errors(candidate)
+        cells = layer_cells(errors, evaluator.layer_sparsities(candidate))
+        layers[name] = [cell.to_list() for cell in cells]
+    return layers
+
+
+def _save_note(study: optuna.Study, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        from optuna_dashboard import save_note
+
+        save_note(study, text)
+
+
+# The search of one island: watched, counted, and ended by the limits of its job.
+class TrialsFailed(PhoError):
+    """
+    More trials failed than the job allows.
+
+    Attributes:
+        candidate: That failed last: method and coefficients.
+    """
+
+    def __init__(self, message: str, *, candidate: Candidate) -> None:
+        super().__init__(message)
+        self.candidate = candidate.to_dict()
+
+
+class _TimeIsUp(Exception):
+    """A search has used up its time; what it has found so far counts."""
+
+
+class IslandSearch:
+    """The search of one island, or of one of several patterns: watched and counted."""
+
+    def __init__(
+        self, store: JobStore, claim: Claim, spec: JobSpec, watch: Watch, fence: Fence
+    ) -> None:
+        self._store, self._claim, self._spec, self._watch = store, claim, spec, watch
+        self._fence = fence
+        self._began = time.monotonic()
+        self._best = claim.stage.best_value
+        self._failed = self._done = 0
+        self._fresh = False
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._claim.stage.elapsed_s + time.monotonic() - self._began
+
+    def __call__(self, study: optuna.Study, plan: SearchPlan, rate: Evaluate) -> bool:
+        """Bring the study to the plan's trials; True if its time was up before."""
+        show_search(study, self._spec)
+        self._done = 0
+        self._failed = sum(
+            t.state is optuna.trial.TrialState.FAIL for t in study.get_trials(deepcopy=False)
+        )
+        evaluate = self._evaluate(plan, rate)
+        try:
+            run_search(study, plan, evaluate, self._advance, fence=self._fence)
+        except _TimeIsUp:
+            return True
+        return False
+
+    def _evaluate(self, plan: SearchPlan, rate: Evaluate) -> Evaluate:
+        better = min if plan.direction == "minimize" else max
+
+        def evaluate(candidates: Sequence[Candidate]) -> list[Outcome]:
+            # Proxies rate a generation at once, in milliseconds; a perplexity takes seconds.
+            slow = self._spec.objective.name == "perplexity"
+            outcomes = []
+            for some in [[each] for each in candidates] if slow else [candidates]:
+                self._watch.look()
+                limit = self._spec.timeout_s
+                if limit is not None and self._done and self._elapsed_s > limit:
+                    raise _TimeIsUp
+                outcomes += rate(some)
+            values = [o.value for o in outcomes if o.value is not None]
+            known = [] if self._best is None else [self._best]
+            self._best = better([*known, *values], default=None)
+            self._check_failures(candidates, outcomes)
+            self._fresh = True
+            return outcomes
+
+        return evaluate
+
+    def _check_failures(self, candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> None:
+        failed = [i for i, outcome in enumerate(outcomes) if outcome.value is None]
+        self._failed += len(failed)
+        if failed and self._failed > self._spec.max_failed_trials:
+            last, about = failed[-1], self._claim.stage.about
+            at = "" if about is None else f" at {about}"
+            raise TrialsFailed(
+                f"{self._failed} trials{at} failed, more than max_failed_trials="
+                f"{self._spec.max_failed_trials}. The last: {outcomes[last].failure}",
+                candidate=candidates[last],
+            )
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if not self._fresh:  # a trial of an earlier attempt
+            return
+        self._fresh = False
+        state = self._store.progress(
+            self._claim, done=self._done, elapsed_s=self._elapsed_s, best_value=self._best
+        )
+        if not state.may_work:
+            raise HandBack
+        self._watch.look_for_others()
+
+
+# The piece of a job that writes the pruned model into the artifact store.
+def prune_piece(
+    opened: "Opened", inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
+) -> dict[str, Any]:
+    """
+    Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
+
+    What an attempt before has written whole is taken up; so are the blocks that its reconstruction
+    had trained.
+    """
+    began = time.monotonic()
+    found = chosen(claim.job, claim.stage.about)
+    key = configuration_key(found)
+    folder = inputs.pruned.workplace(claim.job.id, key)
+    if not (folder / RECIPE).is_file():
+        configuration = Configuration.model_validate(claim.job.with_tasks(found))
+        _prune(opened, inputs, configuration, folder, run)
+    files = described(folder, run)
+    watch.look(now=True)
+    inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
+    return {"key": key, "files": files, "seconds": round(time.monotonic() - began, 3)}
+
+
+def configuration_key(configuration: Mapping[str, Any]) -> str:
+    """The name of a pruned model: the same for the same configuration of a job."""
+    document = json.dumps(configuration, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def described(folder: Path, run: Run) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of each file of a folder, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = []
+    with run.progress("Hashing the files", len(paths)) as advance:
+        for path in paths:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(folder).as_posix()
+            found.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256})
+            advance(1)
+    return found
+
+
+def _prune(
+    opened: "Opened", inputs: WorkerInputs, configuration: Configuration, folder: Path, run: Run
+) -> None:
+    try:
+        with store_faults_told():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for left in folder.parent.glob(".pho-*"):  # of an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            prune_job(
+                opened.model(),
+                opened.bundle(),
+                configuration,
+                folder,
+                calibration=opened.calibration(),
+                progress=run.progress,
+            )
+    finally:
+        inputs.clear()  # the model is not dense any more
+
+
+@contextmanager
+def store_faults_told() -> Iterator[None]:
+    """Inside, an artifact store that is full or away raises OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the artifact store cannot be written: {error.strerror or error}. See that there is "
+            "room, and that it can be reached; then resume the job."
+        ) from error
+
+
+def remove_if_deleted(store: JobStore, inputs: WorkerInputs, job: JobRecord) -> None:
+    """A job that was deleted meanwhile leaves nothing behind."""
+    try:
+        store.get(job.id)
+    except NoSuchJob:
+        inputs.pruned.remove(job.id)
+
+
+# The pieces of a job that measure its dense model, and the pruned one, on zero-shot tasks.
+DENSE, PRUNED = 0, 1  # the numbers of the pieces
+
+
+def tasks_piece(
+    opened: "Opened",
+    inputs: WorkerInputs,
+    job: JobRecord,
+    number: int,
+    run: Run,
+    check: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """
+    Measure one of the two models of a job on its tasks, as `pho evaluate --tasks` does.
+
+    The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
+    kept for another attempt, and for the piece that writes the pruned model.
+    """
+    began = time.monotonic()
+    tasks = inputs.tasks(opened.spec)
+    questions = {"questions_sha256": tasks.questions_sha256()}
+    check(questions)
+    if number == DENSE:
+        measured = _measured(opened.model(), opened.spec, tasks, run)
+        opened.check()
+    else:
+        measured = _pruned(opened, inputs, job, tasks, run)
+    return {**measured, **questions, "seconds": round(time.monotonic() - began, 3)}
+
+
+def check_tasks(mine: Mapping[str, Any], job: JobRecord) -> None:
+    """Raise ChangedInput if the other model of the job was measured on other examples."""
+    others = [stage.result or {} for stage in job.of_kind(StageKind.TASKS)]
+    questions = mine["questions_sha256"]
+    if any(other.get("questions_sha256", questions) != questions for other in others):
+        raise ChangedInput(
+            f"the examples of {', '.join(job.spec['tasks'])} have changed since the other model of "
+            "the job was measured on them: the two cannot be compared. Put the former ones "
+            "back and resume the job, or submit it again."
+        )
+
+
+def _pruned(
+    opened: "Opened", inputs: WorkerInputs, job: JobRecord, tasks: LoadedTasks, run: Run
+) -> dict[str, Any]:
+    found, calibration = chosen(job, None), opened.calibration()
+    configuration = Configuration.model_validate(found)
+    bundle, model = opened.bundle(), opened.model()
+    folder = inputs.pruned.workplace(job.id, configuration_key(found))
+    blocks, dtype = blocks_kept(model, bundle, configuration, folder, calibration), model.dtype
+    if blocks is not None:
+        with store_faults_told():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        prune_in_place(
+            model,
+            bundle,
+            configuration,
+            calibration=calibration,
+            done=blocks,
+            progress=run.progress,
+        )
+        model.model.to(dtype)  # type: ignore[arg-type]  # rounded as it is stored, and read again
+        measured = _measured(model, opened.spec, tasks, run)
+    finally:
+        inputs.clear()  # the model is not dense any more
+    if blocks is not None and not opened.spec.prune:
+        blocks.remove()
+    return measured
+
+
+def _measured(model: Any, spec: JobSpec, tasks: LoadedTasks, run: Run) -> dict[str, Any]:
+    """What a model scored, and how, as JSON values."""
+    how: dict[str, Any] = {"bos": spec.calibration.bos, "limit": spec.tasks_limit}
+    scores: Sequence[TaskScore] = measure_tasks(model, tasks, **how, progress=run.progress)
+    document = tasks_document(model, scores, **how)
+    kept = {name: document[name] for name in ("limit", "bos", "versions")}
+    return {"scores": [asdict(score) for score in scores], **kept}
+
+
+# The pieces of a transfer: each measures a configuration on one model.
+def failed(name: str, error: PhoError) -> dict[str, Any]:
+    """The result of a model that nothing was measured on, for a reason that a user can act on."""
+    return {
+        "target": name,
+        "key": "",
+        "error": {"type": type(error).__name__, "message": str(error)},
+        "warnings": [f"{name}: {error}"],
+    }
+
+
+def check_report(mine: dict[str, Any], job: JobRecord) -> dict[str, Any]:
+    """The result of a model; a failed one if others of the job have another report text."""
+    report = _report_sha256(mine)
+    for stage in job.of_kind(StageKind.TRANSFER):
+        other = stage.result or {}
+        if report is not None and _report_sha256(other) not in (None, report):
+            error = ChangedInput(
+                f"the report text has changed since {other['target']} was measured: the numbers "
+                "of the two models could not be compared. Transfer to this model again, as a job "
+                "of its own, or to all of them."
+            )
+            return failed(mine["target"], error)
+    return mine
+
+
+def _report_sha256(result: Mapping[str, Any]) -> str | None:
+    """Hash of the whole text, whatever a model's tokenizer makes of it."""
+    report = result.get("report") or {}
+    sha256: str | None = report.get("text", {}).get("sha256")
+    return sha256
+
+
+def transfer_piece(
+    spec: TransferSpec, inputs: WorkerInputs, number: int, watch: Watch, run: Run
+) -> dict[str, Any]:
+    """Measure on the model with this number."""
+    target = spec.target(number)
+    if spec.search is None:
+        target = target.model_copy(update={"confirm": None})  # nothing is confirmed
+    seal = inputs.seal(target)
+    bundle = inputs.calibrate(target, seal, run.progress)
+    watch.look(now=True)
+    transfer = transfer_job(
+        Calibrated(
+            name=target.model,
+            bundle=bundle,
+            model=inputs.model(target, seal),
+            calibration=inputs.calibration_text(target, seal).calibration,
+            confirm=inputs.confirmation_text(target, seal) if spec.search else None,
+            report=_report(spec, inputs, number, seal),
+        ),
+        spec.found(),
+        search=_own_search(spec),
+        run=Run(device=run.device, progress=run.progress, look=run.look),  # its study is not kept
+    )
+    inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
+    return transfer.to_dict()
+
+
+def _report(spec: TransferSpec, inputs: WorkerInputs, number: int, seal: Seal) -> ReportText | None:
+    if spec.report is None:
+        return None
+    return inputs.report_text(spec.target(number), spec.report, seal)
+
+
+def _own_search(spec: TransferSpec) -> SearchRequest | None:
+    """How the model's own best is searched for; its study is not kept."""
+    if spec.search is None:
+        return None
+    return own_search(
+        spec.found(),
+        spec.search,
+        finalists=spec.search.confirm.candidates,
+    )
+
+
+# The calibrate stages of a job: one for each model, which large calibrations share out in parts.
+PARTS = 1_000_000  # parts have numbers from here, models below
+
+
+class Unshared(Exception):
+    """The parts of a calibration are to be done first; those that nobody knows of yet are new."""
+
+    def __init__(self, parts: Sequence[NewStage] = (), known: dict[str, Any] | None = None) -> None:
+        super().__init__(parts)
+        self.parts, self.known = parts, known
+
+
+def calibrated(
+    inputs: WorkerInputs, claim: Claim, spec: JobSpec, run: Run
+) -> tuple[ProxyBundle, Seal]:
+    """Return the bundle of a model, and what it was made from."""
+    parts = claim.job.parts(StageKind.CALIBRATE, claim.stage.number)
+    if any(part.state is not StageState.DONE for part in parts):
+        raise Unshared
+    seal = inputs.seal(spec, Seal(**(claim.stage.params or {}).get("inputs", {})))
+    text = inputs.calibration_text(spec, seal)
+    if not parts and not inputs.bundles.has(text.bundle_key):
+        shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
+        if shards > 1:
+            known = {"inputs": seal.to_dict()}
+            raise Unshared(_parts(claim, inputs, text, shards, known), known)
+    return inputs.calibrate(spec, seal, run.progress), seal
+
+
+def _parts(
+    claim: Claim, inputs: WorkerInputs, text: CalibrationText, shards: int, known: dict[str, Any]
+) -> list[NewStage]:
+    """One for each shard; a shard that two jobs need is gathered by one part after the other."""
+    key, whole = text.bundle_key, claim.stage.number
+    return [
+        NewStage(
+            kind=StageKind.CALIBRATE,
+            number=PARTS + whole * SHARDS + shard,
+            params={
+                "part_of": whole,
+                "shard": shard,
+                "key": key,
+                "device": inputs.device.type,
+                **known,
+            },
+            lock=f"shard {shard} of {key}",
+        )
+        for shard in range(shards)
+    ]
+
+
+def calibrate_part(inputs: WorkerInputs, claim: Claim, watch: Watch) -> dict[str, Any]:
+    """
+    Gather the sums of a shard, if nobody has yet, and keep them for the stage.
+
+    A worker that would give other last digits, since it has another kind of device or other
+    versions of packages, leaves the shard to the one that adds up.
+    """
+    began = time.monotonic()
+    params = claim.stage.params or {}
+    spec = JobSpec.model_validate(claim.job.spec).of_model(int(params["part_of"]))
+    key, shard = str(params["key"]), int(params["shard"])
+    made = False
+    bundles = inputs.bundles
+    # In this order: sums are removed as soon as the bundle that they became is there.
+    there = bundles.sums(key, shard) is not None or bundles.has(key)
+    if not there and params["device"] == inputs.device.type:
+        seal = Seal(**params["inputs"])
+        text = inputs.calibration_text(spec, seal)
+        if text.bundle_key == key:
+            settings = spec.calibration.settings()
+            model = inputs.model(spec, seal)
+            sums = measure_shard(model, text, settings, shard, watch.progress)
+            model.check_unchanged()
+            bundles.keep_sums(key, shard, sums)
+            made = True
+    if not there and not made:
+        logger.warning("shard %d is left to the worker that adds up", shard)
+    return {"seconds": round(time.monotonic() - began, 3), "made": made}
+
+
+# A job that begins with what the library has for similar models.
+def warmed(
+    database: Database, job: JobRecord, spec: JobSpec, model: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The document with what the library has to begin with; None if it is not asked."""
+    if spec.warm_start is None or spec.warm_start.found is not None:
+        return None
+    facts = ModelFacts.of({} if spec.more_models else model)
+    pattern = spec.pruning()
+    wanted = Wanted(
+        pattern=pattern,
+        scope_matters=True,
+        family=facts.family,
+        parameters=facts.parameters,
+    )
+    stored = ConfigurationStore(database).all(pattern=str(pattern), visible_to=job.owner_id)
+    files = {str(each.id): stored_file(each.document, each.transfers) for each in stored}
+    matches = rank([Entry.of(name, file) for name, file in files.items()], wanted)
+    room = spec.trials - len(spec.plan(0).baselines())
+    chosen = [m for m in matches if m.fits and m.entry.method == "crepe"]
+    found = [
+        WarmPoint(
+            id=match.entry.id,
+            coefficients=files[match.entry.id].configuration.coefficients,
+            allocation=files[match.entry.id].configuration.steps.allocation,
+            reasons=[*match.reasons],
+        )
+        for match in chosen[: min(spec.warm_start.count, room)]
+    ]
+    logger.info("warm start", extra={"job": str(job.id), "found": len(found)})
+    warm = spec.warm_start.model_copy(update={"found": found})
+    return spec.model_copy(update={"warm_start": warm}).model_dump(mode="json")
+
+
+def started(spec: JobSpec, configuration: Configuration) -> list[str]:
+    """What a warm start was worth, in a sentence; none if it was not asked."""
+    if spec.warm_start is not None and not spec.warm_start.found:
+        return [
+            f"Warm start: the library had nothing for {spec.pattern} in this scope; the search "
+            "began cold."
+        ]
+    points = configuration.search.get("warm_start", [])
+    known = [point for point in points if point["value"] is not None]
+    if not known:
+        return []
+    better = min if configuration.objective["direction"] == "minimize" else max
+    best = better(known, key=lambda point: point["value"])
+    return [
+        f"Warm start: {number(best['value'])} at trial {best['trial']}, the best of {len(points)}."
+    ]
