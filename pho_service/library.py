@@ -60,11 +60,8 @@ class LibraryFile:
     targets: tuple[TransferTarget, ...] = ()
 
     def to_dict(self, source: str) -> dict[str, Any]:
-        """
-        A configuration's file; that of a transfer if there are any.
-
-        The targets' own bests are left out: each is a configuration of its own.
-        """
+        """A configuration's file; that of a transfer if there are any."""
+        # The targets' own bests are left out: each is a configuration of its own.
         written = self.configuration.model_dump(mode="json")
         if not self.targets:
             return written
@@ -73,16 +70,7 @@ class LibraryFile:
 
 
 def parse_library_file(document: Any, name: str) -> LibraryFile:
-    """
-    Check a configuration or a transfer.
-
-    Args:
-        document: JSON values.
-        name: For messages.
-
-    Raises:
-        ConfigurationError: It is neither, of another version, or breaks a rule; names the key.
-    """
+    """Check a configuration or a transfer."""
     check_values(document, name)
     if not isinstance(document, dict) or document.get("format") != TRANSFER_FORMAT:
         return LibraryFile(configuration=parse_configuration(document, name))
@@ -102,25 +90,11 @@ def parse_library_file(document: Any, name: str) -> LibraryFile:
 
 
 def read_library_file(path: Path) -> LibraryFile:
-    """
-    A configuration or a transfer from a file.
-
-    Raises:
-        ConfigurationError: As :func:`parse_library_file`, or it cannot be read.
-    """
     return parse_library_file(read_document(path), str(path))
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LibraryFile], list[str]]:
-    """
-    All configurations below a folder, and what else there is.
-
-    Returns:
-        By the path in the folder; and a sentence for each .json file that is none.
-
-    Raises:
-        ConfigurationError: It is no folder.
-    """
+    """All configurations below a folder, and what else there is."""
     if not folder.is_dir():
         raise ConfigurationError(
             f"the library {folder} is no folder. Give a folder of configurations, or the URL of a "
@@ -191,17 +165,12 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """
-    How much better than RIA, in the widest scope of the pattern.
+    """How much better than RIA, in the widest scope of the pattern."""
 
-    Attributes:
-        value: By perplexity or divergence: nats a token below RIA, that is, the logarithm of how
-            many times RIA's perplexity is as high. By a proxy: the share of RIA's that is saved.
-        by: What was measured.
-    """
-
+    # By perplexity or divergence: nats a token below RIA, that is, the logarithm of how many times
+    # RIA's perplexity is as high. By a proxy: the share of RIA's that is saved.
     value: float
-    by: MeasuredBy
+    by: MeasuredBy  # What was measured
 
     def __str__(self) -> str:
         share = abs(self.share)
@@ -238,22 +207,14 @@ class MeasuredElsewhere:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """
-    A configuration of a library.
+    """A configuration of a library."""
 
-    Attributes:
-        id: In its library: a file's name, or a number of the service.
-        models: That it was found on; several if they were searched jointly.
-        gain: On them; None where RIA was not measured beside it.
-        measured: On other models.
-    """
-
-    id: str
+    id: str  # In its library: a file's name, or a number of the service
     method: str
     pattern: Pattern
-    models: tuple[ModelFacts, ...]
-    gain: Gain | None
-    measured: tuple[MeasuredElsewhere, ...] = ()
+    models: tuple[ModelFacts, ...]  # That it was found on; several if they were searched jointly
+    gain: Gain | None  # On them; None where RIA was not measured beside it
+    measured: tuple[MeasuredElsewhere, ...] = ()  # On other models
 
     @classmethod
     def of(cls, entry_id: str, file: LibraryFile) -> Self:
@@ -387,22 +348,14 @@ PER_DOUBLING = 0.98  # of the number of parameters, up or down
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """
-    What a configuration is looked for; None is any.
+    """What a configuration is looked for; None is any."""
 
-    Attributes:
-        pattern: With its scope, if ``scope_matters`` and ``scope`` is None.
-        scope: Where weights compete, of any pattern; one that the pattern never has fits nothing.
-        scope_matters: Whether another scope is another thing.
-        family: A ``model_type``, or the beginning of one: gemma.
-        parameters: Number of parameters of the model.
-    """
-
-    pattern: Pattern | None = None
+    pattern: Pattern | None = None  # With its scope, if ``scope_matters`` and ``scope`` is None
+    # Where weights compete, of any pattern; one that the pattern never has fits nothing.
     scope: Scope | None = None
-    scope_matters: bool = False
-    family: str | None = None
-    parameters: int | None = None
+    scope_matters: bool = False  # Whether another scope is another thing
+    family: str | None = None  # A ``model_type``, or the beginning of one: gemma
+    parameters: int | None = None  # Number of parameters of the model
 
     @classmethod
     def parse(
@@ -412,12 +365,7 @@ class Wanted:
         family: str | None = None,
         parameters: int | None = None,
     ) -> Self:
-        """
-        Return the target that a user describes.
-
-        Raises:
-            InvalidInput: There is no such pattern, no such scope, or the pattern never has it.
-        """
+        """Return the target that a user describes."""
         asked = None if scope is None else Pattern.parse("0.5", scope).scope
         return cls(
             pattern=None if pattern is None else Pattern.parse(pattern, scope),
@@ -430,33 +378,23 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """
-    An entry, and why it stands where it stands.
-
-    Attributes:
-        fits: It is of the asked pattern and scope, so that it can be used as it is.
-        expected: Gain over RIA on the asked model, as a share; None where nothing is known.
-        expected_by: What it is a share of, as of the gain that it comes from.
-        reasons: Sentences without a full stop.
-    """
+    """An entry, and why it stands where it stands."""
 
     entry: Entry
-    fits: bool
+    fits: bool  # It is of the asked pattern and scope, so that it can be used as it is
+    # Gain over RIA on the asked model, as a share; None where nothing is known.
     expected: float | None
-    expected_by: MeasuredBy | None
-    reasons: tuple[str, ...]
+    expected_by: MeasuredBy | None  # What it is a share of, as of the gain that it comes from
+    reasons: tuple[str, ...]  # Sentences without a full stop
 
 
 def rank(entries: Sequence[Entry], wanted: Wanted) -> list[Match]:
-    """
-    Entries in the order in which they are worth trying.
-
-    First comes the pattern, and the scope if it is asked for: coefficients of another one are of
-    little use. Then what is better than RIA by perplexity (or by divergence, which is in the same
-    unit), then by the proxy alone, then what nothing is known of, then what is no better. Within
-    each, by the gain that is expected on the asked model: what was measured on its family, or else
-    what was measured where it was found, less something for each difference.
-    """
+    """Entries in the order in which they are worth trying."""
+    # First comes the pattern, and the scope if it is asked for: coefficients of another one are of
+    # little use. Then what is better than RIA by perplexity (or by divergence, which is in the same
+    # unit), then by the proxy alone, then what nothing is known of, then what is no better. Within
+    # each, by the gain that is expected on the asked model: what was measured on its family, or
+    # else what was measured where it was found, less something for each difference.
     matches = [(_order(entry, wanted), _match(entry, wanted)) for entry in entries]
     return [match for _, match in sorted(matches, key=lambda pair: pair[0])]
 

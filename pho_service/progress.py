@@ -18,7 +18,6 @@ Fence = Callable[[], AbstractContextManager[None]]  # around each write; may ref
 
 @contextmanager
 def silent(title: str, steps: int) -> Iterator[Advance]:
-    """Tell nobody."""
     del title, steps
     yield lambda _: None
 
@@ -29,19 +28,12 @@ def never(*_: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """
-    Where something long runs, and who watches it.
+    """Where something long runs, and who watches it."""
 
-    Attributes:
-        device: For the proxies; models lie where they lie.
-        progress: Is told of each long step.
-        look: Called before each piece of work; may refuse by raising.
-        fence: Entered around each write that would not be the same twice; may refuse by raising.
-    """
-
-    device: str = "cpu"
-    progress: Progress = silent
-    look: Look = never
+    device: str = "cpu"  # For the proxies; models lie where they lie
+    progress: Progress = silent  # Is told of each long step
+    look: Look = never  # Called before each piece of work; may refuse by raising
+    # Entered around each write that would not be the same twice; may refuse by raising.
     fence: Fence = nullcontext
 
 

@@ -20,18 +20,8 @@ from storage.studies import StorageError
 
 
 def back_up(database: Database, file: Path) -> None:
-    """
-    Write everything that a database holds for the service, as of one moment.
-
-    The service may run meanwhile. Nothing else of the database is in the file.
-
-    Args:
-        database: Migrated or not.
-        file: Is overwritten.
-
-    Raises:
-        StorageError: The database cannot be reached, has nothing, or pg_dump is missing or fails.
-    """
+    """Write everything that a database holds for the service, as of one moment."""
+    # The service may run meanwhile. Nothing else of the database is in the file.
     if not _schemas(database):
         raise StorageError("the database holds nothing of PHO: `pho serve` was never started on it")
     schemas = [f"--schema={schema}" for schema in SCHEMAS]
@@ -39,17 +29,7 @@ def back_up(database: Database, file: Path) -> None:
 
 
 def restore(database: Database, file: Path) -> None:
-    """
-    Fill a database from such a file, all of it or nothing, and bring it to this version.
-
-    Args:
-        database: Without any of our schemas.
-        file: File of :func:`back_up`, of this version or an older one.
-
-    Raises:
-        StorageError: ``file`` is not such a dump, or is damaged or newer; or the database is not
-            empty, cannot be reached, or refuses it.
-    """
+    """Fill a database from such a file, all of it or nothing, and bring it to this version."""
     found = _schemas(database)
     if found:
         raise StorageError(
@@ -70,7 +50,6 @@ def restore(database: Database, file: Path) -> None:
 
 
 def _schemas(database: Database) -> list[str]:
-    """Ours that are there."""
     query = text("SELECT nspname FROM pg_namespace WHERE nspname = ANY(:names) ORDER BY 1")
     with database.transaction() as connection:
         return [*connection.execute(query, {"names": [*SCHEMAS]}).scalars()]
@@ -87,11 +66,9 @@ def _revision(database: Database, file: Path, schema: str) -> str:
 
 
 def _run(program: str, database: Database, *arguments: str, file: Path | None = None) -> str:
-    """
-    What a program of PostgreSQL prints, without owners and grants, which are the server's.
-
-    Its ``{server}`` is the database, without the password, which all who list processes would see.
-    """
+    """What a program of PostgreSQL prints, without owners and grants, which are the server's."""
+    # Its ``{server}`` is the database, without the password, which all who list processes would
+    # see.
     url = database.url.set(drivername="postgresql").render_as_string(hide_password=False)
     parameters = {k: str(v) for k, v in conninfo_to_dict(url).items() if v is not None}
     password = parameters.pop("password", None)
@@ -124,9 +101,8 @@ def _run(program: str, database: Database, *arguments: str, file: Path | None = 
 def _program(name: str, database: Database) -> str:
     """
     The path of a program for the version of the server, or else of the next newer one there is.
-
-    A much newer pg_restore sets what an old server does not know.
     """
+    # A much newer pg_restore sets what an old server does not know.
     with database.transaction() as connection:
         query = text("SELECT current_setting('server_version_num')::int / 10000")
         server = int(connection.execute(query).scalar_one())

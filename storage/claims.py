@@ -108,12 +108,9 @@ class ClaimStore:
             return Claim(job=job, stage=taken)
 
     def give_again(self, queue_id: int, *, alive_s: float) -> bool:
-        """
-        Put the stage of a dead worker's entry into the queue again.
-
-        The old entry stands for nothing then: if the worker was only frozen,
-        what it does to its entry when it wakes harms nobody.
-        """
+        """Put the stage of a dead worker's entry into the queue again."""
+        # The old entry stands for nothing then: if the worker was only frozen, what it does to its
+        # entry when it wakes harms nobody.
         with self.database.transaction() as connection:
             mine = stages.c.queue_id == queue_id
             row = connection.execute(select(stages.c.id, stages.c.job_id).where(mine)).first()
@@ -141,20 +138,16 @@ class ClaimStore:
 
     @contextmanager
     def fence(self, claim: Claim, storage: RDBStorage | None = None) -> Iterator[None]:
-        """
-        Hold off everybody else from a stage while its worker writes.
-
-        What Optuna writes meanwhile is in one transaction with the check of the
-        claim: whole or not at all, and never by a worker that has lost its stage,
-        even one that was frozen or cut off in the midst of it.
-        """
+        """Hold off everybody else from a stage while its worker writes."""
+        # What Optuna writes meanwhile is in one transaction with the check of the claim: whole or
+        # not at all, and never by a worker that has lost its stage, even one that was frozen or cut
+        # off in the midst of it.
         with self.database.transaction() as connection:
             check_claim(connection, claim)
             with nullcontext() if storage is None else written_on(storage, connection):
                 yield
 
     def watch(self, claim: Claim, step: Mapping[str, Any] | None = None) -> JobState:
-        """The state of the job now."""
         mine = (stages.c.id == claim.stage.id, stages.c.attempt == claim.attempt)
         query = select(jobs.c.state).join(stages, stages.c.job_id == jobs.c.id).where(*mine)
         with self.database.transaction() as connection:
@@ -202,7 +195,6 @@ class ClaimStore:
                 add_event(connection, claim.job.id, LOG, data)
 
     def fail(self, claim: Claim, error: Mapping[str, Any], *, retry: bool) -> bool:
-        """Note that an attempt failed."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             failures = claim.stage.failures + 1
@@ -253,11 +245,8 @@ class ClaimStore:
             return False
 
     def give_up(self, claim: Claim) -> None:
-        """
-        Put a stage down for a worker that cannot stop to work on it, and so ends.
-
-        Its entry is taken out of the queue, and a new one put in if the job may still work.
-        """
+        """Put a stage down for a worker that cannot stop to work on it, and so ends."""
+        # Its entry is taken out of the queue, and a new one put in if the job may still work.
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             row = lock_stage(connection, claim.stage.id)
@@ -297,7 +286,6 @@ class ClaimStore:
 
 
 def worker_name(process: int) -> str:
-    """Return the name of the worker that is a process of this machine."""
     return f"{platform.node()}:{process}"
 
 
@@ -311,16 +299,11 @@ def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float
 # How a stage ends: with a result, and what follows from it; or put down until its parts are done.
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """
-    The result of a job.
+    """The result of a job."""
 
-    Attributes:
-        best: The configuration; None of a job that has one for each of its patterns.
-        warnings: What must be said of it.
-    """
-
+    # The configuration; None of a job that has one for each of its patterns.
     best: Mapping[str, Any] | None
-    warnings: Sequence[str] = ()
+    warnings: Sequence[str] = ()  # What must be said of it
 
 
 @dataclass(frozen=True)
@@ -332,12 +315,7 @@ class Entry:
 
 
 class OutcomeStore(ClaimStore):
-    """
-    The stages of a database, as a worker ends them.
-
-    Args:
-        database: Migrated.
-    """
+    """The stages of a database, as a worker ends them."""
 
     def complete(
         self,
@@ -351,28 +329,7 @@ class OutcomeStore(ClaimStore):
         spec: Mapping[str, Any] | None = None,
         seen: JobRecord | None = None,
     ) -> bool:
-        """
-        Store what a stage gave, and what follows from it.
-
-        Args:
-            claim: Claim of the stage.
-            result: What it gave, as JSON values.
-            then: Stages that follow once nothing of the job is left to do; those that exist
-                already stay as they are.
-            ended: Whether nothing follows: the job has succeeded.
-            found: What the job was for, if this is it. A job that was cancelled meanwhile is
-                cancelled, without it.
-            library: What the library gets.
-            spec: The job's document from now on.
-            seen: The job as it was when all of this was decided.
-
-        Returns:
-            False, and nothing is stored, if the job was extended or another of its stages was done
-            since it was ``seen``.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Store what a stage gave, and what follows from it."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             if seen is not None and _moved(seen, job):
@@ -413,18 +370,7 @@ class OutcomeStore(ClaimStore):
         *,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        """
-        Put a stage down until its parts are done; then it is given out again.
-
-        Args:
-            claim: Claim of the stage.
-            parts: Stages of its kind, with its number as ``part_of`` in their ``params``; those
-                that exist already stay as they are.
-            params: What to keep with the stage itself, besides.
-
-        Raises:
-            LostClaim: The stage is another worker's.
-        """
+        """Put a stage down until its parts are done; then it is given out again."""
         with self.database.transaction() as connection:
             job = claimed_job(connection, claim)
             if params is not None:

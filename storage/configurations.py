@@ -25,44 +25,27 @@ class NoSuchConfiguration(LookupError):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredConfiguration:
-    """
-    An entry of the library.
-
-    Attributes:
-        job_id: That found it; None if it was imported. The job may be deleted since.
-        document: The configuration.
-        transfers: What it was worth on other models.
-    """
+    """An entry of the library."""
 
     id: uuid.UUID
-    job_id: uuid.UUID | None
-    document: dict[str, Any]
-    transfers: list[dict[str, Any]]
+    job_id: uuid.UUID | None  # That found it; None if it was imported. The job may be deleted since
+    document: dict[str, Any]  # The configuration
+    transfers: list[dict[str, Any]]  # What it was worth on other models
     created_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFacts:
-    """
-    What is known of an entry without reading its document.
-
-    Attributes:
-        facts: What a ranking reads, as it was remembered; None if it was not.
-    """
+    """What is known of an entry without reading its document."""
 
     id: uuid.UUID
     job_id: uuid.UUID | None
     created_at: datetime
-    facts: dict[str, Any] | None
+    facts: dict[str, Any] | None  # What a ranking reads, as it was remembered; None if it was not
 
 
 class ConfigurationStore:
-    """
-    The library of a database.
-
-    Args:
-        database: Migrated.
-    """
+    """The library of a database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -74,13 +57,6 @@ class ConfigurationStore:
         transfers: list[dict[str, Any]],
         owner_id: uuid.UUID | None,
     ) -> tuple[StoredConfiguration, bool]:
-        """
-        Store a configuration that was found elsewhere.
-
-        Returns:
-            The entry, and whether it is new: what an owner has already is kept, and gets the
-            transfers that it does not have.
-        """
         with self.database.transaction() as connection:
             entry_id, new = keep(connection, document, owner_id=owner_id, job_id=None)
             for transfer in transfers:
@@ -90,29 +66,13 @@ class ConfigurationStore:
     def get(
         self, entry_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
     ) -> StoredConfiguration:
-        """
-        An entry.
-
-        Args:
-            entry_id: Which.
-            visible_to: Only if this key owns it; None sees all.
-
-        Raises:
-            NoSuchConfiguration: It is not there, or not visible.
-        """
         with self.database.transaction() as connection:
             return _get(connection, entry_id, visible_to)
 
     def all(
         self, *, pattern: str | None = None, visible_to: uuid.UUID | None = None
     ) -> list[StoredConfiguration]:
-        """
-        The newest entries, at most :data:`CONSIDERED`; those of ``pattern`` before others.
-
-        Args:
-            pattern: As a configuration has it.
-            visible_to: Only what this key owns; None sees all.
-        """
+        """The newest entries, at most :data:`CONSIDERED`; those of ``pattern`` before others."""
         with self.database.transaction() as connection:
             query = _considered(select(configurations), pattern, visible_to)
             return [_entry(row) for row in connection.execute(query)]
@@ -120,7 +80,6 @@ class ConfigurationStore:
     def facts(
         self, *, pattern: str | None = None, visible_to: uuid.UUID | None = None
     ) -> list[StoredFacts]:
-        """The same entries without their documents, which may be a hundred times as large."""
         c = configurations.c
         with self.database.transaction() as connection:
             columns = select(c.id, c.job_id, c.created_at, c.facts)
@@ -140,7 +99,6 @@ class ConfigurationStore:
                 )
 
     def count(self, owner_id: uuid.UUID | None) -> int:
-        """How many entries an owner has."""
         query = select(func.count()).where(configurations.c.owner_id == owner_id)
         with self.database.transaction() as connection:
             return connection.execute(query).scalar_one()
@@ -162,12 +120,7 @@ class ConfigurationStore:
             return [] if known is None else _get(connection, known).transfers
 
     def delete(self, entry_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> None:
-        """
-        Forget an entry. The job that found it stays.
-
-        Raises:
-            NoSuchConfiguration: It is not there, or not visible.
-        """
+        """Forget an entry. The job that found it stays."""
         with self.database.transaction() as connection:
             _get(connection, entry_id, visible_to)
             connection.execute(delete(configurations).where(configurations.c.id == entry_id))
@@ -212,7 +165,6 @@ def keep_transfer(
 
 
 def digest(document: Mapping[str, Any]) -> bytes:
-    """Names a configuration by what it says."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 

@@ -48,21 +48,10 @@ _STATEMENT_S = 120  # a statement that waits longer, say for a lock, is ended by
 
 
 class Database:
-    """
-    The database of a service.
+    """The database of a service."""
 
-    A server that cannot be reached, or accepts and does not answer, is :class:`DatabaseGone`
-    within ten seconds, unless the URL has time-outs of its own.
-
-    Args:
-        url: ``postgresql://user:password@host/name``; libpq's parameters may follow.
-        pool: Connections that this process keeps at most.
-        idle_limit_s: The server ends transactions that rest for so long: those of a
-            process that is frozen would hold up everybody.
-
-    Raises:
-        StorageError: ``url`` is not a PostgreSQL URL.
-    """
+    # A server that cannot be reached, or accepts and does not answer, is :class:`DatabaseGone`
+    # within ten seconds, unless the URL has time-outs of its own.
 
     def __init__(self, url: str, *, pool: int = POOL, idle_limit_s: float = 30.0) -> None:
         self._given = _parse(url)
@@ -86,12 +75,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """
-        A transaction: everything in it, or nothing.
-
-        Raises:
-            DatabaseGone: The server cannot be reached, went away, or has no space left.
-        """
+        """A transaction: everything in it, or nothing."""
         try:
             with self.engine.begin() as connection:
                 yield connection
@@ -114,12 +98,9 @@ class Database:
 
     @property
     def studies_url(self) -> str:
-        """
-        For Optuna.
-
-        Trials need not reach the disk one by one: the search's own commit,
-        which follows each generation, takes them along.
-        """
+        """For Optuna."""
+        # Trials need not reach the disk one by one: the search's own commit, which follows each
+        # generation, takes them along.
         return self._studies_url(self._limit)
 
     def _studies_url(self, limit: str) -> str:
@@ -129,7 +110,6 @@ class Database:
 
     @property
     def shown_studies_url(self) -> str:
-        """The same for Optuna's own programs, as it may be printed: without the password."""
         url = _with_schema(self._given, "optuna").difference_update_query(["password"])
         return URL.create(
             url.drivername, username=url.username, host=url.host, port=url.port,
@@ -137,14 +117,7 @@ class Database:
         ).render_as_string()  # fmt: skip
 
     def migrate(self) -> None:
-        """
-        Create the schemas, or bring them to this version. Several at once take turns.
-
-        Raises:
-            DatabaseGone: The server cannot be reached.
-            StorageError: It refuses, or its tables are of a newer PHO, of a newer Optuna, or of one
-                before the first release.
-        """
+        """Create the schemas, or bring them to this version. Several at once take turns."""
         config = Config()
         config.set_main_option("script_location", _MIGRATIONS.replace("%", "%%"))
         with self._taking_turns() as connection:
@@ -157,15 +130,9 @@ class Database:
             pass
 
     def let_read(self) -> None:
-        """
-        Make a role that reads all studies and does nothing else, or bring it up to date.
-
-        It has no password: the server says who may be it. That of a service's own
-        PostgreSQL lets in who runs the service; see :class:`~storage.embedded.Postmaster`.
-
-        Raises:
-            DatabaseGone: The server cannot be reached.
-        """
+        """Make a role that reads all studies and does nothing else, or bring it up to date."""
+        # It has no password: the server says who may be it. That of a service's own PostgreSQL lets
+        # in who runs the service; see :class:`~storage.embedded.Postmaster`.
         with self._taking_turns() as connection:
             there = text("SELECT 1 FROM pg_roles WHERE rolname = :name")
             if connection.scalar(there, {"name": READER}) is None:
@@ -187,11 +154,6 @@ class Database:
             yield connection
 
     def check_migrated(self) -> None:
-        """
-        Raises:
-            DatabaseGone: The server cannot be reached, or this version's tables are not there yet.
-            StorageError: Its tables are of a newer PHO, or of one before the first release.
-        """
         with self.transaction() as connection:
             found = _version(connection)
             # What Optuna writes last of its tables, which come after ours.
@@ -204,10 +166,6 @@ class Database:
             )
 
     def check(self) -> None:
-        """
-        Raises:
-            DatabaseGone: The server does not answer.
-        """
         with self.transaction() as connection:
             connection.execute(text("SELECT 1"))
 
@@ -218,14 +176,6 @@ def known_versions() -> set[str]:
 
 
 def check_version(found: str | None, what: str) -> None:
-    """
-    Args:
-        found: Version of the tables; None if there are none yet.
-        what: What they are in, for the message.
-
-    Raises:
-        StorageError: This PHO cannot upgrade them.
-    """
     known = known_versions()
     if found is None or found in known:
         return
@@ -243,7 +193,6 @@ def check_version(found: str | None, what: str) -> None:
 
 
 def _version(connection: Connection) -> str | None:
-    """The version of our tables."""
     options = {"version_table_schema": SCHEMA}
     return MigrationContext.configure(connection, opts=options).get_current_revision()
 
@@ -264,15 +213,7 @@ def _parse(url: str) -> URL:
 
 
 def _with_schema(url: URL, schema: str, *more: str, before: str = "") -> URL:
-    """
-    The URL with a search path, beside the server options that it has already.
-
-    Args:
-        url: As it was given.
-        schema: What comes first in the search path.
-        more: Options that go before those of the URL.
-        before: One that those of the URL go before.
-    """
+    """The URL with a search path, beside the server options that it has already."""
     given = url.query.get("options", ())
     given = (given,) if isinstance(given, str) else given
     options = " ".join(filter(None, (before, *given, f"-csearch_path={schema}", *more)))
@@ -288,17 +229,9 @@ _PING_S = 2.0  # well below the time after which the server ends a transaction t
 
 @contextmanager
 def taking_turns(database: Database, name: str, wait: Callable[[], None]) -> Iterator[None]:
-    """
-    Inside, nobody else of this database is inside with the same name.
-
-    It is a help and no guarantee: while the database is away, all go on. A process that dies, or is
-    frozen, holds up nobody for long: its transaction, which is kept awake from here, is ended.
-
-    Args:
-        database: Database of all who take turns.
-        name: What to take turns with.
-        wait: Called again and again while another one is inside; may leave by raising.
-    """
+    """Inside, nobody else of this database is inside with the same name."""
+    # It is a help and no guarantee: while the database is away, all go on. A process that dies, or
+    # is frozen, holds up nobody for long: its transaction, which is kept awake from here, is ended.
     connection = _begun(database, name, wait)
     if connection is None:
         yield

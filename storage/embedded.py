@@ -33,24 +33,14 @@ _RUN_AS = "pgserver"  # root's servers: PostgreSQL refuses to run as root
 
 @dataclass(frozen=True, kw_only=True)
 class ServerUser:
-    """
-    Whom a server runs as, and what it takes to start a program as that user.
-
-    Attributes:
-        name, number, group: Name, user id and group id of the user.
-    """
+    """Whom a server runs as, and what it takes to start a program as that user."""
 
     name: str
     number: int
     group: int
 
     def rights(self, descriptor: int | None = None) -> dict[str, Any]:
-        """
-        Options of :class:`subprocess.Popen`: the user, with nothing of our secrets.
-
-        Args:
-            descriptor: An open file that the program inherits.
-        """
+        """Options of :class:`subprocess.Popen`: the user, with nothing of our secrets."""
         kept = ("PATH", "LANG", "LANGUAGE", "TZ")
         environment = {k: v for k, v in os.environ.items() if k in kept or k.startswith("LC_")}
         options: dict[str, Any] = {"env": environment, "cwd": "/", "umask": 0o077}
@@ -61,7 +51,6 @@ class ServerUser:
         return options
 
     def may_enter(self, folder: Path) -> bool:
-        """Whether all folders down to this one are open to the user."""
         if os.geteuid():
             return True  # it is ourselves
         done = subprocess.run(  # noqa: S603 - fixed words
@@ -71,15 +60,9 @@ class ServerUser:
 
     @contextmanager
     def reaching(self, folder: Path) -> Iterator[tuple[str, int]]:
-        """
-        A name by which the user reaches its folder, also below folders that are closed to it.
-
-        Those stay as they are: the user's program inherits the opened folder, and
-        finds it in its own list of open files.
-
-        Yields:
-            The name, and the number of the open folder, which the program must inherit.
-        """
+        """A name by which the user reaches its folder, also below folders that are closed to it."""
+        # Those stay as they are: the user's program inherits the opened folder, and finds it in its
+        # own list of open files.
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             open_to_it = self.may_enter(folder)
@@ -89,12 +72,7 @@ class ServerUser:
 
 
 def server_user() -> ServerUser:
-    """
-    Ourselves, or for root a user ``pgserver``, which is made if it is not there.
-
-    Raises:
-        StorageError: It cannot be made, or we have no name.
-    """
+    """Ourselves, or for root a user ``pgserver``, which is made if it is not there."""
     number = os.geteuid()
     try:
         found = pwd.getpwuid(number) if number else _made()
@@ -149,20 +127,11 @@ local all {_SUPERUSER},{READER} peer map=pho
 
 
 class Postmaster:
-    """
-    A server on a folder, for the user that this process runs as, and for nobody else.
+    """A server on a folder, for the user that this process runs as, and for nobody else."""
 
-    It listens on a socket in its folder alone, which only that user may enter, and
-    asks the system who is at the other end (``peer``). Run as root, which
-    PostgreSQL refuses, the server belongs to a user ``pgserver`` that is made for it.
-
-    Args:
-        folder: Folder of its data. It is made, but for its parent, when the server starts.
-
-    Raises:
-        StorageError: The folder's name is too long for a socket, or one that
-            PostgreSQL cannot take.
-    """
+    # It listens on a socket in its folder alone, which only that user may enter, and asks the
+    # system who is at the other end (``peer``). Run as root, which PostgreSQL refuses, the server
+    # belongs to a user ``pgserver`` that is made for it.
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -190,12 +159,6 @@ class Postmaster:
     def start(self, stopping: threading.Event | None = None) -> None:
         """
         Start it, and wait until it answers. One that another process left running is replaced.
-
-        Args:
-            stopping: When it is set meanwhile, nothing is waited for, and nothing runs.
-
-        Raises:
-            StorageError: It does not start; says where its log is.
         """
         stopping = stopping or threading.Event()
         try:
@@ -212,12 +175,7 @@ class Postmaster:
             raise self._does_not_start(str(error)) from error
 
     def stop(self, patience_s: float = 30.0) -> None:
-        """
-        Stop it in order, or, if that takes too long, as if the power failed. None need run.
-
-        Args:
-            patience_s: For what is in order; its log is read at the next start if it was not.
-        """
+        """Stop it in order, or, if that takes too long, as if the power failed. None need run."""
         process = self.process()
         if process is not None:
             for number, wait_s in ((signal.SIGINT, patience_s), (signal.SIGQUIT, 2.0)):
@@ -265,12 +223,9 @@ class Postmaster:
         return False
 
     def _forget_the_dead(self, stopping: threading.Event) -> None:
-        """
-        Take away a note that PostgreSQL would stumble over.
-
-        It sees to a dead server's itself. But a number that is another process's by now it
-        takes for a server, and half a note for none that it knows.
-        """
+        """Take away a note that PostgreSQL would stumble over."""
+        # It sees to a dead server's itself. But a number that is another process's by now it takes
+        # for a server, and half a note for none that it knows.
         note = self.folder / "postmaster.pid"
         if not note.exists():
             return
@@ -336,11 +291,8 @@ class Postmaster:
         return found
 
     def _write(self, name: str, content: str, user: ServerUser) -> None:
-        """
-        Replace a file of the server's, whoever owns what lies there, and wherever it leads.
-
-        The server may write into its folder, and must not lead root elsewhere by a link.
-        """
+        """Replace a file of the server's, whoever owns what lies there, and wherever it leads."""
+        # The server may write into its folder, and must not lead root elsewhere by a link.
         new = self.folder / f"{name}.new"
         new.unlink(missing_ok=True)
         with self._open(new, os.O_EXCL, user) as file:
@@ -481,17 +433,10 @@ _STOP_S = 5.0  # for what it does in order; the next start reads its log if it w
 
 @contextmanager
 def embedded_postgresql(data_dir: Path) -> Iterator[str]:
-    """
-    Start a server on ``data_dir/postgresql``, give its URL, and stop it afterwards.
-
-    One that dies meanwhile is started again. It listens on a socket in that folder
-    alone and lets in who started it, nobody else: see :class:`~storage.embedded.Postmaster`.
-    Folders above keep their rights.
-
-    Raises:
-        StorageError: The folder cannot be made, others may write into it, it is in use
-            by another service, or the server does not start.
-    """
+    """Start a server on ``data_dir/postgresql``, give its URL, and stop it afterwards."""
+    # One that dies meanwhile is started again. It listens on a socket in that folder alone and lets
+    # in who started it, nobody else: see :class:`~storage.embedded.Postmaster`. Folders above keep
+    # their rights.
     try:
         data_dir = data_dir.expanduser().resolve()
         server = Postmaster(data_dir / "postgresql")
@@ -524,7 +469,6 @@ def running_url(data_dir: Path) -> str | None:
 
 
 def reading_url(data_dir: Path) -> str | None:
-    """The same, for Optuna, as the role that reads studies and nothing else."""
     server = _server(data_dir)
     return None if server is None or server.process() is None else server.reading_url
 

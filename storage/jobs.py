@@ -56,14 +56,9 @@ from storage.tables import events, jobs, notifications, stages, workers
 
 
 class JobStore(OutcomeStore):
-    """
-    All jobs of a database.
+    """All jobs of a database."""
 
-    A worker needs the half that is a :class:`~storage.claims.OutcomeStore`.
-
-    Args:
-        database: Migrated.
-    """
+    # A worker needs the half that is a :class:`~storage.claims.OutcomeStore`.
 
     def submit(
         self,
@@ -82,31 +77,7 @@ class JobStore(OutcomeStore):
         max_urgent: int | None = None,
         max_finished: int | None = None,
     ) -> tuple[JobRecord, bool]:
-        """
-        Store a job and put its first stage, or stages, into the queue.
-
-        Args:
-            spec: The document, as the workers read it.
-            name: Name of the studies, before a part of the id.
-            first: The first stage.
-            more: Others that can be begun at once.
-            priority: Higher goes first.
-            trials: Number of trials of each island.
-            max_attempts: Attempts allowed for each stage.
-            asked: The document as it came, if that is another one.
-            owner_id: The key that it came with.
-            idempotency_key: The same one makes one job, if ``asked`` is the same, too.
-            max_unfinished: Jobs of the owner.
-
-        Returns:
-            The job, and whether it is new: with an idempotency key that was
-            used before, it is the job of that time.
-
-        Raises:
-            IdempotencyKeyReused: That time it was another document.
-            TooManyJobs: The owner has ``max_unfinished`` jobs that are not over, ``max_urgent`` of
-                them with a priority above 0 as this one, or ``max_finished`` jobs that are over.
-        """
+        """Store a job and put its first stage, or stages, into the queue."""
         document = json.dumps(spec if asked is None else asked, sort_keys=True)
         fingerprint = hashlib.sha256(document.encode()).digest()
         mine = jobs.c.owner_id == owner_id  # IS NULL for None
@@ -160,16 +131,6 @@ class JobStore(OutcomeStore):
             return find_job(connection, job_id), True
 
     def get(self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None) -> JobRecord:
-        """
-        A job with its stages.
-
-        Args:
-            job_id: Which.
-            visible_to: Only if this key submitted it; None sees all.
-
-        Raises:
-            NoSuchJob: It is not there, or not visible.
-        """
         with self.database.transaction() as connection:
             return find_job(connection, job_id, visible_to=visible_to)
 
@@ -182,16 +143,6 @@ class JobStore(OutcomeStore):
         skip: int = 0,
         limit: int = 50,
     ) -> list[JobRecord]:
-        """
-        Jobs of a list.
-
-        Args:
-            which: The list.
-            sort: Its order.
-            before: Only those with a lower number.
-            skip: Without so many from its beginning.
-            limit: At most so many.
-        """
         older = [] if before is None else [jobs.c.number < before]
         with self.database.transaction() as connection:
             return find_jobs(
@@ -218,23 +169,8 @@ class JobStore(OutcomeStore):
         trials: int = 0,
         max_trials: int | None = None,
     ) -> JobRecord:
-        """
-        Cancel, pause, resume or extend a job.
-
-        What it is already, it may be asked to be again.
-
-        Args:
-            job_id: Which.
-            verb: A key of :data:`storage.records.VERBS`.
-            visible_to: Only if this key submitted it; None sees all.
-            trials: How many more each island gets; only for ``extend``.
-            max_trials: That an island may have in the end.
-
-        Raises:
-            NoSuchJob: It is not there, or not visible.
-            StateConflict: It is in a state in which this cannot be done.
-            TooManyTrials: It would have more than ``max_trials``.
-        """
+        """Cancel, pause, resume or extend a job."""
+        # What it is already, it may be asked to be again.
         with self.database.transaction() as connection:
             job = find_job(connection, job_id, visible_to=visible_to, lock=True)
             state = VERBS[verb].get(job.state)
@@ -260,15 +196,8 @@ class JobStore(OutcomeStore):
     def deleting(
         self, job_id: uuid.UUID, *, visible_to: uuid.UUID | None = None
     ) -> Iterator[JobRecord]:
-        """
-        Forget a job that is over or paused, after what the caller deletes of it elsewhere.
-
-        If that fails, the job stays; a second deletion waits for the first.
-
-        Raises:
-            NoSuchJob: It is not there, or not visible.
-            StateConflict: It may still work.
-        """
+        """Forget a job that is over or paused, after what the caller deletes of it elsewhere."""
+        # If that fails, the job stays; a second deletion waits for the first.
         with self.database.transaction() as connection:
             job = find_job(connection, job_id, visible_to=visible_to, lock=True)
             if job.state not in VERBS["delete"]:
@@ -490,20 +419,12 @@ GIVE_UP_AFTER = 12  # attempts; the last is 17 hours after the first
 
 @dataclass(frozen=True, kw_only=True)
 class Notification:
-    """
-    A message to be sent.
+    """A message to be sent."""
 
-    Attributes:
-        id: The same in every attempt.
-        url: Where to.
-        document: JSON values.
-        attempts: How many were made, this one included.
-    """
-
-    id: uuid.UUID
-    url: str
-    document: dict[str, Any]
-    attempts: int
+    id: uuid.UUID  # The same in every attempt
+    url: str  # Where to
+    document: dict[str, Any]  # JSON values
+    attempts: int  # How many were made, this one included
 
 
 def take(database: Database) -> Notification | None:
@@ -540,12 +461,7 @@ def end(database: Database, taken: Notification, *, error: str | None = None) ->
 
 
 def put_off(database: Database, taken: Notification, *, error: str) -> bool:
-    """
-    Note that a message could not be delivered.
-
-    Returns:
-        Whether it is tried again, later each time; otherwise it is given up.
-    """
+    """Note that a message could not be delivered."""
     if taken.attempts >= GIVE_UP_AFTER:
         end(database, taken, error=error)
         return False

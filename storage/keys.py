@@ -19,21 +19,13 @@ _SHOWN = 10  # characters of a key that tell it apart from others
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """
-    Attributes:
-        prefix: How the key begins.
-        sees_all: Whether it reaches the jobs of all keys, and the dashboard.
-        revoked_at: Since when it opens nothing.
-        expires_at: From when on it opens nothing; None is never.
-    """
-
     id: uuid.UUID
     name: str
-    prefix: str
-    sees_all: bool
+    prefix: str  # How the key begins
+    sees_all: bool  # Whether it reaches the jobs of all keys, and the dashboard
     created_at: datetime
-    revoked_at: datetime | None
-    expires_at: datetime | None
+    revoked_at: datetime | None  # Since when it opens nothing
+    expires_at: datetime | None  # From when on it opens nothing; None is never
 
 
 class NoSuchKey(LookupError):
@@ -41,12 +33,7 @@ class NoSuchKey(LookupError):
 
 
 class KeyStore:
-    """
-    All keys of a database.
-
-    Args:
-        database: Migrated.
-    """
+    """All keys of a database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -54,17 +41,6 @@ class KeyStore:
     def create(
         self, name: str, *, sees_all: bool, lasts: timedelta | None = None
     ) -> tuple[Key, str]:
-        """
-        Make a key.
-
-        Args:
-            name: For people.
-            sees_all: Whether it reaches the jobs of all keys.
-            lasts: It expires after so long; None is never.
-
-        Returns:
-            The key, and its secret, which cannot be had again.
-        """
         with self.database.transaction() as connection:
             return _create(connection, name, sees_all=sees_all, lasts=lasts)
 
@@ -72,16 +48,6 @@ class KeyStore:
         """
         Replace a key by a new one, which has its name and its rights and takes over all its jobs
         and its entries of the library. The old one is revoked.
-
-        Args:
-            prefix: How the old key begins, or its id.
-            lasts: The new one expires after so long; None is as long as the old one was to last.
-
-        Returns:
-            As :meth:`create`.
-
-        Raises:
-            NoSuchKey: None begins so, or more than one.
         """
         old = self._chosen(prefix)
         if lasts is None and old.expires_at is not None:
@@ -93,18 +59,7 @@ class KeyStore:
             return made
 
     def take_over(self, prefix: str) -> tuple[Key, int]:
-        """
-        Give a key the jobs that were submitted without one, and their entries of the library.
-
-        Args:
-            prefix: How the key begins, or its id.
-
-        Returns:
-            The key, and how many jobs it got.
-
-        Raises:
-            NoSuchKey: None begins so, or more than one; or it was revoked.
-        """
+        """Give a key the jobs that were submitted without one, and their entries of the library."""
         key = self._chosen(prefix)
         if key.revoked_at is not None:
             raise NoSuchKey(prefix)
@@ -124,15 +79,7 @@ class KeyStore:
             return [Key(**row._mapping) for row in rows]
 
     def revoke(self, prefix: str) -> Key:
-        """
-        Close a key. Its jobs stay.
-
-        Args:
-            prefix: How the key begins, or its id.
-
-        Raises:
-            NoSuchKey: None does, or more than one.
-        """
+        """Close a key. Its jobs stay."""
         with self.database.transaction() as connection:
             return _revoke(connection, self._chosen(prefix).id)
 
@@ -178,7 +125,6 @@ OPENS = and_(
 
 
 def key_digest(secret: str) -> bytes:
-    """What is stored of a key."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -209,12 +155,9 @@ def _revoke(connection: Connection, key_id: uuid.UUID) -> Key:
 
 
 def _give(connection: Connection, giver: uuid.UUID | None, taker: uuid.UUID) -> int:
-    """
-    Give a key what another has, or what nobody has; returns the number of jobs.
-
-    A job keeps its Idempotency-Key unless the taker has used that, too. A configuration that the
-    taker has already stays where it is.
-    """
+    """Give a key what another has, or what nobody has; returns the number of jobs."""
+    # A job keeps its Idempotency-Key unless the taker has used that, too. A configuration that the
+    # taker has already stays where it is.
     theirs, other = jobs.alias(), configurations.alias()
     connection.execute(
         update(jobs)
@@ -240,27 +183,13 @@ def _give(connection: Connection, giver: uuid.UUID | None, taker: uuid.UUID) -> 
 
 # Logins of browsers: an opaque token each, which stands for a key until it expires.
 class SessionStore:
-    """
-    All logins of a database.
-
-    Args:
-        database: Migrated.
-    """
+    """All logins of a database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def begin(self, key_id: uuid.UUID, *, hours: float) -> str:
-        """
-        Log in with a key, and forget the logins that have expired.
-
-        Args:
-            key_id: A key that opens something.
-            hours: How long the login lasts.
-
-        Returns:
-            The token, which cannot be had again.
-        """
+        """Log in with a key, and forget the logins that have expired."""
         token = secrets.token_urlsafe(32)
         with self.database.transaction() as connection:
             connection.execute(delete(sessions).where(sessions.c.expires_at <= func.now()))
@@ -274,12 +203,7 @@ class SessionStore:
         return token
 
     def find(self, sha256: bytes) -> Key | None:
-        """
-        The key that a login stands for, if neither it nor the key has ended.
-
-        Args:
-            sha256: SHA-256 of the token, as :func:`storage.keys.key_digest` gives it.
-        """
+        """The key that a login stands for, if neither it nor the key has ended."""
         query = (
             select(*KEY_COLUMNS)
             .join(sessions, sessions.c.key_id == keys.c.id)

@@ -131,12 +131,7 @@ class IdempotencyKeyReused(Exception):
 
 
 class TooManyJobs(Exception):
-    """
-    An owner has as many jobs as are allowed.
-
-    Attributes:
-        which: Those that are not over, those of them that go before others, or all that are over.
-    """
+    """An owner has as many jobs as are allowed."""
 
     def __init__(self, which: Literal["unfinished", "urgent", "finished"]) -> None:
         super().__init__(which)
@@ -159,37 +154,26 @@ _PAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """
-    A piece of a job that one worker does.
-
-    Attributes:
-        number: Island of a search, trial of a perplexity, place of a point; for
-            tasks, 0 for the dense model and 1 for the pruned one; 0 for other stages.
-        attempt: How often it was begun; only the latest attempt may write.
-        failures: Attempts that failed or whose worker died.
-        params: What to do.
-        done: Finished trials.
-        elapsed_s: Seconds of work, of all attempts, up to the last progress.
-        best_value: Best value of the objective, so far.
-        step: What it is at while it runs: ``title``, and how many of its ``steps`` are ``done``;
-            None before its worker has said anything.
-        result: What it gave.
-    """
+    """A piece of a job that one worker does."""
 
     id: int
     job_id: uuid.UUID
     kind: StageKind
+    # Island of a search, trial of a perplexity, place of a point; for tasks, 0 for the dense model
+    # and 1 for the pruned one; 0 for other stages.
     number: int
     state: StageState
-    attempt: int
-    failures: int
+    attempt: int  # How often it was begun; only the latest attempt may write
+    failures: int  # Attempts that failed or whose worker died
     worker_id: uuid.UUID | None
-    params: dict[str, Any] | None
-    done: int
-    elapsed_s: float
-    best_value: float | None
+    params: dict[str, Any] | None  # What to do
+    done: int  # Finished trials
+    elapsed_s: float  # Seconds of work, of all attempts, up to the last progress
+    best_value: float | None  # Best value of the objective, so far
+    # What it is at while it runs: ``title``, and how many of its ``steps`` are ``done``; None
+    # before its worker has said anything.
     step: dict[str, Any] | None
-    result: dict[str, Any] | None
+    result: dict[str, Any] | None  # What it gave
     started_at: datetime | None
     finished_at: datetime | None
 
@@ -206,39 +190,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """
-    A search that somebody asked for.
-
-    Attributes:
-        number: Counts up; newer jobs have higher ones.
-        owner_id: The key that it was submitted with.
-        name: Name of the job and of its studies.
-        spec: The document, as it was submitted, with the defaults.
-        stage: Stage that runs, or that ran last.
-        trials: Number of trials of each island.
-        max_attempts: Attempts allowed for each stage.
-        error: Why it failed: type, message, stage and what else is known.
-        best: The configuration.
-        stages: In the order in which they were made.
-    """
+    """A search that somebody asked for."""
 
     id: uuid.UUID
-    number: int
-    owner_id: uuid.UUID | None
-    name: str
-    spec: dict[str, Any]
+    number: int  # Counts up; newer jobs have higher ones
+    owner_id: uuid.UUID | None  # The key that it was submitted with
+    name: str  # Name of the job and of its studies
+    spec: dict[str, Any]  # The document, as it was submitted, with the defaults
     state: JobState
-    stage: StageKind | None
+    stage: StageKind | None  # Stage that runs, or that ran last
     priority: int
-    trials: int
-    max_attempts: int
-    error: dict[str, Any] | None
-    best: dict[str, Any] | None
+    trials: int  # Number of trials of each island
+    max_attempts: int  # Attempts allowed for each stage
+    error: dict[str, Any] | None  # Why it failed: type, message, stage and what else is known
+    best: dict[str, Any] | None  # The configuration
     warnings: list[str] | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    stages: list[Stage]
+    stages: list[Stage]  # In the order in which they were made
 
     def of_kind(self, kind: StageKind) -> list[Stage]:
         """The stages of one kind, without their parts, by number."""
@@ -276,17 +246,12 @@ class JobRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class NewStage:
-    """
-    A stage to be made.
-
-    Attributes:
-        lock: Stages with the same lock run one after the other, of all jobs.
-    """
+    """A stage to be made."""
 
     kind: StageKind
     number: int = 0
     params: Mapping[str, Any] | None = None
-    lock: str | None = None
+    lock: str | None = None  # Stages with the same lock run one after the other, of all jobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,12 +116,6 @@ def find_job(
     visible_to: uuid.UUID | None = None,
     lock: bool = False,
 ) -> JobRecord:
-    """
-    A job with its stages.
-
-    Raises:
-        NoSuchJob: It is not there, or not visible to this key.
-    """
     found = find_jobs(connection, jobs.c.id == job_id, visible_to=visible_to, lock=lock)
     if not found:
         raise NoSuchJob(str(job_id))
@@ -204,7 +198,6 @@ def enqueue_again(
 
 
 def update_stage(connection: Connection, stage_id: int, **values: Any) -> None:
-    """Write values of a stage."""
     connection.execute(update(stages).where(stages.c.id == stage_id).values(**values))
 
 
@@ -313,27 +306,18 @@ _VALUES: dict[str, ColumnElement[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class JobFilter:
-    """
-    Which jobs are listed: those for which everything holds that is given.
+    """Which jobs are listed: those for which everything holds that is given."""
 
-    Attributes:
-        visible_to: The key that submitted them; None sees the jobs of all keys.
-        states: They are in one of these.
-        models: They are for one of these models, among others or alone.
-        patterns: They have one of these patterns, or :data:`TARGET` and look for one.
-        name: It is in their name, in capitals or not, or their id begins with it.
-        id_begins: Their id begins so, in lower case and without hyphens.
-    """
-
+    # The key that submitted them; None sees the jobs of all keys.
     visible_to: uuid.UUID | None = None
-    states: Sequence[JobState] = ()
-    models: Sequence[str] = ()
+    states: Sequence[JobState] = ()  # They are in one of these
+    models: Sequence[str] = ()  # They are for one of these models, among others or alone
+    # They have one of these patterns, or :data:`TARGET` and look for one.
     patterns: Sequence[str] = ()
-    name: str | None = None
-    id_begins: str | None = None
+    name: str | None = None  # It is in their name, in capitals or not, or their id begins with it
+    id_begins: str | None = None  # Their id begins so, in lower case and without hyphens
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        """The same in SQL, but for ``visible_to``."""
         found: list[ColumnElement[bool]] = []
         if self.states:
             found.append(jobs.c.state.in_([*self.states]))
@@ -362,39 +346,22 @@ class Facets:
     """
     How many jobs there are of each state, model and pattern; each counted as if it alone were not
     filtered by.
-
-    Attributes:
-        states: All that occur.
-        models: Those that are filtered by first, then the most frequent.
-        patterns: The same.
     """
 
-    states: Mapping[JobState, int]
-    models: Sequence[tuple[str, int]]
-    patterns: Sequence[tuple[str, int]]
+    states: Mapping[JobState, int]  # All that occur
+    models: Sequence[tuple[str, int]]  # Those that are filtered by first, then the most frequent
+    patterns: Sequence[tuple[str, int]]  # The same
 
 
 def ordered(sort: Sort) -> list[ColumnElement[Any]]:
-    """
-    The order of a list in SQL. Jobs without the value come last, and equal ones newest first.
-
-    Args:
-        sort: What it is sorted by; with a hyphen before it, the highest first.
-    """
+    """The order of a list in SQL. Jobs without the value come last, and equal ones newest first."""
     value = _VALUES[sort.removeprefix("-")]
     first = value.desc() if sort.startswith("-") else value.asc()
     return [first.nulls_last(), jobs.c.number.desc()]
 
 
 def read_facets(connection: Connection, which: JobFilter, *, limit: int) -> Facets:
-    """
-    Count the jobs of a list.
-
-    Args:
-        connection: In a transaction.
-        which: The list.
-        limit: At most so many models, and so many patterns.
-    """
+    """Count the jobs of a list."""
 
     def count(value: Any, without: JobFilter, chosen: Sequence[str] = ()) -> list[tuple[Any, int]]:
         query = select(value.label("value")).where(*without.conditions())
@@ -414,15 +381,6 @@ def read_facets(connection: Connection, which: JobFilter, *, limit: int) -> Face
 
 
 def columns_of(spec: Mapping[str, Any]) -> dict[str, list[str]]:
-    """
-    What a job is listed by from the beginning.
-
-    Args:
-        spec: The document of a search, or of a transfer.
-
-    Returns:
-        Values of the columns ``models`` and ``patterns``.
-    """
     models = spec.get("models") or [spec.get("model"), *(spec.get("more_models") or ())]
     asked = spec.get("configuration") or spec
     patterns = asked.get("patterns") or [TARGET if asked.get("target") else asked.get("pattern")]
@@ -433,16 +391,7 @@ def columns_of(spec: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def found_columns(best: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """
-    What a job is listed by once it has a configuration.
-
-    Args:
-        best: The configuration.
-
-    Returns:
-        Values of the columns ``perplexity``, ``rise`` (its share above the dense model's) and
-        ``gain`` (its share below RIA's).
-    """
+    """What a job is listed by once it has a configuration."""
     best = best or {}
     measured = best.get("perplexities") or {}
     pruned = measured.get("pruned") or (best.get("confirmation") or {}).get("perplexity")

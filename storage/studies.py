@@ -49,14 +49,12 @@ class DatabaseFull(DatabaseGone):
 
 
 class StudyStorage(RDBStorage):
-    """
-    Optuna's storage; a finished trial is written in a dozen statements instead of fifty.
+    """Optuna's storage; a finished trial is written in a dozen statements instead of fifty."""
 
-    Optuna looks the trial and its study up again for every parameter and every
-    attribute, which takes more time than rating a candidate does. Trials that
-    have the parameters of the one before them are written at once here; the
-    first of a study, and all that is out of the ordinary, by Optuna itself.
-    """
+    # Optuna looks the trial and its study up again for every parameter and every attribute, which
+    # takes more time than rating a candidate does. Trials that have the parameters of the one
+    # before them are written at once here; the first of a study, and all that is out of the
+    # ordinary, by Optuna itself.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._written: dict[int, dict[str, str]] = {}  # distributions by study
@@ -121,21 +119,9 @@ def _ordinary(trial: FrozenTrial) -> bool:
 
 @contextmanager
 def open_storage(url: str, *, upgrade: bool = False) -> Iterator[RDBStorage]:
-    """
-    Open Optuna's storage, and close its connections afterwards.
-
-    SQLite files are put into write-ahead logging: a commit is about seven
-    times faster there, and still survives a killed process.
-
-    Args:
-        url: URL of the database; Optuna's tables are made if they are not there.
-        upgrade: Bring tables of an older Optuna to the version of the one that is installed.
-
-    Raises:
-        StorageError: ``url`` is not a database URL, names a folder that is not
-            there, holds tables of another Optuna, or the database fails, now
-            or inside the ``with`` block.
-    """
+    """Open Optuna's storage, and close its connections afterwards."""
+    # SQLite files are put into write-ahead logging: a commit is about seven times faster there, and
+    # still survives a killed process.
     check_url(url)
     try:
         storage = StudyStorage(url, skip_compatibility_check=True)  # ours says what to do
@@ -215,14 +201,7 @@ def quiet_optuna() -> Iterator[None]:
 def open_study(
     storage: RDBStorage, name: str, *, direction: Literal["minimize", "maximize"]
 ) -> optuna.Study:
-    """
-    Create a study, or open it if it is there.
-
-    Args:
-        storage: Where.
-        name: Unique in the storage.
-        direction: Whether low or high values are good.
-    """
+    """Create a study, or open it if it is there."""
     with quiet_optuna():
         return optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True
@@ -230,14 +209,7 @@ def open_study(
 
 
 def marked_alike(study: optuna.Study, key: str, value: str) -> list[str]:
-    """
-    The names of the other studies of a study's database with the same record, oldest first.
-
-    Args:
-        study: Study in a database; a study in another storage has none.
-        key: Name of the record, see :func:`keep_record`.
-        value: Its value.
-    """
+    """The names of the other studies of a study's database with the same record, oldest first."""
     storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
     if not isinstance(storage, RDBStorage):
         return []
@@ -263,16 +235,8 @@ def record_of(study: optuna.Study) -> dict[str, Any]:
 
 
 def keep_record(study: optuna.Study, key: str, value: Any) -> None:
-    """
-    Keep in a study what a search goes on with, and nobody has to read.
-
-    It is a system attribute: Optuna's own tools list user attributes, and would show documents.
-
-    Args:
-        study: Study of the record.
-        key: Its name.
-        value: A JSON value; another one of the same name is replaced.
-    """
+    """Keep in a study what a search goes on with, and nobody has to read."""
+    # It is a system attribute: Optuna's own tools list user attributes, and would show documents.
     study._storage.set_study_system_attr(study._study_id, f"{_RECORD}{key}", value)
 
 
@@ -293,14 +257,6 @@ def once(
 ) -> dict[str, Any]:
     """
     Return what a study's record of this name holds; if it is not about this, make and keep it.
-
-    Args:
-        study: Study of the record.
-        key: Name of the record.
-        about: What the record depends on; it is kept with it.
-        make: Makes it, as JSON values.
-        fence: Entered around the write; may refuse by raising.
-        note: A trial, and which of the values is also kept as its user attribute, to be read.
     """
     found = kept(study, key, about)
     if not found:
@@ -313,17 +269,8 @@ def once(
 
 
 def note_trial(study: optuna.Study, number: int, key: str, value: Any) -> None:
-    """
-    Keep a user attribute of a trial that has ended, which Optuna's own methods refuse.
-
-    In databases and in memory; of another storage this process alone sees it.
-
-    Args:
-        study: Study of the trial.
-        number: Number of the trial.
-        key: Name of the attribute; another value of it is replaced.
-        value: A JSON value.
-    """
+    """Keep a user attribute of a trial that has ended, which Optuna's own methods refuse."""
+    # In databases and in memory; of another storage this process alone sees it.
     storage = getattr(study._storage, "_backend", study._storage)  # beneath Optuna's cache
     if isinstance(storage, RDBStorage):
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
@@ -355,22 +302,15 @@ def pareto_study_name(job_name: str) -> str:
 def study_ids(connection: Connection, names: Sequence[str]) -> dict[str, int]:
     """
     The numbers that optuna-dashboard knows a service's studies by; one that has not begun has none.
-
-    Args:
-        connection: To the database of the service.
-        names: Names of the studies.
     """
     query = text("SELECT study_name, study_id FROM optuna.studies WHERE study_name = ANY(:names)")
     return {row.study_name: row.study_id for row in connection.execute(query, {"names": [*names]})}
 
 
 def give_up(context: ExceptionContext) -> None:
-    """
-    Let nothing be tried again on another connection.
-
-    Optuna does, and would number a trial again after a server that crashed has
-    forgotten those before it.
-    """
+    """Let nothing be tried again on another connection."""
+    # Optuna does, and would number a trial again after a server that crashed has forgotten those
+    # before it.
     if context.is_disconnect and not context.is_pre_ping:
         reason = str(context.original_exception).splitlines()[0]
         raise DatabaseGone(f"the database went away: {reason}. What it holds is kept.")
@@ -379,9 +319,8 @@ def give_up(context: ExceptionContext) -> None:
 def end_connections(engine: Engine) -> None:
     """
     Close the connections of ``engine`` that are free, and the others once they are given back.
-
-    ``Engine.dispose`` alone forgets those that other threads are using, and nobody closes them.
     """
+    # ``Engine.dispose`` alone forgets those that other threads are using, and nobody closes them.
     event.listen(engine, "checkin", _close)
     engine.dispose()
 
@@ -398,11 +337,6 @@ def _set_pragmas(connection: object, _record: object) -> None:
 
 
 def check_url(url: str) -> None:
-    """
-    Raises:
-        StorageError: ``url`` is not a database URL, names a folder that is not there, or
-            a database in memory, which keeps nothing.
-    """
     hint = "Write sqlite:///study.db for a file in this folder."
     try:
         parsed = make_url(url)
@@ -437,17 +371,7 @@ def read_trials(
     attributes: Sequence[str] | None = None,
     params: bool = True,
 ) -> list[FrozenTrial]:
-    """
-    Trials of a study with one objective, by number.
-
-    Args:
-        connection: To the database of a service.
-        study_name: Name of the study; one that is not there has no trials.
-        first: The first number.
-        limit: At most so many.
-        attributes: User attributes that are wanted; None wants all.
-        params: Whether parameters are wanted.
-    """
+    """Trials of a study with one objective, by number."""
 
     def rows(query: Any) -> Any:
         return connection.execute(query, execution_options=_IN_SCHEMA)
@@ -494,18 +418,7 @@ def read_trials(
 def read_course(
     connection: Connection, sizes: Mapping[str, int]
 ) -> list[tuple[str, int, float, float]]:
-    """
-    How several searches went, in a few values each.
-
-    Args:
-        connection: To the database of a service.
-        sizes: How many trials make one value, by the names of studies. Those that are not there
-            have no values.
-
-    Returns:
-        The name of a study, the place of a run of trials in it, and the lowest and the highest
-        finite value of its finished trials; by name and place.
-    """
+    """How several searches went, in a few values each."""
     if not sizes:
         return []
     names, size = column("name", String), column("size", Integer)

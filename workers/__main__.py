@@ -78,12 +78,7 @@ def _run(database_url: str | None, device: str, kinds: str | None, parent: int) 
 
 
 def chosen_kinds(kinds: str | None) -> tuple[StageKind, ...]:
-    """
-    The stages of ``--stages``, or all that this installation can do.
-
-    Raises:
-        InvalidInput: There is no such stage, or it needs the extra ``eval``.
-    """
+    """The stages of ``--stages``, or all that this installation can do."""
     measures = harness_folder() is not None
     if kinds is None:
         return tuple(kind for kind in StageKind if measures or kind is not StageKind.TASKS)

@@ -80,13 +80,7 @@ class Later(Exception):
 
 
 class StoredJournal(Journal):
-    """
-    Reads what the stages of a job hold. Does the piece of one of them, and no other.
-
-    Attributes:
-        mine: What the piece gave, as JSON values; None before it is done.
-        found, library, spec: What goes with it: see :meth:`storage.jobs.JobStore.complete`.
-    """
+    """Reads what the stages of a job hold. Does the piece of one of them, and no other."""
 
     def __init__(self, claim: Claim, run: Run) -> None:
         super().__init__(run)
@@ -105,7 +99,6 @@ class StoredJournal(Journal):
         *,
         title: str | None = None,
     ) -> list[T]:
-        """Return what each piece gave."""
         del title
         values: TypeAdapter[T] = TypeAdapter(kind)
         known = {stage.number: stage for stage in self.claim.job.of_kind(StageKind(name))}
@@ -362,7 +355,6 @@ class _Job:
         return Finished()
 
     def _finish(self, spec: JobSpec, result: SearchResult) -> Finished:
-        """Keep what is shown of a result."""
         configuration, opened = result.configuration, self._opened
         layers = of_layers(opened.bundles(), configuration.candidate(), str(self._inputs.device))
         for number in range(spec.islands):
@@ -386,9 +378,9 @@ class _Job:
 class Opened:
     """
     What a job works on: its models, texts, bundles and studies, each opened when it is needed.
-
-    Whatever is read is compared with what the calibrations have read.
     """
+
+    # Whatever is read is compared with what the calibrations have read.
 
     def __init__(
         self,
@@ -414,11 +406,9 @@ class Opened:
         }
 
     def bundle(self) -> ProxyBundle:
-        """The bundle of the only model."""
         return self.bundles()[self.spec.model]
 
     def model(self) -> LanguageModel:
-        """The only model."""
         return self._inputs.model(self.spec, self._seals[0])
 
     def text(self) -> ReportText | None:
@@ -445,12 +435,9 @@ class Opened:
         return open_study(self._storage(), study_name(self._job.name, number), direction=direction)
 
     def check(self) -> str | None:
-        """
-        Compare the model once more, if its files have changed: they were read all the time.
-
-        Not only a streamed model's: on a CPU, weights in their stored type are the file's own
-        pages, and change with it when somebody writes into it.
-        """
+        """Compare the model once more, if its files have changed: they were read all the time."""
+        # Not only a streamed model's: on a CPU, weights in their stored type are the file's own
+        # pages, and change with it when somebody writes into it.
         self.model()
         return self._seals[0].weights_sha256
 
@@ -472,11 +459,10 @@ def _of_transfer(configuration: Mapping[str, Any], result: Mapping[str, Any]) ->
 def pareto_of_job(store: JobStore, claim: Claim, storage: RDBStorage) -> optuna.Study | None:
     """
     Make or open a job's study of sparsity and objective; None of a job that has one point alone.
-
-    The fence makes it whole or not at all, and never for a job that was deleted. Workers that
-    write to it at once wait for each other: Optuna locks the row of a study that trials are added
-    to, until the fence is left.
     """
+    # The fence makes it whole or not at all, and never for a job that was deleted. Workers that
+    # write to it at once wait for each other: Optuna locks the row of a study that trials are added
+    # to, until the fence is left.
     spec = JobSpec.model_validate(claim.job.spec)
     if len(spec.points) == 1:
         return None

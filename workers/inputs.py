@@ -42,24 +42,14 @@ from pho_service.spec.transfer import ReportSpec
 # What the first stage of a job read, so that later stages notice when a file has changed since.
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """
-    Hashes of the inputs of one model of a job. A None is not compared.
+    """Hashes of the inputs of one model of a job. A None is not compared."""
 
-    Attributes:
-        local: Whether the model lay on this service's disks, and not on the hub.
-        revision: Commit of a hub model.
-        weights_sha256: Hash of the weights, as loaded.
-        dtype: Type that the weights were loaded in.
-        calibration: Hash of the calibration windows.
-        confirmation: Hash of the windows that perplexities are measured on.
-    """
-
-    local: bool | None = None
-    revision: str | None = None
-    weights_sha256: str | None = None
-    dtype: str | None = None
-    calibration: str | None = None
-    confirmation: str | None = None
+    local: bool | None = None  # Whether the model lay on this service's disks, and not on the hub
+    revision: str | None = None  # Commit of a hub model
+    weights_sha256: str | None = None  # Hash of the weights, as loaded
+    dtype: str | None = None  # Type that the weights were loaded in
+    calibration: str | None = None  # Hash of the calibration windows
+    confirmation: str | None = None  # Hash of the windows that perplexities are measured on
 
     @classmethod
     def of(
@@ -137,10 +127,10 @@ def _wait(advance: Advance) -> None:
 class BundleStore:
     """
     Bundles by their key, in a folder, or copied to ``cache_dir`` from what fsspec understands.
-
-    What ``turns`` gives nobody else is inside of with the same name; it calls its second argument
-    while somebody is.
     """
+
+    # What ``turns`` gives nobody else is inside of with the same name; it calls its second argument
+    # while somebody is.
 
     def __init__(self, url: str, cache_dir: Path, turns: Turns = lambda *_: nullcontext()) -> None:
         self._turns = turns
@@ -162,12 +152,9 @@ class BundleStore:
         settings: CalibrationSettings,
         progress: Progress,
     ) -> ProxyBundle:
-        """
-        The bundle of a calibration; it is made if it is not there, or damaged.
-
-        If several need it at the same time, one makes it, from the shards that are kept and
-        those that are missing.
-        """
+        """The bundle of a calibration; it is made if it is not there, or damaged."""
+        # If several need it at the same time, one makes it, from the shards that are kept and those
+        # that are missing.
         key = text.bundle_key
         bundle = self._found(key)
         if bundle is not None:
@@ -320,17 +307,7 @@ def _state(source: TextSource | str) -> Hashable:
 
 
 class WorkerInputs(inputs.Inputs):
-    """
-    Opens what a job names where it may lie on this machine, and keeps the last of each.
-
-    Args:
-        access: What jobs may name on this machine.
-        bundles: Shared by all workers.
-        pruned: Where pruned models are kept, shared with the API.
-        device: Where models run.
-        spread: Whether they lie on all GPUs together, of which ``device`` is the first. Streamed
-            models and GGUF files need only that.
-    """
+    """Opens what a job names where it may lie on this machine, and keeps the last of each."""
 
     def __init__(
         self,
@@ -359,11 +336,8 @@ class WorkerInputs(inputs.Inputs):
             kept.clear()
 
     def model(self, spec: JobSpec, seal: Seal = UNSEALED) -> LanguageModel:
-        """
-        The dense model of a job with one model, if it is the one that was read before.
-
-        A hub model without a revision is that of the seal's commit.
-        """
+        """The dense model of a job with one model, if it is the one that was read before."""
+        # A hub model without a revision is that of the seal's commit.
         source = self.access.model(spec.model)
         local = _is_local(source)
         seal.check_place(spec.model, local=local)
@@ -451,7 +425,6 @@ class WorkerInputs(inputs.Inputs):
         most: int | None,
         unlike: Tensor | None = None,
     ) -> ReportText:
-        """Keeps the last text that was cut."""
         assert isinstance(source, TextSource)  # a service has none in memory
         key = (
             model.weights_sha256, source, how.context_length, how.bos, most, _state(source),

@@ -59,12 +59,10 @@ logger = logging.getLogger(__name__)
 
 # What optuna-dashboard shows of a job: a note on its study.
 def show_search(study: optuna.Study, spec: JobSpec) -> None:
-    """Write on a study what is searched for."""
     _save_note(study, "\n".join([*_asked(spec), "", "*Searching.*"]))
 
 
 def show_curve(study: optuna.Study, spec: JobSpec) -> None:
-    """Write on the study of all patterns of a job what it has."""
     patterns = ", ".join(map(str, spec.points))
     asked = f"**patterns** {patterns}" if spec.target is None else f"**target** {spec.target}"
     lines = [
@@ -126,12 +124,7 @@ def _save_note(study: optuna.Study, text: str) -> None:
 
 # The search of one island: watched, counted, and ended by the limits of its job.
 class TrialsFailed(PhoError):
-    """
-    More trials failed than the job allows.
-
-    Attributes:
-        candidate: That failed last: method and coefficients.
-    """
+    """More trials failed than the job allows."""
 
     def __init__(self, message: str, *, candidate: Candidate) -> None:
         super().__init__(message)
@@ -226,10 +219,9 @@ def prune_piece(
 ) -> dict[str, Any]:
     """
     Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
-
-    What an attempt before has written whole is taken up; so are the blocks that its reconstruction
-    had trained.
     """
+    # What an attempt before has written whole is taken up; so are the blocks that its
+    # reconstruction had trained.
     began = time.monotonic()
     found = chosen(claim.job, claim.stage.about)
     key = configuration_key(found)
@@ -315,12 +307,9 @@ def tasks_piece(
     run: Run,
     check: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """
-    Measure one of the two models of a job on its tasks, as `pho evaluate --tasks` does.
-
-    The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
-    kept for another attempt, and for the piece that writes the pruned model.
-    """
+    """Measure one of the two models of a job on its tasks, as `pho evaluate --tasks` does."""
+    # The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
+    # kept for another attempt, and for the piece that writes the pruned model.
     began = time.monotonic()
     tasks = inputs.tasks(opened.spec)
     questions = {"questions_sha256": tasks.questions_sha256()}
@@ -419,7 +408,6 @@ def _report_sha256(result: Mapping[str, Any]) -> str | None:
 def transfer_piece(
     spec: TransferSpec, inputs: WorkerInputs, number: int, watch: Watch, run: Run
 ) -> dict[str, Any]:
-    """Measure on the model with this number."""
     target = spec.target(number)
     if spec.search is None:
         target = target.model_copy(update={"confirm": None})  # nothing is confirmed
@@ -512,12 +500,9 @@ def _parts(
 
 
 def calibrate_part(inputs: WorkerInputs, claim: Claim, watch: Watch) -> dict[str, Any]:
-    """
-    Gather the sums of a shard, if nobody has yet, and keep them for the stage.
-
-    A worker that would give other last digits, since it has another kind of device or other
-    versions of packages, leaves the shard to the one that adds up.
-    """
+    """Gather the sums of a shard, if nobody has yet, and keep them for the stage."""
+    # A worker that would give other last digits, since it has another kind of device or other
+    # versions of packages, leaves the shard to the one that adds up.
     began = time.monotonic()
     params = claim.stage.params or {}
     spec = JobSpec.model_validate(claim.job.spec).of_model(int(params["part_of"]))

@@ -28,11 +28,8 @@ _MADE_WITHIN_S = 60.0  # a younger folder's worker may be about to take its lock
 
 @contextmanager
 def own_folder(parent: Path | None = None) -> Iterator[Path]:
-    """
-    An empty folder for as long as the block runs.
-
-    Those of workers that were killed are removed: their locks are free.
-    """
+    """An empty folder for as long as the block runs."""
+    # Those of workers that were killed are removed: their locks are free.
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
         _remove_if_left(left)
@@ -56,9 +53,8 @@ def _remove_if_left(folder: Path) -> None:
 def start_anew(arguments: Sequence[str]) -> NoReturn:
     """
     Become a new worker process, with the same number and parent, whatever this one's threads do.
-
-    Nothing of this process is left: a model that is being loaded, or a broken context of a GPU.
     """
+    # Nothing of this process is left: a model that is being loaded, or a broken context of a GPU.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()
@@ -77,23 +73,10 @@ ALL = "all"  # GPUs of this machine, together
 
 @contextmanager
 def take_device(name: str, locks: Path | None = None) -> Iterator[torch.device]:
-    """
-    The device to work on; of GPUs, one that no other worker of this machine has.
-
-    What is locked is the card, whichever number a process knows it by. With ``auto`` and
-    ``cuda`` it is the first that is free and works. If none is free, ``auto`` shares the first
-    one, with a warning.
-
-    Args:
-        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or ``all``: every GPU, for models that lie
-            on several. The first is given.
-        locks: Where the files lie that workers of this machine lock; the
-            system's temporary folder by default.
-
-    Raises:
-        InvalidInput: torch does not know the device, it does not exist or does not work, or
-            another worker has it.
-    """
+    """The device to work on; of GPUs, one that no other worker of this machine has."""
+    # What is locked is the card, whichever number a process knows it by. With ``auto`` and ``cuda``
+    # it is the first that is free and works. If none is free, ``auto`` shares the first one, with a
+    # warning.
     if name == ALL:
         with ExitStack() as stack:
             taken_all = [stack.enter_context(take_device(str(card), locks)) for card in gpus()]

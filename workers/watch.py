@@ -35,16 +35,10 @@ class TurnOver(HandBack):
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """
-    The turns in which searches share a worker.
+    """The turns in which searches share a worker."""
 
-    Attributes:
-        seconds: That one keeps it while another job waits; 0 means until it is done.
-        kinds: Stages that the worker does.
-    """
-
-    seconds: float = 0.0
-    kinds: tuple[StageKind, ...] = tuple(StageKind)
+    seconds: float = 0.0  # That one keeps it while another job waits; 0 means until it is done
+    kinds: tuple[StageKind, ...] = tuple(StageKind)  # Stages that the worker does
 
 
 class Watch:
@@ -67,11 +61,8 @@ class Watch:
         self._other_waited = False
 
     def look(self, *, now: bool = False) -> None:
-        """
-        Raise HandBack if it may not.
-
-        While the database is away it may: what is written at last says whose the stage is.
-        """
+        """Raise HandBack if it may not."""
+        # While the database is away it may: what is written at last says whose the stage is.
         if self._stopping.is_set():
             raise HandBack
         if now or time.monotonic() - self._looked > LOOK_EVERY_S:
@@ -87,9 +78,8 @@ class Watch:
     def look_for_others(self) -> None:
         """
         Raise TurnOver if the search has had its turn, and another job still waits for the worker.
-
-        Called between trials. A worker that is free has a second to take what waits.
         """
+        # Called between trials. A worker that is free has a second to take what waits.
         now = time.monotonic()
         if self._turn_ends is None:
             self._turn_ends = now + self._turns.seconds
@@ -125,11 +115,9 @@ _SAME |= {"job", "stage", "number", "attempt", "worker", "trace", "span"}
 
 
 class StageLog(logging.Handler):
-    """
-    Takes the lines that are logged about a stage, until they are stored.
+    """Takes the lines that are logged about a stage, until they are stored."""
 
-    Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
-    """
+    # Nothing is stored while a line is logged: who logs may hold a row that would be waited for.
 
     def __init__(self, store: JobStore, claim: Claim, worker: str) -> None:
         super().__init__(logging.INFO)
@@ -147,7 +135,6 @@ class StageLog(logging.Handler):
         self.store()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line."""
         if not is_about(job=str(self._claim.job.id)) or self._count > MOST_LINES:
             return
         self._count += 1

@@ -83,16 +83,10 @@ class _WhenAsked(BaseRetryStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """
-    Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``all``: see :func:`take_device`.
-        kinds: Stages that this worker does.
-        parent: Stop when this process is no longer our parent; 0 for never.
-    """
-
+    # ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``all``: see :func:`take_device`.
     device: str = "auto"
-    kinds: tuple[StageKind, ...] = tuple(StageKind)
-    parent: int = 0
+    kinds: tuple[StageKind, ...] = tuple(StageKind)  # Stages that this worker does
+    parent: int = 0  # Stop when this process is no longer our parent; 0 for never
 
     def arguments(self, device: torch.device) -> list[str]:
         """Return the arguments of ``python -m workers`` for a process that replaces this one."""
@@ -104,12 +98,9 @@ class WorkerOptions:
 
 
 def run_worker(database_url: str, settings: Settings, options: WorkerOptions) -> None:
-    """
-    Work until SIGTERM or SIGINT.
-
-    Where this process can do no more, because its GPU failed or it cannot put down a stage, a
-    new one takes its place: see :func:`start_anew`.
-    """
+    """Work until SIGTERM or SIGINT."""
+    # Where this process can do no more, because its GPU failed or it cannot put down a stage, a new
+    # one takes its place: see :func:`start_anew`.
     idle_limit_s = max(10.0, settings.stalled_after_s)
     database = Database(database_url, pool=4, idle_limit_s=idle_limit_s)
     try:
@@ -418,7 +409,6 @@ def _fields() -> dict[str, str]:
 
 
 def _described(error: Exception, claim: Claim) -> dict[str, Any]:
-    """Return what a job keeps of an error."""
     described: dict[str, Any] = {
         "type": type(error).__name__,
         "message": renamed(str(error), _fields()) or type(error).__name__,

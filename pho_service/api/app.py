@@ -39,14 +39,7 @@ from storage.database import Database
 
 
 def create_app(database: Database, settings: Settings, *, keys_needed: bool = False) -> FastAPI:
-    """
-    Build the front end of a service.
-
-    Args:
-        database: Migrated; closed with the application.
-        settings: Settings of this process.
-        keys_needed: Whether a key is needed even if none was ever made.
-    """
+    """Build the front end of a service."""
     service = Service(database, settings, keys_needed=keys_needed)
     dashboard = Dashboard(service)
 

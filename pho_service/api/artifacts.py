@@ -48,13 +48,7 @@ def prune(
 def asked(
     service: Service, job_id: UUID, *, visible_to: UUID | None, pattern: str | None = None
 ) -> stored.JobRecord:
-    """
-    The job, whose pruned model is written or on its way.
-
-    Raises:
-        NoSuchJob, StateConflict: As :func:`ask_to_prune`.
-        Conflict: It is a transfer, or has several models.
-    """
+    """The job, whose pruned model is written or on its way."""
     job = service.jobs.get(job_id, visible_to=visible_to)
     check_search(job)
     if job.spec.get("more_models"):
@@ -81,12 +75,7 @@ def artifacts(job_id: UUID, service: ServiceParam, caller: CallerParam) -> Artif
 
 
 def listed(job: stored.JobRecord) -> ArtifactList:
-    """
-    The files of a job's pruned model, by name.
-
-    Raises:
-        Conflict: There are none.
-    """
+    """The files of a job's pruned model, by name."""
     files = [
         Artifact(**file, href=f"/v1/jobs/{job.id}/artifacts/{quote(file['name'])}")
         for file in _pruned(job)["files"]
@@ -191,11 +180,6 @@ def _read(content: BinaryIO, first: int, end: int) -> Iterator[bytes]:
 
 
 def remove_files(service: Service, job_id: UUID) -> None:
-    """
-    Delete the files of a job's pruned model, and note it.
-
-    Raises:
-        OutputError: The artifact store is away.
-    """
+    """Delete the files of a job's pruned model, and note it."""
     service.pruned.remove(job_id)
     note_removed(service.database, job_id, f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}")

@@ -35,17 +35,14 @@ button:has([data-testid="AddBoxIcon"]), button:has([data-testid="EditIcon"]) {
 
 
 class Dashboard:
-    """
-    An ASGI application for everything that is not the API's.
+    """An ASGI application for everything that is not the API's."""
 
-    Who may see all jobs may read all studies; nobody can change one here.
-    """
+    # Who may see all jobs may read all studies; nobody can change one here.
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http":
             return
         refusal = await self._refusal(scope)
@@ -81,7 +78,6 @@ class Dashboard:
             await database_gone(StorageError("optuna-dashboard failed"))(scope, receive, send)
 
     def close(self) -> None:
-        """Close the connections."""
         if "_storage" in self.__dict__:
             self._storage.remove_session()
             end_connections(self._storage.engine)

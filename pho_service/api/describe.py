@@ -91,13 +91,7 @@ def answer_stage(job: stored.JobRecord) -> stored.Stage | None:
 
 
 def pattern_named(job: stored.JobRecord, pattern: str) -> str | None:
-    """
-    One of a job's patterns as its stages name it; None if it is the only one.
-
-    Raises:
-        RequestValidationError: It is not a pattern.
-        Conflict: The job does not have it, or has not searched it yet.
-    """
+    """One of a job's patterns as its stages name it; None if it is the only one."""
     try:
         wanted = str(Pattern.parse(pattern))
     except InvalidInput as error:
@@ -120,12 +114,6 @@ def pattern_named(job: stored.JobRecord, pattern: str) -> str | None:
 
 
 def several_found(job: stored.JobRecord) -> dict[str, Any]:
-    """
-    What the target of a job with several patterns has found.
-
-    Raises:
-        Conflict: There is nothing yet; or each pattern has a configuration, and none is named.
-    """
     if job.best is not None:
         return job.best
     done = [str(s.about) for s in job.of_kind(StageKind.POINT) if s.result is not None]
@@ -182,18 +170,6 @@ def describe(job: stored.JobRecord, notes: Sequence[str] = ()) -> Job:
 
 
 def configuration_of(job: stored.JobRecord, pattern: str | None = None) -> dict[str, Any]:
-    """
-    Result of a search.
-
-    Args:
-        job: With its stages.
-        pattern: One of several that it has searched.
-
-    Raises:
-        Conflict: There is no result yet, the job is not a search, or it has several patterns
-            and none is named.
-        RequestValidationError: What is named is not a pattern.
-    """
     check_search(job)
     named = None if pattern is None else pattern_named(job, pattern)
     if named is not None:
@@ -211,10 +187,6 @@ def configuration_of(job: stored.JobRecord, pattern: str | None = None) -> dict[
 
 
 def check_search(job: stored.JobRecord) -> None:
-    """
-    Raises:
-        Conflict: The job is a transfer, not a search.
-    """
     if is_transfer(job):
         raise Conflict(
             "not_a_search",
@@ -239,10 +211,6 @@ def is_transfer(job: stored.JobRecord) -> bool:
 
 
 def check_one_pattern(job: stored.JobRecord) -> None:
-    """
-    Raises:
-        Conflict: The job has several patterns, each with a search of its own.
-    """
     if is_several(job.spec):
         raise Conflict(
             "several_patterns",
@@ -282,7 +250,6 @@ def studies_in_words(job: stored.JobRecord) -> dict[str, str]:
 
 
 def _warnings(job: stored.JobRecord) -> list[str]:
-    """Those of all models of a transfer."""
     results = (stage.result or {} for stage in job.of_kind(StageKind.TRANSFER))
     return [warning for result in results for warning in result.get("warnings", [])]
 

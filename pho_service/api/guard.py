@@ -39,14 +39,9 @@ _KNOWN_S = 1.0  # before those that are right are asked for again
 
 
 class Rate:
-    """
-    How often each of many may do something in a minute, as this process counts it.
+    """How often each of many may do something in a minute, as this process counts it."""
 
-    The minute slides: what was done in the last one counts less the longer ago it is.
-
-    Args:
-        per_minute: 0 means no limit.
-    """
+    # The minute slides: what was done in the last one counts less the longer ago it is.
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
@@ -71,16 +66,15 @@ class KeyGuard:
     """
     Lets in who has a key: ``Authorization: Bearer KEY``, or Basic with the key as password, or the
     cookie of a login (:mod:`pho_service.api.guard`), to which browsers are led.
-
-    As long as no key was ever made and none is needed, everybody on this machine
-    may come in, but no web page that some other site has put into a browser here.
-    Nor may such a page use the key or the cookie that a browser sends by itself,
-    or one of our forms.
-
-    Nobody may ask too often. After too many wrong keys a host's are compared
-    with those that are known to be right, once a second again, and the database
-    is not asked for others: who has a key behind the same address works on.
     """
+
+    # As long as no key was ever made and none is needed, everybody on this machine may come in, but
+    # no web page that some other site has put into a browser here. Nor may such a page use the key
+    # or the cookie that a browser sends by itself, or one of our forms.
+    #
+    # Nobody may ask too often. After too many wrong keys a host's are compared with those that are
+    # known to be right, once a second again, and the database is not asked for others: who has a
+    # key behind the same address works on.
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -92,7 +86,6 @@ class KeyGuard:
         self._tried: Counter[str] = Counter()  # keys that are being looked up, by host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http" or scope["path"] in OPEN:
             await self.app(scope, receive, send)
             return
@@ -153,17 +146,7 @@ class KeyGuard:
         await self.app(scope, receive, send)
 
     async def admit(self, host: str, secret: str | None) -> Caller | None:
-        """
-        Tell whose key a secret is; without one, who may come in without a key.
-
-        Args:
-            host: Who sends it, for the limit of wrong keys.
-            secret: The key.
-
-        Raises:
-            HTTPException: Too many keys of this host were wrong.
-            StorageError: The database is away.
-        """
+        """Tell whose key a secret is; without one, who may come in without a key."""
         if secret is not None and await self._is_hopeless(secret, host):
             raise HTTPException(
                 429,
@@ -304,13 +287,10 @@ def _is_bearer(headers: Headers) -> bool:
 
 
 def _from_own_page(headers: Headers, scope: Scope) -> bool:
-    """
-    Whether a browser, if it is one, was told by a page of this service to change something.
-
-    As net/http's CrossOriginProtection of Go does it: browsers say so themselves where the
-    connection is secure or local, and name the page's origin otherwise. Where no key is needed,
-    only our forms ask for it, which any page could send; JSON is refused by ``_from_here``.
-    """
+    """Whether a browser, if it is one, was told by a page of this service to change something."""
+    # As net/http's CrossOriginProtection of Go does it: browsers say so themselves where the
+    # connection is secure or local, and name the page's origin otherwise. Where no key is needed,
+    # only our forms ask for it, which any page could send; JSON is refused by ``_from_here``.
     keyless = "authorization" not in headers and _session(headers) is None
     if scope["method"] in ("GET", "HEAD") or (keyless and not is_page(scope["path"])):
         return True

@@ -53,23 +53,14 @@ _SHOWN = ("tasks", "search", "finalists", "layers", "transfer")
 
 @dataclass(frozen=True, kw_only=True)
 class JobHead:
-    """
-    A job: what was asked, how far it is, and what can be asked of it.
+    """A job: what was asked, how far it is, and what can be asked of it."""
 
-    Attributes:
-        job: As the API shows it.
-        facts: What was asked, in some words: a name and a value each.
-        error: Why it failed.
-        time: How long it takes still, or took.
-        verbs: What can be asked of it.
-    """
-
-    job: Job
+    job: Job  # As the API shows it
     models: Sequence[str]
-    facts: Sequence[tuple[str, str]]
-    error: str | None
-    time: str
-    verbs: Sequence[str]
+    facts: Sequence[tuple[str, str]]  # What was asked, in some words: a name and a value each
+    error: str | None  # Why it failed
+    time: str  # How long it takes still, or took
+    verbs: Sequence[str]  # What can be asked of it
     deletable: bool
 
     @classmethod
@@ -122,33 +113,21 @@ class Logged:
 
 @dataclass(frozen=True, kw_only=True)
 class JobView:
-    """
-    A job, whole.
-
-    Attributes:
-        studies: A word and the number in optuna-dashboard of each, for those who may look there.
-        stages: By kind, in the order of the work.
-        first: Sections of the report that stand above the buttons.
-        sections: Those below them.
-        happened: The last of them.
-        logs: What workers have logged, the oldest first.
-        files: Files of the pruned model; None if there are none.
-        extensible: Whether it can be given more trials.
-    """
+    """A job, whole."""
 
     head: JobHead
+    # A word and the number in optuna-dashboard of each, for those who may look there.
     studies: Sequence[tuple[str, int]]
-    stages: Sequence[StageRow]
-    first: Sequence[Section]
-    sections: Sequence[Section]
-    happened: Section
-    logs: Sequence[Logged]
-    files: ArtifactList | None
-    extensible: bool
+    stages: Sequence[StageRow]  # By kind, in the order of the work
+    first: Sequence[Section]  # Sections of the report that stand above the buttons
+    sections: Sequence[Section]  # Those below them
+    happened: Section  # The last of them
+    logs: Sequence[Logged]  # What workers have logged, the oldest first
+    files: ArtifactList | None  # Files of the pruned model; None if there are none
+    extensible: bool  # Whether it can be given more trials
 
 
 def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime) -> JobView:
-    """Everything that is known of a job."""
     known, head = {}, JobHead.of(job, now)
     if caller.sees_all:  # others may not look into the dashboard
         with service.database.transaction() as connection:
@@ -300,32 +279,19 @@ STEPS = 40  # of a drawing, at most
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
-    """
-    A job.
+    """A job."""
 
-    Attributes:
-        job: As the API shows it.
-        title: Its name without the part of its id.
-        pattern: How sparse they are to be, in short.
-        preset: Its name, or "transfer".
-        done: Part of ``total``, what its stage counts; 0 of 0 if that counts nothing.
-        gain: Share by which its perplexity is below RIA's.
-        error: Why it failed.
-        line: The best objective so far, as the points of a line; empty without two values.
-        age: How long ago it was submitted.
-    """
-
-    job: Job
-    title: str
+    job: Job  # As the API shows it
+    title: str  # Its name without the part of its id
     models: Sequence[str]
-    pattern: str
-    preset: str
-    done: int
+    pattern: str  # How sparse they are to be, in short
+    preset: str  # Its name, or "transfer"
+    done: int  # Part of ``total``, what its stage counts; 0 of 0 if that counts nothing
     total: int
-    gain: float | None
-    error: str | None
-    line: str
-    age: str
+    gain: float | None  # Share by which its perplexity is below RIA's
+    error: str | None  # Why it failed
+    line: str  # The best objective so far, as the points of a line; empty without two values
+    age: str  # How long ago it was submitted
 
     @property
     def moves(self) -> bool:
@@ -398,11 +364,8 @@ def _lines(connection: Connection, found: Sequence[stored.JobRecord]) -> Mapping
 
 
 def _drawn(runs: Mapping[int, Sequence[float]], places: int) -> str:
-    """
-    The lowest so far of the values of each place, as the points of a line from the top left.
-
-    A search that is over has so many places: the line ends where it has come to.
-    """
+    """The lowest so far of the values of each place, as the points of a line from the top left."""
+    # A search that is over has so many places: the line ends where it has come to.
     if len(runs) < 2:
         return ""
     best = best_so_far([min(runs[place]) for place in sorted(runs)], maximised=False)
@@ -445,35 +408,19 @@ ORDERS: dict[Sort, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ListView:
-    """
-    Which part of the list is looked at, and how; the query of the page.
+    """Which part of the list is looked at, and how; the query of the page."""
 
-    Attributes:
-        states: Only jobs in these; none means all.
-        models: Only jobs for these; none means all.
-        patterns: Only jobs with these; none means all.
-        name: Only jobs whose name contains this, or whose id begins with it.
-        sort: The order.
-        token: Token of the page.
-        refresh: Whether it may be loaded again by itself.
-        chosen: A job that is chosen to be compared with others.
-    """
-
-    states: tuple[JobState, ...] = ()
-    models: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
-    name: str = ""
-    sort: Sort = NEWEST
-    token: str | None = None
-    refresh: bool = True
-    chosen: str | None = None
+    states: tuple[JobState, ...] = ()  # Only jobs in these; none means all
+    models: tuple[str, ...] = ()  # Only jobs for these; none means all
+    patterns: tuple[str, ...] = ()  # Only jobs with these; none means all
+    name: str = ""  # Only jobs whose name contains this, or whose id begins with it
+    sort: Sort = NEWEST  # The order
+    token: str | None = None  # Token of the page
+    refresh: bool = True  # Whether it may be loaded again by itself
+    chosen: str | None = None  # A job that is chosen to be compared with others
 
     @classmethod
     def of(cls, query: Sequence[tuple[str, str]]) -> Self:
-        """
-        Raises:
-            RequestValidationError: There is no such state or order.
-        """
         given = [(name, value) for name, value in query if value]
         states = tuple(value for name, value in given if name == "state")
         for state in states:
@@ -497,7 +444,6 @@ class ListView:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The same as fields of a query."""
         found: list[tuple[str, str | None]] = [("state", state.value) for state in self.states]
         found += [("model", model) for model in self.models]
         found += [("pattern", pattern) for pattern in self.patterns]
@@ -512,7 +458,6 @@ class ListView:
 
     @property
     def query(self) -> str:
-        """The same as a query, with its question mark."""
         return f"?{urlencode(self.pairs)}" if self.pairs else ""
 
     def but(self, **changes: Any) -> "ListView":
@@ -537,7 +482,6 @@ class ListView:
 
     @property
     def unfiltered(self) -> "ListView":
-        """The same list with all jobs."""
         return self.but(states=(), models=(), patterns=(), name="")
 
 
@@ -582,7 +526,6 @@ def ask(pairs: Pairs, service: ServiceParam, caller: CallerParam) -> Response:
 
 
 def _ids(given: Sequence[str]) -> list[UUID]:
-    """Each once."""
     found = []
     for each in dict.fromkeys(given):
         try:
@@ -633,17 +576,6 @@ def draw_list(
     problem: str | None = None,
     details: Sequence[str] = (),
 ) -> Response:
-    """
-    Answer with the list.
-
-    Args:
-        service: Service of the process.
-        caller: Whose jobs are shown.
-        view: Which of them.
-        status: Status of the answer.
-        problem: What could not be done.
-        details: More of that, a sentence for each job.
-    """
     which = which_jobs(
         caller, states=view.states, models=view.models, patterns=view.patterns, name=view.name
     )

@@ -197,7 +197,6 @@ class Line:
 
     @property
     def differs(self) -> bool:
-        """Tell whether they differ."""
         return len({*self.values}) > 1
 
 
@@ -225,7 +224,6 @@ def compare(
 
 
 def _figures(heads: Sequence[JobHead]) -> list[Line]:
-    """What the jobs have found."""
     measured = [None if each.job.best is None else each.job.best.perplexities for each in heads]
     rows = [("State", [str(each.job.state) for each in heads])]
     for title, name in (

@@ -59,10 +59,6 @@ from storage.studies import DatabaseGone, open_storage, read_trials, study_name
 def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
     """
     What a job must keep to on this service, one by one; each raises FieldError if it does not.
-
-    Args:
-        spec: A search.
-        service: What it is submitted to.
     """
     yield from spec.access_checks(service.access)
     yield partial(check_size, spec, service.limits)
@@ -98,17 +94,7 @@ def _check_context(spec: JobSpec, access: Access) -> None:
 
 
 def longest_window(name: str, access: Access, revision: str | None = None) -> int | None:
-    """
-    The tokens of the longest window that a model reads, by its configuration.
-
-    Args:
-        name: As a job has it.
-        access: The rules of this machine.
-        revision: Revision of a hub model.
-
-    Returns:
-        None if the model is not on this machine, is not allowed, or does not say.
-    """
+    """The tokens of the longest window that a model reads, by its configuration."""
     try:
         config = config_at_hand(name, access.model(name), revision=revision)
     except InvalidInput:
@@ -128,16 +114,6 @@ def enter(
     """
     Store a job and put its first stages into the queue; it is the one of that time if the
     idempotency key was used before.
-
-    Args:
-        store: Store of the jobs.
-        spec: The document to be stored.
-        asked: The document as it came, if that is another one: by it the key is recognised.
-        owner_id, idempotency_key: As :meth:`JobStore.submit`.
-        settings: Settings of the service, for how many jobs an owner may have.
-
-    Raises:
-        IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
     """
     first, *more = first_stages(spec)
     limits = {} if settings is None else {
@@ -260,12 +236,9 @@ Asked = Annotated[JobFilter, Depends(_asked)]
 def page_of(
     service: Service, which: JobFilter, sort: Sort, size: int, token: str | None
 ) -> tuple[list[stored.JobRecord], str | None]:
-    """
-    The jobs of a page, and the token of the next page if there is one.
-
-    That of the newest first is a job's number, so that jobs which come or go meanwhile move no
-    other; in other orders, whose values change while jobs run, it is how many were given before.
-    """
+    """The jobs of a page, and the token of the next page if there is one."""
+    # That of the newest first is a job's number, so that jobs which come or go meanwhile move no
+    # other; in other orders, whose values change while jobs run, it is how many were given before.
     after = decode(token)
     if sort == NEWEST:
         found = service.jobs.page(which, before=after, limit=size + 1)
@@ -278,12 +251,7 @@ def page_of(
 
 
 def decode(token: str | None) -> int | None:
-    """
-    What a page token stands for; None begins with the first page.
-
-    Raises:
-        RequestValidationError: It is not one of ours.
-    """
+    """What a page token stands for; None begins with the first page."""
     if token is not None and not re.fullmatch(PAGE_TOKEN, token):
         raise wrong_parameter(
             "page_token", "is not one of our tokens: leave it out to begin with the first page"
@@ -340,13 +308,7 @@ def submit(
 def take(
     spec: JobSpec, service: Service, caller: Caller, idempotency_key: str | None
 ) -> stored.JobRecord:
-    """
-    Store the job of a document, if it keeps to the rules of this service.
-
-    Raises:
-        FieldError: It does not; names the field.
-        IdempotencyKeyReused, TooManyJobs: As :meth:`JobStore.submit`.
-    """
+    """Store the job of a document, if it keeps to the rules of this service."""
     for check in checks(spec, service):
         check()
     return enter(
@@ -392,13 +354,7 @@ def delete(job_id: UUID, service: ServiceParam, caller: CallerParam) -> None:
 
 
 def forget(service: Service, job_id: UUID, *, visible_to: UUID | None = None) -> None:
-    """
-    Delete a job, its studies and the files of its pruned model.
-
-    Raises:
-        NoSuchJob, StateConflict: As :meth:`JobStore.deleting`.
-        OutputError: The artifact store is away; the job stays.
-    """
+    """Delete a job, its studies and the files of its pruned model."""
     with (
         service.jobs.deleting(job_id, visible_to=visible_to) as job,
         open_storage(service.database.studies_url) as storage,

@@ -69,7 +69,6 @@ class FormField(JobField):
 
     @property
     def label(self) -> str:
-        """What it is called."""
         *above, last = self.path.split("/")
         short = len(above) == 1 and above[0] in _SHORT
         own = " ".join([*above[-1:], last][short:]).replace("_", " ").capitalize()
@@ -96,7 +95,6 @@ class FormField(JobField):
 
     @property
     def hint(self) -> str:
-        """Hint that stands beside the field."""
         how = {
             "lines": "One a line.",
             "pairs": "NAME = VALUE, one a line.",
@@ -113,12 +111,6 @@ class FormField(JobField):
     def read(self, typed: str) -> Any:
         """
         The value that a text stands for; what is not of its kind is left to the document's rules.
-
-        Args:
-            typed: Not empty.
-
-        Raises:
-            ValueError: It cannot be read.
         """
         if self.kind == "switch":
             return {"yes": {}, "no": None}.get(typed, typed)
@@ -171,18 +163,11 @@ def without_field() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class FormSection:
-    """
-    A group with its fields.
+    """A group with its fields."""
 
-    Attributes:
-        title: Title of the group.
-        shown: Fields that are always seen.
-        folded: Others, by their heading.
-    """
-
-    title: str
-    shown: tuple[FormField, ...]
-    folded: Mapping[str, tuple[FormField, ...]]
+    title: str  # Title of the group
+    shown: tuple[FormField, ...]  # Fields that are always seen
+    folded: Mapping[str, tuple[FormField, ...]]  # Others, by their heading
 
     @property
     def fields(self) -> list[FormField]:
@@ -210,7 +195,6 @@ def sections() -> tuple[FormSection, ...]:
 
 
 def field_label(path: str) -> str:
-    """What a field is called in messages."""
     if path == MORE:
         return "As JSON"
     return form_fields()[path].label.removesuffix(" (needed)")
@@ -248,12 +232,7 @@ _PLACES = (
 
 
 def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
-    """
-    What to type for the job that has this document; what is as it is by default is left out.
-
-    Args:
-        document: Document of a search, as it is stored.
-    """
+    """What to type for the job that has this document; what is as it is by default is left out."""
     left = minimal_document(JobSpec.model_validate(document))
     typed = {}
     for path, each in form_fields().items():
@@ -269,23 +248,16 @@ def typed_as(document: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class Typed:
-    """
-    A form that was filled in.
+    """A form that was filled in."""
 
-    Attributes:
-        fields: What was typed, by field.
-        document: What that is in a job's document; what cannot be read is not in it.
-        errors: What is wrong, by field; "" is of none.
-    """
-
-    fields: Mapping[str, str]
+    fields: Mapping[str, str]  # What was typed, by field
+    # What that is in a job's document; what cannot be read is not in it.
     document: dict[str, Any] = field(default_factory=dict)
-    errors: Errors = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)  # What is wrong, by field; "" is of none
     _as_json: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, fields: Mapping[str, str]) -> "Typed":
-        """Read a form."""
         made = cls(fields=fields)
         switches = {}
         for path, each in form_fields().items():
@@ -354,7 +326,6 @@ class Typed:
 
     @property
     def in_order(self) -> Errors:
-        """The errors in the order of the page."""
         order = ["", *(field.path for section in sections() for field in section.fields), MORE]
         return {name: self.errors[name] for name in order if name in self.errors}
 
@@ -408,7 +379,6 @@ def is_place(pointer: str) -> bool:
 
 
 def hint_of_json() -> str:
-    """Return the hint beside the field for JSON."""
     return (
         "A JSON object, or nothing. All of a job can be given here instead of above; only here: "
         f"{', '.join(without_field())}."
@@ -440,14 +410,7 @@ _END = "END"  # of the document; no line of JSON is this word
 
 
 def equivalents(spec: JobSpec, url: str, *, with_key: bool) -> list[tuple[str, str]]:
-    """
-    What submits a job, by its title; no key is in it.
-
-    Args:
-        spec: The job.
-        url: URL of the service.
-        with_key: Whether the service needs a key, which PHO_API_KEY has then.
-    """
+    """What submits a job, by its title; no key is in it."""
     document = minimal_document(spec)
     text = json.dumps(document, indent=2, ensure_ascii=False)
     at = ["--url", url]
@@ -493,17 +456,11 @@ _OPTION = re.compile(r"(--[a-z][a-z-]*)(?: ([^\s,)]+))?")
 
 @dataclass(kw_only=True)
 class Filled:
-    """
-    A form that was filled in, as far as a job can be made of it.
+    """A form that was filled in, as far as a job can be made of it."""
 
-    Attributes:
-        typed: What was typed.
-        spec: The job; None if the document is not one.
-        fitted: Defaults that follow from the model, by field.
-    """
-
-    typed: Typed
-    spec: JobSpec | None
+    typed: Typed  # What was typed
+    spec: JobSpec | None  # The job; None if the document is not one
+    # Defaults that follow from the model, by field.
     fitted: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -523,26 +480,17 @@ class Filled:
 
     @property
     def is_right(self) -> bool:
-        """Whether it can be submitted."""
         return self.spec is not None and not self.typed.errors
 
 
 @dataclass(kw_only=True)
 class Beside:
-    """
-    Parts of the page beside the form.
+    """Parts of the page beside the form."""
 
-    Attributes:
-        card: That the plan is for.
-        plan: What the job would take.
-        told: Why there is no plan.
-        commands: What submits the same, by title.
-    """
-
-    card: str
-    plan: PlanAnswer | None = None
-    told: str = ""
-    commands: list[tuple[str, str]] = field(default_factory=list)
+    card: str  # That the plan is for
+    plan: PlanAnswer | None = None  # What the job would take
+    told: str = ""  # Why there is no plan
+    commands: list[tuple[str, str]] = field(default_factory=list)  # What submits the same, by title
 
 
 @router.api_route("/new", methods=["GET", "HEAD"])

@@ -142,13 +142,7 @@ async def keep_up(service: Service) -> None:
 
 
 def sweep(service: Service) -> None:
-    """
-    Delete what is older than the settings keep. Several at once do no harm.
-
-    Raises:
-        StorageError: The database is away.
-        OutputError: The artifact store is away.
-    """
+    """Delete what is older than the settings keep. Several at once do no harm."""
     pruned_days = service.settings.keep_pruned_days
     removed = 0
     while pruned_days and (old := pruned_for(service.database, pruned_days)):
@@ -193,15 +187,7 @@ async def keep_telling(service: Service) -> None:
 
 
 def tell_next(service: Service) -> bool:
-    """
-    Send the message that is due for longest, and note what came of it.
-
-    Returns:
-        True if there was one.
-
-    Raises:
-        StorageError: The database is away.
-    """
+    """Send the message that is due for longest, and note what came of it."""
     due = take(service.database)
     if due is None:
         return False

@@ -42,16 +42,6 @@ def draw(
     script: str | None = None,
     **values: Any,
 ) -> Response:
-    """
-    Answer with a page.
-
-    Args:
-        template: Its file.
-        status: Status of the answer.
-        headers: More than every page has.
-        script: The file of the only script that may run on it; the page works without it.
-        values: For the template; everything is escaped.
-    """
     html = _environment().get_template(template).render(
         style=_ours("style.css"), script=None if script is None else _ours(script), **values
     )  # fmt: skip
@@ -71,12 +61,7 @@ def draw(
 
 @cache
 def content_security_policy(script: str | None = None) -> str:
-    """
-    What a browser lets a page do: look as it does, and send its forms here.
-
-    Args:
-        script: The file of a script that may run, and ask this service; without one, none runs.
-    """
+    """What a browser lets a page do: look as it does, and send its forms here."""
     runs = ""
     if script is not None:
         runs = f"script-src {policy_hash(_ours(script))}; connect-src 'self'; "
@@ -134,7 +119,6 @@ class SafeHeaders:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -161,7 +145,6 @@ class Pages:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http" or not is_page(scope["path"]):
             await self.app(scope, receive, send)
             return

@@ -42,12 +42,6 @@ def plan(
 
 
 def planned(spec: JobSpec, service: Service, machine: Machine) -> PlanAnswer:
-    """
-    The plan of a job that keeps to the rules of a service.
-
-    Raises:
-        FieldError: The model's headers cannot be read, or it cannot be planned.
-    """
     path = service.access.model(spec.model)
     try:
         header = read_header(spec.model, revision=spec.revision, path=path)

@@ -47,13 +47,7 @@ MOST_ERRORS = 100  # of a document: an answer is not many times as large as what
 
 
 class Conflict(Exception):
-    """
-    A job is not one that this can be asked of, or not yet.
-
-    Attributes:
-        code: For programs.
-        state: State of the job.
-    """
+    """A job is not one that this can be asked of, or not yet."""
 
     def __init__(self, code: str, detail: str, state: JobState) -> None:
         super().__init__(detail)
@@ -112,13 +106,7 @@ def wrong_parameter(name: str, rule: str) -> RequestValidationError:
 
 
 def add_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """
-    Turn every exception into a problem.
-
-    Args:
-        app: The service's app.
-        routes: All its operations, for what a 405 must say.
-    """
+    """Turn every exception into a problem."""
     # None of them in a thread: those may all wait for the database that an error is about.
 
     @app.exception_handler(RequestValidationError)
@@ -244,12 +232,10 @@ def database_gone(error: Exception) -> JSONResponse:
 
 
 def sentence(text: str) -> str:
-    """The text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 
 def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
-    """All methods that the path of a request knows."""
     found: set[str] = set()
     for route in routes:
         if isinstance(route, Route) and route.path_regex.match(request.url.path):
@@ -265,14 +251,7 @@ def _body_model(request: Request) -> type[BaseModel]:
 
 
 def field_problem(error: dict[str, Any], body: type[BaseModel]) -> dict[str, Any]:
-    """
-    What pydantic says of a request, in our words.
-
-    Args:
-        error: An entry of its list; ``loc`` begins with where the value comes from: body,
-            query and so on.
-        body: The document that was wanted.
-    """
+    """What pydantic says of a request, in our words."""
     source, *path = error["loc"]
     detail = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -24,18 +24,15 @@ _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class RequestLog:
-    """
-    Gives each request an id, which is in its answer and in every line of the log until then.
+    """Gives each request an id, which is in its answer and in every line of the log until then."""
 
-    A client, or a proxy, may send its own as ``X-Request-ID``. What nobody
-    expected becomes an answer here, while it is known whose it is.
-    """
+    # A client, or a proxy, may send its own as ``X-Request-ID``. What nobody expected becomes an
+    # answer here, while it is known whose it is.
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -95,7 +92,6 @@ class BodyLimit:
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

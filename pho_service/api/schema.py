@@ -118,11 +118,8 @@ def _configuration() -> dict[str, Any]:
 
 
 def _describe_linears(fields: dict[str, Any]) -> None:
-    """
-    Say which patterns are taken, and which sparsities by hand.
-
-    For N:M those are N of the same M, which JSON Schema cannot say: here, there are none.
-    """
+    """Say which patterns are taken, and which sparsities by hand."""
+    # For N:M those are N of the same M, which JSON Schema cannot say: here, there are none.
     for name in ("targets", "ignore"):
         fields[name]["items"] |= {"pattern": LINEAR, "maxLength": LONGEST}
         fields[name]["maxItems"] = MOST
@@ -152,7 +149,6 @@ def _no_offsets() -> dict[str, Any]:
 
 
 def _trained_or_empty() -> dict[str, Any]:
-    """How nothing is trained says nothing."""
     return {
         "anyOf": [
             {"properties": {"method": {"const": "block"}}, "required": ["method"]},
@@ -186,7 +182,6 @@ def _steps(**allowed: list[str]) -> dict[str, Any]:
 
 
 def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without definitions that are referred to: OpenAPI has another place for them."""
     definitions = schema.get("$defs", {})
 
     def inline(value: Any) -> Any:

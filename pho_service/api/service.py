@@ -55,13 +55,10 @@ ANSWER_S = 0.8  # for who asks whether all is well, and takes a second for a no
 class Probe:
     """
     Asks a database in a thread of its own, on a connection of its own, one question at a time.
-
-    However many requests wait for the threads and connections of the others, and however long a
-    server that is frozen does not answer, who asks gets to know within a second.
-
-    Args:
-        database: Whose server is asked.
     """
+
+    # However many requests wait for the threads and connections of the others, and however long a
+    # server that is frozen does not answer, who asks gets to know within a second.
 
     def __init__(self, database: Database) -> None:
         url = database.url.render_as_string(hide_password=False)
@@ -69,10 +66,6 @@ class Probe:
         self._asked: Future[None] | None = None
 
     async def check(self) -> None:
-        """
-        Raises:
-            DatabaseGone: The server does not answer.
-        """
         if self._asked is None or self._asked.done():
             self._asked = Future()
             # A daemon: the process need not wait for a server that is frozen.
@@ -85,7 +78,6 @@ class Probe:
             raise DatabaseGone(f"the database has not answered for {ANSWER_S:g} s") from None
 
     def close(self) -> None:
-        """Close the connection."""
         self._database.close()
 
     def _ask(self, asked: "Future[None]") -> None:
@@ -99,19 +91,12 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """
-    Caller of an operation.
+    """Caller of an operation."""
 
-    Attributes:
-        key_id: The key; None where none is needed.
-        key_prefix: How it begins, for the log.
-        session: SHA-256 of the token of a browser's login, which stands for the key.
-        sees_all: Whether other keys' jobs are visible.
-    """
-
-    key_id: UUID | None
-    sees_all: bool
-    key_prefix: str | None = None
+    key_id: UUID | None  # The key; None where none is needed
+    sees_all: bool  # Whether other keys' jobs are visible
+    key_prefix: str | None = None  # How it begins, for the log
+    # SHA-256 of the token of a browser's login, which stands for the key.
     session: bytes | None = None
 
     @property
@@ -121,13 +106,6 @@ class Caller:
 
 
 class Service:
-    """
-    Args:
-        database: Migrated.
-        settings: Settings of this process.
-        keys_needed: Whether a key is needed even if none was ever made.
-    """
-
     def __init__(self, database: Database, settings: Settings, *, keys_needed: bool) -> None:
         self.database = database
         self.settings = settings
@@ -144,12 +122,7 @@ class Service:
 
     @cached_property
     def pruned(self) -> PrunedStore:
-        """
-        The pruned models, which need no store that can be used until one is asked for.
-
-        Raises:
-            OutputError: The settings name one that cannot be.
-        """
+        """The pruned models, which need no store that can be used until one is asked for."""
         try:
             return PrunedStore.of(self.settings)
         except InvalidInput as error:
@@ -171,7 +144,6 @@ class Service:
         ]
 
     def close(self) -> None:
-        """Close the connections."""
         self.probe.close()
         self.database.close()
 

@@ -41,18 +41,7 @@ _CONNECTIONS = 1000  # at once; beyond, uvicorn answers 503
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
-    """
-    Serve until SIGINT or SIGTERM, then stop everything in order.
-
-    Args:
-        settings: Settings of the service.
-        say: Is told the addresses.
-
-    Raises:
-        StorageError: The database cannot be started, reached or migrated.
-        InvalidInput: The port is taken, others could come in without a key, or local workers
-            are wanted where torch is not installed.
-    """
+    """Serve until SIGINT or SIGTERM, then stop everything in order."""
     if settings.workers and find_spec("torch") is None:
         raise InvalidInput(
             "local workers need torch: pip install 'pho-service[worker]', or serve without them, "
@@ -153,12 +142,7 @@ def _closing_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def database_url(settings: Settings) -> Iterator[str]:
-    """
-    The URL of the database that is set, or of the embedded one, started if it does not run.
-
-    Raises:
-        StorageError: It does not start.
-    """
+    """The URL of the database that is set, or of the embedded one, started if it does not run."""
     if settings.database_url is not None:
         with nullcontext():
             yield settings.database_url.get_secret_value()
@@ -169,12 +153,6 @@ def database_url(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def any_database_url(settings: Settings) -> Iterator[str]:
-    """
-    The same, whether a service runs on it or not.
-
-    Raises:
-        StorageError: It does not start.
-    """
     running = None if settings.database_url else running_url(settings.data_dir)
     with nullcontext(running) if running else database_url(settings) as url:
         yield url
@@ -182,12 +160,7 @@ def any_database_url(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def open_database(settings: Settings) -> Iterator[Database]:
-    """
-    The migrated database of a service, whether one runs on it or not.
-
-    Raises:
-        StorageError: It cannot be started, reached or migrated.
-    """
+    """The migrated database of a service, whether one runs on it or not."""
     with any_database_url(settings) as url:
         database = Database(url)
         try:

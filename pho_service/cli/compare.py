@@ -146,12 +146,7 @@ def _measured_on(given: Given, split: str | None) -> "TextSpec":
 
 
 def load_asked_tasks(given: Given) -> "LoadedTasks | None":
-    """
-    The tasks of --tasks, found before a model is opened; None if none are asked for.
-
-    Raises:
-        InvalidInput: Options of tasks are given, but no task; or a task is not there.
-    """
+    """The tasks of --tasks, found before a model is opened; None if none are asked for."""
     tasks, *others = TASK_FIELDS
     if given(tasks) is None:
         for field in others:

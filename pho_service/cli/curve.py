@@ -154,11 +154,8 @@ def open_curve(
 def opened_points(
     opened: "Calibrated", study: str, specs: "Sequence[JobSpec]", inputs: Terminal
 ) -> "Iterator[tuple[CurvePoints, str]]":
-    """
-    What finds the points, and the name of the study that has the trials of all of them.
-
-    The study of each point, in the database ``study``, keeps the document of its search.
-    """
+    """What finds the points, and the name of the study that has the trials of all of them."""
+    # The study of each point, in the database ``study``, keeps the document of its search.
     from pho_service.cli.search import DOCUMENT
     from pho_service.pipeline.curve import CurvePoints, opened_pareto
     from pho_service.pipeline.search import opened_study
@@ -179,7 +176,6 @@ def opened_points(
 
 
 def show_points(points: "Sequence[CurvePoint]") -> None:
-    """The table of a curve."""
     from pho_service.shown.tables import points_table, text_of
 
     text = points[0].result.configuration.confirmation
@@ -223,12 +219,7 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
 
 
 def given_target(given: Given) -> Target | None:
-    """
-    The target of a search; None if it has a pattern instead.
-
-    Raises:
-        InvalidInput: Neither or both are given, or a value breaks a rule.
-    """
+    """The target of a search; None if it has a pattern instead."""
     said = [path for path in given.said if within(path, "target")]
     if "target/perplexity_rise" not in said:
         if said:
@@ -267,13 +258,7 @@ def search_within(
     study: str,
     inputs: Terminal,
 ) -> "TargetFound":
-    """
-    Find the highest sparsity that is within a target.
-
-    Raises:
-        InvalidInput: There are several models, or nothing can be confirmed.
-        TargetMissed: There is none.
-    """
+    """Find the highest sparsity that is within a target."""
     from pho_service.pipeline.curve import target_job
 
     if len(models) > 1:
@@ -296,7 +281,6 @@ def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":
 
 
 def show_target(found: "TargetFound") -> None:
-    """The answer and all points."""
     answer, limit = found.answer, found.target.limit(found.answer.dense)
     show_points(found.points)
     told = "" if found.outside is None else (
@@ -311,7 +295,6 @@ def show_target(found: "TargetFound") -> None:
 
 
 def target_document(found: "TargetFound", path: Path, study: str) -> dict[str, Any]:
-    """The same as JSON values."""
     result = found.result
     return {
         "configuration": result.configuration.model_dump(mode="json"),

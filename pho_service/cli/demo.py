@@ -66,13 +66,7 @@ class _Place:
     def pruned(
         self, found: "Configuration", judged_by: "Configuration", folder: Path
     ) -> "tuple[Configuration, ComparisonRow]":
-        """
-        Prune with what was found for good, measure it, and write the model.
-
-        Returns:
-            The configuration with its perplexity on the confirmation text, beside those that
-            another search has measured there; and its row of the comparison.
-        """
+        """Prune with what was found for good, measure it, and write the model."""
         from pho_service.models.blockwise import measure_perplexity
         from pho_service.models.saving import save_pruned
         from pho_service.pipeline.compare import ComparisonRow

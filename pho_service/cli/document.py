@@ -50,7 +50,6 @@ class GroupedCommand(click.Command):
         return {name: title for title, names in _OWN.items() for name in names}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options in sections."""
         groups = self.groups()
         for title in TITLES:
             records = [
@@ -76,24 +75,13 @@ _RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """
-    The options of a document that were given.
+    """The options of a document that were given."""
 
-    Attributes:
-        said: What they say, by the paths of their fields.
-        names: What they are called, by the same.
-    """
-
-    said: Mapping[str, Any]
-    names: Mapping[str, str]
+    said: Mapping[str, Any]  # What they say, by the paths of their fields
+    names: Mapping[str, str]  # What they are called, by the same
 
     def document(self, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """
-        The document that has what was given, put into another one.
-
-        Raises:
-            InvalidInput: An option cannot be read, or has no place in that other one.
-        """
+        """The document that has what was given, put into another one."""
         made: dict[str, Any] = deepcopy(dict(document or {}))
         for path, said in self.said.items():
             name = self.names[path]
@@ -117,12 +105,6 @@ class Given:
         return self.said.get(path, document_fields()[path].default)
 
     def job(self, document: Mapping[str, Any]) -> "JobSpec":
-        """
-        Check a document.
-
-        Raises:
-            InvalidInput: It breaks a rule; names the option and the value.
-        """
         from pydantic import ValidationError
 
         from pho_service.spec.job import JobSpec
@@ -133,12 +115,6 @@ class Given:
             raise self._refused(error, "") from error
 
     def calibration(self) -> "CalibrationSpec":
-        """
-        How a model is calibrated.
-
-        Raises:
-            InvalidInput: It breaks a rule; names the option and the value.
-        """
         from pydantic import ValidationError
 
         from pho_service.spec.fields import CalibrationSpec
@@ -168,14 +144,7 @@ class Given:
         return InvalidInput("; ".join(dict.fromkeys(sentences)) + ".")
 
     def _thing(self, path: str, value: object, *, named: bool) -> str:
-        """
-        What a message is about: an option with its value, or else a field.
-
-        Args:
-            path: Path of the field.
-            value: It.
-            named: Whether the message names what it is about in any case.
-        """
+        """What a message is about: an option with its value, or else a field."""
         given = [p for p in self.said if within(path, p) or within(p, path)] if path else []
         if given:
             said = self.said[given[0]]
@@ -187,15 +156,7 @@ class Given:
 
 
 class DocumentCommand(GroupedCommand):
-    """
-    A verb with options for fields of the job's document, which are made when they are needed.
-
-    Args:
-        fields: Their paths, or those of parts.
-        names: What some are called in this verb.
-        required: Fields that must be given.
-        of_a_service: Whether those are among them that only a service has a use for.
-    """
+    """A verb with options for fields of the job's document, which are made when they are needed."""
 
     def __init__(
         self,
@@ -212,7 +173,6 @@ class DocumentCommand(GroupedCommand):
 
     @cached_property
     def fields(self) -> list[Field]:
-        """The fields that have an option."""
         return [
             field
             for path, field in document_fields().items()
@@ -222,7 +182,6 @@ class DocumentCommand(GroupedCommand):
 
     @cached_property
     def _options(self) -> dict[str, tuple[Field, click.Option]]:
-        """By the names of their parameters."""
         found = {}
         for field in self.fields:
             name = self._renamed.get(field.path, field.name)

@@ -30,16 +30,10 @@ library_option = click.option(
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryEntry:
-    """
-    A configuration of a library.
+    """A configuration of a library."""
 
-    Attributes:
-        configuration: It.
-        origin: Library, id and reasons, for those who want to know where it came from.
-    """
-
-    configuration: "Configuration"
-    origin: dict[str, Any]
+    configuration: "Configuration"  # It
+    origin: dict[str, Any]  # Library, id and reasons, for those who want to know where it came from
 
 
 def is_library(name: str) -> bool:
@@ -50,15 +44,8 @@ def is_library(name: str) -> bool:
 def matches(
     library: str | None, wanted: "Wanted", limit: int, note: Callable[[str], None] = say
 ) -> list[dict[str, Any]]:
-    """
-    The most promising configurations of a library, as the API describes them.
-
-    ``note`` is told of the files that are none.
-
-    Raises:
-        ConfigurationError: The folder is none.
-        ServiceError: The service says no, or cannot be reached.
-    """
+    """The most promising configurations of a library, as the API describes them."""
+    # ``note`` is told of the files that are none.
     if library is None or _is_url(library):
         return _of_service(library, wanted, limit)
     from pho_service.library import Entry, gains_by, rank, read_folder
@@ -80,13 +67,7 @@ def matches(
 
 
 def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[LibraryEntry]:
-    """
-    The most promising configurations of the asked pattern, at most ``count``.
-
-    Raises:
-        ConfigurationError: There is none; says what there is instead.
-        ServiceError: The service says no, or cannot be reached.
-    """
+    """The most promising configurations of the asked pattern, at most ``count``."""
     return [
         LibraryEntry(
             configuration=_configuration(library, match["id"]),
@@ -100,13 +81,7 @@ def best_of_library(library: str | None, wanted: "Wanted", count: int) -> list[L
 
 
 def check_library(library: str | None, pattern: str, scope: str | None) -> None:
-    """
-    See that a library has something for a pattern, before a model is read.
-
-    Raises:
-        ConfigurationError: It has none; the message says what there is instead.
-        ServiceError: The service says no, or cannot be reached.
-    """
+    """See that a library has something for a pattern, before a model is read."""
     _fitting(library, wanted_for({}, pattern, scope), note=lambda _: None)
 
 
@@ -177,13 +152,7 @@ COUNT = 3  # configurations of a library, as a job's document has it
 
 
 def of_files(given: Given, spec: "JobSpec") -> "list[Candidate]":
-    """
-    What is in the files that ``--warm-start`` names.
-
-    Raises:
-        ConfigurationError: One of them is not a configuration.
-        InvalidInput: One is of another pattern or scope; a count without a warm start.
-    """
+    """What is in the files that ``--warm-start`` names."""
     from pho_service.library import read_library_file
 
     if given("warm_start/count") and not given("warm_start/found"):

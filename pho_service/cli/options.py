@@ -37,8 +37,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def all_options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator."""
-
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -213,7 +211,6 @@ class Terminal(Inputs):
         return Run(device=str(device), progress=progress)
 
     def model(self, name: str) -> "LanguageModel":
-        """Load a model."""
         with working(f"Loading {name}"):
             from transformers.utils.logging import disable_progress_bar
 
@@ -250,7 +247,6 @@ class Terminal(Inputs):
         most: int | None,
         unlike: "Tensor | None" = None,
     ) -> "ReportText":
-        """Says what is read."""
         with working(f"Reading {source}"):
             return super().report(model, source, how, most, unlike)
 
@@ -270,10 +266,9 @@ class Terminal(Inputs):
     ) -> Calibrated:
         """
         Load a model unless it is, read its texts, and calibrate it or take what is in the cache.
-
-        ``check`` sees the model before its text is read; ``why`` is raised if there is no text to
-        confirm on.
         """
+        # ``check`` sees the model before its text is read; ``why`` is raised if there is no text to
+        # confirm on.
         from pho_service.host.settings import Settings
         from pho_service.pipeline.bundles import bundle_path, cached_bundle
 
@@ -317,13 +312,7 @@ def out_file(path: str) -> Path:
 
 
 def plot_file(name: str) -> Path:
-    """
-    The file that a plot will be written to, checked before any long work.
-
-    Raises:
-        InvalidInput: Its name does not end in ``.html``.
-        OutputError: It cannot be written.
-    """
+    """The file that a plot will be written to, checked before any long work."""
     if Path(name).suffix.lower() not in (".html", ".htm"):
         raise InvalidInput(
             f"--plot {name} is not a name of a page: plots are drawn in HTML, which a browser "

@@ -100,7 +100,6 @@ def _this_machine() -> "Machine":
 
 
 def _show(found: PlanAnswer, name: str) -> None:
-    """For people."""
     from pho_service.planning.plan import format_span
 
     model, machine = found.model, found.machine

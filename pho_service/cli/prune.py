@@ -45,19 +45,14 @@ TRIED = 5  # configurations of a library that are rated by the proxy, the most p
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """
-    Where the configuration comes from: it is given, or else chosen from a library.
-
-    Attributes:
-        deployable: Whether it may only permute what can be folded into the weights.
-    """
+    """Where the configuration comes from: it is given, or else chosen from a library."""
 
     configuration: "Configuration | None"
     library: str | None
     pattern: str | None
     scope: str | None
     force: bool
-    deployable: bool
+    deployable: bool  # Whether it may only permute what can be folded into the weights
 
     def of_library(self, model: "LanguageModel") -> "list[LibraryEntry]":
         """The most promising configurations for a model, the best first."""
@@ -71,12 +66,7 @@ class Source:
     def chosen(
         self, found: "Sequence[LibraryEntry]", model: "LanguageModel", bundle: "ProxyBundle"
     ) -> "LibraryEntry":
-        """
-        The first that the proxy does not judge worse than RIA.
-
-        Raises:
-            ConfigurationError: It judges all of them so.
-        """
+        """The first that the proxy does not judge worse than RIA."""
         from pho_service.errors import BundleError
         from pho_service.pipeline.transfer import no_better_than_ria, proxies_of, proxy_sentence
 
@@ -324,18 +314,11 @@ def _refuse(
 
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
-    """
-    Return the source of the statistics.
+    """Return the source of the statistics."""
 
-    Attributes:
-        bundle: A file, if they are there already.
-        calibration: How they are made if not, or the windows that steps need.
-        named: Whether a text was named, and is not the default.
-    """
-
-    bundle: str | None
-    calibration: "CalibrationSpec"
-    named: bool
+    bundle: str | None  # A file, if they are there already
+    calibration: "CalibrationSpec"  # How they are made if not, or the windows that steps need
+    named: bool  # Whether a text was named, and is not the default
 
 
 def _prune(

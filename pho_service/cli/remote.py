@@ -114,7 +114,6 @@ def good(job: "Job") -> list[str]:
 
 
 def done(job: "Job") -> str:
-    """Progress of a job."""
     done = job.progress
     if job.kind == "transfer":
         return f"{done.models_done}/{done.models} models"
@@ -440,7 +439,6 @@ def delete(job_id: str, url: str | None, as_json: bool) -> None:
 
 
 def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
-    """Say what a job is now."""
     if as_json:
         print_json(job.model_dump(mode="json"))
         return
@@ -545,18 +543,7 @@ def submit(
 def job_document(
     models: tuple[str, ...], job_file: str | None, given: Given, *, pattern: str | None = None
 ) -> dict[str, Any]:
-    """
-    The document of a job, from a file and from options, which count more.
-
-    Args:
-        models: MODEL and others, if not those of the file.
-        job_file: Name of the file.
-        given: The options.
-        pattern: If neither says one.
-
-    Raises:
-        InvalidInput: A file that is none; a rule is broken, or there is no model or no pattern.
-    """
+    """The document of a job, from a file and from options, which count more."""
     document = given.document(_read_document(job_file) if job_file else {})
     if models:
         document["model"], document["more_models"] = models[0], [*models[1:]]
@@ -703,12 +690,10 @@ def transfer_job(
 
 
 def _given(**fields: Any) -> dict[str, Any]:
-    """Those that were given."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _calibration(of_job: dict[str, Any], text: str) -> dict[str, Any]:
-    """The job's calibration on another text."""
     source = ("dataset", "data_file", "split", "field")
     return {
         **{name: value for name, value in of_job.items() if name not in source},

@@ -179,7 +179,6 @@ def _prunes(known: "Mapping[str, Any]", config: str) -> list[str]:
 
 
 def _shown(url: str) -> str:
-    """Without a password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 

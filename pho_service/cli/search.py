@@ -116,7 +116,6 @@ def search(
 
 
 def _bundles(models: tuple[str, ...], given: Given) -> "dict[str, ProxyBundle]":
-    """Those of the models that are bundles."""
     names = [name for name in models if is_bundle(name)]
     if not names:
         return {}

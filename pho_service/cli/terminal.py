@@ -76,7 +76,6 @@ def _quieten() -> None:
 
 
 def say(message: str) -> None:
-    """A sentence for a person."""
     click.echo(plain(message), err=True)
 
 
@@ -118,20 +117,10 @@ def print_table(
     caption: str = "",
     spare: Sequence[str] = (),
 ) -> None:
-    """
-    Print a table on stdout: numbers are aligned right, text left, and no cell is cut.
-
-    In a pipe each row is a line, however long. On a terminal that is too narrow, columns are left
-    out, which a line below the table says; then the widest text is folded; and if that is not
-    enough, each cell gets a line.
-
-    Args:
-        title: Line above it.
-        columns: Headings.
-        rows: Cells of each row; None is empty.
-        caption: Text below it.
-        spare: Headings of columns that may be left out, the first of them first.
-    """
+    """Print a table on stdout: numbers are aligned right, text left, and no cell is cut."""
+    # In a pipe each row is a line, however long. On a terminal that is too narrow, columns are left
+    # out, which a line below the table says; then the widest text is folded; and if that is not
+    # enough, each cell gets a line.
     from rich.console import Console
     from rich.text import Text
 
@@ -207,7 +196,6 @@ def _folded(
 
 
 def _are_numbers(cells: Sequence[Sequence[str]], index: int) -> bool:
-    """Whether all that a column has are numbers."""
     found = [row[index] for row in cells if row[index]]
     return bool(found) and all(map(_NUMBER.fullmatch, found))
 

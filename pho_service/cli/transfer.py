@@ -178,12 +178,7 @@ class _Document:
 
     @classmethod
     def open(cls, path: Path, name: str, configuration: "Configuration") -> "_Document":
-        """
-        What the file holds already, or an empty one.
-
-        Raises:
-            OutputError: It is something else, or of another configuration.
-        """
+        """What the file holds already, or an empty one."""
         from pho_service.errors import OutputError
         from pho_service.library import TRANSFER_VERSION
         from pho_service.spec.configuration import TRANSFER_FORMAT

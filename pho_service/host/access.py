@@ -27,20 +27,9 @@ _PLAIN = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
 
 
 def check_model_folder(folder: Path) -> None:
-    """
-    Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``.
-
-    Nothing else in the folder is looked at, and no weights are read: this takes
-    milliseconds, and may be asked before a job is accepted.
-
-    Args:
-        folder: Folder of a model. Files that are not there are not missed.
-
-    Raises:
-        InvalidInput: A name leads, or could lead, out of the folder.
-        ModelError: A file that may name others cannot be read, is not a JSON object, or is too
-            large to be one of these.
-    """
+    """Check the names in ``*.index.json``, ``config.json`` and ``tokenizer_config.json``."""
+    # Nothing else in the folder is looked at, and no weights are read: this takes milliseconds, and
+    # may be asked before a job is accepted.
     indices = sorted(folder.glob("*.index.json"))
     for file in (*indices, *(folder / name for name in NAMING_FILES)):
         if file.is_file():
@@ -48,12 +37,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_names(file: Path) -> None:
-    """
-    Check the names in one of these files, wherever it lies; its name says what it is.
-
-    Raises:
-        InvalidInput, ModelError: As :func:`check_model_folder`.
-    """
+    """Check the names in one of these files, wherever it lies; its name says what it is."""
     document = _read(file)
     if file.name.endswith(".index.json"):
         names = _of_index(document, file)
@@ -113,12 +97,9 @@ def _of_index(document: Mapping[str, Any], file: Path) -> Iterator[tuple[str, ob
 
 
 def _of_tokenizer(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """
-    Values that a tokenizer's class may open.
-
-    ``vocab`` and ``merges`` are paths where they are strings, and so are the
-    arguments in ``init_inputs``. Empty ones are not looked at.
-    """
+    """Values that a tokenizer's class may open."""
+    # ``vocab`` and ``merges`` are paths where they are strings, and so are the arguments in
+    # ``init_inputs``. Empty ones are not looked at.
     for key, value in document.items():
         is_file = key.endswith(("_file", "_files")) and key not in _NOT_OPENED
         if is_file or key in ("vocab", "merges", "init_inputs"):
@@ -141,22 +122,13 @@ _TEMPLATES = "additional_chat_templates"  # the only folder in a model's that is
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """
-    The rules of one machine.
+    """The rules of one machine."""
 
-    Attributes:
-        model_roots: Absolute folders.
-        text_roots: Absolute folders.
-        hub_models: Shell patterns.
-        hub_datasets: Shell patterns.
-        task_roots: Absolute folders.
-    """
-
-    model_roots: tuple[Path, ...]
-    text_roots: tuple[Path, ...]
-    hub_models: tuple[str, ...]
-    hub_datasets: tuple[str, ...]
-    task_roots: tuple[Path, ...] = ()
+    model_roots: tuple[Path, ...]  # Absolute folders
+    text_roots: tuple[Path, ...]  # Absolute folders
+    hub_models: tuple[str, ...]  # Shell patterns
+    hub_datasets: tuple[str, ...]  # Shell patterns
+    task_roots: tuple[Path, ...] = ()  # Absolute folders
 
     @classmethod
     def of(cls, settings: Settings) -> "Access":
@@ -170,12 +142,7 @@ class Access:
         )
 
     def model(self, name: str) -> str:
-        """
-        The absolute path of a local model, or the id of one on the hub.
-
-        Raises:
-            InvalidInput: Neither is allowed.
-        """
+        """The absolute path of a local model, or the id of one on the hub."""
         if not is_path(name):
             found = _below(name, self.model_roots, _model_files)
             if found is not None:
@@ -184,42 +151,18 @@ class Access:
         return str(_local(name, self.model_roots, "model", "PHO_MODEL_ROOTS", _model_files))
 
     def placed_model(self, name: str) -> str:
-        """
-        Return the name as a job keeps it: ``./name`` of a model that is local now.
-
-        Only a path is never asked of the hub, where somebody else may have the same name when
-        the folder is missing.
-
-        Raises:
-            InvalidInput: As :meth:`model`.
-        """
+        """Return the name as a job keeps it: ``./name`` of a model that is local now."""
+        # Only a path is never asked of the hub, where somebody else may have the same name when the
+        # folder is missing.
         return _placed(name, self.model(name))
 
     def placed_dataset(self, name: str) -> str:
-        """
-        Return the same of a data set.
-
-        Raises:
-            InvalidInput: As :meth:`dataset`.
-        """
         return _placed(name, self.dataset(name))
 
     def text(self, path: str) -> str:
-        """
-        The absolute path of a text.
-
-        Raises:
-            InvalidInput: It does not lie below the folders for texts.
-        """
         return str(_local(path, self.text_roots, "text", "PHO_TEXT_ROOTS", _no_files))
 
     def task_folder(self, path: str) -> str:
-        """
-        The absolute path of a folder with task files.
-
-        Raises:
-            InvalidInput: There are no folders for those, or it does not lie below them.
-        """
         if not self.task_roots:
             raise InvalidInput(
                 f"folder of tasks {path!r} is not allowed here: what task files name as !function "
@@ -229,12 +172,7 @@ class Access:
         return str(_local(path, self.task_roots, thing, "PHO_TASK_ROOTS", _no_files))
 
     def dataset(self, name: str) -> str:
-        """
-        The absolute path of a local data set, or the id of one on the hub.
-
-        Raises:
-            InvalidInput: Neither is allowed.
-        """
+        """The absolute path of a local data set, or the id of one on the hub."""
         usual = USUAL_TEXTS.get(name)
         if usual is not None:  # a folder of that name is ./c4
             _on_hub(usual.dataset, self.hub_datasets, "data set", "PHO_HUB_DATASETS")
@@ -247,13 +185,7 @@ class Access:
         return str(_local(name, self.text_roots, "data set", "PHO_TEXT_ROOTS", _dataset_files))
 
     def without_places(self, document: Any) -> Any:
-        """
-        Return a document without where its models and texts lie on this machine.
-
-        Args:
-            document: JSON values. A path below the folders for models or texts is named from
-                there, as a job may name it; one that would then mean another file stays.
-        """
+        """Return a document without where its models and texts lie on this machine."""
         if isinstance(document, dict):
             return {key: self.without_places(value) for key, value in document.items()}
         if isinstance(document, list):
@@ -264,10 +196,6 @@ class Access:
 
 
 def check_data_file(data_file: str) -> None:
-    """
-    Raises:
-        InvalidInput: It leads out of its data set.
-    """
     if not _DATA_FILE.fullmatch(data_file) or ".." in data_file.split("/"):
         raise InvalidInput(
             f"data_file {data_file!r} is not a path inside of the data set: letters, digits "
@@ -314,17 +242,6 @@ Files = Callable[[Path, str], Iterator[os.DirEntry[str]]]
 
 
 def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
-    """
-    The existing file or folder of this name below a root.
-
-    Args:
-        name: As a job has it.
-        roots: Absolute folders.
-        files: What of a folder is looked at.
-
-    Raises:
-        InvalidInput: A file in the folder is a link to somewhere else, or there are too many.
-    """
     for root in roots:
         path = _resolved(root, name)
         if path is None or not path.exists():
@@ -341,12 +258,7 @@ def _below(name: str, roots: tuple[Path, ...], files: Files) -> Path | None:
 
 
 def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
-    """
-    What a loader of models opens: the folder's own files, and none below it but templates.
-
-    Raises:
-        InvalidInput: Its files name others elsewhere, or those that may cannot be read.
-    """
+    """What a loader of models opens: the folder's own files, and none below it but templates."""
     yield from _entries(folder, _IN_A_MODEL, f"model {name!r}", "the model's folder alone")
     if (folder / _TEMPLATES).is_dir():
         yield from _entries(folder / _TEMPLATES, _IN_A_MODEL, f"model {name!r}", "fewer templates")
@@ -360,12 +272,7 @@ def _model_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _dataset_files(folder: Path, name: str) -> Iterator[os.DirEntry[str]]:
-    """
-    All files of a data set, at all depths, after its card was checked.
-
-    Raises:
-        InvalidInput: The card names files elsewhere.
-    """
+    """All files of a data set, at all depths, after its card was checked."""
     check_cards(folder, f"data set {name!r}")
     folders, left = [folder], _IN_A_DATASET
     linked = {folder}
@@ -387,12 +294,7 @@ def _no_files(_folder: Path, _name: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _entries(folder: Path, most: int, thing: str, way_out: str) -> Iterator[os.DirEntry[str]]:
-    """
-    What a folder has, unless that is more than ``most``.
-
-    Raises:
-        InvalidInput: It is, or the folder cannot be read.
-    """
+    """What a folder has, unless that is more than ``most``."""
     try:
         with os.scandir(folder) as found:
             for number, entry in enumerate(found):
@@ -449,30 +351,16 @@ _TEXTS = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """
-    Names as a job would have them, those near the roots first.
+    """Names as a job would have them, those near the roots first."""
 
-    Attributes:
-        models: Folders with a config.json, and .gguf files.
-        texts: Text files that are not a model's.
-        is_whole: Whether all of them are here.
-    """
-
-    models: tuple[str, ...]
-    texts: tuple[str, ...]
-    is_whole: bool
+    models: tuple[str, ...]  # Folders with a config.json, and .gguf files
+    texts: tuple[str, ...]  # Text files that are not a model's
+    is_whole: bool  # Whether all of them are here
 
 
 def list_roots(model_roots: Sequence[Path], text_roots: Sequence[Path]) -> Listing:
-    """
-    List models and texts, as far as little time and depth allow.
-
-    Hidden folders are left out, and so are links that lead out of the root that they lie below.
-
-    Args:
-        model_roots: Absolute folders, links in their paths resolved.
-        text_roots: The same.
-    """
+    """List models and texts, as far as little time and depth allow."""
+    # Hidden folders are left out, and so are links that lead out of the root that they lie below.
     models, texts = _Budget(), _Budget()
     return Listing(
         models=_names(model_roots, models)[0],

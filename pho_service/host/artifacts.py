@@ -19,12 +19,7 @@ from pho_service.host.settings import Settings
 
 
 def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """
-    The file system of an artifact store, and its root there.
-
-    Raises:
-        InvalidInput: fsspec does not understand the URL, or lacks a package for it.
-    """
+    """The file system of an artifact store, and its root there."""
     try:
         files, root = fsspec.core.url_to_fs(
             str(Path(url).expanduser()) if "://" not in url else url
@@ -43,13 +38,7 @@ def store_url(settings: Settings) -> str:
 
 
 class PrunedStore:
-    """
-    The files of pruned models.
-
-    Args:
-        url: A folder, or what fsspec understands: ``s3://bucket/pho``.
-        cache_dir: Where models are put together if ``url`` is no folder.
-    """
+    """The files of pruned models."""
 
     def __init__(self, url: str, cache_dir: Path) -> None:
         self._files, self._root = open_store(url)
@@ -58,12 +47,6 @@ class PrunedStore:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """
-        The one that the settings name.
-
-        Raises:
-            InvalidInput: As :func:`open_store`.
-        """
         return cls(store_url(settings), settings.cache_dir.expanduser().resolve())
 
     def workplace(self, job_id: uuid.UUID, key: str) -> Path:
@@ -72,17 +55,7 @@ class PrunedStore:
         return parent / key
 
     def keep(self, job_id: uuid.UUID, key: str, names: list[str]) -> None:
-        """
-        Put a model that was put together into the store, and remove all others of its job.
-
-        Args:
-            job_id: Whose.
-            key: Key of the model.
-            names: Its files.
-
-        Raises:
-            OutputError: The store is full, or away.
-        """
+        """Put a model that was put together into the store, and remove all others of its job."""
         folder = self.workplace(job_id, key)
         place = f"{self._of_job(job_id)}/{key}"
         try:
@@ -102,12 +75,7 @@ class PrunedStore:
             ) from error
 
     def open(self, job_id: uuid.UUID, key: str, name: str) -> BinaryIO:
-        """
-        A file of a model, to be read.
-
-        Raises:
-            OutputError: It is not there, or the store is away.
-        """
+        """A file of a model, to be read."""
         try:
             return cast(BinaryIO, self._files.open(f"{self._of_job(job_id)}/{key}/{name}", "rb"))
         except OSError as error:
@@ -117,12 +85,6 @@ class PrunedStore:
             ) from error
 
     def remove(self, job_id: uuid.UUID) -> None:
-        """
-        Delete all files of a job.
-
-        Raises:
-            OutputError: The store is away.
-        """
         try:
             with suppress(FileNotFoundError):
                 self._files.rm(self._of_job(job_id), recursive=True)

@@ -26,16 +26,7 @@ _LEADS_OUT = re.compile(r"^[/~\\]|^[A-Za-z]:|://|::|(^|[/\\])\.\.([/\\]|$)")
 
 
 def check_cards(folder: Path, name: str) -> None:
-    """
-    Check the cards of a data set on this machine.
-
-    Args:
-        folder: Folder of the data set.
-        name: For messages.
-
-    Raises:
-        InvalidInput: As :func:`check_card`, or a card cannot be read.
-    """
+    """Check the cards of a data set on this machine."""
     for file in CARDS:
         try:
             with (folder / file).open("rb") as card:
@@ -50,18 +41,7 @@ def check_cards(folder: Path, name: str) -> None:
 
 
 def check_card(file: str, content: bytes, name: str) -> None:
-    """
-    Check that a card names nothing but what lies in its data set.
-
-    Args:
-        file: One of :data:`CARDS`.
-        content: What it holds; of a long one, the first bytes beyond :data:`MOST_BYTES`.
-        name: Name of the data set, for messages.
-
-    Raises:
-        InvalidInput: It is not YAML, is too long or deep, or it names an absolute path, a folder
-            above the data set, or a URL.
-    """
+    """Check that a card names nothing but what lies in its data set."""
     text = content.decode(errors="replace")
     if file.endswith(".md"):
         found = _YAML.search(text)
@@ -106,13 +86,7 @@ class _Level:
 
 
 def _files(text: str) -> Iterator[str]:
-    """
-    All texts below the keys that name files, without making anything of the document.
-
-    Raises:
-        yaml.YAMLError: It is not YAML.
-        _OddYaml: It is deep, or refers to parts of itself.
-    """
+    """All texts below the keys that name files, without making anything of the document."""
     levels = [_Level(is_mapping=False, inside=False)]
     for event in yaml.parse(text, Loader=_Loader):
         level = levels[-1]
@@ -140,40 +114,25 @@ def _files(text: str) -> Iterator[str]:
 # Names for the texts that papers on pruning calibrate and measure on: ``c4`` and ``wikitext2``.
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """
-    A part of a data set, and how its rows become one text.
+    """A part of a data set, and how its rows become one text."""
 
-    Attributes:
-        config: Configuration of the data set.
-        data_file: One file of it.
-        split: Its split.
-        rows: How many are joined, the first; None takes all.
-        separator: What the rows are joined by; None leaves each a document of its own.
-        windows: How many windows are measured on, the first, if nothing is said; None takes all.
-    """
-
-    config: str | None = None
-    data_file: str | None = None
-    split: str
-    rows: int | None = None
+    config: str | None = None  # Configuration of the data set
+    data_file: str | None = None  # One file of it
+    split: str  # Its split
+    rows: int | None = None  # How many are joined, the first; None takes all
+    # What the rows are joined by; None leaves each a document of its own.
     separator: str | None = None
+    # How many windows are measured on, the first, if nothing is said; None takes all.
     windows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class UsualText:
-    """
-    Data set that a name stands for.
+    """Data set that a name stands for."""
 
-    Attributes:
-        dataset: Its id on the hub.
-        calibration: What a model is calibrated on.
-        evaluation: What perplexities are measured on.
-    """
-
-    dataset: str
-    calibration: Part
-    evaluation: Part
+    dataset: str  # Its id on the hub
+    calibration: Part  # What a model is calibrated on
+    evaluation: Part  # What perplexities are measured on
 
 
 _WIKITEXT = "wikitext-2-raw-v1"
@@ -206,16 +165,7 @@ def separator_of(config: str | None) -> str | None:
 
 
 def check_usual(dataset: str | None, **others: object) -> None:
-    """
-    See that nothing is said of a usual text but its name.
-
-    Args:
-        dataset: Name of a data set.
-        others: Its other fields, by name, where they differ from their defaults.
-
-    Raises:
-        InvalidInput: The name says it already.
-    """
+    """See that nothing is said of a usual text but its name."""
     usual = USUAL_TEXTS.get(dataset or "")
     said = [name for name, value in others.items() if value is not None]
     if usual is not None and said:
@@ -254,16 +204,7 @@ def tasks_in(folder: Path) -> dict[str, set[Path]]:
 
 
 def check_tasks(names: Sequence[str], folder: Path | None) -> None:
-    """
-    See that there are tasks with these names, as far as this machine knows.
-
-    Args:
-        names: Names of tasks, groups or tags.
-        folder: With task files of one's own; it may lie on the disk of workers alone.
-
-    Raises:
-        InvalidInput: The harness is installed, and neither it nor the folder has one of them.
-    """
+    """See that there are tasks with these names, as far as this machine knows."""
     harness = harness_folder()
     if harness is None or (folder is not None and not folder.is_dir()):
         return

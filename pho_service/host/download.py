@@ -19,18 +19,11 @@ from pho_service.progress import Advance
 
 
 class File(Protocol):
-    """
-    A file, as the service describes it.
+    """A file, as the service describes it."""
 
-    Attributes:
-        name: Path in its folder.
-        bytes: Its size.
-        sha256: SHA-256 of its bytes.
-    """
-
-    name: str
-    bytes: int
-    sha256: str
+    name: str  # Path in its folder
+    bytes: int  # Its size
+    sha256: str  # SHA-256 of its bytes
 
 
 # A file from its byte number N on: whether it does begin there, and not with the first.
@@ -40,20 +33,7 @@ _CUTS = 6  # of one file in a row; called again, the download goes on all the sa
 
 
 def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> Path:
-    """
-    Download files into a folder, which is there when all of them are whole and right.
-
-    Args:
-        files: Which, with their sizes and hashes.
-        folder: New or empty. What is there already lies in ``.NAME.pull`` beside it meanwhile.
-        part: Asks for a file from some byte on.
-        advance: Is told of the bytes.
-
-    Raises:
-        OutputError: The folder is in use, or cannot be written.
-        ServiceError: A file is not what the service says it is, or has a name that leads elsewhere.
-        ServiceUnavailable: The connection was cut, again and again.
-    """
+    """Download files into a folder, which is there when all of them are whole and right."""
     check_free(folder)
     for file in files:
         _check_name(file.name)
@@ -71,12 +51,7 @@ def pull(files: Sequence[File], folder: Path, part: Part, advance: Advance) -> P
 
 
 def _fetch(file: File, place: Path, part: Part, advance: Advance) -> None:
-    """
-    Download a file, or what is missing of it, and check it.
-
-    Raises:
-        ServiceError, ServiceUnavailable: As :func:`pull`.
-    """
+    """Download a file, or what is missing of it, and check it."""
     advance(place.stat().st_size if place.exists() else 0)
     retrying = Retrying(
         retry=retry_if_exception_type(ServiceUnavailable),

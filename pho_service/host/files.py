@@ -15,12 +15,7 @@ from pho_service.errors import OutputError
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """
-    Give a temporary path beside ``path``; it takes its place if all went well.
-
-    Raises:
-        OutputError: The folder does not exist or cannot be written, or the disk is full.
-    """
+    """Give a temporary path beside ``path``; it takes its place if all went well."""
     check_file(path)
     path = path.expanduser()
     with _reported(path), tempfile.TemporaryDirectory(prefix=".pho-", dir=path.parent) as folder:
@@ -30,24 +25,14 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, document: object) -> None:
-    """
-    Write JSON values as they are read best.
-
-    Raises:
-        OutputError: As :func:`new_file`.
-    """
+    """Write JSON values as they are read best."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """
-    Give a temporary folder beside ``path``; it takes its place if all went well.
-
-    Raises:
-        OutputError: ``path`` exists and is not an empty folder, or cannot be written.
-    """
+    """Give a temporary folder beside ``path``; it takes its place if all went well."""
     check_free(path)
     path = path.expanduser().resolve()  # "." can be replaced by its own name alone
     with _reported(path):

@@ -52,12 +52,7 @@ def is_about(**fields: Any) -> bool:
 
 
 def configure_logs(log_format: LogFormat) -> None:
-    """
-    Log to stderr, a line for each event.
-
-    Args:
-        log_format: ``text`` is for people; ``json`` has every field.
-    """
+    """Log to stderr, a line for each event."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_fields)
     handler.setFormatter(_json() if log_format == "json" else _Text(_TEXT))
@@ -65,12 +60,9 @@ def configure_logs(log_format: LogFormat) -> None:
 
 
 def adopt_loggers(names: Iterable[str], level: int) -> None:
-    """
-    Have libraries log as we do, and only from a level on.
-
-    To be called before they are imported, for what they say meanwhile, and again after it: some
-    set a level and a handler of their own then.
-    """
+    """Have libraries log as we do, and only from a level on."""
+    # To be called before they are imported, for what they say meanwhile, and again after it: some
+    # set a level and a handler of their own then.
     for name in names:
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -127,12 +119,6 @@ _tracer: "Tracer | None" = None
 def configure_tracing(service: str) -> None:
     """
     Send spans from now on. Where to, OpenTelemetry reads from its own variables, ``OTEL_...``.
-
-    Args:
-        service: What sends them: ``pho-api`` or ``pho-worker``.
-
-    Raises:
-        InvalidInput: The packages are not installed.
     """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -166,17 +152,7 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
 
 @contextmanager
 def request_span(method: str, path: str, request: str) -> Iterator[Callable[[int], None]]:
-    """
-    A span around a request, by OpenTelemetry's conventions for servers of HTTP.
-
-    Args:
-        method: ``GET``, say.
-        path: Without the query.
-        request: Its id.
-
-    Yields:
-        Return a function that takes the status of the answer.
-    """
+    """A span around a request, by OpenTelemetry's conventions for servers of HTTP."""
     if _tracer is None:
         yield lambda _status: None
         return

@@ -17,7 +17,6 @@ from pho_service.errors import DeviceLost, ModelError, OutOfMemory, PhoError
 
 
 def machine() -> str:
-    """The processor and its cores."""
     return f"{_processor()}, {os.cpu_count()} cores"
 
 
@@ -45,12 +44,7 @@ _EXTRAS = ("worker", "api", "eval")  # what both bring is missed first where a m
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """
-    What is needed, and how to install it: ``needs torch: pip install 'pho-service[worker]'``.
-
-    Returns:
-        None if no extra brings the module: the fault is not the installation's.
-    """
+    """What is needed, and how to install it: ``needs torch: pip install 'pho-service[worker]'``."""
     if error.name is None:
         return None
     module = error.name.partition(".")[0]
@@ -77,12 +71,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def device_is_lost(error: BaseException) -> bool:
-    """
-    Whether an error says that a GPU failed: nothing more can be done on it by this process.
-
-    An illegal access or an uncorrectable memory error breaks the CUDA context; a card that fell
-    off its bus looks the same.
-    """
+    """Whether an error says that a GPU failed: nothing more can be done on it by this process."""
+    # An illegal access or an uncorrectable memory error breaks the CUDA context; a card that fell
+    # off its bus looks the same.
     if ran_out_of_memory(error):
         return False
     if isinstance(error, _torch("AcceleratorError")):
@@ -97,14 +88,7 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def faults_told() -> Iterator[None]:
-    """
-    Inside, what goes wrong with the machine is raised as an error that a user can act on.
-
-    Raises:
-        OutOfMemory: Memory ran out.
-        DeviceLost: A GPU failed.
-        ModelError: A library panicked.
-    """
+    """Inside, what goes wrong with the machine is raised as an error that a user can act on."""
     try:
         yield
     except PhoError:

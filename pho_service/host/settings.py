@@ -20,95 +20,70 @@ Patterns = Annotated[tuple[str, ...], NoDecode]  # in the environment: with "," 
 
 
 class Settings(BaseSettings):
-    """
-    All settings, by the environment variable ``PHO_`` and their name in capitals.
-
-    Attributes:
-        cache_dir: Where bundles are kept for the next search, and copies of remote ones; what
-            streamed models write for a while.
-        data_dir: Data folder of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
-        database_password_file: Holds the password of ``database_url``: a mounted secret.
-        database_url: A PostgreSQL to use instead of the embedded one.
-        artifacts: Folder or fsspec URL (s3://, gs://) that all workers and the API share: of the
-            bundles, and of pruned models.
-        host, port: Where `pho serve` listens.
-        workers: How many local workers `pho serve` starts.
-        model_roots: Folders that model folders and files of jobs must lie under.
-        text_roots: The same for texts.
-        task_roots: The same for folders of task files, whose Python functions are run; none
-            without any.
-        hub_models: Shell patterns of the hub's models that jobs may name.
-        hub_datasets: The same for data sets.
-        max_unfinished_jobs: Limit of one key's unfinished jobs.
-        max_urgent_jobs: Limit of those with a priority above 0.
-        max_finished_jobs: Limit of one key's finished jobs.
-        max_configurations: In the library, of one key that imports more.
-        keep_jobs_days: Jobs that have been over for longer are deleted; 0 keeps them.
-        keep_pruned_days: The files of pruned models that are older are deleted; 0 keeps them as
-            long as their job.
-        keep_configurations_days: The same for entries of the library, by their age.
-        max_body_bytes: Largest size of a request.
-        max_trials: Limit for one job, on all its islands or all its models.
-        max_tokens: That one job may ask to run models over.
-        max_document_bytes: Largest size of a document or line of a text, and of a whole text.
-        max_text_bytes: That are read of a text, unpacked.
-        max_requests_per_minute: Limit for one key, or for one host without a key; 0 means no limit.
-        max_wrong_keys_per_minute: Limit for one host; 0 means no limit.
-        login_hours: How long a browser stays logged in with a key.
-        trusted_proxies: Addresses and networks whose ``X-Forwarded-For`` is believed.
-        notify_hosts: Shell patterns of the hosts that webhooks of jobs may go to; none without any.
-        notify_secret: Key that webhooks are signed with; without it none are sent.
-        notify_private: Whether webhooks may go to addresses that are not public.
-        heartbeat_s: How often a worker reports.
-        stalled_after_s: Without a report for so long, a worker's stage is given to another.
-        stop_after_s: How long `pho serve` waits for workers when it stops.
-        retry_after_s: Before a failed stage is tried again.
-        turn_s: How long a search keeps a worker while another job waits; 0 means to its end.
-        log_format: ``text`` for people, ``json`` for programs; for the service and its workers.
-        traces: Whether requests and stages are told to OpenTelemetry.
-        api_url, api_key: For `pho submit` and the other verbs that talk to a service.
-    """
+    """All settings, by the environment variable ``PHO_`` and their name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix="PHO_", validate_default=True)
 
+    # Where bundles are kept for the next search, and copies of remote ones; what streamed models
+    # write for a while.
     cache_dir: Path = Path("~/.cache/pho")
+    # Data folder of `pho serve`: the embedded PostgreSQL and, by default, the bundles.
     data_dir: Path = Path("~/.local/share/pho")
     database_password_file: Path | None = None  # before the URL, which it completes
-    database_url: SecretStr | None = None
+    database_url: SecretStr | None = None  # A PostgreSQL to use instead of the embedded one
+    # Folder or fsspec URL (s3://, gs://) that all workers and the API share: of the bundles, and of
+    # pruned models. host, port: Where `pho serve` listens.
     artifacts: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)  # 0 takes a free one
-    workers: int = Field(default=1, ge=0, le=256)
-    model_roots: Paths = (Path(),)
-    text_roots: Paths = (Path(),)
+    workers: int = Field(default=1, ge=0, le=256)  # How many local workers `pho serve` starts
+    model_roots: Paths = (Path(),)  # Folders that model folders and files of jobs must lie under
+    text_roots: Paths = (Path(),)  # The same for texts
+    # The same for folders of task files, whose Python functions are run; none without any.
     task_roots: Paths = ()
-    hub_models: Patterns = ("*",)
-    hub_datasets: Patterns = ("*",)
-    max_unfinished_jobs: int = Field(default=1000, ge=1)
-    max_urgent_jobs: int = Field(default=10, ge=0)
-    max_finished_jobs: int = Field(default=10_000, ge=1)
+    hub_models: Patterns = ("*",)  # Shell patterns of the hub's models that jobs may name
+    hub_datasets: Patterns = ("*",)  # The same for data sets
+    max_unfinished_jobs: int = Field(default=1000, ge=1)  # Limit of one key's unfinished jobs
+    max_urgent_jobs: int = Field(default=10, ge=0)  # Limit of those with a priority above 0
+    max_finished_jobs: int = Field(default=10_000, ge=1)  # Limit of one key's finished jobs
+    # In the library, of one key that imports more.
     max_configurations: int = Field(default=10_000, ge=1)
+    # Jobs that have been over for longer are deleted; 0 keeps them.
     keep_jobs_days: Days = Field(default=0.0, ge=0)
+    # The files of pruned models that are older are deleted; 0 keeps them as long as their job.
     keep_pruned_days: Days = Field(default=0.0, ge=0)
+    # The same for entries of the library, by their age.
     keep_configurations_days: Days = Field(default=0.0, ge=0)
-    max_body_bytes: int = Field(default=64 * 1024, ge=1024)
+    max_body_bytes: int = Field(default=64 * 1024, ge=1024)  # Largest size of a request
+    # Limit for one job, on all its islands or all its models.
     max_trials: int = Field(default=100_000, ge=1)
-    max_tokens: int = Field(default=10**9, ge=1)
+    max_tokens: int = Field(default=10**9, ge=1)  # That one job may ask to run models over
+    # Largest size of a document or line of a text, and of a whole text.
     max_document_bytes: int = Field(default=64 * 2**20, ge=1024)
-    max_text_bytes: int = Field(default=2**30, ge=1024)
+    max_text_bytes: int = Field(default=2**30, ge=1024)  # That are read of a text, unpacked
+    # Limit for one key, or for one host without a key; 0 means no limit.
     max_requests_per_minute: int = Field(default=12_000, ge=0)
-    max_wrong_keys_per_minute: int = Field(default=60, ge=0)
+    max_wrong_keys_per_minute: int = Field(default=60, ge=0)  # Limit for one host; 0 means no limit
+    # How long a browser stays logged in with a key.
     login_hours: float = Field(default=168.0, gt=0, le=8760, allow_inf_nan=False)
-    trusted_proxies: Patterns = ()
+    trusted_proxies: Patterns = ()  # Addresses and networks whose ``X-Forwarded-For`` is believed
+    # Shell patterns of the hosts that webhooks of jobs may go to; none without any.
     notify_hosts: Patterns = ()
+    # Key that webhooks are signed with; without it none are sent.
     notify_secret: SecretStr | None = None
-    notify_private: bool = False
-    heartbeat_s: Seconds = Field(default=10.0, gt=0)
+    notify_private: bool = False  # Whether webhooks may go to addresses that are not public
+    heartbeat_s: Seconds = Field(default=10.0, gt=0)  # How often a worker reports
+    # Without a report for so long, a worker's stage is given to another.
     stalled_after_s: Seconds = Field(default=30.0, gt=0)
+    # How long `pho serve` waits for workers when it stops.
     stop_after_s: Seconds = Field(default=60.0, gt=0)
-    retry_after_s: Seconds = Field(default=5.0, ge=0)
+    retry_after_s: Seconds = Field(default=5.0, ge=0)  # Before a failed stage is tried again
+    # How long a search keeps a worker while another job waits; 0 means to its end.
     turn_s: Seconds = Field(default=60.0, ge=0)
+    # ``text`` for people, ``json`` for programs; for the service and its workers.
     log_format: LogFormat = "text"
+    # Whether requests and stages are told to OpenTelemetry. api_url, api_key: For `pho submit` and
+    # the other verbs that talk to a service.
     traces: bool = False
     api_url: str = "http://127.0.0.1:8000"
     api_key: SecretStr | None = None
@@ -179,12 +154,7 @@ def _read_secret(file: Path) -> str:
 
 
 def read_settings(**given: Any) -> Settings:
-    """
-    The settings, those ``given`` (but not None) before those of the environment.
-
-    Raises:
-        InvalidInput: A value breaks a rule; names the variable.
-    """
+    """The settings, those ``given`` (but not None) before those of the environment."""
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

@@ -38,27 +38,14 @@ class NotDelivered(PhoError):
 
 @dataclass(frozen=True, kw_only=True)
 class WebhookRules:
-    """
-    Where webhooks may go.
+    """Where webhooks may go."""
 
-    Attributes:
-        hosts: Shell patterns; none is allowed without any.
-        secret: Key that they are signed with; without it none are sent.
-        private: Whether addresses that are not public are allowed.
-    """
-
-    hosts: tuple[str, ...]
-    secret: bytes | None
-    private: bool
+    hosts: tuple[str, ...]  # Shell patterns; none is allowed without any
+    secret: bytes | None  # Key that they are signed with; without it none are sent
+    private: bool  # Whether addresses that are not public are allowed
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """
-        Read the settings.
-
-        Raises:
-            InvalidInput: The secret begins with whsec_, but is not base64 after that.
-        """
         secret = settings.notify_secret
         return cls(
             hosts=tuple(pattern.lower() for pattern in settings.notify_hosts),
@@ -67,12 +54,7 @@ class WebhookRules:
         )
 
     def check(self, url: str) -> SplitResult:
-        """
-        The parts of a URL that a webhook may go to.
-
-        Raises:
-            InvalidInput: It may not; says why.
-        """
+        """The parts of a URL that a webhook may go to."""
         parts, host = _parts(url)
         if self.secret is None:
             raise InvalidInput(
@@ -100,13 +82,7 @@ class WebhookRules:
             )
 
     def address(self, parts: SplitResult) -> str:
-        """
-        The address to connect to: what the name stands for now, all of which must be allowed.
-
-        Raises:
-            InvalidInput: One of its addresses is not public.
-            NotDelivered: The name is not known.
-        """
+        """The address to connect to: what the name stands for now, all of which must be allowed."""
         host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -142,22 +118,9 @@ def send(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """
-    Send a webhook, a few times within seconds if it must be.
-
-    The connection goes to the very address that was checked; no redirect and no proxy is followed.
-
-    Args:
-        rules: Where it may go.
-        url: Where it goes.
-        message_id: The same in every attempt, so that a receiver can tell doubles.
-        body: JSON.
-        sleep: Between attempts.
-
-    Raises:
-        InvalidInput: It may not go there.
-        NotDelivered: Nobody took it.
-    """
+    """Send a webhook, a few times within seconds if it must be."""
+    # The connection goes to the very address that was checked; no redirect and no proxy is
+    # followed.
     retrying = Retrying(
         retry=retry_if_exception_type(NotDelivered),
         wait=wait_exponential(multiplier=0.5, max=5),

@@ -205,7 +205,6 @@ def search_within(asked: WithinArguments) -> Within:
 
 
 def _subject(asked: PointsArguments, requests: Sequence[SearchRequest]) -> Subject:
-    """What all points are measured on."""
     taken = opened_bundle(asked.bundle)
     loaded = opened_for(taken, asked.model, asked.tokenizer)
     check_patterns(loaded, [each.pattern for each in requests], requests[0].steps.linears)

@@ -184,7 +184,6 @@ def _perplexity(
     max_windows: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Result of an evaluation on a text."""
     length = length_of(texts, context_length, _DEFAULT.context_length)
     how = replace(_DEFAULT, context_length=length, bos=bos)
     text = measured_text(loaded, texts, how, max_windows)

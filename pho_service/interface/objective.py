@@ -221,12 +221,6 @@ def _bounds(space: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _objective_of(study: optuna.Study) -> Objective:
-    """
-    The objective that a study was rated by.
-
-    Raises:
-        StudyError: It was rated over several models.
-    """
     label = study.user_attrs.get("objective")
     for name in OBJECTIVES:
         for weighting in WEIGHTINGS:

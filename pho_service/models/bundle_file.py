@@ -29,12 +29,7 @@ _WAY_OUT = "Make it again with `pho calibrate`."
 
 
 def write_bundle(bundle: ProxyBundle, path: Path) -> None:
-    """
-    Write a bundle; an old file is replaced only when the new one is complete.
-
-    Raises:
-        OutputError: No space, no permission, no such folder.
-    """
+    """Write a bundle; an old file is replaced only when the new one is complete."""
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(bundle.layers):
         prefix = f"layers.{i}"
@@ -232,18 +227,7 @@ SUMS_FORMAT = "pho-sums"
 
 
 def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
-    """
-    Write the sums of a shard, whole or not at all.
-
-    Args:
-        sums: Sums, on any device.
-        path: Its folder must exist.
-        key: Key of the bundle.
-        shard: Its number.
-
-    Raises:
-        OutputError: No space, no permission, no such folder.
-    """
+    """Write the sums of a shard, whole or not at all."""
     names = list(sums.fisher)
     document = {
         "version": VERSION,
@@ -265,12 +249,7 @@ def write_sums(sums: Sums, path: Path, *, key: str, shard: int) -> None:
 
 
 def read_sums(path: Path, *, key: str, shard: int) -> Sums:
-    """
-    Read the sums of a shard, on the CPU.
-
-    Raises:
-        BundleError: Not there, damaged, of another version, or of another shard.
-    """
+    """Read the sums of a shard, on the CPU."""
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})[SUMS_FORMAT])

@@ -42,21 +42,9 @@ USED = 0.9  # of what is free; the rest is lost between blocks of torch's alloca
 def plan_calibration(
     model: LanguageModel, settings: CalibrationSettings, *, windows: int, fisher_windows: int
 ) -> CalibrationPlan:
-    """
-    The fastest plan that fits into ``settings.memory_bytes``, or, without it, into a GPU.
-
-    What torch's allocator holds and no tensor uses counts as free. For a model on several GPUs
-    the memory of all counts, since each has about as many blocks.
-
-    Args:
-        model: Loaded, so that what is in use counts it.
-        settings: Settings of the calibration.
-        windows: How many there are.
-        fisher_windows: How many of them are run backward.
-
-    Raises:
-        InvalidInput: Not even the most frugal plan fits; says what would.
-    """
+    """The fastest plan that fits into ``settings.memory_bytes``, or, without it, into a GPU."""
+    # What torch's allocator holds and no tensor uses counts as free. For a model on several GPUs
+    # the memory of all counts, since each has about as many blocks.
     footprint = footprint_of(model.model)
     place = Place(on_gpu=model.device.type == "cuda", stream=model.stream)
     in_use = sum(map(memory_in_use, model.devices))
@@ -110,8 +98,6 @@ def _ways_out(
     limit: int,
     fisher_windows: int,
 ) -> str:
-    """Return the settings that would fit."""
-
     def fits(changed: CalibrationSettings) -> bool:
         plan = choose_run(
             footprint, changed, place, windows=changed.samples, fisher_windows=fisher_windows,
@@ -143,18 +129,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """
-    Some of a calibration's windows, whose sums are gathered together.
+    """Some of a calibration's windows, whose sums are gathered together."""
 
-    Attributes:
-        windows: (windows, context_length), int64; those that are run backward too come first.
-        fisher_windows: How many of them are.
-        seed: Seed of the random projection.
-    """
-
-    windows: Tensor
-    fisher_windows: int
-    seed: int
+    windows: Tensor  # (windows, context_length), int64; those that are run backward too come first
+    fisher_windows: int  # How many of them are
+    seed: int  # Seed of the random projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +153,6 @@ class CalibrationTry:
         )
 
     def gather(self, shard: Shard, advance: Advance) -> Collector:
-        """The sums of a shard."""
         blocks = [block for _, block in decoder_blocks(self.model.model)]
         with self.products():
             return gather(
@@ -199,20 +177,7 @@ def within_memory(
     progress: Progress,
     run: Callable[[CalibrationTry], T],
 ) -> T:
-    """
-    What a run gives, planned to fit; if it does not, tried once more in smaller pieces.
-
-    Args:
-        model: Dense.
-        windows: Windows of the calibration.
-        fisher_windows: How many of them are run backward.
-        settings: Settings of the calibration.
-        progress: Progress of the run.
-        run: Does it.
-
-    Raises:
-        InvalidInput, OutOfMemory: As :func:`~pho_service.models.calibration.measure`.
-    """
+    """What a run gives, planned to fit; if it does not, tried once more in smaller pieces."""
     if settings.mixed_precision and model.dtype != torch.float32:
         raise InvalidInput(
             f"mixed precision is for float32 models, but {model.name} is loaded as "
@@ -252,21 +217,13 @@ HELD_OUT = 16  # windows that are drawn besides, to confirm candidates with
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """
-    The windows that a model is calibrated on, and some that were held out.
+    """The windows that a model is calibrated on, and some that were held out."""
 
-    Attributes:
-        calibration: (samples or fewer, context_length), int64.
-        beside: (up to 16, context_length), int64: other windows of the same text.
-        record: The text.
-        bundle_key: Names the bundle that these windows and settings give:
-            hash of the model's weights, the windows, the settings and the
-            version of the algorithm.
-    """
-
-    calibration: Tensor
-    beside: Tensor
-    record: TextRecord
+    calibration: Tensor  # (samples or fewer, context_length), int64
+    beside: Tensor  # (up to 16, context_length), int64: other windows of the same text
+    record: TextRecord  # The text
+    # Names the bundle that these windows and settings give: hash of the model's weights, the
+    # windows, the settings and the version of the algorithm.
     bundle_key: str
 
     @cached_property
@@ -281,12 +238,6 @@ class CalibrationText:
 def calibration_text(
     model: LanguageModel, source: Text, settings: CalibrationSettings
 ) -> CalibrationText:
-    """
-    Read and sample the text for a calibration.
-
-    Raises:
-        TextError: Not readable, empty, or shorter than one window.
-    """
     windows, record = drawn_windows(model, source, settings)
     calibration = windows[: settings.samples]
     shards = settings.shards(stream=model.stream)
@@ -313,15 +264,7 @@ def calibration_text(
 def drawn_windows(
     model: LanguageModel, source: Text, settings: CalibrationSettings
 ) -> tuple[Tensor, TextRecord]:
-    """
-    Draw the windows of a calibration, and after them those that are held out.
-
-    Returns:
-        (up to samples + 16, context_length), int64, and the text.
-
-    Raises:
-        TextError: Not readable, empty, or shorter than one window.
-    """
+    """Draw the windows of a calibration, and after them those that are held out."""
     return sample_windows(
         model,
         source,
@@ -354,26 +297,9 @@ def measure(
     progress: Progress = silent,
     known: Callable[[int], Sums | None] = lambda _: None,
 ) -> Statistics:
-    """
-    Run the dense model once over the calibration windows.
-
-    Where memory runs out although the plan said that it is enough, half as many windows are run
-    at once, or the activations are computed again instead of kept; that is tried once.
-
-    Args:
-        model: In evaluation mode.
-        text: To calibrate on.
-        settings: Settings of the calibration.
-        progress: Told of each window.
-        known: Gives the sums of the shard with a number, if they have been gathered elsewhere.
-
-    Raises:
-        OutOfMemory: Not even so; says what would fit.
-        InvalidInput: It does not fit into the memory that it may take, or mixed precision is
-            asked of a model that is not float32.
-        ModelError: A linear is never used.
-        NumericalError: An activation or a gradient is NaN or infinite.
-    """
+    """Run the dense model once over the calibration windows."""
+    # Where memory runs out although the plan said that it is enough, half as many windows are run
+    # at once, or the activations are computed again instead of kept; that is tried once.
     shards = cut(text, settings, stream=model.stream)
 
     def run(how: CalibrationTry) -> Statistics:
@@ -405,12 +331,7 @@ def measure_shard(
     number: int,
     progress: Progress = silent,
 ) -> Sums:
-    """
-    Run the dense model over the windows of one shard, for :func:`measure` to add up.
-
-    Raises:
-        OutOfMemory, InvalidInput: As :func:`measure`.
-    """
+    """Run the dense model over the windows of one shard, for :func:`measure` to add up."""
     shard = cut(text, settings, stream=model.stream)[number]
 
     def run(how: CalibrationTry) -> Sums:
@@ -466,15 +387,7 @@ def calibrate(
     progress: Progress = silent,
     known: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
-    """
-    Make the proxy bundle of a model: one pass of the dense model, then a sample of rows.
-
-    Args:
-        model, text, settings, progress, known: As of :func:`measure`.
-
-    Raises:
-        InvalidInput, ModelError, NumericalError: As :func:`measure`.
-    """
+    """Make the proxy bundle of a model: one pass of the dense model, then a sample of rows."""
     statistics = measure(model, text, settings, progress, known)
     with progress("Sampling rows", len(model.linears)) as advance:
         return sample_bundle(

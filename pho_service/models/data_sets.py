@@ -42,31 +42,18 @@ class TextTooLong(TextError):
 
 @dataclass(frozen=True, kw_only=True)
 class TextLimits:
-    """
-    The most that is read.
+    """The most that is read."""
 
-    Attributes:
-        document_bytes: Largest size of a document, a line or a text that is tokenised whole.
-        text_bytes: Largest size of all of a text, unpacked.
-    """
-
-    document_bytes: int
-    text_bytes: int
+    document_bytes: int  # Largest size of a document, a line or a text that is tokenised whole
+    text_bytes: int  # Largest size of all of a text, unpacked
 
     @classmethod
     def of(cls, settings: Settings) -> "TextLimits":
-        """Read the settings."""
         return cls(document_bytes=settings.max_document_bytes, text_bytes=settings.max_text_bytes)
 
 
 class Budget:
-    """
-    Rest of a text that may still be read.
-
-    Args:
-        limits: Limits of the text.
-        whole: Whether all of it is wanted, which is tokenised at once.
-    """
+    """Rest of a text that may still be read."""
 
     def __init__(self, limits: TextLimits, *, whole: bool) -> None:
         self.limits = limits
@@ -77,12 +64,7 @@ class Budget:
         self._taken = 0
 
     def take(self, count: int, where: str) -> None:
-        """
-        Note that so many bytes were read.
-
-        Raises:
-            TextTooLong: They are too many in all.
-        """
+        """Note that so many bytes were read."""
         self._taken += count
         if self._taken > self._most:
             raise TextTooLong(
@@ -91,10 +73,6 @@ class Budget:
             )
 
     def check_document(self, count: int, where: str) -> None:
-        """
-        Raises:
-            TextTooLong: A document of so many bytes is too long.
-        """
         if count > self.limits.document_bytes:
             raise TextTooLong(
                 f"{where} is longer than {self.limits.document_bytes} bytes. Cut it into "
@@ -103,12 +81,7 @@ class Budget:
 
 
 def kind_of(name: str) -> tuple[str, str | None]:
-    """
-    What a file of a data set is read as, and how it is packed.
-
-    Raises:
-        TextError: Its ending is of no such file.
-    """
+    """What a file of a data set is read as, and how it is packed."""
     path = PurePath(name)
     packing = _PACKED.get(path.suffix.lower())
     suffix = PurePath(path.stem).suffix if packing else path.suffix
@@ -140,22 +113,10 @@ def _buffered(file: Any) -> BinaryIO:
 
 
 def read_text(file: BinaryIO, where: str, budget: Budget) -> str:
-    """
-    A whole file as one document.
-
-    Raises:
-        TextError: It is too long, or not UTF-8.
-    """
     return _decoded(_whole(file, where, budget), where).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(file: BinaryIO, where: str, budget: Budget) -> Iterator[str]:
-    """
-    Each line of a file as a document.
-
-    Raises:
-        TextError: One is too long, or not UTF-8.
-    """
     for _, line in _lines(file, where, budget):
         yield line
 
@@ -163,12 +124,7 @@ def read_lines(file: BinaryIO, where: str, budget: Budget) -> Iterator[str]:
 def read_json(
     file: BinaryIO, field: str, where: str, budget: Budget, *, lists: bool = False
 ) -> Iterator[str]:
-    """
-    The texts of JSON: an object a line, or, with ``lists``, a list of objects as well.
-
-    Raises:
-        TextError: It is too long, no JSON, or lacks the field.
-    """
+    """The texts of JSON: an object a line, or, with ``lists``, a list of objects as well."""
     for number, line in _lines(file, where, budget):
         if not line.strip():
             continue
@@ -183,12 +139,7 @@ def read_json(
 def read_csv(
     file: BinaryIO, field: str, delimiter: str, where: str, budget: Budget
 ) -> Iterator[str]:
-    """
-    The texts of a table whose first line names its columns.
-
-    Raises:
-        TextError: It is too long, no such table, or lacks the column.
-    """
+    """The texts of a table whose first line names its columns."""
     csv.field_size_limit(budget.limits.document_bytes)
     lines = (f"{line}\n" for _, line in _lines(file, where, budget))
     rows = csv.DictReader(lines, delimiter=delimiter)
@@ -206,14 +157,8 @@ def read_csv(
 
 
 def read_parquet(file: BinaryIO, field: str, where: str, budget: Budget) -> Iterator[str]:
-    """
-    The texts of a column of a parquet file.
-
-    They are read as a dictionary, so that what the file has once is in memory once.
-
-    Raises:
-        TextError: It is too long, no parquet, or lacks the column.
-    """
+    """The texts of a column of a parquet file."""
+    # They are read as a dictionary, so that what the file has once is in memory once.
     import pyarrow
     import pyarrow.parquet
 
@@ -314,12 +259,9 @@ _OPTIONS = {
 
 
 def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
-    """
-    The documents of all files of a split, in the order of the ``datasets`` library.
-
-    It finds the files, and follows no card that was not checked before; they are read here,
-    because it sets no bounds to what it reads.
-    """
+    """The documents of all files of a split, in the order of the ``datasets`` library."""
+    # It finds the files, and follows no card that was not checked before; they are read here,
+    # because it sets no bounds to what it reads.
     from datasets.utils.file_utils import xopen
 
     with _readable(source):
@@ -347,12 +289,7 @@ def read_dataset(source: "TextSource", budget: Budget) -> Iterator[str]:
 
 
 def with_split(source: "TextSource") -> "TextSource":
-    """
-    Return the source with the split that is read of its data set, which records name.
-
-    Raises:
-        TextError, InvalidInput: The data set cannot be found, or has several splits and no test.
-    """
+    """Return the source with the split that is read of its data set, which records name."""
     if source.dataset is None or source.split is not None:
         return source
     with _readable(source):
@@ -396,12 +333,7 @@ def _found_folder(source: "TextSource", folder: Path) -> tuple[str, Any]:
 
 
 def _builder(source: "TextSource", place: str, **more: Any) -> Any:
-    """
-    What ``datasets`` knows of the files of a data set.
-
-    Raises:
-        TextError: There are several configurations, and none of them is named.
-    """
+    """What ``datasets`` knows of the files of a data set."""
     import datasets
 
     try:
@@ -423,12 +355,7 @@ def _builder(source: "TextSource", place: str, **more: Any) -> Any:
 
 
 def _cached(dataset: str) -> Path:
-    """
-    The folder of the hub's cache that has a data set, as `hf download` leaves it.
-
-    Raises:
-        TextError: There is none.
-    """
+    """The folder of the hub's cache that has a data set, as `hf download` leaves it."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -451,12 +378,7 @@ def _cached(dataset: str) -> Path:
 
 
 def _checked_commit(dataset: str) -> tuple[str, str]:
-    """
-    The id of a data set of the hub, and the commit that it is at, whose cards were checked.
-
-    Raises:
-        InvalidInput: They name files elsewhere.
-    """
+    """The id of a data set of the hub, and the commit that it is at, whose cards were checked."""
     from datasets import config
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError

@@ -8,12 +8,7 @@ from pho_service.errors import InvalidInput
 
 
 def pick_device(name: str) -> torch.device:
-    """
-    Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists.
-
-    Raises:
-        InvalidInput: torch does not know it, or sees no such GPU.
-    """
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -38,5 +33,4 @@ def pick_device(name: str) -> torch.device:
 
 
 def gpus() -> list[torch.device]:
-    """The GPUs that torch sees."""
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

@@ -58,24 +58,9 @@ USED = 0.9  # of what is free on a card; the rest is lost between blocks of torc
 def spread(
     name: str, config: PreTrainedConfig, dtype: torch.dtype | None
 ) -> dict[str, torch.device]:
-    """
-    Say for each module of a model which GPU it lies on, before any weight is read.
-
-    Each card gets about as much, so that all have room left to work in, and no decoder
-    block is cut.
-
-    Args:
-        name: Name of the model, for messages.
-        config: Configuration of the model.
-        dtype: Dtype of the weights once they are loaded; None is the stored one.
-
-    Returns:
-        Cards by the names of modules, as ``from_pretrained`` takes them.
-
-    Raises:
-        InvalidInput: There is no GPU.
-        ModelError: The cards are too small: a part would lie in main memory or on disk.
-    """
+    """Say for each module of a model which GPU it lies on, before any weight is read."""
+    # Each card gets about as much, so that all have room left to work in, and no decoder block is
+    # cut.
     cards = gpus()
     if not cards:
         raise InvalidInput("--device-map needs a GPU, and torch sees none. Leave it out.")
@@ -121,12 +106,7 @@ def hub_is_away() -> bool:
 
 @contextmanager
 def hub_or_cache(*, wanted: bool = True) -> Iterator[None]:
-    """
-    Let the hub's libraries read the cache alone, inside, if the hub is away.
-
-    Args:
-        wanted: Whether anything is on the hub; if not, it is not asked whether it is there.
-    """
+    """Let the hub's libraries read the cache alone, inside, if the hub is away."""
     if not wanted or not hub_is_away():
         yield
         return
@@ -162,10 +142,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def is_on_hub(name: str, revision: str | None) -> bool:
     """
     Return whether a name is one of the hub: nothing here has it, and it does not look like a path.
-
-    What would lie in a folder that is there is missing: somebody else may have its name on the
-    hub, which a revision asks for.
     """
+    # What would lie in a folder that is there is missing: somebody else may have its name on the
+    # hub, which a revision asks for.
     if Path(name).expanduser().exists() or is_path(name):
         return False
     folder = name.rpartition("/")[0]
@@ -175,11 +154,6 @@ def is_on_hub(name: str, revision: str | None) -> bool:
 def check_name(name: str, revision: str | None) -> None:
     """
     See that a model can be there, before anything long: the hub is asked once whether it answers.
-
-    Raises:
-        InvalidInput: A revision of what is local.
-        ModelError: A path that does not exist, or a name that cannot be one of the hub; or the
-            hub is away, and the model is not in its cache.
     """
     if not is_on_hub(name, revision):
         check_local_name(name, revision)
@@ -199,13 +173,6 @@ def check_name(name: str, revision: str | None) -> None:
 
 
 def check_local_name(name: str, revision: str | None) -> None:
-    """
-    See that what is on this machine is there.
-
-    Raises:
-        InvalidInput: A revision is given.
-        ModelError: It does not exist.
-    """
     path = Path(name).expanduser()
     if revision:
         raise InvalidInput(f"--revision {revision} is for hub ids, but {name} is a local path.")
@@ -222,19 +189,13 @@ def check_local_name(name: str, revision: str | None) -> None:
 # Find a checkpoint on the hub or on a disk, and read it with transformers.
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """
-    Location of a model.
+    """Location of a model."""
 
-    Attributes:
-        name: As the user gave it.
-        source: The same as transformers' arguments.
-        is_gguf: Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
-        unpacked: Holds the folder that ``source`` names, where the model is a packed one.
-    """
-
-    name: str
-    source: dict[str, str]
+    name: str  # As the user gave it
+    source: dict[str, str]  # The same as transformers' arguments
+    # Whether it is a GGUF file; a folder or hub model with safetensors otherwise.
     is_gguf: bool = False
+    # Holds the folder that ``source`` names, where the model is a packed one.
     unpacked: Unpacked | None = None
 
     @property
@@ -243,12 +204,7 @@ class Checkpoint:
         return self.source.get("revision")
 
     def config(self) -> PreTrainedConfig:
-        """
-        Read the model's configuration.
-
-        Raises:
-            ModelError: It cannot be read.
-        """
+        """Read the model's configuration."""
         with loading_errors(self.name):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 **self.source, trust_remote_code=False
@@ -265,9 +221,6 @@ class Checkpoint:
     def stored_names(self) -> list[str]:
         """
         The names of the tensors, from the only file of weights or its index; none if it has none.
-
-        Raises:
-            ModelError: They cannot be read.
         """
         source = dict(self.source)
         name = source.pop("pretrained_model_name_or_path")
@@ -286,17 +239,7 @@ class Checkpoint:
     def read(
         self, dtype: str, *, reader: Any = AutoModelForCausalLM, **extra: Any
     ) -> tuple[PreTrainedModel, Any]:
-        """
-        Read model and tokenizer with transformers; its errors become ours, with the way out.
-
-        Args:
-            dtype: ``auto`` for the stored one, or its name.
-            reader: Whose ``from_pretrained`` is asked.
-            extra: More arguments for that.
-
-        Raises:
-            ModelError: It cannot be read, or lacks weights.
-        """
+        """Read model and tokenizer with transformers; its errors become ours, with the way out."""
         if self.is_gguf:
             extra["quantization_config"] = GgufConfig(dequantize=True)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -324,13 +267,7 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
-    """
-    Find a model by hub id, local folder, .gguf or packed file, and check what its files name.
-
-    Raises:
-        InvalidInput: A revision of what is local, or a file that names another outside the folder.
-        ModelError: Not there, or without a config or safetensors.
-    """
+    """Find a model by hub id, local folder, .gguf or packed file, and check what its files name."""
     path = Path(name).expanduser()
     if is_on_hub(name, revision):
         revision_argument = _pinned(name, revision)
@@ -374,9 +311,6 @@ def _check_hub_files(name: str, revision: Mapping[str, str]) -> None:
 def _pinned(name: str, revision: str | None) -> dict[str, str]:
     """
     Return the argument that names one commit of a hub model, so that all its files are of that.
-
-    Raises:
-        ModelError: Its configuration cannot be had, without which nothing else is of use.
     """
     given = {"revision": revision} if revision else {}
     with loading_errors(name):
@@ -447,18 +381,10 @@ def weights_sha256(
     threads: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """
-    Hash a model's weights: every parameter's name, shape, dtype and bytes.
-
-    It is the SHA-256 of a line for each tensor, in the order of their names:
-    name, shape, dtype and the SHA-256 of its bytes. In fused experts each
-    matrix is a tensor, so it does not matter how they lie in memory.
-
-    Args:
-        model: Its parameters may lie anywhere; shared ones count once.
-        threads: The hash is the same with any number; None takes torch's number.
-        dtype: Hash every parameter as if it were of this type; None leaves them as they are.
-    """
+    """Hash a model's weights: every parameter's name, shape, dtype and bytes."""
+    # It is the SHA-256 of a line for each tensor, in the order of their names: name, shape, dtype
+    # and the SHA-256 of its bytes. In fused experts each matrix is a tensor, so it does not matter
+    # how they lie in memory.
     tensors = dict(sorted(separate_weights(model).items()))
     hashes = sha256_each(tensors.values(), threads=threads, dtype=dtype)
     digest = hashlib.sha256()
@@ -470,14 +396,7 @@ def weights_sha256(
 def sha256_each(
     tensors: Iterable[Tensor], *, threads: int | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[str]:
-    """
-    The SHA-256 of each tensor's bytes in its dtype, the last dimension's neighbours first.
-
-    Args:
-        tensors: On any device.
-        threads: That share the work; None takes torch's number.
-        dtype: To cast each to before; None leaves them as they are.
-    """
+    """The SHA-256 of each tensor's bytes in its dtype, the last dimension's neighbours first."""
     with ThreadPoolExecutor(min(threads or torch.get_num_threads(), MOST_THREADS)) as pool:
         yield from pool.map(partial(_sha256, dtype=dtype), tensors)
 
@@ -507,28 +426,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """
-    A loaded model with its tokenizer and where both came from.
+    """A loaded model with its tokenizer and where both came from."""
 
-    A streamed model's weights are mapped from its files and never written to:
-    run and change it with :mod:`pho_service.models.blockwise` only.
+    # A streamed model's weights are mapped from its files and never written to: run and change it
+    # with :mod:`pho_service.models.blockwise` only.
 
-    Attributes:
-        name: As the user gave it.
-        revision: Commit hash on the hub, or None for local files.
-        tokenizer: Its own; None where only tokens are given, never text.
-        stored_dtype: Dtype of the weights on disk, to save them as they came.
-        linears: What can be pruned, by name, in the model's order.
-        streamed_to: Where a streamed model computes, block by block; None for
-            a model that lies on its device as a whole.
-    """
-
-    name: str
-    revision: str | None
+    name: str  # As the user gave it
+    revision: str | None  # Commit hash on the hub, or None for local files
     model: PreTrainedModel
-    tokenizer: Any
-    stored_dtype: torch.dtype
-    linears: dict[str, PrunableLinear]
+    tokenizer: Any  # Its own; None where only tokens are given, never text
+    stored_dtype: torch.dtype  # Dtype of the weights on disk, to save them as they came
+    linears: dict[str, PrunableLinear]  # What can be pruned, by name, in the model's order
+    # Where a streamed model computes, block by block; None for a model that lies on its device as a
+    # whole.
     streamed_to: torch.device | None = None
 
     @property
@@ -548,16 +458,12 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in."""
         return self.model.dtype
 
     @cached_property
     def foldable(self) -> frozenset[str]:
-        """
-        Names of the linears whose inputs may be permuted without a loader having to know.
-
-        None of a streamed model's: its weights are written as they stand.
-        """
+        """Names of the linears whose inputs may be permuted without a loader having to know."""
+        # None of a streamed model's: its weights are written as they stand.
         return frozenset() if self.stream else foldable(self.model, self.linears)
 
     @cached_property
@@ -566,25 +472,18 @@ class LanguageModel:
         return weights_sha256(self.model)
 
     def weights_sha256_as(self, dtype: torch.dtype) -> str:
-        """
-        Return the hash of the weights as if they had been loaded in another dtype.
-
-        The same file is float32 on a CPU and bfloat16 on a GPU. Where one of the two is the
-        stored dtype, the cast is exact, so that both give the same hash.
-        """
+        """Return the hash of the weights as if they had been loaded in another dtype."""
+        # The same file is float32 on a CPU and bfloat16 on a GPU. Where one of the two is the
+        # stored dtype, the cast is exact, so that both give the same hash.
         return weights_sha256(self.model, dtype=dtype)
 
     def check_unchanged(self) -> None:
         """
         See that the weights are still those that were hashed, before something is kept under
         the hash.
-
-        Weights that were read to a GPU cannot change. Those in main memory are pages of their
-        file, and change with it where it is written into in place.
-
-        Raises:
-            ChangedInput: They are others.
         """
+        # Weights that were read to a GPU cannot change. Those in main memory are pages of their
+        # file, and change with it where it is written into in place.
         if self.device.type == "cuda" and not self.stream:
             return
         if weights_sha256(self.model) != self.weights_sha256:
@@ -616,12 +515,7 @@ class LanguageModel:
         }
 
     def tokenize(self, text: str) -> Tensor:
-        """
-        (tokens,), int64: the whole text at once, without special tokens.
-
-        Raises:
-            ModelError: A token that the model has no embedding for.
-        """
+        """(tokens,), int64: the whole text at once, without special tokens."""
         ids = self._required_tokenizer()(text, add_special_tokens=False, verbose=False).input_ids
         tokens = torch.tensor(ids, dtype=torch.int64)
         if len(tokens) and int(tokens.max()) >= self.vocabulary:
@@ -655,16 +549,7 @@ class LanguageModel:
             )
 
     def window_prefix(self, bos: str) -> list[int]:
-        """
-        Which tokens every window starts with: BOS or nothing.
-
-        Args:
-            bos: ``always``, ``never``, or ``auto``: as the tokenizer does.
-                Gemma's perplexity is twice as high without it.
-
-        Raises:
-            InvalidInput: ``always``, and the tokenizer has no BOS.
-        """
+        """Which tokens every window starts with: BOS or nothing."""
         if bos == "never":
             return []
         tokenizer = self._required_tokenizer()
@@ -758,23 +643,9 @@ def load_model(
 def load_packed(
     packed: str | Path, *, device: str = "auto", dtype: str = "auto", device_map: str | None = None
 ) -> LanguageModel:
-    """
-    Load a packed model; its ``model`` and ``tokenizer`` are those of transformers.
-
-    It is unpacked into the user's cache for as long as the model is there: the disk needs room for
-    its weights.
-
-    Args:
-        packed: What ``pho.pack`` wrote.
-        device: ``auto`` takes a GPU if torch sees one.
-        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
-        device_map: ``auto`` puts the model on all GPUs together.
-
-    Raises:
-        ModelError: It is not a packed model, is cut short or damaged, or cannot be loaded.
-        InvalidInput: An unknown device, dtype or device map.
-        OutputError: There is no room for its weights.
-    """
+    """Load a packed model; its ``model`` and ``tokenizer`` are those of transformers."""
+    # It is unpacked into the user's cache for as long as the model is there: the disk needs room
+    # for its weights.
     path = Path(packed).expanduser()
     if not is_packed(path):
         raise ModelError(
@@ -785,12 +656,7 @@ def load_packed(
 
 
 def _mapped_reader(checkpoint: Checkpoint) -> dict[str, Any]:
-    """
-    The arguments of :meth:`Checkpoint.read` with which all weights stay in their files.
-
-    Raises:
-        InvalidInput: Some would be held in memory as a whole, which is told before any is read.
-    """
+    """The arguments of :meth:`Checkpoint.read` with which all weights stay in their files."""
     if checkpoint.is_gguf:
         raise InvalidInput(
             f"{checkpoint.name} cannot be streamed: GGUF is dequantised into memory when it is "
@@ -859,22 +725,9 @@ _HOOKS = (
 
 
 def given_model(model: PreTrainedModel, tokenizer: Any = None) -> LanguageModel:
-    """
-    Take a model in memory, on whatever device it lies.
-
-    Fused experts are given modules of their own, see :func:`~experts.unfuse_experts`;
-    what the model computes stays the same.
-
-    Args:
-        model: A causal language model of transformers, in evaluation mode.
-        tokenizer: Its own; None where only tokens are given.
-
-    Raises:
-        InvalidInput: It is in training mode, has hooks or adapters, is quantised, or a weight has
-            no value or a dtype that is not computed in.
-        ModelError: It cannot be pruned as a whole.
-        NumericalError: A weight is NaN or infinite.
-    """
+    """Take a model in memory, on whatever device it lies."""
+    # Fused experts are given modules of their own, see :func:`~experts.unfuse_experts`; what the
+    # model computes stays the same.
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InvalidInput(

@@ -40,41 +40,23 @@ _WAY_OUT = "Prune the model again with `pho prune`."
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMask:
-    """
-    Weights that one linear keeps.
+    """Weights that one linear keeps."""
 
-    Attributes:
-        keep: (out_features, in_features), bool. True = kept. In the channel
-            order of the saved model.
-        order: (in_features,), int64: the channel at each position of the
-            order in which N:M groups were cut. None: the natural order.
-    """
-
+    # (out_features, in_features), bool. True = kept. In the channel order of the saved model.
     keep: Tensor
+    # (in_features,), int64: the channel at each position of the order in which N:M groups were cut.
+    # None: the natural order.
     order: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMask:
-    """
-    The same with one bit a weight, on the CPU.
-
-    Attributes:
-        bits: (ceil(numel / 8),), uint8, as :func:`pack` gives it.
-        shape: (out_features, in_features).
-        order: As in a :class:`LayerMask`.
-    """
-
-    bits: Tensor
-    shape: tuple[int, ...]
-    order: Tensor | None = None
+    bits: Tensor  # (ceil(numel / 8),), uint8, as :func:`pack` gives it
+    shape: tuple[int, ...]  # (out_features, in_features)
+    order: Tensor | None = None  # As in a :class:`LayerMask`
 
     @classmethod
     def of(cls, mask: LayerMask) -> "PackedMask":
-        """
-        Raises:
-            ValueError: A mask that is not 2-D bool, or an order that is not a permutation.
-        """
         keep, order = mask.keep, mask.order
         if keep.dtype is not torch.bool or keep.dim() != 2 or not keep.numel():
             raise ValueError(f"a {keep.dtype} tensor {tuple(keep.shape)} is not a mask")
@@ -99,24 +81,8 @@ def write_masks(
     *,
     metadata: dict[str, Any],
 ) -> dict[str, str]:
-    """
-    Write the masks of a model; an old file is replaced only when the new one is complete.
-
-    The same masks are the same bytes. All are held packed until the last one has come.
-
-    Args:
-        masks: By name, in the model's order, on any device.
-        path: Path of the new file.
-        metadata: JSON values, kept in the header.
-
-    Returns:
-        The sha256 of each mask's packed bits, by name. Shape and order are not in it.
-
-    Raises:
-        OutputError: No space, no permission, no such folder.
-        ValueError: No mask, a name twice, a mask that is not 2-D bool, or an order that is not
-            a permutation of the input channels.
-    """
+    """Write the masks of a model; an old file is replaced only when the new one is complete."""
+    # The same masks are the same bytes. All are held packed until the last one has come.
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     hashes: dict[str, str] = {}
@@ -178,14 +144,7 @@ def _sha256(data: Tensor) -> str:
 
 
 class MaskFile:
-    """
-    A file of masks that stays open: each mask is read when it is asked for.
-
-    Attributes:
-        path: Path of the file.
-        shapes: (out_features, in_features) of each linear's mask, in the model's order.
-        metadata: What the writer gave.
-    """
+    """A file of masks that stays open: each mask is read when it is asked for."""
 
     def __init__(
         self, path: Path, file: Any, shapes: dict[str, tuple[int, int]], metadata: dict[str, Any]
@@ -202,14 +161,6 @@ class MaskFile:
         return list(self.shapes)
 
     def mask(self, name: str) -> LayerMask:
-        """
-        Read one mask.
-
-        Raises:
-            KeyError: There is no such linear.
-            ModelError: The file was damaged after it was opened, or an order in it is not a
-                permutation.
-        """
         shape = self.shapes[name]
         keep = unpack(self._read(f"{name}.keep"), shape)
         if f"{name}.order" not in self._tensors:
@@ -236,13 +187,7 @@ class MaskFile:
 
 
 def read_masks(path: Path) -> MaskFile:
-    """
-    Open a file of masks and check its header; no mask is read yet.
-
-    Raises:
-        ModelError: Not there, truncated, no masks, another format version, or
-            tensors that contradict the header.
-    """
+    """Open a file of masks and check its header; no mask is read yet."""
     path = path.expanduser()
     if not path.is_file():
         raise ModelError(f"the masks {path} do not exist. {_WAY_OUT}")

@@ -34,16 +34,10 @@ _WAY_OUT = "Get the file again, or pack the model again with `pho pack`."
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """
-    Result of a packing.
+    """Result of a packing."""
 
-    Attributes:
-        before: Bytes of the folder's files.
-        after: Bytes of what was written for them.
-    """
-
-    before: int
-    after: int
+    before: int  # Bytes of the folder's files
+    after: int  # Bytes of what was written for them
 
     @property
     def ratio(self) -> float:
@@ -52,26 +46,8 @@ class Size:
 
 
 def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size:
-    """
-    Make a model folder smaller without losing a bit, as `pho pack`.
-
-    The same folder gives the same bytes. An old file is replaced only when the new one is whole.
-
-    Args:
-        folder: With safetensors: what ``pho.save`` wrote, or any other model. Hidden files and
-            folders are left out.
-        out: A file whose name ends in ``.pho``.
-        progress: Show a bar on stderr.
-
-    Returns:
-        Its bytes ``before`` and ``after``, and their ``ratio``.
-
-    Raises:
-        InvalidInput: ``folder`` is not a model folder, or packed already, or ``out`` is in it or
-            has another name.
-        ModelError: A file of it changes meanwhile.
-        OutputError: ``out`` cannot be written.
-    """
+    """Make a model folder smaller without losing a bit, as `pho pack`."""
+    # The same folder gives the same bytes. An old file is replaced only when the new one is whole.
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     names = _files(folder)
     if out.suffix != SUFFIX:
@@ -121,21 +97,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def unpack(packed: str | Path, out: str | Path, *, progress: bool = False) -> int:
-    """
-    Make a packed model's folder again, bit for bit, as `pho unpack`.
-
-    Args:
-        packed: What ``pho.pack`` wrote.
-        out: A new or empty folder.
-        progress: Show a bar on stderr.
-
-    Returns:
-        How many files there are.
-
-    Raises:
-        ModelError: It is cut short or damaged; then nothing is written.
-        OutputError: The folder is in use, cannot be written, or has no room for it.
-    """
+    """Make a packed model's folder again, bit for bit, as `pho unpack`."""
     packed, out = Path(packed).expanduser(), Path(out).expanduser()
     with _opened(packed) as archive, new_folder(out) as partial:
         sizes = _sizes(archive, packed)
@@ -176,13 +138,7 @@ _IN_USE: weakref.WeakValueDictionary[tuple[Path, int, int], Unpacked] = (
 
 
 def unpacked(path: Path) -> Unpacked:
-    """
-    The folder of a packed model, for as long as somebody holds what is returned.
-
-    Raises:
-        ModelError: It is cut short or damaged.
-        OutputError: There is no room for it.
-    """
+    """The folder of a packed model, for as long as somebody holds what is returned."""
     stat = path.stat()
     key = (path.resolve(), stat.st_mtime_ns, stat.st_size)
     found = _IN_USE.get(key) or Unpacked(path)

@@ -47,12 +47,6 @@ _WEIGHTS = ("layers", "folded", "dense", "blocks")  # parts that are of linears,
 
 
 def shareable(value: Any) -> Any:
-    """
-    The same JSON values with the last part of each path of this machine in place of it.
-
-    Paths are absolute ones, those that begin with ``~``, ``.`` or ``..``, and others with a folder
-    in them that are there. Names of the hub and files of its data sets stay.
-    """
     if isinstance(value, dict):
         return {k: each if k in _WEIGHTS else shareable(each) for k, each in value.items()}
     if isinstance(value, list):
@@ -88,14 +82,7 @@ _TOLD = ("method", "coefficients", "exponents", "normalised", "steps")
 
 
 def licence_of(name: str, revision: str | None) -> dict[str, str]:
-    """
-    What a model says of its licence, in the keys of the hub; empty if nothing is known.
-
-    Args:
-        name: A hub id, a folder, packed or not, whose card is read; or a .gguf file, which says
-            it in its header. Other models say nothing.
-        revision: Revision of a hub id.
-    """
+    """What a model says of its licence, in the keys of the hub; empty if nothing is known."""
     path = Path(name).expanduser()
     try:
         if path.is_file() and path.suffix == ".gguf":
@@ -125,7 +112,6 @@ def licence_of(name: str, revision: str | None) -> dict[str, str]:
 
 
 def _head(card: Path) -> dict[str, Any]:
-    """Metadata of a card for the hub."""
     return (metadata_load(card) or {}) if card.is_file() else {}
 
 
@@ -135,13 +121,6 @@ def is_hub_id(name: str) -> bool:
 
 
 def model_card(recipe: Mapping[str, Any], licence: Mapping[str, str]) -> str:
-    """
-    Return the card of a pruned model.
-
-    Args:
-        recipe: What ``pruning.json`` says.
-        licence: That of the base model; see :func:`licence_of`.
-    """
     name = str(recipe["model"]["name"])
     found = Configuration.model_validate(recipe["configuration"])
     on_hub = is_hub_id(name) and not Path(name).exists()
@@ -192,7 +171,6 @@ def _how(recipe: Mapping[str, Any], found: Configuration) -> Iterator[str]:
 
 
 def _how_good(found: Configuration) -> Iterator[str]:
-    """What was measured when the configuration was found."""
     if found.confirmation is None:
         yield "Its perplexity was not measured."
     else:
@@ -234,21 +212,8 @@ def save_pruned(
     masks: Iterable[tuple[str, PackedMask]],
     recipe: dict[str, Any],
 ) -> None:
-    """
-    Write a model whose masks are applied: weights, tokenizer, masks, recipe, and a card.
-
-    The folder is made beside its place and moved there when it is complete.
-
-    Args:
-        model: Already pruned, in the dtype that it is to be stored in.
-        folder: New or empty.
-        masks: Masks of each linear, in the model's order; written as ``pruning/masks.safetensors``.
-        recipe: JSON values, written as ``pruning.json``; its ``layers`` get
-            the hash of each mask.
-
-    Raises:
-        OutputError: The folder is in use, or cannot be written.
-    """
+    """Write a model whose masks are applied: weights, tokenizer, masks, recipe, and a card."""
+    # The folder is made beside its place and moved there when it is complete.
     with new_folder(folder) as partial, os_errors():
         model.model.save_pretrained(partial, max_shard_size=SHARD)
         model.tokenizer.save_pretrained(partial)
@@ -281,23 +246,15 @@ class _Document(BaseModel):
 
 
 class LayerRecord(_Document):
-    """
-    Entry of the recipe for one linear.
+    """Entry of the recipe for one linear."""
 
-    Attributes:
-        sparsity: Share removed.
-        mask_sha256: As :func:`pho_service.models.mask_file.write_masks` gives it.
-        weights_sha256: As :func:`pho_service.models.mask_file.weight_sha256` gives it, of the
-            weight in its saved dtype.
-        keep: N of N:M.
-        group: M of N:M; None where the linear has no groups.
-    """
-
-    sparsity: float = Field(ge=0, le=1)
-    mask_sha256: str
+    sparsity: float = Field(ge=0, le=1)  # Share removed
+    mask_sha256: str  # As :func:`pho_service.models.mask_file.write_masks` gives it
+    # As :func:`pho_service.models.mask_file.weight_sha256` gives it, of the weight in its saved
+    # dtype.
     weights_sha256: str
-    keep: int | None
-    group: int | None = Field(ge=1)
+    keep: int | None  # N of N:M
+    group: int | None = Field(ge=1)  # M of N:M; None where the linear has no groups
 
     @model_validator(mode="after")
     def _is_a_pattern(self) -> Self:
@@ -311,18 +268,11 @@ class LayerRecord(_Document):
 
 
 class Folded(_Document):
-    """
-    Channels that were renumbered in the saved model: position p holds what was order[p].
+    """Channels that were renumbered in the saved model: position p holds what was order[p]."""
 
-    Attributes:
-        reader: The linear whose input channels they are.
-        writers: The linears whose outputs they are.
-        order: A permutation of the channels.
-    """
-
-    reader: str
-    writers: Annotated[list[str], FailFast()]
-    order: Annotated[list[int], FailFast()]
+    reader: str  # The linear whose input channels they are
+    writers: Annotated[list[str], FailFast()]  # The linears whose outputs they are
+    order: Annotated[list[int], FailFast()]  # A permutation of the channels
 
 
 class ModelRecord(_Document):
@@ -335,20 +285,12 @@ class ModelRecord(_Document):
 
 
 class BlockRecord(_Document):
-    """
-    Entry of the recipe for the reconstruction of a block.
+    """Entry of the recipe for the reconstruction of a block."""
 
-    Attributes:
-        before: Squared error over energy, a token, on windows that were not trained on.
-        after: The same of the weights that were saved.
-        passes: That were made over the calibration windows.
-        kept: Whether the trained weights were taken.
-    """
-
-    before: float | None
-    after: float | None
-    passes: int = Field(ge=0)
-    kept: bool
+    before: float | None  # Squared error over energy, a token, on windows that were not trained on
+    after: float | None  # The same of the weights that were saved
+    passes: int = Field(ge=0)  # That were made over the calibration windows
+    kept: bool  # Whether the trained weights were taken
 
 
 class PatternRecord(_Document):
@@ -358,24 +300,19 @@ class PatternRecord(_Document):
 
 
 class Recipe(_Document):
-    """
-    ``pruning.json``, version 2.
-
-    Attributes:
-        updated: Weights that stayed were changed.
-        dense: Linears that were left out, with the hash of each one's weight. They have no masks.
-        blocks: What the reconstruction of each block came to, if there was one.
-    """
+    """``pruning.json``, version 2."""
 
     format: Literal["pho-pruning"]
     version: Literal[2]
     configuration: PatternRecord
     model: ModelRecord
-    updated: bool
+    updated: bool  # Weights that stayed were changed
     folded: Annotated[list[Folded], FailFast()]
     sparsity: float = Field(ge=0, le=1)
     layers: dict[str, LayerRecord] = Field(min_length=1)
+    # Linears that were left out, with the hash of each one's weight. They have no masks.
     dense: dict[str, str] = Field(default_factory=dict)
+    # What the reconstruction of each block came to, if there was one.
     blocks: dict[str, BlockRecord] = Field(default_factory=dict)
     calibration: dict[str, Any]
     versions: dict[str, str]
@@ -393,14 +330,6 @@ class Recipe(_Document):
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """
-    Read what a pruned folder says of itself.
-
-    Raises:
-        ModelError: No such folder.
-        ConfigurationError: No recipe, another format or version, or a key that is missing or
-            breaks a rule.
-    """
     document = recipe_document(folder.expanduser())
     try:
         return Recipe.model_validate(document)
@@ -471,7 +400,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _added(folder: Path, path: Path) -> CommitOperationAdd:
-    """A file as it is uploaded."""
     name = path.relative_to(folder).as_posix()
     if name != RECIPE:
         return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)

@@ -24,14 +24,8 @@ from pho_service.pruning.statistics import PrunableLinear
 
 
 def scratch_folder(needed: int) -> Path:
-    """
-    Give the folder ``scratch`` of the user's cache, on a disk with room for so many bytes.
-
-    Not the system's temporary folder: that is often small, or in memory.
-
-    Raises:
-        OutputError: It cannot be made, or the disk has less room.
-    """
+    """Give the folder ``scratch`` of the user's cache, on a disk with room for so many bytes."""
+    # Not the system's temporary folder: that is often small, or in memory.
     folder = Settings().cache_dir.expanduser() / "scratch"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,16 +44,6 @@ def scratch_folder(needed: int) -> Path:
 
 
 def mapped_copy(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """
-    The same tensors, mapped from a file that lives as long as they do.
-
-    Args:
-        tensors: On the CPU.
-        folder: For the file, which has no name once it is written.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
     if not tensors:
         return {}
     try:
@@ -82,18 +66,11 @@ _META = "pho-block"
 
 @dataclass(frozen=True, kw_only=True)
 class KeptBlock:
-    """
-    Kept state of a block.
+    """Kept state of a block."""
 
-    Attributes:
-        weights: Weights of its pruned linears, (out_features, in_features).
-        masks: Their masks.
-        record: JSON values: what its training came to.
-    """
-
-    weights: Mapping[str, Tensor]
-    masks: Mapping[str, LinearMask]
-    record: Mapping[str, Any]
+    weights: Mapping[str, Tensor]  # Weights of its pruned linears, (out_features, in_features)
+    masks: Mapping[str, LinearMask]  # Their masks
+    record: Mapping[str, Any]  # JSON values: what its training came to
 
     @classmethod
     def of(
@@ -116,16 +93,10 @@ class KeptBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptBlocks:
-    """
-    A folder of them.
+    """A folder of them."""
 
-    Attributes:
-        folder: Made when the first block is kept.
-        key: Names all that a block depends on. A file with another key is not read.
-    """
-
-    folder: Path
-    key: str
+    folder: Path  # Made when the first block is kept
+    key: str  # Names all that a block depends on. A file with another key is not read
 
     def read(self, name: str) -> KeptBlock | None:
         """A block by its name; None if it is not there, of another key, or broken."""
@@ -149,12 +120,7 @@ class KeptBlocks:
             return None
 
     def keep(self, name: str, block: KeptBlock) -> None:
-        """
-        Write a block, whole or not at all.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
+        """Write a block, whole or not at all."""
         tensors = {}
         for linear, mask in block.masks.items():
             tensors[f"{linear}:weight"] = block.weights[linear]

@@ -28,16 +28,10 @@ _RATED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTasks:
-    """
-    Tasks with their examples, to be measured as often as one likes.
+    """Tasks with their examples, to be measured as often as one likes."""
 
-    Attributes:
-        names: As they were asked for.
-        tasks: As the harness calls what it has loaded: tasks, groups.
-    """
-
-    names: tuple[str, ...]
-    tasks: dict[str, Any]
+    names: tuple[str, ...]  # As they were asked for
+    tasks: dict[str, Any]  # As the harness calls what it has loaded: tasks, groups
 
     def questions_sha256(self) -> str:
         """Hash of all examples: what was measured on others cannot be compared."""
@@ -55,24 +49,9 @@ def load_tasks(
     *,
     check_dataset: Callable[[str], object] = lambda _: None,
 ) -> LoadedTasks:
-    """
-    Find tasks and read their examples, from a folder first and then from the harness.
-
-    Functions that a task file names (``!function``) are code beside it, and run: a folder must be
-    one that is trusted.
-
-    Args:
-        names: Names of tasks, groups or tags.
-        folder: With task files of one's own, at all depths. What they name as ``data_files`` may
-            lie beside them.
-        check_dataset: Called with the name of each data set of the hub before it is asked for;
-            refuses by raising.
-
-    Raises:
-        ModuleNotFoundError: The extra ``eval`` is not installed.
-        InvalidInput: There is no such task or folder, or it needs more than likelihoods.
-        TextError: Its examples cannot be read: the hub is away, or a file is missing.
-    """
+    """Find tasks and read their examples, from a folder first and then from the harness."""
+    # Functions that a task file names (``!function``) are code beside it, and run: a folder must be
+    # one that is trusted.
     if folder is not None and not folder.is_dir():
         raise InvalidInput(f"the folder for tasks {folder} does not exist. Check --tasks-dir.")
     manager = _manager(names, folder)
@@ -91,11 +70,8 @@ def load_tasks(
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
-    """
-    The harness's list of tasks, of a folder and of as little of its own as these names need.
-
-    To list all that it has takes half a minute.
-    """
+    """The harness's list of tasks, of a folder and of as little of its own as these names need."""
+    # To list all that it has takes half a minute.
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
@@ -226,28 +202,17 @@ STREAMED = 2**16  # tokens for which a streamed model is read once
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """
-    Tokens whose end is rated.
+    """Tokens whose end is rated."""
 
-    Attributes:
-        tokens: The context and after it the continuation: no more than the model can read, and one.
-        length: Length of the continuation, at least 1 and less than all.
-    """
-
+    # The context and after it the continuation: no more than the model can read, and one.
     tokens: tuple[int, ...]
-    length: int
+    length: int  # Length of the continuation, at least 1 and less than all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """
-    Attributes:
-        log: Log-probability of a continuation, in nats: the sum over its tokens.
-        greedy: Whether each of its tokens is the likeliest where it stands.
-    """
-
-    log: float
-    greedy: bool
+    log: float  # Log-probability of a continuation, in nats: the sum over its tokens
+    greedy: bool  # Whether each of its tokens is the likeliest where it stands
 
 
 def rate_continuations(
@@ -256,24 +221,9 @@ def rate_continuations(
     *,
     advance: Advance = lambda _: None,
 ) -> list[Likelihood]:
-    """
-    Rate continuations, in any number and of any lengths.
-
-    What differs in its last token alone is read once. Long sequences come first, so a GPU whose
-    memory is not enough says so at once.
-
-    Args:
-        model: In evaluation mode, as a whole or streamed.
-        continuations: Their order does not matter.
-        advance: Called with the number of continuations that are rated.
-
-    Returns:
-        In the same order.
-
-    Raises:
-        NumericalError: A likelihood is NaN.
-        OutOfMemory: As :func:`~pho_service.pruning.perplexity.window_logits`.
-    """
+    """Rate continuations, in any number and of any lengths."""
+    # What differs in its last token alone is read once. Long sequences come first, so a GPU whose
+    # memory is not enough says so at once.
     asked: dict[tuple[int, ...], list[int]] = {}  # what is read, and who asks for it
     for number, each in enumerate(continuations):
         asked.setdefault(each.tokens[:-1], []).append(number)
@@ -301,11 +251,8 @@ def _batches(
 
 
 def _logits(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
-    """
-    Yield for each sequence (longest of the batch, vocabulary).
-
-    Shorter ones are padded at their end, which no token before sees.
-    """
+    """Yield for each sequence (longest of the batch, vocabulary)."""
+    # Shorter ones are padded at their end, which no token before sees.
     longest = len(batch[0])
     windows = torch.tensor([tokens + (0,) * (longest - len(tokens)) for tokens in batch])
     if not model.stream:
@@ -320,13 +267,6 @@ def _logits(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> Iterator[
 
 
 def _rated(logits: Tensor, continuation: Continuation) -> Likelihood:
-    """
-    Rate one continuation by the logits of its input.
-
-    Args:
-        logits: (tokens - 1, vocabulary).
-        continuation: Its last token is not among them.
-    """
     wanted = torch.tensor(continuation.tokens[-continuation.length :], device=logits.device)
     ending = logits[-continuation.length :].log_softmax(dim=-1, dtype=torch.float32)
     chosen = ending.gather(1, wanted[:, None])  # (length, 1)

@@ -36,15 +36,10 @@ SHORTEST = 8  # tokens of a window
 
 @dataclass(frozen=True, kw_only=True)
 class GivenText:
-    """
-    Documents in memory.
+    """Documents in memory."""
 
-    Attributes:
-        documents: Can be iterated over again and again.
-        name: For messages, and what is stored with a number that was measured on it.
-    """
-
-    documents: Iterable[str] = field(repr=False)
+    documents: Iterable[str] = field(repr=False)  # Can be iterated over again and again
+    # For messages, and what is stored with a number that was measured on it.
     name: str = "a text in memory"
 
     def __str__(self) -> str:
@@ -53,16 +48,10 @@ class GivenText:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenWindows:
-    """
-    Tokens in memory, one window a row; they are taken as they are, in their order.
+    """Tokens in memory, one window a row; they are taken as they are, in their order."""
 
-    Attributes:
-        tokens: (windows, context_length), whole numbers.
-        name: As of :class:`GivenText`.
-    """
-
-    tokens: Tensor
-    name: str = "token windows in memory"
+    tokens: Tensor  # (windows, context_length), whole numbers
+    name: str = "token windows in memory"  # As of :class:`GivenText`
 
     def __post_init__(self) -> None:
         tokens = self.tokens
@@ -81,13 +70,7 @@ class GivenWindows:
         return self.name
 
     def windows(self, context_length: int, vocabulary: int) -> Tensor:
-        """
-        (windows, context_length), int64, on the CPU.
-
-        Raises:
-            InvalidInput: They have another length.
-            TextError: A token is not one of the vocabulary.
-        """
+        """(windows, context_length), int64, on the CPU."""
         if self.tokens.shape[1] != context_length:
             raise InvalidInput(
                 f"{self.name} have {self.tokens.shape[1]} tokens each, but "
@@ -118,19 +101,8 @@ _CHUNK = 64  # windows that are looked at together
 
 
 def apart(windows: Tensor, others: Tensor, most: int | None = None) -> Tensor:
-    """
-    Return the windows that share no run of 32 tokens with others, in their order.
-
-    In windows of fewer than 128 tokens a quarter of one is a run, but no less than 8 tokens.
-
-    Args:
-        windows: (windows, context_length), int64.
-        others: (any, context_length), int64: what must not be seen again.
-        most: Stop when there are so many.
-
-    Returns:
-        (up to ``most``, context_length), int64; none may be left.
-    """
+    """Return the windows that share no run of 32 tokens with others, in their order."""
+    # In windows of fewer than 128 tokens a quarter of one is a run, but no less than 8 tokens.
     seen = _runs(others).unique()
     kept: list[Tensor] = []
     count = 0
@@ -144,11 +116,8 @@ def apart(windows: Tensor, others: Tensor, most: int | None = None) -> Tensor:
 
 
 def _runs(windows: Tensor) -> Tensor:
-    """
-    Return a number for each run of tokens: (windows, context_length - run + 1), int64.
-
-    The polynomial hash of Rabin and Karp, modulo 2^64, from sums along the window.
-    """
+    """Return a number for each run of tokens: (windows, context_length - run + 1), int64."""
+    # The polynomial hash of Rabin and Karp, modulo 2^64, from sums along the window.
     count, length = windows.shape
     run = min(length, RUN, max(SHORTEST, length // 4))
     powers = torch.full((length,), _BASE, dtype=torch.int64).cumprod(dim=0)
@@ -164,28 +133,19 @@ SEPARATOR = "\n\n"  # between documents, as in the perplexity protocol
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """
-    Where documents come from: exactly one of ``path`` and ``dataset``.
+    """Where documents come from: exactly one of ``path`` and ``dataset``."""
 
-    Attributes:
-        path: .txt (one document), .jsonl or .parquet (one document a row).
-        dataset: Hub id or local folder, for the ``datasets`` library; or the name of a usual text.
-        config: Configuration of the data set.
-        data_file: One file of the data set.
-        split: Split of the data set; None takes test, or the only one that there is.
-        field: Column that holds the text.
-        rows: How many rows are joined, the first; None takes all.
-        separator: What joins the rows to one document, empty ones, too; None leaves each a
-            document, unless they are lines of one text (WikiText).
-    """
-
-    path: str | None = None
+    path: str | None = None  # .txt (one document), .jsonl or .parquet (one document a row)
+    # Hub id or local folder, for the ``datasets`` library; or the name of a usual text.
     dataset: str | None = None
-    config: str | None = None
-    data_file: str | None = None
+    config: str | None = None  # Configuration of the data set
+    data_file: str | None = None  # One file of the data set
+    # Split of the data set; None takes test, or the only one that there is.
     split: str | None = "train"
-    field: str = "text"
-    rows: int | None = None
+    field: str = "text"  # Column that holds the text
+    rows: int | None = None  # How many rows are joined, the first; None takes all
+    # What joins the rows to one document, empty ones, too; None leaves each a document, unless they
+    # are lines of one text (WikiText).
     separator: str | None = None
 
     def __str__(self) -> str:
@@ -194,12 +154,7 @@ class TextSource:
         return " ".join(filter(None, (self.dataset, self.config, self.data_file, self.split)))
 
     def usual(self, *, measured: bool) -> "tuple[TextSource, int | None]":
-        """
-        Return what a usual text's name stands for, and how many windows are measured on.
-
-        Args:
-            measured: Whether perplexities are measured on it; otherwise a model is calibrated.
-        """
+        """Return what a usual text's name stands for, and how many windows are measured on."""
         usual = USUAL_TEXTS.get(self.dataset or "")
         if usual is None:
             return self, None
@@ -223,36 +178,17 @@ C4 = TextSource(dataset=C4_DATASET, data_file=C4_FILE)
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecord:
-    """
-    What a number was measured on, to be stored with it.
+    """What a number was measured on, to be stored with it."""
 
-    Attributes:
-        source: As :class:`TextSource` prints itself.
-        sha256: SHA-256 of the documents that were read, joined by two newlines.
-        documents: How many were read.
-    """
-
-    source: str
-    sha256: str
-    documents: int
+    source: str  # As :class:`TextSource` prints itself
+    sha256: str  # SHA-256 of the documents that were read, joined by two newlines
+    documents: int  # How many were read
 
 
 def read_documents(
     source: TextSource | GivenText, limits: TextLimits | None = None, *, whole: bool = True
 ) -> Iterator[str]:
-    """
-    Give the documents of a text, one by one, empty ones left out.
-
-    Args:
-        source: The text.
-        limits: By default those of the settings.
-        whole: Whether all of them are wanted, to be tokenised as one.
-
-    Raises:
-        TextError: Nothing there, not readable, no such column.
-        TextTooLong: A document, or all that was read, is beyond the limits.
-        InvalidInput: The card of the data set names files elsewhere.
-    """
+    """Give the documents of a text, one by one, empty ones left out."""
     budget = Budget(limits or TextLimits.of(read_settings()), whole=whole)
     for document in _joined(source, budget):
         if not document.strip():
@@ -267,16 +203,7 @@ def read_documents(
 
 
 def check_text(source: TextSource, *, measured: bool = False) -> TextSource:
-    """
-    Return a text as it was found; its first row was read, before any long work.
-
-    Args:
-        source: The text.
-        measured: Whether perplexities are measured on it; otherwise a model is calibrated.
-
-    Raises:
-        TextError, InvalidInput: As :func:`read_documents`; or there is nothing in it.
-    """
+    """Return a text as it was found; its first row was read, before any long work."""
     named, (source, _) = source, source.usual(measured=measured)
     source = with_split(source)
     limits = TextLimits.of(read_settings())
@@ -346,23 +273,7 @@ def read_windows(
     max_windows: int | None = None,
     unlike: Tensor | None = None,
 ) -> tuple[Tensor, TextRecord]:
-    """
-    Read a whole text for perplexity: joined, tokenised once, cut, the tail dropped.
-
-    Args:
-        model: Whose tokenizer counts.
-        source: The text.
-        context_length: Tokens of a window, BOS included.
-        bos: ``auto``, ``always`` or ``never``.
-        max_windows: Keep only the first so many.
-        unlike: Leave out the windows that overlap with these, see :func:`~overlap.apart`.
-
-    Returns:
-        (windows, context_length), int64, and what was read.
-
-    Raises:
-        TextError: Not readable, empty, shorter than one window, or nothing of it is left.
-    """
+    """Read a whole text for perplexity: joined, tokenised once, cut, the tail dropped."""
     model.check_context(context_length)
     if isinstance(source, TextSource):
         source, most = source.usual(measured=True)
@@ -396,29 +307,12 @@ def sample_windows(
     bos: str,
     seed: int,
 ) -> tuple[Tensor, TextRecord]:
-    """
-    Draw windows that do not overlap from a text, at random, without replacement.
-
-    Windows that are given as tokens are taken in their order.
-
-    Documents of the first 20,000 (fewer if they are longer than ``PHO_MAX_TEXT_BYTES`` together)
-    are shuffled and joined until they hold enough tokens, so short documents are used as well as
-    long ones.
-
-    Args:
-        model: Whose tokenizer counts.
-        source: The text.
-        count: How many windows are wanted; fewer are given if the text is short.
-        context_length: Tokens of a window, BOS included.
-        bos: ``auto``, ``always`` or ``never``.
-        seed: Seed of the order of documents and of windows.
-
-    Returns:
-        (windows, context_length), int64, in random order, and what was read.
-
-    Raises:
-        TextError: Not readable, empty, or shorter than one window.
-    """
+    """Draw windows that do not overlap from a text, at random, without replacement."""
+    # Windows that are given as tokens are taken in their order.
+    #
+    # Documents of the first 20,000 (fewer if they are longer than ``PHO_MAX_TEXT_BYTES`` together)
+    # are shuffled and joined until they hold enough tokens, so short documents are used as well as
+    # long ones.
     model.check_context(context_length)
     if isinstance(source, GivenWindows):
         windows, record = _given(model, source, context_length)

@@ -29,25 +29,14 @@ _OLDEST = (8, 0)  # compute capability of Ampere, the first with sparse tensor c
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """
-    Kernel of each linear, or the reason why it has none.
+    """Kernel of each linear, or the reason why it has none."""
 
-    Attributes:
-        converted: Those that torch's 2:4 kernels multiply now.
-        left: Why each of the others stays dense.
-    """
-
-    converted: list[str]
-    left: dict[str, str]
+    converted: list[str]  # Those that torch's 2:4 kernels multiply now
+    left: dict[str, str]  # Why each of the others stays dense
 
 
 def check_gpu(device: torch.device) -> None:
-    """
-    See that a device can run 2:4.
-
-    Raises:
-        InvalidInput: It is not a GPU, or too old a one.
-    """
+    """See that a device can run 2:4."""
     way_out = "pho.load_model loads it anywhere, with the same outputs, as fast as a dense model."
     if device.type != "cuda":
         raise InvalidInput(
@@ -66,15 +55,6 @@ def check_gpu(device: torch.device) -> None:
 def convert_(model: LanguageModel, folder: Path, *, progress: Progress = silent) -> Conversion:
     """
     Give every linear that is 2:4 as it stands to torch's kernels; the others stay as they are.
-
-    Args:
-        model: On a GPU, as it was loaded from ``folder``; its weights are replaced.
-        folder: Pruned, packed or not; a folder without a recipe is taken by its zeros alone.
-        progress: Is told of each linear.
-
-    Raises:
-        InvalidInput: The model is not on a GPU that can run 2:4, or in float32.
-        ConfigurationError, ModelError: Its recipe or its masks are broken.
     """
     check_gpu(model.device)
     if model.dtype is torch.float32:
@@ -148,60 +128,35 @@ LOADS = 3  # of each model; the first brings its files into the memory of the sy
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """
-    Prompts and lengths of a benchmark.
+    """Prompts and lengths of a benchmark."""
 
-    Attributes:
-        batch: Prompts at once.
-        prompt: Tokens of each, drawn at random.
-        new_tokens: Written after the first one, one by one, each the likeliest.
-        rounds: How often everything is measured.
-        seed: Seed of the tokens.
-    """
-
-    batch: int = 1
-    prompt: int = 512
-    new_tokens: int = 32
-    rounds: int = 5
-    seed: int = 0
+    batch: int = 1  # Prompts at once
+    prompt: int = 512  # Tokens of each, drawn at random
+    new_tokens: int = 32  # Written after the first one, one by one, each the likeliest
+    rounds: int = 5  # How often everything is measured
+    seed: int = 0  # Seed of the tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """
-    What was measured of one model.
+    """What was measured of one model."""
 
-    Attributes:
-        name: As it was given; with ``, 2:4`` where torch's kernels multiply its linears.
-        bytes: Size in bytes of its files.
-        note: What is to be known of it.
-        load_s: Seconds of each loading.
-        prefill_s: Seconds to read the prompts, up to the first new token, by round.
-        decode_s: Seconds to write the new tokens, by round.
-    """
-
-    name: str
-    bytes: int
-    note: str = ""
-    load_s: list[float] = field(default_factory=list)
+    name: str  # As it was given; with ``, 2:4`` where torch's kernels multiply its linears
+    bytes: int  # Size in bytes of its files
+    note: str = ""  # What is to be known of it
+    load_s: list[float] = field(default_factory=list)  # Seconds of each loading
+    # Seconds to read the prompts, up to the first new token, by round.
     prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)  # Seconds to write the new tokens, by round
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """
-    A measurement.
+    """A measurement."""
 
-    Attributes:
-        sides: In the order in which they were given; ratios are to the first.
-        settings: What was run.
-        conditions: Machine, device, dtype and versions, in one line each.
-    """
-
-    sides: list[Side]
-    settings: BenchSettings
-    conditions: list[str]
+    sides: list[Side]  # In the order in which they were given; ratios are to the first
+    settings: BenchSettings  # What was run
+    conditions: list[str]  # Machine, device, dtype and versions, in one line each
 
     def tokens_per_s(self, side: Side) -> tuple[float, float]:
         """Tokens a second that are read, and that are written: of the median round."""
@@ -249,24 +204,10 @@ def bench(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> BenchResult:
-    """
-    Measure models beside each other.
-
-    All of them are in memory at once. Every round runs each of them, in one order and then in the
-    other, so that what else the machine does meets them alike. On a GPU a model with 2:4 linears
-    is measured a second time, with torch's kernels for them.
-
-    Args:
-        models: Folders, packed or not, hub ids or .gguf files.
-        settings: What is run.
-        device: ``auto`` takes a GPU if torch sees one.
-        dtype: ``auto`` is the stored one on a GPU and float32 on the CPU.
-        progress: Is told of loadings, and of each run of a model.
-
-    Raises:
-        InvalidInput: A model is given twice, or reads fewer tokens than are run.
-        ModelError: A model cannot be loaded.
-    """
+    """Measure models beside each other."""
+    # All of them are in memory at once. Every round runs each of them, in one order and then in the
+    # other, so that what else the machine does meets them alike. On a GPU a model with 2:4 linears
+    # is measured a second time, with torch's kernels for them.
     if len({*models}) < len(models):
         raise InvalidInput("a model is given twice. Give each once.")
     where = pick_device(device)
@@ -330,7 +271,6 @@ def _size(path: Path) -> int:
 def _semi_structured(
     side: Side, loaded_as: torch.dtype, device: str, dtype: str
 ) -> tuple[LanguageModel, Side] | None:
-    """The same model on torch's 2:4 kernels, if any of its linears can be."""
     path = Path(side.name).expanduser()
     if loaded_as is torch.float32 or not (path.is_dir() or is_packed(path)):
         return None

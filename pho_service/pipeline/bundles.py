@@ -21,17 +21,10 @@ from pho_service.spec.steps import Candidate
 
 
 def bundle_path(cache_dir: Path, key: str) -> Path:
-    """Where the bundle with this key is kept."""
     return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
 
 
 def kept_bundle(cache_dir: Path, key: str) -> ProxyBundle:
-    """
-    Return the bundle that is kept under a key.
-
-    Raises:
-        BundleError: It is not there, or damaged, or another one has its name.
-    """
     path = bundle_path(cache_dir, key)
     bundle = read_bundle(path)
     if bundle.key != key:
@@ -50,21 +43,9 @@ def cached_bundle(
     progress: Progress = silent,
     known: Callable[[int], Sums | None] = lambda _: None,
 ) -> ProxyBundle:
-    """
-    Calibrate, or take the bundle of an earlier calibration with the same inputs.
-
-    The file's name is the hash of weights, windows, settings and versions, so
-    a bundle in the cache is never stale.
-
-    Args:
-        model, text, settings, progress, known: As of :func:`measure`.
-        cache_dir: Where bundles are kept.
-
-    Raises:
-        ModelError, NumericalError: From the calibration.
-        ChangedInput: The model's file was written into meanwhile.
-        OutputError: The cache cannot be written.
-    """
+    """Calibrate, or take the bundle of an earlier calibration with the same inputs."""
+    # The file's name is the hash of weights, windows, settings and versions, so a bundle in the
+    # cache is never stale.
     path = bundle_path(cache_dir, text.bundle_key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,20 +71,9 @@ logger = logging.getLogger(__name__)
 def few_tokens(
     linears: Mapping[str, PrunableLinear], candidate: Candidate, windows: Tensor | None
 ) -> str | None:
-    """
-    Say that weights are fitted to fewer tokens than they have inputs, and how many would do.
-
-    The second moments of so few tokens are singular. Damping makes weights computable all the
-    same, but they fit what they see more than the text that it stands for.
-
-    Args:
-        linears: Linears of the model, by name.
-        candidate: Only its update is looked at, and which linears it prunes.
-        windows: (windows, tokens), int64, of the calibration.
-
-    Returns:
-        A sentence, or None where there are enough or no weight is changed.
-    """
+    """Say that weights are fitted to fewer tokens than they have inputs, and how many would do."""
+    # The second moments of so few tokens are singular. Damping makes weights computable all the
+    # same, but they fit what they see more than the text that it stands for.
     if windows is None or candidate.steps.update == "none":
         return None
     chosen = candidate.steps.linears.choose(list(linears), candidate.pattern).names

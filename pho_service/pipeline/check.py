@@ -70,22 +70,14 @@ _NOT_CHECKED = "not checked: "
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """
-    One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        name: What was checked.
-        passed: False if something is wrong. What could not be checked passes.
-        detail: What was found; begins with "not checked" if nothing was looked at.
-    """
-
-    name: str
-    passed: bool
-    detail: str
+    name: str  # What was checked
+    passed: bool  # False if something is wrong. What could not be checked passes
+    detail: str  # What was found; begins with "not checked" if nothing was looked at
 
     @property
     def skipped(self) -> bool:
-        """Whether nothing was looked at."""
         return self.detail.startswith(_NOT_CHECKED)
 
     @property
@@ -97,28 +89,9 @@ class Check:
 def check_folder(
     folder: Path, *, original: LanguageModel | None, progress: Progress = silent
 ) -> list[Check]:
-    """
-    Verify a pruned folder: nothing that it says of itself is taken on trust.
-
-    A linear whose mask is not the recipe's has only its weights' hash checked,
-    and a recipe or masks of another model end the report: one fault is told once.
-
-    Args:
-        folder: As ``pho prune`` writes it, or as ``pho pack`` has packed that.
-        original: The model that was pruned, in the dtype that it was pruned
-            in (``read_recipe(folder).model.dtype``). None leaves out whether
-            what stayed was left alone.
-        progress: Is told of each linear.
-
-    Returns:
-        The report, one entry a check.
-
-    Raises:
-        ConfigurationError: The recipe is not there, is not JSON, or has another version. One with
-            keys missing is a failed check.
-        ModelError: The masks or the model are not there, or are damaged.
-        NumericalError: A weight is NaN or infinite.
-    """
+    """Verify a pruned folder: nothing that it says of itself is taken on trust."""
+    # A linear whose mask is not the recipe's has only its weights' hash checked, and a recipe or
+    # masks of another model end the report: one fault is told once.
     folder = folder.expanduser()
     with as_folder(folder) as small:
         return _check_files(folder, small, original, progress)
@@ -127,7 +100,6 @@ def check_folder(
 def _check_files(
     folder: Path, small: Path, original: LanguageModel | None, progress: Progress
 ) -> list[Check]:
-    """The same, when the files beside the weights lie in the folder ``small``."""
     document = recipe_document(small)
     try:
         recipe = Recipe.model_validate(document)
@@ -184,7 +156,6 @@ class _Report:
 
 
 def _check(name: str, problems: list[str], detail: str) -> Check:
-    """Failed if there are problems."""
     return Check(name=name, passed=not problems, detail=listed(problems) if problems else detail)
 
 
@@ -322,7 +293,6 @@ def _own_checks(report: _Report, recipe: Recipe) -> list[Check]:
 
 
 def _origin_check(recipe: Recipe, model: LanguageModel, original: LanguageModel | None) -> Check:
-    """Whether the original is the model that was pruned."""
     name = "original model"
     if original is None:
         return Check(name=name, passed=True, detail=f"{_NOT_CHECKED}no original model was given")

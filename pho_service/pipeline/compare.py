@@ -44,31 +44,20 @@ from pho_service.tuning.plan import SearchRequest
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """
-    Attributes:
-        method: ``dense``, a baseline, or a configuration's name.
-        scope: Where weights competed; None for dense.
-        perplexity: On the report text; over several calibrations, the mean.
-        sparsity: Achieved, over the weights of all linears that are pruned.
-        proxy: The objective's value; None for dense, for SparseGPT, whose
-            mask no bundle knows, and where the bundle lacks a kernel size.
-        seconds: To prune and to measure, and to search where the row was searched.
-        memory_bytes: Most memory in use meanwhile, the model included; None
-            where the system does not tell.
-        deviation: Standard deviation of the perplexity over the calibrations; None for one alone.
-        calibrations: How many the row is the mean of.
-        extra: What else was measured of the pruned model, by name.
-    """
-
-    method: str
-    scope: str | None
-    perplexity: float
-    sparsity: float
+    method: str  # ``dense``, a baseline, or a configuration's name
+    scope: str | None  # Where weights competed; None for dense
+    perplexity: float  # On the report text; over several calibrations, the mean
+    sparsity: float  # Achieved, over the weights of all linears that are pruned
+    # The objective's value; None for dense, for SparseGPT, whose mask no bundle knows, and where
+    # the bundle lacks a kernel size.
     proxy: float | None
-    seconds: float
+    seconds: float  # To prune and to measure, and to search where the row was searched
+    # Most memory in use meanwhile, the model included; None where the system does not tell.
     memory_bytes: int | None
+    # Standard deviation of the perplexity over the calibrations; None for one alone.
     deviation: float | None = None
-    calibrations: int = 1
+    calibrations: int = 1  # How many the row is the mean of
+    # What else was measured of the pruned model, by name.
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -94,30 +83,7 @@ def compare_job(
     dense: ComparisonRow | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
-    """
-    Prune with every method and measure the perplexity on one text.
-
-    Args:
-        model: Dense; it is given back dense.
-        bundle: Bundle of this model.
-        report: Not the text that anything was chosen on.
-        pattern: Pattern of all rows.
-        configurations: (name, configuration) pairs, in the pattern of the comparison.
-        methods: Names of baselines; None is those that are shown by default.
-        ablation: Each configuration has a row for the score alone, and one for each step more.
-        linears: What the baselines prune; None is what the configurations prune.
-        calibration: Windows for methods that need a text; without them such baselines are left
-            out, unless they are named.
-        objective: Whose proxy value is shown; activation reconstruction by default.
-        also: What else is measured of each pruned model.
-        dense: The row of the dense model, if it is known already.
-        run: Where it runs, and who watches it.
-
-    Raises:
-        ConfigurationError: A configuration is for another pattern, or for other linears.
-        InvalidInput: A method is not known, or needs a text where there is none.
-        BundleError: The bundle is of another model.
-    """
+    """Prune with every method and measure the perplexity on one text."""
     linears = common_linears(configurations, pattern, linears)
     shown = shown_baselines(methods, pattern, linears)
     found = [(name, each.candidate()) for name, each in configurations]
@@ -156,13 +122,7 @@ def compare_candidates(
     dense: ComparisonRow | None = None,
     run: Run = Run(),
 ) -> list[ComparisonRow]:
-    """
-    A row for the dense model, and one for each (name, candidate); see :func:`compare_job`.
-
-    Raises:
-        BundleError: The bundle is of another model.
-        InvalidInput: A candidate needs a text, and there is none; or its N:M does not fit.
-    """
+    """A row for the dense model, and one for each (name, candidate); see :func:`compare_job`."""
     bundle.check_model(model.linears)
     evaluator = ProxyEvaluator(bundle, run.device)
     statistics = bundle.statistics()
@@ -239,17 +199,7 @@ def _proxy(evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
 def common_linears(
     configurations: Sequence[tuple[str, Configuration]], pattern: Pattern, linears: Linears | None
 ) -> Linears:
-    """
-    The linears that all rows of a comparison prune.
-
-    Args:
-        configurations: (name, configuration) pairs.
-        pattern: Pattern of the comparison.
-        linears: What was asked for; None is what the configurations prune.
-
-    Raises:
-        ConfigurationError: A configuration is for another pattern, or for other linears.
-    """
+    """The linears that all rows of a comparison prune."""
     found = [(name, fitting(name, each, pattern)) for name, each in configurations]
     if linears is None:
         linears = found[0][1].steps.linears if found else Linears()
@@ -263,12 +213,6 @@ def common_linears(
 
 
 def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candidate:
-    """
-    The candidate of a configuration that is to be compared in a pattern.
-
-    Raises:
-        ConfigurationError: It is for another pattern.
-    """
     candidate = configuration.candidate()
     if str(candidate.pattern) != str(pattern):
         raise ConfigurationError(
@@ -281,10 +225,6 @@ def fitting(name: str, configuration: Configuration, pattern: Pattern) -> Candid
 def check_family(
     configuration: Configuration, model: LanguageModel, name: str, *, other_family: bool
 ) -> None:
-    """
-    Raises:
-        ConfigurationError: A configuration was found on another family of models.
-    """
     found_on = configuration.model
     families = [each.get("family") for each in found_on.get("models", [found_on])]
     known = [family for family in families if family]
@@ -299,31 +239,18 @@ def check_family(
 # A comparison with searches of its own, repeated over calibrations.
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRequest:
-    """
-    Rows of a comparison, and what they share.
+    """Rows of a comparison, and what they share."""
 
-    Attributes:
-        pattern: Pattern of all rows.
-        configurations: (name, configuration) pairs.
-        methods: Names of published methods; None is those that are shown by default.
-        searches: Searches by name, usually that of a preset; what each finds has a row.
-        linears: What all rows prune; None is what the configurations prune.
-        ablation: Configurations and what is found have a row for each step more.
-    """
-
-    pattern: Pattern
-    configurations: Sequence[tuple[str, Configuration]] = ()
+    pattern: Pattern  # Pattern of all rows
+    configurations: Sequence[tuple[str, Configuration]] = ()  # (name, configuration) pairs
+    # Names of published methods; None is those that are shown by default.
     methods: Sequence[str] | None = None
+    # Searches by name, usually that of a preset; what each finds has a row.
     searches: Mapping[str, SearchRequest] = field(default_factory=dict)
-    linears: Linears | None = None
-    ablation: bool = False
+    linears: Linears | None = None  # What all rows prune; None is what the configurations prune
+    ablation: bool = False  # Configurations and what is found have a row for each step more
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ConfigurationError: The configurations have no pattern or linears in common.
-            InvalidInput: A method is not known, or there is nothing to take apart.
-        """
         linears = common_linears(self.configurations, self.pattern, self.linears)
         shown_baselines(self.methods, self.pattern, linears)
         taken = {"dense", *named_baselines(self.pattern)}
@@ -345,29 +272,18 @@ class ComparisonRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """
-    Perplexities of one model on one text: dense, the published methods, and what was found.
+    """Perplexities of one model on one text: dense, the published methods, and what was found."""
 
-    Attributes:
-        pattern: Pattern of all rows.
-        rows: As `pho compare` prints them: means over the calibrations.
-        report: The text that they were measured on.
-        model: Name, family, number of parameters, revision, hash of the weights, dtype.
-        device: Where it was measured.
-        versions: Versions of the packages that measured.
-        notes: What the rows do not say, in sentences.
-        seeds: The rows of each calibration, by its seed.
-        configurations: What the searches of each calibration found, by seed and name.
-    """
-
-    pattern: str
-    rows: Sequence[ComparisonRow]
-    report: dict[str, Any]
+    pattern: str  # Pattern of all rows
+    rows: Sequence[ComparisonRow]  # As `pho compare` prints them: means over the calibrations
+    report: dict[str, Any]  # The text that they were measured on
+    # Name, family, number of parameters, revision, hash of the weights, dtype.
     model: dict[str, Any]
-    device: str
-    versions: dict[str, str]
-    notes: Sequence[str]
-    seeds: dict[int, Sequence[ComparisonRow]]
+    device: str  # Where it was measured
+    versions: dict[str, str]  # Versions of the packages that measured
+    notes: Sequence[str]  # What the rows do not say, in sentences
+    seeds: dict[int, Sequence[ComparisonRow]]  # The rows of each calibration, by its seed
+    # What the searches of each calibration found, by seed and name.
     configurations: dict[int, dict[str, Configuration]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,7 +298,6 @@ class Compared:
 
     @property
     def title(self) -> str:
-        """Title of the table."""
         return f"{Path(self.model['name']).name} at {self.pattern}"
 
     @property
@@ -431,7 +346,6 @@ class Compared:
 
     @property
     def caption(self) -> str:
-        """The conditions of the numbers."""
         of_all = (
             f"; mean ± standard deviation over calibrations with the seeds "
             f"{', '.join(map(str, self.seeds))}"
@@ -459,21 +373,7 @@ def compare_over_seeds(
     also: Also | None = None,
     run: Run = Run(),
 ) -> Compared:
-    """
-    Compare on each calibration, and give the means.
-
-    Args:
-        model: Dense; it is given back dense.
-        report: Not the text that anything was chosen on.
-        request: What is compared.
-        calibrations: By seed, made when their turn comes; the seed is that of searches, too.
-        also: What else is measured of each pruned model.
-        run: Where it runs, and who watches it.
-
-    Raises:
-        ConfigurationError, InvalidInput, BundleError: As of :func:`compare_job` and
-            :func:`search_job`; or there is no text to confirm a search on, or it is the report's.
-    """
+    """Compare on each calibration, and give the means."""
     seeds: dict[int, Sequence[ComparisonRow]] = {}
     configurations: dict[int, dict[str, Configuration]] = {}
     dense = None
@@ -590,15 +490,8 @@ def _with_search(row: ComparisonRow, search: _Search | None) -> ComparisonRow:
 
 
 def mean_rows(tables: Sequence[Sequence[ComparisonRow]]) -> list[ComparisonRow]:
-    """
-    Give one row for each method of several tables: means, and the spread of the perplexity.
-
-    The standard deviation is that of a sample (n - 1); memory is the most of all.
-
-    Args:
-        tables: Tables of one comparison on different calibrations. A row that some of them do not
-            have, such as a step that only one search chose, is the mean of those that have it.
-    """
+    """Give one row for each method of several tables: means, and the spread of the perplexity."""
+    # The standard deviation is that of a sample (n - 1); memory is the most of all.
     together: dict[str, list[ComparisonRow]] = {}
     for table in tables:
         for row in table:

@@ -68,17 +68,13 @@ from storage.studies import keep_record, kept, once
 
 @dataclass(frozen=True, kw_only=True)
 class Raced:
-    """
-    The finalists that are left, and what choosing them took.
+    """The finalists that are left, and what choosing them took."""
 
-    Attributes:
-        finalists: Best first by the objective; each gets a perplexity on the whole text.
-        divergences: From the dense model, of all that were compared.
-        evaluations: What choosing and these perplexities take, in perplexities of the whole text.
-    """
-
+    # Best first by the objective; each gets a perplexity on the whole text.
     finalists: Sequence[RatedCandidate]
+    # From the dense model, of all that were compared.
     divergences: Divergences = field(default_factory=Divergences)
+    # What choosing and these perplexities take, in perplexities of the whole text.
     evaluations: float
 
 
@@ -91,18 +87,15 @@ def choose_finalists(
     *,
     entered: Sequence[RatedCandidate] = (),
 ) -> Raced:
-    """
-    Choose the finalists that get a perplexity on the whole text: those that a race leaves.
-
-    They are measured a few windows at a time, in an order that the search's seed gives, and
-    whoever is behind the leader beyond chance is dropped, see
-    :mod:`pho_service.tuning.finalists`. What was measured is kept at once, so that another attempt
-    goes on. Where a race saves nothing,
-    all finalists get a perplexity, see :func:`~pho_service.pipeline.rating.racing_pays`.
-
-    What a shorter search has measured on the same text stays a finalist, beside those that this
-    search would have had from the start.
-    """
+    """Choose the finalists that get a perplexity on the whole text: those that a race leaves."""
+    # They are measured a few windows at a time, in an order that the search's seed gives, and
+    # whoever is behind the leader beyond chance is dropped, see
+    # :mod:`pho_service.tuning.finalists`. What was measured is kept at once, so that another
+    # attempt goes on. Where a race saves nothing, all finalists get a perplexity, see
+    # :func:`~pho_service.pipeline.rating.racing_pays`.
+    #
+    # What a shorter search has measured on the same text stays a finalist, beside those that this
+    # search would have had from the start.
     before = confirmed_before(islands, rated, text_sha256=subject.text.key)
     pool = united(rated, finalists(rated, count), before, entered)
     pays = racing_pays([each.candidate for each in pool], stream=subject.model.stream)
@@ -230,28 +223,10 @@ def correct_best(
     *,
     run: Run,
 ) -> Correction:
-    """
-    Try other allocations of the best candidate, and compare each with the dense model.
-
-    Candidates are compared as the score prunes them, without the steps after it. Each is a trial
-    of the study, recorded at once, so that another attempt goes on with the next; what is
-    proposed depends on the seed and on the trials before alone.
-
-    Args:
-        islands: The record; corrections are added to the study of the best.
-        rated: Every finished trial, best first by the objective.
-        objective: What they were rated by.
-        model: Dense, not streamed; it is given back dense.
-        bundle: Bundle of the model.
-        calibration: (windows, context_length), int64: the last, which are not those that were run
-            backward, are compared on.
-        run: What it is done with.
-
-    Raises:
-        InvalidInput: All linears have a sparsity by hand, or the best candidate's spread is 0.
-        NumericalError: The best candidate gives NaN or infinity. One that is tried and does is a
-            failed trial.
-    """
+    """Try other allocations of the best candidate, and compare each with the dense model."""
+    # Candidates are compared as the score prunes them, without the steps after it. Each is a trial
+    # of the study, recorded at once, so that another attempt goes on with the next; what is
+    # proposed depends on the seed and on the trials before alone.
     start = rated[0]
     _check_shared_out(start.candidate, bundle)
     evaluator = ProxyEvaluator(bundle, run.device)
@@ -308,14 +283,12 @@ class _Numbers:
         return [] if allocation.unit == "block" else self._proxy.kinds
 
     def measured(self, allocation: Allocation, divergence: float) -> MeasuredPoint:
-        """Measurements of an allocation."""
         offsets = [allocation.offsets.get(kind, 0.0) for kind in self._kinds(allocation)]
         rest = [0.0] * (MOST_DEPTHS - len(allocation.depth))
         point = np.array([*offsets, *allocation.depth, *rest])
         return MeasuredPoint(point=point, proxy=float(self.rate(point[None])[0]), value=divergence)
 
     def allocation(self, like: Allocation, point: Array) -> Allocation:
-        """An allocation with these numbers."""
         kinds = self._kinds(like)
         values = np.clip(point, -MOST_SHIFT, MOST_SHIFT).tolist()
         offsets = dict(zip(kinds, values[: len(kinds)], strict=True))
@@ -336,12 +309,6 @@ class _Numbers:
 class _Divergence:
     """
     Compares candidates with the dense model on calibration windows, as their scores prune them.
-
-    Args:
-        model: Dense, not streamed; it is given back dense each time.
-        statistics: Its statistics.
-        windows: (windows, context_length), int64: the last are compared on.
-        advance: Called after each window, and when the model is pruned.
     """
 
     def __init__(
@@ -352,7 +319,6 @@ class _Divergence:
 
     @property
     def key(self) -> str:
-        """Hash of the windows."""
         return windows_key(self._windows)
 
     @property
@@ -365,7 +331,6 @@ class _Divergence:
         return dense_reference(self._model.model, self._windows)
 
     def __call__(self, candidate: Candidate) -> float:
-        """Give the divergence in nats."""
         reference = self._reference
         masked = replace(candidate, steps=candidate.steps.rated)
         with pruned_model(self._model, self._statistics, masked, None, advance=self._advance):
@@ -578,18 +543,10 @@ def judge(
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """
-    Attributes:
-        candidates: What was rated.
-        perplexity: Perplexity of each candidate.
-        proxies: For each proxy, its value of each candidate.
-        qualities: For each proxy, how well it ranks.
-    """
-
-    candidates: list[Candidate]
-    perplexity: list[float]
-    proxies: dict[str, list[float]]
-    qualities: dict[str, ProxyQuality]
+    candidates: list[Candidate]  # What was rated
+    perplexity: list[float]  # Perplexity of each candidate
+    proxies: dict[str, list[float]]  # For each proxy, its value of each candidate
+    qualities: dict[str, ProxyQuality]  # For each proxy, how well it ranks
 
 
 def validate_job(

@@ -36,33 +36,21 @@ Record = Callable[[SearchRequest], AbstractContextManager[optuna.Study]]
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """
-    Result of a model at one sparsity.
+    """Result of a model at one sparsity."""
 
-    Attributes:
-        pattern: As text.
-        scope: Where weights compete.
-        sparsity: The share of the weights that the pattern removes.
-        perplexity: Perplexity of the best that was found, as it was confirmed.
-        dense: Perplexity of the dense model, on the same windows.
-        wanda, ria: Perplexities of these methods on the same windows; None where one gives NaN.
-        proxy: The objective's value of the best.
-        trials: Trials of its search.
-        seconds: What search, confirmation and published methods took, interruptions left out.
-        result: Result of the search.
-    """
-
-    pattern: str
-    scope: str
-    sparsity: float
-    perplexity: float
+    pattern: str  # As text
+    scope: str  # Where weights compete
+    sparsity: float  # The share of the weights that the pattern removes
+    perplexity: float  # Perplexity of the best that was found, as it was confirmed
+    # Perplexity of the dense model, on the same windows. wanda, ria: Perplexities of these methods
+    # on the same windows; None where one gives NaN.
     dense: float
     wanda: float | None
     ria: float | None
-    proxy: float
-    trials: int
-    seconds: float
-    result: SearchResult
+    proxy: float  # The objective's value of the best
+    trials: int  # Trials of its search
+    seconds: float  # What search, confirmation and published methods took, interruptions left out
+    result: SearchResult  # Result of the search
 
     @property
     def rise(self) -> float:
@@ -98,17 +86,7 @@ class CurvePoint:
 
 
 class CurvePoints:
-    """
-    Finds points one after the other; what the studies hold is not done again.
-
-    Args:
-        subject: The model, its bundle, and the text that all perplexities are of.
-        record: Opens the study of a search.
-        pareto: Study of (sparsity, objective) that takes the trials of each point.
-        run: Where it runs, and who watches it.
-        dense: The dense model's perplexity on that text, if it is known.
-        search: How each is searched, as :func:`search_job` says.
-    """
+    """Finds points one after the other; what the studies hold is not done again."""
 
     def __init__(
         self,
@@ -124,16 +102,7 @@ class CurvePoints:
         self._run, self._dense, self._search = run, dense, search
 
     def find(self, request: SearchRequest, title: str) -> CurvePoint:
-        """
-        Search, confirm, and measure the published methods beside.
-
-        Args:
-            request: Request of the search, its pattern included.
-            title: Title of the point, for whoever is told of the progress.
-
-        Raises:
-            InvalidInput, NumericalError, StudyError: As :func:`search_job`.
-        """
+        """Search, confirm, and measure the published methods beside."""
         subject = self._subject
         with self._record(request) as study:
             if self._dense is not None:  # as another search has measured it on these windows
@@ -184,17 +153,7 @@ def find_points(points: CurvePoints, requests: Sequence[SearchRequest]) -> list[
 def opened_pareto(
     url: str, requests: Sequence[SearchRequest], subject: Subject
 ) -> Iterator[optuna.Study]:
-    """
-    Open the study of (sparsity, objective) that takes the trials of some searches.
-
-    Args:
-        url: URL of the database of their studies.
-        requests: Requests of the searches.
-        subject: What is searched.
-
-    Raises:
-        StudyError: It cannot be opened, or fails in the ``with`` block.
-    """
+    """Open the study of (sparsity, objective) that takes the trials of some searches."""
     try:
         with open_storage(url) as storage:
             yield pareto_of(requests, subject, storage)
@@ -205,7 +164,6 @@ def opened_pareto(
 def pareto_of(
     requests: Sequence[SearchRequest], subject: Subject, storage: BaseStorage | None
 ) -> optuna.Study:
-    """The same in a storage that is open, or in memory."""
     names = [name_of_study(each, subject.bundle, subject.text) for each in requests]
     model = Path(subject.model.name).name
     objective = requests[0].objective
@@ -219,15 +177,6 @@ def curve_document(
     seconds: float | None,
     study: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """
-    A curve as JSON values.
-
-    Args:
-        points: Its points.
-        subject: What was searched.
-        seconds: Duration of the calibration; None if there was one already.
-        study: What is said of the study that has the trials of all points.
-    """
     text = subject.text
     return {
         "format": FORMAT,
@@ -251,13 +200,7 @@ def point_warnings(points: Sequence[CurvePoint]) -> list[str]:
 
 
 def check_patterns(model: LanguageModel, patterns: Sequence[Pattern], linears: Linears) -> None:
-    """
-    See before any long work that all patterns fit a model.
-
-    Raises:
-        InvalidInput: N:M does not divide an input width, or what is said of single linears does
-            not fit the model; names the linear.
-    """
+    """See before any long work that all patterns fit a model."""
     for pattern in patterns:
         chosen = linears.choose(list(model.linears), pattern, model=model.name)
         for name in model.linears:
@@ -276,12 +219,7 @@ def _titled(run: Run, title: str) -> Run:
 def _timed(
     study: optuna.Study, request: SearchRequest, text_sha256: str
 ) -> Iterator[Callable[[], float]]:
-    """
-    Keep in a study what its point takes; what is interrupted adds up.
-
-    Yields:
-        What gives the seconds, at the end.
-    """
+    """Keep in a study what its point takes; what is interrupted adds up."""
     of = [request.trials, request.finalists, text_sha256]
     kept: Mapping[str, Any] = record_of(study).get(_TIME, {})
     done = kept.get("done") == of
@@ -305,18 +243,11 @@ ASSUMED = (
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFound:
-    """
-    Attributes:
-        target: What was asked.
-        points: All that were measured, by sparsity.
-        answer: The sparsest of them that is within the target.
-        outside: The next sparser one, which is not; None if the answer is the highest sparsity
-            that may be tried.
-    """
-
-    target: Target
-    points: Sequence[CurvePoint]
-    answer: CurvePoint
+    target: Target  # What was asked
+    points: Sequence[CurvePoint]  # All that were measured, by sparsity
+    answer: CurvePoint  # The sparsest of them that is within the target
+    # The next sparser one, which is not; None if the answer is the highest sparsity that may be
+    # tried.
     outside: CurvePoint | None
 
     @property
@@ -358,20 +289,9 @@ class TargetFound:
 def target_job(
     points: CurvePoints, target: Target, request: Callable[[float], SearchRequest]
 ) -> TargetFound:
-    """
-    Find the highest sparsity whose confirmed perplexity is within a target.
-
-    The sparsities of the target are bisected, so that about log2 of them are searched. The answer
-    was measured, and so was the sparsity one step above it, which is outside.
-
-    Args:
-        points: Finds the points.
-        target: What is wanted.
-        request: Request of the search at a sparsity.
-
-    Raises:
-        TargetMissed: The lowest sparsity is outside already.
-    """
+    """Find the highest sparsity whose confirmed perplexity is within a target."""
+    # The sparsities of the target are bisected, so that about log2 of them are searched. The answer
+    # was measured, and so was the sparsity one step above it, which is outside.
     found: dict[float, CurvePoint] = {}
     while (sparsity := next_sparsity(target, [*found.values()])) is not None:
         found[sparsity] = points.find(request(sparsity), f"{sparsity:g}, for {target}")
@@ -387,12 +307,7 @@ def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
 
 
 def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
-    """
-    The answer that the points say, after the last one that :func:`next_sparsity` asks for.
-
-    Raises:
-        TargetMissed: The lowest sparsity is outside already.
-    """
+    """The answer that the points say, after the last one that :func:`next_sparsity` asks for."""
     ordered = sorted(points, key=lambda each: each.sparsity)
     inside = [each for each in ordered if _is_inside(target, each)]
     if not inside:
@@ -404,16 +319,9 @@ def target_found(target: Target, points: Sequence[CurvePoint]) -> TargetFound:
 
 
 def next_asked(count: int, inside: Mapping[int, bool]) -> int | None:
-    """
-    Return the number that a bisection of ``count`` numbers from 0 asks for next.
-
-    It looks for the last number inside; all that follow one outside are outside, too. None at the
-    end, when both that number and the one after it were asked for.
-
-    Args:
-        count: How many there are.
-        inside: What is known of those that were asked for.
-    """
+    """Return the number that a bisection of ``count`` numbers from 0 asks for next."""
+    # It looks for the last number inside; all that follow one outside are outside, too. None at the
+    # end, when both that number and the one after it were asked for.
     low, high = -1, count  # inside, outside
     while high - low > 1:
         middle = (low + high) // 2

@@ -21,28 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """
-    A bundle, and what there is of its model beside.
+    """A bundle, and what there is of its model beside."""
 
-    Attributes:
-        bundle: Bundle of the model.
-        name: What its user calls the model.
-        model: Dense; None: only proxies are known.
-        calibration: The windows that the bundle was made of, for steps that need a text.
-        confirm: What perplexities choose on.
-        report: What perplexities are reported on; nothing may have been chosen on it.
-        left: How many windows of the text were not drawn; None where that is not known.
-        seconds: Duration of the calibration; None if there was one already.
-    """
-
-    bundle: "ProxyBundle"
-    name: str = ""
-    model: "LanguageModel | None" = None
+    bundle: "ProxyBundle"  # Bundle of the model
+    name: str = ""  # What its user calls the model
+    model: "LanguageModel | None" = None  # Dense; None: only proxies are known
+    # The windows that the bundle was made of, for steps that need a text.
     calibration: "Tensor | None" = None
-    confirm: "ReportText | None" = None
+    confirm: "ReportText | None" = None  # What perplexities choose on
+    # What perplexities are reported on; nothing may have been chosen on it.
     report: "ReportText | None" = None
+    # How many windows of the text were not drawn; None where that is not known.
     left: int | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # Duration of the calibration; None if there was one already
 
     @property
     def subject(self) -> "Subject":

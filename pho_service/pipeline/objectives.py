@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 # Rate candidates by the proxy, on a bundle: no model is needed, and transformers is not loaded.
 def proxy_value(rating: ProxyRating, objective: Objective) -> float:
-    """The number that an objective takes from a rating."""
     value = rating.gini if objective.name == "gini" else getattr(rating, objective.weighting)
     assert isinstance(value, float)
     return value
@@ -49,12 +48,7 @@ def proxy_value(rating: ProxyRating, objective: Objective) -> float:
 def mask_proxy(
     evaluator: ProxyEvaluator, candidate: Candidate, objective: Objective
 ) -> float | None:
-    """
-    A candidate's value, or None if its update chooses the mask, which no bundle knows.
-
-    Raises:
-        BundleError: The bundle lacks what the candidate needs.
-    """
+    """A candidate's value, or None if its update chooses the mask, which no bundle knows."""
     if candidate.steps.chooses_mask:
         return None
     (rating,) = evaluator.evaluate([candidate], with_gini=objective.name == "gini")
@@ -116,18 +110,7 @@ def rate_jointly(
     objective: Objective,
     linears: Linears = Linears(),
 ) -> Evaluate:
-    """
-    A function for a search over several models.
-
-    Args:
-        evaluators: By name of the model.
-        pattern: Pattern of the search.
-        objective: How the models count.
-        linears: What RIA prunes, as every candidate does.
-
-    Raises:
-        NumericalError: RIA has no value on one of them, or one of 0.
-    """
+    """A function for a search over several models."""
     ria = reference_methods(pattern, linears)["ria"]
     references = {}
     for name, evaluator in evaluators.items():
@@ -184,13 +167,7 @@ def objective_function(
     device: str,
     calibration: Tensor | None = None,
 ) -> Evaluate:
-    """
-    What a search rates candidates by: a proxy on one or several bundles, or perplexity.
-
-    Raises:
-        InvalidInput: The objective is perplexity, and the model or the text is missing.
-        NumericalError: RIA has no value on one of several bundles, or one of 0.
-    """
+    """What a search rates candidates by: a proxy on one or several bundles, or perplexity."""
     if objective.over is not None:
         evaluators = {name: ProxyEvaluator(bundle, device) for name, bundle in bundles.items()}
         return rate_jointly(evaluators, plan.pattern, objective, plan.steps.linears)
@@ -205,12 +182,6 @@ def objective_function(
 
 
 def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:
-    """
-    The bundle of the only model.
-
-    Raises:
-        InvalidInput: There are several.
-    """
     if len(bundles) > 1:
         raise InvalidInput(
             f"{what} is given for a search on the bundles of {len(bundles)} models, "
@@ -220,12 +191,7 @@ def only_one(bundles: Mapping[str, ProxyBundle], what: str) -> ProxyBundle:
 
 
 def rated_on(request: SearchRequest, text: "ReportText | None") -> str:
-    """
-    Hash of the text that candidates are rated on; empty if a proxy rates them.
-
-    Raises:
-        InvalidInput: They are rated by perplexity, and there is no text.
-    """
+    """Hash of the text that candidates are rated on; empty if a proxy rates them."""
     if request.objective.name != "perplexity":
         return ""
     if text is None:
@@ -249,15 +215,6 @@ _STUDIES = 3  # most that are read, the newest first
 class KnownRatings:
     """
     What other studies of the same storage hold; a search by perplexity, or in memory, has none.
-
-    Args:
-        study: Study of the search. It is marked, for the next one to find.
-        request: What is asked.
-        plan: Plan of the search.
-        bundles: The keys of what it rates on.
-
-    Attributes:
-        taken: How many ratings were taken.
     """
 
     def __init__(
@@ -316,5 +273,4 @@ def _mark(request: SearchRequest, plan: SearchPlan, bundles: Sequence[str]) -> s
 
 
 def _key(candidate: Candidate) -> str:
-    """Return what a proxy sees of a candidate."""
     return json.dumps(replace(candidate, steps=candidate.steps.rated).to_dict(), sort_keys=True)

@@ -40,16 +40,7 @@ from pho_service.spec.steps import Candidate, Reconstruction
 # Block reconstruction of a whole model: the dense stream beside the pruned one, and what is
 # trained.
 class Rebuilding:
-    """
-    Trains the blocks of a model one after the other, each after it was pruned.
-
-    Args:
-        settings: How.
-        windows: How many calibration windows there are.
-
-    Raises:
-        InvalidInput: Too few windows.
-    """
+    """Trains the blocks of a model one after the other, each after it was pruned."""
 
     def __init__(self, settings: Reconstruction, windows: int) -> None:
         check_windows(windows)
@@ -64,16 +55,6 @@ class Rebuilding:
     def after(
         self, block: Block, masks: Mapping[str, Tensor], advance: Advance = lambda _: None
     ) -> Reconstructed:
-        """
-        Train a block that is pruned.
-
-        Args:
-            block: Its linears are changed in place.
-            masks: What each pruned linear keeps, (out_features, in_features), bool, by name. Other
-                linears stay as they are.
-            advance: Called with 0 after each step.
-        """
-
         def run(window: int) -> Tensor:
             output: Tensor = block.run(window, block.inputs[window])
             return output
@@ -85,17 +66,7 @@ class Rebuilding:
 def trainables(
     module: nn.Module, linears: Mapping[str, PrunableLinear], masks: Mapping[str, Tensor]
 ) -> list[Trainable]:
-    """
-    Find the parameters that hold linears' weights, and which of their elements may change.
-
-    Args:
-        module: That the parameters are of.
-        linears: By name.
-        masks: Masks of the trained linears: (out_features, in_features), bool, True = kept.
-
-    Returns:
-        One for each mask, in its order.
-    """
+    """Find the parameters that hold linears' weights, and which of their elements may change."""
     parameters = [*module.parameters()]
     return [
         Trainable(
@@ -127,30 +98,10 @@ def prune_model(
     done: KeptBlocks | None = None,
     rebuilt: Callable[[str, Reconstructed], None] = lambda _name, _result: None,
 ) -> dict[str, float]:
-    """
-    Prune a model in place, and give the share that each pruned linear has lost.
-
-    A candidate whose steps need a text is applied block by block: each block sees the
-    calibration windows as the pruned blocks before it leave them. The allocation always comes from
-    the dense model's statistics, and so do the scores, unless the steps say ``sequential``.
-
-    Args:
-        model: Dense; it is left pruned.
-        statistics: Statistics of the dense model.
-        candidate: What to remove, and how.
-        calibration: (windows, tokens), int64; only needed by steps that see a text.
-        advance: Called with 1 after each pruned linear, and with 0 while a block is trained.
-        kept: Called with the name of each pruned linear and its mask, as soon as it is pruned: all
-            masks together take a byte a weight, so they are not given back.
-        done: Blocks that are trained already: they are taken from there, and others put there.
-        rebuilt: Called with the name of each block that is trained, and what it came to.
-
-    Raises:
-        InvalidInput: The steps need a text, and there is none, or too little of it; or the
-            pattern, or what is said of single linears, does not fit the model.
-        NumericalError: A score is NaN, or a second moment cannot be inverted.
-        OutputError: A block cannot be kept.
-    """
+    """Prune a model in place, and give the share that each pruned linear has lost."""
+    # A candidate whose steps need a text is applied block by block: each block sees the calibration
+    # windows as the pruned blocks before it leave them. The allocation always comes from the dense
+    # model's statistics, and so do the scores, unless the steps say ``sequential``.
     if candidate.steps.needs_text:
         windows = _given(calibration, candidate)
         if few := few_tokens(model.linears, candidate, windows):
@@ -309,21 +260,7 @@ def finished_block(
     input_of: Mapping[str, int],
     may_move: Callable[[Iterable[str]], bool] = lambda _names: True,
 ) -> Iterator[tuple[str, LinearMask, Tensor]]:
-    """
-    Take the linears of a block through a candidate's steps, those of one input together.
-
-    Args:
-        linears: Linears of the block; they are not changed.
-        statistics: For the scores, where a step looks at them again.
-        candidate: Its steps.
-        masks: By score, of each linear.
-        moments: Second moments of the inputs of the block.
-        input_of: Which of them each linear reads.
-        may_move: Whether the input that some linears read may be permuted.
-
-    Yields:
-        Name, final mask and new weight, (out_features, in_features), float32, of each linear.
-    """
+    """Take the linears of a block through a candidate's steps, those of one input together."""
     readers: dict[int, list[ScoredLinear]] = {}
     for name, mask in masks:
         linear = linears[name]
@@ -353,15 +290,7 @@ def pruned_model(
     calibration: Tensor | None,
     advance: Advance = lambda _: None,
 ) -> Iterator[Mapping[str, float]]:
-    """
-    A model pruned with a candidate, and dense again afterwards.
-
-    Args:
-        model, statistics, candidate, calibration, advance: As for :func:`prune_model`.
-
-    Yields:
-        The achieved sparsity of each pruned linear.
-    """
+    """A model pruned with a candidate, and dense again afterwards."""
     if not (candidate.steps.needs_text or model.stream):
         masks = whole_masks(model, statistics, candidate)
         with pruned(model.linears, ((name, mask.keep) for name, mask in masks)) as sparsity:
@@ -379,25 +308,8 @@ def rate_streamed(
     windows: Tensor,
     advance: Advance = lambda _: None,
 ) -> tuple[Perplexity, Mapping[str, float]]:
-    """
-    Prune and measure a streamed model in one pass: each block is pruned, run, and forgotten.
-
-    Nothing is written, and no calibration text is run.
-
-    Args:
-        model: Dense, and streamed; it stays so.
-        statistics: Its statistics.
-        candidate: Its steps need no text.
-        windows: (windows, context_length), int64, to measure on.
-        advance: Called with 1 after each of them.
-
-    Returns:
-        The perplexity, and the achieved sparsity of each pruned linear.
-
-    Raises:
-        InvalidInput, NumericalError: As :func:`prune_model`.
-        ModelError: The model cannot be run block by block.
-    """
+    """Prune and measure a streamed model in one pass: each block is pruned, run, and forgotten."""
+    # Nothing is written, and no calibration text is run.
     masks = whole_masks(model, statistics, candidate)
     names = _pruned_names(model, candidate)
     sparsity: dict[str, float] = {}
@@ -410,5 +322,4 @@ def rate_streamed(
 
 
 def _share(mask: LinearMask) -> float:
-    """Return the share of its weights that are removed."""
     return 1 - int(mask.keep.count_nonzero()) / mask.keep.numel()

@@ -29,31 +29,20 @@ from pho_service.spec.configuration import Configuration
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedFolder:
-    """
-    Changes that were made to a model.
+    """Changes that were made to a model."""
 
-    Attributes:
-        sparsity: Over the weights of all linears that are pruned.
-        blocks: What the training of each block came to, if there was one.
-        layers: Sparsity of each of them, in the model's order.
-        masks: What each of them keeps, one bit a weight.
-        recipe: JSON values: what ``pruning.json`` says of it.
-    """
-
-    sparsity: float
-    layers: dict[str, float]
-    masks: dict[str, PackedMask]
-    recipe: dict[str, Any]
+    sparsity: float  # Over the weights of all linears that are pruned
+    layers: dict[str, float]  # Sparsity of each of them, in the model's order
+    masks: dict[str, PackedMask]  # What each of them keeps, one bit a weight
+    recipe: dict[str, Any]  # JSON values: what ``pruning.json`` says of it
+    # What the training of each block came to, if there was one.
     blocks: dict[str, Reconstructed] = field(default_factory=dict)
 
     @property
     def orders(self) -> dict[str, int] | None:
-        """
-        How many linears have which order of channels; None where none was permuted.
-
-        ``folded`` into the stored weights; to be ``gathered`` by a runtime in the order of the
-        masks; or ``kept`` as the model has it.
-        """
+        """How many linears have which order of channels; None where none was permuted."""
+        # ``folded`` into the stored weights; to be ``gathered`` by a runtime in the order of the
+        # masks; or ``kept`` as the model has it.
         if self.recipe["configuration"]["steps"]["permutation"] == "none":
             return None
         folded = len(self.recipe["folded"])
@@ -75,17 +64,11 @@ def orders_in_words(orders: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """
-    A linear's mask, packed once: all of them are held until they are written.
-
-    Attributes:
-        group_keep: N of N:M.
-        sparsity: Share removed.
-    """
+    """A linear's mask, packed once: all of them are held until they are written."""
 
     mask: PackedMask
-    group_keep: int
-    sparsity: float
+    group_keep: int  # N of N:M
+    sparsity: float  # Share removed
 
     @classmethod
     def of(cls, mask: LinearMask) -> "_Kept":
@@ -96,7 +79,6 @@ class _Kept:
         )
 
     def taken(self, keep: Tensor, order: Tensor | None) -> "_Kept":
-        """The same weights with their channels in another order."""
         return replace(self, mask=PackedMask.of(LayerMask(keep=keep, order=order)))
 
 
@@ -110,19 +92,7 @@ def prune_job(
     calibration: Tensor | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
-    """
-    Prune with a configuration, and write a Hugging Face folder with masks and recipe.
-
-    Args:
-        model, bundle, configuration, origin, calibration, progress: As of :func:`prune_in_place`.
-        folder: New or empty. ``pruning.json`` in it has the recipe,
-            ``pruning/masks.safetensors`` the masks. Blocks that a reconstruction has trained are
-            beside it, in ``.NAME.blocks``, until it is whole: killed, it goes on from there.
-
-    Raises:
-        BundleError, InvalidInput: As :func:`prune_in_place`.
-        OutputError: The folder is in use, or cannot be written.
-    """
+    """Prune with a configuration, and write a Hugging Face folder with masks and recipe."""
     done = blocks_kept(model, bundle, configuration, folder, calibration)
     pruned = prune_in_place(
         model,
@@ -148,10 +118,6 @@ def blocks_kept(
 ) -> KeptBlocks | None:
     """
     Where :func:`prune_job` keeps the blocks that a reconstruction has trained; None without one.
-
-    Args:
-        model, bundle, configuration, folder, calibration: As of :func:`prune_job`; the model is
-            dense.
     """
     if not configuration.steps.reconstruction.wanted or calibration is None:
         return None
@@ -183,27 +149,9 @@ def prune_in_place(
     done: KeptBlocks | None = None,
     progress: Progress = silent,
 ) -> PrunedFolder:
-    """
-    Prune a model with a configuration for good; no model is written.
-
-    Input channels that were permuted for N:M, and can be renumbered with the
-    linears that write them, are: then the groups hold in the order of the model.
-
-    Args:
-        model: Dense; it is left pruned, in its stored dtype.
-        bundle: Bundle of this model, for its activation norms and Fisher weights.
-        configuration: What to remove, and how.
-        origin: Where the configuration was found, for the recipe; None where the user had it.
-        calibration: Windows for steps that need a text.
-        done: Where the blocks that a reconstruction has trained are kept meanwhile; those that are
-            there are not trained again.
-        progress: Is told of each linear.
-
-    Raises:
-        BundleError: The bundle is of another model.
-        InvalidInput: The pattern, or what is said of single linears, does not fit the model; or a
-            text is missing.
-    """
+    """Prune a model with a configuration for good; no model is written."""
+    # Input channels that were permuted for N:M, and can be renumbered with the linears that write
+    # them, are: then the groups hold in the order of the model.
     bundle.check_model(model.linears)
     few = few_tokens(model.linears, configuration.candidate(), calibration)
     dense = model.to_dict()  # before its weights change
@@ -263,14 +211,8 @@ def prune_in_place(
 
 
 def _fold(model: LanguageModel, kept: dict[str, _Kept]) -> list[dict[str, Any]]:
-    """
-    Renumber hidden channels where that is exact; masks and orders follow.
-
-    A streamed model's weights are on disk already and stay in their order.
-
-    Returns:
-        What was folded, for the recipe.
-    """
+    """Renumber hidden channels where that is exact; masks and orders follow."""
+    # A streamed model's weights are on disk already and stay in their order.
     folded: list[dict[str, Any]] = []
     if model.stream:
         return folded

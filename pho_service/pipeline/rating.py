@@ -50,16 +50,10 @@ def windows_key(windows: Tensor) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportText:
-    """
-    A text to measure perplexity on, cut for one model.
+    """A text to measure perplexity on, cut for one model."""
 
-    Attributes:
-        windows: (windows, context_length), int64.
-        record: Where it is from.
-    """
-
-    windows: Tensor
-    record: TextRecord
+    windows: Tensor  # (windows, context_length), int64
+    record: TextRecord  # Where it is from
 
     @property
     def key(self) -> str:
@@ -67,7 +61,6 @@ class ReportText:
         return windows_key(self.windows)
 
     def measured_on(self, divergence_tokens: int | None = None) -> dict[str, Any]:
-        """The fields of a confirmation that say what was measured on."""
         return {
             "divergence_tokens": divergence_tokens,
             "tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
@@ -89,23 +82,7 @@ def rate_pruned(
     *,
     calibration: Tensor | None = None,
 ) -> tuple[Perplexity, float]:
-    """
-    Prune a model with a candidate, measure its perplexity, and put the weights back.
-
-    Args:
-        model: Dense.
-        statistics: Its statistics.
-        candidate: What to prune with.
-        windows: (windows, context_length), int64, to measure on.
-        advance: Called with 1 after each of them, and with 0 while the model is pruned.
-        calibration: Windows for candidates whose steps need a text.
-
-    Raises:
-        InvalidInput: They need one, and there is none.
-
-    Returns:
-        The perplexity, and the achieved sparsity over the linears that are pruned.
-    """
+    """Prune a model with a candidate, measure its perplexity, and put the weights back."""
     if model.stream and not candidate.steps.needs_text:
         result, shares = rate_streamed(model, statistics, candidate, windows, advance)
         return result, model_sparsity(model.linears, shares)
@@ -120,18 +97,12 @@ def rate_pruned(
 class Subject:
     """
     A dense model with all that it takes to prune it with a candidate and to measure the result.
-
-    Attributes:
-        model: Dense; it is given back dense.
-        bundle: Bundle of the model.
-        text: To measure on.
-        calibration: Windows for candidates whose steps need a text.
     """
 
-    model: LanguageModel
-    bundle: ProxyBundle
-    text: ReportText
-    calibration: Tensor | None = None
+    model: LanguageModel  # Dense; it is given back dense
+    bundle: ProxyBundle  # Bundle of the model
+    text: ReportText  # To measure on
+    calibration: Tensor | None = None  # Windows for candidates whose steps need a text
 
 
 def measure(
@@ -141,19 +112,7 @@ def measure(
     *,
     known: Losses = MappingProxyType({}),
 ) -> Measured:
-    """
-    Prune with a candidate, measure the perplexity, and put the weights back.
-
-    Args:
-        subject: What is pruned, and measured on.
-        candidate: What to prune with; None leaves the model dense.
-        advance: Called with 1 after each window, and with 0 while the model is pruned.
-        known: Losses of windows that were measured before; those are not run again.
-
-    Raises:
-        InvalidInput: The candidate's steps need a text, and the subject has none.
-        NumericalError: A score or a logit is NaN or infinite.
-    """
+    """Prune with a candidate, measure the perplexity, and put the weights back."""
     started = time.monotonic()
     windows = subject.text.windows
     if candidate is None:
@@ -185,53 +144,36 @@ def measure(
 def racing_pays(candidates: Sequence[Candidate], *, stream: bool) -> bool:
     """
     Whether finalists are measured a few windows at a time, and the worst of them left out early.
-
-    Not where pruning is what costs, because a text runs through the model for each candidate; nor
-    with a streamed model, which is read again for each, whatever is measured.
     """
+    # Not where pruning is what costs, because a text runs through the model for each candidate; nor
+    # with a streamed model, which is read again for each, whatever is measured.
     return not stream and not any(candidate.steps.needs_text for candidate in candidates)
 
 
 def compared_count(windows: Tensor) -> int:
-    """
-    How many windows of a text finalists are compared with the dense model on.
-
-    About 512 tokens, at most a quarter of the windows, at least one.
-    """
+    """How many windows of a text finalists are compared with the dense model on."""
+    # About 512 tokens, at most a quarter of the windows, at least one.
     wanted = COMPARED_TOKENS // windows.shape[1]
     return max(1, min(wanted, len(windows) // 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Glance:
-    """
-    Measurements of a candidate on some windows of a text.
+    """Measurements of a candidate on some windows of a text."""
 
-    Attributes:
-        losses: Losses of each window, by its number; see
-            :func:`~pho_service.pruning.perplexity.window_losses`.
-        divergence: From the dense model on these windows, in nats a token; None if it was not
-            asked for.
-        sparsity: The share removed of all prunable weights.
-    """
-
+    # Losses of each window, by its number; see
+    # :func:`~pho_service.pruning.perplexity.window_losses`.
     losses: dict[int, list[float]]
+    # From the dense model on these windows, in nats a token; None if it was not asked for.
     divergence: float | None
-    sparsity: float
+    sparsity: float  # The share removed of all prunable weights
 
 
 class Glances:
-    """
-    Prunes with candidates and measures them on some windows of a text at a time.
+    """Prunes with candidates and measures them on some windows of a text at a time."""
 
-    What the dense model predicts on the windows that candidates are compared with it on is measured
-    before the first of them, once.
-
-    Args:
-        subject: What is pruned, not streamed; it is dense again after each glance.
-        advance: Called with 1 after each window, and with 0 while the model is pruned.
-        compared: Numbers of the windows that a glance compares with the dense model.
-    """
+    # What the dense model predicts on the windows that candidates are compared with it on is
+    # measured before the first of them, once.
 
     def __init__(
         self, subject: Subject, advance: Advance = lambda _: None, compared: Sequence[int] = ()
@@ -248,18 +190,7 @@ class Glances:
         return dense_reference(self._subject.model.model, windows)
 
     def __call__(self, candidate: Candidate, numbers: Sequence[int]) -> Glance:
-        """
-        Prune with a candidate, measure, and put the weights back.
-
-        Args:
-            candidate: What to prune with.
-            numbers: Numbers of the windows. If they begin with those that are compared, the
-                glance has a divergence.
-
-        Raises:
-            InvalidInput: The candidate's steps need a text.
-            NumericalError: A score or a logit is NaN or infinite.
-        """
+        """Prune with a candidate, measure, and put the weights back."""
         if candidate.steps.needs_text:
             raise InvalidInput("a candidate whose steps need a text is measured as a whole.")
         compares = bool(self._compared) and list(numbers[: len(self._compared)]) == self._compared
@@ -288,9 +219,8 @@ class Glances:
     def _masks(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
         """
         The masks of a candidate; from the third glance on they are unpacked, not computed again.
-
-        Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
         """
+        # Most candidates are dropped before, so few masks are kept: a bit a weight, in main memory.
         key = json.dumps(candidate.to_dict(), sort_keys=True)
         self._glances[key] += 1
         linears, packed = self._subject.model.linears, self._packed.get(key)

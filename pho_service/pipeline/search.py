@@ -61,18 +61,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """
-    One of several pieces of a job that do not depend on each other.
+    """One of several pieces of a job that do not depend on each other."""
 
-    Attributes:
-        number: Tells it from the others with the same name.
-        about: What to do, as JSON values.
-        lock: Pieces with the same lock are done one after the other, of all jobs.
-    """
-
-    number: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)
-    lock: str | None = None
+    number: int = 0  # Tells it from the others with the same name
+    about: Mapping[str, Any] = field(default_factory=dict)  # What to do, as JSON values
+    lock: str | None = None  # Pieces with the same lock are done one after the other, of all jobs
 
 
 class Journal:
@@ -90,7 +83,6 @@ class Journal:
         *,
         title: str | None = None,
     ) -> list[T]:
-        """Return what each piece gives."""
         del name, kind
         if title is None or not pieces:
             return [do(piece, self.run) for piece in pieces]
@@ -124,12 +116,7 @@ _ROWS = "bundle_rows_sha256"  # record of a study
 
 
 def check_study_url(url: str) -> None:
-    """
-    See before any long work that a study may be kept at ``url``.
-
-    Raises:
-        StudyError: It is not the URL of a database, or one that keeps nothing.
-    """
+    """See before any long work that a study may be kept at ``url``."""
     try:
         check_url(url)
     except StorageError as error:
@@ -139,17 +126,8 @@ def check_study_url(url: str) -> None:
 def study_name(
     request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any], rated_on: str = ""
 ) -> str:
-    """
-    Names a study after what it searches, so that the same request finds it again.
-
-    The number of trials is left out: a longer search goes on with a shorter one.
-
-    Args:
-        request: What is asked.
-        plan: Plan of the search.
-        provenance: Provenance of the bundle.
-        rated_on: Hash of the text, if candidates are rated by perplexity.
-    """
+    """Names a study after what it searches, so that the same request finds it again."""
+    # The number of trials is left out: a longer search goes on with a shorter one.
     options = plan.identity()
     identity = [
         provenance.get("key", ""), str(plan.pattern), plan.pattern.scope,
@@ -163,15 +141,9 @@ def study_name(
 
 
 def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
-    """
-    See that a study is of these bundles and no others, and note it in a new one.
-
-    The key of a bundle is in the study's name. Who puts bundles together by hand may give two
-    of them the same, so the sampled weights are compared, too.
-
-    Raises:
-        StudyError: Its trials are of a bundle with other weights.
-    """
+    """See that a study is of these bundles and no others, and note it in a new one."""
+    # The key of a bundle is in the study's name. Who puts bundles together by hand may give two of
+    # them the same, so the sampled weights are compared, too.
     found = [*bundles]
     rows = [bundle.rows_sha256 for bundle in found]
     known = record_of(study).get(_ROWS)
@@ -188,17 +160,11 @@ def check_study(study: optuna.Study, bundles: Iterable[ProxyBundle]) -> None:
 # What a result is judged by: the dense model, Wanda and RIA on the windows that chose the result.
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """
-    Something that a result is judged by.
+    """Something that a result is judged by."""
 
-    Attributes:
-        name: ``dense``, ``wanda`` or ``ria``.
-        candidate: What the model is pruned with; None leaves it dense.
-        trial: The trial of the search that is the same candidate; None if no trial is.
-    """
-
-    name: str
-    candidate: Candidate | None
+    name: str  # ``dense``, ``wanda`` or ``ria``
+    candidate: Candidate | None  # What the model is pruned with; None leaves it dense
+    # The trial of the search that is the same candidate; None if no trial is.
     trial: int | None = None
 
 
@@ -262,10 +228,9 @@ def search_job(
     """
     Search, confirm, and say what was found and how good it is. Goes on with a search that the
     study holds a part of.
-
-    On several bundles, a candidate's value is the mean, or the worst, over the models of its
-    proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
     """
+    # On several bundles, a candidate's value is the mean, or the worst, over the models of its
+    # proxy relative to RIA's on the same model: below 1 it is better. Nothing is confirmed then.
     named = by_name(bundles)
     plan = search_plan(request, named)
     if request.validation is not None and (model is None or confirm_text is None):
@@ -306,39 +271,26 @@ def search_job(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """
-    What a search is to do.
-
-    Attributes:
-        requests, plans: One for each island; the first has the seed that was asked for.
-        origin: Where what is searched comes from, see :func:`origin_of`.
-        timeout_s: Time limit of each island.
-    """
+    """What a search is to do."""
 
     requests: Sequence[SearchRequest]
     plans: Sequence[SearchPlan]
-    origin: Mapping[str, Any]
-    timeout_s: float | None = None
+    origin: Mapping[str, Any]  # Where what is searched comes from, see :func:`origin_of`
+    timeout_s: float | None = None  # Time limit of each island
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchInputs:
-    """
-    What a search works on; each is opened when it is asked for.
+    """What a search works on; each is opened when it is asked for."""
 
-    Attributes:
-        bundles: The bundles of all models, by name.
-        model, text: The model, and what perplexities are measured on; None if none are to be.
-        calibration: The windows that the bundle was made of.
-        study: The record of an island.
-        check: Refuses files that have changed meanwhile; gives the hash of the weights, if known.
-    """
-
+    # The bundles of all models, by name. model, text: The model, and what perplexities are measured
+    # on; None if none are to be.
     bundles: Callable[[], Mapping[str, ProxyBundle]]
     model: "Callable[[], LanguageModel | None]"
     text: "Callable[[], ReportText | None]"
-    calibration: Callable[[], Tensor | None]
-    study: Callable[[int], optuna.Study]
+    calibration: Callable[[], Tensor | None]  # The windows that the bundle was made of
+    study: Callable[[int], optuna.Study]  # The record of an island
+    # Refuses files that have changed meanwhile; gives the hash of the weights, if known.
     check: Callable[[], str | None] = lambda: None
 
 
@@ -671,11 +623,8 @@ def opened_study(
     bundles: Bundles,
     confirm_text: "ReportText | None" = None,
 ) -> Iterator[optuna.Study]:
-    """
-    Open the study of a search in a database, with what the storage says turned into ours.
-
-    Its name says what is searched: the same request on the same bundles finds it again.
-    """
+    """Open the study of a search in a database, with what the storage says turned into ours."""
+    # Its name says what is searched: the same request on the same bundles finds it again.
     name = name_of_study(request, bundles, confirm_text)
     try:
         with open_storage(url) as storage:
@@ -696,7 +645,6 @@ def memory_study(
 def name_of_study(
     request: SearchRequest, bundles: Bundles, confirm_text: "ReportText | None"
 ) -> str:
-    """What a study of a search is called."""
     named = by_name(bundles)
     origin = origin_of([bundle.origin for bundle in named.values()])
     plan = search_plan(request, named)
@@ -704,7 +652,6 @@ def name_of_study(
 
 
 def by_name(bundles: Bundles) -> Mapping[str, ProxyBundle]:
-    """The bundles by the names of their models."""
     if isinstance(bundles, Mapping):
         return bundles
     return {str(bundles.provenance.get("model", {}).get("name", "model")): bundles}

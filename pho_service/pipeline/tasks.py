@@ -34,23 +34,7 @@ def measure_tasks(
     limit: int | None = None,
     progress: Progress = silent,
 ) -> list[TaskScore]:
-    """
-    Ask a model all questions of some tasks.
-
-    Args:
-        model: Dense or pruned, with a tokenizer.
-        tasks: What ``load_tasks`` gave; they can be measured again.
-        bos: Whether sequences start with BOS: ``auto``, ``always``, ``never``.
-        limit: Only the first so many examples of each task; None asks all.
-        progress: Is told how many answers are rated.
-
-    Returns:
-        A score for each task and metric, in the order of the tasks.
-
-    Raises:
-        InvalidInput: ``limit`` below 1, or no tokenizer.
-        NumericalError: A likelihood is NaN.
-    """
+    """Ask a model all questions of some tasks."""
     from lm_eval.evaluator import evaluate
 
     if limit is not None and limit < 1:
@@ -111,14 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 class TaskModel:
-    """
-    A model as the harness asks it; it needs no more of the harness's own class than this.
-
-    Args:
-        model: In evaluation mode, with a tokenizer.
-        bos: ``auto``, ``always`` or ``never``.
-        progress: Is told how many continuations are rated.
-    """
+    """A model as the harness asks it; it needs no more of the harness's own class than this."""
 
     rank = 0
     world_size = 1
@@ -145,11 +122,8 @@ class TaskModel:
             return rate_continuations(self._model, continuations, advance=advance)
 
     def _encode(self, context: str, continuation: str) -> Continuation:
-        """
-        Tokens of a context and what follows it, tokenised together and then cut.
-
-        Spaces at the end of the context belong to what follows, as in the harness.
-        """
+        """Tokens of a context and what follows it, tokenised together and then cut."""
+        # Spaces at the end of the context belong to what follows, as in the harness.
         known = self._tokens(context.rstrip())
         whole = self._tokens(context + continuation)
         if not whole:

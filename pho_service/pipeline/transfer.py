@@ -31,28 +31,20 @@ MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """
-    Result of a configuration on a target.
+    """Result of a configuration on a target."""
 
-    Attributes:
-        target: Its name.
-        key: Names everything that the numbers depend on.
-        perplexities: On the report text, by method: ``dense``, ``wanda``, ``ria``,
-            ``transferred``, and ``own``, if it was searched for; empty without a model.
-        proxies: By the same methods but ``dense``, lower is better; None where no proxy knows
-            what happens to the mask.
-        own: The target's own best.
-        model: Name, revision, hash of the weights, dtype.
-        report: The text, if perplexities were measured.
-    """
-
-    target: str
-    key: str
+    target: str  # Its name
+    key: str  # Names everything that the numbers depend on
+    # On the report text, by method: ``dense``, ``wanda``, ``ria``, ``transferred``, and ``own``, if
+    # it was searched for; empty without a model.
     perplexities: dict[str, float]
+    # By the same methods but ``dense``, lower is better; None where no proxy knows what happens to
+    # the mask.
     proxies: dict[str, float | None]
-    own: Configuration | None = None
+    own: Configuration | None = None  # The target's own best
+    # Name, revision, hash of the weights, dtype.
     model: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None  # The text, if perplexities were measured
 
     @property
     def gain(self) -> float | None:
@@ -66,7 +58,6 @@ class Transfer:
 
     @property
     def proxy_regret(self) -> float | None:
-        """The same by the proxy."""
         return regret(self.proxies)
 
     def warnings(self) -> list[str]:
@@ -106,12 +97,9 @@ class Transfer:
 
 
 def regret(values: Mapping[str, float | None]) -> float | None:
-    """
-    The share of the own best's gain over RIA that the transferred configuration loses.
-
-    0: as good as the own best. 1: as good as RIA. Below 0: better than the own best. None where
-    the own best is not known, or gains nothing.
-    """
+    """The share of the own best's gain over RIA that the transferred configuration loses."""
+    # 0: as good as the own best. 1: as good as RIA. Below 0: better than the own best. None where
+    # the own best is not known, or gains nothing.
     possible = _difference(values, "ria", "own")
     lost = _difference(values, "transferred", "own")
     return None if possible is None or lost is None or possible <= 0 else lost / possible
@@ -125,13 +113,7 @@ def _difference(values: Mapping[str, float | None], above: str, below: str) -> f
 def check_configuration(
     name: str, configuration: Configuration, pattern: str | None, scope: str | None
 ) -> None:
-    """
-    Refuse a configuration of another pattern or scope than is asked for; None is any.
-
-    Raises:
-        ConfigurationError: It is of another one.
-        InvalidInput: There is no such pattern or scope.
-    """
+    """Refuse a configuration of another pattern or scope than is asked for; None is any."""
     mine = configuration.candidate().pattern
     asked = Pattern.parse(str(mine) if pattern is None else pattern, scope)
     if str(asked) != str(mine) or (scope is not None and asked.scope is not mine.scope):
@@ -147,18 +129,8 @@ def own_search(
 ) -> SearchRequest:
     """
     How a model's own best is searched for: in the pattern, steps and space of a configuration.
-
-    Offsets that a correction found on the configuration's own model are left out.
-
-    Args:
-        configuration: What is taken elsewhere.
-        options: Options of the search.
-        finalists: How many found candidates are looked at again, beside the baselines.
-
-    Raises:
-        ConfigurationError: Its search space is none.
-        InvalidInput: A value breaks a rule.
     """
+    # Offsets that a correction found on the configuration's own model are left out.
     candidate = configuration.candidate()
     bounds = configuration.search.get("space", {})
     try:
@@ -213,10 +185,6 @@ def proxies_of(
 ) -> dict[str, float | None]:
     """
     What a model's bundle says of a configuration, in milliseconds: as :attr:`Transfer.proxies`.
-
-    Raises:
-        BundleError: The bundle lacks what the configuration needs.
-        InvalidInput: N:M does not divide an input width.
     """
     candidate = configuration.candidate()
     bundle.choose(candidate.steps.linears, candidate.pattern)
@@ -255,18 +223,6 @@ def transfer_job(
 ) -> Transfer:
     """
     Rate a configuration on a model that it was not found on, beside Wanda, RIA and the own best.
-
-    Args:
-        target: The model.
-        configuration: Found elsewhere.
-        search: How the target's own best is searched for; None leaves it out.
-        study_url: The database that keeps the study of that search; None keeps it in memory.
-        run: Where it runs, and who watches it.
-
-    Raises:
-        BundleError: The bundle is of another model, or lacks what the configuration needs.
-        InvalidInput: N:M does not divide an input width.
-        StudyError: The study cannot be opened, or holds the trials of another search.
     """
     candidate = configuration.candidate()
     candidates = {

@@ -23,44 +23,22 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """
-    Rates that a stage can count on, below what data sheets promise.
+    """Rates that a stage can count on, below what data sheets promise."""
 
-    Attributes:
-        name: As it is asked for.
-        is_gpu: Whether models lie on a card of its own memory.
-        memory_bytes: Memory of the card; for a CPU, the main memory.
-        products: FLOP/s of matrix products in bfloat16; on a CPU in float32.
-        float_products: FLOP/s of matrix products in float32.
-        bandwidth: Bytes/s that are read or written where the model lies.
-        copies: Bytes/s between the card and main memory; on a CPU as its bandwidth.
-        launch_s: What starting an operation takes at least.
-        disk: Bytes/s of the files.
-        cores: Cores of the host.
-        main_bytes: Main memory of the host.
-        uncertainty: A stage may take so many times less or more.
-    """
-
-    name: str
-    is_gpu: bool
-    memory_bytes: int
-    products: float
-    float_products: float
-    bandwidth: float
-    copies: float
-    launch_s: float
-    disk: float
-    cores: int
-    main_bytes: int
-    uncertainty: float
+    name: str  # As it is asked for
+    is_gpu: bool  # Whether models lie on a card of its own memory
+    memory_bytes: int  # Memory of the card; for a CPU, the main memory
+    products: float  # FLOP/s of matrix products in bfloat16; on a CPU in float32
+    float_products: float  # FLOP/s of matrix products in float32
+    bandwidth: float  # Bytes/s that are read or written where the model lies
+    copies: float  # Bytes/s between the card and main memory; on a CPU as its bandwidth
+    launch_s: float  # What starting an operation takes at least
+    disk: float  # Bytes/s of the files
+    cores: int  # Cores of the host
+    main_bytes: int  # Main memory of the host
+    uncertainty: float  # A stage may take so many times less or more
 
     def resized(self, memory_bytes: int | None, main_bytes: int | None = None) -> "Machine":
-        """
-        The same with other memories; None keeps one.
-
-        Raises:
-            InvalidInput: Less than a gigabyte.
-        """
         for size in (memory_bytes, main_bytes):
             if size is not None and size < 10**9:
                 raise InvalidInput(
@@ -71,7 +49,6 @@ class Machine:
         return replace(self, memory_bytes=own, main_bytes=main)
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
         return {
             "name": self.name,
             "gpu": self.is_gpu,
@@ -117,12 +94,7 @@ CARDS = {
 
 
 def named_machine(name: str) -> Machine:
-    """
-    The machine of a name: ``H100``, ``a100``, or ``cpu`` for this one.
-
-    Raises:
-        InvalidInput: It is not known.
-    """
+    """The machine of a name: ``H100``, ``a100``, or ``cpu`` for this one."""
     if name.lower() == "cpu":
         return this_cpu()
     found = {known.lower(): card for known, card in CARDS.items()}.get(name.lower())
@@ -201,32 +173,18 @@ BLOCK_LAUNCHES = 90  # of a block forward, with the sums over its inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """
-    What a job asks for, as far as it costs.
+    """What a job asks for, as far as it costs."""
 
-    Attributes:
-        calibration: Its settings.
-        pattern: What is pruned.
-        steps: What every candidate goes through.
-        trials: Candidates that the proxy rates, of all islands.
-        finalists: That are confirmed; 0 if there is no confirmation.
-        windows: That each is confirmed on.
-        dtype: That the model computes in.
-        stream: Whether its weights stay on disk.
-        batch: Windows that are run at once.
-        corrections: Allocations that are compared with the dense model.
-    """
-
-    calibration: CalibrationSettings
-    pattern: Pattern
-    steps: Steps
-    trials: int
-    finalists: int
-    windows: int
-    dtype: str
-    stream: bool
-    batch: int = 1
-    corrections: int = 0
+    calibration: CalibrationSettings  # Its settings
+    pattern: Pattern  # What is pruned
+    steps: Steps  # What every candidate goes through
+    trials: int  # Candidates that the proxy rates, of all islands
+    finalists: int  # That are confirmed; 0 if there is no confirmation
+    windows: int  # That each is confirmed on
+    dtype: str  # That the model computes in
+    stream: bool  # Whether its weights stay on disk
+    batch: int = 1  # Windows that are run at once
+    corrections: int = 0  # Allocations that are compared with the dense model
 
     @property
     def fisher_samples(self) -> int:
@@ -235,22 +193,11 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the calibration."""
         return self.calibration.samples * self.calibration.context_length
 
 
 def stage_seconds(shapes: ModelShapes, work: Work, machine: Machine) -> dict[str, float]:
-    """
-    Estimate the seconds of each stage of a job, in the order of the stages.
-
-    Args:
-        shapes: Shapes of the model.
-        work: What is asked for.
-        machine: Where.
-
-    Returns:
-        Seconds by title; see ``Machine.uncertainty`` for how far they are from the truth.
-    """
+    """Estimate the seconds of each stage of a job, in the order of the stages."""
     costs = _Costs(shapes, work, machine)
     stages = {
         "read the model": costs.reading(),

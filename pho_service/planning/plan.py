@@ -39,42 +39,24 @@ SEARCHED = 3  # times its bundle that a search holds at its peak
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """
-    Time and memory of one stage.
+    """Time and memory of one stage."""
 
-    Attributes:
-        title: What is done.
-        seconds: At least and at most.
-        peak: Bytes at its peak, the model and the process included.
-    """
-
-    title: str
-    seconds: tuple[float, float]
-    peak: Peak
+    title: str  # What is done
+    seconds: tuple[float, float]  # At least and at most
+    peak: Peak  # Bytes at its peak, the model and the process included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """
-    Time and memory of a job on a machine.
+    """Time and memory of a job on a machine."""
 
-    Attributes:
-        shapes: Shapes of the model.
-        machine: Where.
-        work: What is asked for.
-        calibration: How the calibration would be run.
-        stages: In their order.
-        obstacles: Why it does not fit; none if it does.
-        ways_out: What would make it fit, as options.
-    """
-
-    shapes: ModelShapes
-    machine: Machine
-    work: Work
-    calibration: CalibrationPlan
-    stages: tuple[StagePlan, ...]
-    obstacles: tuple[str, ...]
-    ways_out: tuple[str, ...] = ()
+    shapes: ModelShapes  # Shapes of the model
+    machine: Machine  # Where
+    work: Work  # What is asked for
+    calibration: CalibrationPlan  # How the calibration would be run
+    stages: tuple[StagePlan, ...]  # In their order
+    obstacles: tuple[str, ...]  # Why it does not fit; none if it does
+    ways_out: tuple[str, ...] = ()  # What would make it fit, as options
 
     @property
     def fits(self) -> bool:
@@ -83,7 +65,6 @@ class Plan:
 
     @property
     def peak(self) -> Peak:
-        """Over all stages."""
         peaks = [stage.peak for stage in self.stages]
         return Peak(
             device=max(p.device for p in peaks),
@@ -136,17 +117,7 @@ class Plan:
 
 
 def plan_job(spec: JobSpec, header: Header, machine: Machine) -> Plan:
-    """
-    Plan a search job, and what would make it fit if it does not.
-
-    Args:
-        spec: The job; its first model is planned.
-        header: Header of that model, as ``planning.headers`` reads it.
-        machine: Where it would run.
-
-    Raises:
-        InvalidInput: A model that cannot be pruned, or windows longer than it reads.
-    """
+    """Plan a search job, and what would make it fit if it does not."""
     if spec.several:
         return _of_several(spec, header, machine)
     shapes = model_shapes(spec.model, header)
@@ -245,7 +216,6 @@ def _plan(shapes: ModelShapes, work: Work, machine: Machine) -> Plan:
 
 
 def _with_process(peak: Peak, machine: Machine) -> Peak:
-    """The same with the process, and the part of a card that no tensor can have."""
     device = int((peak.device + CONTEXT) / FREE) if machine.is_gpu else 0
     return replace(peak, device=device, host=peak.host + PROCESS * (3 if machine.is_gpu else 1))
 
@@ -315,7 +285,6 @@ def _confirmation(footprint: Footprint, place: Place, work: Work, card: int | No
 
 
 def _stay(footprint: Footprint, place: Place, windows: int, work: Work, card: int | None) -> bool:
-    """Whether the hidden states of so many windows stay on the card."""
     if card is None:
         return False
     free = card - (0 if place.stream else footprint.weights)

@@ -92,7 +92,6 @@ class ModelShapes:
 
     @property
     def prunable(self) -> int:
-        """Number of prunable weights."""
         return sum(linear.weights for linear in self.linears)
 
     @property
@@ -150,7 +149,6 @@ def model_shapes(name: str, header: Header) -> ModelShapes:
 
 
 def _number(name: str, config: Mapping[str, Any], *fields: str) -> int | None:
-    """The first of the fields that is there."""
     field = next((field for field in fields if config.get(field) is not None), None)
     if field is None:
         return None
@@ -325,11 +323,8 @@ _GGUF_NAMES = (
 
 
 def read_header(name: str, *, revision: str | None = None, path: str | None = None) -> Header:
-    """
-    Read the configuration of a model and the headers of its weights, and nothing else of it.
-
-    ``path`` is where it lies, if that is not its name, which messages have.
-    """
+    """Read the configuration of a model and the headers of its weights, and nothing else of it."""
+    # ``path`` is where it lies, if that is not its name, which messages have.
     place = Path(path or name).expanduser()
     if not place.exists() and not is_path(str(path or name)):
         return _of_hub(name, revision)
@@ -346,11 +341,8 @@ def read_header(name: str, *, revision: str | None = None, path: str | None = No
 def config_at_hand(
     name: str, path: str, *, revision: str | None = None
 ) -> Mapping[str, Any] | None:
-    """
-    Read the configuration of a model if that needs no network.
-
-    None if it is not on this machine, or cannot be read: whoever loads the model says why.
-    """
+    """Read the configuration of a model if that needs no network."""
+    # None if it is not on this machine, or cannot be read: whoever loads the model says why.
     place = Path(path) if Path(path).is_absolute() else _cached(path, revision)
     if place is None:
         return None
@@ -382,7 +374,6 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
-    """The object that a config.json is."""
     file = folder / CONFIG
     if not file.is_file():
         raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.")
@@ -419,7 +410,6 @@ def _of_folder(name: str, folder: Path) -> dict[str, TensorHeader]:
 
 
 def _of_safetensors(name: str, file: Path) -> dict[str, TensorHeader]:
-    """The tensors that the header of a file lists."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(length) if length <= MOST_HEADER else b""
@@ -534,8 +524,6 @@ def _on_hub(name: str, commit: str | None) -> dict[str, TensorHeader]:
 
 
 def _of_gguf(name: str, file: Path) -> Header:
-    """The header of a GGUF file in the words of transformers."""
-
     try:
         fields, shapes = read_gguf(file)
         tensors = {key: _stored(shape, "F32") for key, shape in shapes.items()}
@@ -555,12 +543,10 @@ MAX_READS = 2**22  # values of a header, some 400 bytes each in memory; Gemma's 
 
 
 class BoundedReader(gguf.GGUFReader):
-    """
-    gguf's reader, but what a header declares must be in the file.
+    """gguf's reader, but what a header declares must be in the file."""
 
-    gguf itself reads on beyond the end, value by value: 60 bytes that declare
-    an array of 2**60 values would fill the memory.
-    """
+    # gguf itself reads on beyond the end, value by value: 60 bytes that declare an array of 2**60
+    # values would fill the memory.
 
     _reads = 0
 
@@ -620,9 +606,8 @@ class _WithoutArrays(BoundedReader):
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """
     Read the fields of a header, of an array the number of its values, and the tensors' shapes.
-
-    What is not a whole GGUF file is a ValueError.
     """
+    # What is not a whole GGUF file is a ValueError.
     try:
         reader = _WithoutArrays(path)
     except (KeyError, IndexError, OverflowError, struct.error) as error:
@@ -634,11 +619,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 def gguf_read_once() -> Iterator[None]:
     """
     Inside, the header of a GGUF file is parsed once, and so is the table of its tensors' names.
-
-    transformers parses the header (with all tokens, one by one) for the config,
-    the weights and the tokenizer, and makes the table for each module of the
-    model. For a small model that is most of the time that loading takes.
     """
+    # transformers parses the header (with all tokens, one by one) for the config, the weights and
+    # the tokenizer, and makes the table for each module of the model. For a small model that is
+    # most of the time that loading takes.
     ours = {  # transformers looks them up at each call
         "GGUFReader": cache(BoundedReader),
         "get_tensor_name_map": cache(gguf.get_tensor_name_map),

@@ -55,7 +55,6 @@ class Footprint:
 
     @property
     def weights(self) -> int:
-        """Bytes of all parameters."""
         return self.outside + sum(block.weights for block in self.blocks)
 
     @property
@@ -68,11 +67,8 @@ class Footprint:
         return windows * tokens * self.hidden
 
     def forward(self, tokens: int, windows: int, *, watched: bool = True) -> int:
-        """
-        Bytes that a pass without gradients, and without the head, takes at its peak.
-
-        It is watched if statistics of the linears' inputs are gathered.
-        """
+        """Bytes that a pass without gradients, and without the head, takes at its peak."""
+        # It is watched if statistics of the linears' inputs are gathered.
         widest = max(block.widest for block in self.blocks)
         # Inputs of the widest linears, and states beside them; a copy and squares in float32.
         each = 3 * self.itemsize * widest + 4 * self.hidden
@@ -81,11 +77,8 @@ class Footprint:
         return int(windows * (MARGIN * tokens * each + self._mask(tokens)))
 
     def backward(self, tokens: int, windows: int, *, recompute: bool) -> int:
-        """
-        Bytes that a pass forward and backward takes at its peak.
-
-        To recompute, blocks keep only their inputs, and run again.
-        """
+        """Bytes that a pass forward and backward takes at its peak."""
+        # To recompute, blocks keep only their inputs, and run again.
         kept = [tokens * block.kept for block in self.blocks]
         attention = FLOAT * ATTENTION * self.heads * tokens * tokens
         running = self._running(tokens) + attention
@@ -157,12 +150,9 @@ def shapes_footprint(shapes: ModelShapes, dtype: str, *, heads: int = 0) -> Foot
 
 
 def _block_sizes(shapes: ModelShapes, block: BlockShape, itemsize: int) -> BlockSizes:
-    """
-    Add up a block, with what it keeps of a token for a backward pass through frozen weights.
-
-    Linears keep nothing then. Their outputs are kept by what reads them, and so is the input of a
-    linear that does not read the hidden states, by what makes it; norms keep theirs in float32.
-    """
+    """Add up a block, with what it keeps of a token for a backward pass through frozen weights."""
+    # Linears keep nothing then. Their outputs are kept by what reads them, and so is the input of a
+    # linear that does not read the hidden states, by what makes it; norms keep theirs in float32.
     kept = float(FLOAT * block.norms)
     for linear in block.linears:
         width = linear.in_features if linear.in_features != shapes.hidden else 0
@@ -203,32 +193,19 @@ LOGITS_AT_ONCE = 2**21  # log-probabilities that are held at a time, see pruning
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """
-    Place where a model runs.
+    """Place where a model runs."""
 
-    Attributes:
-        on_gpu: On a GPU; otherwise on the CPU.
-        stream: Its weights stay on disk, and one block at a time is on the device.
-    """
-
-    on_gpu: bool
-    stream: bool = False
+    on_gpu: bool  # On a GPU; otherwise on the CPU
+    stream: bool = False  # Its weights stay on disk, and one block at a time is on the device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """
-    What a stage holds at its peak, in bytes, the model included.
+    """What a stage holds at its peak, in bytes, the model included."""
 
-    Attributes:
-        device: On the GPU; 0 on a CPU.
-        host: In main memory, without the pages of mapped files.
-        disk: In files that it writes, temporary ones included.
-    """
-
-    device: int = 0
-    host: int = 0
-    disk: int = 0
+    device: int = 0  # On the GPU; 0 on a CPU
+    host: int = 0  # In main memory, without the pages of mapped files
+    disk: int = 0  # In files that it writes, temporary ones included
 
     @classmethod
     def at(cls, place: Place, *, device: int, host: int, disk: int = 0) -> Self:
@@ -248,22 +225,13 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRun:
-    """
-    Way in which a calibration is run.
+    """Way in which a calibration is run."""
 
-    Attributes:
-        windows: Run forward and backward at once.
-        forward_windows: Run at once of those that are run forward only.
-        recompute: Each block keeps only its input for the backward pass, and runs again.
-        states_on_device: A streamed model's hidden states stay on the GPU.
-        spill: The inputs of a streamed model's blocks are written to disk.
-    """
-
-    windows: int = 1
-    forward_windows: int = 1
-    recompute: bool = False
-    states_on_device: bool = False
-    spill: bool = False
+    windows: int = 1  # Run forward and backward at once
+    forward_windows: int = 1  # Run at once of those that are run forward only
+    recompute: bool = False  # Each block keeps only its input for the backward pass, and runs again
+    states_on_device: bool = False  # A streamed model's hidden states stay on the GPU
+    spill: bool = False  # The inputs of a streamed model's blocks are written to disk
 
     def halved(self) -> "CalibrationRun | None":
         """A run that takes less memory, by half the windows first; None if nothing does."""
@@ -287,17 +255,7 @@ def calibration_peak(
     windows: int,
     fisher_windows: int,
 ) -> Peak:
-    """
-    The peak of a calibration, its bundle's file included.
-
-    Args:
-        footprint: Footprint of the model.
-        settings: Settings of the calibration.
-        place: Where the model runs.
-        run: How.
-        windows: How many windows there are.
-        fisher_windows: How many of them are run backward.
-    """
+    """The peak of a calibration, its bundle's file included."""
     if place.stream:
         return _streamed_calibration(
             footprint, settings, place, run, windows=windows, fisher_windows=fisher_windows
@@ -380,19 +338,6 @@ def pruning_peak(
     states_on_device: bool = False,
     keep_dense: bool,
 ) -> Peak:
-    """
-    The peak of pruning a model in place.
-
-    Args:
-        footprint: Footprint of the model.
-        place: Where it runs.
-        steps: Beside the score. Those that need a text see the windows block by block.
-        windows: Number of windows of the calibration text.
-        tokens: Number of tokens of a window.
-        states_on_device: The windows' hidden states stay on the GPU.
-        keep_dense: The weights are put back afterwards, as for a perplexity, and a streamed
-            model's are not written to disk where no step needs a text.
-    """
     largest = max(block.largest for block in footprint.blocks)
     scoring = SCORES * FLOAT * largest
     block = max(block.weights for block in footprint.blocks)
@@ -464,21 +409,8 @@ def confirmation_peak(
     removed_on_device: bool = True,
     states_on_device: bool = False,
 ) -> Peak:
-    """
-    The peak of measuring a candidate whose steps need no text: pruned, measured, dense again.
-
-    Candidates with other steps take :func:`pruning_peak` before, and are measured in less.
-
-    Args:
-        footprint: Footprint of the model.
-        place: Where it runs.
-        tokens: Number of tokens of a window of the text that is measured on.
-        windows: Number of its windows; a streamed model keeps their hidden states.
-        at_once: Windows run at once.
-        sparsity: Share of the weights that are removed.
-        removed_on_device: Removed weights are kept on the GPU; otherwise in main memory.
-        states_on_device: A streamed model's hidden states stay on the GPU; otherwise on the CPU.
-    """
+    """The peak of measuring a candidate whose steps need no text: pruned, measured, dense again."""
+    # Candidates with other steps take :func:`pruning_peak` before, and are measured in less.
     largest = max(block.largest for block in footprint.blocks)
     scoring = SCORES * FLOAT * largest
     logits = footprint.itemsize * tokens * footprint.vocabulary
@@ -508,19 +440,7 @@ def confirmation_peak(
 
 
 def windows_at_once(logits: int, *, device_size: int, weights: int, most: int) -> int:
-    """
-    How many windows a GPU is given at once for a perplexity, if they fit into what is free.
-
-    Args:
-        logits: Number of one window's: context length times vocabulary.
-        device_size: Bytes of the card.
-        weights: Bytes of the model on it.
-        most: The answer is 1 to ``most``.
-
-    Returns:
-        A power of two: with eight times their logits in float32 they fill half of what the model
-        leaves of the card, or less.
-    """
+    """How many windows a GPU is given at once for a perplexity, if they fit into what is free."""
     fitting = min(most, (device_size - weights) // 2 // (ROOM * FLOAT * logits))
     return 1 << max(0, fitting.bit_length() - 1) if fitting > 0 else 1
 
@@ -531,14 +451,7 @@ def states_fit(footprint: Footprint, windows: int, tokens: int, *, device_free: 
 
 
 def saving_peak(footprint: Footprint, place: Place, *, stored_itemsize: int) -> Peak:
-    """
-    The peak of writing a pruned model and its masks.
-
-    Args:
-        footprint: Footprint of the model.
-        place: Where it lies.
-        stored_itemsize: Bytes of a weight in the dtype that it is saved in.
-    """
+    """The peak of writing a pruned model and its masks."""
     stored = footprint.weights // footprint.itemsize * stored_itemsize
     masks = int(MASK * footprint.prunable)
     largest = max(block.largest for block in footprint.blocks)
@@ -559,16 +472,11 @@ BATCHED = 0.75  # of a card, for more windows than one at once: so its other use
 class CalibrationPlan:
     """
     Way in which a calibration is run. Its result only differs by rounding; on a CPU it is the same.
-
-    Attributes:
-        run: How.
-        peak: What it takes, the model included.
-        fits: Whether that is within the limits.
     """
 
-    run: CalibrationRun
-    peak: Peak
-    fits: bool
+    run: CalibrationRun  # How
+    peak: Peak  # What it takes, the model included
+    fits: bool  # Whether that is within the limits
 
 
 def choose_run(
@@ -582,22 +490,8 @@ def choose_run(
     host_limit: int | None = None,
     device_size: int | None = None,
 ) -> CalibrationPlan:
-    """
-    The fastest run that fits, or the most frugal one if none does; no model need be loaded.
-
-    On a CPU windows are run one by one: more at once are not faster there.
-
-    Args:
-        footprint: Footprint of the model.
-        settings: Settings of the calibration; its ``memory_bytes`` is not looked at.
-        place: Where the model will run.
-        windows: How many there are.
-        fisher_windows: How many of them are run backward.
-        device_limit: Bytes of a GPU that model and calibration may take; None means no limit.
-        host_limit: The same of main memory; on a CPU the model is in it, too.
-        device_size: Bytes of the GPU. Several windows are run at once only if that takes no more
-            than three quarters of it, so results depend on the card, and hardly on who uses it.
-    """
+    """The fastest run that fits, or the most frugal one if none does; no model need be loaded."""
+    # On a CPU windows are run one by one: more at once are not faster there.
     plans = []
     for run in _runs(footprint, settings, place, fisher_windows):
         peak = calibration_peak(

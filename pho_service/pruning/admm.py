@@ -169,14 +169,7 @@ def admm_refine(
 
 
 class _Search:
-    """
-    The iterations of one linear, all of whose tensors are on scaled inputs and rows.
-
-    Attributes:
-        dense: (out_features, in_features), float32.
-        state: The same: D where the mask keeps, minus the scaled multiplier U elsewhere.
-        keep: bool.
-    """
+    """The iterations of one linear, all of whose tensors are on scaled inputs and rows."""
 
     def __init__(self, dense: Tensor, keep: Tensor, support: Support, rows: Tensor | None) -> None:
         self.dense, self.keep, self.support, self.rows = dense, keep, support, rows

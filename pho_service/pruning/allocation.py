@@ -351,14 +351,10 @@ def _from_0_to_1(values: Tensor) -> Tensor:
 
 
 def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
-    """
-    What each unit should lose, (units,), float64, under one threshold for all clipped counts.
-
-    A radix selection over the bits of the scores, as
-    :func:`selection.threshold_of`, but with counts of each linear: the sum of
-    the units' clipped counts rises with the threshold as an unclipped one does.
-    Scores that equal the threshold go in equal shares everywhere.
-    """
+    """What each unit should lose, (units,), float64, under one threshold for all clipped counts."""
+    # A radix selection over the bits of the scores, as :func:`selection.threshold_of`, but with
+    # counts of each linear: the sum of the units' clipped counts rises with the threshold as an
+    # unclipped one does. Scores that equal the threshold go in equal shares everywhere.
 
     model, counts = _scan(
         views, pattern, allocation.unit, lambda view: view.digit_counts(_SHIFTS[0], prefix=0)
@@ -377,18 +373,7 @@ def _fisher(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Mo
 def _digit(
     model: _Model, counts: list[Tensor], below: Tensor, low: Tensor, high: Tensor, target: float
 ) -> tuple[int, Tensor, Tensor]:
-    """
-    Find the digit in which the units' clipped counts reach ``target``.
-
-    Args:
-        counts: (2048,), float64, of each linear: how many scores have each digit.
-        below: (units,), weights of each unit that go at any digit.
-        low: (units,), the fewest weights that a unit loses.
-        high: (units,), the most.
-
-    Returns:
-        The digit, and for each unit the weights below it and in it.
-    """
+    """Find the digit in which the units' clipped counts reach ``target``."""
     arrays = [linear.cumsum_(dim=0).numpy() for linear in counts]  # no higher digit
 
     def up_to(digit: int) -> Tensor:
@@ -407,10 +392,9 @@ def _digit(
 def _curves(views: Views, pattern: Pattern, allocation: Allocation) -> tuple[_Model, Tensor]:
     """
     What each unit should lose, (units,), float64: where all error curves rise equally steeply.
-
-    Among convex curves this is where the sum of the errors is least. For N:M
-    the curve's points are the errors at each allowed N.
     """
+    # Among convex curves this is where the sum of the errors is least. For N:M the curve's points
+    # are the errors at each allowed N.
     low, high = bounds(pattern, allocation.spread)
     if pattern.group:
         kept = reversed(allowed_keeps(pattern, allocation.spread))
@@ -444,18 +428,7 @@ def _convex_rises(grid: list[float], curve: list[float]) -> list[float]:
 
 
 def _filled(slopes: Tensor, widths: Tensor, start: Tensor, target: float) -> Tensor:
-    """
-    Take the pieces of all curves that rise least, until ``target`` weights are removed.
-
-    Args:
-        slopes: (units, pieces), float64, ascending in each unit.
-        widths: (units, pieces), float64, weights.
-        start: (units,), float64, weights removed before the first piece.
-        target: Weights to remove in all.
-
-    Returns:
-        (units,), float64. Pieces as steep as the last one taken go in equal shares.
-    """
+    """Take the pieces of all curves that rise least, until ``target`` weights are removed."""
     order = slopes.flatten().sort(stable=True)
     reached = float(start.sum()) + widths.flatten()[order.indices].cumsum(dim=0)
     last = min(int((reached < target - _ROUNDING).sum()), len(reached) - 1)

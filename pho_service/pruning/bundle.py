@@ -237,7 +237,6 @@ def sample_bundle(
 
 
 def _sha256(parts: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of tensors and of what is said of each."""
     digest = hashlib.sha256()
     for name, tensor in parts:
         digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())

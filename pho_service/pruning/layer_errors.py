@@ -576,15 +576,6 @@ def _view(bundle: ProxyBundle, layer: LayerSample) -> LayerView:
 
 
 def _keep(score: Tensor, pattern: Pattern, shares: Tensor | None) -> Tensor:
-    """
-    Mark what stays.
-
-    Args:
-        score: (I, C, L, R, n), contiguous.
-        pattern: Pattern of all candidates.
-        shares: (I, C, L), int64, on the CPU: what each linear loses, or its N of N:M, if not the
-            pattern's.
-    """
     rows, n = score.shape[3:]
     if pattern.group:
         kept = pattern.keep if shares is None else shares[..., None]

@@ -367,18 +367,10 @@ def pruned(
 
 
 def _remove_(weight: Tensor, keep: Tensor, rooms: dict[torch.device, int]) -> Tensor:
-    """
-    Zero the masked weights, and give what :func:`_restore_` needs to undo it, bit by bit.
-
-    On a CPU that is a copy of all: faster than anything else. On a GPU, which a model may nearly
-    fill, it is what stood where there are zeros now, in main memory once that takes half of
-    what was free on the card.
-
-    Args:
-        weight: (out_features, in_features).
-        keep: The same shape, bool.
-        rooms: Bytes that may still be kept on each GPU.
-    """
+    """Zero the masked weights, and give what :func:`_restore_` needs to undo it, bit by bit."""
+    # On a CPU that is a copy of all: faster than anything else. On a GPU, which a model may nearly
+    # fill, it is what stood where there are zeros now, in main memory once that takes half of what
+    # was free on the card.
     dense = weight.clone()
     weight.mul_(keep).add_(0)  # faster than a fill; -0 becomes 0
     if weight.device.type != "cuda":

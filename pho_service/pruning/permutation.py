@@ -78,13 +78,10 @@ def _best_pairs(gain: Tensor) -> csr_array:
 
 
 def _balanced(gain: Tensor) -> Tensor:
-    """
-    The gains less a price for each candidate and each place, in units of the temperature.
-
-    Prices are the same for all assignments, so the best one stays the best. At
-    them, the exponentials of each row and each column add up to about 1: a
-    large channel, say, that gains much everywhere is no better than others.
-    """
+    """The gains less a price for each candidate and each place, in units of the temperature."""
+    # Prices are the same for all assignments, so the best one stays the best. At them, the
+    # exponentials of each row and each column add up to about 1: a large channel, say, that gains
+    # much everywhere is no better than others.
     net = gain - gain.mean(dim=1, keepdim=True)
     net -= net.mean(dim=0, keepdim=True)
     net /= (_TEMPERATURE * net.std()).clamp_min(TINY)
@@ -233,12 +230,9 @@ def _sample_rows(values: Tensor, max_rows: int) -> Tensor:
 
 
 def _dealt_out(importance: Tensor, group: int) -> Tensor:
-    """
-    Deal channels out to the groups so that none has all the important ones.
-
-    The sorted channels are cut into M segments; each group gets one of every
-    segment, from alternating ends.
-    """
+    """Deal channels out to the groups so that none has all the important ones."""
+    # The sorted channels are cut into M segments; each group gets one of every segment, from
+    # alternating ends.
     segments = importance.argsort(stable=True).view(group, -1).clone()  # (M, K)
     segments[1::2] = segments[1::2].flip(1)
     return segments.T.flatten()
@@ -388,17 +382,7 @@ class _Sample:
     group: int
 
     def best_swaps(self, order: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        The swap in each pair of groups that lowers the error most.
-
-        Args:
-            order: (in_features,), int64, as it is now.
-            pairs: (P, 2 M), int64: the channels of two groups.
-
-        Returns:
-            (P, 2 M), the channels after it, and (P,), the change of the error
-            if this were the only swap. Equal scores may give a wrong change.
-        """
+        """The swap in each pair of groups that lowers the error most."""
         kept = permuted_mask(self.score.T, order, keep=self.keep, group=self.group).T
         removed = self.weight.masked_fill(kept, 0)  # (in_features, rows)
         slope = 2 * (self.gram @ removed)
@@ -413,12 +397,9 @@ class _Sample:
         return swapped, least
 
     def _changes(self, pairs: Tensor, removed: Tensor, slope: Tensor) -> Tensor:
-        """
-        (P, swaps), float32: the change of the error for each swap alone.
-
-        A swap moves no data: it only changes the score below which the weights
-        of each group go. Who leaves a group is held against the other one's.
-        """
+        """(P, swaps), float32: the change of the error for each swap alone."""
+        # A swap moves no data: it only changes the score below which the weights of each group go.
+        # Who leaves a group is held against the other one's.
         score, weight = self.score[pairs], self.weight[pairs]  # (P, 2 M, rows)
         gram = self.gram[pairs[:, :, None], pairs[:, None, :]]  # (P, 2 M, 2 M)
         now = removed[pairs]
@@ -435,12 +416,8 @@ class _Sample:
         return torch.stack(changes, dim=1) - _error(now, outside, gram)[:, None]
 
     def _bars(self, score: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        The N-th highest score of the others in each group, and the one above it.
-
-        With a newcomer of score s in its place, weights below s.clamp(lower,
-        upper) go.
-        """
+        """The N-th highest score of the others in each group, and the one above it."""
+        # With a newcomer of score s in its place, weights below s.clamp(lower, upper) go.
         groups = score.unflatten(1, (2, self.group))  # (P, 2, M, rows)
         highest = groups.topk(self.keep + 1, dim=2).values
         nth, below = highest[:, :, self.keep - 1, None], highest[:, :, self.keep, None]
@@ -626,7 +603,6 @@ def _is_exact(
 
 
 def _twin(linear: PrunableLinear, parent: nn.Module) -> PrunableLinear:
-    """The same linear in a copy of its parent."""
     _, _, name = linear.name.rpartition(".")
     return PrunableLinear(
         name=name, module=parent.get_submodule(name), transposed=linear.transposed

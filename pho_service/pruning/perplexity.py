@@ -377,16 +377,7 @@ def window_divergence(logits: Tensor, reference: DenseReference, number: int) ->
 
 
 def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
-    """
-    Return the divergence at each position, by the formula of :func:`rate_divergence`.
-
-    Args:
-        dense: (positions, k), float32: log p_i.
-        pruned: (positions, k), float32: log q_i.
-
-    Returns:
-        (positions,), float64.
-    """
+    """Return the divergence at each position, by the formula of :func:`rate_divergence`."""
     log_p, log_q = dense.double(), pruned.double()
     p = log_p.exp()
     rest_p = (1 - p.sum(dim=-1)).clamp_min(TINY)

@@ -176,11 +176,9 @@ def _number(value: float) -> float | None:
 
 
 class _Fit:
-    """
-    Weights on their way: exact ones in float32, which Adam changes, and the model's own.
+    """Weights on their way: exact ones in float32, which Adam changes, and the model's own."""
 
-    The steps of a model in 16 bits are smaller than its weights can show.
-    """
+    # The steps of a model in 16 bits are smaller than its weights can show.
 
     def __init__(
         self,

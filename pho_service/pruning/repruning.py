@@ -266,13 +266,7 @@ def _least_of_parts(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best_swaps(rows: _Rows, found: _Candidates, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Choose swaps one after the other: the best, then the best after that one, and so on.
-
-    Returns:
-        (R, 2 swaps), int64, the channels that change places, and (R, 2 swaps),
-        bool, which of them do. Takes the swaps off ``rows.left``.
-    """
+    """Choose swaps one after the other: the best, then the best after that one, and so on."""
     width = found.back.shape[1]
     channel = torch.cat([found.back, found.out], dim=1)  # (R, 2K)
     coupling = _coupling(rows, channel, gram)

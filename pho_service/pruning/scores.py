@@ -43,21 +43,10 @@ def window_mean(magnitude: Tensor, kernel_size: int) -> Tensor:
 
 
 def _run_sums(values: Tensor, length: int, dim: int) -> Tensor:
-    """
-    The sum of each run of ``length`` neighbours.
-
-    Sums of runs of 1, 2, 4, ... are made from each other, and those in the binary form of
-    ``length`` put behind each other: additions grow with the logarithm of the length, and
-    nothing is taken away again, as running sums do, so nothing is lost to rounding.
-
-    Args:
-        values: (out_features, in_features), float32.
-        length: >= 2.
-        dim: Along which the runs go.
-
-    Returns:
-        As ``values``, shorter by ``length - 1`` along ``dim``; not ``values`` itself.
-    """
+    """The sum of each run of ``length`` neighbours."""
+    # Sums of runs of 1, 2, 4, ... are made from each other, and those in the binary form of
+    # ``length`` put behind each other: additions grow with the logarithm of the length, and nothing
+    # is taken away again, as running sums do, so nothing is lost to rounding.
     count = values.shape[dim] - length + 1
     total: Tensor | None = None
     begin, width, runs = 0, 1, values  # runs: sums of ``width`` neighbours

@@ -150,7 +150,6 @@ def _masked(linear: ScoredLinear, order: Tensor | None, pattern: Pattern) -> Mas
 def _permuted(
     linears: list[ScoredLinear], moments: InputMoments, pattern: Pattern
 ) -> list[ScoredLinear]:
-    """The same linears with masks of the channel order that makes the least error."""
     scores = [linear.score for linear in linears if linear.score is not None]
     order = permute_for_error(
         [
@@ -188,12 +187,7 @@ def _repruned(
 
 
 class _Solver:
-    """
-    What a step needs of an input's second moments, made once for the linears that read it.
-
-    Attributes:
-        gram: (in_features, in_features), float32.
-    """
+    """What a step needs of an input's second moments, made once for the linears that read it."""
 
     def __init__(self, moments: InputMoments, steps: Steps, layer: str) -> None:
         self.gram, self._steps, self._layer = moments.gram, steps, layer
@@ -220,13 +214,6 @@ class _Solver:
         return admm_refine(linears, moments, layer=self._layer)
 
     def updated(self, linear: Masked, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """
-        Final mask and weights.
-
-        Args:
-            linear: With the mask as re-pruning left it.
-            start: Weights that came with that mask.
-        """
         weight, keep, support = linear.weight, linear.keep, linear.support
         update = self._steps.update
         if update == "none":

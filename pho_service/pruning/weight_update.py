@@ -202,14 +202,10 @@ def _sweep(
     block: int,
     piece: int,
 ) -> tuple[Tensor, Tensor]:
-    """
-    Remove weights from the first column to the last, each error made up for by later columns.
-
-    ``choose`` gets the current weights of columns start to stop, a view
-    (out_features, stop - start), and gives which of them stay. It is asked
-    once for each ``piece`` columns of a block, when all before are done. A
-    block is a multiple of a piece.
-    """
+    """Remove weights from the first column to the last, each error made up for by later columns."""
+    # ``choose`` gets the current weights of columns start to stop, a view (out_features, stop -
+    # start), and gives which of them stay. It is asked once for each ``piece`` columns of a block,
+    # when all before are done. A block is a multiple of a piece.
     in_features = weight.shape[1]
     if factor.shape != (in_features, in_features):
         raise ValueError(f"factor {tuple(factor.shape)} is not of in_features={in_features}")
@@ -235,7 +231,6 @@ def _sweep(
 def _catch_up(
     current: Tensor, errors: Tensor, factor: Tensor, since: int, start: int, stop: int
 ) -> None:
-    """Hand the errors of columns since to start on to columns start to stop."""
     if since < start:
         current[start:stop].addmm_(factor[since:start, start:stop].T, errors[since:start], alpha=-1)
 
@@ -260,20 +255,9 @@ def _remove(
 
 
 def _errors(current: Tensor, factor: Tensor, gone: Tensor) -> Tensor:
-    """
-    The errors of some columns at once, for a GPU: launches cost it more than multiply-adds.
-
-    That of column j is gone_j (current_j - sum over i < j of U_ij error_i): one triangular
-    system for each output. A CPU, which has no launches, takes column by column.
-
-    Args:
-        current: (columns, out_features).
-        factor: (columns, columns): U without its diagonal.
-        gone: (columns, out_features): 1 / U_jj where a weight is removed, otherwise 0.
-
-    Returns:
-        (columns, out_features).
-    """
+    """The errors of some columns at once, for a GPU: launches cost it more than multiply-adds."""
+    # That of column j is gone_j (current_j - sum over i < j of U_ij error_i): one triangular system
+    # for each output. A CPU, which has no launches, takes column by column.
     systems = gone.T[:, :, None] * factor.T  # (out_features, columns, columns), and the identity
     right = (gone * current).T[:, :, None]
     solved: Tensor = torch.linalg.solve_triangular(systems, right, upper=False, unitriangular=True)

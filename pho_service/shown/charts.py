@@ -29,7 +29,6 @@ METHODS = ("dense", "wanda", "ria", "transferred", "own")  # in this order; each
 
 
 def best_so_far(values: Sequence[float], *, maximised: bool) -> list[float]:
-    """The best of the values up to each of them."""
     return [*accumulate(values, max if maximised else min)]
 
 
@@ -60,11 +59,8 @@ def history_chart(report: Report) -> Chart | None:
 
 
 def searches_chart(searches: Sequence[tuple[str, Sequence[float], bool]]) -> Chart | None:
-    """
-    The best so far of each search, all on one scale; None if none has two trials.
-
-    A search has a name, its values in the order of its trials, and whether it is maximised.
-    """
+    """The best so far of each search, all on one scale; None if none has two trials."""
+    # A search has a name, its values in the order of its trials, and whether it is maximised.
     ranges = [worth_showing(values, maximised=m) for _, values, m in searches if len(values) > 1]
     if not ranges:
         return None
@@ -289,7 +285,6 @@ def curve_chart(points: Sequence[Mapping[str, Any]], dense: float) -> Chart:
 def _marks(
     points: Sequence[Mapping[str, Any]], name: str, key: str
 ) -> list[tuple[float, float, str]]:
-    """The points of a method that has a perplexity there."""
     return [
         (each["sparsity"], each[key], f"{name}, {each['pattern']}: {number(each[key])}")
         for each in points

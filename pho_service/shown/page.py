@@ -74,11 +74,8 @@ def with_measurements(
 
 
 def measured_in(study: optuna.Study) -> MeasuredTrials:
-    """
-    The perplexities and divergences that a study keeps, by number of the trial.
-
-    Nothing where they are of several texts: which of them a search chose by is not known.
-    """
+    """The perplexities and divergences that a study keeps, by number of the trial."""
+    # Nothing where they are of several texts: which of them a search chose by is not known.
     found: dict[str, dict[int, float]] = {"perplexity": {}, "divergence": {}}
     for what, values in found.items():
         texts = set()
@@ -93,13 +90,10 @@ def measured_in(study: optuna.Study) -> MeasuredTrials:
 
 
 def importances(islands: Sequence[Sequence[FrozenTrial]], *, maximised: bool) -> dict[str, float]:
-    """
-    How much each parameter of a search mattered for the best tenth of its candidates.
-
-    By PED-ANOVA, Optuna's own choice, which takes a third of a second for 10,000 trials.
-    Gives shares that add up to 1, the largest first; of what was searched alone. Empty where there
-    are fewer than :data:`ENOUGH` candidates, or nothing mattered.
-    """
+    """How much each parameter of a search mattered for the best tenth of its candidates."""
+    # By PED-ANOVA, Optuna's own choice, which takes a third of a second for 10,000 trials. Gives
+    # shares that add up to 1, the largest first; of what was searched alone. Empty where there are
+    # fewer than :data:`ENOUGH` candidates, or nothing mattered.
     # It loads scikit-learn, which takes longer than all that the API needs to start.
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 

@@ -51,22 +51,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """
-    Shapes that belong together: the marks of a series, or a bar.
+    """Shapes that belong together: the marks of a series, or a bar."""
 
-    Attributes:
-        name: What a key calls it.
-        look: Its class in the style sheet.
-        sample: What a key shows of it; None in a drawing without a key.
-    """
-
-    name: str
-    look: str
+    name: str  # What a key calls it
+    look: str  # Its class in the style sheet
     shapes: Sequence[Shape]
-    sample: Shape | None = None
+    sample: Shape | None = None  # What a key shows of it; None in a drawing without a key
 
     def __html__(self) -> str:
-        """The shapes together."""
         inside = "".join(shape.__html__() for shape in self.shapes)
         return f'<g class="{escape(self.look)}" data-name="{escape(self.name)}">{inside}</g>'
 
@@ -83,21 +75,13 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """
-    Points of a plot.
+    """Points of a plot."""
 
-    Attributes:
-        name: What the key calls it.
-        look: Its class in the style sheet.
-        points: x, y, and what a pointer over the mark is shown.
-        mark: None for a line alone.
-        line: How the points are joined; None for marks alone.
-    """
-
-    name: str
-    look: str
-    points: Sequence[Dot]
-    mark: Mark | None = "dot"
+    name: str  # What the key calls it
+    look: str  # Its class in the style sheet
+    points: Sequence[Dot]  # x, y, and what a pointer over the mark is shown
+    mark: Mark | None = "dot"  # None for a line alone
+    # How the points are joined; None for marks alone.
     line: Literal["straight", "steps"] | None = None
 
 
@@ -112,11 +96,8 @@ class Bar:
 
 
 def worth_showing(values: Sequence[float], *, maximised: bool) -> tuple[float, float]:
-    """
-    The range of most values: from the best to the worst of the better nine tenths.
-
-    A few that are far worse would leave no room for the rest.
-    """
+    """The range of most values: from the best to the worst of the better nine tenths."""
+    # A few that are far worse would leave no room for the rest.
     ordered = sorted(values, reverse=maximised)
     ends = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
     return min(ends), max(ends)
@@ -136,7 +117,6 @@ class Scale:
         return math.log10(value) if self._log else value
 
     def at(self, value: float) -> float:
-        """Return the position of a value."""
         share = (self._place(value) - self._low) / (self._high - self._low)
         return round(self._start + share * (self._end - self._start), 1)
 
@@ -163,11 +143,8 @@ def plot(
     percent_x: bool = False,
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Drawing:
-    """
-    Draw series on two axes; points that are not finite are left out.
-
-    ``within`` is the lowest and the highest y: what lies beyond is drawn at the edge.
-    """
+    """Draw series on two axes; points that are not finite are left out."""
+    # ``within`` is the lowest and the highest y: what lies beyond is drawn at the edge.
     low, high = within
     shown = [
         (each, [(x, min(max(y, low), high), told) for x, y, told in _finite(each.points)])
@@ -221,12 +198,9 @@ def heat_map(
     title: str,
     form: str,
 ) -> Drawing:
-    """
-    Draw a map: bright is high.
-
-    A cell, by row and column, is a value and what a pointer over it is shown. With ``log``, equal
-    factors have equal steps of colour.
-    """
+    """Draw a map: bright is high."""
+    # A cell, by row and column, is a value and what a pointer over it is shown. With ``log``, equal
+    # factors have equal steps of colour.
     values = [value for value, _ in cells.values()]
     least = min((value for value in values if value > 0), default=1e-12)
     place = (lambda value: math.log10(max(value, least))) if log else float
@@ -333,27 +307,16 @@ def _finite(points: Sequence[Dot]) -> list[Dot]:
 
 @dataclass(frozen=True)
 class Table:
-    """
-    Rows of text under headings.
+    """Rows of text under headings."""
 
-    Attributes:
-        columns: The headings; the first column has those of the rows.
-        rows: A cell for each heading; None is an empty one.
-        title: One line above.
-        notes: Sentences below.
-        numbers: Whether all columns but the first are aligned right.
-        marked: The row to look at first; None where there is none.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    title: str = ""
-    notes: Sequence[str] = ()
-    numbers: bool = True
-    marked: int | None = None
+    columns: Sequence[str]  # The headings; the first column has those of the rows
+    rows: Sequence[Sequence[Any]]  # A cell for each heading; None is an empty one
+    title: str = ""  # One line above
+    notes: Sequence[str] = ()  # Sentences below
+    numbers: bool = True  # Whether all columns but the first are aligned right
+    marked: int | None = None  # The row to look at first; None where there is none
 
     def __str__(self) -> str:
-        """Aligned columns."""
         cells = [list(self.columns), *self.cells]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = [
@@ -367,7 +330,6 @@ class Table:
         return "\n".join([*filter(None, [self.title]), *lines, *self.notes])
 
     def markdown(self) -> str:
-        """The same as Markdown."""
         rule = "---:" if self.numbers else "---"
         lines = [
             f"| {' | '.join(map(_escaped, self.columns))} |",
@@ -379,7 +341,6 @@ class Table:
         return "\n".join([*title, *lines, *notes])
 
     def html(self) -> str:
-        """The same as HTML, with nothing in it that is not text."""
         head = "".join(f"<th>{html.escape(each)}</th>" for each in self.columns)
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
@@ -391,7 +352,6 @@ class Table:
 
     @property
     def cells(self) -> list[list[str]]:
-        """The rows as text."""
         return [["" if cell is None else str(cell) for cell in row] for row in self.rows]
 
     def without_empty(self) -> Self:
@@ -402,7 +362,6 @@ class Table:
         )
 
     def columns_but(self, names: Sequence[str]) -> Self:
-        """The table without some columns."""
         kept = [i for i, name in enumerate(self.columns) if name not in names]
         return replace(
             self,
@@ -412,7 +371,6 @@ class Table:
 
 
 def pairs_table(title: str, heading: str, pairs: Sequence[tuple[str, str]]) -> Table:
-    """Names and values."""
     return Table((heading, "value"), pairs, title=title, numbers=False)
 
 
@@ -435,39 +393,27 @@ class Shown(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """
-    A figure.
-
-    Attributes:
-        text: What it shows, for those who do not see it.
-    """
+    """A figure."""
 
     id: str
     title: str
-    text: str
+    text: str  # What it shows, for those who do not see it
     drawing: Drawing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """
-    A part of a page under a heading.
-
-    Attributes:
-        texts: Sentences; what is not known is said here.
-        commands: To be run with the result, one a line.
-        blocks: Documents as they are, with a caption each; they are folded.
-        events: What happened, with the time; the newest first.
-    """
+    """A part of a page under a heading."""
 
     id: str
     title: str
-    texts: Sequence[str] = ()
+    texts: Sequence[str] = ()  # Sentences; what is not known is said here
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
-    commands: Sequence[str] = ()
+    commands: Sequence[str] = ()  # To be run with the result, one a line
+    # Documents as they are, with a caption each; they are folded.
     blocks: Sequence[tuple[str, str]] = ()
-    events: Sequence[tuple[datetime, str]] = ()
+    events: Sequence[tuple[datetime, str]] = ()  # What happened, with the time; the newest first
 
     @property
     def is_known(self) -> bool:
@@ -483,16 +429,7 @@ def page(
     error: str | None = None,
     back: str | None = None,
 ) -> str:
-    """
-    Sections as one page of HTML that asks the network for nothing.
-
-    Args:
-        title: A heading; in the browser's tab, too.
-        sections: In their order.
-        lead: A sentence below the heading.
-        error: Why there is no more.
-        back: The address of the job's page, if the page is served beside it.
-    """
+    """Sections as one page of HTML that asks the network for nothing."""
     return (
         template_environment()
         .get_template("page.html")
@@ -528,9 +465,9 @@ def template_environment(*folder: str) -> Environment:
     """
     Jinja for the templates here, and for those in a folder of another package: everything is
     escaped, nothing may be missing.
-
-    A template is read once: a policy names what is in it by its hash, and both must be of one time.
     """
+    # A template is read once: a policy names what is in it by its hash, and both must be of one
+    # time.
     here = PackageLoader("pho_service.shown", ".")
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(*folder), here]) if folder else here,

@@ -83,7 +83,6 @@ class ReportTrial:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is a published method."""
         return self.method != "crepe"
 
 
@@ -99,54 +98,37 @@ class StageTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """
-    All that is known of a job or of a study. What is empty or None is not known.
-
-    Attributes:
-        subject: A search or a transfer of a service, or a study of `pho search`.
-        state: State of the job; empty for a study.
-        asked: What was asked, in words.
-        configuration: What was found; of a transfer, what is transferred.
-        objective: Its label: ``activation-reconstruction/blend``.
-        trials: Trials of all islands, by number.
-        left_out: Trials that are too many to be shown.
-        chosen: The trial that a study without a configuration marks as its result.
-        importance: Importance of each parameter of the search, the shares adding up to 1.
-        layers: By model.
-        points: The patterns of a job that has several, as the API shows them.
-        curve: What was measured of them, as curve.json has it.
-        transfers: The targets of a transfer's file.
-        happened: With the time of each, in words; the newest first.
-        recorded: When the first and the last trial of a study were written down.
-        commands: That do the same again.
-        prune_commands: That prune a model with the result.
-        job_page: The address of the job's page; None where there is none, as in a file.
-    """
+    """All that is known of a job or of a study. What is empty or None is not known."""
 
     title: str
-    subject: Subject
+    subject: Subject  # A search or a transfer of a service, or a study of `pho search`
     made_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    state: str = ""
-    asked: Mapping[str, str] = field(default_factory=dict)
+    state: str = ""  # State of the job; empty for a study
+    asked: Mapping[str, str] = field(default_factory=dict)  # What was asked, in words
     error: str | None = None
     warnings: Sequence[str] = ()
-    configuration: Configuration | None = None
-    objective: str = "objective"
+    configuration: Configuration | None = None  # What was found; of a transfer, what is transferred
+    objective: str = "objective"  # Its label: ``activation-reconstruction/blend``
     maximised: bool = False
-    trials: Sequence[ReportTrial] = ()
-    left_out: int = 0
-    chosen: int | None = None
+    trials: Sequence[ReportTrial] = ()  # Trials of all islands, by number
+    left_out: int = 0  # Trials that are too many to be shown
+    chosen: int | None = None  # The trial that a study without a configuration marks as its result
+    # Importance of each parameter of the search, the shares adding up to 1.
     importance: Mapping[str, float] = field(default_factory=dict)
-    layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)
+    layers: Mapping[str, Sequence[LayerCell]] = field(default_factory=dict)  # By model
+    # The patterns of a job that has several, as the API shows them.
     points: Sequence[Mapping[str, Any]] | None = None
-    curve: Mapping[str, Any] | None = None
-    transfers: Sequence[Mapping[str, Any]] = ()
+    curve: Mapping[str, Any] | None = None  # What was measured of them, as curve.json has it
+    transfers: Sequence[Mapping[str, Any]] = ()  # The targets of a transfer's file
     stages: Sequence[StageTime] = ()
+    # With the time of each, in words; the newest first.
     happened: Sequence[tuple[datetime, str]] = ()
+    # When the first and the last trial of a study were written down.
     recorded: tuple[datetime, datetime] | None = None
     document: Mapping[str, Any] | None = None
-    commands: Sequence[str] = ()
-    prune_commands: Sequence[str] = ()
+    commands: Sequence[str] = ()  # That do the same again
+    prune_commands: Sequence[str] = ()  # That prune a model with the result
+    # The address of the job's page; None where there is none, as in a file.
     job_page: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -13,7 +13,6 @@ from pho_service.spec.transfer import TransferSpec
 
 
 def search_in_words(spec: JobSpec) -> dict[str, str]:
-    """Describe what a search job asks for."""
     plan = spec.plan(0)
     seeds = [str(island_seed(spec.seed, island)) for island in range(spec.islands)]
     return {
@@ -80,7 +79,6 @@ def prune_commands(job_id: str, spec: JobSpec) -> list[str]:
 
 
 def transfer_in_words(spec: TransferSpec) -> dict[str, str]:
-    """Describe what a transfer asks for."""
     report, search, calibration = spec.report, spec.search, spec.calibration
     assert calibration is not None  # the document says so
     return {
@@ -134,12 +132,9 @@ def study_in_words(known: Mapping[str, Any]) -> dict[str, str]:
 
 
 def study_document(known: Mapping[str, Any], trials: int) -> dict[str, Any]:
-    """
-    The document of the search whose study has this record, and so many trials.
-
-    Those of Python have no document: what they say of the search is put together, all but how
-    it was confirmed.
-    """
+    """The document of the search whose study has this record, and so many trials."""
+    # Those of Python have no document: what they say of the search is put together, all but how it
+    # was confirmed.
     if isinstance(known.get("document"), dict):
         return dict(known["document"])
     provenance = _dict(known.get("calibration"))

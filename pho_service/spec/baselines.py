@@ -60,10 +60,6 @@ def comparison_baselines(pattern: Pattern, linears: Linears = Linears()) -> list
     """
     The published methods: scores, OWL (not at N:M), DSnoT, and those that update weights.
 
-    Args:
-        pattern: Pattern of all of them.
-        linears: What each of them prunes.
-
     Source:
         As :func:`score_baselines`.
         Yin et al. 2024, arXiv:2310.05175 (OWL, with its lambda of 0.08 and one sparsity a block).
@@ -117,19 +113,7 @@ def _variant(candidate: Candidate, ending: str, **steps: str) -> Candidate:
 def shown_baselines(
     names: Sequence[str] | None, pattern: Pattern, linears: Linears = Linears()
 ) -> list[Candidate]:
-    """
-    The rows of a comparison that are not the user's own.
-
-    Args:
-        names: Names of :func:`named_baselines`; ``all`` takes every one. None takes those that
-            are shown by default: without the ones that take long, and with sequential
-            statistics where the authors' code has them (Wanda, RIA).
-        pattern: Pattern of all of them.
-        linears: What each of them prunes.
-
-    Raises:
-        InvalidInput: A name is not known, or has no meaning in the pattern.
-    """
+    """The rows of a comparison that are not the user's own."""
     known = named_baselines(pattern, linears)
     if names is None:
         return [each for name, each in known.items() if _shown(name, pattern)]
@@ -149,12 +133,7 @@ def _shown(name: str, pattern: Pattern) -> bool:
 
 
 def baseline(name: str, pattern: Pattern, linears: Linears = Linears()) -> Candidate:
-    """
-    A published method by its name.
-
-    Raises:
-        InvalidInput: There is none of that name, or not in this pattern.
-    """
+    """A published method by its name."""
     known = named_baselines(pattern, linears)
     if name in known:
         return known[name]
@@ -187,19 +166,7 @@ def search_baselines(
     steps: Steps = Steps(),
     allocations: tuple[str, ...] = ("uniform",),
 ) -> list[Candidate]:
-    """
-    The baselines that may win a search in ``pattern``: none is counted in a wider scope.
-
-    Args:
-        pattern: What the user asked for.
-        kernel_size: For CRePE with equal coefficients; the others have no window.
-        fisher: Add the plain second-order score A * x * sqrt(g) (method
-            ``fisher``), which needs Fisher row weights and a scope beyond rows.
-        steps: What every candidate of the search goes through; the baselines with one
-            sparsity everywhere.
-        allocations: Allocations of the search; with ``fisher`` among them, the plain second-order
-            score with that allocation is added (method ``fisher-bounded``).
-    """
+    """The baselines that may win a search in ``pattern``: none is counted in a wider scope."""
     uniform = replace(steps, allocation=replace(steps.allocation, method="uniform"))
     narrow: dict[tuple[Coefficients, Pattern], Candidate] = {}
     for candidate in score_baselines(pattern):
@@ -240,13 +207,6 @@ def step_by_step(name: str, candidate: Candidate) -> list[tuple[str, Candidate]]
     Give the score alone, then with one step more each time, in the order of the pipeline.
 
     A step that has no meaning without the next is added together with it.
-
-    Args:
-        name: Name of the candidate; every row begins with it.
-        candidate: What the last row prunes with.
-
-    Returns:
-        (name, candidate) of each row.
     """
     steps = Steps(linears=candidate.steps.linears)
     rows = [(f"{name}: score", replace(candidate, steps=steps))]

@@ -181,11 +181,6 @@ class Configuration(Document):
         )
 
     def deployable(self) -> Self:
-        """
-        The same with only those orders of channels that can be folded into stored weights.
-
-        Where that gives up others, what was measured of it is left out.
-        """
         steps = replace(self.steps, deployable=True)
         if self.steps.permutation == "none" or self.steps.deployable:
             return self
@@ -197,12 +192,7 @@ class Configuration(Document):
         )  # fmt: skip
 
     def candidate(self) -> Candidate:
-        """
-        Return what to prune with.
-
-        Raises:
-            InvalidInput: A coefficient or the pattern breaks a rule.
-        """
+        """Return what to prune with."""
         return Candidate(
             method=self.method,
             coefficients=self.coefficients,
@@ -214,18 +204,7 @@ class Configuration(Document):
 def published(
     method: str, pattern: str | Pattern, scope: str | None = None, linears: Linears = Linears()
 ) -> Configuration:
-    """
-    What prunes as a published method does.
-
-    Args:
-        method: Its name in a comparison: see :func:`pho_service.spec.baselines.baseline`.
-        pattern: What is removed.
-        scope: None is the method's own; CRePE with equal coefficients takes any.
-        linears: What is pruned.
-
-    Raises:
-        InvalidInput: The method is not known, or has another scope; or the pattern is none.
-    """
+    """What prunes as a published method does."""
     asked = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, scope)
     candidate = baseline(method, asked, linears)
     own = candidate.pattern.scope.value
@@ -259,12 +238,7 @@ def read_configuration(path: str | Path) -> Configuration:
 
 
 def read_document(path: Path) -> Any:
-    """
-    Read a small JSON file.
-
-    Raises:
-        ConfigurationError: Not there, too large, or not JSON.
-    """
+    """Read a small JSON file."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)  # a pipe or a device does not say how long it is
@@ -280,16 +254,7 @@ def read_document(path: Path) -> Any:
 
 
 def parse_configuration(document: Any, name: str) -> Configuration:
-    """
-    Check a configuration.
-
-    Args:
-        document: JSON values.
-        name: For messages.
-
-    Raises:
-        ConfigurationError: Another format or version, or a value that breaks a rule; names the key.
-    """
+    """Check a configuration."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigurationError(
             f"{name} is not a configuration of PHO: its format is not {FORMAT!r}. "
@@ -322,11 +287,6 @@ def reasons(error: ValidationError) -> str:
 
 
 def check_values(document: Any, name: str) -> None:
-    """
-    Raises:
-        ConfigurationError: The document holds what Python's JSON reader takes, but no JSON has, no
-            database, or no serializer.
-    """
     _check_value(document, name, DEPTH)
     try:
         json.dumps(document, allow_nan=False, ensure_ascii=False).encode()

@@ -21,16 +21,7 @@ STEP, LOWEST, HIGHEST = 0.025, 0.05, 0.95  # of a target's sparsities
 
 
 def curve_patterns(asked: Sequence[str | float | Pattern], scope: str | None) -> list[Pattern]:
-    """
-    Read the patterns of a curve, in the order of their sparsity.
-
-    Args:
-        asked: Each as :meth:`Pattern.parse` takes it, or parsed already.
-        scope: Scope of ratios; None is their default. N:M has only one.
-
-    Raises:
-        InvalidInput: There are none or too many, one is given twice, or one is not a pattern.
-    """
+    """Read the patterns of a curve, in the order of their sparsity."""
     found = [
         each
         if isinstance(each, Pattern)
@@ -91,12 +82,7 @@ class Target(Document):
 
     @classmethod
     def of(cls, **values: float) -> Self:
-        """
-        A target of these fields.
-
-        Raises:
-            InvalidInput: One of them breaks a rule; names it.
-        """
+        """A target of these fields."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -127,16 +113,7 @@ class Target(Document):
 
 
 def parse_rise(text: str, name: str) -> float:
-    """
-    Read ``"5%"`` or ``"0.05"``.
-
-    Args:
-        text: A share.
-        name: Name of the option, for messages.
-
-    Raises:
-        InvalidInput: It is no number above 0, or 1 and more without a percent sign.
-    """
+    """Read ``"5%"`` or ``"0.05"``."""
     number, percent, rest = text.strip().partition("%")
     try:
         value = float(number) / (100 if percent else 1)
@@ -157,10 +134,6 @@ def parse_rise(text: str, name: str) -> float:
 
 # Jobs with several patterns: which they are, and what such a job cannot ask for.
 def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target | None) -> None:
-    """
-    Raises:
-        ValueError: Not exactly one of them is given.
-    """
     given = {"pattern": pattern, "patterns": patterns, "target": target}
     said = [name for name, value in given.items() if value is not None]
     if not said:
@@ -176,13 +149,7 @@ def one_of(pattern: str | None, patterns: Sequence[str] | None, target: Target |
 
 
 def asked_patterns(given: Mapping[str, Any]) -> list[Pattern]:
-    """
-    What may be pruned, by sparsity.
-
-    Args:
-        given: Fields of a job, checked: ``pattern``, ``patterns``, ``target`` and ``scope``, which
-            is that of shares.
-    """
+    """What may be pruned, by sparsity."""
     target: Target | None = given["target"]
     if target is not None:
         return [Pattern.parse(str(each), given["scope"]) for each in target.sparsities]
@@ -205,12 +172,7 @@ def curve_confirmation(confirm: Any) -> Any:
 
 
 def check_several(spec: "JobSpec") -> None:
-    """
-    See that a job with several patterns asks for nothing that is of one.
-
-    Raises:
-        ValueError: It does; names the field and the way out.
-    """
+    """See that a job with several patterns asks for nothing that is of one."""
     what = "a target" if spec.patterns is None else "several patterns"
     refused = {
         "more_models": (bool(spec.more_models), "each pattern is confirmed on one model's text"),

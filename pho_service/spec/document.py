@@ -93,12 +93,7 @@ class JsonDocument:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """
-        What :meth:`to_dict` gave.
-
-        Raises:
-            InvalidInput: A value breaks a rule.
-        """
+        """What :meth:`to_dict` gave."""
         own: Any = cls
         try:
             found: Self = _adapter(own).validate_python(values)
@@ -162,12 +157,7 @@ def optional(of: type) -> Callable[[type[P]], type[P]]:
 
 # Sizes of memory as people write them.
 def parse_bytes(text: str, option: str) -> int:
-    """
-    The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say.
-
-    Raises:
-        InvalidInput: It is not a size; names the option.
-    """
+    """The bytes that ``8GiB``, ``800 MB`` or ``8e9`` say."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())

@@ -41,16 +41,7 @@ def check_field(field: str, check: Callable[[str], object], value: str) -> None:
 
 
 def check_models(names: Mapping[str, str], access: Access) -> None:
-    """
-    Check the models of a document, each of them once.
-
-    Args:
-        names: By field.
-        access: The rules of this machine.
-
-    Raises:
-        FieldError: One is not allowed here, or is another one in other letters.
-    """
+    """Check the models of a document, each of them once."""
     seen: dict[str, str] = {}
 
     def once(name: str) -> None:
@@ -113,14 +104,6 @@ class TextSpec(Document):
         return self
 
     def check_text(self, field: str, access: Access) -> None:
-        """
-        Args:
-            field: Where this stands in the document.
-            access: The rules of this machine.
-
-        Raises:
-            FieldError: The text is not allowed here; names the field.
-        """
         if self.text is not None:
             check_field(f"{field}/text", access.text, self.text)
         if self.dataset is not None:
@@ -129,7 +112,6 @@ class TextSpec(Document):
             check_field(f"{field}/data_file", check_data_file, self.data_file)
 
     def placed(self, access: Access) -> Self:
-        """The same with ``./`` before a data set that is local now."""
         if self.dataset is None:
             return self
         return self.model_copy(update={"dataset": access.placed_dataset(self.dataset)})

@@ -429,7 +429,6 @@ class JobSpec(Document):
         return [self.model, *self.more_models]
 
     def of_model(self, number: int) -> "JobSpec":
-        """The same with one of the models alone, for what is done with each."""
         return self.model_copy(update={"model": self.models[number], "more_models": []})
 
     @property
@@ -448,7 +447,6 @@ class JobSpec(Document):
         return len(self.points) if self.target is None else self.target.most_points
 
     def of_pattern(self, pattern: Pattern) -> "JobSpec":
-        """The same with one of its patterns alone, for what is done with each."""
         if not self.several:
             return self
         return self.model_copy(
@@ -517,7 +515,6 @@ class JobSpec(Document):
 
     @property
     def calibration_key(self) -> str:
-        """The same for jobs that may share a bundle: they calibrate one after the other."""
         calibration = self.calibration.model_dump(exclude={"memory_bytes"})
         document = [self.model, self.revision, self.dtype, self.stream, calibration]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
@@ -533,15 +530,10 @@ class JobSpec(Document):
             yield partial(check_field, "tasks_dir", access.task_folder, self.tasks_dir)
 
     def check_access(self, access: Access) -> None:
-        """
-        Raises:
-            FieldError: The model or a text is not allowed here; names the field.
-        """
         for check in self.access_checks(access):
             check()
 
     def placed(self, access: Access) -> "JobSpec":
-        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
         changes = {
             "model": access.placed_model(self.model),
             "more_models": [access.placed_model(name) for name in self.more_models],

@@ -207,7 +207,6 @@ def _changed(path: str, value: Any) -> Any:
 
 
 def _filled(small: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with those defaults that a rule would fill in otherwise."""
     full = {name: whole[name] for name in small}
     for name in small:
         tried = {**full, name: small[name]}
@@ -358,10 +357,6 @@ def document_fields() -> dict[str, Field]:
 def search_command(document: Mapping[str, Any], *more: str) -> str:
     """
     The `pho search` that asks for what a document does: each option that differs from its default.
-
-    Args:
-        document: Document of a job; what is left out has its default.
-        more: Words at the end.
     """
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]
     return shlex.join(["pho", "search", *models, *_said(document, ""), *more])
@@ -390,13 +385,7 @@ def _said(document: Mapping[str, Any], part: str) -> list[str]:
 
 
 def submit_command(document: Mapping[str, Any], *more: str) -> str | None:
-    """
-    The `pho submit` that sends a document; None if no options say what is in it.
-
-    Args:
-        document: Document of a job.
-        more: More options.
-    """
+    """The `pho submit` that sends a document; None if no options say what is in it."""
     models = [str(document["model"]), *map(str, document.get("more_models") or ())]
     left = deepcopy(dict(document))
     left = {name: value for name, value in left.items() if name not in ("model", "more_models")}

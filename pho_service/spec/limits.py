@@ -33,12 +33,7 @@ class JobLimits:
         return cls(trials=settings.max_trials, tokens=settings.max_tokens)
 
     def check_trials(self, pointer: str, count: int, times: int, things: str) -> None:
-        """
-        Check ``count`` trials on each of so many islands or models.
-
-        Raises:
-            FieldError: They are too many; names the limit.
-        """
+        """Check ``count`` trials on each of so many islands or models."""
         if count * times > self.trials:
             raise FieldError(
                 pointer,
@@ -48,10 +43,6 @@ class JobLimits:
             )
 
     def check_tokens(self, pointer: str, count: int) -> None:
-        """
-        Raises:
-            FieldError: They are too many; names the limit.
-        """
         if count > self.tokens:
             raise FieldError(
                 pointer,
@@ -67,14 +58,6 @@ def check_size(spec: "JobSpec", limits: JobLimits, *, more_trials: int = 0) -> N
     """
     Count what a job asks for: trials, and tokens of the calibrations, of every candidate that gets
     a perplexity, and of a reconstruction's passes. Baselines and the dense model are not counted.
-
-    Args:
-        spec: The job.
-        limits: Limits of the service.
-        more_trials: Trials of an extension, for each island.
-
-    Raises:
-        FieldError: It is too much; names the field and the limit.
     """
     trials, points = spec.trials + more_trials, spec.most_points
     things = "patterns" if spec.several else "islands"

@@ -56,12 +56,7 @@ class Objective:
         check_choice("weighting", self.weighting, WEIGHTINGS)
 
     def over_models(self, count: int) -> Self:
-        """
-        The objective of a search on so many models.
-
-        Raises:
-            InvalidInput: It has no common scale for several.
-        """
+        """The objective of a search on so many models."""
         return self if count == 1 or self.over is not None else replace(self, over="mean")
 
     @property

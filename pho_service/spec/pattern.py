@@ -111,7 +111,6 @@ class Pattern:
         return int(Fraction(repr(self.sparsity)) * count)
 
     def within(self, scope: Scope) -> "Pattern":
-        """The same pattern counted in ``scope``; N:M has only one."""
         return self if self.group else replace(self, scope=scope)
 
     def check_width(self, in_features: int, layer: str) -> None:
@@ -294,28 +293,13 @@ class Linears(JsonDocument):
         return ", ".join(f"{word} {' '.join(values)}" for word, values in parts.items() if values)
 
     def check_pattern(self, pattern: Pattern) -> None:
-        """
-        Raises:
-            InvalidInput: A sparsity by hand has no meaning in ``pattern``.
-        """
         for name, value in self.sparsities.items():
             _own(name, value, pattern)
 
     def choose(
         self, names: Sequence[str], pattern: Pattern, *, model: str = "the model"
     ) -> ChosenLinears:
-        """
-        Find out which linears of a model are meant.
-
-        Args:
-            names: Full names of all its linears.
-            pattern: Pattern of those that have no sparsity by hand.
-            model: For messages.
-
-        Raises:
-            InvalidInput: A pattern matches nothing, a linear has two sparsities, or nothing is
-                left to prune; or a sparsity has no meaning in ``pattern``.
-        """
+        """Find out which linears of a model are meant."""
         if not self:
             return ChosenLinears(shared=tuple(names), own={})
         of = f"of the {len(names)} linears of {model}"

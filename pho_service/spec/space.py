@@ -245,12 +245,6 @@ class SearchSpaceSpec(Partial):
 def parse_bounds(texts: Sequence[str]) -> dict[str, Any]:
     """
     Read ``name=low:high``, ``name=value``, ``kernel_sizes=3,5`` or ``allocations=uniform,fisher``.
-
-    Returns:
-        Fields of a space.
-
-    Raises:
-        InvalidInput: Unknown name, or no number.
     """
     bounds: dict[str, Any] = {}
     for text in texts:
@@ -301,20 +295,7 @@ class Preset:
 
     @classmethod
     def of(cls, name: str, pattern: Pattern) -> Self:
-        """
-        The preset for a pattern.
-
-        Args:
-            name: ``score``: the score with its gradient exponent, nothing else.
-                ``crepe``: as published: no gradient exponent. ``crepe-plus``:
-                the best that leaves kept weights untouched. ``best``: kept
-                weights are updated, and the winner's blocks trained, too.
-            pattern: What is pruned. Allocation is for scopes row and layer;
-                permutation for N:M.
-
-        Raises:
-            InvalidInput: Another name.
-        """
+        """The preset for a pattern."""
         if name not in PRESETS:
             raise InvalidInput(f"preset {name!r} is not one of {', '.join(PRESETS)}.")
         if name == "score":
@@ -339,13 +320,6 @@ class Preset:
         The preset with what a user said otherwise.
 
         Where no step is left that has a use for the preset's shrinkage, it goes.
-
-        Args:
-            given: Fields of :class:`Steps` by name; an allocation is the only one then.
-            bounds: Fields of the search space.
-
-        Raises:
-            InvalidInput: The steps contradict each other.
         """
         own = self.bounds
         if "allocation" in given:

@@ -410,7 +410,6 @@ class Steps(JsonDocument):
 
     @property
     def before_reconstruction(self) -> Self:
-        """The same without the reconstruction, which only the winner of a search goes through."""
         return replace(self, reconstruction=Reconstruction())
 
     def __str__(self) -> str:
@@ -426,10 +425,6 @@ class Steps(JsonDocument):
         )
 
     def check_pattern(self, pattern: Pattern) -> None:
-        """
-        Raises:
-            InvalidInput: A step has no meaning in ``pattern``.
-        """
         self.linears.check_pattern(pattern)
         if self.permutation != "none" and not pattern.group:
             raise InvalidInput(
@@ -484,16 +479,7 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], pattern: Pattern) -> Self:
-        """
-        Read what :meth:`to_dict` gave, among other keys.
-
-        Args:
-            values: JSON values.
-            pattern: That of the search; it is counted in the scope of the candidate.
-
-        Raises:
-            InvalidInput: A value breaks a rule.
-        """
+        """Read what :meth:`to_dict` gave, among other keys."""
         return cls(
             method=values["method"],
             coefficients=Coefficients(**values["coefficients"]),

@@ -97,12 +97,7 @@ class TaskScores(Document):
 
 
 def task_names(said: str | Iterable[str]) -> tuple[str, ...]:
-    """
-    The names of tasks, from a list or from one string with commas.
-
-    Raises:
-        InvalidInput: None is named, or one twice.
-    """
+    """The names of tasks, from a list or from one string with commas."""
     listed = said.split(",") if isinstance(said, str) else said
     names = tuple(name.strip() for name in listed)
     if not names or not all(names):

@@ -94,10 +94,6 @@ class TransferRequest(Document):
         return value
 
     def check_access(self, access: Access) -> None:
-        """
-        Raises:
-            FieldError: A model or a text is not allowed here; names the field.
-        """
         check_models({f"models/{i}": name for i, name in enumerate(self.models)}, access)
         if self.calibration is not None:
             self.calibration.check_text("calibration", access)
@@ -107,7 +103,6 @@ class TransferRequest(Document):
             check_field("search/confirm/text", access.text, self.search.confirm.text)
 
     def placed(self, access: Access) -> "TransferRequest":
-        """The same with ``./`` before what is local now; see :meth:`Access.placed_model`."""
         changes = {
             "models": [access.placed_model(name) for name in self.models],
             "calibration": self.calibration and self.calibration.placed(access),
@@ -142,15 +137,7 @@ class TransferSpec(TransferRequest):
     def of(
         cls, request: TransferRequest, source: str, found: dict[str, Any], spec: dict[str, Any]
     ) -> Self:
-        """
-        Put together what is asked and what it is asked of.
-
-        Args:
-            request: What is asked.
-            source: Id of the job.
-            found: Its configuration.
-            spec: Its document, for the calibration.
-        """
+        """Put together what is asked and what it is asked of."""
         calibration = request.calibration or CalibrationSpec.model_validate(spec["calibration"])
         size = int(found["coefficients"]["kernel_size"])
         sizes = sorted({*calibration.kernel_sizes, size})
@@ -167,9 +154,6 @@ class TransferSpec(TransferRequest):
         """
         Count what the transfer asks for, as :meth:`JobSpec.check_size` does. A report on a whole
         text is not counted: how long that is, the workers see.
-
-        Raises:
-            FieldError: It is too much; names the field and the limit.
         """
         calibration = self.calibration
         assert calibration is not None  # the document says so

@@ -26,40 +26,25 @@ _POPULATION = 12
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPoint:
-    """
-    A point whose value is known.
+    """A point whose value is known."""
 
-    Attributes:
-        point: (numbers,).
-        proxy: Proxy of the point, > 0.
-        value: What was measured there, > 0.
-    """
-
-    point: Array
-    proxy: float
-    value: float
+    point: Array  # (numbers,)
+    proxy: float  # Proxy of the point, > 0
+    value: float  # What was measured there, > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(JsonDocument):
-    """
-    Result of the corrections of a search.
+    """Result of the corrections of a search."""
 
-    Attributes:
-        corrects: Number of the trial that they started from, the best by the proxy.
-        trial: Number of the corrected candidate that is nearest to the dense model; None if none
-            is nearer than the one they started from.
-        divergences: Divergences of the start and of the nearest, in nats; equal if the start is
-            the nearest.
-        count: How many were measured, failed ones included.
-        tokens: Predictions that divergences are the mean of.
-    """
-
-    corrects: int
+    corrects: int  # Number of the trial that they started from, the best by the proxy
+    # Number of the corrected candidate that is nearest to the dense model; None if none is nearer
+    # than the one they started from.
     trial: int | None
+    # Divergences of the start and of the nearest, in nats; equal if the start is the nearest.
     divergences: tuple[float, float]
-    count: int
-    tokens: int
+    count: int  # How many were measured, failed ones included
+    tokens: int  # Predictions that divergences are the mean of
 
     def __str__(self) -> str:
         before, after = self.divergences
@@ -80,14 +65,6 @@ def next_point(
     point: the proxy knows how an error grows, and each number's w says how wrong it is about that
     number. One model is drawn from what the measurements leave possible, and the proposal is where
     its value is least: while little is known proposals lie apart, and later they come together.
-
-    Args:
-        measured: So far; the first is where the correction started.
-        proxies: Rates points; cheap.
-        seed: Seed of the draw and of the optimiser.
-
-    Returns:
-        (numbers,), rounded to four digits, so that a document holds exactly this point.
 
     Source:
         Thompson's sampling; for linear models Agrawal & Goyal 2013, arXiv:1209.3352.

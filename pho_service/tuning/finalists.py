@@ -20,25 +20,14 @@ What = Literal["divergence", "perplexity", "calibration_divergence"]
 
 
 def finalists(rated: Sequence[RatedCandidate], count: int) -> list[RatedCandidate]:
-    """
-    The candidates that are looked at again: ``count`` different ones, and all baselines.
-
-    The objective and the second opinion propose the best that they have left, in turn: which of
-    them ranks better depends on the model, and perplexity decides between them afterwards.
-
-    Late generations of a search are nearly copies of its best; measuring
-    copies would be a waste. A candidate is different if one of
-    its values differs by 0.05 or more, or its kernel size or allocation does.
-    Where each measurement takes a calibration of its own (re-pruning, weight
-    updates), baselines get one only if they are among the best.
-
-    Args:
-        rated: Best first.
-        count: How many, beside the baselines where those are measured anyway.
-
-    Returns:
-        Best first.
-    """
+    """The candidates that are looked at again: ``count`` different ones, and all baselines."""
+    # The objective and the second opinion propose the best that they have left, in turn: which of
+    # them ranks better depends on the model, and perplexity decides between them afterwards.
+    #
+    # Late generations of a search are nearly copies of its best; measuring copies would be a waste.
+    # A candidate is different if one of its values differs by 0.05 or more, or its kernel size or
+    # allocation does. Where each measurement takes a calibration of its own (re-pruning, weight
+    # updates), baselines get one only if they are among the best.
     costly = any(c.candidate.steps.needs_text for c in rated)
     found = [c for c in rated if costly or c.candidate.method == "crepe"]
     judged = [(c.second_opinion, c) for c in found if c.second_opinion is not None]
@@ -61,27 +50,19 @@ def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergences:
-    """
-    How far candidates are from the dense model.
+    """How far candidates are from the dense model."""
 
-    Attributes:
-        by_number: Mean Kullback-Leibler divergence in nats, by number of the trial.
-        tokens: Predictions that it is the mean of; None if nothing was compared.
-    """
-
+    # Mean Kullback-Leibler divergence in nats, by number of the trial.
     by_number: Mapping[int, float] = field(default_factory=dict)
-    tokens: int | None = None
+    tokens: int | None = None  # Predictions that it is the mean of; None if nothing was compared
 
 
 def confirmed_before(
     islands: Islands, rated: Sequence[RatedCandidate], *, text_sha256: str
 ) -> list[RatedCandidate]:
-    """
-    The candidates whose perplexity on a text their study holds already.
-
-    They stay finalists, so that a longer search never ends with a worse result than the shorter
-    one that it extends.
-    """
+    """The candidates whose perplexity on a text their study holds already."""
+    # They stay finalists, so that a longer search never ends with a worse result than the shorter
+    # one that it extends.
     records = [record_of(study) for study in islands.studies]
 
     def of(number: int) -> Any:
@@ -113,13 +94,7 @@ def race_order(windows: int, seed: int) -> list[int]:
 
 
 def race_looks(windows: int, first: int) -> list[int]:
-    """
-    After how many windows finalists are compared, the last time after all of them.
-
-    Args:
-        windows: Number of windows of the text.
-        first: Before the first look.
-    """
+    """After how many windows finalists are compared, the last time after all of them."""
     looks = [min(first, windows)]
     while looks[-1] < windows:
         looks.append(min(windows, max(looks[-1] + 1, int(looks[-1] * GROWTH))))
@@ -133,19 +108,7 @@ def still_racing(
     windows: int,
     level: float = LEVEL,
 ) -> list[int]:
-    """
-    Those of the finalists that may still turn out to be the best.
-
-    Args:
-        losses: Losses of each finalist, by its number; they have all windows that are seen.
-        seen: Numbers of the windows.
-        windows: How many the text has.
-        level: Chance with which one that is better than the leader is dropped.
-
-    Returns:
-        Their numbers, in the order of ``losses``; the leader is among them. The first of several
-        with the very same losses stays for all.
-    """
+    """Those of the finalists that may still turn out to be the best."""
     blocks = {
         number: np.array([block for window in seen for block in own[window]])
         for number, own in losses.items()
@@ -175,13 +138,6 @@ def is_behind(
     Two finalists that are equal on the whole text are the hardest case. Over all looks of a race
     one of them is dropped for the other with a chance of about 5 % (simulated: 0.045 on 16
     windows of 8 blocks, 0.075 on 64 of 32). The better of two that differ is dropped less often.
-
-    Args:
-        differences: (seen * blocks of a window,), float64, window by window: a loss minus the
-            leader's.
-        seen: How many windows they are of.
-        windows: How many the text has.
-        level: Level of the test.
 
     Source:
         Cochran 1977, Sampling Techniques, section 2.6 (finite population correction).

@@ -27,18 +27,11 @@ Direction = Literal["minimize", "maximize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """
-    Rating of one candidate.
+    """Rating of one candidate."""
 
-    Attributes:
-        value: The objective, finite; None if the rating failed.
-        attributes: JSON values to record with the trial.
-        failure: Why it failed.
-    """
-
-    value: float | None
-    attributes: dict[str, Any] = field(default_factory=dict)
-    failure: str | None = None
+    value: float | None  # The objective, finite; None if the rating failed
+    attributes: dict[str, Any] = field(default_factory=dict)  # JSON values to record with the trial
+    failure: str | None = None  # Why it failed
 
 
 Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
@@ -46,29 +39,20 @@ Evaluate = Callable[[Sequence[Candidate]], list[Outcome]]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan(SearchOptions):
-    """
-    A search, complete but for the function that rates.
+    """A search, complete but for the function that rates."""
 
-    Attributes:
-        pattern: What is pruned.
-        space: The box; fitted to the pattern.
-        steps: What every candidate goes through; method and spread of its allocation are those
-            of the space.
-        sampler: A name of :data:`pho_service.spec.objective.SAMPLERS`, or a sampler of Optuna. That
-            is used as it is, seed and state included, and recorded by the name of its class: with
-            the study alone nobody can repeat the search.
-        direction: Whether low or high values are good.
-        fisher: Whether the plain second-order score is among the baselines.
-        warm_start: Points of the space that were found elsewhere: the trials after the baselines.
-            The sampler begins around the best of them.
-    """
-
-    pattern: Pattern
-    space: SearchSpace
+    pattern: Pattern  # What is pruned
+    space: SearchSpace  # The box; fitted to the pattern
+    # What every candidate goes through; method and spread of its allocation are those of the space.
     steps: Steps = field(default_factory=Steps)
+    # A name of :data:`pho_service.spec.objective.SAMPLERS`, or a sampler of Optuna. That is used as
+    # it is, seed and state included, and recorded by the name of its class: with the study alone
+    # nobody can repeat the search.
     sampler: "str | BaseSampler" = "cmaes"
-    direction: Direction = "minimize"
-    fisher: bool = True
+    direction: Direction = "minimize"  # Whether low or high values are good
+    fisher: bool = True  # Whether the plain second-order score is among the baselines
+    # Points of the space that were found elsewhere: the trials after the baselines. The sampler
+    # begins around the best of them.
     warm_start: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,7 +81,6 @@ class SearchPlan(SearchOptions):
         return SAMPLERS[self.sampler] if isinstance(self.sampler, str) else 1
 
     def baselines(self) -> list[Candidate]:
-        """The first trials."""
         return search_baselines(
             self.pattern,
             kernel_size=self.space.kernel_sizes[0],
@@ -108,10 +91,6 @@ class SearchPlan(SearchOptions):
 
 
 def check_sampler(sampler: object) -> None:
-    """
-    Raises:
-        InvalidInput: A sampler is neither a known name nor one of Optuna's objects.
-    """
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return
     if not isinstance(sampler, str):
@@ -126,54 +105,38 @@ def check_sampler(sampler: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RatedCandidate:
-    """
-    A finished trial.
+    """A finished trial."""
 
-    Attributes:
-        number: Number of the trial.
-        candidate: What was rated.
-        params: Its place in the search space.
-        value: Its rating by the objective.
-        second_opinion: Its rating by the weighting that also proposes finalists, lower is better;
-            None if there is none.
-    """
-
-    number: int
-    candidate: Candidate
-    params: dict[str, Any]
-    value: float
+    number: int  # Number of the trial
+    candidate: Candidate  # What was rated
+    params: dict[str, Any]  # Its place in the search space
+    value: float  # Its rating by the objective
+    # Its rating by the weighting that also proposes finalists, lower is better; None if there is
+    # none.
     second_opinion: float | None = None
 
 
 # Request of a user for a search.
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(SearchOptions):
-    """
-    What a user asks a search for, besides the model and the texts.
+    """What a user asks a search for, besides the model and the texts."""
 
-    Attributes:
-        pattern: What is pruned.
-        objective: What candidates are rated by.
-        bounds: Fields of the search space that differ from its defaults.
-        steps: What every candidate goes through beside the score. Its allocation is the only one
-            of the search unless ``bounds`` name ``allocations``; its reconstruction is only for
-            the winner.
-        sampler: Where candidates come from: a name, or a sampler of Optuna; see
-            :class:`~pho_service.tuning.plan.SearchPlan`.
-        finalists: How many found candidates are looked at again, beside the baselines.
-        warm_start: Found elsewhere, in this pattern: they are rated first, and the sampler
-            begins around the best of them.
-        validation: How the proxy is validated before the confirmation, which looks at more
-            finalists if it does not rank; None leaves that out.
-    """
-
-    pattern: Pattern
-    objective: Objective = field(default_factory=Objective)
+    pattern: Pattern  # What is pruned
+    objective: Objective = field(default_factory=Objective)  # What candidates are rated by
+    # Fields of the search space that differ from its defaults.
     bounds: Mapping[str, Any] = field(default_factory=dict)
+    # What every candidate goes through beside the score. Its allocation is the only one of the
+    # search unless ``bounds`` name ``allocations``; its reconstruction is only for the winner.
     steps: Steps = field(default_factory=Steps)
+    # Where candidates come from: a name, or a sampler of Optuna; see
+    # :class:`~pho_service.tuning.plan.SearchPlan`.
     sampler: "str | BaseSampler" = "cmaes"
-    finalists: int = 5
+    finalists: int = 5  # How many found candidates are looked at again, beside the baselines
+    # Found elsewhere, in this pattern: they are rated first, and the sampler begins around the best
+    # of them.
     warm_start: tuple[Candidate, ...] = ()
+    # How the proxy is validated before the confirmation, which looks at more finalists if it does
+    # not rank; None leaves that out.
     validation: ValidationSpec | None = None
 
     def __post_init__(self) -> None:
@@ -198,12 +161,6 @@ class SearchRequest(SearchOptions):
             )
 
     def plan(self, kernel_sizes: tuple[int, ...]) -> SearchPlan:
-        """
-        The plan on a bundle that has these kernel sizes.
-
-        Raises:
-            InvalidInput: Anything in the request breaks a rule.
-        """
         allocation = self.steps.allocation
         given = {
             "kernel_sizes": kernel_sizes,

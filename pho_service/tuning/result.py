@@ -24,32 +24,20 @@ CHANCE = 0.5  # of the vocabulary's size: a dense model's perplexity above it ha
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """
-    Attributes:
-        configuration: The best, and how it was found.
-        study_name: In the request's database.
-        trial: The number of the best in it.
-        warnings: Plain sentences that a user must read.
-        rated_before: How many ratings were taken from other studies.
-        validation: How well each proxy ranks, by name, if that was asked for.
-    """
-
-    configuration: Configuration
-    study_name: str
-    trial: int
-    warnings: list[str]
-    rated_before: int = 0
+    configuration: Configuration  # The best, and how it was found
+    study_name: str  # In the request's database
+    trial: int  # The number of the best in it
+    warnings: list[str]  # Plain sentences that a user must read
+    rated_before: int = 0  # How many ratings were taken from other studies
+    # How well each proxy ranks, by name, if that was asked for.
     validation: Mapping[str, ProxyQuality] | None = None
 
 
 def describe_study(
     study: optuna.Study, request: SearchRequest, plan: SearchPlan, provenance: Mapping[str, Any]
 ) -> None:
-    """
-    Keep in the study what it is a record of, and what its values are called.
-
-    What people read is a user attribute; documents, which searches go on with, are records.
-    """
+    """Keep in the study what it is a record of, and what its values are called."""
+    # What people read is a user attribute; documents, which searches go on with, are records.
     known = record_of(study)
     for key, value in {
         "pattern": str(plan.pattern),
@@ -76,18 +64,9 @@ def describe_study(
 def mark_chosen(
     study: optuna.Study, configuration: Configuration, of_study: str, trial: int
 ) -> None:
-    """
-    Mark in a study which trial the result is.
-
-    It is the best of those that were measured, and often not the one with the best objective,
-    which is Optuna's ``best_trial``.
-
-    Args:
-        study: The record to mark.
-        configuration: The result.
-        of_study: Name of the study that the trial is in; of a job with islands, another one, too.
-        trial: Number of the trial there.
-    """
+    """Mark in a study which trial the result is."""
+    # It is the best of those that were measured, and often not the one with the best objective,
+    # which is Optuna's ``best_trial``.
     confirmation = configuration.confirmation
     mark = {
         "study": of_study,
@@ -123,21 +102,7 @@ def search_result(
     ended_after: int | None = None,
     correction: Correction | None = None,
 ) -> SearchResult:
-    """
-    Choose the winner and write down how it was found.
-
-    Args:
-        request: What was asked.
-        plan: Plan of the search.
-        provenance: Provenance of the bundle.
-        name: Name of the study.
-        rated: Every finished trial, best first by the objective.
-        measured: (perplexity, candidate), best first; empty if nothing was measured.
-        confirmation: How the winner was measured.
-        divergences: From the dense model, of all that was compared with it.
-        ended_after: So many trials, if the sampler or a callback ended it before the last.
-        correction: What corrections of the best came to, if there were any.
-    """
+    """Choose the winner and write down how it was found."""
     best = measured[0][1] if measured else rated[0]
     by_number = {candidate.number: perplexity for perplexity, candidate in measured}
     border = plan.space.on_border(best.params) if best.candidate.method == "crepe" else []

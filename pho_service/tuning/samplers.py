@@ -96,36 +96,21 @@ Key = tuple[tuple[str, Any], ...]
 
 
 class HillClimbSampler(BaseSampler):
-    """
-    Coordinate steps of a shrinking size, from a given point until none is better.
+    """Coordinate steps of a shrinking size, from a given point until none is better."""
 
-    The climb stands at its best point. It tries a step up and a step down along
-    each coordinate in turn, cut off at the ends of the range; the first that is
-    better is taken, and tried once more. When every one of them has failed since
-    the last success, the step is halved, from :data:`FIRST_STEP` of the range to
-    :data:`LAST_STEP`; then the climb is over. For listed values (kernel sizes)
-    the neighbours in the list are tried, whatever the step.
-
-    Nothing is drawn at random, and the study's trials are all that it knows:
-    each time, the climb is walked again from its start to the first point that
-    has no value yet. So no point is rated twice, and a climb goes on in another
-    process. A failed trial is worse than any value. Equal is not better.
-
-    Optuna gives a sampler no way to end a study from outside of ``optimize``.
-    Whoever asks must look at :meth:`is_exhausted`; asked on, a climb that is
-    over gives its best point again.
-
-    Args:
-        seed: Seed of values outside of the climb's space, which are drawn at random.
-        search_space: The space from the first trial on. Without it, the space
-            is what all finished trials have in common, and the first trial is
-            drawn at random.
-        start: Where the climb begins: values by name, each outside of its range
-            moved to the nearer end. What is missing begins in the middle, or at
-            the first of a list.
-        effective: The part of a point that makes a difference. Points that
-            agree in it are one and the same, and are rated once.
-    """
+    # The climb stands at its best point. It tries a step up and a step down along each coordinate
+    # in turn, cut off at the ends of the range; the first that is better is taken, and tried once
+    # more. When every one of them has failed since the last success, the step is halved, from
+    # :data:`FIRST_STEP` of the range to :data:`LAST_STEP`; then the climb is over. For listed
+    # values (kernel sizes) the neighbours in the list are tried, whatever the step.
+    #
+    # Nothing is drawn at random, and the study's trials are all that it knows: each time, the climb
+    # is walked again from its start to the first point that has no value yet. So no point is rated
+    # twice, and a climb goes on in another process. A failed trial is worse than any value. Equal
+    # is not better.
+    #
+    # Optuna gives a sampler no way to end a study from outside of ``optimize``. Whoever asks must
+    # look at :meth:`is_exhausted`; asked on, a climb that is over gives its best point again.
 
     def __init__(
         self,
@@ -185,7 +170,6 @@ class HillClimbSampler(BaseSampler):
         return searchable(self._intersection.calculate(study))
 
     def _key(self, params: Mapping[str, Any]) -> Key:
-        """The same for points that are the same candidate."""
         return tuple(sorted(self._effective({**self._fixed, **params}).items()))
 
     def _losses(self, study: optuna.Study, names: Mapping[str, Any]) -> dict[Key, float]:
@@ -259,7 +243,6 @@ class _Axis:
         return Fraction(unit).limit_denominator(10**9)  # a third is a third: short numbers stay so
 
     def value(self, position: Fraction) -> Any:
-        """At a position."""
         if self._values is not None:
             return self._values[int(position)]
         return from_unit(self._range, float(position))
@@ -282,21 +265,7 @@ def make_sampler(
     start: Mapping[str, Any] | None = None,
     effective: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> BaseSampler:
-    """
-    Build a sampler that gives the same candidates for the same seed and the same values.
-
-    Args:
-        name: ``cmaes``, ``tpe``, ``random``, ``qmc``, ``gp`` or ``hill-climb``.
-        options: The seed of all its random choices, of which the hill climb makes none.
-        search_space: The whole space.
-        start: Where the hill climb begins, RIA's coefficients without it; and what the CMA-ES
-            first draws around, which covers the whole space without it.
-        effective: The part of a point that makes a difference; the hill climb rates points that
-            agree in it once.
-
-    Raises:
-        InvalidInput: Another name.
-    """
+    """Build a sampler that gives the same candidates for the same seed and the same values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "cmaes":
@@ -333,15 +302,6 @@ class CmaSampler(BaseSampler):
     A generation is ``population_size`` trials that were asked for and told,
     in the order in which they are told. Failed trials count as the worst.
 
-    Args:
-        seed: Seed of the samples.
-        population_size: Trials in a generation.
-        search_space: The space from the first trial on. Without it, the space
-            is what all finished trials have in common, and the first trial is
-            drawn at random.
-        start: A point of the space that the first generation is drawn around, half as widely
-            as it is around the middle without one.
-
     Source:
         Hamano et al. 2025, arXiv:2504.07884 (CatCMA with margin), in the
         implementation of the cmaes package.
@@ -367,13 +327,7 @@ class CmaSampler(BaseSampler):
         self._told: list[tuple[CatCMAwM.Solution, float]] = []
 
     def adopt(self, number: int, params: Mapping[str, Any]) -> None:
-        """
-        Take another point for the one that it drew: another machine's arithmetic gave that.
-
-        Args:
-            number: Number of a trial that was asked for, and not told yet.
-            params: The point that was rated.
-        """
+        """Take another point for the one that it drew: another machine's arithmetic gave that."""
         assert self._encoding is not None
         self._asked[number] = self._encoding.solution(params)
 
@@ -468,11 +422,8 @@ class _Encoding:
     def optimizer(
         self, population_size: int, seed: int, start: Mapping[str, Any] | None = None
     ) -> CatCMAwM:
-        """
-        A fresh CMA-ES; real variables run from 0 to 1, ordered ones count from 0.
-
-        It begins in the middle of the space, or around ``start``.
-        """
+        """A fresh CMA-ES; real variables run from 0 to 1, ordered ones count from 0."""
+        # It begins in the middle of the space, or around ``start``.
         return CatCMAwM(
             x_space=[[0.0, 1.0]] * len(self.real) or None,
             z_space=[list(range(len(values))) for values in self.ordered.values()] or None,

@@ -51,25 +51,9 @@ def run_search(
     fence: Fence = nullcontext,
     callbacks: Sequence[Callback] = (),
 ) -> list[RatedCandidate]:
-    """
-    Bring a study to ``plan.trials`` trials and give them, best first.
-
-    It has fewer if the sampler ends by itself, as the hill climb does, or if a callback calls
-    ``study.stop()``.
-
-    Args:
-        study: The record; may hold some of the trials already.
-        plan: What to search.
-        evaluate: Rates candidates; called with a generation at a time.
-        advance: Called with the number of trials that became finished.
-        fence: Entered around every write of a generation; may refuse by raising.
-        callbacks: As Optuna's: each is called with the study and a frozen trial after the trial
-            was recorded; not for those that were there already.
-
-    Raises:
-        StudyError: The study is for values of the other direction, holds other trials than this
-            plan gives, or nothing but failed ones.
-    """
+    """Bring a study to ``plan.trials`` trials and give them, best first."""
+    # It has fewer if the sampler ends by itself, as the hill climb does, or if a callback calls
+    # ``study.stop()``.
     recorded = searched(study, plan)
     unfinished = [t.number for t in recorded if not t.state.is_finished()]
     if unfinished:
@@ -141,12 +125,7 @@ def _adopting(
 
 
 def _told(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTrial:
-    """
-    A recorded trial as a sampler is told of it: a point of the space that is searched.
-
-    Raises:
-        StudyError: It is not in this space.
-    """
+    """A recorded trial as a sampler is told of it: a point of the space that is searched."""
     known = {name: trial.user_attrs.get(name) for name in ("coefficients", "steps")}
     point = None
     if all(known.values()):
@@ -165,12 +144,9 @@ def _told(trial: FrozenTrial, plan: SearchPlan, study: optuna.Study) -> FrozenTr
 def _spans(
     began: datetime, ended: datetime, outcomes: Sequence[Outcome]
 ) -> list[tuple[datetime, datetime]]:
-    """
-    When each candidate of a generation was rated: one after the other.
-
-    Each takes the share of the time that its outcome's ``seconds`` say; the same where one of
-    them does not say.
-    """
+    """When each candidate of a generation was rated: one after the other."""
+    # Each takes the share of the time that its outcome's ``seconds`` say; the same where one of
+    # them does not say.
     seconds = [float(outcome.attributes.get("seconds", 0.0)) for outcome in outcomes]
     if not all(seconds):
         seconds = [1.0] * len(outcomes)
@@ -212,11 +188,8 @@ class _Recorder:
         advance: Callable[[int], None],
         adopt: Callable[[int, Mapping[str, Any]], None] | None = None,
     ) -> list[float | None]:
-        """
-        The value of each candidate, from the record or from ``evaluate``.
-
-        ``adopt`` is told of the recorded ones that are others: their places, and their points.
-        """
+        """The value of each candidate, from the record or from ``evaluate``."""
+        # ``adopt`` is told of the recorded ones that are others: their places, and their points.
         known = self.recorded[self.done : self.done + len(candidates)]
         for i, (trial, candidate) in enumerate(zip(known, candidates, strict=False)):
             if self._is_of(trial, candidate):
@@ -308,7 +281,6 @@ def searched(study: optuna.Study, plan: SearchPlan) -> list[FrozenTrial]:
 
 
 def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedCandidate]:
-    """Those of some trials that have not failed."""
     return [
         RatedCandidate(
             number=t.number,
@@ -323,12 +295,7 @@ def rated_trials(trials: Sequence[FrozenTrial], plan: SearchPlan) -> list[RatedC
 
 
 def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
-    """
-    The finished trials of a search, best first; equal values by number.
-
-    Raises:
-        StudyError: All failed.
-    """
+    """The finished trials of a search, best first; equal values by number."""
     trials = searched(study, plan)
     rated = rated_trials(trials, plan)
     if not rated:
@@ -341,18 +308,12 @@ def ranked(study: optuna.Study, plan: SearchPlan) -> list[RatedCandidate]:
 # The studies of one search: one of the command line's, several of a job with islands.
 @dataclass(frozen=True)
 class Islands:
-    """
-    The studies of one search, whose trials have numbers of their own among all of them.
+    """The studies of one search, whose trials have numbers of their own among all of them."""
 
-    Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
+    # Trial 3 of the second of four islands is number 3 * 4 + 1. With one study the numbers are its.
 
-    Attributes:
-        studies: Studies of each island.
-        plans: Plans of each island; they differ in their seeds.
-    """
-
-    studies: Sequence[optuna.Study]
-    plans: Sequence[SearchPlan]
+    studies: Sequence[optuna.Study]  # Studies of each island
+    plans: Sequence[SearchPlan]  # Plans of each island; they differ in their seeds
 
     @property
     def plan(self) -> SearchPlan:
@@ -360,14 +321,8 @@ class Islands:
         return self.plans[0]
 
     def ranked(self) -> list[RatedCandidate]:
-        """
-        The finished trials of all islands, best first; equal values by number.
-
-        The baselines are the same in each island: only those of the first count.
-
-        Raises:
-            StudyError: All trials of an island failed.
-        """
+        """The finished trials of all islands, best first; equal values by number."""
+        # The baselines are the same in each island: only those of the first count.
         rated = [
             replace(each, number=each.number * len(self.studies) + island)
             for island, (study, plan) in enumerate(zip(self.studies, self.plans, strict=True))
@@ -402,7 +357,6 @@ class Islands:
         return number % len(self.studies)
 
     def attributes(self, number: int) -> Mapping[str, Any]:
-        """The user attributes of a trial."""
         study, there = self.place(number)
         (trial,) = (t for t in study.get_trials(deepcopy=False) if t.number == there)
         attributes: Mapping[str, Any] = trial.user_attrs
@@ -436,15 +390,7 @@ def pareto_name(model: str, studies: Sequence[str]) -> str:
 def pareto_study(
     name: str, direction: Direction, objective: str, storage: BaseStorage | None
 ) -> optuna.Study:
-    """
-    Make or open a study of (sparsity, objective), whose Pareto front optuna-dashboard draws.
-
-    Args:
-        name: Name of the study.
-        direction: Direction of the objective; sparsity is maximised.
-        objective: What it is called.
-        storage: Where; None keeps it in memory.
-    """
+    """Make or open a study of (sparsity, objective), whose Pareto front optuna-dashboard draws."""
     with quiet_optuna(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
@@ -463,17 +409,7 @@ def add_point(
     pattern: str,
     fence: Fence = nullcontext,
 ) -> None:
-    """
-    Add the trials of a search to the study of its curve; those that are there are left out.
-
-    Args:
-        pareto: Pareto study of the curve.
-        study: Study of the search.
-        sparsity: Sparsity of its pattern.
-        pattern: It, as text.
-        fence: Entered around the writes. One that lets in a single writer of ``study``, whoever
-            writes other points of the curve meanwhile, keeps each trial from being added twice.
-    """
+    """Add the trials of a search to the study of its curve; those that are there are left out."""
     known = {
         (trial.user_attrs.get(_OF), trial.user_attrs.get("trial"))
         for trial in pareto.get_trials(deepcopy=False)

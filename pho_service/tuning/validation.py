@@ -66,15 +66,7 @@ def planned_candidates(plan: SearchPlan, asked: ValidationSpec) -> list[Candidat
 def proxy_quality(
     proxy: Sequence[float], perplexity: Sequence[float], *, higher_is_better: bool, seed: int
 ) -> ProxyQuality:
-    """
-    Compare a proxy with perplexity over the same candidates.
-
-    Args:
-        proxy: A value a candidate, at least 8.
-        perplexity: Perplexity of the same candidates.
-        higher_is_better: How the proxy is meant; only the regret depends on it.
-        seed: Seed of the bootstrap.
-    """
+    """Compare a proxy with perplexity over the same candidates."""
     x, y = np.asarray(proxy, dtype=float), np.asarray(perplexity, dtype=float)
     top_k = min(5, len(x) // 4)
     sign = -1 if higher_is_better else 1
@@ -149,14 +141,7 @@ def verdict(name: str, quality: ProxyQuality) -> str | None:
 
 
 def finalists_wanted(count: int, name: str, quality: ProxyQuality) -> tuple[int, str | None]:
-    """
-    How many finalists are confirmed; and why, if they are more than were asked for.
-
-    Args:
-        count: That were asked for.
-        name: Name of the proxy that candidates were rated by.
-        quality: Its quality on random candidates of the same space.
-    """
+    """How many finalists are confirmed; and why, if they are more than were asked for."""
     doubt = verdict(name, quality)
     if doubt is None:
         return count, None

@@ -28,7 +28,6 @@ def upgrade() -> None:
 
 
 def _left_out(document: Any) -> Any:
-    """A document as it is now."""
     gone = {
         "": ("preset_meaning", "preset_meanings"),
         "calibration": ("stop",),
