@@ -154,8 +154,7 @@ def meanwhile(*acts: Callable[[], Any], after_s: float = 0.5) -> Iterator[None]:
 # -------------------------------------------------------------------------- jobs
 
 
-def test_submit(client: Client) -> None:
-    """A job comes back as it was stored."""
+def test_a_job_comes_back_as_it_was_stored(client: Client) -> None:
     job = client.submit(SPEC)
 
     assert isinstance(job, Job)
@@ -164,8 +163,7 @@ def test_submit(client: Client) -> None:
     assert client.job(job.id) == client.job(str(job.id)) == job
 
 
-def test_submit_twice(client: Client) -> None:
-    """Two submits are two jobs, unless they say that they are the same."""
+def test_two_submits_are_two_jobs_unless_they_say_that_they_are_the_same(client: Client) -> None:
     jobs = [client.submit(SPEC).id for _ in range(2)]
     same = [client.submit(SPEC, idempotency_key="one").id for _ in range(2)]
 
@@ -198,8 +196,7 @@ def test_all_jobs(client: Client, store: JobStore) -> None:
     assert [*client.jobs(patterns=["7:8"])] == []
 
 
-def test_trials(client: Client, store: JobStore) -> None:
-    """Trials come over all pages, by number."""
+def test_trials_come_over_all_pages_by_number(client: Client, store: JobStore) -> None:
     job = client.submit({**SPEC, "islands": 2})
     with open_storage(store.database.studies_url) as storage:
         study = optuna.create_study(storage=storage, study_name=f"{job.name} island 1")
@@ -210,8 +207,7 @@ def test_trials(client: Client, store: JobStore) -> None:
     assert [*client.trials(job.id)] == []
 
 
-def test_best(client: Client, store: JobStore) -> None:
-    """The best is a configuration, ready to prune with."""
+def test_the_best_is_a_configuration_ready_to_prune_with(client: Client, store: JobStore) -> None:
     job = client.submit(SPEC)
     succeed(store, job.id)
 
@@ -219,8 +215,7 @@ def test_best(client: Client, store: JobStore) -> None:
     assert client.best(job.id).candidate().coefficients.row == 0.1 + 0.2
 
 
-def test_verbs(client: Client) -> None:
-    """Each verb gives the job as it is then."""
+def test_each_verb_gives_the_job_as_it_is_then(client: Client) -> None:
     job = client.submit({**SPEC, "trials": 40}).id
 
     assert client.pause(job).state == "paused"
@@ -231,8 +226,7 @@ def test_verbs(client: Client) -> None:
     assert [*client.jobs()] == []
 
 
-def test_workers(client: Client, store: JobStore) -> None:
-    """Workers come with what they do."""
+def test_workers_come_with_what_they_do(client: Client, store: JobStore) -> None:
     worker = uuid.uuid4()
     store.enter_worker(worker, name="host:1", device="cuda:0", kinds=[StageKind.SEARCH])
     (found,) = client.workers()
@@ -244,8 +238,7 @@ def test_workers(client: Client, store: JobStore) -> None:
 # ------------------------------------------------------------------------- events
 
 
-def test_events(client: Client, store: JobStore) -> None:
-    """Events come as they happen, until the job is over."""
+def test_events_come_as_they_happen_until_the_job_is_over(client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
     with meanwhile(lambda: succeed(store, job)):
         events = [*client.events(job)]
@@ -266,8 +259,7 @@ def test_events_go_on(client: Client, store: JobStore) -> None:
         assert [*client.events(job, after=events[seen].id)] == events[seen + 1 :]
 
 
-def test_events_left_early(client: Client) -> None:
-    """Who has seen enough may leave, and go on with the same client."""
+def test_who_has_seen_enough_may_leave_and_go_on_with_the_same_client(client: Client) -> None:
     job = client.submit(SPEC).id
     for event in client.events(job):
         assert event.data["state"] == "queued"
@@ -320,8 +312,7 @@ def test_wait_quietly(client: Client, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == ("", "")
 
 
-def test_wait_for_a_failure(client: Client, store: JobStore) -> None:
-    """A job that fails is an answer like any other."""
+def test_a_job_that_fails_is_an_answer_like_any_other(client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
     claim = take(store, job, StageKind.CALIBRATE)
     store.fail(claim, {"type": "ModelError", "message": "gone"}, retry=False)
@@ -332,8 +323,7 @@ def test_wait_for_a_failure(client: Client, store: JobStore) -> None:
     assert (ended.error.type, ended.error.message) == ("ModelError", "gone")
 
 
-def test_wait_for_too_long(client: Client) -> None:
-    """After its time, waiting gives up; the job goes on."""
+def test_after_its_time_waiting_gives_up_the_job_goes_on(client: Client) -> None:
     job = client.submit(SPEC).id
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"is queued after 0\.3 s"):
@@ -352,10 +342,9 @@ def test_wait_over_an_outage(client: Client, service: Service, store: JobStore) 
     assert ended.state == "succeeded"
 
 
-def test_wait_in_a_lasting_outage(
+def test_nor_does_an_outage_go_beyond_the_time_that_the_caller_has(
     client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does an outage go beyond the time that the caller has."""
     monkeypatch.setattr("pho_service.client._OUTAGE_S", 120.0)
     job = client.submit(SPEC).id
     service.stop()
@@ -390,8 +379,7 @@ def test_short_ids(client: Client, store: JobStore) -> None:
         client.job("abc")
 
 
-def test_wait_for_nothing(client: Client) -> None:
-    """A job that is not there is an error at once."""
+def test_a_job_that_is_not_there_is_an_error_at_once(client: Client) -> None:
     began = time.monotonic()
     with pytest.raises(ServiceError, match="No job has this id"):
         client.wait(uuid.uuid4(), show_progress=False)
@@ -402,16 +390,14 @@ def test_wait_for_nothing(client: Client) -> None:
 # -------------------------------------------------------------------------- errors
 
 
-def test_wrong_field(client: Client) -> None:
-    """A wrong value is told with its place."""
+def test_a_wrong_value_is_told_with_its_place(client: Client) -> None:
     with pytest.raises(ServiceError, match="/pattern: pattern 'half' is neither") as raised:
         client.submit({**SPEC, "pattern": "half"})
 
     assert (raised.value.status, raised.value.code) == (422, "invalid_request")
 
 
-def test_wrong_fields(client: Client) -> None:
-    """Several are told one a line."""
+def test_several_are_told_one_a_line(client: Client) -> None:
     with pytest.raises(ServiceError) as raised:
         client.submit({"model": "org/name", "trials": 0, "x": 1})
     lines = str(raised.value).splitlines()
@@ -419,8 +405,7 @@ def test_wrong_fields(client: Client) -> None:
     assert [line.split(":")[0] for line in lines] == ["/pattern", "/trials", "/x"]
 
 
-def test_conflict(client: Client) -> None:
-    """A conflict says the state."""
+def test_a_conflict_says_the_state(client: Client) -> None:
     job = client.submit(SPEC).id
     with pytest.raises(ServiceError, match="queued") as raised:
         client.delete(job)
@@ -428,8 +413,7 @@ def test_conflict(client: Client) -> None:
     assert (raised.value.status, raised.value.code) == (409, "state_conflict")
 
 
-def test_no_best_yet(client: Client) -> None:
-    """A best that is not there yet is an error that says so."""
+def test_a_best_that_is_not_there_yet_is_an_error_that_says_so(client: Client) -> None:
     with pytest.raises(ServiceError, match="no configuration yet") as raised:
         client.best(client.submit(SPEC).id)
 
@@ -455,15 +439,13 @@ def test_keys(service: Service, database: Database, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("key", ["ключ", "two\nlines", "\x00", "nbsp\u00a0"])
 def test_key_that_cannot_be_sent(key: str) -> None:
-    """A key that no header can carry is an error of ours, without the key in it."""
     with pytest.raises(PhoError) as raised, Client("http://127.0.0.1:1", key) as client:
         client.workers()
 
     assert key not in str(raised.value)
 
 
-def test_nobody_there() -> None:
-    """If nothing listens, the error says where, and what to do."""
+def test_if_nothing_listens_the_error_says_where_and_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with Client(f"http://127.0.0.1:{port}") as client:
@@ -483,8 +465,7 @@ def test_nobody_there() -> None:
     ["nope", "127.0.0.1:8000", "ftp://127.0.0.1", "http://[", "http://h:99999", "http://a b",
      "", "http://\x00", "http://no.such.host.invalid"],
 )  # fmt: skip
-def test_bad_url(url: str) -> None:
-    """An address that leads nowhere is an error that names it."""
+def test_an_address_that_leads_nowhere_is_an_error_that_names_it(url: str) -> None:
     with pytest.raises(PhoError) as raised, Client(url) as client:
         client.workers()
 
@@ -500,8 +481,7 @@ def test_odd_id(client: Client) -> None:
                 call(job_id)
 
 
-def test_id_with_more(client: Client) -> None:
-    """Nor does an id with something behind it."""
+def test_nor_does_an_id_with_something_behind_it(client: Client) -> None:
     job = client.submit(SPEC).id
     for more in ("/trials", "?x", "#x", "/", ":cancel"):
         with pytest.raises(PhoError):
@@ -604,8 +584,7 @@ def test_no_service_of_ours(status: int, body: bytes, content_type: str) -> None
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
-def test_gateway(status: int) -> None:
-    """A gateway without a service behind it is an outage."""
+def test_a_gateway_without_a_service_behind_it_is_an_outage(status: int) -> None:
     with (
         stranger(status, b"<html>Bad Gateway</html>") as url,
         Client(url) as client,
@@ -639,8 +618,7 @@ def test_asked_too_often(slept: list[float]) -> None:
     assert slept == [3, 1, 1]
 
 
-def test_asked_too_often_for_events(slept: list[float]) -> None:
-    """So does who wants a stream."""
+def test_so_does_who_wants_a_stream(slept: list[float]) -> None:
     event = b"id: 1\nevent: state\ndata: {}\n\n"
     first = [(refusal("too_many_requests"), "2")]
     with (
@@ -669,16 +647,14 @@ def test_not_waited_for(slept: list[float], code: str, after: str) -> None:
     assert slept == []
 
 
-def test_silence() -> None:
-    """A server that never answers is an outage, after the time of one request."""
+def test_a_server_that_never_answers_is_an_outage_after_the_time_of_one_request() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with Client(url, timeout_s=0.3) as client, pytest.raises(ServiceUnavailable):
             client.workers()
 
 
-def test_cut_off() -> None:
-    """So is one that hangs up."""
+def test_so_is_one_that_hangs_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def hang_up() -> None:
@@ -696,8 +672,7 @@ def test_cut_off() -> None:
             client.workers()
 
 
-def test_newer_service(client: Client) -> None:
-    """Fields that a newer service may add do no harm."""
+def test_fields_that_a_newer_service_may_add_do_no_harm(client: Client) -> None:
     job = client.submit(SPEC)
     newer = job.model_dump(mode="json") | {"cost": 5}
     newer["progress"] |= {"eta": "soon"}

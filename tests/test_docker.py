@@ -39,8 +39,7 @@ def container(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_dockerfile_lints(image: str) -> None:
-    """hadolint finds nothing to say of a Dockerfile."""
+def test_hadolint_finds_nothing_to_say_of_a_dockerfile(image: str) -> None:
     result = run("hadolint", DOCKER / f"{image}.Dockerfile")
 
     assert result.returncode == 0, result.stdout
@@ -64,16 +63,14 @@ def test_image_requirements(image: str) -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_image_user(image: str) -> None:
-    """An image's processes are not root's."""
+def test_an_images_processes_are_not_roots(image: str) -> None:
     users = re.findall(r"^USER (\S+)$", (DOCKER / f"{image}.Dockerfile").read_text(), re.MULTILINE)
 
     assert users == ["10001"]
 
 
 @pytest.mark.parametrize("file", ["compose.yaml", "compose.cpu.yaml"])
-def test_compose_schema(file: str, tmp_path: Path) -> None:
-    """A compose file follows the Compose specification."""
+def test_a_compose_file_follows_the_compose_specification(file: str, tmp_path: Path) -> None:
     copy = tmp_path / file
     copy.write_text((DOCKER / file).read_text().replace("!reset ", ""))  # Compose's own YAML tag
     result = run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", copy)
@@ -81,23 +78,20 @@ def test_compose_schema(file: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_kubernetes_schema() -> None:
-    """The manifest follows Kubernetes' own schemas, without unknown fields."""
+def test_the_manifest_follows_kubernetes_own_schemas_without_unknown_fields() -> None:
     result = run("kubernetes-validate", "--strict", DOCKER / "kubernetes.yaml")
 
     assert result.returncode == 0, result.stdout
 
 
-def test_kubernetes_probes() -> None:
-    """The API is alive by /healthz, and given requests by /readyz."""
+def test_the_api_is_alive_by_healthz_and_given_requests_by_readyz() -> None:
     _, api = container("pho-api")
 
     assert api["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert api["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
-def test_kubernetes_gpu() -> None:
-    """A worker has one GPU."""
+def test_a_worker_has_one_gpu() -> None:
     _, worker = container("pho-worker")
 
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -138,8 +132,7 @@ def test_proxy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["worker.slurm", "build.sh"])
-def test_scripts(name: str) -> None:
-    """bash and shellcheck find nothing to say of a script."""
+def test_bash_and_shellcheck_find_nothing_to_say_of_a_script(name: str) -> None:
     script = DOCKER / name
     parsed = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     linted = run("shellcheck", script)
@@ -149,16 +142,14 @@ def test_scripts(name: str) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in DOCKER.iterdir() if p.is_file()))
-def test_settings_exist(file: str) -> None:
-    """Every PHO_ variable in a container file is one that the service reads."""
+def test_every_pho_variable_in_a_container_file_is_one_that_the_service_reads(file: str) -> None:
     named = set(re.findall(r"\bPHO_[A-Z_]+\b", (DOCKER / file).read_text()))
 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}
 
 
 @pytest.mark.parametrize("file", ["compose.yaml", "kubernetes.yaml"])
-def test_no_password(file: str) -> None:
-    """No database URL in a file that is committed has a password."""
+def test_no_database_url_in_a_file_that_is_committed_has_a_password(file: str) -> None:
     lines = [line for line in (DOCKER / file).read_text().splitlines() if not line.startswith("#")]
 
     assert not re.search(r"://[^/\s]*:[^/\s]*@", "\n".join(lines))

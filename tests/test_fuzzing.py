@@ -482,8 +482,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "KiB", file=s
     assert len(ended.stdout.splitlines()) == len(HOSTILE) + 1
 
 
-def test_long_message(tmp_path: Path) -> None:
-    """What safetensors quotes of a header is told in part."""
+def test_what_safetensors_quotes_of_a_header_is_told_in_part(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
     path.write_bytes(header_of({"__metadata__": "x" * 1_000_000}))
     for reader in (read_bundle, read_masks):

@@ -58,8 +58,7 @@ def test_no_torch(module: str, loaded: dict[str, list[str]]) -> None:
     assert not {*loaded[module]} & {"torch", "transformers", "datasets"}
 
 
-def test_bundle_needs_no_transformers() -> None:
-    """To search a bundle neither models nor data sets are loaded, which takes seconds."""
+def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_seconds() -> None:
     code = (
         "import pho_service.pipeline.search, pho_service.models.bundle_file, "
         "pho_service.models.devices"
@@ -68,8 +67,7 @@ def test_bundle_needs_no_transformers() -> None:
     assert not loaded_by(code) & {"transformers", "datasets"}
 
 
-def test_help_is_light() -> None:
-    """`pho --help` and the verbs' modules load nothing that takes time."""
+def test_pho_help_and_the_verbs_modules_load_nothing_that_takes_time() -> None:
     verbs = ", ".join(sorted({module for module, _ in VERBS.values()}))
     heavy = {
         "torch", "transformers", "datasets", "optuna", "scipy", "matplotlib", "rich", "numpy",
@@ -80,6 +78,5 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.thorough
-def test_workers_serve_no_http() -> None:
-    """A worker never loads the front end."""
+def test_a_worker_never_loads_the_front_end() -> None:
     assert not loaded_by("import workers.worker") & {"fastapi", "starlette", "uvicorn"}

@@ -153,8 +153,7 @@ def test_missing_extra(verb: str, options: str, module: str, extra: str) -> None
     assert result.stderr == f"pho: {verb} needs {module}: pip install 'pho-service[{extra}]'\n"
 
 
-def test_missing_extra_of_worker() -> None:
-    """`pho worker` says so, too."""
+def test_pho_worker_says_so_too() -> None:
     code = "from workers.__main__ import main\nmain(['--database-url', 'postgresql://x'])"
     result = run_without({"torch"}, code)
 
@@ -170,8 +169,7 @@ def test_other_missing_module() -> None:
     assert "ModuleNotFoundError" in result.stderr
 
 
-def test_dependencies() -> None:
-    """What the packages import is declared, and what is declared is imported."""
+def test_what_the_packages_import_is_declared_and_what_is_declared_is_imported() -> None:
     pytest.importorskip("deptry", reason="it is not installed: see extra dev")
     result = subprocess.run(
         [sys.executable, "-m", "deptry", ".", "--no-ansi"],

@@ -72,9 +72,7 @@ def test_all_that_is_declared(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["api.txt", "worker.txt", "build.txt"])
-def test_one_version_in_all(name: str) -> None:
-    """The images have what was tested."""
-
+def test_the_images_have_what_was_tested(name: str) -> None:
     def versions(file: str) -> set[str]:
         return {f"{p.name}{p.specifier}" for found in locked(file).values() for p, _ in found}
 

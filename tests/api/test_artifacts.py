@@ -81,7 +81,6 @@ def test_asked_twice(client: TestClient, submit: Any, hand: Any, prune: Any) -> 
 
 
 def test_too_early_or_too_late(client: TestClient, submit: Any, hand: Any, refusal: Any) -> None:
-    """A job without a result cannot be pruned; the answer says what to do."""
     for state, told in {
         JobState.QUEUED: "Wait until it has succeeded",
         JobState.RUNNING: "Wait until it has succeeded",
@@ -117,8 +116,7 @@ def test_failed_while_pruning(client: TestClient, submit: Any, hand: Any, refusa
     assert client.post(f"/v1/jobs/{job}:resume").json()["state"] == "queued"
 
 
-def test_list(client: TestClient, pruned: str) -> None:
-    """Each file has its size, its hash and its address."""
+def test_each_file_has_its_size_its_hash_and_its_address(client: TestClient, pruned: str) -> None:
     listed = client.get(f"{pruned}/artifacts").json()
 
     assert listed["bytes"] == sum(map(len, FILES.values()))
@@ -276,14 +274,12 @@ def test_pull_of_damaged_files(pho: Client, pruned: str, store: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_pull_into_a_used_folder(pho: Client, pruned: str, store: Path) -> None:
-    """Nothing is overwritten."""
+def test_nothing_is_overwritten(pho: Client, pruned: str, store: Path) -> None:
     with pytest.raises(OutputError, match="is in use"):
         pho.pull(pruned.rpartition("/")[2], store)
 
 
-def test_pull_of_bad_names(tmp_path: Path) -> None:
-    """A service cannot make the client write elsewhere."""
+def test_a_service_cannot_make_the_client_write_elsewhere(tmp_path: Path) -> None:
     for name in ("../x", "/etc/x", "a/../../x", "a\\x", ""):
         file = Artifact(name=name, bytes=1, sha256="0" * 64, href="")
         with pytest.raises(ServiceError, match="would lead out of the folder"):

@@ -98,8 +98,7 @@ def bearers(keys: KeyStore) -> dict[str, Headers]:
 # ------------------------------------------------------------------------------ finding
 
 
-def test_empty(client: TestClient) -> None:
-    """An empty library is an empty list."""
+def test_an_empty_library_is_an_empty_list(client: TestClient) -> None:
     assert client.get(HERE).json() == {"configurations": [], "considered": 0}
 
 
@@ -169,10 +168,9 @@ def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
         ({"family": ""}, "family", "at least 1 character"),
     ],
 )
-def test_wrong_parameter(
+def test_what_cannot_be_asked_for_names_the_parameter_and_the_rule(
     client: TestClient, refusal: Refusal, params: dict[str, Any], parameter: str, rule: str
 ) -> None:
-    """What cannot be asked for names the parameter and the rule."""
     problem = refusal(client.get(HERE, params=params), 422, "invalid_request")
     (error,) = problem["errors"]
 
@@ -238,10 +236,9 @@ for _ in range(200):
         ({}, "is not a configuration of PHO"),
     ],
 )
-def test_not_imported(
+def test_what_is_no_configuration_is_422_names_the_rule_and_leaves_nothing(
     client: TestClient, refusal: Refusal, found: Callable[..., Any], values: Any, rule: str
 ) -> None:
-    """What is no configuration is 422, names the rule, and leaves nothing."""
     answer = client.post(HERE, content=json.dumps(values), headers=JSON)
 
     assert rule in refusal(answer, 422, "invalid_request")["detail"]
@@ -291,11 +288,10 @@ def test_wrong_method(client: TestClient, refusal: Refusal, method: str, path: s
 # -------------------------------------------------------------------------------- keys
 
 
-def test_key_of_the_job(
+def test_what_a_job_has_found_belongs_to_the_key_of_the_job(
     found: Callable[..., Any], submit: Callable[..., dict[str, Any]], hand: Any,
     bearers: dict[str, Headers],
 ) -> None:  # fmt: skip
-    """What a job has found belongs to the key of the job."""
     job = submit(headers=bearers["a"])
     hand.succeed(job["id"])
 
@@ -303,10 +299,9 @@ def test_key_of_the_job(
     assert found(bearers["b"]) == []
 
 
-def test_anothers(
+def test_to_a_key_another_keys_entry_is_not_there_and_stays(
     client: TestClient, refusal: Refusal, imported: Callable[..., str], bearers: dict[str, Headers]
 ) -> None:
-    """To a key, another key's entry is not there, and stays."""
     path = imported(document(), bearers["a"])
     for method in ("GET", "DELETE"):
         anothers, nobodys = (
@@ -350,10 +345,9 @@ def test_list_reads_no_documents(
     assert [m["model"]["name"] for m in match["measured"]] == ["m"]
 
 
-def test_too_many_configurations(
+def test_a_key_may_import_so_many_with_the_setting_that_says_so(
     client_of: Any, configuration: Configuration, refusal: Any
 ) -> None:
-    """A key may import so many, with the setting that says so."""
     client = client_of(max_configurations=1)
     document = configuration.model_dump(mode="json")
     assert client.post("/v1/configurations", json=document).status_code == 201

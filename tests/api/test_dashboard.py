@@ -126,8 +126,7 @@ def test_path_tricks(shared_client: TestClient, path: str) -> None:
     assert shared_client.get(f"http://127.0.0.1:8000{path}").status_code in (400, 403, 404)
 
 
-def test_a_body_where_none_belongs(client: TestClient) -> None:
-    """A large body that comes with a GET does no harm."""
+def test_a_large_body_that_comes_with_a_get_does_no_harm(client: TestClient) -> None:
     chunks = (b"x" * 10_000 for _ in range(20))
     answer = client.request("GET", "/api/studies", content=chunks)
 
@@ -175,8 +174,7 @@ def counts(client: TestClient) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_nothing_yet(client: TestClient) -> None:
-    """Without jobs and workers all counts are there, and 0."""
+def test_without_jobs_and_workers_all_counts_are_there_and_0(client: TestClient) -> None:
     names = {
         (sample.name, *sample.labels.values())
         for family in text_string_to_metric_families(client.get("/metrics").text)

@@ -97,10 +97,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("pointer", "value", "says"), WRONG)
-def test_wrong_value(
+def test_each_wrong_value_is_refused_at_its_own_json_pointer_with_the_rule(
     rejected: Callable[[Any], list[dict[str, Any]]], pointer: str, value: Any, says: str
 ) -> None:
-    """Each wrong value is refused at its own JSON pointer, with the rule."""
     (error,) = rejected(put(pointer, value))
 
     # An item of a list is named more exactly than the list.
@@ -142,13 +141,12 @@ def test_wrong_value(
         ),
     ],
 )
-def test_values_that_do_not_fit(
+def test_values_that_contradict_each_other_are_refused_at_the_one_that_comes_later(
     rejected: Callable[[Any], list[dict[str, Any]]],
     document: dict[str, Any],
     pointer: str,
     says: str,
 ) -> None:
-    """Values that contradict each other are refused at the one that comes later."""
     (error,) = rejected(document)
 
     assert error["pointer"] == pointer
@@ -195,10 +193,9 @@ def test_very_many(client: TestClient, refusal: Refusal) -> None:
         ("/search_space/row", ["neighbourhood_share", "row_share"]),
     ],
 )
-def test_unknown_field(
+def test_an_unknown_field_is_refused_with_the_fields_that_are_known_there(
     rejected: Callable[[Any], list[dict[str, Any]]], pointer: str, known: list[str]
 ) -> None:
-    """An unknown field is refused, with the fields that are known there."""
     (error,) = rejected(put(pointer, 1))
 
     assert error["pointer"] == pointer
@@ -260,8 +257,7 @@ def test_odd_body(client: TestClient, refusal: Refusal, bodies: tuple[bytes, ...
         assert error["detail"]
 
 
-def test_no_json_says_where(client: TestClient) -> None:
-    """What is no JSON is told with the reason and the place."""
+def test_what_is_no_json_is_told_with_the_reason_and_the_place(client: TestClient) -> None:
     answer = client.post("/v1/jobs", content=b'{"model": 1, 2}', headers=JSON)
     (error,) = answer.json()["errors"]
 
@@ -331,8 +327,7 @@ def test_large_body_in_chunks(client: TestClient, refusal: Refusal, url: str) ->
     refusal(client.post(url, content=chunks(), headers=JSON), 413, "body_too_large")
 
 
-def test_largest_body(client: TestClient) -> None:
-    """A body of just the limit is read, in one piece and in chunks."""
+def test_a_body_of_just_the_limit_is_read_in_one_piece_and_in_chunks(client: TestClient) -> None:
     body = json.dumps(DOCUMENT).encode().ljust(LIMIT)
 
     assert client.post("/v1/jobs", content=body, headers=JSON).status_code == 202
@@ -395,8 +390,7 @@ def test_allow(client: TestClient, path: str, methods: set[str]) -> None:
     assert {method.strip() for method in allowed.split(",")} == methods
 
 
-def test_unknown_verb(client: TestClient, refusal: Refusal) -> None:
-    """A verb that does not exist is not found."""
+def test_a_verb_that_does_not_exist_is_not_found(client: TestClient, refusal: Refusal) -> None:
     answer = client.post("/v1/jobs/00000000-0000-0000-0000-000000000000:explode")
 
     assert answer.status_code in (404, 405)
@@ -406,14 +400,12 @@ def test_unknown_verb(client: TestClient, refusal: Refusal) -> None:
 # ------------------------------------------------------------------- our own failures
 
 
-def test_crash(
+def test_what_we_did_wrong_is_told_without_details_which_are_in_the_log_alone(
     client: TestClient,
     refusal: Refusal,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What we did wrong is told without details, which are in the log alone."""
-
     def crash(*_: Any, **__: Any) -> None:
         raise RuntimeError("the secret of the machine")
 
@@ -454,7 +446,6 @@ def test_texts_are_not_listed(client: TestClient, refusal: Refusal, shared_folde
 
 
 def test_link_out_of_the_folder(client: TestClient, refusal: Refusal, shared_folder: Path) -> None:
-    """A link that leads out of the folders is refused."""
     (shared_folder / "link.txt").symlink_to("/etc/passwd")
     answer = client.post("/v1/jobs", json=put("/calibration/text", "link.txt"))
 

@@ -133,8 +133,7 @@ def test_bad_id(client: TestClient, history: str, refusal: Any) -> None:
         assert error["parameter"].lower() == "last-event-id"
 
 
-def test_more_than_a_page(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A long history comes whole."""
+def test_a_long_history_comes_whole(client: TestClient, submit: Submit, hand: Any) -> None:
     job = submit()["id"]
     hand.calibrate(job)
     claim = hand.take(job, StageKind.SEARCH)

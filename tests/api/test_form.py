@@ -316,8 +316,7 @@ def test_sent_twice(client: TestClient) -> None:
     assert len(client.get("/v1/jobs").json()["jobs"]) == 2
 
 
-def test_foreign_token(client: TestClient) -> None:
-    """A token that is none of ours is as good as none."""
+def test_a_token_that_is_none_of_ours_is_as_good_as_none(client: TestClient) -> None:
     tokens = ["", "short", "x" * 300, "with space and more", "\x00" * 20]
     made = {send(client, token=token).headers["location"] for token in tokens * 2}
 
@@ -428,8 +427,7 @@ def test_half_characters(shared_client: TestClient) -> None:
     assert summary(answer)
 
 
-def test_quota(client_of: Any) -> None:
-    """More unfinished jobs than allowed are refused above the form."""
+def test_more_unfinished_jobs_than_allowed_are_refused_above_the_form(client_of: Any) -> None:
     client = client_of(max_unfinished_jobs=1)
     send(client)
     answer = send(client)
@@ -457,10 +455,9 @@ def test_context(shared_client: TestClient, model: str) -> None:
     )
 
 
-def test_context_by_the_api(
+def test_post_v1_jobs_says_so_too_of_each_model_that_lies_here(
     shared_client: TestClient, model: str, refusal: Callable[..., Any]
 ) -> None:
-    """POST /v1/jobs says so, too, of each model that lies here."""
     document = {"model": "org/name", "more_models": [model], "pattern": "0.5"}
     answer = shared_client.post("/v1/jobs", json=document)
     errors = refusal(answer, 422, "invalid_request")["errors"]
@@ -582,13 +579,12 @@ def commands(client: TestClient, typed: dict[str, str], **options: Any) -> dict[
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_equivalents(
+def test_curl_pho_submit_and_python_send_the_document_of_the_form_without_its_defaults(
     shared_client: TestClient,
     shared_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     document: dict[str, Any],
 ) -> None:
-    """curl, `pho submit` and Python send the document of the form, without its defaults."""
     texts = ("it's.txt", "a b.txt")
     for text in texts:
         (shared_folder / text).touch()

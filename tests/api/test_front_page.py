@@ -444,10 +444,9 @@ def test_bulk_deletion(client: TestClient, submit: Submit, hand: Any) -> None:
         ("pause", [f"{n:032x}" for n in range(201)], 422, "201 jobs are chosen, but 200 are"),
     ],
 )
-def test_bulk_of_nothing(
+def test_what_is_no_choice_of_jobs_changes_nothing_and_a_page_says_why(
     shared_client: TestClient, verb: str, chosen: list[str], status: int, told: str
 ) -> None:
-    """What is no choice of jobs changes nothing, and a page says why."""
     answer = many(shared_client, verb, chosen)
 
     assert answer.status_code == status
@@ -639,7 +638,6 @@ def test_foreign_form(client: TestClient, keys: KeyStore, hand: Any, keyed: bool
 
 
 def test_foreign_form_to_the_api(client: TestClient, keys: KeyStore, hand: Any) -> None:
-    """Nor do those of /v1 take the key that a browser sends by itself from another site's page."""
     secret = keys.create("k", sees_all=True)[1]
     job = send(client, headers=basic(secret)).headers["location"].removeprefix("/jobs/")
     foreign = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
@@ -682,10 +680,9 @@ def test_own_form(client: TestClient, keys: KeyStore) -> None:
         ("POST", "/", 405, "Method Not Allowed"),
     ],
 )
-def test_other_errors(
+def test_every_error_of_a_page_is_a_page(
     shared_client: TestClient, method: str, path: str, status: int, told: str
 ) -> None:
-    """Every error of a page is a page."""
     body = b"" if "explode" in path else b"{}"
     kind = "application/x-www-form-urlencoded" if "explode" in path else "application/json"
     answer = shared_client.request(method, path, content=body, headers={"Content-Type": kind})
@@ -695,8 +692,7 @@ def test_other_errors(
 
 
 @pytest.mark.parametrize("body", [b"model=%ff&pattern=\xff", b"&".join([b"a=1"] * 300)])
-def test_unreadable_form(shared_client: TestClient, body: bytes) -> None:
-    """A body that is no form of ours is refused."""
+def test_a_body_that_is_no_form_of_ours_is_refused(shared_client: TestClient, body: bytes) -> None:
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = shared_client.post("/new", content=body, headers=kind)
 
@@ -704,8 +700,7 @@ def test_unreadable_form(shared_client: TestClient, body: bytes) -> None:
     assert "The form cannot be read." in Page(answer).text
 
 
-def test_large_form(client_of: Any) -> None:
-    """A form that is too large is not read, declared or not."""
+def test_a_form_that_is_too_large_is_not_read_declared_or_not(client_of: Any) -> None:
     client = client_of(max_body_bytes=1024)
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
     chunks = (b"more=" + b"x" * 1000 for _ in range(2))
@@ -726,8 +721,7 @@ def test_crash(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "The server failed; its log says why." in Page(answer).text
 
 
-def test_not_in_the_api(shared_client: TestClient) -> None:
-    """The API's description has no page."""
+def test_the_apis_description_has_no_page(shared_client: TestClient) -> None:
     paths = shared_client.get("/openapi.json").json()["paths"]
 
     assert {path.split("/")[1] for path in paths} == {"v1", "healthz", "readyz", "metrics"}

@@ -92,10 +92,9 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "found (best so far) 21.50 0.5000 5" in finalists
 
 
-def test_result(
+def test_the_result_comes_first_beside_the_dense_model_wanda_and_ria(
     client: TestClient, hand: Any, submit: Submit, configuration: Configuration
 ) -> None:
-    """The result comes first, beside the dense model, Wanda and RIA."""
     job_id = submit()["id"]
     for prepare in (hand.calibrate, hand.search, hand.confirm):
         prepare(job_id)
@@ -210,7 +209,6 @@ def test_logs(client: TestClient, hand: Any, submit: Submit) -> None:
 
 
 def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Submit) -> None:
-    """A worker may log of a job that is not there any more."""
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.ask(uuid.UUID(job_id), "cancel")
@@ -244,8 +242,7 @@ def test_logging(client: TestClient, hand: Any, submit: Submit, caplog: Any) -> 
     assert "Calibrate, host:1, 201 lines" in section(source(client, job_id), "logs")
 
 
-def test_many_logs(client: TestClient, hand: Any, submit: Submit) -> None:
-    """Of many lines the last are shown."""
+def test_of_many_lines_the_last_are_shown(client: TestClient, hand: Any, submit: Submit) -> None:
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.log(claim, [f"line {number}" for number in range(1000)], worker="host:1")

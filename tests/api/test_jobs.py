@@ -81,10 +81,9 @@ def test_defaults(submit: Submit) -> None:
     assert spec["timeout_s"] is None
 
 
-def test_texts_and_models_of_this_machine(
+def test_a_job_may_name_what_lies_below_the_folders_for_models_and_texts(
     submit: Submit, model_folder: Path, texts: dict[str, Path]
 ) -> None:
-    """A job may name what lies below the folders for models and texts."""
     job = submit(
         model=str(model_folder),
         calibration={"text": str(texts["calibration"])},
@@ -235,10 +234,9 @@ def test_filters(client: TestClient, submit: Submit) -> None:
         ({"sort": "size"}, "sort", "'created', '-created', 'name'"),
     ],
 )
-def test_bad_list(
+def test_a_wrong_parameter_is_named_with_its_rule(
     shared_client: TestClient, refusal: Refusal, params: dict[str, str], parameter: str, says: str
 ) -> None:
-    """A wrong parameter is named, with its rule."""
     (error,) = refusal(shared_client.get("/v1/jobs", params=params), 422, "invalid_request")[
         "errors"
     ]
@@ -288,7 +286,6 @@ def test_progress_of_a_search(client: TestClient, submit: Submit, hand: Any) -> 
 
 
 def test_no_time_left_of_what_has_ended(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A search that ended before its last trial has none left to wait for."""
     job = submit(trials=40, islands=2)["id"]
     hand.calibrate(job)
     claims = [hand.take(job, StageKind.SEARCH, i) for i in range(2)]
@@ -309,7 +306,6 @@ def test_no_pace_yet(client: TestClient, submit: Submit, hand: Any) -> None:
 
 
 def test_no_time_left_while_paused(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A job that is paused has no time left to tell."""
     job = submit(trials=40)["id"]
     hand.calibrate(job)
     claim = hand.take(job, StageKind.SEARCH)
@@ -443,8 +439,7 @@ def test_confirmed_trials(client: TestClient, submit: Submit, hand: Any) -> None
         assert {t["island"] for t in trials} == {island}
 
 
-def test_no_trials_yet(client: TestClient, submit: Submit) -> None:
-    """A search that has not begun has no trials."""
+def test_a_search_that_has_not_begun_has_no_trials(client: TestClient, submit: Submit) -> None:
     url = f"/v1/jobs/{submit()['id']}/trials"
 
     assert client.get(url).json() == {"trials": [], "next_page_token": None}
@@ -466,10 +461,9 @@ def test_unknown_island(client: TestClient, submit: Submit, hand: Any, refusal: 
 # ------------------------------------------------------------------------------ best
 
 
-def test_best(
+def test_the_best_configuration_is_byte_for_byte_the_file_that_pho_search_writes(
     client: TestClient, submit: Submit, hand: Any, configuration: Configuration, tmp_path: Path
 ) -> None:
-    """The best configuration is, byte for byte, the file that `pho search` writes."""
     job = submit()["id"]
     hand.succeed(job)
     write_configuration(configuration, tmp_path / "config.json")
@@ -479,10 +473,9 @@ def test_best(
     assert answer.content == (tmp_path / "config.json").read_bytes()
 
 
-def test_best_without_places(
+def test_the_best_configuration_which_is_shared_does_not_say_where_the_services_folders_lie(
     client: TestClient, submit: Submit, hand: Any, configuration: Configuration, tmp_path: Path
 ) -> None:
-    """The best configuration, which is shared, does not say where the service's folders lie."""
     job = submit()["id"]
     hand.succeed(job)
     lies = {"name": str(tmp_path / "org" / "mine"), "family": "llama"}
@@ -495,10 +488,9 @@ def test_best_without_places(
 
 
 @pytest.mark.parametrize("state", [s for s in JobState if s is not JobState.SUCCEEDED])
-def test_no_best(
+def test_a_job_without_a_configuration_is_a_conflict_that_names_its_state(
     client: TestClient, submit: Submit, hand: Any, refusal: Refusal, state: JobState
 ) -> None:
-    """A job without a configuration is a conflict that names its state."""
     job = submit()["id"]
     hand.bring(job, state)
     problem = refusal(client.get(f"/v1/jobs/{job}/best"), 409, "no_configuration")
@@ -546,10 +538,9 @@ def test_verbs(
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_delete_in_each_state(
+def test_only_a_job_that_is_over_or_paused_can_be_deleted_otherwise_nothing_is(
     client: TestClient, submit: Submit, hand: Any, refusal: Refusal, state: JobState
 ) -> None:
-    """Only a job that is over or paused can be deleted; otherwise nothing is."""
     job = submit()
     hand.record(job, 2)
     hand.bring(job["id"], state)
@@ -565,7 +556,6 @@ def test_delete_in_each_state(
 
 
 def test_conflict_says_the_way_out(client: TestClient, submit: Submit, refusal: Refusal) -> None:
-    """The sentence of a conflict is written as a sentence is."""
     problem = refusal(client.delete(f"/v1/jobs/{submit()['id']}"), 409)
 
     assert problem["detail"] == "A job that is queued cannot be deleted. Cancel it first."
@@ -643,10 +633,9 @@ def test_extend_beyond_the_maximum(client: TestClient, submit: Submit, refusal: 
         ([5], "", "not a JSON object"),
     ],
 )
-def test_bad_extension(
+def test_a_wrong_number_of_trials_is_refused_at_its_place(
     shared_client: TestClient, refusal: Refusal, document: Any, pointer: str, says: str
 ) -> None:
-    """A wrong number of trials is refused at its place."""
     job = shared_client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     answer = shared_client.post(f"/v1/jobs/{job}:extend", json=document)
     (error,) = refusal(answer, 422, "invalid_request")["errors"]
@@ -655,10 +644,9 @@ def test_bad_extension(
     assert says in error["detail"]
 
 
-def test_unknown_field_of_an_extension(
+def test_an_unknown_field_is_refused_with_those_that_an_extension_has(
     client: TestClient, submit: Submit, refusal: Refusal
 ) -> None:
-    """An unknown field is refused with those that an extension has."""
     url = f"/v1/jobs/{submit()['id']}:extend"
     answer = client.post(url, json={"trials": 1, "islands": 2})
     (error,) = refusal(answer, 422, "invalid_request")["errors"]
@@ -683,7 +671,6 @@ def test_delete_all_islands(client: TestClient, submit: Submit, hand: Any) -> No
 
 
 def test_delete_that_was_cut_off(client: TestClient, submit: Submit, hand: Any) -> None:
-    """A deletion that got as far as one of the studies is finished by the next."""
     job = submit(islands=2)
     hand.record(job, 2, island=1)  # that of island 0 is gone
     hand.bring(job["id"], JobState.CANCELLED)

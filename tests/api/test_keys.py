@@ -54,8 +54,7 @@ def secret(keys: KeyStore) -> str:
 # ----------------------------------------------------------------------- who gets in
 
 
-def test_no_keys(client: TestClient) -> None:
-    """As long as no key was made, anybody on this machine may come in."""
+def test_as_long_as_no_key_was_made_anybody_on_this_machine_may_come_in(client: TestClient) -> None:
     assert client.get("/v1/jobs").status_code == 200
 
 
@@ -213,15 +212,13 @@ def test_foreign_origin(shared_client: TestClient, refusal: Refusal) -> None:
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:8000", "http://127.0.0.1", "https://[::1]"])
-def test_own_origin(shared_client: TestClient, origin: str) -> None:
-    """A page of this machine may."""
+def test_a_page_of_this_machine_may(shared_client: TestClient, origin: str) -> None:
     answer = shared_client.post("/v1/jobs", json=DOCUMENT, headers={"Origin": origin})
 
     assert answer.status_code == 202
 
 
-def test_no_cors(client: TestClient) -> None:
-    """No answer lets another site's page read it."""
+def test_no_answer_lets_another_sites_page_read_it(client: TestClient) -> None:
     answer = client.get("/v1/jobs", headers={"Origin": "http://evil.example"})
 
     assert not [h for h in answer.headers if h.startswith("access-control-")]
@@ -353,10 +350,9 @@ def test_workers_do_not_tell(client: TestClient, keys: KeyStore, secret: str, ha
     assert (seen["name"], seen["job_id"], seen["stage"]) == ("host:1", job, "calibrate")
 
 
-def test_metrics_are_of_all(
+def test_they_count_everybodys_jobs_so_they_are_for_keys_that_see_all(
     client: TestClient, keys: KeyStore, secret: str, refusal: Refusal
 ) -> None:
-    """They count everybody's jobs, so they are for keys that see all."""
     refusal(client.get("/metrics", headers=bearer(secret)), 403, "not_for_this_key")
     admin = bearer(keys.create("admin", sees_all=True)[1])
     assert client.get("/metrics", headers=admin).status_code == 200
@@ -365,7 +361,6 @@ def test_metrics_are_of_all(
 def test_revoked_key_ends_its_streams(
     client_of: Any, keys: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open stream of events ends when its key is revoked, though its job goes on."""
     monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
     client = client_of()
     key, secret = keys.create("gone", sees_all=False)
@@ -386,7 +381,6 @@ def test_revoked_key_ends_its_streams(
 
 
 def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does one that was opened while no key was needed, when the first is made."""
     monkeypatch.setattr(jobs, "EVENTS_EVERY_S", 0.01)
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
@@ -395,10 +389,9 @@ def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.Monk
     assert client.get(f"/v1/jobs/{job}/events").text.count("event: state") == 1
 
 
-def test_dashboard_shows_all(
+def test_the_dashboard_which_shows_every_study_is_for_keys_that_see_all(
     client: TestClient, keys: KeyStore, refusal: Refusal, secret: str
 ) -> None:
-    """The dashboard, which shows every study, is for keys that see all."""
     admin = basic("", keys.create("admin", sees_all=True)[1])
     for path in ("/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2"):
         problem = refusal(client.get(path, headers=bearer(secret)), 403, "not_for_this_key")

@@ -84,8 +84,7 @@ def test_large_job(
         {"confirm": {"candidates": 9, "windows": 10}},
     ],
 )
-def test_largest_job(limited: TestClient, changes: dict[str, Any]) -> None:
-    """Just as much as is allowed is taken."""
+def test_just_as_much_as_is_allowed_is_taken(limited: TestClient, changes: dict[str, Any]) -> None:
     answer = limited.post("/v1/jobs", json={**DOCUMENT, **SMALL, **changes})
 
     assert answer.status_code == 202, answer.text
@@ -195,18 +194,16 @@ def test_probes_are_not_counted(client_of: Any, path: str) -> None:
     assert {client.get(path).status_code for _ in range(5)} == {200}
 
 
-def test_no_limit(client_of: Any) -> None:
-    """0 is no limit."""
+def test_0_is_no_limit(client_of: Any) -> None:
     client = client_of(max_requests_per_minute=0, max_wrong_keys_per_minute=0)
 
     assert {client.get("/v1/jobs").status_code for _ in range(20)} == {200}
     assert {client.get("/v1/jobs", headers=bearer("x")).status_code for _ in range(20)} == {401}
 
 
-def test_database_is_not_asked(
+def test_who_is_refused_without_a_key_costs_no_question_to_the_database(
     client_of: Any, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is refused without a key costs no question to the database."""
     client = client_of(max_requests_per_minute=1, max_wrong_keys_per_minute=1)
     for headers in ({}, bearer("wrong")):
         client.get("/v1/jobs", headers=headers)

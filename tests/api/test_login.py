@@ -236,8 +236,7 @@ def test_no_keys(client: TestClient) -> None:
     assert log_in(client, "pho_x").status_code == 403
 
 
-def test_only_here() -> None:
-    """A login leads to paths of this service alone, and never in a circle."""
+def test_a_login_leads_to_paths_of_this_service_alone_and_never_in_a_circle() -> None:
     ours = ["/", "/new?job=1&x=%0A", "/jobs/a~b", "/?name=//evil.example", "/dashboard#x"]
     others = [
         "", "//evil.example", "/\\evil.example", "/\t/evil.example", "/\n/evil.example", "\\", "x",

@@ -161,8 +161,7 @@ def test_not_delivered(
     assert row.ended_at is not None
 
 
-def test_retried_at_once(received: Any) -> None:
-    """A receiver that stumbles once is asked again within seconds."""
+def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received: Any) -> None:
     statuses = iter([500, 200])
     received["before"] = lambda handler: answer(next(statuses))(handler)
     slept: list[float] = []
@@ -235,8 +234,7 @@ def _connect(getaddrinfo: Any, address: tuple[str, int]) -> socket.socket:
     return opened
 
 
-def test_signature() -> None:
-    """It is that of Standard Webhooks, by the example of its specification's libraries."""
+def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_libraries() -> None:
     rules = WebhookRules.of(_settings("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"))
     body = b'{"test": 2432232314}'
 

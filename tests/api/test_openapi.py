@@ -111,14 +111,13 @@ def jobs(client: TestClient, headers: dict[str, str], hand: Any) -> list[str]:
 @pytest.mark.parametrize(
     "phase", ["examples", "fuzzing", *(pytest.param(p, marks=pytest.mark.thorough) for p in LONGER)]
 )
-def test_operations(
+def test_each_operation_answers_as_documented_and_refuses_what_does_not_fit_the_document(
     client: TestClient,
     headers: dict[str, str],
     jobs: list[str],
     phase: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each operation answers as documented, and refuses what does not fit the document."""
     monkeypatch.setattr("pho_service.api.jobs.EVENTS_EVERY_S", 0)
     monkeypatch.setattr("starlette.requests.Request.is_disconnected", looked_enough)
     config = schemathesis.Config.from_dict(

@@ -217,13 +217,12 @@ def test_restart_under_load(front: TestClient, server: Server) -> None:
     assert {*ids} <= stored  # what was answered is not lost
 
 
-def test_stream(
+def test_a_stream_of_events_goes_on_after_an_outage(
     front: TestClient,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A stream of events goes on after an outage."""
     monkeypatch.setattr("pho_service.api.jobs.RETRY_AFTER_S", 0.2)
     read, all_sent = JobStore.events, threading.Event()
 

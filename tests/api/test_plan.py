@@ -27,8 +27,7 @@ def ask(client: TestClient, model: str, query: str = "", **fields: Any) -> Any:
     return client.post(f"/v1/plan{query}", json=document)
 
 
-def test_cards() -> None:
-    """The API names the cards that can be planned for, and no others."""
+def test_the_api_names_the_cards_that_can_be_planned_for_and_no_others() -> None:
     assert {*get_args(Card)} == {*CARDS, "cpu"}
 
 
@@ -62,7 +61,7 @@ def test_answer(shared_client: TestClient, model: str) -> None:
         ({}, "?device_memory=80", None, "1000000000"),
     ],
 )
-def test_refusals(
+def test_the_field_and_the_rule_are_named_and_no_path_outside_of_the_roots(
     shared_client: TestClient,
     shared_folder: Path,
     model: str,
@@ -71,7 +70,6 @@ def test_refusals(
     pointer: str | None,
     words: str,
 ) -> None:
-    """The field and the rule are named, and no path outside of the roots."""
     answer = ask(shared_client, fields.pop("model", model), query, **fields)
 
     assert answer.status_code == 422

@@ -136,13 +136,11 @@ def test_many_trials(
     assert "3 more trials are left out" in text
 
 
-def test_no_such_job(client: TestClient, refusal: Refusal) -> None:
-    """A job that is not there has no page."""
+def test_a_job_that_is_not_there_has_no_page(client: TestClient, refusal: Refusal) -> None:
     refusal(client.get(f"/v1/jobs/{NOBODY}/report"), 404, "no_such_job")
 
 
-def test_other_key(client: TestClient, keys: KeyStore, refusal: Refusal) -> None:
-    """Another key's job is not seen."""
+def test_another_keys_job_is_not_seen(client: TestClient, keys: KeyStore, refusal: Refusal) -> None:
     mine, other = (
         {"Authorization": f"Bearer {keys.create(name, sees_all=False)[1]}"} for name in "ab"
     )

@@ -33,23 +33,20 @@ def test_own_id(http: Any) -> None:
     assert second.json()["request_id"] == second.headers["X-Request-ID"]
 
 
-def test_given_id(http: Any) -> None:
-    """One that came with the request is kept."""
+def test_one_that_came_with_the_request_is_kept(http: Any) -> None:
     answer = http.get("/v1/jobs/x", headers={"X-Request-ID": "abc-1:2/3"})
 
     assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "abc-1:2/3"
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "<script>", 'a"b'])
-def test_odd_id(http: Any, given: str) -> None:
-    """But for one that could be anything: it is not repeated."""
+def test_but_for_one_that_could_be_anything_it_is_not_repeated(http: Any, given: str) -> None:
     answer = http.get("/v1/jobs", headers={"X-Request-ID": given})
 
     assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["X-Request-ID"])
 
 
-def test_refused(database: Database) -> None:
-    """Who has no key gets one as well."""
+def test_who_has_no_key_gets_one_as_well(database: Database) -> None:
     app = create_app(database, read_settings(), keys_needed=True)
     with TestClient(app) as client:
         answer = client.get("/v1/jobs")
@@ -74,9 +71,7 @@ def test_line(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     assert (line.levelname, probe.levelname) == ("INFO", "DEBUG")
 
 
-def test_stopping() -> None:
-    """A request that a service which stops waits for no longer is told so."""
-
+def test_a_request_that_a_service_which_stops_waits_for_no_longer_is_told_so() -> None:
     async def slow(*_: Any) -> None:
         raise asyncio.CancelledError
 

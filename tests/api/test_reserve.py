@@ -107,7 +107,6 @@ def test_heavy_requests_take_turns() -> None:
 
 
 def test_trials_are_those_of_optuna(submit: Submit, hand: Any, database: Database) -> None:
-    """A page of trials, and all of them, are what Optuna reads, but for what was not asked for."""
     import optuna
 
     from storage.studies import open_storage, open_study
@@ -144,7 +143,6 @@ def test_trials_are_those_of_optuna(submit: Submit, hand: Any, database: Databas
 def test_page_of_trials_reads_no_study(
     client: TestClient, submit: Submit, hand: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a page of trials nor a report reads a study as Optuna does, with all it has."""
     job = submit()
     hand.record(job, 5)
     monkeypatch.setattr("optuna.load_study", None)
@@ -178,8 +176,7 @@ def test_headers(client: TestClient, submit: Submit, hand: Any) -> None:
     assert "cache-control" not in client.get("/static/bundle.js").headers
 
 
-def test_two_lengths(client: TestClient) -> None:
-    """A body with two ends is refused, and its connection closed."""
+def test_a_body_with_two_ends_is_refused_and_its_connection_closed(client: TestClient) -> None:
     headers = {"Transfer-Encoding": "chunked", "Content-Length": "2"}
     answer = client.post("/v1/jobs", content=iter([b"{}"]), headers=headers)
 

@@ -306,8 +306,7 @@ def _ask(url: str) -> None:
         httpx.get(url, timeout=PATIENCE_S)
 
 
-def test_stopped(place: Place) -> None:
-    """Ctrl-C stops everything in order, and puts down what was being done."""
+def test_ctrl_c_stops_everything_in_order_and_puts_down_what_was_being_done(place: Place) -> None:
     served = place.serve("--workers", 1)
     worker, postgresql = served.worker(), place.postgresql
     job = begun(served)
@@ -437,8 +436,7 @@ def test_backup(place: Place) -> None:
     assert elsewhere.stop(signal.SIGTERM) == 0
 
 
-def test_restore_of_nothing() -> None:
-    """A file that is not there is bad usage."""
+def test_a_file_that_is_not_there_is_bad_usage() -> None:
     result = CliRunner().invoke(main, ["restore", "missing"])
 
     assert result.exit_code == 2
@@ -491,8 +489,7 @@ def test_json_logs(place: Place, database: Database, database_url: str) -> None:
     assert not any(line["logger"].startswith(("alembic", "procrastinate")) for line in logged)
 
 
-def test_unreachable_database() -> None:
-    """That the database cannot be reached is said without its password."""
+def test_that_the_database_cannot_be_reached_is_said_without_its_password() -> None:
     url = "postgresql://pho:planted@127.0.0.1:1/pho"
     words = ["serve", "--workers", "0", "--port", "0", "--database-url", url]
     result = CliRunner().invoke(main, words)

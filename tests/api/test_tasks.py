@@ -109,10 +109,9 @@ def test_nobody_measures(client: TestClient, submit: Submit, hand: Any) -> None:
     ],
     ids=["unknown", "near", "twice", "empty", "folder", "limit", "models"],
 )
-def test_refused(
+def test_what_cannot_be_measured_is_refused_at_its_field_with_the_way_out(
     shared_client: TestClient, changes: dict[str, Any], pointer: str, told: str
 ) -> None:
-    """What cannot be measured is refused at its field, with the way out."""
     answer = shared_client.post("/v1/jobs", json={"model": "org/a", "pattern": "0.5", **changes})
 
     assert answer.status_code == 422
@@ -151,7 +150,6 @@ def test_folder(
 def test_blocks_of_a_deleted_job(
     client: TestClient, submit: Submit, hand: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a worker kept for its next attempt is deleted with a job that was cancelled."""
     job_id = submit(tasks=["words"])["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.TASKS, number=1)])

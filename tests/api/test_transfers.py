@@ -108,7 +108,6 @@ def test_measured(client: TestClient, hand: Any, searched: str) -> None:
 
 
 def test_ranked_by_what_was_measured(client: TestClient, hand: Any, searched: str) -> None:
-    """What a configuration was worth on a family counts when that family is asked for."""
     job = client.post(f"/v1/jobs/{searched}:transfer", json=MODELS).json()
     done(hand, job["id"], result("org/one"), {"target": "org/two", "key": "", "error": {},
                                               "warnings": []})  # fmt: skip
@@ -134,10 +133,9 @@ def test_same_key(client: TestClient, refusal: Refusal, searched: str) -> None:
 
 
 @pytest.mark.parametrize("state", [s for s in JobState if s is not JobState.SUCCEEDED])
-def test_nothing_found(
+def test_a_job_without_a_configuration_has_nothing_to_transfer(
     client: TestClient, hand: Any, submit: Any, refusal: Refusal, state: JobState
 ) -> None:
-    """A job without a configuration has nothing to transfer."""
     job_id = submit()["id"]
     hand.bring(job_id, state)
     problem = refusal(
@@ -156,10 +154,9 @@ def test_nothing_found(
         ("GET", "/trials", None),
     ],
 )
-def test_no_search(
+def test_a_transfer_has_no_trials_and_no_configuration_of_its_own(
     client: TestClient, refusal: Refusal, searched: str, method: str, path: str, body: Any
 ) -> None:
-    """A transfer has no trials and no configuration of its own."""
     job = client.post(f"/v1/jobs/{searched}:transfer", json=MODELS).json()
     answer = client.request(method, f"/v1/jobs/{job['id']}{path}", json=body)
 
@@ -241,7 +238,6 @@ def test_report(client: TestClient, searched: str, report: dict[str, str]) -> No
 
 
 def test_report_on_a_data_set(client: TestClient, searched: str) -> None:
-    """A data set can be named instead of a file, as papers call it or with its configuration."""
     for report in (
         {"dataset": "wikitext2"},
         {"dataset": "org/wiki", "dataset_config": "wikitext-2-raw-v1", "split": "test"},
@@ -252,10 +248,9 @@ def test_report_on_a_data_set(client: TestClient, searched: str) -> None:
         assert {name: kept[name] for name in report} == report
 
 
-def test_others_do_not_see_it(
+def test_another_key_can_neither_transfer_a_job_nor_see_what_was_measured(
     client_of: Callable[..., TestClient], keys: KeyStore, hand: Any
 ) -> None:
-    """Another key can neither transfer a job nor see what was measured."""
     client = client_of(keys_needed=True)
     mine, theirs = (
         {"Authorization": f"Bearer {keys.create(name, sees_all=False)[1]}"}

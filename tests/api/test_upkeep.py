@@ -43,10 +43,9 @@ def test_retention(client_of: Callable[..., TestClient], hand: Any, database: Da
     assert client.get("/v1/configurations").json()["considered"] == 1  # entries outlive jobs
 
 
-def test_retention_of_the_library(
+def test_entries_of_the_library_have_a_time_of_their_own(
     client_of: Callable[..., TestClient], configuration: Any, database: Database
 ) -> None:
-    """Entries of the library have a time of their own."""
     client = client_of(keep_configurations_days=10.0)
     service = client.app.state.service  # type: ignore[attr-defined]
     client.post("/v1/configurations", json=configuration.model_dump(mode="json"))
@@ -59,7 +58,6 @@ def test_retention_of_the_library(
 
 
 def test_nothing_is_deleted_by_default(client: TestClient, hand: Any, database: Database) -> None:
-    """Unless it is set, everything is kept."""
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     age(database, "jobs", "finished_at", 10_000)
@@ -68,10 +66,9 @@ def test_nothing_is_deleted_by_default(client: TestClient, hand: Any, database: 
     assert client.get(f"/v1/jobs/{job}").status_code == 200
 
 
-def test_sweep_when_it_starts(
+def test_a_service_that_is_started_looks_at_once(
     client_of: Callable[..., TestClient], hand: Any, database: Database
 ) -> None:
-    """A service that is started looks at once."""
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     hand.bring(job, JobState.CANCELLED)

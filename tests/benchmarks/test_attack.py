@@ -22,8 +22,7 @@ def test_attack(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert [name in done.stdout for name in names] == [True] * 3
 
 
-def test_what_does_not_hold() -> None:
-    """An attack that succeeds, or cannot be made, is told."""
+def test_an_attack_that_succeeds_or_cannot_be_made_is_told() -> None:
     attack, target = import_module("attack"), import_module("attack_target")
 
     def tried(run: Callable[[Any], str | None]) -> str:
@@ -37,8 +36,7 @@ def test_what_does_not_hold() -> None:
     assert tried(lambda _: None) == ""
 
 
-def test_unknown_name() -> None:
-    """Known names are listed."""
+def test_known_names_are_listed() -> None:
     done = CliRunner().invoke(import_module("attack").main, ["--only", "nonsense"])
 
     assert done.exit_code == 2

@@ -25,11 +25,10 @@ metric_list: [{metric: acc}]
 """
 
 
-def test_paper(
+def test_methods_and_presets_with_perplexity_seconds_and_tasks_a_second_run_measures_nothing(
     benchmark: Benchmark, model_folder: Path, texts: dict[str, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Methods and presets with perplexity, seconds and tasks; a second run measures nothing."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

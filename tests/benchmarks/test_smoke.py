@@ -137,8 +137,7 @@ def test_load(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("database")
-def test_service_throughput(benchmark: Benchmark) -> None:
-    """A row for each number of workers."""
+def test_a_row_for_each_number_of_workers(benchmark: Benchmark) -> None:
     table = benchmark("service_throughput", "--workers", 1, "--jobs", 2, "--trials", 8)
     seconds, jobs_a_minute, *_ = table["1"]
 
@@ -147,8 +146,7 @@ def test_service_throughput(benchmark: Benchmark) -> None:
 
 
 @pytest.mark.usefixtures("database")
-def test_service_overhead(benchmark: Benchmark) -> None:
-    """A row for each round: both sides' seconds and their ratio."""
+def test_a_row_for_each_round_both_sides_seconds_and_their_ratio(benchmark: Benchmark) -> None:
     table = benchmark("service_overhead", "--tiny", "--trials", 8, "--rounds", 1)
 
     assert all(number > 0 for number in numbers(table["0"]))

@@ -35,8 +35,7 @@ def test_soak(benchmark: Callable[..., Any], tmp_path: Path) -> None:
     assert {rule["violated"] for rule in written["invariants"].values()} == {0}
 
 
-def test_violations() -> None:
-    """What does not hold is counted by its rule, with the first example."""
+def test_what_does_not_hold_is_counted_by_its_rule_with_the_first_example() -> None:
     found = import_module("invariants").Invariants()
     for number in range(4):
         found.check("numbers are even", number % 2 == 0, f"{number} is not")

@@ -47,8 +47,7 @@ def test_all_cells(benchmark: Benchmark, model_folder: Path, bos_folder: Path) -
     assert about["report_perplexity"] == pytest.approx(third["perplexities"]["dense"], abs=1e-3)
 
 
-def test_one_model(benchmark: Benchmark) -> None:
-    """One model is none to transfer to."""
+def test_one_model_is_none_to_transfer_to(benchmark: Benchmark) -> None:
     del benchmark  # it makes the scripts importable from an empty folder
     done = CliRunner().invoke(import_module("transfer").main, ["--model", "a"])
 

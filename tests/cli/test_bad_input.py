@@ -43,7 +43,6 @@ def test_usage(search: list[object], tmp_path: Path, options: list[str], message
 
 
 def test_no_folder_for_the_result(search: list[object], tmp_path: Path) -> None:
-    """A result that could not be written is refused before the search, not after it."""
     code, error = pho(*search, "--pattern", "0.5", "--out", tmp_path / "no" / "c.json")
 
     assert code == 1

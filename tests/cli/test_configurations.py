@@ -243,8 +243,7 @@ def test_service(remote: Pho, url: str, ids: list[str], folder: Path) -> None:
     assert f"{ids[2]}: does not fit" in table
 
 
-def test_empty_service(remote: Pho) -> None:
-    """An empty one says so, and exports nothing."""
+def test_an_empty_one_says_so_and_exports_nothing(remote: Pho) -> None:
     listed = remote("configurations")
     exported = remote("configurations", "export", "--out", "out")
 
@@ -297,8 +296,7 @@ def test_export_of_odd_names(remote: Pho, tmp_path: Path, name: str) -> None:
     assert done(remote("configurations", "--library", "out", "--json"))[0]["pattern"] == "0.5"
 
 
-def test_export_below_a_file(remote: Pho, ids: list[str]) -> None:
-    """A folder that cannot be made is said to be none."""
+def test_a_folder_that_cannot_be_made_is_said_to_be_none(remote: Pho, ids: list[str]) -> None:
     Path("file").touch()
     result = remote("configurations", "export", ids[0], "--out", "file/out")
 
@@ -306,8 +304,7 @@ def test_export_below_a_file(remote: Pho, ids: list[str]) -> None:
     assert "the folder file/out was not made: Not a directory" in result.stderr
 
 
-def test_delete(remote: Pho, ids: list[str]) -> None:
-    """A deleted configuration is gone, and the others stay."""
+def test_a_deleted_configuration_is_gone_and_the_others_stay(remote: Pho, ids: list[str]) -> None:
     result = remote("configurations", "delete", ids[0])
     again = remote("configurations", "delete", ids[0])
     as_json = done(remote("configurations", "delete", ids[1], "--json"))
@@ -361,10 +358,9 @@ def test_prune(pho: Pho, places: dict[str, Path]) -> None:
         (BAD, "Note: "),
     ],
 )
-def test_whether_it_holds(
+def test_the_proxy_says_before_whether_a_configuration_is_better_than_ria_on_the_model(
     pho: Pho, places: dict[str, Path], coefficients: dict[str, Any], sentence: str
 ) -> None:
-    """The proxy says before whether a configuration is better than RIA on the model."""
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     words = [*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5"]
     result = pho(*words, "--force")
@@ -417,7 +413,6 @@ def test_all_worse_than_ria(pho: Pho, places: dict[str, Path]) -> None:
 
 
 def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> None:
-    """Where the bundle cannot tell whether it holds, that is said, and the model is pruned."""
     coefficients = {**GOOD, "kernel_size": 9}
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     result = pho(*PRUNE.format(**places).split(), "--library", places["folder"], "--pattern", "0.5")
@@ -428,10 +423,9 @@ def test_kernel_size_is_not_in_the_bundle(pho: Pho, places: dict[str, Path]) -> 
     assert Path("pruned/pruning.json").exists()
 
 
-def test_kernel_size_is_calibrated(
+def test_from_a_text_the_statistics_have_the_kernel_size_of_what_the_library_has(
     pho: Pho, places: dict[str, Path], texts: dict[str, Path]
 ) -> None:
-    """From a text, the statistics have the kernel size of what the library has."""
     coefficients = {**GOOD, "kernel_size": 9}
     written(places["folder"] / "best.json", document(1.0, coefficients=coefficients))
     result = pho(
@@ -446,10 +440,9 @@ def test_kernel_size_is_calibrated(
     assert recipe["calibration"]["settings"]["kernel_sizes"] == [3, 5, 9]
 
 
-def test_prune_from_a_service(
+def test_the_service_that_the_settings_name_is_the_library_where_none_is_given(
     remote: Pho, ids: list[str], model_folder: Path, bundle_file: Path
 ) -> None:
-    """The service that the settings name is the library where none is given."""
     words = PRUNE.format(model=model_folder, bundle=bundle_file).split()
     result = remote(*words, "--pattern", "2:4", "--force")
     origin = json.loads(Path("pruned/pruning.json").read_text())["origin"]
@@ -474,10 +467,9 @@ def test_prune_from_a_service(
         (PRUNE[6:] + " --library http://127.0.0.1:9 --pattern 0.5", 1, "cannot be reached"),
     ],
 )  # fmt: skip
-def test_prune_refusals(
+def test_what_cannot_be_pruned_is_said_in_one_sentence_and_leaves_nothing_behind(
     pho: Pho, places: dict[str, Path], words: str, code: int, message: str
 ) -> None:
-    """What cannot be pruned is said in one sentence, and leaves nothing behind."""
     result = pho("prune", *words.format(**places).split())
 
     assert isinstance(result.exception, SystemExit), repr(result.exception)

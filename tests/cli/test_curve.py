@@ -100,8 +100,7 @@ def test_refused(pho: Pho, small: list[str], words: list[str], said: str) -> Non
     assert not list(Path.cwd().parent.glob("cache/bundles/*"))
 
 
-def test_bundle_is_refused(pho: Pho) -> None:
-    """A bundle has no perplexities."""
+def test_a_bundle_has_no_perplexities(pho: Pho) -> None:
     result = pho("curve", "tiny.safetensors", "--patterns", "0.5", "--text", "a.txt")
 
     assert result.exit_code == 2

@@ -66,8 +66,7 @@ def leaves(document: Mapping[str, Any], above: str = "") -> set[str]:
     return found
 
 
-def test_every_field() -> None:
-    """Each field of a job's document has an option, but for the models."""
+def test_each_field_of_a_jobs_document_has_an_option_but_for_the_models() -> None:
     parts = {
         "calibration": {"dataset": "org/texts", "dataset_config": "en"},
         "validation": {},
@@ -211,8 +210,7 @@ def test_again(document: dict[str, Any]) -> None:
         {**MINE, "calibration": {"memory_bytes": None}},
     ],
 )
-def test_without_options(document: dict[str, Any]) -> None:
-    """What no options say is not said by wrong ones."""
+def test_what_no_options_say_is_not_said_by_wrong_ones(document: dict[str, Any]) -> None:
     assert submit_command(document) is None
 
 
@@ -249,8 +247,7 @@ def test_refused(words: str, message: str) -> None:
     assert str(refused.value).startswith(message)
 
 
-def test_field_of_a_file() -> None:
-    """What is not of an option is told with its place in the document."""
+def test_what_is_not_of_an_option_is_told_with_its_place_in_the_document() -> None:
     with pytest.raises(InvalidInput, match=r"^/calibration/samples 0 is below 1\.$"):
         given("submit", "org/a").job({**MINE, "calibration": {"samples": 0}})
 
@@ -260,14 +257,12 @@ def test_field_of_a_file() -> None:
     [("8GiB", 2**33), ("800 MB", 8 * 10**8), ("8e9", 8 * 10**9), ("1.5Mi", 3 * 2**19),
      ("1e3kb", 10**6), ("512", 512), (" 2g ", 2 * 10**9)],
 )  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
-    """Sizes are read as people write them."""
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_bytes(text, "--memory") == size
 
 
 @pytest.mark.parametrize("text", ["much", "", "-1", "nan", "1e999GB", "8 bananas", "1.2.3"])
-def test_no_sizes(text: str) -> None:
-    """What is none is refused with the option."""
+def test_what_is_none_is_refused_with_the_option(text: str) -> None:
     with pytest.raises(InvalidInput, match=r"^--memory .* is not a size"):
         parse_bytes(text, "--memory")
 

@@ -12,8 +12,7 @@ from pho_service.cli import VERBS
 Pho = Callable[..., Result]
 
 
-def test_verbs(pho: Pho) -> None:
-    """`pho --help` names every verb with what it does, and the exit codes."""
+def test_pho_help_names_every_verb_with_what_it_does_and_the_exit_codes(pho: Pho) -> None:
     text = " ".join(pho("--help").stdout.split())
 
     assert all(f"{verb} {what}" in text for verb, (_, what) in VERBS.items())
@@ -32,13 +31,11 @@ def test_verb_help(pho: Pho, verb: str) -> None:
     assert short.stdout == result.stdout, repr(short.exception)
 
 
-def test_version(pho: Pho) -> None:
-    """The version is that of the installed distribution."""
+def test_the_version_is_that_of_the_installed_distribution(pho: Pho) -> None:
     assert version("pho-service") in pho("--version").stdout
 
 
-def test_unknown_verb(pho: Pho) -> None:
-    """A verb that does not exist is bad usage."""
+def test_a_verb_that_does_not_exist_is_bad_usage(pho: Pho) -> None:
     result = pho("squeeze")
 
     assert result.exit_code == 2

@@ -63,7 +63,6 @@ def test_search_prune_check(
 
 
 def test_check_finds_a_changed_weight(pho: Pho, model_folder: Path, texts: dict[str, Path]) -> None:
-    """A weight that should be gone is found, by people and by machines."""
     searched(pho, model_folder, texts, "--pattern", "0.5")
     pho("prune", model_folder, "--config", "config.json", *SMALL, "--text", texts["calibration"],
         "--out", "out")  # fmt: skip

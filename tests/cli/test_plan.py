@@ -30,8 +30,7 @@ def test_here(pho: Pho, model_folder: Path) -> None:
     assert all(0 <= low <= high for low, high in (s["seconds"] for s in found["stages"]))
 
 
-def test_table(pho: Pho, model_folder: Path) -> None:
-    """People get a table, with where the rates are from."""
+def test_people_get_a_table_with_where_the_rates_are_from(pho: Pho, model_folder: Path) -> None:
     done = pho("plan", model_folder, *FEW, "--card", "cpu", "--pattern", "2:4", "--preset", "best")
 
     assert done.exit_code == 0, done.output
@@ -39,10 +38,9 @@ def test_table(pho: Pho, model_folder: Path) -> None:
     assert "It fits." in done.stdout
 
 
-def test_does_not_fit(
+def test_exit_code_1_why_and_what_would_do(
     pho: Pho, tmp_path: Path, write_header: Callable[[Path, LlamaConfig], None]
 ) -> None:
-    """Exit code 1, why, and what would do."""
     config = LlamaConfig(
         dtype="bfloat16", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64,
@@ -55,8 +53,7 @@ def test_does_not_fit(
     assert "--stream" in done.stdout
 
 
-def test_of_a_service(pho: Pho, url: str, model_folder: Path) -> None:
-    """A service answers the same."""
+def test_a_service_answers_the_same(pho: Pho, url: str, model_folder: Path) -> None:
     words = ["plan", model_folder, *FEW, "--card", "H100", "--json"]
     here, there = pho(*words), pho(*words, "--url", url)
 
@@ -72,8 +69,7 @@ def test_of_a_service(pho: Pho, url: str, model_folder: Path) -> None:
         (["m", "--pattern", "4:2"], "4:2"),
     ],
 )
-def test_bad_input(pho: Pho, words: list[str], message: str) -> None:
-    """The option and the rule are named."""
+def test_the_option_and_the_rule_are_named(pho: Pho, words: list[str], message: str) -> None:
     done = pho("plan", *words)
 
     assert done.exit_code in (1, 2)

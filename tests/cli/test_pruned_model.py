@@ -34,7 +34,7 @@ def answer(result: Result) -> dict[str, Any]:
         ("bos_folder", "2:4", None),
     ],
 )
-def test_same_perplexity(
+def test_the_folder_has_to_the_last_bit_the_perplexity_that_the_search_confirmed(
     pho: Pho,
     texts: dict[str, Path],
     request: pytest.FixtureRequest,
@@ -42,7 +42,6 @@ def test_same_perplexity(
     pattern: str,
     scope: str | None,
 ) -> None:
-    """The folder has, to the last bit, the perplexity that the search confirmed."""
     model = request.getfixturevalue(folder)
     calibration = (*SMALL, "--text", texts["calibration"])
     scoped = ("--scope", scope) if scope else ()
@@ -92,10 +91,9 @@ def test_groups(
             assert torch.equal(weight, dense[name])
 
 
-def test_other_statistics_are_noted(
+def test_pruned_with_another_text_than_the_searchs_the_user_is_told(
     pho: Pho, model_folder: Path, bundle_file: Path, texts: dict[str, Path]
 ) -> None:
-    """Pruned with another text than the search's, the user is told."""
     pho(
         "search",
         bundle_file,

@@ -119,7 +119,6 @@ def full_disk(
 
 
 def test_bundle_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
-    """When the disk is full no half of a bundle stays."""
     code, said = refused(pho, f"{CALIBRATE} {SMALL}", full_disk)
 
     assert code == 1
@@ -127,7 +126,6 @@ def test_bundle_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
 
 
 def test_folder_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
-    """When the disk is full no half of a pruned model stays."""
     code, said = refused(pho, PRUNE, full_disk)
 
     assert code == 1
@@ -135,7 +133,6 @@ def test_folder_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
 
 
 def test_study_on_a_full_disk(pho: Pho, full_disk: dict[str, Path]) -> None:
-    """When the study cannot grow, the search says so and writes no result."""
     result = pho(*SEARCH.format(**full_disk).split())
 
     assert result.exit_code == 1
@@ -152,7 +149,6 @@ def test_database_without_a_driver(pho: Pho, places: dict[str, Path]) -> None:
 
 
 def test_own_kernel_sizes_of_a_bundle(pho: Pho, places: dict[str, Path]) -> None:
-    """A search may choose among the kernel sizes of its bundle, whatever the defaults are."""
     calibrated = pho(
         *f"{CALIBRATE} --context-length 32 --samples 6 --kernel-sizes 3,7".format(**places).split()
     )
@@ -175,7 +171,6 @@ def test_huge_kernel_size(pho: Pho, places: dict[str, Path]) -> None:
 def test_empty_name_of_a_text(
     pho: Pho, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty name (of an unset variable in a script, say) is not another text."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = pho("evaluate", places["model"], "--text", "", "--context-length", 32)
 

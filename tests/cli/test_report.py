@@ -127,8 +127,7 @@ def test_command_of_a_study(pho: Pho, bundle_file: Path) -> None:
     assert alone.calibration.settings().samples == 6
 
 
-def test_same_page(pho: Pho, searched: str) -> None:
-    """The study is only read: a second page says the same of it."""
+def test_the_study_is_only_read_a_second_page_says_the_same_of_it(pho: Pho, searched: str) -> None:
     for out in ("a.html", "b.html"):
         pho("report", searched, "--study", URL, "--out", out)
     first, second = (re.sub(r"Report of [^.]*\.", "", visible(p)) for p in ("a.html", "b.html"))
@@ -160,8 +159,7 @@ def test_refused(pho: Pho, searched: str, words: str, code: int, message: str) -
     assert not Path("other.db").exists()
 
 
-def test_no_such_job(remote: Pho) -> None:
-    """A job that the service does not have has no page."""
+def test_a_job_that_the_service_does_not_have_has_no_page(remote: Pho) -> None:
     result = remote("report", NOBODY)
 
     assert result.exit_code == 1
@@ -180,8 +178,7 @@ def test_configuration_of_another_study(pho: Pho, searched: str) -> None:
     assert "not of 'copy'" in result.stderr
 
 
-def test_study_of_others(pho: Pho) -> None:
-    """A study that no search of ours wrote is refused."""
+def test_a_study_that_no_search_of_ours_wrote_is_refused(pho: Pho) -> None:
     optuna.create_study(storage=URL, study_name="theirs")
     result = pho("report", "theirs", "--study", URL)
 

@@ -136,8 +136,7 @@ def test_every_option(remote: Pho, client: Client, texts: dict[str, Path]) -> No
     assert job.spec == expected.model_dump(mode="json")
 
 
-def test_idempotency_key(remote: Pho) -> None:
-    """The same Idempotency-Key twice prints the same id."""
+def test_the_same_idempotency_key_twice_prints_the_same_id(remote: Pho) -> None:
     words = ("submit", "org/name", "--pattern", "0.5", "--idempotency-key", "one")
 
     assert remote(*words).stdout == remote(*words).stdout
@@ -146,16 +145,14 @@ def test_idempotency_key(remote: Pho) -> None:
     assert "another document" in other.stderr
 
 
-def test_submit_json(remote: Pho, client: Client) -> None:
-    """With --json, stdout is the job."""
+def test_with_json_stdout_is_the_job(remote: Pho, client: Client) -> None:
     printed = json.loads(remote("submit", "org/name", "--pattern", "0.5", "--json").stdout)
     (job,) = client.jobs()
 
     assert printed == job.model_dump(mode="json")
 
 
-def test_job_file(remote: Pho, client: Client) -> None:
-    """A document comes from a file; options change it."""
+def test_a_document_comes_from_a_file_options_change_it(remote: Pho, client: Client) -> None:
     document = {**SPEC, "trials": 40, "confirm": {"candidates": 3}, "search_space": {
         "row_share": [0.5, 0.5]}}  # fmt: skip
     Path("job.json").write_text(json.dumps(document))
@@ -201,8 +198,7 @@ def test_bad_file(remote: Pho, client: Client) -> None:
     assert [*client.jobs()] == []
 
 
-def test_no_file(remote: Pho) -> None:
-    """A file that is not there is bad usage, and named."""
+def test_a_file_that_is_not_there_is_bad_usage_and_named(remote: Pho) -> None:
     for path in ("nowhere.json", "."):
         result = remote("submit", "--job", path)
 
@@ -342,8 +338,7 @@ def listed(result: Result) -> list[uuid.UUID]:
     return [uuid.UUID(job["id"]) for job in json.loads(result.stdout)]
 
 
-def test_bad_listing(remote: Pho) -> None:
-    """A state or a number that does not exist is told."""
+def test_a_state_or_a_number_that_does_not_exist_is_told(remote: Pho) -> None:
     for words, says in (
         (("--state", "done"), "queued"),
         (("--sort", "luck"), "perplexity"),
@@ -356,8 +351,7 @@ def test_bad_listing(remote: Pho) -> None:
         assert says in result.stderr
 
 
-def test_workers(remote: Pho, store: JobStore) -> None:
-    """Workers are listed with device and stage."""
+def test_workers_are_listed_with_device_and_stage(remote: Pho, store: JobStore) -> None:
     store.enter_worker(uuid.uuid4(), name="host:7", device="cuda:1", kinds=[StageKind.SEARCH])
     (printed,) = json.loads(remote("workers", "--json").stdout)
     table = remote("workers").stdout
@@ -383,8 +377,7 @@ def test_best(remote: Pho, client: Client, store: JobStore) -> None:
     assert Path("config.json").read_bytes() == Path("expected.json").read_bytes()
 
 
-def test_no_best(remote: Pho, client: Client) -> None:
-    """Without one, the verb fails, and no file is made."""
+def test_without_one_the_verb_fails_and_no_file_is_made(remote: Pho, client: Client) -> None:
     job = client.submit(SPEC).id
     result = remote("best", job, "--out", "config.json")
 
@@ -393,8 +386,7 @@ def test_no_best(remote: Pho, client: Client) -> None:
     assert not Path("config.json").exists()
 
 
-def test_nowhere_to_write(remote: Pho, client: Client, store: JobStore) -> None:
-    """A folder that is not there is told."""
+def test_a_folder_that_is_not_there_is_told(remote: Pho, client: Client, store: JobStore) -> None:
     job = client.submit(SPEC).id
     succeed(store, job)
     result = remote("best", job, "--out", "no/config.json")
@@ -525,8 +517,7 @@ def test_url_first(remote: Pho, monkeypatch: pytest.MonkeyPatch, url: str) -> No
 
 
 @pytest.mark.parametrize("url", ["nope", "http://[", "http://h:99999", "ftp://h", "http://\x00"])
-def test_bad_url(pho: Pho, url: str) -> None:
-    """An address that is none is told, in one line."""
+def test_an_address_that_is_none_is_told_in_one_line(pho: Pho, url: str) -> None:
     result = pho("jobs", "--url", url)
 
     assert isinstance(result.exception, SystemExit)
@@ -668,8 +659,7 @@ def serve(pho: Pho, database_url: str) -> Iterator[Pho]:
         signal.signal(number, handler)
 
 
-def test_port_in_use(serve: Pho) -> None:
-    """A port that is taken is bad usage, and named with the way out."""
+def test_a_port_that_is_taken_is_bad_usage_and_named_with_the_way_out(serve: Pho) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         result = serve("--port", port)
@@ -692,8 +682,7 @@ def test_others_without_keys(serve: Pho, database: Database, host: str) -> None:
         assert "pho keys create" in result.stderr
 
 
-def test_refusal_closes_the_database(serve: Pho, database: Database) -> None:
-    """Who was refused leaves no connection open."""
+def test_who_was_refused_leaves_no_connection_open(serve: Pho, database: Database) -> None:
     refused = serve("--host", "::", "--port", 0)
     query = (
         "SELECT count(*) FROM pg_stat_activity"
@@ -709,8 +698,7 @@ def test_refusal_closes_the_database(serve: Pho, database: Database) -> None:
     assert left == 0
 
 
-def test_no_host(serve: Pho) -> None:
-    """A host that is none of this machine's is bad usage."""
+def test_a_host_that_is_none_of_this_machines_is_bad_usage(serve: Pho) -> None:
     for host in ("no.such.host.invalid", "192.0.2.1", "127.0.0.1:80", "a b", "x" * 300):
         result = serve("--host", host, "--port", 0)
 
@@ -772,8 +760,7 @@ def test_bad_database(pho: Pho, url: str, says: str) -> None:
         assert "secret" not in result.output
 
 
-def test_bad_data_folder(pho: Pho) -> None:
-    """A data folder that cannot be is told."""
+def test_a_data_folder_that_cannot_be_is_told(pho: Pho) -> None:
     Path("file").write_text("mine")
     for folder in ("file", "file/below", "/proc/x"):
         result = pho("keys", "list", "--data-dir", folder)

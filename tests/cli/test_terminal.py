@@ -62,8 +62,7 @@ def test_very_narrow(lines: Lines) -> None:
     assert not any("No room" in line for line in shown)
 
 
-def test_short_ids() -> None:
-    """Ids are as short as tells them apart, but not shorter than 8 characters."""
+def test_ids_are_as_short_as_tells_them_apart_but_not_shorter_than_8_characters() -> None:
     one, other = "94b991f8-0000-4000-8000-000000000000", "94b991f8-1000-4000-8000-000000000000"
 
     assert short_ids([one]) == {one: "94b991f8"}

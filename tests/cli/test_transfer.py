@@ -71,10 +71,9 @@ def test_models(
     assert "By perplexity, on each model" in drawn
 
 
-def test_again(
+def test_what_was_measured_is_not_measured_again_another_model_is_added(
     pho: Pho, configuration: Path, model_folder: Path, bos_folder: Path, texts_of: list[object]
 ) -> None:
-    """What was measured is not measured again; another model is added."""
     done(pho("transfer", configuration, model_folder, *texts_of, "--json"))
     kept = json.loads(Path("transfer.json").read_text())
     again = pho("transfer", configuration, bos_folder, model_folder, *texts_of, "--json")
@@ -110,10 +109,9 @@ def test_warning(pho: Pho, tmp_path: Path, bundle_file: Path) -> None:
     assert re.search(r" -[\d.]+%", result.stdout)
 
 
-def test_kernel_size_is_calibrated(
+def test_a_configurations_kernel_size_needs_not_to_be_named(
     pho: Pho, tmp_path: Path, model_folder: Path, texts_of: list[object]
 ) -> None:
-    """A configuration's kernel size needs not to be named."""
     score = json.loads(written(tmp_path).read_text())["coefficients"]
     configuration = written(tmp_path, coefficients={**score, "kernel_size": 7})
     (target,) = done(pho("transfer", configuration, model_folder, *texts_of, "--json"))["targets"]
@@ -129,11 +127,10 @@ def test_kernel_size_is_calibrated(
         ("{config} {bundle} --out {tmp}/none/t.json", 1, "none"),
     ],
 )
-def test_refusals(
+def test_what_cannot_be_done_is_said_in_one_sentence_and_leaves_nothing_behind(
     pho: Pho, configuration: Path, bundle_file: Path, model_folder: Path, tmp_path: Path,
     words: str, code: int, message: str,
 ) -> None:  # fmt: skip
-    """What cannot be done is said in one sentence, and leaves nothing behind."""
     places = {
         "config": configuration, "bundle": bundle_file, "model": model_folder, "tmp": tmp_path,
     }  # fmt: skip
@@ -151,10 +148,9 @@ def test_refusals(
         (None, "of another"),
     ],
 )
-def test_out_is_taken(
+def test_a_file_that_is_there_already_is_not_overwritten(
     pho: Pho, tmp_path: Path, configuration: Path, bundle_file: Path, held: str | None, message: str
 ) -> None:
-    """A file that is there already is not overwritten."""
     if held is None:
         done(pho("transfer", configuration, bundle_file, "--json"))
         configuration = written(tmp_path, scope="row")
@@ -169,10 +165,9 @@ def test_out_is_taken(
     assert Path("transfer.json").read_bytes() == before
 
 
-def test_joint_search(
+def test_bundles_and_models_may_be_mixed_the_result_says_what_it_is_on_each(
     pho: Pho, bundle_file: Path, bos_folder: Path, texts: dict[str, Path]
 ) -> None:
-    """Bundles and models may be mixed; the result says what it is on each."""
     words = [
         "search", bundle_file, bos_folder, "--preset", "score",
             "--pattern", "0.5", "--trials", 14, "--over", "worst",
@@ -201,10 +196,9 @@ def test_warm_start(pho: Pho, configuration: Path, bundle_file: Path) -> None:
     assert "warm_start" not in done(pho(*words, "--json"))["configuration"]["search"]
 
 
-def test_warm_from_library(
+def test_a_search_that_starts_from_a_folder_takes_what_fits_and_says_why(
     pho: Pho, configuration: Path, bundle_file: Path, tmp_path: Path
 ) -> None:
-    """A search that starts from a folder takes what fits, and says why."""
     folder = tmp_path / "library"
     folder.mkdir()
     words = ["search", bundle_file, "--preset", "score", "--trials", 30]
@@ -233,11 +227,10 @@ def test_warm_from_library(
         ("{bundle} --scope row --warm-start {config}", 2, "is for 0.5 in scope layer"),
     ],
 )
-def test_search_refusals(
+def test_what_cannot_be_searched_is_said_in_one_sentence_and_leaves_nothing_behind(
     pho: Pho, configuration: Path, bundle_file: Path, model_folder: Path, words: str, code: int,
     message: str,
 ) -> None:  # fmt: skip
-    """What cannot be searched is said in one sentence, and leaves nothing behind."""
     places = {"config": configuration, "bundle": bundle_file, "model": model_folder}
     result = pho("search", "--preset", "score", "--pattern", "0.5", *words.format(**places).split())
 

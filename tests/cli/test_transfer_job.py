@@ -161,10 +161,9 @@ def test_files(remote: Any, transferred: str) -> None:
         ("{searched} org/one --out no/t.json", 1, "does not exist"),
     ],
 )
-def test_refused(
+def test_what_cannot_be_asked_is_said_in_one_sentence_and_no_job_is_made(
     remote: Any, searched: str, transferred: str, url: str, words: str, code: int, message: str
 ) -> None:
-    """What cannot be asked is said in one sentence, and no job is made."""
     with Client(url) as client:
         before = len(list(client.jobs()))
         result = remote(

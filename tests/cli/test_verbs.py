@@ -56,8 +56,7 @@ def search_arguments(model_folder: Path, texts: dict[str, Path], tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_calibrate(bundle: Path) -> None:
-    """A bundle is written, and nothing besides."""
+def test_a_bundle_is_written_and_nothing_besides(bundle: Path) -> None:
     assert bundle.stat().st_size > 10_000
     assert [p.name for p in bundle.parent.iterdir() if p.name.startswith(".pho")] == []
 
@@ -78,7 +77,6 @@ def test_search_from_bundle(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_bundle_needs_no_kernel_sizes(bundle: Path, tmp_path: Path) -> None:
-    """A search from a bundle takes the kernel sizes that the bundle has."""
     document = done(
         "search", bundle, "--preset", "score", "--pattern", "2:4", "--trials", 12,
         "--study", f"sqlite:///{tmp_path / 's.db'}", "--out", tmp_path / "c.json",
@@ -129,8 +127,7 @@ def test_same_seed_same_file(search_arguments: list[object], tmp_path: Path) -> 
     assert files[0] == files[1]
 
 
-def test_objective_perplexity(search_arguments: list[object]) -> None:
-    """The slow objective searches by perplexity itself."""
+def test_the_slow_objective_searches_by_perplexity_itself(search_arguments: list[object]) -> None:
     found = done(*search_arguments, "--objective", "perplexity", "--trials", 12)["configuration"]
 
     assert found["objective"]["value"] == found["confirmation"]["perplexity"]

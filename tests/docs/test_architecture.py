@@ -59,14 +59,12 @@ def test_line(drawing: Any, tmp_path: Path, docstring: str, shown: str) -> None:
     assert drawing.tree(tmp_path).splitlines()[2] == f"  queue.py               {shown}".rstrip()
 
 
-def test_cycle(drawing: Any) -> None:
-    """Parts that import each other cannot be drawn, and are named."""
+def test_parts_that_import_each_other_cannot_be_drawn_and_are_named(drawing: Any) -> None:
     with pytest.raises(ValueError, match=r"cycle.*(api.*cli|cli.*api)"):
         drawing.picture({"api": {"cli"}, "cli": {"api"}})
 
 
-def test_files() -> None:
-    """Each file that a change touches is there, as are the names in it."""
+def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it() -> None:
     section = _section("What to touch for")
     paths = re.findall(r"`((?:pho_service|docs)/[\w/.]+)`", section)
 

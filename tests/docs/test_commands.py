@@ -117,8 +117,7 @@ def test_running_text(page: str) -> None:
             pytest.fail(f"{page}: pho {shlex.join(words)}: {error.format_message()}")
 
 
-def test_something_is_found() -> None:
-    """The tests above read commands out of the pages at all."""
+def test_the_tests_above_read_commands_out_of_the_pages_at_all() -> None:
     assert sum(len(pho_commands(page)) for page in NAMES) > 60
     assert sum(len(spans(page)) for page in NAMES) > 60
     assert ["workers"] in pho_commands("docs/how-to/many-gpus.md")
@@ -179,8 +178,7 @@ def test_summaries(operations: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_settings(page: str) -> None:
-    """Each PHO_ variable of a page is one that is read."""
+def test_each_pho_variable_of_a_page_is_one_that_is_read(page: str) -> None:
     named = set(re.findall(r"\bPHO_[A-Z_]*[A-Z]\b", (ROOT / page).read_text()))
 
     assert named <= {f"PHO_{name.upper()}" for name in Settings.model_fields}

@@ -83,8 +83,7 @@ def test_what_proselint_finds(found: Callable[..., Any]) -> None:
     assert [*found("a.md", "Words.\n\nIt was done irregardless of it.\n").values()] == [3]
 
 
-def test_all_files(lint: Any) -> None:
-    """The lint reads pages, code and templates."""
+def test_the_lint_reads_pages_code_and_templates(lint: Any) -> None:
     names = {path.relative_to(ROOT).as_posix() for path in lint.all_files()}
 
     assert {"README.md", "docs/service.md", "pho_service/errors.py", "storage/jobs.py"} <= names

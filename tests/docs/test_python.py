@@ -52,8 +52,7 @@ def test_blocks(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     assert given["some"].configuration.steps.linears
 
 
-def test_names() -> None:
-    """Every `pho.` on the page is a public name."""
+def test_every_pho_on_the_page_is_a_public_name() -> None:
     names = set(re.findall(r"\bpho\.(\w+)", PAGE))
 
     assert names <= {*pho.__all__}

@@ -22,8 +22,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module("results")
 
 
-def test_length() -> None:
-    """A reader gets through it."""
+def test_a_reader_gets_through_it() -> None:
     assert len(README.splitlines()) < 200
 
 

@@ -37,16 +37,14 @@ def test_every_page(site: Path) -> None:
     assert not [path for path in site.rglob("*") if path.suffix in (".py", ".jinja")]
 
 
-def test_nothing_is_fetched(site: Path) -> None:
-    """A browser asks no other host for scripts, styles, fonts or pictures."""
+def test_a_browser_asks_no_other_host_for_scripts_styles_fonts_or_pictures(site: Path) -> None:
     texts = [path.read_text() for path in site.rglob("*.html")]
 
     assert texts
     assert not [found for text in texts for found in FETCHED.findall(text)]
 
 
-def test_command_reference(site: Path) -> None:
-    """Every verb is in the reference, with its options and its example."""
+def test_every_verb_is_in_the_reference_with_its_options_and_its_example(site: Path) -> None:
     from pho_service.cli import VERBS
 
     text = text_of(site / "reference" / "cli.html")
@@ -57,8 +55,7 @@ def test_command_reference(site: Path) -> None:
     assert "pho keys revoke pho_AbCdEf" in text
 
 
-def test_http_reference(site: Path) -> None:
-    """Every operation and every field of a job is in the reference."""
+def test_every_operation_and_every_field_of_a_job_is_in_the_reference(site: Path) -> None:
     from pho_service.spec.job import JobSpec
 
     page = (site / "reference" / "http.html").read_text()

@@ -80,14 +80,12 @@ def parts(annotation: Any) -> list[type]:
 JOB_ROWS = {name: row for row in rows("service.md", "A job") for name in named(row[0])}
 
 
-def test_job_fields() -> None:
-    """Each field of a job is in its table, and no other."""
+def test_each_field_of_a_job_is_in_its_table_and_no_other() -> None:
     assert JOB_ROWS.keys() == JobSpec.model_fields.keys()
 
 
 @pytest.mark.parametrize("field", JobSpec.model_fields)
-def test_parts_of_job_fields(field: str) -> None:
-    """Each field of a part of a job is named in the part's row."""
+def test_each_field_of_a_part_of_a_job_is_named_in_the_parts_row(field: str) -> None:
     inside = parts(JobSpec.model_fields[field].annotation)
     said = " ".join(JOB_ROWS[field][2:])
 

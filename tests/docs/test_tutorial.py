@@ -63,8 +63,7 @@ def shell(folder: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.thorough
-def test_commands(folder: Path) -> None:
-    """Every command of the page succeeds, and prints what the page shows."""
+def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folder: Path) -> None:
     script = f"{STOP}\n" + "".join(f"{commands}echo '{END}'\n" for commands, _ in BLOCKS)
     with shell(folder) as process:
         try:
@@ -96,8 +95,7 @@ def same(shown: str, printed: str) -> bool:
     return not shown or OutputChecker().check_output(wanted, got, ELLIPSIS | NORMALIZE_WHITESPACE)
 
 
-def test_page_shows_outputs() -> None:
-    """Most blocks show what they print: the comparison above has something to compare."""
+def test_most_blocks_show_what_they_print_the_comparison_above_has_something_to_compare() -> None:
     assert len(BLOCKS) >= 10
     assert sum(bool(shown) for _, shown in BLOCKS) > len(BLOCKS) / 2
 

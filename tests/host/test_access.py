@@ -92,8 +92,7 @@ def test_model_outside(access: Access, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*TRICKS, "out.txt", "./out.txt", "data/../out.txt"])
-def test_text_outside(access: Access, name: str) -> None:
-    """The same for texts."""
+def test_the_same_for_texts(access: Access, name: str) -> None:
     with pytest.raises(InvalidInput, match="does not lie below"):
         access.text(name)
 
@@ -133,8 +132,7 @@ def test_odd_texts(access: Access, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/other", "gpt2"])
-def test_hub_models(access: Access, name: str) -> None:
-    """A hub id that a pattern allows stays as it is."""
+def test_a_hub_id_that_a_pattern_allows_stays_as_it_is(access: Access, name: str) -> None:
     assert access.model(name) == name
 
 
@@ -171,8 +169,7 @@ def test_other_disk(disk: Path) -> None:
         access.text("../a.txt")
 
 
-def test_several_roots(disk: Path) -> None:
-    """The first root that has the file gives it."""
+def test_the_first_root_that_has_the_file_gives_it(disk: Path) -> None:
     settings = Settings(text_roots=(disk / "models", disk / "texts"))
 
     assert Access.of(settings).text("a.txt") == str(disk / "texts" / "a.txt")
@@ -196,14 +193,12 @@ def test_dataset(access: Access, data_file: str | None) -> None:
         "a\\..\\b", "a\0", "a\n", "a b", "",
     ],
 )  # fmt: skip
-def test_data_file_leads_out(data_file: str) -> None:
-    """URLs, chains of them, absolute paths and '..' are no file of a data set."""
+def test_urls_chains_of_them_absolute_paths_and_are_no_file_of_a_data_set(data_file: str) -> None:
     with pytest.raises(InvalidInput, match="not a path inside of the data set"):
         check_data_file(data_file)
 
 
 def test_data_file_is_a_link(access: Access, disk: Path) -> None:
-    """A local data set with a link out of the roots is refused, as a text is."""
     with pytest.raises(InvalidInput, match="link to something outside"):
         access.dataset("data")
     (disk / "texts" / "data" / "out.jsonl").unlink()
@@ -211,15 +206,13 @@ def test_data_file_is_a_link(access: Access, disk: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["other/x", "allenai/c4x", "c4x", "wikitext2"])
-def test_other_datasets(access: Access, name: str) -> None:
-    """A data set that no pattern allows is refused."""
+def test_a_data_set_that_no_pattern_allows_is_refused(access: Access, name: str) -> None:
     with pytest.raises(InvalidInput, match="PHO_HUB_DATASETS allows allenai/c4"):
         access.dataset(name)
 
 
 @pytest.mark.parametrize("name", ["../texts/../secret.txt", "/etc", "~/data"])
-def test_dataset_outside(access: Access, name: str) -> None:
-    """A local data set must lie below the folders for texts."""
+def test_a_local_data_set_must_lie_below_the_folders_for_texts(access: Access, name: str) -> None:
     with pytest.raises(InvalidInput, match="does not lie below"):
         access.dataset(name)
 
@@ -246,7 +239,6 @@ def test_many_files(access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch)
 def test_many_files_of_a_dataset(
     access: Access, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A data set's are counted at all depths; links in a circle are followed once."""
     data = disk / "texts" / "data"
     (data / "out.jsonl").unlink()
     (data / "again").symlink_to(data)

@@ -70,8 +70,7 @@ def test_odd_yaml(content: bytes, message: str) -> None:
         check_card(".huggingface.yaml", content[: MOST_BYTES + 1], "d")
 
 
-def test_long_card(tmp_path: Path) -> None:
-    """A README may be long, but not its YAML."""
+def test_a_readme_may_be_long_but_not_its_yaml(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card("a.jsonl") + b"words\n" * MOST_BYTES)
     check_cards(tmp_path, "d")
     (tmp_path / "README.md").write_bytes(b"---\n" + b"a: b\n" * MOST_BYTES)

@@ -39,8 +39,7 @@ def test_told(error: Exception, kind: type[PhoError], words: str) -> None:
     assert "stacktrace" not in str(told.value)
 
 
-def test_more_than_there_is() -> None:
-    """What torch really raises on a CPU, as RuntimeError, is memory that ran out."""
+def test_what_torch_really_raises_on_a_cpu_as_runtimeerror_is_memory_that_ran_out() -> None:
     with pytest.raises(OutOfMemory, match="allocate 4000000000000000 bytes"), faults_told():
         torch.empty(10**15)
 
@@ -55,8 +54,7 @@ def test_panic() -> None:
 
 
 @pytest.mark.parametrize("error", [InvalidInput("x"), ValueError("x"), KeyboardInterrupt()])
-def test_everything_else(error: BaseException) -> None:
-    """What is no fault of the machine goes on as it is."""
+def test_what_is_no_fault_of_the_machine_goes_on_as_it_is(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, faults_told():
         raise error
 

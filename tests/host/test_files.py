@@ -31,8 +31,7 @@ def test_new_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_interrupted_file(tmp_path: Path) -> None:
-    """An interruption leaves the old file, and no part of the new one."""
+def test_an_interruption_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), new_file(path) as partial:
@@ -71,16 +70,14 @@ def test_new_folder(tmp_path: Path, made_before: bool) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_interrupted_folder(tmp_path: Path) -> None:
-    """An interruption leaves no folder, and no part of one."""
+def test_an_interruption_leaves_no_folder_and_no_part_of_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
         write_and_interrupt(partial / "a.txt")
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_in_use(tmp_path: Path) -> None:
-    """A folder that holds files is not touched."""
+def test_a_folder_that_holds_files_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
 
     with pytest.raises(OutputError, match="is in use: it holds files"), new_folder(tmp_path):
@@ -88,8 +85,7 @@ def test_folder_in_use(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_file_for_a_folder(tmp_path: Path) -> None:
-    """A file is not replaced by a folder."""
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("mine")
 
@@ -97,8 +93,7 @@ def test_file_for_a_folder(tmp_path: Path) -> None:
         check_free(path)
 
 
-def test_folder_for_a_file(tmp_path: Path) -> None:
-    """A folder is not replaced by a file."""
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"is a folder\. Give the name of a file"),
         new_file(tmp_path),
@@ -118,8 +113,7 @@ def test_no_parent(tmp_path: Path) -> None:
         pytest.fail("the body must not run")
 
 
-def test_file_where_a_folder_is(tmp_path: Path) -> None:
-    """A folder is told from a file before any work."""
+def test_a_folder_is_told_from_a_file_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
         check_file(tmp_path)
 

@@ -53,8 +53,7 @@ def test_json(logged: Any) -> None:
     assert line == {"level": "INFO", "logger": "pho.x", "message": "é a\nb", "layer": "q"}
 
 
-def test_exception(logged: Any) -> None:
-    """So is one with a traceback."""
+def test_so_is_one_with_a_traceback(logged: Any) -> None:
     written = logged("json")
     try:
         int("no number")
@@ -64,8 +63,7 @@ def test_exception(logged: Any) -> None:
     assert json.loads(written())["exception"].endswith("base 10: 'no number'")
 
 
-def test_text(logged: Any) -> None:
-    """For people: time, level, process, logger, message."""
+def test_for_people_time_level_process_logger_message(logged: Any) -> None:
     written = logged("text")
     with about(job="j"):
         logging.getLogger("x").warning("hello")
@@ -94,8 +92,7 @@ def test_about(logged: Any) -> None:
     assert "job" not in after
 
 
-def test_request_id() -> None:
-    """Is known while a request is answered."""
+def test_is_known_while_a_request_is_answered() -> None:
     with about(request="r"):
         assert request_id() == "r"
     assert request_id() is None

@@ -58,16 +58,14 @@ def test_tokenizer(tmp_path: Path, document: dict[str, Any]) -> None:
         check_model_folder(tmp_path)
 
 
-def test_weights_of_a_config(tmp_path: Path) -> None:
-    """``transformers_weights`` would lead to an index elsewhere."""
+def test_transformers_weights_would_lead_to_an_index_elsewhere(tmp_path: Path) -> None:
     written(tmp_path, "config.json", {"transformers_weights": "sub/a.safetensors.index.json"})
 
     with pytest.raises(InvalidInput, match=r"config\.json names .*transformers_weights"):
         check_model_folder(tmp_path)
 
 
-def test_as_they_are_published(tmp_path: Path) -> None:
-    """What models on the hub have in these files passes."""
+def test_what_models_on_the_hub_have_in_these_files_passes(tmp_path: Path) -> None:
     shards = {f"layer.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     written(tmp_path, "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
     written(tmp_path, "config.json", {"_name_or_path": "org/name", "model_type": "llama"})
@@ -96,8 +94,7 @@ def test_no_index(tmp_path: Path, content: bytes) -> None:
         check_model_folder(tmp_path)
 
 
-def test_too_large(tmp_path: Path) -> None:
-    """A file that is too large is not read to its end."""
+def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors.index.json").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
 

@@ -28,8 +28,7 @@ def database_url() -> str:
 
 
 @pytest.mark.usefixtures("secret")
-def test_password_from_file() -> None:
-    """The password in the file becomes the URL's, escaped, without the line's end."""
+def test_the_password_in_the_file_becomes_the_urls_escaped_without_the_lines_end() -> None:
     assert database_url() == "postgresql://pho:s3%3Acr%2Ft@database/pho"
 
 
@@ -62,11 +61,9 @@ def test_unusable_file(secret: Path, content: str | None, reason: str) -> None:
 
 
 @pytest.mark.usefixtures("secret")
-def test_password_stays_hidden() -> None:
-    """Printed settings do not show it."""
+def test_printed_settings_do_not_show_it() -> None:
     assert "s3" not in repr(read_settings())
 
 
-def test_no_patterns() -> None:
-    """An empty list of patterns allows nothing, not the empty name."""
+def test_an_empty_list_of_patterns_allows_nothing_not_the_empty_name() -> None:
     assert read_settings(hub_models=" ").hub_models == ()

@@ -51,10 +51,9 @@ def test_span(spans: InMemorySpanExporter) -> None:
     assert found.events[0].name == "exception"
 
 
-def test_request(
+def test_a_request_is_a_span_and_its_line_in_the_log_names_it(
     spans: InMemorySpanExporter, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A request is a span, and its line in the log names it."""
     caplog.handler.addFilter(_add_fields)
     caplog.set_level(logging.INFO, "pho_service.api.requests")
     with TestClient(create_app(database, read_settings()), "http://localhost") as client:
@@ -146,8 +145,7 @@ with request_span("GET", "/v1/jobs", "mine") as answered:
     assert [(s.name, s.status.code) for s in scope.spans] == [("search", 0), ("GET request", 2)]
 
 
-def test_not_wanted() -> None:
-    """Nothing of OpenTelemetry's SDK is imported by the service unless it is asked for."""
+def test_nothing_of_opentelemetrys_sdk_is_imported_by_the_service_unless_it_is_asked_for() -> None:
     code = """
 import sys
 import pho_service.api.serving, pho_service.host.logs
@@ -160,8 +158,7 @@ print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "op
     assert done.stdout == "[]\n"
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the extra is not installed, it is named."""
+def test_where_the_extra_is_not_installed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
 
     with pytest.raises(InvalidInput, match=r"pip install 'pho-service\[otel\]'"):

@@ -42,8 +42,7 @@ def test_options_are_complete() -> None:
         assert not [each for each in parameters if f"\n    {each}: " not in function.__doc__]
 
 
-def test_unknown_argument() -> None:
-    """An argument that is not known is refused with the name of the function."""
+def test_an_argument_that_is_not_known_is_refused_with_the_name_of_the_function() -> None:
     with pytest.raises(TypeError, match=r"^search\(\) got an unexpected .* 'trails'"):
         pho.search(None, "0.5", trails=3)  # type: ignore[call-arg]
 
@@ -182,8 +181,7 @@ def test_studies(bundle: Any, tmp_path: Path) -> None:
     assert all(t.duration is not None and t.duration.total_seconds() > 0 for t in mine.trials)
 
 
-def test_optuna_studies(bundle: Any, tmp_path: Path) -> None:
-    """Optuna's own command reads the database."""
+def test_optunas_own_command_reads_the_database(bundle: Any, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     found = pho.search(bundle, "0.5", preset="score", trials=12, study=url)
     command = [sys.executable, "-c", "import sys; from optuna.cli import main; sys.exit(main())"]
@@ -195,10 +193,9 @@ def test_optuna_studies(bundle: Any, tmp_path: Path) -> None:
     assert found.study_name in result.stdout
 
 
-def test_refused(
+def test_options_texts_and_models_that_do_not_fit_are_named(
     tiny_llama: PreTrainedModel, bundle: Any, sentences: dict[str, list[str]], configuration: Any
 ) -> None:
-    """Options, texts and models that do not fit are named."""
     for kind, said, options in (
         (InvalidInput, "space: 'rows' is not one of neighbourhood_share", {"space": {"rows": 1}}),
         (

@@ -23,10 +23,9 @@ def test_compare_on_a_bundle(
     assert found.report["context_length"] == 32
 
 
-def test_refused(
+def test_a_configuration_of_another_pattern_or_family_and_a_comparison_on_nothing(
     tiny_llama: PreTrainedModel, bundle: Any, windows: Tensor, configuration: pho.Configuration
 ) -> None:
-    """A configuration of another pattern or family, and a comparison on nothing."""
     elsewhere = configuration.model_copy(update={"model": {"family": "gpt2"}})
 
     def compare(pattern: str, **more: Any) -> None:

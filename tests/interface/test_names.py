@@ -16,8 +16,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def test_all() -> None:
-    """These names are public, each is there, and each says what it is."""
+def test_these_names_are_public_each_is_there_and_each_says_what_it_is() -> None:
     assert set(pho.__all__) == NAMES
     assert [*pho.__all__] == sorted(pho.__all__)
     assert set(dir(pho)) >= NAMES
@@ -42,7 +41,6 @@ print(*(lighter & {"torch", "transformers", "datasets"}))
     assert result.stdout.split() == ["|"]
 
 
-def test_unknown_name() -> None:
-    """A name that is not there is an AttributeError, as of any module."""
+def test_a_name_that_is_not_there_is_an_attributeerror_as_of_any_module() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'calibrat'"):
         getattr(pho, "calibrat")  # noqa: B009 - a name that is not there

@@ -34,8 +34,7 @@ def test_plain_optuna(bundle: Any, tmp_path: Path) -> None:
     assert not hasattr(again, "tokenizer")
 
 
-def test_same_value(bundle: Any) -> None:
-    """A point has the value that a search of PHO gives it."""
+def test_a_point_has_the_value_that_a_search_of_pho_gives_it(bundle: Any) -> None:
     found = pho.search(bundle, "0.5", preset="score", trials=12)
     trial = found.study.trials[-1]
     study = optuna.create_study()
@@ -47,10 +46,9 @@ def test_same_value(bundle: Any) -> None:
     assert study.trials[0].user_attrs["coefficients"] == trial.user_attrs["coefficients"]
 
 
-def test_configuration_of_a_search(
+def test_of_a_searchs_study_it_is_the_trial_that_was_chosen_by_perplexity(
     tiny_llama: PreTrainedModel, bundle: Any, texts: dict[str, Path]
 ) -> None:
-    """Of a search's study it is the trial that was chosen by perplexity."""
     found = pho.search(
         bundle, "2:4", preset="score", model=tiny_llama, trials=12, confirm=texts["report"]
     )

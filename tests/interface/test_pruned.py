@@ -23,10 +23,9 @@ from pho_service.pipeline import prune as pipeline
 from pho_service.spec.steps import Steps
 
 
-def test_in_place(
+def test_the_model_that_was_given_has_the_zeros_masks_layers_and_sparsity_say_where(
     tiny_llama: Any, bundle: Any, configuration: pho.Configuration, weights: Callable[[], bool]
 ) -> None:
-    """The model that was given has the zeros; masks, layers and sparsity say where."""
     pruned = pho.prune(tiny_llama, configuration, bundle)
     up = "model.layers.0.mlp.up_proj"
     weight = tiny_llama.model.layers[0].mlp.up_proj.weight
@@ -119,15 +118,13 @@ def test_bundle_from_a_file(
     )
 
 
-def test_failure_leaves_it_dense(
+def test_what_goes_wrong_in_the_middle_leaves_no_weight_changed(
     tiny_llama: Any,
     bundle: Any,
     configuration: Any,
     weights: Callable[[], bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What goes wrong in the middle leaves no weight changed."""
-
     def breaks(*_: object) -> None:
         assert not weights()
         raise NumericalError("too late")

@@ -219,8 +219,7 @@ def test_transferred_gain(values: dict[str, Any], share: float | None, by: str) 
         (saved(0.0, "perplexity"), "RIA's perplexity"),
     ],
 )  # fmt: skip
-def test_said_gain(gain: Gain, said: str) -> None:
-    """A gain names its share, its direction, and what was measured."""
+def test_a_gain_names_its_share_its_direction_and_what_was_measured(gain: Gain, said: str) -> None:
     assert str(gain).startswith(said)
 
 
@@ -282,8 +281,7 @@ def test_entry_of_a_transfer() -> None:
 # --------------------------------------------------------------------------- the order
 
 
-def test_pattern_first() -> None:
-    """The asked pattern comes first, however little it gained; then others, nearest first."""
+def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_nearest_first() -> None:
     found = order(
         entry("far", 0.9, pattern="0.9"), entry("group", 0.9, pattern="2:4"),
         entry("near", 0.1, pattern="0.6"), entry("worse", -0.1), entry("nearest", pattern="0.55"),
@@ -304,7 +302,6 @@ def test_groups_of_another_size() -> None:
 
 
 def test_the_same_pattern_in_other_words() -> None:
-    """0.50 is 0.5."""
     (match,) = rank([entry("a", pattern="0.50")], Wanted.parse("5e-1"))
 
     assert match.fits
@@ -359,20 +356,18 @@ def test_what_was_measured() -> None:
         (("qwen2", 400), ("llama", 100), 0.2 * 0.85 * 0.98**2),
     ],
 )
-def test_expected_gain(
+def test_another_family_and_each_doubling_of_the_size_leave_less_of_a_gain(
     found_on: tuple[str | None, int | None],
     asked: tuple[str | None, int | None],
     expected: float,
 ) -> None:
-    """Another family, and each doubling of the size, leave less of a gain."""
     entries = [entry("a", 0.2, families=(found_on[0],), parameters=found_on[1])]
     (match,) = rank(entries, Wanted.parse(family=asked[0], parameters=asked[1]))
 
     assert match.expected == pytest.approx(expected, rel=1e-12)
 
 
-def test_nothing_to_expect() -> None:
-    """Of nothing, nothing is expected; and a loss is no smaller on another model."""
+def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_model() -> None:
     lost, unknown = rank(
         [entry("lost", -0.1), entry("unknown", None)], Wanted.parse(family="gemma")
     )[::-1]
@@ -381,8 +376,7 @@ def test_nothing_to_expect() -> None:
     assert unknown.expected is None
 
 
-def test_nearest_of_several() -> None:
-    """What was found on several models is as near as the nearest of them."""
+def test_what_was_found_on_several_models_is_as_near_as_the_nearest_of_them() -> None:
     (match,) = rank(
         [entry("a", 0.2, families=("qwen2", "gemma2", "llama"))], Wanted.parse(family="gemma3_text")
     )
@@ -442,8 +436,7 @@ def test_worst_transfer() -> None:
 # ------------------------------------------------------------------------- the reasons
 
 
-def test_reasons() -> None:
-    """The reasons name pattern, model, family, size, and every number that was measured."""
+def test_the_reasons_name_pattern_model_family_size_and_every_number_that_was_measured() -> None:
     found = entry(
         "a", 0.25, by="perplexity", families=("llama", "opt"), parameters=134_500_000,
         elsewhere={"gemma2": saved(-0.5, "perplexity"), "gpt2": saved(0.125)},
@@ -564,8 +557,7 @@ def test_rank_takes_all(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
 # ---------------------------------------------------------------------------- the files
 
 
-def test_configuration_file() -> None:
-    """A configuration is a file of a library, with its numbers to the bit."""
+def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit() -> None:
     found = parsed(document())
 
     assert found.targets == ()
@@ -574,8 +566,7 @@ def test_configuration_file() -> None:
     assert found.to_dict("source")["format"] == "pho-configuration"
 
 
-def test_transfer_file() -> None:
-    """So is a transfer; what of it does not count here is kept."""
+def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept() -> None:
     found = parsed(transfer(TARGET))
     written = found.to_dict("source")
 
@@ -586,14 +577,12 @@ def test_transfer_file() -> None:
 
 
 def test_own_best_is_left_out() -> None:
-    """The own best of a target is a configuration of its own: files need not have it twice."""
     found = parsed(transfer({**TARGET, "own": document()}))
 
     assert found.to_dict("source")["targets"] == [TARGET]
 
 
-def test_transfer_of_nothing() -> None:
-    """A transfer to no model is its configuration."""
+def test_a_transfer_to_no_model_is_its_configuration() -> None:
     assert parsed(transfer()) == parsed(document())
 
 
@@ -631,8 +620,7 @@ def test_refused(values: Any, message: str) -> None:
         parsed(values)
 
 
-def test_deep_enough() -> None:
-    """What is nested as deep as allowed can be written, too."""
+def test_what_is_nested_as_deep_as_allowed_can_be_written_too() -> None:
     found = parsed(document(model={"name": nested(98)}))
 
     assert parsed(json.loads(json.dumps(found.to_dict("s")))) == found
@@ -664,14 +652,12 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "file.json"])
-def test_no_folder(tmp_path: Path, name: str) -> None:
-    """What is no folder is no library."""
+def test_what_is_no_folder_is_no_library(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.json").write_text(json.dumps(document()))
 
     with pytest.raises(ConfigurationError, match=f"{name} is no folder"):
         read_folder(tmp_path / name)
 
 
-def test_empty_folder(tmp_path: Path) -> None:
-    """An empty folder is an empty library."""
+def test_an_empty_folder_is_an_empty_library(tmp_path: Path) -> None:
     assert read_folder(tmp_path) == ({}, [])

@@ -177,8 +177,7 @@ def test_statistics(family: str, projection_rows: int, windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_perplexity(family: str, windows: Tensor) -> None:
-    """The perplexity is that of the whole model."""
+def test_the_perplexity_is_that_of_the_whole_model(family: str, windows: Tensor) -> None:
     model = language_model(family)
     expected = rate_perplexity(model.model, windows)
     actual = rate_perplexity_blockwise(model, windows)
@@ -204,8 +203,7 @@ def test_walk_unchanged(family: str, windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_walk_changed(family: str, windows: Tensor) -> None:
-    """A block sees what the changed blocks before it give."""
+def test_a_block_sees_what_the_changed_blocks_before_it_give(family: str, windows: Tensor) -> None:
     model = language_model(family)
     names = []
     inputs = []
@@ -299,7 +297,6 @@ def plain(model: LanguageModel) -> bool:
 
 
 def test_body_runs_the_whole_model(llama: LanguageModel, windows: Tensor) -> None:
-    """In the loop's body the model is itself: forwards are replaced only between the turns."""
     expected = rate_perplexity(llama.model, windows)
     for _ in walk(llama, windows):
         assert plain(llama)
@@ -344,10 +341,9 @@ def test_interrupted(
     assert all(p.requires_grad and p.grad is None for p in llama.model.parameters())
 
 
-def test_error_while_recording(
+def test_a_model_that_fails_behind_its_blocks_gets_their_forwards_back(
     llama: LanguageModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that fails behind its blocks gets their forwards back."""
     monkeypatch.setattr(llama.model.model.norm, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(walk(llama, windows))

@@ -41,8 +41,7 @@ def file(bundle: ProxyBundle, tmp_path: Path) -> Path:
     return path
 
 
-def test_round_trip(bundle: ProxyBundle, file: Path) -> None:
-    """Everything comes back, bit for bit."""
+def test_everything_comes_back_bit_for_bit(bundle: ProxyBundle, file: Path) -> None:
     again = read_bundle(file)
 
     assert again.provenance == bundle.provenance
@@ -59,16 +58,14 @@ def test_round_trip(bundle: ProxyBundle, file: Path) -> None:
         assert torch.equal(before.root, after.root)
 
 
-def test_same_bytes(bundle: ProxyBundle, file: Path, tmp_path: Path) -> None:
-    """The same bundle is the same file."""
+def test_the_same_bundle_is_the_same_file(bundle: ProxyBundle, file: Path, tmp_path: Path) -> None:
     write_bundle(bundle, tmp_path / "c.safetensors")
 
     assert (tmp_path / "c.safetensors").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
-def test_truncated(file: Path, share: float) -> None:
-    """A truncated file is refused, wherever it ends."""
+def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
 
@@ -86,16 +83,14 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
-def test_other_version(file: Path) -> None:
-    """Another format version is told from damage."""
+def test_another_format_version_is_told_from_damage(file: Path) -> None:
     rewrite(file, {FORMAT: '{"version": 2}'})
 
     with pytest.raises(BundleError, match="format version 2, but this PHO reads version 1"):
         read_bundle(file)
 
 
-def test_other_safetensors(file: Path) -> None:
-    """A model's weights are no bundle."""
+def test_a_models_weights_are_no_bundle(file: Path) -> None:
     rewrite(file, {"format": "pt"})
 
     with pytest.raises(BundleError, match="no proxy bundle"):
@@ -106,8 +101,7 @@ def test_other_safetensors(file: Path) -> None:
     "document",
     ["", "[]", '{"version": 1}', "[" * 100_000, "1" * 5000, '{"version": 1, "layers": 3}'],
 )
-def test_bad_document(file: Path, document: str) -> None:
-    """A header that is no document is refused."""
+def test_a_header_that_is_no_document_is_refused(file: Path, document: str) -> None:
     rewrite(file, {FORMAT: document})
 
     with pytest.raises(BundleError, match="is damaged"):
@@ -134,8 +128,7 @@ def test_bad_tensor(file: Path, field: str, how: str) -> None:
         read_bundle(file)
 
 
-def test_row_index_out_of_range(file: Path) -> None:
-    """Row numbers must lie in the layer."""
+def test_row_numbers_must_lie_in_the_layer(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     document = json.loads(metadata[FORMAT])
@@ -146,8 +139,7 @@ def test_row_index_out_of_range(file: Path) -> None:
         read_bundle(file)
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    """A bundle that is not there is named."""
+def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         read_bundle(tmp_path / "none.safetensors")
 
@@ -206,10 +198,9 @@ def test_key_of_another_algorithm(
     assert older.bundle_key != text.bundle_key
 
 
-def test_mixed_precision(
+def test_products_in_bfloat16_give_nearly_the_same_bundle_of_another_key(
     calibrating: tuple[LanguageModel, CalibrationText], texts: dict[str, Path]
 ) -> None:
-    """Products in bfloat16 give nearly the same bundle, of another key."""
     model, text = calibrating
     settings = replace(SETTINGS, mixed_precision=True)
     mixed_text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)
@@ -222,10 +213,9 @@ def test_mixed_precision(
     assert all(a.fisher.dtype == torch.float32 for a in mixed.layers)
 
 
-def test_mixed_precision_of_half_model(
+def test_a_model_that_is_bfloat16_already_is_refused(
     calibrating: tuple[LanguageModel, CalibrationText],
 ) -> None:
-    """A model that is bfloat16 already is refused."""
     model, text = calibrating
     model.model.to(torch.bfloat16)
 

@@ -89,10 +89,9 @@ def test_half_as_many(
         torch.testing.assert_close(halved.fisher[name], fisher)
 
 
-def test_out_of_memory(
+def test_that_is_tried_once_then_the_error_says_what_would_fit(
     model: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is tried once; then the error says what would fit."""
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), SETTINGS)
     given = crowded(model, monkeypatch, 0)
 
@@ -161,8 +160,7 @@ def larger_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def test_shorter_windows(model_folder: Path) -> None:
-    """Windows that are too long are named with a length that fits."""
+def test_windows_that_are_too_long_are_named_with_a_length_that_fits(model_folder: Path) -> None:
     larger_model(model_folder)
     model = load_model(str(model_folder), device="cpu")
 
@@ -194,10 +192,9 @@ def test_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("limit", "expected"), [("1000", 1000 - (900 - 600)), ("100", 0), ("max", None)]
 )
-def test_container(
+def test_of_a_containers_memory_what_its_files_pages_take_can_be_had(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
 ) -> None:
-    """Of a container's memory, what its files' pages take can be had."""
     monkeypatch.setattr("pho_service.pruning.hardware.CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
@@ -296,10 +293,9 @@ def test_inputs_on_disk(
         assert torch.equal(a.fisher, b.fisher)
 
 
-def test_no_room_for_inputs(
+def test_a_disk_that_is_too_small_for_them_is_refused_before_anything_is_run(
     streamed: LanguageModel, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is too small for them is refused before anything is run."""
     text = calibration_text(streamed, TextSource(path=str(texts["calibration"])), SETTINGS)
     monkeypatch.setattr("pho_service.planning.stage_memory.HELD", 0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))

@@ -130,7 +130,6 @@ def test_let_go(folder: Path, pretended_gpus: Cards) -> None:
 
 
 def test_cards_that_are_too_small(folder: Path, pretended_gpus: Cards) -> None:
-    """What would lie on no card is told before a weight is read, with what there is room for."""
     for card in pretended_gpus:
         card.memory_bytes = 2**15
 
@@ -155,8 +154,7 @@ def test_contradictions(folder: Path, options: dict[str, Any]) -> None:
         load_model(str(folder), device_map="balanced")
 
 
-def test_without_a_gpu(folder: Path) -> None:
-    """Where there is no GPU, that is said, and what there is."""
+def test_where_there_is_no_gpu_that_is_said_and_what_there_is(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="torch sees none"):
         load_model(str(folder), device_map="auto")
     with pytest.raises(InvalidInput, match=r"torch sees no GPU\. Use --device cpu"):

@@ -74,9 +74,7 @@ def test_same_gradients(mixtral: MixtralForCausalLM, window: Tensor) -> None:
         torch.testing.assert_close(parameter.grad, fused.get_parameter(name).grad)
 
 
-def test_own_gate() -> None:
-    """Experts that gate in their own way keep it."""
-
+def test_experts_that_gate_in_their_own_way_keep_it() -> None:
     class Clamped(MixtralExperts):
         def _apply_gate(self, gate_up: Tensor) -> Tensor:
             gate, up = gate_up.chunk(2, dim=-1)

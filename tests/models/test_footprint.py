@@ -164,8 +164,7 @@ def test_removed_weights(seven: Footprint) -> None:
     assert beside.host == pytest.approx(seven.prunable, rel=1e-6)  # two bytes of every other one
 
 
-def test_cpu(seven: Footprint) -> None:
-    """On a CPU all is main memory."""
+def test_on_a_cpu_all_is_main_memory(seven: Footprint) -> None:
     peak = calibration_peak(
         seven, CalibrationSettings(), Place(on_gpu=False), CalibrationRun(),
         windows=128, fisher_windows=32,

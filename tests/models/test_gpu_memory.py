@@ -106,7 +106,7 @@ def streamed_statistics(
 
 
 @pytest.mark.parametrize(("dtype", "on_device"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_plan_of_a_streamed_calibration(
+def test_so_does_a_streamed_one_with_the_hidden_states_on_the_card_and_without(
     pretended_gpu: Card,
     windows: Tensor,
     folder: Callable[[torch.dtype], Path],
@@ -114,7 +114,6 @@ def test_plan_of_a_streamed_calibration(
     *,
     on_device: bool,
 ) -> None:
-    """So does a streamed one, with the hidden states on the card and without."""
     model = load_model(str(folder(dtype)), device="cuda", stream=True)
     planned = calibration_peak(
         footprint_of(model.model), SETTINGS, STREAMED,
@@ -166,10 +165,9 @@ def test_waits(pretended_gpu: Card, windows: Tensor, rows: int) -> None:
 
 
 @pytest.mark.parametrize("on_device", [True, False])
-def test_waits_of_a_streamed_calibration(
+def test_nor_do_waits_grow_with_windows_times_blocks_wherever_the_hidden_states_are(
     pretended_gpu: Card, windows: Tensor, model_folder: Path, *, on_device: bool
 ) -> None:
-    """Nor do waits grow with windows times blocks, wherever the hidden states are."""
     model = load_model(str(model_folder), device="cuda", stream=True)
     waited = []
     for count in (4, 8):

@@ -47,8 +47,7 @@ def test_weights_hash(model_folder: Path, tiny_llama: LlamaForCausalLM) -> None:
     assert load_model(str(model_folder), device="cpu").weights_sha256 != first
 
 
-def test_missing() -> None:
-    """A path that does not exist is not looked up on the hub."""
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub() -> None:
     with pytest.raises(ModelError, match="does not exist"):
         load_model("./no-such-model")
     with pytest.raises(ModelError, match="does not exist"):
@@ -97,8 +96,7 @@ def test_hub_away(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def test_cached_while_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in the hub's cache needs no hub."""
+def test_what_is_in_the_hubs_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pho_service.models.loading.hub_is_away", lambda: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "config.json")
 
@@ -111,22 +109,19 @@ def test_not_a_name() -> None:
         check_name("two words", None)
 
 
-def test_no_config(tmp_path: Path) -> None:
-    """A folder without a config is no model."""
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_model(str(tmp_path))
 
 
-def test_no_weights(model_folder: Path) -> None:
-    """A folder without weights is said to have none."""
+def test_a_folder_without_weights_is_said_to_have_none(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match="has no weights"):
         load_model(str(model_folder))
 
 
-def test_pickled_weights(model_folder: Path) -> None:
-    """Pickled weights are refused, and never opened."""
+def test_pickled_weights_are_refused_and_never_opened(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
 
@@ -153,7 +148,6 @@ def test_index_that_leads_out(tiny_llama: LlamaForCausalLM, model_folder: Path) 
 
 
 def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a hub model's files name is checked before its weights are asked for."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "/etc/a.safetensors"}}))
     asked: list[str] = []
@@ -169,8 +163,7 @@ def test_index_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert asked == ["config.json", index.name]
 
 
-def test_not_a_gguf(tmp_path: Path) -> None:
-    """A file that only ends in .gguf is refused."""
+def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
 
@@ -178,8 +171,7 @@ def test_not_a_gguf(tmp_path: Path) -> None:
         load_model(str(path))
 
 
-def test_nan_weight(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
-    """A NaN weight names its layer."""
+def test_a_nan_weight_names_its_layer(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
     tiny_llama.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = math.nan
     tiny_llama.save_pretrained(model_folder)
 
@@ -221,8 +213,7 @@ def test_bos(model_folder: Path, bos_folder: Path) -> None:
     assert adding.window_prefix("never") == []
 
 
-def test_no_bos_token(model_folder: Path) -> None:
-    """``always`` needs a tokenizer that has a BOS token."""
+def test_always_needs_a_tokenizer_that_has_a_bos_token(model_folder: Path) -> None:
     loaded = load_model(str(model_folder))
     loaded.tokenizer.bos_token = None
 
@@ -238,8 +229,7 @@ def test_llama_linears(tiny_llama: LlamaForCausalLM) -> None:
     assert all(name.startswith("model.layers.") for name in names)
 
 
-def test_gpt2_linears() -> None:
-    """GPT-2's Conv1D is a linear whose weight is stored the other way round."""
+def test_gpt_2s_conv1d_is_a_linear_whose_weight_is_stored_the_other_way_round() -> None:
     config = GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=32)
     linears = prunable_linears(GPT2LMHeadModel(config))
 

@@ -102,8 +102,7 @@ def test_same_bytes(masks: dict[str, LayerMask], file: Path, tmp_path: Path) -> 
     assert (tmp_path / "n").read_bytes() == file.read_bytes()
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
-    """A mask may be overwritten as soon as the next one is asked for."""
+def test_a_mask_may_be_overwritten_as_soon_as_the_next_one_is_asked_for(tmp_path: Path) -> None:
     buffer = torch.empty(4, 8, dtype=torch.bool)
 
     def reused():
@@ -155,8 +154,7 @@ def test_no_mask(mask: LayerMask, said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_twice(tmp_path: Path) -> None:
-    """Two masks of one linear are refused, and so is nothing at all."""
+def test_two_masks_of_one_linear_are_refused_and_so_is_nothing_at_all(tmp_path: Path) -> None:
     pair = ("a", LayerMask(keep=random_mask(2, 2)))
 
     with pytest.raises(ValueError, match="a has two masks"):
@@ -166,8 +164,7 @@ def test_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_truncated(file: Path, share: float) -> None:
-    """A truncated file is refused, wherever it ends."""
+def test_a_truncated_file_is_refused_wherever_it_ends(file: Path, share: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
 
@@ -194,24 +191,21 @@ def rewrite(
     save_file(tensors, file, metadata={MASK_FORMAT: text})
 
 
-def test_other_version(file: Path) -> None:
-    """Another format version is told from damage."""
+def test_another_format_version_is_told_from_damage(file: Path) -> None:
     rewrite(file, document_of(file) | {"version": 2})
 
     with pytest.raises(ModelError, match="format version 2, but this PHO reads version 1"):
         read_masks(file)
 
 
-def test_other_safetensors(file: Path) -> None:
-    """A model's weights are no masks."""
+def test_a_models_weights_are_no_masks(file: Path) -> None:
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
 
     with pytest.raises(ModelError, match="holds no masks"):
         read_masks(file)
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    """A file that is not there is named."""
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"none\.safetensors do not exist"):
         read_masks(tmp_path / "none.safetensors")
 
@@ -228,16 +222,14 @@ def test_missing_file(tmp_path: Path) -> None:
         '{"version": 1, "layers": [{"name": "a", "shape": [1, 99999999999999999999]}]}',
     ],
 )  # fmt: skip
-def test_bad_document(file: Path, document: str) -> None:
-    """A header that describes no masks is refused."""
+def test_a_header_that_describes_no_masks_is_refused(file: Path, document: str) -> None:
     rewrite(file, document)
 
     with pytest.raises(ModelError, match="is damaged"):
         read_masks(file)
 
 
-def test_no_metadata(file: Path) -> None:
-    """A header without the writer's metadata is refused."""
+def test_a_header_without_the_writers_metadata_is_refused(file: Path) -> None:
     rewrite(file, {k: v for k, v in document_of(file).items() if k != "metadata"})
 
     with pytest.raises(ModelError, match="lacks metadata"):

@@ -86,7 +86,6 @@ def test_card_of_trained_blocks(recipe: dict[str, Any]) -> None:
 
 
 def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
-    """Folders of this machine are not told; what is not known is said."""
     recipe["model"]["name"] = "/home/me/secret/base"
     recipe["configuration"]["confirmation"] = None
     for text in (recipe["calibration"]["text"], recipe["configuration"]["calibration"]["text"]):
@@ -101,8 +100,7 @@ def test_card_of_a_private_model(recipe: dict[str, Any]) -> None:
     assert "`text.txt`" in card
 
 
-def test_licence(tmp_path: Path) -> None:
-    """It is that of the base's card; what is odd there is left out."""
+def test_it_is_that_of_the_bases_card_what_is_odd_there_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\nx\n")
     found = licence_of(str(tmp_path), None)
     (tmp_path / "README.md").write_text("---\nlicense: [1, 2]\nlicense_link: 'a b'\n---\nx\n")
@@ -114,8 +112,7 @@ def test_licence(tmp_path: Path) -> None:
     assert licence_of(str(tmp_path / "no.gguf"), None) == {}
 
 
-def test_licence_of_gguf(tmp_path: Path) -> None:
-    """It is that of the header; a torn file says nothing."""
+def test_it_is_that_of_the_header_a_torn_file_says_nothing(tmp_path: Path) -> None:
     path = tmp_path / "base.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_license("apache-2.0")
@@ -261,8 +258,7 @@ def test_push_refused(listening: Hub, folder: Path, tmp_path: Path) -> None:
         saving.push(tmp_path, "org/pruned")
 
 
-def test_push_to_nobody(listening: Hub, folder: Path) -> None:
-    """A hub that cannot be reached is told."""
+def test_a_hub_that_cannot_be_reached_is_told(listening: Hub, folder: Path) -> None:
     listening.server_close()
     with pytest.raises(ServiceError, match="cannot be reached"):
         saving.push(folder, "org/pruned")

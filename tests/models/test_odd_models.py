@@ -34,8 +34,7 @@ def rewrite_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_missing_tensor(model_folder: Path) -> None:
-    """A weight that the file lacks is an error that names it."""
+def test_a_weight_that_the_file_lacks_is_an_error_that_names_it(model_folder: Path) -> None:
     rewrite_weights(model_folder, {LAYER: None})
 
     with pytest.raises(ModelError, match="up_proj"):
@@ -50,8 +49,7 @@ def test_config_with_more_layers(model_folder: Path) -> None:
         load_model(str(model_folder), device="cpu")
 
 
-def test_other_shape(model_folder: Path) -> None:
-    """A weight of another shape than the config's is an error."""
+def test_a_weight_of_another_shape_than_the_configs_is_an_error(model_folder: Path) -> None:
     rewrite_weights(model_folder, {LAYER: torch.zeros(64, 33)})
 
     with pytest.raises(ModelError, match="cannot be loaded"):
@@ -98,8 +96,7 @@ def test_no_tokenizer(model_folder: Path) -> None:
         load_model(str(model_folder), device="cpu")
 
 
-def test_remote_code(model_folder: Path, tmp_path: Path) -> None:
-    """Code that a folder brings along is never run."""
+def test_code_that_a_folder_brings_along_is_never_run(model_folder: Path, tmp_path: Path) -> None:
     rewrite_config(
         model_folder,
         model_type="unheard-of",
@@ -130,8 +127,7 @@ def test_no_blocks(tiny_llama: LlamaForCausalLM) -> None:
         ("something new\n  happened", "OSError: something new happened"),
     ],
 )
-def test_reasons(said: str, told: str) -> None:
-    """What transformers says becomes a sentence with a way out."""
+def test_what_transformers_says_becomes_a_sentence_with_a_way_out(said: str, told: str) -> None:
     assert told in loading._reason(OSError(said))
 
 

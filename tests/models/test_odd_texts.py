@@ -18,16 +18,14 @@ def model(model_folder: Path) -> LanguageModel:
     return load_model(str(model_folder), device="cpu")
 
 
-def test_blank_lines_and_documents(tmp_path: Path) -> None:
-    """Blank lines and documents without words are left out."""
+def test_blank_lines_and_documents_without_words_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": " \\n"}\n{"text": "two"}\n')
 
     assert list(read_documents(TextSource(path=str(path)))) == ["one", "two"]
 
 
-def test_jsonl_is_not_utf8(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 are refused in a table too."""
+def test_bytes_that_are_no_utf_8_are_refused_in_a_table_too(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "caf\xe9"}\n')
 
@@ -45,8 +43,7 @@ def test_column_without_text(tmp_path: Path, values: list[object]) -> None:
         list(read_documents(TextSource(path=str(path))))
 
 
-def test_truncated_parquet(tmp_path: Path) -> None:
-    """A parquet file that was cut off is refused."""
+def test_a_parquet_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a text"] * 100}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -90,7 +87,6 @@ def test_sampled_documents_are_recorded(model: LanguageModel, texts: dict[str, P
 
 
 def test_windows_are_of_the_model(model: LanguageModel, texts: dict[str, Path]) -> None:
-    """A window with BOS has BOS once, whatever the tokenizer would add to each document."""
     source = TextSource(path=str(texts["calibration"]))
     windows, _ = sample_windows(model, source, count=5, context_length=16, bos="always", seed=0)
 

@@ -64,7 +64,6 @@ def test_a_run_of_32() -> None:
 def test_confirmed_on_the_calibration_text(
     model: LanguageModel, texts: dict[str, Path], tmp_path: Path, same: str
 ) -> None:
-    """Of a text that the calibration shares, the windows that it has not seen are taken."""
     path = texts["calibration"]
     lines = path.read_text().splitlines()
     if same != "the path":
@@ -81,10 +80,9 @@ def test_confirmed_on_the_calibration_text(
     assert not runs(windows, 8) & runs(calibrated.calibration, 8)
 
 
-def test_the_calibration_took_all(
+def test_if_nothing_of_the_text_is_left_that_is_said_with_the_way_out(
     model: LanguageModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """If nothing of the text is left, that is said, with the way out."""
     book = tmp_path / "book.txt"
     lines = texts["calibration"].read_text().splitlines()
     book.write_text(" ".join(json.loads(line)["text"] for line in lines))

@@ -151,8 +151,7 @@ def test_names_that_lead_out(packed: Path, tmp_path: Path, name: str) -> None:
         unpack(bad, tmp_path / "back")
 
 
-def test_foreign(tmp_path: Path) -> None:
-    """Another archive and no archive are told apart."""
+def test_another_archive_and_no_archive_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "other.pho"
     with ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "a")
@@ -181,10 +180,9 @@ def test_refused(model_folder: Path, packed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "again.pho").exists()
 
 
-def test_interrupted(
+def test_an_interrupted_packing_leaves_the_old_file_as_it_was_and_nothing_beside_it(
     model_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted packing leaves the old file as it was, and nothing beside it."""
     before, there = packed.read_bytes(), {*tmp_path.iterdir()}
 
     def interrupted(*_: object, **__: object) -> None:

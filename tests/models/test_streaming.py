@@ -191,8 +191,7 @@ def test_store_is_missing(streamed: LanguageModel, windows: Tensor, tmp_path: Pa
     assert mapped(streamed)
 
 
-def test_gguf_is_refused(tmp_path: Path) -> None:
-    """A GGUF file is refused before it is read."""
+def test_a_gguf_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
 
     with pytest.raises(InvalidInput, match=r"GGUF is dequantised.*without streaming"):
@@ -229,10 +228,9 @@ def nothing(_: dict[str, object]) -> None:
         (other_dtype, "auto", r"converts weights when it reads them"),
     ],
 )
-def test_cast_is_refused(
+def test_weights_that_would_have_to_be_cast_are_refused(
     model_folder: Path, edit: Callable[[dict[str, object]], None], dtype: str, message: str
 ) -> None:
-    """Weights that would have to be cast are refused."""
     path = model_folder / "config.json"
     config = json.loads(path.read_text())
     edit(config)
@@ -242,13 +240,11 @@ def test_cast_is_refused(
         load_model(str(model_folder), device="cpu", dtype=dtype, stream=True)
 
 
-def test_own_dtype_is_accepted(model_folder: Path) -> None:
-    """Asking for the dtype that the weights have is no cast."""
+def test_asking_for_the_dtype_that_the_weights_have_is_no_cast(model_folder: Path) -> None:
     assert load_model(str(model_folder), device="cpu", dtype="float32", stream=True).stream
 
 
-def test_damaged_weights(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
-    """Mapped weights are checked, too."""
+def test_mapped_weights_are_checked_too(tiny_llama: LlamaForCausalLM, model_folder: Path) -> None:
     tiny_llama.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = torch.nan
     tiny_llama.save_pretrained(model_folder)
 

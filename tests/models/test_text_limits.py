@@ -294,7 +294,6 @@ def test_hub(hub: type[FakeHub]) -> None:
 
 
 def test_card_of_the_hub_leads_out(hub: type[FakeHub]) -> None:
-    """No request leaves because of a card: it is refused before its files are looked for."""
     elsewhere = f"{hub.url}/latest/meta-data/x.jsonl"  # type: ignore[attr-defined]
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {elsewhere}\n---\n"
     hub.files = {"README.md": card.encode(), "b.jsonl": ROW}

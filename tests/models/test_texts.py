@@ -42,8 +42,7 @@ def test_rows(tmp_path: Path, name: str) -> None:
     assert list(read_documents(TextSource(path=str(other), field="body"))) == DOCUMENTS
 
 
-def test_txt(tmp_path: Path) -> None:
-    """A text file is one document."""
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo")
 
@@ -81,8 +80,7 @@ def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str) -> No
         list(read_documents(TextSource(path=str(tmp_path / name))))
 
 
-def test_missing(tmp_path: Path) -> None:
-    """A missing file or data set, or a missing column, is named."""
+def test_a_missing_file_or_data_set_or_a_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="does not exist"):
         list(read_documents(TextSource(path=str(tmp_path / "a.txt"))))
     with pytest.raises(TextError, match=r"data set .* does not exist"):

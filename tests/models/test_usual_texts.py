@@ -156,8 +156,7 @@ def test_wrong_part(tmp_path: Path, changes: dict[str, str], message: str) -> No
 
 
 @pytest.mark.usefixtures("cache")
-def test_not_in_the_cache() -> None:
-    """Without a hub, a name that is nowhere is refused with both possibilities."""
+def test_without_a_hub_a_name_that_is_nowhere_is_refused_with_both_possibilities() -> None:
     with pytest.raises(TextError, match="no folder here has this name, and as a name on the hub"):
         check_text(TextSource(dataset="org/nosuch"))
 

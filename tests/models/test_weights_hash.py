@@ -38,8 +38,7 @@ def expected(tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_any_number_of_threads(threads: int) -> None:
-    """The hash is that of the tensors' hashes, each expert's matrices apart."""
+def test_the_hash_is_that_of_the_tensors_hashes_each_experts_matrices_apart(threads: int) -> None:
     model = mixtral()
     prunable_linears(model)
     tensors: dict[str, Any] = dict(model.named_parameters())

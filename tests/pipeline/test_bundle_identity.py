@@ -83,7 +83,6 @@ def test_everything_counts(by_hand: Any) -> None:
 def test_same_key_for_two_models(
     by_hand: Any, request_here: SearchRequest, joint: bool, searched: Any
 ) -> None:
-    """Two models whose bundles were given one key by hand do not share a study either."""
     first, second = (by_hand(factor, provenance={"key": "mine"}) for factor in (1.0, 3.0))
 
     def search(bundle: ProxyBundle) -> Any:
@@ -101,7 +100,6 @@ def test_same_key_for_two_models(
 def test_written_into_while_it_is_calibrated(
     model_folder: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What weights that changed meanwhile would give is not kept under the hash of the old ones."""
     model = load_model(str(model_folder), device="cpu")
     settings = CalibrationSettings(samples=4, context_length=32, projection_rows=8)
     text = calibration_text(model, TextSource(path=str(texts["calibration"])), settings)

@@ -225,8 +225,7 @@ def test_bfloat16(model_folder: Path, tmp_path: Path, model: LanguageModel) -> N
     assert failed(bad) == ["other parameters"]
 
 
-def test_progress(pruned: Pruned) -> None:
-    """Each linear is told."""
+def test_each_linear_is_told(pruned: Pruned) -> None:
     told: list[int] = []
 
     @contextmanager
@@ -294,15 +293,13 @@ def test_wrong_weight_hash(pruned: Pruned, model: LanguageModel) -> None:
     assert UP in detail(checks, "weight hashes")
 
 
-def test_wrong_mask_hash(pruned: Pruned, model: LanguageModel) -> None:
-    """A recorded hash of another mask is found."""
+def test_a_recorded_hash_of_another_mask_is_found(pruned: Pruned, model: LanguageModel) -> None:
     pruned.edit_recipe(lambda r: r["layers"][UP].update(mask_sha256="0" * 64))
 
     assert failed(check_folder(pruned.path, original=model)) == ["masks"]
 
 
-def test_kept_zero(pruned: Pruned) -> None:
-    """A kept weight that is zero is counted, and no fault."""
+def test_a_kept_weight_that_is_zero_is_counted_and_no_fault(pruned: Pruned) -> None:
     kept = tuple(read_masks(pruned.path / MASKS).mask(DOWN).keep.nonzero()[5].tolist())
     pruned.edit_tensor(f"{DOWN}.weight", lambda t: t[kept].fill_(0), layer=DOWN)
     checks = check_folder(pruned.path, original=None)
@@ -325,11 +322,9 @@ def test_changed_embedding(pruned: Pruned, model: LanguageModel, name: str) -> N
     ("keys", "value"),
     [(("layers", UP, "sparsity"), 0.4999), (("sparsity",), 0.5001)],
 )
-def test_wrong_sparsity(
+def test_the_sparsity_of_each_linear_and_of_all_is_counted(
     pruned: Pruned, model: LanguageModel, keys: tuple[str, ...], value: float
 ) -> None:
-    """The sparsity of each linear, and of all, is counted."""
-
     def change(recipe: dict[str, Any]) -> None:
         for key in keys[:-1]:
             recipe = recipe[key]
@@ -360,8 +355,7 @@ def test_groups_without_order(pruned: Pruned) -> None:
     assert detail(checks, "groups").startswith(f"{UP}: ")
 
 
-def test_no_groups(pruned: Pruned) -> None:
-    """At N:M every linear must have groups."""
+def test_at_n_m_every_linear_must_have_groups(pruned: Pruned) -> None:
     pruned.edit_recipe(lambda r: r["layers"][DOWN].update(keep=None, group=None))
     checks = check_folder(pruned.path, original=None)
 
@@ -415,8 +409,7 @@ def test_bad_value(pruned: Pruned, changes: dict[str, object], said: str) -> Non
     assert said in checks[0].detail
 
 
-def test_missing_layer(pruned: Pruned) -> None:
-    """A linear that the recipe forgets, or invents, fails."""
+def test_a_linear_that_the_recipe_forgets_or_invents_fails(pruned: Pruned) -> None:
     pruned.edit_recipe(lambda r: r["layers"].update(other=r["layers"].pop(UP)))
     checks = check_folder(pruned.path, original=None)
 
@@ -424,9 +417,7 @@ def test_missing_layer(pruned: Pruned) -> None:
     assert checks[0].detail == f"{UP} is not in it; the model has no other"
 
 
-def test_masks_of_another_model(pruned: Pruned) -> None:
-    """Masks must be those of the model's linears, in their shapes."""
-
+def test_masks_must_be_those_of_the_models_linears_in_their_shapes(pruned: Pruned) -> None:
     def change(masks: dict[str, LayerMask]) -> None:
         masks[UP] = LayerMask(keep=torch.ones(32, 64, dtype=torch.bool))
         masks["other"] = masks.pop(DOWN)
@@ -508,10 +499,9 @@ def test_folded(model_folder: Path, tmp_path: Path, model: LanguageModel) -> Non
         ({"writers": [DOWN]}, "not a permutation of its 32"),
     ],
 )
-def test_bad_fold(
+def test_an_order_that_is_no_permutation_or_of_other_linears_fails_the_recipe(
     model_folder: Path, tmp_path: Path, changes: dict[str, object], said: str
 ) -> None:
-    """An order that is no permutation, or of other linears, fails the recipe."""
     folder = prune(model_folder, tmp_path / "pruned", folded=FOLDED, fold=fold_mlp)
     folder.edit_recipe(lambda r: r["folded"][0].update(changes))
     checks = check_folder(folder.path, original=None)
@@ -577,8 +567,7 @@ def test_experts(model_folder: Path, tmp_path: Path) -> None:
     assert failed(check_folder(folder.path, original=original)) == ["other parameters"]
 
 
-def test_truncated_masks(pruned: Pruned) -> None:
-    """Masks that were cut off are an error, not a failed check."""
+def test_masks_that_were_cut_off_are_an_error_not_a_failed_check(pruned: Pruned) -> None:
     path = pruned.path / MASKS
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -586,8 +575,7 @@ def test_truncated_masks(pruned: Pruned) -> None:
         check_folder(pruned.path, original=None)
 
 
-def test_missing_masks(pruned: Pruned) -> None:
-    """So are masks that are not there."""
+def test_so_are_masks_that_are_not_there(pruned: Pruned) -> None:
     (pruned.path / MASKS).unlink()
 
     with pytest.raises(ModelError, match="do not exist"):
@@ -595,16 +583,14 @@ def test_missing_masks(pruned: Pruned) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_missing_model(pruned: Pruned, name: str) -> None:
-    """And a model that cannot be loaded."""
+def test_and_a_model_that_cannot_be_loaded(pruned: Pruned, name: str) -> None:
     (pruned.path / name).unlink()
 
     with pytest.raises(ModelError):
         check_folder(pruned.path, original=None)
 
 
-def test_not_finite(pruned: Pruned) -> None:
-    """And a weight that is no number, which no comparison would find."""
+def test_and_a_weight_that_is_no_number_which_no_comparison_would_find(pruned: Pruned) -> None:
     pruned.edit_tensor(f"{UP}.weight", lambda t: t[0, 0].fill_(torch.nan))
 
     with pytest.raises(NumericalError, match=UP):

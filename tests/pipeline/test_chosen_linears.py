@@ -93,7 +93,7 @@ def request_of_some() -> SearchRequest:
     return SearchRequest(pattern=Pattern.parse("2:4"), steps=steps, trials=12, finalists=1)
 
 
-def test_searched_saved_and_checked(
+def test_a_searchs_configuration_says_which_linears_a_pruned_folder_of_it_passes_its_checks(
     request_of_some: SearchRequest,
     model: LanguageModel,
     model_folder: Path,
@@ -101,7 +101,6 @@ def test_searched_saved_and_checked(
     report: ReportText,
     tmp_path: Path,
 ) -> None:
-    """A search's configuration says which linears; a pruned folder of it passes its checks."""
     found = search_job(request_of_some, bundle, model=model, confirm_text=report).configuration
     rows = compare_job(model, bundle, report, Pattern.parse("2:4"), [("found", found)])
     pruned = prune_job(model, bundle, found, tmp_path / "out")
@@ -121,10 +120,9 @@ def test_searched_saved_and_checked(
     assert details["weight hashes"] == "14 weights as recorded"
 
 
-def test_another_choice_is_another_search(
+def test_two_searches_of_different_linears_have_studies_of_their_own_in_one_database(
     request_of_some: SearchRequest, bundle: ProxyBundle
 ) -> None:
-    """Two searches of different linears have studies of their own in one database."""
     some = search_job(request_of_some, bundle)
     whole = search_job(replace(request_of_some, steps=Steps(permutation="score")), bundle)
 

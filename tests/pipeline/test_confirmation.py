@@ -113,10 +113,9 @@ def test_interrupted(
     assert sum(runs) < windows + 2 * (3 + 3)  # what the race has measured is not measured again
 
 
-def test_seed_orders_windows(
+def test_another_seed_looks_at_other_windows_first_the_same_one_at_the_same(
     bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText
 ) -> None:
-    """Another seed looks at other windows first; the same one at the same."""
     rated = [
         search_job(
             request_of(seed=seed, trials=9), bundle, model=model, confirm_text=report

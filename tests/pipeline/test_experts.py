@@ -167,7 +167,6 @@ def test_streamed_as_it_lies(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_streamed_experts_stay_in_their_files(mixtral_folder: Path) -> None:
-    """Every matrix of every expert is mapped, and none is a view of a larger one."""
     model = load_model(str(mixtral_folder), device="cpu", stream=True)
     expert = model.linears["model.layers.1.mlp.experts.3.down_proj"]
 

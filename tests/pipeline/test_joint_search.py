@@ -138,10 +138,9 @@ def test_no_scale(bundles: dict[str, ProxyBundle]) -> None:
         rate_jointly(evaluators, PATTERN, MEAN)
 
 
-def test_no_kernel_size_in_common(
+def test_bundles_that_share_no_kernel_size_are_refused_with_the_way_out(
     bundles: dict[str, ProxyBundle], request_of: Any, searched: Any
 ) -> None:
-    """Bundles that share no kernel size are refused, with the way out."""
     layers = [replace(la, window_means={9: la.window_means[3]}) for la in bundles["two"].layers]
     apart = {**bundles, "two": replace(bundles["two"], layers=layers)}
 
@@ -150,8 +149,7 @@ def test_no_kernel_size_in_common(
 
 
 @pytest.mark.parametrize("name", ["gini", "perplexity"])
-def test_no_common_scale(name: str) -> None:
-    """What differs from model to model in its scale is no joint objective."""
+def test_what_differs_from_model_to_model_in_its_scale_is_no_joint_objective(name: str) -> None:
     with pytest.raises(InvalidInput, match=rf"{name} has no common scale"):
         Objective(name=name, over="mean")
 
@@ -162,7 +160,6 @@ def test_not_told_how(bundles: dict[str, ProxyBundle], request_of: Any, searched
         searched(request_of(Objective()), bundles)
 
 
-def test_unknown_way() -> None:
-    """There are two ways to count."""
+def test_there_are_two_ways_to_count() -> None:
     with pytest.raises(InvalidInput, match=r"over 'best' is not one of mean, worst"):
         Objective(over="best")

@@ -63,10 +63,9 @@ def test_rate_pruned(model: LanguageModel, bundle: ProxyBundle, report: ReportTe
     assert same(before, bits(model))
 
 
-def test_model_that_cannot_be_rated(
+def test_a_candidate_whose_perplexity_is_no_number_fails_alone_with_its_cause(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    """A candidate whose perplexity is no number fails alone, with its cause."""
     before = bits(model)
     huge = Candidate(
         method="crepe",
@@ -140,10 +139,9 @@ def test_compare(model: LanguageModel, bundle: ProxyBundle, report: ReportText) 
     assert same(before, bits(model))
 
 
-def test_compare_without_window_means(
+def test_a_configuration_whose_kernel_size_the_bundle_lacks_has_a_perplexity_but_no_proxy(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    """A configuration whose kernel size the bundle lacks has a perplexity but no proxy."""
     document = replace(CONFIGURATION.coefficients, kernel_size=7)
     other = CONFIGURATION.model_copy(update={"coefficients": document})
     rows = compare_job(model, bundle, report, Pattern.parse("0.5", "layer"), [("seven", other)])
@@ -152,10 +150,9 @@ def test_compare_without_window_means(
     assert rows[-1].perplexity > 1
 
 
-def test_compare_other_pattern(
+def test_a_configuration_for_another_pattern_is_refused_by_name(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    """A configuration for another pattern is refused by name."""
     with pytest.raises(ConfigurationError, match=r"mine is for the pattern 0\.5, .* 2:4"):
         compare_job(model, bundle, report, Pattern.parse("2:4"), [("mine", CONFIGURATION)])
 
@@ -193,10 +190,9 @@ def test_prune(
         assert torch.equal(weight[weight != 0], dense[name][weight != 0])
 
 
-def test_prune_keeps_the_dtype(
+def test_a_bfloat16_checkpoint_stays_one_and_its_kept_weights_stay_bit_for_bit(
     tiny_llama: LlamaForCausalLM, model_folder: Path, bundle: ProxyBundle, tmp_path: Path
 ) -> None:
-    """A bfloat16 checkpoint stays one, and its kept weights stay bit for bit."""
     stored = tiny_llama.to(torch.bfloat16)
     stored.save_pretrained(model_folder)
     model = load_model(str(model_folder), device="cpu")
@@ -213,7 +209,6 @@ def test_prune_keeps_the_dtype(
 def test_prune_into_a_folder_in_use(
     model: LanguageModel, bundle: ProxyBundle, tmp_path: Path
 ) -> None:
-    """A folder that holds files stays as it is, and no half of a model lies beside it."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "a.txt").write_text("mine")
@@ -237,10 +232,9 @@ def test_prune_another_model(model: LanguageModel, bundle: ProxyBundle, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_prune_by_scores_that_are_no_numbers(
+def test_a_score_beyond_float32_names_the_layer_and_no_folder_is_written(
     model: LanguageModel, bundle: ProxyBundle, tmp_path: Path
 ) -> None:
-    """A score beyond float32 names the layer, and no folder is written."""
     document = replace(CONFIGURATION.coefficients, activation_exponent=300.0)
     wild = CONFIGURATION.model_copy(update={"coefficients": document})
 

@@ -64,10 +64,9 @@ def test_block_by_block(model: LanguageModel, bundle: ProxyBundle, calibration: 
     assert all(torch.equal(updated[n] == 0, ~masks[n]) for n in masks)
 
 
-def test_sequential_statistics(
+def test_wanda_with_sequential_statistics_is_the_published_loop_norms_then_masks_block_by_block(
     model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
 ) -> None:
-    """Wanda with sequential statistics is the published loop: norms, then masks, block by block."""
     wanda = replace(
         OBS,
         coefficients=Coefficients(
@@ -111,7 +110,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("pattern", "steps"), STEPS)
-def test_dense_afterwards(
+def test_every_pipeline_removes_the_patterns_share_of_the_model_and_gives_it_back_dense(
     model: LanguageModel,
     bundle: ProxyBundle,
     calibration: Tensor,
@@ -119,7 +118,6 @@ def test_dense_afterwards(
     pattern: str,
     steps: Steps,
 ) -> None:
-    """Every pipeline removes the pattern's share of the model, and gives it back dense."""
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
     first, sparsity = rate_pruned(
@@ -135,10 +133,9 @@ def test_dense_afterwards(
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
 
 
-def test_dense_after_an_error(
+def test_what_fails_half_way_leaves_no_pruned_weights_behind(
     model: LanguageModel, bundle: ProxyBundle, calibration: Tensor
 ) -> None:
-    """What fails half way leaves no pruned weights behind."""
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
 
     def stop(_: int) -> None:
@@ -207,7 +204,7 @@ SCORED = [
 
 
 @pytest.mark.parametrize(("pattern", "steps"), SCORED)
-def test_streamed_in_one_pass(
+def test_streamed_and_without_text_steps_a_candidate_runs_the_report_once_and_writes_nothing(
     model_folder: Path,
     model: LanguageModel,
     bundle: ProxyBundle,
@@ -216,7 +213,6 @@ def test_streamed_in_one_pass(
     pattern: str,
     steps: Steps,
 ) -> None:
-    """Streamed and without text steps, a candidate runs the report once, and writes nothing."""
     candidate = replace(OBS, pattern=Pattern.parse(pattern), steps=steps)
     expected, share = rate_pruned(model, bundle.statistics(), candidate, report.windows)
     streamed = load_model(str(model_folder), device="cpu", stream=True)

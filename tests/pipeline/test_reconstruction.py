@@ -124,10 +124,9 @@ def test_resumed(
     assert done.read("model.layers.1") is None
 
 
-def test_streamed_as_whole(
+def test_a_streamed_model_ends_with_the_same_weights_another_seed_gives_other_ones(
     model: LanguageModel, model_folder: Path, bundle: ProxyBundle, windows: Tensor
 ) -> None:
-    """A streamed model ends with the same weights; another seed gives other ones."""
     streamed = load_model(str(model_folder), device="cpu", stream=True)
     other = replace(TRAINED, seed=1)
     seeded = replace(CANDIDATE, steps=replace(CANDIDATE.steps, reconstruction=other))

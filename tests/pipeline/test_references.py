@@ -57,11 +57,10 @@ def pruned_with(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
     ],
 )
-def test_judged(
+def test_they_are_wanda_and_ria_as_published_whatever_the_steps_none_is_measured_again(
     bundle: ProxyBundle, model: LanguageModel, report: ReportText, pruned_with: list[str],
     pattern: str, steps: Steps, objective: Any, same: bool,
 ) -> None:  # fmt: skip
-    """They are Wanda and RIA as published, whatever the steps; none is measured again."""
     asked = SearchRequest(
         pattern=Pattern.parse(pattern), trials=8, steps=steps, finalists=1,
         objective=Objective(name=objective),
@@ -127,8 +126,7 @@ def test_in_words() -> None:
     )
 
 
-def test_older_files() -> None:
-    """A configuration without them is read, and written as it was."""
+def test_a_configuration_without_them_is_read_and_written_as_it_was() -> None:
     old = published("wanda", "0.5")
 
     assert old.perplexities is None

@@ -63,10 +63,9 @@ def drawn(
     return of_seed
 
 
-def test_permuted_rows_hold_the_pattern(
+def test_each_permuted_method_removes_2_of_4_in_another_channel_order_than_the_models(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    """Each permuted method removes 2 of 4 in another channel order than the model's."""
     dense = {name: linear.weight.clone() for name, linear in model.linears.items()}
     for method in ("wanda-permuted", "ria-row-sequential-permuted", "sparsegpt-permuted"):
         candidate = named_baselines(NM)[method]
@@ -164,8 +163,6 @@ def test_seeds(
 def test_owl_is_left_out_with_a_sentence(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText
 ) -> None:
-    """At N:M the table says why OWL has no row; not where rows are chosen."""
-
     def compared(methods: list[str] | None) -> Compared:
         request = ComparisonRequest(pattern=NM, methods=methods)
         return compare_over_seeds(model, report, request, {0: lambda: Calibrated(bundle=bundle)})

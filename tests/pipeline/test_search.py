@@ -63,18 +63,16 @@ def test_weightings(bundle: ProxyBundle, request_of: Any, weighting: str, search
         assert outcome.attributes[SECOND_OPINION] == other.value != outcome.value
 
 
-def test_gini_is_maximised(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
-    """Of Gini the highest wins."""
+def test_of_gini_the_highest_wins(bundle: ProxyBundle, request_of: Any, searched: Any) -> None:
     found = searched(request_of(objective=Objective(name="gini")), bundle).configuration
 
     assert found.objective["direction"] == "maximize"
     assert found.objective["value"] >= max(proxies(found))
 
 
-def test_perplexity_as_objective(
+def test_searched_by_perplexity_the_value_is_the_confirmation(
     bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
 ) -> None:
-    """Searched by perplexity, the value is the confirmation."""
     result = searched(
         request_of(objective=Objective(name="perplexity"), trials=9),
         bundle,
@@ -162,7 +160,7 @@ def test_perplexity_without_a_model(bundle: ProxyBundle, request_of: Any, search
 @pytest.mark.parametrize(
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("1:4", None)]
 )
-def test_pattern_is_kept(
+def test_whatever_wins_removes_what_was_asked_for_and_is_counted_in_no_wider_scope(
     bundle: ProxyBundle,
     request_of: Any,
     model: LanguageModel,
@@ -170,7 +168,6 @@ def test_pattern_is_kept(
     scope: str | None,
     searched: Any,
 ) -> None:
-    """Whatever wins removes what was asked for, and is counted in no wider scope."""
     asked = Pattern.parse(pattern, scope)
     found = searched(request_of(pattern=asked), bundle).configuration.candidate()
     masks = dict(model_masks(model.linears, bundle.statistics(), found))
@@ -182,10 +179,9 @@ def test_pattern_is_kept(
 
 
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_gradient_only_where_it_counts(
+def test_in_scope_row_the_gradient_exponent_is_fixed_at_0_elsewhere_it_is_searched(
     bundle: ProxyBundle, request_of: Any, scope: str, searched: Any
 ) -> None:
-    """In scope row the gradient exponent is fixed at 0, elsewhere it is searched."""
     found = searched(request_of(pattern=Pattern.parse("0.5", scope)), bundle).configuration
 
     assert found.search["space"]["gradient_exponent"] == [0.0, 0.0 if scope == "row" else 1.0]
@@ -206,10 +202,9 @@ def test_border_is_flagged(bundle: ProxyBundle, request_of: Any, searched: Any) 
     assert any("activation_exponent lies on the border" in w for w in result.warnings)
 
 
-def test_narrow_bounds_hold(
+def test_every_candidate_but_the_baselines_lies_in_the_asked_box(
     bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
 ) -> None:
-    """Every candidate but the baselines lies in the asked box."""
     bounds = ("activation_exponent=0.6:0.7", "row_share=0.25", "kernel_sizes=5")
     searched(request_of(bounds=parse_bounds(bounds), trials=22), bundle)
     with open_storage(study_url) as storage:
@@ -235,10 +230,9 @@ def test_width_and_groups(bundle: ProxyBundle, request_of: Any, searched: Any) -
         searched(request_of(pattern=Pattern.parse("2:5")), bundle)
 
 
-def test_studies_do_not_mix(
+def test_another_seed_sampler_pattern_scope_objective_or_space_is_another_study_in_one_file(
     bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
 ) -> None:
-    """Another seed, sampler, pattern, scope, objective or space is another study in one file."""
     requests = [
         request_of(),
         request_of(seed=1),
@@ -256,10 +250,9 @@ def test_studies_do_not_mix(
     assert len(set(names)) == len(requests)
 
 
-def test_longer_search_is_the_same_study(
+def test_more_trials_go_on_with_the_study_of_fewer_and_never_end_worse(
     bundle: ProxyBundle, request_of: Any, searched: Any
 ) -> None:
-    """More trials go on with the study of fewer, and never end worse."""
     short, long = (searched(request_of(trials=n), bundle) for n in (10, 30))
 
     assert short.study_name == long.study_name
@@ -301,7 +294,7 @@ def test_confirmed_stays_a_finalist(
     }
 
 
-def test_chosen_is_marked(
+def test_the_study_says_which_trial_the_result_is_whether_it_was_confirmed_or_not(
     bundle: ProxyBundle,
     request_of: Any,
     model: LanguageModel,
@@ -309,7 +302,6 @@ def test_chosen_is_marked(
     study_url: str,
     searched: Any,
 ) -> None:
-    """The study says which trial the result is, whether it was confirmed or not."""
     marks = []
     for options in ({}, {"model": model, "confirm_text": report}):
         found = searched(request_of(), bundle, **options)
@@ -331,10 +323,9 @@ def test_chosen_is_marked(
         assert trial == found.trial
 
 
-def test_confirmation_is_kept(
+def test_a_search_that_is_asked_again_measures_no_perplexity_again(
     bundle: ProxyBundle, request_of: Any, model: LanguageModel, report: ReportText, searched: Any
 ) -> None:
-    """A search that is asked again measures no perplexity again."""
     first = searched(request_of(), bundle, model=model, confirm_text=report)
     calls: list[int] = []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -355,7 +346,6 @@ def test_no_race_where_pruning_costs(
     why: str,
     searched: Any,
 ) -> None:
-    """Where a text runs through the model for each candidate, each is pruned once, and rated."""
     steps = Steps(repruning="dsnot") if why == "a step needs a text" else Steps()
     if why == "the model is streamed":
         model = load_model(str(model_folder), device="cpu", stream=True)
@@ -373,10 +363,9 @@ def test_no_race_where_pruning_costs(
     assert all(c.perplexity is not None and c.divergence is None for c in found.candidates)
 
 
-def test_study_says_what_it_is(
+def test_a_study_carries_its_pattern_scope_objective_space_sampler_seed_and_calibration(
     bundle: ProxyBundle, request_of: Any, study_url: str, searched: Any
 ) -> None:
-    """A study carries its pattern, scope, objective, space, sampler, seed and calibration."""
     result = searched(request_of(seed=5), bundle)
     with open_storage(study_url) as storage:
         study = optuna.load_study(study_name=result.study_name, storage=storage)

@@ -103,8 +103,7 @@ def test_without_a_recipe(loaded: LanguageModel, monkeypatch: pytest.MonkeyPatch
     assert {*done.left} == {UP, DOWN, GATE}
 
 
-def test_broken_groups() -> None:
-    """Groups are those of neighbours, counted row by row."""
+def test_groups_are_those_of_neighbours_counted_row_by_row() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(5, 12, generator=generator) * (torch.rand(5, 12, generator=generator) < 0.6)
     slow = sum(

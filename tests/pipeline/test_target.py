@@ -67,16 +67,14 @@ def test_highest() -> None:
     assert "0.8 is the highest sparsity that was tried" in found.warnings[1]
 
 
-def test_missed() -> None:
-    """Outside at the lowest sparsity: refused, with the limit and all that was measured."""
+def test_outside_at_the_lowest_sparsity_refused_with_the_limit_and_all_that_was_measured() -> None:
     with pytest.raises(TargetMissed, match=r"at most 10\.01 is wanted.* 0\.1, is above") as refused:
         run(Formula(), perplexity_rise=0.001, lowest=0.1)
 
     assert "10.10 at 0.1" in str(refused.value)
 
 
-def test_not_monotone() -> None:
-    """A perplexity that falls with the sparsity is told."""
+def test_a_perplexity_that_falls_with_the_sparsity_is_told() -> None:
     found = run(Formula(bend=0.3), perplexity_rise=0.02)
 
     assert any("does not rise everywhere" in warning for warning in found.warnings)
@@ -105,8 +103,7 @@ def test_sparsities() -> None:
     assert Target(perplexity_rise=0.05).sparsities[::36] == [0.05, 0.95]
 
 
-def test_rise() -> None:
-    """A rise is a percentage or a share."""
+def test_a_rise_is_a_percentage_or_a_share() -> None:
     assert [parse_rise(text, "--within") for text in ("5%", "0.05", " 120 % ")] == [0.05, 0.05, 1.2]
 
 

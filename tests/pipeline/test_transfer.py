@@ -103,7 +103,6 @@ def test_model(
 
 
 def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest) -> None:
-    """Without a model the own best is the best by the proxy, and so the regret."""
     done = transfer_job(Calibrated(name="b", bundle=bundle), GOOD, search=request_of_own)
     own, mine = done.proxies["own"], done.proxies["transferred"]
     assert own is not None
@@ -150,10 +149,9 @@ def test_key(bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequ
     ) == 6  # fmt: skip
 
 
-def test_steps_that_need_a_text(
+def test_the_configurations_steps_are_taken_along(
     model: LanguageModel, bundle: ProxyBundle, report: ReportText, windows: Tensor
 ) -> None:
-    """The configuration's steps are taken along."""
     steps = Steps(repruning="swaps")
     configuration = GOOD.model_copy(update={"steps": steps})
     target = Calibrated(
@@ -197,8 +195,7 @@ def test_other_pattern(pattern: str | None, scope: str | None, asked: str) -> No
         check_configuration("c.json", GOOD, pattern, scope)
 
 
-def test_own_search() -> None:
-    """The own best is searched for in the configuration's space and with its steps."""
+def test_the_own_best_is_searched_for_in_the_configurations_space_and_with_its_steps() -> None:
     steps = Steps(allocation=Allocation(method="fisher", spread=0.1))
     configuration = GOOD.model_copy(
         update={
@@ -236,8 +233,7 @@ def test_own_search_is_uncorrected(corrected: bool) -> None:
 
 
 @pytest.mark.parametrize("space", [{"rows": [0, 1]}, {"row_share": [2, 3]}, {"row_share": 7}, [1]])
-def test_nonsense_space(space: object) -> None:
-    """A search space that somebody wrote by hand is refused if it is none."""
+def test_a_search_space_that_somebody_wrote_by_hand_is_refused_if_it_is_none(space: object) -> None:
     configuration = GOOD.model_copy(update={"search": {"space": space}})
 
     with pytest.raises(

@@ -62,10 +62,9 @@ def bundle_of(model: LanguageModel, texts: dict[str, Path], rows: int) -> ProxyB
 
 
 @pytest.mark.parametrize("projection_rows", [0, 16])
-def test_calibrated(
+def test_the_bundle_is_that_of_one_card(
     spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], projection_rows: int
 ) -> None:
-    """The bundle is that of one card."""
     expected, found = (bundle_of(m, texts, projection_rows) for m in (model, spread))
 
     for a, b in zip(expected.layers, found.layers, strict=True):
@@ -84,11 +83,10 @@ def test_calibrated(
         ("2:4", "row", {"permutation": "score", "repruning": "swaps", "update": "least-squares"}),
     ],
 )
-def test_pruned(
+def test_masks_orders_and_weights_are_those_of_one_card_and_pass_their_check(
     spread: LanguageModel, model: LanguageModel, texts: dict[str, Path], tmp_path: Path,
     pattern: str, scope: str, steps: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Masks, orders and weights are those of one card, and pass their check."""
     bundle = bundle_of(model, texts, 16)
     configuration = Configuration(
         method="crepe", coefficients=COEFFICIENTS, pattern=pattern, scope=scope,  # type: ignore[arg-type]
@@ -111,10 +109,9 @@ def test_pruned(
 
 
 @pytest.mark.thorough
-def test_compared_and_validated(
+def test_so_are_perplexities_and_ratings_by_the_proxies_and_the_model_is_dense_afterwards(
     spread: LanguageModel, model: LanguageModel, report: ReportText, texts: dict[str, Path]
 ) -> None:
-    """So are perplexities and ratings by the proxies, and the model is dense afterwards."""
     bundle, before = bundle_of(model, texts, 16), spread.weights_sha256
     run = Run(device="cuda:0")
     validations = [

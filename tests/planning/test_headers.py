@@ -113,8 +113,7 @@ def test_folder(tmp_path: Path) -> None:
     assert found.tensors == TENSORS
 
 
-def test_shards(tmp_path: Path) -> None:
-    """The files that the index names, and no others."""
+def test_the_files_that_the_index_names_and_no_others(tmp_path: Path) -> None:
     index = {"weight_map": {NAME: "a.safetensors", "x": "b.safetensors"}}
     shards = {
         "model.safetensors": None,
@@ -137,8 +136,7 @@ def test_shards(tmp_path: Path) -> None:
         )
 
 
-def test_gguf() -> None:
-    """SmolLM2's header gives the shapes of its weights, tied embeddings included."""
+def test_smollm2s_header_gives_the_shapes_of_its_weights_tied_embeddings_included() -> None:
     shapes = model_shapes("smollm2", read_header(str(smollm2())))
 
     assert shapes.parameters == 134_515_008
@@ -198,8 +196,7 @@ def test_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
         ("a b", "neither a folder or file here nor a name on the hub"),
     ],
 )
-def test_hub_says_no(name: str, words: str) -> None:
-    """What the hub says is said in words."""
+def test_what_the_hub_says_is_said_in_words(name: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         read_header(name)
 

@@ -97,8 +97,7 @@ def test_seventy_billion() -> None:
     assert streamed.peak.disk > 130 * GIB
 
 
-def test_mixture() -> None:
-    """Mixtral 8x7B fits one 80 GB card streamed."""
+def test_mixtral_8x7b_fits_one_80_gb_card_streamed() -> None:
     assert not planned(MIXTRAL).fits
     assert planned(MIXTRAL, stream=True).fits
 
@@ -114,8 +113,7 @@ def test_mixture() -> None:
         ),
     ],
 )
-def test_ways_out_were_tried(fields: dict[str, Any], way: str) -> None:
-    """What is offered makes it fit."""
+def test_what_is_offered_makes_it_fit(fields: dict[str, Any], way: str) -> None:
     small = H100.resized({"--stream": 14 * GIB, "--dtype bfloat16": 24 * GIB}.get(way, 30 * GIB))
     found = planned(machine=small, **fields)
 
@@ -161,16 +159,14 @@ def test_masks_by_admm() -> None:
     assert middle(published) < middle(refined) < middle(alps)
 
 
-def test_a_faster_card_is_faster() -> None:
-    """The same job on an H100, an A100 and a 4090."""
+def test_the_same_job_on_an_h100_an_a100_and_a_4090() -> None:
     fast, slow, consumer = (middle(planned(machine=CARDS[n])) for n in ("H100", "A100", "4090"))
 
     assert fast < slow
     assert fast < consumer
 
 
-def test_this_cpu() -> None:
-    """A CPU is measured; it has no GPU memory, and computes in float32."""
+def test_a_cpu_is_measured_it_has_no_gpu_memory_and_computes_in_float32() -> None:
     found = planned(SMALL, named_machine("CPU"))
 
     assert found.work.dtype == "float32"
@@ -179,8 +175,7 @@ def test_this_cpu() -> None:
     assert found.machine.to_dict()["measured"]
 
 
-def test_document() -> None:
-    """The document adds up."""
+def test_the_document_adds_up() -> None:
     document = planned().to_dict()
 
     assert document["seconds"][0] == pytest.approx(sum(s["seconds"][0] for s in document["stages"]))
@@ -221,8 +216,7 @@ def test_refusals(config: dict[str, Any], fields: dict[str, Any], words: str) ->
         planned(config, **fields)
 
 
-def test_several_patterns() -> None:
-    """One calibration and one model to write; search and confirmation at each pattern."""
+def test_one_calibration_and_one_model_to_write_search_and_confirmation_at_each_pattern() -> None:
     found = planned(pattern=None, patterns=["0.3", "0.5", "2:4"], confirm={"candidates": 5})
     share, kept = planned(pattern="0.3"), planned(pattern="2:4")
     repeated = ("search", "confirm")
@@ -235,8 +229,7 @@ def test_several_patterns() -> None:
     assert "at each of 6" in planned(pattern=None, target={"perplexity_rise": 0.1}).stages[3].title
 
 
-def test_unknown_card() -> None:
-    """Known cards are listed; a memory without a unit is not believed."""
+def test_known_cards_are_listed_a_memory_without_a_unit_is_not_believed() -> None:
     with pytest.raises(InvalidInput, match=r"'K80' is not known\. Known are H200, H100"):
         named_machine("K80")
     with pytest.raises(InvalidInput, match="a memory of 80 bytes"):

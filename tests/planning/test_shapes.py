@@ -161,10 +161,9 @@ def shapes_of(config: PreTrainedConfig, header_of: HeaderOf) -> ModelShapes:
         ("deepseek-v3", [6, 8, 16, 16, 24, 32]),
     ],
 )
-def test_inputs_are_shared_where_the_model_shares_them(
+def test_queries_keys_and_values_read_one_input_gate_and_up_another(
     name: str, inputs: list[int], header_of: HeaderOf
 ) -> None:
-    """Queries, keys and values read one input, gate and up another."""
     block = shapes_of(CONFIGS[name], header_of).blocks[0]
 
     assert sorted({li.reads: li.in_features for li in block.linears}.values()) == inputs
@@ -179,8 +178,7 @@ def test_norms(name: str, norms: int, header_of: HeaderOf) -> None:
     assert shapes_of(CONFIGS[name], header_of).blocks[0].norms == norms
 
 
-def test_experts_share_tokens(header_of: HeaderOf) -> None:
-    """Two of four experts see each token; the others do not."""
+def test_two_of_four_experts_see_each_token_the_others_do_not(header_of: HeaderOf) -> None:
     shapes = shapes_of(CONFIGS["mixtral"], header_of)
     experts = sum(li.weights for li in shapes.linears if li.count == 4)
 
@@ -188,7 +186,6 @@ def test_experts_share_tokens(header_of: HeaderOf) -> None:
 
 
 def test_what_is_not_loaded_is_not_counted(header_of: HeaderOf) -> None:
-    """A mask of GPT-2, a second copy of tied embeddings, and blocks that help in training only."""
     plain = header_of(CONFIGS["llama-tied"])
     more = {name.replace("layers.0.", "layers.2."): t for name, t in plain.tensors.items()}
     more["lm_head.weight"] = TensorHeader((96, 16), "BF16")
@@ -227,10 +224,9 @@ def test_activations(name: str) -> None:
         ({"num_experts_per_tok": True}, "num_experts_per_tok=True"),
     ],
 )
-def test_odd_configurations_are_refused(
+def test_the_message_names_the_field_and_its_value(
     change: dict[str, Any], words: str, header_of: HeaderOf
 ) -> None:
-    """The message names the field and its value."""
     header = header_of(CONFIGS["llama"])
     with pytest.raises(InvalidInput, match=words):
         model_shapes("org/m", replace(header, config={**header.config, **change}))

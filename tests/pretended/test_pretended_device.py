@@ -55,7 +55,6 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cuda_refuses_is_refused(what: str, pretended_gpus: Cards) -> None:
-    """Tensors of two devices, and what is not there, raise RuntimeError as on CUDA."""
     with pytest.raises(RuntimeError, match=r"device|pin|ordinal"):
         REFUSED[what]()
 
@@ -65,7 +64,6 @@ READS = [lambda t: t.numpy(), lambda t: np.asarray(t), lambda t: np.from_dlpack(
 
 @pytest.mark.parametrize("read", READS)
 def test_a_cards_tensor_is_no_array(read: Callable[[Tensor], object], pretended_gpu: Card) -> None:
-    """numpy reads main memory alone."""
     with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
         read(ones(3)[1:])
 
@@ -103,8 +101,7 @@ def _made_under_default_device() -> Tensor:
 
 
 @pytest.mark.parametrize("what", PASSES)
-def test_what_cuda_takes_passes(what: str, pretended_gpu: Card) -> None:
-    """The result lies on the card."""
+def test_the_result_lies_on_the_card(what: str, pretended_gpu: Card) -> None:
     result = PASSES[what]()
 
     assert result.device == GPU
@@ -124,11 +121,9 @@ def test_setting_moves_indices(pretended_gpu: Card) -> None:
     assert card.tolist() == [0, 0, 7]
 
 
-def test_a_model_gives_the_same_bits(
+def test_forward_and_backward_with_a_recomputed_block_the_cpus_values_on_the_card(
     tiny_llama: LlamaForCausalLM, windows: Tensor, pretended_gpu: Card
 ) -> None:
-    """Forward and backward, with a recomputed block: the CPU's values, on the card."""
-
     def gradient(device: str) -> tuple[Tensor, Tensor]:
         model = copy.deepcopy(tiny_llama).to(device)
         layer = model.model.layers[0]
@@ -147,7 +142,6 @@ def test_a_model_gives_the_same_bits(
 
 
 def test_gradients_go_back_to_where_tensors_were(pretended_gpus: Cards) -> None:
-    """A copy between cards, and to the CPU with another dtype, is part of the graph."""
     first = ones(2, 2).requires_grad_()
     second = ones(2, 2, device="cuda:1").requires_grad_()
     seen: list[torch.device] = []
@@ -188,8 +182,7 @@ def test_inference_is_counted(pretended_gpu: Card) -> None:
     assert y.device == GPU
 
 
-def test_backward_is_counted(pretended_gpu: Card) -> None:
-    """The dispatch mode sees what autograd calls."""
+def test_the_dispatch_mode_sees_what_autograd_calls(pretended_gpu: Card) -> None:
     weight = nn.Parameter(ones(2, 2))
     loss = (weight @ ones(2, 2)).sum()
     with pretended_gpu.counting() as counts:
@@ -199,7 +192,6 @@ def test_backward_is_counted(pretended_gpu: Card) -> None:
 
 
 def test_ranges_for_a_profiler_pass(pretended_gpu: Card) -> None:
-    """Optimizers name theirs by an object of TorchScript, whose truth cannot be asked for."""
     parameter = nn.Parameter(ones(2))
     parameter.grad = ones(2)
     torch.optim.Adam([parameter], lr=0.5).step()
@@ -257,8 +249,7 @@ def test_waits_are_counted(what: str, pretended_gpu: Card) -> None:
     assert counts.by_cause == dict.fromkeys(causes, 1)
 
 
-def test_copies_are_counted_in_bytes(pretended_gpu: Card) -> None:
-    """To the card, from it, and with a cast on the way."""
+def test_to_the_card_from_it_and_with_a_cast_on_the_way(pretended_gpu: Card) -> None:
     with pretended_gpu.counting() as counts:
         there = torch.ones(8).cuda()
         there.cpu()
@@ -269,7 +260,6 @@ def test_copies_are_counted_in_bytes(pretended_gpu: Card) -> None:
 
 
 def test_live_bytes_and_their_peak(pretended_gpu: Card) -> None:
-    """Memory is a tensor's until its last view is gone; the cache keeps it until it is emptied."""
     x = ones(1024)
     y = x.view(32, 32)[:1]
     del x
@@ -315,7 +305,6 @@ def test_a_full_card(pretended_gpu: Card) -> None:
 
 
 def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
-    """What comes without waiting must be waited for; what goes must not be overwritten before."""
     there = ones(3)
     back = there.to("cpu", non_blocking=True)
     with pytest.raises(RuntimeError, match="is not there yet"):
@@ -337,7 +326,6 @@ def test_reading_before_a_copy_ended(pretended_gpu: Card) -> None:
 
 
 def test_reading_what_another_card_brings(pretended_gpus: Cards) -> None:
-    """A card does its own copies in their order, and knows nothing of another's."""
     first, second = (card.device for card in pretended_gpus)
     back = torch.ones(3, device=first).to("cpu", non_blocking=True)
     again = back.to(first, non_blocking=True)
@@ -349,8 +337,7 @@ def test_reading_what_another_card_brings(pretended_gpus: Cards) -> None:
     assert back.to(second, non_blocking=True).device == second
 
 
-def test_a_card_that_broke(pretended_gpu: Card) -> None:
-    """Its next operation raises what the test says."""
+def test_its_next_operation_raises_what_the_test_says(pretended_gpu: Card) -> None:
     x = ones(3)
     pretended_gpu.fault = torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -358,8 +345,7 @@ def test_a_card_that_broke(pretended_gpu: Card) -> None:
         x + 1
 
 
-def test_threads_know_the_card(pretended_gpu: Card) -> None:
-    """A thread that begins inside sees the same devices."""
+def test_a_thread_that_begins_inside_sees_the_same_devices(pretended_gpu: Card) -> None:
     x, seen = ones(3), []
     thread = threading.Thread(target=lambda: seen.append((x.device, (x + 1).device)))
     thread.start()
@@ -377,8 +363,7 @@ def test_mixed_precision(pretended_gpu: Card) -> None:
             assert (ones(2, 2) @ ones(2, 2)).dtype == torch.float32
 
 
-def test_afterwards_all_is_as_before() -> None:
-    """Neither torch nor what was made inside keeps anything of the cards."""
+def test_neither_torch_nor_what_was_made_inside_keeps_anything_of_the_cards() -> None:
     names = ("is_available", "device_count", "Event", "synchronize", "device")
     before = [getattr(torch.cuda, name) for name in names]
     with pretend() as cards:

@@ -91,10 +91,9 @@ def search(subject: Subject, how: str, folder: Path) -> SearchResult:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "how"), searches())
-def test_search(
+def test_every_scope_pattern_and_objective_is_searched_and_confirmed(
     subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
 ) -> None:
-    """Every scope, pattern and objective is searched and confirmed."""
     found = search(subject_of(name), how, tmp_path).configuration
 
     assert found.confirmation is not None
@@ -105,10 +104,9 @@ def test_search(
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", LONG)
 @pytest.mark.parametrize("name", ["llama-bfloat16", "gpt-2"])
-def test_long_search(
+def test_so_are_the_perplexity_itself_and_every_preset_with_its_steps(
     subject_of: Callable[[str], Subject], name: str, how: str, path: Path_, tmp_path: Path
 ) -> None:
-    """So are the perplexity itself, and every preset with its steps."""
     found = search(subject_of(name), how, tmp_path).configuration
 
     assert found.confirmation is not None
@@ -134,8 +132,7 @@ def configuration_of(subject: Subject, pattern: str, preset: str) -> Configurati
 
 
 @pytest.mark.thorough
-def test_compare(subject: Subject, path: Path_) -> None:
-    """Baselines of each kind beside a configuration."""
+def test_baselines_of_each_kind_beside_a_configuration(subject: Subject, path: Path_) -> None:
     pattern = "0.5" if "bfloat16" in subject.name else "2:4"
     parsed = Pattern.parse(pattern)
     own = "wanda-permuted" if parsed.group else "owl-wanda"
@@ -158,8 +155,7 @@ def test_compare(subject: Subject, path: Path_) -> None:
 
 
 @pytest.mark.thorough
-def test_validate(subject: Subject, path: Path_) -> None:
-    """Random candidates by every proxy and by perplexity."""
+def test_random_candidates_by_every_proxy_and_by_perplexity(subject: Subject, path: Path_) -> None:
     result = validate_job(
         subject.model,
         subject.bundle,
@@ -203,10 +199,9 @@ def test_transfer(subject: Subject, path: Path_, tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("over", ["mean", "worst"])
-def test_joint_search(
+def test_one_search_over_three_families(
     subject_of: Callable[[str], Subject], over: str, path: Path_, tmp_path: Path
 ) -> None:
-    """One search over three families."""
     subjects = [subject_of(name) for name in ("llama", "mixtral", "gpt-2")]
     request = SearchRequest(
         pattern=Pattern.parse("0.5", "global" if over == "mean" else "layer"),
@@ -295,13 +290,12 @@ def test_verbs(
 
 
 @pytest.mark.thorough
-def test_demo(
+def test_pho_demo_with_another_model_in_the_place_of_the_built_in_one(
     subject_of: Callable[[str], Subject],
     path: Path_,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`pho demo` with another model in the place of the built-in one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pho_service.models.builtin.smollm2", lambda: subject_of("llama").folder)
     monkeypatch.setattr("pho_service.cli.demo.CONTEXT_LENGTH", SETTINGS.context_length)

@@ -218,7 +218,7 @@ def combinations() -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(("name", "pattern", "repruning", "update"), combinations())
-def test_steps(
+def test_every_combination_of_steps_prunes_to_the_pattern_and_the_model_is_dense_again(
     subject_of: Callable[[str], Subject],
     name: str,
     pattern: str,
@@ -227,7 +227,6 @@ def test_steps(
     path: Path_,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every combination of steps prunes to the pattern, and the model is dense again."""
     quick = partial(permute_for_error, sweeps=1, rounds=1)  # of several that are alike
     monkeypatch.setattr("pho_service.pruning.steps.permute_for_error", quick)
     subject, parsed = subject_of(name), Pattern.parse(*pattern.split())

@@ -103,19 +103,16 @@ def test_block_of(name: str, block: str) -> None:
     assert block_of(name) == block
 
 
-def test_apportion_largest_remainder() -> None:
-    """The largest remainders go up."""
+def test_the_largest_remainders_go_up() -> None:
     assert apportion([0.2, 1.7, 2.5, 3.6], 8) == [0, 2, 2, 4]
 
 
-def test_apportion_ties() -> None:
-    """Of equal remainders the earlier go up."""
+def test_of_equal_remainders_the_earlier_go_up() -> None:
     assert apportion([Fraction(7, 2)] * 4, 14) == [4, 4, 3, 3]
 
 
 @pytest.mark.parametrize("total", [2, 6])
-def test_apportion_impossible(total: int) -> None:
-    """A total that rounding cannot reach is an error, not a distortion."""
+def test_a_total_that_rounding_cannot_reach_is_an_error_not_a_distortion(total: int) -> None:
     with pytest.raises(ValueError, match=f"rounded to {total}"):
         apportion([1.5, 2.5], total)
 
@@ -125,10 +122,9 @@ def test_apportion_impossible(total: int) -> None:
 @pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.7", "0.123", "0.29", "0.999"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
-def test_sum_and_bounds(
+def test_the_model_loses_exactly_what_the_pattern_says_each_linear_what_the_bounds_allow(
     method: str, unit: str, sparsity: str, spread: float, sampled: int | None
 ) -> None:
-    """The model loses exactly what the pattern says, each linear what the bounds allow."""
     layers = made(ODD_SHAPES, sampled=sampled)
     pattern = Pattern.parse(sparsity)
     removed = allocate(again(layers), pattern, Allocation(method=method, unit=unit, spread=spread))
@@ -153,8 +149,7 @@ def test_uniform_by_hand() -> None:
 @pytest.mark.parametrize("pattern", ["0.123", "0.6", "4:8"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", METHODS)
-def test_no_spread_is_uniform(method: str, unit: str, pattern: str) -> None:
-    """Without a spread every method is uniform."""
+def test_without_a_spread_every_method_is_uniform(method: str, unit: str, pattern: str) -> None:
     views = again(made(GROUPED_SHAPES))
     uniform = allocate(views, Pattern.parse(pattern), Allocation())
 
@@ -163,8 +158,7 @@ def test_no_spread_is_uniform(method: str, unit: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "0.6", "0.123"])
-def test_fisher_is_global_threshold(sparsity: str) -> None:
-    """With a spread of 1 the lowest scores of the whole model go."""
+def test_with_a_spread_of_1_the_lowest_scores_of_the_whole_model_go(sparsity: str) -> None:
     layers = made(ODD_SHAPES)
     pattern = Pattern.parse(sparsity)
     removed = allocate(again(layers), pattern, Allocation(method="fisher", spread=1.0))
@@ -214,8 +208,7 @@ def test_fisher_clipped(unit: str, spread: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("method", ALLOCATIONS[1:])
-def test_row_order(method: str) -> None:
-    """A sample of all rows is the whole layer, in whatever order."""
+def test_a_sample_of_all_rows_is_the_whole_layer_in_whatever_order(method: str) -> None:
     layers = made(ROUND_SHAPES)
     shuffled = [
         replace(view, rows=view.rows.flip(0), fisher=view.fisher.flip(0)) for view in layers
@@ -231,7 +224,6 @@ def test_row_order(method: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("method", ["owl", "fisher"])
 def test_sampled_rows_stand_for_more(method: str, unit: str) -> None:
-    """A row that is seen once of three equal ones counts three times."""
     sample = [
         replace(view, out_features=3 * view.out_features) if view.name == "layers.0.up" else view
         for view in made(ODD_SHAPES)
@@ -294,8 +286,7 @@ def test_owl(unit: str, spread: float) -> None:
         assert sparsity == pytest.approx(expected, abs=1e-3 + len(group) / sum(map(size, group)))
 
 
-def test_owl_without_outliers() -> None:
-    """If no unit stands out, all lose the same."""
+def test_if_no_unit_stands_out_all_lose_the_same() -> None:
     views = again(made(ODD_SHAPES))
     none_above = Allocation(method="owl", outlier_ratio=1e6)
     pattern = Pattern.parse("0.5")
@@ -362,7 +353,6 @@ def test_curves_no_better_exchange(spread: float, seed: int) -> None:
 
 
 def test_curves_sampled_rows_stand_for_more() -> None:
-    """Of two linears with the same rows, one a sample of three times as many, both lose alike."""
     layers = made({"a": (30, 20), "b": (30, 20)})
     layers[1] = replace(layers[0], name="b", out_features=90)
     allocation = Allocation(method="curves", spread=0.3)
@@ -371,8 +361,7 @@ def test_curves_sampled_rows_stand_for_more() -> None:
     assert removed["a"] / 600 == pytest.approx(removed["b"] / 1800, abs=0.6 / 11)
 
 
-def test_curves_use_64_rows() -> None:
-    """Of 128 rows every other one is looked at."""
+def test_of_128_rows_every_other_one_is_looked_at() -> None:
     layers = made({"a": (128, 20), "b": (30, 20)})
     other = replace(layers[0], rows=layers[0].rows.clone())
     other.rows[1::2] *= 100
@@ -392,8 +381,7 @@ def test_curves_of_groups() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_block_unit(method: str) -> None:
-    """All linears of a block lose the same share, within one weight."""
+def test_all_linears_of_a_block_lose_the_same_share_within_one_weight(method: str) -> None:
     layers = made(ODD_SHAPES)
     pattern = Pattern.parse("0.6")
     removed = allocate(again(layers), pattern, Allocation(method=method, unit="block", spread=0.3))
@@ -456,8 +444,7 @@ def test_groups_largest_remainder() -> None:
 
 
 @pytest.mark.parametrize("text", ["4:7", "5:9", "6:11", "7:13", "5:10"])
-def test_groups_bound_is_rounded_safely(text: str) -> None:
-    """A unit at the bound stays there, whatever the rounding of 1 - N/M."""
+def test_a_unit_at_the_bound_stays_there_whatever_the_rounding_of_1_n_m(text: str) -> None:
     pattern = Pattern.parse(text)
     layers = made({"a": (7, pattern.group), "b": (11, 3 * pattern.group), "c": (23, pattern.group)})
     layers[0] = replace(layers[0], fisher=layers[0].fisher * 1e-12)
@@ -470,8 +457,7 @@ def test_groups_bound_is_rounded_safely(text: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["0.6", "4:8"])
 @pytest.mark.parametrize("method", METHODS)
-def test_deterministic(method: str, pattern: str) -> None:
-    """The same linears get the same numbers."""
+def test_the_same_linears_get_the_same_numbers(method: str, pattern: str) -> None:
     views = again(made(GROUPED_SHAPES))
     allocation = Allocation(method=method, spread=0.3)
     first, second = (allocate(views, Pattern.parse(pattern), allocation) for _ in range(2))
@@ -507,8 +493,7 @@ def test_dead_model(method: str, unit: str) -> None:
 @pytest.mark.parametrize(
     ("method", "passes"), [("uniform", 1), ("owl", 2), ("fisher", 3), ("curves", 1)]
 )
-def test_passes(method: str, passes: int) -> None:
-    """No method goes over the linears more than three times."""
+def test_no_method_goes_over_the_linears_more_than_three_times(method: str, passes: int) -> None:
     layers = made(ODD_SHAPES)
     calls = []
 
@@ -522,8 +507,7 @@ def test_passes(method: str, passes: int) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_views_unchanged(method: str) -> None:
-    """The tensors of a view are only read."""
+def test_the_tensors_of_a_view_are_only_read(method: str) -> None:
     layers = made(ODD_SHAPES)
     before = [view.rows.clone() for view in layers]
     allocate(again(layers), Pattern.parse("0.5"), Allocation(method=method))

@@ -33,8 +33,7 @@ def exact(gain: Tensor) -> float:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 256])
-def test_small_ones_are_exact(count: int) -> None:
-    """Up to 256 candidates: SciPy's answer, pair by pair."""
+def test_up_to_256_candidates_scipys_answer_pair_by_pair(count: int) -> None:
     gain = gains(count, spread=0.5)
     candidate, place = linear_sum_assignment(gain.numpy(), maximize=True)
     chosen = assign(gain)
@@ -66,7 +65,6 @@ def test_never_below_the_diagonal() -> None:
 
 
 def test_pairs_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SciPy sees at most 33 pairs a candidate, so its work hardly grows faster than the width."""
     seen = {}
     match = permutation.min_weight_full_bipartite_matching
 
@@ -86,22 +84,19 @@ def test_pairs_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(16 * count <= pairs <= 33 * count for count, pairs in seen.items())
 
 
-def test_equal_gains() -> None:
-    """Where nothing is better than anything else, each candidate still gets one place."""
+def test_where_nothing_is_better_than_anything_else_each_candidate_still_gets_one_place() -> None:
     for gain in (torch.zeros(300, 300), torch.full((300, 300), 3.7)):
         assert assign(gain).sort().values.tolist() == list(range(300))
 
 
-def test_huge_and_tiny_gains() -> None:
-    """The unit of the gains does not matter, from 1e-20 to 1e20."""
+def test_the_unit_of_the_gains_does_not_matter_from_1e_20_to_1e20() -> None:
     gain = gains(300, spread=0.5)
 
     for size in (2.0**-66, 2.0**66):
         assert total(gain, assign(gain * size)) == pytest.approx(total(gain, assign(gain)), 1e-6)
 
 
-def test_same_bits() -> None:
-    """The same gains give the same assignment."""
+def test_the_same_gains_give_the_same_assignment() -> None:
     gain = gains(300, spread=0.5)
 
     assert torch.equal(assign(gain), assign(gain.clone()))
@@ -109,8 +104,7 @@ def test_same_bits() -> None:
 
 @pytest.mark.parametrize("count", [10, 300])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gains_that_are_no_numbers(count: int, value: float) -> None:
-    """NaN and infinity are refused, whatever the size."""
+def test_nan_and_infinity_are_refused_whatever_the_size(count: int, value: float) -> None:
     gain = gains(count, spread=0.5)
     gain[2, 3] = value
 
@@ -118,7 +112,6 @@ def test_gains_that_are_no_numbers(count: int, value: float) -> None:
         assign(gain)
 
 
-def test_not_square() -> None:
-    """As many places as candidates."""
+def test_as_many_places_as_candidates() -> None:
     with pytest.raises(ValueError, match=r"\(3, 4\) is not square"):
         assign(torch.zeros(3, 4))

@@ -45,10 +45,9 @@ def test_means(linears: Linears, bundle: ProxyBundle) -> None:
             )
 
 
-def test_output_energy(
+def test_output_energy_is_the_mean_over_calibration_tokens_of_the_outputs_squared_length(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, bundle: ProxyBundle
 ) -> None:
-    """Output energy is the mean over calibration tokens of the output's squared length."""
     energy = dict.fromkeys(linears, 0.0)
 
     def add(name: str, output: Tensor) -> None:
@@ -77,18 +76,16 @@ def test_all_rows(linears: Linears, statistics: Statistics, rows_per_layer: int)
 
 
 @pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
-def test_seed(
+def test_the_same_seed_samples_the_same_rows_another_seed_others(
     linears: Linears, statistics: Statistics, bundle: ProxyBundle, seed: int, *, same: bool
 ) -> None:
-    """The same seed samples the same rows, another seed others."""
     again = sample_bundle(linears, statistics, rows_per_layer=10, kernel_sizes=(3,), seed=seed)
     pairs = zip(bundle.layers, again.layers, strict=True)
 
     assert all(torch.equal(a.row_index, b.row_index) for a, b in pairs) is same
 
 
-def test_layers_sample_different_rows(bundle: ProxyBundle) -> None:
-    """Layers of one shape do not all sample the same rows."""
+def test_layers_of_one_shape_do_not_all_sample_the_same_rows(bundle: ProxyBundle) -> None:
     sampled = {tuple(layer.row_index.tolist()) for layer in bundle.layers if layer.in_features > 32}
 
     assert len(sampled) == 2
@@ -113,8 +110,7 @@ def test_counts(linears: Linears, bundle: ProxyBundle) -> None:
     ]  # fmt: skip
 
 
-def test_progress(linears: Linears, statistics: Statistics) -> None:
-    """Progress is told once a linear."""
+def test_progress_is_told_once_a_linear(linears: Linears, statistics: Statistics) -> None:
     told: list[int] = []
     sample_bundle(
         linears, statistics, rows_per_layer=2, kernel_sizes=(3,), seed=0, advance=told.append
@@ -133,7 +129,6 @@ def test_owns_its_tensors(linears: Linears, bundle: ProxyBundle) -> None:
 
 
 def test_all_rows_own_their_tensors(linears: Linears, statistics: Statistics) -> None:
-    """Also with all rows taken, changing the model does not change the bundle."""
     bundle = sample_bundle(linears, statistics, rows_per_layer=0, kernel_sizes=(3,), seed=0)
     layer = bundle.layers[0]
     before = layer.rows.clone()
@@ -174,10 +169,9 @@ def reshape(linears: Linears) -> None:
 
 
 @pytest.mark.parametrize("change", [rename, drop, reshape])
-def test_refuses_other_model(
+def test_other_names_or_shapes_are_refused_and_the_message_names_a_linear_that_differs(
     linears: Linears, bundle: ProxyBundle, change: Callable[[Linears], None]
 ) -> None:
-    """Other names or shapes are refused, and the message names a linear that differs."""
     change(linears)
 
     with pytest.raises(BundleError, match=r"another model.*model\.layers\.1\.mlp"):

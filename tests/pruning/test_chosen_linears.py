@@ -55,7 +55,6 @@ def stays(name: str) -> bool:
 def test_the_rest_is_a_model_of_its_own(
     linears: Model, statistics: Statistics, pattern: str, scope: str, steps: Steps
 ) -> None:
-    """Masks and proxies are those of a model that has only the linears that are not left out."""
     rest = {name: linear for name, linear in linears.items() if stays(name)}
     some = candidate_of(pattern, scope, steps, LEFT_OUT)
     alone = candidate_of(pattern, scope, steps, Linears())
@@ -137,10 +136,9 @@ def test_proxy_of_a_mixture(
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_on_a_gpu(
+def test_on_a_gpu_the_ratings_of_a_mixture_are_those_of_the_cpu(
     linears: Model, statistics: Statistics, pretended_gpu: Card, pattern: str
 ) -> None:
-    """On a GPU the ratings of a mixture are those of the CPU."""
     value = "3:4" if ":" in pattern else 0.3
     choice = replace(LEFT_OUT, sparsities={"*.k_proj": value})
     some = candidate_of(pattern, "row", Steps(allocation=replace(FISHER, spread=0.25)), choice)
@@ -153,7 +151,6 @@ def test_on_a_gpu(
 
 
 def test_sparsity_counts_what_is_pruned(linears: Model, statistics: Statistics) -> None:
-    """The sparsity of a result is over the linears that are pruned."""
     some = candidate_of("0.5", "layer", Steps(), LEFT_OUT)
     shares = {
         name: float((~mask.keep).float().mean())
@@ -164,7 +161,6 @@ def test_sparsity_counts_what_is_pruned(linears: Model, statistics: Statistics) 
 
 
 def test_widths_of_what_is_left_out(linears: Model, statistics: Statistics) -> None:
-    """N:M has to divide the widths of the linears that are pruned, and of no others."""
     whole = bundle_of(linears, statistics)
     wide = candidate_of("2:64", "row", Steps(), Linears())  # hidden states are 32 wide
     only = candidate_of("2:64", "row", Steps(), Linears(targets=["*.down_proj"]))
@@ -176,7 +172,6 @@ def test_widths_of_what_is_left_out(linears: Model, statistics: Statistics) -> N
 
 
 def test_a_bundle_names_its_model(linears: Model, statistics: Statistics) -> None:
-    """What matches nothing is refused with the name of the model that has no such linear."""
     bundle = replace(bundle_of(linears, statistics), provenance={"model": {"name": "some/model"}})
 
     with pytest.raises(InvalidInput, match=r"'\*\.fc1' matches none of the 14 .*of some/model"):

@@ -29,10 +29,9 @@ def whole_divergence(dense: LlamaForCausalLM, other: LlamaForCausalLM, windows: 
     return float((p * (p / q).log()).sum(dim=-1).mean())
 
 
-def test_whole_vocabulary(
+def test_with_all_tokens_kept_it_is_the_divergence_over_the_whole_vocabulary(
     tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
 ) -> None:
-    """With all tokens kept it is the divergence over the whole vocabulary."""
     reference = dense_reference(tiny_llama, windows, top_k=1000)
 
     assert reference.tokens.shape == (6, 23, 256)
@@ -44,7 +43,6 @@ def test_whole_vocabulary(
 def test_fewer_tokens_bound_it_from_below(
     tiny_llama: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Tensor
 ) -> None:
-    """The fewer tokens are kept apart from the rest, the less is seen, and never too much."""
     seen = [
         rate_divergence(pruned, dense_reference(tiny_llama, windows, top_k=k))
         for k in (1, 4, 16, 64, 256)
@@ -86,8 +84,7 @@ def test_bad_logits(tiny_llama: LlamaForCausalLM, windows: Tensor, bad: float) -
         dense_reference(tiny_llama, windows)
 
 
-def test_progress(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
-    """Progress is told once a window."""
+def test_progress_is_told_once_a_window(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     told: list[int] = []
     rate_divergence(tiny_llama, dense_reference(tiny_llama, windows), advance=told.append)
 

@@ -240,7 +240,6 @@ def test_numbers_decide(kind: type[nn.Module], reader: str, prefix: str) -> None
 
 
 def test_writer_that_is_not_known(tiny_llama: LlamaForCausalLM, linears: Linears) -> None:
-    """Without one of the writers, the module would compute something else: nothing moves."""
     before = copy_of(tiny_llama)
     del linears[f"{MLP}.up_proj"]
 
@@ -271,9 +270,8 @@ def test_mask_becomes_neighbours(tiny_llama: LlamaForCausalLM, linears: Linears)
 
 
 @pytest.mark.parametrize("order", [torch.arange(63), torch.zeros(64, dtype=torch.int64)])
-def test_order_must_be_a_permutation(
+def test_a_channel_that_is_missing_or_stands_twice_is_a_programmers_fault(
     tiny_llama: LlamaForCausalLM, linears: Linears, order: Tensor
 ) -> None:
-    """A channel that is missing or stands twice is a programmer's fault."""
     with pytest.raises(ValueError, match="not a permutation of the 64 inputs"):
         fold_order(tiny_llama, linears[f"{MLP}.down_proj"], linears, order)

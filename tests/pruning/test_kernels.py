@@ -67,8 +67,7 @@ def test_nm_mask(kind: str, group: int) -> None:
     assert torch.equal(kernels.nm_mask(score, keep, group), plain_nm_mask(score, keep, group))
 
 
-def test_combine_terms() -> None:
-    """Scores are those of plain torch, bit by bit, with and without a neighbourhood."""
+def test_scores_are_those_of_plain_torch_bit_by_bit_with_and_without_a_neighbourhood() -> None:
     generator = GENERATOR.manual_seed(0)
 
     def drawn_like(*shape: int) -> Tensor:
@@ -109,16 +108,14 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_threads_do_not_matter() -> None:
-    """Lines that several threads share out are marked as by one."""
+def test_lines_that_several_threads_share_out_are_marked_as_by_one() -> None:
     score = drawn("ties", 50, 3000)
     removed = torch.arange(50) * 60
 
     assert torch.equal(keep_highest(score, removed), plain_keep_highest(score, removed))
 
 
-def test_not_contiguous() -> None:
-    """A transposed score, as GPT-2's, is marked in its own order."""
+def test_a_transposed_score_as_gpt_2s_is_marked_in_its_own_order() -> None:
     score = drawn("ties", 40, 30).T
 
     assert torch.equal(
@@ -126,8 +123,7 @@ def test_not_contiguous() -> None:
     )
 
 
-def test_no_place_for_machine_code() -> None:
-    """Where machine code cannot be kept, selections are compiled anew in each process."""
+def test_where_machine_code_cannot_be_kept_selections_are_compiled_anew_in_each_process() -> None:
     script = (
         "import numba.core.caching as c\n"
         "def refuse(*_): raise RuntimeError('no locator available')\n"
@@ -154,10 +150,9 @@ def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], in
 
 
 @pytest.mark.parametrize("fault", ["not readable", "empty", "broken"])
-def test_kept_machine_code_is_broken(
+def test_what_was_kept_and_cannot_be_read_is_compiled_again(
     twice: Callable[[int], int], tmp_path: Path, fault: str
 ) -> None:
-    """What was kept, and cannot be read, is compiled again."""
     assert kernels._compiled(twice)(3) == 6
     kept = list(tmp_path.rglob("*.nb*"))
     for path in kept:
@@ -171,12 +166,11 @@ def test_kept_machine_code_is_broken(
     assert kernels._compiled(twice)(3) == 6
 
 
-def test_no_room_for_machine_code(
+def test_nor_does_a_full_disk_keep_anything_from_being_computed(
     twice: Callable[[int], int],
     tmp_path: Path,
     limited_disk: Callable[[int], AbstractContextManager[None]],
 ) -> None:
-    """Nor does a full disk keep anything from being computed."""
     compiled = kernels._compiled(twice)
     with limited_disk(10):
         found = compiled(3)

@@ -66,10 +66,9 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("coefficients", [RIA, CREPE], ids=["ria", "crepe"])
-def test_kept_are_the_top(
+def test_where_weights_compete_none_that_goes_scores_higher_than_one_that_stays(
     linears: Linears, statistics: Statistics, coefficients: Coefficients, scope: str
 ) -> None:
-    """Where weights compete, none that goes scores higher than one that stays."""
     masks = masks_of(linears, statistics, "0.5", scope, coefficients)
     for name, mask in masks.items():
         score = score_of(linears, statistics, name, coefficients)
@@ -169,8 +168,7 @@ def test_order_and_repeat(linears: Linears, statistics: Statistics) -> None:
     assert all(torch.equal(first[name], second[name]) for name in linears)
 
 
-def test_line_mask_keeps_shape() -> None:
-    """Lines with leading dimensions are each pruned by themselves."""
+def test_lines_with_leading_dimensions_are_each_pruned_by_themselves() -> None:
     lines = torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
     for pattern in (Pattern.parse("0.25"), Pattern.parse("2:4")):
@@ -180,7 +178,6 @@ def test_line_mask_keeps_shape() -> None:
 
 
 def test_groups_that_do_not_fit(linears: Linears, statistics: Statistics) -> None:
-    """An M that does not divide an input width is refused with the linear's name."""
     with pytest.raises(
         InvalidInput, match=r"layers\.0\.self_attn\.q_proj: in_features=32 is not a multiple of M=6"
     ):
@@ -199,14 +196,13 @@ def test_bad_weight(linears: Linears, statistics: Statistics, scope: str) -> Non
 @pytest.mark.parametrize(
     ("pattern", "scope"), [("0.5", "row"), ("0.5", "layer"), ("0.5", "global"), ("2:4", None)]
 )
-def test_pruned_zeroes(
+def test_inside_the_block_exactly_the_masked_weights_are_0_all_others_keep_their_bits(
     tiny_llama: LlamaForCausalLM,
     linears: Linears,
     statistics: Statistics,
     pattern: str,
     scope: str | None,
 ) -> None:
-    """Inside the block exactly the masked weights are 0; all others keep their bits."""
     masks = masks_of(linears, statistics, pattern, scope)
     expected = {
         f"{name}.weight": torch.where(mask, linears[name].weight, 0) for name, mask in masks.items()
@@ -241,7 +237,6 @@ def test_pruned_restores(
 def test_pruned_restores_after_an_error(
     tiny_llama: LlamaForCausalLM, linears: Linears, statistics: Statistics
 ) -> None:
-    """An error inside the block reaches the caller, and all weights are back to the bit."""
     before = bits_of(tiny_llama)
     masks = masks_of(linears, statistics, "2:4")
     intact = True
@@ -258,10 +253,9 @@ def test_pruned_restores_after_an_error(
     assert same_bits(tiny_llama, before)
 
 
-def test_pruned_restores_after_a_failing_mask(
+def test_if_the_masks_fail_midway_the_linears_that_were_masked_already_are_restored(
     tiny_llama: LlamaForCausalLM, linears: Linears, statistics: Statistics
 ) -> None:
-    """If the masks fail midway, the linears that were masked already are restored."""
     before = bits_of(tiny_llama)
     ready = list(masks_of(linears, statistics, "0.5", "layer").items())
     intact = True
@@ -279,8 +273,7 @@ def test_pruned_restores_after_a_failing_mask(
     assert same_bits(tiny_llama, before)
 
 
-def test_pruned_restores_shared_module() -> None:
-    """A module that two names stand for is restored to the bit as well."""
+def test_a_module_that_two_names_stand_for_is_restored_to_the_bit_as_well() -> None:
     module = nn.Linear(4, 2, bias=False)
     before = bits_of(module)
     shared = {name: PrunableLinear(name=name, module=module) for name in ("a", "b")}
@@ -305,7 +298,6 @@ def test_sparsity(linears: Linears, statistics: Statistics) -> None:
 def test_lazy_masks_equal_ready_ones(
     tiny_llama: LlamaForCausalLM, linears: Linears, statistics: Statistics
 ) -> None:
-    """Masks made one by one while earlier linears are masked already are the dense model's."""
     candidate = Candidate(
         method="crepe", coefficients=CREPE, pattern=Pattern.parse("0.5", "global")
     )

@@ -90,8 +90,7 @@ def test_of_blocks() -> None:
     assert shares[0] > shares[3] > shares[6]  # late blocks keep more
 
 
-def test_nothing_said_is_nothing_changed() -> None:
-    """Offsets of kinds that the model does not have, or all alike, change nothing."""
+def test_offsets_of_kinds_that_the_model_does_not_have_or_all_alike_change_nothing() -> None:
     plain = Allocation(method="fisher")
 
     assert lost(replace(plain, offsets={"gate_proj": 1.0})) == lost(plain)

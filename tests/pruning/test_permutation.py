@@ -73,7 +73,6 @@ def is_permutation(order: Tensor, width: int) -> bool:
 
 
 def test_close_to_the_best_grouping() -> None:
-    """On eight channels: never above the optimum of all groupings, and on average 0.5 % below."""
     shares = []
     for seed in range(20):
         score = random_score(16, 8, seed)
@@ -98,8 +97,7 @@ def test_never_below_the_identity(keep: int, group: int) -> None:
     assert found > retained_score(score, torch.arange(48), keep=keep, group=group)
 
 
-def test_more_sweeps_are_no_worse() -> None:
-    """A sweep that would lower the retained score is not made."""
+def test_a_sweep_that_would_lower_the_retained_score_is_not_made() -> None:
     score = random_score(24, 64, seed=4)
     found = [
         retained_score(
@@ -112,8 +110,7 @@ def test_more_sweeps_are_no_worse() -> None:
     assert found[-1] > found[0]
 
 
-def test_best_order_stays() -> None:
-    """Where nothing can be won, the channels stay as they are."""
+def test_where_nothing_can_be_won_the_channels_stay_as_they_are() -> None:
     score = torch.tensor([[9.0, 8, 1, 2, 7, 6, 3, 1]])
 
     assert permute_channels(score, keep=2, group=4).tolist() == list(range(8))
@@ -145,7 +142,6 @@ def test_hinge_sums_equal_sorting(keep: int, group: int) -> None:
 
 @pytest.mark.parametrize(("keep", "group"), SHAPES)
 def test_mask_is_nm_in_the_order(keep: int, group: int) -> None:
-    """N weights stay in each permuted group, and they are its highest."""
     score = random_score(10, 4 * group, seed=7)
     order = torch.randperm(4 * group, generator=torch.Generator().manual_seed(8))
     mask = permuted_mask(score, order, keep=keep, group=group)
@@ -157,8 +153,7 @@ def test_mask_is_nm_in_the_order(keep: int, group: int) -> None:
         assert (lowest_kept >= highest_gone).all()
 
 
-def test_mask_of_the_identity() -> None:
-    """Without a permutation it is the plain N:M mask."""
+def test_without_a_permutation_it_is_the_plain_n_m_mask() -> None:
     score = random_score(5, 16)
 
     mask = permuted_mask(score, torch.arange(16), keep=2, group=4)
@@ -173,8 +168,7 @@ def test_equal_scores(value: float) -> None:
     assert torch.equal(permute_channels(score, keep=2, group=4), torch.arange(16))
 
 
-def test_scale_does_not_count() -> None:
-    """A common factor of the scores leaves the order as it is."""
+def test_a_common_factor_of_the_scores_leaves_the_order_as_it_is() -> None:
     score = random_score(12, 32, seed=9)
     orders = [permute_channels(score * 2.0**power, keep=2, group=4) for power in (-90, 0, 90)]
 
@@ -182,8 +176,7 @@ def test_scale_does_not_count() -> None:
     assert torch.equal(orders[2], orders[1])
 
 
-def test_dead_channels() -> None:
-    """Channels that score 0 everywhere are spread over the groups."""
+def test_channels_that_score_0_everywhere_are_spread_over_the_groups() -> None:
     score = random_score(12, 16, seed=10)
     score[:, :8] = 0
     order = permute_channels(score, keep=2, group=4)
@@ -192,7 +185,6 @@ def test_dead_channels() -> None:
 
 
 def test_one_order_for_two_linears() -> None:
-    """Of concatenated scores the order serves the sum, and the masks are those of each alone."""
     first, second = random_score(12, 32, seed=11), random_score(20, 32, seed=12)
     both = torch.cat([first, second])
     order = permute_channels(both, keep=2, group=4)
@@ -217,8 +209,7 @@ def test_rows_are_sampled() -> None:
     assert identity < found[0] <= found[1] <= found[2]
 
 
-def test_same_input_same_order() -> None:
-    """Nothing depends on the global random state, and nothing changes it."""
+def test_nothing_depends_on_the_global_random_state_and_nothing_changes_it() -> None:
     score, linear, gram = random_score(16, 32), random_linear(16, 32), random_gram(32)
     before = torch.get_rng_state()
     by_score = [permute_channels(score, keep=2, group=4, sweeps=3) for _ in range(2)]
@@ -279,7 +270,6 @@ def test_reconstruction_error() -> None:
 
 
 def test_error_close_to_the_best_grouping() -> None:
-    """On eight channels: never below the least error of all groupings, on average 3 % above."""
     ratios = []
     for seed in range(20):
         linears = [random_linear(10, 8, seed), random_linear(6, 8, seed + 100)]
@@ -336,7 +326,6 @@ def test_swaps_lower_the_error(keep: int, group: int) -> None:
 
 
 def test_order_does_not_take_the_error_for_the_score() -> None:
-    """The masks are the score's: with a score against the error, the error still falls."""
     linear, gram = random_linear(20, 32, seed=17), random_gram(32)
     linear = replace(linear, score=1 / (1 + linear.score))
     order = permute_for_error([linear], gram, keep=2, group=4)
@@ -345,7 +334,6 @@ def test_order_does_not_take_the_error_for_the_score() -> None:
 
 
 def test_sampled_rows_of_the_error() -> None:
-    """With proposals from a quarter of the rows, the error of all rows still falls."""
     linear, gram = random_linear(200, 32, seed=18), random_gram(32)
     errors = [
         exact_error(
@@ -369,8 +357,7 @@ def test_odd_number_of_groups() -> None:
     assert order.tolist() == [0, 1, 2, 3]
 
 
-def test_no_error_to_lower() -> None:
-    """Rows that cost nothing leave the channels as they are."""
+def test_rows_that_cost_nothing_leave_the_channels_as_they_are() -> None:
     linear = replace(random_linear(10, 16), fisher=torch.zeros(10))
 
     order = permute_for_error([linear], random_gram(16), keep=2, group=4)

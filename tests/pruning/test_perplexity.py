@@ -23,8 +23,7 @@ def test_cut_windows() -> None:
     assert windows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_cut_windows_prefix() -> None:
-    """Every window starts with the prefix, which counts towards its length."""
+def test_every_window_starts_with_the_prefix_which_counts_towards_its_length() -> None:
     windows = cut_windows(torch.arange(10, 17), 4, [1])
 
     assert windows.tolist() == [[1, 10, 11, 12], [1, 13, 14, 15]]
@@ -32,8 +31,7 @@ def test_cut_windows_prefix() -> None:
 
 
 @pytest.mark.parametrize("prefix", [[], [1]])
-def test_cut_windows_exact(prefix: list[int]) -> None:
-    """A text that fills its windows exactly loses nothing."""
+def test_a_text_that_fills_its_windows_exactly_loses_nothing(prefix: list[int]) -> None:
     windows = cut_windows(torch.arange(12 - 3 * len(prefix)), 4, prefix)
 
     assert windows.shape == (3, 4)
@@ -77,8 +75,7 @@ def test_model_is_left_alone(tiny_llama: LlamaForCausalLM, windows: Tensor) -> N
     assert all(p.grad is not None for p in tiny_llama.parameters())
 
 
-def test_progress(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
-    """Progress is told once a window."""
+def test_progress_is_told_once_a_window(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     told: list[int] = []
     rate_perplexity(tiny_llama, windows, advance=told.append)
 
@@ -115,7 +112,6 @@ def test_chunks(
 
 
 def test_one_by_one_on_a_cpu(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
-    """On a CPU each window is run alone, so that no result depends on the machine's memory."""
     shapes = []
     tiny_llama.register_forward_pre_hook(
         lambda _m, _a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
@@ -146,10 +142,9 @@ def test_batch_size(monkeypatch: pytest.MonkeyPatch, memory: int, free: int, siz
     assert batch_size(1000, torch.device("cuda"), weights=50_000, most=16) == size
 
 
-def test_batches(
+def test_the_first_window_is_run_alone_the_others_in_batches_to_the_same_result(
     tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first window is run alone, the others in batches, to the same result."""
     alone = rate_perplexity(tiny_llama, windows).perplexity
     monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 3)
     shapes = []
@@ -189,14 +184,13 @@ def test_half_the_batch(
 
 
 @pytest.mark.parametrize(("most", "tried"), [(0, [1]), (1, [1, 4, 2])])
-def test_not_even_half(
+def test_it_is_tried_once_then_the_error_says_what_may_help(
     tiny_llama: LlamaForCausalLM,
     windows: Tensor,
     monkeypatch: pytest.MonkeyPatch,
     most: int,
     tried: list[int],
 ) -> None:
-    """It is tried once; then the error says what may help."""
     monkeypatch.setattr("pho_service.pruning.perplexity.batch_size", lambda *_, **__: 4)
     given = crowded(tiny_llama, most)
 

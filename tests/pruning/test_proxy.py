@@ -116,7 +116,6 @@ def test_all_rows(
 def test_all_rows_at_other_ratios(
     linears: Linears, statistics: Statistics, scope: str, ratio: str
 ) -> None:
-    """At low and high ratios, too, a rating is the exact error of the whole model."""
     candidate = candidate_of("crepe", ratio, scope)
     expected = slow_rating(linears, statistics, candidate)
 
@@ -128,7 +127,6 @@ def test_all_rows_at_other_ratios(
 def test_error_is_that_of_the_output(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """The error of a linear is the mean squared change of its output over calibration tokens."""
     name = "model.layers.0.mlp.up_proj"
     seen: list[Tensor] = []
     linears[name].module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
@@ -157,7 +155,6 @@ SHARED_OUT = [
 def test_sparsities_are_those_of_the_masks(
     linears: Linears, statistics: Statistics, pattern: str, scope: str, method: str
 ) -> None:
-    """With all rows in the bundle, each linear loses what it loses when the model is pruned."""
     steps = Steps(allocation=Allocation(method=method, spread=0.25))
     candidate = replace(candidate_of("crepe", pattern, scope), steps=steps)
     found = ProxyEvaluator(bundle_of(linears, statistics)).layer_sparsities(candidate)
@@ -166,10 +163,9 @@ def test_sparsities_are_those_of_the_masks(
     assert found == pytest.approx({name: 1 - float(mask.float().mean()) for name, mask in masks})
 
 
-def test_projection_rates_alike(
+def test_a_wide_random_projection_in_the_gram_matrixs_place_gives_nearly_the_same_rating(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """A wide random projection in the Gram matrix's place gives nearly the same rating."""
     projected = collect_statistics(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=512, seed=0
     )
@@ -197,7 +193,6 @@ def part_of(bundle: ProxyBundle, part: int, parts: int) -> ProxyBundle:
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_parts_average_to_the_whole(linears: Linears, statistics: Statistics, pattern: str) -> None:
-    """In scope row, ratings on four disjoint quarters of the rows average to that on all."""
     candidate = candidate_of("crepe", pattern, "row")
     bundle = bundle_of(linears, statistics)
     exact = rate(bundle, candidate)
@@ -222,7 +217,6 @@ def test_sampled_rows(linears: Linears, statistics: Statistics, pattern: str, sc
 
 
 def test_list_equals_one_by_one(linears: Linears, statistics: Statistics) -> None:
-    """A candidate's rating has the same bits in a list, alone, and in another evaluator."""
     evaluator = ProxyEvaluator(bundle_of(linears, statistics, 8))
     together = evaluator.evaluate(ALL_CANDIDATES, with_gini=True)
     one_by_one = [evaluator.evaluate([c], with_gini=True)[0] for c in reversed(ALL_CANDIDATES)]
@@ -275,8 +269,7 @@ def test_more_than_a_batch(linears: Linears, statistics: Statistics) -> None:
     assert numbers(evaluator.evaluate(many)) == pytest.approx(numbers(alone), rel=1e-6)
 
 
-def test_nothing_to_rate(linears: Linears, statistics: Statistics) -> None:
-    """No candidates give no ratings."""
+def test_no_candidates_give_no_ratings(linears: Linears, statistics: Statistics) -> None:
     assert ProxyEvaluator(bundle_of(linears, statistics)).evaluate([]) == []
 
 
@@ -322,10 +315,9 @@ def test_unknown_kernel_size(linears: Linears, statistics: Statistics) -> None:
 
 
 @pytest.mark.parametrize("change", [{"neighbourhood": 0}, {"normalisation": "none"}])
-def test_kernel_size_that_does_not_matter(
+def test_where_no_window_is_used_an_unknown_kernel_size_rates_as_any_other(
     linears: Linears, statistics: Statistics, change: dict[str, object]
 ) -> None:
-    """Where no window is used, an unknown kernel size rates as any other."""
     bundle = bundle_of(linears, statistics)
     fields = {"row": 1, "column": 1, "neighbourhood": 1} | change
     known, unknown = (
@@ -340,7 +332,6 @@ def test_kernel_size_that_does_not_matter(
 
 
 def test_groups_that_do_not_fit(linears: Linears, statistics: Statistics) -> None:
-    """An M that does not divide an input width is refused with the linear's name."""
     with pytest.raises(InvalidInput, match=r"q_proj: in_features=32 is not a multiple of M=5"):
         rate(bundle_of(linears, statistics), candidate_of("ria", "2:5", None))
 
@@ -386,7 +377,6 @@ def test_global_ties(linears: Linears, statistics: Statistics) -> None:
 def test_a_gpu_rates_what_the_cpu_rates(
     linears: Linears, statistics: Statistics, pretended_gpu: Card
 ) -> None:
-    """Scope ``global`` and every allocation, whose shares come from the CPU, on a GPU as well."""
     candidates = [
         replace(candidate, steps=Steps(allocation=Allocation(method=method, unit="block")))
         for candidate in ALL_CANDIDATES[-len(PATTERNS) :]

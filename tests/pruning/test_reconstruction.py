@@ -137,8 +137,7 @@ def test_too_fast(inputs: Tensor, keep: Tensor) -> None:
     assert torch.equal(parameter.detach() != 0, keep)
 
 
-def test_split() -> None:
-    """Every eighth window is held out; of few, the last."""
+def test_every_eighth_window_is_held_out_of_few_the_last() -> None:
     assert split(16) == ([*range(7), *range(8, 15)], [7, 15])
     assert split(3) == ([0, 1], [2])
     assert split(2) == ([0], [1])

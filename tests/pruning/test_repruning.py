@@ -55,8 +55,7 @@ def same_counts(before: Tensor, after: Tensor, group: int) -> bool:
     return before.view(runs).sum(dim=2).equal(after.view(runs).sum(dim=2))
 
 
-def test_row_errors() -> None:
-    """A row's error is the mean square of what its output loses."""
+def test_a_rows_error_is_the_mean_square_of_what_its_output_loses() -> None:
     weight, _ = layer(5, 16)
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
     mask = torch.rand(5, 16, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -88,7 +87,6 @@ def test_swaps_lower_every_row(group: int, max_swaps: int) -> None:
 @GROUPS
 @pytest.mark.parametrize("seed", range(5))
 def test_swaps_end_where_none_helps(group: int, seed: int) -> None:
-    """On 8 inputs a row ends where brute force over all swaps finds no better mask."""
     weight, gram = layer(20, 8, seed)
     mask = half_mask(weight, gram, group)
 
@@ -103,7 +101,6 @@ def test_swaps_end_where_none_helps(group: int, seed: int) -> None:
 
 @GROUPS
 def test_first_swap_is_the_best(group: int) -> None:
-    """On 8 inputs one swap is the best of all swaps, so its predicted change is exact."""
     weight, gram = layer(30, 8)
     mask = half_mask(weight, gram, group)
 
@@ -116,7 +113,6 @@ def test_first_swap_is_the_best(group: int) -> None:
 
 
 def test_runs_end_where_none_helps() -> None:
-    """With a group, wide rows too end where no swap inside of a run helps."""
     weight, gram = layer(4, 128)
     mask = half_mask(weight, gram, 4)
 
@@ -129,7 +125,6 @@ def test_runs_end_where_none_helps() -> None:
 
 
 def test_wide_rows_end_near_steepest_descent() -> None:
-    """The few candidates of a round end at the error of the best swap of all at each step."""
     weight, gram = layer(6, 96)
     mask = half_mask(weight, gram)
 
@@ -147,8 +142,7 @@ def test_wide_rows_end_near_steepest_descent() -> None:
     assert exact_errors(weight, refined, gram).sum() < limit
 
 
-def test_more_swaps_are_better() -> None:
-    """The layer's error falls with the number of swaps allowed."""
+def test_the_layers_error_falls_with_the_number_of_swaps_allowed() -> None:
     weight, gram = layer(30, 160)
     mask = half_mask(weight, gram)
 
@@ -200,8 +194,7 @@ def test_swap_ties() -> None:
     assert in_runs.tolist() == [[True, False, False, True, False, False, True, True]]
 
 
-def test_equal_weights_stay() -> None:
-    """Where no swap changes anything, none is made."""
+def test_where_no_swap_changes_anything_none_is_made() -> None:
     mask = torch.arange(24).expand(2, 24) % 2 == 0
 
     assert swap_refine(torch.ones(2, 24), mask, torch.eye(24)).equal(mask)
@@ -236,16 +229,14 @@ def test_huge_common_mean(group: int, size: float) -> None:
     assert after.sum() < 0.1 * before.sum()
 
 
-def test_all_channels_dead() -> None:
-    """Without any activation all masks are equal, and the first stays."""
+def test_without_any_activation_all_masks_are_equal_and_the_first_stays() -> None:
     weight, gram = layer(3, 16)
     mask = half_mask(weight, gram)
 
     assert swap_refine(weight, mask, torch.zeros_like(gram)).equal(mask)
 
 
-def test_zero_weights() -> None:
-    """A kept weight of 0 is worth swapping out, and counts stay."""
+def test_a_kept_weight_of_0_is_worth_swapping_out_and_counts_stay() -> None:
     weight, gram = layer(5, 32)
     weight[:, ::3] = 0
     mask = torch.arange(32).expand(5, 32) % 2 == 0
@@ -273,7 +264,6 @@ def test_swap_chunks(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @GROUPS
 def test_products_are_of_all_rows(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks are free to choose because nothing that rounds by its shape is done in them."""
     weight, gram = layer(23, 64)
     mask = half_mask(weight, gram, group)
     rows: list[int] = []
@@ -294,7 +284,6 @@ def test_products_are_of_all_rows(group: int, monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_takes_all_rows_at_once(
     group: int, pretended_gpu: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launches and waits do not grow with the rows; the masks are the CPU's, in chunks too."""
     weight, gram = layer(8, 256)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(256)
@@ -330,8 +319,7 @@ def test_a_gpu_takes_all_rows_at_once(
 
 
 @GROUPS
-def test_swap_same_bits(group: int) -> None:
-    """The same call gives the same mask."""
+def test_the_same_call_gives_the_same_mask(group: int) -> None:
     weight, gram = layer(20, 120)
     mask = half_mask(weight, gram, group)
 
@@ -341,8 +329,7 @@ def test_swap_same_bits(group: int) -> None:
 
 
 @GROUPS
-def test_bfloat16(group: int) -> None:
-    """A bfloat16 weight is refined as its float32 copy."""
+def test_a_bfloat16_weight_is_refined_as_its_float32_copy(group: int) -> None:
     weight, gram = layer(10, 48)
     weight = weight.bfloat16()
     mask = half_mask(weight, gram, group)
@@ -437,10 +424,9 @@ def imbalance(weight: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
 @GROUPS
 @pytest.mark.parametrize("max_cycles", [1, 50])
 @pytest.mark.parametrize(("threshold", "power"), [(0.1, 1.0), (0.0, 0.5), (1.0, 0.0)])
-def test_dsnot_follows_the_rules(
+def test_each_row_ends_as_in_a_plain_loop_over_the_published_rules(
     group: int, max_cycles: int, threshold: float, power: float
 ) -> None:
-    """Each row ends as in a plain loop over the published rules."""
     weight, gram = layer(40, 32)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(32)
@@ -457,8 +443,7 @@ def test_dsnot_follows_the_rules(
 
 
 @GROUPS
-def test_dsnot_never_worse(group: int) -> None:
-    """No row's mean error grows, most fall far, and counts stay."""
+def test_no_rows_mean_error_grows_most_fall_far_and_counts_stay(group: int) -> None:
     weight, gram = layer(50, 200)
     mask = half_mask(weight, gram, group)
     statistics = row_statistics(200)
@@ -472,8 +457,7 @@ def test_dsnot_never_worse(group: int) -> None:
     assert same_counts(mask, refined, group)
 
 
-def test_dsnot_threshold() -> None:
-    """A row whose error is small enough already stays; one above it changes."""
+def test_a_row_whose_error_is_small_enough_already_stays_one_above_it_changes() -> None:
     weight = torch.tensor([[3.0, 1.0, -2.0, -1.0, 5.0]]).repeat(2, 1)
     weight[0] /= 100
     mask = torch.tensor([[False, False, True, True, True]]).repeat(2, 1)
@@ -484,8 +468,7 @@ def test_dsnot_threshold() -> None:
     assert (refined != mask).any(dim=1).tolist() == [False, True]
 
 
-def test_dsnot_ties() -> None:
-    """Among equal weights the lower channel moves."""
+def test_among_equal_weights_the_lower_channel_moves() -> None:
     weight = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0]])
     mask = torch.tensor([[False, False, True, True, True]])
     ones = torch.ones(5)
@@ -497,8 +480,7 @@ def test_dsnot_ties() -> None:
     assert refined.tolist() == [[True, False, False, True, True]]
 
 
-def test_dsnot_dead_channels() -> None:
-    """Channels without mean and variance never move, and give no NaN."""
+def test_channels_without_mean_and_variance_never_move_and_give_no_nan() -> None:
     weight, gram = layer(20, 40)
     mask = half_mask(weight, gram)
     statistics = row_statistics(40)

@@ -284,8 +284,7 @@ def test_dead_channel(coefficients: Coefficients) -> None:
     assert int((~mask).sum()) == OUT
 
 
-def test_dead_channel_without_activations() -> None:
-    """At activation exponent 0 a dead channel counts like any other."""
+def test_at_activation_exponent_0_a_dead_channel_counts_like_any_other() -> None:
     weight, squares, _ = random_layer()
     plain = score_of(MAGNITUDE)
     squares[5] = 0
@@ -297,8 +296,7 @@ def test_dead_channel_without_activations() -> None:
     assert torch.equal(with_dead, plain)
 
 
-def test_zero_row_at_any_coefficient() -> None:
-    """A row of zeros scores 0 however large the coefficients are."""
+def test_a_row_of_zeros_scores_0_however_large_the_coefficients_are() -> None:
     weight, squares, _ = random_layer()
     weight[3] = 0
     score = layer_importance(
@@ -322,8 +320,7 @@ def test_weights_beyond_sums(coefficients: Coefficients) -> None:
         )  # fmt: skip
 
 
-def test_bad_activation_norm() -> None:
-    """An activation norm that is NaN is refused, with the name of the layer."""
+def test_an_activation_norm_that_is_nan_is_refused_with_the_name_of_the_layer() -> None:
     weight, squares, _ = random_layer()
     squares[0] = math.nan
 
@@ -334,8 +331,7 @@ def test_bad_activation_norm() -> None:
         )  # fmt: skip
 
 
-def test_half_precision_weight() -> None:
-    """A bfloat16 weight scores in float32 exactly as its values do."""
+def test_a_bfloat16_weight_scores_in_float32_exactly_as_its_values_do() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     norm = torch.arange(1.0, 17.0)
     half, full = (
@@ -349,7 +345,6 @@ def test_half_precision_weight() -> None:
 
 @pytest.mark.parametrize("pattern", ["0.3", "0.5", "2:4"])
 def test_gradient_exponent_cancels_in_row(pattern: str) -> None:
-    """The Fisher weight is one factor a row, so in scope row its exponent selects the same."""
     without, with_fisher = (
         product_mask(replace(EQUAL, gradient_exponent=b), pattern, "row") for b in (0, 0.7)
     )
@@ -358,7 +353,6 @@ def test_gradient_exponent_cancels_in_row(pattern: str) -> None:
 
 
 def test_gradient_exponent_counts_in_layer() -> None:
-    """In scope layer the Fisher weight moves weights between rows: the heavier row keeps more."""
     weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     score = layer_importance(
         weight, activation_norm=torch.ones(64), fisher=torch.tensor([1.0, 4.0]),
@@ -379,8 +373,7 @@ def test_gini_one_has_all(n: int) -> None:
     assert float(gini(values)) == pytest.approx((n - 1) / n)
 
 
-def test_gini_zeros() -> None:
-    """Gini of zeros is 0, not NaN."""
+def test_gini_of_zeros_is_0_not_nan() -> None:
     assert float(gini(torch.zeros(4))) == 0
 
 

@@ -34,7 +34,6 @@ def projection(x: Tensor, rows: int, seed: int, parts: int = 1) -> Tensor:
 
 
 def test_each_token_is_in_one_row() -> None:
-    """The rows' sums are the tokens, each once, as it is or with its sign changed."""
     moment = projection(torch.eye(50), rows=8, seed=3)
 
     assert torch.equal(moment.abs().sum(dim=0), torch.ones(50))
@@ -65,8 +64,7 @@ def test_parts_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("width", [7, PANEL, 2 * PANEL + 3])
-def test_gram(width: int) -> None:
-    """The upper triangle is summed panel by panel and mirrored."""
+def test_the_upper_triangle_is_summed_panel_by_panel_and_mirrored(width: int) -> None:
     x = random_tokens(20, width)
     gram = torch.zeros(width, width)
     for part in x.chunk(3):
@@ -157,7 +155,6 @@ def test_tensor_cores(dtype: torch.dtype, *, uses_them: bool) -> None:
 
 
 def test_tensor_cores_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before torch 2.9 they have a switch of another name."""
     matmul = SimpleNamespace(allow_tf32=False)
     monkeypatch.setattr("torch.backends.cuda.matmul", matmul)
     with tensor_cores():

@@ -18,8 +18,7 @@ def sorted_mask(line: list[float], removed: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("removed", [-1, 5])
-def test_keep_highest_out_of_range(removed: int) -> None:
-    """More than all, or fewer than none, cannot be removed."""
+def test_more_than_all_or_fewer_than_none_cannot_be_removed(removed: int) -> None:
     with pytest.raises(ValueError, match=f"removed={removed}"):
         keep_highest(torch.zeros(2, 4), removed)
 
@@ -32,8 +31,7 @@ def test_nm_mask_all_orders() -> None:
     assert mask.tolist() == [sorted_mask(run, 2) for run in runs]
 
 
-def test_nm_mask_stacked() -> None:
-    """Leading dimensions stack layers: each gets the mask that it gets alone."""
+def test_leading_dimensions_stack_layers_each_gets_the_mask_that_it_gets_alone() -> None:
     score = torch.rand(3, 4, 8, generator=torch.Generator().manual_seed(0))
     mask = nm_mask(score, keep=2, group=4)
 
@@ -41,8 +39,7 @@ def test_nm_mask_stacked() -> None:
 
 
 @pytest.mark.parametrize(("keep", "group", "width"), [(0, 4, 8), (4, 4, 8), (5, 4, 8), (2, 4, 6)])
-def test_nm_mask_refuses(keep: int, group: int, width: int) -> None:
-    """N must lie in 1..M-1, and M must divide the line."""
+def test_n_must_lie_in_1_m_1_and_m_must_divide_the_line(keep: int, group: int, width: int) -> None:
     with pytest.raises(ValueError, match=r"must hold|not a multiple"):
         nm_mask(torch.zeros(2, width), keep=keep, group=group)
 
@@ -82,8 +79,7 @@ def test_threshold(kind: str, share: float) -> None:
     assert threshold_of(lambda: chunks, removed) == sorted_threshold(chunks, removed)
 
 
-def test_threshold_chunks_do_not_matter() -> None:
-    """Scores in one piece and in many, reordered, give the same threshold."""
+def test_scores_in_one_piece_and_in_many_reordered_give_the_same_threshold() -> None:
     values = torch.rand(200, generator=torch.Generator().manual_seed(0))
     pieces = [(piece, 1.0) for piece in reversed(values.split(7))]
 
@@ -91,15 +87,13 @@ def test_threshold_chunks_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1.1754944e-38, 1.0, 3.4028235e38])
-def test_threshold_extremes(value: float) -> None:
-    """Zero, denormal and the largest floats are returned as they are."""
+def test_zero_denormal_and_the_largest_floats_are_returned_as_they_are(value: float) -> None:
     values = torch.tensor([value])
 
     assert threshold_of(lambda: [(values, 1.0)], 1) == float(values[0])
 
 
-def test_threshold_not_contiguous() -> None:
-    """The memory layout of the scores does not matter."""
+def test_the_memory_layout_of_the_scores_does_not_matter() -> None:
     values = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
 
     assert threshold_of(lambda: [(values.T, 1.0)], 30) == float(values.flatten().kthvalue(30)[0])

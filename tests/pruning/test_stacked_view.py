@@ -68,11 +68,9 @@ def test_a_gpu_allocates_what_the_cpu_allocates(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_linears_add_no_launches(
+def test_twice_as_many_linears_of_the_same_shapes_as_many_launches_waits_and_copies(
     linears: dict[str, PrunableLinear], statistics: Statistics, method: str, pretended_gpu: Card
 ) -> None:
-    """Twice as many linears of the same shapes: as many launches, waits and copies."""
-
     def counts(blocks: int) -> Counts:
         evaluator = ProxyEvaluator(bundle_of(linears, statistics, blocks=blocks), "cuda")
         with pretended_gpu.counting() as found:
@@ -90,7 +88,6 @@ def test_linears_add_no_launches(
 def test_bad_scores_on_a_gpu(
     linears: dict[str, PrunableLinear], statistics: Statistics, method: str
 ) -> None:
-    """A score that is not finite is refused with the layer's name, as on the CPU."""
     inputs = [replace(e, activation_norm=e.activation_norm.clone()) for e in statistics.inputs]
     inputs[statistics.input_of["model.layers.1.mlp.down_proj"]].activation_norm[3] = torch.inf
     bundle = bundle_of(linears, replace(statistics, inputs=inputs))

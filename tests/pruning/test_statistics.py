@@ -58,10 +58,9 @@ def gram_of(statistics: Statistics, name: str) -> Tensor:
     return root.T @ root
 
 
-def test_activation_norm(
+def test_the_norms_square_is_the_mean_over_windows_of_the_squares_summed_over_tokens(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """The norm's square is the mean over windows of the squares summed over tokens."""
     for name, x in inputs_of(tiny_llama, linears, windows).items():
         expected = x.square().sum(dim=1).mean(dim=0).sqrt()
 
@@ -70,10 +69,9 @@ def test_activation_norm(
         )
 
 
-def test_gram(
+def test_without_projection_the_root_squared_is_the_mean_over_tokens_of_x_x_t(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """Without projection the root squared is the mean over tokens of x x^T."""
     for name, x in inputs_of(tiny_llama, linears, windows).items():
         tokens = x.flatten(end_dim=1)
         expected = sum(torch.outer(t, t) for t in tokens) / len(tokens)
@@ -91,10 +89,9 @@ def test_gram_singular(tiny_llama: LlamaForCausalLM, linears: Linears, windows: 
         torch.testing.assert_close(gram_of(singular, name), x[0].T @ x[0] / 5, rtol=1e-4, atol=1e-6)
 
 
-def test_fisher(
+def test_the_fisher_weight_is_the_mean_over_the_first_windows_tokens_of_squared_gradients(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """The Fisher weight is the mean over the first windows' tokens of squared gradients."""
     gradients = gradients_of(tiny_llama, linears, windows[:3])
 
     assert set(gradients) == set(linears)
@@ -136,10 +133,9 @@ def same_bits(a: Statistics, b: Statistics) -> bool:
     )
 
 
-def test_gram_ignores_seed(
+def test_without_projection_nothing_is_random_another_seed_gives_the_same_bits(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """Without projection nothing is random: another seed gives the same bits."""
     again = collect_statistics(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=0, seed=99
     )
@@ -148,10 +144,9 @@ def test_gram_ignores_seed(
 
 
 @pytest.mark.parametrize(("seed", "same"), [(5, True), (6, False)])
-def test_projection_seed(
+def test_the_same_seed_projects_to_the_same_bits_another_seed_does_not(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, seed: int, *, same: bool
 ) -> None:
-    """The same seed projects to the same bits, another seed does not."""
     first, second = (
         collect_statistics(
             tiny_llama, linears, windows, fisher_windows=1, projection_rows=10, seed=s
@@ -162,10 +157,9 @@ def test_projection_seed(
     assert same_bits(first, second) is same
 
 
-def test_projection_leaves_global_generator(
+def test_the_projection_draws_from_its_own_generator_not_from_torchs_global_one(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
 ) -> None:
-    """The projection draws from its own generator, not from torch's global one."""
     before = torch.random.get_rng_state()
     collect_statistics(
         tiny_llama, linears, windows[:1], fisher_windows=1, projection_rows=4, seed=0
@@ -211,10 +205,9 @@ def test_projection_approaches_gram(
     assert fine < 0.15
 
 
-def test_model_is_left_alone(
+def test_collecting_changes_no_weight_no_requires_grad_makes_no_grad_and_leaves_no_hook(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
 ) -> None:
-    """Collecting changes no weight, no requires_grad, makes no .grad and leaves no hook."""
     frozen = "model.norm.weight"
     tiny_llama.get_parameter(frozen).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
@@ -227,11 +220,9 @@ def test_model_is_left_alone(
     assert not any(module._forward_hooks for module in tiny_llama.modules())
 
 
-def test_model_is_left_alone_after_an_error(
+def test_if_the_model_fails_midway_its_weights_are_trainable_again_and_no_hook_stays(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor
 ) -> None:
-    """If the model fails midway, its weights are trainable again and no hook stays."""
-
     def fail(_: int) -> None:
         raise KeyboardInterrupt
 
@@ -244,10 +235,9 @@ def test_model_is_left_alone_after_an_error(
     assert not any(module._forward_hooks for module in tiny_llama.modules())
 
 
-def test_frozen_model(
+def test_a_model_whose_weights_are_all_frozen_gives_the_same_statistics_and_stays_frozen(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """A model whose weights are all frozen gives the same statistics, and stays frozen."""
     tiny_llama.requires_grad_(False)
     frozen = collect_statistics(
         tiny_llama, linears, windows, fisher_windows=3, projection_rows=0, seed=0
@@ -293,10 +283,9 @@ def test_bad_gradients(tiny_llama: LlamaForCausalLM, linears: Linears, windows: 
         )
 
 
-def test_windows_without_gradients_count_the_same(
+def test_how_many_windows_run_backward_does_not_change_norms_and_moments(
     tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tensor, statistics: Statistics
 ) -> None:
-    """How many windows run backward does not change norms and moments."""
     every = collect_statistics(
         tiny_llama, linears, windows, fisher_windows=6, projection_rows=0, seed=0
     )
@@ -319,8 +308,7 @@ def test_progress(tiny_llama: LlamaForCausalLM, linears: Linears, windows: Tenso
     assert told == [1] * 6
 
 
-def test_weight_is_a_view() -> None:
-    """Writing to a linear's weight changes the model, whichever way it is stored."""
+def test_writing_to_a_linears_weight_changes_the_model_whichever_way_it_is_stored() -> None:
     module = nn.Linear(3, 2, bias=False)
     PrunableLinear(name="a", module=module).weight[1, 2] = 7
     PrunableLinear(name="b", module=module, transposed=True).weight[0, 1] = 8

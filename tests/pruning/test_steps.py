@@ -151,8 +151,7 @@ def test_shrunk(moments: InputMoments) -> None:
     assert moments.shrunk(0.0) is moments
 
 
-def test_shrunk_without_tokens() -> None:
-    """An input that no token reached has nothing to shrink."""
+def test_an_input_that_no_token_reached_has_nothing_to_shrink() -> None:
     zeros = torch.zeros(WIDTH)
     moments = InputMoments(gram=torch.diag(zeros), mean=zeros, activation_norm=zeros, seen=0)
 
@@ -161,7 +160,6 @@ def test_shrunk_without_tokens() -> None:
 
 @pytest.mark.parametrize("repruning", ["none", "swaps", "admm"])
 def test_shrinkage_helps_on_other_tokens(repruning: Repruning) -> None:
-    """With few tokens, masks and weights by shrunk moments lose less on tokens not seen."""
     generator = torch.Generator().manual_seed(2)
     common = torch.randn(TOKENS, 1, generator=generator)
     inputs = torch.randn(TOKENS, WIDTH, generator=generator) + 0.7 * common
@@ -203,7 +201,6 @@ def test_repruning_lowers_the_error(moments: InputMoments, inputs: Tensor) -> No
 
 
 def test_one_order_for_all_readers(moments: InputMoments, inputs: Tensor) -> None:
-    """Linears that read one input share the order, and the weighted error does not rise."""
     pattern = Pattern.parse("2:4")
     linears = linears_of(moments, pattern)
     finished = list(finish(linears, moments, pattern, Steps(permutation="error")))

@@ -43,15 +43,13 @@ def test_others_keep_their_threads(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_within_each_other() -> None:
-    """A piece that itself has pieces does them by itself."""
+def test_a_piece_that_itself_has_pieces_does_them_by_itself() -> None:
     found = in_threads(lambda a: in_threads(lambda b: 10 * a + b, range(3)), range(8))
 
     assert found == [[10 * a, 10 * a + 1, 10 * a + 2] for a in range(8)]
 
 
 @pytest.mark.usefixtures("threads")
-def test_failure() -> None:
-    """The first piece that fails is the one that is heard of."""
+def test_the_first_piece_that_fails_is_the_one_that_is_heard_of() -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda number: 1 // number, [1, 0, 2])

@@ -95,7 +95,6 @@ def damped_error(weight, changed, gram):
 
 @pytest.mark.parametrize("width", [1, 7, 40])
 def test_factor_is_the_cholesky_factor_of_the_inverse(width):
-    """U is upper triangular with a positive diagonal, and U^T U inverts the damped matrix."""
     gram = inputs_gram(width)
 
     factor = inverse_factor(gram, layer="q")
@@ -105,8 +104,7 @@ def test_factor_is_the_cholesky_factor_of_the_inverse(width):
     assert torch.equal(factor, factor.triu())
 
 
-def test_factor_of_fewer_tokens_than_inputs_works_with_damping():
-    """A singular Gram matrix has a factor once it is damped."""
+def test_a_singular_gram_matrix_has_a_factor_once_it_is_damped():
     gram = inputs_gram(64, tokens=16)
 
     factor = inverse_factor(gram, layer="q").double()
@@ -115,8 +113,7 @@ def test_factor_of_fewer_tokens_than_inputs_works_with_damping():
     torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-3)
 
 
-def test_factor_falls_back_to_float64_where_float32_fails():
-    """A matrix that rounding makes indefinite in float32 is factored in float64."""
+def test_a_matrix_that_rounding_makes_indefinite_in_float32_is_factored_in_float64():
     x = torch.randint(-9, 10, (16, 64), generator=torch.Generator().manual_seed(0)).float()
     gram = x.T @ x / 16  # whole numbers: exactly singular, and never negative
     damping = 1e-7
@@ -131,8 +128,7 @@ def test_factor_falls_back_to_float64_where_float32_fails():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_factor_refuses_numbers_that_are_none(value):
-    """NaN or infinity is an error that names the layer, never an identity."""
+def test_nan_or_infinity_is_an_error_that_names_the_layer_never_an_identity(value):
     gram = inputs_gram(8)
     gram[2, 3] = value
 
@@ -153,16 +149,14 @@ def test_factor_refuses_negative_eigenvalues():
     assert caught.value.layer == "layers.3.q"
 
 
-def test_factor_of_zeros_is_the_identity():
-    """Inputs that are all dead have nothing to hand on."""
+def test_inputs_that_are_all_dead_have_nothing_to_hand_on():
     factor = inverse_factor(torch.zeros(5, 5), layer="q")
 
     assert torch.equal(factor, torch.eye(5))
 
 
 @pytest.mark.parametrize("block", [1, 3, 128])
-def test_obs_update_is_the_textbook_elimination(block):
-    """One column after the other, as with an explicit inverse, whatever the block."""
+def test_one_column_after_the_other_as_with_an_explicit_inverse_whatever_the_block(block):
     gram, weight = inputs_gram(37), weights(9, 37)
     mask = wanda_mask(weight, gram, 20)
 
@@ -173,8 +167,7 @@ def test_obs_update_is_the_textbook_elimination(block):
     )
 
 
-def test_obs_update_changes_nothing_if_all_weights_stay():
-    """No weight gone, no error to make up for: the same bits."""
+def test_no_weight_gone_no_error_to_make_up_for_the_same_bits():
     weight = weights(6, 150)
 
     changed = obs_update(
@@ -186,8 +179,7 @@ def test_obs_update_changes_nothing_if_all_weights_stay():
     assert torch.equal(changed, weight)
 
 
-def test_obs_update_of_uncorrelated_inputs_is_plain_zeroing():
-    """Inputs that know nothing of each other cannot make up for each other."""
+def test_inputs_that_know_nothing_of_each_other_cannot_make_up_for_each_other():
     weight = weights(6, 20)
     mask = keep_highest(weight.abs(), 10)
 
@@ -197,8 +189,7 @@ def test_obs_update_of_uncorrelated_inputs_is_plain_zeroing():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_obs_update_moves_the_outputs_less_than_zeroing(seed):
-    """Summed over rows, the error with the update is below the error without."""
+def test_summed_over_rows_the_error_with_the_update_is_below_the_error_without(seed):
     gram, weight = inputs_gram(96, seed=seed), weights(32, 96, seed=seed + 50)
     mask = wanda_mask(weight, gram, 48)
 
@@ -224,7 +215,6 @@ def test_obs_update_accepts_bfloat16():
 
 
 def test_obs_update_without_a_dead_input_is_the_same():
-    """An input that is always 0 neither makes up for others nor is made up for."""
     gram, weight = inputs_gram(24), weights(6, 24)
     gram[5], gram[:, 5] = 0, 0
     mask = wanda_mask(weight, gram, 12)
@@ -241,8 +231,7 @@ def test_obs_update_without_a_dead_input_is_the_same():
     assert bool((changed[:, 5] == 0).all())
 
 
-def test_obs_update_repeats_its_bits():
-    """The same tensors give the same bits."""
+def test_the_same_tensors_give_the_same_bits():
     gram, weight = inputs_gram(160), weights(24, 160)
     mask, factor = wanda_mask(weight, gram, 80), inverse_factor(gram, layer="q")
 
@@ -251,7 +240,6 @@ def test_obs_update_repeats_its_bits():
 
 
 def test_a_gpu_solves_for_several_columns_at_once(pretended_gpu):
-    """There the updates are the CPU's but for rounding, by a few launches for 16 columns."""
     gram, weight = inputs_gram(160), weights(24, 160)
     gram[:, 7] = gram[7] = 0  # a dead input
     factor, mask = inverse_factor(gram, layer="q"), wanda_mask(weight, gram, 80)
@@ -269,8 +257,6 @@ def test_a_gpu_solves_for_several_columns_at_once(pretended_gpu):
 
 
 def test_no_update_waits_for_a_gpu_in_a_loop(pretended_gpu):
-    """Waits are a few for a linear, whatever its size; launches do not grow with its rows."""
-
     def counted(rows, width):
         gram, weight = inputs_gram(width).cuda(), weights(rows, width).cuda()
         mask, factor = wanda_mask(weight, gram, width // 2), inverse_factor(gram, layer="q")
@@ -293,7 +279,6 @@ def test_no_update_waits_for_a_gpu_in_a_loop(pretended_gpu):
 
 @pytest.mark.parametrize("removed", [0, 1, 333, 500, 899, 900])
 def test_sparsegpt_removes_exactly_so_many(removed):
-    """The counts of unequal blocks add up to what was asked for, each within one of its share."""
     gram, weight = inputs_gram(50), weights(18, 50)
 
     changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), removed=removed, block=16)
@@ -306,7 +291,6 @@ def test_sparsegpt_removes_exactly_so_many(removed):
 
 
 def test_sparsegpt_is_the_published_loop():
-    """Block by block: the lowest scores of all rows go, then the columns are made up for."""
     gram, weight = inputs_gram(48), weights(12, 48)
 
     def choose(score, start, stop):
@@ -323,7 +307,6 @@ def test_sparsegpt_is_the_published_loop():
 
 @pytest.mark.parametrize("block", [1, 20, 128])
 def test_sparsegpt_chooses_each_run_after_the_columns_before_it(block):
-    """2:4 is decided on weights that all columns before have been made up for in."""
     gram, weight = inputs_gram(48), weights(12, 48)
 
     def choose(score, _start, _stop):
@@ -342,7 +325,6 @@ def test_sparsegpt_chooses_each_run_after_the_columns_before_it(block):
 
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 3), (5, 6)])
 def test_sparsegpt_keeps_n_of_every_m(keep, group):
-    """Exactly N of M stay in every run, also where M does not divide the block."""
     gram, weight = inputs_gram(144), weights(10, 144)
 
     changed, mask = sparsegpt(weight, inverse_factor(gram, layer="q"), keep=keep, group=group)
@@ -352,8 +334,7 @@ def test_sparsegpt_keeps_n_of_every_m(keep, group):
 
 
 @pytest.mark.parametrize("counts", [{"removed": 2000}, {"keep": 2, "group": 4}])
-def test_sparsegpt_is_the_obs_update_of_its_mask(counts):
-    """Fed with the mask that SparseGPT chose, obs_update gives SparseGPT's weights."""
+def test_fed_with_the_mask_that_sparsegpt_chose_obs_update_gives_sparsegpts_weights(counts):
     gram, weight = inputs_gram(200), weights(20, 200)
     factor = inverse_factor(gram, layer="q")
 
@@ -362,8 +343,7 @@ def test_sparsegpt_is_the_obs_update_of_its_mask(counts):
     torch.testing.assert_close(obs_update(weight, mask, factor), changed, rtol=1e-4, atol=1e-5)
 
 
-def test_sparsegpt_ties_fall_to_the_lower_index():
-    """Equal weights on equal inputs: the first of the block stay."""
+def test_equal_weights_on_equal_inputs_the_first_of_the_block_stay():
     weight = torch.ones(2, 4)
 
     _, mask = sparsegpt(weight, inverse_factor(torch.eye(4), layer="q"), removed=3)
@@ -373,7 +353,6 @@ def test_sparsegpt_ties_fall_to_the_lower_index():
 
 @pytest.mark.parametrize("counts", [{"removed": 12}, {"keep": 1, "group": 4}])
 def test_sparsegpt_removes_dead_inputs_first(counts):
-    """Weights of an input that is always 0 are free, however large they and other inputs are."""
     gram, weight = inputs_gram(24) * 1e-6, weights(12, 24)
     gram[5], gram[:, 5] = 0, 0
     weight[:, 5] = 100
@@ -395,8 +374,7 @@ def test_sparsegpt_heeds_row_weights():
     assert int((~mask).sum()) == 60
 
 
-def test_sparsegpt_takes_a_score_of_every_weight():
-    """A weight whose factor is 0 goes first, also within a run."""
+def test_a_weight_whose_factor_is_0_goes_first_also_within_a_run():
     gram, weight = inputs_gram(24), weights(6, 24)
     score = torch.ones(6, 24)
     score[:, ::4] = 0
@@ -407,8 +385,7 @@ def test_sparsegpt_takes_a_score_of_every_weight():
 
 
 @pytest.mark.parametrize("counts", [{"removed": 32 * 48}, {"keep": 2, "group": 4}])
-def test_sparsegpt_moves_the_outputs_less_than_a_wanda_mask(counts):
-    """Choosing and making up together beats zeroing by Wanda's score."""
+def test_choosing_and_making_up_together_beats_zeroing_by_wandas_score(counts):
     gram, weight = inputs_gram(96), weights(32, 96)
     wanda = weight.abs() * gram.diagonal().sqrt()
     mask = nm_mask(wanda, keep=2, group=4) if "group" in counts else keep_highest(wanda, 48)
@@ -435,8 +412,7 @@ def test_sparsegpt_repeats_its_bits():
 
 
 @pytest.mark.parametrize("updated", [True, False])
-def test_least_squares_reaches_the_closed_form(updated):
-    """Enough steps give the exact solution of the normal equations, from any start."""
+def test_enough_steps_give_the_exact_solution_of_the_normal_equations_from_any_start(updated):
     gram, weight = inputs_gram(32), weights(8, 32)
     mask = wanda_mask(weight, gram, 16)
     start = obs_update(weight, mask, inverse_factor(gram, layer="q")) if updated else weight
@@ -450,7 +426,6 @@ def test_least_squares_reaches_the_closed_form(updated):
 
 
 def test_least_squares_never_raises_the_error_of_a_row():
-    """More steps never leave a row worse off, and the first steps help all rows."""
     gram, weight = inputs_gram(64), weights(16, 64)
     mask = wanda_mask(weight, gram, 32)
     start = obs_update(weight, mask, inverse_factor(gram, layer="q"))
@@ -466,7 +441,6 @@ def test_least_squares_never_raises_the_error_of_a_row():
 
 
 def test_least_squares_gives_a_solved_row_back():
-    """A row whose error does not fall, here one without any, keeps the bits of its start."""
     gram, weight = inputs_gram(16), weights(4, 16)
     mask = wanda_mask(weight, gram, 8)
     mask[1] = True
@@ -477,8 +451,7 @@ def test_least_squares_gives_a_solved_row_back():
     assert not torch.equal(changed[0], weight[0])
 
 
-def test_least_squares_of_no_steps_is_the_start():
-    """Nothing is tried, so the start comes back, 0 where the mask is False."""
+def test_nothing_is_tried_so_the_start_comes_back_0_where_the_mask_is_false():
     gram, weight = inputs_gram(16), weights(4, 16)
     mask = wanda_mask(weight, gram, 8)
 
@@ -488,7 +461,6 @@ def test_least_squares_of_no_steps_is_the_start():
 
 
 def test_least_squares_lives_with_dead_inputs_and_rows_without_weights():
-    """Inputs that are always 0, all of them even, and empty rows give no NaN."""
     gram, weight = inputs_gram(16), weights(4, 16)
     gram[3], gram[:, 3] = 0, 0
     mask = wanda_mask(weight, gram, 8)
@@ -502,8 +474,7 @@ def test_least_squares_lives_with_dead_inputs_and_rows_without_weights():
     assert torch.equal(nothing, weight * mask)
 
 
-def test_least_squares_survives_fewer_tokens_than_inputs():
-    """A singular Gram matrix is solved with damping, and rows get no worse."""
+def test_a_singular_gram_matrix_is_solved_with_damping_and_rows_get_no_worse():
     gram, weight = inputs_gram(64, tokens=16), weights(8, 64)
     mask = wanda_mask(weight, gram, 32)
     start = obs_update(weight, mask, inverse_factor(gram, layer="q"))
@@ -514,7 +485,6 @@ def test_least_squares_survives_fewer_tokens_than_inputs():
 
 
 def test_least_squares_repeats_its_bits():
-    """The same tensors give the same bits, and bfloat16 is what it is in float32."""
     gram, weight = inputs_gram(48), weights(8, 48).bfloat16()
     mask = wanda_mask(weight.float(), gram, 24)
 

@@ -48,8 +48,7 @@ def test_style_is_applied(report_of: Any, browse: Any, tmp_path: Path) -> None:
     assert len(re.findall('<svg class="chart"', document)) == 8
 
 
-def test_hostile_page(report_of: Any, browse: Any, tmp_path: Path) -> None:
-    """A script in a name does not run."""
+def test_a_script_in_a_name_does_not_run(report_of: Any, browse: Any, tmp_path: Path) -> None:
     hostile = "<script>document.title='hacked'</script><img src=x onerror=document.title='hacked'>"
     report = report_of(title=hostile, asked={"model": hostile}, layers={}, importance={hostile: 1})
     path = tmp_path / "page.html"

@@ -29,13 +29,11 @@ def test_experts() -> None:
 
 
 @pytest.mark.parametrize("name", ["lm_head", "layers.3"])
-def test_outside_of_blocks(name: str) -> None:
-    """A linear that is in no block has none."""
+def test_a_linear_that_is_in_no_block_has_none(name: str) -> None:
     assert layer_cells({name: 1.0}, {name: 0.0})[0].block == ""
 
 
-def test_stored_and_read() -> None:
-    """What is stored of a cell is read again, with six digits."""
+def test_what_is_stored_of_a_cell_is_read_again_with_six_digits() -> None:
     (cell,) = layer_cells({"h.0.up": 1 / 3}, {"h.0.up": 0.5})
 
     assert cell.to_list() == ["h.0", "up", 0.333333, 0.5]

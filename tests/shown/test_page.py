@@ -35,8 +35,7 @@ def test_sections(page_of: Any, subject: str, sections: list[str]) -> None:
     assert [link["href"] for link in page.of("a")] == [f"#{name}" for name in sections]
 
 
-def test_asked(page_of: Any) -> None:
-    """What was asked is a table of what the collector says."""
+def test_what_was_asked_is_a_table_of_what_the_collector_says(page_of: Any) -> None:
     assert page_of().tables["The job"] == [["part", "value"], ["model", "org/name"], ["seed", "7"]]
 
 
@@ -147,16 +146,14 @@ def test_long_history(page_of: Any) -> None:
     assert "123 more trials are left out" in page.text["search"]
 
 
-def test_importance(page_of: Any) -> None:
-    """Importances are bars, the largest on top."""
+def test_importances_are_bars_the_largest_on_top(page_of: Any) -> None:
     page = page_of()
 
     assert page.drawn["importance"] == {"row share": 1, "kernel size": 1}
     assert [line for line in page.text["importances"].split("\n") if "75%" in line]
 
 
-def test_importance_of_too_few(page_of: Any) -> None:
-    """With too few candidates no importance is told, and why."""
+def test_with_too_few_candidates_no_importance_is_told_and_why(page_of: Any) -> None:
     page = page_of(importance={})
 
     assert "importance" not in page.figures
@@ -177,8 +174,7 @@ def test_confirmed(page_of: Any) -> None:
     }
 
 
-def test_searched_by_perplexity(page_of: Any) -> None:
-    """A search by perplexity has no proxy to compare with."""
+def test_a_search_by_perplexity_has_no_proxy_to_compare_with(page_of: Any) -> None:
     page = page_of(objective="perplexity")
 
     assert "confirmed" not in page.figures
@@ -249,8 +245,7 @@ def test_odd_transfers(page_of: Any) -> None:
     assert page.tables["On other models, by perplexity"] == [["model", "ria"], ["other", "-1.000"]]
 
 
-def test_models_of_one_name(page_of: Any) -> None:
-    """Models whose names differ in the folder alone are told apart."""
+def test_models_whose_names_differ_in_the_folder_alone_are_told_apart(page_of: Any) -> None:
     (one,) = page_transfers()
     page = page_of(transfers=[one, {**one, "target": "team/other"}])
 
@@ -276,8 +271,7 @@ def test_timings(page_of: Any) -> None:
     ]
 
 
-def test_settings(page_of: Any) -> None:
-    """Command, document, configuration and versions are there."""
+def test_command_document_configuration_and_versions_are_there(page_of: Any) -> None:
     page = page_of()
 
     assert page.tables["Versions"] == [["package", "value"], ["optuna", "5.0.0"]]
@@ -285,8 +279,7 @@ def test_settings(page_of: Any) -> None:
         assert text in page.text["settings"]
 
 
-def test_happened(page_of: Any) -> None:
-    """What happened to a job stands at the end, with its time."""
+def test_what_happened_to_a_job_stands_at_the_end_with_its_time(page_of: Any) -> None:
     assert "2026-01-02 03:03:00succeeded" in page_of().text["happened"]
 
 
@@ -330,8 +323,7 @@ def test_not_transferred(page_of: Any) -> None:
     assert "`pho transfer-job` does it" in page_of(transfers=[]).text["transfer"]
 
 
-def test_error(page_of: Any, empty: Any) -> None:
-    """Why a job failed stands at the top."""
+def test_why_a_job_failed_stands_at_the_top(page_of: Any, empty: Any) -> None:
     page = page_of(**{**empty, "state": "failed"}, error="The job failed in search: NaN in 4.q")
 
     assert "Search, failed." in page.text[None]
@@ -392,8 +384,7 @@ def test_nothing_is_fetched(page_of: Any) -> None:
     assert not re.search(r"https?:|\*|connect-src", policy)
 
 
-def test_policy_has_the_style(page_of: Any) -> None:
-    """A browser applies the page's own style, no other, and runs no script."""
+def test_a_browser_applies_the_pages_own_style_no_other_and_runs_no_script(page_of: Any) -> None:
     page = page_of()
     (style,) = page.styles
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()

@@ -47,8 +47,7 @@ def candidates(count: int, sign: int = 1) -> list[FrozenTrial]:
     ]
 
 
-def test_islands() -> None:
-    """Numbers count all islands in turn, and baselines are there once."""
+def test_numbers_count_all_islands_in_turn_and_baselines_are_there_once() -> None:
     island = [frozen(0, 0.5, "ria-row"), frozen(1, 0.25), frozen(2, None)]
     found = trials_of([island, island], 2)
 
@@ -77,13 +76,11 @@ def test_too_few() -> None:
     assert importances([[*candidates(ENOUGH - 1), *others, *corrections]], maximised=False) == {}
 
 
-def test_nothing_searched() -> None:
-    """Where all candidates are the same there is nothing to tell."""
+def test_where_all_candidates_are_the_same_there_is_nothing_to_tell() -> None:
     assert importances([[frozen(n, n / 10) for n in range(60)]], maximised=False) == {}
 
 
-def test_measured_in() -> None:
-    """A study keeps perplexities and divergences by trial."""
+def test_a_study_keeps_perplexities_and_divergences_by_trial() -> None:
     study = optuna.create_study()
     study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
     study.set_user_attr("divergence:4", {"divergence": 0.5, "text_sha256": "a"})
@@ -92,8 +89,7 @@ def test_measured_in() -> None:
     assert measured_in(study) == MeasuredTrials(perplexities={3: 20.0}, divergences={4: 0.5})
 
 
-def test_measured_on_several_texts() -> None:
-    """Perplexities of several texts cannot be compared: none counts."""
+def test_perplexities_of_several_texts_cannot_be_compared_none_counts() -> None:
     study = optuna.create_study()
     study.set_user_attr("perplexity:3", {"perplexity": 20.0, "text_sha256": "a"})
     study.set_user_attr("perplexity:4", {"perplexity": 10.0, "text_sha256": "b"})

@@ -31,8 +31,7 @@ def test_shown_baselines() -> None:
     assert {each.method for each in nm} == {*plain, *(f"{name}-permuted" for name in plain)}
 
 
-def test_named_baselines() -> None:
-    """A name says which steps a method takes; ``all`` stands for every one."""
+def test_a_name_says_which_steps_a_method_takes_all_stands_for_every_one() -> None:
     linears = Linears(ignore=("*.o_proj",))
     (one, two) = shown_baselines(
         ["ria-row-sequential-permuted", "sparsegpt", "sparsegpt"], NM, linears
@@ -60,8 +59,7 @@ def test_no_such_baseline(name: str, pattern: str, message: str) -> None:
         shown_baselines([name], Pattern.parse(pattern))
 
 
-def test_step_by_step() -> None:
-    """An ablation adds one step after the other, and ends with the candidate itself."""
+def test_an_ablation_adds_one_step_after_the_other_and_ends_with_the_candidate_itself() -> None:
     steps = Steps(
         linears=Linears(ignore=("*.o_proj",)),
         permutation="score",

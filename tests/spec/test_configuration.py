@@ -32,16 +32,14 @@ def changed(**changes: Any) -> dict[str, Any]:
     return document
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    """Everything comes back, numbers to the bit."""
+def test_everything_comes_back_numbers_to_the_bit(tmp_path: Path) -> None:
     write_configuration(GOOD, tmp_path / "c.json")
 
     assert read_configuration(tmp_path / "c.json") == GOOD
     assert read_configuration(str(tmp_path / "c.json")) == GOOD
 
 
-def test_of_a_transfer(tmp_path: Path) -> None:
-    """The file of a transfer is read as the configuration that it is of."""
+def test_the_file_of_a_transfer_is_read_as_the_configuration_that_it_is_of(tmp_path: Path) -> None:
     path = tmp_path / "transfer.json"
     transfer = {"format": "pho-transfer", "version": 1, "source": "x", "configuration": changed(),
                 "targets": []}  # fmt: skip
@@ -50,8 +48,7 @@ def test_of_a_transfer(tmp_path: Path) -> None:
     assert read_configuration(path) == Configuration.model_validate(changed())
 
 
-def test_candidate() -> None:
-    """A configuration gives the candidate to prune with."""
+def test_a_configuration_gives_the_candidate_to_prune_with() -> None:
     candidate = GOOD.candidate()
 
     assert candidate.pattern.scope is Scope.GLOBAL
@@ -59,15 +56,13 @@ def test_candidate() -> None:
     assert candidate.coefficients.gradient_exponent == 0
 
 
-def test_nm(tmp_path: Path) -> None:
-    """An N:M configuration is counted in rows."""
+def test_an_n_m_configuration_is_counted_in_rows(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(changed(pattern="2:4", scope="row")))
 
     assert read_configuration(tmp_path / "c.json").candidate().pattern.group == 4
 
 
-def test_by_hand(tmp_path: Path) -> None:
-    """The documented minimum is enough."""
+def test_the_documented_minimum_is_enough(tmp_path: Path) -> None:
     keys = ("format", "version", "method", "coefficients", "pattern", "scope")
     document = {key: changed()[key] for key in keys}
     (tmp_path / "c.json").write_text(json.dumps(document))
@@ -95,30 +90,26 @@ def test_refused(tmp_path: Path, document: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\x00"])
-def test_not_json(tmp_path: Path, content: str) -> None:
-    """A file that is not JSON is refused."""
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "c.json").write_text(content)
 
     with pytest.raises(ConfigurationError, match="is not JSON"):
         read_configuration(tmp_path / "c.json")
 
 
-def test_huge(tmp_path: Path) -> None:
-    """A huge file is refused before it is read."""
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(" " * (2**20 + 1))
 
     with pytest.raises(ConfigurationError, match="larger than"):
         read_configuration(tmp_path / "c.json")
 
 
-def test_missing(tmp_path: Path) -> None:
-    """A file that is not there is named."""
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="No such file"):
         read_configuration(tmp_path / "c.json")
 
 
-def test_failed_write_leaves_the_old(tmp_path: Path) -> None:
-    """Where a configuration cannot be written, what was there stays."""
+def test_where_a_configuration_cannot_be_written_what_was_there_stays(tmp_path: Path) -> None:
     folder = tmp_path / "c.json"
     folder.mkdir()
 
@@ -156,8 +147,7 @@ def test_odd_values(tmp_path: Path, value: str, message: str) -> None:
     ],
     ids=["candidates", "version", "unknown keys", "long key"],
 )
-def test_many_faults(tmp_path: Path, document: Any) -> None:
-    """However much is wrong, the message is short."""
+def test_however_much_is_wrong_the_message_is_short(tmp_path: Path, document: Any) -> None:
     (tmp_path / "c.json").write_text(json.dumps(document))
 
     with pytest.raises(ConfigurationError, match=r"c\.json") as raised:

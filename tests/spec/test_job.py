@@ -53,14 +53,12 @@ def test_search_options() -> None:
         assert {**known, "description": ""} == {**asked, "description": ""}
 
 
-def test_identity_of_options() -> None:
-    """A longer search is the same search, one with another seed is not."""
+def test_a_longer_search_is_the_same_search_one_with_another_seed_is_not() -> None:
     assert SearchOptions(trials=31).identity() == SearchOptions().identity() == {"seed": 0}
     assert SearchOptions(seed=1).identity() == {"seed": 1}
 
 
 def test_text_is_c4_by_default() -> None:
-    """Without a text or a data set the calibration is on C4, and the document says so."""
     assert spec_of().calibration.dataset == "allenai/c4"
     assert spec_of().calibration.data_file is not None
     assert spec_of(calibration={"text": "a.txt"}).calibration.dataset is None
@@ -72,8 +70,7 @@ SCORE = {
 }  # fmt: skip
 
 
-def test_several_models() -> None:
-    """Several models are searched by the proxy alone, and each is calibrated by itself."""
+def test_several_models_are_searched_by_the_proxy_alone_and_each_is_calibrated_by_itself() -> None:
     spec = spec_of(more_models=["org/two", "org/three"])
 
     assert spec.models == ["org/name", "org/two", "org/three"]
@@ -87,8 +84,7 @@ def test_several_models() -> None:
     assert JobSpec.model_validate(spec.model_dump()) == spec
 
 
-def test_warm_start() -> None:
-    """What a search begins with is in its document, and in its plan."""
+def test_what_a_search_begins_with_is_in_its_document_and_in_its_plan() -> None:
     spec = spec_of(warm_start={"found": [{"coefficients": SCORE}]})
     (point,) = spec.plan(0).warm_start
 
@@ -204,16 +200,14 @@ def test_wrong_fields(changes: dict[str, Any], place: tuple[str | int, ...]) -> 
 
 
 @pytest.mark.parametrize("field", ["model", "pattern"])
-def test_missing_fields(field: str) -> None:
-    """A job must say which model, and how much of it goes."""
+def test_a_job_must_say_which_model_and_how_much_of_it_goes(field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         JobSpec.model_validate({k: "0.5" for k in ("model", "pattern") if k != field})
 
     assert [error["loc"] for error in caught.value.errors()] == [(field,)]
 
 
-def test_all_wrong_fields_at_once() -> None:
-    """Whoever makes three mistakes hears of three."""
+def test_whoever_makes_three_mistakes_hears_of_three() -> None:
     with pytest.raises(ValidationError) as caught:
         spec_of(pattern="x", calibration={"samples": 0}, seed=-1)
 
@@ -259,8 +253,7 @@ def test_title(changes: dict[str, Any], title: str) -> None:
         {"calibration": {"memory_bytes": 2**30}},
     ],
 )  # fmt: skip
-def test_same_bundle(changes: dict[str, Any]) -> None:
-    """Jobs that differ in the search alone may share a bundle."""
+def test_jobs_that_differ_in_the_search_alone_may_share_a_bundle(changes: dict[str, Any]) -> None:
     assert spec_of(**changes).calibration_key == spec_of().calibration_key
 
 
@@ -268,8 +261,7 @@ def test_same_bundle(changes: dict[str, Any]) -> None:
     "changes",
     [{"model": "a"}, {"revision": "b"}, {"dtype": "float32"}, {"calibration": {"samples": 9}}],
 )
-def test_other_bundle(changes: dict[str, Any]) -> None:
-    """Jobs that differ in the model or the calibration may not."""
+def test_jobs_that_differ_in_the_model_or_the_calibration_may_not(changes: dict[str, Any]) -> None:
     assert spec_of(**changes).calibration_key != spec_of().calibration_key
 
 
@@ -295,8 +287,7 @@ def test_access(tmp_path: Path, changes: dict[str, Any], pointer: str) -> None:
     assert caught.value.pointer == pointer
 
 
-def test_each_model_once(tmp_path: Path) -> None:
-    """A model in other letters is the same model."""
+def test_a_model_in_other_letters_is_the_same_model(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     access = Access.of(Settings(model_roots=(tmp_path,)))
 
@@ -394,7 +385,6 @@ json_values = st.recursive(
 @examples(examples.get_profile("suite"))
 @given(documents, st.sampled_from(sorted(JobSpec.model_fields)), json_values)
 def test_anything_is_refused_in_order(document: dict[str, Any], field: str, value: Any) -> None:
-    """Whatever JSON a field holds, the document is taken or refused by a ValidationError."""
     with suppress(ValidationError):
         JobSpec.model_validate({**document, field: value})
 
@@ -411,8 +401,7 @@ def test_preset_and_steps() -> None:
     assert stored.plan(0) == spec.plan(0)
 
 
-def test_allocation_of_a_job() -> None:
-    """An allocation that is named is the only one searched, with its own spread."""
+def test_an_allocation_that_is_named_is_the_only_one_searched_with_its_own_spread() -> None:
     steps = {"allocation": {"method": "owl", "unit": "block", "spread": 0.1}}
     spec = JobSpec.model_validate(
         {"model": "m", "pattern": "0.5", "preset": "best", "steps": steps}
@@ -445,8 +434,7 @@ def several(**changes: Any) -> JobSpec:
     return JobSpec.model_validate({"model": "org/name", **changes})
 
 
-def test_several_patterns() -> None:
-    """Each has the request of a job with it alone."""
+def test_each_has_the_request_of_a_job_with_it_alone() -> None:
     spec = several(patterns=["2:4", "0.3"], preset="best", scope="row", trials=50)
     kept = JobSpec.model_validate_json(spec.model_dump_json())
 

@@ -34,13 +34,11 @@ def pruned(**fields: Any) -> list[str]:
     ids=["name", "glob", "set", "regular expression"],
 )
 def test_a_pattern_matches_whole_names(patterns: list[str], names: list[str]) -> None:
-    """A name, a glob and a regular expression choose the linears that they match in full."""
     assert pruned(targets=patterns) == names
     assert sorted(pruned(ignore=patterns) + names) == sorted(pruned())
 
 
-def test_ignore_wins() -> None:
-    """A target that is ignored stays dense, and has no sparsity by hand either."""
+def test_a_target_that_is_ignored_stays_dense_and_has_no_sparsity_by_hand_either() -> None:
     linears = Linears(
         targets=["*.0.*", "*.1.*"], ignore="*.[qk]_proj", sparsities={"*_proj": 0.25, "*.0.x": 0.1}
     )
@@ -80,8 +78,7 @@ def test_a_pattern_must_match(fields: dict[str, Any], near: str) -> None:
         Linears(**fields).choose(NAMES, HALF, model="some/model")
 
 
-def test_contradictions() -> None:
-    """Two sparsities for a linear, and nothing left to prune, are refused."""
+def test_two_sparsities_for_a_linear_and_nothing_left_to_prune_are_refused() -> None:
     twice = Linears(sparsities={"*.0.*": 0.3, "*.down_proj": 0.4})
 
     with pytest.raises(InvalidInput, match=r"model.layers.0.mlp.down_proj has two .*'\*\.0\.\*'"):
@@ -115,7 +112,6 @@ def test_what_is_no_choice(fields: dict[str, Any], rule: str) -> None:
     [("0.5", "3:4", "a share to remove"), ("2:4", 0.3, "N:4"), ("2:4", "4:8", "N:4")],
 )
 def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str) -> None:
-    """A share is for ratios, N:M for the same M: steps say so before any model is known."""
     steps = Steps(linears=Linears(sparsities={"*.down_proj": value}))
 
     with pytest.raises(InvalidInput, match=f"does not fit the pattern {pattern}. Give {rule}"):
@@ -123,15 +119,13 @@ def test_a_sparsity_fits_the_pattern(pattern: str, value: float | str, rule: str
 
 
 def test_a_slow_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A regular expression that would take years ends with a message after its time."""
     monkeypatch.setattr("pho_service.spec.pattern.SECONDS", 0.05)
 
     with pytest.raises(InvalidInput, match=r"takes more than 0.05 s on 9 names"):
         Linears(ignore=["re:(?:.|.|..)*(?<=v_proj)"]).choose(NAMES, HALF)
 
 
-def test_as_json() -> None:
-    """What is said is read back; where nothing is said, nothing is written."""
+def test_what_is_said_is_read_back_where_nothing_is_said_nothing_is_written() -> None:
     linears = Linears(targets=["*.0.*"], ignore="*.k_proj", sparsities={"*.down_proj": 0.3})
     steps = Steps(linears=linears)
 

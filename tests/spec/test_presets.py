@@ -14,8 +14,7 @@ LAYER, TWO_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.5 row", "0.5 global", "2:4", "4:8"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_search(name: str, pattern: str) -> None:
-    """Every preset can be searched in every pattern and scope."""
+def test_every_preset_can_be_searched_in_every_pattern_and_scope(name: str, pattern: str) -> None:
     parsed = Pattern.parse(*pattern.split())
     preset = Preset.of(name, parsed)
     plan = SearchRequest(pattern=parsed, steps=preset.steps, bounds=preset.bounds).plan((3, 5))
@@ -23,8 +22,7 @@ def test_every_preset_is_a_search(name: str, pattern: str) -> None:
     assert plan.pattern == parsed
 
 
-def test_published() -> None:
-    """`crepe` is the score as published: no gradient exponent, nothing beside the score."""
+def test_crepe_is_the_score_as_published_no_gradient_exponent_nothing_beside_the_score() -> None:
     preset = Preset.of("crepe", LAYER)
 
     assert preset.bounds == {"gradient_exponent": (0.0, 0.0)}
@@ -40,8 +38,7 @@ def test_kept_weights(pattern: Pattern) -> None:
     assert (best.update, best.reconstruction.wanted) == ("least-squares", True)
 
 
-def test_changed() -> None:
-    """What a user says replaces what the preset says, field by field."""
+def test_what_a_user_says_replaces_what_the_preset_says_field_by_field() -> None:
     preset = Preset.of("best", LAYER).changed({"update": "obs"}, {"row_share": (0.1, 0.2)})
 
     assert preset.steps.update == "obs"
@@ -49,8 +46,7 @@ def test_changed() -> None:
     assert preset.bounds["row_share"] == (0.1, 0.2)
 
 
-def test_changed_allocation() -> None:
-    """An allocation that a user names is the only one that is searched."""
+def test_an_allocation_that_a_user_names_is_the_only_one_that_is_searched() -> None:
     owl = Allocation(method="owl", spread=0.1)
     preset = Preset.of("best", LAYER).changed({"allocation": owl}, {})
     plan = SearchRequest(pattern=LAYER, steps=preset.steps, bounds=preset.bounds).plan((3,))
@@ -80,12 +76,10 @@ def test_shrinkage_of_a_preset() -> None:
         best.changed({**alone, "shrinkage": 3.0}, {})
 
 
-def test_default() -> None:
-    """A job without a preset is `best`."""
+def test_a_job_without_a_preset_is_best() -> None:
     assert JobSpec.model_validate({"model": "org/name", "pattern": "0.5"}).preset == "best"
 
 
-def test_unknown() -> None:
-    """Another name is refused with those that exist."""
+def test_another_name_is_refused_with_those_that_exist() -> None:
     with pytest.raises(InvalidInput, match=r"preset 'worst' is not one of score, crepe"):
         Preset.of("worst", LAYER)

@@ -15,16 +15,14 @@ PARAMS = {
 }  # fmt: skip
 
 
-def test_simplex() -> None:
-    """The two shares give three coefficients that add up to 1."""
+def test_the_two_shares_give_three_coefficients_that_add_up_to_1() -> None:
     c = SearchSpace().candidate(PARAMS, PATTERN, Steps()).coefficients
 
     assert (c.row, c.column, c.neighbourhood) == pytest.approx((0.3, 0.45, 0.25))
     assert (c.kernel_size, c.activation_exponent, c.gradient_exponent) == (9, 0.7, 0.3)
 
 
-def test_round_trip() -> None:
-    """A candidate gives back the point that it was made from."""
+def test_a_candidate_gives_back_the_point_that_it_was_made_from() -> None:
     space = SearchSpace()
 
     assert space.params(space.candidate(PARAMS, PATTERN, Steps())) == pytest.approx(
@@ -33,8 +31,7 @@ def test_round_trip() -> None:
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_baselines_fit_the_record(scope: str) -> None:
-    """Every baseline is a point of the recorded distributions."""
+def test_every_baseline_is_a_point_of_the_recorded_distributions(scope: str) -> None:
     space = SearchSpace(kernel_sizes=(5, 9))
     distributions = space.recorded_distributions()
     pattern = Pattern.parse("0.5", scope)
@@ -48,14 +45,12 @@ def test_baselines_fit_the_record(scope: str) -> None:
         )
 
 
-def test_row_scope_has_no_gradient() -> None:
-    """Within a row the Fisher weight cancels, so it is not searched."""
+def test_within_a_row_the_fisher_weight_cancels_so_it_is_not_searched() -> None:
     assert SearchSpace().fitted(Pattern.parse("2:4")).gradient_exponent == (0.0, 0.0)
     assert SearchSpace().fitted(PATTERN).gradient_exponent == (0.0, 1.0)
 
 
-def test_bounds() -> None:
-    """Bounds are read from text; one value fixes it."""
+def test_bounds_are_read_from_text_one_value_fixes_it() -> None:
     space = SearchSpace(
         **parse_bounds(["activation_exponent=0.2:0.9", "gradient_exponent=0.5", "kernel_sizes=9,3"])
     )
@@ -82,8 +77,7 @@ def test_bounds() -> None:
         ("allocation_spread=0.1:2", "0 <= low <= high <= 1 must hold"),
     ],
 )
-def test_bad_bounds(text: str, message: str) -> None:
-    """What breaks a rule is named, with the rule."""
+def test_what_breaks_a_rule_is_named_with_the_rule(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         SearchSpace(**parse_bounds([text]))
 
@@ -107,8 +101,7 @@ def test_allocation() -> None:
     )
 
 
-def test_spread_of_uniform() -> None:
-    """Where no allocation is searched, its spread has no effect and no border."""
+def test_where_no_allocation_is_searched_its_spread_has_no_effect_and_no_border() -> None:
     space = SearchSpace(allocation_spread=(0.1, 0.3)).fitted(PATTERN)
     both = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.1, 0.3))
 
@@ -120,13 +113,11 @@ def test_spread_of_uniform() -> None:
     ]
 
 
-def test_allocations_are_read_in_one_order() -> None:
-    """However they are listed, so that the same search has the same name."""
+def test_however_they_are_listed_so_that_the_same_search_has_the_same_name() -> None:
     assert parse_bounds(["allocations=fisher,uniform"]) == {"allocations": ("uniform", "fisher")}
 
 
-def test_baselines_are_never_wider() -> None:
-    """In scope row nothing that is counted over a layer may win."""
+def test_in_scope_row_nothing_that_is_counted_over_a_layer_may_win() -> None:
     methods = {
         c.method for c in search_baselines(Pattern.parse("0.5", "row"), kernel_size=3, fisher=True)
     }

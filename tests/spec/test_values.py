@@ -49,22 +49,19 @@ def test_parse_refuses(text: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_parse_refuses_scope_of_groups(scope: str) -> None:
-    """N:M counts inside groups, so no wider scope is accepted for it."""
+def test_n_m_counts_inside_groups_so_no_wider_scope_is_accepted_for_it(scope: str) -> None:
     with pytest.raises(InvalidInput, match="scope"):
         Pattern.parse("2:4", scope)
 
 
 @pytest.mark.parametrize("text", ["0.5", "2:4"])
-def test_parse_refuses_unknown_scope(text: str) -> None:
-    """An unknown scope is refused, and the message lists the known ones."""
+def test_an_unknown_scope_is_refused_and_the_message_lists_the_known_ones(text: str) -> None:
     with pytest.raises(InvalidInput, match="row, layer, global"):
         Pattern.parse(text, "model")
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.29", "2:4", "1:4"])
-def test_pattern_text(text: str) -> None:
-    """A pattern's text is what it was parsed from."""
+def test_a_patterns_text_is_what_it_was_parsed_from(text: str) -> None:
     assert str(Pattern.parse(text)) == text
 
 
@@ -88,8 +85,7 @@ def test_removed(sparsity: float, count: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["1:4", "2:4", "3:4", "4:8", "63:64"])
-def test_removed_of_groups(text: str) -> None:
-    """N:M removes exactly M - N of M."""
+def test_n_m_removes_exactly_m_n_of_m(text: str) -> None:
     keep, group = map(int, text.split(":"))
 
     assert Pattern.parse(text).removed(30 * group) == 30 * (group - keep)
@@ -107,13 +103,11 @@ def test_removed_of_any_groups() -> None:
     assert wrong == []
 
 
-def test_scope_width() -> None:
-    """Scopes widen from row over layer to global."""
+def test_scopes_widen_from_row_over_layer_to_global() -> None:
     assert [Scope(name).width for name in ("row", "layer", "global")] == [0, 1, 2]
 
 
-def test_within() -> None:
-    """A ratio can be counted in another scope; N:M stays what it is."""
+def test_a_ratio_can_be_counted_in_another_scope_n_m_stays_what_it_is() -> None:
     assert Pattern.parse("0.3", "row").within(Scope.GLOBAL) == Pattern.parse("0.3", "global")
     assert Pattern.parse("2:4").within(Scope.GLOBAL) == Pattern.parse("2:4")
 
@@ -141,8 +135,7 @@ def test_coefficients_refuse(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("normalisation", ["mean", "sum", "none"])
-def test_coefficients_refuse_all_zero(normalisation: str) -> None:
-    """At least one of row, column and neighbourhood must be positive."""
+def test_at_least_one_of_row_column_and_neighbourhood_must_be_positive(normalisation: str) -> None:
     with pytest.raises(InvalidInput, match="all zero"):
         Coefficients(
             row=0, column=0.0, neighbourhood=0,
@@ -151,16 +144,14 @@ def test_coefficients_refuse_all_zero(normalisation: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["row", "column", "neighbourhood"])
-def test_coefficients_one_is_enough(name: str) -> None:
-    """Any one of the three coefficients alone makes a score."""
+def test_any_one_of_the_three_coefficients_alone_makes_a_score(name: str) -> None:
     fields = {"row": 0.0, "column": 0.0, "neighbourhood": 0.0, name: 1e-3}
 
     assert getattr(Coefficients(**fields), name) == 1e-3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel_size", [4, 1, 0, -3, 3.0, True, "3"])
-def test_coefficients_refuse_kernel(kernel_size: object) -> None:
-    """The kernel size must be an odd whole number of at least 3."""
+def test_the_kernel_size_must_be_an_odd_whole_number_of_at_least_3(kernel_size: object) -> None:
     with pytest.raises(InvalidInput, match="kernel_size"):
         Coefficients(
             row=1, column=1, neighbourhood=1,
@@ -168,8 +159,7 @@ def test_coefficients_refuse_kernel(kernel_size: object) -> None:
         )  # fmt: skip
 
 
-def test_coefficients_refuse_normalisation() -> None:
-    """An unknown normalisation is refused, and the message lists the known ones."""
+def test_an_unknown_normalisation_is_refused_and_the_message_lists_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="mean, sum, none"):
         Coefficients(
             row=1, column=1, neighbourhood=1,
@@ -177,8 +167,7 @@ def test_coefficients_refuse_normalisation() -> None:
         )  # fmt: skip
 
 
-def test_coefficients_round_trip() -> None:
-    """Coefficients survive JSON."""
+def test_coefficients_survive_json() -> None:
     coefficients = Coefficients(
         row=0.1, column=1 / 3, neighbourhood=2, kernel_size=5, activation_exponent=0.7,
         gradient_exponent=0.5, normalisation="sum",
@@ -239,8 +228,7 @@ def test_search_baselines(pattern: Pattern, *, wide: bool) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_search_baselines_without_fisher(pattern: Pattern) -> None:
-    """Without Fisher weights no baseline uses them."""
+def test_without_fisher_weights_no_baseline_uses_them(pattern: Pattern) -> None:
     baselines = search_baselines(pattern, kernel_size=3, fisher=False)
 
     assert all(b.coefficients.gradient_exponent == 0 for b in baselines)
@@ -254,8 +242,7 @@ def test_search_baselines_kernel_size() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_baseline_names(pattern: Pattern) -> None:
-    """Every baseline's name is among the listed ones, ``crepe`` is not."""
+def test_every_baselines_name_is_among_the_listed_ones_crepe_is_not(pattern: Pattern) -> None:
     candidates = search_baselines(pattern, kernel_size=3, fisher=True)
 
     assert {candidate.method for candidate in candidates} <= set(BASELINES)
@@ -283,8 +270,7 @@ def test_objective_refuses(fields: dict[str, str]) -> None:
         Objective(**fields)
 
 
-def test_sparsity_of_groups() -> None:
-    """The sparsity of N:M is 1 - N/M, to the nearest float."""
+def test_the_sparsity_of_n_m_is_1_n_m_to_the_nearest_float() -> None:
     assert Pattern.parse("1:3").sparsity == float(Fraction(2, 3))
 
 
@@ -329,7 +315,6 @@ def test_steps_without_meaning(fields: dict[str, Any], pattern: Pattern, message
 
 @pytest.mark.parametrize("update", ["sparsegpt", "admm", "alps"])
 def test_steps_that_contradict_each_other(update: Update) -> None:
-    """An update that chooses its mask has none to re-prune; one by ADMM needs an update."""
     with pytest.raises(InvalidInput, match="repruning 'swaps' has no mask to start from"):
         Steps(repruning="swaps", update=update)
     with pytest.raises(InvalidInput, match="Take update 'least-squares', or repruning 'swaps'"):
@@ -339,8 +324,7 @@ def test_steps_that_contradict_each_other(update: Update) -> None:
 @pytest.mark.parametrize(
     "fields", [{"permutation": "best"}, {"repruning": "all"}, {"update": "adam"}]
 )
-def test_steps_refuse(fields: dict[str, str]) -> None:
-    """An unknown step is refused with those that exist."""
+def test_an_unknown_step_is_refused_with_those_that_exist(fields: dict[str, str]) -> None:
     ((name, value),) = fields.items()
 
     with pytest.raises(InvalidInput, match=f"{name} '{value}' is not one of none"):
@@ -348,8 +332,7 @@ def test_steps_refuse(fields: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1001, float("nan"), True, "1"])
-def test_shrinkage_refuses(value: Any) -> None:
-    """A shrinkage is a number in its bounds."""
+def test_a_shrinkage_is_a_number_in_its_bounds(value: Any) -> None:
     with pytest.raises(InvalidInput, match=r"shrinkage=.* is not in 0\.\.1000"):
         Steps(update="obs", shrinkage=value)
 
@@ -361,8 +344,7 @@ def test_nothing_to_shrink(fields: dict[str, Any]) -> None:
         Steps(shrinkage=2, **fields)
 
 
-def test_shrinkage_is_kept() -> None:
-    """It survives JSON and is said; where there is none, nothing says so."""
+def test_it_survives_json_and_is_said_where_there_is_none_nothing_says_so() -> None:
     steps = Steps(update="obs", shrinkage=0.5)
 
     assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
@@ -370,8 +352,7 @@ def test_shrinkage_is_kept() -> None:
     assert "shrinkage" not in Steps(update="obs").to_dict()
 
 
-def test_steps_round_trip() -> None:
-    """Steps survive JSON; what is left out has its default."""
+def test_steps_survive_json_what_is_left_out_has_its_default() -> None:
     steps = Steps(allocation=Allocation(method="curves", spread=0.3), update="obs")
 
     assert Steps.from_dict(json.loads(json.dumps(steps.to_dict()))) == steps
@@ -381,15 +362,13 @@ def test_steps_round_trip() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p}-{p.scope}")
-def test_candidates_round_trip(pattern: Pattern) -> None:
-    """Candidates survive JSON and keep their own scopes."""
+def test_candidates_survive_json_and_keep_their_own_scopes(pattern: Pattern) -> None:
     for candidate in comparison_baselines(pattern):
         stored = json.loads(json.dumps({**candidate.to_dict(), "seconds": 0.5}))
         assert Candidate.from_dict(stored, pattern) == candidate
 
 
 def test_baselines_go_through_the_steps() -> None:
-    """In a search with further steps the baselines take them too, with one sparsity everywhere."""
     steps = Steps(allocation=Allocation(method="fisher"), update="obs")
     baselines = search_baselines(
         PATTERNS[1], kernel_size=3, fisher=True, steps=steps, allocations=("fisher",)

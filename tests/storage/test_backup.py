@@ -106,8 +106,7 @@ def test_only_ours(filled: Database, empty_database: Database, tmp_path: Path) -
     assert b"theirs" not in (tmp_path / "dump").read_bytes()
 
 
-def test_not_empty(filled: Database, tmp_path: Path) -> None:
-    """Nothing is restored over what is there."""
+def test_nothing_is_restored_over_what_is_there(filled: Database, tmp_path: Path) -> None:
     back_up(filled, tmp_path / "dump")
     before = contents(filled)
 
@@ -126,10 +125,9 @@ def test_nothing(empty_database: Database, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "because"), [(0.0, "too short"), (0.02, "."), (0.9, "end of file")]
 )
-def test_truncated(
+def test_a_file_that_lacks_its_end_restores_nothing_at_all(
     filled: Database, empty_database: Database, tmp_path: Path, share: float, because: str
 ) -> None:
-    """A file that lacks its end restores nothing at all."""
     back_up(filled, tmp_path / "dump")
     whole = (tmp_path / "dump").read_bytes()
     (tmp_path / "half").write_bytes(whole[: round(share * len(whole))])

@@ -159,8 +159,7 @@ def test_same_import_twice(library: ConfigurationStore) -> None:
     assert library.all() == [entry]
 
 
-def test_other_document(library: ConfigurationStore) -> None:
-    """Another last bit is another document."""
+def test_another_last_bit_is_another_document(library: ConfigurationStore) -> None:
     added(library)
     added(library, coefficients={"row": 0.3, "ü": [None, 1]})
 
@@ -224,8 +223,7 @@ def test_keep_transfer_of_nothing(library: ConfigurationStore, owners: list[uuid
     assert library.all() == []
 
 
-def test_keep_in_the_callers_transaction(library: ConfigurationStore) -> None:
-    """What is kept is there if its transaction is."""
+def test_what_is_kept_is_there_if_its_transaction_is(library: ConfigurationStore) -> None:
     with pytest.raises(ZeroDivisionError), library.database.transaction() as connection:  # noqa: PT012
         assert keep(connection, BEST, owner_id=None, job_id=None)[1]
         raise ZeroDivisionError
@@ -263,10 +261,9 @@ def test_delete(library: ConfigurationStore, owners: list[uuid.UUID]) -> None:
     assert added(library, owners[0]).id != mine.id
 
 
-def test_considered(
+def test_of_too_many_entries_those_of_the_asked_pattern_come_first_then_the_newest(
     library: ConfigurationStore, owners: list[uuid.UUID], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of too many entries those of the asked pattern come first, then the newest."""
     monkeypatch.setattr(storage.configurations, "CONSIDERED", 4)
     patterns = ("2:4", "0.5", "2:4", "0.6", "0.6", "0.6", "0.7")
     entries = [added(library, owners[0], pattern=p, n=i) for i, p in enumerate(patterns)]
@@ -283,8 +280,7 @@ def test_considered(
     assert numbers(None) == [6, 5, 4, 3]
 
 
-def test_document_without_a_pattern(library: ConfigurationStore) -> None:
-    """An entry that names no pattern comes last."""
+def test_an_entry_that_names_no_pattern_comes_last(library: ConfigurationStore) -> None:
     library.add({"x": 1}, transfers=[], owner_id=None)
     added(library)
     library.add({"pattern": None}, transfers=[], owner_id=None)

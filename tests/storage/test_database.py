@@ -29,9 +29,7 @@ from storage.studies import (
 from storage.tables import metadata
 
 
-def test_migrated_is_as_declared(database: Database) -> None:
-    """The migrations give the tables that the code declares."""
-
+def test_the_migrations_give_the_tables_that_the_code_declares(database: Database) -> None:
     def ours(_object: object, _name: object, kind: str, reflected: bool, _other: object) -> bool:
         return not (kind == "table" and reflected and getattr(_object, "schema", None) != "pho")
 
@@ -49,8 +47,7 @@ def test_migrated_is_as_declared(database: Database) -> None:
         assert compare_metadata(context, metadata) == []
 
 
-def test_migrating_again_changes_nothing(database: Database) -> None:
-    """A second start finds everything there."""
+def test_a_second_start_finds_everything_there(database: Database) -> None:
     database.migrate()
     database.check()
 
@@ -65,8 +62,7 @@ def test_tables_of_this_version(database: Database) -> None:
         database.check_migrated()
 
 
-def test_studies_of_an_older_optuna(database: Database) -> None:
-    """Optuna's tables are brought to the version of the installed one."""
+def test_optunas_tables_are_brought_to_the_version_of_the_installed_one(database: Database) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql("DROP INDEX optuna.ix_trials_study_id")
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v3.0.0.d'")
@@ -75,8 +71,7 @@ def test_studies_of_an_older_optuna(database: Database) -> None:
         assert storage.get_current_version() == storage.get_head_version()
 
 
-def test_studies_of_a_newer_optuna(database: Database) -> None:
-    """They are not touched."""
+def test_they_are_not_touched(database: Database) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE optuna.alembic_version SET version_num = 'v9.0.0.a'")
 
@@ -84,8 +79,7 @@ def test_studies_of_a_newer_optuna(database: Database) -> None:
         database.migrate()
 
 
-def test_tables_of_a_newer_version(database: Database) -> None:
-    """Those are not touched."""
+def test_those_are_not_touched(database: Database) -> None:
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '9999'")
 
@@ -97,7 +91,6 @@ def test_tables_of_a_newer_version(database: Database) -> None:
 def test_tables_of_before_the_first_release(
     database: Database, asked: Callable[[Database], None]
 ) -> None:
-    """They are refused, with what they are, the rule and the way out, and kept."""
     with database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pho.alembic_version SET version_num = '0009'")
 
@@ -108,7 +101,6 @@ def test_tables_of_before_the_first_release(
 
 
 def test_tables_before_fields_were_left_out(database: Database) -> None:
-    """Documents of version 0010 are read on, without the fields that nothing asks for any more."""
     now = {"preset": "best", "calibration": {"samples": 6}, "warm_start": {"count": 3}}
     then = {
         "preset": "best-reconstructed", "preset_meaning": {"of": "best"},
@@ -135,8 +127,7 @@ def test_tables_before_fields_were_left_out(database: Database) -> None:
     assert (params, result) == (None, {"inputs": {"local": True}})
 
 
-def test_no_tables(postgresql: str) -> None:
-    """A database that no service has seen is waited for."""
+def test_a_database_that_no_service_has_seen_is_waited_for(postgresql: str) -> None:
     database = Database(postgresql)  # the server's own, which only holds the others
 
     with closing(database), pytest.raises(DatabaseGone, match="`pho serve` makes them"):
@@ -144,8 +135,7 @@ def test_no_tables(postgresql: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://h/d", "nonsense"])
-def test_other_databases(url: str) -> None:
-    """The service takes PostgreSQL alone."""
+def test_the_service_takes_postgresql_alone(url: str) -> None:
     with pytest.raises(StorageError, match="postgresql://user:password@host/name"):
         Database(url)
 
@@ -205,7 +195,6 @@ def test_close_while_in_use(database: Database) -> None:
 
 
 def test_studies_that_cannot_be_opened(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections are closed where Optuna fails after it has made some."""
     used: list[Any] = []
 
     def fail(_url: str, _engine: object, sessions: scoped_session[Session]) -> None:
@@ -229,8 +218,7 @@ def test_url_to_be_shown() -> None:
     )
 
 
-def test_disk_full(database: Database) -> None:
-    """A full disk is told from an outage."""
+def test_a_full_disk_is_told_from_an_outage(database: Database) -> None:
     raising = "DO $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"
     with pytest.raises(DatabaseFull, match="no space left"), database.transaction() as connection:
         connection.exec_driver_sql(raising)

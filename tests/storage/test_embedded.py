@@ -165,8 +165,7 @@ class TestFolder:
         assert Database(running).url == Database(server.url).url
         assert stopped is None
 
-    def test_running_url_of_nothing(self, folder: Path) -> None:
-        """A folder without a server has no URL."""
+    def test_a_folder_without_a_server_has_no_url(self, folder: Path) -> None:
         assert running_url(folder) is None
         assert running_url(folder / "not there") is None
 
@@ -219,16 +218,14 @@ class TestFolder:
 
         assert (folder / "file").read_text() == "here before"
 
-    def test_not_writable(self) -> None:
-        """A folder in which nothing can be made is named, even to root."""
+    def test_a_folder_in_which_nothing_can_be_made_is_named_even_to_root(self) -> None:
         with (
             pytest.raises(StorageError, match="the data folder /proc/pho cannot be used"),
             embedded_postgresql(Path("/proc/pho")),
         ):
             pass
 
-    def test_home_of_nobody(self) -> None:
-        """So is the home of a user who is not there."""
+    def test_so_is_the_home_of_a_user_who_is_not_there(self) -> None:
         with (
             pytest.raises(StorageError, match="nobody-of-this-name"),
             embedded_postgresql(Path("~nobody-of-this-name/pho")),
@@ -294,8 +291,7 @@ class TestFolder:
         assert before is None
         assert left_alone
 
-    def test_number_of_another_server(self, folder: Path, own_database: Database) -> None:
-        """So is another PostgreSQL."""
+    def test_so_is_another_postgresql(self, folder: Path, own_database: Database) -> None:
         number = Path(str(own_database.url.query["host"]), "postmaster.pid").read_text().split()[0]
         self.stale(folder, int(number))
         before = running_url(folder)
@@ -362,10 +358,9 @@ class TestOutage:
 
     @pytest.mark.parametrize("mode", ["fast", "immediate"])
     @pytest.mark.parametrize("then", ["more", "commit"])
-    def test_during_a_transaction(
+    def test_a_transaction_that_the_outage_breaks_off_says_so_and_has_done_nothing(
         self, server: Server, own_database: Database, mode: str, then: str
     ) -> None:
-        """A transaction that the outage breaks off says so, and has done nothing."""
         submit(own_database)
 
         def broken_off() -> None:
@@ -390,8 +385,7 @@ class TestOutage:
         ):
             pass
 
-    def test_nobody_there(self) -> None:
-        """A server that never was is gone as well; its password is not told."""
+    def test_a_server_that_never_was_is_gone_as_well_its_password_is_not_told(self) -> None:
         database = Database("postgresql://u:geheim@127.0.0.1:1/d")
         with pytest.raises(DatabaseGone) as caught:
             database.check()
@@ -499,10 +493,9 @@ class TestMigrate:
 
         assert found == [job]
 
-    def test_percent_sign_in_the_code_folder(
+    def test_the_migrations_are_found_wherever_pho_is_installed(
         self, empty: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The migrations are found wherever PHO is installed."""
         installed = folder / "100%(s) odd"
         shutil.copytree(Path(storage.database.__file__).parent, installed)
         monkeypatch.setattr(storage.database, "__file__", str(installed / "database.py"))

@@ -209,7 +209,6 @@ class TestSubmit:
         assert job.created_at.utcoffset() is not None
 
     def test_document_is_kept_in_its_order(self, store: JobStore) -> None:
-        """The document comes out as it went in: order, numbers, any text."""
         spec = {"z": 1, "a": [0.1, None, True], "m": {"y": "\0 \ud800 é", "b": 1e-300}}
         job = submit(store, spec)
 
@@ -236,14 +235,12 @@ class TestSubmit:
         assert everything(store) == before
 
     def test_same_key_after_an_extension(self, store: JobStore) -> None:
-        """What counts is the document that was submitted, not what the job became."""
         job = submit(store, {"trials": 10}, idempotency_key="k")
         store.ask(job.id, "extend", trials=5)
 
         assert submit_any(store, {"trials": 10}, idempotency_key="k") == (store.get(job.id), False)
 
-    def test_same_key_after_deletion(self, store: JobStore) -> None:
-        """A deleted job's key is free."""
+    def test_a_deleted_jobs_key_is_free(self, store: JobStore) -> None:
         job = submit(store, idempotency_key="k")
         store.ask(job.id, "cancel")
         remove(store, job.id)
@@ -259,7 +256,6 @@ class TestSubmit:
         assert len(store.page()) == len(runnable(store)) == 1
 
     def test_same_key_other_documents_at_once(self, store: JobStore) -> None:
-        """One of several documents wins the key; the others are told."""
         answers = together(
             *(lambda n=n: submit_any(store, {"n": n}, idempotency_key="k") for n in range(6))
         )
@@ -269,7 +265,6 @@ class TestSubmit:
         assert [job.spec for job in store.page()] == [won[0].spec]
 
     def test_same_key_while_its_job_is_deleted(self, store: JobStore) -> None:
-        """A job that is deleted the moment after its key was met does not break the request."""
         old = submit(store, idempotency_key="k")
         store.ask(old.id, "cancel")
         engine, deleted = store.database.engine, []
@@ -289,7 +284,6 @@ class TestSubmit:
         assert [j.id for j in store.page()] == [job.id]
 
     def test_keys_of_owners_are_their_own(self, store: JobStore) -> None:
-        """The same idempotency key of two owners, or of nobody, is three keys."""
         owners = [KeyStore(store.database).create(n, sees_all=False)[0].id for n in "ab"]
         made = [
             submit(store, {"of": str(owner)}, owner_id=owner, idempotency_key="k")
@@ -299,7 +293,6 @@ class TestSubmit:
         assert len({job.id for job in made}) == 3
 
     def test_no_key_is_no_key(self, store: JobStore) -> None:
-        """Without a key, the same document makes another job, with another name."""
         one, two = submit(store), submit(store)
 
         assert one.id != two.id
@@ -324,14 +317,12 @@ class TestSubmit:
 
         assert submit(store, max_unfinished=1, idempotency_key="k").state is JobState.QUEUED
 
-    def test_limit_and_an_earlier_job(self, store: JobStore) -> None:
-        """At the limit, a repeated request still gets its job."""
+    def test_at_the_limit_a_repeated_request_still_gets_its_job(self, store: JobStore) -> None:
         job = submit(store, max_unfinished=1, idempotency_key="k")
 
         assert submit_any(store, max_unfinished=1, idempotency_key="k") == (job, False)
 
     def test_limit_counts_what_is_not_over(self, store: JobStore) -> None:
-        """Paused jobs count; cancelled, failed and succeeded ones do not."""
         succeeded(store)
         store.fail(begun(store), ERROR, retry=False)
         store.ask(submit(store).id, "cancel")
@@ -341,8 +332,7 @@ class TestSubmit:
 
         assert len(store.page()) == 4
 
-    def test_limit_is_each_owners(self, store: JobStore) -> None:
-        """One owner's jobs do not count for another, nor for nobody."""
+    def test_one_owners_jobs_do_not_count_for_another_nor_for_nobody(self, store: JobStore) -> None:
         owner = KeyStore(store.database).create("a", sees_all=False)[0].id
         submit(store, max_unfinished=1)
         submit(store, max_unfinished=1, owner_id=owner)
@@ -368,8 +358,6 @@ class TestSubmit:
     def test_whole_or_not_at_all(
         self, store: JobStore, monkeypatch: pytest.MonkeyPatch, written: bool
     ) -> None:
-        """If the queue takes no entry, or something fails after it did, there is no job either."""
-
         def broken(*args: Any, **kwargs: Any) -> int:
             if written:
                 enqueue(*args, **kwargs)
@@ -429,8 +417,7 @@ class TestReading:
 
         assert [job.id for job in seen] == [job.id for job in reversed(made)]
 
-    def test_filters_together(self, store: JobStore) -> None:
-        """States, owner, cursor and limit hold all at once."""
+    def test_states_owner_cursor_and_limit_hold_all_at_once(self, store: JobStore) -> None:
         mine = KeyStore(store.database).create("a", sees_all=False)[0].id
         made = [submit(store, owner_id=owner) for owner in (mine, mine, None, mine, mine)]
         store.ask(made[3].id, "cancel")
@@ -456,8 +443,7 @@ class TestReading:
 
         assert everything(store) == before
 
-    def test_unknown(self, store: JobStore) -> None:
-        """A job that never was is not found, and has no events."""
+    def test_a_job_that_never_was_is_not_found_and_has_no_events(self, store: JobStore) -> None:
         with pytest.raises(NoSuchJob):
             store.get(uuid.uuid4())
 
@@ -509,8 +495,7 @@ class TestClaim:
         assert everything(store) == before
         assert claim(store, stage).attempt == 1
 
-    def test_entry_of_another_stage(self, store: JobStore) -> None:
-        """An entry gives a right to its own stage alone."""
+    def test_an_entry_gives_a_right_to_its_own_stage_alone(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         before = everything(store)
 
@@ -518,7 +503,6 @@ class TestClaim:
         assert everything(store) == before
 
     def test_outdated_entry_and_a_dead_worker(self, store: JobStore) -> None:
-        """An outdated entry does not count a failure against a stage that is running."""
         job = submit(store)
         stage = job.stages[0].id
         outdated = queue_id(store, stage)
@@ -581,8 +565,7 @@ class TestClaim:
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
         assert job.finished_at is not None
 
-    def test_after_dead_workers(self, store: JobStore) -> None:
-        """Once a job has failed, its entry does nothing more."""
+    def test_once_a_job_has_failed_its_entry_does_nothing_more(self, store: JobStore) -> None:
         first = begun(store, max_attempts=1)
         entry = queue_id(store, first.stage.id)
         store.claim(first.stage.id, entry, WORKER)
@@ -592,7 +575,6 @@ class TestClaim:
         assert everything(store) == before
 
     def test_given_back_is_no_failure(self, store: JobStore) -> None:
-        """A stage that its worker put down comes again with no failure."""
         first = begun(store, max_attempts=1)
 
         assert store.hand_back(first) is True
@@ -600,7 +582,6 @@ class TestClaim:
         assert (again.attempt, again.stage.failures) == (2, 0)
 
     def test_cut_off_from_the_queue(self, store: JobStore) -> None:
-        """A worker that the queue takes for dead keeps its stage as long as it reports."""
         stage = begun(store).stage.id
         entry = queue_id(store, stage)
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
@@ -625,7 +606,6 @@ class TestClaim:
         assert runnable(store) == [stage]
 
     def test_put_down_and_not_taken_out(self, store: JobStore) -> None:
-        """A stage that a living worker has put down is given again: nobody works on it."""
         first = begun(store)
         store.enter_worker(WORKER, name="worker", device="cpu", kinds=[CALIBRATE.kind])
         store.hand_back(first)
@@ -637,7 +617,6 @@ class TestClaim:
     def test_dead_worker_of_a_job_on_its_way_out(
         self, store: JobStore, verb: str, then: str
     ) -> None:
-        """The entry of a dead worker settles a job that was to pause or to be cancelled."""
         first = begun(store)
 
         assert store.ask(first.job.id, verb).state == f"{verb.removesuffix('e')}" + (
@@ -649,8 +628,7 @@ class TestClaim:
         assert (job.stages[0].state, job.stages[0].worker_id) == (StageState.WAITING, None)
         assert told(store, job.id)[-1] == {"state": then}
 
-    def test_one_of_two_workers_died(self, store: JobStore) -> None:
-        """A job is settled only when its last worker is out."""
+    def test_a_job_is_settled_only_when_its_last_worker_is_out(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         store.ask(one.job.id, "pause")
         store.claim(one.stage.id, queue_id(store, one.stage.id), OTHER)
@@ -778,7 +756,6 @@ class TestLostClaim:
         assert everything(store) == before
 
     def test_the_new_attempt_is_unharmed(self, store: JobStore) -> None:
-        """After all that an old attempt tries, the new one goes on and finishes."""
         lost = begun(store)
         taken = claim(store, lost.stage.id, OTHER)
         for write in WRITES.values():
@@ -792,8 +769,7 @@ class TestLostClaim:
 class TestFence:
     """What is written elsewhere, by Optuna, is written by the stage's worker alone."""
 
-    def test_holds_off_a_claim(self, store: JobStore) -> None:
-        """Nobody gets the stage until the fence is left."""
+    def test_nobody_gets_the_stage_until_the_fence_is_left(self, store: JobStore) -> None:
         first = begun(store)
         with ThreadPoolExecutor(1) as pool:
             with store.fence(first):
@@ -825,7 +801,6 @@ class TestFence:
         assert store.get(first.job.id).stages[0].attempt == 21
 
     def test_does_not_hold_off_users(self, store: JobStore) -> None:
-        """A job can be paused, looked at and extended while a worker writes elsewhere."""
         (search, *_) = islands(store, 2)
         with ThreadPoolExecutor(1) as pool, store.fence(search):
             pausing = pool.submit(store.ask, search.job.id, "pause").result(10)
@@ -835,8 +810,7 @@ class TestFence:
         assert [j.state for j in (pausing, resumed, extended)] == ["pausing", "running", "running"]
         assert extended.trials == 15
 
-    def test_does_not_hold_off_other_stages(self, store: JobStore) -> None:
-        """The other islands go on meanwhile."""
+    def test_the_other_islands_go_on_meanwhile(self, store: JobStore) -> None:
         one, two = islands(store, 2)
         with ThreadPoolExecutor(1) as pool, store.fence(one):
             done = pool.submit(store.complete, two, {}, then=[CONFIRM]).result(10)
@@ -885,7 +859,6 @@ class TestWork:
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
     def test_progress_tells_of_a_verb(self, store: JobStore, verb: str) -> None:
-        """A worker hears at its next progress that the job is to stop."""
         taken = begun(store)
         asked = store.ask(taken.job.id, verb).state
 
@@ -919,8 +892,7 @@ class TestWork:
         assert after[1][:2] == before[1][:2]
         assert after[3] == before[3]
 
-    def test_then_waits_for_the_rest(self, store: JobStore) -> None:
-        """What follows the islands is made by the last of them."""
+    def test_what_follows_the_islands_is_made_by_the_last_of_them(self, store: JobStore) -> None:
         claims = islands(store, 3)
         made = []
         for search in claims:
@@ -953,7 +925,6 @@ class TestWork:
             assert claim(store, confirm.id).attempt == 1
 
     def test_islands_and_an_extension_at_once(self, store: JobStore) -> None:
-        """Extended while its islands end, a job either searches on or was too late, never both."""
         for _ in range(8):
             claims = islands(store, 2)
             *done, extended = together(
@@ -1005,8 +976,7 @@ class TestWork:
         assert not waiting
         assert runnable(store).count(search) == 1
 
-    def test_end_while_cancelling(self, store: JobStore) -> None:
-        """A stage that ends while its job is cancelled cancels it."""
+    def test_a_stage_that_ends_while_its_job_is_cancelled_cancels_it(self, store: JobStore) -> None:
         first = begun(store)
         store.ask(first.job.id, "cancel")
         store.complete(first, {}, then=[NewStage(kind=StageKind.SEARCH)])
@@ -1040,8 +1010,7 @@ class TestWork:
         assert job.stages[0].state is StageState.DONE
         assert told(store, job.id)[-1] == {"state": "cancelled"}
 
-    def test_transfer_cancelled_at_the_end(self, store: JobStore) -> None:
-        """So it is with a transfer."""
+    def test_so_it_is_with_a_transfer(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "cancel")
         store.complete(
@@ -1082,8 +1051,7 @@ class TestWork:
         assert job.stages[0].state is StageState.FAILED
         assert told(store, job.id)[-1] == {"state": "failed", "error": job.error}
 
-    def test_dead_workers_and_errors_count_together(self, store: JobStore) -> None:
-        """An attempt is an attempt, however it ended."""
+    def test_an_attempt_is_an_attempt_however_it_ended(self, store: JobStore) -> None:
         first = begun(store, max_attempts=2)
         second = claim(store, first.stage.id)
 
@@ -1100,7 +1068,6 @@ class TestWork:
     @pytest.mark.parametrize("retry", [False, True])
     @pytest.mark.parametrize(("verb", "then"), [("pause", "paused"), ("cancel", "cancelled")])
     def test_fail_on_the_way_out(self, store: JobStore, verb: str, then: str, retry: bool) -> None:
-        """A failure while pausing or being cancelled does not stop that; nothing comes again."""
         taken = begun(store)
         store.ask(taken.job.id, verb)
 
@@ -1228,8 +1195,7 @@ class TestShare:
 class TestResume:
     """What was put down is taken up again, once."""
 
-    def test_handed_back_before(self, store: JobStore) -> None:
-        """Pause, put down, resume: one entry stands for the stage."""
+    def test_pause_put_down_resume_one_entry_stands_for_the_stage(self, store: JobStore) -> None:
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         again = store.hand_back(taken)
@@ -1241,7 +1207,6 @@ class TestResume:
         assert claim(store, taken.stage.id).stage.failures == 0
 
     def test_resumed_before_it_was_handed_back(self, store: JobStore) -> None:
-        """Pause, resume, put down: the worker's own entry comes again, and no other."""
         taken = begun(store)
         entry = queue_id(store, taken.stage.id)
         before = everything(store)[3]
@@ -1253,7 +1218,6 @@ class TestResume:
         assert everything(store)[3] == before
 
     def test_resumed_before_it_was_noticed(self, store: JobStore) -> None:
-        """A worker that never noticed a pause works on undisturbed."""
         taken = begun(store)
         store.ask(taken.job.id, "pause")
         store.ask(taken.job.id, "resume")
@@ -1261,8 +1225,7 @@ class TestResume:
         assert store.progress(taken, done=1, elapsed_s=1.0, best_value=None).may_work
         assert store.complete(taken, {})
 
-    def test_twice(self, store: JobStore) -> None:
-        """Resumed twice, a job still has one entry."""
+    def test_resumed_twice_a_job_still_has_one_entry(self, store: JobStore) -> None:
         job = submit(store)
         store.ask(job.id, "pause")
         store.ask(job.id, "resume")
@@ -1325,7 +1288,6 @@ class TestResume:
         ]  # fmt: skip
 
     def test_failed_begins_a_new_attempt(self, store: JobStore) -> None:
-        """After a resume, an attempt of before the failure is still fenced off."""
         taken = begun(store)
         store.fail(taken, ERROR, retry=False)
         store.ask(taken.job.id, "resume")
@@ -1336,7 +1298,6 @@ class TestResume:
             store.complete(taken, {})
 
     def test_failed_with_a_busy_worker(self, store: JobStore) -> None:
-        """An island that still ran when another failed is not begun a second time."""
         one, two = islands(store, 2)
         store.fail(one, ERROR, retry=False)
         entry = queue_id(store, two.stage.id)
@@ -1566,7 +1527,6 @@ class TestDelete:
             store.get(job.id)
 
     def test_what_else_there_is_of_it(self, store: JobStore) -> None:
-        """The caller gets the job, still there for all, to delete first what is elsewhere."""
         job = succeeded(store)
         before = everything(store)
         with store.deleting(job.id) as going:
@@ -1588,8 +1548,7 @@ class TestDelete:
         assert after == before
         assert store.page() == []
 
-    def test_twice(self, store: JobStore) -> None:
-        """A deleted job cannot be deleted again."""
+    def test_a_deleted_job_cannot_be_deleted_again(self, store: JobStore) -> None:
         job = succeeded(store)
         remove(store, job.id)
         with pytest.raises(NoSuchJob):
@@ -1608,8 +1567,7 @@ class TestDelete:
             with pytest.raises(NoSuchJob):
                 second.result(10)
 
-    def test_resumed_at_once(self, store: JobStore) -> None:
-        """A job is deleted or resumed, never both."""
+    def test_a_job_is_deleted_or_resumed_never_both(self, store: JobStore) -> None:
         taken = begun(store)
         store.fail(taken, ERROR, retry=False)
         with ThreadPoolExecutor(1) as pool:
@@ -1625,8 +1583,7 @@ class TestDelete:
 class TestEvents:
     """Whoever reads the events after the last one that was seen misses none."""
 
-    def test_after_and_limit(self, store: JobStore) -> None:
-        """Page by page, each event comes once, in order."""
+    def test_page_by_page_each_event_comes_once_in_order(self, store: JobStore) -> None:
         taken = begun(store)
         for done in range(5):
             store.progress(taken, done=done, elapsed_s=1.0, best_value=None)
@@ -1640,8 +1597,7 @@ class TestEvents:
         assert len(whole) == 8
         assert [e.id for e in whole] == sorted(e.id for e in whole)
 
-    def test_of_one_job(self, store: JobStore) -> None:
-        """A job's events are its own."""
+    def test_a_jobs_events_are_its_own(self, store: JobStore) -> None:
         one, two = submit(store), begun(store)
 
         assert told(store, one.id) == [{"state": "queued"}]
@@ -1695,8 +1651,7 @@ class TestWorkers:
                 .values(heartbeat_at=func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds))
             )
 
-    def test_idle(self, store: JobStore) -> None:
-        """A worker that reported is listed, with nothing to do."""
+    def test_a_worker_that_reported_is_listed_with_nothing_to_do(self, store: JobStore) -> None:
         self.enter(store)
         (record,) = store.workers(alive_s=30)
 
@@ -1705,8 +1660,7 @@ class TestWorkers:
         assert (record.job_id, record.stage) == (None, None)
         assert record.heartbeat_at.utcoffset() is not None
 
-    def test_alive(self, store: JobStore) -> None:
-        """Only those that reported lately are listed."""
+    def test_only_those_that_reported_lately_are_listed(self, store: JobStore) -> None:
         self.enter(store)
         self.enter(store, OTHER)
         self.late(store, OTHER, 31)
@@ -1753,8 +1707,7 @@ class TestWorkers:
         assert store.give_again(queue_id(store, stage), alive_s=60.0)
         assert runnable(store) == [stage]
 
-    def test_busy(self, store: JobStore) -> None:
-        """A worker's job and stage are listed while it is at it."""
+    def test_a_workers_job_and_stage_are_listed_while_it_is_at_it(self, store: JobStore) -> None:
         self.enter(store)
         self.enter(store, OTHER)
         taken = begun(store)
@@ -1775,10 +1728,9 @@ class TestWorkers:
         ],
         ids=["complete", "succeed", "retry", "fail", "hand_back", "taken over", "worker lost"],
     )
-    def test_not_busy_any_more(
+    def test_a_worker_whose_stage_has_ended_or_was_given_away_is_idle(
         self, store: JobStore, stop: Callable[[JobStore, Claim], Any]
     ) -> None:
-        """A worker whose stage has ended or was given away is idle."""
         self.enter(store)
         taken = begun(store)
         stop(store, taken)

@@ -45,8 +45,7 @@ def store(database: Database) -> KeyStore:
     return KeyStore(database)
 
 
-def test_found(store: KeyStore) -> None:
-    """A key is found by its secret, with all that is known of it."""
+def test_a_key_is_found_by_its_secret_with_all_that_is_known_of_it(store: KeyStore) -> None:
     key, secret = store.create("mine", sees_all=True)
 
     assert store.find(secret) == key
@@ -86,8 +85,7 @@ def test_all(store: KeyStore) -> None:
     assert store.all() == [made[0], revoked, made[2]]
 
 
-def test_none(store: KeyStore) -> None:
-    """Without keys, none is listed, none is found, and none exists."""
+def test_without_keys_none_is_listed_none_is_found_and_none_exists(store: KeyStore) -> None:
     assert store.all() == []
     assert store.find("pho_x") is None
     assert not store.exist()
@@ -181,8 +179,7 @@ def submitted(store: KeyStore, owner: uuid.UUID | None, *, idempotency_key: str)
     return job.id
 
 
-def test_revoked_twice(store: KeyStore) -> None:
-    """Revoked again, a key stays revoked since the first time."""
+def test_revoked_again_a_key_stays_revoked_since_the_first_time(store: KeyStore) -> None:
     key, secret = store.create("mine", sees_all=False)
     first = store.revoke(key.prefix)
 
@@ -203,7 +200,6 @@ def test_revoke_nothing(store: KeyStore, prefix: str) -> None:
 
 
 def test_revoke_by_a_prefix_of_two(store: KeyStore) -> None:
-    """Two keys that begin alike are not revoked by how they begin, but by their ids."""
     made = [store.create(name, sees_all=False) for name in "ab"]
     with store.database.transaction() as connection:
         connection.execute(update(keys).values(prefix="pho_same00"))
@@ -222,8 +218,7 @@ def test_exist_after_revocation(store: KeyStore) -> None:
     assert store.exist()
 
 
-def test_jobs_of_a_revoked_key(store: KeyStore) -> None:
-    """The jobs of a revoked key stay, and stay its own."""
+def test_the_jobs_of_a_revoked_key_stay_and_stay_its_own(store: KeyStore) -> None:
     key, _ = store.create("mine", sees_all=False)
     of_all = JobStore(store.database)
     first = NewStage(kind=StageKind.CALIBRATE)
@@ -241,8 +236,7 @@ def test_weird_secrets(store: KeyStore, secret: str) -> None:
     assert store.find(secret) is None
 
 
-def test_nearly(store: KeyStore) -> None:
-    """A secret is found whole and as it is, or not at all."""
+def test_a_secret_is_found_whole_and_as_it_is_or_not_at_all(store: KeyStore) -> None:
     key, secret = store.create("mine", sees_all=True)
     near = [secret[:-1], secret + " ", " " + secret, secret.swapcase(), key.prefix, str(key.id)]
 
@@ -250,8 +244,7 @@ def test_nearly(store: KeyStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "é" * 1000, "'; DROP TABLE keys", "%s\n{x}"])
-def test_weird_names(store: KeyStore, name: str) -> None:
-    """A key may be called anything."""
+def test_a_key_may_be_called_anything(store: KeyStore, name: str) -> None:
     key, _ = store.create(name, sees_all=False)
 
     assert [k.name for k in store.all()] == [key.name] == [name]

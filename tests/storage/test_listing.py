@@ -122,8 +122,7 @@ def test_facets(store: JobStore, submit: Submit) -> None:
     assert store.facets(JobFilter(models=["org/c"]), limit=2).models == [("org/c", 1), ("org/a", 3)]
 
 
-def test_columns() -> None:
-    """Searches, transfers, several patterns and targets are found by all that they name."""
+def test_searches_transfers_several_patterns_and_targets_are_found_by_all_that_they_name() -> None:
     transfer = {"models": ["m", "n"], "configuration": {"pattern": "2:4"}}
     best = {
         "perplexities": {"dense": 20.0, "pruned": 25.0, "ria": 40.0, "wanda": None},

@@ -52,8 +52,7 @@ def test_one_at_a_time(database: Database) -> None:
     assert entered == ["other", 1, 2]
 
 
-def test_left_by_an_error(database: Database) -> None:
-    """Whoever leaves by an error, or gives up waiting, holds up nobody."""
+def test_whoever_leaves_by_an_error_or_gives_up_waiting_holds_up_nobody(database: Database) -> None:
     with pytest.raises(RuntimeError), taking_turns(database, "bundle", stop):
         raise RuntimeError
     with (
@@ -82,8 +81,7 @@ def test_frozen(database: Database) -> None:
         pass
 
 
-def test_without_a_database(caplog: pytest.LogCaptureFixture) -> None:
-    """While the database is away all go on, and say so."""
+def test_while_the_database_is_away_all_go_on_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     with (
         closing(Database("postgresql://u:p@127.0.0.1:1/x")) as gone,
         taking_turns(gone, "bundle", stop),

@@ -334,7 +334,6 @@ class TestWatched:
     def test_stopped_while_it_cannot_start(
         self, folder: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """One that does not start again is tried again, and stops when it is told to."""
         with embedded_postgresql(folder):
             server = Postmaster(folder / "postgresql")
             control = server.folder / "global" / "pg_control"

@@ -114,8 +114,7 @@ class TestEntries:
 
         assert (found.id, found.task_name, found.task_kwargs) == (entry, TASK, {"stage_id": 17})
 
-    def test_rolled_back(self, database: Database) -> None:
-        """An entry of a transaction that fails was never there."""
+    def test_an_entry_of_a_transaction_that_fails_was_never_there(self, database: Database) -> None:
         with suppress(ZeroDivisionError), database.transaction() as connection:
             enqueue(connection, 1, SEARCH, priority=0, lock=None)
             raise ZeroDivisionError
@@ -162,15 +161,13 @@ class TestOrder:
 
         assert in_order(database) == [2, 1]
 
-    def test_first_come(self, database: Database) -> None:
-        """Of the same kind and priority, the oldest goes first."""
+    def test_of_the_same_kind_and_priority_the_oldest_goes_first(self, database: Database) -> None:
         for stage_id in (5, 3, 4):
             put(database, stage_id, SEARCH)
 
         assert in_order(database) == [5, 3, 4]
 
-    def test_kinds_of_a_worker(self, database: Database) -> None:
-        """A worker gets only the kinds that it does."""
+    def test_a_worker_gets_only_the_kinds_that_it_does(self, database: Database) -> None:
         put(database, 1, FINISH)
         put(database, 2, SEARCH)
 
@@ -200,7 +197,6 @@ class TestOrder:
         assert (fetch(database) or ())[1:] == (2,)
 
     def test_lock_of_a_dead_worker(self, database: Database) -> None:
-        """When the entry of a dead worker comes again, it has the lock before the others."""
         put(database, 1, CALIBRATE, lock="a")
         put(database, 2, CALIBRATE, lock="a")
         given = fetch(database)
@@ -242,8 +238,7 @@ class TestOrder:
         assert in_order(database) == [waiting.stages[0].id, islands[0].id, islands[2].id]
 
     @pytest.mark.parametrize("verb", ["pause", "cancel"])
-    def test_turn_of_a_job_that_may_not_work(self, database: Database, verb: str) -> None:
-        """Its search is put down, and nothing waits."""
+    def test_its_search_is_put_down_and_nothing_waits(self, database: Database, verb: str) -> None:
         store = JobStore(database)
         entry, claim = taken(store, submitted(store, 0))
         store.ask(claim.job.id, verb)
@@ -269,7 +264,6 @@ class TestOrder:
         assert not store.another_waits(claim, [CALIBRATE])
 
     def test_another_waits_for_somebody_else(self, database: Database) -> None:
-        """A stage that waits for one with the same lock does not wait for a worker."""
         store = JobStore(database)
         _, claim = taken(store, submitted(store, 0))
         taken(store, submitted(store, 1, lock="a"))
@@ -278,7 +272,6 @@ class TestOrder:
         assert not store.another_waits(claim, [CALIBRATE])
 
     def test_lock_of_a_paused_job(self, database: Database) -> None:
-        """A paused job does not hold the lock against others: its entry goes and does nothing."""
         store = JobStore(database)
         first = NewStage(kind=CALIBRATE, lock="a")
         paused, waiting = (
@@ -319,8 +312,7 @@ class TestUrls:
     """What a user writes into the URL gets to where the connections are made."""
 
     @pytest.mark.parametrize("password", PASSWORDS)
-    def test_password_for_libpq(self, password: str) -> None:
-        """libpq gets the password that was meant, whatever is in it."""
+    def test_libpq_gets_the_password_that_was_meant_whatever_is_in_it(self, password: str) -> None:
         url = BASE.set(password=password).render_as_string(hide_password=False)
         parsed = conninfo_to_dict(Database(url).conninfo)
 
@@ -328,23 +320,20 @@ class TestUrls:
         assert (parsed["user"], parsed["host"], parsed["dbname"]) == ("u", "h", "d")
 
     @pytest.mark.parametrize("password", PASSWORDS)
-    def test_password_for_optuna(self, password: str) -> None:
-        """So does Optuna."""
+    def test_so_does_optuna(self, password: str) -> None:
         url = BASE.set(password=password).render_as_string(hide_password=False)
 
         assert make_url(Database(url).studies_url).password == password
 
     @pytest.mark.parametrize("host", ["/a/with space", "/a/with+plus", "/a/100%41", "/a/b&c=d"])
-    def test_socket_folder(self, host: str) -> None:
-        """A server's socket folder may be called anything."""
+    def test_a_servers_socket_folder_may_be_called_anything(self, host: str) -> None:
         url = BASE.set(host=None).update_query_dict({"host": host}).render_as_string()
         database = Database(url)
 
         assert make_url(database.studies_url).query["host"] == host
         assert conninfo_to_dict(database.conninfo)["host"] == host
 
-    def test_several_hosts(self) -> None:
-        """A URL may name several hosts, of which one is the primary."""
+    def test_a_url_may_name_several_hosts_of_which_one_is_the_primary(self) -> None:
         query = "host=h1:5432&host=h2:5433&target_session_attrs=primary"
         parsed = conninfo_to_dict(Database(f"postgresql://u:p@/d?{query}").conninfo)
 
@@ -358,8 +347,7 @@ class TestUrls:
             Database(f"postgresql://u:p@{place}/d")
 
     @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-    def test_scheme(self, scheme: str) -> None:
-        """All ways to write PostgreSQL mean the same."""
+    def test_all_ways_to_write_postgresql_mean_the_same(self, scheme: str) -> None:
         database = Database(f"{scheme}://u:p@h/d?sslmode=require")
 
         assert conninfo_to_dict(database.conninfo)["sslmode"] == "require"
@@ -379,8 +367,7 @@ class TestUrls:
 
         assert shown == ["54321ms", "5MB", "procrastinate"]
 
-    def test_options_of_the_queue(self, database: Database) -> None:
-        """So they are by the queue's."""
+    def test_so_they_are_by_the_queues(self, database: Database) -> None:
         given = Database(database.url.render_as_string() + self.OPTIONS)
         with psycopg.connect(given.conninfo) as connection:
             shown = [

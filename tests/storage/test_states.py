@@ -83,16 +83,14 @@ def test_transition(verb: str, state: JobState, busy: bool, then: JobState) -> N
     assert settled(asked, busy=busy) is then
 
 
-def test_every_pair_is_allowed_or_refused() -> None:
-    """The table knows the verbs and transitions of the drawing, and no others."""
+def test_the_table_knows_the_verbs_and_transitions_of_the_drawing_and_no_others() -> None:
     known = {(verb, state.value) for verb, states in VERBS.items() for state in states}
 
     assert known == set(EXPECTED)
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_busy_jobs_are_not_settled(state: JobState) -> None:
-    """Nothing is settled while a worker is busy."""
+def test_nothing_is_settled_while_a_worker_is_busy(state: JobState) -> None:
     assert settled(state, busy=True) is state
 
 
@@ -106,16 +104,14 @@ def test_idle_jobs_are_settled(state: JobState) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("state", JobState)
-def test_settled_is_settled(state: JobState, busy: bool) -> None:
-    """Settling twice is settling once."""
+def test_settling_twice_is_settling_once(state: JobState, busy: bool) -> None:
     once = settled(state, busy=busy)
 
     assert settled(once, busy=busy) is once
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_asking_twice(verb: str) -> None:
-    """What was granted may be asked for again, and then changes no state."""
+def test_what_was_granted_may_be_asked_for_again_and_then_changes_no_state(verb: str) -> None:
     for state, then in VERBS[verb].items():
         for busy in (False, True):
             arrived = settled(then, busy=busy)
@@ -123,8 +119,7 @@ def test_asking_twice(verb: str) -> None:
             assert settled(VERBS[verb][arrived], busy=busy) is arrived, state
 
 
-def test_nothing_leaves_cancelled() -> None:
-    """A cancelled job can only be deleted."""
+def test_a_cancelled_job_can_only_be_deleted() -> None:
     leaving = [verb for verb in VERBS if VERBS[verb].get(JobState.CANCELLED, None)]
 
     assert leaving == ["cancel", "delete"]

@@ -14,8 +14,7 @@ from sqlalchemy import event
 from storage.studies import StorageError, open_storage, open_study
 
 
-def test_write_ahead_log(tmp_path: Path) -> None:
-    """SQLite files are in write-ahead logging, which makes a commit cheap."""
+def test_sqlite_files_are_in_write_ahead_logging_which_makes_a_commit_cheap(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     with open_storage(f"sqlite:///{path}") as storage:
         open_study(storage, "a", direction="minimize")
@@ -26,8 +25,7 @@ def test_write_ahead_log(tmp_path: Path) -> None:
     assert mode == "wal"
 
 
-def test_kept(tmp_path: Path) -> None:
-    """A study is there when it is opened again."""
+def test_a_study_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with open_storage(url) as storage:
         open_study(storage, "a", direction="minimize").add_trial(create_trial(value=1.5))
@@ -112,14 +110,12 @@ def test_other_distributions(tmp_path: Path) -> None:
         ("sqlite:////no/such/folder/study.db", "the folder /no/such/folder does not exist"),
     ],
 )
-def test_bad_url(url: str, message: str) -> None:
-    """A URL that cannot work is refused with the way out."""
+def test_a_url_that_cannot_work_is_refused_with_the_way_out(url: str, message: str) -> None:
     with pytest.raises(StorageError, match=message), open_storage(url):
         pass
 
 
-def test_not_a_database(tmp_path: Path) -> None:
-    """A file of another kind is left alone."""
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes, dear to me, and long enough to be no database header " * 10)
     before = path.read_bytes()
@@ -147,8 +143,7 @@ def execute(url: str, script: str) -> None:
         connection.executescript(script)
 
 
-def test_tables_of_an_older_optuna(older: str) -> None:
-    """They are refused with the way out, which leaves the studies as they are."""
+def test_they_are_refused_with_the_way_out_which_leaves_the_studies_as_they_are(older: str) -> None:
     with (
         pytest.raises(StorageError, match=r"version v3\.0\.0\.d,.*`optuna storage upgrade"),
         open_storage(older),
@@ -163,8 +158,7 @@ def test_tables_of_an_older_optuna(older: str) -> None:
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_tables_of_a_newer_optuna(older: str, upgrade: bool) -> None:
-    """They are never touched."""
+def test_they_are_never_touched(older: str, upgrade: bool) -> None:
     execute(older, "UPDATE alembic_version SET version_num = 'v9.0.0.a'")
     before = Path(older.removeprefix("sqlite:///")).read_bytes()
 

@@ -34,7 +34,6 @@ def corrected(count: int, seed: int) -> list[MeasuredPoint]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_finds_where_the_proxy_is_wrong(seed: int) -> None:
-    """Twenty measurements find most of what there is to gain over the proxy's own best."""
     values = [each.value for each in corrected(20, seed)]
 
     least = truth(-WRONG / 1.6)

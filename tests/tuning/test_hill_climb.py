@@ -118,8 +118,7 @@ def test_finds_the_bottom() -> None:
     assert best["k"] == 9
 
 
-def test_kernel_size_goes_to_its_neighbours() -> None:
-    """Of listed values only those beside the present one are tried."""
+def test_of_listed_values_only_those_beside_the_present_one_are_tried() -> None:
     space = {"k": CategoricalDistribution((3, 5, 9, 15, 21))}
     sampler = HillClimbSampler(search_space=space, start={"k": 9})
     tried = [t.params["k"] for t in climbed(sampler, space, lambda p: abs(p["k"] - 9)).trials]
@@ -139,8 +138,7 @@ def test_nothing_twice() -> None:
         assert min(changed) == 1
 
 
-def test_end_is_a_local_best() -> None:
-    """At the end, no last step along a coordinate, up or down, is better."""
+def test_at_the_end_no_last_step_along_a_coordinate_up_or_down_is_better() -> None:
     sampler = HillClimbSampler(search_space=SPACE, start={"a": 0.9, "b": 0.2})
     study = climbed(sampler, SPACE, bowl)
     best = study.best_params
@@ -153,8 +151,7 @@ def test_end_is_a_local_best() -> None:
     assert all(bowl(point) >= study.best_value for point in nearby)
 
 
-def test_maximised() -> None:
-    """With direction maximize, better is higher: the same points as for the negative."""
+def test_with_direction_maximize_better_is_higher_the_same_points_as_for_the_negative() -> None:
     up, down = (HillClimbSampler(search_space=SPACE) for _ in range(2))
     maximised = climbed(up, SPACE, lambda p: -bowl(p), direction="maximize")
 
@@ -163,44 +160,38 @@ def test_maximised() -> None:
     ]
 
 
-def test_failed_is_worse_than_anything() -> None:
-    """A point that cannot be rated is not stepped on, and not tried again."""
+def test_a_point_that_cannot_be_rated_is_not_stepped_on_and_not_tried_again() -> None:
     points = climbed_on_line(lambda x: None if x > 0.6 else abs(x - 0.6), start=0.25)
 
     assert points == [0.25, 0.5, 0.75, 0.625, 0.375, 0.5625, 0.59375]
 
 
-def test_failed_start() -> None:
-    """Any value is better than a start that failed."""
+def test_any_value_is_better_than_a_start_that_failed() -> None:
     points = climbed_on_line(lambda x: None if x == 0.5 else 1000 + x, start=0.5)
 
     assert points[:5] == [0.5, 0.75, 1.0, 0.875, 0.625]  # 0.75 is stepped on, then 0.625
 
 
-def test_all_failed() -> None:
-    """A climb on which nothing can be rated ends."""
+def test_a_climb_on_which_nothing_can_be_rated_ends() -> None:
     assert climbed_on_line(lambda _: None, start=0.5) == [
         0.5, 0.75, 0.25, 0.625, 0.375, 0.5625, 0.4375, 0.53125, 0.46875,
     ]  # fmt: skip
 
 
-def test_plateau() -> None:
-    """Equal is not better: the climb stays, and ends."""
+def test_equal_is_not_better_the_climb_stays_and_ends() -> None:
     points = climbed_on_line(lambda _: 1.0, start=0.5)
 
     assert len(points) == 1 + 2 * 4
 
 
-def test_asked_on() -> None:
-    """A climb that is over gives its best point again."""
+def test_a_climb_that_is_over_gives_its_best_point_again() -> None:
     sampler = HillClimbSampler(search_space=SPACE)
     study = climbed(sampler, SPACE, bowl)
 
     assert study.ask(SPACE).params == study.best_params
 
 
-def test_goes_on_in_another_process() -> None:
-    """A sampler that knows nothing but the trials asks for the same next ones."""
+def test_a_sampler_that_knows_nothing_but_the_trials_asks_for_the_same_next_ones() -> None:
     whole = climbed(HillClimbSampler(search_space=SPACE), SPACE, bowl).trials
     for cut in (1, 7, len(whole) - 1):
         fresh = HillClimbSampler(search_space=SPACE)
@@ -210,8 +201,7 @@ def test_goes_on_in_another_process() -> None:
         assert study.ask(SPACE).params == whole[cut].params
 
 
-def test_fixed_space() -> None:
-    """Where every value is fixed, there is one point to rate."""
+def test_where_every_value_is_fixed_there_is_one_point_to_rate() -> None:
     space = {"x": FloatDistribution(0.5, 0.5), "k": CategoricalDistribution((3,))}
     sampler = HillClimbSampler(search_space=space)
 
@@ -234,8 +224,7 @@ def test_effective(space: SearchSpace, params: dict[str, Any], without: set[str]
     assert point.keys() - space.effective(point).keys() == without
 
 
-def test_steps_without_effect_are_not_rated() -> None:
-    """From RIA, no window without a neighbourhood, and no spread of a uniform allocation."""
+def test_from_ria_no_window_without_a_neighbourhood_and_no_spread_of_a_uniform_allocation() -> None:
     space = SearchSpace(allocations=("uniform", "fisher"), allocation_spread=(0.05, 0.4))
     distributions = space.distributions()
     sampler = HillClimbSampler(search_space=distributions, start=RIA, effective=space.effective)

@@ -62,7 +62,6 @@ def test_sampler_of_optuna() -> None:
 
 
 def test_sampler_of_optuna_goes_on() -> None:
-    """What a study holds is told to another sampler; points outside of its space are refused."""
     study = quietly_made(direction="minimize")
     run_search(study, replace(PLAN, trials=20), evaluate)
     before = values(study)
@@ -77,8 +76,7 @@ def test_sampler_of_optuna_goes_on() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["grid", 3])
-def test_no_sampler(sampler: Any) -> None:
-    """A sampler is a name that is known, or an object of Optuna."""
+def test_a_sampler_is_a_name_that_is_known_or_an_object_of_optuna(sampler: Any) -> None:
     with pytest.raises(InvalidInput, match=r"is not one of cmaes, .* nor a sampler of Optuna"):
         replace(PLAN, sampler=sampler)
 
@@ -103,8 +101,7 @@ def test_callbacks() -> None:
         study.stop()  # as everywhere else outside of a callback
 
 
-def test_other_direction() -> None:
-    """A study for high values is not one for low values."""
+def test_a_study_for_high_values_is_not_one_for_low_values() -> None:
     with pytest.raises(StudyError, match="is to maximize its values, and this search is to mini"):
         run_search(quietly_made(direction="maximize"), PLAN, evaluate)
 
@@ -142,8 +139,7 @@ def test_times_do_not_count() -> None:
     assert values(copy) == values(whole)
 
 
-def test_verbosity_is_kept(tmp_path: Path) -> None:
-    """Optuna says as much after a search as before."""
+def test_optuna_says_as_much_after_a_search_as_before(tmp_path: Path) -> None:
     optuna.logging.set_verbosity(optuna.logging.INFO)
     try:
         with open_storage(f"sqlite:///{tmp_path / 's.db'}") as storage:

@@ -34,8 +34,7 @@ def run(losses: dict[int, Losses], seed: int) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_best_stays(seed: int) -> None:
-    """The best on the whole text is never dropped, and most others are, early."""
+def test_the_best_on_the_whole_text_is_never_dropped_and_most_others_are_early(seed: int) -> None:
     losses = finalists(seed)
     best = min(losses, key=lambda number: np.sum([*losses[number].values()]))
     left, spent = run(losses, seed)
@@ -52,19 +51,16 @@ def test_equal_losses() -> None:
     assert still_racing({5: same, 3: same, 4: same}, [1], windows=WINDOWS) == [5]
 
 
-def test_constant_difference() -> None:
-    """Who is behind by the same on every block is behind."""
+def test_who_is_behind_by_the_same_on_every_block_is_behind() -> None:
     assert is_behind(np.full(8, 0.25), 1, windows=16, level=1e-6)
     assert not is_behind(np.full(8, -0.25), 1, windows=16, level=1e-6)
 
 
-def test_one_block() -> None:
-    """A single number says nothing of chance."""
+def test_a_single_number_says_nothing_of_chance() -> None:
     assert not is_behind(np.array([100.0]), 1, windows=16, level=0.5)
 
 
-def test_windows_have_subjects() -> None:
-    """Blocks that agree inside of windows and differ between them count as windows do."""
+def test_blocks_that_agree_inside_of_windows_and_differ_between_them_count_as_windows_do() -> None:
     alike = np.repeat([1.0, -0.5, 1.2, -0.6], 8)
     mixed = np.tile([1.0, -0.5, 1.2, -0.6], 8)
 
@@ -72,16 +68,14 @@ def test_windows_have_subjects() -> None:
     assert is_behind(mixed, 4, windows=1000, level=0.05)
 
 
-def test_chance_of_an_error() -> None:
-    """One of two equal finalists is dropped no more often than the level says."""
+def test_one_of_two_equal_finalists_is_dropped_no_more_often_than_the_level_says() -> None:
     rng = np.random.default_rng(0)
     dropped = sum(is_behind(rng.normal(size=16), 2, windows=1000, level=0.05) for _ in range(4000))
 
     assert 0.02 < dropped / 4000 < 0.055
 
 
-def test_order() -> None:
-    """The order of windows is that of the seed, each window once."""
+def test_the_order_of_windows_is_that_of_the_seed_each_window_once() -> None:
     assert sorted(race_order(16, 3)) == [*range(16)]
     assert race_order(16, 3) == race_order(16, 3) != race_order(16, 4)
 

@@ -51,8 +51,7 @@ def best_of(sampler: BaseSampler, trials: int) -> float:
     return study.best_value
 
 
-def test_better_than_random() -> None:
-    """At 160 trials, CMA-ES is far better than random search."""
+def test_at_160_trials_cma_es_is_far_better_than_random_search() -> None:
     cma = statistics.median(best_of(CmaSampler(seed=s, search_space=SPACE), 160) for s in range(5))
     random = statistics.median(best_of(RandomSampler(seed=s), 160) for s in range(5))
 
@@ -60,9 +59,7 @@ def test_better_than_random() -> None:
 
 
 @pytest.mark.parametrize("name", ["cmaes", "tpe", "random", "qmc"])
-def test_seeded(name: str) -> None:
-    """The same seed gives the same candidates; another seed gives others."""
-
+def test_the_same_seed_gives_the_same_candidates_another_seed_gives_others(name: str) -> None:
     def drawn(seed: int) -> list[dict[str, float]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -80,8 +77,7 @@ def test_seeded(name: str) -> None:
     assert drawn(1) != drawn(2)
 
 
-def test_stays_in_the_box() -> None:
-    """Every candidate lies in the box, from the first generation on."""
+def test_every_candidate_lies_in_the_box_from_the_first_generation_on() -> None:
     study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
     for _ in range(80):
         trial = study.ask(SPACE)
@@ -91,8 +87,7 @@ def test_stays_in_the_box() -> None:
                    for name, value in trial.params.items())  # fmt: skip
 
 
-def test_failed_trials_count_as_worst() -> None:
-    """A failed trial does not stop a generation."""
+def test_a_failed_trial_does_not_stop_a_generation() -> None:
     study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
     for number in range(160):
         trial = study.ask(SPACE)
@@ -104,8 +99,7 @@ def test_failed_trials_count_as_worst() -> None:
     assert study.best_value < 0.1
 
 
-def test_equal_values() -> None:
-    """An objective that says the same of everything is no reason to stop."""
+def test_an_objective_that_says_the_same_of_everything_is_no_reason_to_stop() -> None:
     study = optuna.create_study(sampler=CmaSampler(seed=0, search_space=SPACE))
     drawn = set()
     for _ in range(40):
@@ -143,7 +137,6 @@ def test_adopted() -> None:
     assert alone[:3] != pytest.approx(leader[:3], abs=1e-3)
 
 
-def test_unknown_name() -> None:
-    """Another name is refused, with those that exist."""
+def test_another_name_is_refused_with_those_that_exist() -> None:
     with pytest.raises(InvalidInput, match="'annealing' is not one of cmaes, tpe"):
         make_sampler("annealing", SearchOptions(), search_space=SPACE)

@@ -117,7 +117,6 @@ def test_resumed_at_its_end(url: str) -> None:
 
 
 def test_climb_advances_as_far_as_it_goes(url: str) -> None:
-    """A climb that ends by itself has told of each of its trials, and of no more."""
     advanced: list[int] = []
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
@@ -142,16 +141,14 @@ def test_extended_from_anywhere(url: str, first: int) -> None:
     assert trials_of(url, "cut") == trials_of(url, "s")
 
 
-def test_longer_search_begins_as_the_shorter(tmp_path: Path, url: str) -> None:
-    """20 trials and then 40 are the same as 40."""
+def test_20_trials_and_then_40_are_the_same_as_40(tmp_path: Path, url: str) -> None:
     search(url, replace(PLAN, trials=20))
     search(url, replace(PLAN, trials=40))
 
     assert trials_of(url) == undisturbed(tmp_path, replace(PLAN, trials=40))
 
 
-def test_shorter_search_of_a_longer_study(url: str) -> None:
-    """Asked for fewer trials than there are, a search looks at those alone."""
+def test_asked_for_fewer_trials_than_there_are_a_search_looks_at_those_alone(url: str) -> None:
     search(url, replace(PLAN, trials=40))
     again = search(url, replace(PLAN, trials=20))
 
@@ -160,8 +157,7 @@ def test_shorter_search_of_a_longer_study(url: str) -> None:
 
 
 @pytest.mark.parametrize("trials", [6, 7, 13, 14, 15, 30])
-def test_budget_is_exact(url: str, trials: int) -> None:
-    """A search has exactly the trials that were asked for."""
+def test_a_search_has_exactly_the_trials_that_were_asked_for(url: str, trials: int) -> None:
     search(url, replace(PLAN, trials=trials))
 
     assert [t[0] for t in trials_of(url)] == list(range(trials))
@@ -178,8 +174,7 @@ def test_baselines_first(url: str) -> None:
     assert rated[0].value == min(loss(r.candidate) for r in rated)
 
 
-def test_maximised(url: str) -> None:
-    """With direction maximize the highest value comes first."""
+def test_with_direction_maximize_the_highest_value_comes_first(url: str) -> None:
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="maximize")
         rated = run_search(study, replace(PLAN, direction="maximize"), evaluate)
@@ -207,16 +202,14 @@ def test_failed_candidate(url: str) -> None:
     assert failed[0].user_attrs["coefficients"]["normalisation"] == "none"
 
 
-def test_all_failed(url: str) -> None:
-    """If nothing can be rated, the first cause is told."""
+def test_if_nothing_can_be_rated_the_first_cause_is_told(url: str) -> None:
     with pytest.raises(StudyError, match=r"every trial .* failed.*: no numbers"):
         search(url, PLAN, lambda cs: [Outcome(value=None, failure="no numbers") for _ in cs])
 
 
-def test_rounded_otherwise(
+def test_a_search_goes_on_where_another_machine_began_it_whose_arithmetic_rounds_otherwise(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A search goes on where another machine began it, whose arithmetic rounds otherwise."""
     caplog.set_level(logging.INFO)
     here = SearchSpace.candidate
 
@@ -237,10 +230,9 @@ def test_rounded_otherwise(
     assert not any("another machine's" in message for message in caplog.messages)
 
 
-def test_turned_otherwise(
+def test_also_where_eigenvectors_have_the_other_direction_there_and_so_all_candidates_are_others(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where eigenvectors have the other direction there, and so all candidates are others."""
     caplog.set_level(logging.INFO)
     search(url, PLAN)
     before = trials_of(url)
@@ -271,16 +263,14 @@ def test_turned_otherwise_and_foreign(url: str) -> None:
             run_search(study, PLAN, evaluate)
 
 
-def test_foreign_trials(url: str) -> None:
-    """A study of another seed is not continued."""
+def test_a_study_of_another_seed_is_not_continued(url: str) -> None:
     search(url, PLAN)
 
     with pytest.raises(StudyError, match=r"trial 6 .* other coefficients"):
         search(url, replace(PLAN, seed=4))
 
 
-def test_running_trial(url: str) -> None:
-    """A study that another program runs is refused."""
+def test_a_study_that_another_program_runs_is_refused(url: str) -> None:
     with open_storage(url) as storage:
         study = open_study(storage, "s", direction="minimize")
         study.ask()
@@ -353,8 +343,7 @@ def test_measured_once(url: str) -> None:
     assert inside == [{"divergence:7"}, set()]
 
 
-def test_attributes(url: str) -> None:
-    """A trial is readable in a dashboard: method, scope, coefficients, time."""
+def test_a_trial_is_readable_in_a_dashboard_method_scope_coefficients_time(url: str) -> None:
     search(url, PLAN)
     with open_storage(url) as storage:
         trial = open_study(storage, "s", direction="minimize").trials[10]
@@ -367,7 +356,6 @@ def test_attributes(url: str) -> None:
 
 
 def test_finalists_by_a_second_opinion() -> None:
-    """Objective and second opinion propose in turn; a trial without an opinion still can be one."""
     plan = replace(PLAN, steps=Steps(update="obs"))  # so that baselines take part
     opinions = (6.0, None, 4.0, 1.0, 3.0, 2.0)
     rated = [
@@ -386,8 +374,7 @@ def test_finalists_by_a_second_opinion() -> None:
     assert chosen == [[0], [0, 3], [0, 1, 3], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
 
 
-def test_finalists_where_each_is_costly() -> None:
-    """Where a measurement takes a calibration, baselines get one only among the best."""
+def test_where_a_measurement_takes_a_calibration_baselines_get_one_only_among_the_best() -> None:
     steps = Steps(update="obs")
     plan = replace(PLAN, steps=steps)
     rated = [

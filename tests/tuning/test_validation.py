@@ -11,8 +11,7 @@ from pho_service.tuning.validation import proxy_quality, random_candidates, verd
 PERPLEXITY = [10.0, 11.0, 12.0, 14.0, 17.0, 21.0, 26.0, 32.0, 40.0, 50.0, 61.0, 73.0]
 
 
-def test_perfect() -> None:
-    """The same order gives 1 everywhere and no regret."""
+def test_the_same_order_gives_1_everywhere_and_no_regret() -> None:
     quality = proxy_quality([p**2 for p in PERPLEXITY], PERPLEXITY, higher_is_better=False, seed=0)
 
     assert quality.spearman == quality.spearman_better_half == pytest.approx(1)
@@ -22,8 +21,7 @@ def test_perfect() -> None:
     assert verdict("p", quality) is None
 
 
-def test_reversed() -> None:
-    """The opposite order gives -1; its regret is that of the worst candidates."""
+def test_the_opposite_order_gives_1_its_regret_is_that_of_the_worst_candidates() -> None:
     values = [-p for p in PERPLEXITY]
     wrong = proxy_quality(values, PERPLEXITY, higher_is_better=False, seed=0)
     right = proxy_quality(values, PERPLEXITY, higher_is_better=True, seed=0)
@@ -34,8 +32,7 @@ def test_reversed() -> None:
     assert right.regret == 0
 
 
-def test_useless() -> None:
-    """A proxy without order is said to be no better than chance."""
+def test_a_proxy_without_order_is_said_to_be_no_better_than_chance() -> None:
     values = np.random.default_rng(0).normal(size=40)
     perplexity = np.random.default_rng(1).normal(size=40) + 20
     quality = proxy_quality(list(values), list(perplexity), higher_is_better=False, seed=0)
@@ -46,14 +43,12 @@ def test_useless() -> None:
     assert "fisher does not rank" in sentence
 
 
-def test_constant_proxy() -> None:
-    """A proxy that says the same of everything has no correlation."""
+def test_a_proxy_that_says_the_same_of_everything_has_no_correlation() -> None:
     assert proxy_quality([1.0] * 12, PERPLEXITY, higher_is_better=False, seed=0).spearman == 0
 
 
 @pytest.mark.parametrize("digits", [0, 6])
-def test_as_scipy(digits: int) -> None:
-    """Rank correlations are those of SciPy, with ties and without."""
+def test_rank_correlations_are_those_of_scipy_with_ties_and_without(digits: int) -> None:
     generator = np.random.default_rng(2)
     x = generator.normal(size=30).round(digits)
     y = (20 + x + generator.normal(size=30)).round(digits)

@@ -79,8 +79,7 @@ def test_fewer_trials() -> None:
     assert np.median(saved) > 10
 
 
-def test_around_the_best() -> None:
-    """The first generation lies around the best of what was given, on this model."""
+def test_the_first_generation_lies_around_the_best_of_what_was_given_on_this_model() -> None:
     trials = run(WARM)
     first = len(WARM.baselines()) + 2
     shares = [r.params["neighbourhood_share"] for r in trials[first : first + 8]]
@@ -89,8 +88,7 @@ def test_around_the_best() -> None:
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
-def test_start_at_the_border(end: float) -> None:
-    """A start at an end of a range does not leave the search there."""
+def test_a_start_at_an_end_of_a_range_does_not_leave_the_search_there(end: float) -> None:
     start = {**NEAR, "neighbourhood_share": end, "row_share": end}
     sampler = CmaSampler(seed=0, search_space=SPACE.distributions(), start=start)
     study = optuna.create_study(sampler=sampler)
@@ -101,8 +99,7 @@ def test_start_at_the_border(end: float) -> None:
         assert all(abs(p[name] - end) < 0.2 for p in points)
 
 
-def test_list_of_names() -> None:
-    """A start among names is likelier than the others, which are still tried."""
+def test_a_start_among_names_is_likelier_than_the_others_which_are_still_tried() -> None:
     space = SearchSpace(allocations=("uniform", "fisher", "owl"), allocation_spread=(0.1, 0.3))
     start = {**NEAR, "allocation": "owl"}
     sampler = CmaSampler(seed=0, search_space=space.distributions(), start=start)
@@ -113,8 +110,7 @@ def test_list_of_names() -> None:
     assert set(drawn) == {"uniform", "fisher", "owl"}
 
 
-def test_interrupted() -> None:
-    """An interrupted warm search ends as an uninterrupted one."""
+def test_an_interrupted_warm_search_ends_as_an_uninterrupted_one() -> None:
     whole = run(WARM)
     study = optuna.create_study()
     calls = 0
@@ -164,8 +160,7 @@ def candidate(pattern: Pattern = PATTERN, **changes: Any) -> Candidate:
     return Candidate(method="crepe", coefficients=coefficients, pattern=pattern)
 
 
-def test_nearest() -> None:
-    """What lies outside of the space is moved to its nearest point."""
+def test_what_lies_outside_of_the_space_is_moved_to_its_nearest_point() -> None:
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(), candidate()))
     (point,) = request.plan((3, 5, 9)).warm_start
 
@@ -175,8 +170,7 @@ def test_nearest() -> None:
     assert point["row_share"] == pytest.approx(0.4)
 
 
-def test_baselines_are_there_anyway() -> None:
-    """A configuration that is a baseline adds nothing: every search begins with it."""
+def test_a_configuration_that_is_a_baseline_adds_nothing_every_search_begins_with_it() -> None:
     baselines = (*reference_methods(PATTERN).values(), *COLD.baselines())
 
     assert {c.pattern.scope.value for c in baselines} == {"row", "layer"}
@@ -184,8 +178,7 @@ def test_baselines_are_there_anyway() -> None:
 
 
 @pytest.mark.parametrize("other", [Pattern.parse("2:4"), Pattern.parse("0.5", "row")])
-def test_other_pattern(other: Pattern) -> None:
-    """What was found for another pattern or scope is refused."""
+def test_what_was_found_for_another_pattern_or_scope_is_refused(other: Pattern) -> None:
     request = SearchRequest(pattern=PATTERN, warm_start=(candidate(other),))
 
     with pytest.raises(InvalidInput, match=rf"is for {other} in scope row, but .* scope layer"):
@@ -198,8 +191,7 @@ def test_too_few_trials() -> None:
         replace(WARM, trials=7)
 
 
-def test_steps_are_the_search_s() -> None:
-    """Only the score is taken over: all else is as the search says."""
+def test_only_the_score_is_taken_over_all_else_is_as_the_search_says() -> None:
     trials = run(replace(WARM, steps=Steps(repruning="swaps")))
 
     assert {r.candidate.steps.repruning for r in trials} == {"swaps"}

@@ -110,8 +110,7 @@ def test_read_elsewhere(source: Source, worker: Callable[[str], BundleStore]) ->
     assert same(worker("b").read(source.key), made)
 
 
-def test_not_there(worker: Callable[[str], BundleStore]) -> None:
-    """A key that nobody has made is no bundle."""
+def test_a_key_that_nobody_has_made_is_no_bundle(worker: Callable[[str], BundleStore]) -> None:
     with pytest.raises(BundleError):
         worker("a").read("0" * 64)
 
@@ -127,10 +126,9 @@ def test_damaged(source: Source, url: str, worker: Callable[[str], BundleStore])
     assert source.made == 2
 
 
-def test_damaged_is_repaired(
+def test_after_that_it_is_whole_for_everybody_a_third_machine_reads_it(
     source: Source, url: str, worker: Callable[[str], BundleStore]
 ) -> None:
-    """After that it is whole for everybody: a third machine reads it."""
     made = source.ensure(worker("a"))
     damage(url, source.key)
     source.ensure(worker("b"))

@@ -122,8 +122,6 @@ def test_finish_by_perplexity(hand: Any, small: Any) -> None:
 def test_model_changed_while_it_is_measured(
     hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """A model's files are read all the time: a number is kept if they stayed the same."""
-
     def measured(*args: Any, **options: Any) -> Any:
         written_into(hand.folder / "model")
         return measure(*args, **options)
@@ -139,7 +137,6 @@ def test_model_changed_while_it_is_measured(
 
 @pytest.mark.parametrize("what", ["model", "text"])
 def test_lost_bundle_of_other_inputs(hand: Any, small: Any, what: str) -> None:
-    """A lost bundle is not replaced by that of another model or text."""
     job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
     shutil.rmtree(hand.bundles)
     hand.inputs = hand.new_inputs()
@@ -152,10 +149,9 @@ def test_lost_bundle_of_other_inputs(hand: Any, small: Any, what: str) -> None:
         hand.step(job)
 
 
-def test_lost_bundle_of_other_versions(
+def test_nor_by_one_that_another_version_of_a_package_makes(
     hand: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor by one that another version of a package makes."""
     job = hand.until(hand.submit(small(confirm=None)), StageKind.SEARCH)
     shutil.rmtree(hand.bundles)
     hand.inputs = hand.new_inputs()
@@ -179,7 +175,6 @@ def test_bundle_of_another_model(hand: Any, small: Any) -> None:
 
 
 def test_calibrated_on_another_kind_of_device(hand: Any, small: Any) -> None:
-    """Weights that were calibrated in float32 are the same ones in bfloat16, as stored."""
     folder = hand.folder / "model"
     model = load_model(str(folder), device="cpu").model.to(torch.bfloat16)
     model.save_pretrained(folder)
@@ -230,7 +225,6 @@ def test_hub_model_moves(hand: Any, small: Any, hub: Callable[[int], None]) -> N
 def test_hub_model_is_loaded_once(
     hand: Any, small: Any, hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that calibrated a hub model need not load its commit again to measure it."""
     del hub
     loaded = []
 
@@ -247,7 +241,6 @@ def test_hub_model_is_loaded_once(
 def test_local_model_is_not_asked_of_the_hub(
     hand: Any, small: Any, hub: Callable[[int], None]
 ) -> None:
-    """A local model that was deleted is missed, though the hub has one of the same name."""
     del hub
     shutil.copytree(hand.folder / "model", hand.folder / "org" / "tiny")
     job = hand.until(hand.submit(small(model="org/tiny")), StageKind.PERPLEXITY)
@@ -272,8 +265,7 @@ def transfer(hand: Any, small: Any) -> Callable[..., TransferSpec]:
     return build
 
 
-def test_report_text_changed(hand: Any, transfer: Any) -> None:
-    """Two models of a transfer are not measured on two texts."""
+def test_two_models_of_a_transfer_are_not_measured_on_two_texts(hand: Any, transfer: Any) -> None:
     shutil.copytree(hand.folder / "model", hand.folder / "other")
     job = hand.submit(transfer("./model", "./other"))
     hand.step(job)
@@ -289,7 +281,6 @@ def test_report_text_changed(hand: Any, transfer: Any) -> None:
 def test_model_changed_in_a_transfer(
     hand: Any, transfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that is replaced after its calibration is not measured with the other's bundle."""
     ensure = hand.inputs.bundles.ensure
 
     def changed(*args: Any) -> Any:
@@ -324,7 +315,6 @@ def test_claims_still_count(hand: Any, transfer: Any) -> None:
 
 
 def test_confirmed_on_the_calibration_text(hand: Any, small: Any) -> None:
-    """A worker measures on no window that it has calibrated on, also where the texts are one."""
     spec = small(confirm={"text": "calibration.jsonl", "windows": 100})
     calibration = hand.inputs.calibration_text(spec).calibration
     windows = hand.inputs.confirmation_text(spec).windows

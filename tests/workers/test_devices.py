@@ -119,8 +119,7 @@ def test_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_cpu(tmp_path: Path) -> None:
-    """The CPU is kept from nobody."""
+def test_the_cpu_is_kept_from_nobody(tmp_path: Path) -> None:
     with take_device("cpu", tmp_path) as first, take_device("cpu", tmp_path) as second:
         assert first == second == torch.device("cpu")
     assert list(tmp_path.iterdir()) == []
@@ -150,14 +149,12 @@ def test_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "meta", "", "cuda:x"])
-def test_no_such_device(tmp_path: Path, name: str) -> None:
-    """What is not there, or not known, is refused by name."""
+def test_what_is_not_there_or_not_known_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInput, match=repr(name)), take_device(name, tmp_path):
         pass
 
 
 def test_models_of_a_worker_with_all(model_folder: Path, pretended_gpus: Cards) -> None:
-    """Such a worker puts a model on all cards; one that is streamed needs only the first."""
     root = model_folder.parent
     access = Access(model_roots=(root,), text_roots=(root,), hub_models=(), hub_datasets=())
     bundles = BundleStore(str(root / "bundles"), root / "bundles")

@@ -294,8 +294,7 @@ def test_width_and_groups(crew: Any, spec_of: Any) -> None:
 
 
 @pytest.mark.thorough
-def test_broken_weights(crew: Any, spec_of: Any, folder: Path) -> None:
-    """An error in a layer keeps the layer."""
+def test_an_error_in_a_layer_keeps_the_layer(crew: Any, spec_of: Any, folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
@@ -339,8 +338,7 @@ def test_failed_perplexity(crew: Any, spec_of: Any, folder: Path) -> None:
     assert job.error["candidate"] in [s.params["candidate"] for s in perplexities]
 
 
-def test_others_go_on(crew: Any, spec_of: Any) -> None:
-    """A job that fails holds up no other."""
+def test_a_job_that_fails_holds_up_no_other(crew: Any, spec_of: Any) -> None:
     wrong = [crew.submit(spec_of(model="/etc", seed=i)) for i in range(3)]
     right = crew.submit(spec_of(confirm=None))
 

@@ -36,8 +36,7 @@ def test_killed_workers(tmp_path: Path, killed: Path) -> None:
     assert not folder.exists()
 
 
-def test_working(tmp_path: Path) -> None:
-    """The folder of a worker that lives stays, however old it is."""
+def test_the_folder_of_a_worker_that_lives_stays_however_old_it_is(tmp_path: Path) -> None:
     with own_folder(tmp_path) as first:
         _age(first)
         with own_folder(tmp_path) as second:

@@ -74,7 +74,6 @@ def test_as_pho_prune(hand: Any, small: Any, tmp_path: Path) -> None:
 
 
 def test_cut_off_at_the_end(hand: Any, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the files were written, a worker's successor prunes nothing a second time."""
     with monkeypatch.context() as killed:
         killed.setattr(hand.store, "complete", _killed)
         with pytest.raises(SystemExit):

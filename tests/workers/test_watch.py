@@ -63,8 +63,7 @@ def test_outage(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["calibrate goes on without a database: refused"] * 2
 
 
-def test_taken_over_in_an_outage() -> None:
-    """A stage that another worker was given meanwhile is lost."""
+def test_a_stage_that_another_worker_was_given_meanwhile_is_lost() -> None:
     watch, _ = watching(DatabaseGone("refused"), LostClaim())
     watch.look(now=True)
 
@@ -72,8 +71,7 @@ def test_taken_over_in_an_outage() -> None:
         watch.look(now=True)
 
 
-def test_now_and_then() -> None:
-    """The database is not asked at every step."""
+def test_the_database_is_not_asked_at_every_step() -> None:
     watch, store = watching(JobState.RUNNING)
     watch.look()
     asked_at_once = not store.answers
@@ -83,8 +81,7 @@ def test_now_and_then() -> None:
     assert not store.answers
 
 
-def test_stopping() -> None:
-    """A worker that is told to stop puts its stage down without asking."""
+def test_a_worker_that_is_told_to_stop_puts_its_stage_down_without_asking() -> None:
     watch, store = watching(JobState.RUNNING, stopping=True)
 
     with pytest.raises(HandBack):
@@ -114,8 +111,7 @@ def test_turns(clock: Any) -> None:
     assert not store.waiting
 
 
-def test_no_turns(clock: Any) -> None:
-    """With 0 seconds a search never asks."""
+def test_with_0_seconds_a_search_never_asks(clock: Any) -> None:
     watch, _ = watching(turn_s=0)
     watch.look_for_others()
     clock.now = 1e6
