@@ -1,3 +1,1 @@
-"""
-Models, texts and bundles on disk: the only code that reads weights.
-"""
+"""Models, texts and bundles on disk: the only code that reads weights."""

@@ -1,3 +1,1 @@
-"""
-Scores, masks, statistics, the proxy and perplexity: tensors in, tensors out, no files.
-"""
+"""Scores, masks, statistics, the proxy and perplexity: tensors in, tensors out, no files."""
