@@ -36,11 +36,11 @@ def enter(self, *args, real=BundleStore.ensure, **kwargs):
     note("entered")
     return real(self, *args, **kwargs)
 
-def share(self, *args, real=JobStore.share, **kwargs):
+def share(self, *args, real=JobStore.wait, **kwargs):
     real(self, *args, **kwargs)
     note("entered")
 
-module.{function}, BundleStore.ensure, JobStore.share = noted, enter, share
+module.{function}, BundleStore.ensure, JobStore.wait = noted, enter, share
 """
 DEADLY = """
 import os, signal
