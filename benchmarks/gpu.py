@@ -38,7 +38,6 @@ from pho_service.host.files import new_file
 from pho_service.models.blockwise import Block, walk
 from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.calibration import calibrate
-from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.pipeline.compare import compare_candidates
 from pho_service.pipeline.pipeline import finished_block
@@ -50,6 +49,7 @@ from pho_service.planning.plan import Plan, plan_job
 from pho_service.planning.shapes import read_header
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.masks import linear_masks
 from pho_service.pruning.steps import InputMoments
 from pho_service.spec.baselines import comparison_baselines

@@ -31,11 +31,10 @@ from subject import Subject, load_subject
 
 from pho_service.cli.terminal import print_table, progress, say
 from pho_service.host.machine import versions
-from pho_service.models.devices import pick_device
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import opened_study, search_job
 from pho_service.progress import Advance
-from pho_service.pruning.hardware import peak_memory
+from pho_service.pruning.hardware import peak_memory, pick_device
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import reference_methods
 from pho_service.spec.objective import Objective

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from pho_service.cli.terminal import progress
 from pho_service.models.builtin import gemma3, smollm2
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from pho_service.pipeline.rating import ReportText
 from pho_service.pruning.bundle import ProxyBundle
 from pho_service.spec.calibration import CalibrationSettings

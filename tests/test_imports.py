@@ -61,7 +61,7 @@ def test_no_torch(module: str, loaded: dict[str, list[str]]) -> None:
 def test_to_search_a_bundle_neither_models_nor_data_sets_are_loaded_which_takes_seconds() -> None:
     code = (
         "import pho_service.pipeline.search, pho_service.models.bundle_file, "
-        "pho_service.models.devices"
+        "pho_service.pruning.hardware"
     )
 
     assert not loaded_by(code) & {"transformers", "datasets"}

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from pho_service.errors import InvalidInput
 from pho_service.host.machine import first_words
-from pho_service.models.devices import gpus, pick_device
+from pho_service.pruning.hardware import gpus, pick_device
 
 _PREFIX = "pho-worker-"
 _LOCK = "in-use"

@@ -45,7 +45,6 @@ from pho_service.library import TransferFile, TransferTarget
 from pho_service.planning.shapes import config_at_hand, longest_context
 from pho_service.spec.fields import FieldError, check_field
 from pho_service.spec.job import JobSpec
-from pho_service.spec.limits import check_size
 from pho_service.spec.objective import MAX_TRIALS
 from pho_service.spec.transfer import TransferRequest, TransferSpec
 from storage import records as stored
@@ -61,7 +60,7 @@ def checks(spec: JobSpec, service: Service) -> Iterator[Callable[[], None]]:
     What a job must keep to on this service, one by one; each raises FieldError if it does not.
     """
     yield from spec.access_checks(service.access)
-    yield partial(check_size, spec, service.limits)
+    yield partial(spec.check_size, service.limits)
     yield partial(_check_context, spec, service.access)
     if spec.notify is not None:
         yield partial(check_field, "notify", service.webhooks.check, spec.notify)
@@ -403,7 +402,7 @@ def extend(job_id: UUID, extension: Extension, service: ServiceParam, caller: Ca
     check_search(job)
     check_one_pattern(job)
     spec = JobSpec.model_validate(job.spec)
-    check_size(spec, service.limits, more_trials=extension.trials)
+    spec.check_size(service.limits, more_trials=extension.trials)
     had_files = job.pruning is not None
     job = service.jobs.ask(
         job_id,

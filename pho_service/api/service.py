@@ -20,7 +20,7 @@ from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
 from pho_service.host.settings import Settings
 from pho_service.host.webhooks import WebhookRules
-from pho_service.spec.limits import JobLimits
+from pho_service.spec.fields import JobLimits
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore

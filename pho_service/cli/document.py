@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pho_service.errors import InvalidInput
+from pho_service.spec.curve import Target
 from pho_service.spec.job_options import SECTIONS, Field, document_fields, within
 
 if TYPE_CHECKING:
@@ -219,3 +220,36 @@ def _short(value: object) -> str:
     """A value, in a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def given_target(given: Given) -> Target | None:
+    """The target of a search; None if it has a pattern instead."""
+    said = [path for path in given.said if within(path, "target")]
+    if "target/perplexity_rise" not in said:
+        if said:
+            raise InvalidInput(
+                f"{', '.join(given.names[path] for path in said)} is for --within alone. Leave it "
+                "out, or give --within."
+            )
+        if "pattern" not in given.said:
+            raise InvalidInput(
+                "there is neither a pattern nor a target. Give --pattern, such as 0.5 or 2:4, or "
+                "--within, such as 5%, for the highest sparsity that is still good enough."
+            )
+        return None
+    if "pattern" in given.said:
+        raise InvalidInput(
+            f"--pattern {given('pattern')} says how sparse the model is to be, and --within "
+            f"{given('target/perplexity_rise')} asks for it. Give one of them."
+        )
+    refused = [
+        given.names[path]
+        for path in given.said
+        if path == "confirm" or path.startswith("warm_start/")
+    ]
+    if refused:
+        raise InvalidInput(
+            f"{', '.join(refused)} cannot be used with --within: each sparsity is confirmed by "
+            "perplexity, in a search of its own. Leave it out."
+        )
+    return Target.of(**given.document()["target"])

@@ -205,7 +205,7 @@ class Terminal(Inputs):
 
     def run(self, model: "LanguageModel | None" = None) -> Run:
         """What a verb runs with: where the model is, or else where the options say."""
-        from pho_service.models.devices import pick_device
+        from pho_service.pruning.hardware import pick_device
 
         device = pick_device(self.device) if model is None else model.device
         return Run(device=str(device), progress=progress)
@@ -270,7 +270,7 @@ class Terminal(Inputs):
         # ``check`` sees the model before its text is read; ``why`` is raised if there is no text to
         # confirm on.
         from pho_service.host.settings import Settings
-        from pho_service.pipeline.bundles import bundle_path, cached_bundle
+        from pho_service.models.calibration import bundle_path, cached_bundle
 
         loaded = self.model(model) if isinstance(model, str) else model
         check(loaded)

@@ -9,7 +9,7 @@ import click
 
 from pho_service.cli import curve as within_target
 from pho_service.cli import library
-from pho_service.cli.document import DocumentCommand, Given
+from pho_service.cli.document import DocumentCommand, Given, given_target
 from pho_service.cli.options import (
     Terminal,
     calibration_source,
@@ -88,7 +88,7 @@ def search(
     check_study_url(study)
     text = given("confirm/text") if len(models) == 1 else None  # several take none
     check_models(models, given("revision"), text)
-    target = within_target.given_target(given)
+    target = given_target(given)
     if target is not None:
         answer = within_target.search_within(models, given, target, study, inputs)
         _finish_target(answer, path, study, as_json)

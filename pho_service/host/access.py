@@ -23,6 +23,7 @@ MAX_BYTES = 2**26  # of an index; that of a model with 100,000 tensors has 10 MB
 NAMING_FILES = ("config.json", "tokenizer_config.json")
 # What loaders never open, although transformers writes paths into them.
 _NOT_OPENED = frozenset({"special_tokens_map_file"})
+PACKED_SUFFIX = ".pho"  # suffix of a file that `pho pack` writes
 _PLAIN = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
 
 
@@ -224,8 +225,13 @@ def is_path(name: str) -> bool:
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
         or "\\" in name
-        or name.endswith(("/", ".gguf", ".safetensors", ".pho"))
+        or name.endswith(("/", ".gguf", ".safetensors", PACKED_SUFFIX))
     )
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a path is a packed model, by its name alone."""
+    return path.suffix == PACKED_SUFFIX and path.is_file()
 
 
 def _resolved(root: Path, name: str) -> Path | None:

@@ -24,7 +24,6 @@ from pho_service.interface.inputs import (
     opened_bundle,
 )
 from pho_service.models.architecture import decoder_blocks
-from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model, sha256_each
 from pho_service.models.saving import save_pruned
 from pho_service.pipeline import prune as pipeline
@@ -32,6 +31,7 @@ from pho_service.pipeline.bench import Conversion, check_gpu, convert_
 from pho_service.pipeline.compare import check_family
 from pho_service.progress import bars
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.reconstruction import summary
 from pho_service.shown.parts import Shown, Table
 

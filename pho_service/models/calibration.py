@@ -9,15 +9,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pho_service.errors import InvalidInput, OutOfMemory
+from pho_service.errors import BundleError, InvalidInput, OutOfMemory, OutputError
 from pho_service.host.machine import first_words, let_go_of_memory, ran_out_of_memory, versions
 from pho_service.models.architecture import decoder_blocks, footprint_of
 from pho_service.models.blockwise import collect_statistics_blockwise, measure_perplexity
+from pho_service.models.bundle_file import read_bundle, write_bundle
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import scratch_folder
 from pho_service.models.texts import Text, TextRecord, apart, record_to_dict, sample_windows
@@ -428,3 +430,48 @@ def _provenance(
         "device": model.device.type,
         "versions": versions("torch", "transformers"),
     }
+
+
+# Bundles made once and kept: the second job on a model starts at once.
+def bundle_path(cache_dir: Path, key: str) -> Path:
+    return cache_dir.expanduser() / "bundles" / f"{key}.safetensors"
+
+
+def kept_bundle(cache_dir: Path, key: str) -> ProxyBundle:
+    path = bundle_path(cache_dir, key)
+    bundle = read_bundle(path)
+    if bundle.key != key:
+        raise BundleError(
+            f"the bundle {path.name} is another one, {bundle.key[:12]}: somebody has renamed or "
+            "replaced it. Delete the file; it is made again."
+        )
+    return bundle
+
+
+def cached_bundle(
+    model: LanguageModel,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    cache_dir: Path,
+    progress: Progress = silent,
+    known: Callable[[int], Sums | None] = lambda _: None,
+) -> ProxyBundle:
+    """Calibrate, or take the bundle of an earlier calibration with the same inputs."""
+    # The file's name is the hash of weights, windows, settings and versions, so a bundle in the
+    # cache is never stale.
+    path = bundle_path(cache_dir, text.bundle_key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {path.parent} cannot be made: {error.strerror}. Set PHO_CACHE_DIR."
+        ) from error
+    if path.is_file():
+        try:
+            return kept_bundle(cache_dir, text.bundle_key)
+        except BundleError:
+            path.unlink()  # a damaged copy: what was stored is made again
+    bundle = calibrate(model, text, settings, progress, known)
+    model.check_unchanged()
+    write_bundle(bundle, path)
+    return kept_bundle(cache_dir, text.bundle_key)  # exactly what the next search will see

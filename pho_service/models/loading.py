@@ -36,13 +36,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from pho_service.errors import ChangedInput, InvalidInput, ModelError, NumericalError, PhoError
-from pho_service.host.access import NAMING_FILES, check_model_folder, check_names, is_path
+from pho_service.host.access import (
+    NAMING_FILES,
+    check_model_folder,
+    check_names,
+    is_packed,
+    is_path,
+)
 from pho_service.host.machine import device_is_lost, ran_out_of_memory
 from pho_service.models.architecture import expert_files, prunable_linears, separate_weights
-from pho_service.models.devices import gpus, pick_device
-from pho_service.models.packed import SUFFIX, Unpacked, is_packed, unpacked
+from pho_service.models.packed import Unpacked, unpacked
 from pho_service.planning.shapes import gguf_read_once
-from pho_service.pruning.hardware import format_bytes, free_memory
+from pho_service.pruning.hardware import format_bytes, free_memory, gpus, pick_device
 from pho_service.pruning.permutation import foldable
 from pho_service.pruning.statistics import PrunableLinear
 from pho_service.spec.document import check_choice
@@ -82,11 +87,6 @@ def spread(
             "freer GPUs, --dtype bfloat16, or --stream."
         )
     return {module: torch.device("cuda", place) for module, place in found.items()}
-
-
-def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
-    """The devices that a model's parameters lie on, the first parameter's first."""
-    return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 # Work with the cache alone while the Hugging Face hub is away, instead of waiting for it.
@@ -285,7 +285,7 @@ def find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     held = unpacked(path) if is_packed(path) else None
     folder = path if held is None else held.folder
     if not folder.is_dir():
-        raise ModelError(f"{name} is neither a folder nor a .gguf or {SUFFIX} file.")
+        raise ModelError(f"{name} is neither a folder nor a .gguf or .pho file.")
     _check_folder(folder)
     check_model_folder(folder)
     source = {"pretrained_model_name_or_path": str(folder)}
@@ -454,7 +454,8 @@ class LanguageModel:
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """All devices that the model computes on, that of :attr:`device` first."""
-        return (self.streamed_to,) if self.streamed_to else devices_of(self.model)
+        places = (parameter.device for parameter in self.model.parameters())
+        return (self.streamed_to,) if self.streamed_to else tuple(dict.fromkeys(places))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -649,7 +650,7 @@ def load_packed(
     path = Path(packed).expanduser()
     if not is_packed(path):
         raise ModelError(
-            f"{packed} is not a packed model, a file whose name ends in {SUFFIX}. Give what "
+            f"{packed} is not a packed model, a file whose name ends in .pho. Give what "
             "`pho pack` or pho.pack wrote; pho.load_model loads others."
         )
     return load_model(str(path), device=device, dtype=dtype, device_map=device_map)

@@ -11,23 +11,21 @@ mask) and, where a linear has one, ``{name}.order`` (int32).
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pho_service.errors import ModelError, shown
 from pho_service.host.files import new_file
 from pho_service.models.bundle_file import os_errors
 from pho_service.models.loading import sha256_each
+from pho_service.pruning.masks import pack, unpack
 
 MASK_FORMAT = "pho-masks"
 MASK_VERSION = 1
@@ -110,22 +108,6 @@ def write_masks(
     with new_file(path) as partial, os_errors():
         save_file(tensors, partial, metadata=header)
     return hashes
-
-
-def pack(keep: Tensor) -> Tensor:
-    """(ceil(numel / 8),), uint8, on the CPU: the rows one after the other, one bit a weight."""
-    flat = keep.detach().contiguous().view(-1)
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy()))
-    bytes_ = pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)
-    return (bytes_ << places).sum(dim=1, dtype=torch.uint8).cpu()
-
-
-def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The mask of this shape, bool, that :func:`pack` packed."""
-    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
-    return torch.from_numpy(bits.view(np.bool_)).view(shape)
 
 
 def weight_sha256(weight: Tensor) -> str:

@@ -18,13 +18,12 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import zstandard
 
 from pho_service.errors import InvalidInput, ModelError, OutputError, shown
-from pho_service.host.access import is_plain
+from pho_service.host.access import PACKED_SUFFIX, is_packed, is_plain
 from pho_service.host.files import new_file, new_folder
 from pho_service.models.scratch import scratch_folder
 from pho_service.progress import Progress, bars, silent
 from pho_service.pruning.hardware import format_bytes
 
-SUFFIX = ".pho"
 _WRITTEN_BY = b"pho pack 1"  # the comment of the archive
 _LEVEL = 3
 _CHUNK = 2**22  # bytes that are in memory at a time
@@ -50,8 +49,8 @@ def pack(folder: str | Path, out: str | Path, *, progress: bool = False) -> Size
     # The same folder gives the same bytes. An old file is replaced only when the new one is whole.
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     names = _files(folder)
-    if out.suffix != SUFFIX:
-        raise InvalidInput(f"{out} does not end in {SUFFIX}. Give a name that does.")
+    if out.suffix != PACKED_SUFFIX:
+        raise InvalidInput(f"{out} does not end in {PACKED_SUFFIX}. Give a name that does.")
     if out.resolve().is_relative_to(folder.resolve()):
         raise InvalidInput(f"{out} would lie in {folder}, which is packed. Give another place.")
     sizes = {name: (folder / name).stat().st_size for name in names}
@@ -109,11 +108,6 @@ def unpack(packed: str | Path, out: str | Path, *, progress: bool = False) -> in
             )
         _write(archive, sizes, partial, bars(progress))
     return len(sizes)
-
-
-def is_packed(path: Path) -> bool:
-    """Whether a path is a packed file, by its name alone."""
-    return path.suffix == SUFFIX and path.is_file()
 
 
 class Unpacked:

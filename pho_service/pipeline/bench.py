@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pho_service.errors import InvalidInput
+from pho_service.host.access import is_packed
 from pho_service.host.machine import conditions, versions
-from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.mask_file import MASKS, read_masks
-from pho_service.models.packed import as_folder, is_packed
+from pho_service.models.packed import as_folder
 from pho_service.models.saving import RECIPE, Recipe, read_recipe
 from pho_service.progress import Advance, Progress, silent
+from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.masks import GROUP, KEEP, broken_groups, to_semi_structured
 from pho_service.pruning.statistics import PrunableLinear
 

@@ -2,9 +2,11 @@
 A candidate applied to a model, block reconstruction included.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from pho_service.models.blockwise import (
 )
 from pho_service.models.loading import LanguageModel
 from pho_service.models.scratch import KeptBlock, KeptBlocks
-from pho_service.pipeline.bundles import few_tokens, warn_once
 from pho_service.progress import Advance
 from pho_service.pruning.masks import (
     LinearMask,
@@ -35,6 +36,8 @@ from pho_service.pruning.reconstruction import Reconstructed, Trainable, check_w
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.pruning.steps import InputMoments, ScoredLinear, finish
 from pho_service.spec.steps import Candidate, Reconstruction
+
+logger = logging.getLogger(__name__)
 
 
 # Block reconstruction of a whole model: the dense stream beside the pruned one, and what is
@@ -323,3 +326,31 @@ def rate_streamed(
 
 def _share(mask: LinearMask) -> float:
     return 1 - int(mask.keep.count_nonzero()) / mask.keep.numel()
+
+
+# What to say of a calibration with fewer tokens than a step needs.
+def few_tokens(
+    linears: Mapping[str, PrunableLinear], candidate: Candidate, windows: Tensor | None
+) -> str | None:
+    """Say that weights are fitted to fewer tokens than they have inputs, and how many would do."""
+    # The second moments of so few tokens are singular. Damping makes weights computable all the
+    # same, but they fit what they see more than the text that it stands for.
+    if windows is None or candidate.steps.update == "none":
+        return None
+    chosen = candidate.steps.linears.choose(list(linears), candidate.pattern).names
+    widths = {name: linears[name].weight.shape[1] for name in linears if name in chosen}
+    name = max(widths, key=lambda name: widths[name])
+    if windows.numel() >= widths[name]:
+        return None
+    enough = -(-widths[name] // windows.shape[1])
+    return (
+        f"The calibration has {windows.numel()} tokens, fewer than the {widths[name]} inputs of "
+        f"{name}: update {candidate.steps.update!r} fits them, held back only by damping. Take "
+        f"{enough} windows of {windows.shape[1]} tokens or more (--samples {enough})."
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that this process has it: finalists share a calibration."""
+    logger.warning(message)

@@ -18,12 +18,11 @@ from torch import Tensor
 from pho_service.errors import InvalidInput, NumericalError
 from pho_service.models.blockwise import measure_perplexity
 from pho_service.models.loading import LanguageModel
-from pho_service.models.mask_file import pack, unpack
 from pho_service.models.texts import TextRecord, record_to_dict
 from pho_service.pipeline.pipeline import pruned_model, rate_streamed, whole_masks
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle
-from pho_service.pruning.masks import model_sparsity, pruned
+from pho_service.pruning.masks import model_sparsity, pack, pruned, unpack
 from pho_service.pruning.perplexity import (
     DenseReference,
     Perplexity,

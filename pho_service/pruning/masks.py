@@ -2,14 +2,17 @@
 The masks of a whole model for one candidate, and a model with them applied.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pho_service.pruning.allocation import allocate
 from pho_service.pruning.hardware import free_memory
@@ -507,3 +510,20 @@ def broken_groups(weight: Tensor) -> int:
         return out_features * -(-in_features // GROUP)
     kept = weight.ne(0).view(out_features, -1, GROUP).sum(dim=-1, dtype=torch.uint8)
     return int((kept > KEEP).count_nonzero())
+
+
+# A mask in few bytes.
+def pack(keep: Tensor) -> Tensor:
+    """(ceil(numel / 8),), uint8, on the CPU: the rows one after the other, one bit a weight."""
+    flat = keep.detach().contiguous().view(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    bytes_ = pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)
+    return (bytes_ << places).sum(dim=1, dtype=torch.uint8).cpu()
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask of this shape, bool, that :func:`pack` packed."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.view(np.bool_)).view(shape)

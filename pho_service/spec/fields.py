@@ -3,7 +3,7 @@ The parts of the documents that jobs are submitted as, each checked field by fie
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pho_service.errors import InvalidInput
 from pho_service.host.access import Access, check_data_file
 from pho_service.host.data_sets import check_usual
+from pho_service.host.settings import Settings
 from pho_service.spec.calibration import C4_DATASET, C4_FILE, CalibrationSettings
 from pho_service.spec.document import Document, FieldShown, Name, Seed
 from pho_service.spec.pattern import Coefficients
@@ -30,6 +31,45 @@ class FieldError(ValueError):
         super().__init__(message)
         self.pointer = pointer
         self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobLimits:
+    """
+    The most of one job.
+
+    Attributes:
+        trials: Number of trials of all its islands, or of the searches on all its models.
+        tokens: That models are run over, as the documents count them.
+    """
+
+    trials: int
+    tokens: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "JobLimits":
+        """Read the settings."""
+        return cls(trials=settings.max_trials, tokens=settings.max_tokens)
+
+    def check_trials(self, pointer: str, count: int, times: int, things: str) -> None:
+        """Check ``count`` trials on each of so many islands or models."""
+        if count * times > self.trials:
+            raise FieldError(
+                pointer,
+                f"{count} trials on {times} {things} are {count * times}, but one job may have "
+                f"{self.trials} here. Ask for fewer, or let the operator raise PHO_MAX_TRIALS.",
+                code="job_too_large",
+            )
+
+    def check_tokens(self, pointer: str, count: int) -> None:
+        if count > self.tokens:
+            raise FieldError(
+                pointer,
+                f"the job asks for {count} tokens to run models over, but one job may have "
+                f"{self.tokens} here. Ask for fewer or shorter windows, or let the operator raise "
+                "PHO_MAX_TOKENS.",
+                code="job_too_large",
+            )
 
 
 def check_field(field: str, check: Callable[[str], object], value: str) -> None:

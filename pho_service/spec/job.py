@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pho_service.host.access import Access
+from pho_service.spec.configuration import WIDER
 from pho_service.spec.curve import (
     MOST_PATTERNS,
     Target,
@@ -26,6 +27,7 @@ from pho_service.spec.document import Document, FieldShown, Name, Title, printab
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
+    JobLimits,
     ValidationSpec,
     WarmStartSpec,
     check_field,
@@ -39,6 +41,7 @@ from pho_service.spec.objective import (
     SamplerSeed,
     SearchOptions,
     Trials,
+    corrected_windows,
     options_of,
 )
 from pho_service.spec.pattern import Pattern
@@ -532,6 +535,30 @@ class JobSpec(Document):
     def check_access(self, access: Access) -> None:
         for check in self.access_checks(access):
             check()
+
+    def check_size(self, limits: JobLimits, *, more_trials: int = 0) -> None:
+        """
+        Count what a job asks for: trials, and tokens of the calibrations, of every candidate that
+        gets a perplexity, and of a reconstruction's passes. Baselines and the dense model are not
+        counted.
+        """
+        trials, points = self.trials + more_trials, self.most_points
+        things = "patterns" if self.several else "islands"
+        limits.check_trials("/trials", trials, self.islands * points, things)
+        tokens = self.calibration.tokens * len(self.models)
+        limits.check_tokens("/calibration/samples", tokens)
+        if self.confirm is not None:
+            measured = self.confirm.candidates
+            if self.validation is not None:
+                measured = WIDER * measured + self.validation.candidates
+            measured += trials * self.islands if self.objective.name == "perplexity" else 0
+            tokens += points * measured * self.confirm.windows * self.calibration.context_length
+            trained = self.request(0).steps.reconstruction
+            tokens += points * trained.passes * self.calibration.tokens if trained.wanted else 0
+            limits.check_tokens("/confirm/windows", tokens)
+        length = self.calibration.context_length
+        tokens += points * self.corrections * corrected_windows(length) * length
+        limits.check_tokens("/corrections", tokens)
 
     def placed(self, access: Access) -> "JobSpec":
         changes = {

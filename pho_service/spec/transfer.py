@@ -12,12 +12,12 @@ from pho_service.spec.document import Document, Name, Title
 from pho_service.spec.fields import (
     CalibrationSpec,
     ConfirmSpec,
+    JobLimits,
     TextSpec,
     check_field,
     check_models,
 )
 from pho_service.spec.job import Dtype, JobSpec
-from pho_service.spec.limits import JobLimits
 from pho_service.spec.objective import SearchOptions
 
 MOST_WINDOWS = 100_000  # of a text

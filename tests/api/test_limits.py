@@ -13,7 +13,7 @@ from starlette.types import Message, Scope
 from pho_service.api.guard import KeyGuard, Rate, host_of
 from pho_service.errors import InvalidInput
 from pho_service.host.settings import read_settings
-from pho_service.spec.limits import JobLimits
+from pho_service.spec.fields import JobLimits
 from storage.keys import KeyStore
 from storage.records import JobState, TooManyTrials
 

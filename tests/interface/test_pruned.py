@@ -48,7 +48,7 @@ def test_few_tokens(
 ) -> None:
     """Fewer tokens than inputs are said once, with the number that would do, and in the recipe."""
     said: list[str] = []
-    monkeypatch.setattr("pho_service.pipeline.bundles.logger.warning", said.append)
+    monkeypatch.setattr("pho_service.models.calibration.logger.warning", said.append)
     bundle = pho.calibrate(
         tiny_llama, tokenizer, texts["calibration"], samples=2, context_length=11
     )

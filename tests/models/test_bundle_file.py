@@ -11,10 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from pho_service.errors import BundleError, InvalidInput, OutputError
 from pho_service.models.bundle_file import FORMAT, read_bundle, write_bundle
-from pho_service.models.calibration import CalibrationText, calibrate, calibration_text
+from pho_service.models.calibration import (
+    CalibrationText,
+    cached_bundle,
+    calibrate,
+    calibration_text,
+)
 from pho_service.models.loading import LanguageModel, load_model
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import PrunableLinear, Statistics
 from pho_service.spec.calibration import CalibrationSettings

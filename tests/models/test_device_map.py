@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from pho_service.errors import InvalidInput, ModelError
 from pho_service.models import blockwise
 from pho_service.models.blockwise import walk
-from pho_service.models.devices import pick_device
 from pho_service.models.loading import LanguageModel, load_model
+from pho_service.pruning.hardware import pick_device
 from pho_service.pruning.perplexity import rate_perplexity
 
 SIZES: dict[str, Any] = {

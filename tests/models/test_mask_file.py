@@ -16,12 +16,11 @@ from pho_service.errors import ModelError, OutputError
 from pho_service.models.mask_file import (
     MASK_FORMAT,
     LayerMask,
-    pack,
     read_masks,
-    unpack,
     weight_sha256,
     write_masks,
 )
+from pho_service.pruning.masks import pack, unpack
 
 
 def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,10 +12,9 @@ from transformers import LlamaForCausalLM
 
 from pho_service.errors import ChangedInput, StudyError
 from pho_service.models.architecture import prunable_linears
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from pho_service.progress import Advance
 from pho_service.pruning.bundle import ProxyBundle, sample_bundle
 from pho_service.pruning.statistics import collect_statistics

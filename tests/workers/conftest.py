@@ -27,10 +27,9 @@ from pho_service.api.jobs import enter
 from pho_service.errors import PhoError
 from pho_service.host.access import Access
 from pho_service.host.artifacts import PrunedStore
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pipeline.confirmation import rate_by_all_proxies
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.search import search_job

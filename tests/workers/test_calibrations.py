@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.bundles import bundle_path, cached_bundle
 from storage.records import JobState, StageKind, StageState
 
 SHARED = "import pho_service.spec; pho_service.spec.calibration.SHARDED_FROM = 1\n"
@@ -136,7 +135,7 @@ def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
     ("before", "module", "function"),
     [
         (SHARED, "workers.pieces", "measure_shard"),
-        ("", "pho_service.pipeline.bundles", "calibrate"),
+        ("", "pho_service.models.calibration", "calibrate"),
     ],
     ids=["in shards", "whole"],
 )

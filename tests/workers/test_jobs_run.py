@@ -15,10 +15,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pho_service.models.bundle_file import write_bundle
-from pho_service.models.calibration import calibrate, calibration_text
+from pho_service.models.calibration import bundle_path, calibrate, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.bundles import bundle_path
 from pho_service.spec.job import island_seed
 from storage.records import JobState, StageKind, StageState
 

@@ -11,10 +11,9 @@ from sqlalchemy import delete as sql_delete
 from pho_service.errors import OutputError
 from pho_service.host.artifacts import PrunedStore
 from pho_service.models.bundle_file import read_bundle
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import bundle_path, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
-from pho_service.pipeline.bundles import bundle_path
 from pho_service.pipeline.check import check_folder
 from pho_service.pipeline.prune import prune_job
 from pho_service.progress import silent

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from pho_service.models.calibration import calibration_text
+from pho_service.models.calibration import cached_bundle, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource, read_windows
-from pho_service.pipeline.bundles import cached_bundle
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText
 from pho_service.pipeline.search import search_job
