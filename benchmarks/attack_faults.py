@@ -35,10 +35,9 @@ def _paused(target: Target, **fields: object) -> str:
     job = target.job(**{**CONFIRMED, **fields})
 
     def begun() -> bool:
-        progress = target.get(f"/v1/jobs/{job}").json()
-        return bool(progress["progress"]["perplexities_done"] >= 1) or progress["state"] in (
-            "succeeded", "failed",
-        )  # fmt: skip
+        shown = target.get(f"/v1/jobs/{job}").json()
+        measured = [p["done"] for p in shown["progress"]["pieces"] if p["stage"] == "perplexity"]
+        return any(measured) or shown["state"] in ("succeeded", "failed")
 
     target.until(begun, seconds=120)
     with suppress(httpx.HTTPError):

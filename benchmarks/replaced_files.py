@@ -70,7 +70,7 @@ def mixtures(job: JobRecord) -> Iterator[str]:
     Compared are the hashes that its stages stored and those in its configuration.
     """
     results = {
-        kind: [s.result for s in job.of_kind(kind) if s.result and s.part_of is None]
+        kind: [s.result for s in job.of_kind(kind) if s.result and s.result.get("provenance", 1)]
         for kind in (StageKind.CALIBRATE, StageKind.PERPLEXITY)
     }
     measured = results[StageKind.PERPLEXITY]

@@ -604,29 +604,18 @@ class Client:
             while True:
                 job = patient(self.job, job_id)
                 done = job.progress
-                completed, total = done.trials_done, done.trials
-                if job.kind == "transfer":
-                    completed, total = done.models_done, done.models
-                elif job.stage == "calibrate" and done.shards:
-                    completed, total = done.shards_done, done.shards
-                elif job.stage != "search" and done.step is not None:
-                    completed, total = done.step.done, done.step.steps
                 bars.update(
                     search,
-                    completed=completed,
-                    total=total,
+                    completed=done.done,
+                    total=done.total,
                     description=f"{job.state}, {job.stage or 'waiting'}",
-                )  # fmt: skip
-                if done.points:
-                    bars.update(
-                        confirmation, completed=done.points_done, total=done.points,
-                        description="patterns", visible=True,
-                    )  # fmt: skip
-                if done.perplexities:
-                    bars.update(
-                        confirmation, completed=done.perplexities_done, total=done.perplexities,
-                        visible=True,
-                    )  # fmt: skip
+                )
+                for each in map(done.of, ("point", "perplexity")):
+                    if each.total:
+                        bars.update(
+                            confirmation, completed=each.done, total=each.total,
+                            description=each.unit, visible=True,
+                        )  # fmt: skip
                 if job.state.is_over:
                     return job
                 if timeout_s is not None and time.monotonic() - began > timeout_s:

@@ -296,7 +296,7 @@ def _reports(connection: Connection, worker_id: uuid.UUID | None, alive_s: float
     return found.first() is not None
 
 
-# How a stage ends: with a result, and what follows from it; or put down until its parts are done.
+# How a stage ends: with a result, and what follows from it.
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """The result of a job."""
@@ -363,23 +363,6 @@ class OutcomeStore(ClaimStore):
                 settle(connection, job)
             return True
 
-    def wait(
-        self,
-        claim: Claim,
-        parts: Sequence[NewStage] = (),
-        *,
-        params: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Put a stage down until its parts are done; then it is given out again."""
-        with self.database.transaction() as connection:
-            job = claimed_job(connection, claim)
-            if params is not None:
-                kept = {**(claim.stage.params or {}), **params}
-                update_stage(connection, claim.stage.id, params=kept)
-            add_stages(connection, job, parts)
-            put_down(connection, job, claim.stage.id, claim.stage.failures)
-            _give_out_whole(connection, job.id, claim.stage.kind, claim.stage.number)
-
 
 def _moved(seen: JobRecord, job: JobRecord) -> bool:
     """Whether a job has more to do, or has done more, than when it was seen."""
@@ -405,12 +388,13 @@ def _keep_found(connection: Connection, job: JobRecord, found: Found) -> None:
 
 
 def _tell(connection: Connection, job: JobRecord, claim: Claim) -> None:
-    """Say that a model of a transfer, or a part of a stage, is done; its whole may be given out."""
+    """Say that a model of a transfer, or a part of a calibration, is done."""
     stage = claim.stage
     done, number = 1, stage.number
     if stage.part_of is not None:
         number = stage.part_of
-        done = _give_out_whole(connection, job.id, stage.kind, number)
+        parts = (s for s in find_job(connection, job.id).shards if s.part_of == number)
+        done = sum(part.state is StageState.DONE for part in parts)
     elif stage.kind is not StageKind.TRANSFER:
         return
     data = {"stage": stage.kind, "number": number, "done": done, "best_value": None}
@@ -421,17 +405,6 @@ def _good(best: Mapping[str, Any] | None) -> dict[str, Any]:
     """How good a result is, where that was measured, for those who follow the job."""
     measured = (best or {}).get("perplexities")
     return {} if measured is None else {"perplexities": measured}
-
-
-def _give_out_whole(connection: Connection, job_id: uuid.UUID, kind: StageKind, number: int) -> int:
-    """Put a stage into the queue whose parts are all done; how many are."""
-    job = find_job(connection, job_id)
-    parts = job.parts(kind, number)
-    done = sum(part.state is StageState.DONE for part in parts)
-    (whole,) = (s for s in job.of_kind(kind) if s.number == number)
-    if done == len(parts) and whole.state is StageState.WAITING and job.state.may_work:
-        enqueue_again(connection, job, whole)
-    return done
 
 
 def _has_unfinished(connection: Connection, job_id: uuid.UUID) -> bool:

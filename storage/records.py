@@ -184,7 +184,7 @@ class Stage:
 
     @property
     def part_of(self) -> int | None:
-        """The number of the stage of this kind that this one is a part of, if it is one."""
+        """The number of the model whose calibration this is a part of, if it is one."""
         return (self.params or {}).get("part_of")
 
 
@@ -214,10 +214,10 @@ class JobRecord:
         """The stages of one kind, without their parts, by number."""
         return self._sorted(s for s in self.stages if s.kind is kind and s.part_of is None)
 
-    def parts(self, kind: StageKind, number: int | None = None) -> list[Stage]:
-        """The parts of the stage of a kind with this number, or of all of the kind, by number."""
-        parts = (s for s in self.stages if s.kind is kind and s.part_of is not None)
-        return self._sorted(s for s in parts if number in (None, s.part_of))
+    @property
+    def shards(self) -> list[Stage]:
+        """The parts that large calibrations are shared out in, by number."""
+        return self._sorted(s for s in self.stages if s.part_of is not None)
 
     @property
     def pruning(self) -> Stage | None:

@@ -7,9 +7,9 @@ into the queue, and the function ends there. With the last piece it comes to its
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -19,13 +19,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pho_service.errors import DeviceLost, PhoError
-from pho_service.host.data_sets import harness_folder
 from pho_service.host.machine import faults_told
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.curve import (
     CurvePoint,
     CurvePoints,
-    next_sparsity,
+    find_points,
     point_warnings,
     target_found,
 )
@@ -33,30 +32,40 @@ from pho_service.pipeline.rating import ReportText, Subject
 from pho_service.pipeline.search import Asked, Journal, Piece, SearchInputs, conduct, origin_of
 from pho_service.progress import Run
 from pho_service.pruning.bundle import ProxyBundle
+from pho_service.spec.calibration import SHARDS
 from pho_service.spec.job import JobSpec
-from pho_service.spec.pattern import Pattern
-from pho_service.spec.results import Calibrated, Finished
+from pho_service.spec.results import (
+    Calibration,
+    Finished,
+    Gathered,
+    TasksMeasured,
+    Transfer,
+    Written,
+)
 from pho_service.spec.transfer import TransferSpec
+from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import pareto_study
 from storage.claims import Entry, Found
-from storage.jobs import PATTERN, JobStore
+from storage.jobs import JobStore
 from storage.records import Claim, JobRecord, LostClaim, NewStage, StageKind, StageState
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
 from workers.inputs import Seal, WorkerInputs
 from workers.pieces import (
     DENSE,
+    PARTS,
     PRUNED,
+    WHOLES,
     IslandSearch,
-    Unshared,
-    calibrate_part,
-    calibrated,
+    calibrate_piece,
     check_report,
     check_tasks,
     failed,
+    gather_shard,
     of_layers,
     prune_piece,
     remove_if_deleted,
+    shards_of,
     show_curve,
     show_result,
     started,
@@ -101,7 +110,8 @@ class StoredJournal(Journal):
     ) -> list[T]:
         del title
         values: TypeAdapter[T] = TypeAdapter(kind)
-        known = {stage.number: stage for stage in self.claim.job.of_kind(StageKind(name))}
+        stages = self.claim.job.stages
+        known = {stage.number: stage for stage in stages if stage.kind == name}
         found: list[T] = []
         new: list[NewStage] = []
         for piece in pieces:
@@ -138,18 +148,11 @@ class Conductor:
         watch = Watch(self.store, claim, self.stopping, self.turns)
         with faults_told(), ExitStack() as stack:
             job = _Job(self.store, self.inputs, claim, watch, stack)
-            if claim.stage.part_of is not None:
-                part = calibrate_part(self.inputs, claim, watch)
-                self.store.complete(claim, part)
-                return
             while True:
                 try:
                     job.conduct()
                 except Later as later:
                     done = job.complete(then=later.new)
-                except Unshared as unshared:
-                    self.store.wait(claim, unshared.parts, params=unshared.known)
-                    return
                 else:
                     done = job.complete(ended=True)
                 if done:
@@ -196,8 +199,6 @@ class _Job:
         journal, job = self._journal, self._claim.job
         assert journal.mine is not None, f"nobody needs {self._claim.stage.kind} of job {job.id}"
         library = journal.library
-        if self._claim.stage.kind is StageKind.TASKS:
-            check_tasks(journal.mine, job)
         if self._claim.stage.kind is StageKind.TRANSFER:
             journal.mine = check_report(journal.mine, job)
             library = _of_transfer(job.spec["configuration"], journal.mine)
@@ -217,11 +218,10 @@ class _Job:
         if job.spec.get("kind") == "transfer":
             asked = TransferSpec.model_validate(job.spec)
             targets = [asked.target(number) for number in range(len(asked.models))]
-            each("transfer", _of_models(targets), self._transfer, dict[str, Any])
+            each("transfer", _of_models(targets), self._transfer, Transfer)
             return
         spec = JobSpec.model_validate(job.spec)
-        models = [spec.of_model(number) for number in range(len(spec.models))]
-        made = each("calibrate", _of_models(models), self._calibrate, Calibrated)
+        made = self._calibrated(spec)
         spec = self._warmed(spec, made)
         self._opened = opened = Opened(
             self._inputs, job, spec, made, lambda: self._storage, self._journal.run
@@ -253,13 +253,14 @@ class _Job:
             )
         if spec.tasks is not None:
             both = [Piece(number=DENSE), Piece(number=PRUNED)]
-            each("tasks", both, self._tasks, dict[str, Any])
+            for measured in each("tasks", both, self._tasks, TasksMeasured):
+                check_tasks(measured.questions_sha256, job)
         if spec.prune or job.pruning is not None:
-            once("prune", self._prune, dict[str, Any])
+            once("prune", self._prune, Written)
 
     # The pieces.
 
-    def _transfer(self, piece: Piece, run: Run) -> dict[str, Any]:
+    def _transfer(self, piece: Piece, run: Run) -> Transfer:
         """Measure on one model. What a user can act on is its result, and ends no other."""
         spec = TransferSpec.model_validate(self._claim.job.spec)
         try:
@@ -271,21 +272,33 @@ class _Job:
             logger.warning("a model of job %s failed: %s", self._claim.job.id, error)
             return failed(spec.models[piece.number], error)
 
-    def _calibrate(self, piece: Piece, run: Run) -> Calibrated:
-        # Reads all texts, and what is missing fails before the search.
-        began, whole = time.monotonic(), JobSpec.model_validate(self._claim.job.spec)
-        spec = whole.of_model(piece.number)
-        if spec.tasks is not None and harness_folder() is not None:
-            self._inputs.tasks(spec)
-        bundle, seal = calibrated(self._inputs, self._claim, spec, run)
-        self._inputs.model(spec, seal)  # its files were read all the time
-        for pattern in whole.points:
-            bundle.choose(whole.plan(0).steps.linears, pattern)
-        seconds = round(time.monotonic() - began, 3)
-        provenance = dict(bundle.provenance)
-        return Calibrated(provenance=provenance, inputs=seal.to_dict(), seconds=seconds)
+    def _calibrated(self, spec: JobSpec) -> list[Calibration]:
+        """Calibrate each model; a large one in parts, that are added up then."""
+        inputs, each = self._inputs, self._journal.each
+        models = [spec.of_model(number) for number in range(len(spec.models))]
 
-    def _warmed(self, spec: JobSpec, made: Sequence[Calibrated]) -> JobSpec:
+        def begin(piece: Piece, run: Run) -> Calibration:
+            return calibrate_piece(inputs, models[piece.number], spec, None, run)
+
+        def gather(piece: Piece, run: Run) -> Gathered:
+            model, shard = divmod(piece.number - PARTS, SHARDS)
+            return gather_shard(inputs, models[model], first[model], shard, run)
+
+        def add_up(piece: Piece, run: Run) -> Calibration:
+            model = piece.number - WHOLES
+            return calibrate_piece(inputs, models[model], spec, first[model], run)
+
+        first = each("calibrate", _of_models(models), begin, Calibration)
+        each("calibrate", shards_of(first), gather, Gathered)
+        wholes = [
+            replace(piece, number=WHOLES + piece.number)
+            for piece, one in zip(_of_models(models), first, strict=True)
+            if one.shards
+        ]
+        added = iter(each("calibrate", wholes, add_up, Calibration))
+        return [next(added) if one.shards else one for one in first]
+
+    def _warmed(self, spec: JobSpec, made: Sequence[Calibration]) -> JobSpec:
         """With what the library has to begin with, which the job's document then says."""
         model = made[0].provenance.get("model", {})
         document = warmed(self._store.database, self._claim.job, spec, model)
@@ -298,52 +311,32 @@ class _Job:
         return IslandSearch(self._store, self._claim, spec, self._watch, self._fence)
 
     def _points(self, spec: JobSpec) -> list[CurvePoint]:
-        """A point for each pattern, independent of each other; or those that a target asks for."""
-        found: list[CurvePoint] = []
-        if spec.target is None:
-            return self._each_point(spec, found, spec.points)
-        named = {each.sparsity: each for each in spec.points}
-        while (sparsity := next_sparsity(spec.target, found)) is not None:
-            found = self._each_point(spec, found, [named[sparsity]])
-        return found
+        """A point for each pattern, as `pho curve` finds them; or those that a target asks for."""
+        opened, run, claim = self._opened, self._journal.run, self._claim
 
-    def _each_point(
-        self, spec: JobSpec, known: Sequence[CurvePoint], patterns: Sequence[Pattern]
-    ) -> list[CurvePoint]:
-        """Those that are known, and those of some patterns after them."""
-        numbered = dict(enumerate(patterns, len(known)))
-        pieces = [Piece(number=n, about={PATTERN: str(each)}) for n, each in numbered.items()]
+        def find(request: SearchRequest, title: str) -> CurvePoint:
+            # The study holds whatever another attempt has done.
+            one = spec.of_pattern(request.pattern)
+            known = [each.result for each in claim.job.of_kind(StageKind.POINT) if each.result]
+            study = opened.study(claim.stage.number)
+            points = CurvePoints(
+                opened.subject(),
+                lambda _: nullcontext(study),
+                pareto=pareto_of_job(self._store, claim, self._storage),
+                dense=known[0]["dense"] if known else None,
+                search=self._island_search(one),
+                run=run,
+            )
+            point = points.find(request, title)
+            with run.fence():
+                show_result(study, one, point.configuration)
+            opened.check()
+            if spec.target is None:
+                self._journal.library = [Entry(point.to_dict()["configuration"])]
+            return point
 
-        def search(piece: Piece, run: Run) -> dict[str, Any]:
-            return self._point(spec, numbered[piece.number], piece.number, run)
-
-        found = self._journal.each("point", pieces, search, dict[str, Any])
-        return [*known, *map(CurvePoint.from_dict, found)]
-
-    def _point(self, whole: JobSpec, pattern: Pattern, number: int, run: Run) -> dict[str, Any]:
-        """
-        Search one pattern, confirm what was found, and measure the published methods beside it, as
-        `pho curve` does; the study holds whatever another attempt has done.
-        """
-        spec, opened = whole.of_pattern(pattern), self._opened
-        known = [each.result for each in self._claim.job.of_kind(StageKind.POINT) if each.result]
-        study = opened.study(number)
-        points = CurvePoints(
-            opened.subject(),
-            lambda _: nullcontext(study),
-            pareto=pareto_of_job(self._store, self._claim, self._storage),
-            dense=CurvePoint.from_dict(known[0]).dense if known else None,
-            search=self._island_search(spec),
-            run=run,
-        )
-        point = points.find(spec.request(0), str(pattern))
-        with run.fence():
-            show_result(study, spec, point.result.configuration)
-        opened.check()
-        result = point.to_dict()
-        if whole.target is None:
-            self._journal.library = [Entry(result["configuration"])]
-        return result
+        requests = [spec.of_pattern(pattern).request(0) for pattern in spec.points]
+        return find_points(find, requests, spec.target, self._journal)
 
     def _finish_points(self, spec: JobSpec, points: Sequence[CurvePoint]) -> Finished:
         """A target has an answer, patterns have one each; TargetMissed if there is no answer."""
@@ -367,11 +360,11 @@ class _Job:
         validation = None if result.validation is None else dict(result.validation)
         return Finished(layers=layers, validation=validation)
 
-    def _tasks(self, piece: Piece, run: Run) -> dict[str, Any]:
+    def _tasks(self, piece: Piece, run: Run) -> TasksMeasured:
         check = partial(check_tasks, job=self._store.get(self._claim.job.id))
         return tasks_piece(self._opened, self._inputs, self._claim.job, piece.number, run, check)
 
-    def _prune(self, run: Run) -> dict[str, Any]:
+    def _prune(self, run: Run) -> Written:
         return prune_piece(self._opened, self._inputs, self._claim, self._watch, run)
 
 
@@ -387,7 +380,7 @@ class Opened:
         inputs: WorkerInputs,
         job: JobRecord,
         spec: JobSpec,
-        made: Sequence[Calibrated],
+        made: Sequence[Calibration],
         storage: Callable[[], RDBStorage],
         run: Run,
     ) -> None:

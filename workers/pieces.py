@@ -10,20 +10,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from pho_service.errors import ChangedInput, OutputError, PhoError
+from pho_service.host.data_sets import harness_folder
 from pho_service.library import Entry, ModelFacts, Wanted, rank, stored_file
-from pho_service.models.calibration import CalibrationText, cut, measure_shard
+from pho_service.models.calibration import cut, measure_shard
 from pho_service.models.saving import RECIPE
 from pho_service.models.tasks import LoadedTasks
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.prune import blocks_kept, prune_in_place, prune_job
 from pho_service.pipeline.rating import ReportText
+from pho_service.pipeline.search import Piece
 from pho_service.pipeline.tasks import measure_tasks, tasks_document
 from pho_service.pipeline.transfer import own_search, transfer_job
 from pho_service.progress import Fence, Run
@@ -37,6 +38,7 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.fields import WarmPoint
 from pho_service.spec.job import JobSpec
+from pho_service.spec.results import Calibration, Gathered, TasksMeasured, Transfer, Written
 from pho_service.spec.steps import Candidate
 from pho_service.spec.tasks import TaskScore
 from pho_service.spec.transfer import TransferSpec
@@ -46,7 +48,7 @@ from pho_service.tuning.search import run_search
 from storage.configurations import ConfigurationStore
 from storage.database import Database
 from storage.jobs import JobStore, chosen
-from storage.records import Claim, JobRecord, NewStage, NoSuchJob, StageKind, StageState
+from storage.records import Claim, JobRecord, NoSuchJob, StageKind
 from workers.inputs import Seal, WorkerInputs
 from workers.watch import HandBack, Watch
 
@@ -216,7 +218,7 @@ class IslandSearch:
 # The piece of a job that writes the pruned model into the artifact store.
 def prune_piece(
     opened: "Opened", inputs: WorkerInputs, claim: Claim, watch: Watch, run: Run
-) -> dict[str, Any]:
+) -> Written:
     """
     Prune the model of a job with what it has found, as `pho prune` does it, and keep the files.
     """
@@ -232,7 +234,7 @@ def prune_piece(
     files = described(folder, run)
     watch.look(now=True)
     inputs.pruned.keep(claim.job.id, key, [file["name"] for file in files])
-    return {"key": key, "files": files, "seconds": round(time.monotonic() - began, 3)}
+    return Written(key=key, files=files, seconds=round(time.monotonic() - began, 3))
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
@@ -305,27 +307,28 @@ def tasks_piece(
     job: JobRecord,
     number: int,
     run: Run,
-    check: Callable[[Mapping[str, Any]], None],
-) -> dict[str, Any]:
+    check: Callable[[str], None],
+) -> TasksMeasured:
     """Measure one of the two models of a job on its tasks, as `pho evaluate --tasks` does."""
     # The pruned one is pruned as `pho prune` does it; blocks that a reconstruction has trained are
     # kept for another attempt, and for the piece that writes the pruned model.
     began = time.monotonic()
     tasks = inputs.tasks(opened.spec)
-    questions = {"questions_sha256": tasks.questions_sha256()}
+    questions = tasks.questions_sha256()
     check(questions)
     if number == DENSE:
         measured = _measured(opened.model(), opened.spec, tasks, run)
         opened.check()
     else:
         measured = _pruned(opened, inputs, job, tasks, run)
-    return {**measured, **questions, "seconds": round(time.monotonic() - began, 3)}
+    return TasksMeasured(
+        **measured, questions_sha256=questions, seconds=round(time.monotonic() - began, 3)
+    )
 
 
-def check_tasks(mine: Mapping[str, Any], job: JobRecord) -> None:
+def check_tasks(questions: str, job: JobRecord) -> None:
     """Raise ChangedInput if the other model of the job was measured on other examples."""
     others = [stage.result or {} for stage in job.of_kind(StageKind.TASKS)]
-    questions = mine["questions_sha256"]
     if any(other.get("questions_sha256", questions) != questions for other in others):
         raise ChangedInput(
             f"the examples of {', '.join(job.spec['tasks'])} have changed since the other model of "
@@ -364,23 +367,19 @@ def _pruned(
 
 
 def _measured(model: Any, spec: JobSpec, tasks: LoadedTasks, run: Run) -> dict[str, Any]:
-    """What a model scored, and how, as JSON values."""
+    """What a model scored, and how."""
     how: dict[str, Any] = {"bos": spec.calibration.bos, "limit": spec.tasks_limit}
     scores: Sequence[TaskScore] = measure_tasks(model, tasks, **how, progress=run.progress)
     document = tasks_document(model, scores, **how)
     kept = {name: document[name] for name in ("limit", "bos", "versions")}
-    return {"scores": [asdict(score) for score in scores], **kept}
+    return {"scores": [*scores], **kept}
 
 
 # The pieces of a transfer: each measures a configuration on one model.
-def failed(name: str, error: PhoError) -> dict[str, Any]:
+def failed(name: str, error: PhoError) -> Transfer:
     """The result of a model that nothing was measured on, for a reason that a user can act on."""
-    return {
-        "target": name,
-        "key": "",
-        "error": {"type": type(error).__name__, "message": str(error)},
-        "warnings": [f"{name}: {error}"],
-    }
+    told = {"type": type(error).__name__, "message": str(error)}
+    return Transfer(target=name, key="", error=told, warnings=[f"{name}: {error}"])
 
 
 def check_report(mine: dict[str, Any], job: JobRecord) -> dict[str, Any]:
@@ -394,7 +393,7 @@ def check_report(mine: dict[str, Any], job: JobRecord) -> dict[str, Any]:
                 "of the two models could not be compared. Transfer to this model again, as a job "
                 "of its own, or to all of them."
             )
-            return failed(mine["target"], error)
+            return failed(mine["target"], error).to_dict()
     return mine
 
 
@@ -407,7 +406,7 @@ def _report_sha256(result: Mapping[str, Any]) -> str | None:
 
 def transfer_piece(
     spec: TransferSpec, inputs: WorkerInputs, number: int, watch: Watch, run: Run
-) -> dict[str, Any]:
+) -> Transfer:
     target = spec.target(number)
     if spec.search is None:
         target = target.model_copy(update={"confirm": None})  # nothing is confirmed
@@ -428,7 +427,7 @@ def transfer_piece(
         run=Run(device=run.device, progress=run.progress, look=run.look),  # its study is not kept
     )
     inputs.model(target, seal)  # its files were read all the time, also if it was not streamed
-    return transfer.to_dict()
+    return transfer
 
 
 def _report(spec: TransferSpec, inputs: WorkerInputs, number: int, seal: Seal) -> ReportText | None:
@@ -448,82 +447,72 @@ def _own_search(spec: TransferSpec) -> SearchRequest | None:
     )
 
 
-# The calibrate stages of a job: one for each model, which large calibrations share out in parts.
-PARTS = 1_000_000  # parts have numbers from here, models below
+# The calibrate stages of a job: one for each model; large ones are shared out in parts.
+PARTS, WHOLES = 1_000_000, 2_000_000  # parts, and what adds them up, have numbers from here
 
 
-class Unshared(Exception):
-    """The parts of a calibration are to be done first; those that nobody knows of yet are new."""
-
-    def __init__(self, parts: Sequence[NewStage] = (), known: dict[str, Any] | None = None) -> None:
-        super().__init__(parts)
-        self.parts, self.known = parts, known
-
-
-def calibrated(
-    inputs: WorkerInputs, claim: Claim, spec: JobSpec, run: Run
-) -> tuple[ProxyBundle, Seal]:
-    """Return the bundle of a model, and what it was made from."""
-    parts = claim.job.parts(StageKind.CALIBRATE, claim.stage.number)
-    if any(part.state is not StageState.DONE for part in parts):
-        raise Unshared
-    seal = inputs.seal(spec, Seal(**(claim.stage.params or {}).get("inputs", {})))
+def calibrate_piece(
+    inputs: WorkerInputs, spec: JobSpec, whole: JobSpec, before: Calibration | None, run: Run
+) -> Calibration:
+    """Calibrate a model, or say in how many parts that is to be done; ``before`` said so."""
+    # Reads all texts, and what is missing fails before the search.
+    began = time.monotonic()
+    if spec.tasks is not None and harness_folder() is not None:
+        inputs.tasks(spec)
+    seal = inputs.seal(spec, Seal() if before is None else Seal(**before.inputs))
     text = inputs.calibration_text(spec, seal)
-    if not parts and not inputs.bundles.has(text.bundle_key):
+    if before is None and not inputs.bundles.has(text.bundle_key):
         shards = len(cut(text, spec.calibration.settings(), stream=spec.stream))
         if shards > 1:
-            known = {"inputs": seal.to_dict()}
-            raise Unshared(_parts(claim, inputs, text, shards, known), known)
-    return inputs.calibrate(spec, seal, run.progress), seal
+            return Calibration(
+                inputs=seal.to_dict(), shards=shards, key=text.bundle_key, device=inputs.device.type
+            )
+    bundle = inputs.calibrate(spec, seal, run.progress)
+    inputs.model(spec, seal)  # its files were read all the time
+    for pattern in whole.points:
+        bundle.choose(whole.plan(0).steps.linears, pattern)
+    return Calibration(
+        provenance=dict(bundle.provenance),
+        inputs=seal.to_dict(),
+        seconds=round(time.monotonic() - began, 3),
+    )
 
 
-def _parts(
-    claim: Claim, inputs: WorkerInputs, text: CalibrationText, shards: int, known: dict[str, Any]
-) -> list[NewStage]:
-    """One for each shard; a shard that two jobs need is gathered by one part after the other."""
-    key, whole = text.bundle_key, claim.stage.number
+def shards_of(first: Sequence[Calibration]) -> list[Piece]:
+    """A piece for each part; one that two jobs need is gathered by one after the other."""
     return [
-        NewStage(
-            kind=StageKind.CALIBRATE,
-            number=PARTS + whole * SHARDS + shard,
-            params={
-                "part_of": whole,
-                "shard": shard,
-                "key": key,
-                "device": inputs.device.type,
-                **known,
-            },
-            lock=f"shard {shard} of {key}",
+        Piece(
+            number=PARTS + model * SHARDS + shard,
+            about={"part_of": model},
+            lock=f"shard {shard} of {one.key}",
         )
-        for shard in range(shards)
+        for model, one in enumerate(first)
+        for shard in range(one.shards)
     ]
 
 
-def calibrate_part(inputs: WorkerInputs, claim: Claim, watch: Watch) -> dict[str, Any]:
-    """Gather the sums of a shard, if nobody has yet, and keep them for the stage."""
+def gather_shard(
+    inputs: WorkerInputs, spec: JobSpec, one: Calibration, shard: int, run: Run
+) -> Gathered:
+    """Gather the sums of a shard, if nobody has yet, and keep them for who adds up."""
     # A worker that would give other last digits, since it has another kind of device or other
     # versions of packages, leaves the shard to the one that adds up.
-    began = time.monotonic()
-    params = claim.stage.params or {}
-    spec = JobSpec.model_validate(claim.job.spec).of_model(int(params["part_of"]))
-    key, shard = str(params["key"]), int(params["shard"])
-    made = False
-    bundles = inputs.bundles
+    began, made = time.monotonic(), False
+    bundles, key = inputs.bundles, str(one.key)
     # In this order: sums are removed as soon as the bundle that they became is there.
     there = bundles.sums(key, shard) is not None or bundles.has(key)
-    if not there and params["device"] == inputs.device.type:
-        seal = Seal(**params["inputs"])
+    if not there and one.device == inputs.device.type:
+        seal = Seal(**one.inputs)
         text = inputs.calibration_text(spec, seal)
         if text.bundle_key == key:
-            settings = spec.calibration.settings()
             model = inputs.model(spec, seal)
-            sums = measure_shard(model, text, settings, shard, watch.progress)
+            sums = measure_shard(model, text, spec.calibration.settings(), shard, run.progress)
             model.check_unchanged()
             bundles.keep_sums(key, shard, sums)
             made = True
     if not there and not made:
         logger.warning("shard %d is left to the worker that adds up", shard)
-    return {"seconds": round(time.monotonic() - began, 3), "made": made}
+    return Gathered(made=made, seconds=round(time.monotonic() - began, 3))
 
 
 # A job that begins with what the library has for similar models.

@@ -74,7 +74,7 @@ def submit_all(client: Client) -> dict[str, Any]:
         "running": submit(JobState.RUNNING, pattern="0.6", trials=2000),
         "waiting": submit(JobState.QUEUED, pattern="0.7", priority=-1),
     }
-    while client.job(found["running"].id).progress.trials_done < ENOUGH:
+    while client.job(found["running"].id).progress.of("search").done < ENOUGH:
         time.sleep(0.2)
     return found
 

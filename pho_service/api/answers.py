@@ -26,31 +26,31 @@ class Step(_Answer):
     steps: int
 
 
+class Pieces(_Answer):
+    """How far the stages of one kind are."""
+
+    stage: StageKind
+    unit: str = Field(
+        description="What is counted: trials of all islands or patterns, parts of a calibration, "
+        "or the stages themselves, by what each is of."
+    )
+    done: int
+    total: int = Field(description="As far as is known; of the patterns of a target, at most.")
+
+
 class Progress(_Answer):
     """Progress of a job."""
 
-    trials_done: int = Field(description="Number of finished trials of all islands.")
-    trials: int = Field(description="Number of trials asked of all islands.")
+    pieces: list[Pieces] = Field(
+        description="What is known of each kind of stage, in the order of the work."
+    )
+    done: int = Field(
+        description="How much of the present stage is done: steps of one that counts no pieces, or "
+        "as in `pieces`; of the search, or of a transfer's models, while nothing runs."
+    )
+    total: int
     best_value: float | None = Field(
         description="Best objective so far; once there is a configuration, its own."
-    )
-    perplexities_done: int
-    perplexities: int = Field(
-        description="Number of perplexities to measure, known once the search is over."
-    )
-    shards_done: int = Field(
-        0, description="Number of finished parts of calibrations, summed up already or not."
-    )
-    shards: int = Field(
-        0, description="Number of parts that large calibrations are shared out in; 0 for none."
-    )
-    models_done: int = Field(
-        0, description="Number of a transfer's models that were measured, or found impossible."
-    )
-    models: int = Field(0, description="Number of a transfer's models.")
-    points_done: int = Field(0, description="Number of patterns that were searched and confirmed.")
-    points: int = Field(
-        0, description="Number of patterns that are searched, at most; 0 of a job with one."
     )
     seconds_left: float | None = Field(
         description="Seconds that the search or the perplexities still take at the present pace; a "
@@ -61,6 +61,11 @@ class Progress(_Answer):
         description="What a stage is at that counts no trials, such as the calibration; null if "
         "none runs, or it has not said anything yet.",
     )
+
+    def of(self, stage: str) -> Pieces:
+        """How far the stages of a kind are; 0 of 0 before anything is known of them."""
+        none = Pieces(stage=StageKind(stage), unit="", done=0, total=0)
+        return next((each for each in self.pieces if each.stage == stage), none)
 
 
 class JobError(_Answer):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pho_service.api.answers import Best, Job, JobError, Point, Progress, Step
+from pho_service.api.answers import Best, Job, JobError, Pieces, Point, Progress, Step
 from pho_service.api.problems import Conflict, wrong_parameter
 from pho_service.errors import InvalidInput
 from pho_service.spec.configuration import ProxyQuality
@@ -73,7 +73,7 @@ def curve(job: stored.JobRecord) -> dict[str, Any] | None:
     if not results:
         return None
     ordered = sorted(results, key=lambda each: (each["sparsity"], each["pattern"]))
-    (calibrated,) = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE))
+    *_, calibrated = (s.result or {} for s in job.of_kind(StageKind.CALIBRATE))
     return {
         "model": dict(calibrated["provenance"].get("model", {})),
         "dense": ordered[0]["dense"],
@@ -270,31 +270,64 @@ def _pruned(job: stored.JobRecord) -> Literal["waiting", "done", "removed"] | No
     return "removed" if REMOVED in job.pruning.result else "done"
 
 
+# What stages of a kind are of, or what else is counted of them.
+_UNITS = {
+    StageKind.TRANSFER: "models",
+    StageKind.CALIBRATE: "parts",
+    StageKind.POINT: "patterns",
+    StageKind.SEARCH: "trials",
+    StageKind.PERPLEXITY: "perplexities",
+    StageKind.TASKS: "models",
+}
+
+
+def pieces(job: stored.JobRecord) -> list[Pieces]:
+    """What is known of each kind of stage, in the order of the work: how much of it is done."""
+    units = {**_UNITS, **({StageKind.POINT: "patterns at most"} if job.spec.get("target") else {})}
+    return [
+        Pieces(stage=kind, unit=units.get(kind, "stages"), done=done, total=total)
+        for kind in StageKind
+        for done, total in [_counted(job, kind)]
+        if total
+    ]
+
+
+def _counted(job: stored.JobRecord, kind: StageKind) -> tuple[int, int]:
+    mine = [stage for stage in job.stages if stage.kind is kind]
+    done, total = sum(stage.state is StageState.DONE for stage in mine), len(mine)
+    several = is_several(job.spec)
+    if kind is StageKind.POINT and several:
+        return done, most_points(job)
+    if kind is StageKind.SEARCH and not is_transfer(job):
+        total = job.trials * (most_points(job) if several else islands(job))
+        return sum(stage.done for stage in _searches(job)), total
+    if kind is StageKind.CALIBRATE and job.shards:
+        return sum(stage.state is StageState.DONE for stage in job.shards), len(job.shards)
+    return done, total
+
+
+def _searches(job: stored.JobRecord) -> list[stored.Stage]:
+    return job.of_kind(StageKind.POINT) or job.of_kind(StageKind.SEARCH)
+
+
 def _progress(job: stored.JobRecord) -> Progress:
-    several = job.of_kind(StageKind.POINT)
-    searches = several or job.of_kind(StageKind.SEARCH)
-    perplexities = job.of_kind(StageKind.PERPLEXITY)
-    measured = [s for s in perplexities if s.state is StageState.DONE]
-    targets = job.of_kind(StageKind.TRANSFER)
-    shards = job.parts(StageKind.CALIBRATE)
-    values = [s.best_value for s in searches if s.best_value is not None]
+    known = {each.stage: each for each in pieces(job)}
+    step = next((found for found in map(step_of, job.stages) if found is not None), None)
+    searched = StageKind.TRANSFER if is_transfer(job) else StageKind.SEARCH
+    at = known.get(job.stage or searched) if job.state is JobState.RUNNING else known.get(searched)
+    done, total = (0, 0) if at is None else (at.done, at.total)
+    if step is not None and job.stage not in (StageKind.SEARCH, StageKind.POINT):
+        done, total = step.done, step.steps
+    values = [s.best_value for s in _searches(job) if s.best_value is not None]
     chosen = None if job.best is None else job.best["objective"].get("value")
-    most = most_points(job) if is_several(job.spec) else 0
     better = max if job.spec.get("objective", {}).get("name") == "gini" else min
     return Progress(
-        trials_done=sum(s.done for s in searches),
-        trials=job.trials * (most if is_several(job.spec) else islands(job)),
+        pieces=[*known.values()],
+        done=done,
+        total=total,
         best_value=better(values, default=None) if chosen is None else chosen,
-        perplexities_done=len(measured),
-        perplexities=len(perplexities),
-        shards_done=sum(s.state is StageState.DONE for s in shards),
-        shards=len(shards),
-        models_done=sum(s.state is StageState.DONE for s in targets),
-        models=len(targets),
-        points_done=sum(s.state is StageState.DONE for s in several),
-        points=most,
-        seconds_left=_seconds_left(job, searches, perplexities, measured),
-        step=next((found for found in map(step_of, job.stages) if found is not None), None),
+        seconds_left=_seconds_left(job, known),
+        step=step,
     )
 
 
@@ -305,34 +338,23 @@ def step_of(stage: stored.Stage) -> Step | None:
     return Step.model_validate(stage.step)
 
 
-def _seconds_left(
-    job: stored.JobRecord,
-    searches: list[stored.Stage],
-    perplexities: list[stored.Stage],
-    measured: list[stored.Stage],
-) -> float | None:
+def _seconds_left(job: stored.JobRecord, known: Mapping[StageKind, Pieces]) -> float | None:
     """How long the present stage takes at its pace so far, with the workers that are at it."""
-    if job.state is not JobState.RUNNING:
+    paced = (StageKind.SEARCH, StageKind.POINT, StageKind.PERPLEXITY)
+    if job.state is not JobState.RUNNING or job.stage not in paced:
         return None
-    if job.stage is StageKind.SEARCH:
-        done = sum(s.done for s in searches)
-        left = sum(job.trials - s.done for s in searches if s.state is not StageState.DONE)
-        elapsed = sum(s.elapsed_s for s in searches)
-        at_it = searches
-    elif job.stage is StageKind.POINT:
-        at_it = searches
-        measured = [s for s in searches if s.state is StageState.DONE]
-        done = len(measured)
-        left = most_points(job) - done
-        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
-    elif job.stage is StageKind.PERPLEXITY:
-        done = len(measured)
-        left = len(perplexities) - done
-        elapsed = sum(float((s.result or {})["seconds"]) for s in measured)
-        at_it = perplexities
-    else:
+    at_it, counted = job.of_kind(job.stage), known[job.stage]
+    elapsed = sum(
+        each.elapsed_s if job.stage is StageKind.SEARCH else (each.result or {}).get("seconds", 0.0)
+        for each in at_it
+    )
+    if not counted.done:
         return None
-    if not done:
-        return None
-    workers = max(1, sum(s.state is StageState.RUNNING for s in at_it))
-    return round(elapsed / done * left / workers, 1)
+    left, workers = counted.total - counted.done, max(1, sum(map(_runs, at_it)))
+    if job.stage is StageKind.SEARCH:  # a hill climb may have ended early
+        left = sum(job.trials - s.done for s in at_it if s.state is not StageState.DONE)
+    return round(elapsed / counted.done * left / workers, 1)
+
+
+def _runs(stage: stored.Stage) -> bool:
+    return stage.state is StageState.RUNNING

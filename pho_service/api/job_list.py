@@ -22,6 +22,7 @@ from pho_service.api.describe import (
     failure,
     is_several,
     is_transfer,
+    pieces,
     step_of,
     studies_in_words,
     study_names,
@@ -150,11 +151,10 @@ def view(service: Service, caller: Caller, job: stored.JobRecord, now: datetime)
 
 def _stages(job: stored.JobRecord, now: datetime) -> list[StageRow]:
     rows = []
+    known = {each.stage: each for each in pieces(job)}
     for kind in dict.fromkeys(stage.kind for stage in job.stages):
         mine = [stage for stage in job.stages if stage.kind is kind]
-        done, total = sum(stage.state is StageState.DONE for stage in mine), len(mine)
-        if kind is StageKind.SEARCH:
-            done, total = sum(stage.done for stage in mine), job.trials * len(mine)
+        done, total = known[kind].done, known[kind].total
         step = next(filter(None, map(step_of, mine)), None)
         if step is not None and len(mine) == 1:
             done, total = step.done, step.steps
@@ -286,8 +286,6 @@ class JobRow:
     models: Sequence[str]
     pattern: str  # How sparse they are to be, in short
     preset: str  # Its name, or "transfer"
-    done: int  # Part of ``total``, what its stage counts; 0 of 0 if that counts nothing
-    total: int
     gain: float | None  # Share by which its perplexity is below RIA's
     error: str | None  # Why it failed
     line: str  # The best objective so far, as the points of a line; empty without two values
@@ -309,37 +307,17 @@ def _row(job: stored.JobRecord, line: str, now: datetime) -> JobRow:
     shown = describe(job)
     spec = job.spec["configuration"] if is_transfer(job) else job.spec
     good = None if shown.best is None else shown.best.perplexities
-    done, total = _progress(shown)
     return JobRow(
         job=shown,
         title=job.name.rpartition(" ")[0] or job.name,
         models=models_of(job),
         pattern=asked_sparsity(spec)[1],
         preset="transfer" if is_transfer(job) else str(spec.get("preset", "score")),
-        done=done,
-        total=total,
         gain=None if good is None or not good.ria else 1 - good.pruned / good.ria,
         error=failure(job),
         line=line,
         age=span((now - job.created_at).total_seconds()),
     )
-
-
-def _progress(job: Job) -> tuple[int, int]:
-    """How much of its stage is done, of a job that works."""
-    if job.state is not JobState.RUNNING:
-        return 0, 0
-    done = job.progress
-    if done.step is not None and job.stage not in (StageKind.SEARCH, StageKind.POINT):
-        return done.step.done, done.step.steps
-    counted = {
-        StageKind.CALIBRATE: (done.shards_done, done.shards),
-        StageKind.SEARCH: (done.trials_done, done.trials),
-        StageKind.PERPLEXITY: (done.perplexities_done, done.perplexities),
-        StageKind.POINT: (done.points_done, done.points),
-        StageKind.TRANSFER: (done.models_done, done.models),
-    }
-    return (0, 0) if job.stage is None else counted.get(job.stage, (0, 0))
 
 
 def _lines(connection: Connection, found: Sequence[stored.JobRecord]) -> Mapping[str, str]:

@@ -234,7 +234,7 @@ def _figures(heads: Sequence[JobHead]) -> list[Line]:
         ("Above dense", [percent(None if e is None else e.rise, signed=True) for e in measured])
     )
     rows.append(("Objective", [number(each.job.progress.best_value) for each in heads]))
-    rows.append(("Trials", [f"{e.job.progress.trials_done}" for e in heads]))
+    rows.append(("Trials", [f"{e.job.progress.of('search').done}" for e in heads]))
     rows.append(("Time", [each.time for each in heads]))
     return [Line(name=name, values=values) for name, values in rows if any(values)]
 

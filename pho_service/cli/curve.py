@@ -107,7 +107,7 @@ def curve(
     check_models([model], given("revision"), given("confirm/text"))
     opened = open_curve(specs[0], given, requests, inputs)
     with opened_points(opened, study, specs, inputs) as (points, pareto):
-        found = find_points(points, requests)
+        found = find_points(points.find, requests)
     document = curve_document(
         found, opened.subject, seconds=opened.seconds, study={"url": study, "name": pareto}
     )
@@ -177,7 +177,7 @@ def opened_points(
 def show_points(points: "Sequence[CurvePoint]") -> None:
     from pho_service.shown.tables import points_table, text_of
 
-    text = points[0].result.configuration.confirmation
+    text = points[0].configuration.confirmation
     assert text is not None
     table = points_table([each.to_dict() for each in points])
     table = replace(table, notes=(f"Perplexities are of {text_of(text)}.", *table.notes))
@@ -225,7 +225,7 @@ def search_within(
     inputs: Terminal,
 ) -> "TargetFound":
     """Find the highest sparsity that is within a target."""
-    from pho_service.pipeline.curve import target_job
+    from pho_service.pipeline.curve import find_points, target_found
 
     if len(models) > 1:
         raise InvalidInput(
@@ -233,11 +233,10 @@ def search_within(
             "of them alone."
         )
     specs = {each: _spec(models[0], given, each) for each in target.sparsities}
-    requests: dict[float, SearchRequest] = {s: spec.request(0) for s, spec in specs.items()}
-    of_all = [*requests.values()]
+    of_all = [spec.request(0) for spec in specs.values()]
     opened = open_curve(specs[target.sparsities[0]], given, of_all, inputs)
     with opened_points(opened, study, [*specs.values()], inputs) as (points, _):
-        return target_job(points, target, requests.__getitem__)
+        return target_found(target, find_points(points.find, of_all, target))
 
 
 def _spec(model: str, given: Given, sparsity: float) -> "JobSpec":

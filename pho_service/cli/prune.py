@@ -68,7 +68,8 @@ class Source:
     ) -> "LibraryEntry":
         """The first that the proxy does not judge worse than RIA."""
         from pho_service.errors import BundleError
-        from pho_service.pipeline.transfer import no_better_than_ria, proxies_of, proxy_sentence
+        from pho_service.pipeline.transfer import proxies_of, proxy_sentence
+        from pho_service.spec.results import no_better_than_ria
 
         for each in found:
             about = f"{each.origin['id']} of the library"

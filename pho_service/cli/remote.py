@@ -90,8 +90,8 @@ def say_transfer(job: "Job", measured: "TransferFile") -> None:
     from pho_service.cli.transfer import show_transfer
     from pho_service.spec.configuration import Configuration
 
-    done = job.progress
-    tell(f"models       {done.models_done} of {done.models}")
+    done = job.progress.of("transfer")
+    tell(f"models       {done.done} of {done.total}")
     show_transfer(
         [target.model_dump(mode="json") for target in measured.targets],
         f"what job {measured.source} found",
@@ -114,10 +114,11 @@ def good(job: "Job") -> list[str]:
 
 
 def done(job: "Job") -> str:
-    done = job.progress
     if job.kind == "transfer":
-        return f"{done.models_done}/{done.models} models"
-    return f"{done.trials_done}/{done.trials}"
+        done = job.progress.of("transfer")
+        return f"{done.done}/{done.total} models"
+    done = job.progress.of("search")
+    return f"{done.done}/{done.total}"
 
 
 def short_ids(ids: Iterable[str]) -> dict[str, str]:
@@ -238,7 +239,6 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         return
     progress = job.progress
     left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
-    shards = f"calibration  {progress.shards_done} of {progress.shards} shards"
     step = progress.step
     at = "" if step is None else f"now          {step.title}, {step.done} of {step.steps}"
     lines = [
@@ -246,12 +246,8 @@ def show(job_id: str, url: str | None, as_json: bool) -> None:
         f"name         {job.name}",
         f"state        {job.state}, stage {job.stage or 'none yet'}{left}",
         *([at] if at else []),
-        *([shards] if progress.shards else []),
-        f"trials       {progress.trials_done} of {progress.trials}, best "
-        f"{number(progress.best_value) or 'none yet'}",
-        f"perplexities {progress.perplexities_done} of {progress.perplexities}"
-        if job.points is None
-        else f"patterns     {progress.points_done} of at most {progress.points}",
+        f"best so far  {number(progress.best_value) or 'none yet'}",
+        *(f"{each.stage:<12} {each.done} of {each.total} {each.unit}" for each in progress.pieces),
     ]
     tell("\n".join([*lines, *outcome(job)]))
     show_points(job)
@@ -442,7 +438,10 @@ def _tell(job: "Job", as_json: bool, *, with_trials: bool = False) -> None:
     if as_json:
         print_json(job.model_dump(mode="json"))
         return
-    say(f"job is {job.state}" + (f", with {job.progress.trials} trials" if with_trials else ""))
+    say(
+        f"job is {job.state}"
+        + (f", with {job.progress.of('search').total} trials" if with_trials else "")
+    )
 
 
 @click.command()

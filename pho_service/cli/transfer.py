@@ -29,8 +29,8 @@ from pho_service.errors import InvalidInput
 from pho_service.pipeline.inputs import Calibrated
 
 if TYPE_CHECKING:
-    from pho_service.pipeline.transfer import Transfer
     from pho_service.spec.configuration import Configuration
+    from pho_service.spec.results import Transfer
 
 METHODS = ("wanda", "ria", "transferred", "own")
 

@@ -23,7 +23,7 @@ from pho_service.pipeline.curve import (
     find_points,
     opened_pareto,
     pareto_of,
-    target_job,
+    target_found,
 )
 from pho_service.pipeline.rating import Subject
 from pho_service.pipeline.search import check_study_url, memory_study, opened_study
@@ -154,7 +154,7 @@ def curve(asked: CurveArguments) -> Curve:
     requests = [each.request(pattern) for pattern in curve_patterns(asked.patterns, asked.scope)]
     subject = _subject(asked, requests)
     with _points(subject, requests, asked.study, asked.progress) as (points, pareto):
-        found = find_points(points, requests)
+        found = find_points(points.find, requests)
         name = pareto.study_name
     told = {"url": asked.study, "name": name}
     return Curve(
@@ -196,11 +196,10 @@ def search_within(asked: WithinArguments) -> Within:
         InvalidInput, ModelError, BundleError, TextError, StudyError: As of ``pho.curve``.
     """
     target = Target.of(**{name: getattr(asked, name) for name in Target.model_fields})
-    requests = {each: asked.request(each) for each in target.sparsities}
-    of_all = [*requests.values()]
+    of_all = [asked.request(each) for each in target.sparsities]
     subject = _subject(asked, of_all)
     with _points(subject, of_all, asked.study, asked.progress) as (points, _):
-        found = target_job(points, target, requests.__getitem__)
+        found = target_found(target, find_points(points.find, of_all, target))
     return Within(**{part.name: getattr(found, part.name) for part in fields(TargetFound)})
 
 
@@ -243,7 +242,7 @@ def _points(
 
 
 def _table(points: Sequence[CurvePoint]) -> Table:
-    confirmation = points[0].result.configuration.confirmation
+    confirmation = points[0].configuration.confirmation
     assert confirmation is not None
     table = points_table([each.to_dict() for each in points])
     return replace(table, notes=(f"Perplexities are of {text_of(confirmation)}.", *table.notes))

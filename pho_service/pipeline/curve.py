@@ -5,18 +5,25 @@ Several sparsities of one model, and the highest that is still good enough.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
+from pydantic import TypeAdapter
 
 from pho_service.errors import StudyError, TargetMissed
 from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.rating import Subject
-from pho_service.pipeline.search import IslandSearch, name_of_study, search_job
+from pho_service.pipeline.search import (
+    IslandSearch,
+    Journal,
+    Piece,
+    name_of_study,
+    search_job,
+)
 from pho_service.progress import Advance, Run
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import Target
@@ -25,6 +32,7 @@ from pho_service.spec.pattern import Linears, Pattern
 from pho_service.tuning.plan import SearchRequest
 from pho_service.tuning.result import SearchResult
 from pho_service.tuning.search import add_point, pareto_name, pareto_study
+from storage.jobs import PATTERN
 from storage.studies import StorageError, keep_record, once, open_storage, record_of
 
 FORMAT = "pho-curve"
@@ -42,6 +50,7 @@ class CurvePoint:
     scope: str  # Where weights compete
     sparsity: float  # The share of the weights that the pattern removes
     perplexity: float  # Perplexity of the best that was found, as it was confirmed
+    rise: float  # Rise of the perplexity over the dense model's, as a share of that
     # Perplexity of the dense model, on the same windows. wanda, ria: Perplexities of these methods
     # on the same windows; None where one gives NaN.
     dense: float
@@ -50,39 +59,25 @@ class CurvePoint:
     proxy: float  # The objective's value of the best
     trials: int  # Trials of its search
     seconds: float  # What search, confirmation and published methods took, interruptions left out
-    result: SearchResult  # Result of the search
+    study: str  # The study of its search, and the number of the best in it
+    trial: int
+    configuration: Configuration  # The best
+    warnings: list[str]  # Plain sentences that a user must read
 
     @property
-    def rise(self) -> float:
-        """Rise of the perplexity over the dense model's, as a share of that."""
-        return self.perplexity / self.dense - 1
+    def result(self) -> SearchResult:
+        """What the search at this sparsity has found."""
+        return SearchResult(
+            configuration=self.configuration,
+            study_name=self.study,
+            trial=self.trial,
+            warnings=self.warnings,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, the configuration among them."""
-        names = (
-            "pattern", "scope", "sparsity", "perplexity", "rise", "dense", "wanda", "ria", "proxy",
-            "trials", "seconds",
-        )  # fmt: skip
-        return {
-            **{name: getattr(self, name) for name in names},
-            "study": self.result.study_name,
-            "trial": self.result.trial,
-            "configuration": self.result.configuration.model_dump(mode="json"),
-            "warnings": self.result.warnings,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CurvePoint":
-        """What :meth:`to_dict` gave."""
-        names = {each.name for each in fields(cls)} - {"result"}
-        found = Configuration.model_validate(values["configuration"])
-        result = SearchResult(
-            configuration=found,
-            study_name=values["study"],
-            trial=values["trial"],
-            warnings=[*values["warnings"]],
-        )
-        return cls(**{name: values[name] for name in names}, result=result)
+        found: dict[str, Any] = TypeAdapter(CurvePoint).dump_python(self, mode="json")
+        return found
 
 
 class CurvePoints:
@@ -130,23 +125,46 @@ class CurvePoints:
             scope=request.pattern.scope.value,
             sparsity=request.pattern.sparsity,
             perplexity=found.perplexities.pruned,
+            rise=found.perplexities.rise,
             dense=found.perplexities.dense,
             wanda=found.perplexities.wanda,
             ria=found.perplexities.ria,
             proxy=found.objective["value"],
             trials=request.trials,
             seconds=seconds(),
-            result=result,
+            study=result.study_name,
+            trial=result.trial,
+            configuration=found,
+            warnings=[*result.warnings],
         )
 
 
-def find_points(points: CurvePoints, requests: Sequence[SearchRequest]) -> list[CurvePoint]:
-    """A point for each request, in their order."""
-    count = len(requests)
-    return [
-        points.find(request, f"{request.pattern}, {number} of {count}")
-        for number, request in enumerate(requests, 1)
-    ]
+def find_points(
+    find: Callable[[SearchRequest, str], CurvePoint],
+    requests: Sequence[SearchRequest],
+    target: Target | None = None,
+    journal: Journal | None = None,
+) -> list[CurvePoint]:
+    """A point for each request, by itself; or for those that the bisection of a target asks for."""
+    found: list[CurvePoint] = []
+
+    def each(asked: Sequence[SearchRequest]) -> list[CurvePoint]:
+        numbered = dict(enumerate(asked, len(found)))
+        pieces = [Piece(number=n, about={PATTERN: str(r.pattern)}) for n, r in numbered.items()]
+
+        def do(piece: Piece, _: Run) -> CurvePoint:
+            of = f"{piece.number + 1} of {len(asked)}" if target is None else f"for {target}"
+            request = numbered[piece.number]
+            return find(request, f"{request.pattern}, {of}")
+
+        return (journal or Journal(Run())).each("point", pieces, do, CurvePoint)
+
+    if target is None:
+        return each(requests)
+    named = {request.pattern.sparsity: request for request in requests}
+    while (sparsity := next_sparsity(target, found)) is not None:
+        found += each([named[sparsity]])
+    return found
 
 
 @contextmanager
@@ -194,7 +212,7 @@ def point_warnings(points: Sequence[CurvePoint]) -> list[str]:
     """The warnings of all searches, each with the patterns that it is of."""
     by_text: dict[str, list[str]] = {}
     for each in points:
-        for warning in each.result.warnings:
+        for warning in each.warnings:
             by_text.setdefault(warning, []).append(each.pattern)
     return [f"({', '.join(patterns)}) {text}" for text, patterns in by_text.items()]
 
@@ -286,18 +304,8 @@ class TargetFound:
         return told
 
 
-def target_job(
-    points: CurvePoints, target: Target, request: Callable[[float], SearchRequest]
-) -> TargetFound:
-    """Find the highest sparsity whose confirmed perplexity is within a target."""
-    # The sparsities of the target are bisected, so that about log2 of them are searched. The answer
-    # was measured, and so was the sparsity one step above it, which is outside.
-    found: dict[float, CurvePoint] = {}
-    while (sparsity := next_sparsity(target, [*found.values()])) is not None:
-        found[sparsity] = points.find(request(sparsity), f"{sparsity:g}, for {target}")
-    return target_found(target, [*found.values()])
-
-
+# The sparsities of a target are bisected, so that about log2 of them are searched. The answer was
+# measured, and so was the sparsity one step above it, which is outside.
 def next_sparsity(target: Target, points: Sequence[CurvePoint]) -> float | None:
     """The sparsity that the bisection asks for next; None if the points say the answer."""
     sparsities = target.sparsities

@@ -6,8 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from pho_service.errors import ConfigurationError, InvalidInput
 from pho_service.host.machine import versions
@@ -22,92 +21,10 @@ from pho_service.spec.configuration import Configuration
 from pho_service.spec.document import number
 from pho_service.spec.objective import Objective, SearchOptions, options_of
 from pho_service.spec.pattern import Pattern
+from pho_service.spec.results import Transfer
 from pho_service.spec.space import SearchSpace
 from pho_service.spec.steps import Steps
 from pho_service.tuning.plan import SearchRequest
-
-MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """Result of a configuration on a target."""
-
-    target: str  # Its name
-    key: str  # Names everything that the numbers depend on
-    # On the report text, by method: ``dense``, ``wanda``, ``ria``, ``transferred``, and ``own``, if
-    # it was searched for; empty without a model.
-    perplexities: dict[str, float]
-    # By the same methods but ``dense``, lower is better; None where no proxy knows what happens to
-    # the mask.
-    proxies: dict[str, float | None]
-    own: Configuration | None = None  # The target's own best
-    # Name, revision, hash of the weights, dtype.
-    model: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] | None = None  # The text, if perplexities were measured
-
-    @property
-    def gain(self) -> float | None:
-        """By how much RIA's perplexity is above the transferred configuration's."""
-        return _difference(self.perplexities, "ria", "transferred")
-
-    @property
-    def regret(self) -> float | None:
-        """The share of the own best's gain over RIA that the transferred one loses; see below."""
-        return regret(self.perplexities)
-
-    @property
-    def proxy_regret(self) -> float | None:
-        return regret(self.proxies)
-
-    def warnings(self) -> list[str]:
-        """Plain sentences where the configuration does not hold on the target."""
-        found = []
-        way_out = f"Search there: pho search {self.target}"
-        for what, values in (("perplexity", self.perplexities), ("proxy", self.proxies)):
-            if no_better_than_ria(values):
-                found.append(
-                    f"{self.target}: the {what} of the transferred configuration, "
-                    f"{number(values['transferred'])}, is no better than RIA's, "
-                    f"{number(values['ria'])}: it does not transfer. {way_out}"
-                )
-        lost = self.regret if self.perplexities else self.proxy_regret
-        if not found and lost is not None and lost > MUCH:
-            found.append(
-                f"{self.target}: {lost:.0%} of what the model's own best gains over RIA is lost. "
-                "Use its own."
-            )
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields and what follows from them as JSON values."""
-        return {
-            "target": self.target,
-            "key": self.key,
-            "model": self.model,
-            "perplexities": self.perplexities,
-            "proxies": self.proxies,
-            "gain": self.gain,
-            "regret": self.regret,
-            "proxy_regret": self.proxy_regret,
-            "own": None if self.own is None else self.own.model_dump(mode="json"),
-            "report": self.report,
-            "warnings": self.warnings(),
-        }
-
-
-def regret(values: Mapping[str, float | None]) -> float | None:
-    """The share of the own best's gain over RIA that the transferred configuration loses."""
-    # 0: as good as the own best. 1: as good as RIA. Below 0: better than the own best. None where
-    # the own best is not known, or gains nothing.
-    possible = _difference(values, "ria", "own")
-    lost = _difference(values, "transferred", "own")
-    return None if possible is None or lost is None or possible <= 0 else lost / possible
-
-
-def _difference(values: Mapping[str, float | None], above: str, below: str) -> float | None:
-    high, low = values.get(above), values.get(below)
-    return None if high is None or low is None else high - low
 
 
 def check_configuration(
@@ -196,15 +113,9 @@ def proxies_of(
     return {name: mask_proxy(evaluator, each, Objective()) for name, each in candidates.items()}
 
 
-def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
-    """Whether a transferred configuration is judged so; not where one of the two is not known."""
-    ria, mine = values.get("ria"), values.get("transferred")
-    return ria is not None and mine is not None and mine >= ria
-
-
 def proxy_sentence(name: str, proxies: Mapping[str, float | None]) -> str:
     """Rate a configuration by proxies on the model ``name``."""
-    warnings = Transfer(target=name, key="", perplexities={}, proxies={**proxies}).warnings()
+    warnings = Transfer.of(name, {}, {**proxies}, key="").warnings
     if warnings:
         return f"Note: {warnings[0]}"
     ria, mine = proxies["ria"], proxies["transferred"]
@@ -263,12 +174,12 @@ def transfer_job(
             run=run,
         )
         perplexities = {row.method: row.perplexity for row in rows}
-    return Transfer(
-        target=target.name,
+    return Transfer.of(
+        target.name,
+        perplexities,
+        proxies,
         key=transfer_key(target, configuration, search),
-        perplexities=perplexities,
-        proxies=proxies,
-        own=own,
+        own=None if own is None else own.model_dump(mode="json"),
         model=target.bundle.provenance.get("model", {}),
         report=None if target.report is None else target.report.measured_on(),
     )

@@ -2,14 +2,19 @@
 What the pieces of a job give, as it is stored and shown: JSON values with names.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from pho_service.spec.configuration import ProxyQuality
+from pho_service.spec.document import number
+from pho_service.spec.tasks import TaskScore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibration:
     """
     Result of the calibration of a model.
 
@@ -17,11 +22,25 @@ class Calibrated:
         provenance: Provenance of the bundle.
         inputs: Hashes of everything that was read, which later pieces compare.
         seconds: What it took.
+        shards: In how many parts it is to be done, if it is large; the parts are added up then.
+        key: Of the bundle that the parts become.
+        device: Type of the device that gives the same last digits.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    shards: int = 0
+    key: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Whether a part of a calibration was made, since it was not there, and what it took."""
+
+    made: bool
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +123,145 @@ class Finished:
 
     layers: dict[str, list[list[Any]]] = field(default_factory=dict)
     validation: dict[str, ProxyQuality] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksMeasured:
+    """
+    What one of a job's two models scored in tasks.
+
+    Attributes:
+        scores: By task and metric.
+        limit: Most examples of a task.
+        bos: Whether a token stands before each text.
+        versions: Of the packages that measured it.
+        questions_sha256: Hash of the examples; both models have the same.
+        seconds: What it took.
+    """
+
+    scores: list[TaskScore]
+    limit: int | None
+    bos: bool
+    versions: dict[str, str | None]
+    questions_sha256: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """
+    A pruned model in the artifact store.
+
+    Attributes:
+        key: Names the configuration that it was pruned with.
+        files: Name, size in bytes and SHA-256 of each.
+        seconds: What it took.
+    """
+
+    key: str
+    files: list[dict[str, Any]]
+    seconds: float = 0.0
+
+
+MUCH = 0.5  # of the own best's gain: if more of it is lost, the transfer has a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """
+    Result of a configuration on a target.
+
+    Attributes:
+        target: Its name.
+        key: Names everything that the numbers depend on; empty if nothing was measured.
+        model: Name, revision, hash of the weights, dtype.
+        perplexities: On the report text, by method: ``dense``, ``wanda``, ``ria``,
+            ``transferred``, and ``own``, if it was searched for; empty without a model.
+        proxies: By the same methods but ``dense``, lower is better; None where no proxy knows what
+            happens to the mask.
+        gain: By how much RIA's perplexity is above the transferred configuration's.
+        regret: The share of the own best's gain over RIA that the transferred one loses; see
+            :func:`regret`.
+        proxy_regret: That of the proxies.
+        own: The target's own best.
+        report: The text, if perplexities were measured.
+        warnings: Plain sentences where the configuration does not hold on the target.
+        error: Type and message of what a user can act on, if nothing was measured for it.
+    """
+
+    target: str
+    key: str
+    model: dict[str, Any] = field(default_factory=dict)
+    perplexities: dict[str, float] = field(default_factory=dict)
+    proxies: dict[str, float | None] = field(default_factory=dict)
+    gain: float | None = None
+    regret: float | None = None
+    proxy_regret: float | None = None
+    own: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    error: Annotated[dict[str, str] | None, Field(exclude_if=lambda error: error is None)] = None
+
+    @classmethod
+    def of(
+        cls,
+        target: str,
+        perplexities: dict[str, float],
+        proxies: dict[str, float | None],
+        **known: Any,
+    ) -> "Transfer":
+        """What was measured, with what follows from it."""
+        known |= {"target": target, "perplexities": perplexities, "proxies": proxies}
+        return cls(
+            gain=_difference(perplexities, "ria", "transferred"),
+            regret=regret(perplexities),
+            proxy_regret=regret(proxies),
+            warnings=_warnings(target, perplexities, proxies),
+            **known,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, the error only if there is one."""
+        values: dict[str, Any] = TypeAdapter(Transfer).dump_python(self, mode="json")
+        return values
+
+
+def _warnings(
+    target: str, perplexities: Mapping[str, float], proxies: Mapping[str, float | None]
+) -> list[str]:
+    found = []
+    way_out = f"Search there: pho search {target}"
+    for what, values in (("perplexity", perplexities), ("proxy", proxies)):
+        if no_better_than_ria(values):
+            found.append(
+                f"{target}: the {what} of the transferred configuration, "
+                f"{number(values['transferred'])}, is no better than RIA's, "
+                f"{number(values['ria'])}: it does not transfer. {way_out}"
+            )
+    lost = regret(perplexities) if perplexities else regret(proxies)
+    if not found and lost is not None and lost > MUCH:
+        found.append(
+            f"{target}: {lost:.0%} of what the model's own best gains over RIA is lost. "
+            "Use its own."
+        )
+    return found
+
+
+def regret(values: Mapping[str, float | None]) -> float | None:
+    """The share of the own best's gain over RIA that the transferred configuration loses."""
+    # 0: as good as the own best. 1: as good as RIA. Below 0: better than the own best. None where
+    # the own best is not known, or gains nothing.
+    possible = _difference(values, "ria", "own")
+    lost = _difference(values, "transferred", "own")
+    return None if possible is None or lost is None or possible <= 0 else lost / possible
+
+
+def no_better_than_ria(values: Mapping[str, float | None]) -> bool:
+    """Whether a transferred configuration is judged so; not where one of the two is not known."""
+    ria, mine = values.get("ria"), values.get("transferred")
+    return ria is not None and mine is not None and mine >= ria
+
+
+def _difference(values: Mapping[str, float | None], above: str, below: str) -> float | None:
+    high, low = values.get(above), values.get(below)
+    return None if high is None or low is None else high - low

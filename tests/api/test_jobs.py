@@ -61,10 +61,11 @@ def test_submitted(client: TestClient) -> None:
     assert job["stage"] is job["best"] is job["error"] is None
     assert job["started_at"] is job["finished_at"] is None
     assert job["progress"] == {
-        "trials_done": 0, "trials": 200, "best_value": None, "perplexities_done": 0,
-        "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
-        "points": 0, "points_done": 0,
-        "seconds_left": None, "step": None,
+        "pieces": [
+            {"stage": "calibrate", "unit": "parts", "done": 0, "total": 1},
+            {"stage": "search", "unit": "trials", "done": 0, "total": 200},
+        ],
+        "done": 0, "total": 200, "best_value": None, "seconds_left": None, "step": None,
     }  # fmt: skip
 
 
@@ -277,9 +278,11 @@ def test_progress_of_a_search(client: TestClient, submit: Submit, hand: Any) -> 
     assert (shown["state"], shown["stage"]) == ("running", "search")
     assert shown["started_at"] is not None
     assert shown["progress"] == {
-        "trials_done": 16, "trials": 80, "best_value": 0.25, "perplexities_done": 0,
-        "shards_done": 0, "shards": 0, "perplexities": 0, "models_done": 0, "models": 0,
-        "points": 0, "points_done": 0,
+        "pieces": [
+            {"stage": "calibrate", "unit": "parts", "done": 1, "total": 1},
+            {"stage": "search", "unit": "trials", "done": 16, "total": 80},
+        ],
+        "done": 16, "total": 80, "best_value": 0.25,
         "seconds_left": 64.0,  # 64 trials, 2 s each, by 2 workers
         "step": None,
     }  # fmt: skip
@@ -337,7 +340,8 @@ def test_progress_of_perplexities(client: TestClient, submit: Submit, hand: Any)
     shown = client.get(f"/v1/jobs/{job}").json()
 
     assert shown["stage"] == "perplexity"
-    assert (shown["progress"]["perplexities_done"], shown["progress"]["perplexities"]) == (1, 3)
+    assert (shown["progress"]["done"], shown["progress"]["total"]) == (1, 3)
+    assert shown["progress"]["pieces"][-1]["unit"] == "perplexities"
     assert shown["progress"]["seconds_left"] == 6.0
 
 
@@ -582,7 +586,7 @@ def test_extended(client: TestClient, submit: Submit) -> None:
     extended = client.post(f"/v1/jobs/{job}:extend", json={"trials": 10}).json()
 
     assert extended["spec"]["trials"] == 50
-    assert extended["progress"]["trials"] == 100
+    assert extended["progress"]["total"] == 100
 
 
 def test_extended_keeps_the_best(client: TestClient, submit: Submit, hand: Any) -> None:

@@ -32,8 +32,10 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert [p["pattern"] for p in begun["points"]] == PATTERNS
     assert [p["state"] for p in begun["points"]] == ["done", "waiting"]
     assert [p["perplexity"] for p in begun["points"]] == [22.0, None]
-    assert (begun["progress"]["points_done"], begun["progress"]["points"]) == (1, 2)
-    assert begun["progress"]["trials"] == 400
+    assert begun["progress"]["pieces"][1:] == [
+        {"stage": "point", "unit": "patterns", "done": 1, "total": 2},
+        {"stage": "search", "unit": "trials", "done": 0, "total": 400},
+    ]
     assert (over["state"], over["best"], over["warnings"]) == ("succeeded", None, ["w"])
     assert round(over["points"][1]["rise"], 6) == 0.2
     assert client.get(f"{path}/best?pattern=0.30").json() == first["configuration"]

@@ -210,7 +210,7 @@ def tiny() -> dict[str, Any]:
 def begun(served: Served) -> Any:
     """A job that is in the midst of its search."""
     job = served.client.submit(tiny()).id
-    until(lambda: served.client.job(job).progress.trials_done >= 8, "the search has begun")
+    until(lambda: served.client.job(job).progress.of("search").done >= 8, "the search has begun")
     assert served.client.job(job).state == "running"
     return job
 
@@ -327,7 +327,7 @@ def test_ctrl_c_stops_everything_in_order_and_puts_down_what_was_being_done(plac
     assert "Traceback" not in served.log
     put_down = place.serve("--workers", 0).client.job(job)
     assert put_down.state == "running"
-    assert 8 <= put_down.progress.trials_done < TRIALS
+    assert 8 <= put_down.progress.of("search").done < TRIALS
 
 
 def _listen(served: Served, job: Any, events: list[Any]) -> None:
@@ -351,7 +351,7 @@ def test_killed(place: Place) -> None:
     ended = again.client.wait(job, timeout_s=PATIENCE_S, show_progress=False)
 
     assert ended.state == "succeeded", (ended.error, again.log)
-    assert ended.progress.trials_done == TRIALS
+    assert ended.progress.of("search").done == TRIALS
     assert again.stop(signal.SIGINT) == 0
     assert not place.postgresql  # which the first had started
 
@@ -418,7 +418,7 @@ def test_backup(place: Place) -> None:
     served.stop(signal.SIGTERM)
     restored = pho("restore", dump, "--data-dir", other)
     elsewhere = place.serve("--workers", 1, "--data-dir", other)
-    at_first = elsewhere.client.job(job).progress.trials_done
+    at_first = elsewhere.client.job(job).progress.of("search").done
     there = elsewhere.client.wait(job, timeout_s=4 * PATIENCE_S, show_progress=False)
 
     assert written.exit_code == 0, written.stderr

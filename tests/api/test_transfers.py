@@ -70,7 +70,7 @@ def test_submit(client: TestClient, hand: Any, searched: str, configuration: Con
     assert (job["kind"], job["state"]) == ("transfer", "queued")
     assert job["spec"]["source"] == searched
     assert job["spec"]["configuration"] == configuration.model_dump(mode="json")
-    assert (job["progress"]["models_done"], job["progress"]["models"]) == (0, 2)
+    assert (job["progress"]["done"], job["progress"]["total"]) == (0, 2)
     assert [s.kind for s in stored.stages] == [StageKind.TRANSFER] * 2
     assert client.get(f"/v1/jobs/{searched}").json()["state"] == "succeeded"
 
@@ -101,7 +101,7 @@ def test_measured(client: TestClient, hand: Any, searched: str) -> None:
     file = parse_library_file(client.get(f"{path}/transfer").json(), "it")
 
     assert none["targets"] == []
-    assert (one["state"], one["progress"]["models_done"]) == ("running", 1)
+    assert (one["state"], one["progress"]["done"]) == ("running", 1)
     assert (both["state"], both["warnings"]) == ("succeeded", ["it does not hold"])
     assert [target.target for target in file.targets] == ["org/one", "org/two"]
     assert file.targets[0].perplexities["ria"] == 25.0

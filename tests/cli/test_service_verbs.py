@@ -242,7 +242,8 @@ def test_show(remote: Pho, client: Client, store: JobStore) -> None:
     assert f"job          {job.id}\n" in before
     assert f"name         {job.name}\n" in before
     assert "state        queued, stage none yet\n" in before
-    assert "trials       0 of 40, best none yet\n" in before
+    assert "best so far  none yet\n" in before
+    assert "search       0 of 40 trials\n" in before
     assert "state        succeeded, stage finish\n" in after
     assert "best         crepe, objective 0.01230, perplexity 17.25\n" in after
     assert f"pho best {job.id}" in after
@@ -259,7 +260,8 @@ def test_show_time_left(remote: Pho, client: Client, store: JobStore) -> None:
     shown = remote("show", job).stdout
 
     assert "state        running, stage search, 60 s left\n" in shown
-    assert "trials       10 of 40, best 0.1250\n" in shown
+    assert "best so far  0.1250\n" in shown
+    assert "search       10 of 40 trials\n" in shown
 
 
 def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
@@ -268,8 +270,8 @@ def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
     parts = [
         NewStage(kind=StageKind.CALIBRATE, number=10 + i, params={"part_of": 0}) for i in range(3)
     ]
-    store.wait(take(store, job, StageKind.CALIBRATE), parts)
-    part = store.get(job).parts(StageKind.CALIBRATE)[0]
+    store.complete(take(store, job, StageKind.CALIBRATE), {}, then=parts)
+    part = store.get(job).shards[0]
     with store.database.transaction() as connection:
         query = select(stages.c.queue_id).where(stages.c.id == part.id)
         entry = connection.execute(query).scalar_one()
@@ -277,9 +279,9 @@ def test_show_shards(remote: Pho, client: Client, store: JobStore) -> None:
     assert claim is not None
     store.complete(claim, {})
 
-    assert "calibration  1 of 3 shards\ntrials       0 of 40" in remote("show", job).stdout
-    progress = client.job(job).progress
-    assert (progress.shards_done, progress.shards) == (1, 3)
+    assert "calibrate    1 of 3 parts\nsearch       0 of 40" in remote("show", job).stdout
+    parts = client.job(job).progress.of("calibrate")
+    assert (parts.done, parts.total) == (1, 3)
 
 
 def test_show_failure(remote: Pho, client: Client, store: JobStore) -> None:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pho_service.errors import InvalidInput, TargetMissed
-from pho_service.pipeline.curve import CurvePoint, CurvePoints, next_asked, target_job
+from pho_service.pipeline.curve import CurvePoint, find_points, next_asked, target_found
+from pho_service.spec.configuration import Configuration
 from pho_service.spec.curve import Target, curve_patterns, parse_rise
 from pho_service.spec.pattern import Pattern
 from pho_service.tuning.plan import SearchRequest
-from pho_service.tuning.result import SearchResult
 
 
 @dataclass
@@ -28,22 +28,19 @@ class Formula:
         sparsity = request.pattern.sparsity
         self.asked.append(sparsity)
         perplexity = 10 * (1 + sparsity**2 + (self.bend if 0.2 < sparsity < 0.3 else 0))
-        found = cast(SearchResult, None)
         return CurvePoint(
             pattern=str(request.pattern), scope="layer", sparsity=sparsity, perplexity=perplexity,
-            dense=10.0, wanda=perplexity + 1, ria=perplexity + 1, proxy=0.0, trials=1, seconds=0.0,
-            result=found,
+            rise=perplexity / 10 - 1, dense=10.0, wanda=perplexity + 1, ria=perplexity + 1,
+            proxy=0.0, trials=1, seconds=0.0, study="s", trial=0,
+            configuration=cast(Configuration, None), warnings=[],
         )  # fmt: skip
 
 
 def run(formula: Formula, **target: Any) -> Any:
     """The job on a formula."""
     asked = Target(**target)
-    return target_job(
-        cast(CurvePoints, formula),
-        asked,
-        lambda sparsity: SearchRequest(pattern=Pattern(sparsity=sparsity)),
-    )
+    requests = [SearchRequest(pattern=Pattern(sparsity=each)) for each in asked.sparsities]
+    return target_found(asked, find_points(formula.find, requests, asked))
 
 
 def test_answer() -> None:

@@ -10,10 +10,8 @@ from pho_service.models.loading import LanguageModel
 from pho_service.pipeline.inputs import Calibrated
 from pho_service.pipeline.rating import ReportText, rate_pruned
 from pho_service.pipeline.transfer import (
-    Transfer,
     check_configuration,
     own_search,
-    regret,
     transfer_job,
     transfer_key,
 )
@@ -23,6 +21,7 @@ from pho_service.spec.baselines import reference_methods
 from pho_service.spec.configuration import Configuration
 from pho_service.spec.objective import SearchOptions
 from pho_service.spec.pattern import Coefficients, Pattern
+from pho_service.spec.results import Transfer, regret
 from pho_service.spec.steps import Allocation, Steps
 from pho_service.tuning.plan import SearchRequest
 
@@ -96,7 +95,7 @@ def test_model(
 
     assert list(done.perplexities) == ["dense", "wanda", "ria", "transferred", "own"]
     assert done.perplexities["transferred"] == perplexity(GOOD)
-    assert done.perplexities["own"] == perplexity(done.own)
+    assert done.perplexities["own"] == perplexity(Configuration.model_validate(done.own))
     assert done.regret == regret(done.perplexities)
     assert done.report is not None
     assert done.report["tokens"] == 3 * 31
@@ -110,25 +109,25 @@ def test_own_best_of_a_bundle(bundle: ProxyBundle, request_of_own: SearchRequest
 
     assert done.proxy_regret == regret(done.proxies)
     assert done.own is not None
-    assert own == pytest.approx(done.own.objective["value"], rel=1e-6)
+    assert own == pytest.approx(done.own["objective"]["value"], rel=1e-6)
 
 
 def test_it_does_not_transfer(bundle: ProxyBundle) -> None:
     """Where the configuration is no better than RIA, a sentence says so, and what to do."""
-    (warning,) = transfer_job(Calibrated(name="b", bundle=bundle), BAD).warnings()
+    (warning,) = transfer_job(Calibrated(name="b", bundle=bundle), BAD).warnings
 
     assert "b: the proxy of the transferred configuration" in warning
     assert "it does not transfer. Search there: pho search b" in warning
-    assert transfer_job(Calibrated(name="b", bundle=bundle), GOOD).warnings() == []
+    assert transfer_job(Calibrated(name="b", bundle=bundle), GOOD).warnings == []
 
 
 @pytest.mark.parametrize(("transferred", "warned"), [(24.0, 0), (26.0, 1), (31.0, 1)])
 def test_half_of_the_gain(transferred: float, warned: int) -> None:
     """Beyond half of the own best's gain the loss is a warning."""
     values = {"dense": 10.0, "wanda": 29.0, "ria": 30.0, "transferred": transferred, "own": 20.0}
-    done = Transfer(target="m", key="k", perplexities=values, proxies={})
+    done = Transfer.of("m", values, {}, key="k")
 
-    assert len(done.warnings()) == warned
+    assert len(done.warnings) == warned
 
 
 def test_key(bundle: ProxyBundle, report: ReportText, request_of_own: SearchRequest) -> None:

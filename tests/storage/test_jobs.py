@@ -676,7 +676,6 @@ WRITES: dict[str, Callable[[JobStore, Claim], Any]] = {
     "hand_back": lambda s, c: s.hand_back(c),
     "give_up": lambda s, c: s.give_up(c),
     "end_turn": lambda s, c: s.end_turn(c),
-    "share": lambda s, c: s.wait(c, parts_of(0, 1), params={"known": 1}),
     "fence": lambda s, c: s.fence(c).__enter__(),
     "watch": lambda s, c: s.watch(c),
 }
@@ -1103,93 +1102,19 @@ class TestGiveUp:
         assert runnable(store) == []
 
 
-def parts_of(number: int, count: int) -> list[NewStage]:
-    """The parts of a calibration."""
-    return [
-        NewStage(kind=StageKind.CALIBRATE, number=100 + 10 * number + i, params={"part_of": number})
-        for i in range(count)
+def test_parts_of_a_calibration_tell_how_many_are_done(store: JobStore) -> None:
+    parts = [
+        NewStage(kind=StageKind.CALIBRATE, number=100 + i, params={"part_of": 0}) for i in range(2)
     ]
+    taken = begun(store)
+    store.complete(taken, {}, then=parts)
+    for part in store.get(taken.job.id).shards:
+        store.complete(claim(store, part.id), {})
+    job = store.get(taken.job.id)
 
-
-def part_claims(store: JobStore, job_id: uuid.UUID) -> list[Claim]:
-    """The claims on all parts of a job's calibrations."""
-    return [claim(store, part.id) for part in store.get(job_id).parts(StageKind.CALIBRATE)]
-
-
-class TestShare:
-    """A stage is shared out in parts, and comes again when they are done."""
-
-    def test_in_turn(self, store: JobStore) -> None:
-        """The parts can be taken at once, the stage itself after the last of them."""
-        taken = begun(store)
-        store.wait(taken, parts_of(0, 2), params={"known": 1})
-        first, second = part_claims(store, taken.job.id)
-        store.complete(first, {"r": 1})
-        before = runnable(store)
-        store.complete(second, {"r": 2})
-        job = store.get(taken.job.id)
-
-        assert before == []
-        assert runnable(store) == [taken.stage.id]
-        assert [s.id for s in job.of_kind(StageKind.CALIBRATE)] == [taken.stage.id]
-        assert [p.result for p in job.parts(StageKind.CALIBRATE, 0)] == [{"r": 1}, {"r": 2}]
-        assert job.parts(StageKind.CALIBRATE, 1) == []
-        again = claim(store, taken.stage.id)
-        assert again.stage.params == {"lock": "bundle", "known": 1}
-        assert (again.attempt, again.stage.failures) == (2, 0)
-        assert [e.data["done"] for e in store.events(job.id) if e.kind == "progress"] == [1, 2]
-
-    def test_each_its_own(self, store: JobStore) -> None:
-        """Of two stages each waits for its own parts, and what follows for both."""
-        more = NewStage(kind=StageKind.CALIBRATE, number=1)
-        one = begun(store, more=[more])
-        (other,) = (s for s in one.job.of_kind(StageKind.CALIBRATE) if s.number == 1)
-        store.wait(one, parts_of(0, 1))
-        store.wait(claim(store, other.id), parts_of(1, 1))
-        parts = part_claims(store, one.job.id)
-        store.complete(parts[1], {})
-
-        assert runnable(store) == [other.id]
-        store.complete(claim(store, other.id), {}, then=[CONFIRM])
-        store.complete(parts[0], {})
-        assert runnable(store) == [one.stage.id]
-
-    def test_taken_up_too_soon(self, store: JobStore) -> None:
-        """Resumed before its parts are done, a stage waits for them again; each is there once."""
-        taken = begun(store)
-        store.wait(taken, parts_of(0, 2))
-        store.ask(taken.job.id, "pause")
-        paused = store.get(taken.job.id).state
-        store.ask(taken.job.id, "resume")
-        store.wait(claim(store, taken.stage.id), parts_of(0, 2))
-        parts = part_claims(store, taken.job.id)
-        for part in parts:
-            store.complete(part, {})
-
-        assert paused is JobState.PAUSED
-        assert len(parts) == 2
-        assert runnable(store) == [taken.stage.id]
-
-    def test_done_before(self, store: JobStore) -> None:
-        """Put down when its parts are done already, a stage comes again at once."""
-        taken = begun(store)
-        store.wait(taken, parts_of(0, 1))
-        (part,) = part_claims(store, taken.job.id)
-        store.complete(part, {})
-        store.wait(claim(store, taken.stage.id))
-
-        assert runnable(store) == [taken.stage.id]
-
-    def test_cancelled(self, store: JobStore) -> None:
-        """The last part of a job that is cancelled calls nothing up."""
-        taken = begun(store)
-        store.wait(taken, parts_of(0, 1))
-        (part,) = part_claims(store, taken.job.id)
-        store.ask(taken.job.id, "cancel")
-        store.complete(part, {})
-
-        assert store.get(taken.job.id).state is JobState.CANCELLED
-        assert runnable(store) == []
+    assert [stage.id for stage in job.of_kind(StageKind.CALIBRATE)] == [taken.stage.id]
+    told = [event.data for event in store.events(job.id) if event.kind == "progress"]
+    assert [(each["number"], each["done"]) for each in told] == [(0, 1), (0, 2)]
 
 
 class TestResume:

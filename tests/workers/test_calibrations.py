@@ -10,6 +10,7 @@ import pytest
 from pho_service.models.calibration import bundle_path, cached_bundle, calibration_text
 from pho_service.models.loading import load_model
 from pho_service.models.texts import TextSource
+from pho_service.spec.calibration import SHARDS
 from storage.records import JobState, StageKind, StageState
 
 SHARED = "import pho_service.spec; pho_service.spec.calibration.SHARDED_FROM = 1\n"
@@ -85,8 +86,8 @@ def bundles(crew: Any) -> list[bytes]:
 
 def shards_made(*jobs: Any) -> list[int]:
     """How many of each shard's parts really gathered it."""
-    parts = [part for job in jobs for part in job.parts(StageKind.CALIBRATE)]
-    made = [part.params["shard"] for part in parts if part.result["made"]]
+    parts = [part for job in jobs for part in job.shards]
+    made = [part.number % SHARDS for part in parts if part.result["made"]]
     return [made.count(shard) for shard in range(6)]
 
 
@@ -98,8 +99,7 @@ def test_same_bits(own_crew: Any, shared: Any, alone: Any, undisturbed: Any, fou
 
     assert bundles(own_crew) == [alone(shared)]
     assert shards_made(job) == [1] * 6
-    assert [s.state for s in job.parts(StageKind.CALIBRATE)] == [StageState.DONE] * 6
-    assert len(job.of_kind(StageKind.CALIBRATE)) == 1
+    assert [s.state for s in job.shards] == [StageState.DONE] * 6
     assert found(job) == undisturbed(shared).configuration
 
 
@@ -110,7 +110,7 @@ def test_killed_in_a_shard(own_crew: Any, shared: Any, alone: Any, tmp_path: Pat
     job = own_crew.done(shared)
 
     codes = [own_crew.warm_start.exit_code(process) for process in mortal]
-    attempts = [part.attempt for part in job.parts(StageKind.CALIBRATE)]
+    attempts = [part.attempt for part in job.shards]
     assert sorted(codes, key=str) == [-signal.SIGKILL, None]
     assert attempts == [1, 1, 2, 1, 1, 1]
     assert shards_made(job) == [1] * 6
@@ -121,7 +121,7 @@ def test_paused(own_crew: Any, shared: Any, alone: Any) -> None:
     """Paused and resumed while its parts wait, a calibration goes on where it was."""
     own_crew.start("--stages", "calibrate", sabotage=SHARED)
     job = own_crew.submit(shared)
-    own_crew.until(lambda: own_crew.store.get(job.id).parts(StageKind.CALIBRATE), every_s=0.001)
+    own_crew.until(lambda: own_crew.store.get(job.id).shards, every_s=0.001)
     own_crew.store.ask(job.id, "pause")
     own_crew.wait(job, JobState.PAUSED)
     own_crew.store.ask(job.id, "resume")
@@ -158,7 +158,7 @@ def test_made_once(
         own_crew.until(lambda job=job: own_crew.store.get(job.id).of_kind(StageKind.SEARCH))
     jobs = [own_crew.store.get(job.id) for job in jobs]
 
-    locks = [[p.params["lock"] for p in job.parts(StageKind.CALIBRATE)] for job in jobs]
+    locks = [[p.params["lock"] for p in job.shards] for job in jobs]
     assert jobs[0].spec["model"] != jobs[1].spec["model"]
     assert locks[0] == locks[1]
     assert len(list((own_crew.folder / "data" / "artifacts" / "bundles").iterdir())) == 1
