@@ -23,7 +23,7 @@ class Calibration:
         inputs: Hashes of everything that was read, which later pieces compare.
         seconds: What it took.
         shards: In how many parts it is to be done, if it is large; the parts are added up then.
-        key: Of the bundle that the parts become.
+        key: Key of the bundle that the parts become.
         device: Type of the device that gives the same last digits.
     """
 
@@ -134,7 +134,7 @@ class TasksMeasured:
         scores: By task and metric.
         limit: Most examples of a task.
         bos: Whether a token stands before each text.
-        versions: Of the packages that measured it.
+        versions: Versions of the packages that measured it.
         questions_sha256: Hash of the examples; both models have the same.
         seconds: What it took.
     """
