@@ -33,7 +33,7 @@ from pho_service.cli.terminal import print_table, progress, say
 from pho_service.host.machine import versions
 from pho_service.pipeline.rating import rate_pruned
 from pho_service.pipeline.search import opened_study, search_job
-from pho_service.progress import Advance
+from pho_service.progress import Advance, Run
 from pho_service.pruning.hardware import peak_memory, pick_device
 from pho_service.pruning.perplexity import rate_perplexity
 from pho_service.spec.baselines import reference_methods
@@ -77,7 +77,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Searched:
     """
     A search: what it took, and what it found.
 
@@ -219,7 +219,7 @@ def main(
 
 def search(
     method: str, asked: SearchRequest, subject: Subject, sizes: Mapping[str, int], url: str
-) -> Run:
+) -> Searched:
     """Search, as `pho search` does, and measure on the report text what was found."""
     say(method)
     request = replace(asked, trials=sizes["trials"], finalists=sizes["finalists"])
@@ -261,7 +261,7 @@ def search(
         subject.report.windows,
         calibration=subject.calibration,
     )
-    return Run(
+    return Searched(
         method=method,
         trials=request.trials,
         evaluations=len(trials),
@@ -285,7 +285,7 @@ def references(pattern: Pattern, subject: Subject) -> dict[str, float]:
     return {"dense": dense, ria.method: pruned.perplexity}
 
 
-def ratios(calibration: Cost, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+def ratios(calibration: Cost, runs: Sequence[Searched]) -> dict[str, dict[str, float]]:
     """How many times what PHO costs a search by perplexity costs, by its method."""
     pho = next((run for run in runs if run.method == "pho"), None)
     if pho is None:
@@ -305,7 +305,7 @@ def ratios(calibration: Cost, runs: Sequence[Run]) -> dict[str, dict[str, float]
     }
 
 
-def show(document: Mapping[str, Any], calibration: Cost, runs: Sequence[Run]) -> None:
+def show(document: Mapping[str, Any], calibration: Cost, runs: Sequence[Searched]) -> None:
     """Print the conditions, and a table each of costs, of what was found, and of ratios."""
     for name, value in document["conditions"].items():
         click.echo(f"{name}: {value if isinstance(value, (str, int)) else json.dumps(value)}")
