@@ -1,5 +1,7 @@
 """
 The front end in this process on a real database, and a hand that does what workers would.
+
+The tests of a file share a database, which is emptied before each of them that asks for it.
 """
 
 import uuid
@@ -13,8 +15,10 @@ from fastapi.testclient import TestClient
 from optuna.trial import TrialState, create_trial
 from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy import select
+from transformers import LlamaConfig
 
 from pho_service.api.app import create_app
+from pho_service.host.access import Access
 from pho_service.host.settings import Settings, read_settings
 from pho_service.spec.configuration import Configuration
 from storage.claims import Entry, Found
@@ -26,6 +30,7 @@ from storage.studies import open_storage, open_study, study_name
 from storage.tables import stages
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
+NOBODY = "00000000-0000-0000-0000-000000000000"
 CONFIGURATION = Configuration.model_validate(
     {
         "method": "crepe",
@@ -60,6 +65,47 @@ def browser(chromium: str) -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def url_of_file(new_database: Callable[..., str]) -> str:
+    """The URL of a database for the tests of a file."""
+    return new_database()
+
+
+@pytest.fixture(scope="module")
+def database_of_file(url_of_file: str) -> Iterator[Database]:
+    """The same, open."""
+    opened = Database(url_of_file)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def tables(database_of_file: Database) -> list[str]:
+    """All tables but those that say which version they are of."""
+    with database_of_file.transaction() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT schemaname || '.' || tablename FROM pg_tables"
+            " WHERE schemaname IN ('pho', 'procrastinate', 'optuna')"
+        ).scalars()
+        return [name for name in found if "version" not in name]
+
+
+@pytest.fixture
+def database(database_of_file: Database, tables: list[str]) -> Database:
+    """The database of the file, empty."""
+    with database_of_file.transaction() as connection:
+        # Neither triggers nor foreign keys are looked after: all of it goes.
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql("; ".join(f"DELETE FROM {table}" for table in tables))  # noqa: S608 - ours
+    return database_of_file
+
+
+@pytest.fixture
+def database_url(database: Database, url_of_file: str) -> str:
+    del database  # which is empty now
+    return url_of_file
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Models and texts lie below the test's folder."""
@@ -86,26 +132,54 @@ def client_of(database_url: str, settings: Settings) -> Iterator[Callable[..., T
         client.__exit__(None, None, None)
 
 
-@pytest.fixture
-def client(client_of: Callable[..., TestClient]) -> TestClient:
-    """A client of a front end that needs no keys; a crash is answered, not raised."""
-    return client_of()
-
-
 @pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where models and texts of :func:`shared_client` lie."""
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture(scope="module")
-def shared_client(new_database: Callable[..., str], shared_folder: Path) -> Iterator[TestClient]:
-    """A client for all tests of a file that do not mind what the others store."""
-    database = Database(new_database(), pool=8)
-    roots = (shared_folder,)
-    app = create_app(database, read_settings(model_roots=roots, text_roots=roots))
+def client_of_file(url_of_file: str) -> Iterator[TestClient]:
+    """A client of a front end for the tests of a file, which may ask as often as they like."""
+    unlimited = read_settings(max_requests_per_minute=0, max_wrong_keys_per_minute=0)
+    app = create_app(Database(url_of_file, pool=8), unlimited)
     with TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def client(
+    client_of_file: TestClient,
+    database_url: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> TestClient:
+    del database_url  # of a database that is empty now
+    service = client_of_file.app.state.service  # type: ignore[attr-defined]  # FastAPI's
+    monkeypatch.setattr(service, "settings", settings)
+    monkeypatch.setattr(service, "access", Access.of(settings))
+    client_of_file.cookies.clear()
+    return client_of_file
+
+
+@pytest.fixture(scope="session")
+def write_small(write_header: Any) -> Callable[[Path], None]:
+    """Write the folder of a model that reads 128 tokens, of which only the headers are there."""
+    config = LlamaConfig(
+        dtype="float32", hidden_size=64, intermediate_size=192, num_hidden_layers=1,
+        num_attention_heads=4, vocab_size=512, max_position_embeddings=128,
+    )  # fmt: skip
+    return lambda folder: write_header(folder, config)
+
+
+@pytest.fixture(scope="session")
+def operations() -> list[tuple[str, str]]:
+    """Everything that needs a key and is no page, by method and path; the id of a job is ``{}``."""
+    database = Database("postgresql://localhost/pho")  # which is never asked
+    documented = create_app(database, read_settings()).openapi()["paths"]
+    database.close()
+    found = [
+        (method.upper(), path.format(job_id="{}", configuration_id=NOBODY, name="x"))
+        for path, operation in documented.items()
+        for method in operation
+        if path not in ("/healthz", "/readyz")
+    ]
+    others = ("/docs", "/openapi.json", "/dashboard", "/api/studies", "/static/bundle.js", "/nope")
+    return [*found, *(("GET", path) for path in others), ("POST", "/api/studies")]
 
 
 @pytest.fixture
@@ -124,17 +198,21 @@ def submit(client: TestClient) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def keys(database: Database) -> KeyStore:
-    """The keys of the same database."""
     return KeyStore(database)
 
 
-class Hand:
-    """
-    Does to jobs what workers do, as far as a test wants.
+@pytest.fixture
+def bearer_of(keys: KeyStore) -> Callable[..., dict[str, str]]:
+    """Make a key; gives the header that a program sends it in."""
 
-    Args:
-        store: Of the same database as the front end.
-    """
+    def make(name: str, *, sees_all: bool = False) -> dict[str, str]:
+        return {"Authorization": f"Bearer {keys.create(name, sees_all=sees_all)[1]}"}
+
+    return make
+
+
+class Hand:
+    """Does to jobs what workers do, as far as a test wants."""
 
     def __init__(self, store: JobStore) -> None:
         self.store = store
@@ -160,7 +238,6 @@ class Hand:
         self.store.complete(claim, {"provenance": {}}, then=islands)
 
     def search(self, job_id: str) -> None:
-        """From there to the choice of finalists."""
         for island in range(self.store.get(uuid.UUID(job_id)).spec["islands"]):
             claim = self.take(job_id, StageKind.SEARCH, island)
             self.store.complete(claim, {}, then=[NewStage(kind=StageKind.CONFIRM)])
@@ -175,31 +252,39 @@ class Hand:
         )
 
     def measure(self, job_id: str, trial: int, perplexity: float, seconds: float) -> None:
-        """One of them."""
         self.store.complete(
             self.take(job_id, StageKind.PERPLEXITY, trial),
             {"perplexity": perplexity, "seconds": seconds},
             then=[NewStage(kind=StageKind.FINISH)],
         )
 
-    def succeed(self, job_id: str, *warnings: str) -> None:
-        """All that is left of a job without perplexities."""
+    def to_confirm(self, job_id: str, *trials: int) -> None:
+        """All up to the perplexities of some trials that a job has not done yet."""
         kinds = {s.kind for s in self.store.get(uuid.UUID(job_id)).stages}
         if StageKind.SEARCH not in kinds:
             self.calibrate(job_id)
         if StageKind.CONFIRM not in kinds:
             self.search(job_id)
         if StageKind.FINISH not in kinds:
-            self.confirm(job_id)
-        self.store.complete(
-            self.take(job_id, StageKind.FINISH),
-            {},
-            found=Found(best=CONFIGURATION.model_dump(mode="json"), warnings=warnings),
-            ended=True,
-        )
+            self.confirm(job_id, *trials)
+
+    def succeed(
+        self, job_id: str, *warnings: str, layers: Any = None, perplexities: Any = None
+    ) -> None:
+        """All that is left of a job without perplexities."""
+        self.to_confirm(job_id)
+        best = CONFIGURATION.model_dump(mode="json")
+        if perplexities is not None:
+            best["perplexities"] = perplexities
+        self.finish(job_id, best, *warnings, layers=layers)
+
+    def finish(self, job_id: str, best: Any, *warnings: str, layers: Any = None) -> None:
+        """The last stage of a job."""
+        result = {} if layers is None else {"layers": {"org/name": layers}}
+        found = Found(best=best, warnings=warnings)
+        self.store.complete(self.take(job_id, StageKind.FINISH), result, found=found, ended=True)
 
     def fail(self, job_id: str, **error: Any) -> None:
-        """The calibration, for good."""
         error = {"type": "ModelError", "message": "org/name is not there.", **error}
         self.store.fail(self.take(job_id, StageKind.CALIBRATE), error, retry=False)
 
@@ -240,20 +325,17 @@ class Hand:
             )
 
     def studies(self) -> list[str]:
-        """The names of all studies."""
         with open_storage(self.store.database.studies_url) as storage:
             return sorted(optuna.get_all_study_names(storage))
 
 
 @pytest.fixture
 def hand(database: Database) -> Hand:
-    """For the jobs of the test's database."""
     return Hand(JobStore(database))
 
 
 @pytest.fixture
 def configuration() -> Configuration:
-    """What the hand's jobs succeed with."""
     return CONFIGURATION
 
 
@@ -298,7 +380,6 @@ def begin(submit: Any, hand: Any) -> Any:
 
 @pytest.fixture
 def measure(hand: Any, point: Any) -> Any:
-    """End a point of a job."""
 
     def of(job: str, number: int, perplexity: float) -> dict[str, Any]:
         claim = hand.take(job, StageKind.POINT, number)

@@ -2,7 +2,6 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser
-from transformers import LlamaConfig
 
 from pho_service.api import jobs as listing
 from pho_service.api.job_list import PAGE_SIZE
-from pho_service.spec.configuration import Perplexities
-from storage.claims import Entry, Found
+from storage.claims import Entry
 from storage.keys import KeyStore
 from storage.records import JobState, StageKind
 
@@ -25,10 +22,6 @@ DARK = (  # what is looked at on a phone in the dark mode, too
     "report of a search", "login",
 )  # fmt: skip
 SHOWN = ("running", "failed", "best", "transfer", "points")  # each with a page of its own
-CONFIG = LlamaConfig(
-    hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-    vocab_size=512, max_position_embeddings=128,
-)  # fmt: skip
 UNFOLD = "for (const each of document.querySelectorAll('details')) each.open = true"
 FILE = {"name": "model.safetensors", "bytes": 10, "sha256": "0" * 64}
 TRANSFER = {
@@ -38,9 +31,7 @@ TRANSFER = {
 
 
 @pytest.fixture
-def jobs(
-    client: TestClient, submit: Any, hand: Any, begin: Any, measure: Any, configuration: Any
-) -> dict[str, str]:
+def jobs(client: TestClient, submit: Any, hand: Any, begin: Any, measure: Any) -> dict[str, str]:
     """One in each state, and one of each kind, with all that a page can show of it."""
     found: dict[str, str] = {}
     for number in range(9):
@@ -49,29 +40,26 @@ def jobs(
         found[state] = submit(name=f"{state} one")["id"]
         hand.bring(found[state], state)
     running, best = submit(trials=8), submit(trials=8)
+    hand.calibrate(running["id"])
     for job in (running, best):
-        hand.calibrate(job["id"])
         hand.record(job, 8, failed=3)
     claim = hand.take(running["id"], StageKind.SEARCH)
     hand.store.progress(claim, done=8, elapsed_s=50.0, best_value=0.125)
-    hand.search(best["id"])
-    hand.confirm(best["id"], 2)
+    hand.to_confirm(best["id"], 2)
     hand.measure(best["id"], 2, 21.5, 1.0)
     hand.store.log(claim, ["03:00:00 INFO begins"], worker="host:1")
-    good = Perplexities(dense=20.0, pruned=25.0, wanda=40.0)
-    document = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
-    layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
-    claim = hand.take(best["id"], StageKind.FINISH)
-    hand.store.complete(
-        claim, {"layers": layers}, found=Found(best=document, warnings=["Care."]), ended=True
-    )
+    good = {"dense": 20.0, "pruned": 25.0, "wanda": 40.0}
+    layers = [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]
+    hand.succeed(best["id"], "Care.", layers=layers, perplexities=good)
     assert client.post(f"/v1/jobs/{best['id']}:prune").status_code == 202
     hand.store.complete(
         hand.take(best["id"], StageKind.PRUNE), {"key": "key", "files": [FILE]}, ended=True
     )
     moved = client.post(f"/v1/jobs/{best['id']}:transfer", json={"models": ["org/other"]}).json()
     claim = hand.take(moved["id"], StageKind.TRANSFER)
-    hand.store.complete(claim, TRANSFER, library=[Entry(document, TRANSFER)], ended=True)
+    hand.store.complete(
+        claim, TRANSFER, library=[Entry(claim.job.spec["configuration"], TRANSFER)], ended=True
+    )
     points = begin(["0.3", "2:4"], patterns=["0.3", "2:4"])
     measure(points, 0, 22.0)
     measure(points, 1, 24.0)
@@ -84,15 +72,10 @@ def jobs(
 
 @pytest.fixture
 def pages(
-    client: TestClient,
-    jobs: dict[str, str],
-    tmp_path: Path,
-    keys: KeyStore,
-    monkeypatch: pytest.MonkeyPatch,
-    write_header: Callable[[Path, LlamaConfig], None],
-) -> dict[str, str]:
-    """The HTML of every kind of page."""
-    write_header(tmp_path / "small", CONFIG)
+    client: TestClient, jobs: dict[str, str], tmp_path: Path, keys: KeyStore,
+    monkeypatch: pytest.MonkeyPatch, write_small: Any,
+) -> dict[str, str]:  # fmt: skip
+    write_small(tmp_path / "small")
     # Of more than 16 ids, two begin with the same digit.
     monkeypatch.setattr(listing, "BEGINNING", "[0-9a-f]+")
     beginning = Counter(job[0] for job in {*jobs.values()}).most_common(1)[0][0]
@@ -137,7 +120,6 @@ def pages(
 
 
 def axe_finds(browser: Browser, pages: dict[str, str], *, scheme: Any, width: int) -> list[str]:
-    """What axe-core says against pages, with all that can be unfolded."""
     size = {"width": width, "height": 900}
     with browser.new_context(color_scheme=scheme, viewport=size) as context:  # type: ignore[arg-type]
         page, found = context.new_page(), []
@@ -152,8 +134,7 @@ def axe_finds(browser: Browser, pages: dict[str, str], *, scheme: Any, width: in
     return found
 
 
-def test_pages(browser: Browser, pages: dict[str, str]) -> None:
-    """axe-core finds nothing wrong with any page, and none but a report is heavy."""
+def test_the_pages_please_axe_core_and_are_light(browser: Browser, pages: dict[str, str]) -> None:
     found = axe_finds(browser, pages, scheme="light", width=1280)
     found += axe_finds(browser, {name: pages[name] for name in DARK}, scheme="dark", width=420)
     heavy = [title for title, text in pages.items() if len(text.encode()) > HEAVIEST]
@@ -162,8 +143,7 @@ def test_pages(browser: Browser, pages: dict[str, str]) -> None:
     assert [title for title in heavy if not title.startswith("report")] == []
 
 
-def test_full_list(client: TestClient, submit: Any) -> None:
-    """Nor is the list heavy where it is full of long names."""
+def test_a_list_that_is_full_of_long_names_is_not_heavy(client: TestClient, submit: Any) -> None:
     for number in range(PAGE_SIZE):
         submit(name=f"{number} {'n' * 90}", model=f"org/{number}{'m' * 90}")
     answer = client.get("/")

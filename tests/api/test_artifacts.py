@@ -27,19 +27,17 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """The artifact store, a folder."""
     return tmp_path / "store"
 
 
 @pytest.fixture
-def client(client_of: Callable[..., TestClient], store: Path) -> TestClient:
+def client(client_of: Any, store: Path) -> TestClient:
     """A front end with that store, which keeps pruned models for ten days."""
     return client_of(artifacts=str(store), keep_pruned_days=10.0)
 
 
 @pytest.fixture
 def prune(hand: Any, store: Path) -> Callable[[str], None]:
-    """Do the stage as a worker does."""
 
     def write(job: str) -> None:
         claim = hand.take(job, StageKind.PRUNE)
@@ -127,8 +125,7 @@ def test_each_file_has_its_size_its_hash_and_its_address(client: TestClient, pru
         assert file["sha256"] == answer.headers["etag"].strip('"')
 
 
-def test_ranges(client: TestClient, pruned: str, refusal: Any) -> None:
-    """A range is a part of the file, with its place; what is not one range gives all of it."""
+def test_a_range_is_a_part_of_the_file(client: TestClient, pruned: str, refusal: Any) -> None:
     path = f"{pruned}/artifacts/model.safetensors"
     parts = {
         "bytes=0-9": (0, 10), "bytes=10000-": (10_000, 10_240),
@@ -148,10 +145,7 @@ def test_ranges(client: TestClient, pruned: str, refusal: Any) -> None:
 
 
 def test_conditions(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
-    """
-    An old ETag gives all of the new file, the present one nothing if it is there already. Without
-    its store, the list is there, and a download says what is missing.
-    """
+    """What is there is not sent again, what is gone is told; another ETag gives all of the file."""
     path = f"{pruned}/artifacts/model.safetensors"
     etag = client.get(path).headers["etag"]
     old = client.get(path, headers={"Range": "bytes=5-", "If-Range": '"old"'})
@@ -168,10 +162,9 @@ def test_conditions(client: TestClient, pruned: str, store: Path, refusal: Any) 
     assert "PHO_ARTIFACTS" in told
 
 
-def test_deleted_with_its_job(
+def test_files_are_deleted_with_their_job_which_stays_as_long_as_they_cannot_be(
     client: TestClient, pruned: str, store: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files of a job are deleted with it; as long as they cannot be, the job stays."""
     with monkeypatch.context() as broken:
         broken.setattr("shutil.rmtree", _refuse)
         refusal(client.delete(pruned), 503, "artifact_store_unavailable")
@@ -185,18 +178,16 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def test_extended(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
-    """The files of a job that searches on are not those of its best any more."""
+def test_an_extension_deletes(client: TestClient, pruned: str, store: Path, refusal: Any) -> None:
     client.post(f"{pruned}:extend", json={"trials": 5})
 
     assert list((store / "pruned").iterdir()) == []
     refusal(client.get(f"{pruned}/artifacts"), 409, "not_pruned")
 
 
-def test_retention(
+def test_files_that_are_too_old_are_deleted_which_is_said_and_can_be_made_again(
     client: TestClient, pruned: str, store: Path, hand: Any, prune: Any, refusal: Any
 ) -> None:
-    """Files that are too old are deleted, which is said; the job stays, and can be pruned again."""
     service = client.app.state.service  # type: ignore[attr-defined]
     sweep(service)
     assert client.get(pruned).json()["pruned"] == "done"
@@ -215,7 +206,6 @@ def test_retention(
 
 @pytest.fixture
 def pho(client: TestClient) -> Client:
-    """The Python client of the front end."""
     opened = Client("http://127.0.0.1:8000")
     opened._service._http = TestClient(client.app, "http://127.0.0.1:8000/v1")
     return opened
@@ -240,10 +230,9 @@ def test_pull(pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out"]
 
 
-def test_pull_goes_on_later(
+def test_a_client_that_gave_up_keeps_what_it_has_and_asks_for_the_rest_later(
     pho: Client, pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that gave up keeps what it has; called again it asks for the rest alone."""
     job, out = pruned.rpartition("/")[2], tmp_path / "out"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     with monkeypatch.context() as broken:
@@ -264,19 +253,15 @@ def test_pull_goes_on_later(
     assert (out / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_pull_of_damaged_files(pho: Client, pruned: str, store: Path, tmp_path: Path) -> None:
-    """A file with another hash than it should have is named; there is no folder then."""
+def test_a_damaged_file_is_not_kept(pho: Client, pruned: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is in use"):
+        pho.pull(pruned.rpartition("/")[2], store)  # nothing is overwritten
     (path,) = store.rglob("model.safetensors")
     path.write_bytes(WEIGHTS[::-1])
     with pytest.raises(ServiceError, match=r"model\.safetensors .* its SHA-256 is"):
         pho.pull(pruned.rpartition("/")[2], tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
-
-
-def test_nothing_is_overwritten(pho: Client, pruned: str, store: Path) -> None:
-    with pytest.raises(OutputError, match="is in use"):
-        pho.pull(pruned.rpartition("/")[2], store)
 
 
 def test_a_service_cannot_make_the_client_write_elsewhere(tmp_path: Path) -> None:
@@ -286,8 +271,7 @@ def test_a_service_cannot_make_the_client_write_elsewhere(tmp_path: Path) -> Non
             pull([file], tmp_path / "out", Mock(), Mock())
 
 
-def test_pages(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
-    """A button prunes; then a link leads to the files, and says how to fetch them all."""
+def test_pages_lead_to_the_files(client: TestClient, submit: Any, hand: Any, prune: Any) -> None:
     job = submit()["id"]
     hand.bring(job, JobState.SUCCEEDED)
     button = f'action="/jobs/{job}/prune"'

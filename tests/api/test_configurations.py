@@ -9,9 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
-from storage.keys import KeyStore
 
-Refusal = Callable[..., dict[str, Any]]
 Headers = dict[str, str]
 
 HERE = "/v1/configurations"
@@ -39,7 +37,6 @@ def document(perplexity: float = 18.0, *, family: str = "llama", **changes: Any)
 
 
 def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
-    """A transfer's file."""
     return {
         "format": "pho-transfer", "version": 1, "source": "c.json", "configuration": document(),
         "targets": [*targets], **changes,
@@ -56,7 +53,6 @@ def target(family: str, transferred: float) -> dict[str, Any]:
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's file with all its defaults."""
     return Configuration.model_validate(values).model_dump(mode="json")
 
 
@@ -86,27 +82,10 @@ def found(client: TestClient) -> Callable[..., list[dict[str, Any]]]:
     return ask
 
 
-@pytest.fixture
-def bearers(keys: KeyStore) -> dict[str, Headers]:
-    """Of two keys that see what is theirs, and of one that sees all."""
-    return {
-        name: {"Authorization": f"Bearer {keys.create(name, sees_all=name == 'all')[1]}"}
-        for name in ("a", "b", "all")
-    }
-
-
-# ------------------------------------------------------------------------------ finding
-
-
-def test_an_empty_library_is_an_empty_list(client: TestClient) -> None:
-    assert client.get(HERE).json() == {"configurations": [], "considered": 0}
-
-
-def test_from_a_job(
-    submit: Callable[..., dict[str, Any]], hand: Any, found: Callable[..., Any],
+def test_what_a_job_has_found_is_in_the_library_with_its_id_and_stays_when_it_goes(
+    submit: Any, hand: Any, found: Any,
     client: TestClient, configuration: Configuration,
 ) -> None:  # fmt: skip
-    """What a job has found is in the library with the job's id, and stays when the job goes."""
     job = submit()
     hand.succeed(job["id"])
     (before,) = found()
@@ -121,12 +100,13 @@ def test_from_a_job(
     assert exported == configuration.model_dump(mode="json")
 
 
-def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None:
-    """The most promising comes first, with the numbers that say so."""
+def test_the_most_promising_come_first(client: TestClient, found: Any, imported: Any) -> None:
     imported(document(23.0))
     best = imported(document(12.0, family="gemma2"))
     imported(document(6.0, pattern="2:4", scope="row"))
-    first, second, third = found(pattern="0.5", family="gemma3_text", parameters=134_515_008 * 4)
+    wanted = {"pattern": "0.5", "family": "gemma3_text", "parameters": 134_515_008 * 4}
+    first, second, third = found(**wanted)
+    at_most = client.get(HERE, params={**wanted, "limit": 2}).json()
 
     assert first["id"] == best.removeprefix(f"{HERE}/")
     others = {"divergence": None, "proxy": None}
@@ -143,72 +123,43 @@ def test_ranked(found: Callable[..., Any], imported: Callable[..., str]) -> None
     assert second["gains"]["perplexity"] == pytest.approx(1 / 24)
     assert "but 0.5 is asked for" in third["reasons"][0]
     assert first["job_id"] is None
+    assert at_most == {"configurations": [first, second], "considered": 3}
     age = datetime.now(UTC) - datetime.fromisoformat(first["created_at"])
     assert 0 <= age.total_seconds() < 60
 
 
-def test_limit(client: TestClient, imported: Callable[..., str]) -> None:
-    """At most so many are listed, the best; all were considered."""
-    for perplexity in (20.0, 12.0, 22.0):
-        imported(document(perplexity))
-    answer = client.get(HERE, params={"limit": 2}).json()
-
-    assert answer["considered"] == 3
-    shares = [each["gains"]["perplexity"] for each in answer["configurations"]]
-    assert shares == pytest.approx([1 - 12 / 24, 1 - 20 / 24])
-
-
-@pytest.mark.parametrize(
-    ("params", "parameter", "rule"),
-    [
+def test_a_wrong_parameter_is_named_with_its_rule(client: TestClient, refusal: Any) -> None:
+    for params, parameter, rule in (
         ({"pattern": "5:2"}, "pattern", "N=5 of M=2"),
-        ({"pattern": "0." + "5" * 64}, "pattern", "64 characters"),
         ({"pattern": "0.5", "scope": "column"}, "scope", "'row', 'layer' or 'global'"),
-        ({"limit": 0}, "limit", "greater than or equal to 1"),
         ({"family": ""}, "family", "at least 1 character"),
-    ],
-)
-def test_what_cannot_be_asked_for_names_the_parameter_and_the_rule(
-    client: TestClient, refusal: Refusal, params: dict[str, Any], parameter: str, rule: str
-) -> None:
-    problem = refusal(client.get(HERE, params=params), 422, "invalid_request")
-    (error,) = problem["errors"]
+    ):
+        problem = refusal(client.get(HERE, params=params), 422, "invalid_request")
+        (error,) = problem["errors"]
 
-    assert error["parameter"] == parameter
-    assert rule in error["detail"]
-    assert problem["detail"].startswith(f"{parameter}: ")
+        assert error["parameter"] == parameter
+        assert rule in error["detail"]
+        assert problem["detail"].startswith(f"{parameter}: ")
 
 
-# ------------------------------------------------------------------- import and export
-
-
-def test_import(client: TestClient, found: Callable[..., Any]) -> None:
-    """A new document is 201 and one that is there 200, at the same place."""
-    first = client.post(HERE, json=document())
-    again = client.post(HERE, json=dict(reversed(document().items())))
-    (entry,) = found()
-
-    assert (first.status_code, again.status_code) == (201, 200)
-    assert first.headers["location"] == again.headers["location"] == f"{HERE}/{entry['id']}"
-    assert first.json() == again.json() == entry
-    assert entry["fits"]
-
-
-def test_export(client: TestClient, imported: Callable[..., str]) -> None:
-    """What was imported comes back, number by number, and can be imported again."""
+def test_what_was_imported_comes_back_and_is_there_once(client: TestClient, found: Any) -> None:
     values = document()
-    path = imported(values)
+    first = client.post(HERE, json=values)
+    path = first.headers["location"]
     answer = client.get(path)
-    again = client.post(HERE, content=answer.content, headers=JSON)
+    again = client.post(HERE, json=dict(reversed(answer.json().items())))
+    (entry,) = found()
 
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == complete(values)
     assert answer.json()["coefficients"]["row"] == 0.1 + 0.2
-    assert (again.status_code, again.headers["location"]) == (200, path)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.headers["location"] == path == f"{HERE}/{entry['id']}"
+    assert first.json() == again.json() == entry
+    assert entry["fits"]
 
 
-def test_export_of_a_transfer(client: TestClient, imported: Callable[..., str]) -> None:
-    """So does a transfer, with all that was measured, but for the own bests that were found."""
+def test_a_transfer_comes_back_but_for_own_bests(client: TestClient, imported: Any) -> None:
     values = transfer(target("opt", 30.0), target("gpt2", 60.0))
     first, second = values["targets"]
     path = imported({**values, "targets": [{**first, "own": document()}, second]})
@@ -221,133 +172,78 @@ def test_export_of_a_transfer(client: TestClient, imported: Callable[..., str]) 
     assert client.get(path).json() == exported
 
 
-NESTED: list[Any] = []
-for _ in range(200):
-    NESTED = [NESTED]
-
-
 @pytest.mark.parametrize(
-    ("values", "rule"),
+    ("body", "rule"),
     [
-        (document(version=3), "format version 3, but this PHO reads version 2"),
-        (document(speed=1), "speed: Extra inputs"),
-        (document(pattern="5:2"), "keeps N=5 of M=2"),
-        (document(model={"name": "\ud800"}), "a value that JSON cannot represent"),
-        ({}, "is not a configuration of PHO"),
+        (json.dumps(document(version=3)), "format version 3, but this PHO reads version 2"),
+        (json.dumps(document(model={"name": "\ud800"})), "a value that JSON cannot represent"),
+        ("{}", "is not a configuration of PHO"),
+        *((body, "") for body in (b"", b"[]", b"5", b"{", b"\xff")),
     ],
 )
 def test_what_is_no_configuration_is_422_names_the_rule_and_leaves_nothing(
-    client: TestClient, refusal: Refusal, found: Callable[..., Any], values: Any, rule: str
+    client: TestClient, refusal: Any, found: Any, body: Any, rule: str
 ) -> None:
-    answer = client.post(HERE, content=json.dumps(values), headers=JSON)
+    answer = client.post(HERE, content=body, headers=JSON)
 
     assert rule in refusal(answer, 422, "invalid_request")["detail"]
     assert found() == []
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{", b"\xff", b'"' + b"x" * 100 + b'"'])
-def test_no_document(client: TestClient, refusal: Refusal, body: bytes) -> None:
-    """A body that is no object is refused."""
-    refusal(client.post(HERE, content=body, headers=JSON), 422, "invalid_request")
-
-
-# ------------------------------------------------------------------------- one of them
-
-
-def test_delete(client: TestClient, refusal: Refusal, imported: Callable[..., str]) -> None:
-    """A deleted entry is gone, the others stay, and it can be imported anew."""
+def test_a_deleted_entry_is_gone_alone(client: TestClient, refusal: Any, imported: Any) -> None:
     path, other = imported(document()), imported(document(12.0))
     gone = client.delete(path)
 
     assert (gone.status_code, gone.content) == (204, b"")
-    refusal(client.get(path), 404, "no_such_configuration")
-    refusal(client.delete(path), 404, "no_such_configuration")
+    for method, where in (("GET", path), ("DELETE", path), ("GET", NOBODY), ("DELETE", NOBODY)):
+        problem = refusal(client.request(method, where), 404, "no_such_configuration")
+        assert "GET /v1/configurations" in problem["detail"]
     (left,) = client.get(HERE).json()["configurations"]
     assert f"{HERE}/{left['id']}" == other
     assert imported(document()) != path
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
-def test_nothing_there(client: TestClient, refusal: Refusal, method: str) -> None:
-    """What nobody has is 404, and so is what is no id."""
-    problem = refusal(client.request(method, NOBODY), 404, "no_such_configuration")
-
-    assert "GET /v1/configurations" in problem["detail"]
-    refusal(client.request(method, f"{HERE}/x"), 404, "not_found")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("PUT", HERE), ("DELETE", HERE), ("POST", NOBODY), ("PATCH", NOBODY)],
-)
-def test_wrong_method(client: TestClient, refusal: Refusal, method: str, path: str) -> None:
-    """A method that a path does not know is 405."""
-    refusal(client.request(method, path, json={}), 405, "method_not_allowed")
-
-
-# -------------------------------------------------------------------------------- keys
-
-
-def test_what_a_job_has_found_belongs_to_the_key_of_the_job(
-    found: Callable[..., Any], submit: Callable[..., dict[str, Any]], hand: Any,
-    bearers: dict[str, Headers],
+def test_to_a_key_another_keys_entry_is_not_there_and_stays_whether_found_or_imported(
+    client: TestClient, refusal: Any, imported: Any, bearer_of: Any,
+    submit: Any, hand: Any, found: Any,
 ) -> None:  # fmt: skip
-    job = submit(headers=bearers["a"])
-    hand.succeed(job["id"])
-
-    assert [each["job_id"] for each in found(bearers["a"])] == [job["id"]]
-    assert found(bearers["b"]) == []
-
-
-def test_to_a_key_another_keys_entry_is_not_there_and_stays(
-    client: TestClient, refusal: Refusal, imported: Callable[..., str], bearers: dict[str, Headers]
-) -> None:
-    path = imported(document(), bearers["a"])
+    mine, other, everybody = bearer_of("a"), bearer_of("b"), bearer_of("all", sees_all=True)
+    job = submit(headers=mine)["id"]
+    hand.succeed(job)
+    path = imported(document(), mine)
     for method in ("GET", "DELETE"):
         anothers, nobodys = (
-            client.request(method, where, headers={**bearers["b"], "X-Request-ID": "a"})
+            client.request(method, where, headers={**other, "X-Request-ID": "a"})
             for where in (path, NOBODY)
         )
 
         refusal(anothers, 404, "no_such_configuration")
         assert anothers.json() == nobodys.json()
-    assert client.get(path, headers=bearers["a"]).status_code == 200
-    assert client.delete(path, headers=bearers["all"]).status_code == 204
+    assert {each["job_id"] for each in found(mine)} == {None, job}
+    assert found(other) == []
+    assert client.delete(path, headers=everybody).status_code == 204
 
 
-def test_no_key(client: TestClient, refusal: Refusal, bearers: dict[str, Headers]) -> None:
-    """Once there are keys, nothing is found, imported or deleted without one."""
-    del bearers
-    for method, path in (("GET", HERE), ("POST", HERE), ("GET", NOBODY), ("DELETE", NOBODY)):
-        refusal(client.request(method, path, json=document()), 401, "no_key")
-
-
-def test_list_reads_no_documents(
+def test_an_entry_that_was_ranked_is_read_no_more_until_it_was_measured_elsewhere(
     client: TestClient, configuration: Configuration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once an entry was ranked, its document is read no more, until it was measured elsewhere."""
     document = configuration.model_dump(mode="json")
-    client.post("/v1/configurations", json=document)
-    first = client.get("/v1/configurations", params={"pattern": "0.5"}).json()
+    client.post(HERE, json=document)
+    first = client.get(HERE, params={"pattern": "0.5"}).json()
     store = client.app.state.service.configurations  # type: ignore[attr-defined]
     read, get = [], store.get
     monkeypatch.setattr(store, "get", lambda entry_id: read.append(entry_id) or get(entry_id))
 
-    assert client.get("/v1/configurations", params={"pattern": "0.5"}).json() == first
+    assert client.get(HERE, params={"pattern": "0.5"}).json() == first
     assert read == []
-    target = {"target": "t", "model": {"name": "m", "family": "llama"}, "proxies": {"ria": 1.0,
-              "transferred": 0.5}}  # fmt: skip
-    transfer = {"format": "pho-transfer", "version": 1, "source": "s", "configuration": document,
-                "targets": [target]}  # fmt: skip
-    assert client.post("/v1/configurations", json=transfer).status_code == 200
-    (match,) = client.get("/v1/configurations").json()["configurations"]
+    measured = transfer(target("opt", 20.0), configuration=document)
+    assert client.post(HERE, json=measured).status_code == 200
+    (match,) = client.get(HERE).json()["configurations"]
     assert len(read) == 1
-    assert [m["model"]["name"] for m in match["measured"]] == ["m"]
+    assert [m["model"]["name"] for m in match["measured"]] == ["opt-2"]
 
 
-def test_a_key_may_import_so_many_with_the_setting_that_says_so(
-    client_of: Any, configuration: Configuration, refusal: Any
-) -> None:
+def test_imports_are_limited(client_of: Any, configuration: Configuration, refusal: Any) -> None:
     client = client_of(max_configurations=1)
     document = configuration.model_dump(mode="json")
     assert client.post("/v1/configurations", json=document).status_code == 201

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,10 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pho_service.spec.configuration import Configuration
-from storage.claims import Found
 from storage.records import JobState, NewStage, StageKind
-
-Submit = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +38,9 @@ def events_of(text: str) -> list[Event]:
 
 
 @pytest.fixture
-def history(submit: Submit, hand: Any, configuration: Configuration) -> str:
+def history(submit: Any, hand: Any, configuration: Configuration) -> str:
     """A job that was paused and resumed, failed once, and succeeded."""
-    job = submit(trials=40)["id"]
+    job: str = submit(trials=40)["id"]
     claim = hand.take(job, StageKind.CALIBRATE)
     hand.store.fail(claim, {"type": "OSError", "message": "disk: ü\n\nx"}, retry=True)
     hand.store.ask(uuid.UUID(job), "pause")
@@ -54,15 +50,11 @@ def history(submit: Submit, hand: Any, configuration: Configuration) -> str:
     for done in (8, 16, 40):
         hand.store.progress(claim, done=done, elapsed_s=1.0, best_value=1 / done)
     hand.store.complete(claim, {}, then=[NewStage(kind=StageKind.FINISH)])
-    best = configuration.model_dump(mode="json")
-    hand.store.complete(
-        hand.take(job, StageKind.FINISH), {}, found=Found(best=best, warnings=[]), ended=True
-    )
+    hand.finish(job, configuration.model_dump(mode="json"))
     return job
 
 
-def test_all(client: TestClient, history: str) -> None:
-    """The stream of a job that is over tells everything, in order, and ends."""
+def test_the_stream_of_a_job_that_is_over_tells_all(client: TestClient, history: str) -> None:
     answer = client.get(f"/v1/jobs/{history}/events")
     events = events_of(answer.text)
 
@@ -77,63 +69,35 @@ def test_all(client: TestClient, history: str) -> None:
         ("state", "succeeded"),
     ]  # fmt: skip
     assert [e.id for e in events] == sorted({e.id for e in events})
-
-
-def test_data(client: TestClient, history: str) -> None:
-    """Each event has its time and what there is to know, on one line of JSON."""
-    events = events_of(client.get(f"/v1/jobs/{history}/events").text)
-    retry = next(e for e in events if e.kind == "retry")
-    progress = next(e for e in events if e.kind == "progress")
-
-    assert (retry.data["type"], retry.data["message"], retry.data["attempts"]) == (
-        "OSError", "disk: ü\n\nx", 1,
-    )  # fmt: skip
-    assert (progress.data["number"], progress.data["best_value"]) == (0, 0.125)
+    retry = next(e.data for e in events if e.kind == "retry")
+    progress = next(e.data for e in events if e.kind == "progress")
+    told = "OSError", "disk: ü\n\nx", 1
+    assert (retry["type"], retry["message"], retry["attempts"]) == told
+    assert (progress["number"], progress["best_value"]) == (0, 0.125)
     assert all(datetime.fromisoformat(e.data["at"]).tzinfo for e in events)
 
 
-def test_resumed_anywhere(client: TestClient, history: str) -> None:
-    """After any event the stream goes on with the next: nothing is lost, nothing comes twice."""
+def test_after_any_event_comes_the_next(client: TestClient, history: str) -> None:
     url = f"/v1/jobs/{history}/events"
     events = events_of(client.get(url).text)
 
     for seen, last in enumerate(events, start=1):
         answer = client.get(url, headers={"Last-Event-ID": str(last.id)})
         assert events_of(answer.text) == events[seen:]
+    for beyond in ("9" * 9, str(2**63 - 1)):
+        answer = client.get(url, headers={"Last-Event-ID": beyond})
+        assert (answer.status_code, events_of(answer.text)) == (200, [])
 
 
-def test_id_between(client: TestClient, submit: Submit, hand: Any) -> None:
-    """An id from between two events of a job is as good as one of them."""
-    other = submit()["id"]
-    hand.bring(other, JobState.CANCELLED)
-    events = events_of(client.get(f"/v1/jobs/{other}/events").text)
-    answer = client.get(
-        f"/v1/jobs/{other}/events", headers={"Last-Event-ID": str(events[0].id - 1)}
-    )
-
-    assert events_of(answer.text) == events
-    assert {e.data["state"] for e in events} == {"queued", "cancelled"}
-
-
-def test_beyond_the_end(client: TestClient, history: str) -> None:
-    """After the last event of a job that is over, the stream is empty and ends."""
-    for last in ("9" * 9, str(2**63 - 1)):
-        answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
-
-        assert answer.status_code == 200
-        assert events_of(answer.text) == []
-
-
-def test_bad_id(client: TestClient, history: str, refusal: Any) -> None:
-    """What cannot be an event's id is refused by name."""
-    for last in ("x", "-1", "1.5", "1e3", str(2**63), "9" * 5000, "NaN", "1, 2"):
+def test_what_is_no_id_is_refused_by_name(client: TestClient, history: str, refusal: Any) -> None:
+    for last in ("x", "-1", "1.5", str(2**63), "9" * 5000):
         answer = client.get(f"/v1/jobs/{history}/events", headers={"Last-Event-ID": last})
         (error,) = refusal(answer, 422, "invalid_request")["errors"]
 
         assert error["parameter"].lower() == "last-event-id"
 
 
-def test_a_long_history_comes_whole(client: TestClient, submit: Submit, hand: Any) -> None:
+def test_a_long_history_comes_whole(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit()["id"]
     hand.calibrate(job)
     claim = hand.take(job, StageKind.SEARCH)
@@ -150,23 +114,12 @@ def test_a_long_history_comes_whole(client: TestClient, submit: Submit, hand: An
     assert events[-1].data["state"] == "failed"
 
 
-def test_head(client: TestClient, history: str) -> None:
-    """Asked for its head alone, the stream does not hang."""
+def test_the_head_of_a_stream_does_not_hang(client: TestClient, history: str) -> None:
     assert client.head(f"/v1/jobs/{history}/events").status_code in (200, 405)
 
 
-# ------------------------------------------------------------------------- while it runs
-
-
 class Listener:
-    """
-    A client that is on the line while things happen: the test client would wait for the end.
-
-    Args:
-        app: The front end.
-        job: Whose events.
-        after: The last event that was seen.
-    """
+    """Is on the line while things happen: the test client would wait for the end."""
 
     def __init__(self, app: Any, job: str, after: int | None = None) -> None:
         self._app = app
@@ -205,11 +158,9 @@ class Listener:
 
     @property
     def events(self) -> list[Event]:
-        """So far."""
         return events_of(self.text)
 
     async def until(self, count: int) -> list[Event]:
-        """Once there are so many."""
         async with asyncio.timeout(10):
             while len(self.events) < count:
                 self._new.clear()
@@ -217,28 +168,7 @@ class Listener:
         return self.events
 
 
-def test_live(client: TestClient, submit: Submit, hand: Any) -> None:
-    """Events come while they happen, and the stream ends with the job."""
-    job = submit()["id"]
-
-    async def follow() -> list[Event]:
-        async with Listener(client.app, job) as listener:
-            await listener.until(1)
-            await asyncio.to_thread(hand.calibrate, job)
-            await listener.until(3)
-            await asyncio.to_thread(hand.store.ask, uuid.UUID(job), "cancel")
-            await asyncio.wait_for(listener.task, 10)
-            return listener.events
-
-    events = asyncio.run(follow())
-
-    assert [e.data.get("state") or e.data["stage"] for e in events] == [
-        "queued", "calibrate", "running", "cancelled",
-    ]  # fmt: skip
-
-
-def test_cut_off_and_resumed(client: TestClient, submit: Submit, hand: Any) -> None:
-    """One who was cut off and comes back sees what happened meanwhile, once."""
+def test_who_was_cut_off_hears_of_all_once(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit()["id"]
 
     async def follow() -> tuple[list[Event], list[Event]]:
@@ -257,8 +187,7 @@ def test_cut_off_and_resumed(client: TestClient, submit: Submit, hand: Any) -> N
     assert len(first) == 1
 
 
-def test_deleted_meanwhile(client: TestClient, submit: Submit, hand: Any) -> None:
-    """The stream of a job that is deleted ends."""
+def test_the_stream_of_a_deleted_job_ends(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit()["id"]
     hand.bring(job, JobState.PAUSED)
 
@@ -272,8 +201,7 @@ def test_deleted_meanwhile(client: TestClient, submit: Submit, hand: Any) -> Non
     assert [e.data["state"] for e in asyncio.run(follow())] == ["queued", "paused"]
 
 
-def test_listeners_are_no_burden(client: TestClient, submit: Submit, hand: Any) -> None:
-    """More listeners than there are connections to the database leave it free for others."""
+def test_many_listeners_leave_others_free(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit()["id"]
 
     async def follow() -> tuple[int, set[int]]:

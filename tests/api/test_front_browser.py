@@ -6,13 +6,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
-from transformers import LlamaConfig
 
 from pho_service.api import job_list
 from pho_service.api.app import create_app
@@ -24,21 +22,16 @@ from storage.records import JobState, StageKind
 
 WIDTH, HEIGHT = 390, 800  # of a phone
 MOST_TABS = 60
-CONFIG = LlamaConfig(
-    hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-    vocab_size=512, max_position_embeddings=128,
-)  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url(
-    database_url: str, tmp_path: Path, write_header: Callable[[Path, LlamaConfig], None]
+    url_of_file: str, tmp_path_factory: pytest.TempPathFactory, write_small: Any
 ) -> Iterator[str]:
-    """Of a front end that listens on a free port."""
-    write_header(tmp_path / "small", CONFIG)
-    app = create_app(
-        Database(database_url, pool=4), read_settings(model_roots=(tmp_path,), text_roots=())
-    )
+    folder = tmp_path_factory.mktemp("models")
+    write_small(folder / "small")
+    settings = read_settings(model_roots=(folder,), text_roots=())
+    app = create_app(Database(url_of_file, pool=4), settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -52,8 +45,9 @@ def url(
 
 
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
+def page(browser: Browser, url: str, database: Database) -> Iterator[Page]:
     """The list of jobs as a browser shows it; afterwards, nothing must have been complained of."""
+    del database  # which is empty now
     said: list[str] = []
     with browser.new_context(base_url=url) as context:
         page = context.new_page()
@@ -71,7 +65,6 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    """Of the same database."""
     return JobStore(database)
 
 
@@ -94,8 +87,7 @@ def write(page: Page, label: str, text: str) -> None:
     page.keyboard.type(text)
 
 
-def test_submission(page: Page, store: JobStore) -> None:
-    """Keys alone submit a job, whose plan follows what is typed, and lead to it in the list."""
+def test_keys_alone_submit_a_job_whose_plan_follows_them(page: Page, store: JobStore) -> None:
     go(page, "Submit one")
     page.keyboard.press("Enter")
     write(page, "Model (needed)", "small")
@@ -122,8 +114,7 @@ def test_submission(page: Page, store: JobStore) -> None:
     expect(page.locator(f"#job-{job.id}")).to_contain_text("queued")
 
 
-def test_live(page: Page, store: JobStore, job_of: Callable[..., Any]) -> None:
-    """A job's page follows it without being loaded again, and says so when it is gone."""
+def test_a_job_page_follows_a_job(page: Page, store: JobStore, job_of: Any) -> None:
     job = job_of(page)
     page.goto(f"/jobs/{job.id}")
     page.evaluate("window.kept = true")
@@ -143,8 +134,7 @@ def test_live(page: Page, store: JobStore, job_of: Callable[..., Any]) -> None:
     assert kept
 
 
-def test_error(page: Page, store: JobStore) -> None:
-    """What is wrong has the focus, leads to its field, and is told with it; typed text stays."""
+def test_what_is_wrong_has_the_focus_and_leads_to_its_field(page: Page, store: JobStore) -> None:
     page.goto("/new")
     write(page, "Model (needed)", "org/kept")
     write(page, "Pattern", "3:2")
@@ -166,8 +156,7 @@ def test_error(page: Page, store: JobStore) -> None:
     assert [job.spec["pattern"] for job in store.page()] == ["0.5"]
 
 
-def test_cancellation(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]) -> None:
-    """Keys alone cancel a job, and delete it after a page that asks once more."""
+def test_keys_alone_cancel_and_delete(page: Page, url: str, store: JobStore, job_of: Any) -> None:
     job = job_of(page, name="mine")
     page.goto("/")
     go(page, f"Choose {job.name}", "checkbox")
@@ -200,8 +189,7 @@ def job_of(store: JobStore) -> Callable[..., Any]:
     return submit
 
 
-def test_skip_link(page: Page, job_of: Callable[..., Any]) -> None:
-    """The first Tab shows a way past the navigation."""
+def test_the_first_tab_shows_a_way_past_the_links(page: Page, job_of: Any) -> None:
     job_of(page)
     page.goto("/")
     page.keyboard.press("Tab")
@@ -214,14 +202,8 @@ def test_skip_link(page: Page, job_of: Callable[..., Any]) -> None:
     assert page.locator(":focus").evaluate("element => element.closest('main') !== null")
 
 
-def test_refresh(
-    page: Page, store: JobStore, job_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """
-    The list follows its jobs without being loaded again; what is chosen stays, and the focus.
-
-    What is chosen is then compared, and from there it is not far to a report and back.
-    """
+def test_refresh(page: Page, store: JobStore, job_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list follows its jobs; what is chosen stays, the focus too, and leads to comparisons."""
     monkeypatch.setattr(job_list, "LIVE_S", 0.2)
     first = job_of(page)
     page.goto("/?sort=created")
@@ -253,8 +235,7 @@ def test_refresh(
     expect(page.locator("#head .state")).to_have_text("cancelled")
 
 
-def test_login(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]) -> None:
-    """A link opens after a key was typed; where the key is revoked, the open page says so."""
+def test_a_link_opens_after_the_login(page: Page, url: str, store: JobStore, job_of: Any) -> None:
     job = job_of(page)
     keys = KeyStore(store.database)
     key, secret = keys.create("mine", sees_all=True)
@@ -272,8 +253,7 @@ def test_login(page: Page, url: str, store: JobStore, job_of: Callable[..., Any]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone(page: Page, store: JobStore, job_of: Callable[..., Any], scheme: Any) -> None:
-    """On a narrow screen no page is wider than it, whatever the names; light and dark differ."""
+def test_on_a_phone_no_page_is_wider(page: Page, store: JobStore, job_of: Any, scheme: Any) -> None:
     job = job_of(page, name="w" * 100, model=f"org/{'m' * 90}")
     store.enter_worker(uuid.uuid4(), name="h" * 60, device="cuda:0", kinds=[*StageKind])
     page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
@@ -294,8 +274,7 @@ def test_on_a_phone(page: Page, store: JobStore, job_of: Callable[..., Any], sch
     assert ground == {"light": "rgb(243, 244, 246)", "dark": "rgb(17, 24, 39)"}[scheme]
 
 
-def test_description(page: Page, url: str) -> None:
-    """The API's description shows its operations, and asks no other machine for anything."""
+def test_the_apis_description_asks_no_other_machine_for_anything(page: Page, url: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     go(page, "API")

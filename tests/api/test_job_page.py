@@ -4,60 +4,48 @@ import html
 import logging
 import re
 import uuid
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api.new_job import Typed, typed_as
 from pho_service.host.logs import about
-from pho_service.spec.configuration import Configuration, Perplexities
-from pho_service.spec.job import JobSpec
-from storage.claims import Found
 from storage.records import REFERENCE_NUMBERS, JobState, StageKind
 from workers.watch import MOST_LINES, StageLog
 
-Submit = Callable[..., dict[str, Any]]
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
 def source(client: TestClient, job_id: str) -> str:
-    """The page of a job."""
     answer = client.get(f"/jobs/{job_id}")
     assert answer.status_code == 200, answer.text[:500]
     return answer.text
 
 
 def section(text: str, name: str) -> str:
-    """The words of a section."""
     found = re.search(rf'<(section|div)[^>]* id="{name}".*?</\1>', text, flags=re.DOTALL)
     assert found is not None, name
     return words(found[0])
 
 
 def words(text: str) -> str:
-    """What a reader sees."""
     shown = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
     return " ".join(html.unescape(shown).replace("\N{EN DASH}", "-").split())
 
 
-@pytest.mark.parametrize("state", JobState)
-def test_every_state(client: TestClient, hand: Any, submit: Submit, state: JobState) -> None:
-    """A job has a page at any time; while it may change by itself, a browser follows it."""
-    job = submit()
-    hand.bring(job["id"], state)
-    text = source(client, job["id"])
+def test_a_job_has_a_page_at_any_time(client: TestClient, hand: Any, submit: Any) -> None:
+    for state in JobState:
+        job = submit()
+        hand.bring(job["id"], state)
+        text = source(client, job["id"])
 
-    assert section(text, "head").startswith(f"{job['name']} {state}")
-    assert (" data-moves" in text) == (not state.is_over and state is not JobState.PAUSED)
-    assert ('<noscript><meta http-equiv="refresh"' in text) == (" data-moves" in text)
+        assert section(text, "head").startswith(f"{job['name']} {state}")
+        assert (" data-moves" in text) == (not state.is_over and state is not JobState.PAUSED)
+        assert ('<noscript><meta http-equiv="refresh"' in text) == (" data-moves" in text)
 
 
-def test_calibration(client: TestClient, hand: Any, submit: Submit) -> None:
-    """A calibration shows what it is at, on the page and in the API, until it is done."""
+def test_a_calibration_shows_what_it_is_at(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     before = client.get(f"/v1/jobs/{job_id}").json()["progress"]["step"]
@@ -74,15 +62,13 @@ def test_calibration(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "Calibrate done 1 of 1" in section(source(client, job_id), "stages")
 
 
-def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
-    """A search is drawn as it goes: its trials, the best so far, then its finalists."""
+def test_a_search_is_drawn_as_it_goes(client: TestClient, hand: Any, submit: Any) -> None:
     job = submit(trials=8)
     hand.calibrate(job["id"])
     empty = source(client, job["id"])
     hand.record(job, 8, failed=3)
     drawn = source(client, job["id"])
-    hand.search(job["id"])
-    hand.confirm(job["id"], 2, 5, REFERENCE_NUMBERS)  # which is not a trial
+    hand.to_confirm(job["id"], 2, 5, REFERENCE_NUMBERS)  # which is not a trial
     hand.measure(job["id"], 5, 21.5, 1.0)
     finalists = section(source(client, job["id"]), "finalists")
 
@@ -92,19 +78,13 @@ def test_search(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "found (best so far) 21.50 0.5000 5" in finalists
 
 
-def test_the_result_comes_first_beside_the_dense_model_wanda_and_ria(
-    client: TestClient, hand: Any, submit: Submit, configuration: Configuration
+def test_the_result_is_beside_dense_and_baselines(
+    client: TestClient, hand: Any, submit: Any
 ) -> None:
     job_id = submit()["id"]
-    for prepare in (hand.calibrate, hand.search, hand.confirm):
-        prepare(job_id)
-    good = Perplexities(dense=20.0, pruned=25.0, wanda=40.0)
-    best = configuration.model_copy(update={"perplexities": good}).model_dump(mode="json")
-    layers = {"org/name": [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]}
-    claim = hand.take(job_id, StageKind.FINISH)
-    hand.store.complete(
-        claim, {"layers": layers}, found=Found(best=best, warnings=["Take care."]), ended=True
-    )
+    layers = [["model.layers.0", "mlp.up_proj", 0.1, 0.4567]]
+    found = {"dense": 20.0, "pruned": 25.0, "wanda": 40.0}
+    hand.succeed(job_id, "Take care.", layers=layers, perplexities=found)
     text = source(client, job_id)
 
     assert section(text, "result").startswith(
@@ -116,8 +96,7 @@ def test_the_result_comes_first_beside_the_dense_model_wanda_and_ria(
     assert f'href="/v1/jobs/{job_id}/best"' in text
 
 
-def test_failure(client: TestClient, hand: Any, submit: Submit) -> None:
-    """A job that failed says why, and how to do it better."""
+def test_a_job_that_failed_says_why(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     hand.fail(job_id)
     text = source(client, job_id)
@@ -127,37 +106,7 @@ def test_failure(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "failed: org/name is not there. (ModelError)" in section(text, "happened")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"preset": "best", "pattern": "2:4", "trials": 50, "seed": 7},
-        {"scope": "global", "islands": 2, "calibration": {"dataset": "org/texts", "samples": 4}},
-        {"calibration": {"text": "a.txt"}, "confirm": {"text": "b.txt", "windows": 3}},
-        {"pattern": None, "patterns": ["0.5", "2:4"]},
-        {"pattern": None, "target": {"perplexity_rise": 0.05}},
-    ],
-)
-def test_again(
-    client: TestClient, submit: Submit, changes: dict[str, Any], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """The form that a job is edited in makes the same job if nothing is changed."""
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("text")
-    monkeypatch.chdir(tmp_path)
-    job = submit(**changes)
-    form = client.get("/new", params={"job": job["id"]})
-
-    assert form.status_code == 200
-    assert f'value="{job["spec"]["model"]}"' in form.text
-    again = Typed.of(typed_as(job["spec"])).spec()
-    assert again is not None
-    assert again == JobSpec.model_validate(job["spec"])
-
-
-def test_more_trials(client: TestClient, hand: Any, submit: Submit) -> None:
-    """The page extends a search, and says what is wrong with what was typed."""
+def test_the_page_extends_a_search(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit(trials=40)["id"]
     path = f"/jobs/{job_id}/extend"
     done = client.post(path, data={"trials": "20"}, follow_redirects=False)
@@ -173,8 +122,7 @@ def test_more_trials(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "A job that is failed cannot be extended." in words(late.text)
 
 
-def test_transfer(client: TestClient, hand: Any, submit: Submit) -> None:
-    """The page measures a result on other models, in a job that it leads to."""
+def test_the_page_measures_on_other_models(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     hand.succeed(job_id)
     path = f"/jobs/{job_id}/transfer"
@@ -191,14 +139,15 @@ def test_transfer(client: TestClient, hand: Any, submit: Submit) -> None:
     assert client.get("/new", params={"job": str(newest.id)}).status_code == 409
 
 
-def test_logs(client: TestClient, hand: Any, submit: Submit) -> None:
-    """What workers log of a stage is on the page, attempt by attempt, and in no event."""
+def test_the_page_has_the_last_lines_of_logs(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.log(claim, ["03:00:00 INFO begins <b>"], worker="host:1")
     hand.store.log(claim, ["03:00:09 INFO done"], worker="host:1")
     text = source(client, job_id)
     happened = hand.store.history(uuid.UUID(job_id), limit=50)
+    hand.store.log(claim, [f"line {number}" for number in range(1000)], worker="host:1")
+    last = section(source(client, job_id), "logs")
 
     assert section(text, "logs") == (
         "Logs Calibrate, host:1, 2 lines 03:00:00 INFO begins <b> 03:00:09 INFO done"
@@ -206,9 +155,11 @@ def test_logs(client: TestClient, hand: Any, submit: Submit) -> None:
     assert "begins &lt;b&gt;" in text
     assert {event.kind for event in happened} <= {"state", "stage"}
     assert len(hand.store.events(uuid.UUID(job_id))) == len(happened)
+    assert last.startswith("Logs Calibrate, host:1, 300 lines line 700 ")
+    assert "line 699 " not in last
 
 
-def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Submit) -> None:
+def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
     hand.store.ask(uuid.UUID(job_id), "cancel")
@@ -219,7 +170,7 @@ def test_logs_of_a_deleted_job(client: TestClient, hand: Any, submit: Submit) ->
     assert hand.store.logs(uuid.UUID(job_id), limit=5) == []
 
 
-def test_logging(client: TestClient, hand: Any, submit: Submit, caplog: Any) -> None:
+def test_logging(client: TestClient, hand: Any, submit: Any, caplog: Any) -> None:
     """Lines about a stage are kept, without secrets and folders; of too many the first."""
     job_id = submit()["id"]
     claim = hand.take(job_id, StageKind.CALIBRATE)
@@ -242,20 +193,9 @@ def test_logging(client: TestClient, hand: Any, submit: Submit, caplog: Any) -> 
     assert "Calibrate, host:1, 201 lines" in section(source(client, job_id), "logs")
 
 
-def test_of_many_lines_the_last_are_shown(client: TestClient, hand: Any, submit: Submit) -> None:
-    job_id = submit()["id"]
-    claim = hand.take(job_id, StageKind.CALIBRATE)
-    hand.store.log(claim, [f"line {number}" for number in range(1000)], worker="host:1")
-    text = section(source(client, job_id), "logs")
-
-    assert "line 699 " not in text
-    assert text.startswith("Logs Calibrate, host:1, 300 lines line 700 ")
-
-
-def test_beginning_of_an_id(
-    client: TestClient, submit: Submit, monkeypatch: pytest.MonkeyPatch
+def test_a_short_id_leads_to_its_job_or_to_a_page_with_all_that_it_fits(
+    client: TestClient, submit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short id leads to its job; one that fits several to a page with those, others to a page."""
     twins = [f"abcdef0{digit}-1111-4222-8333-444444444444" for digit in (1, 2)]
     ids = iter(map(uuid.UUID, twins))
     with monkeypatch.context() as patched:
@@ -275,8 +215,7 @@ def test_beginning_of_an_id(
         assert "nor one that begins so" in answer.text
 
 
-def test_buttons_lead_back(client: TestClient, hand: Any, submit: Submit) -> None:
-    """What a button of the page does is shown there, and so is what it cannot do."""
+def test_buttons_lead_back_to_the_page(client: TestClient, hand: Any, submit: Any) -> None:
     job_id = submit()["id"]
     paused = client.post(f"/jobs/{job_id}/pause", data={"back": "job"}, follow_redirects=False)
     hand.store.ask(hand.store.page()[0].id, "cancel")
@@ -288,11 +227,7 @@ def test_buttons_lead_back(client: TestClient, hand: Any, submit: Submit) -> Non
     assert client.get(f"/jobs/{NOBODY}").status_code == 404
 
 
-# ---------------------------------------------------------------------------- side by side
-
-
-def test_side_by_side(client: TestClient, hand: Any, submit: Submit) -> None:
-    """Jobs are compared: what differs is marked and comes first, the searches share a scale."""
+def test_jobs_are_compared_side_by_side(client: TestClient, hand: Any, submit: Any) -> None:
     first, second = submit(trials=8, name="first"), submit(trials=8, name="second", seed=3)
     for job in (first, second):
         hand.calibrate(job["id"])
@@ -311,8 +246,7 @@ def test_side_by_side(client: TestClient, hand: Any, submit: Submit) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
-def test_too_few_or_many(client: TestClient, count: int) -> None:
-    """What is not two to eight jobs is refused in words, and so is a job that is not there."""
+def test_what_is_not_two_to_eight_jobs_is_refused(client: TestClient, count: int) -> None:
     answer = client.get("/compare", params={"job": [str(uuid.uuid4()) for _ in range(count)]})
 
     assert answer.status_code == 422

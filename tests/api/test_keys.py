@@ -2,7 +2,6 @@
 
 import base64
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -14,33 +13,18 @@ from pho_service.api import jobs
 from storage.keys import KeyStore
 from storage.records import StageKind
 
-Refusal = Callable[..., dict[str, Any]]
 Headers = dict[str, str]
+Operations = list[tuple[str, str]]
 
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
-# Everything that there is but the pages for people, by method and path.
-OPERATIONS = [
-    ("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/{}"), ("DELETE", "/v1/jobs/{}"),
-    ("GET", "/v1/jobs/{}/trials"), ("GET", "/v1/jobs/{}/best"), ("GET", "/v1/jobs/{}/events"),
-    ("GET", "/v1/jobs/{}/report"),
-    ("POST", "/v1/jobs/{}:cancel"), ("POST", "/v1/jobs/{}:pause"), ("POST", "/v1/jobs/{}:resume"),
-    ("POST", "/v1/jobs/{}:extend"), ("GET", "/v1/configurations"), ("POST", "/v1/configurations"),
-    ("GET", f"/v1/configurations/{NOBODY}"), ("DELETE", f"/v1/configurations/{NOBODY}"),
-    ("GET", "/v1/workers"), ("GET", "/metrics"), ("GET", "/docs"),
-    ("GET", "/openapi.json"), ("GET", "/dashboard"), ("GET", "/api/studies"),
-    ("GET", "/static/bundle.js"), ("GET", "/nope"), ("GET", "/v1/nope"), ("POST", "/api/studies"),
-]  # fmt: skip
-
 
 def bearer(secret: str) -> Headers:
-    """As programs send it."""
     return {"Authorization": f"Bearer {secret}"}
 
 
 def basic(user: str, password: str) -> Headers:
-    """As browsers send it."""
     value = base64.b64encode(f"{user}:{password}".encode()).decode()
     return {"Authorization": f"Basic {value}"}
 
@@ -51,54 +35,30 @@ def secret(keys: KeyStore) -> str:
     return keys.create("own", sees_all=False)[1]
 
 
-# ----------------------------------------------------------------------- who gets in
-
-
-def test_as_long_as_no_key_was_made_anybody_on_this_machine_may_come_in(client: TestClient) -> None:
-    assert client.get("/v1/jobs").status_code == 200
-
-
-def test_needed_from_the_start(client_of: Any, refusal: Refusal) -> None:
-    """Where keys are needed, nobody comes in before the first is made either."""
+def test_where_keys_are_needed_nobody_comes_in_before(client_of: Any, refusal: Any) -> None:
     refusal(client_of(keys_needed=True).get("/v1/jobs"), 401, "no_key")
 
 
-def test_anonymous(client: TestClient, refusal: Refusal, secret: str) -> None:
+@pytest.mark.usefixtures("secret")
+def test_anonymous(client: TestClient, refusal: Any, operations: Operations) -> None:
     """Once there is a key, nothing is answered without one, and the way in is named."""
-    del secret
-    for method, path in OPERATIONS:
+    for method, path in operations:
         answer = client.request(method, path.format(NOBODY), json={"trials": 1})
         scheme = "Bearer" if path.startswith("/v1") else 'Basic realm="PHO"'
 
         assert "pho keys create" in refusal(answer, 401, "no_key")["detail"]
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
         assert answer.headers["www-authenticate"] == scheme
 
 
-def test_link_to_a_report(client: TestClient, secret: str) -> None:
-    """A browser that follows a link to a report logs in first; the report opens after it."""
-    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    job = client.post("/v1/jobs", json=DOCUMENT, headers=bearer(secret)).json()["id"]
-    link = f"/v1/jobs/{job}/report"
-    led = client.get(link, headers=browser)
-    form = {"key": secret, "next": link}
-    report = client.post("/login", data=form, headers=browser)
-
-    assert led.url.path == "/login"
-    assert report.url.path == link
-    assert "PHO report</title>" in report.text
+def test_probes_need_no_key_and_may_come_often_by_any_name(client_of: Any) -> None:
+    client = client_of(keys_needed=True, max_requests_per_minute=1)
+    for path in ("/healthz", "/readyz"):
+        assert client.get(path).json() == {"status": "ok"}
+        assert client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_open(client_of: Any, path: str) -> None:
-    """Whoever looks after the process needs no key, and may ask under any name."""
-    client = client_of(keys_needed=True)
-
-    assert client.get(path).json() == {"status": "ok"}
-    assert client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200
-
-
-def test_right_key(client: TestClient, secret: str) -> None:
-    """A key is taken in each of the ways that it may be given."""
+def test_a_key_may_be_given_in_each_of_these_ways(client: TestClient, secret: str) -> None:
     for headers in (
         bearer(secret),
         {"Authorization": f"bearer   {secret} "},
@@ -109,8 +69,7 @@ def test_right_key(client: TestClient, secret: str) -> None:
         assert client.get("/v1/jobs", headers=headers).status_code == 200, headers
 
 
-def test_wrong_key(client: TestClient, refusal: Refusal, secret: str) -> None:
-    """Whatever is not the key is refused."""
+def test_what_is_not_the_key_is_refused(client: TestClient, refusal: Any, secret: str) -> None:
     for headers in (
         bearer("pho_wrong"),
         bearer(secret[:-1]),
@@ -135,41 +94,28 @@ def test_wrong_key(client: TestClient, refusal: Refusal, secret: str) -> None:
         refusal(answer, 401, "no_key")
 
 
-def test_wrong_key_without_keys(client: TestClient, refusal: Refusal) -> None:
-    """Who gives a wrong key is told so, even if none is needed."""
-    refusal(client.get("/v1/jobs", headers=bearer("pho_wrong")), 401, "no_key")
-
-
-def test_revoked(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
-    """A key that is revoked opens nothing from then on, and anonymous callers stay out."""
-    key, secret = keys.create("short", sees_all=True)
-    before = client.get("/v1/jobs", headers=bearer(secret))
+def test_a_key_that_ended_opens_nothing(client: TestClient, refusal: Any, keys: KeyStore) -> None:
+    key, revoked = keys.create("short", sees_all=True)
+    _, expired = keys.create("short", sees_all=True, lasts=timedelta(seconds=-1))
+    before = client.get("/v1/jobs", headers=bearer(revoked))
     keys.revoke(key.prefix)
 
     assert before.status_code == 200
-    refusal(client.get("/v1/jobs", headers=bearer(secret)), 401, "no_key")
+    for secret in (revoked, expired):
+        refused = refusal(client.get("/v1/jobs", headers=bearer(secret)), 401, "no_key")
+        assert "has expired, or was revoked" in refused["detail"]
     refusal(client.get("/v1/jobs"), 401, "no_key")
 
 
-def test_expired(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
-    """A key that has expired opens nothing, and the answer says that it may have."""
-    _, secret = keys.create("short", sees_all=True, lasts=timedelta(seconds=-1))
-
-    refused = refusal(client.get("/v1/jobs", headers=bearer(secret)), 401, "no_key")
-    assert "has expired" in refused["detail"]
-
-
-def test_first_key_while_running(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
-    """The first key closes a service that runs already."""
+def test_the_first_key_closes_a_service(client: TestClient, refusal: Any, keys: KeyStore) -> None:
     before = client.get("/v1/jobs")
+    wrong = client.get("/v1/jobs", headers=bearer("pho_wrong"))
     _, secret = keys.create("first", sees_all=False)
 
     assert before.status_code == 200
+    refusal(wrong, 401, "no_key")
     refusal(client.get("/v1/jobs"), 401)
     assert client.get("/v1/jobs", headers=bearer(secret)).status_code == 200
-
-
-# --------------------------------------------------------------------- other sites
 
 
 HOSTS = [
@@ -179,19 +125,20 @@ HOSTS = [
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/dashboard", "/metrics", "/docs"])
-def test_foreign_host(shared_client: TestClient, refusal: Refusal, path: str) -> None:
-    """Without keys, a request under another name than this machine's is refused."""
+def test_requests_by_other_names_are_refused(client: TestClient, refusal: Any, path: str) -> None:
     for host in HOSTS:
-        answer = shared_client.get(path, headers={b"host": host.encode("latin-1")})
+        answer = client.get(path, headers={b"host": host.encode("latin-1")})
         refusal(answer, 403, "other_site")
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000"]
-)
-def test_own_host(shared_client: TestClient, host: str) -> None:
-    """All names of this machine for itself are its own."""
-    assert shared_client.get("/v1/jobs", headers={"Host": host}).status_code == 200
+def test_the_names_of_this_machine_or_a_key_will_do(client: TestClient, bearer_of: Any) -> None:
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000"):
+        assert client.get("/v1/jobs", headers={"Host": host}).status_code == 200, host
+    for origin in ("http://localhost:8000", "http://127.0.0.1", "https://[::1]"):
+        answer = client.post("/v1/jobs", json=DOCUMENT, headers={"Origin": origin})
+        assert answer.status_code == 202, origin
+    headers = {**bearer_of("own"), "Host": "pho.example", "Origin": "https://pho.example"}
+    assert client.post("/v1/jobs", json=DOCUMENT, headers=headers).status_code == 202
 
 
 ORIGINS = [
@@ -200,60 +147,39 @@ ORIGINS = [
 ]  # fmt: skip
 
 
-def test_foreign_origin(shared_client: TestClient, refusal: Refusal) -> None:
-    """Without keys, no page of another site can change anything through a browser here."""
+def test_without_keys_no_other_site_changes_anything(client: TestClient, refusal: Any) -> None:
     for origin in ORIGINS:
-        answer = shared_client.post(
+        answer = client.post(
             "/v1/jobs", json=DOCUMENT, headers={b"origin": origin.encode("latin-1")}
         )
         refusal(answer, 403, "other_site")
 
-    assert shared_client.get("/v1/jobs").json()["jobs"] == []
-
-
-@pytest.mark.parametrize("origin", ["http://localhost:8000", "http://127.0.0.1", "https://[::1]"])
-def test_a_page_of_this_machine_may(shared_client: TestClient, origin: str) -> None:
-    answer = shared_client.post("/v1/jobs", json=DOCUMENT, headers={"Origin": origin})
-
-    assert answer.status_code == 202
-
-
-def test_no_answer_lets_another_sites_page_read_it(client: TestClient) -> None:
-    answer = client.get("/v1/jobs", headers={"Origin": "http://evil.example"})
-
-    assert not [h for h in answer.headers if h.startswith("access-control-")]
-
-
-def test_foreign_host_with_key(client: TestClient, secret: str) -> None:
-    """With a key, the name that a service is reached by does not matter."""
-    headers = {**bearer(secret), "Host": "pho.example", "Origin": "https://pho.example"}
-
-    assert client.post("/v1/jobs", json=DOCUMENT, headers=headers).status_code == 202
-
-
-# ------------------------------------------------------------------- whose jobs they are
+    read = client.get("/v1/jobs", headers={"Origin": "http://evil.example"})
+    assert read.json()["jobs"] == []
+    assert not [h for h in read.headers if h.startswith("access-control-")]  # nor can it read that
 
 
 @pytest.fixture
-def others(client: TestClient, keys: KeyStore, hand: Any) -> dict[str, Any]:
+def others(client: TestClient, bearer_of: Any, hand: Any) -> dict[str, Any]:
     """A job of another key, which has succeeded."""
-    headers = bearer(keys.create("other", sees_all=False)[1])
+    headers = bearer_of("other")
     job = client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()
     hand.succeed(job["id"])
     assert isinstance(job, dict)
     return job
 
 
-def test_anothers_job(
-    client: TestClient, refusal: Refusal, secret: str, others: dict[str, Any], hand: Any
-) -> None:
-    """To a key, another key's job is not there in any operation, nor does any change it."""
+def test_to_a_key_the_job_of_another_is_not_there_in_any_operation_nor_changed(
+    client: TestClient, refusal: Any, secret: str, others: dict[str, Any], hand: Any,
+    operations: Operations,
+) -> None:  # fmt: skip
     before = hand.store.page()
     headers = {**bearer(secret), "X-Request-ID": "a"}
-    for method, path in OPERATIONS:
+    for method, path in operations:
         if "{}" in path:
+            body = {"models": ["org/a"]} if path.endswith(":transfer") else {"trials": 1}
             anothers, nobodys = (
-                client.request(method, path.format(job), json={"trials": 1}, headers=headers)
+                client.request(method, path.format(job), json=body, headers=headers)
                 for job in (others["id"], NOBODY)
             )
 
@@ -262,22 +188,18 @@ def test_anothers_job(
     assert hand.store.page() == before
 
 
-def test_anonymous_jobs(client: TestClient, refusal: Refusal, keys: KeyStore) -> None:
-    """Jobs from before the first key are seen by keys that see all, and by no other."""
+def test_keyless_jobs_are_for_admins(client: TestClient, refusal: Any, bearer_of: Any) -> None:
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
-    own, admin = (bearer(keys.create("k", sees_all=s)[1]) for s in (False, True))
+    own, admin = bearer_of("own"), bearer_of("admin", sees_all=True)
 
     refusal(client.get(f"/v1/jobs/{job}", headers=own), 404)
     assert client.get(f"/v1/jobs/{job}", headers=admin).json()["id"] == job
 
 
-def test_own_list(client: TestClient, secret: str, others: dict[str, Any]) -> None:
-    """A key lists its own jobs, page by page, with any filter."""
-    own = [
-        client.post("/v1/jobs", json=DOCUMENT, headers=bearer(secret)).json()["id"]
-        for _ in range(3)
-    ]
+@pytest.mark.usefixtures("others")
+def test_a_key_lists_its_own_jobs_with_any_filter(client: TestClient, secret: str) -> None:
     headers = bearer(secret)
+    own = [client.post("/v1/jobs", json=DOCUMENT, headers=headers).json()["id"] for _ in range(3)]
     first = client.get("/v1/jobs", params={"page_size": 2}, headers=headers).json()
     params = {"page_size": 2, "page_token": first["next_page_token"]}
     second = client.get("/v1/jobs", params=params, headers=headers).json()
@@ -286,12 +208,10 @@ def test_own_list(client: TestClient, secret: str, others: dict[str, Any]) -> No
     assert [j["id"] for j in first["jobs"] + second["jobs"]] == own[::-1]
     assert second["next_page_token"] is None
     assert succeeded["jobs"] == []
-    assert others["id"] not in own
 
 
-def test_sees_all(client: TestClient, keys: KeyStore, others: dict[str, Any]) -> None:
-    """A key that sees all reaches every job with every operation."""
-    headers = bearer(keys.create("admin", sees_all=True)[1])
+def test_an_admin_reaches_all(client: TestClient, bearer_of: Any, others: dict[str, Any]) -> None:
+    headers = bearer_of("admin", sees_all=True)
     url = f"/v1/jobs/{others['id']}"
 
     assert [j["id"] for j in client.get("/v1/jobs", headers=headers).json()["jobs"]] == [
@@ -304,10 +224,9 @@ def test_sees_all(client: TestClient, keys: KeyStore, others: dict[str, Any]) ->
     assert client.delete(url, headers=headers).status_code == 204
 
 
-def test_urgent_jobs_are_few(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
-    """A key may have few unfinished jobs that go before others', and as many others as before."""
+def test_a_key_may_have_few_urgent_jobs(client_of: Any, bearer_of: Any, refusal: Any) -> None:
     client = client_of(max_urgent_jobs=1)
-    key = bearer(keys.create("a", sees_all=False)[1])
+    key = bearer_of("a")
     urgent = client.post("/v1/jobs", json={**DOCUMENT, "priority": 1}, headers=key)
     refused = client.post("/v1/jobs", json={**DOCUMENT, "priority": 100}, headers=key)
 
@@ -319,10 +238,9 @@ def test_urgent_jobs_are_few(client_of: Any, keys: KeyStore, refusal: Refusal) -
     assert again.status_code == 202
 
 
-def test_finished_jobs_are_limited(client_of: Any, keys: KeyStore, refusal: Refusal) -> None:
-    """Submitting and cancelling for ever fills no disk: what is over must be deleted once."""
+def test_jobs_that_are_over_are_limited(client_of: Any, bearer_of: Any, refusal: Any) -> None:
     client = client_of(max_finished_jobs=2)
-    key = bearer(keys.create("a", sees_all=False)[1])
+    key = bearer_of("a")
     for _ in range(2):
         job = client.post("/v1/jobs", json=DOCUMENT, headers=key).json()["id"]
         client.post(f"/v1/jobs/{job}:cancel", headers=key)
@@ -333,9 +251,8 @@ def test_finished_jobs_are_limited(client_of: Any, keys: KeyStore, refusal: Refu
     assert client.post("/v1/jobs", json=DOCUMENT, headers=key).status_code == 202
 
 
-def test_workers_do_not_tell(client: TestClient, keys: KeyStore, secret: str, hand: Any) -> None:
-    """The list of workers does not tell a key of another key's job."""
-    other = bearer(keys.create("other", sees_all=False)[1])
+def test_workers_do_not_tell(client: TestClient, bearer_of: Any, secret: str, hand: Any) -> None:
+    other = bearer_of("other")
     job = client.post("/v1/jobs", json=DOCUMENT, headers=other).json()["id"]
     hand.store.enter_worker(hand.worker_id, name="host:1", device="cpu", kinds=list(StageKind))
     hand.take(job, StageKind.CALIBRATE)
@@ -345,17 +262,9 @@ def test_workers_do_not_tell(client: TestClient, keys: KeyStore, secret: str, ha
 
     assert [w["job_id"] for w in others] == [job]
     assert [(w["name"], w["job_id"], w["stage"]) for w in own] == [("worker 1", None, None)]
-    admin = bearer(keys.create("admin", sees_all=True)[1])
+    admin = bearer_of("admin", sees_all=True)
     (seen,) = client.get("/v1/workers", headers=admin).json()["workers"]
     assert (seen["name"], seen["job_id"], seen["stage"]) == ("host:1", job, "calibrate")
-
-
-def test_they_count_everybodys_jobs_so_they_are_for_keys_that_see_all(
-    client: TestClient, keys: KeyStore, secret: str, refusal: Refusal
-) -> None:
-    refusal(client.get("/metrics", headers=bearer(secret)), 403, "not_for_this_key")
-    admin = bearer(keys.create("admin", sees_all=True)[1])
-    assert client.get("/metrics", headers=admin).status_code == 200
 
 
 def test_revoked_key_ends_its_streams(
@@ -389,31 +298,27 @@ def test_first_key_ends_streams_without(client_of: Any, monkeypatch: pytest.Monk
     assert client.get(f"/v1/jobs/{job}/events").text.count("event: state") == 1
 
 
-def test_the_dashboard_which_shows_every_study_is_for_keys_that_see_all(
-    client: TestClient, keys: KeyStore, refusal: Refusal, secret: str
+def test_dashboard_and_metrics_which_show_everybodys_jobs_are_for_keys_that_see_all(
+    client: TestClient, keys: KeyStore, refusal: Any, secret: str
 ) -> None:
     admin = basic("", keys.create("admin", sees_all=True)[1])
-    for path in ("/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2"):
+    for path in ("/dashboard", "/api/studies", "/csv/1", "/artifacts/1/2", "/metrics"):
         problem = refusal(client.get(path, headers=bearer(secret)), 403, "not_for_this_key")
 
         assert "--all-jobs" in problem["detail"]
         assert client.get(path, headers=admin).status_code not in (401, 403)
 
 
-# ------------------------------------------------------------------------- secrecy
-
-
-def test_secrets_stay_secret(
-    client: TestClient, keys: KeyStore, caplog: pytest.LogCaptureFixture
+def test_no_answer_and_no_line_of_the_log_has_a_key_in_it_right_or_wrong(
+    client: TestClient, keys: KeyStore, operations: Operations, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No answer and no line of the log has a key in it, right or wrong."""
     _, right = keys.create("k", sees_all=True)
     wrong = "pho_" + "w" * 43
     texts = []
     with caplog.at_level(logging.DEBUG):
         for secret in (right, wrong):
             for headers in (bearer(secret), basic("", secret)):
-                for method, path in OPERATIONS:
+                for method, path in operations:
                     answer = client.request(
                         method, path.format(NOBODY), json={"trials": 0}, headers=headers
                     )
@@ -425,9 +330,8 @@ def test_secrets_stay_secret(
         assert secret not in caplog.text
 
 
-def test_many_at_once(client: TestClient, keys: KeyStore) -> None:
-    """Callers with different keys at the same time get their own jobs each."""
-    headers = [bearer(keys.create(str(i), sees_all=False)[1]) for i in range(4)]
+def test_callers_at_the_same_time_get_their_own_jobs(client: TestClient, bearer_of: Any) -> None:
+    headers = [bearer_of(str(i)) for i in range(4)]
 
     def ask(number: int) -> tuple[set[str], set[str]]:
         mine = headers[number % 4]

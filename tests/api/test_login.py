@@ -1,7 +1,6 @@
 """The login of browsers: a form, a cookie, and the ways that it ends."""
 
 import base64
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,8 +29,8 @@ def log_in(client: TestClient, key: str, to: str = "/", **headers: str) -> Any:
     return client.post("/login", data=form, headers=headers, follow_redirects=False)
 
 
-def test_led_to_the_login(client: TestClient, secret: str) -> None:
-    """A browser without a key is led to the login, with what it asked for; programs get a 401."""
+@pytest.mark.usefixtures("secret")
+def test_a_browser_is_led_to_the_login_a_program_gets_a_401(client: TestClient) -> None:
     for path, to in (
         ("/", "/login"),
         (f"{JOB}?a=1&b=%2F", f"/login?next=%2F{JOB[1:].replace('/', '%2F')}%3Fa%3D1%26b%3D%252F"),
@@ -52,11 +51,13 @@ def test_led_to_the_login(client: TestClient, secret: str) -> None:
     assert "expired" not in page.text
     assert '<label for="key">Key</label>' in page.text
     assert client.head("/login").status_code == 200
-    del secret
+    for path in ("/new", "/new/check", f"{JOB}/cancel"):
+        sent = client.post(path, data={"model": "typed"})
+        assert (sent.status_code, "pho keys create" in sent.text) == (401, True)
 
 
-def test_icon(client: TestClient, secret: str) -> None:
-    """The picture beside a title needs no key, so that the login page has it, too."""
+@pytest.mark.usefixtures("secret")
+def test_the_icon_needs_no_key(client: TestClient) -> None:
     answer = client.get("/favicon.ico")
 
     assert answer.status_code == 200
@@ -65,13 +66,13 @@ def test_icon(client: TestClient, secret: str) -> None:
     assert answer.text.startswith("<svg ")
     assert client.head("/favicon.ico").status_code == 200
     assert '<link rel="icon" href="/favicon.ico"' in client.get("/login").text
-    del secret
 
 
-def test_log_in(client: TestClient, secret: str) -> None:
-    """The right key leads back to what was asked for; its cookie opens all pages and the API."""
+def test_a_key_leads_back_and_opens_all(client: TestClient, keys: KeyStore, secret: str) -> None:
     answer = log_in(client, f" {secret}\n", to=f"{JOB}?a=1")
     cookie = answer.headers["set-cookie"]
+    with keys.database.transaction() as connection:
+        rows = str(connection.exec_driver_sql("SELECT * FROM pho.sessions").all())
     opened = {
         path: client.get(path, headers=BROWSER, follow_redirects=False).status_code
         for path in ("/", "/new", "/v1/jobs", "/docs", "/openapi.json", "/dashboard/", "/metrics")
@@ -84,25 +85,20 @@ def test_log_in(client: TestClient, secret: str) -> None:
     assert "HttpOnly; Max-Age=604800; Path=/; SameSite=lax" in cookie
     assert "Secure" not in cookie
     assert secret not in cookie
+    assert client.cookies["pho_session"] not in rows
+    assert secret not in rows
     assert {*opened.values()} <= {200, 302}
     assert (job.status_code, asked.status_code) == (202, 303)
     assert "Log out" in client.get("/").text
     again = client.get("/login?next=/new", follow_redirects=False)
     assert again.headers["location"] == "/new"
-
-
-def test_secure(client: TestClient, secret: str) -> None:
-    """Where the connection is encrypted, the cookie goes over no other."""
-    answer = client.post(
+    encrypted = client.post(
         "https://127.0.0.1:8000/login", data={"key": secret}, follow_redirects=False
     )
-
-    assert answer.headers["set-cookie"].endswith("SameSite=lax; Secure")
-    assert answer.headers["location"] == "/"
+    assert encrypted.headers["set-cookie"].endswith("SameSite=lax; Secure")
 
 
-def test_log_out(client: TestClient, secret: str) -> None:
-    """A login ends for its browser, for a copy of its cookie, and for open streams."""
+def test_a_login_ends_for_all_copies_of_its_cookie(client: TestClient, secret: str) -> None:
     log_in(client, secret)
     token = client.cookies["pho_session"]
     service = client.app.state.service  # type: ignore[attr-defined]  # FastAPI's
@@ -120,8 +116,7 @@ def test_log_out(client: TestClient, secret: str) -> None:
     assert client.post("/logout", follow_redirects=False).status_code == 303
 
 
-def test_wrong_key(client_of: Callable[..., TestClient], secret: str) -> None:
-    """A wrong key is told beside its field, gives no cookie, and cannot be tried for ever."""
+def test_a_wrong_key_gives_no_cookie(client_of: Any, secret: str) -> None:
     client = client_of(max_wrong_keys_per_minute=2)
     empty, *wrong, late = (
         log_in(client, key, to="/new") for key in ("", "pho_x", secret[:-1], "pho_y")
@@ -141,8 +136,7 @@ def test_wrong_key(client_of: Callable[..., TestClient], secret: str) -> None:
     assert int(late.headers["retry-after"]) > 0
 
 
-def test_expired(client: TestClient, secret: str, keys: KeyStore) -> None:
-    """A login that is over is said to be, keeps the way back, and is forgotten by the next."""
+def test_a_login_that_is_over_says_so(client: TestClient, secret: str, keys: KeyStore) -> None:
     log_in(client, secret)
     with keys.database.transaction() as connection:
         connection.execute(update(sessions).values(expires_at=func.now()))
@@ -166,14 +160,10 @@ def test_expired(client: TestClient, secret: str, keys: KeyStore) -> None:
     assert [bytes(row.sha256) for row in left] == [key_digest(client.cookies["pho_session"])]
 
 
-def test_revoked(client: TestClient, keys: KeyStore) -> None:
+def test_revoked(client: TestClient, keys: KeyStore, submit: Any, bearer_of: Any) -> None:
     """A login opens what its key opens, and nothing once that is revoked."""
     key, secret = keys.create("own", sees_all=False)
-    job = client.post(
-        "/v1/jobs",
-        json=DOCUMENT,
-        headers={"Authorization": f"Bearer {keys.create('other', sees_all=False)[1]}"},
-    ).json()["id"]
+    job = submit(headers=bearer_of("other"))["id"]
     log_in(client, secret)
     others = client.get(f"/jobs/{job}", headers=BROWSER)
     dashboard = client.get("/dashboard", headers=BROWSER)
@@ -184,36 +174,7 @@ def test_revoked(client: TestClient, keys: KeyStore) -> None:
     assert client.get("/", headers=BROWSER, follow_redirects=False).status_code == 303
 
 
-FOREIGN = [
-    {"Sec-Fetch-Site": "cross-site"},
-    {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:3000"},
-    {"Origin": "https://evil.example"},
-    {"Origin": "null"},
-]
-
-
-def test_other_sites(client: TestClient, secret: str, hand: Any) -> None:
-    """A page of another site uses no login, makes none, and ends none."""
-    log_in(client, secret)
-    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
-    before = hand.store.page()
-    for headers in FOREIGN:
-        for path, data in (
-            ("/login", {"key": secret}),
-            ("/logout", {}),
-            ("/jobs", {"verb": "cancel", "job": job}),
-            (f"/v1/jobs/{job}:cancel", {}),
-        ):
-            answer = client.post(path, data=data, headers=headers, follow_redirects=False)
-
-            assert answer.status_code == 403, (headers, path)
-            assert "set-cookie" not in answer.headers
-    assert hand.store.page() == before
-    assert client.get("/v1/jobs").status_code == 200
-
-
-def test_which_counts(client: TestClient, keys: KeyStore, secret: str) -> None:
-    """A key that a program sends goes before a login, and that before a password of the browser."""
+def test_a_sent_key_goes_before_a_login(client: TestClient, keys: KeyStore, secret: str) -> None:
     own = keys.create("own", sees_all=False)[1]
     log_in(client, secret)
     wrong = base64.b64encode(b"me:pho_old").decode()
@@ -227,8 +188,7 @@ def test_which_counts(client: TestClient, keys: KeyStore, secret: str) -> None:
     assert status(f"Basic {wrong}") == 200
 
 
-def test_no_keys(client: TestClient) -> None:
-    """Where no key is needed, the login leads on, and a cookie of before does no harm."""
+def test_where_no_key_is_needed_the_login_leads_on(client: TestClient) -> None:
     client.cookies.set("pho_session", "old")
 
     assert client.get("/login?next=/new", follow_redirects=False).headers["location"] == "/new"
@@ -246,13 +206,3 @@ def test_a_login_leads_to_paths_of_this_service_alone_and_never_in_a_circle() ->
 
     assert [local(path) for path in ours] == ours
     assert {local(path) for path in others} == {"/"}
-
-
-def test_not_in_the_database(client: TestClient, keys: KeyStore, secret: str) -> None:
-    """The database has neither the token of a login nor a key."""
-    log_in(client, secret)
-    with keys.database.transaction() as connection:
-        rows = str(connection.exec_driver_sql("SELECT * FROM pho.sessions").all())
-
-    assert client.cookies["pho_session"] not in rows
-    assert secret not in rows

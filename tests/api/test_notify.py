@@ -17,6 +17,7 @@ from sqlalchemy import select, text
 
 from pho_service.api.operations import tell_next
 from pho_service.errors import InvalidInput
+from pho_service.host.settings import read_settings
 from pho_service.host.webhooks import NotDelivered, WebhookRules, is_public, send, signature
 from storage.jobs import GIVE_UP_AFTER, take
 from storage.records import JobState
@@ -59,7 +60,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def client(client_of: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def client(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     """A front end that may send to this machine; the test says when."""
     monkeypatch.setattr("pho_service.api.app.AT_ONCE", 0)
     return client_of(
@@ -140,10 +141,9 @@ def test_killed_sender(client: TestClient, submit: Any, hand: Any, received: Any
     assert [said["id"] for said in received["printed"]] == [str(taken.id)]
 
 
-def test_not_delivered(
+def test_what_is_not_taken_is_sent_again_later_each_time_until_it_is_given_up(
     client: TestClient, submit: Any, hand: Any, received: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not taken is tried again, later each time, and given up in the end; no redirect."""
     service = client.app.state.service  # type: ignore[attr-defined]
     monkeypatch.setattr("pho_service.host.webhooks._AT_ONCE", 1)
     received["before"] = answer(302)
@@ -171,8 +171,7 @@ def test_a_receiver_that_stumbles_once_is_asked_again_within_seconds(received: A
     assert slept == [0.5]
 
 
-def test_refused(client_of: Callable[..., TestClient], refusal: Any) -> None:
-    """A webhook that may not be sent is refused with the job, in words."""
+def test_other_webhooks_are_refused(client_of: Any, refusal: Any) -> None:
     nobody = client_of(notify_secret=SecretStr(SECRET))
     some = client_of(notify_hosts=("hooks.example", "10.*"), notify_secret=SecretStr(SECRET))
     unsigned = client_of(notify_hosts=("*",))
@@ -207,8 +206,7 @@ def test_private_addresses(received: Any, monkeypatch: pytest.MonkeyPatch) -> No
     real, connected = socket.getaddrinfo, received["url"].replace("localhost", "other.example")
     monkeypatch.setattr("pho_service.host.webhooks.socket.getaddrinfo", rebinding)
     monkeypatch.setattr(
-        "socket.create_connection",
-        lambda address, *_, **__: _connect(real, address),
+        "socket.create_connection", lambda address, *_, **__: _connect(real, address)
     )
     open_ = WebhookRules(hosts=("other.example",), secret=SECRET.encode(), private=True)
     send(open_, connected, "an-id", b"{}")
@@ -235,7 +233,7 @@ def _connect(getaddrinfo: Any, address: tuple[str, int]) -> socket.socket:
 
 
 def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_libraries() -> None:
-    rules = WebhookRules.of(_settings("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"))
+    rules = WebhookRules.of(read_settings(notify_secret="whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"))
     body = b'{"test": 2432232314}'
 
     assert rules.secret is not None
@@ -243,17 +241,10 @@ def test_it_is_that_of_standard_webhooks_by_the_example_of_its_specifications_li
         "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
     )
     with pytest.raises(InvalidInput, match="not base64"):
-        WebhookRules.of(_settings("whsec_?"))
+        WebhookRules.of(read_settings(notify_secret="whsec_?"))
 
 
-def _settings(secret: str) -> Any:
-    from pho_service.host.settings import read_settings
-
-    return read_settings(notify_secret=secret, notify_hosts=("*",))
-
-
-def test_nobody_there() -> None:
-    """A receiver that is not there is told apart from one that may not be called."""
+def test_a_receiver_that_is_not_there_is_told_apart_from_a_forbidden_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(NotDelivered, match="cannot be reached"):

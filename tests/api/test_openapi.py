@@ -19,7 +19,7 @@ from storage.records import JobState
 
 # `make fuzz-api` takes more, and others each time.
 LONG = hypothesis.settings.get_current_profile_name() == "fuzz"
-EXAMPLES = 200 if LONG else 10  # of each operation and phase that makes them up
+EXAMPLES = 200 if LONG else 6  # of each operation and phase that makes them up
 LONGER = ("coverage", "stateful")
 PHASES = ("examples", "fuzzing", *LONGER)
 CHECKS = (
@@ -49,7 +49,6 @@ REACHED = {
 
 @schemathesis.check
 def problems(_context: Any, response: Any, _case: Any) -> None:
-    """Every error is a problem of ours."""
     if response.status_code >= 400:
         (content_type,) = response.headers["content-type"]
         assert content_type == "application/problem+json"
@@ -63,19 +62,12 @@ def headers(keys: KeyStore) -> dict[str, str]:
 
 
 async def looked_enough(request: Any) -> bool:
-    """Whether a stream of events was looked at often enough."""
     looks = request.scope["looks"] = request.scope.get("looks", 0) + 1
     return bool(looks > LOOKS)
 
 
 class WithJobs:
-    """
-    The front end, but whoever guesses the id of a job finds one: nobody guesses right.
-
-    Args:
-        app: The front end.
-        jobs: Ids; none leaves it as it is.
-    """
+    """The front end, but whoever guesses the id of a job finds one: nobody guesses right."""
 
     def __init__(self, app: Any, jobs: list[str]) -> None:
         self._app = app
@@ -85,7 +77,6 @@ class WithJobs:
         )  # each operation meets each of them
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle one request."""
         found = _JOB.fullmatch(scope.get("path", ""))
         if found is not None and self._jobs and found[1] not in self._jobs:
             scope = {**scope, "path": f"/v1/jobs/{next(self._next[found[2]])}{found[2]}"}

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from pho_service.tuning.search import add_point, pareto_study
-from storage.claims import Found
 from storage.records import JobState, NewStage, StageKind
 from storage.rows import add_stages
 from storage.studies import open_storage, open_study, pareto_study_name, study_name
@@ -24,9 +23,7 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     first = measure(job, 0, 22.0)
     begun = client.get(path).json()
     second = measure(job, 1, 24.0)
-    hand.store.complete(
-        hand.take(job, StageKind.FINISH), {}, found=Found(best=None, warnings=["w"]), ended=True
-    )
+    hand.finish(job, None, "w")
     over = client.get(path).json()
 
     assert [p["pattern"] for p in begun["points"]] == PATTERNS
@@ -60,11 +57,7 @@ def test_patterns(client: TestClient, begin: Any, measure: Any, hand: Any, refus
     assert "+20.0%" in report
 
 
-def test_studies(client: TestClient, begin: Any, hand: Any) -> None:
-    """
-    The page leads to the study of each pattern that has begun, and to the Pareto front; all are
-    deleted with the job. A job of a version that had no Pareto study is deleted as well.
-    """
+def test_a_page_leads_to_all_studies_of_a_job(client: TestClient, begin: Any, hand: Any) -> None:
     job, older = (client.get(f"/v1/jobs/{begin(PATTERNS, patterns=PATTERNS)}").json() for _ in "12")
     hand.record(older, 1)
     hand.record(job, 2)
@@ -99,9 +92,7 @@ def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal
     path = f"/v1/jobs/{job}"
     for number in (0, 1):
         measure(job, number, 22.0)
-    hand.store.complete(
-        hand.take(job, StageKind.FINISH), {}, found=Found(best=None, warnings=[]), ended=True
-    )
+    hand.finish(job, None)
     refusal(client.post(f"{path}:prune"), 409, "several_patterns")
     refusal(client.post(f"{path}:prune?pattern=0.9"), 409, "no_such_pattern")
     asked = client.post(f"{path}:prune?pattern=2:4").json()
@@ -119,8 +110,7 @@ def test_pruned(client: TestClient, begin: Any, measure: Any, hand: Any, refusal
     assert hand.take(job, StageKind.PRUNE).stage.about == "0.3"
 
 
-def test_target(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
-    """The answer of a target is the job's best; each point says whether it is within."""
+def test_points_say_if_within(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 21.0)
     outside = NewStage(kind=StageKind.POINT, number=1, params={"pattern": "0.5"})
@@ -128,9 +118,7 @@ def test_target(client: TestClient, begin: Any, measure: Any, hand: Any) -> None
         add_stages(connection, hand.store.get(uuid.UUID(job)), [outside])
     answer = hand.store.get(uuid.UUID(job)).of_kind(StageKind.POINT)[0].result["configuration"]
     measure(job, 1, 25.0)
-    hand.store.complete(
-        hand.take(job, StageKind.FINISH), {}, found=Found(best=answer, warnings=[]), ended=True
-    )
+    hand.finish(job, answer)
     found = client.get(f"/v1/jobs/{job}").json()
 
     assert [p["within"] for p in found["points"]] == [True, False]
@@ -139,8 +127,7 @@ def test_target(client: TestClient, begin: Any, measure: Any, hand: Any) -> None
     assert client.delete(f"/v1/jobs/{job}").status_code == 204
 
 
-def test_failed(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
-    """A target without an answer has its points, and says why there is none."""
+def test_a_missed_target_says_why(client: TestClient, begin: Any, measure: Any, hand: Any) -> None:
     job = begin(["0.3"], target=TARGET)
     measure(job, 0, 30.0)
     error = {"type": "TargetMissed", "message": "no sparsity is within 10 % of dense"}

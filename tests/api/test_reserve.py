@@ -3,21 +3,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from pho_service.api.service import AT_ONCE, Heavy, Probe
+from pho_service.api.service import AT_ONCE, Heavy
 from storage.database import Database
 from storage.studies import DatabaseGone, read_trials
 
-Submit = Callable[..., dict[str, Any]]
 DOCUMENT = {"model": "org/name", "pattern": "0.5"}
-
-
-# --------------------------------------------------------------------------- health
 
 
 @pytest.fixture
@@ -47,42 +43,14 @@ def frozen(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Test
         thread.join()
 
 
-def test_health_while_all_wait(frozen: TestClient) -> None:
-    """Who looks after the process is answered while every thread waits for the database."""
+def test_probes_are_answered_while_every_thread_waits(frozen: TestClient) -> None:
     for path, status in (("/healthz", 200), ("/readyz", 503), ("/readyz", 503)):
         began = time.monotonic()
         assert frozen.get(path).status_code == status
         assert time.monotonic() - began < 5  # a second and what a loaded machine adds
 
 
-def test_probe(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One question is asked at a time; when the server wakes, the next is answered."""
-    probe = Probe(database)
-    monkeypatch.setattr("pho_service.api.service.ANSWER_S", 0.05)
-    asked, thaw, check = [], threading.Event(), probe._database.check
-
-    def slowly() -> None:
-        asked.append(None)
-        thaw.wait()
-        check()
-
-    monkeypatch.setattr(probe._database, "check", slowly)
-
-    async def run() -> None:
-        for _ in range(3):
-            with pytest.raises(DatabaseGone, match="has not answered for"):
-                await probe.check()
-        thaw.set()
-        monkeypatch.setattr("pho_service.api.service.ANSWER_S", 60.0)
-        await probe.check()
-
-    asyncio.run(run())
-    assert len(asked) == 1
-    probe.close()
-
-
-def test_heavy_requests_take_turns() -> None:
-    """What takes long takes few threads, however many ask for it, and all get it."""
+def test_what_takes_long_takes_few_threads_whoever_asks_and_all_get_it() -> None:
     at_once, most, lock = 0, 0, threading.Lock()
 
     def work(number: int) -> int:
@@ -103,10 +71,7 @@ def test_heavy_requests_take_turns() -> None:
     assert most == AT_ONCE
 
 
-# --------------------------------------------------------------------------- trials
-
-
-def test_trials_are_those_of_optuna(submit: Submit, hand: Any, database: Database) -> None:
+def test_trials_are_those_of_optuna(submit: Any, hand: Any, database: Database) -> None:
     import optuna
 
     from storage.studies import open_storage, open_study
@@ -140,24 +105,7 @@ def test_trials_are_those_of_optuna(submit: Submit, hand: Any, database: Databas
     assert none == []
 
 
-def test_page_of_trials_reads_no_study(
-    client: TestClient, submit: Submit, hand: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = submit()
-    hand.record(job, 5)
-    monkeypatch.setattr("optuna.load_study", None)
-    url = f"/v1/jobs/{job['id']}"
-    page = client.get(f"{url}/trials?page_size=2").json()
-
-    assert [t["number"] for t in page["trials"]] == [0, 1]
-    assert client.get(f"{url}/report").status_code == 200
-
-
-# -------------------------------------------------------------------------- headers
-
-
-def test_headers(client: TestClient, submit: Submit, hand: Any) -> None:
-    """Every answer says that it is what it says, is in nobody's frame, and is not to be kept."""
+def test_every_answer_has_safe_headers(client: TestClient, submit: Any, hand: Any) -> None:
     job = submit()
     hand.record(job, 3)
     hand.succeed(job["id"])

@@ -1,9 +1,7 @@
 """What the service deletes by itself, and what it never does."""
 
-from collections.abc import Callable
 from typing import Any
 
-from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from pho_service.api.operations import sweep
@@ -14,15 +12,13 @@ DOCUMENT = {"model": "org/name", "pattern": "0.5"}
 
 
 def age(database: Database, table: str, column: str, days: int) -> None:
-    """Make all rows of a table older."""
     with database.transaction() as connection:
         older = f"UPDATE pho.{table} SET {column} = {column} - make_interval(days => :days)"  # noqa: S608 - ours
         connection.execute(text(older), {"days": days})
 
 
-def test_retention(client_of: Callable[..., TestClient], hand: Any, database: Database) -> None:
-    """Jobs that have been over for too long go with their studies, others stay however old."""
-    client = client_of(keep_jobs_days=30.0)
+def test_what_is_too_old_goes_the_rest_stays(client_of: Any, hand: Any, database: Database) -> None:
+    client = client_of(keep_jobs_days=30.0, keep_configurations_days=40.0)
     service = client.app.state.service  # type: ignore[attr-defined]
     jobs = {}
     for state in (JobState.SUCCEEDED, JobState.CANCELLED, JobState.QUEUED, JobState.PAUSED):
@@ -40,35 +36,13 @@ def test_retention(client_of: Callable[..., TestClient], hand: Any, database: Da
     left = {job["state"] for job in client.get("/v1/jobs").json()["jobs"]}
     assert left == {"queued", "paused"}
     assert hand.studies() == sorted(jobs[s]["name"] for s in (JobState.QUEUED, JobState.PAUSED))
-    assert client.get("/v1/configurations").json()["considered"] == 1  # entries outlive jobs
-
-
-def test_entries_of_the_library_have_a_time_of_their_own(
-    client_of: Callable[..., TestClient], configuration: Any, database: Database
-) -> None:
-    client = client_of(keep_configurations_days=10.0)
-    service = client.app.state.service  # type: ignore[attr-defined]
-    client.post("/v1/configurations", json=configuration.model_dump(mode="json"))
+    assert client.get("/v1/configurations").json()["considered"] == 1  # it outlives its job
+    age(database, "configurations", "created_at", 41)
     sweep(service)
-    assert client.get("/v1/configurations").json()["considered"] == 1
-    age(database, "configurations", "created_at", 11)
-    sweep(service)
-
     assert client.get("/v1/configurations").json()["considered"] == 0
 
 
-def test_nothing_is_deleted_by_default(client: TestClient, hand: Any, database: Database) -> None:
-    job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
-    hand.bring(job, JobState.SUCCEEDED)
-    age(database, "jobs", "finished_at", 10_000)
-    sweep(client.app.state.service)  # type: ignore[attr-defined]
-
-    assert client.get(f"/v1/jobs/{job}").status_code == 200
-
-
-def test_a_service_that_is_started_looks_at_once(
-    client_of: Callable[..., TestClient], hand: Any, database: Database
-) -> None:
+def test_a_service_that_starts_looks_at_once(client_of: Any, hand: Any, database: Database) -> None:
     client = client_of()
     job = client.post("/v1/jobs", json=DOCUMENT).json()["id"]
     hand.bring(job, JobState.CANCELLED)

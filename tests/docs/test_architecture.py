@@ -13,13 +13,11 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script that draws the picture."""
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("architecture")
 
 
-def test_picture(drawing: Any) -> None:
-    """The picture is what is drawn of the code now: `python docs/site/architecture.py`."""
+def test_the_picture_is_what_is_drawn_of_the_code_now(drawing: Any) -> None:
     parts = drawing.imports()
 
     assert (ROOT / "docs" / "architecture.svg").read_text() == drawing.picture(parts)
@@ -29,8 +27,7 @@ def test_picture(drawing: Any) -> None:
     }
 
 
-def test_tree(drawing: Any) -> None:
-    """The page lists the files as they are now, a line each: `python docs/site/architecture.py`."""
+def test_the_page_lists_the_files_as_they_are_now(drawing: Any) -> None:
     (tree,) = drawing.TREE.findall(PAGE)
     files = [path for package in drawing.LISTED for path in (ROOT / package).rglob("*.py")]
     listed = [
@@ -39,29 +36,6 @@ def test_tree(drawing: Any) -> None:
 
     assert tree == drawing.tree()
     assert len(re.findall(r"^ +\S+\.py\b", tree, re.MULTILINE)) == len(listed)
-
-
-@pytest.mark.parametrize(
-    ("docstring", "shown"),
-    [
-        ('"""The queue: what waits."""', "The queue"),
-        ('"""\nA line that goes\non, and on. And.\n\nMore.\n"""', "A line that goes on, and on"),
-        ('"""A line of ten words or more, whose comma ends it."""', "A line of ten words or more"),
-        ("", ""),
-    ],
-)  # fmt: skip
-def test_line(drawing: Any, tmp_path: Path, docstring: str, shown: str) -> None:
-    """A file is shown with the first clause of its docstring, if it has one."""
-    for name in drawing.LISTED:
-        (tmp_path / name).mkdir()
-    (tmp_path / "storage" / "queue.py").write_text(docstring)
-
-    assert drawing.tree(tmp_path).splitlines()[2] == f"  queue.py               {shown}".rstrip()
-
-
-def test_parts_that_import_each_other_cannot_be_drawn_and_are_named(drawing: Any) -> None:
-    with pytest.raises(ValueError, match=r"cycle.*(api.*cli|cli.*api)"):
-        drawing.picture({"api": {"cli"}, "cli": {"api"}})
 
 
 def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it() -> None:
@@ -75,5 +49,4 @@ def test_each_file_that_a_change_touches_is_there_as_are_the_names_in_it() -> No
 
 
 def _section(title: str) -> str:
-    """What stands under a heading."""
     return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]

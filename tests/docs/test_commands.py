@@ -66,16 +66,7 @@ def spans(page: str) -> list[list[str]]:
 
 
 def parse(words: list[str], *, whole: bool) -> None:
-    """
-    Have click read a command's arguments; nothing is run.
-
-    Args:
-        words: What follows `pho`.
-        whole: Values are checked and nothing may be missing; else only names are looked up.
-
-    Raises:
-        click.UsageError: No such verb, option or value.
-    """
+    """Have click read a command; with ``whole``, values are checked and nothing may be missing."""
     command: click.Command = main
     context = click.Context(main, info_name="pho", **main.context_settings)
     while isinstance(command, click.Group):
@@ -98,8 +89,7 @@ def parse(words: list[str], *, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_blocks(page: str) -> None:
-    """Each `pho` of a block is complete: click takes all of its options and values."""
+def test_each_pho_of_a_block_is_complete(page: str) -> None:
     for words in pho_commands(page):
         try:
             parse(words, whole=True)
@@ -108,8 +98,7 @@ def test_blocks(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_running_text(page: str) -> None:
-    """Each `pho` in the running text is a verb that has the options that are named."""
+def test_each_pho_in_the_running_text_has_the_options_that_are_named(page: str) -> None:
     for words in spans(page):
         try:
             parse([word for word in words if word not in ("VERB", "...")], whole=False)
@@ -124,20 +113,8 @@ def test_the_tests_above_read_commands_out_of_the_pages_at_all() -> None:
     assert ["keys", "create", "me", "--all-jobs"] in pho_commands("docs/containers.md")
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    ["serch a --pattern 0.5", "search a --patern 0.5", "search a --pattern 0.5 --preset worst",
-     "search a --pattern 0.5 --trials many", "calibrate a", "keys make me"],
-)  # fmt: skip
-def test_wrong_command(wrong: str) -> None:
-    """A verb, an option or a value that does not exist is found, and one that is missing."""
-    with pytest.raises(click.UsageError):
-        parse(wrong.split(), whole=True)
-
-
 @pytest.mark.parametrize("page", NAMES)
-def test_make_targets(page: str) -> None:
-    """Each `make` of a page is a target of the Makefile, each script of benchmarks/ is there."""
+def test_each_make_is_a_target_and_each_script_of_benchmarks_is_there(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = [*blocks(page), *re.findall(r"`([^`\n]+)`", text)]
@@ -150,7 +127,6 @@ def test_make_targets(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, Any]:
-    """The paths of the OpenAPI document, with their methods."""
     database = Database("postgresql://localhost/pho")
     paths: dict[str, Any] = create_app(database, Settings()).openapi()["paths"]
     database.close()
@@ -158,8 +134,7 @@ def operations() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_requests(page: str, operations: dict[str, Any]) -> None:
-    """Each curl of a page asks for an operation that is there, with a document that is taken."""
+def test_each_curl_asks_for_what_there_is(page: str, operations: dict[str, Any]) -> None:
     for words in (words for code in blocks(page) for words in commands(code) if words[0] == "curl"):
         (asked,) = (found[1] for word in words if (found := ADDRESS.match(word)))
         (path,) = (p for p in operations if re.fullmatch(re.sub(r"\{\w+\}", "[^/:]+", p), asked))
@@ -170,8 +145,7 @@ def test_requests(page: str, operations: dict[str, Any]) -> None:
             model.model_validate(json.loads(body))
 
 
-def test_summaries(operations: dict[str, Any]) -> None:
-    """Each operation is summed up by the beginning of its description, not by a function's name."""
+def test_each_summary_is_how_the_description_begins(operations: dict[str, Any]) -> None:
     for operation in (each for path in operations.values() for each in path.values()):
         assert " " in operation["summary"]
         assert operation["description"].startswith(operation["summary"])
@@ -185,8 +159,7 @@ def test_each_pho_variable_of_a_page_is_one_that_is_read(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
-def test_links(page: str) -> None:
-    """Each file that the page links to is there; MkDocs looks after the links within docs/."""
+def test_each_file_that_the_page_links_to_is_there(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
 
     assert links

@@ -13,17 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script that runs it, and keeps what it gives."""
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("notebook")
 
 
 @pytest.mark.thorough
 def test_cells(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    Each cell runs, and gives what the file shows: the same first line, whatever its numbers are,
-    and the same sparsity.
-    """
+    """Each cell runs, and gives the same first line as the file shows, and the same sparsity."""
     monkeypatch.chdir(tmp_path)
     document = json.loads(notebook.NOTEBOOK.read_text())
     shown = [notebook.shown(cell) for cell in notebook.code_cells(document)]

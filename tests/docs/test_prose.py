@@ -42,45 +42,28 @@ def found(lint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return run
 
 
-def test_good_page(found: Callable[..., Any]) -> None:
-    """Plain sentences break no rule; what looks like a fragment or an old word may be none."""
+def test_plain_sentences_break_no_rule(found: Callable[..., Any]) -> None:
     assert not found("good.md", GOOD)
 
 
-def test_each_rule(lint: Any, found: Callable[..., Any]) -> None:
-    """Each rule is broken by its example, on a page and in a docstring; no code sample is read."""
+def test_each_rule_is_broken_by_its_example(lint: Any, found: Callable[..., Any]) -> None:
     for rule in lint.RULES:
         assert rule.name in found("a.md", f"{rule.breaks}\n")
         assert rule.name in found("a.py", f'"""\n{rule.breaks}\n"""\n'), rule.name
         assert not found("a.md", f"```text\n{rule.breaks}\n```\n"), rule.name
 
 
-def test_long_sentence(found: Callable[..., Any]) -> None:
-    """A sentence has 40 words at most; two of them may have more together."""
-    words = "one two three " * 13
-
-    assert not found("a.md", f"{words}end. {words}end.\n")
-    assert found("a.md", f"{words}too long.\n") == {"long": 1}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "line"),
-    [
+def test_messages_args_templates_cells_and_the_newest_changes_are_read_line_by_line(
+    found: Callable[..., Any],
+) -> None:
+    for name, text, line in (
         ("a.py", 'raise ValueError(\n    f"{name!r} is no model of ours"\n)\n', 2),
         ("a.py", 'def f():\n    """\n    Do.\n\n    Args:\n        a: It is no id.\n    """\n', 6),
         ("a.html", "{% if a %}\n<p>\nIt is no {{ name }} here.</p>\n{% endif %}\n", 3),
         ("a.md", "| a |\n| --- |\n| It is no job. |\n", 3),
         ("CHANGELOG.md", "# Changes\n\n## [2]\n\nIt is no job.\n\n## [1]\n\nIt is no job.\n", 5),
-    ],
-)
-def test_where(name: str, text: str, line: int, found: Callable[..., Any]) -> None:
-    """Messages, entries of Args, templates, cells and the newest changes are read, line by line."""
-    assert found(name, text) == {"is-no": line}
-
-
-def test_what_proselint_finds(found: Callable[..., Any]) -> None:
-    """A word of proselint's own lists is found, in its paragraph."""
-    assert [*found("a.md", "Words.\n\nIt was done irregardless of it.\n").values()] == [3]
+    ):
+        assert found(name, text) == {"is-no": line}
 
 
 def test_the_lint_reads_pages_code_and_templates(lint: Any) -> None:

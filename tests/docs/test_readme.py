@@ -17,23 +17,17 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script that draws the picture."""
     monkeypatch.syspath_prepend(ROOT / "docs" / "site")
     return import_module("results")
 
 
-def test_a_reader_gets_through_it() -> None:
-    assert len(README.splitlines()) < 200
-
-
-def test_ten_lines(
+def test_the_block_of_python_runs_as_it_stands_on_a_smaller_model(
     model_folder: Path,
     texts: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The block of Python runs as it stands, on a smaller model, and prints two results."""
     (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     shutil.copytree(model_folder, tmp_path / "example" / "small-llama")
     for name, path in texts.items():
@@ -52,15 +46,13 @@ def test_ten_lines(
     assert "windows of 128" in printed
 
 
-def test_picture(drawing: Any) -> None:
-    """The picture is that of the table in docs/measurements: `python docs/site/results.py`."""
+def test_the_picture_is_that_of_the_measurements(drawing: Any) -> None:
     found = drawing.table((ROOT / "docs" / "measurements" / "quality.md").read_text())
 
     assert (ROOT / "docs" / "results.svg").read_text() == drawing.picture(*found)
 
 
-def test_numbers() -> None:
-    """Each row of the table of numbers is one of docs/measurements/quality.md."""
+def test_each_row_of_the_table_of_numbers_is_one_of_the_measurements() -> None:
     measured = (ROOT / "docs" / "measurements" / "quality.md").read_text()
     section = README.partition("## Numbers")[2].partition("\n## ")[0]
     found = re.findall(r"^\| [^ |-].*", section, re.MULTILINE)

@@ -23,12 +23,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_of(page: Path) -> str:
-    """What stands on a page, tags left out."""
     return re.sub(r"<[^>]*>", "", page.read_text())
 
 
-def test_every_page(site: Path) -> None:
-    """Each Markdown file of docs/ is a page, and nothing that only makes pages is in the site."""
+def test_each_markdown_file_is_a_page_and_no_source_is_in_the_site(site: Path) -> None:
     pages = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
 
     assert {page.with_suffix(".html") for page in pages} <= {

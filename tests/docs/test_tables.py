@@ -28,7 +28,6 @@ def rows(page: str, heading: str) -> list[list[str]]:
 
 
 def named(cell: str) -> list[str]:
-    """What stands in `code` in a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
@@ -43,8 +42,7 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def test_settings() -> None:
-    """Each setting is in its table once, with its default; several of a row have them in turn."""
+def test_each_setting_is_in_its_table_once_with_its_default() -> None:
     documented: list[str] = []
     wrong = {}
     for variables, default, *_ in rows("service.md", "Settings"):
@@ -61,14 +59,12 @@ def test_settings() -> None:
 
 
 def keys(document: type) -> list[str]:
-    """The keys of a document, or of a dataclass in one."""
     if issubclass(document, BaseModel):
         return list(document.model_fields)
     return [field.name for field in fields(document)]
 
 
 def parts(annotation: Any) -> list[type]:
-    """The documents in a type."""
     if get_origin(annotation) in (Union, UnionType, list):
         return [part for argument in get_args(annotation) for part in parts(argument)]
     is_document = isinstance(annotation, type) and (
@@ -98,11 +94,9 @@ def test_each_field_of_a_part_of_a_job_is_named_in_the_parts_row(field: str) -> 
 
 
 @pytest.mark.parametrize(
-    "document",
-    [Configuration, Coefficients, Steps, Allocation, Confirmation, Rating],
+    "document", [Configuration, Coefficients, Steps, Allocation, Confirmation, Rating]
 )
-def test_configuration_keys(document: type) -> None:
-    """Each key of config.json is named on its page."""
+def test_each_key_of_config_json_is_named_on_its_page(document: type) -> None:
     text = (DOCS / "configuration.md").read_text()
 
     assert not {k for k in keys(document) if f"`{k}`" not in text and f'"{k}"' not in text}

@@ -86,30 +86,6 @@ def test_every_command_of_the_page_succeeds_and_prints_what_the_page_shows(folde
 
 
 def same(shown: str, printed: str) -> bool:
-    """
-    Whether a page shows what was printed; where it shows nothing, it may be anything.
-
-    Numbers with a point depend on the machine: any other will do. ``...`` stands for anything.
-    """
+    """Compare what is shown with what was printed: any fraction will do, ``...`` is anything."""
     wanted, got = (re.sub(r"[+-]?\d+\.\d+(e-\d+)?", "0.0", text) for text in (shown, printed))
     return not shown or OutputChecker().check_output(wanted, got, ELLIPSIS | NORMALIZE_WHITESPACE)
-
-
-def test_most_blocks_show_what_they_print_the_comparison_above_has_something_to_compare() -> None:
-    assert len(BLOCKS) >= 10
-    assert sum(bool(shown) for _, shown in BLOCKS) > len(BLOCKS) / 2
-
-
-@pytest.mark.parametrize(
-    ("shown", "printed", "expected"),
-    [
-        ("a ... c\n", "a b\nc\n", True),
-        ("a b\n", "a  b\n", True),
-        ("a 1.5\n", "a 22.75\n", True),
-        ("a 1\n", "a 2\n", False),
-        ("a b\n", "a c\n", False),
-    ],
-)
-def test_comparison(shown: str, printed: str, expected: bool) -> None:
-    """Dots stand for anything, one fraction for another; whole numbers and words are told apart."""
-    assert same(shown, printed) is expected

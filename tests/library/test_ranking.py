@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ TARGET = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """A configuration's file."""
     score = {
         "row": 0.1 + 0.2, "column": 0.7, "neighbourhood": 0.0, "kernel_size": 3,
         "activation_exponent": 0.5,
@@ -50,7 +50,6 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
-    """A transfer's file."""
     return {
         "format": "pho-transfer", "version": 1, "source": "c.json", "configuration": document(),
         "targets": [*targets], **changes,
@@ -58,12 +57,10 @@ def transfer(*targets: Any, **changes: Any) -> dict[str, Any]:
 
 
 def parsed(values: Any) -> LibraryFile:
-    """What must be a file of a library."""
     return parse_library_file(values, "it")
 
 
 def rated(method: str, **numbers: float) -> dict[str, Any]:
-    """What was measured of one candidate."""
     return {"method": method, "trial": 1, **numbers}
 
 
@@ -95,16 +92,11 @@ def entry(
 
 
 def saved(share: float, by: Any = "proxy") -> Gain:
-    """The gain that is this share of RIA's."""
     return Gain(value=share if by == "proxy" else -math.log(1 - share), by=by)
 
 
 def order(*entries: Entry, **wanted: Any) -> list[str]:
-    """The ids, best first."""
     return [match.entry.id for match in rank(entries, Wanted.parse(**wanted))]
-
-
-# ---------------------------------------------------------------------------- the gain
 
 
 @pytest.mark.parametrize(
@@ -146,20 +138,12 @@ def order(*entries: Entry, **wanted: Any) -> list[str]:
             0.25,
             "proxy",
         ),
-        # It is worse than RIA: 1 - 24/18.
-        (
-            {"confirmation": {**CONFIRMED, "perplexity": 24.0},
-             "baselines": [rated("ria-layer", perplexity=18.0)]},
-            -1 / 3,
-            "perplexity",
-        ),
         # Of several models, the mean of what it is relative to RIA on each, whatever the search's
         # own objective was: 1 - (0.9 + 0.7)/2.
         ({"objective": {"value": 0.9, "relative_to_ria": {"a": 0.9, "b": 0.7}}}, 0.2, "proxy"),
     ],
 )  # fmt: skip
-def test_gain(changes: dict[str, Any], share: float, by: str) -> None:
-    """The gain over RIA is by perplexity, else by divergence, else by the proxy."""
+def test_perplexity_goes_before_the_proxy(changes: dict[str, Any], share: float, by: str) -> None:
     gain = measured_gain(parsed(document(**changes)).configuration)
 
     assert gain is not None
@@ -175,65 +159,49 @@ def test_gain(changes: dict[str, Any], share: float, by: str) -> None:
         {"objective": {"value": 0.5, "direction": "maximize"},
          "baselines": [rated("ria-layer", proxy=0.4)]},
         {"objective": {"value": "0.03"}, "baselines": [rated("ria-layer", proxy=0.04)]},
-        {"objective": {"value": True}, "baselines": [rated("ria-layer", proxy=2.0)]},
         {"objective": {"value": 10**400}, "baselines": [rated("ria-layer", proxy=2.0)]},
         {"objective": {"value": 0.03}, "baselines": [rated("ria-layer", proxy=0.0)]},
-        {"objective": {"value": -0.03}, "baselines": [rated("ria-layer", proxy=0.04)]},
-        {"objective": {"value": 0.03}, "baselines": [rated("ria-layer")]},
         {"objective": {"relative_to_ria": {"a": "0.5", "b": None}}},
         {"confirmation": CONFIRMED, "baselines": [rated("ria-layer", perplexity=-1.0)]},
     ],
 )  # fmt: skip
-def test_no_gain(changes: dict[str, Any]) -> None:
-    """Where RIA, or the configuration, has no number that can be compared, nothing is known."""
+def test_without_numbers_to_compare_there_is_no_gain(changes: dict[str, Any]) -> None:
     assert measured_gain(parsed(document(**changes)).configuration) is None
 
 
-@pytest.mark.parametrize(
-    ("values", "share", "by"),
-    [
-        ({"perplexities": {"ria": 40.0, "transferred": 50.0},
-          "proxies": {"ria": 2.0, "transferred": 1.0}}, -0.25, "perplexity"),
-        ({"proxies": {"ria": 2.0, "transferred": 1.0}}, 0.5, "proxy"),
-        ({"perplexities": {"ria": 40.0}, "proxies": {"ria": 2.0, "transferred": None}}, None, ""),
-        ({}, None, ""),
-    ],
-)  # fmt: skip
-def test_transferred_gain(values: dict[str, Any], share: float | None, by: str) -> None:
-    """On another model the perplexity counts, else the proxy."""
-    gain = transferred_gain(TransferTarget(target="t", **values))
+def test_on_another_model_the_perplexity_counts_else_the_proxy() -> None:
+    def gain(**values: Any) -> Gain | None:
+        return transferred_gain(TransferTarget(target="t", **values))
 
-    assert (gain is None) == (share is None)
-    if gain is not None:
-        assert gain.by == by
-        assert gain.share == pytest.approx(share)
+    proxies = {"ria": 2.0, "transferred": 1.0}
+    measured = gain(perplexities={"ria": 40.0, "transferred": 50.0}, proxies=proxies)
+
+    assert measured is not None
+    assert (measured.by, measured.share) == ("perplexity", pytest.approx(-0.25))
+    assert gain(proxies=proxies) == saved(0.5)
+    assert gain(perplexities={"ria": 40.0}, proxies={"ria": 2.0, "transferred": None}) is None
+    assert gain() is None
 
 
-@pytest.mark.parametrize(
-    ("gain", "said"),
-    [
-        (saved(0.25, "perplexity"), "25.0% below RIA's perplexity"),
-        (saved(-0.25, "perplexity"), "25.0% above RIA's perplexity"),
-        (saved(0.1, "divergence"), "10.0% below RIA's perplexity, as its divergence from"),
-        (saved(0.5), "50.0% below RIA's proxy; RIA's perplexity was not measured"),
-        (saved(0.0, "perplexity"), "RIA's perplexity"),
-    ],
-)  # fmt: skip
-def test_a_gain_names_its_share_its_direction_and_what_was_measured(gain: Gain, said: str) -> None:
-    assert str(gain).startswith(said)
+def test_a_gain_by_divergence_says_so_and_none_is_the_same_as_rias() -> None:
+    said = "10.0% below RIA's perplexity, as its divergence from"
+
+    assert str(saved(0.1, "divergence")).startswith(said)
+    assert str(saved(0.0, "perplexity")).startswith("RIA's perplexity")
 
 
 @pytest.mark.parametrize(
     ("given", "facts"),
     [
-        ({"name": "org/Name-1B", "family": "llama", "parameters": 5}, ("Name-1B", "llama", 5)),
+        (
+            {"name": "org/Name-1B", "family": "llama", "parameters": 10**15},
+            ("Name-1B", "llama", 10**15),
+        ),
         ({}, ("unknown", None, None)),
         ({"name": None, "family": "", "parameters": 0}, ("unknown", None, None)),
         ({"name": "/", "family": 7, "parameters": -3}, ("unknown", None, None)),
         ({"name": 12, "family": ["llama"], "parameters": "5"}, ("12", None, None)),
         ({"name": "m", "parameters": True}, ("m", None, None)),
-        ({"name": "m", "parameters": 1.5e9}, ("m", None, None)),
-        ({"name": "m", "parameters": 10**15}, ("m", None, 10**15)),
         ({"name": "m", "parameters": 10**400}, ("m", None, None)),
     ],
 )
@@ -248,22 +216,17 @@ def test_model_facts(given: dict[str, Any], facts: tuple[str, str | None, int | 
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        ({"name": "a/one"}, ["one"]),
         ({"name": "joint", "models": [{"name": "a/one"}, {"name": "a/two"}]}, ["one", "two"]),
         ({"name": "a/one", "models": [5, "x"]}, ["one"]),
-        ({"name": "a/one", "models": {"name": "two"}}, ["one"]),
-        ({"name": "a/one", "models": 5}, ["one"]),
     ],
 )
-def test_models_of_an_entry(model: dict[str, Any], names: list[str]) -> None:
-    """An entry was found on one model, or on those of a joint search."""
+def test_an_entry_is_of_one_model_or_of_several(model: dict[str, Any], names: list[str]) -> None:
     found = Entry.of("1", parsed(document(model=model)))
 
     assert [each.name for each in found.models] == names
 
 
-def test_entry_of_a_transfer() -> None:
-    """An entry knows what its configuration was worth elsewhere, where that was measured."""
+def test_an_entry_knows_what_its_configuration_was_worth_elsewhere() -> None:
     unmeasured = {"target": "b.safetensors", "proxies": {"ria": None, "transferred": None}}
     found = Entry.of("1", parsed(transfer(TARGET, unmeasured)))
     (there,) = found.measured
@@ -278,9 +241,6 @@ def test_entry_of_a_transfer() -> None:
     ]
 
 
-# --------------------------------------------------------------------------- the order
-
-
 def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_nearest_first() -> None:
     found = order(
         entry("far", 0.9, pattern="0.9"), entry("group", 0.9, pattern="2:4"),
@@ -291,8 +251,7 @@ def test_the_asked_pattern_comes_first_however_little_it_gained_then_others_near
     assert found == ["worse", "nearest", "near", "far", "group"]
 
 
-def test_groups_of_another_size() -> None:
-    """To N:M, another N:M is nearer than any ratio, and 2:4 is not 4:8."""
+def test_to_n_m_another_n_m_is_nearer_than_any_ratio_and_2_4_is_not_4_8() -> None:
     found = order(
         entry("ratio", 0.9, pattern="0.5"), entry("3:4", 0.1, pattern="3:4"),
         entry("4:8", 0.1, pattern="4:8"), entry("2:4", 0.1, pattern="2:4"), pattern="2:4",
@@ -301,37 +260,21 @@ def test_groups_of_another_size() -> None:
     assert found == ["2:4", "4:8", "3:4", "ratio"]
 
 
-def test_the_same_pattern_in_other_words() -> None:
-    (match,) = rank([entry("a", pattern="0.50")], Wanted.parse("5e-1"))
-
-    assert match.fits
-
-
-def test_scope_only_if_asked() -> None:
-    """A scope that is asked for comes before a gain; one that is not asked for counts nothing."""
+def test_a_scope_that_is_asked_for_comes_before_a_gain_and_counts_nothing_if_it_is_not() -> None:
     entries = [entry("layer", 0.3, scope="layer"), entry("row", 0.1, scope="row")]
-    fitting = [m.entry.id for m in rank(entries, Wanted.parse("0.5", "row")) if m.fits]
+    for pattern in (None, "0.5", "0.50", "5e-1"):
+        found = rank(entries, Wanted.parse(pattern, "row"))
+        unasked = rank(entries, Wanted.parse(pattern))
 
-    assert order(*entries, pattern="0.5") == ["layer", "row"]
-    assert order(*entries, pattern="0.5", scope="row") == ["row", "layer"]
-    assert fitting == ["row"]
-    assert all(m.fits for m in rank(entries, Wanted.parse("0.5")))
-
-
-def test_scope_without_a_pattern() -> None:
-    """A scope can be asked for alone, and one that a pattern never has: nothing fits then."""
-    entries = [entry("layer", 0.3, scope="layer"), entry("row", 0.1, scope="row")]
-
-    assert order(*entries, scope="row") == ["row", "layer"]
-    assert [m.fits for m in rank(entries, Wanted.parse(scope="row"))] == [True, False]
+        assert [(m.entry.id, m.fits) for m in found] == [("row", True), ("layer", False)]
+        assert [(m.entry.id, m.fits) for m in unasked] == [("layer", True), ("row", True)]
     never = Wanted(pattern=Pattern.parse("2:4"), scope=Scope.LAYER, scope_matters=True)
     assert not any(m.fits for m in rank(entries, never))
     with pytest.raises(InvalidInput, match="scope 'column' is not one of"):
         Wanted.parse(scope="column")
 
 
-def test_what_was_measured() -> None:
-    """Perplexity, and divergence with it, comes before the proxy; then unknown; then no better."""
+def test_perplexity_comes_before_the_proxy_then_unknown_then_no_better() -> None:
     found = order(
         entry("no better", 0.0, by="perplexity"), entry("worse", -0.5), entry("unknown", None),
         entry("proxy", 0.9), entry("perplexity", 0.1, by="perplexity"),
@@ -357,9 +300,7 @@ def test_what_was_measured() -> None:
     ],
 )
 def test_another_family_and_each_doubling_of_the_size_leave_less_of_a_gain(
-    found_on: tuple[str | None, int | None],
-    asked: tuple[str | None, int | None],
-    expected: float,
+    found_on: tuple[str | None, int | None], asked: tuple[str | None, int | None], expected: float
 ) -> None:
     entries = [entry("a", 0.2, families=(found_on[0],), parameters=found_on[1])]
     (match,) = rank(entries, Wanted.parse(family=asked[0], parameters=asked[1]))
@@ -368,24 +309,18 @@ def test_another_family_and_each_doubling_of_the_size_leave_less_of_a_gain(
 
 
 def test_of_nothing_nothing_is_expected_and_a_loss_is_no_smaller_on_another_model() -> None:
-    lost, unknown = rank(
-        [entry("lost", -0.1), entry("unknown", None)], Wanted.parse(family="gemma")
-    )[::-1]
-
-    assert lost.expected == pytest.approx(-0.1)
-    assert unknown.expected is None
-
-
-def test_what_was_found_on_several_models_is_as_near_as_the_nearest_of_them() -> None:
-    (match,) = rank(
-        [entry("a", 0.2, families=("qwen2", "gemma2", "llama"))], Wanted.parse(family="gemma3_text")
+    several = entry("several", 0.2, families=("qwen2", "gemma2", "llama"))
+    found = rank(
+        [entry("lost", -0.1), entry("unknown", None), several], Wanted.parse(family="gemma3_text")
     )
+    expected = {match.entry.id: match.expected for match in found}
 
-    assert match.expected == pytest.approx(0.2 * 0.95)
+    assert expected["lost"] == pytest.approx(-0.1)
+    assert expected["unknown"] is None
+    assert expected["several"] == pytest.approx(0.2 * 0.95)  # by the nearest of its models
 
 
-def test_family_and_size_order() -> None:
-    """Of equal gains, that of the asked family and size comes first; of equal ones, by id."""
+def test_of_equal_gains_that_of_the_asked_family_and_size_comes_first() -> None:
     found = order(
         entry("b other", families=("opt",)), entry("a large", parameters=10**6), entry("same"),
         entry("a other", families=("opt",)), family="llama", parameters=100,
@@ -394,8 +329,7 @@ def test_family_and_size_order() -> None:
     assert found == ["same", "a other", "b other", "a large"]
 
 
-def test_failed_transfer() -> None:
-    """What failed on the asked family goes last for it, and is first where it was found."""
+def test_what_failed_on_the_asked_family_goes_last_for_it() -> None:
     failed = entry(
         "failed", 0.4, by="perplexity", elsewhere={"gemma3_text": saved(-0.1, "perplexity")}
     )
@@ -407,33 +341,18 @@ def test_failed_transfer() -> None:
     assert order(failed, *others) == ["failed", "other", "unknown"]
 
 
-def test_good_transfer() -> None:
-    """What holds on the asked family counts in full, and before what was not measured there."""
-    held = entry("held", 0.1, by="perplexity", elsewhere={"opt": saved(0.19, "perplexity")})
+def test_what_holds_on_the_asked_family_counts_in_full() -> None:
+    on = [
+        MeasuredElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
+        for i, gain in enumerate(
+            [saved(0.3, "perplexity"), saved(-9.0), saved(0.19, "perplexity"), saved(0.2)]
+        )
+    ]
+    held = replace(entry("held", 0.1, by="perplexity"), measured=tuple(on))
     first, second = rank([entry("other", 0.2, by="perplexity"), held], Wanted.parse(family="opt"))
 
     assert (first.entry.id, first.expected) == ("held", pytest.approx(0.19))
     assert (second.entry.id, second.expected) == ("other", pytest.approx(0.17))
-
-
-def test_worst_transfer() -> None:
-    """Of several models of the family the worst perplexity counts, and no proxy beside it."""
-    on = [
-        MeasuredElsewhere(model=ModelFacts(name=f"o{i}", family="opt"), gain=gain)
-        for i, gain in enumerate(
-            [saved(0.3, "perplexity"), saved(-9.0), saved(0.1, "perplexity"), saved(0.2)]
-        )
-    ]
-    several = Entry(
-        id="a", method="crepe", pattern=Pattern.parse("0.5"), models=(), gain=None,
-        measured=tuple(on),
-    )  # fmt: skip
-    (match,) = rank([several], Wanted.parse(family="opt"))
-
-    assert match.expected == pytest.approx(0.1)
-
-
-# ------------------------------------------------------------------------- the reasons
 
 
 def test_the_reasons_name_pattern_model_family_size_and_every_number_that_was_measured() -> None:
@@ -471,8 +390,6 @@ def test_reason(changes: dict[str, Any], wanted: dict[str, Any], reason: str) ->
 
     assert any(reason in said for said in match.reasons), match.reasons
 
-
-# ----------------------------------------------------------------------- any file at all
 
 _texts = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12)
 _numbers = st.one_of(
@@ -534,8 +451,7 @@ _wanted = st.builds(
 
 @settings(settings.get_profile("suite"))
 @given(st.lists(st.tuples(_documents, _targets), max_size=4), _wanted)
-def test_rank_takes_all(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
-    """Whatever a file that is taken holds, it is ranked once, with numbers that JSON has."""
+def test_whatever_a_file_holds_it_is_ranked(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
     read = [
         parsed(transfer(*targets, configuration=values) if targets else values)
         for values, targets in files
@@ -554,9 +470,6 @@ def test_rank_takes_all(files: list[tuple[Any, Any]], wanted: Wanted) -> None:
         assert parsed(file.to_dict("s")) == file
 
 
-# ---------------------------------------------------------------------------- the files
-
-
 def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit() -> None:
     found = parsed(document())
 
@@ -566,28 +479,18 @@ def test_a_configuration_is_a_file_of_a_library_with_its_numbers_to_the_bit() ->
     assert found.to_dict("source")["format"] == "pho-configuration"
 
 
-def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept() -> None:
-    found = parsed(transfer(TARGET))
+def test_so_is_a_transfer_what_of_it_does_not_count_here_is_kept_but_for_own_bests() -> None:
+    found = parsed(transfer({**TARGET, "own": document()}))
     written = found.to_dict("source")
 
     assert found.targets[0].perplexities["transferred"] == 50.0
     assert written["source"] == "source"
     assert written["targets"] == [TARGET]
-    assert parsed(json.loads(json.dumps(written))) == found
-
-
-def test_own_best_is_left_out() -> None:
-    found = parsed(transfer({**TARGET, "own": document()}))
-
-    assert found.to_dict("source")["targets"] == [TARGET]
-
-
-def test_a_transfer_to_no_model_is_its_configuration() -> None:
-    assert parsed(transfer()) == parsed(document())
+    assert parsed(json.loads(json.dumps(written))) == parsed(transfer(TARGET))
+    assert parsed(transfer()) == parsed(document())  # to no model, it is its configuration
 
 
 def nested(depth: int) -> Any:
-    """Lists in lists."""
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -600,22 +503,16 @@ def nested(depth: int) -> Any:
         (document(version=3), "it has format version 3, but this PHO reads version 2"),
         (transfer(version=2), "it is a transfer of format version 2, but this PHO reads version 1"),
         (transfer(TARGET, configuration=transfer()), "it: configuration is not a configuration"),
-        (transfer(TARGET, configuration=5), "breaks the format: configuration"),
         (transfer({}), r"breaks the format: targets\.0\.target"),
-        (transfer(TARGET, more=1), "breaks the format: more"),
         (transfer(*[TARGET] * 1001), "breaks the format: targets: .* at most 1000 items"),
         (document(pattern="-0.5"), "sparsity -0.5 is not between 0 and 1"),
         (document(model={"name": float("nan")}), "it contains a value that JSON cannot represent"),
-        (document(model={"\udfff": 1}), "it contains a value that JSON cannot represent"),
         (document(model={"name": "a\x00b"}), r"it holds the character U\+0000"),
-        (document(model={"name": nested(100)}), "more than 100 lists and objects deep"),
         (document(model={"name": nested(100_000)}), "more than 100 lists and objects deep"),
-        (None, "it is not a configuration of PHO"),
         ({"format": ["pho-transfer"]}, "it is not a configuration of PHO"),
     ],
 )
-def test_refused(values: Any, message: str) -> None:
-    """What is of another version, or breaks a rule, is refused, and the message names it."""
+def test_what_breaks_a_rule_is_refused_with_the_rule(values: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parsed(values)
 
@@ -626,8 +523,7 @@ def test_what_is_nested_as_deep_as_allowed_can_be_written_too() -> None:
     assert parsed(json.loads(json.dumps(found.to_dict("s")))) == found
 
 
-def test_folder(tmp_path: Path) -> None:
-    """A folder's configurations are found below it; what else there is, is named."""
+def test_a_folders_configurations_are_found_and_the_rest_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "transfer.json").write_text(json.dumps(transfer(TARGET)))
     (tmp_path / "a ü.json").write_text(json.dumps(document()))
@@ -651,13 +547,9 @@ def test_folder(tmp_path: Path) -> None:
         assert f"{name}.json" in said
 
 
-@pytest.mark.parametrize("name", ["none", "file.json"])
-def test_what_is_no_folder_is_no_library(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file.json").write_text(json.dumps(document()))
-
-    with pytest.raises(ConfigurationError, match=f"{name} is no folder"):
-        read_folder(tmp_path / name)
-
-
-def test_an_empty_folder_is_an_empty_library(tmp_path: Path) -> None:
+def test_what_is_no_folder_is_no_library_and_an_empty_folder_an_empty_one(tmp_path: Path) -> None:
     assert read_folder(tmp_path) == ({}, [])
+    (tmp_path / "file.json").write_text(json.dumps(document()))
+    for name in ("none", "file.json"):
+        with pytest.raises(ConfigurationError, match=f"{name} is no folder"):
+            read_folder(tmp_path / name)

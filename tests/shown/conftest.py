@@ -38,7 +38,6 @@ TRANSFER = {
 
 
 def trial(number: int, value: float | None, method: str = "crepe", **more: Any) -> ReportTrial:
-    """A trial of a search."""
     return ReportTrial(number=number, method=method, value=value, **more)
 
 
@@ -59,18 +58,7 @@ CELLS = [
 
 
 class Page(HTMLParser):
-    """
-    A page taken apart.
-
-    Attributes:
-        tags: Every element in order: its name and its attributes.
-        text: Of each section by its id, without scripts; ``None`` for what is outside.
-        figures: By the id of each: what a pointer over the marks of each series is shown.
-        drawn: By the id of each figure: how many shapes each series has.
-        scripts: The text of what a browser would run.
-        styles: The text of the style sheets.
-        tables: By caption: the rows, the headings first.
-    """
+    """A page taken apart: by section, figure and table."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -90,7 +78,6 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note an element."""
         found = {name: value or "" for name, value in attrs}
         self.tags.append((tag, found))
         if tag in ("meta", "link", "img", "br"):
@@ -114,7 +101,6 @@ class Page(HTMLParser):
             self._rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave an element."""
         self._inside.pop()
         if tag == "section":
             self._section = None
@@ -124,7 +110,6 @@ class Page(HTMLParser):
             self.tables[self._caption] = self._rows
 
     def handle_data(self, data: str) -> None:
-        """Note a text where it stands."""
         tag = self._inside[-1][0] if self._inside else ""
         if tag == "title" and self._series:
             self.figures[self._figure].setdefault(self._series, []).append(data)
@@ -140,7 +125,6 @@ class Page(HTMLParser):
             self._rows[-1][-1] += data
 
     def of(self, tag: str) -> list[dict[str, str]]:
-        """The attributes of every element of a kind."""
         return [attributes for name, attributes in self.tags if name == tag]
 
 
@@ -181,7 +165,6 @@ def report_of() -> Callable[..., Report]:
 
 @pytest.fixture
 def page_of(report_of: Callable[..., Report]) -> Callable[..., Page]:
-    """The page of such a report."""
     return lambda **changes: Page(render(report_of(**changes)))
 
 

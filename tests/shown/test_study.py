@@ -25,7 +25,6 @@ SPACE = {
 
 
 def frozen(number: int, value: float | None, method: str = "crepe", **params: Any) -> FrozenTrial:
-    """A trial as a search records it."""
     trial = create_trial(
         state=TrialState.FAIL if value is None else TrialState.COMPLETE,
         value=value,
@@ -58,8 +57,7 @@ def test_numbers_count_all_islands_in_turn_and_baselines_are_there_once() -> Non
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_importances(sign: int) -> None:
-    """What decides the value is the most important, and what was not searched has no part."""
+def test_what_decides_the_value_is_the_most_important(sign: int) -> None:
     shares = importances([candidates(60, sign)], maximised=sign < 0)
 
     assert list(shares) == ["row_share", "spread"]
@@ -68,16 +66,14 @@ def test_importances(sign: int) -> None:
 
 
 def test_too_few() -> None:
-    """Of fewer candidates than optuna asks for nothing is told; baselines, corrections are none."""
+    """Of few or equal candidates nothing is told; baselines and corrections are none."""
     others = [frozen(n, 1.0, "ria-row") for n in range(60)]
     for correction in (corrections := candidates(60)):
         correction.set_user_attr("corrects", 3)
 
+    same = [frozen(n, n / 10) for n in range(60)]
     assert importances([[*candidates(ENOUGH - 1), *others, *corrections]], maximised=False) == {}
-
-
-def test_where_all_candidates_are_the_same_there_is_nothing_to_tell() -> None:
-    assert importances([[frozen(n, n / 10) for n in range(60)]], maximised=False) == {}
+    assert importances([same], maximised=False) == {}
 
 
 def test_a_study_keeps_perplexities_and_divergences_by_trial() -> None:
@@ -97,8 +93,7 @@ def test_perplexities_of_several_texts_cannot_be_compared_none_counts() -> None:
     assert measured_in(study) == MeasuredTrials()
 
 
-def test_configuration_goes_before(report_of: Any) -> None:
-    """What the configuration says of a trial counts more than what a study does."""
+def test_what_the_configuration_says_goes_before_the_study(report_of: Any) -> None:
     configuration = report_of().configuration
     rating = configuration.candidates[0].model_copy(update={"perplexity": 19.0})
     configuration = configuration.model_copy(update={"candidates": [rating]})
